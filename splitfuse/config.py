@@ -1,0 +1,131 @@
+"""All settings of an engine, frozen and checked once, at the edge. Standard library only: dtypes are strings.
+
+Every field's metadata holds the sentence that `--help` shows; the command line and `pipeline()` take their names from
+here. A field left at None is resolved when the model is known (`max_model_len`, `num_blocks`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitfuse.errors import ConfigError, did_you_mean
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("safetensors", "dummy")
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and in what form."""
+
+    model: str | None = setting(None, "A folder or a Hugging Face Hub name; left out, the small bundled model.")
+    revision: str | None = setting(None, "Hub branch, tag or commit.")
+    tokenizer: str | None = setting(None, "A folder or Hub name to take the tokenizer from, if not the model's.")
+    dtype: str = setting("auto", "Weights and activations: auto (as the checkpoint says), bfloat16, float16 or float32.")
+    device: str = setting("cpu", "A torch device, such as cpu or cuda:0.")
+    load_format: str = setting("safetensors", "safetensors, or dummy: random weights made from the config alone.")
+    max_model_len: int | None = setting(None, "Most tokens of prompt and output together; left out, what the model allows.")
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("load_format", self.load_format, LOAD_FORMATS)
+        _at_least("max_model_len", self.max_model_len, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """How forward passes are composed."""
+
+    max_num_batched_tokens: int = setting(256, "The token budget of one forward pass.")
+    max_num_seqs: int = setting(64, "Most requests running at once.")
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The blocked KV cache."""
+
+    block_size: int = setting(32, "Tokens in one KV block.")
+    num_blocks: int | None = setting(None, "KV blocks in all; left out, as many as kv_cache_memory_gib holds.")
+    kv_cache_memory_gib: float | None = setting(
+        None, "Memory for the KV cache, in GiB; left out, enough for max_num_seqs requests, at most half of what is free."
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings.")
+
+    def __post_init__(self) -> None:
+        _at_least("block_size", self.block_size, 1)
+        _at_least("num_blocks", self.num_blocks, 1)
+        if self.kv_cache_memory_gib is not None and not 0 < self.kv_cache_memory_gib < float("inf"):
+            raise ConfigError(f"kv_cache_memory_gib must be a positive number, not {self.kv_cache_memory_gib}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to know: the sum of the parts."""
+
+    model: ModelConfig = ModelConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    cache: CacheConfig = CacheConfig()
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """Sort flat settings, such as `{"dtype": "float32", "block_size": 16}`, into their parts.
+
+        Raises ConfigError for a name that no part has (with the nearest one) or a value of the wrong type.
+        """
+        known = cls.setting_fields()
+        for name, value in settings.items():
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
+            _check_type(name, value, _hints(known[name][0])[name])
+        parts = {
+            part_field.name: PARTS[part_field.name](
+                **{name: value for name, value in settings.items() if known[name][0] is PARTS[part_field.name]}
+            )
+            for part_field in dataclasses.fields(cls)
+        }
+        return cls(**parts)
+
+    @classmethod
+    def setting_fields(cls) -> dict[str, tuple[type[Any], dataclasses.Field[Any]]]:
+        """Flat setting name -> (the part it belongs to, its field)."""
+        return {f.name: (part, f) for part in PARTS.values() for f in dataclasses.fields(part)}
+
+
+PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfig, "cache": CacheConfig}
+
+
+def _hints(part: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(part)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed:
+        allowed += (int,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wanted = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        raise ConfigError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -1,0 +1,102 @@
+"""A request: the tokens known, and how many of them are computed. There are no phases."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
+from splitfuse.core.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    """WAITING -> RUNNING -> FINISHED; preemption is a step back to WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Request:
+    """One request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
+
+    Positions below `num_computed` have their KV written; those below `num_scheduled` will have when the plans in
+    flight come back. A request that is not in flight has both equal.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    choice: int = 0
+    cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
+
+    arrival: int = -1  # order of acceptance, given by the scheduler
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    blocks: list[int] = field(default_factory=list)
+    num_published: int = 0  # leading blocks that the prefix cache knows
+    num_computed: int = 0
+    num_scheduled: int = 0
+    num_unread: int = 0  # tokens being chosen by plans in flight
+    num_plans_in_flight: int = 0
+    preempt_on_return: bool = False
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    known_to_runner: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens read back so far, prompt included."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that could be scheduled now: known or being chosen, and not yet scheduled."""
+        return self.num_known + self.num_unread - self.num_scheduled
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
+        prompt_part = self.prompt_token_ids[start:end]
+        first = max(start - self.num_prompt, 0)
+        output_part = self.output_token_ids[first : max(end - self.num_prompt, 0)]
+        missing = end - start - len(prompt_part) - len(output_part)
+        return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step, or an abort, changed for one request: tokens are new since the last output."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0

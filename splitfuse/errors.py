@@ -1,0 +1,91 @@
+"""Every error a user can meet, as one tree. Each class carries the HTTP status a server answers with.
+
+    SplitfuseError
+    ├── ConfigError                 a setting that cannot be honoured
+    ├── InvalidRequestError         a request that cannot be honoured; `parameter` names what was wrong
+    │   ├── PromptTooLongError      longer than the model can read
+    │   └── RequestTooLargeError    could never fit the KV cache, however long it waited
+    ├── ModelError                  a model that cannot be loaded
+    │   ├── ModelNotFoundError      no such folder or name, or no network to fetch it
+    │   ├── UnsupportedModelError   an architecture or a feature of it that we do not know
+    │   ├── WeightsError            a weight that is missing, surplus, misshapen, truncated or pickled
+    │   └── TokenizerError          no tokenizer, or one that cannot be read
+    ├── MemoryPlanError             the model does not fit; the message gives need, have and a value that fits
+    └── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SplitfuseError(Exception):
+    """Root of everything raised on purpose."""
+
+    status: int = 500
+
+
+class ConfigError(SplitfuseError):
+    """A setting that cannot be honoured."""
+
+    status = 400
+
+
+class InvalidRequestError(SplitfuseError):
+    """A request that cannot be honoured. `parameter` is the name of the offending parameter, if it is one."""
+
+    status = 400
+
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt leaves no room for a single generated token within the model's length."""
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """The request needs more KV blocks than the whole cache has."""
+
+
+class ModelError(SplitfuseError):
+    """A model that cannot be loaded."""
+
+
+class ModelNotFoundError(ModelError):
+    """No such folder or Hub name, or no network to fetch it."""
+
+    status = 404
+
+
+class UnsupportedModelError(ModelError):
+    """An architecture, or a feature of one, that we do not know."""
+
+
+class WeightsError(ModelError):
+    """A weight that is missing, surplus, misshapen, truncated or pickled."""
+
+
+class TokenizerError(ModelError):
+    """No tokenizer, or one that cannot be read."""
+
+
+class MemoryPlanError(SplitfuseError):
+    """The model and its KV cache do not fit into memory."""
+
+    status = 507
+
+
+class RequestFailedError(SplitfuseError):
+    """One request failed while it ran. Its neighbours are untouched."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'top_p'?"`, or the sorted list of what is known if nothing is near."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}"

@@ -1,0 +1,294 @@
+"""Train the bundled model from nothing: `python tools/bundled_model/train.py --out DIR` (an hour on two cores).
+
+Short passages first, long ones later; each passage is followed by several questions and their answers, so that most
+of what the network is graded on is reading. Deterministic for a seed and a thread count; stop it at any time and the same command
+resumes from the last checkpoint (safetensors, in `DIR/checkpoint`). At the end `DIR` is a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from network import Llama
+from safetensors.torch import load_file, save_file
+from stories import make_story
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+BOS, SYSTEM, USER, ASSISTANT, END, PAD = SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|pad|>",
+)
+
+CHAT_TEMPLATE = (
+    "<|bos|>{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the roles of this model are system, user and assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SYSTEM_PROMPTS = ("Answer from the story.", "You are a careful reader.", "Read the story and answer in one sentence.")
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 3072,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` batches of `rows` documents of exactly `length` tokens, their passages of `shortest` to `longest` tokens."""
+
+    steps: int
+    rows: int
+    length: int
+    shortest: int
+    longest: int
+
+
+STAGES = (
+    Stage(steps=1100, rows=32, length=256, shortest=30, longest=120),
+    Stage(steps=600, rows=16, length=512, shortest=40, longest=360),
+    Stage(steps=900, rows=8, length=1280, shortest=50, longest=1080),
+)
+TOTAL_STEPS = sum(stage.steps for stage in STAGES)
+GRADED_SHARE = 0.5  # of the positions of a batch: every answer, and as much of the rest as fits
+TEXT_WEIGHT = 0.1  # of a token of the story against a token of an answer
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE over generated stories; the token <|bos|> goes before every plain text, as with Llama."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def texts() -> list[str]:
+        stories = [make_story(Random(f"tokenizer-{i}"), 200, word_count) for i in range(6000)]
+        return [text for s in stories for text in (s.passage, *(q.text for q in s.questions), *(q.answer for q in s.questions))]
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+def word_count(text: str) -> float:
+    """A quick estimate of the tokens of a sentence."""
+    return 1.15 * len(text.split()) + 1.0
+
+
+def make_document(tokenizer: Tokenizer, rng: Random, stage: Stage) -> tuple[list[int], list[bool]]:
+    """One conversation about one passage, cut at `stage.length + 1` tokens, and which of them belong to answers."""
+    story = make_story(rng, rng.randint(stage.shortest, stage.longest), word_count)
+    texts = [BOS]
+    if rng.random() < 0.1:
+        texts.append(SYSTEM + rng.choice(SYSTEM_PROMPTS) + END)
+    lead = story.passage + "\n\n"
+    while True:
+        for question in rng.sample(story.questions, len(story.questions)):
+            texts += [USER + lead + question.text + END + ASSISTANT, question.answer + END]
+            lead = ""
+        if sum(map(word_count, texts)) > 1.5 * stage.length:
+            break
+    first_answer = 2 if not texts[1].startswith(SYSTEM) else 3
+    ids: list[int] = []
+    graded: list[bool] = []
+    for index, piece in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
+        ids += piece.ids
+        graded += [index >= first_answer and (index - first_answer) % 2 == 0] * len(piece.ids)
+        if len(ids) > stage.length:
+            break
+    assert len(ids) > stage.length
+    return ids[: stage.length + 1], graded[: stage.length + 1]
+
+
+def make_batch(tokenizer: Tokenizer, stage: Stage, name: str) -> tuple[Tensor, Tensor]:
+    """ids [rows, length + 1] and graded [rows, length + 1] of the batch of that name."""
+    documents = [make_document(tokenizer, Random(f"{name}-{row}"), stage) for row in range(stage.rows)]
+    return torch.tensor([ids for ids, _ in documents]), torch.tensor([graded for _, graded in documents])
+
+
+def choose_positions(graded: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Flat positions [graded share of all] to compute the loss at, and their weights: answers first, then others at random."""
+    flat = graded[:, 1:].flatten().float()
+    order = (flat + torch.rand(flat.shape, generator=generator)).argsort(descending=True)
+    positions = order[: int(GRADED_SHARE * flat.numel())]
+    return positions, TEXT_WEIGHT + (1 - TEXT_WEIGHT) * flat[positions]
+
+
+def make_loss(model: Llama):
+    def loss_of(ids: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden(ids[:, :-1]).flatten(0, 1)[positions]
+            logits = model.head(hidden)
+        losses = F.cross_entropy(logits.float(), ids[:, 1:].flatten()[positions], reduction="none")
+        return (losses * weights).sum() / weights.sum()
+
+    return torch.compile(loss_of)
+
+
+@torch.no_grad()
+def answered_right(model: Llama, tokenizer: Tokenizer, stage: Stage, batches: int = 4) -> float:
+    """Share of held-out answers all of whose tokens would have been chosen greedily."""
+    right = total = 0
+    for batch in range(batches):
+        ids, graded = make_batch(tokenizer, stage, f"held-out-{batch}")
+        with torch.autocast("cpu", torch.bfloat16):
+            hits = (model(ids[:, :-1]).argmax(-1) == ids[:, 1:]).tolist()
+        for row_hits, row_graded in zip(hits, graded[:, 1:].tolist(), strict=True):
+            run: list[bool] = []
+            for hit, is_answer in zip(row_hits, row_graded, strict=True):
+                if is_answer:
+                    run.append(hit)
+                elif run:
+                    right, total, run = right + all(run), total + 1, []
+    return right / max(1, total)
+
+
+def learning_rate(step: int) -> float:
+    """A factor: linear warm-up, flat, then linear to zero over the last 45 %."""
+    return min(1.0, (step + 1) / 50, (TOTAL_STEPS - step) / (0.45 * TOTAL_STEPS))
+
+
+def train(out: Path, seed: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = out / "tokenizer.json"
+    if not tokenizer_file.exists():
+        train_tokenizer().save(str(tokenizer_file))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    torch.manual_seed(seed)
+    model = Llama(CONFIG)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original"),
+        torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    first_step = resume(out, model, optimizers)
+    loss_of = make_loss(model)
+    started = time.perf_counter()
+    stages = [stage for stage in STAGES for _ in range(stage.steps)]
+    for step in range(first_step, TOTAL_STEPS):
+        stage = stages[step]
+        ids, graded = make_batch(tokenizer, stage, f"train-{seed}-{step}")
+        positions, weights = choose_positions(graded, torch.Generator().manual_seed(step))
+        loss = loss_of(ids, positions, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, base in zip(optimizers, base_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = base * learning_rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise SystemExit(f"the loss is {loss.item()} at step {step}")
+        if step % 20 == 0:
+            line = f"step {step}/{TOTAL_STEPS}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s"
+            if step % 100 == 0:
+                line += f"  held-out answers right {answered_right(model, tokenizer, stage):.3f}"
+            print(line, flush=True)
+        if (step + 1) % 200 == 0:
+            save_checkpoint(out, model, optimizers, step + 1)
+    for stage in STAGES:
+        print(f"passages of {stage.shortest}-{stage.longest}: right {answered_right(model, tokenizer, stage, 12):.4f}")
+    export(out, model)
+
+
+def save_checkpoint(out: Path, model: Llama, optimizers: tuple[torch.optim.Optimizer, ...], step: int) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value).clone()
+    partial = out / "checkpoint.partial"
+    save_file(tensors, partial, metadata={"step": str(step)})
+    partial.rename(out / "checkpoint")
+
+
+def resume(out: Path, model: Llama, optimizers: tuple[torch.optim.Optimizer, ...]) -> int:
+    """Load the last checkpoint, if there is one; the step to go on with."""
+    path = out / "checkpoint"
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    tensors = load_file(path)
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+    for number, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".")
+                whole["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(whole)
+    print(f"resuming at step {step}")
+    return step
+
+
+def export(out: Path, model: Llama) -> None:
+    """Write the Hugging Face folder: weights in bf16, config, generation config, tokenizer with its chat template."""
+    ids = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    weights = {f"model.{name}": value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    special = {"bos_token_id": ids[BOS], "eos_token_id": ids[END], "pad_token_id": ids[PAD]}
+    files = {
+        "config.json": {**CONFIG, **special},
+        "generation_config.json": {**special, "eos_token_id": [ids[END], ids[PAD]]},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": END,
+            "pad_token": PAD,
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.seed)
