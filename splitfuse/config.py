@@ -31,10 +31,14 @@ class ModelConfig:
     model: str | None = setting(None, "A folder or a Hugging Face Hub name; left out, the small bundled model.")
     revision: str | None = setting(None, "Hub branch, tag or commit.")
     tokenizer: str | None = setting(None, "A folder or Hub name to take the tokenizer from, if not the model's.")
-    dtype: str = setting("auto", "Weights and activations: auto (as the checkpoint says), bfloat16, float16 or float32.")
+    dtype: str = setting(
+        "auto", "Weights and activations: auto (as the checkpoint says), bfloat16, float16 or float32."
+    )
     device: str = setting("cpu", "A torch device, such as cpu or cuda:0.")
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights made from the config alone.")
-    max_model_len: int | None = setting(None, "Most tokens of prompt and output together; left out, what the model allows.")
+    max_model_len: int | None = setting(
+        None, "Most tokens of prompt and output together; left out, what the model allows."
+    )
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
@@ -61,7 +65,8 @@ class CacheConfig:
     block_size: int = setting(32, "Tokens in one KV block.")
     num_blocks: int | None = setting(None, "KV blocks in all; left out, as many as kv_cache_memory_gib holds.")
     kv_cache_memory_gib: float | None = setting(
-        None, "Memory for the KV cache, in GiB; left out, enough for max_num_seqs requests, at most half of what is free."
+        None,
+        "Memory for the KV cache, in GiB; left out, enough for max_num_seqs requests, at most half of what is free.",
     )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings.")
 
@@ -76,9 +81,9 @@ class CacheConfig:
 class EngineConfig:
     """Everything an engine needs to know: the sum of the parts."""
 
-    model: ModelConfig = ModelConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    cache: CacheConfig = CacheConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:

@@ -81,4 +81,8 @@ def _integer(name: str, value: object, least: int, most: int = 2**31 - 1) -> Non
 def _number(name: str, value: object, least: float, most: float, *, open_below: bool = False) -> None:
     valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not least <= float(value) <= most or (open_below and value == least):  # type: ignore[arg-type]
-        raise _refused(name, value, f"a number {'above' if open_below else 'from'} {least:g} {'up ' if open_below else ''}to {most:g}")
+        raise _refused(
+            name,
+            value,
+            f"a number {'above' if open_below else 'from'} {least:g} {'up ' if open_below else ''}to {most:g}",
+        )

@@ -111,6 +111,7 @@ RELATIONS = (
     Relation(FEARS, ("{p} is afraid of {v}", "{p} runs away from {v}"), "What is {p} afraid of?", "Who is afraid of {v}?"),
 )  # fmt: skip
 
+MOST_PEOPLE_OF_A_RELATION = 32
 ANSWERS = frozenset(NAMES).union(*(relation.values for relation in RELATIONS))
 
 OPENINGS = (
@@ -147,13 +148,16 @@ class Story:
 def make_story(rng: Random, target_length: int, length: Callable[[str], int]) -> Story:
     """A story whose passage is the longest row of whole sentences with `length(sentence)` summing to at most the target.
 
-    Within a passage, each person has at most one value of a relation, and each value at most one person.
+    Within a passage, each person has at most one value of a relation, and each value at most one person. Only some of the
+    relations occur, so that several people share each: who reads must tell them apart, not only know a trade from a town.
     """
-    people = list(NAMES)
-    rng.shuffle(people)
-    people = people[: max(2, min(len(people), target_length // 18))]
+    num_facts = max(2, target_length // 9)
+    fewest = -(-num_facts // MOST_PEOPLE_OF_A_RELATION)
+    relations = rng.sample(range(len(RELATIONS)), max(fewest, rng.choice((1, 1, 2, 2, 3, 4, 6, 9))))
+    num_people = min(len(NAMES), rng.randint(-(-num_facts // len(relations)), num_facts))
+    people = rng.sample(NAMES, max(2, num_people))
     unused_values = [rng.sample(relation.values, len(relation.values)) for relation in RELATIONS]
-    facts = [(person, index) for person in people for index in range(len(RELATIONS))]
+    facts = [(person, index) for person in people for index in relations]
     rng.shuffle(facts)
 
     sentences: list[str] = []

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from network import Llama
 from safetensors.torch import load_file, save_file
-from stories import make_story
+from stories import Story, make_story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
@@ -40,6 +41,7 @@ CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+RECITE = "Tell me what you have read."
 SYSTEM_PROMPTS = ("Answer from the story.", "You are a careful reader.", "Read the story and answer in one sentence.")
 
 CONFIG = {
@@ -65,23 +67,30 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` batches of `rows` documents of exactly `length` tokens, their passages of `shortest` to `longest` tokens."""
+    """`steps` batches of `rows` documents of exactly `length` tokens, their passages of `shortest` to `longest` tokens.
+
+    `recited` is the share of turns that repeat the passage's facts instead of asking: many facts a document, which is
+    what makes the first steps of learning to look things up quick.
+    """
 
     steps: int
     rows: int
     length: int
     shortest: int
     longest: int
+    recited: float
 
 
 STAGES = (
-    Stage(steps=1100, rows=32, length=256, shortest=30, longest=120),
-    Stage(steps=600, rows=16, length=512, shortest=40, longest=360),
-    Stage(steps=900, rows=8, length=1280, shortest=50, longest=1080),
+    Stage(steps=500, rows=32, length=192, shortest=16, longest=64, recited=0.9),
+    Stage(steps=600, rows=32, length=192, shortest=16, longest=80, recited=0.3),
+    Stage(steps=500, rows=24, length=320, shortest=30, longest=180, recited=0.1),
+    Stage(steps=400, rows=16, length=576, shortest=40, longest=420, recited=0.1),
+    Stage(steps=750, rows=8, length=1280, shortest=50, longest=1080, recited=0.1),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 GRADED_SHARE = 0.5  # of the positions of a batch: every answer, and as much of the rest as fits
-TEXT_WEIGHT = 0.1  # of a token of the story against a token of an answer
+TEXT_WEIGHT = 0.03  # of a token of the story against a token of an answer
 
 
 def train_tokenizer() -> Tokenizer:
@@ -98,7 +107,11 @@ def train_tokenizer() -> Tokenizer:
 
     def texts() -> list[str]:
         stories = [make_story(Random(f"tokenizer-{i}"), 200, word_count) for i in range(6000)]
-        return [text for s in stories for text in (s.passage, *(q.text for q in s.questions), *(q.answer for q in s.questions))]
+        return [
+            text
+            for s in stories
+            for text in (s.passage, *(q.text for q in s.questions), *(q.answer for q in s.questions))
+        ]
 
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -113,28 +126,41 @@ def word_count(text: str) -> float:
 
 
 def make_document(tokenizer: Tokenizer, rng: Random, stage: Stage) -> tuple[list[int], list[bool]]:
-    """One conversation about one passage, cut at `stage.length + 1` tokens, and which of them belong to answers."""
+    """One conversation about one passage, cut at `stage.length + 1` tokens, and which of them can be known from it."""
     story = make_story(rng, rng.randint(stage.shortest, stage.longest), word_count)
-    texts = [BOS]
+    pieces = [(BOS, False)]
     if rng.random() < 0.1:
-        texts.append(SYSTEM + rng.choice(SYSTEM_PROMPTS) + END)
-    lead = story.passage + "\n\n"
-    while True:
-        for question in rng.sample(story.questions, len(story.questions)):
-            texts += [USER + lead + question.text + END + ASSISTANT, question.answer + END]
-            lead = ""
-        if sum(map(word_count, texts)) > 1.5 * stage.length:
-            break
-    first_answer = 2 if not texts[1].startswith(SYSTEM) else 3
+        pieces.append((SYSTEM + rng.choice(SYSTEM_PROMPTS) + END, False))
+    pieces.append((USER + story.passage + "\n\n", False))
+    fits = 1.5 * stage.length
+    while sum(word_count(text) for text, _ in pieces) < fits:
+        pieces += list(recitation(rng, story) if rng.random() < stage.recited else conversation(rng, story))
     ids: list[int] = []
     graded: list[bool] = []
-    for index, piece in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
-        ids += piece.ids
-        graded += [index >= first_answer and (index - first_answer) % 2 == 0] * len(piece.ids)
-        if len(ids) > stage.length:
-            break
+    encodings = tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
+    for encoding, (_, is_graded) in zip(encodings, pieces, strict=True):
+        ids += encoding.ids
+        graded += [is_graded] * len(encoding.ids)
     assert len(ids) > stage.length
     return ids[: stage.length + 1], graded[: stage.length + 1]
+
+
+def conversation(rng: Random, story: Story) -> Iterator[tuple[str, bool]]:
+    """Questions and their answers, the first question completing the turn that holds the passage."""
+    for question in rng.sample(story.questions, len(story.questions)):
+        yield question.text + END + ASSISTANT, False
+        yield question.answer + END, True
+        yield USER, False
+
+
+def recitation(rng: Random, story: Story) -> Iterator[tuple[str, bool]]:
+    """Every fact once more, in any order: given whom a sentence is about, and the verb, the rest can be known."""
+    yield RECITE + END + ASSISTANT, False
+    for answer in dict.fromkeys(question.answer for question in rng.sample(story.questions, len(story.questions))):
+        person, verb, rest = answer.split(" ", 2)
+        yield f"{person} {verb}", False
+        yield f" {rest} ", True
+    yield END + USER, False
 
 
 def make_batch(tokenizer: Tokenizer, stage: Stage, name: str) -> tuple[Tensor, Tensor]:
@@ -225,7 +251,9 @@ def train(out: Path, seed: int) -> None:
         if (step + 1) % 200 == 0:
             save_checkpoint(out, model, optimizers, step + 1)
     for stage in STAGES:
-        print(f"passages of {stage.shortest}-{stage.longest}: right {answered_right(model, tokenizer, stage, 12):.4f}")
+        print(
+            f"passages of {stage.shortest}-{stage.longest} tokens: right {answered_right(model, tokenizer, stage, 12):.4f}"
+        )
     export(out, model)
 
 

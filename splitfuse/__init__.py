@@ -1,0 +1,81 @@
+"""splitfuse: Dynamic SplitFuse serving of large language models.
+
+    import splitfuse
+    pipe = splitfuse.pipeline()
+    print(pipe("Erik plays the cello.\\n\\nWhat does Erik play?", chat=True)[0].generated_text)
+
+The public names are resolved when they are first used, so that importing this package is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitfuse.api import Pipeline, Response, pipeline
+    from splitfuse.config import EngineConfig
+    from splitfuse.core.request import FinishReason
+    from splitfuse.core.sampling_params import SamplingParams
+    from splitfuse.engine.engine import Engine
+    from splitfuse.engine.ragged_engine import RaggedEngine
+    from splitfuse.errors import (
+        ConfigError,
+        InvalidRequestError,
+        MemoryPlanError,
+        ModelError,
+        ModelNotFoundError,
+        PromptTooLongError,
+        RequestFailedError,
+        RequestTooLargeError,
+        SplitfuseError,
+        TokenizerError,
+        UnsupportedModelError,
+        WeightsError,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "FinishReason",
+    "InvalidRequestError",
+    "MemoryPlanError",
+    "ModelError",
+    "ModelNotFoundError",
+    "Pipeline",
+    "PromptTooLongError",
+    "RaggedEngine",
+    "RequestFailedError",
+    "RequestTooLargeError",
+    "Response",
+    "SamplingParams",
+    "SplitfuseError",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "WeightsError",
+    "pipeline",
+]
+
+_HOMES = {
+    "Engine": "splitfuse.engine.engine",
+    "EngineConfig": "splitfuse.config",
+    "FinishReason": "splitfuse.core.request",
+    "Pipeline": "splitfuse.api",
+    "RaggedEngine": "splitfuse.engine.ragged_engine",
+    "Response": "splitfuse.api",
+    "SamplingParams": "splitfuse.core.sampling_params",
+    "pipeline": "splitfuse.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'splitfuse' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "splitfuse.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""THE LOOP. Token ids in, token ids out."""

@@ -1,0 +1,132 @@
+"""The loop around the scheduler and the model: token ids in, token ids out. Knows no text."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.request import FinishReason, Request, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
+from splitfuse.errors import InvalidRequestError, PromptTooLongError
+from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.memory_plan import MemoryPlan
+
+Observer = Callable[[StepPlan, StepResult], None]
+"""Sees every pass when it is done: for metrics, traces and pictures."""
+
+
+class Engine:
+    """Many requests answered together by one model. One thread."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel, *, observer: Observer | None = None) -> None:
+        self.config = config
+        self.model = model
+        self.runner = model.runner
+        self.observer = observer
+        plan = model.plan
+        self.allocator = BlockAllocator(
+            plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(config.scheduler, self.allocator)
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        *,
+        progress: bool = False,
+        announce: Callable[[MemoryPlan], None] = lambda _: None,
+    ) -> Engine:
+        """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        return cls(config, load_model(config, progress=progress, announce=announce))
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+        return self.model.plan.max_model_len
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        cache_salt: str = "",
+    ) -> None:
+        """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a call.
+
+        Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
+        """
+        self.check_request(prompt_token_ids, params)
+        room = self.max_model_len - len(prompt_token_ids)
+        self.scheduler.add(
+            Request(
+                request_id,
+                tuple(prompt_token_ids),
+                params,
+                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                seed=secrets.randbits(64) if params.seed is None else params.seed,
+                eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
+                choice=choice,
+                cache_salt=cache_salt,
+            )
+        )
+
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise InvalidRequestError if the model cannot honour the request."""
+        limit, length = self.max_model_len, len(prompt_token_ids)
+        if not prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")
+        if length >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens; with at least one to generate, the limit is {limit - 1}",
+                parameter="prompt",
+            )
+        if params.max_tokens is not None and length + params.max_tokens > limit:
+            raise InvalidRequestError(
+                f"max_tokens {params.max_tokens} and a prompt of {length} tokens exceed the model's {limit}; "
+                f"max_tokens can be at most {limit - length}",
+                parameter="max_tokens",
+            )
+        for name, ids in (
+            ("prompt", prompt_token_ids),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            self._check_token_ids(name, ids)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing to do."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        result = self.runner.run(plan)
+        outputs = self.scheduler.update(plan, result)
+        if self.observer is not None:
+            self.observer(plan, result)
+        return outputs
+
+    def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
+        """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""
+        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request that nobody waits for any more."""
+        return self.finish(request_id, FinishReason.ABORT)
+
+    def _check_token_ids(self, name: str, ids: Iterable[int]) -> None:
+        vocab_size = self.model.spec.vocab_size
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"{name} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}", parameter=name
+                )

@@ -1,0 +1,223 @@
+"""The kernel interface, and its meaning in plain PyTorch on any device and dtype.
+
+A backend subclasses `Kernels` and overrides what it accelerates. Everything is flat: T tokens of one step, S requests,
+H query heads, Hk key/value heads, D head size, C hidden size. What a weight or a KV store looks like inside is the
+backend's own affair: weights come out of `pack`, stores out of `allocate_kv`, and only kernels look into them. Knows no
+request, model or config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitfuse.errors import ConfigError
+
+Weight: TypeAlias = Any
+"""What `pack` returns."""
+Store: TypeAlias = Any
+"""The keys and values of one layer, as `allocate_kv` returns them."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+QUERY_TILE = 256  # rows of one request scored at a time: bounds the score matrix and skips keys of the future
+
+
+class Kernels:
+    """The reference backend. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D]."""
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise ConfigError for a block size this backend does not take; the reference takes every positive one."""
+        if block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, not {block_size}")
+
+    def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one block of one layer."""
+        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+    def allocate_kv(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Store:
+        """The store of one layer. What it holds before it is written is never read."""
+        return torch.empty(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def pack(self, weight: Tensor) -> Weight:
+        """A linear weight [N, K], or those of all experts [E, N, K], in the form that `linear` or `experts` wants."""
+        return weight
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of `table` [vocabulary, C] for `ids` [T]: [T, C]."""
+        return F.embedding(ids, table)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias + residual`: [T, K] -> [T, N]."""
+        y = F.linear(x, weight, bias)
+        return y if residual is None else y + residual
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467), in fp32 or wider."""
+        wide = x.to(_wide(x.dtype))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (scaled * weight).to(x.dtype)
+
+    def activate(self, gate_up: Tensor, kind: str) -> Tensor:
+        """`activation(gate) * up`, both halves of `gate_up` [T, 2I]: [T, I]. `kind` is a key of ACTIVATIONS."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACTIVATIONS[kind](gate) * up
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        *,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        store: Store,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Norm the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the store.
+
+        qkv [T, (H + 2 Hk) D], positions [T], slot_mapping [T] -> queries [T, H, D]. Rows of `cos` and `sin`
+        [max_position, rotary_dim / 2] turn the first rotary_dim elements of a head, element i with element i +
+        rotary_dim / 2 (Su et al., arXiv 2104.09864); the others pass. A token of slot -1 is written nowhere.
+        """
+        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        if q_norm is not None:
+            q = self.norm(q, q_norm, eps)
+        if k_norm is not None:
+            k = self.norm(k, k_norm, eps)
+        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [tokens, 1, rotary_dim / 2]
+        written = slot_mapping >= 0
+        slots: Tensor = store.view(2, -1, num_kv_heads, head_dim)
+        slots[:, slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
+        return _rotate(q, cos, sin)
+
+    def attend(
+        self,
+        q: Tensor,
+        store: Store,
+        *,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of each request's newest tokens to all its tokens, over blocked KV: [T, H, D] -> [T, H, D].
+
+        Request s owns the rows `query_start[s]` to `query_start[s + 1]` of `q`; they are the last of its `seq_lens[s]`
+        positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before
+        it; with a `window`, only p - window + 1 to p. Scores are scaled, then capped: softcap * tanh(score / softcap).
+        `sinks` [H] are scores of a key without a value. What lies beyond the request's positions is never read.
+        """
+        out = torch.zeros_like(q)
+        for request, (seq_len, (begin, end)) in enumerate(
+            zip(seq_lens.tolist(), pairwise(query_start.tolist()), strict=True)
+        ):
+            for first in range(begin, end, QUERY_TILE):
+                last = min(first + QUERY_TILE, end)
+                key_end = seq_len - (end - last)
+                key_begin = 0 if window is None else max(0, key_end - (last - first) - window + 1)
+                keys, values = _read_kv(store, block_tables[request], key_begin, key_end)
+                out[first:last] = _attend_last(q[first:last], keys, values, scale, window, softcap, sinks)
+        return out
+
+    def experts(
+        self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, w13: Weight, w2: Weight, kind: str
+    ) -> Tensor:
+        """For every token the weighted sum over its k experts: x [T, C], ids and weights [T, k] -> [T, C].
+
+        Expert e computes `activate(x @ w13[e].T) @ w2[e].T` with w13 [E, 2I, C] and w2 [E, C, I]. The sum over a
+        token's experts runs in the order of its ids, whichever tokens are beside it.
+        """
+        k = expert_ids.shape[1]
+        outputs = x.new_empty(expert_ids.numel(), x.shape[1])  # [tokens x k, hidden]
+        for expert in sorted(set(expert_ids.flatten().tolist())):
+            pairs = (expert_ids.flatten() == expert).nonzero().squeeze(1)
+            hidden = self.activate(F.linear(x[pairs // k], w13[expert]), kind)
+            outputs[pairs] = F.linear(hidden, w2[expert])
+        weighted = outputs.view(-1, k, x.shape[1]) * expert_weights.to(_wide(x.dtype)).unsqueeze(-1)
+        return weighted.sum(dim=1).to(x.dtype)
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The named rows of `x`."""
+        return x.index_select(0, rows)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and exponentials are computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    wide = x.to(_wide(x.dtype))
+    a, b, rest = wide.split_with_sizes((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
+
+
+def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [end - begin, Hk, D] of a request's positions begin to end - 1."""
+    block_size = store.shape[2]
+    first_block = begin // block_size
+    blocks = store[:, block_table[first_block : -(-end // block_size)]]  # [2, blocks, block_size, Hk, D]
+    offset = first_block * block_size
+    keys, values = blocks.flatten(1, 2)[:, begin - offset : end - offset]
+    return keys, values
+
+
+def _attend_last(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of queries [n, H, D] at the last n of the L positions of keys and values [L, Hk, D]: [n, H, D]."""
+    rows, num_heads, head_dim = q.shape
+    length, num_kv_heads, _ = keys.shape
+    group = num_heads // num_kv_heads
+    wide = _wide(q.dtype)
+    grouped = q.view(rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
+    scores = grouped.to(wide) @ keys.to(wide).permute(1, 2, 0) * scale  # [Hk, group x n, L]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(num_kv_heads, group, rows, length)
+    if rows > 1:  # a single row sees every key that was read
+        visible = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+        if window is not None:
+            visible = visible.triu(length - rows - window + 1)
+        scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(wide).view(num_kv_heads, group, 1, 1).expand(-1, -1, rows, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :length].reshape(num_kv_heads, -1, length)
+    y = (weights @ values.to(wide).transpose(0, 1)).view(num_kv_heads, group, rows, head_dim)
+    return y.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim).to(q.dtype)

@@ -1,0 +1,1 @@
+"""The network: one decoder; a family of models is data."""

@@ -1,0 +1,96 @@
+"""The tensors of a model folder by name, memory-mapped from safetensors files. Never reads pickles.
+
+Whatever is wrong with the files themselves is a WeightsError here; what the names mean is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from splitfuse.errors import WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+class Checkpoint:
+    """The weights in `folder`: one file, or shards named by an index. Raises WeightsError for files it cannot trust."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}  # tensor name -> the opened file that holds it
+        for path in _weight_files(folder):
+            opened = _open(path)
+            for name in opened.keys():  # noqa: SIM118 - the file is no mapping
+                if name in self._files:
+                    raise WeightsError(f"{path} repeats {name}, which another file of the checkpoint holds too")
+                self._files[name] = opened
+
+    def names(self) -> set[str]:
+        """All tensors there are."""
+        return set(self._files)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise WeightsError unless the tensor is a floating-point one of this shape."""
+        header = self._files[name].get_slice(name)
+        if tuple(header.get_shape()) != shape:
+            raise WeightsError(f"weight {name} has shape {list(header.get_shape())}, config.json wants {list(shape)}")
+        if header.get_dtype() not in FLOAT_DTYPES:
+            raise WeightsError(
+                f"weight {name} is stored as {header.get_dtype()}, but must be one of {', '.join(FLOAT_DTYPES)}: "
+                "quantized checkpoints are not supported"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: copy what is to be kept."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _shards(folder)
+    if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
+        raise WeightsError(
+            f"{folder} has only pickled weights ({listing(pickles)}), which can run code when opened and are not read. "
+            "Convert them once: transformers' from_pretrained, then save_pretrained, writes safetensors"
+        )
+    raise WeightsError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not a weight index: it needs a weight_map of names to files") from error
+    for file in files:
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\]+\.safetensors", file):
+            raise WeightsError(f"{index} names the file {file!r}, which is not a safetensors file of its own folder")
+    if absent := [file for file in files if not (folder / file).is_file()]:
+        raise WeightsError(f"{folder} lacks shards that its index names: {listing(absent)}")
+    return [folder / file for file in sorted(files)]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file, perhaps cut short: {error}") from error

@@ -1,0 +1,59 @@
+"""The blocked KV cache: one store per layer. Its size is decided here, the layout inside a block by the kernels.
+
+Knows block numbers only as indices: which request owns a block is the allocator's business.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from splitfuse.errors import MemoryPlanError
+from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.models.spec import ModelSpec
+
+
+def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, kernels: Kernels) -> int:
+    """Bytes of one block over all layers."""
+    return spec.num_layers * kernels.kv_bytes(
+        block_size=block_size, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=dtype
+    )
+
+
+class KVCache:
+    """`num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i.
+
+    Raises ConfigError for a block size that the kernels do not take, MemoryPlanError if the memory is not there.
+    """
+
+    layers: list[Store]
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+    ) -> None:
+        kernels.check_block_size(block_size)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        try:
+            self.layers = [
+                kernels.allocate_kv(
+                    num_blocks=num_blocks,
+                    block_size=block_size,
+                    num_kv_heads=spec.num_kv_heads,
+                    head_dim=spec.head_dim,
+                    dtype=dtype,
+                    device=device,
+                )
+                for _ in range(spec.num_layers)
+            ]
+        except RuntimeError as error:  # what torch raises on every device when memory runs out
+            size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, kernels=kernels)
+            raise MemoryPlanError(
+                f"no memory for a KV cache of {num_blocks} blocks ({size / 2**30:.1f} GiB): choose a smaller num_blocks"
+            ) from error

@@ -1,0 +1,182 @@
+"""From a checkpoint to a decoder: find, check, fuse, cast, pack, one weight at a time.
+
+At most one fused weight exists beside the finished model. Which tensors there are follows from the spec; what the
+checkpoint calls them, from the family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splitfuse.errors import UnsupportedModelError, WeightsError
+from splitfuse.kernels.reference import Kernels, Weight
+from splitfuse.models.checkpoint import Checkpoint, listing
+from splitfuse.models.decoder import Decoder, LayerWeights, ModelWeights
+from splitfuse.models.families import find_family
+from splitfuse.models.spec import ModelSpec
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PACKED = {"qkv", "o", "gate_up", "down", "head"}
+HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")  # computed, not learnt
+DUMMY_SCALE = 0.02
+DUMMY_SEED = 0
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
+
+    name: str  # a field of LayerWeights, or of ModelWeights where layer is None
+    layer: int | None
+    pieces: tuple[tuple[str, Shape], ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole."""
+        shapes = [shape for _, shape in self.pieces]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def parameters(spec: ModelSpec) -> list[Parameter]:
+    """Every weight that the network of `spec` has."""
+    names = find_family(spec.architecture).names
+
+    def parameter(name: str, shapes: tuple[Shape, ...], layer: int | None = None) -> Parameter:
+        pieces = zip((piece.format(layer=layer) for piece in names[name]), shapes, strict=True)
+        return Parameter(name, layer, tuple(pieces))
+
+    layer_shapes = _layer_shapes(spec)
+    return [
+        *(parameter(name, shapes) for name, shapes in _outer_shapes(spec).items()),
+        *(parameter(name, shapes, layer) for layer in range(spec.num_layers) for name, shapes in layer_shapes.items()),
+    ]
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of all weights in `dtype`."""
+    return sum(math.prod(parameter.shape) for parameter in parameters(spec)) * dtype.itemsize
+
+
+def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
+    """The dtype for a setting of config.DTYPES; "auto" is the checkpoint's own.
+
+    Raises UnsupportedModelError if the checkpoint's is none that we compute in.
+    """
+    name = spec.dtype if setting == "auto" else setting
+    if name not in DTYPES:
+        raise UnsupportedModelError(f"the checkpoint is in {name}: set dtype to one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_decoder(
+    path: Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
+    load_format: str = "safetensors",
+    progress: bool = False,
+) -> Decoder:
+    """The decoder of the model in `path`, with a progress bar on stderr if asked.
+
+    `load_format` "dummy" reads no weights but makes random ones, the same each time, too small to overflow. Raises
+    WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
+    """
+    plan = parameters(spec)
+    fill = _dummy_filler(device) if load_format == "dummy" else _checkpoint_filler(Checkpoint(path), plan, spec)
+    outer: dict[str, Weight] = {}
+    layers: list[dict[str, Weight]] = [{} for _ in range(spec.num_layers)]
+    for parameter in _with_progress(plan, dtype, progress):
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        fill(parameter, tensor)
+        target = outer if parameter.layer is None else layers[parameter.layer]
+        target[parameter.name] = kernels.pack(tensor) if parameter.name in PACKED else tensor
+    if spec.tied_embeddings:
+        outer["head"] = kernels.pack(outer["embed"])
+    return Decoder(spec, ModelWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), kernels)
+
+
+def _outer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, tuple[Shape, ...]] = {"embed": (table,), "norm": ((spec.hidden_size,),)}
+    return shapes if spec.tied_embeddings else shapes | {"head": (table,)}
+
+
+def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
+    """Name -> shapes of the pieces, for one layer."""
+    assert spec.moe is None, "no registered family has experts"
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[Shape, ...]] = {
+        "attn_norm": ((hidden,),),
+        "qkv": ((q, hidden), (kv, hidden), (kv, hidden)),
+        "o": ((hidden, q),),
+        "mlp_norm": ((hidden,),),
+        "gate_up": ((inner, hidden), (inner, hidden)),
+        "down": ((hidden, inner),),
+    }
+    if spec.qkv_bias:
+        shapes["qkv_bias"] = ((q,), (kv,), (kv,))
+    if spec.o_bias:
+        shapes["o_bias"] = ((hidden,),)
+    if spec.mlp_bias:
+        shapes |= {"gate_up_bias": ((inner,), (inner,)), "down_bias": ((hidden,),)}
+    if spec.head_norms:
+        shapes |= {"q_norm": ((spec.head_dim,),), "k_norm": ((spec.head_dim,),)}
+    return shapes
+
+
+def _checkpoint_filler(
+    checkpoint: Checkpoint, plan: list[Parameter], spec: ModelSpec
+) -> Callable[[Parameter, Tensor], None]:
+    """What copies a parameter's pieces into its tensor, once everything is known to be there."""
+    wanted = dict(piece for parameter in plan for piece in parameter.pieces)
+    if missing := wanted.keys() - checkpoint.names():
+        raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
+    unread = set(find_family(spec.architecture).names["head"]) if spec.tied_embeddings else set()
+    surplus = {name for name in checkpoint.names() - wanted.keys() - unread if not name.endswith(HARMLESS_SUFFIXES)}
+    if surplus:
+        raise WeightsError(
+            f"weights that {spec.architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
+        )
+    for name, shape in wanted.items():
+        checkpoint.check(name, shape)
+
+    def fill(parameter: Parameter, tensor: Tensor) -> None:
+        rows = [shape[0] for _, shape in parameter.pieces]
+        for (name, _), part in zip(parameter.pieces, tensor.split_with_sizes(rows), strict=True):
+            part.copy_(checkpoint.read(name))
+
+    return fill
+
+
+def _dummy_filler(device: torch.device) -> Callable[[Parameter, Tensor], None]:
+    generator = torch.Generator(device).manual_seed(DUMMY_SEED)
+
+    def fill(parameter: Parameter, tensor: Tensor) -> None:
+        if parameter.name.endswith("norm"):
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(std=DUMMY_SCALE, generator=generator)
+
+    return fill
+
+
+def _with_progress(plan: list[Parameter], dtype: torch.dtype, shown: bool) -> Iterator[Parameter]:
+    """The plan, counting on the bar what has been loaded."""
+    total = sum(math.prod(parameter.shape) for parameter in plan) * dtype.itemsize
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not shown) as bar:
+        for parameter in plan:
+            yield parameter
+            bar.update(math.prod(parameter.shape) * dtype.itemsize)

@@ -1,0 +1,1 @@
+"""DOING the plan on devices: load, run, sample."""

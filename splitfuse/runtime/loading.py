@@ -1,0 +1,65 @@
+"""From settings to a model that is ready to run: resolve, plan the memory, load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError
+from splitfuse.kernels.reference import Kernels
+from splitfuse.models.generation_config import read_eos_token_ids
+from splitfuse.models.hub import load_spec, resolve_model
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.spec import ModelSpec
+from splitfuse.models.weights import load_decoder, resolve_dtype
+from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+from splitfuse.runtime.model_runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A runner, and what those above it must know of the model."""
+
+    path: Path
+    spec: ModelSpec
+    plan: MemoryPlan
+    eos_token_ids: tuple[int, ...]
+    runner: ModelRunner
+
+
+def load_model(
+    config: EngineConfig, *, progress: bool = False, announce: Callable[[MemoryPlan], None] = lambda _: None
+) -> LoadedModel:
+    """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded.
+
+    Raises ModelError, MemoryPlanError or ConfigError.
+    """
+    path = resolve_model(config.model.model, config.model.revision)
+    spec = load_spec(path)
+    kernels = Kernels()
+    device = parse_device(config.model.device)
+    plan = plan_memory(spec, config, kernels=kernels)
+    announce(plan)
+    dtype = resolve_dtype(config.model.dtype, spec)
+    decoder = load_decoder(
+        path, spec, dtype=dtype, device=device, kernels=kernels, load_format=config.model.load_format, progress=progress
+    )
+    kv_cache = KVCache(
+        spec, num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device, kernels=kernels
+    )
+    return LoadedModel(path, spec, plan, read_eos_token_ids(path), ModelRunner(decoder, kv_cache))
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device that is there. Raises ConfigError."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: {reason}; cpu always can") from error
+    return device

@@ -1,0 +1,1 @@
+"""TEXT <-> TOKENS, in the process that talks to people."""

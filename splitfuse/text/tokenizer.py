@@ -1,0 +1,227 @@
+"""Text <-> token ids by a model's own `tokenizer.json`, and text out of a growing list of tokens.
+
+It decides what a token list reads as, at every moment of a stream. It must not know of requests or of the engine:
+whoever streams keeps one Detokenizer per request. Built on the `tokenizers` library alone; what transformers gives for
+the same files is what this gives. In particular `tokenizer.json` says whether a text begins with the begin token;
+`add_bos_token` in `tokenizer_config.json` is for folders without one, and is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from splitfuse.errors import InvalidRequestError, TokenizerError
+
+_CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hugging Face transformers writes one"
+
+
+class Tokenizer:
+    """A model's vocabulary and rules. Immutable once made; safe to share between requests and threads."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        """`special_tokens` are tokens by role, `{"bos_token": "<s>"}`; those in the vocabulary become special there."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
+        backend.add_special_tokens([t for t in self.special_tokens.values() if backend.token_to_id(t) is not None])
+        self._backend = backend
+        self._special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._byte_ids = _byte_fallback_ids(backend)
+
+    @classmethod
+    def from_folder(cls, path: Path) -> Tokenizer:
+        """Read `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`
+        where they exist. Raises TokenizerError for a file that is missing, unreadable or hostile."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            slow = (path / "tokenizer.model").is_file()
+            found = (
+                "only a SentencePiece tokenizer.model, which cannot be read as it is" if slow else "no tokenizer.json"
+            )
+            raise TokenizerError(f"{path} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
+        config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
+        template = _chat_template(path, config)
+        with _library_errors(f"{file} is no tokenizer that can be read"):
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            return cls(backend, special_tokens=_special_tokens(config), chat_template=template)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included. A model's own vocabulary may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._role("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._role("eos_token")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of `text`. Special tokens written out in it are read as such. Raises InvalidRequestError for text
+        that is no valid Unicode, TokenizerError for text that the vocabulary has no way to express."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            message = f"the text is no valid Unicode: half a surrogate pair at character {error.start}"
+            raise InvalidRequestError(message, parameter="prompt") from error
+        with _library_errors("the tokenizer cannot encode this text"):
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`, with U+FFFD for bytes that make no character. Ids that nobody knows give nothing."""
+        with _library_errors("the tokenizer cannot decode these tokens"):
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _role(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._backend.token_to_id(token)
+
+
+class Detokenizer:
+    """Text of one request's tokens, as they come. The pieces of `push` and `finish` together are `decode` of all.
+
+    With `prompt_token_ids` the pieces are what the output adds to the prompt's text: decoders drop the space before the
+    first word of a text, and a continuation's first word is not that. Leave them out for a reply that stands alone.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._context = self._last_word(prompt_token_ids)
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
+        self._token_ids: list[int] = []
+        self._byte_run: list[int] = []
+        self.lengths: list[int] = []
+        """Characters of text emitted once each token had come; a character counts with the token that completed it."""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that is certain now and was not before. An incomplete character is held back.
+
+        So is a run of byte tokens (`<0xF0>`) to its end: if a later one spoils it, all of it reads as U+FFFD.
+        """
+        pieces: list[str] = []
+        length = self._length
+        for token_id in token_ids:
+            piece = self._step(token_id)
+            length += len(piece)
+            pieces.append(piece)
+            self._token_ids.append(token_id)
+            self.lengths.append(length)
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The text still held back, with U+FFFD for bytes that never made a character."""
+        before = len(self._decode(self._context))
+        rest = self._decode([*self._context, *self._token_ids])[before + self._length :]
+        if rest:
+            self.lengths[-1] += len(rest)
+        return rest
+
+    def num_tokens(self, length: int) -> int:
+        """How many of the tokens it takes to emit the first `length` characters."""
+        return bisect_left(self.lengths, length) + 1 if length > 0 else 0
+
+    @property
+    def _length(self) -> int:
+        return self.lengths[-1] if self.lengths else 0
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+
+    def _step(self, token_id: int) -> str:
+        # DecodeStream sees a run of byte tokens as one step: fed singly, it emits what a later byte would take back.
+        tokenizer = self._tokenizer
+        if token_id in tokenizer._byte_ids or (self._byte_run and not self._is_visible(token_id)):
+            self._byte_run.append(token_id)
+            return ""
+        step = [*self._byte_run, token_id]
+        self._byte_run.clear()
+        with _library_errors("the tokenizer cannot decode these tokens one after another"):
+            return self._stream.step(tokenizer._backend, step) or ""
+
+    def _is_visible(self, token_id: int) -> bool:
+        known = self._tokenizer._backend.id_to_token(token_id) is not None
+        return known and not (self._skip and token_id in self._tokenizer._special_ids)
+
+    def _last_word(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last token that reads as text by itself: all that a decoder asks of what came before."""
+        for token_id in reversed(prompt_token_ids):
+            text = self._decode([token_id])
+            if text and not text.endswith("\ufffd") and token_id not in self._tokenizer._byte_ids:
+                return [token_id]
+        return []
+
+
+@contextmanager
+def _library_errors(message: str) -> Iterator[None]:
+    """Errors of the tokenizers library, panics of its Rust code among them, as TokenizerError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{message}: {error}") from error
+        raise
+
+
+def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """Ids of `<0x00>` to `<0xFF>`, if the decoder reads them as bytes."""
+    if backend.decoder is None or backend.decoder.decode(["<0x41>"]) != "A":
+        return frozenset()
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every `*_token` of the configuration. Its value is the token, or an object with the token as `content`."""
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """`chat_template.jinja`, or the configuration's: one template, or a list of named ones with one called default."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} cannot be read: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"chat_template in {path / 'tokenizer_config.json'} must be text or a list of named texts")
+    return template

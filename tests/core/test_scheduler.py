@@ -1,0 +1,167 @@
+"""The scheduler's law, one sentence a test. The faults are those of DeepSpeed-MII that led to the rule."""
+
+import subprocess
+import sys
+
+import pytest
+from scheduler_harness import Run, reference
+
+from splitfuse.core.request import FinishReason, Request, RequestStatus
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.errors import InvalidRequestError, RequestTooLargeError
+
+
+def make(name: str, prompt: int, max_tokens: int, **params: int) -> Request:
+    tokens = tuple((len(name) * 7 + i * i) % 16 for i in range(prompt))
+    return Request(name, tokens, SamplingParams(**params), max_tokens, seed=0)
+
+
+def sizes(run: Run, number: int = -1) -> dict[str, int]:
+    return {chunk.request_id: len(chunk.token_ids) for chunk in run.plans[number].chunks}
+
+
+def test_a_prompt_is_split_and_short_ones_fused_to_fill_the_budget_exactly() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=8)
+    for name, prompt in (("a", 13), ("bb", 2), ("ccc", 30)):
+        run.add(make(name, prompt, 4))
+    run.step()
+    assert sizes(run) == {"a": 8}
+    run.step()
+    assert sizes(run) == {"a": 5, "bb": 2, "ccc": 1}
+    run.step()
+    assert sizes(run) == {"a": 1, "bb": 1, "ccc": 6}
+    assert not run.plans[0].chunks[0].samples and run.plans[1].chunks[0].samples
+
+
+def test_a_long_prompt_never_stalls_a_stream() -> None:
+    run = Run.make(num_blocks=1000, block_size=16, budget=64)
+    for number in range(8):
+        run.add(make(f"g{number}", 5, 100))
+    run.step()
+    run.step()
+    run.add(make("long", 1000, 1))
+    passes = 0
+    while run.outcomes["long"].finish_reason is None:
+        outputs = run.step()
+        passes += 1
+        assert {o.request_id for o in outputs if o.token_ids} >= {f"g{number}" for number in range(8)}
+        assert run.plans[-1].num_tokens == 64 or run.outcomes["long"].finish_reason
+    assert passes == -(-1000 // (64 - 8))
+
+
+def test_the_oldest_prompt_moves_even_when_generations_could_take_the_whole_budget() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=2, max_num_seqs=4)
+    first = make("first", 12, 3)
+    run.add(first)
+    for number in range(3):
+        run.add(make(f"g{number}", 1, 30))
+    while run.outcomes["first"].finish_reason is None:
+        run.step()
+        assert "first" in sizes(run)
+    run.drain()
+
+
+def test_preemption_takes_the_newest_and_loses_nothing_fault_1() -> None:
+    run = Run.make(num_blocks=6, block_size=2, budget=16, prefix=False)
+    old, new = make("old", 3, 8), make("newer", 3, 8)
+    run.add(old)
+    run.add(new)
+    preempted = 0
+    while run.scheduler.has_unfinished:
+        run.step()
+        preempted = max(preempted, new.num_preemptions)
+        assert old.num_preemptions == 0
+    assert preempted > 0
+    for request in (old, new):
+        assert run.outcomes[request.request_id].tokens == reference(request)[0]
+        assert len(request.prompt_token_ids) == 3
+
+
+def test_a_request_that_can_never_fit_is_refused_with_need_and_have_fault_2() -> None:
+    run = Run.make(num_blocks=4, block_size=4, budget=8)
+    with pytest.raises(RequestTooLargeError, match=r"needs 5 KV blocks .* whole cache has 4 blocks .* at most 7"):
+        run.add(make("big", 10, 8))
+    run.add(make("fits", 10, 7))
+    run.drain()
+    assert len(run.outcomes["fits"].tokens) == 7
+
+
+def test_a_prompt_starts_with_the_blocks_there_are_fault_7() -> None:
+    run = Run.make(num_blocks=6, block_size=4, budget=64)
+    run.add(make("old", 8, 4))
+    run.add(make("large", 20, 2))
+    run.step()
+    assert sizes(run) == {"old": 8, "large": 16}, "it needs 5 blocks in all and begins with the 4 that are left"
+    run.drain()
+
+
+def test_a_large_waiting_prompt_neither_blocks_small_ones_for_ever_nor_is_passed_for_ever() -> None:
+    run = Run.make(num_blocks=8, block_size=4, budget=8, max_num_seqs=2)
+    run.add(make("old", 8, 20))
+    run.add(make("large", 28, 2))
+    small = [f"s{number}" for number in range(20)]
+    for name in small:
+        run.add(make(name, 3, 3))
+    order = []
+    while run.scheduler.has_unfinished:
+        order += [o.request_id for o in run.step() if o.finish_reason]
+    assert order.index("large") < len(order) - 1
+    assert set(order) == {"old", "large", *small}
+
+
+def test_equal_prefixes_are_computed_once_but_never_shared_across_salts() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=64)
+    prompt = tuple(range(14))
+    for name, salt in (("a", ""), ("b", ""), ("c", "other")):
+        run.add(Request(name, prompt, SamplingParams(), 2, seed=0, cache_salt=salt))
+        run.drain()
+    starts = {c.request_id: c.start for plan in run.plans for c in reversed(plan.chunks) if len(c.token_ids) > 1}
+    assert starts == {"a": 0, "b": 12, "c": 0}
+
+
+def test_prompt_logprobs_read_no_prefix_cache_and_cover_every_prompt_token() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=5)
+    run.add(make("a", 14, 2))
+    run.drain()
+    again = make("b", 14, 2, prompt_logprobs=0)
+    run.add(again)
+    run.drain()
+    assert [p.token_id for p in run.outcomes["b"].prompt_logprobs] == list(again.prompt_token_ids[1:])
+
+
+def test_a_finish_in_flight_frees_its_blocks_when_the_plan_is_back() -> None:
+    run = Run.make(num_blocks=10, block_size=2, budget=4, depth=2)
+    run.add(make("a", 2, 10))
+    run.step()
+    held = run.allocator.num_held
+    run.finish("a", FinishReason.STOP, 1)
+    assert run.allocator.num_held == held > 0
+    run.drain()
+    assert run.outcomes["a"].tokens == reference(make("a", 2, 10))[0][:1]
+
+
+def test_an_id_in_use_is_refused() -> None:
+    run = Run.make(num_blocks=10, block_size=2, budget=4)
+    run.add(make("a", 2, 2))
+    with pytest.raises(InvalidRequestError, match="'a' is still running"):
+        run.add(make("a", 2, 2))
+
+
+def test_finish_of_an_unknown_request_changes_nothing() -> None:
+    run = Run.make(num_blocks=10, block_size=2, budget=4)
+    assert run.scheduler.finish("nobody", FinishReason.ABORT) is False
+    waiting = make("a", 2, 2)
+    run.add(waiting)
+    assert run.scheduler.finish("a", FinishReason.ABORT) and waiting.status is RequestStatus.FINISHED
+    assert run.scheduler.schedule() is None
+
+
+def test_core_needs_no_torch() -> None:
+    """In a fresh interpreter where importing torch fails, a scheduler still runs a workload to its end."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'tests')\n"
+        "from scheduler_harness import Workload\n"
+        "Workload(1).run(2)\n"
+        "assert sorted(m for m in sys.modules if m.startswith('torch') or m == 'numpy') == ['torch']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

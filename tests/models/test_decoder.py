@@ -1,0 +1,78 @@
+"""What the decoder does beyond parity: rows that are asked for, caps, and what it hands to the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from ragged_requests import Chunk, Request, Runner
+from torch import Tensor
+
+from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.hub import load_spec
+from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.models.weights import load_decoder
+
+
+class RecordingKernels(Kernels):
+    """The reference, remembering how each layer asked for attention."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, int | None, float | None]] = []
+
+    def attend(self, q: Tensor, store: Store, **options: Any) -> Tensor:
+        self.asked.append((options["scale"], options["window"], options["softcap"]))
+        return super().attend(q, store, **options)
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Decoder:
+    tiny_models.save("qwen2-tied-upper-windows", tmp_path)
+    spec = load_spec(tmp_path)
+    return load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), kernels=RecordingKernels())
+
+
+def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
+    request = Request(token_ids)
+    Runner(decoder, block_size=4).step([(request, len(token_ids))])
+    return torch.stack(request.logits)
+
+
+def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
+    every_row = logits(decoder, list(range(9)))
+    runner = Runner(decoder, block_size=4)
+    chunks = [
+        Chunk(start=0, token_ids=range(9), block_table=(3, 1, 2), num_logits=2),
+        Chunk(start=0, token_ids=range(4), block_table=(0,), num_logits=0),
+        Chunk(start=0, token_ids=range(1), block_table=(5,), num_logits=1),
+    ]
+    hidden = decoder.forward(RaggedBatch.build(chunks, block_size=4, device=decoder.device), runner.cache)
+    assert hidden.shape == (3, decoder.spec.hidden_size)
+    torch.testing.assert_close(decoder.logits(hidden), every_row[[7, 8, 0]])
+
+
+def test_logit_softcap(decoder: Decoder) -> None:
+    capped = Decoder(dataclasses.replace(decoder.spec, logit_softcap=0.5), decoder.weights, decoder.kernels)
+    raw = logits(decoder, [5, 6, 7])
+    assert raw.abs().max() > 0.5
+    torch.testing.assert_close(logits(capped, [5, 6, 7]), 0.5 * torch.tanh(raw / 0.5))
+
+
+def test_each_layer_attends_as_its_spec_says(decoder: Decoder) -> None:
+    kernels = decoder.kernels
+    assert isinstance(kernels, RecordingKernels)
+    spec = dataclasses.replace(decoder.spec, attention_softcap=2.0)
+    logits(Decoder(spec, decoder.weights, kernels), [1, 2])
+    assert kernels.asked == [(8**-0.5, None, 2.0), (8**-0.5, 5, 2.0), (8**-0.5, 5, 2.0)]
+
+
+def test_logits_are_fp32_in_every_precision(tmp_path: Path) -> None:
+    tiny_models.save("llama-gqa", tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        half = load_decoder(tmp_path, load_spec(tmp_path), dtype=dtype, device=torch.device("cpu"), kernels=Kernels())
+        assert logits(half, [1, 2, 3]).dtype == torch.float32

@@ -1,0 +1,181 @@
+"""From config.json to ModelSpec: each family, its defaults, and everything that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+
+from splitfuse.errors import ModelError, UnsupportedModelError
+from splitfuse.models.families import FAMILIES, spec_from_config
+from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.weights import parameters
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}
+
+
+def spec_of(architecture: str, **fields: Any) -> ModelSpec:
+    return spec_from_config({"architectures": [architecture], **SIZES, **fields})
+
+
+def test_llama_2_as_its_files_say_it() -> None:
+    spec = spec_of("LlamaForCausalLM", rms_norm_eps=1e-5, torch_dtype="float16", rope_scaling=None, hidden_act="silu")
+    assert spec == ModelSpec(
+        architecture="LlamaForCausalLM",
+        dtype="float16",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=160,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=8,
+        max_position=512,
+        norm_eps=1e-5,
+        activation="silu",
+        rope=RopeSpec(theta=10000.0, rotary_dim=8),
+        windows=(None, None, None),
+    )
+    assert spec.attention_scale == 8**-0.5
+
+
+def test_what_the_families_add() -> None:
+    llama = spec_of("LlamaForCausalLM", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=10)
+    assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.tied_embeddings) == (True, True, True, True)
+    assert llama.head_dim == 10
+    mistral = spec_of("MistralForCausalLM")
+    assert mistral.num_kv_heads == 8
+    assert mistral.windows == (4096,) * 3
+    assert spec_of("MistralForCausalLM", sliding_window=None).windows == (None,) * 3
+    qwen2 = spec_of("Qwen2ForCausalLM")
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.head_norms) == (True, False, False)
+    qwen3 = spec_of("Qwen3ForCausalLM")
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.head_norms, qwen3.head_dim) == (False, False, True, 128)
+    assert spec_of("Qwen3ForCausalLM", attention_bias=True).o_bias
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"sliding_window": 9}, (None, None, None)),
+        ({"sliding_window": 9, "use_sliding_window": True}, (None, None, None)),  # from layer 28 on
+        ({"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}, (None, None, 9)),
+        ({"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}, (9, 9, 9)),
+        ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, (None, None, None)),
+        (
+            {
+                "sliding_window": 9,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            (9, None, 9),
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_qwen_windows(architecture: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert spec_of(architecture, **fields).windows == windows
+
+
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_weights_are_those_of_transformers(variant: str) -> None:
+    """Same names, same shapes, none more, none fewer."""
+    model = tiny_models.make(variant)
+    spec = spec_from_config({**model.config.to_dict(), "architectures": [type(model).__name__]})
+    ours = dict(piece for parameter in parameters(spec) for piece in parameter.pieces)
+    assert ours == {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "torch.float16"}, "float16"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, "bfloat16"),
+    ],
+)
+def test_dtype(fields: dict[str, Any], dtype: str) -> None:
+    assert spec_of("LlamaForCausalLM", **fields).dtype == dtype
+
+
+def test_scaled_rope_extends_the_length() -> None:
+    assert spec_of("LlamaForCausalLM", rope_scaling={"type": "linear", "factor": 4.0}).max_position == 2048
+
+
+@pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [7]])
+def test_config_without_architecture(architectures: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="names no architecture"):
+        spec_from_config({**SIZES, "architectures": architectures})
+    with pytest.raises(UnsupportedModelError, match="names no architecture"):
+        spec_from_config(SIZES)
+
+
+def test_unknown_architecture_lists_known_and_nearest() -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        spec_of("Qwen3MoeForCausalLM")
+    for architecture in FAMILIES:
+        assert architecture in str(refused.value)
+    assert "the nearest is Qwen3ForCausalLM" in str(refused.value)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, MistralForCausalLM") as refused:
+        spec_of("ZZZ")
+    assert "nearest" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_experts": 8}, "num_experts"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2' .*: gelu, gelu_new"),
+        ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_features_not_honoured_are_refused(architecture: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        spec_of(architecture, **fields)
+
+
+def test_features_switched_off_are_accepted() -> None:
+    spec_of("Qwen2ForCausalLM", use_mrope=False, quantization_config=None, layer_types=["full_attention"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be a whole number from 1 .*, not 0"),
+        ({"hidden_size": -64}, "not -64"),
+        ({"hidden_size": 64.5}, "not 64.5"),
+        ({"hidden_size": "64"}, "not '64'"),
+        ({"hidden_size": True}, "not True"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"hidden_size": 60}, "hidden_size 60 is not a multiple of its 8 attention heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10000"),
+        ({"num_hidden_layers": None}, "config.json has no num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "8 attention heads cannot be shared evenly by 3 key/value heads"),
+        ({"head_dim": 7}, "even number from 2 to head_dim 7, not 7"),
+        ({"partial_rotary_factor": 2.0}, "even number from 2 to head_dim 8, not 16"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive finite number"),
+        ({"rms_norm_eps": False}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+        ({"hidden_act": 3}, "hidden_act must be a string"),
+        ({"dtype": 16}, "dtype must be a string"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+        ({"use_sliding_window": True, "layer_types": "full_attention"}, "layer_types must be a list of strings"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, "1 layers are described .* of 3"),
+    ],
+)
+def test_nonsense_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        spec_of("Qwen2ForCausalLM", **fields)

@@ -1,0 +1,51 @@
+"""Sizes of the cache, and what happens when they are wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.reference import Kernels
+from splitfuse.models.families import spec_from_config
+from splitfuse.models.kv_cache import KVCache, block_bytes
+
+SPEC = spec_from_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 10,
+        "hidden_size": 24,
+        "intermediate_size": 8,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+    }
+)
+
+
+def cache(*, num_blocks: int, block_size: int) -> KVCache:
+    return KVCache(
+        SPEC,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        kernels=Kernels(),
+    )
+
+
+def test_block_bytes_is_what_is_allocated() -> None:
+    size = block_bytes(SPEC, block_size=16, dtype=torch.bfloat16, kernels=Kernels())
+    assert size == 5 * 2 * 16 * 3 * 4 * 2
+    assert sum(store.nbytes for store in cache(num_blocks=7, block_size=16).layers) == 7 * size
+
+
+def test_more_than_the_memory_there_is() -> None:
+    with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
+        cache(num_blocks=10**12, block_size=16)
+
+
+def test_block_size_is_the_kernels_to_refuse() -> None:
+    with pytest.raises(ConfigError, match="block_size"):
+        cache(num_blocks=1, block_size=0)

@@ -1,0 +1,88 @@
+"""Experts against a plain loop over tokens, and inside the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from ragged_requests import Request, Runner
+from torch import Tensor
+
+from splitfuse.kernels.reference import Kernels
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.hub import load_spec
+from splitfuse.models.moe import mixture, route
+from splitfuse.models.spec import MoESpec
+from splitfuse.models.weights import load_decoder
+
+HIDDEN, INNER = 48, 6
+
+
+def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: MoESpec) -> Tensor:
+    """The mixture, one token and one expert at a time."""
+    out = torch.zeros_like(x)
+    for token, row in enumerate(x):
+        probabilities = torch.softmax(router @ row, dim=0)
+        chosen = sorted(range(moe.num_experts), key=lambda e: -float(probabilities[e]))[: moe.top_k]
+        total = sum(float(probabilities[e]) for e in chosen) if moe.renormalize else 1.0
+        for expert in chosen:
+            gate, up = (w13[expert] @ row)[:INNER], (w13[expert] @ row)[INNER:]
+            out[token] += float(probabilities[expert]) / total * (w2[expert] @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
+def make(moe: MoESpec) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(moe.num_experts)
+    e = moe.num_experts
+    return torch.randn(e, HIDDEN), torch.randn(e, 2 * INNER, HIDDEN) / 7, torch.randn(e, HIDDEN, INNER) / 7
+
+
+MIXTURES = [
+    MoESpec(num_experts=experts, top_k=top_k, intermediate_size=INNER, renormalize=renormalize)
+    for experts, top_k in [(1, 1), (4, 2), (5, 5), (8, 1)]
+    for renormalize in (False, True)
+]
+
+
+@pytest.mark.parametrize("moe", MIXTURES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_mixture(moe: MoESpec, tokens: int) -> None:
+    router, w13, w2 = make(moe)
+    x = torch.randn(tokens, HIDDEN)
+    ours = mixture(x, router, w13, w2, moe=moe, activation="silu", kernels=Kernels())
+    torch.testing.assert_close(ours, loop(x, router, w13, w2, moe), rtol=1e-4, atol=1e-4)
+
+
+def test_routing_is_best_first_and_in_fp32() -> None:
+    moe = MoESpec(num_experts=4, top_k=2, intermediate_size=INNER, renormalize=True)
+    ids, weights = route(torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=torch.bfloat16), moe)
+    assert ids.tolist() == [[1, 2]]
+    assert weights.dtype == torch.float32
+    assert float(weights.sum()) == pytest.approx(1)
+
+
+def test_decoder_with_experts_adds_them_to_the_residual(tmp_path: Path) -> None:
+    """One expert that is every layer's MLP makes the dense network again, whatever its router says."""
+    tiny_models.save("llama-gqa", tmp_path)
+    spec, kernels = load_spec(tmp_path), Kernels()
+    dense = load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            gate_up=None,
+            down=None,
+            router=torch.randn(1, spec.hidden_size),
+            w13=layer.gate_up.unsqueeze(0),
+            w2=layer.down.unsqueeze(0),
+        )
+        for layer in dense.weights.layers
+    )
+    moe = MoESpec(num_experts=1, top_k=1, intermediate_size=spec.intermediate_size, renormalize=False)
+    sparse = Decoder(dataclasses.replace(spec, moe=moe), dataclasses.replace(dense.weights, layers=layers), kernels)
+    requests = [Request(list(range(12))) for _ in range(2)]
+    for decoder, request in zip((dense, sparse), requests, strict=True):
+        Runner(decoder, block_size=4).step([(request, 12)])
+    torch.testing.assert_close(torch.stack(requests[0].logits), torch.stack(requests[1].logits))

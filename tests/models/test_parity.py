@@ -1,0 +1,117 @@
+"""Every family against transformers: logits of whole and of split prompts, greedy tokens, shards, low precision."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from ragged_requests import Request, Runner
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from splitfuse.kernels.reference import Kernels
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.hub import load_spec
+from splitfuse.models.weights import load_decoder
+
+PROMPT_LENGTHS = (1, 9, 20, 37)
+NUM_GENERATED = 16
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device("cpu"), kernels=Kernels())
+
+
+def prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(tiny_models.VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+@torch.no_grad()
+def token_by_token(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """What transformers gives when it reads one token at a time, as in generation: [tokens, vocabulary]."""
+    cache = DynamicCache()
+    rows = [model(input_ids=torch.tensor([[t]]), past_key_values=cache, use_cache=True).logits[0, 0] for t in token_ids]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """The oracle: transformers on the whole prompt, unless its rope then looks ahead to the prompt's length."""
+    if model.config.rope_parameters["rope_type"] == "dynamic":
+        return token_by_token(model, token_ids)
+    return model(input_ids=torch.tensor([token_ids])).logits[0]
+
+
+def assert_close(request: Request, oracle: Tensor) -> None:
+    ours = torch.stack(request.logits)
+    assert ours.shape == oracle.shape
+    assert (ours - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+
+
+@pytest.fixture(scope="session", params=tiny_models.VARIANTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Decoder]:
+    """A transformers model, and our decoder of the same files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return tiny_models.save(request.param, folder), load(folder)
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_logits_whole_and_split(pair: tuple[PreTrainedModel, Decoder], block_size: int) -> None:
+    model, decoder = pair
+    oracles = [oracle_logits(model, prompt) for prompt in prompts(block_size)]
+    whole = [Request(prompt) for prompt in prompts(block_size)]
+    Runner(decoder, block_size=block_size).step([(request, request.num_pending) for request in whole])
+    split = [Request(prompt) for prompt in prompts(block_size)]
+    Runner(decoder, block_size=block_size).run_split(split, random.Random(block_size))
+    for request, oracle in zip(whole + split, oracles * 2, strict=True):
+        assert_close(request, oracle)
+
+
+def test_greedy_tokens(pair: tuple[PreTrainedModel, Decoder]) -> None:
+    model, decoder = pair
+    requests = [Request(list(prompt)) for prompt in prompts(3)]
+    runner = Runner(decoder, block_size=4)
+    runner.run_split(requests, random.Random(3))
+    runner.generate(requests, NUM_GENERATED)
+    for request, prompt in zip(requests, prompts(3), strict=True):
+        if model.config.rope_parameters["rope_type"] == "dynamic":
+            oracle = token_by_token(model, request.token_ids)
+            assert_close(request, oracle)
+            assert request.token_ids[len(prompt) :] == oracle.argmax(-1)[len(prompt) - 1 : -1].tolist()
+        else:
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=NUM_GENERATED, do_sample=False, pad_token_id=0
+            )
+            assert request.token_ids == expected[0].tolist()
+
+
+def test_sharded_checkpoint_is_the_same_network(tmp_path: Path) -> None:
+    model = tiny_models.save("qwen2", tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    request = Request(prompts(0)[2])
+    Runner(load(tmp_path), block_size=4).step([(request, request.num_pending)])
+    assert_close(request, oracle_logits(model, request.token_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_near(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_models.save("qwen3", tmp_path)
+    decoder = load(tmp_path, dtype)
+    assert decoder.dtype == dtype
+    request = Request(prompts(0)[3])
+    Runner(decoder, block_size=4).run_split([request], random.Random(0))
+    oracle = oracle_logits(model, request.token_ids)
+    tolerance = 8 * torch.finfo(dtype).eps
+    assert (torch.stack(request.logits) - oracle).abs().max() <= tolerance * oracle.abs().max()
+
+
+def test_a_batch_without_tokens(tmp_path: Path) -> None:
+    tiny_models.save("llama-gqa", tmp_path)
+    decoder = load(tmp_path)
+    runner = Runner(decoder, block_size=4)
+    runner.step([])
+    assert runner.decoder.logits(torch.empty(0, decoder.spec.hidden_size)).shape == (0, tiny_models.VOCAB_SIZE)

@@ -1,0 +1,45 @@
+"""What the chunks of a step become."""
+
+from __future__ import annotations
+
+import torch
+from ragged_requests import Chunk
+
+from splitfuse.models.ragged_batch import RaggedBatch
+
+CPU = torch.device("cpu")
+
+
+def test_tensors_of_a_mixed_step() -> None:
+    chunks = [
+        Chunk(start=0, token_ids=(10, 11, 12), block_table=(4, 2), num_logits=0),
+        Chunk(start=5, token_ids=(20,), block_table=(7, 0, 3), num_logits=1),
+        Chunk(start=1, token_ids=(30, 31), block_table=(5, 6), num_logits=2),
+    ]
+    batch = RaggedBatch.build(chunks, block_size=2, device=CPU)
+    assert batch.ids.tolist() == [10, 11, 12, 20, 30, 31]
+    assert batch.positions.tolist() == [0, 1, 2, 5, 1, 2]
+    assert batch.slot_mapping.tolist() == [8, 9, 4, 7, 11, 12]
+    assert batch.query_start.tolist() == [0, 3, 4, 6]
+    assert batch.seq_lens.tolist() == [3, 6, 3]
+    assert [row[: len(c.block_table)] for row, c in zip(batch.block_tables.tolist(), chunks, strict=True)] == [
+        [4, 2],
+        [7, 0, 3],
+        [5, 6],
+    ]
+    assert batch.logit_rows.tolist() == [3, 4, 5]
+
+
+def test_an_empty_step() -> None:
+    batch = RaggedBatch.build([], block_size=2, device=CPU)
+    assert batch.query_start.tolist() == [0]
+    for tensor in (
+        batch.ids,
+        batch.positions,
+        batch.slot_mapping,
+        batch.seq_lens,
+        batch.block_tables,
+        batch.logit_rows,
+    ):
+        assert tensor.numel() == 0
+    assert batch.ids.dtype == torch.int64

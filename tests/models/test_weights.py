@@ -1,0 +1,278 @@
+"""Loading: what is wrong with a checkpoint is said before anything is loaded; what is right is loaded exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from ragged_requests import Request, Runner
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from splitfuse.errors import UnsupportedModelError, WeightsError
+from splitfuse.kernels.reference import Kernels, Weight
+from splitfuse.models.checkpoint import INDEX_FILE, SINGLE_FILE
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.families import spec_from_config
+from splitfuse.models.hub import load_spec
+from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
+
+CPU = torch.device("cpu")
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint; tests change a copy."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_models.save("llama-gqa", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tiny_models.save("llama-gqa", tmp_path / "sharded", max_shard_size="60KB")
+    return tmp_path / "sharded"
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=Kernels(), **options)
+
+
+def rewrite(folder: Path, changes: dict[str, Tensor | None]) -> None:
+    """Replace, add or (None) remove tensors of the single file."""
+    tensors: dict[str, Tensor | None] = {**load_file(folder / SINGLE_FILE), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / SINGLE_FILE)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(WeightsError) as error:
+        load(folder)
+    return str(error.value)
+
+
+# --- what loads -------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_fused_in_order(folder: Path) -> None:
+    tensors, layer = load_file(folder / SINGLE_FILE), load(folder).weights.layers[1]
+    prefix = "model.layers.1."
+    fused = [tensors[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
+    assert torch.equal(layer.qkv, torch.cat(fused))
+    assert torch.equal(
+        layer.gate_up, torch.cat([tensors[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")])
+    )
+    assert torch.equal(layer.down, tensors[f"{prefix}mlp.down_proj.weight"])
+
+
+def test_linear_weights_pass_through_pack_and_others_do_not(folder: Path) -> None:
+    class Packing(Kernels):
+        def pack(self, weight: Tensor) -> Weight:
+            return ("packed", tuple(weight.shape))
+
+    spec = load_spec(folder)
+    weights = load_decoder(folder, spec, dtype=torch.float32, device=CPU, kernels=Packing()).weights
+    layer = weights.layers[0]
+    assert [w[0] for w in (weights.head, layer.qkv, layer.o, layer.gate_up, layer.down)] == ["packed"] * 5
+    assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
+
+
+def test_weights_do_not_alias_the_file(folder: Path) -> None:
+    decoder = load(folder)
+    before = decoder.weights.layers[0].down.clone()
+    size = (folder / SINGLE_FILE).stat().st_size
+    (folder / SINGLE_FILE).write_bytes(b"\0" * size)
+    assert torch.equal(decoder.weights.layers[0].down, before)
+
+
+def test_stored_precision_is_cast(folder: Path) -> None:
+    exact = load(folder, dtype=torch.bfloat16).weights.embed
+    rewrite(folder, {name: tensor.double() for name, tensor in load_file(folder / SINGLE_FILE).items()})
+    assert torch.equal(load(folder, dtype=torch.bfloat16).weights.embed, exact)
+
+
+def test_harmless_extras_are_skipped(folder: Path) -> None:
+    rewrite(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    load(folder)
+
+
+def test_a_tied_head_may_be_stored_and_is_not_read(tmp_path: Path) -> None:
+    tiny_models.save("llama-tied-wide-heads", tmp_path)
+    rewrite(tmp_path, {"lm_head.weight": torch.full((tiny_models.VOCAB_SIZE, 48), float("nan"))})
+    weights = load(tmp_path).weights
+    assert torch.equal(weights.head, weights.embed)
+
+
+def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(folder)
+    assert capsys.readouterr() == ("", "")
+    load(folder, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Loading weights: 100%" in shown.err
+
+
+@pytest.mark.parametrize("variant", tiny_models.VARIANTS)
+def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
+    model = tiny_models.save(variant, tmp_path)
+    count = sum(weight.numel() for weight in model.parameters())
+    assert weight_bytes(load_spec(tmp_path), torch.float32) == 4 * count
+    assert weight_bytes(load_spec(tmp_path), torch.bfloat16) == 2 * count
+
+
+@pytest.mark.parametrize("variant", ["llama-biases-gelu", "qwen3-biases-layer-types", "qwen2-tied-upper-windows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dummy_weights_need_only_a_config(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_models.save(variant, tmp_path)
+    (tmp_path / SINGLE_FILE).unlink()
+    logits = []
+    for _ in range(2):
+        request = Request([1, 2, 3, 4, 5])
+        Runner(load(tmp_path, dtype=dtype, load_format="dummy"), block_size=4).step([(request, 5)])
+        logits.append(torch.stack(request.logits))
+    assert torch.equal(*logits)
+    assert logits[0].isfinite().all()
+    assert logits[0].std() > 0
+
+
+def test_resolve_dtype(saved: Path) -> None:
+    spec = load_spec(saved)
+    assert resolve_dtype("auto", spec) == torch.float32
+    assert resolve_dtype("bfloat16", spec) == torch.bfloat16
+    edited = {**json.loads((saved / "config.json").read_text()), "dtype": "float8_e4m3fn"}
+    with pytest.raises(UnsupportedModelError, match="float8_e4m3fn: set dtype to one of bfloat16, float16, float32"):
+        resolve_dtype("auto", spec_from_config(edited))
+    assert resolve_dtype("float16", spec_from_config(edited)) == torch.float16
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_missing_weight(folder: Path) -> None:
+    rewrite(folder, {Q_PROJ: None})
+    assert refused(folder) == f"weights missing from the checkpoint (1): {Q_PROJ}"
+
+
+def test_many_missing_weights_are_not_all_listed(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=9)
+    count = 6 * 9  # six layers too many, nine tensors each
+    message = refused(folder)
+    assert f"missing from the checkpoint ({count}): " in message
+    assert f"and {count - 5} more" in message
+
+
+def test_surplus_weight(folder: Path) -> None:
+    rewrite(folder, {"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
+    assert refused(folder) == (
+        "weights that LlamaForCausalLM with this config.json does not use (1): model.layers.0.self_attn.q_proj.bias"
+    )
+
+
+@pytest.mark.parametrize("shape", [(48, 47), (47, 48), (48,), (1, 48, 48), (0, 48)])
+def test_wrong_shape(folder: Path, shape: tuple[int, ...]) -> None:
+    rewrite(folder, {Q_PROJ: torch.zeros(shape)})
+    assert refused(folder) == f"weight {Q_PROJ} has shape {list(shape)}, config.json wants [48, 48]"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_not_floating_point(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, {Q_PROJ: torch.zeros(48, 48).to(dtype)})
+    assert f"weight {Q_PROJ} is stored as" in refused(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1, -1000])
+def test_truncated_file(folder: Path, kept: int) -> None:
+    content = (folder / SINGLE_FILE).read_bytes()
+    (folder / SINGLE_FILE).write_bytes(content[:kept])
+    assert "is not a whole safetensors file" in refused(folder)
+
+
+def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [1] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04" + b"\0" * 100,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10**9) + b"{}",
+        struct.pack("<Q", 8) + b"not json",
+        struct.pack("<Q", 2) + b"[]",
+        {"a": entry(0, 4), "b": entry(0, 4)},  # overlapping
+        {"a": entry(0, 4), "b": entry(8, 12)},  # a hole
+        {"a": entry(4, 0)},
+        {"a": entry(-4, 0)},
+        {"a": entry(0, 2**62)},
+        {"a": entry(0, 8, shape=[2**61, 2**61])},
+        {"a": entry(0, 4, shape=[2])},
+        {"a": entry(0, 4, dtype="PICKLE")},
+        {"a": 7},
+    ],
+    ids=str,
+)
+def test_hostile_file(folder: Path, content: bytes | dict[str, Any]) -> None:
+    if isinstance(content, dict):
+        header = json.dumps(content).encode()
+        content = struct.pack("<Q", len(header)) + header + b"\0" * 8
+    (folder / SINGLE_FILE).write_bytes(content)
+    assert "is not a whole safetensors file" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_not_read(folder: Path, name: str) -> None:
+    (folder / SINGLE_FILE).rename(folder / name)
+    message = refused(folder)
+    assert name in message
+    assert "save_pretrained, writes safetensors" in message
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / SINGLE_FILE).unlink()
+    assert "has no weights: neither model.safetensors nor model.safetensors.index.json" in refused(folder)
+
+
+def test_absent_shard(sharded: Path) -> None:
+    gone = sorted(sharded.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert refused(sharded) == f"{sharded} lacks shards that its index names: {gone.name}"
+
+
+@pytest.mark.parametrize(
+    "file", ["../other.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", 7, "..\\a.safetensors", "a.bin"]
+)
+def test_index_that_points_elsewhere(sharded: Path, file: Any) -> None:
+    save_file({"a": torch.zeros(1)}, sharded.parent / "other.safetensors")
+    weight_map = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
+    edit_json(sharded / INDEX_FILE, weight_map={**weight_map, Q_PROJ: file})
+    assert "which is not a safetensors file of its own folder" in refused(sharded)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": [1]}}', "[" * 9999]
+)
+def test_index_that_is_none(sharded: Path, content: str) -> None:
+    (sharded / INDEX_FILE).write_text(content)
+    assert "is not a weight index" in refused(sharded)
+
+
+def test_weight_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    save_file({**load_file(first), **load_file(second)}, second)
+    assert "which another file of the checkpoint holds too" in refused(sharded)

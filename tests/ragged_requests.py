@@ -1,0 +1,85 @@
+"""Requests that feed a decoder without a scheduler: any chunks in any company, blocks in shuffled order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.ragged_batch import RaggedBatch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What RaggedBatch.build takes."""
+
+    start: int
+    token_ids: Sequence[int]
+    block_table: Sequence[int]
+    num_logits: int
+
+
+@dataclass
+class Request:
+    """Tokens so far, how many of them are computed, and the logits seen, a row for each computed token."""
+
+    token_ids: list[int]
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+class Runner:
+    """A decoder with a cache full of NaN, whose blocks are handed out in random order."""
+
+    def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int = 64, seed: int = 0) -> None:
+        self.decoder = decoder
+        self.cache = KVCache(
+            decoder.spec,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            kernels=decoder.kernels,
+        )
+        for store in self.cache.layers:
+            store.fill_(float("nan"))
+        self.free = list(range(num_blocks))
+        random.Random(seed).shuffle(self.free)
+
+    def step(self, lengths: Sequence[tuple[Request, int]]) -> None:
+        """One forward pass of the next `length` pending tokens of each request; logits of all rows are kept."""
+        chunks = []
+        for request, length in lengths:
+            end = request.num_computed + length
+            while len(request.blocks) * self.cache.block_size < end:
+                request.blocks.append(self.free.pop())
+            ids = request.token_ids[request.num_computed : end]
+            chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length))
+        batch = RaggedBatch.build(chunks, block_size=self.cache.block_size, device=self.decoder.device)
+        rows = self.decoder.logits(self.decoder.forward(batch, self.cache))
+        for (request, length), part in zip(lengths, rows.split([length for _, length in lengths]), strict=True):
+            request.logits.extend(part)
+            request.num_computed += length
+
+    def run_split(self, requests: Sequence[Request], rng: random.Random) -> None:
+        """Compute all that is pending in random chunks, several requests in a pass."""
+        while pending := [request for request in requests if request.num_pending]:
+            chosen = rng.sample(pending, rng.randint(1, len(pending)))
+            self.step([(request, rng.randint(1, min(request.num_pending, 11))) for request in chosen])
+
+    def generate(self, requests: Sequence[Request], num_tokens: int) -> None:
+        """Append the greedy choice to each request, `num_tokens` times, all requests in one pass."""
+        for _ in range(num_tokens):
+            for request in requests:
+                request.token_ids.append(int(torch.argmax(request.logits[-1])))
+            self.step([(request, request.num_pending) for request in requests])

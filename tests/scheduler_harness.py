@@ -1,0 +1,258 @@
+"""A scheduler driven to the end by a fake executor that computes every token from what the KV cache really holds.
+
+The executor keeps a cache of token ids instead of keys and values. A next token is a hash of everything the
+chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With no torch importable.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.request import FinishReason, Request, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
+
+VOCABULARY = 16
+EOS = 3
+
+
+def next_token(context: tuple[int, ...]) -> int:
+    """The fake model: any change anywhere in the context changes the choice."""
+    return zlib.crc32(bytes(context)) % VOCABULARY
+
+
+def reference(request: Request) -> tuple[list[int], FinishReason]:
+    """What a request gives alone, computed without scheduler, blocks or chunks."""
+    tokens = list(request.prompt_token_ids)
+    while True:
+        tokens.append(next_token(tuple(tokens)))
+        count = len(tokens) - request.num_prompt
+        if tokens[-1] in request.eos_token_ids and count > request.params.min_tokens:
+            return tokens[request.num_prompt :], FinishReason.STOP
+        if count == request.max_tokens:
+            return tokens[request.num_prompt :], FinishReason.LENGTH
+
+
+class FakeExecutor:
+    """Executes plans in the order they are given, as a device would."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: dict[tuple[int, int], int] = {}
+        self.last_chosen: dict[str, int] = {}
+        self.prompts: dict[str, tuple[int, ...]] = {}
+        self.failing: set[str] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for new in plan.new_requests:
+            self.prompts[new.request_id] = new.prompt_token_ids
+        for retired in plan.retired_requests:
+            del self.prompts[retired]
+        return StepResult({chunk.request_id: self._run(chunk) for chunk in plan.chunks})
+
+    def _run(self, chunk: Chunk) -> ChunkResult:
+        slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
+        for slot, token in zip(slots[chunk.start :], chunk.token_ids, strict=True):
+            # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
+            self.cache[slot] = self.last_chosen.get(chunk.request_id, 0) if token == PLACEHOLDER else token
+        if chunk.request_id in self.failing:
+            return ChunkResult(error="the logits are NaN")
+        prompt = self.prompts[chunk.request_id]
+        rows = range(chunk.end - chunk.num_logits, chunk.end - chunk.samples)
+        prompt_logprobs = tuple(TokenLogprob(prompt[p + 1], -float(p)) for p in rows)
+        if not chunk.samples:
+            return ChunkResult(prompt_logprobs=prompt_logprobs)
+        token = next_token(tuple(self.cache[slot] for slot in slots))
+        self.last_chosen[chunk.request_id] = token
+        return ChunkResult(token, prompt_logprobs=prompt_logprobs)
+
+
+@dataclass
+class Outcome:
+    """What a caller saw of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass
+class Run:
+    """One scheduler with its executor, `depth - 1` plans in flight while another is scheduled; everything checked at every call."""
+
+    scheduler: Scheduler
+    allocator: BlockAllocator
+    executor: FakeExecutor
+    depth: int
+    budget: int
+    max_num_seqs: int
+    in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        num_blocks: int,
+        block_size: int,
+        budget: int,
+        max_num_seqs: int = 64,
+        depth: int = 1,
+        prefix: bool = True,
+    ) -> Run:
+        allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=prefix)
+        config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
+        return cls(Scheduler(config, allocator), allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.outcomes[request.request_id] = Outcome()
+        self.scheduler.check()
+
+    def finish(self, request_id: str, reason: FinishReason, num_tokens: int | None = None) -> None:
+        if self.scheduler.finish(request_id, reason, num_tokens=num_tokens):
+            outcome = self.outcomes[request_id]
+            outcome.finish_reason = reason
+            del outcome.tokens[num_tokens if num_tokens is not None else len(outcome.tokens) :]
+        self.scheduler.check()
+
+    def step(self) -> list[RequestOutput]:
+        """One turn of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
+        while len(self.in_flight) < self.depth and (plan := self._schedule()):
+            self.in_flight.append((plan, self.executor.execute(plan)))
+        if not self.in_flight:
+            assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
+            return []
+        outputs = self.scheduler.update(*self.in_flight.popleft())
+        self.scheduler.check()
+        for output in outputs:
+            outcome = self.outcomes[output.request_id]
+            assert outcome.finish_reason is None, "an output after the end"
+            outcome.tokens += output.token_ids
+            outcome.prompt_logprobs += output.prompt_logprobs
+            outcome.finish_reason, outcome.error = output.finish_reason, output.error
+        return outputs
+
+    def drain(self, limit: int = 100_000) -> None:
+        while self.scheduler.has_unfinished or self.in_flight:
+            self.step()
+            limit -= 1
+            assert limit, "does not end"
+        self.scheduler.check()
+        assert self.allocator.num_held == 0
+
+    def _schedule(self) -> StepPlan | None:
+        waiting, running = list(self.scheduler._waiting), list(self.scheduler._running)
+        oldest = min(waiting + running, key=lambda r: r.arrival, default=None)
+        oldest_wants = oldest is not None and self.scheduler._pending(oldest) > 0
+        plan = self.scheduler.schedule()
+        self.scheduler.check()
+        if plan is None:
+            assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
+            return None
+        assert 0 < plan.num_tokens <= self.budget
+        chosen = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
+        assert len(chosen) == len(plan.chunks) <= self.max_num_seqs
+        if oldest_wants and not self.in_flight:
+            assert oldest.request_id in chosen, "the oldest request got nothing"
+        if plan.num_tokens < self.budget and not self.in_flight:
+            self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
+        self.plans.append(plan)
+        return plan
+
+    def _explain_unfilled(self, sampling: set[str]) -> None:
+        """A budget may stay unfilled only when no block is left or nobody can use more of it."""
+        if self.allocator.num_available == 0:
+            return
+        for request in self.scheduler._running:
+            assert request.request_id in sampling or not self.scheduler._pending(request), (
+                "runnable work, a block and budget, and yet not filled"
+            )
+        assert not self.scheduler._waiting or len(self.scheduler._running) == self.max_num_seqs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything random about one run, from one seed."""
+
+    seed: int
+
+    def run(self, depth: int) -> Run:
+        """Drive the workload to its end and compare every outcome with the reference."""
+        rng = Random(self.seed)
+        block_size = rng.choice((1, 2, 4, 8))
+        requests = list(self._requests(rng))
+        largest = max(-(-(r.num_prompt + r.max_tokens - 1) // block_size) for r in requests)
+        run = Run.make(
+            num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
+            block_size=block_size,
+            budget=rng.choice((1, 2, 3, 5, 8, 16, 64)),
+            max_num_seqs=rng.choice((1, 2, 3, 8)),
+            depth=depth,
+            prefix=rng.random() < 0.7,
+        )
+        meddled: dict[str, int] = {}
+        coming = deque(requests)
+        run.executor.failing = {r.request_id for r in requests if rng.random() < 0.03}
+        while coming or run.scheduler.has_unfinished or run.in_flight:
+            while coming and rng.random() < 0.4:
+                run.add(coming.popleft())
+            if rng.random() < 0.04:
+                meddled |= self._meddle(rng, run)
+            run.step()
+        run.drain()
+        for request in requests:
+            self._compare(request, run, meddled)
+        return run
+
+    def _requests(self, rng: Random) -> Iterator[Request]:
+        shared = [rng.randrange(VOCABULARY) for _ in range(40)]
+        for number in range(rng.randint(1, 10)):
+            prompt = shared[: rng.randint(0, 40)] if rng.random() < 0.6 else []
+            prompt = prompt + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 12))]
+            max_tokens = rng.randint(1, 16)
+            params = SamplingParams(
+                min_tokens=rng.choice((0, 0, rng.randint(0, max_tokens))),
+                prompt_logprobs=0 if rng.random() < 0.15 else None,
+            )
+            eos = (EOS,) if rng.random() < 0.7 else ()
+            salt = rng.choice(("", "", "other"))
+            yield Request(f"r{number}", tuple(prompt), params, max_tokens, seed=0, eos_token_ids=eos, cache_salt=salt)
+
+    @staticmethod
+    def _meddle(rng: Random, run: Run) -> dict[str, int]:
+        """Abort somebody, or end it at one of its tokens, as a stop string does."""
+        alive = [name for name, outcome in run.outcomes.items() if outcome.finish_reason is None]
+        if not alive:
+            return {}
+        name = rng.choice(alive)
+        if rng.random() < 0.5:
+            run.finish(name, FinishReason.ABORT)
+        else:
+            run.finish(name, FinishReason.STOP, rng.randint(0, len(run.outcomes[name].tokens)))
+        return {name: len(run.outcomes[name].tokens)}
+
+    @staticmethod
+    def _compare(request: Request, run: Run, meddled: dict[str, int]) -> None:
+        outcome = run.outcomes[request.request_id]
+        tokens, reason = reference(request)
+        if request.request_id in meddled:
+            assert outcome.tokens == tokens[: meddled[request.request_id]]
+            return
+        if request.request_id in run.executor.failing:
+            assert (outcome.finish_reason, outcome.tokens) == (FinishReason.ERROR, [])
+            assert outcome.error == "the logits are NaN"
+            return
+        assert (outcome.tokens, outcome.finish_reason) == (tokens, reason)
+        if request.params.prompt_logprobs is not None:
+            assert [p.token_id for p in outcome.prompt_logprobs] == list(request.prompt_token_ids[1:])
+            assert [p.logprob for p in outcome.prompt_logprobs] == [-float(p) for p in range(request.num_prompt - 1)]

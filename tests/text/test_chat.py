@@ -1,0 +1,207 @@
+"""Chat templates against transformers' apply_chat_template, and against templates that mean harm."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tiny_tokenizers import KINDS
+from transformers import PreTrainedTokenizerFast
+
+from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.text.chat import ChatTemplate
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+HELLO = [{"role": "user", "content": "Hello <b>\n"}]
+TALK = [
+    {"role": "system", "content": " Be kind. "},
+    {"role": "user", "content": "What's 1 < 2?", "name": None},
+    {"role": "assistant", "content": 'True — "yes".'},
+    {"role": "user", "content": "世界?"},
+]
+
+MARKED = """
+{%- for message in messages %}
+    {%- generation %}
+<|{{ message.role }}|>
+{{ message['content'] | trim }}{{ eos_token }}
+    {%- endgeneration %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+"""
+
+BRACKETED = """
+{{- bos_token }}
+{%- set ns = namespace(system='', turns=0) %}
+{%- for message in messages if message.role == 'system' %}
+    {%- set ns.system = message.content | trim %}
+    {%- break %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- if message.role == 'user' %}
+        {%- set ns.turns = ns.turns + 1 %}
+        {%- set system = ns.system ~ '\\n\\n' if ns.system and ns.turns == 1 else '' %}
+        {{- '[INST] ' ~ system ~ message.content ~ ' [/INST]' }}
+    {%- elif message.role == 'assistant' %}
+        {{- ' ' + message.content + eos_token }}
+    {%- else %}
+        {{- raise_exception('roles must be user or assistant, not ' ~ message.role) }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+WITH_TOOLS = """
+{%- if tools is not none %}Tools: {{ tools | tojson(indent=2) }}
+{% endif %}
+{%- if documents %}{{ documents | length * 2 }} halves, {{ 2 ** 3 }}{% endif %}
+{{- strftime_now('%Y') | length }} {{ thinking | default('undecided') }}
+{%- macro say(message) %}{{ message.role | upper }}: {{ message | tojson }}{{ '-' * 3 }}{% endmacro %}
+{%- for message in messages %}{{ say(message) }}{% endfor %}
+"""
+
+
+def render(source: str, messages: Sequence[Any] = HELLO, **settings: Any) -> str:
+    return ChatTemplate(source, TOKENS, deadline=20.0).render(messages, **settings)
+
+
+@pytest.mark.parametrize("source", [MARKED, BRACKETED, WITH_TOOLS], ids=["marked", "bracketed", "tools"])
+@pytest.mark.parametrize("messages", [HELLO, TALK], ids=["hello", "talk"])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize(
+    "extra", [{}, {"tools": [{"name": "größer", "args": [1, None]}], "documents": [{"text": "x"}]}]
+)
+def test_renders_as_transformers(
+    source: str, messages: list[dict[str, Any]], add_generation_prompt: bool, extra: dict[str, Any]
+) -> None:
+    oracle = PreTrainedTokenizerFast(tokenizer_object=KINDS["byte_level"](), **TOKENS)
+    settings = {"add_generation_prompt": add_generation_prompt, **extra}
+    expected = oracle.apply_chat_template(messages, chat_template=source, tokenize=False, thinking=True, **settings)
+    assert render(source, messages, variables={"thinking": True}, **settings) == expected
+
+
+def test_content_in_parts_reaches_the_template() -> None:
+    source = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    assert render(source, [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]) == "ab"
+
+
+def test_no_template_says_what_to_do() -> None:
+    with pytest.raises(TokenizerError, match=r"no chat template; .*chat_template\.jinja"):
+        ChatTemplate(None)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ({"role": "user"}, "non-empty list"),
+        (["hello"], r"messages\[0\] must be an object with a role"),
+        ([{"content": "x"}], r"messages\[0\] must be an object with a role"),
+        ([*HELLO, {"role": 3, "content": "x"}], r"messages\[1\] must be an object with a role"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\.content must be text or a list of parts"),
+        ([{"role": "user", "content": [object()]}], "plain JSON data"),
+        ([{"role": "user", "content": "x", "extra": {1, 2}}], "plain JSON data"),
+    ],
+)
+def test_malformed_messages(messages: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        render(MARKED, messages)
+    assert caught.value.parameter == "messages"
+
+
+def test_other_inputs_must_be_plain_data_too() -> None:
+    with pytest.raises(InvalidRequestError, match="variables must be plain JSON data"):
+        render(MARKED, variables={"x": object()})
+    with pytest.raises(InvalidRequestError, match="tools must be plain JSON data"):
+        render(MARKED, tools=[{"x": object()}])
+
+
+def test_what_the_template_refuses_is_the_requests_fault() -> None:
+    with pytest.raises(InvalidRequestError, match="template refuses: roles must be user or assistant, not tool"):
+        render(BRACKETED, [{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ messages[0].content.missing.more }}", "{{ messages[0].content + 1 }}", "{{ messages[0] % 0 }}"]
+)
+def test_messages_that_the_template_cannot_render(source: str) -> None:
+    with pytest.raises(InvalidRequestError, match="cannot render these messages"):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for m in messages %}", "broken.*line 1"),
+        ("{{ messages | nonsense }}", "broken.*nonsense"),
+        ("{% include 'x' %}{{", "broken"),
+        ("{% for m in messages %}" * 30 + "{% endfor %}" * 30, "cannot be compiled"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "cannot be compiled"),
+    ],
+)
+def test_broken_templates(source: str, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__.threading }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ (messages | map(attribute='__class__') | list)[0].__name__ }}",
+        "{{ '{0.__class__.__mro__}'.format(messages) }}",
+        "{{ ('%s' | attr('__class__')).x }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ self._TemplateReference__context.vars }}",
+        "{{ 'a' * 100000000000 }}",
+        "{{ 100000000000 * [1] }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
+    with pytest.raises((TokenizerError, InvalidRequestError), match=r"no template may|cannot render"):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    ],
+    ids=["loops", "recursion"],
+)
+def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> None:
+    before = threading.active_count()
+    template = ChatTemplate(source, deadline=0.2)
+    caught: list[Exception] = []
+
+    def use() -> None:
+        with pytest.raises(TokenizerError, match=r"stopped: it ran for more than 0\.2 s") as error:
+            template.render(HELLO)
+        caught.append(error.value)
+
+    use()
+    caller = threading.Thread(target=use)
+    caller.start()
+    caller.join()
+    assert len(caught) == 2
+    for thread in threading.enumerate():
+        if thread.name == "chat template":
+            thread.join(20.0)
+    assert threading.active_count() == before  # the work has ended too, not only the waiting for it
+
+
+def test_a_slow_compilation_is_stopped_too() -> None:
+    with pytest.raises(TokenizerError, match="stopped"):
+        ChatTemplate("{{ x }}" * 200_000, deadline=0.05)

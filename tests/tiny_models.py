@@ -1,0 +1,124 @@
+"""Tiny random transformers models of every family and variant: the oracle of the parity tests.
+
+transformers starts norms at one and biases at zero, which would hide a forgotten one: here every weight is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB_SIZE = 97
+MAX_POSITION = 128
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    """Settings of a small network; `changes` win."""
+    small: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITION,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return small | changes
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    """A `rope_parameters` section."""
+    return {"rope_type": kind, "rope_theta": 10000.0, **fields}
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    """A Llama with the changed settings."""
+    return LlamaForCausalLM(LlamaConfig(**sizes(**changes)))
+
+
+def mistral(**changes: Any) -> PreTrainedModel:
+    """A Mistral with the changed settings."""
+    return MistralForCausalLM(MistralConfig(**sizes(**changes)))
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    """A Qwen2 with the changed settings."""
+    return Qwen2ForCausalLM(Qwen2Config(**sizes(**changes)))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    """A Qwen3 with the changed settings."""
+    return Qwen3ForCausalLM(Qwen3Config(**sizes(**changes)))
+
+
+VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama-plain": lambda: llama(num_key_value_heads=6),
+    "llama-gqa": llama,
+    "llama-biases-gelu": lambda: llama(attention_bias=True, mlp_bias=True, hidden_act="gelu"),
+    "llama-tied-wide-heads": lambda: llama(tie_word_embeddings=True, head_dim=12, hidden_act="gelu_pytorch_tanh"),
+    "llama-rope-linear": lambda: llama(rope_parameters=rope("linear", factor=4.0)),
+    "llama-rope-dynamic": lambda: llama(max_position_embeddings=24, rope_parameters=rope("dynamic", factor=3.0)),
+    "llama-rope-llama3": lambda: llama(
+        rope_parameters=rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        )
+    ),
+    "llama-rope-yarn": lambda: llama(
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32),
+    ),
+    "mistral-window": lambda: mistral(sliding_window=7),
+    "mistral-no-window": lambda: mistral(sliding_window=None, rope_parameters=rope("default")),
+    "qwen2": qwen2,
+    "qwen2-tied-upper-windows": lambda: qwen2(
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": lambda: qwen3(head_dim=16),
+    "qwen3-biases-layer-types": lambda: qwen3(
+        head_dim=10,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
+
+
+def make(variant: str) -> PreTrainedModel:
+    """The model of that name, the same at every call, all weights random."""
+    torch.manual_seed(sum(variant.encode()))
+    model = VARIANTS[variant]()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.normal_(mean=float("norm" in name), std=0.3)
+            else:
+                weight.normal_(std=0.15)
+    return model.float().eval()
+
+
+def save(variant: str, folder: Path, *, max_shard_size: str = "1GB") -> PreTrainedModel:
+    """Make the model, write it to `folder` in Hugging Face format, and return it."""
+    model = make(variant)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
