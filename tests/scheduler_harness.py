@@ -1,7 +1,8 @@
 """A scheduler driven to the end by a fake executor that computes every token from what the KV cache really holds.
 
 The executor keeps a cache of token ids instead of keys and values. A next token is a hash of everything the
-chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With no torch importable.
+chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With no torch
+importable.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class Outcome:
 
 @dataclass
 class Run:
-    """One scheduler with its executor, `depth - 1` plans in flight while another is scheduled; everything checked at every call."""
+    """One scheduler with its executor, `depth - 1` plans in flight while another is scheduled; everything checked at
+    every call.
+    """
 
     scheduler: Scheduler
     allocator: BlockAllocator

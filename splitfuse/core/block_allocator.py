@@ -1,8 +1,8 @@
 """Owner of the KV blocks: who holds which, what is in them, and which to give up first.
 
-A block is in exactly one of three states: *held* (reference count above zero), *cached* (nobody holds it, but its content
-is known and may be wanted again; least recently used goes first), or *free* (no known content). It knows ids and
-tokens; it does not know what a key or a value is, nor where a block lies in memory.
+A block is in exactly one of three states: *held* (reference count above zero), *cached* (nobody holds it, but its
+content is known and may be wanted again; least recently used goes first), or *free* (no known content). It knows ids
+and tokens; it does not know what a key or a value is, nor where a block lies in memory.
 
 Prefix reuse: the content of a full block is named by a salted hash of its tokens and of what precedes them, so that
 equal beginnings meet in one dictionary. A hash is only a hint: the tokens are compared, and the predecessor is
@@ -103,10 +103,12 @@ class BlockAllocator:
         return blocks
 
     def publish(self, blocks: Sequence[int], token_ids: Sequence[int], *, first: int = 0, salt: str = "") -> int:
-        """Make known that `blocks[i]` holds `token_ids[i * block_size : (i + 1) * block_size]`, for full blocks from `first` on.
+        """Make known that `blocks[i]` holds `token_ids[i * block_size : (i + 1) * block_size]`, for full blocks from
+        `first` on.
 
-        The earlier ones must have been published, or matched, before. Returns how many leading blocks are now published; it
-        stops short of a block whose content another block already holds, or whose predecessor nobody knows any more.
+        The earlier ones must have been published, or matched, before. Returns how many leading blocks are now
+        published; it stops short of a block whose content another block already holds, or whose predecessor nobody
+        knows any more.
         """
         if not self.enable_prefix_caching:
             return 0
@@ -138,7 +140,9 @@ class BlockAllocator:
         self._index.clear()
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """Assert that every block is in exactly one state and that `holders` (one list of blocks each) hold what is held."""
+        """Assert that every block is in exactly one state and that `holders` (one list of blocks each) hold what is
+        held.
+        """
         held = [0] * self.num_blocks
         for blocks in holders:
             assert len(set(blocks)) == len(blocks), f"a block twice in {blocks}"

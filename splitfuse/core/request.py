@@ -9,7 +9,7 @@ from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 
 
-class RequestStatus(enum.Enum):
+class RequestStatus(enum.StrEnum):
     """WAITING -> RUNNING -> FINISHED; preemption is a step back to WAITING."""
 
     WAITING = "waiting"
@@ -17,7 +17,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-class FinishReason(enum.Enum):
+class FinishReason(enum.StrEnum):
     """Why a request ended."""
 
     STOP = "stop"

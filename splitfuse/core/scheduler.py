@@ -9,8 +9,8 @@ filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-F
                          3. waiting requests, in order of arrival, the last one cut to fit
     no block left        take those of the newest running request; its tokens are kept and computed again later
     progress             The oldest unfinished request gets at least one token of every pass: one is set aside for it,
-                         it may take any other's blocks, and nobody may take its. `add` has made sure that it fits the cache
-                         alone. So it finishes; then the next one is the oldest.
+                         it may take any other's blocks, and nobody may take its. `add` has made sure that it fits the
+                         cache alone. So it finishes; then the next one is the oldest.
     plans in flight      `schedule` may be called before earlier plans have come back. What would take blocks from a
                          request in flight happens in the `update` of its last plan.
 
@@ -69,15 +69,14 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        need = self._allocator.blocks_for(
-            request.num_prompt + request.max_tokens - 1
-        )  # the last token's KV is not wanted
+        prompt, most = request.num_prompt, request.max_tokens
+        need = self._allocator.blocks_for(prompt + most - 1)  # the last token's KV is not wanted
         if need > self._allocator.num_blocks:
             have, size = self._allocator.num_blocks, self._allocator.block_size
             raise RequestTooLargeError(
-                f"the request needs {need} KV blocks for {request.num_prompt} prompt and up to {request.max_tokens} generated "
-                f"tokens, and the whole cache has {have} blocks of {size} tokens; shorten the prompt, lower max_tokens to at "
-                f"most {max(have * size + 1 - request.num_prompt, 0)}, or give the cache more memory",
+                f"the request needs {need} KV blocks for {prompt} prompt and up to {most} generated tokens, and the "
+                f"whole cache has {have} blocks of {size} tokens; shorten the prompt, lower max_tokens to at most "
+                f"{max(have * size + 1 - prompt, 0)}, or give the cache more memory",
                 parameter="max_tokens",
             )
         request.arrival = self._num_arrivals
@@ -119,7 +118,8 @@ class Scheduler:
     def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
         """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given.
 
-        Its blocks come back at once, or with the last of its plans in flight. False if there is no such request (any more).
+        Its blocks come back at once, or with the last of its plans in flight. False if there is no such request, or no
+        longer.
         """
         request = self._requests.get(request_id)
         if request is None or request.is_finished:
@@ -192,7 +192,9 @@ class Scheduler:
             yield request
 
     def _admit(self, draft: _Draft, request: Request) -> bool:
-        """Start a waiting request with what it finds in the prefix cache and its first chunk; False if no block is left."""
+        """Start a waiting request with what it finds in the prefix cache and its first chunk; False if no block is
+        left.
+        """
         self._start(request)
         while request.blocks and not self._room(request):  # what it found was all there is: compute the end of it anew
             self._allocator.release([request.blocks.pop()])
@@ -224,8 +226,8 @@ class Scheduler:
         request.preempt_on_return = False
 
     def _preempt_newest(self, *, than: Request, draft: _Draft | None = None) -> bool:
-        """Take the blocks of the newest running request that is newer than `than`. False if that must wait for an `update`,
-        or if there is none.
+        """Take the blocks of the newest running request that is newer than `than`. False if that must wait for an
+        `update`, or if there is none.
         """
         newest = self._running[-1] if self._running else than
         if newest.arrival <= than.arrival:

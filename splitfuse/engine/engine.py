@@ -62,7 +62,8 @@ class Engine:
         choice: int = 0,
         cache_salt: str = "",
     ) -> None:
-        """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a call.
+        """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
+        call.
 
         Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
         """
@@ -105,7 +106,9 @@ class Engine:
             self._check_token_ids(name, ids)
 
     def step(self) -> list[RequestOutput]:
-        """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing to do."""
+        """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
+        to do.
+        """
         plan = self.scheduler.schedule()
         if plan is None:
             return []

@@ -103,8 +103,9 @@ class RaggedEngine:
             if length < 1:
                 return InvalidRequestError(f"sequence {uid}: at least one token is wanted, not {length}")
             if sequence.num_tokens + length > self.model.plan.max_model_len:
+                limit = self.model.plan.max_model_len
                 return RequestTooLargeError(
-                    f"sequence {uid}: {sequence.num_tokens + length} tokens, the limit is {self.model.plan.max_model_len}"
+                    f"sequence {uid}: {sequence.num_tokens + length} tokens, the limit is {limit}"
                 )
             need += self._missing(sequence, length)
         if sum(lengths) > budget:

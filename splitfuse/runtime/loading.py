@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ def load_model(
     device = parse_device(config.model.device)
     plan = plan_memory(spec, config, kernels=kernels)
     announce(plan)
+    spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     dtype = resolve_dtype(config.model.dtype, spec)
     decoder = load_decoder(
         path, spec, dtype=dtype, device=device, kernels=kernels, load_format=config.model.load_format, progress=progress

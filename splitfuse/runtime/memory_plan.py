@@ -44,11 +44,11 @@ class MemoryPlan:
         return self.weights + self.activations + self.kv_cache
 
     def __str__(self) -> str:
-        tokens = self.num_blocks * self.block_size
+        sizes = f"{self.num_blocks} blocks of {self.block_size}: {self.num_blocks * self.block_size} tokens"
         lines = [
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
-            f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {self.num_blocks} blocks of {self.block_size}: {tokens} tokens",
+            f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}",
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
             f"longest request: {self.max_model_len} tokens"
@@ -99,7 +99,8 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, avai
     blocks = -(-(wanted_len - 1) // size)
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n"
-        f"max_model_len={longest}, or num_blocks={blocks} (kv_cache_memory_gib={blocks * plan.block / GIB:.3f}), would fit"
+        f"max_model_len={longest} would fit, or num_blocks={blocks} "
+        f"(kv_cache_memory_gib={blocks * plan.block / GIB:.3f})"
     )
 
 

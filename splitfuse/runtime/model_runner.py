@@ -1,4 +1,6 @@
-"""Does what a plan says: chunks -> one ragged batch -> logits -> tokens. Decides nothing, knows neither text nor blocks' owners."""
+"""Does what a plan says: chunks -> one ragged batch -> logits -> tokens. Decides nothing, knows neither text nor
+blocks' owners.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.runtime.sampler import SamplingRow, prompt_logprobs, sample
 
 HEAD_ROWS = 64
-"""Rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a pass, vocabulary]."""
+"""Rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a pass,
+vocabulary].
+"""
 
 
 @dataclass
@@ -39,7 +43,9 @@ class ModelRunner:
         self._states: dict[str, _RequestState] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Execute one plan. A chunk whose logits are unusable gets a result with `error`; the others are not touched."""
+        """Execute one plan. A chunk whose logits are unusable gets a result with `error`; the others are not
+        touched.
+        """
         for request_id in plan.retired_requests:
             del self._states[request_id]
         for new in plan.new_requests:

@@ -24,7 +24,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output, and the scores [rows, query, key] of its first head, which training may guide."""
         rows, length, _ = x.shape
 
         def heads(y: Tensor, count: int) -> Tensor:
@@ -36,7 +37,8 @@ class Attention(nn.Module):
         group = self.heads // self.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
+        scores = q[:, 0] @ k[:, 0].transpose(1, 2) * self.head_dim**-0.5
+        return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1)), scores
 
 
 class MLP(nn.Module):
@@ -59,9 +61,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"], eps=config["rms_norm_eps"])
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        attended, scores = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), scores
 
 
 class Llama(nn.Module):
@@ -75,21 +78,23 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config["hidden_size"], eps=config["rms_norm_eps"])
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std *= (2 * config["num_hidden_layers"]) ** -0.5
-                nn.init.normal_(parameter, std=std)
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.0 if is_output else config["hidden_size"] ** -0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.hidden(ids))
+        return self.head(self.hidden(ids)[0])
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids [rows, length] -> what the output head reads, [rows, length, hidden]."""
+    def hidden(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """ids [rows, length] -> what the output head reads [rows, length, hidden], and the scores of each layer's
+        first head.
+        """
+        all_scores = []
         x = self.embed_tokens(ids)
         cos, sin = rope_table(ids.shape[1], self.config["head_dim"], self.config["rope_theta"])
         for layer in self.layers:
-            x = layer(x, cos, sin)
-        return self.norm(x)
+            x, scores = layer(x, cos, sin)
+            all_scores.append(scores)
+        return self.norm(x), all_scores
 
     def head(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embed_tokens.weight)

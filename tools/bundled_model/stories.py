@@ -28,10 +28,10 @@ TOWNS = tuple(
     for end in "ford ham ton wick dale field bury bridge moor haven".split()
 )
 JOBS = tuple(
-    """archer artist baker banker barber brewer builder butcher carpenter clerk cobbler cook cooper dancer dentist doctor
-    driver farmer fisher florist forester gardener glazier grocer hatter hunter inventor jeweler judge lawyer locksmith
-    mason merchant miller miner musician notary nurse painter pilot plumber poet porter potter printer ranger roofer
-    saddler sailor scholar sculptor shepherd singer smith soldier tailor tanner teacher weaver writer""".split()
+    """archer artist baker banker barber brewer builder butcher carpenter clerk cobbler cook cooper dancer dentist
+    doctor driver farmer fisher florist forester gardener glazier grocer hatter hunter inventor jeweler judge lawyer
+    locksmith mason merchant miller miner musician notary nurse painter pilot plumber poet porter potter printer
+    ranger roofer saddler sailor scholar sculptor shepherd singer smith soldier tailor tanner teacher weaver writer""".split()
 )
 PETS = tuple(
     """badger beaver beetle camel canary cat cow cricket crow deer dog donkey dove duck eagle falcon ferret finch frog
@@ -40,9 +40,9 @@ PETS = tuple(
     weasel wolf wren""".split()
 )
 OBJECTS = tuple(
-    """anchor apron armchair atlas axe balloon banner barrel basket bell belt bicycle blanket boat bonnet book bottle bowl
-    bracelet broom brush bucket button cabinet candle cane canoe carpet cart chain chair chest clock cloak coat comb
-    compass cradle crate crown cup curtain cushion desk diary doll drawer fan feather fence flag flask fork frame
+    """anchor apron armchair atlas axe balloon banner barrel basket bell belt bicycle blanket boat bonnet book bottle
+    bowl bracelet broom brush bucket button cabinet candle cane canoe carpet cart chain chair chest clock cloak coat
+    comb compass cradle crate crown cup curtain cushion desk diary doll drawer fan feather fence flag flask fork frame
     funnel globe glove goblet hammer hammock handkerchief hat helmet hook jacket jar jug kettle key kite knife ladder
     lamp lantern locket loom magnet map mask mattress medal mirror mitten mug necklace needle net notebook oar oven
     paddle pan parasol pen pencil pillow pipe pitcher plate plow pot purse puzzle quilt rake ribbon ring robe rope rug
@@ -101,14 +101,14 @@ class Relation:
 
 RELATIONS = (
     Relation(TOWNS, ("{p} lives in {v}", "{p} has a house in {v}"), "Where does {p} live?", "Who lives in {v}?"),
-    Relation(JOBS, ("{p} works as {v}", "{p} is {v}"), "What is the work of {p}?", "Who works as {v}?", True),
+    Relation(JOBS, ("{p} is {v}", "{p} works as {v}"), "What is the work of {p}?", "Who is {v}?", True),
     Relation(PETS, ("{p} keeps {v}", "{p} has a pet, {v}"), "Which animal does {p} keep?", "Who keeps {v}?", True),
     Relation(OBJECTS, ("{p} bought {v}", "{p} went to the market and bought {v}"), "What did {p} buy?", "Who bought {v}?", True),
-    Relation(FOODS, ("{p} likes to eat {v}", "{p} is fond of {v}"), "What does {p} like to eat?", "Who likes to eat {v}?"),
+    Relation(FOODS, ("{p} likes eating {v}", "{p} is fond of {v}"), "What does {p} like eating?", "Who likes eating {v}?"),
     Relation(INSTRUMENTS, ("{p} plays the {v}", "{p} is learning the {v}"), "What does {p} play?", "Who plays the {v}?"),
-    Relation(COLOURS, ("{p} painted the door {v}", "{p} made the door {v}"), "Which colour did {p} paint the door?", "Who painted the door {v}?"),
-    Relation(PLANTS, ("{p} grows {v}", "{p} has a garden full of {v}"), "What does {p} grow?", "Who grows {v}?"),
-    Relation(FEARS, ("{p} is afraid of {v}", "{p} runs away from {v}"), "What is {p} afraid of?", "Who is afraid of {v}?"),
+    Relation(COLOURS, ("{p} has {v} door", "{p} lives behind {v} door"), "Which colour has the door of {p}?", "Who has {v} door?", True),
+    Relation(PLANTS, ("{p} grows some {v}", "{p} has a garden full of {v}"), "What does {p} grow?", "Who grows some {v}?"),
+    Relation(FEARS, ("{p} hides from {v}", "{p} is afraid of {v}"), "What does {p} hide from?", "Who hides from {v}?"),
 )  # fmt: skip
 
 MOST_PEOPLE_OF_A_RELATION = 32
@@ -130,10 +130,11 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one fact of a passage. `key` is the bare word that must be found; `answer` the whole sentence."""
+    """A question about one fact, (person, value), of a passage. `key` is the one of the two that must be found."""
 
     text: str
-    answer: str
+    answer: str  # a whole sentence
+    fact: tuple[str, str]
     key: str
 
 
@@ -145,11 +146,13 @@ class Story:
     questions: tuple[Question, ...]
 
 
-def make_story(rng: Random, target_length: int, length: Callable[[str], int]) -> Story:
-    """A story whose passage is the longest row of whole sentences with `length(sentence)` summing to at most the target.
+def make_story(rng: Random, target_length: int, length: Callable[[str], float], *, variety: float = 1.0) -> Story:
+    """A story whose passage is the longest row of whole sentences with `length(sentence)` summing to at most the
+    target.
 
-    Within a passage, each person has at most one value of a relation, and each value at most one person. Only some of the
-    relations occur, so that several people share each: who reads must tell them apart, not only know a trade from a town.
+    Within a passage, each person has at most one value of a relation, and each value at most one person. Only some of
+    the relations occur, so that several people share each: who reads must tell them apart, not only know a trade from
+    a town.
     """
     num_facts = max(2, target_length // 9)
     fewest = -(-num_facts // MOST_PEOPLE_OF_A_RELATION)
@@ -165,19 +168,19 @@ def make_story(rng: Random, target_length: int, length: Callable[[str], int]) ->
     total = 0
     while facts:
         stated: list[tuple[str, int, str]] = []
-        if rng.random() < 0.15 and sentences:
+        if rng.random() < 0.15 * variety and sentences:
             sentence = rng.choice(FILLERS)
         else:
             person, index = facts.pop()
             stated.append((person, index, unused_values[index].pop()))
-            clauses = [_clause(rng, *stated[0])]
+            clauses = [_clause(rng, *stated[0], variety)]
             second = next((fact for fact in facts[-12:] if fact[0] == person), None)
-            if second is not None and rng.random() < 0.4:
+            if second is not None and rng.random() < 0.4 * variety:
                 facts.remove(second)
                 stated.append((person, second[1], unused_values[second[1]].pop()))
-                clauses.append(_clause(rng, *stated[1]).removeprefix(person + " "))
+                clauses.append(_clause(rng, *stated[1], variety).removeprefix(person + " "))
             sentence = " and ".join(clauses) + "."
-            if rng.random() < 0.15:
+            if rng.random() < 0.15 * variety:
                 sentence = f"{rng.choice(OPENINGS)}, {sentence}"
         total += length(" " + sentence)
         if total > target_length and sentences:
@@ -191,9 +194,10 @@ def make_story(rng: Random, target_length: int, length: Callable[[str], int]) ->
     return Story(" ".join(sentences), tuple(questions))
 
 
-def _clause(rng: Random, person: str, index: int, value: str) -> str:
+def _clause(rng: Random, person: str, index: int, value: str, variety: float) -> str:
     relation = RELATIONS[index]
-    return rng.choice(relation.statements).format(p=person, v=relation.noun(value))
+    wording = rng.choice(relation.statements) if rng.random() < variety else relation.statements[0]
+    return wording.format(p=person, v=relation.noun(value))
 
 
 def _questions(person: str, index: int, value: str) -> tuple[Question, Question]:
@@ -201,6 +205,6 @@ def _questions(person: str, index: int, value: str) -> tuple[Question, Question]
     words = {"p": person, "v": relation.noun(value)}
     answer = relation.statements[0].format(**words) + "."
     return (
-        Question(relation.ask_value.format(**words), answer, value),
-        Question(relation.ask_person.format(**words), answer, person),
+        Question(relation.ask_value.format(**words), answer, (person, value), value),
+        Question(relation.ask_person.format(**words), answer, (person, value), person),
     )

@@ -1,0 +1,272 @@
+"""The facade: `pipeline()`, with the call and the keywords of DeepSpeed-MII. Its spellings live only here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from tqdm import tqdm
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.request import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.engine import Engine, Observer
+from splitfuse.errors import InvalidRequestError, PromptTooLongError, did_you_mean
+from splitfuse.models.hub import resolve_model
+from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.text.generate import Generation, Message, Prompt, TextGenerator, Timings, with_room
+from splitfuse.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+Prompts = (
+    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
+)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer. `str(response)` is its text."""
+
+    generated_text: str
+    prompt_length: int  # tokens
+    generated_length: int  # tokens
+    finish_reason: FinishReason  # a string too: "stop", "length", "abort", "error"
+    token_ids: tuple[int, ...]  # the generated ones only
+    logprobs: tuple[TokenLogprob, ...] | None  # one for each generated token, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] | None  # one for each prompt token but the first, if asked for
+    timings: Timings
+    index: int  # of the prompt in the call
+    choice: int = 0  # which of `n`
+    stop_string: str | None = None  # the one that ended it
+    error: str | None = None  # why it failed, where finish_reason is "error"
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A prompt and its keywords, checked and ready to run."""
+
+    prompt: Prompt
+    params: SamplingParams
+    return_full_text: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of one answer in a stream; the last of an answer carries the whole `response`."""
+
+    index: int
+    choice: int
+    text: str
+    response: Response | None = None
+
+
+def pipeline(
+    model: str | None = None, *, progress: bool = False, observer: Observer | None = None, **settings: Any
+) -> Pipeline:
+    """Load a model and answer with it in this process.
+
+    `model` is a folder or a Hugging Face Hub name; left out, the small bundled model. `settings` are those of
+    EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With `progress`,
+    the memory plan and a bar while loading go to standard error; `observer` sees every forward pass. Raises
+    ConfigError, ModelError or MemoryPlanError.
+    """
+    config = EngineConfig.from_settings({"model": model, **settings})
+    tokenizer = Tokenizer.from_folder(
+        resolve_model(config.model.tokenizer or config.model.model, config.model.revision)
+    )
+    engine = Engine.load(config, progress=progress, announce=_print_plan if progress else lambda _: None)
+    engine.observer = observer
+    return Pipeline(engine, tokenizer)
+
+
+class Pipeline:
+    """Prompts in, responses out. Call it as often as you like; one thread at a time."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.generator = TextGenerator(engine, tokenizer)
+
+    @overload
+    def __call__(self, prompts: Prompts, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...
+    @overload
+    def __call__(self, prompts: Prompts, *, stream: Literal[True], **keywords: Any) -> Iterator[Piece]: ...
+
+    def __call__(
+        self, prompts: Prompts, *, stream: bool = False, progress: bool = False, **keywords: Any
+    ) -> list[Response] | Iterator[Piece]:
+        """Answer one prompt or many, together; `keywords` are those of `prepare`.
+
+        Responses come in the order of the prompts, choices side by side; with `stream`, an iterator of Piece comes
+        instead. With `progress`, a bar goes to standard error. A request that fails alone has finish_reason "error" and
+        says why. Raises InvalidRequestError, before anything runs, for what cannot be honoured.
+        """
+        pieces = self.run(self.prepare(prompts, **keywords), progress=progress)
+        if stream:
+            return pieces
+        responses = [piece.response for piece in pieces if piece.response is not None]
+        return sorted(responses, key=lambda response: (response.index, response.choice))
+
+    def prepare(
+        self,
+        prompts: Prompts,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        n: int = 1,
+        chat: bool = False,
+        return_full_text: bool = False,
+        **unknown: Any,
+    ) -> list[PreparedRequest]:
+        """Check prompts and keywords, and run nothing yet. A prompt is a text, a list of token ids or, with `chat`, a
+        user's turn or a list of messages, which goes through the model's chat template.
+
+        max_new_tokens    most tokens to generate (1024, or what the model leaves, if max_length is not given either)
+        max_length        most tokens of prompt and answer together
+        min_new_tokens    generated tokens before which no end is taken; the prompt does not count
+        do_sample         False is greedy; left out, choosing at random follows from temperature, top_p, top_k or min_p
+        n                 answers to each prompt
+        logprobs          alternatives to report with each token: 0 for the token alone
+
+        Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
+        """
+        if unknown:
+            known = set(Pipeline.prepare.__annotations__) - {"prompts", "unknown", "return"} | {"stream", "progress"}
+            name = next(iter(unknown))
+            raise InvalidRequestError(f"unknown keyword {name!r}{did_you_mean(name, known)}", parameter=name)
+        params = SamplingParams(
+            max_tokens=max_new_tokens,
+            min_tokens=min_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_token_ids=tuple(stop_token_ids),
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            repetition_penalty=repetition_penalty,
+            logit_bias=dict(logit_bias or {}),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=n,
+            seed=seed,
+            **_randomness(do_sample, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
+        )
+        listed = _as_list(prompts, chat)
+        prepared = []
+        for index, prompt in enumerate(listed):
+            try:
+                encoded = self.generator.encode_chat(prompt) if chat else self.generator.encode(prompt)
+                limited = self._with_length(params, encoded, max_length)
+                self.generator.check(encoded, limited)
+            except InvalidRequestError as error:
+                if len(listed) > 1:
+                    error.args = (f"prompt {index}: {error}",)
+                raise
+            prepared.append(PreparedRequest(encoded, limited, return_full_text))
+        return prepared
+
+    def run(self, requests: Sequence[PreparedRequest], *, progress: bool = False) -> Iterator[Piece]:
+        """Run prepared requests together and give their text as it comes; `Piece.index` counts `requests`."""
+        indices: dict[str, int] = {}
+        for index, request in enumerate(requests):
+            for generation in self.generator.add(request.prompt, request.params):
+                indices[generation.request_id] = index
+        with tqdm(total=len(indices), disable=not progress, unit="answer", file=sys.stderr) as bar:
+            for generation, text in self.generator.stream():
+                index = indices[generation.request_id]
+                response = None
+                if generation.finish_reason is not None:
+                    bar.update()
+                    response = self._response(generation, index, requests[index].return_full_text)
+                yield Piece(index, generation.choice, text, response)
+
+    def _with_length(self, params: SamplingParams, prompt: Prompt, max_length: int | None) -> SamplingParams:
+        """`params` with its length settled: `max_length` counts the prompt, `max_new_tokens` does not; both hold."""
+        limit, length = self.engine.max_model_len, len(prompt.token_ids)
+        if max_length is None:
+            return params if params.max_tokens else with_room(params, prompt, DEFAULT_MAX_NEW_TOKENS, limit)
+        SamplingParams(max_tokens=max_length)  # a whole number, at least 1
+        if max_length <= length:
+            raise PromptTooLongError(
+                f"max_length {max_length} leaves nothing to generate after a prompt of {length} tokens",
+                parameter="max_length",
+            )
+        if max_length > limit:
+            raise InvalidRequestError(f"max_length {max_length} exceeds the model's {limit}", parameter="max_length")
+        return with_room(params, prompt, params.max_tokens or max_length, max_length)
+
+    def _response(self, generation: Generation, index: int, return_full_text: bool) -> Response:
+        assert generation.finish_reason is not None
+        prompt, params = generation.prompt, generation.params
+        before = self.tokenizer.decode(prompt.token_ids) if return_full_text else ""
+        return Response(
+            generated_text=before + generation.text,
+            prompt_length=len(prompt.token_ids),
+            generated_length=len(generation.token_ids),
+            finish_reason=generation.finish_reason,
+            token_ids=tuple(generation.token_ids),
+            logprobs=None if params.logprobs is None else tuple(generation.logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(generation.prompt_logprobs),
+            timings=generation.timings,
+            index=index,
+            choice=generation.choice,
+            stop_string=generation.stop_string,
+            error=generation.error,
+        )
+
+
+def _randomness(do_sample: bool | None, **given: float | None) -> dict[str, Any]:
+    """temperature, top_p, top_k and min_p as SamplingParams wants them; greedy is temperature 0."""
+    set_ones = {name: value for name, value in given.items() if value is not None}
+    if do_sample is False:
+        for name, value in set_ones.items():
+            if (name, value) != ("temperature", 0):
+                raise InvalidRequestError(
+                    f"{name} {value} has no effect with do_sample=False: leave one out", parameter=name
+                )
+        return {}
+    if do_sample and set_ones.get("temperature") == 0:
+        raise InvalidRequestError(
+            "temperature 0 is greedy, do_sample=True is not: leave one out", parameter="temperature"
+        )
+    if do_sample or set_ones:
+        return {"temperature": 1.0, **set_ones}
+    return {}
+
+
+def _as_list(prompts: Any, chat: bool) -> list[Any]:
+    """The prompts of a call, one or many, as a list. Raises InvalidRequestError for what is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise InvalidRequestError(f"prompts must be a text or a list, not {prompts!r:.80}", parameter="prompts")
+    if not prompts:
+        raise InvalidRequestError("there is no prompt: the list is empty", parameter="prompts")
+    is_single = isinstance(prompts[0], Mapping) if chat else isinstance(prompts[0], int)
+    return [prompts] if is_single else list(prompts)
+
+
+def _print_plan(plan: MemoryPlan) -> None:
+    print(plan, file=sys.stderr)

@@ -1,0 +1,282 @@
+"""The command line: `splitfuse generate` and `splitfuse plan-memory`. Engine flags are generated from the config's
+fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from splitfuse.config import EngineConfig
+from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
+
+if typing.TYPE_CHECKING:
+    from splitfuse.api import Piece, Pipeline, Response
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Dynamic SplitFuse serving of large language models.",
+)
+
+SAMPLING_HELP = {
+    "max_new_tokens": (int | None, "Most tokens to generate."),
+    "min_new_tokens": (int, "Tokens before which no end is taken."),
+    "temperature": (float | None, "0 is greedy; left out, greedy unless another sampling flag is given."),
+    "top_p": (float | None, "Choose among the most probable tokens of this share together."),
+    "top_k": (int | None, "Choose among this many tokens."),
+    "min_p": (float | None, "Choose among tokens at least this fraction as probable as the best."),
+    "seed": (int | None, "Makes choices at random repeatable."),
+    "presence_penalty": (float, "Taken from the score of tokens already generated, -2 to 2."),
+    "frequency_penalty": (float, "The same for each time they were generated, -2 to 2."),
+    "repetition_penalty": (float, "Divides the score of tokens already in the text."),
+    "stop": (list[str] | None, "A text that ends the answer; may be given several times."),
+    "ignore_eos": (bool, "Go on after the model's end token."),
+    "logprobs": (int | None, "Report log-probabilities, with this many alternatives."),
+    "n": (int, "Answers to each prompt."),
+    "chat": (bool, "Send each prompt through the model's chat template, as a user's turn."),
+    "return_full_text": (bool, "Put the prompt before the answer."),
+}
+JSONL_KEYWORDS = {*SAMPLING_HELP, "max_length", "do_sample", "stop_token_ids", "logit_bias", "prompt_logprobs"}
+DEFAULTS: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "ignore_eos": False,
+    "n": 1,
+    "chat": False,
+    "return_full_text": False,
+}
+
+
+def with_flags(*, sampling: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every engine setting, and for the sampling keywords, to a command that takes them as `**flags`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        flags: list[tuple[str, Any, str, Any, str]] = []
+        if sampling:
+            flags += [(n, hint, text, DEFAULTS.get(n), "Sampling") for n, (hint, text) in SAMPLING_HELP.items()]
+        for name, (part, setting) in EngineConfig.setting_fields().items():
+            hint = typing.get_type_hints(part)[name]
+            flags.append((name, hint, setting.metadata["help"], setting.default, "Engine"))
+        for name, hint, text, default, panel in flags:
+            option = typer.Option(help=text, rich_help_panel=panel)
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+                )
+            )
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+@app.command()
+@with_flags(sampling=True)
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; left out, they come from --input.")] = None,
+    input: Annotated[  # noqa: A002 - the flag's name
+        str | None,
+        typer.Option(
+            help="A .jsonl file with a request a line, or a text file that is one prompt; - is standard input."
+        ),
+    ] = None,
+    lines: Annotated[bool, typer.Option(help="Take each line of a text as a prompt of its own.")] = False,
+    jsonl: Annotated[bool, typer.Option(help="Print JSON lines even to a terminal.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No memory plan, no progress bar.")] = False,
+    **flags: Any,
+) -> None:
+    """Answer prompts. Streams to a terminal; prints a JSON object per answer to a file or a pipe.
+
+    A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name.
+    """
+    settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
+    requests = _requests(prompts or [], input, lines=lines)
+    from splitfuse.api import pipeline
+
+    pipe = pipeline(settings.pop("model"), progress=not quiet and sys.stderr.isatty(), **_given(settings))
+    answers = _answers(pipe, requests, _given(flags))
+    if jsonl or not sys.stdout.isatty():
+        failed = _print_jsonl(answers)
+    else:
+        failed = _print_text(answers, several=len(requests) * flags["n"] > 1)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("plan-memory")
+@with_flags(sampling=False)
+def plan_memory(**flags: Any) -> None:
+    """Print what a model will need and what there is, without loading it."""
+    from splitfuse.kernels.reference import Kernels
+    from splitfuse.models.hub import load_spec, resolve_model
+    from splitfuse.runtime import memory_plan
+
+    config = EngineConfig.from_settings(_given(flags))
+    spec = load_spec(resolve_model(config.model.model, config.model.revision))
+    print(memory_plan.plan_memory(spec, config, kernels=Kernels()))
+
+
+def main() -> None:
+    """Run the command line. Mistakes end with a sentence and status 1 or 2, Ctrl-C with 130: never with a traceback."""
+    try:
+        app(standalone_mode=True)
+    except SplitfuseError as error:
+        print(f"splitfuse: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("splitfuse: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+        sys.exit(141)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One prompt with the keywords of its own; or, with `error`, a line that was none."""
+
+    prompt: Any = None
+    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+
+def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_Request]:
+    if prompts and source is not None:
+        raise InvalidRequestError("prompts are given twice: as arguments and with --input")
+    if prompts:
+        return [_Request(prompt) for prompt in prompts]
+    if source is None and sys.stdin.isatty():
+        raise InvalidRequestError("no prompt: give one as an argument, with --input FILE, or on standard input")
+    text = _read(source or "-")
+    is_jsonl = source is not None and source.endswith(".jsonl")
+    if is_jsonl or (source in (None, "-") and text.lstrip().startswith("{")):
+        return [_parse(line, number) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if lines:
+        return [_Request(line) for line in text.splitlines() if line.strip()]
+    return [_Request(text.removesuffix("\n"))]
+
+
+def _read(source: str) -> str:
+    try:
+        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{source} cannot be read: {error}") from error
+
+
+def _parse(line: str, number: int) -> _Request:
+    """One line of a .jsonl file; what is wrong with it is said in its place, and the other lines go on."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return _Request(error=f"line {number} is not JSON: {error}")
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        return _Request(error=f'line {number} must be an object with either "prompt" or "messages"')
+    for name in fields:
+        if name not in JSONL_KEYWORDS | {"prompt", "messages"}:
+            return _Request(error=f"line {number}: unknown keyword {name!r}{did_you_mean(name, JSONL_KEYWORDS)}")
+    if "messages" in fields:
+        return _Request(fields.pop("messages"), {**fields, "chat": True})
+    if "logit_bias" in fields and isinstance(fields["logit_bias"], dict):  # JSON has no numbers as keys
+        try:
+            fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+        except ValueError:
+            return _Request(error=f"line {number}: the keys of logit_bias must be token ids")
+    return _Request(fields.pop("prompt"), fields)
+
+
+def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Refusal]:
+    """The refusals first, then the pieces of all others, run together; both by their place in the input."""
+    places, prepared = [], []
+    for place, request in enumerate(requests):
+        try:
+            if request.error is not None:
+                raise InvalidRequestError(request.error)
+            prepared += pipe.prepare([request.prompt], **{**keywords, **request.keywords})
+            places.append(place)
+        except SplitfuseError as error:
+            yield _Refusal(place, str(error))
+    for piece in pipe.run(prepared):
+        yield dataclasses.replace(piece, index=places[piece.index])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """A request that was not begun, and why."""
+
+    index: int
+    error: str
+
+
+def _print_jsonl(answers: Iterator[Piece | _Refusal]) -> bool:
+    """A line for every answer as soon as it is whole; whether any failed."""
+    failed = False
+    for answer in answers:
+        if isinstance(answer, _Refusal):
+            failed = True
+            line: dict[str, Any] = {"index": answer.index, "error": answer.error}
+        elif answer.response is not None:
+            failed |= answer.response.error is not None
+            line = _as_json(answer.index, answer.response)
+        else:
+            continue
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    return failed
+
+
+def _print_text(answers: Iterator[Piece | _Refusal], *, several: bool) -> bool:
+    """One answer as it grows; several, each under its number when it is whole. Whether any failed."""
+    failed = False
+    for answer in answers:
+        error = answer.error if isinstance(answer, _Refusal) else answer.response and answer.response.error
+        failed |= error is not None
+        if several and (isinstance(answer, _Refusal) or answer.response is not None):
+            text = "" if isinstance(answer, _Refusal) else str(answer.response)
+            print(f"[{answer.index + 1}] {text}", flush=True)
+        elif isinstance(answer, _Refusal):
+            pass
+        elif not several:
+            print(answer.text, end="" if answer.response is None else "\n", flush=True)
+        if error:
+            print(f"splitfuse: request {answer.index + 1}: {error}", file=sys.stderr)
+    return failed
+
+
+def _as_json(index: int, response: Response) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "index": index,
+        "choice": response.choice,
+        "text": response.generated_text,
+        "finish_reason": response.finish_reason,
+        "prompt_tokens": response.prompt_length,
+        "generated_tokens": response.generated_length,
+        "token_ids": response.token_ids,
+        "seconds_to_first_token": response.timings.time_to_first_token,
+        "seconds": response.timings.total,
+    }
+    for name in ("logprobs", "prompt_logprobs"):
+        if (logprobs := getattr(response, name)) is not None:
+            line[name] = [dataclasses.asdict(logprob) for logprob in logprobs]
+    return line if response.error is None else {**line, "error": response.error}
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
