@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from tqdm import tqdm
@@ -68,7 +72,7 @@ class Piece:
 
 
 def pipeline(
-    model: str | None = None, *, progress: bool = False, observer: Observer | None = None, **settings: Any
+    model: str | Path | None = None, *, progress: bool = False, observer: Observer | None = None, **settings: Any
 ) -> Pipeline:
     """Load a model and answer with it in this process.
 
@@ -77,7 +81,7 @@ def pipeline(
     the memory plan and a bar while loading go to standard error; `observer` sees every forward pass. Raises
     ConfigError, ModelError or MemoryPlanError.
     """
-    config = EngineConfig.from_settings({"model": model, **settings})
+    config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
     tokenizer = Tokenizer.from_folder(
         resolve_model(config.model.tokenizer or config.model.model, config.model.revision)
     )
@@ -131,8 +135,8 @@ class Pipeline:
         frequency_penalty: float = 0.0,
         repetition_penalty: float = 1.0,
         logit_bias: Mapping[int, float] | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
@@ -157,29 +161,34 @@ class Pipeline:
             known = set(Pipeline.prepare.__annotations__) - {"prompts", "unknown", "return"} | {"stream", "progress"}
             name = next(iter(unknown))
             raise InvalidRequestError(f"unknown keyword {name!r}{did_you_mean(name, known)}", parameter=name)
-        params = SamplingParams(
-            max_tokens=max_new_tokens,
-            min_tokens=min_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(stop_token_ids),
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            repetition_penalty=repetition_penalty,
-            logit_bias=dict(logit_bias or {}),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=n,
-            seed=seed,
-            **_randomness(do_sample, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
-        )
+        for name, flag in (("do_sample", do_sample), ("chat", chat), ("return_full_text", return_full_text)):
+            if not isinstance(flag, bool | None):
+                raise InvalidRequestError(f"{name} must be True or False, not {flag!r}", parameter=name)
+        with _spelled_as_here():
+            params = SamplingParams(
+                max_tokens=max_new_tokens,
+                min_tokens=min_new_tokens,
+                stop=(stop,) if isinstance(stop, str) else _as_tuple(stop),
+                stop_token_ids=_as_tuple(stop_token_ids),
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                repetition_penalty=repetition_penalty,
+                logit_bias={} if logit_bias is None else copy(logit_bias),
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                n=n,
+                seed=seed,
+                **_randomness(do_sample, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
+            )
         listed = _as_list(prompts, chat)
         prepared = []
         for index, prompt in enumerate(listed):
             try:
                 encoded = self.generator.encode_chat(prompt) if chat else self.generator.encode(prompt)
-                limited = self._with_length(params, encoded, max_length)
-                self.generator.check(encoded, limited)
+                with _spelled_as_here():
+                    limited = self._with_length(params, encoded, max_length)
+                    self.generator.check(encoded, limited)
             except InvalidRequestError as error:
                 if len(listed) > 1:
                     error.args = (f"prompt {index}: {error}",)
@@ -189,12 +198,14 @@ class Pipeline:
 
     def run(self, requests: Sequence[PreparedRequest], *, progress: bool = False) -> Iterator[Piece]:
         """Run prepared requests together and give their text as it comes; `Piece.index` counts `requests`."""
+        generations: list[Generation] = []
         indices: dict[str, int] = {}
         for index, request in enumerate(requests):
-            for generation in self.generator.add(request.prompt, request.params):
-                indices[generation.request_id] = index
-        with tqdm(total=len(indices), disable=not progress, unit="answer", file=sys.stderr) as bar:
-            for generation, text in self.generator.stream():
+            choices = self.generator.add(request.prompt, request.params)
+            generations += choices
+            indices |= {generation.request_id: index for generation in choices}
+        with tqdm(total=len(generations), disable=not progress, unit="answer", file=sys.stderr) as bar:
+            for generation, text in self.generator.stream(generations):
                 index = indices[generation.request_id]
                 response = None
                 if generation.finish_reason is not None:
@@ -207,7 +218,10 @@ class Pipeline:
         limit, length = self.engine.max_model_len, len(prompt.token_ids)
         if max_length is None:
             return params if params.max_tokens else with_room(params, prompt, DEFAULT_MAX_NEW_TOKENS, limit)
-        SamplingParams(max_tokens=max_length)  # a whole number, at least 1
+        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+            raise InvalidRequestError(
+                f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
+            )
         if max_length <= length:
             raise PromptTooLongError(
                 f"max_length {max_length} leaves nothing to generate after a prompt of {length} tokens",
@@ -215,6 +229,12 @@ class Pipeline:
             )
         if max_length > limit:
             raise InvalidRequestError(f"max_length {max_length} exceeds the model's {limit}", parameter="max_length")
+        if params.min_tokens > max_length - length:
+            raise InvalidRequestError(
+                f"min_new_tokens {params.min_tokens} does not fit: max_length {max_length} leaves "
+                f"{max_length - length} after a prompt of {length} tokens",
+                parameter="min_new_tokens",
+            )
         return with_room(params, prompt, params.max_tokens or max_length, max_length)
 
     def _response(self, generation: Generation, index: int, return_full_text: bool) -> Response:
@@ -254,6 +274,26 @@ def _randomness(do_sample: bool | None, **given: float | None) -> dict[str, Any]
     if do_sample or set_ones:
         return {"temperature": 1.0, **set_ones}
     return {}
+
+
+@contextmanager
+def _spelled_as_here() -> Iterator[None]:
+    """Errors about `max_tokens` and `min_tokens` by the names that they have in this call."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        error.args = (re.sub(r"\b(max|min)_tokens\b", r"\1_new_tokens", str(error)),)
+        error.parameter = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}.get(
+            error.parameter or "", error.parameter
+        )
+        raise
+
+
+def _as_tuple(value: Any) -> Any:
+    """None is empty, a list becomes a tuple; anything else is left for SamplingParams to refuse."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _as_list(prompts: Any, chat: bool) -> list[Any]:

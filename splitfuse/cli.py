@@ -5,11 +5,14 @@ fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,9 +63,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def with_flags(*, sampling: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every engine setting, and for the sampling keywords, to a command that takes them as `**flags`."""
+    """Add a flag for every engine setting, and for the sampling keywords, to a command that takes them as `**flags`;
+    and see to it that it ends with a sentence, whatever happens.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            with _ending_in_a_sentence():
+                command(**arguments)
+
         signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
         parameters = [
             parameter.replace(annotation=hints[name])
@@ -82,22 +92,38 @@ def with_flags(*, sampling: bool) -> Callable[[Callable[..., None]], Callable[..
                     name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
                 )
             )
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
 
     return decorate
+
+
+@contextmanager
+def _ending_in_a_sentence() -> Iterator[None]:
+    """A mistake ends with a sentence and status 1, Ctrl-C with 130, a closed pipe with 141: never with a traceback."""
+    try:
+        yield
+    except SplitfuseError as error:
+        print(f"splitfuse: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        print("splitfuse: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:  # the reader has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
 
 
 @app.command()
 @with_flags(sampling=True)
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; left out, they come from --input.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; left out, they come from --input or standard input.")
+    ] = None,
     input: Annotated[  # noqa: A002 - the flag's name
         str | None,
-        typer.Option(
-            help="A .jsonl file with a request a line, or a text file that is one prompt; - is standard input."
-        ),
+        typer.Option(help="A .jsonl file with a request a line, or a text that is one prompt; - is standard input."),
     ] = None,
     lines: Annotated[bool, typer.Option(help="Take each line of a text as a prompt of its own.")] = False,
     jsonl: Annotated[bool, typer.Option(help="Print JSON lines even to a terminal.")] = False,
@@ -117,7 +143,8 @@ def generate(
     if jsonl or not sys.stdout.isatty():
         failed = _print_jsonl(answers)
     else:
-        failed = _print_text(answers, several=len(requests) * flags["n"] > 1)
+        several = len(requests) > 1 or {**flags, **requests[0].keywords}["n"] != 1
+        failed = _print_text(answers, several=several)
     if failed:
         raise typer.Exit(1)
 
@@ -125,7 +152,7 @@ def generate(
 @app.command("plan-memory")
 @with_flags(sampling=False)
 def plan_memory(**flags: Any) -> None:
-    """Print what a model will need and what there is, without loading it."""
+    """Print the memory a model needs and what there is."""
     from splitfuse.kernels.reference import Kernels
     from splitfuse.models.hub import load_spec, resolve_model
     from splitfuse.runtime import memory_plan
@@ -136,18 +163,8 @@ def plan_memory(**flags: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line. Mistakes end with a sentence and status 1 or 2, Ctrl-C with 130: never with a traceback."""
-    try:
-        app(standalone_mode=True)
-    except SplitfuseError as error:
-        print(f"splitfuse: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("splitfuse: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader has seen enough
-        sys.stderr.close()
-        sys.exit(141)
+    """Run the command line. A flag that is none ends it with status 2."""
+    app()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +184,14 @@ def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_R
     if source is None and sys.stdin.isatty():
         raise InvalidRequestError("no prompt: give one as an argument, with --input FILE, or on standard input")
     text = _read(source or "-")
+    if not text.strip():
+        raise InvalidRequestError(f"no prompt: {'standard input' if source in (None, '-') else source} is empty")
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     is_jsonl = source is not None and source.endswith(".jsonl")
-    if is_jsonl or (source in (None, "-") and text.lstrip().startswith("{")):
-        return [_parse(line, number) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if is_jsonl or (source in (None, "-") and not lines and text.lstrip().startswith("{")):
+        return [_parse(line, number) for number, line in numbered]
     if lines:
-        return [_Request(line) for line in text.splitlines() if line.strip()]
+        return [_Request(line) for _, line in numbered]
     return [_Request(text.removesuffix("\n"))]
 
 
@@ -280,3 +300,7 @@ def _as_json(index: int, response: Response) -> dict[str, Any]:
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,8 @@ class CacheConfig:
         _at_least("num_blocks", self.num_blocks, 1)
         if self.kv_cache_memory_gib is not None and not 0 < self.kv_cache_memory_gib < float("inf"):
             raise ConfigError(f"kv_cache_memory_gib must be a positive number, not {self.kv_cache_memory_gib}")
+        if self.num_blocks is not None and self.kv_cache_memory_gib is not None:
+            raise ConfigError("num_blocks and kv_cache_memory_gib both set the size of the KV cache: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

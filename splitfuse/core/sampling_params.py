@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,15 +53,21 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
+        if not isinstance(self.logit_bias, Mapping):
+            raise _refused("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0)
             _number("logit_bias", bias, -100.0, 100.0)
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(s, str) and s for s in self.stop):
             raise _refused("stop", self.stop, "a list of non-empty strings")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise _refused("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
+        if not isinstance(self.stop_token_ids, tuple | list):
+            raise _refused("stop_token_ids", self.stop_token_ids, "a list of token ids")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise _refused("ignore_eos", self.ignore_eos, "True or False")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _integer(name, count, 0, MAX_LOGPROBS)
@@ -70,7 +75,7 @@ class SamplingParams:
 
 
 def _refused(name: str, value: object, wanted: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {wanted}, not {value!r}", parameter=name)
+    return InvalidRequestError(f"{name} must be {wanted}, not {value!r:.80}", parameter=name)
 
 
 def _integer(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
@@ -79,8 +84,8 @@ def _integer(name: str, value: object, least: int, most: int = 2**31 - 1) -> Non
 
 
 def _number(name: str, value: object, least: float, most: float, *, open_below: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not least <= float(value) <= most or (open_below and value == least):  # type: ignore[arg-type]
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most  # NaN is not
+    if not valid or (open_below and value == least):
         raise _refused(
             name,
             value,

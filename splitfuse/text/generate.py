@@ -7,7 +7,7 @@ choice keeps all state of its text: nothing is shared between requests.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,32 +77,35 @@ class Generation:
         context = prompt.token_ids if prompt.continues else ()
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context)
         self._stop_strings = StopStrings(params.stop)
+        self._num_taken = 0  # characters of `text` that `take` has given out
         self._unwatched = 0  # characters of the first min_tokens tokens, in which stop strings do not count
 
-    def push(self, output: RequestOutput) -> str:
-        """Take in what a step gave; the new text. If a stop string is now complete, `finish_reason` is set to STOP
-        here, and `token_ids`, `logprobs` and `timings` end with the token that completed the text before it.
+    def push(self, output: RequestOutput) -> None:
+        """Take in what a step gave. If a stop string is now complete, `finish_reason` is set to STOP here, and
+        `token_ids`, `logprobs` and `timings` end with the token that completed the text before it.
         """
         now = time.monotonic()
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         self.timings.tokens += [now] * len(output.token_ids)
-        new = "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
+        self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish_reason, self.error = output.finish_reason, output.error
-            new += self._rest()
+            self.text += self._rest()
         if self.finish_reason is not None:
             self.timings.finished = now
-        self.text += new
-        return new
 
-    def end(self, reason: FinishReason) -> str:
-        """The request was ended from outside: what was still held back."""
+    def end(self, reason: FinishReason) -> None:
+        """The request was ended from outside: add what was still held back."""
         self.finish_reason, self.timings.finished = reason, time.monotonic()
-        rest = self._rest()
-        self.text += rest
-        return rest
+        self.text += self._rest()
+
+    def take(self) -> str:
+        """The text that has come since the last call."""
+        new = self.text[self._num_taken :]
+        self._num_taken = len(self.text)
+        return new
 
     def _watch(self, token_id: int) -> str:
         """The text that one more token releases."""
@@ -140,7 +143,8 @@ class TextGenerator:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._generations: dict[str, Generation] = {}
+        self._generations: dict[str, Generation] = {}  # unfinished
+        self._news: dict[str, Generation] = {}  # those with something to tell to whoever streams them
         self._num_requests = 0
 
     def encode(self, prompt: str | Sequence[int]) -> Prompt:
@@ -185,32 +189,46 @@ class TextGenerator:
         self._generations |= {generation.request_id: generation for generation in generations}
         return generations
 
-    def stream(self) -> Iterator[tuple[Generation, str]]:
-        """Run until every generation has ended: each with its new text, step by step; a last one when it ends,
-        perhaps empty.
+    def stream(self, generations: Iterable[Generation]) -> Iterator[tuple[Generation, str]]:
+        """Run until all of these have ended: each with its new text, step by step; a last one when it ends, perhaps
+        empty. Several streams may take turns: a step for one is a step for all.
 
         If the caller stops listening, by an error or Ctrl-C too, what is unfinished is aborted and its blocks are free.
         """
+        awaited = {generation.request_id: generation for generation in generations}
         try:
-            while self._generations:
-                for output in self.engine.step():
-                    if generation := self._generations.get(output.request_id):
-                        text = self._push(generation, output)
-                        if text or generation.finish_reason is not None:
-                            yield generation, text
+            while awaited:
+                for request_id in [name for name in self._news if name in awaited]:
+                    generation = self._news.pop(request_id)
+                    if generation.finish_reason is not None:
+                        del awaited[request_id]
+                    yield generation, generation.take()
+                if awaited:
+                    self._step()
         finally:
-            for generation in self._generations.values():
-                self.engine.abort(generation.request_id)
-                generation.end(FinishReason.ABORT)
-            self._generations.clear()
+            for generation in awaited.values():
+                self._abort(generation)
 
-    def _push(self, generation: Generation, output: RequestOutput) -> str:
-        text = generation.push(output)
-        if generation.finish_reason is not None:
-            del self._generations[generation.request_id]
-            if output.finish_reason is None:  # a stop string: only we can see it
-                self.engine.finish(generation.request_id, FinishReason.STOP, num_tokens=len(generation.token_ids))
-        return text
+    def _step(self) -> None:
+        for output in self.engine.step():
+            generation = self._generations.get(output.request_id)
+            if generation is None:
+                continue
+            length = len(generation.text)
+            generation.push(output)
+            if generation.finish_reason is not None:
+                del self._generations[generation.request_id]
+                if output.finish_reason is None:  # a stop string: only we can see it
+                    count = len(generation.token_ids)
+                    self.engine.finish(generation.request_id, FinishReason.STOP, num_tokens=count)
+            if len(generation.text) > length or generation.finish_reason is not None:
+                self._news[generation.request_id] = generation
+
+    def _abort(self, generation: Generation) -> None:
+        self.engine.abort(generation.request_id)
+        self._news.pop(generation.request_id, None)
+        if self._generations.pop(generation.request_id, None):
+            generation.end(FinishReason.ABORT)
 
 
 def with_room(params: SamplingParams, prompt: Prompt, most: int, limit: int) -> SamplingParams:

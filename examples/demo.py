@@ -1,0 +1,120 @@
+"""The main job on the bundled model: stories and questions, short and long mixed, answered together.
+
+Shows the answers as they stream, then what every forward pass was made of, then how often the model is right on stories
+that it has never seen. `python examples/demo.py`, or `make demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+import splitfuse
+from splitfuse.core.plan import StepPlan
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
+from exam import count_right, held_out_problems  # noqa: E402
+
+BUDGET = 64  # tokens of a pass: one column of the picture each
+NUM_HELD_OUT = 100
+COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
+
+console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def main() -> None:
+    problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
+    console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
+    passes: list[StepPlan] = []
+    pipe = splitfuse.pipeline(max_num_batched_tokens=BUDGET, observer=lambda plan, _: passes.append(plan))
+    console.print(str(pipe.engine.model.plan), style="dim")
+    seconds, right = answer(pipe, problems)
+    draw(passes)
+    tokens = sum(plan.num_tokens for plan in passes)
+    fill = sum(plan.num_tokens for plan in passes[:-1]) / max(1, BUDGET * len(passes[:-1]))
+    console.print(
+        f"{right} of {len(problems)} right.  {tokens} tokens in {len(passes)} passes and {seconds:.2f} s: "
+        f"{tokens / seconds:.0f} tokens/s.  The budget was {fill:.0%} full.\n"
+    )
+    hold_exam()
+
+
+def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[float, int]:
+    """Stream all answers at once; seconds taken, and how many were right."""
+    answers = [""] * len(problems)
+    prompts = [f"{problem['passage']}\n\n{problem['question']}" for problem in problems]
+    requests = pipe.prepare(prompts, chat=True, max_new_tokens=32)
+    lengths = [len(request.prompt.token_ids) for request in requests]
+
+    def table() -> Table:
+        shown = Table("", "prompt tokens", "question", "answer", title="Ten stories, ten questions, asked at once")
+        for i, problem in enumerate(problems):
+            mark = " ✓" if answers[i].strip() == problem["answer"] else ""
+            shown.add_row(Text(letter(i), colour(i)), str(lengths[i]), problem["question"], answers[i] + mark)
+        return shown
+
+    started = time.perf_counter()
+    if console.is_terminal:
+        with Live(table(), console=console, auto_refresh=False) as live:
+            for piece in pipe.run(requests):
+                answers[piece.index] += piece.text
+                live.update(table(), refresh=True)
+        seconds = time.perf_counter() - started
+    else:
+        for piece in pipe.run(requests):
+            answers[piece.index] += piece.text
+        seconds = time.perf_counter() - started
+        console.print(table())
+    return seconds, sum(a.strip() == problem["answer"] for a, problem in zip(answers, problems, strict=True))
+
+
+def draw(passes: list[StepPlan]) -> None:
+    """A line for each pass, a character for each token: capitals are prompt, small letters are generated."""
+    console.print("\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A")
+    for number, plan in enumerate(passes, start=1):
+        line = Text(f"{number:4} ")
+        for chunk in plan.chunks:
+            index = int(chunk.request_id.split(".")[0])
+            generates = len(chunk.token_ids) == 1 and chunk.samples
+            mark = letter(index).lower() if generates else letter(index)
+            line.append(mark * len(chunk.token_ids), f"{colour(index)} bold" if generates else colour(index))
+        line.append("·" * (plan.token_budget - plan.num_tokens), "dim")
+        line.append(f" {plan.num_tokens}/{plan.token_budget}", "dim")
+        console.print(line)
+    console.print()
+
+
+def hold_exam() -> None:
+    """Held-out passages of up to 1,000 tokens, and the same questions without them."""
+    pipe = splitfuse.pipeline(max_num_batched_tokens=512)
+    problems = list(held_out_problems(NUM_HELD_OUT, lambda text: len(pipe.tokenizer.encode(text)) - 1))
+    longest = max(len(pipe.tokenizer.encode(problem.passage)) for problem in problems)
+    console.print(f"{len(problems)} held-out passages of up to {longest} tokens, a question about each:")
+    started = time.perf_counter()
+    with_passage = count_right(pipe, problems, progress=True)
+    seconds = time.perf_counter() - started
+    without = count_right(pipe, problems, with_passage=False)
+    console.print(f"[bold]{with_passage}[/] right with the passage ({seconds:.1f} s), {without} without it")
+
+
+def letter(index: int) -> str:
+    return chr(ord("A") + index % 26)
+
+
+def colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

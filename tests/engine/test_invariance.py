@@ -1,0 +1,107 @@
+"""What a request generates depends on nothing but the request: on the bundled model, in fp32, token for token.
+
+200 random requests, greedy and random, with and without penalties, stop strings and logprobs; each crowd is answered
+under other budgets, block sizes, caches and forced preemption, and every request also alone.
+"""
+
+from random import Random
+
+import pytest
+from stories import make_story
+
+import splitfuse
+from splitfuse.api import PreparedRequest, Response
+
+NUM_REQUESTS = 200
+
+
+def make_requests(pipe: splitfuse.Pipeline) -> list[PreparedRequest]:
+    """Stories of 10 to 200 words with questions; every fourth shares its beginning with the one before."""
+    rng = Random("invariance")
+    requests: list[PreparedRequest] = []
+    story = ""
+    for number in range(NUM_REQUESTS):
+        told = make_story(rng, rng.choice((10, 10, 20, 20, 40, 200)), lambda text: len(text.split()))
+        story = f"{story} {told.passage}" if number % 4 == 3 else told.passage
+        keywords: dict[str, object] = {"max_new_tokens": rng.randint(1, 24), "chat": rng.random() < 0.7}
+        if rng.random() < 0.5:
+            keywords |= {"temperature": rng.choice((0.5, 1.0, 1.5)), "seed": rng.randrange(2**32)}
+            keywords |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}))
+        keywords |= rng.choice(({}, {}, {"repetition_penalty": 1.3}, {"presence_penalty": 1.0}, {"ignore_eos": True}))
+        keywords |= rng.choice(({}, {}, {"stop": [" a", "the"]}, {"min_new_tokens": 1}, {"logprobs": 2}))
+        requests += pipe.prepare(f"{story}\n\n{rng.choice(told.questions).text}", **keywords)
+    return requests
+
+
+def answers(pipe: splitfuse.Pipeline, requests: list[PreparedRequest]) -> list[tuple[object, ...]]:
+    """Everything a caller sees of each answer but probabilities' last digits and the time it took."""
+    responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
+    pipe.engine.scheduler.check()
+    return [outcome(response) for response in sorted(responses, key=lambda r: r.index)]
+
+
+def outcome(response: Response) -> tuple[object, ...]:
+    return (response.token_ids, response.generated_text, response.finish_reason, response.stop_string)
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[PreparedRequest], list[tuple[object, ...]]]:
+    """The requests, and what each gives alone in an engine that knows no other."""
+    pipe = splitfuse.pipeline(dtype="float32", enable_prefix_caching=False, max_num_seqs=1, max_num_batched_tokens=2048)
+    requests = make_requests(pipe)
+    return requests, answers(pipe, requests)
+
+
+SETTINGS = [
+    pytest.param(dict(max_num_batched_tokens=budget, block_size=size, enable_prefix_caching=cached), id=name)
+    for budget, size, cached, name in [
+        (1, 16, True, "budget-1"),
+        (7, 8, True, "budget-7"),
+        (64, 16, True, "budget-64"),
+        (512, 64, True, "budget-512"),
+        (64, 8, False, "budget-64-no-prefix-cache"),
+        (512, 16, False, "budget-512-no-prefix-cache"),
+        (64, 64, False, "blocks-of-64"),
+    ]
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_budget_block_size_and_prefix_cache_change_nothing(
+    expected: tuple[list[PreparedRequest], list[tuple[object, ...]]], settings: dict[str, object]
+) -> None:
+    requests, wanted = expected
+    pipe = splitfuse.pipeline(dtype="float32", num_blocks=16384 // int(str(settings["block_size"])), **settings)
+    assert answers(pipe, requests) == wanted
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_preemption_changes_nothing(
+    expected: tuple[list[PreparedRequest], list[tuple[object, ...]]], cached: bool
+) -> None:
+    requests, wanted = expected
+    preempted: set[str] = set()
+    pipe = splitfuse.pipeline(
+        dtype="float32", num_blocks=80, block_size=8, max_num_batched_tokens=512, enable_prefix_caching=cached
+    )
+    seen: dict[str, int] = {}
+
+    def watch(plan: object, _: object) -> None:
+        for chunk in plan.chunks:  # type: ignore[attr-defined]
+            if chunk.start < seen.get(chunk.request_id, 0):
+                preempted.add(chunk.request_id)
+            seen[chunk.request_id] = chunk.end
+
+    pipe.engine.observer = watch
+    assert answers(pipe, requests) == wanted
+    assert len(preempted) >= 10, "the cache was too large to force anybody out"
+
+
+def test_a_second_run_of_the_same_engine_changes_nothing(
+    expected: tuple[list[PreparedRequest], list[tuple[object, ...]]],
+) -> None:
+    """Everything is in the prefix cache now, and the order of arrival is another."""
+    requests, wanted = expected
+    pipe = splitfuse.pipeline(dtype="float32", block_size=16)
+    answers(pipe, requests)
+    assert answers(pipe, requests[::-1]) == wanted[::-1]
