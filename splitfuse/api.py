@@ -46,6 +46,7 @@ class Response:
     index: int  # of the prompt in the call
     choice: int = 0  # which of `n`
     stop_string: str | None = None  # the one that ended it
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     error: str | None = None  # why it failed, where finish_reason is "error"
 
     def __str__(self) -> str:
@@ -253,6 +254,7 @@ class Pipeline:
             index=index,
             choice=generation.choice,
             stop_string=generation.stop_string,
+            num_cached_tokens=generation.num_cached_tokens,
             error=generation.error,
         )
 

@@ -156,8 +156,10 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.kernels.reference import Kernels
     from splitfuse.models.hub import load_spec, resolve_model
     from splitfuse.runtime import memory_plan
+    from splitfuse.runtime.loading import parse_device
 
     config = EngineConfig.from_settings(_given(flags))
+    parse_device(config.model.device)
     spec = load_spec(resolve_model(config.model.model, config.model.revision))
     print(memory_plan.plan_memory(spec, config, kernels=Kernels()))
 

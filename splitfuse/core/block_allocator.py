@@ -21,11 +21,12 @@ ROOT = 0  # the identity of the empty prefix
 
 @dataclass(frozen=True)
 class Content:
-    """What a published block holds: `tokens`, preceded by the content whose identity is `parent`."""
+    """What a published block holds: `tokens`, preceded by the content whose identity is `parent`, for holders of `salt`."""
 
     identity: int
     parent: int
     tokens: tuple[int, ...]
+    salt: str
     digest: int
 
 
@@ -127,7 +128,7 @@ class BlockAllocator:
             if digest in self._index:  # a collision: the older content keeps the place
                 return index
             self._last_identity += 1
-            self._contents[block] = Content(self._last_identity, parent, tokens, digest)
+            self._contents[block] = Content(self._last_identity, parent, tokens, salt, digest)
             self._index[digest] = block
             parent = self._last_identity
         return max(first, len(token_ids) // self.block_size)
@@ -160,7 +161,7 @@ class BlockAllocator:
         if block is None:
             return None
         content = self._contents[block]
-        return block if content.parent == parent and content.tokens == tokens else None
+        return block if (content.parent, content.tokens, content.salt) == (parent, tokens, salt) else None
 
     def _digest(self, parent: int, tokens: tuple[int, ...], salt: str) -> int:
         return hash((self._salt, salt, parent, tokens))

@@ -249,6 +249,7 @@ class Scheduler:
             chunks.append(self._chunk(request, count))
             if not request.known_to_runner:
                 request.known_to_runner = True
+                request.num_cached_tokens = chunks[-1].start
                 new_requests.append(_introduce(request))
         retired, self._retired = tuple(self._retired), []
         self._num_steps += 1
@@ -297,7 +298,14 @@ class Scheduler:
             )
         if tokens and (reason := _reason_to_finish(request)):
             self._finish(request, reason)
-        return RequestOutput(request.request_id, tokens, logprobs, result.prompt_logprobs, request.finish_reason)
+        return RequestOutput(
+            request.request_id,
+            tokens,
+            logprobs,
+            result.prompt_logprobs,
+            request.finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         (self._waiting if request.status is RequestStatus.WAITING else self._running).remove(request)

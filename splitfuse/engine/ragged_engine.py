@@ -54,8 +54,10 @@ class RaggedEngine:
         vocab_size = self.model.spec.vocab_size
         for uid, ids in zip(uids, tokens, strict=True):
             for token in ids:
-                if not 0 <= token < vocab_size:
-                    raise InvalidRequestError(f"sequence {uid}: token id {token} is not from 0 to {vocab_size - 1}")
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                    raise InvalidRequestError(
+                        f"sequence {uid} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}"
+                    )
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
         with torch.inference_mode():
             return self.model.runner.decoder.logits(self.model.runner.hidden(chunks))
@@ -95,8 +97,12 @@ class RaggedEngine:
         return self._allocator.blocks_for(sequence.num_tokens + count) - len(sequence.blocks)
 
     def _refusal(self, uids: Sequence[int], lengths: Sequence[int]) -> InvalidRequestError | None:
-        if len(uids) != len(lengths) or len(set(uids)) != len(uids) or not uids:
-            return InvalidRequestError(f"{len(uids)} different sequence ids are wanted, with one length each")
+        if not uids or len(uids) != len(lengths):
+            return InvalidRequestError(
+                f"at least one id is wanted, and tokens for each: there are {len(uids)} ids, {len(lengths)} lists of tokens"
+            )
+        if len(set(uids)) != len(uids):
+            return InvalidRequestError(f"a sequence can be grown once in a pass, but {list(uids)} repeats an id")
         need, budget = 0, self.config.scheduler.max_num_batched_tokens
         for uid, length in zip(uids, lengths, strict=True):
             sequence = self._sequences.get(uid, _Sequence())

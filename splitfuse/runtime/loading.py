@@ -63,4 +63,6 @@ def parse_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used: {reason}; cpu always can") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} cannot be used: it must be cpu, cuda or one of several, such as cuda:1")
     return device

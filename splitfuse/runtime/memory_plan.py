@@ -5,6 +5,9 @@ Decides `max_model_len` and `num_blocks` where they were left open. Must not loa
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +19,14 @@ from splitfuse.kernels.reference import Kernels
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
+from splitfuse.runtime.model_runner import HEAD_ROWS
 
 GIB = 2**30
+SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
+CGROUP_FILES = {  # version 2 names no controller: the limit, and what is used of it
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
 LARGEST_KV_SHARE = 0.5
 """Of what is free after weights and activations, for a KV cache whose size nobody gave: the machine has other users."""
 
@@ -82,57 +91,80 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, avai
         model_len_lowered=False,
     )
     free = plan.available - plan.need
-    if free <= 0:
-        raise MemoryPlanError(f"the model does not fit into memory\n{plan}\n{_smaller_dtype(spec, dtype, plan)}")
+    if free < plan.block:
+        raise MemoryPlanError(
+            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, dtype, plan)}"
+        )
     plan = replace(plan, num_blocks=_num_blocks(config, plan, free))
     if plan.need > plan.available:
-        fitting = free // plan.block
-        raise MemoryPlanError(
-            f"the KV cache does not fit into memory\n{plan}\n"
-            f"num_blocks={fitting} (kv_cache_memory_gib={_floor(fitting * plan.block / GIB)}) would fit"
-        )
+        fitting = _cache_of(free // plan.block, plan)
+        raise MemoryPlanError(f"the KV cache does not fit into memory\n{plan}\n{fitting} would fit")
     longest = plan.num_blocks * size + 1  # the last token of a request is never attended to
     if longest >= wanted_len:
         return plan
-    if config.model.max_model_len is None and longest > 2:
+    if config.model.max_model_len is None and longest >= SHORTEST_MODEL_LEN:
         return replace(plan, max_model_len=longest, model_len_lowered=True)
-    blocks = -(-(wanted_len - 1) // size)
     raise MemoryPlanError(
-        f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n"
-        f"max_model_len={longest} would fit, or num_blocks={blocks} "
-        f"(kv_cache_memory_gib={blocks * plan.block / GIB:.3f})"
+        f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
     )
 
 
-def available_memory(device: str) -> int:
-    """Bytes that can still be taken: on CPU what the machine and our control group leave, on others what is free."""
+def available_memory(device: str, *, root: Path = Path("/")) -> int:
+    """Bytes that can still be taken: on CPU what the machine and our control groups leave, on others what is free.
+    `root` is where proc and sys are.
+    """
     if torch.device(device).type != "cpu":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    machine = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([machine, *_cgroup_headroom()])
+    return min([_machine_memory(root), *_cgroup_headroom(root)])
 
 
-def _cgroup_headroom() -> list[int]:
-    """What a control group (version 2, then 1) leaves, where one sets a limit."""
-    root = Path("/sys/fs/cgroup")
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, used = (root / limit_file).read_text().strip(), (root / used_file).read_text().strip()
-        except OSError:
+def _machine_memory(root: Path) -> int:
+    try:
+        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # no Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_headroom(root: Path) -> Iterator[int]:
+    """What each control group that we are in (version 2 or 1) leaves, where it sets a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # "0::/path" is version 2, "4:memory:/path" version 1
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
             continue
-        return [] if limit == "max" else [max(int(limit) - int(used), 0)]
-    return []
+        limit_name, used_name = CGROUP_FILES[controllers]
+        top = root / "sys/fs/cgroup" / controllers
+        own = top / path.lstrip("/")  # inside a container this may not exist, and the top is our own group
+        for group in (own, *own.parents):
+            if group.is_relative_to(top) and (headroom := _headroom(group, limit_name, used_name)) is not None:
+                yield headroom
+
+
+def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
+    """What one group leaves; files kept in memory count as used, but are given up first. None: it sets no limit."""
+    try:
+        limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    reclaimable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return max(int(limit) - used + reclaimable, 0)
 
 
 def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
-    """The widest moment of a pass, generously: the MLP's inputs, outputs and gate, and one block of logits in fp32."""
+    return config.scheduler.max_num_batched_tokens * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * 16
+
+
+def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """One token at the widest moment of a pass, generously: the MLP's inputs, outputs and gate."""
     widest = 4 * spec.hidden_size + 4 * spec.intermediate_size + 3 * spec.num_heads * spec.head_dim
-    tokens = config.scheduler.max_num_batched_tokens
-    return tokens * widest * max(dtype.itemsize, 4) + 64 * spec.vocab_size * 16
+    return widest * max(dtype.itemsize, 4)
 
 
 def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
@@ -145,13 +177,28 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 
-def _smaller_dtype(spec: ModelSpec, dtype: torch.dtype, plan: MemoryPlan) -> str:
-    for name in ("bfloat16",):
-        smaller = weight_bytes(spec, resolve_dtype(name, spec))
-        if dtype.itemsize > 2 and smaller + plan.activations + plan.block < plan.available:
-            return f"dtype={name} would need {smaller / GIB:.3f} GiB of weights, and fit"
-    return "no setting makes it fit: choose a smaller model or a larger machine"
+def _smaller_model(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, plan: MemoryPlan) -> str:
+    """Settings with each of which weights, activations and one KV block fit."""
+    missing = plan.need + plan.block - plan.available
+    budget = config.scheduler.max_num_batched_tokens - -(-missing // _token_bytes(spec, dtype))
+    options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
+    if plan.weights - weight_bytes(spec, torch.bfloat16) >= missing:
+        options.append("dtype=bfloat16")
+    if not options:
+        return "no setting makes it fit: choose a smaller model or a larger machine"
+    return f"{' or '.join(options)} would fit"
 
 
-def _floor(gib: float) -> str:
-    return f"{int(gib * 1000) / 1000:.3f}"
+def _longer_cache(plan: MemoryPlan, free: int) -> str:
+    """What lets the longest request in: a shorter one, or a larger cache."""
+    longest = plan.num_blocks * plan.block_size + 1
+    wanted, most = -(-(plan.max_model_len - 1) // plan.block_size), free // plan.block
+    options = [f"max_model_len={longest}"] if longest >= SHORTEST_MODEL_LEN else []
+    if wanted <= most or not options:
+        options.append(_cache_of(min(wanted, most), plan))
+    return f"{' or '.join(options)} would fit"
+
+
+def _cache_of(num_blocks: int, plan: MemoryPlan) -> str:
+    gib = math.ceil(num_blocks * plan.block / GIB * 1e6) / 1e6
+    return f"num_blocks={num_blocks} (kv_cache_memory_gib={gib:.12g})"

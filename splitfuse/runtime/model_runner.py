@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,12 +54,12 @@ class ModelRunner:
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
-            last_row = [sum(chunk.num_logits for chunk in chunks[: i + 1]) - 1 for i in range(len(chunks))]
-            results = self._sample(hidden, [(c, row) for c, row in zip(chunks, last_row, strict=True) if c.samples])
-            for chunk, row in zip(chunks, last_row, strict=True):
+            row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
+            results = self._sample(hidden, [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples])
+            for chunk, end in zip(chunks, row_ends, strict=True):
                 result = results.get(chunk.request_id, ChunkResult())
                 if chunk.num_logits > chunk.samples and result.error is None:
-                    rows = hidden[row + 1 - chunk.num_logits : row + 1 - chunk.samples]
+                    rows = hidden[end - chunk.num_logits : end - chunk.samples]
                     result = self._with_prompt_logprobs(result, chunk, rows)
                 results[chunk.request_id] = result
         return StepResult(results)

@@ -73,6 +73,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
         self.error: str | None = None
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache
         self.timings = Timings(time.monotonic())
         context = prompt.token_ids if prompt.continues else ()
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context)
@@ -88,6 +89,7 @@ class Generation:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
+        self.num_cached_tokens = output.num_cached_tokens
         self.timings.tokens += [now] * len(output.token_ids)
         self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
         if self.finish_reason is None and output.finish_reason is not None:

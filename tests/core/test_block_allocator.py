@@ -50,6 +50,7 @@ def test_a_hash_collision_is_not_a_match(monkeypatch: pytest.MonkeyPatch) -> Non
     assert allocator.match([8, 9, 1]) == []
     assert allocator.match([1, 2, 3, 4, 0]) == blocks[:1], "the second content found its place taken"
     assert allocator.publish(allocator.allocate(1), [5, 6]) == 0
+    assert allocator.match([1, 2, 3, 4, 0], salt="other") == []
 
 
 def test_the_least_recently_used_prefix_is_forgotten_first_its_end_before_its_beginning() -> None:

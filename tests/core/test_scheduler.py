@@ -119,6 +119,15 @@ def test_equal_prefixes_are_computed_once_but_never_shared_across_salts() -> Non
     assert starts == {"a": 0, "b": 12, "c": 0}
 
 
+def test_the_cached_share_of_a_prompt_is_reported() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=64)
+    outputs = []
+    for name in ("a", "bb"):
+        run.add(Request(name, tuple(range(14)), SamplingParams(), 1, seed=0))
+        outputs += run.step()
+    assert [output.num_cached_tokens for output in outputs] == [0, 12]
+
+
 def test_prompt_logprobs_read_no_prefix_cache_and_cover_every_prompt_token() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=5)
     run.add(make("a", 14, 2))

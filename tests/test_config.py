@@ -1,0 +1,92 @@
+"""Settings: names, types and ranges are checked once, at the edge, and never change afterwards."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from splitfuse.errors import ConfigError
+
+
+def test_flat_settings_find_their_parts() -> None:
+    config = EngineConfig.from_settings({"dtype": "float32", "block_size": 16, "max_num_seqs": 3, "num_blocks": 7})
+    assert config == EngineConfig(
+        model=ModelConfig(dtype="float32"),
+        scheduler=SchedulerConfig(max_num_seqs=3),
+        cache=CacheConfig(block_size=16, num_blocks=7),
+    )
+    assert EngineConfig.from_settings({}) == EngineConfig()
+
+
+def test_no_two_parts_share_a_name_and_every_setting_has_a_sentence_of_help() -> None:
+    names = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
+    assert sorted(names) == sorted(EngineConfig.setting_fields())
+    for part, field in EngineConfig.setting_fields().values():
+        assert field.metadata["help"].endswith("."), f"{part.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("max_batched_tokens", "max_num_batched_tokens"),
+        ("max_seq", "max_num_seqs"),
+        ("blocksize", "block_size"),
+        ("prefix_caching", "enable_prefix_caching"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_one(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown setting '{wrong}'; did you mean '{right}'"):
+        EngineConfig.from_settings({wrong: 1})
+
+
+def test_a_setting_like_none_is_refused_with_the_list() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'zzz'; known: block_size, device, dtype,"):
+        EngineConfig.from_settings({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", 5, "model must be str or None, not 5"),
+        ("dtype", None, "dtype must be str, not None"),
+        ("dtype", "int8", "dtype must be one of auto, bfloat16, float16, float32, not 'int8'"),
+        ("load_format", "pickle", "load_format must be one of safetensors, dummy, not 'pickle'"),
+        ("max_model_len", 1, "max_model_len must be at least 2, not 1"),
+        ("max_model_len", "9", "max_model_len must be int or None, not '9'"),
+        ("max_num_batched_tokens", 0, "max_num_batched_tokens must be at least 1, not 0"),
+        ("max_num_batched_tokens", 1.5, "max_num_batched_tokens must be int, not 1.5"),
+        ("max_num_batched_tokens", True, "max_num_batched_tokens must be int, not True"),
+        ("max_num_seqs", -1, "max_num_seqs must be at least 1, not -1"),
+        ("block_size", 0, "block_size must be at least 1, not 0"),
+        ("num_blocks", 0, "num_blocks must be at least 1, not 0"),
+        ("kv_cache_memory_gib", 0, "kv_cache_memory_gib must be a positive number, not 0"),
+        ("kv_cache_memory_gib", -1.0, "kv_cache_memory_gib must be a positive number, not -1.0"),
+        ("kv_cache_memory_gib", float("nan"), "kv_cache_memory_gib must be a positive number, not nan"),
+        ("kv_cache_memory_gib", float("inf"), "kv_cache_memory_gib must be a positive number, not inf"),
+        ("kv_cache_memory_gib", "1", "kv_cache_memory_gib must be float or None or int, not '1'"),
+        ("enable_prefix_caching", 1, "enable_prefix_caching must be bool, not 1"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig.from_settings({name: value})
+    assert str(refusal.value) == message
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert EngineConfig.from_settings({"kv_cache_memory_gib": 1}).cache.kv_cache_memory_gib == 1
+
+
+def test_the_cache_has_one_size() -> None:
+    with pytest.raises(ConfigError, match="num_blocks and kv_cache_memory_gib .* give one of them"):
+        EngineConfig.from_settings({"num_blocks": 1, "kv_cache_memory_gib": 1.0})
+
+
+def test_settings_are_frozen() -> None:
+    config = EngineConfig()
+    for part in (config.model, config.scheduler, config.cache):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model = ModelConfig()  # type: ignore[misc]
