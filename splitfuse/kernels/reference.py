@@ -29,7 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-QUERY_TILE = 256  # rows of one request scored at a time: bounds the score matrix and skips keys of the future
+QUERY_TILE = 256  # rows of one request scored at a time, at most: skips keys of the future
+MOST_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long the context
 
 
 class Kernels:
@@ -139,8 +140,9 @@ class Kernels:
         for request, (seq_len, (begin, end)) in enumerate(
             zip(seq_lens.tolist(), pairwise(query_start.tolist()), strict=True)
         ):
-            for first in range(begin, end, QUERY_TILE):
-                last = min(first + QUERY_TILE, end)
+            tile = max(1, min(QUERY_TILE, MOST_SCORES // max(1, q.shape[1] * seq_len)))
+            for first in range(begin, end, tile):
+                last = min(first + tile, end)
                 key_end = seq_len - (end - last)
                 key_begin = 0 if window is None else max(0, key_end - (last - first) - window + 1)
                 keys, values = _read_kv(store, block_tables[request], key_begin, key_end)

@@ -269,8 +269,9 @@ def test_attend_caps_and_sinks(softcap: float | None, window: int | None) -> Non
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_attend_in_tiles(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "QUERY_TILE", 3)
+@pytest.mark.parametrize("limit", [("QUERY_TILE", 3), ("MOST_SCORES", 100), ("MOST_SCORES", 1)], ids=str)
+def test_attend_in_tiles(window: int | None, limit: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, *limit)
     check_attention([(0, 10), (7, 1), (2, 8)], window=window)
 
 
