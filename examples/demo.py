@@ -78,7 +78,9 @@ def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[fl
 
 def draw(passes: list[StepPlan]) -> None:
     """A line for each pass, a character for each token: capitals are prompt, small letters are generated."""
-    console.print("\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A")
+    console.print(
+        "\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
+    )
     for number, plan in enumerate(passes, start=1):
         line = Text(f"{number:4} ")
         for chunk in plan.chunks:

@@ -198,7 +198,13 @@ class Pipeline:
         return prepared
 
     def run(self, requests: Sequence[PreparedRequest], *, progress: bool = False) -> Iterator[Piece]:
-        """Run prepared requests together and give their text as it comes; `Piece.index` counts `requests`."""
+        """Run prepared requests together and give their text as it comes; `Piece.index` counts `requests`.
+
+        If the caller stops listening, what is unfinished is aborted. Raises InvalidRequestError, before anything runs,
+        for a request that this model cannot honour: one prepared for another, for example.
+        """
+        for request in requests:
+            self.generator.check(request.prompt, request.params)
         generations: list[Generation] = []
         indices: dict[str, int] = {}
         for index, request in enumerate(requests):

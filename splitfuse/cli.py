@@ -161,7 +161,7 @@ def plan_memory(**flags: Any) -> None:
     config = EngineConfig.from_settings(_given(flags))
     parse_device(config.model.device)
     spec = load_spec(resolve_model(config.model.model, config.model.revision))
-    print(memory_plan.plan_memory(spec, config, kernels=Kernels()))
+    print(memory_plan.plan_memory(spec, config, kernels=Kernels()), flush=True)
 
 
 def main() -> None:
@@ -269,15 +269,14 @@ def _print_text(answers: Iterator[Piece | _Refusal], *, several: bool) -> bool:
     failed = False
     for answer in answers:
         error = answer.error if isinstance(answer, _Refusal) else answer.response and answer.response.error
-        failed |= error is not None
-        if several and (isinstance(answer, _Refusal) or answer.response is not None):
-            text = "" if isinstance(answer, _Refusal) else str(answer.response)
-            print(f"[{answer.index + 1}] {text}", flush=True)
-        elif isinstance(answer, _Refusal):
+        if isinstance(answer, _Refusal):
             pass
         elif not several:
             print(answer.text, end="" if answer.response is None else "\n", flush=True)
-        if error:
+        elif answer.response is not None:
+            print(f"[{answer.index + 1}] {answer.response}", flush=True)
+        if error is not None:
+            failed = True
             print(f"splitfuse: request {answer.index + 1}: {error}", file=sys.stderr)
     return failed
 

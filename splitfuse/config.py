@@ -120,11 +120,10 @@ def _hints(part: type[Any]) -> dict[str, Any]:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed:
-        allowed += (int,)
+    wanted_types = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    allowed = (*wanted_types, int) if float in wanted_types else wanted_types
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        wanted = " or ".join("None" if t is types.NoneType else t.__name__ for t in allowed)
+        wanted = " or ".join("None" if t is types.NoneType else t.__name__ for t in wanted_types)
         raise ConfigError(f"{name} must be {wanted}, not {value!r}")
 
 

@@ -21,7 +21,7 @@ ROOT = 0  # the identity of the empty prefix
 
 @dataclass(frozen=True)
 class Content:
-    """What a published block holds: `tokens`, preceded by the content whose identity is `parent`, for holders of `salt`."""
+    """What a published block holds: `tokens`, preceded by the content `parent`, for requests of one `salt`."""
 
     identity: int
     parent: int

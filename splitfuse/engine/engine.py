@@ -122,6 +122,11 @@ class Engine:
         """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""
         return self.scheduler.finish(request_id, reason, num_tokens=num_tokens)
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether a request of that id is waiting or running."""
+        request = self.scheduler.get(request_id)
+        return request is not None and not request.is_finished
+
     def abort(self, request_id: str) -> bool:
         """End a request that nobody waits for any more."""
         return self.finish(request_id, FinishReason.ABORT)

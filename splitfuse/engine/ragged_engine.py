@@ -99,7 +99,7 @@ class RaggedEngine:
     def _refusal(self, uids: Sequence[int], lengths: Sequence[int]) -> InvalidRequestError | None:
         if not uids or len(uids) != len(lengths):
             return InvalidRequestError(
-                f"at least one id is wanted, and tokens for each: there are {len(uids)} ids, {len(lengths)} lists of tokens"
+                f"at least one id is wanted, and tokens for each: there are {len(uids)} ids, {len(lengths)} token lists"
             )
         if len(set(uids)) != len(uids):
             return InvalidRequestError(f"a sequence can be grown once in a pass, but {list(uids)} repeats an id")

@@ -157,8 +157,9 @@ class TextGenerator:
                     "the prompt is empty: it must have at least one character", parameter="prompt"
                 )
             return Prompt(self.tokenizer.encode(prompt))
-        if isinstance(prompt, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            return Prompt(tuple(int(i) for i in prompt))
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
+        if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            return Prompt(tuple(prompt))
         raise InvalidRequestError(f"a prompt is a text or a list of token ids, not {prompt!r:.80}", parameter="prompt")
 
     def encode_chat(self, messages: str | Sequence[Message]) -> Prompt:
@@ -225,6 +226,9 @@ class TextGenerator:
                     self.engine.finish(generation.request_id, FinishReason.STOP, num_tokens=count)
             if len(generation.text) > length or generation.finish_reason is not None:
                 self._news[generation.request_id] = generation
+        for request_id in [name for name in self._generations if not self.engine.is_unfinished(name)]:
+            generation = self._news[request_id] = self._generations.pop(request_id)
+            generation.end(FinishReason.ABORT)  # by somebody who spoke to the engine directly
 
     def _abort(self, generation: Generation) -> None:
         self.engine.abort(generation.request_id)

@@ -53,7 +53,7 @@ def expected() -> tuple[list[PreparedRequest], list[tuple[object, ...]]]:
 
 
 SETTINGS = [
-    pytest.param(dict(max_num_batched_tokens=budget, block_size=size, enable_prefix_caching=cached), id=name)
+    pytest.param({"max_num_batched_tokens": budget, "block_size": size, "enable_prefix_caching": cached}, id=name)
     for budget, size, cached, name in [
         (1, 16, True, "budget-1"),
         (7, 8, True, "budget-7"),

@@ -1,4 +1,6 @@
-"""Does the bundled model read? Passages that training never saw, each with one question, with and without the passage."""
+"""Does the bundled model read? Passages that training never saw, each with one question, with and without the
+passage.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Problem:
 
 
 def held_out_problems(count: int, length: Callable[[str], int]) -> Iterator[Problem]:
-    """Problems whose passages have from SHORTEST to LONGEST tokens, evenly spread; `length` counts the tokens of a text.
+    """Problems whose passages have from SHORTEST to LONGEST tokens, evenly spread; `length` counts the tokens of a
+    text.
 
     Training draws its stories from seeds of the form `train-...`; these come from others.
     """

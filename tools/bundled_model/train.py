@@ -136,10 +136,10 @@ def word_count(text: str) -> float:
 class Document:
     """One conversation about one passage, cut at `length + 1` tokens. Each list has an entry a token.
 
-    `graded` says whether a token can be known from what comes before. Reading takes two looks, each -1 where there is none:
-    `binds_to[i]` is where token i finds whom or what it is about (a value of the passage its person; the token before the
-    word that was asked for, the other word of the fact), and `looks_at[i]` is the value in the passage that decides what
-    follows token i.
+    `graded` says whether a token can be known from what comes before. Reading takes two looks, each -1 where there is
+    none: `binds_to[i]` is where token i finds whom or what it is about (a value of the passage its person; the token
+    before the word that was asked for, the other word of the fact), and `looks_at[i]` is the value in the passage
+    that decides what follows token i.
     """
 
     ids: list[int]

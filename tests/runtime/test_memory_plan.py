@@ -1,0 +1,224 @@
+"""Need, have and the sizes that follow; and that every value an error names does fit."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.reference import Kernels
+from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.runtime.loading import parse_device
+from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory
+
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position=1000,
+    norm_eps=1e-5,
+    activation="silu",
+    rope=RopeSpec(theta=10000.0, rotary_dim=16),
+    windows=(None, None, None),
+)
+# Embedding, head and norm; then for each layer norms, q, k, v, o, gate, up and down.
+WEIGHTS = 4 * (2 * 100 * 64 + 64 + 3 * (2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96))
+BLOCK = 4 * 3 * 2 * 32 * 2 * 16  # bytes x layers x keys and values x positions x heads x elements
+TOKEN = 4 * (4 * 64 + 4 * 96 + 3 * 4 * 16)
+HEAD = 64 * 100 * 16
+ACTIVATIONS = 256 * TOKEN + HEAD
+FIXED = WEIGHTS + ACTIVATIONS
+
+
+def plan(available: int, **settings: Any) -> MemoryPlan:
+    return plan_memory(SPEC, EngineConfig.from_settings(settings), kernels=Kernels(), available=available)
+
+
+def refusal(available: int, **settings: Any) -> str:
+    with pytest.raises(MemoryPlanError) as error:
+        plan(available, **settings)
+    assert "need" in str(error.value) and "have" in str(error.value)
+    return str(error.value)
+
+
+def offers(message: str) -> list[dict[str, Any]]:
+    """The settings that the last line of a refusal names, each an offer of its own."""
+    last = message.splitlines()[-1]
+    assert last.endswith("would fit")
+    values: Mapping[str, type] = {"dtype": str, "kv_cache_memory_gib": float}
+    return [{name: values.get(name, int)(value)} for name, value in re.findall(r"(\w+)=([\w.]+)", last)]
+
+
+def test_sizes_are_those_computed_by_hand() -> None:
+    found = plan(FIXED + 100 * BLOCK, num_blocks=40)
+    assert (found.weights, found.block, found.activations) == (WEIGHTS, BLOCK, ACTIVATIONS)
+    assert found.kv_cache == 40 * BLOCK
+    assert found.need == FIXED + 40 * BLOCK
+    assert (found.max_model_len, found.model_len_lowered) == (1000, False)
+    half = plan(FIXED + 100 * BLOCK, num_blocks=40, dtype="bfloat16")
+    assert (half.weights, half.block) == (WEIGHTS // 2, BLOCK // 2)
+
+
+def test_an_open_cache_is_large_enough_for_all_but_takes_at_most_half_of_what_is_free() -> None:
+    per_request = -(-1000 // 32)
+    assert plan(FIXED + 10_000 * BLOCK).num_blocks == 64 * per_request
+    assert plan(FIXED + 10_000 * BLOCK, max_num_seqs=3).num_blocks == 3 * per_request
+    assert plan(FIXED + 100 * BLOCK).num_blocks == 50
+
+
+def test_a_cache_given_in_gib_is_whole_blocks() -> None:
+    assert plan(FIXED + 100 * BLOCK, kv_cache_memory_gib=45.9 * BLOCK / GIB).num_blocks == 45
+
+
+def test_an_open_length_is_lowered_to_what_the_cache_holds() -> None:
+    found = plan(FIXED + 100 * BLOCK, num_blocks=3)
+    assert (found.max_model_len, found.model_len_lowered) == (3 * 32 + 1, True)
+    assert "longest request: 97 tokens (the model allows more" in str(found)
+    least = plan(FIXED + 100 * BLOCK, num_blocks=1, block_size=1)
+    assert least.max_model_len == 2
+
+
+def test_the_plan_prints_need_and_have() -> None:
+    lines = str(plan(FIXED + 100 * BLOCK, num_blocks=40)).splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "activations", "KV", "need", "have", "longest"]
+    assert lines[2].endswith("40 blocks of 32: 1280 tokens")
+
+
+def test_a_length_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len 1001 is more than the 1000 tokens the model was made for"):
+        plan(FIXED + 100 * BLOCK, max_model_len=1001)
+
+
+@pytest.mark.parametrize(
+    ("available", "settings", "names"),
+    [
+        pytest.param(FIXED, {}, {"max_num_batched_tokens", "dtype"}, id="no-room-for-a-block"),
+        pytest.param(FIXED - 100_000, {}, {"max_num_batched_tokens", "dtype"}, id="weights-too-large"),
+        pytest.param(WEIGHTS, {"max_num_batched_tokens": 1}, {"dtype"}, id="only-halving-the-weights-helps"),
+        pytest.param(
+            FIXED, {"dtype": "bfloat16", "max_num_batched_tokens": 10**6}, {"max_num_batched_tokens"}, id="huge-budget"
+        ),
+        pytest.param(FIXED + 50 * BLOCK, {"num_blocks": 51}, {"num_blocks", "kv_cache_memory_gib"}, id="cache"),
+        pytest.param(
+            FIXED + 50 * BLOCK, {"kv_cache_memory_gib": 1.0}, {"num_blocks", "kv_cache_memory_gib"}, id="cache-in-gib"
+        ),
+        pytest.param(
+            FIXED + 50 * BLOCK,
+            {"max_model_len": 1000},
+            {"max_model_len", "num_blocks", "kv_cache_memory_gib"},
+            id="half-of-what-is-free-holds-no-such-request",
+        ),
+        pytest.param(
+            FIXED + 20 * BLOCK, {"max_model_len": 1000}, {"max_model_len"}, id="all-that-is-free-holds-no-such-request"
+        ),
+        pytest.param(
+            FIXED + 50 * BLOCK,
+            {"max_model_len": 900, "num_blocks": 7},
+            {"max_model_len", "num_blocks", "kv_cache_memory_gib"},
+            id="few-blocks",
+        ),
+        pytest.param(
+            FIXED + 50 * BLOCK, {"kv_cache_memory_gib": 1e-9}, {"num_blocks", "kv_cache_memory_gib"}, id="no-block"
+        ),
+    ],
+)
+def test_every_value_that_a_refusal_names_does_fit(available: int, settings: dict[str, Any], names: set[str]) -> None:
+    named = offers(refusal(available, **settings))
+    assert {name for offer in named for name in offer} == names
+    for offer in named:
+        size = {"num_blocks", "kv_cache_memory_gib"}
+        kept = {k: v for k, v in settings.items() if not (k in size and size & offer.keys())}
+        found = plan(available, **{**kept, **offer})
+        assert 0 < found.need <= available
+        assert found.num_blocks * found.block_size + 1 >= found.max_model_len >= 2
+
+
+def test_where_nothing_helps_the_refusal_says_so() -> None:
+    assert "no setting makes it fit: choose a smaller model" in refusal(WEIGHTS // 2)
+
+
+# What there is ------------------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, *, cgroup: str, groups: Mapping[str, tuple[str, int, str]]) -> int:
+    """What is available on a machine with 8 GiB left, our control group, and (limit, used, statistics) of some groups
+    by folder.
+    """
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:    {8 * 2**20} kB\nHugePages_Total:       0\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for folder, (limit, used, stat) in groups.items():
+        version_1 = folder.startswith("memory")
+        names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+        group = root / "sys/fs/cgroup" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / f"memory.{names[0]}").write_text(f"{limit}\n")
+        (group / f"memory.{names[1]}").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(stat)
+    return available_memory("cpu", root=root)
+
+
+def test_without_control_groups_the_machine_counts(tmp_path: Path) -> None:
+    assert machine(tmp_path, cgroup="", groups={}) == 8 * GIB
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert available_memory("cpu", root=tmp_path) == 8 * GIB
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "groups", "have"),
+    [
+        pytest.param("0::/\n", {"": ("max", 5, "inactive_file 0\n")}, 8 * GIB, id="v2-unlimited"),
+        pytest.param("0::/\n", {"": (str(3 * GIB), GIB, "inactive_file 0\n")}, 2 * GIB, id="v2-in-a-container"),
+        pytest.param("0::/\n", {"": (str(3 * GIB), 2 * GIB, f"inactive_file {GIB}\n")}, 2 * GIB, id="v2-cached-files"),
+        pytest.param("0::/\n", {"": (str(GIB), 2 * GIB, "inactive_file 0\n")}, 0, id="v2-over-its-limit"),
+        pytest.param(
+            "0::/user/me\n",
+            {"user/me": ("max", GIB, "inactive_file 0\n"), "user": (str(4 * GIB), GIB, "inactive_file 0\n")},
+            3 * GIB,
+            id="v2-a-parent-limits",
+        ),
+        pytest.param(
+            "5:cpu:/x\n4:memory:/jobs/7\n0::/\n",
+            {"memory/jobs/7": (str(2 * GIB), GIB, "inactive_file 9\ntotal_inactive_file 4096\n")},
+            GIB + 4096,
+            id="v1",
+        ),
+        pytest.param("4:memory:/seen/from/outside\n", {"memory": (str(2 * GIB), GIB, "")}, GIB, id="v1-in-a-container"),
+        pytest.param("4:memory:/\n", {"memory": (str(2**63 - 4096), GIB, "")}, 8 * GIB, id="v1-unlimited"),
+    ],
+)
+def test_the_tightest_control_group_counts(
+    tmp_path: Path, cgroup: str, groups: Mapping[str, tuple[str, int, str]], have: int
+) -> None:
+    assert machine(tmp_path, cgroup=cgroup, groups=groups) == have
+
+
+def test_a_machine_that_is_no_linux_has_its_memory(tmp_path: Path) -> None:
+    assert available_memory("cpu", root=tmp_path) > 2**20
+
+
+def test_the_plan_measures_what_there_is_if_nobody_says() -> None:
+    config = EngineConfig.from_settings({"num_blocks": 1})
+    assert plan_memory(SPEC, config, kernels=Kernels()).available > 2**20
+
+
+def test_a_checkpoint_in_bf16_and_tied_embeddings_are_counted_as_such() -> None:
+    spec = replace(SPEC, dtype="bfloat16", tied_embeddings=True)
+    found = plan_memory(spec, EngineConfig(), kernels=Kernels(), available=GIB)
+    assert found.weights == WEIGHTS // 2 - 2 * 100 * 64
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used: "):
+        parse_device(device)

@@ -1,0 +1,381 @@
+"""The command line as a user meets it: every way in, every way out, and a sentence for every mistake."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from readable_answers import PROMPT
+
+import splitfuse
+from splitfuse import cli
+from splitfuse.config import EngineConfig
+from splitfuse.models.hub import BUNDLED_MODEL
+
+COMMAND = [sys.executable, "-m", "splitfuse.cli"]
+COMMAND_THAT_HEEDS_CTRL_C = [  # wherever the tests run: in the background, a shell has its children ignore it
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from splitfuse.cli import main; main()",
+]
+READABLE = ["--dtype", "float32", "--temperature", "1", "--seed", "5", "--ignore-eos", "--max-new-tokens", "6"]
+
+
+@dataclass
+class Ended:
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The JSON lines, in the order of the prompts."""
+        return sorted((json.loads(line) for line in self.out.splitlines()), key=lambda line: line["index"])
+
+    def assert_mistake(self, *sentences: str, status: int = 1) -> None:
+        """Nothing on standard output, and on standard error a clear sentence."""
+        assert (self.status, self.out) == (status, "")
+        assert self.err.startswith("splitfuse: ") and "Traceback" not in self.err
+        for sentence in sentences:
+            assert sentence in self.err
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line here: a second faster than in a process of its own."""
+
+    def run(*arguments: object, stdin: str | None = "") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["splitfuse", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return Ended(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pipe() -> splitfuse.Pipeline:
+    return splitfuse.pipeline(dtype="float32")
+
+
+def expected(pipe: splitfuse.Pipeline, prompts: list[Any], **changes: Any) -> list[str]:
+    keywords = {"temperature": 1.0, "seed": 5, "ignore_eos": True, "max_new_tokens": 6, **changes}
+    return [response.generated_text for response in pipe(prompts, **keywords)]
+
+
+def texts(ended: Ended) -> list[str]:
+    return [answer["text"] for answer in ended.answers]
+
+
+# Prompts in, answers out ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_as_arguments_and_a_line_of_json_for_each(run: Run, pipe: splitfuse.Pipeline) -> None:
+    ended = run("generate", PROMPT, "Once", *READABLE, "--logprobs", 1)
+    assert (ended.status, ended.err) == (0, "")
+    assert texts(ended) == expected(pipe, [PROMPT, "Once"])
+    first = ended.answers[0]
+    assert (first["index"], first["choice"], first["finish_reason"], first["generated_tokens"]) == (0, 0, "length", 6)
+    assert first["prompt_tokens"] == len(pipe.tokenizer.encode(PROMPT)) and len(first["token_ids"]) == 6
+    assert [entry["token_id"] for entry in first["logprobs"]] == first["token_ids"]
+    assert 0 < first["seconds_to_first_token"] <= first["seconds"]
+
+
+def test_every_sampling_flag_is_a_keyword(run: Run, pipe: splitfuse.Pipeline) -> None:
+    flags = ["--n", 2, "--top-p", 0.9, "--top-k", 50, "--min-p", 0.01, "--presence-penalty", 0.1, "--stop", "\0"]
+    more = ["--frequency-penalty", 0.1, "--repetition-penalty", 1.1, "--min-new-tokens", 2, "--return-full-text"]
+    ended = run("generate", PROMPT, *READABLE, *flags, "--stop", "a", *more, "--chat")
+    keywords = {"n": 2, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "presence_penalty": 0.1, "stop": ["\0", "a"]}
+    more_keywords = {"frequency_penalty": 0.1, "repetition_penalty": 1.1, "min_new_tokens": 2}
+    wanted = expected(pipe, [PROMPT], **keywords, **more_keywords, return_full_text=True, chat=True)
+    assert [a["text"] for a in sorted(ended.answers, key=lambda a: a["choice"])] == wanted
+
+
+def test_a_text_file_is_one_prompt_or_with_lines_several(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once upon\u2028a time\n\nErik plays\n", encoding="utf-8")
+    assert texts(run("generate", "--input", file, *READABLE)) == expected(pipe, ["Once upon\u2028a time\n\nErik plays"])
+    assert texts(run("generate", "--input", file, "--lines", *READABLE)) == expected(
+        pipe, ["Once upon\u2028a time", "Erik plays"]
+    )
+
+
+def test_standard_input_is_read_if_there_is_no_other(run: Run, pipe: splitfuse.Pipeline) -> None:
+    assert texts(run("generate", *READABLE, stdin=f"{PROMPT}\n")) == expected(pipe, [PROMPT])
+    assert texts(run("generate", "--input", "-", "--lines", *READABLE, stdin="{a\nb\n")) == expected(pipe, ["{a", "b"])
+
+
+def test_a_jsonl_line_has_keywords_of_its_own(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "Who\u2028plays?"}]
+    requests: list[dict[str, Any]] = [
+        {"prompt": PROMPT},
+        {"prompt": list(pipe.tokenizer.encode(PROMPT)), "max_new_tokens": 3},
+        {"messages": turn},
+        {"prompt": "Who plays?", "chat": True, "stop": None},
+        {"prompt": "Once", "logit_bias": {"1000": 100}},
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n\n".join(json.dumps(request, ensure_ascii=False) for request in requests), encoding="utf-8")
+    ended = run("generate", "--input", file, *READABLE)
+    assert ended.status == 0
+    assert texts(ended) == [
+        *expected(pipe, [PROMPT]),
+        *expected(pipe, [PROMPT], max_new_tokens=3),
+        *expected(pipe, [turn], chat=True),
+        *expected(pipe, ["Who plays?"], chat=True),
+        *expected(pipe, ["Once"], logit_bias={1000: 100}),
+    ]
+    assert texts(run("generate", *READABLE, stdin=file.read_text(encoding="utf-8"))) == texts(ended)
+
+
+BAD_LINES = {
+    "{oops": "line 1 is not JSON: ",
+    "[" * 100_000: "line 2 is not JSON: ",
+    "5": 'line 3 must be an object with either "prompt" or "messages"',
+    "{}": 'line 4 must be an object with either "prompt" or "messages"',
+    '{"prompt": "a", "messages": []}': 'line 5 must be an object with either "prompt" or "messages"',
+    '{"prompt": "a", "top": 1}': "line 6: unknown keyword 'top'; did you mean 'stop'?",
+    '{"prompt": "a", "stream": true}': "line 7: unknown keyword 'stream'",
+    '{"prompt": "a", "logit_bias": {"x": 1}}': "line 8: the keys of logit_bias must be token ids",
+    '{"prompt": "a", "logit_bias": [1]}': "logit_bias must be a mapping",
+    '{"prompt": "a", "max_new_tokens": -1}': "max_new_tokens must be a whole number from 1",
+    '{"prompt": "a", "temperature": NaN}': "temperature must be a number from 0 to 100, not nan",
+    '{"prompt": "a", "temperature": null, "n": null}': "n must be a whole number",
+    '{"prompt": ["a", "b"]}': "a prompt is a text or a list of token ids",
+    '{"prompt": ""}': "the prompt is empty",
+    '{"prompt": [99999]}': "token id 99999",
+    '{"prompt": "\\ud800"}': "no valid Unicode",
+    '{"messages": [{"role": "cat", "content": "meow"}]}': "the roles of this model are",
+}
+
+
+def test_bad_lines_are_told_in_their_place_and_the_others_answered(run: Run, pipe: splitfuse.Pipeline) -> None:
+    lines = [*BAD_LINES, json.dumps({"prompt": PROMPT})]
+    ended = run("generate", "--input", "-", *READABLE, stdin="\n".join(lines))
+    assert (ended.status, ended.err) == (1, "")
+    assert [answer["index"] for answer in ended.answers] == list(range(len(lines)))
+    for answer, reason in zip(ended.answers, BAD_LINES.values(), strict=False):
+        assert reason in answer["error"] and "text" not in answer
+    assert [ended.answers[-1]["text"]] == expected(pipe, [PROMPT])
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_setting_and_every_sampling_flag(run: Run) -> None:
+    shown = run("generate", "--help")
+    assert shown.status == 0
+    for name in [*EngineConfig.setting_fields(), *cli.SAMPLING_HELP]:
+        assert f"--{name.replace('_', '-')} " in shown.out
+    shown = run("plan-memory", "--help")
+    for name in EngineConfig.setting_fields():
+        assert f"--{name.replace('_', '-')} " in shown.out
+    assert "--temperature" not in shown.out
+    for name in ("generate", "plan-memory"):
+        assert name in run("--help").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--max-new-token", "3", "hi"], "--max-new-tokens"),
+        (["generate", "--max-new-tokens", "three", "hi"], "Invalid value for '--max-new-tokens'"),
+        (["generate", "hi", "--nonsense"], "--nonsense"),
+        (["generates"], "generates"),
+    ],
+    ids=["misspelt", "no-number", "unknown", "no-command"],
+)
+def test_a_flag_that_is_none_ends_with_status_2(run: Run, arguments: list[str], message: str) -> None:
+    ended = run(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert message in ended.err and "Usage: " in ended.err and "Traceback" not in ended.err
+
+
+def test_prompts_that_are_missing_double_or_unreadable(run: Run, tmp_path: Path) -> None:
+    run("generate").assert_mistake("no prompt: standard input is empty")
+    run("generate", "hi", "--input", "x.txt").assert_mistake("given twice: as arguments and with --input")
+    run("generate", "--input", tmp_path / "no.txt").assert_mistake("no.txt cannot be read: ")
+    run("generate", "--input", tmp_path).assert_mistake("cannot be read: ")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    run("generate", "--input", tmp_path / "latin").assert_mistake("latin cannot be read: ")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    run("generate", "--input", tmp_path / "empty.jsonl").assert_mistake("empty.jsonl is empty")
+
+
+class Terminal(io.StringIO):
+    """Standard input at which somebody could type, and does not."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def read(self, *_: object) -> str:
+        raise AssertionError("the terminal was read")
+
+
+def test_a_terminal_without_a_prompt_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    run("generate", stdin=None).assert_mistake("no prompt: give one as an argument")
+
+
+def model_folder(path: Path, kind: str) -> None:
+    """A model folder with something wrong, named by `kind`."""
+    for file in BUNDLED_MODEL.iterdir():
+        (path / file.name).symlink_to(file)
+    weights, config = path / "model.safetensors", path / "config.json"
+    if kind == "architecture":
+        config.unlink()
+        config.write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+    elif kind == "no-config":
+        config.unlink()
+    elif kind == "pickle":
+        weights.unlink()
+        (path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    elif kind == "truncated":
+        whole = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(whole[: len(whole) // 2])
+    elif kind == "no-tokenizer":
+        (path / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("architecture", "MambaForCausalLM"),
+        ("no-config", "has no config.json: it is not a model folder"),
+        ("pickle", "only pickled weights (pytorch_model.bin)"),
+        ("truncated", "is not a whole safetensors file, perhaps cut short"),
+        ("no-tokenizer", "has no tokenizer.json"),
+    ],
+)
+def test_a_broken_model_is_named_in_one_line(run: Run, tmp_path: Path, kind: str, sentence: str) -> None:
+    model_folder(tmp_path, kind)
+    ended = run("generate", "hi", "--model", tmp_path)
+    ended.assert_mistake(sentence)
+    assert ended.err.count("\n") == 1
+    if kind == "architecture":
+        assert "LlamaForCausalLM" in ended.err, "the architectures that would do are not listed"
+
+
+def test_settings_that_cannot_be_honoured(run: Run) -> None:
+    run("generate", "hi", "--max-num-seqs", 0).assert_mistake("max_num_seqs must be at least 1, not 0")
+    run("generate", "hi", "--dtype", "int3").assert_mistake("dtype must be one of auto, bfloat16")
+    run("generate", "hi", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
+    run("generate", "hi", "--num-blocks", 10**9).assert_mistake("does not fit", "need", "have", "num_blocks=")
+
+
+def test_plan_memory_prints_need_and_have_and_loads_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to(BUNDLED_MODEL / "config.json")
+    ended = run("plan-memory", "--model", tmp_path, "--num-blocks", 100)
+    assert (ended.status, ended.err) == (0, "")
+    assert [line.split()[0] for line in ended.out.splitlines()][3:5] == ["need", "have"]
+    assert "100 blocks of 32: 3200 tokens" in ended.out
+    run("plan-memory", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
+    run("plan-memory", "--device", "meta").assert_mistake("device 'meta' cannot be used")
+    run("plan-memory", "--model", "/no/such/folder").assert_mistake("there is no folder /no/such/folder")
+
+
+def test_dummy_weights_need_a_config_alone(run: Run, tmp_path: Path) -> None:
+    tiny_models.save("llama-gqa", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    flags = ["--load-format", "dummy", "--tokenizer", BUNDLED_MODEL, "--dtype", "float32"]
+    ended = run("generate", "--model", tmp_path, *flags, stdin='{"prompt": [1, 2], "max_new_tokens": 3}')
+    assert ended.status == 0 and len(ended.answers[0]["token_ids"]) == 3
+
+
+# In a process of its own ---------------------------------------------------------------------------------------------
+
+
+def start(
+    *arguments: str, stdin: str = "", stdout: int = subprocess.PIPE, command: Sequence[str] = COMMAND
+) -> subprocess.Popen[str]:
+    """The command, begun, with all of its input."""
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stdin is not None
+    process.stdin.write(stdin)
+    process.stdin.close()
+    process.stdin = None  # so that `communicate` leaves it alone
+    return process
+
+
+def jsonl(lengths: list[int]) -> str:
+    return "\n".join(json.dumps({"prompt": PROMPT, "max_new_tokens": n, "ignore_eos": True}) for n in lengths)
+
+
+def on_terminal(*arguments: str, stdin: str = "") -> Ended:
+    """Run the command with a terminal for its output."""
+    terminal, end = os.openpty()
+    process = start(*arguments, stdin=stdin, stdout=end)
+    os.close(end)
+    shown = b""
+    try:
+        while piece := os.read(terminal, 1000):
+            shown += piece
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(terminal)
+    _, err = process.communicate()
+    return Ended(process.returncode, shown.decode().replace("\r\n", "\n"), err)
+
+
+def test_a_terminal_sees_the_text_of_one_answer_as_it_comes(pipe: splitfuse.Pipeline) -> None:
+    ended = on_terminal("generate", PROMPT, *READABLE)
+    assert (ended.status, ended.err) == (0, "")
+    assert [ended.out.removesuffix("\n")] == expected(pipe, [PROMPT])
+
+
+def test_a_terminal_sees_several_answers_each_whole_under_its_number(pipe: splitfuse.Pipeline) -> None:
+    lines = [{"prompt": ""}, {"prompt": PROMPT, "n": 2}]
+    ended = on_terminal("generate", *READABLE, stdin="\n".join(map(json.dumps, lines)))
+    assert (ended.status, ended.err) == (
+        1,
+        "splitfuse: request 1: the prompt is empty: it must have at least one character\n",
+    )
+    first, second = expected(pipe, [PROMPT], n=2)
+    assert ended.out == f"[2] {first}\n[2] {second}\n"
+
+
+def test_ctrl_c_in_the_middle_ends_with_a_line_and_status_130() -> None:
+    process = start("generate", stdin=jsonl([1] + [1900] * 16), command=COMMAND_THAT_HEEDS_CTRL_C)
+    assert process.stdout is not None and json.loads(process.stdout.readline())["generated_tokens"] == 1
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (130, "splitfuse: interrupted\n")
+    assert all(json.loads(line) for line in out.splitlines())
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    process = start("generate", stdin=jsonl([1, *range(20, 40)]))
+    assert process.stdout is not None and process.stderr is not None
+    assert json.loads(process.stdout.readline())["generated_tokens"] == 1
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+def test_a_mistake_in_a_process_of_its_own_has_no_traceback() -> None:
+    process = start("generate", "hi", "--model", "/no/such/folder")
+    out, err = process.communicate()
+    Ended(process.returncode, out, err).assert_mistake("there is no folder /no/such/folder")
+    assert err.count("\n") == 1
