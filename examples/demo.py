@@ -39,10 +39,11 @@ def main() -> None:
     seconds, right = answer(pipe, problems)
     draw(passes)
     tokens = sum(plan.num_tokens for plan in passes)
-    fill = sum(plan.num_tokens for plan in passes[:-1]) / max(1, BUDGET * len(passes[:-1]))
+    full = sum(plan.num_tokens == BUDGET for plan in passes)
     console.print(
         f"{right} of {len(problems)} right.  {tokens} tokens in {len(passes)} passes and {seconds:.2f} s: "
-        f"{tokens / seconds:.0f} tokens/s.  The budget was {fill:.0%} full.\n"
+        f"{tokens / seconds:.0f} tokens/s.\n"
+        f"The budget was full in {full} passes; in the others nothing was left to compute.\n"
     )
     hold_exam()
 
@@ -101,7 +102,7 @@ def hold_exam() -> None:
     longest = max(len(pipe.tokenizer.encode(problem.passage)) for problem in problems)
     console.print(f"{len(problems)} held-out passages of up to {longest} tokens, a question about each:")
     started = time.perf_counter()
-    with_passage = count_right(pipe, problems, progress=True)
+    with_passage = count_right(pipe, problems, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - started
     without = count_right(pipe, problems, with_passage=False)
     console.print(f"[bold]{with_passage}[/] right with the passage ({seconds:.1f} s), {without} without it")
