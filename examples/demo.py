@@ -82,10 +82,11 @@ def draw(passes: list[StepPlan]) -> None:
     console.print(
         "\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
     )
+    indices: dict[str, int] = {}  # requests are begun in their order
     for number, plan in enumerate(passes, start=1):
         line = Text(f"{number:4} ")
         for chunk in plan.chunks:
-            index = int(chunk.request_id.split(".")[0])
+            index = indices.setdefault(chunk.request_id, len(indices))
             generates = len(chunk.token_ids) == 1 and chunk.samples
             mark = letter(index).lower() if generates else letter(index)
             line.append(mark * len(chunk.token_ids), f"{colour(index)} bold" if generates else colour(index))

@@ -207,18 +207,22 @@ class Pipeline:
             self.generator.check(request.prompt, request.params)
         generations: list[Generation] = []
         indices: dict[str, int] = {}
-        for index, request in enumerate(requests):
-            choices = self.generator.add(request.prompt, request.params)
-            generations += choices
-            indices |= {generation.request_id: index for generation in choices}
-        with tqdm(total=len(generations), disable=not progress, unit="answer", file=sys.stderr) as bar:
-            for generation, text in self.generator.stream(generations):
-                index = indices[generation.request_id]
-                response = None
-                if generation.finish_reason is not None:
-                    bar.update()
-                    response = self._response(generation, index, requests[index].return_full_text)
-                yield Piece(index, generation.choice, text, response)
+        try:
+            for index, request in enumerate(requests):
+                choices = self.generator.add(request.prompt, request.params)
+                generations += choices
+                indices |= {generation.request_id: index for generation in choices}
+            with tqdm(total=len(generations), disable=not progress, unit="answer", file=sys.stderr) as bar:
+                for generation, text in self.generator.stream(generations):
+                    index = indices[generation.request_id]
+                    response = None
+                    if generation.finish_reason is not None:
+                        bar.update()
+                        response = self._response(generation, index, requests[index].return_full_text)
+                    yield Piece(index, generation.choice, text, response)
+        finally:
+            for generation in generations:
+                self.generator.abort(generation)
 
     def _with_length(self, params: SamplingParams, prompt: Prompt, max_length: int | None) -> SamplingParams:
         """`params` with its length settled: `max_length` counts the prompt, `max_new_tokens` does not; both hold."""

@@ -52,13 +52,14 @@ class FakeExecutor:
         self.failing: set[str] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        for new in plan.new_requests:
-            self.prompts[new.request_id] = new.prompt_token_ids
         for retired in plan.retired_requests:
             del self.prompts[retired]
+        for new in plan.new_requests:
+            self.prompts[new.request_id] = new.prompt_token_ids
         return StepResult({chunk.request_id: self._run(chunk) for chunk in plan.chunks})
 
     def _run(self, chunk: Chunk) -> ChunkResult:
+        assert chunk.samples <= chunk.num_logits <= len(chunk.token_ids)
         slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
         for slot, token in zip(slots[chunk.start :], chunk.token_ids, strict=True):
             # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
@@ -135,7 +136,10 @@ class Run:
         if not self.in_flight:
             assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
             return []
+        running = list(self.scheduler._running)
         outputs = self.scheduler.update(*self.in_flight.popleft())
+        if self.scheduler._waiting and not self.scheduler._running:
+            assert self.scheduler._waiting[0] not in running, "the oldest request was preempted"
         self.scheduler.check()
         for output in outputs:
             outcome = self.outcomes[output.request_id]

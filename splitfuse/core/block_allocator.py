@@ -113,12 +113,7 @@ class BlockAllocator:
         """
         if not self.enable_prefix_caching:
             return 0
-        parent = ROOT
-        if first:
-            before = self._contents.get(blocks[first - 1])
-            if before is None:  # forgotten since, by clear_cache
-                return first
-            parent = before.identity
+        parent = self._contents[blocks[first - 1]].identity if first else ROOT
         for index in range(first, len(token_ids) // self.block_size):
             tokens = tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
             block = blocks[index]
@@ -132,13 +127,6 @@ class BlockAllocator:
             self._index[digest] = block
             parent = self._last_identity
         return max(first, len(token_ids) // self.block_size)
-
-    def clear_cache(self) -> None:
-        """Forget the content of every block, held or not: when the weights change, for example."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._contents.clear()
-        self._index.clear()
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that every block is in exactly one state and that `holders` (one list of blocks each) hold what is

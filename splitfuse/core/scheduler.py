@@ -45,6 +45,7 @@ class Scheduler:
         self._retired: list[str] = []
         self._num_arrivals = 0
         self._num_steps = 0
+        self._num_updates = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -104,6 +105,8 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in what a plan gave: who advanced, who finished. Plans come back in the order they were scheduled."""
+        self._num_updates += 1
+        assert plan.step == self._num_updates, "plans must come back in the order they were scheduled"
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
@@ -263,7 +266,7 @@ class Scheduler:
         if request.params.prompt_logprobs is not None:
             first_wanted = max(start, len(request.prompt_logprobs))
             if first_wanted < request.num_prompt - 1:
-                num_logits = end - first_wanted
+                num_logits = max(num_logits, end - first_wanted)  # none, if all of the chunk was read before
         covering = self._allocator.blocks_for(end)
         chunk = Chunk(
             request.request_id, start, request.tokens(start, end), tuple(request.blocks[:covering]), num_logits, samples
@@ -320,6 +323,8 @@ class Scheduler:
             del self._requests[request.request_id]
             if request.known_to_runner:
                 self._retired.append(request.request_id)
+        elif request.preempt_on_return and request is self._running[0]:
+            request.preempt_on_return = False  # whoever wanted its blocks has ended: now it is the oldest
         elif request.preempt_on_return:
             self._stop(request)
             request.num_preemptions += 1

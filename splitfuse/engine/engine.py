@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.block_allocator import BlockAllocator
-from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, config: EngineConfig, model: LoadedModel, *, observer: Observer | None = None) -> None:
         self.config = config
         self.model = model
-        self.runner = model.runner
+        self.runner = model.make_runner()
         self.observer = observer
         plan = model.plan
         self.allocator = BlockAllocator(
@@ -98,6 +98,11 @@ class Engine:
                 f"max_tokens can be at most {limit - length}",
                 parameter="max_tokens",
             )
+        if params.min_tokens > limit - length:
+            raise InvalidRequestError(
+                f"min_tokens {params.min_tokens} and a prompt of {length} tokens exceed the model's {limit}",
+                parameter="min_tokens",
+            )
         for name, ids in (
             ("prompt", prompt_token_ids),
             ("logit_bias", params.logit_bias),
@@ -111,12 +116,17 @@ class Engine:
         """
         plan = self.scheduler.schedule()
         if plan is None:
+            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return []
-        result = self.runner.run(plan)
-        outputs = self.scheduler.update(plan, result)
-        if self.observer is not None:
-            self.observer(plan, result)
-        return outputs
+        try:
+            result = self.runner.run(plan)
+            if self.observer is not None:
+                self.observer(plan, result)
+        except BaseException as error:  # Ctrl-C too: what the pass left in the cache is unknown, so its requests end
+            failed = ChunkResult(error=f"the forward pass was broken off: {error!r}")
+            self.scheduler.update(plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}))
+            raise
+        return self.scheduler.update(plan, result)
 
     def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
         """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""

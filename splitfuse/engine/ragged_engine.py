@@ -32,6 +32,7 @@ class RaggedEngine:
         self.config = config
         self.model = model
         self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size, enable_prefix_caching=False)
+        self._runner = model.make_runner()
         self._sequences: dict[int, _Sequence] = {}
 
     @classmethod
@@ -58,9 +59,15 @@ class RaggedEngine:
                     raise InvalidRequestError(
                         f"sequence {uid} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}"
                     )
+        before = {uid: self._sequences.get(uid, _Sequence()).num_tokens for uid in uids}
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
-        with torch.inference_mode():
-            return self.model.runner.decoder.logits(self.model.runner.hidden(chunks))
+        try:
+            with torch.inference_mode():
+                return self._runner.decoder.logits(self._runner.hidden(chunks))
+        except BaseException:  # Ctrl-C too: the tokens count as not put
+            for uid, num_tokens in before.items():
+                self._truncate(uid, num_tokens)
+            raise
 
     def query(self, uid: int, max_tokens: int, max_blocks: int) -> tuple[int, int]:
         """How many of `max_tokens` further tokens of a sequence `max_blocks` new blocks would hold, and how many blocks
@@ -91,6 +98,15 @@ class RaggedEngine:
         start = sequence.num_tokens
         sequence.num_tokens += len(token_ids)
         return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False)
+
+    def _truncate(self, uid: int, num_tokens: int) -> None:
+        sequence = self._sequences[uid]
+        kept = self._allocator.blocks_for(num_tokens)
+        self._allocator.release(sequence.blocks[kept:])
+        del sequence.blocks[kept:]
+        sequence.num_tokens = num_tokens
+        if num_tokens == 0:
+            del self._sequences[uid]
 
     def _missing(self, sequence: _Sequence, count: int) -> int:
         """New blocks that `count` further tokens take."""

@@ -11,6 +11,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.reference import Kernels
+from splitfuse.models.decoder import Decoder
 from splitfuse.models.generation_config import read_eos_token_ids
 from splitfuse.models.hub import load_spec, resolve_model
 from splitfuse.models.kv_cache import KVCache
@@ -22,13 +23,25 @@ from splitfuse.runtime.model_runner import ModelRunner
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A runner, and what those above it must know of the model."""
+    """Weights on their device, and what those above must know of the model."""
 
     path: Path
     spec: ModelSpec
     plan: MemoryPlan
     eos_token_ids: tuple[int, ...]
-    runner: ModelRunner
+    decoder: Decoder
+
+    def make_runner(self) -> ModelRunner:
+        """A runner with a KV cache of its own, as the plan says: one for each engine. Raises MemoryPlanError."""
+        cache = KVCache(
+            self.spec,
+            num_blocks=self.plan.num_blocks,
+            block_size=self.plan.block_size,
+            dtype=self.decoder.dtype,
+            device=self.decoder.device,
+            kernels=self.decoder.kernels,
+        )
+        return ModelRunner(self.decoder, cache)
 
 
 def load_model(
@@ -49,10 +62,7 @@ def load_model(
     decoder = load_decoder(
         path, spec, dtype=dtype, device=device, kernels=kernels, load_format=config.model.load_format, progress=progress
     )
-    kv_cache = KVCache(
-        spec, num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device, kernels=kernels
-    )
-    return LoadedModel(path, spec, plan, read_eos_token_ids(path), ModelRunner(decoder, kv_cache))
+    return LoadedModel(path, spec, plan, read_eos_token_ids(path), decoder)
 
 
 def parse_device(name: str) -> torch.device:

@@ -48,7 +48,7 @@ class ModelRunner:
         touched.
         """
         for request_id in plan.retired_requests:
-            del self._states[request_id]
+            self._states.pop(request_id, None)  # absent if its first pass was broken off
         for new in plan.new_requests:
             self._states[new.request_id] = _RequestState(new)
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]

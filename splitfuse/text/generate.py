@@ -179,16 +179,16 @@ class TextGenerator:
         """
         self.check(prompt, params)
         generations: list[Generation] = []
+        number, self._num_requests = self._num_requests, self._num_requests + 1
         try:
             for choice in range(params.n):
-                request_id = f"{self._num_requests}.{choice}"
+                request_id = f"text-{number}.{choice}"
                 self.engine.add_request(request_id, prompt.token_ids, params, choice=choice)
                 generations.append(Generation(request_id, prompt, params, self.tokenizer, choice=choice))
         except InvalidRequestError:
             for generation in generations:
                 self.engine.abort(generation.request_id)
             raise
-        self._num_requests += 1
         self._generations |= {generation.request_id: generation for generation in generations}
         return generations
 
@@ -198,7 +198,9 @@ class TextGenerator:
 
         If the caller stops listening, by an error or Ctrl-C too, what is unfinished is aborted and its blocks are free.
         """
-        awaited = {generation.request_id: generation for generation in generations}
+        awaited = {
+            g.request_id: g for g in generations if g.request_id in self._generations or g.request_id in self._news
+        }
         try:
             while awaited:
                 for request_id in [name for name in self._news if name in awaited]:
@@ -210,7 +212,7 @@ class TextGenerator:
                     self._step()
         finally:
             for generation in awaited.values():
-                self._abort(generation)
+                self.abort(generation)
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -230,7 +232,8 @@ class TextGenerator:
             generation = self._news[request_id] = self._generations.pop(request_id)
             generation.end(FinishReason.ABORT)  # by somebody who spoke to the engine directly
 
-    def _abort(self, generation: Generation) -> None:
+    def abort(self, generation: Generation) -> None:
+        """End a generation that nobody waits for any more. One that has ended is left as it is."""
         self.engine.abort(generation.request_id)
         self._news.pop(generation.request_id, None)
         if self._generations.pop(generation.request_id, None):

@@ -82,16 +82,6 @@ def test_equal_content_is_published_once_and_what_follows_the_copy_is_not() -> N
     assert allocator.match([1, 2, 3, 4, 5]) == first
 
 
-def test_clear_cache_forgets_everything_and_loses_nothing() -> None:
-    allocator = BlockAllocator(4, 2)
-    held, cached = published(allocator, [1, 2]), published(allocator, [3, 4])
-    allocator.release(cached)
-    allocator.clear_cache()
-    allocator.check([held])
-    assert allocator.match([1, 2, 3]) == [] == allocator.match([3, 4, 5])
-    assert allocator.publish(held + allocator.allocate(1), [1, 2, 8, 9], first=1) == 1
-
-
 def test_without_prefix_caching_nothing_is_remembered() -> None:
     allocator = BlockAllocator(4, 2, enable_prefix_caching=False)
     blocks = published(allocator, [1, 2])

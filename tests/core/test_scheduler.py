@@ -49,16 +49,61 @@ def test_a_long_prompt_never_stalls_a_stream() -> None:
     assert passes == -(-1000 // (64 - 8))
 
 
+def add_as_oldest(run: Run, request: Request) -> None:
+    """What a policy other than order of arrival may bring about: the oldest comes when the others are running."""
+    run.add(request)
+    request.arrival = -1
+    run.scheduler._waiting.sort(key=lambda r: r.arrival)
+
+
 def test_the_oldest_prompt_moves_even_when_generations_could_take_the_whole_budget() -> None:
-    run = Run.make(num_blocks=100, block_size=4, budget=2, max_num_seqs=4)
-    first = make("first", 12, 3)
-    run.add(first)
+    run = Run.make(num_blocks=100, block_size=4, budget=3, max_num_seqs=4)
     for number in range(3):
         run.add(make(f"g{number}", 1, 30))
+    run.step()
+    run.step()
+    assert sizes(run) == {"g0": 1, "g1": 1, "g2": 1}
+    add_as_oldest(run, make("first", 12, 3))
+    run.step()
+    assert sizes(run) == {"g0": 1, "g1": 1, "first": 1}, "one token is set aside for it"
     while run.outcomes["first"].finish_reason is None:
         run.step()
         assert "first" in sizes(run)
     run.drain()
+
+
+def test_the_oldest_request_takes_the_seat_of_the_newest() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=8, max_num_seqs=2)
+    requests = [make("g0", 1, 9), make("g1", 1, 9)]
+    for request in requests:
+        run.add(request)
+    run.step()
+    add_as_oldest(run, make("first", 4, 2))
+    run.step()
+    assert sizes(run) == {"g0": 1, "first": 4}
+    run.drain()
+    assert [request.num_preemptions for request in requests] == [0, 1]
+
+
+def test_of_several_newer_requests_the_newest_gives_way() -> None:
+    run = Run.make(num_blocks=9, block_size=2, budget=16, prefix=False)
+    requests = [make(name, 3, 10) for name in ("old", "middle", "newest")]
+    for request in requests:
+        run.add(request)
+    while not any(request.num_preemptions for request in requests):
+        run.step()
+    assert [request.num_preemptions for request in requests] == [0, 0, 1]
+    run.drain()
+
+
+def test_what_was_generated_is_found_by_the_next_turn() -> None:
+    run = Run.make(num_blocks=100, block_size=4, budget=64)
+    run.add(make("a", 5, 9))
+    run.drain()
+    history = make("a", 5, 9).prompt_token_ids + tuple(run.outcomes["a"].tokens)
+    run.add(Request("b", (*history, 1, 2, 3), SamplingParams(), 1, seed=0))
+    run.step()
+    assert run.plans[-1].chunks[0].start == 12, "13 positions were computed: 3 full blocks of 4"
 
 
 def test_preemption_takes_the_newest_and_loses_nothing_fault_1() -> None:
