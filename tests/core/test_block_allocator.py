@@ -49,6 +49,7 @@ def test_a_hash_collision_is_not_a_match(monkeypatch: pytest.MonkeyPatch) -> Non
     blocks = published(allocator, [1, 2, 3, 4])
     assert allocator.match([8, 9, 1]) == []
     assert allocator.match([1, 2, 3, 4, 0]) == blocks[:1], "the second content found its place taken"
+    assert allocator.match([1, 2, 1, 2, 0]) == blocks[:1], "the same tokens, but behind others"
     assert allocator.publish(allocator.allocate(1), [5, 6]) == 0
     assert allocator.match([1, 2, 3, 4, 0], salt="other") == []
 
