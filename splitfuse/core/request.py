@@ -46,10 +46,8 @@ class Request:
     arrival: int = -1  # order of acceptance, given by the scheduler
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    error: str | None = None
     output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_prompt_logprobs: int = 0  # given out so far, which a preemption does not repeat
 
     blocks: list[int] = field(default_factory=list)
     num_published: int = 0  # leading blocks that the prefix cache knows

@@ -129,7 +129,6 @@ class Scheduler:
             return False
         if num_tokens is not None:
             del request.output_token_ids[num_tokens:]
-            del request.logprobs[num_tokens:]
         self._finish(request, reason)
         if request.num_plans_in_flight == 0:
             self._settle(request)
@@ -264,7 +263,7 @@ class Scheduler:
         samples = count == self._pending(request)
         num_logits = int(samples)
         if request.params.prompt_logprobs is not None:
-            first_wanted = max(start, len(request.prompt_logprobs))
+            first_wanted = max(start, request.num_prompt_logprobs)
             if first_wanted < request.num_prompt - 1:
                 num_logits = max(num_logits, end - first_wanted)  # none, if all of the chunk was read before
         covering = self._allocator.blocks_for(end)
@@ -281,18 +280,16 @@ class Scheduler:
     def _advance(self, request: Request, chunk: Chunk, result: ChunkResult) -> RequestOutput:
         """Move a request's counter on by one chunk and append the token it chose."""
         if result.error is not None:
-            request.error = result.error
             self._finish(request, FinishReason.ERROR)
             return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
         request.num_computed = chunk.end
-        request.prompt_logprobs += result.prompt_logprobs
+        request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens: tuple[int, ...] = ()
         logprobs = () if result.logprob is None else (result.logprob,)
         if chunk.samples:
             assert result.token_id is not None
             tokens = (result.token_id,)
             request.output_token_ids += tokens
-            request.logprobs += logprobs
         size = self._allocator.block_size
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)
