@@ -101,7 +101,9 @@ def hold_exam() -> None:
     pipe = splitfuse.pipeline(max_num_batched_tokens=512)
     problems = list(held_out_problems(NUM_HELD_OUT, lambda text: len(pipe.tokenizer.encode(text)) - 1))
     longest = max(len(pipe.tokenizer.encode(problem.passage)) for problem in problems)
-    console.print(f"{len(problems)} held-out passages of up to {longest} tokens, a question about each:")
+    console.print(
+        f"{len(problems)} held-out passages of up to {longest} tokens, a question about each; this takes some seconds:"
+    )
     started = time.perf_counter()
     with_passage = count_right(pipe, problems, progress=sys.stderr.isatty())
     seconds = time.perf_counter() - started

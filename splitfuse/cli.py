@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 SAMPLING_HELP = {
-    "max_new_tokens": (int | None, "Most tokens to generate."),
+    "max_new_tokens": (int | None, "Most tokens to generate; left out, 1024."),
     "min_new_tokens": (int, "Tokens before which no end is taken."),
     "temperature": (float | None, "0 is greedy; left out, greedy unless another sampling flag is given."),
     "top_p": (float | None, "Choose among the most probable tokens of this share together."),
@@ -132,7 +132,9 @@ def generate(
 ) -> None:
     """Answer prompts. Streams to a terminal; prints a JSON object per answer to a file or a pipe.
 
-    A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name.
+    A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name,
+    and max_length, do_sample, stop_token_ids, logit_bias and prompt_logprobs. The index of an answer counts prompts, or
+    lines of the input, from 0; refused ones come first.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
     requests = _requests(prompts or [], input, lines=lines)
@@ -176,13 +178,14 @@ class _Request:
     prompt: Any = None
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: str | None = None
+    place: int = 0  # among the prompts or lines given
 
 
 def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_Request]:
     if prompts and source is not None:
         raise InvalidRequestError("prompts are given twice: as arguments and with --input")
     if prompts:
-        return [_Request(prompt) for prompt in prompts]
+        return [_Request(prompt, place=place) for place, prompt in enumerate(prompts)]
     if source is None and sys.stdin.isatty():
         raise InvalidRequestError("no prompt: give one as an argument, with --input FILE, or on standard input")
     text = _read(source or "-")
@@ -191,9 +194,9 @@ def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_R
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     is_jsonl = source is not None and source.endswith(".jsonl")
     if is_jsonl or (source in (None, "-") and not lines and text.lstrip().startswith("{")):
-        return [_parse(line, number) for number, line in numbered]
+        return [dataclasses.replace(_parse(line, number), place=number - 1) for number, line in numbered]
     if lines:
-        return [_Request(line) for _, line in numbered]
+        return [_Request(line, place=number - 1) for number, line in numbered]
     return [_Request(text.removesuffix("\n"))]
 
 
@@ -228,14 +231,14 @@ def _parse(line: str, number: int) -> _Request:
 def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Refusal]:
     """The refusals first, then the pieces of all others, run together; both by their place in the input."""
     places, prepared = [], []
-    for place, request in enumerate(requests):
+    for request in requests:
         try:
             if request.error is not None:
                 raise InvalidRequestError(request.error)
             prepared += pipe.prepare([request.prompt], **{**keywords, **request.keywords})
-            places.append(place)
+            places.append(request.place)
         except SplitfuseError as error:
-            yield _Refusal(place, str(error))
+            yield _Refusal(request.place, str(error))
     for piece in pipe.run(prepared):
         yield dataclasses.replace(piece, index=places[piece.index])
 
