@@ -1,7 +1,8 @@
 """What a request generates depends on nothing but the request: on the bundled model, in fp32, token for token.
 
-200 random requests, greedy and random, with and without penalties, stop strings and logprobs; each crowd is answered
-under other budgets, block sizes, caches and forced preemption, and every request also alone.
+200 random requests, greedy and random, with and without penalties, stop strings and logprobs, each alone and all
+together: for every budget of 1, 7, 64 and 512, every block size of 8, 16 and 64, with and without prefix cache, and under
+forced preemption.
 """
 
 from random import Random
@@ -53,16 +54,15 @@ def expected() -> tuple[list[PreparedRequest], list[tuple[object, ...]]]:
 
 
 SETTINGS = [
-    pytest.param({"max_num_batched_tokens": budget, "block_size": size, "enable_prefix_caching": cached}, id=name)
-    for budget, size, cached, name in [
-        (1, 16, True, "budget-1"),
-        (7, 8, True, "budget-7"),
-        (64, 16, True, "budget-64"),
-        (512, 64, True, "budget-512"),
-        (64, 8, False, "budget-64-no-prefix-cache"),
-        (512, 16, False, "budget-512-no-prefix-cache"),
-        (64, 64, False, "blocks-of-64"),
-    ]
+    pytest.param(
+        {"max_num_batched_tokens": budget, "block_size": size, "enable_prefix_caching": cached},
+        id=f"budget-{budget}-blocks-of-{size}-{'with' if cached else 'no'}-cache",
+        # A budget of one token takes 20 seconds: once always, all of it in the slow suite.
+        marks=pytest.mark.slow if budget == 1 and (size, cached) != (16, True) else (),
+    )
+    for budget in (1, 7, 64, 512)
+    for size in (8, 16, 64)
+    for cached in (True, False)
 ]
 
 
