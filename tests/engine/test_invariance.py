@@ -1,8 +1,8 @@
 """What a request generates depends on nothing but the request: on the bundled model, in fp32, token for token.
 
 200 random requests, greedy and random, with and without penalties, stop strings and logprobs, each alone and all
-together: for every budget of 1, 7, 64 and 512, every block size of 8, 16 and 64, with and without prefix cache, and under
-forced preemption.
+together: for every budget of 1, 7, 64 and 512, every block size of 8, 16 and 64, with and without prefix cache, and
+under forced preemption.
 """
 
 from random import Random
