@@ -203,8 +203,6 @@ class Pipeline:
         If the caller stops listening, what is unfinished is aborted. Raises InvalidRequestError, before anything runs,
         for a request that this model cannot honour: one prepared for another, for example.
         """
-        for request in requests:
-            self.generator.check(request.prompt, request.params)
         generations: list[Generation] = []
         indices: dict[str, int] = {}
         try:

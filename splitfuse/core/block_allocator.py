@@ -108,20 +108,17 @@ class BlockAllocator:
         `first` on.
 
         The earlier ones must have been published, or matched, before. Returns how many leading blocks are now
-        published; it stops short of a block whose content another block already holds, or whose predecessor nobody
-        knows any more.
+        published; it stops short of a block whose content another block already holds.
         """
         if not self.enable_prefix_caching:
             return 0
         parent = self._contents[blocks[first - 1]].identity if first else ROOT
         for index in range(first, len(token_ids) // self.block_size):
             tokens = tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
-            block = blocks[index]
-            if self._find(parent, tokens, salt) is not None:
-                return index
             digest = self._digest(parent, tokens, salt)
-            if digest in self._index:  # a collision: the older content keeps the place
+            if digest in self._index:  # the same content, or a collision: the older one keeps the place
                 return index
+            block = blocks[index]
             self._last_identity += 1
             self._contents[block] = Content(self._last_identity, parent, tokens, salt, digest)
             self._index[digest] = block

@@ -108,7 +108,7 @@ class Engine:
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
         ):
-            self._check_token_ids(name, ids)
+            check_token_ids(name, ids, self.model.spec.vocab_size, parameter=name)
 
     def step(self) -> list[RequestOutput]:
         """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
@@ -141,10 +141,11 @@ class Engine:
         """End a request that nobody waits for any more."""
         return self.finish(request_id, FinishReason.ABORT)
 
-    def _check_token_ids(self, name: str, ids: Iterable[int]) -> None:
-        vocab_size = self.model.spec.vocab_size
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise InvalidRequestError(
-                    f"{name} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}", parameter=name
-                )
+
+def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, parameter: str | None = None) -> None:
+    """Raise InvalidRequestError, naming `owner`, unless all ids are whole numbers below `vocab_size`."""
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"{owner} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}", parameter=parameter
+            )

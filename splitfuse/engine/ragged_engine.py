@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfuse.config import EngineConfig
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.plan import Chunk
+from splitfuse.engine.engine import check_token_ids
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 from splitfuse.runtime.loading import LoadedModel, load_model
 
@@ -52,13 +53,8 @@ class RaggedEngine:
         """
         if reason := self._refusal(uids, [len(ids) for ids in tokens]):
             raise reason
-        vocab_size = self.model.spec.vocab_size
         for uid, ids in zip(uids, tokens, strict=True):
-            for token in ids:
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                    raise InvalidRequestError(
-                        f"sequence {uid} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}"
-                    )
+            check_token_ids(f"sequence {uid}", ids, self.model.spec.vocab_size)
         before = {uid: self._sequences.get(uid, _Sequence()).num_tokens for uid in uids}
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
         try:

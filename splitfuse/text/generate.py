@@ -177,7 +177,6 @@ class TextGenerator:
         """Accept a request: one Generation for each of its `params.n` choices. Raises InvalidRequestError, and
         nothing is changed, if it cannot be honoured.
         """
-        self.check(prompt, params)
         generations: list[Generation] = []
         number, self._num_requests = self._num_requests, self._num_requests + 1
         try:
