@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-sanitize lint install clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every forward pass
 	@$(BIN)/python examples/demo.py
@@ -15,13 +16,20 @@ test: $(STAMP) lint  ## style, types, and every test but the slow ones
 test-all: $(STAMP) lint  ## the slow tests too
 	@$(BIN)/python -m pytest -m ""
 
+test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches addresses and undefined behaviour
+	@rm -rf build/sanitize && SPLITFUSE_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
+	  --build-lib build/sanitize --build-temp build/sanitize/objects
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 SPLITFUSE_KERNEL_LIBRARY=build/sanitize/splitfuse/kernels/cpu/libsplitfuse_cpu.so \
+	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider
+
 lint: $(STAMP)
 	@echo "== style and types"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@echo "== installing splitfuse and its test extras into .venv (a minute; PyTorch is the largest part)"
 	@$(PYTHON) -c 'import sys; sys.exit("splitfuse needs Python 3.11 or newer, this is " + sys.version.split()[0] \
 	  + "; name another with: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -30,4 +38,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info splitfuse/kernels/cpu/*.so

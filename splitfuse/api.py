@@ -20,7 +20,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine, Observer
 from splitfuse.errors import InvalidRequestError, PromptTooLongError, did_you_mean
 from splitfuse.models.hub import resolve_model
-from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
 from splitfuse.text.generate import Generation, Message, Prompt, TextGenerator, Timings, with_room
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -88,6 +88,13 @@ def pipeline(
     )
     engine = Engine.load(config, progress=progress, announce=_print_plan if progress else lambda _: None)
     engine.observer = observer
+    if progress and (resident := resident_memory()) is not None:
+        planned = engine.model.plan.weights + engine.model.plan.activations
+        print(
+            f"resident     {resident / GIB:8.3f} GiB with Python and PyTorch, of {planned / GIB:.3f} GiB planned for "
+            "weights and activations; the KV cache fills up in use",
+            file=sys.stderr,
+        )
     return Pipeline(engine, tokenizer)
 
 

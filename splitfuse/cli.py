@@ -155,15 +155,17 @@ def generate(
 @with_flags(sampling=False)
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
-    from splitfuse.kernels.reference import Kernels
     from splitfuse.models.hub import load_spec, resolve_model
+    from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
+    from splitfuse.runtime.kernel_choice import choose_kernels
     from splitfuse.runtime.loading import parse_device
 
     config = EngineConfig.from_settings(_given(flags))
     parse_device(config.model.device)
     spec = load_spec(resolve_model(config.model.model, config.model.revision))
-    print(memory_plan.plan_memory(spec, config, kernels=Kernels()), flush=True)
+    kernels = choose_kernels(config, resolve_dtype(config.model.dtype, spec))
+    print(memory_plan.plan_memory(spec, config, kernels=kernels), flush=True)
 
 
 def main() -> None:

@@ -17,6 +17,10 @@ from splitfuse.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("safetensors", "dummy")
+QUANTIZATIONS = ("int8", "int4")
+GROUP_SIZES = (64, 128)
+KERNELS = ("auto", "avx512", "avx2", "torch", "reference")
+KV_CACHE_DTYPES = ("auto", "int8")
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
@@ -34,6 +38,17 @@ class ModelConfig:
     dtype: str = setting(
         "auto", "Weights and activations: auto (as the checkpoint says), bfloat16, float16 or float32."
     )
+    quantization: str | None = setting(
+        None, "int8 or int4: weights are quantized while they are loaded (CPU kernels); left out, they are not."
+    )
+    quantization_group_size: int | None = setting(
+        None, "Columns that share a scale: 128 for int8, 64 or 128 for int4; left out, a whole row and 64."
+    )
+    kernels: str = setting(
+        "auto",
+        "auto (the best this machine can run), avx512 or avx2 (C++), torch (PyTorch with oneDNN), reference (PyTorch).",
+    )
+    num_threads: int | None = setting(None, "Threads of the CPU kernels; left out, the cores this process may use.")
     device: str = setting("cpu", "A torch device, such as cpu or cuda:0.")
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights made from the config alone.")
     max_model_len: int | None = setting(
@@ -43,6 +58,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
         _choice("load_format", self.load_format, LOAD_FORMATS)
+        _choice("kernels", self.kernels, KERNELS)
+        if self.quantization is not None:
+            _choice("quantization", self.quantization, QUANTIZATIONS)
+        elif self.quantization_group_size is not None:
+            raise ConfigError("quantization_group_size needs a quantization: int8 or int4")
+        if self.quantization_group_size not in (None, *GROUP_SIZES):
+            raise ConfigError(f"quantization_group_size must be 64 or 128, not {self.quantization_group_size}")
+        _at_least("num_threads", self.num_threads, 1)
         _at_least("max_model_len", self.max_model_len, 2)
 
 
@@ -68,10 +91,12 @@ class CacheConfig:
         None,
         "Memory for the KV cache, in GiB; left out, enough for max_num_seqs requests, at most half of what is free.",
     )
+    kv_cache_dtype: str = setting("auto", "auto (that of the activations) or int8: half the memory (CPU kernels).")
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings.")
 
     def __post_init__(self) -> None:
         _at_least("block_size", self.block_size, 1)
+        _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _at_least("num_blocks", self.num_blocks, 1)
         if self.kv_cache_memory_gib is not None and not 0 < self.kv_cache_memory_gib < float("inf"):
             raise ConfigError(f"kv_cache_memory_gib must be a positive number, not {self.kv_cache_memory_gib}")

@@ -10,6 +10,7 @@
     │   ├── UnsupportedModelError   an architecture or a feature of it that we do not know
     │   ├── WeightsError            a weight that is missing, surplus, misshapen, truncated or pickled
     │   └── TokenizerError          no tokenizer, or one that cannot be read
+    ├── KernelError                 compiled kernels that are missing, or that this CPU cannot run
     ├── MemoryPlanError             the model does not fit; the message gives need, have and a value that fits
     └── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
 
@@ -72,6 +73,10 @@ class WeightsError(ModelError):
 
 class TokenizerError(ModelError):
     """No tokenizer, or one that cannot be read."""
+
+
+class KernelError(SplitfuseError):
+    """Compiled kernels that are missing, or that this CPU cannot run."""
 
 
 class MemoryPlanError(SplitfuseError):

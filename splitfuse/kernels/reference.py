@@ -8,9 +8,11 @@ request, model or config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,58 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 QUERY_TILE = 256  # rows of one request scored at a time, at most: skips keys of the future
 MOST_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long the context
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One pre-norm decoder layer. Linear weights are packed; norms and biases are plain vectors, None where the network
+    has none.
+    """
+
+    attn_norm: Tensor
+    qkv: Weight  # [(H + 2 Hk) D, C]
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    o: Weight  # [C, H D]
+    o_bias: Tensor | None = None
+    mlp_norm: Tensor
+    gate_up: Weight = None  # [2I, C]
+    gate_up_bias: Tensor | None = None
+    down: Weight = None  # [C, I]
+    down_bias: Tensor | None = None
+    router: Weight = None  # [E, C]: these three instead of gate_up and down, where there are experts
+    w13: Weight = None  # [E, 2I, C]
+    w2: Weight = None  # [E, C, I]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkWeights:
+    """All of a network's weights."""
+
+    embed: Weight  # [vocabulary, C]: a plain tensor, or the head itself where the two are tied
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Weight  # [vocabulary, C]
+
+
+class Network(Protocol):
+    """All of a network but its head in one call; see `Kernels.fuse`.
+
+    `packed` is the step as one int32 tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens
+    [S], block_tables [S, table_width], logit_rows [R], one behind the other.
+    """
+
+    def __call__(
+        self,
+        stores: Sequence[Store],
+        packed: Tensor,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        table_width: int,
+        num_rows: int,
+    ) -> Tensor: ...
 
 
 class Kernels:
@@ -58,12 +112,27 @@ class Kernels:
         """The store of one layer. What it holds before it is written is never read."""
         return torch.empty(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
 
-    def pack(self, weight: Tensor) -> Weight:
-        """A linear weight [N, K], or those of all experts [E, N, K], in the form that `linear` or `experts` wants."""
-        return weight
+    def describe(self) -> str:
+        """One line for the start: which kernels, and on what."""
+        return "reference kernels in PyTorch"
 
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of `table` [vocabulary, C] for `ids` [T]: [T, C]."""
+    def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
+        """Bytes of a weight as it is kept: packed for its role, or "plain" for what is not."""
+        del role
+        return math.prod(shape) * dtype.itemsize
+
+    def pack(self, pieces: Sequence[Tensor], *, role: str) -> Weight:
+        """A linear weight [N, K], or those of all experts [E, N, K], in the form that `linear`, `gated` or `experts`
+        wants, from the pieces of its rows in their order, which may be maps of files.
+
+        `role` is its field of LayerWeights, or "head": what a backend may choose the form by. A packed head is read by
+        `embed` too, where the two are one.
+        """
+        del role
+        return pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)
+
+    def embed(self, ids: Tensor, table: Weight) -> Tensor:
+        """Rows of `table` [vocabulary, C], a tensor or a packed head, for `ids` [T]: [T, C]."""
         return F.embedding(ids, table)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -81,6 +150,10 @@ class Kernels:
         """`activation(gate) * up`, both halves of `gate_up` [T, 2I]: [T, I]. `kind` is a key of ACTIVATIONS."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[kind](gate) * up
+
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+        """`activate` of the product with a "gate_up": x [T, K], weight [2I, K] -> [T, I]."""
+        return self.activate(self.linear(x, weight, bias), kind)
 
     def rope_store(
         self,
@@ -169,6 +242,34 @@ class Kernels:
     def gather(self, x: Tensor, rows: Tensor) -> Tensor:
         """The named rows of `x`."""
         return x.index_select(0, rows)
+
+    def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
+        """For each row of `scores` [R, V] the lowest index of its largest element, and that element; NaN if the row
+        has one, whatever the index.
+        """
+        peaks = scores.amax(-1)
+        ids = torch.arange(scores.shape[1], device=scores.device)
+        best = torch.where(scores == peaks.unsqueeze(1), ids, scores.shape[1] - 1).amin(-1)
+        return best.tolist(), peaks.tolist()
+
+    def fuse(
+        self,
+        weights: NetworkWeights,
+        *,
+        windows: Sequence[int | None],
+        activation: str,
+        norm_eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        scale: float,
+        softcap: float | None,
+    ) -> Network | None:
+        """A network as one call, from token ids to the normed rows [R, C] that the head is applied to, which gives what
+        the operations above give one by one: where a backend has that.
+        """
+        del weights, windows, activation, norm_eps, cos, sin, num_heads, scale, softcap
+        return None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

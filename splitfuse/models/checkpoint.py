@@ -5,7 +5,9 @@ Whatever is wrong with the files themselves is a WeightsError here; what the nam
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +55,14 @@ class Checkpoint:
         """The tensor, mapped from its file: copy what is to be kept."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor mapped from a file: its pages can be read again."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:

@@ -5,12 +5,10 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels, Store, Weight
+from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights, Store
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.moe import mixture
 from splitfuse.models.ragged_batch import RaggedBatch
@@ -18,58 +16,47 @@ from splitfuse.models.rope import rope_tables
 from splitfuse.models.spec import ModelSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """One layer. Linear weights are packed; norms and biases are plain vectors, None where the spec has none."""
-
-    attn_norm: Tensor
-    qkv: Weight  # [(H + 2 Hk) D, C]
-    qkv_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    o: Weight  # [C, H D]
-    o_bias: Tensor | None = None
-    mlp_norm: Tensor
-    gate_up: Weight = None  # [2I, C]
-    gate_up_bias: Tensor | None = None
-    down: Weight = None  # [C, I]
-    down_bias: Tensor | None = None
-    router: Weight = None  # [E, C]: these three instead of gate_up and down, where the spec has experts
-    w13: Weight = None  # [E, 2I, C]
-    w2: Weight = None  # [E, C, I]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelWeights:
-    """All of a network's weights."""
-
-    embed: Tensor  # [vocabulary, C]
-    layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    head: Weight  # [vocabulary, C]
-
-
 class Decoder:
     """Hidden states and logits of ragged batches."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, kernels: Kernels) -> None:
+    def __init__(self, spec: ModelSpec, weights: NetworkWeights, kernels: Kernels) -> None:
         self.spec = spec
         self.weights = weights
         self.kernels = kernels
-        self.cos, self.sin = rope_tables(spec.rope, spec.max_position, weights.embed.device)
+        self.cos, self.sin = rope_tables(spec.rope, spec.max_position, self.device)
+        self._fused = kernels.fuse(
+            weights,
+            windows=spec.windows,
+            activation=spec.activation,
+            norm_eps=spec.norm_eps,
+            cos=self.cos,
+            sin=self.sin,
+            num_heads=spec.num_heads,
+            scale=spec.attention_scale,
+            softcap=spec.attention_softcap,
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the weights are, and where batches and caches must be."""
-        return self.weights.embed.device
+        return self.weights.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, activations and the KV cache."""
-        return self.weights.embed.dtype
+        return self.weights.norm.dtype
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
         """Compute the batch and write its keys and values: final hidden states [R, C] of its `logit_rows`, normed."""
+        if self._fused is not None:
+            return self._fused(
+                kv_cache.layers,
+                batch.packed,
+                num_tokens=batch.num_tokens,
+                num_requests=batch.num_requests,
+                table_width=batch.table_width,
+                num_rows=batch.num_rows,
+            )
         x = self.kernels.embed(batch.ids, self.weights.embed)  # [tokens, hidden]
         for layer, window, store in zip(self.weights.layers, self.spec.windows, kv_cache.layers, strict=True):
             x = self._attention(x, layer, window, batch, store)
@@ -79,7 +66,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output head on rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
-        logits = self.kernels.linear(hidden, self.weights.head).float()
+        logits = self.kernels.linear(hidden, self.weights.head)
+        if logits.dtype != torch.float32:
+            logits = logits.float()
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -127,5 +116,5 @@ class Decoder:
                 activation=spec.activation,
                 kernels=kernels,
             )
-        gated = kernels.activate(kernels.linear(normed, layer.gate_up, layer.gate_up_bias), spec.activation)
+        gated = kernels.gated(normed, layer.gate_up, layer.gate_up_bias, spec.activation)
         return kernels.linear(gated, layer.down, layer.down_bias, residual=x)

@@ -1,13 +1,14 @@
-"""From a checkpoint to a decoder: find, check, fuse, cast, pack, one weight at a time.
+"""From a checkpoint to a decoder: find, check, cast, pack, one weight at a time, straight from the mapped files.
 
-At most one fused weight exists beside the finished model. Which tensors there are follows from the spec; what the
-checkpoint calls them, from the family.
+At most one weight exists beside the finished model, and only if it had to be cast. Which tensors there are follows from
+the spec; what the checkpoint calls them, from the family.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,14 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
-from splitfuse.kernels.reference import Kernels, Weight
-from splitfuse.models.checkpoint import Checkpoint, listing
-from splitfuse.models.decoder import Decoder, LayerWeights, ModelWeights
+from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights, Weight
+from splitfuse.models.checkpoint import Checkpoint, listing, release
+from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import find_family
 from splitfuse.models.spec import ModelSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PACKED = {"qkv", "o", "gate_up", "down", "head"}
+PLAIN = "plain"  # the role of what is not packed
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")  # computed, not learnt
 DUMMY_SCALE = 0.02
 DUMMY_SEED = 0
@@ -36,7 +38,7 @@ Shape: TypeAlias = tuple[int, ...]
 class Parameter:
     """One weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
 
-    name: str  # a field of LayerWeights, or of ModelWeights where layer is None
+    name: str  # a field of LayerWeights, or of NetworkWeights where layer is None
     layer: int | None
     pieces: tuple[tuple[str, Shape], ...]
 
@@ -62,9 +64,12 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     ]
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of all weights in `dtype`."""
-    return sum(math.prod(parameter.shape) for parameter in parameters(spec)) * dtype.itemsize
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, kernels: Kernels) -> int:
+    """Bytes of all weights as `kernels` keep those of `dtype`."""
+    return sum(
+        kernels.weight_bytes(parameter.shape, role=_role(parameter, spec), dtype=dtype)
+        for parameter in parameters(spec)
+    )
 
 
 def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
@@ -94,17 +99,26 @@ def load_decoder(
     WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
     """
     plan = parameters(spec)
-    fill = _dummy_filler(device) if load_format == "dummy" else _checkpoint_filler(Checkpoint(path), plan, spec)
+    read = _dummy_reader(dtype, device) if load_format == "dummy" else _checkpoint_reader(Checkpoint(path), plan, spec)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in range(spec.num_layers)]
     for parameter in _with_progress(plan, dtype, progress):
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        fill(parameter, tensor)
         target = outer if parameter.layer is None else layers[parameter.layer]
-        target[parameter.name] = kernels.pack(tensor) if parameter.name in PACKED else tensor
+        role = _role(parameter, spec)
+        with read(parameter) as pieces:
+            on_device = [piece.to(device=device, dtype=dtype) for piece in pieces]
+            weight = torch.cat(on_device) if role == PLAIN else kernels.pack(on_device, role=role)
+        target[parameter.name] = weight
     if spec.tied_embeddings:
-        outer["head"] = kernels.pack(outer["embed"])
-    return Decoder(spec, ModelWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), kernels)
+        outer["head"] = outer["embed"]
+    return Decoder(spec, NetworkWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), kernels)
+
+
+def _role(parameter: Parameter, spec: ModelSpec) -> str:
+    """What `Kernels.pack` is told of a weight: a tied embedding is the output head."""
+    if parameter.name == "embed" and spec.tied_embeddings:
+        return "head"
+    return parameter.name if parameter.name in PACKED else PLAIN
 
 
 def _outer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
@@ -137,10 +151,12 @@ def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
     return shapes
 
 
-def _checkpoint_filler(
-    checkpoint: Checkpoint, plan: list[Parameter], spec: ModelSpec
-) -> Callable[[Parameter, Tensor], None]:
-    """What copies a parameter's pieces into its tensor, once everything is known to be there."""
+Reader: TypeAlias = Callable[[Parameter], AbstractContextManager[list[Tensor]]]
+"""What gives a parameter's pieces, for as long as they are being packed."""
+
+
+def _checkpoint_reader(checkpoint: Checkpoint, plan: list[Parameter], spec: ModelSpec) -> Reader:
+    """Pieces mapped from files, once everything is known to be there."""
     wanted = dict(piece for parameter in plan for piece in parameter.pieces)
     if missing := wanted.keys() - checkpoint.names():
         raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
@@ -153,24 +169,30 @@ def _checkpoint_filler(
     for name, shape in wanted.items():
         checkpoint.check(name, shape)
 
-    def fill(parameter: Parameter, tensor: Tensor) -> None:
-        rows = [shape[0] for _, shape in parameter.pieces]
-        for (name, _), part in zip(parameter.pieces, tensor.split_with_sizes(rows), strict=True):
-            part.copy_(checkpoint.read(name))
+    @contextmanager
+    def read(parameter: Parameter) -> Iterator[list[Tensor]]:
+        pieces = [checkpoint.read(name) for name, _ in parameter.pieces]
+        yield pieces
+        for piece in pieces:
+            release(piece)
 
-    return fill
+    return read
 
 
-def _dummy_filler(device: torch.device) -> Callable[[Parameter, Tensor], None]:
+def _dummy_reader(dtype: torch.dtype, device: torch.device) -> Reader:
     generator = torch.Generator(device).manual_seed(DUMMY_SEED)
 
-    def fill(parameter: Parameter, tensor: Tensor) -> None:
-        if parameter.name.endswith("norm"):
-            tensor.fill_(1.0)
-        else:
-            tensor.normal_(std=DUMMY_SCALE, generator=generator)
+    @contextmanager
+    def read(parameter: Parameter) -> Iterator[list[Tensor]]:
+        pieces = [torch.empty(shape, dtype=dtype, device=device) for _, shape in parameter.pieces]
+        for piece in pieces:
+            if parameter.name.endswith("norm"):
+                piece.fill_(1.0)
+            else:
+                piece.normal_(std=DUMMY_SCALE, generator=generator)
+        yield pieces
 
-    return fill
+    return read
 
 
 def _with_progress(plan: list[Parameter], dtype: torch.dtype, shown: bool) -> Iterator[Parameter]:

@@ -10,13 +10,13 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.generation_config import read_eos_token_ids
 from splitfuse.models.hub import load_spec, resolve_model
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype
+from splitfuse.runtime.kernel_choice import choose_kernels
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 from splitfuse.runtime.model_runner import ModelRunner
 
@@ -53,12 +53,12 @@ def load_model(
     """
     path = resolve_model(config.model.model, config.model.revision)
     spec = load_spec(path)
-    kernels = Kernels()
     device = parse_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, spec)
+    kernels = choose_kernels(config, dtype)
     plan = plan_memory(spec, config, kernels=kernels)
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
-    dtype = resolve_dtype(config.model.dtype, spec)
     decoder = load_decoder(
         path, spec, dtype=dtype, device=device, kernels=kernels, load_format=config.model.load_format, progress=progress
     )

@@ -42,6 +42,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     available: int
+    kernels: str  # in a line
     model_len_lowered: bool  # the model could read more, the cache could not hold it
 
     @property
@@ -55,6 +56,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         sizes = f"{self.num_blocks} blocks of {self.block_size}: {self.num_blocks * self.block_size} tokens"
         lines = [
+            self.kernels,
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
             f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}",
@@ -81,19 +83,20 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, avai
             f"max_model_len {wanted_len} is more than the {spec.max_position} tokens the model was made for"
         )
     plan = MemoryPlan(
-        weights=weight_bytes(spec, dtype),
+        weights=weight_bytes(spec, dtype, kernels),
         activations=_activation_bytes(spec, config, dtype),
         block=block_bytes(spec, block_size=size, dtype=dtype, kernels=kernels),
         block_size=size,
         num_blocks=0,
         max_model_len=wanted_len,
         available=available_memory(config.model.device) if available is None else available,
+        kernels=kernels.describe(),
         model_len_lowered=False,
     )
     free = plan.available - plan.need
     if free < plan.block:
         raise MemoryPlanError(
-            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, dtype, plan)}"
+            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, kernels, plan)}"
         )
     plan = replace(plan, num_blocks=_num_blocks(config, plan, free))
     if plan.need > plan.available:
@@ -107,6 +110,17 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, avai
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
     )
+
+
+def resident_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process alone fills, files that it maps not counted. None where the system does not
+    say. `root` is where proc is.
+    """
+    try:
+        fields = dict(line.split(":", 1) for line in (root / "proc/self/status").read_text().splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
 
 
 def available_memory(device: str, *, root: Path = Path("/")) -> int:
@@ -177,12 +191,13 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 
-def _smaller_model(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, plan: MemoryPlan) -> str:
+def _smaller_model(spec: ModelSpec, config: EngineConfig, kernels: Kernels, plan: MemoryPlan) -> str:
     """Settings with each of which weights, activations and one KV block fit."""
+    dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
     budget = config.scheduler.max_num_batched_tokens - -(-missing // _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
-    if plan.weights - weight_bytes(spec, torch.bfloat16) >= missing:
+    if plan.weights - weight_bytes(spec, torch.bfloat16, kernels) >= missing:
         options.append("dtype=bfloat16")
     if not options:
         return "no setting makes it fit: choose a smaller model or a larger machine"

@@ -82,9 +82,11 @@ class ModelRunner:
         results: dict[str, ChunkResult] = {}
         for start in range(0, len(sampling), HEAD_ROWS):
             part = sampling[start : start + HEAD_ROWS]
-            logits = self.decoder.logits(hidden[[row for _, row in part]])
+            rows = [row for _, row in part]
+            logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
-            chosen = sample(logits, [SamplingRow(state.new, state.output_token_ids) for state in states])
+            wanted = [SamplingRow(state.new, state.output_token_ids) for state in states]
+            chosen = sample(logits, wanted, argmax=self.decoder.kernels.argmax)
             for state, result in zip(states, chosen, strict=True):
                 results[state.new.request_id] = result
                 if result.token_id is not None:

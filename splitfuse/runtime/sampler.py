@@ -23,7 +23,9 @@ from torch import Tensor
 from splitfuse.core.plan import ChunkResult, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
+from splitfuse.kernels.reference import Kernels
 
+REFERENCE = Kernels()
 _LOGPROB_ROWS = 32  # rows of logprobs computed at once: float64 copies of the logits stay small beside the logits
 _MASK = 2**64 - 1
 
@@ -51,20 +53,35 @@ class SamplingRow:
         )
 
     @property
+    def is_plain(self) -> bool:
+        """Greedy and nothing else, as most requests are."""
+        return self.params.temperature == 0.0 and self.params.logprobs is None and not self.adjusts
+
+    @property
     def uniform(self) -> float:
         """The random number in [0, 1) that decides this row's token."""
         position = len(self.request.prompt_token_ids) + len(self.output_token_ids)
         return uniform(self.request.seed, self.request.choice, position)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[ChunkResult]:
+Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
+"""`Kernels.argmax`: the lowest index of each row's largest element, and that element."""
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFERENCE.argmax) -> list[ChunkResult]:
     """Choose one token for each row of `logits` [rows, vocab]; `rows[i]` says how for `logits[i]`.
 
     A row without a finite maximum, before or after its own adjustments, gives a ChunkResult with `error`; the other
     rows are not touched by it.
     """
     assert logits.dim() == 2 and len(logits) == len(rows)
-    errors = {i: f"the model computed unusable logits: {fault}" for i, fault in _faults(logits).items()}
+    if not rows:
+        return []
+    best, peaks = argmax(logits)
+    faults = _faults(peaks)
+    if not faults and all(row.is_plain for row in rows):
+        return [ChunkResult(token_id=token) for token in best]
+    errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
     tokens: dict[int, int] = {}
     for adjusts in (False, True):
         members = [i for i, row in enumerate(rows) if i not in errors and row.adjusts is adjusts]
@@ -73,9 +90,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[ChunkResult]:
         scores = _take(logits, members)
         if adjusts:
             scores = _adjusted(scores, [rows[i] for i in members])
-            for index, fault in _faults(scores).items():
+            adjusted_best, adjusted_peaks = REFERENCE.argmax(scores)
+            best = [*best]
+            for index, token in zip(members, adjusted_best, strict=True):
+                best[index] = token
+            for index, fault in _faults(adjusted_peaks).items():
                 errors[members[index]] = f"logit_bias, penalties and min_tokens leave nothing to choose: {fault}"
-        for choose in (_greedy, _draw, _draw_filtered):
+        tokens.update((i, best[i]) for i in members if i not in errors and rows[i].params.temperature == 0.0)
+        for choose in (_draw, _draw_filtered):
             part = [n for n, i in enumerate(members) if i not in errors and _chooser(rows[i].params) is choose]
             if part:
                 owners = [members[n] for n in part]
@@ -98,7 +120,7 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
     `count` most probable tokens are reported with each. Raises RequestFailedError if a row is NaN, +inf or all -inf.
     """
     assert logits.dim() == 2 and len(logits) == len(target_ids)
-    for fault in _faults(logits).values():
+    for fault in _faults(_floats(logits.amax(-1))).values():
         raise RequestFailedError(f"the model computed unusable logits for the prompt: {fault}")
     return tuple(_logprobs(logits, target_ids, [count] * len(target_ids)))
 
@@ -121,18 +143,10 @@ def uniform(seed: int, choice: int, position: int) -> float:
 _Chooser = Callable[[Tensor, Sequence[SamplingRow]], list[int]]
 
 
-def _chooser(params: SamplingParams) -> _Chooser:
+def _chooser(params: SamplingParams) -> _Chooser | None:
     if params.temperature == 0.0:
-        return _greedy
+        return None
     return _draw_filtered if params.top_k or params.top_p < 1.0 or params.min_p else _draw
-
-
-def _greedy(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:  # noqa: ARG001 - one signature for all choosers
-    """The most probable token; of equal ones the lowest id, which argmax alone does not promise."""
-    vocab = scores.shape[1]
-    ids = torch.arange(vocab, device=scores.device)
-    best = torch.where(scores == scores.amax(-1, keepdim=True), ids, vocab).amin(-1)
-    return _ints(best)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -263,9 +277,8 @@ def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, floa
     ]
 
 
-def _faults(scores: Tensor) -> dict[int, str]:
+def _faults(peaks: Sequence[float]) -> dict[int, str]:
     """Row -> what is wrong, for the rows that nothing can be chosen from. The maximum of a row with NaN is NaN."""
-    peaks = _floats(scores.amax(-1))
     return {i: _fault(peak) for i, peak in enumerate(peaks) if not math.isfinite(peak)}
 
 

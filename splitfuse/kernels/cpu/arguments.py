@@ -1,0 +1,130 @@
+"""What the C++ functions are given: tensors as addresses, checked, and the structs that stand for them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu.library import BROKEN_RULES, Library
+
+
+@dataclass
+class PackedWeight:
+    """A linear weight [rows, columns] in panels, and where it lies."""
+
+    struct: library.Weight
+    memory: Tensor
+
+    @property
+    def rows(self) -> int:
+        return int(self.struct.rows)
+
+    @property
+    def columns(self) -> int:
+        return int(self.struct.columns)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
+
+
+class Experts:
+    """The packed weights of all experts of a layer, side by side for C++."""
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        self.weights = tuple(weights)  # they own the memory
+        self.structs = (library.Weight * len(weights))(*(weight.struct for weight in weights))
+
+
+@dataclass
+class KVStore:
+    """The packed keys and values of one layer."""
+
+    struct: library.Store
+    memory: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
+
+
+class Step:
+    """The arrays of a step as C++ reads them, as far as one operation needs them."""
+
+    def __init__(
+        self,
+        *,
+        positions: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+        query_start: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        block_tables: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
+        given = (None, positions, slot_mapping, query_start, seq_lens, block_tables, None)
+        self._tensors = [None if tensor is None else int32(tensor) for tensor in given]  # kept alive
+        if num_tokens is None:
+            assert positions is not None
+            num_tokens = len(positions)
+        assert slot_mapping is None or len(slot_mapping) == num_tokens
+        requests = 0 if seq_lens is None else len(seq_lens)
+        assert query_start is None or len(query_start) == requests + 1
+        width = 0 if block_tables is None else block_tables.shape[1]
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+        self.struct = library.Step(num_tokens, requests, width, 0, *pointers)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
+
+    def check(self, kernels: Library, store: library.Store, *, max_position: int) -> None:
+        check_step(kernels, self.struct, store, max_position=max_position, vocabulary=0)
+
+
+def check_step(
+    kernels: Library, step: library.Step, store: library.Store, *, max_position: int, vocabulary: int
+) -> None:
+    """Raise IndexError if a number of the step would lead a kernel out of the store or a table."""
+    broken = kernels.check_step(ctypes.addressof(step), max_position, store.num_blocks, store.block_size, vocabulary)
+    if broken:
+        raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
+
+
+def check(tensor: Tensor, dtype: torch.dtype) -> None:
+    """Assert what C++ takes for granted of a tensor whose address it gets."""
+    assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu", (
+        f"the CPU kernels want a contiguous {dtype} on the CPU, not {tensor.dtype} on {tensor.device}"
+    )
+
+
+def address(vector: Tensor | None, length: int) -> int | None:
+    """Of a bias or a norm's weight [length] in bf16, if there is one."""
+    if vector is None:
+        return None
+    check(vector, torch.bfloat16)
+    assert len(vector) == length
+    return vector.data_ptr()
+
+
+def int32(tensor: Tensor) -> Tensor:
+    """The numbers as C++ reads them; no copy if they are so already."""
+    return tensor.to(torch.int32).contiguous()
+
+
+def heads_of(
+    num_heads: int, cos: Tensor, sin: Tensor, *, eps: float, scale: float = 0.0, softcap: float = 0.0
+) -> library.Heads:
+    """How heads are turned and attended; the caller keeps `cos` and `sin` [max_position, rotary_dim / 2] alive."""
+    check(cos, torch.float32)
+    check(sin, torch.float32)
+    assert cos.shape == sin.shape
+    return library.Heads(num_heads, 2 * cos.shape[1], len(cos), cos.data_ptr(), sin.data_ptr(), eps, scale, softcap)

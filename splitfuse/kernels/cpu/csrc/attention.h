@@ -1,0 +1,338 @@
+// Causal attention over blocked keys and values.
+//
+// Keys are taken in tiles of 512 at absolute positions. Each tile gives a row its own maximum, sum and weighted values
+// from nothing; tiles are merged in their order. So a row's bits do not depend on the chunk it came in, on who computed
+// which tile, or on rows beside it. (Merging of partial softmaxes: Milakov and Gimelshein, arXiv 1805.02867.)
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kv_store.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+constexpr int TILE = 2 * SLAB_STEPS;            // keys: their weights fill one slab
+constexpr int TILE_PIECES = TILE / PIECE;
+constexpr int SCORE_STRIDE = TILE + LANES;
+constexpr float NOTHING = -1e30f;               // the maximum of no scores
+
+// Rows `first` to first + rows - 1 of one request and kv head, flattened (token, head of the group); tiles begin to end.
+struct Item {
+    i32 request, head, rows;
+    i64 first;
+    i64 begin_tile, end_tile;
+    i64 partial;  // where the tiles' results go, to be merged later; -1: merged at once
+};
+
+// What one tile, or several merged, gave the rows of an item.
+struct Partial {
+    float maximum[MAX_ROWS], total[MAX_ROWS];
+    float* values;  // [rows, padded]
+};
+
+struct Attention {
+    const Step& step;
+    const Heads& heads;
+    const Store& store;
+    const u16* q;               // [T, H, D]
+    const float* sinks;         // [H] or null
+    i64 window;                 // 0: none
+    u16* out;                   // [T, H, D]
+    u8* widened;                // int8 only: room for one tile, of this thread
+
+    // Position of the item's request's first row.
+    i64 start(const Item& item) const {
+        return step.seq_lens[item.request] - (step.query_start[item.request + 1] - step.query_start[item.request]);
+    }
+    // The first of the item's tiles that a row sees.
+    i64 first_tile(const Item& item) const {
+        if (!window) return item.begin_tile;
+        i64 first_seen = start(item) + item.first / (heads.num_heads / store.num_kv_heads) - window + 1;
+        return std::max<i64>(item.begin_tile, std::max<i64>(first_seen, 0) / TILE);
+    }
+};
+
+// Items of all requests, longest first; with few of them, long ones in parts. Returns how many tiles get partials.
+inline i64 make_items(const Step& step, i64 num_heads, i64 num_kv_heads, int num_threads, std::vector<Item>& items) {
+    items.clear();
+    i64 group = num_heads / num_kv_heads;
+    for (i32 request = 0; request < step.requests; ++request) {
+        i64 tokens = step.query_start[request + 1] - step.query_start[request];
+        i64 rows = tokens * group, blocks = ceil_div(rows, MAX_ROWS);
+        for (i32 head = 0; head < num_kv_heads; ++head)
+            for (i64 block = 0; block < blocks; ++block) {
+                i64 first = rows * block / blocks, end = rows * (block + 1) / blocks;
+                i64 last_position = step.seq_lens[request] - tokens + (end - 1) / group;
+                items.push_back({request, head, static_cast<i32>(end - first), first, 0, last_position / TILE + 1, -1});
+            }
+    }
+    i64 partials = 0;
+    if (static_cast<int>(items.size()) < 2 * num_threads && num_threads > 1) {
+        i64 tiles = 0;
+        for (const Item& item : items) tiles += item.end_tile;
+        i64 most = std::max<i64>(1, tiles / (3 * num_threads));
+        std::vector<Item> parts;
+        for (Item item : items) {
+            i64 tiles_left = item.end_tile;
+            if (tiles_left <= most) {
+                parts.push_back(item);
+                continue;
+            }
+            item.partial = partials;
+            partials += tiles_left;
+            for (i64 begin = 0; begin < tiles_left; begin += most) {
+                item.begin_tile = begin;
+                item.end_tile = std::min(begin + most, tiles_left);
+                parts.push_back(item);
+            }
+        }
+        items.swap(parts);
+    }
+    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+        return a.end_tile - a.begin_tile > b.end_tile - b.begin_tile;
+    });
+    return partials;
+}
+
+SF_INLINE void widen_levels(const u8* levels, i64 count, u16* out) {  // exact: 8 bits hold a level
+    for (i64 i = 0; i < count; i += LANES) store_bf16(out + i, load_i8(reinterpret_cast<const i8*>(levels + i)));
+}
+
+// Where the pieces of one tile of an item lie: those from `first` to `end` - 1 have keys that some row sees.
+struct Pieces {
+    i64 first, end, keys;  // keys: of the tile, up to the last that any row sees
+    const u8* of[TILE_PIECES];
+};
+
+SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& item, i64 tile) {
+    Pieces pieces;
+    const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE;
+    const i64 start = a.start(item);
+    const i64 last_position = start + (item.first + item.rows - 1) / group;
+    const i64 first_seen = a.window ? std::max<i64>(0, start + item.first / group - a.window + 1 - first_key) : 0;
+    pieces.keys = std::min<i64>(last_position + 1 - first_key, TILE);
+    pieces.first = first_seen / PIECE;
+    pieces.end = ceil_div(pieces.keys, PIECE);
+    const i32* table = a.step.tables + static_cast<i64>(item.request) * a.step.table_width;
+    for (i64 p = pieces.first; p < pieces.end; ++p) {
+        i64 position = first_key + p * PIECE;
+        pieces.of[p] = kv.piece(table[position / kv.block_size], item.head, position % kv.block_size);
+    }
+    return pieces;
+}
+
+// Scores of one row of a tile -> weights in bf16 for the keys begin to end - 1, zero for the others up to `keys`;
+// their maximum (in powers of two) and total. `scale` takes a score to powers of two.
+SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, u16* weights, float& maximum, float& total) {
+    i64 first = begin / LANES * LANES, last = end <= begin ? first : ceil_div(end, LANES) * LANES;
+    Floats most = broadcast(NOTHING), sums = broadcast(0.0f), zero = broadcast(0.0f);
+    auto outside = [&](i64 k) { return k < begin || k + LANES > end; };
+    auto only_seen = [&](i64 k, Floats value, Floats other) {
+        return between(static_cast<int>(std::max<i64>(begin - k, 0)), static_cast<int>(std::min<i64>(end - k, LANES)), value, other);
+    };
+    for (i64 k = first; k < last; k += LANES) {
+        Floats score = load(scores + k);
+        if (outside(k)) store(scores + k, score = only_seen(k, score, broadcast(NOTHING)));
+        most = max(most, score);
+    }
+    maximum = first < last ? highest(most) * scale : NOTHING;
+    Floats factor = broadcast(scale), minus = broadcast(-maximum);
+    for (i64 k = 0; k < first; k += LANES) store_bf16(weights + k, zero);
+    for (i64 k = first; k < last; k += LANES) {
+        Floats weight = exp2_weight(fma(load(scores + k), factor, minus));
+        if (outside(k)) weight = only_seen(k, weight, zero);
+        sums += weight;
+        store_bf16(weights + k, weight);
+    }
+    for (i64 k = last; k < keys; k += LANES) store_bf16(weights + k, zero);
+    total = sum(sums);
+}
+
+SF_INLINE void cap(float* scores, i64 begin, i64 end, float scale, float softcap) {  // afterwards in powers of two
+    for (i64 k = begin; k < end; k += LANES)
+        store(scores + k, tanh(load(scores + k) * broadcast(scale / softcap)) * broadcast(softcap * LOG2E));
+}
+
+SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
+    for (i64 k = begin; k < end; k += LANES) store(values + k, load(values + k) * load(by + k));
+}
+
+SF_INLINE void multiply_by(u16* values, const float* by, i64 begin, i64 end, i64 seen_begin, i64 seen_end) {
+    for (i64 k = begin; k < end; k += LANES) {
+        int low = static_cast<int>(std::min<i64>(std::max<i64>(seen_begin - k, 0), LANES));
+        int high = static_cast<int>(std::min<i64>(std::max<i64>(seen_end - k, 0), LANES));
+        store_bf16(values + k, between(low, high, load_bf16(values + k) * load(by + k), broadcast(0.0f)));
+    }
+}
+
+// One tile for the rows of an item. `queries`: a slab of q in bf16. `next`: the pieces that will be read after these.
+SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
+                           const Pieces& next, const u32* queries, Partial& out) {
+    alignas(64) float scores[MAX_ROWS * SCORE_STRIDE];
+    alignas(64) u32 weights[MAX_ROWS * SLAB_STRIDE];
+    alignas(64) float key_scales[TILE], value_scales[TILE];
+    const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *fetches[TILE_PIECES];
+    const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE, start = a.start(item);
+    const i64 first = pieces.first, end = pieces.end, half_wide = PIECE * kv.padded * 2;
+
+    // The processor fetches what the next phase reads while this one computes: the values beside their keys, and beside
+    // the values the keys of the next tile.
+    for (i64 p = first; p < end; ++p) {
+        keys_of[p] = pieces.of[p];
+        values_of[p] = pieces.of[p] + kv.half_bytes;
+        if (kv.int8) {
+            std::memcpy(key_scales + p * PIECE, kv.scales(pieces.of[p]), PIECE * sizeof(float));
+            std::memcpy(value_scales + p * PIECE, kv.scales(pieces.of[p]) + PIECE, PIECE * sizeof(float));
+            u8* wide = a.widened + p * 2 * half_wide;
+            widen_levels(pieces.of[p], 2 * PIECE * kv.padded, reinterpret_cast<u16*>(wide));
+            keys_of[p] = wide;
+            values_of[p] = wide + half_wide;
+        }
+    }
+    const i64 steps = ceil_div(kv.head_dim, 2);
+    multiply_each(item.rows, queries,
+                  Segments{keys_of + first, values_of + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, STEP_BYTES},
+                  scores + first * PIECE, SCORE_STRIDE);
+
+    const float scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
+    for (i32 r = 0; r < item.rows; ++r) {
+        float* row = scores + r * SCORE_STRIDE;
+        u16* row_weights = reinterpret_cast<u16*>(weights + r * SLAB_STRIDE);
+        i64 position = start + (item.first + r) / group;
+        i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
+        i64 seen = a.window ? std::min(std::max<i64>(position - a.window + 1 - first_key, 0), seen_end) : 0;
+        if (kv.int8) multiply_by(row, key_scales, first * PIECE, end * PIECE);
+        if (a.heads.softcap > 0.0f) cap(row, first * PIECE, end * PIECE, a.heads.scale, a.heads.softcap);
+        soften(row, seen, seen_end, end * PIECE, scale, row_weights, out.maximum[r], out.total[r]);
+        if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen, seen_end);
+    }
+
+    // Only pairs with a key that exists: what lies behind may be NaN.
+    const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
+    for (i64 column = 0; column < kv.padded; column += PANEL) {
+        const u8* starts[TILE_PIECES];
+        for (i64 p = first; p < end; ++p) {
+            starts[p - first] = values_of[p] + column * 4;
+            bool known = p >= next.first && p < next.end;
+            fetches[p - first] = known ? next.of[p] + column / PANEL * (PIECE / 2) * STEP_BYTES : starts[p - first];
+        }
+        multiply(item.rows, weights + first * (PIECE / 2), Segments{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES},
+                 out.values + column, kv.padded);
+    }
+}
+
+SF_INLINE void merge(const Partial& tile, i64 padded, i32 rows, Partial& all) {
+    for (i32 r = 0; r < rows; ++r) {
+        float maximum = std::max(all.maximum[r], tile.maximum[r]);
+        float keep = exp2_weight(all.maximum[r] - maximum), add = exp2_weight(tile.maximum[r] - maximum);
+        all.maximum[r] = maximum;
+        all.total[r] = all.total[r] * keep + tile.total[r] * add;
+        for (i64 d = 0; d < padded; d += LANES) {
+            float* value = all.values + r * padded + d;
+            store(value, fma(load(value), broadcast(keep), load(tile.values + r * padded + d) * broadcast(add)));
+        }
+    }
+}
+
+SF_INLINE void begin_rows(const Attention& a, const Item& item, i64 group, i64 padded, Partial& all) {
+    for (i32 r = 0; r < item.rows; ++r) {
+        i64 head = item.head * group + (item.first + r) % group;
+        all.maximum[r] = a.sinks ? a.sinks[head] * LOG2E : NOTHING;
+        all.total[r] = a.sinks ? 1.0f : 0.0f;
+        std::memset(all.values + r * padded, 0, padded * sizeof(float));
+    }
+}
+
+SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, i64 group, const Partial& all) {
+    for (i32 r = 0; r < item.rows; ++r) {
+        i64 row = item.first + r;
+        i64 token = a.step.query_start[item.request] + row / group;
+        u16* out = a.out + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
+        Floats total = broadcast(all.total[r]);
+        for (i64 d = 0; d < kv.head_dim; d += LANES) {
+            Floats value = load(all.values + r * kv.padded + d) / total;
+            if (kv.head_dim - d < LANES) store_bf16(out + d, value, static_cast<int>(kv.head_dim - d));
+            else store_bf16(out + d, value);
+        }
+    }
+}
+
+// Floats of one tile's result kept for merging.
+SF_INLINE i64 partial_floats(i64 padded) { return MAX_ROWS * (2 + padded); }
+
+// The result of a tile that no row sees.
+SF_INLINE void forget(float* place, i64 padded) {
+    for (int r = 0; r < MAX_ROWS; ++r) place[r] = NOTHING;
+    std::memset(place + MAX_ROWS, 0, (partial_floats(padded) - MAX_ROWS) * sizeof(float));
+}
+
+// Attention of all items, `partials` being room for make_items()'s number of tiles. Ends with everybody done.
+inline void attend(Team& team, const Attention& a, const std::vector<Item>& items, float* partials) {
+    const Layout kv(a.store);
+    const i64 group = a.heads.num_heads / kv.num_kv_heads, stride = partial_floats(kv.padded);
+    bool split = false;
+    for (const Item& item : items) split |= item.partial >= 0;
+
+    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end) {
+        alignas(64) u32 queries[MAX_ROWS * SLAB_STRIDE];
+        alignas(64) float tile_values[MAX_ROWS * MOST_HEAD_DIM], all_values[MAX_ROWS * MOST_HEAD_DIM];
+        Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
+        for (i64 i = begin; i < end; ++i) {
+            const Item& item = items[i];
+            for (i32 r = 0; r < item.rows; ++r) {
+                i64 row = item.first + r, token = a.step.query_start[item.request] + row / group;
+                u16* place = reinterpret_cast<u16*>(queries + r * SLAB_STRIDE);
+                std::memcpy(place, a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim, kv.head_dim * 2);
+                if (kv.head_dim % 2) place[kv.head_dim] = 0;
+            }
+            const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
+            if (item.partial < 0) begin_rows(a, item, group, kv.padded, all);
+            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(partials + (item.partial + t) * stride, kv.padded);
+            Pieces pieces{0, 0, 0, {}};
+            if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
+            for (i64 t = first_tile; t < item.end_tile; ++t) {
+                bool last = t + 1 == item.end_tile;
+                Pieces following{0, 0, 0, {}};
+                if (!last) following = pieces_of(a, kv, item, t + 1);
+                else if (i + 1 < end) following = pieces_of(a, kv, items[i + 1], a.first_tile(items[i + 1]));
+                if (item.partial < 0) {
+                    attend_tile(a, kv, item, t, pieces, following, queries, tile);
+                    merge(tile, kv.padded, item.rows, all);
+                } else {
+                    float* place = partials + (item.partial + t) * stride;
+                    Partial part{{}, {}, place + 2 * MAX_ROWS};
+                    attend_tile(a, kv, item, t, pieces, following, queries, part);
+                    std::memcpy(place, part.maximum, sizeof part.maximum);
+                    std::memcpy(place + MAX_ROWS, part.total, sizeof part.total);
+                }
+                pieces = following;
+            }
+            if (item.partial < 0) end_rows(a, kv, item, group, all);
+        }
+    });
+    if (!split) return;
+    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end) {
+        alignas(64) float all_values[MAX_ROWS * MOST_HEAD_DIM];
+        Partial all{{}, {}, all_values};
+        for (i64 i = begin; i < end; ++i) {
+            const Item& item = items[i];
+            if (item.partial < 0 || item.begin_tile > 0) continue;  // the first part of each stands for the whole
+            i64 tokens = a.step.query_start[item.request + 1] - a.step.query_start[item.request];
+            i64 last_position = a.step.seq_lens[item.request] - tokens + (item.first + item.rows - 1) / group;
+            begin_rows(a, item, group, kv.padded, all);
+            for (i64 t = 0; t <= last_position / TILE; ++t) {
+                float* place = partials + (item.partial + t) * stride;
+                Partial part{{}, {}, place + 2 * MAX_ROWS};
+                std::memcpy(part.maximum, place, sizeof part.maximum);
+                std::memcpy(part.total, place + MAX_ROWS, sizeof part.total);
+                merge(part, kv.padded, item.rows, all);
+            }
+            end_rows(a, kv, item, group, all);
+        }
+    });
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

@@ -1,0 +1,44 @@
+// What this CPU can do, and the check that every step passes before a kernel believes its numbers.
+
+#include "interface.h"
+
+#define SF_EXPORT extern "C" __attribute__((visibility("default")))
+
+SF_EXPORT int sf_supports_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
+SF_EXPORT int sf_supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// 0, or 1 if an id is no row of the table.
+SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int64_t rows) {
+    for (std::int64_t i = 0; i < count; ++i)
+        if (ids[i] < 0 || ids[i] >= rows) return 1;
+    return 0;
+}
+
+// 0, or the number of the rule that the step breaks; library.py has them in words. A step for rope_store has no
+// requests, one for attend no positions.
+SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_position, std::int64_t num_blocks, std::int64_t block_size,
+                            std::int64_t vocabulary) {
+    for (std::int32_t t = 0; t < step->tokens && step->positions; ++t) {
+        if (step->positions[t] < 0 || step->positions[t] >= max_position) return 1;
+        if (step->slots[t] < -1 || step->slots[t] >= num_blocks * block_size) return 2;
+    }
+    if (step->ids && sf_check_ids(step->ids, step->tokens, vocabulary)) return 6;
+    if (step->rows && sf_check_ids(step->rows, step->num_rows, step->tokens)) return 7;
+    if (!step->query_start) return 0;
+    if (step->query_start[0] != 0 || step->query_start[step->requests] != step->tokens) return 3;
+    for (std::int32_t s = 0; s < step->requests; ++s) {
+        std::int64_t tokens = static_cast<std::int64_t>(step->query_start[s + 1]) - step->query_start[s];
+        if (tokens < 0) return 3;
+        std::int64_t blocks = (step->seq_lens[s] + block_size - 1) / block_size;
+        if (step->seq_lens[s] < tokens || blocks > step->table_width) return 4;
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            std::int32_t block = step->tables[static_cast<std::int64_t>(s) * step->table_width + b];
+            if (block < 0 || block >= num_blocks) return 5;
+        }
+    }
+    return 0;
+}

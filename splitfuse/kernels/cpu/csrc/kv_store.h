@@ -1,0 +1,136 @@
+// Keys and values in the layout that the micro-kernel multiplies: nothing is repacked when they are read.
+//
+// A store is [blocks][kv heads][pieces of 32 tokens]; a piece holds, side by side,
+//   keys    [D / 2 steps][32 tokens] words of two neighbours in D        (a panel of 32 columns = tokens)
+//   values  [16 steps][D] words of the same element of two tokens       (panels of 32 columns = elements)
+// in bf16, D filled up to a multiple of 32. In int8 the same with bytes for bf16 (a word is two bytes), and behind them
+// 32 fp32 scales of the keys, 32 of the values: one for each token and head, so that no token changes another.
+#pragma once
+
+#include "elementwise.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+constexpr int PIECE = PANEL;         // tokens
+constexpr int MOST_HEAD_DIM = 512;
+
+struct Layout {
+    i64 head_dim, padded;            // D, and D filled up
+    i64 half_bytes;                  // of the keys, or the values, of a piece
+    i64 piece_bytes, pieces, num_kv_heads, block_size;
+    bool int8;
+    u8* data;
+
+    explicit Layout(const Store& store)
+        : head_dim(store.head_dim), padded(ceil_div(store.head_dim, PANEL) * PANEL),
+          half_bytes(PIECE * padded * (store.int8 ? 1 : 2)),
+          piece_bytes(2 * half_bytes + (store.int8 ? 2 * PIECE * sizeof(float) : 0)),
+          pieces(store.block_size / PIECE), num_kv_heads(store.num_kv_heads), block_size(store.block_size),
+          int8(store.int8), data(store.data) {}
+
+    // The piece with `offset` of a block, of one head.
+    u8* piece(i64 block, i64 head, i64 offset) const {
+        return data + ((block * num_kv_heads + head) * pieces + offset / PIECE) * piece_bytes;
+    }
+    // Of an int8 piece: 32 scales of the keys, 32 of the values behind them.
+    float* scales(u8* piece) const { return reinterpret_cast<float*>(piece + 2 * half_bytes); }
+    const float* scales(const u8* piece) const { return reinterpret_cast<const float*>(piece + 2 * half_bytes); }
+};
+
+// Levels of x [count] for an int8 store, count a multiple of LANES, and what they are to be multiplied by.
+SF_INLINE float to_levels(const float* x, i64 count, i8* levels) {
+    Floats most = broadcast(0.0f), poison = broadcast(0.0f);
+    for (i64 c = 0; c < count; c += LANES) {
+        most = max(most, abs(load(x + c)));
+        poison = fma(load(x + c), broadcast(0.0f), poison);
+    }
+    float largest = highest(most) + sum(poison);
+    Floats inverse = broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
+    for (i64 c = 0; c < count; c += LANES) store_i8(levels + c, round(load(x + c) * inverse));
+    return largest * (1.0f / 127.0f);
+}
+
+// Writes one token's key and value of one head, [padded] with zeros behind D, to its place. A value at an even place
+// clears its odd neighbour, unless that is written in the same step: the pair is read together, and what lies there may
+// be NaN.
+SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, const float* value, bool clear_next) {
+    u8* piece = kv.piece(slot / kv.block_size, head, slot % kv.block_size);
+    i64 place = slot % PIECE;
+    if (kv.int8) {
+        alignas(64) i8 levels[MOST_HEAD_DIM];
+        i8* keys = reinterpret_cast<i8*>(piece);
+        kv.scales(piece)[place] = to_levels(key, kv.padded, levels);
+        for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + (d / 2 * PIECE + place) * 2, levels + d, 2);
+        i8* values = keys + kv.half_bytes + place / 2 * kv.padded * 2;
+        kv.scales(piece)[PIECE + place] = to_levels(value, kv.padded, levels);
+        for (i64 d = 0; d < kv.padded; ++d) values[2 * d + place % 2] = levels[d];
+        return;  // whatever its neighbour holds is a number
+    }
+    alignas(64) u16 narrowed[MOST_HEAD_DIM];
+    for (i64 d = 0; d < kv.padded; d += LANES) store_bf16(narrowed + d, load(key + d));
+    u32* keys = reinterpret_cast<u32*>(piece);
+    for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + d / 2 * PIECE + place, narrowed + d, 4);
+    for (i64 d = 0; d < kv.padded; d += LANES) store_bf16(narrowed + d, load(value + d));
+    u8* values = piece + kv.half_bytes + place / 2 * kv.padded * 4;
+    if (clear_next) {
+        u32* pairs = reinterpret_cast<u32*>(values);
+        for (i64 d = 0; d < kv.padded; ++d) pairs[d] = narrowed[d];
+    } else {
+        u16* halves = reinterpret_cast<u16*>(values) + place % 2;
+        for (i64 d = 0; d < kv.padded; ++d) halves[2 * d] = narrowed[d];
+    }
+}
+
+// x [head_dim], normed if there is a weight, its first rotary_dim elements turned, element i with i + rotary_dim / 2.
+SF_INLINE void turn(const float* x, i64 head_dim, const u16* weight, const Heads& heads, i64 position, float* out) {
+    alignas(64) float normed[MOST_HEAD_DIM];
+    if (weight) {
+        alignas(64) u16 narrowed[MOST_HEAD_DIM];
+        norm_row(floats_of(x), head_dim, weight, heads.eps, narrowed);
+        for (i64 d = 0; d < head_dim; ++d) normed[d] = widen(narrowed[d]);
+        x = normed;
+    }
+    i64 half = heads.rotary_dim / 2;
+    const float *cos = heads.cos + position * half, *sin = heads.sin + position * half;
+    for (i64 d = 0; d < half; d += LANES) {
+        int count = static_cast<int>(half - d < LANES ? half - d : LANES);
+        Floats a = load(x + d, count), b = load(x + half + d, count), c = load(cos + d, count), s = load(sin + d, count);
+        store(out + d, a * c - b * s, count);
+        store(out + half + d, fma(b, c, a * s), count);
+    }
+    for (i64 d = heads.rotary_dim; d < head_dim; ++d) out[d] = x[d];
+}
+
+// qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values to their slots.
+inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv,
+                       const u16* q_norm, const u16* k_norm, u16* q) {
+    const Layout kv(store);
+    const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * kv.num_kv_heads) * dim;
+    const i64 per_token = heads.num_heads + kv.num_kv_heads;
+    // By token and head, so that a step of one token has work for everybody.
+    team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
+        alignas(64) float turned[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
+        for (i64 unit = begin; unit < end; ++unit) {
+            i64 token = unit / per_token, head = unit % per_token;
+            const float* row = qkv + token * width;
+            i64 position = step.positions[token], slot = step.slots[token];
+            if (head < heads.num_heads) {
+                turn(row + head * dim, dim, q_norm, heads, position, turned);
+                u16* out = q + (token * heads.num_heads + head) * dim;
+                for (i64 d = 0; d < dim; d += LANES) {
+                    if (dim - d < LANES) store_bf16(out + d, load(turned + d), static_cast<int>(dim - d));
+                    else store_bf16(out + d, load(turned + d));
+                }
+            } else if (slot >= 0) {
+                turn(row + head * dim, dim, k_norm, heads, position, turned);
+                std::memcpy(value, row + (head + kv.num_kv_heads) * dim, dim * sizeof(float));
+                bool next_too = token + 1 < step.tokens && step.slots[token + 1] == slot + 1;
+                put_kv(kv, slot, head - heads.num_heads, turned, value, slot % 2 == 0 && !next_too);
+            }
+        }
+    });
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

@@ -1,0 +1,247 @@
+// Products with packed weights: x is laid out for the micro-kernels once, then every panel meets every block of rows.
+#pragma once
+
+#include <algorithm>
+
+#include "weights.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+// The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as even as can be; of each block slabs
+// of [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row.
+struct Operand {
+    u32* words;
+    float* scales;   // [rows]
+    i32* sums;       // [rows][spans], for weights read as level + 128
+    i64 rows, columns, x_steps, slabs, span_steps, num_spans;
+    i64 blocks;
+    bool quantized;
+
+    i64 block_begin(i64 block) const { return rows * block / blocks; }
+    i64 block_of(i64 row) const { return ceil_div((row + 1) * blocks, rows) - 1; }
+    u32* block_words(i64 block) const { return words + block_begin(block) * slabs * SLAB_STRIDE; }
+};
+
+SF_INLINE i64 align_up(i64 bytes) { return ceil_div(bytes, 64) * 64; }
+
+// Bytes of memory that the operand of `rows` rows for this weight needs.
+SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
+    Shape s = shape_of(w);
+    return align_up(rows * ceil_div(s.x_steps, SLAB_STEPS) * SLAB_STRIDE * 4) + align_up(rows * 4) +
+           align_up(rows * s.num_spans * 4) + 64;
+}
+
+SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory) {
+    Shape s = shape_of(w);
+    Operand x{};
+    x.rows = rows;
+    x.columns = w.columns;
+    x.x_steps = s.x_steps;
+    x.slabs = ceil_div(s.x_steps, SLAB_STEPS);
+    x.span_steps = s.span_steps;
+    x.num_spans = s.num_spans;
+    x.blocks = ceil_div(rows, MAX_ROWS);
+    x.quantized = w.format != BF16;
+    x.words = reinterpret_cast<u32*>(memory);
+    memory += align_up(rows * x.slabs * SLAB_STRIDE * 4);
+    x.scales = reinterpret_cast<float*>(memory);
+    x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
+    return x;
+}
+
+// Levels of `count` values of one row from `begin` on, and their sum.
+SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
+    Floats total = broadcast(0.0f), scale = broadcast(inverse);  // whole numbers below 2^24: exact
+    i64 k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        Floats level = round(load_bf16(values + k) * scale);
+        total += level;
+        store_i8(out + k, level);
+    }
+    if (k < count) {
+        i8 levels[LANES];
+        Floats level = round(load_bf16(values + k, static_cast<int>(count - k)) * scale);
+        total += level;
+        store_i8(levels, level);
+        std::memcpy(out + k, levels, count - k);
+    }
+    return static_cast<i32>(sum(total));
+}
+
+// Lays out row t of x, `values` [columns] in bf16. A quantized row is scaled by its largest magnitude.
+SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
+    i64 block = x.block_of(row), begin = x.block_begin(block), rows = x.block_begin(block + 1) - begin;
+    u32* place = x.block_words(block) + (row - begin) * SLAB_STRIDE;
+    i64 width = x.quantized ? 4 : 2, slab_columns = SLAB_STEPS * width;
+    float inverse = 0.0f;
+    if (x.quantized) {
+        float most = largest(values, x.columns);
+        x.scales[row] = most * (1.0f / 127.0f);
+        inverse = most > 0.0f ? 127.0f / most : most;  // NaN stays NaN in the scale
+    }
+    i64 span = x.span_steps * 4;
+    i32* sums = x.quantized ? x.sums + row * x.num_spans : nullptr;
+    for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
+        i64 first = slab * slab_columns;
+        i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
+        i64 padded = x.x_steps - slab * SLAB_STEPS < SLAB_STEPS ? (x.x_steps - slab * SLAB_STEPS) * width : slab_columns;
+        u8* bytes = reinterpret_cast<u8*>(place);
+        if (!x.quantized) {
+            std::memcpy(bytes, values + first, count * 2);
+            std::memset(bytes + count * 2, 0, (padded - count) * 2);
+            continue;
+        }
+        i8* levels = reinterpret_cast<i8*>(bytes);
+        for (i64 k = 0; k < count; k += span)
+            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, levels + k);
+        std::memset(levels + count, 0, padded - count);
+    }
+}
+
+SF_INLINE Floats activate(Floats gate, i32 kind) {
+    if (kind == SILU) return gate * sigmoid(gate);
+    if (kind == GELU_TANH) {  // Hendrycks and Gimpel, arXiv 1606.08415
+        Floats inner = fma(gate * gate * gate, broadcast(0.044715f), gate) * broadcast(0.7978845608028654f);
+        return broadcast(0.5f) * gate * (broadcast(1.0f) + tanh(inner));
+    }
+    alignas(64) float lanes[LANES];
+    store(lanes, gate);
+    for (float& lane : lanes) lane = 0.5f * lane * (1.0f + std::erf(lane * 0.7071067811865476f));
+    return load(lanes);
+}
+
+// What becomes of a product: y = x w (+ bias) (+ residual) in fp32, or activation(gate) * up in bf16 for a gated weight.
+struct Output {
+    float* y = nullptr;              // [rows, N]; may be the residual itself
+    u16* gated = nullptr;            // [rows, N / 2]
+    const u16* bias = nullptr;       // [N]
+    const float* residual = nullptr; // [rows, N]
+    i32 activation = SILU;
+    const i32* rows = nullptr;       // row of y for each row of x, if not the same
+};
+
+SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column, i64 width) {
+    int count = static_cast<int>(width - column < LANES ? width - column : LANES);
+    if (count <= 0) return;
+    i64 at = row * width + column;
+    if (count == LANES) {
+        if (out.bias) value = value + load_bf16(out.bias + column);
+        if (out.residual) value = value + load(out.residual + at);
+        store(out.y + at, value);
+    } else {
+        if (out.bias) value = value + load_bf16(out.bias + column, count);
+        if (out.residual) value = value + load(out.residual + at, count);
+        store(out.y + at, value, count);
+    }
+}
+
+SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64 column, i64 width) {
+    int count = static_cast<int>(width - column < LANES ? width - column : LANES);
+    if (out.bias) {
+        gate = gate + load_bf16(out.bias + column, count);
+        up = up + load_bf16(out.bias + width + column, count);
+    }
+    Floats value = activate(gate, out.activation) * up;
+    u16* at = out.gated + row * width + column;
+    if (count == LANES) store_bf16(at, value);
+    else store_bf16(at, value, count);
+}
+
+// What block `index` of the `count` that a panel meets in a row fetches: the only one its own panel, ahead of use, as it
+// streams from memory; of several the first two half of the next panel each, as theirs is near.
+SF_INLINE Fetch fetch_for(const u8* panel, i64 panel_bytes, i64 index, i64 count) {
+    if (count == 1) return {panel + AHEAD, STEP_BYTES};
+    if (index >= 2) return {panel, 0};
+    return {panel + panel_bytes + index * (panel_bytes / 2), STEP_BYTES / 2};
+}
+
+SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, i64 part, i64 parts, const Output& out) {
+    alignas(64) float tile[MAX_ROWS * PANEL];
+    i64 begin = x.block_begin(block);
+    int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+    const u8* data = w.data + panel * s.panel_bytes;
+    Fetch fetch = fetch_for(data, s.panel_bytes, part, parts);
+    const u32* words = x.block_words(block);
+    if (w.format == BF16) {
+        multiply(rows, words, Segments{&data, &fetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, fetch.stride}, tile, PANEL);
+    } else {
+        const bool whole_rows = s.num_groups == 1;
+        const u16* scales = nullptr;
+        if (whole_rows) {
+            scales = reinterpret_cast<const u16*>(data);
+            data += SCALE_BYTES;
+        }
+        for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
+            i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
+            i64 x_steps = std::min(s.span_steps, in_slab), count = in_slab / x_steps, span = at / s.span_steps;
+            i64 steps = count * x_steps / (w.format == INT4 ? 2 : 1);
+            const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
+            Spans spans{place, data, scales, w.levels, count, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, fetch, at > 0};
+            if (w.format == INT8) multiply<8>(rows, spans, tile);
+            else multiply<4>(rows, spans, tile);
+            data += steps * STEP_BYTES + (whole_rows ? 0 : count * SCALE_BYTES);
+            fetch.from += steps * fetch.stride;
+            at += count * x_steps;
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        Floats left = load(tile + r * PANEL), right = load(tile + r * PANEL + LANES);
+        if (x.quantized) {
+            Floats scale = broadcast(x.scales[begin + r]);
+            left = left * scale;
+            right = right * scale;
+        }
+        i64 row = out.rows ? out.rows[begin + r] : begin + r;
+        if (w.gated) {
+            put_gated(out, left, right, row, panel * LANES, w.rows / 2);
+        } else {
+            put_columns(out, left, row, panel * PANEL, w.rows);
+            put_columns(out, right, row, panel * PANEL + LANES, w.rows);
+        }
+    }
+}
+
+// The product of a laid-out x. Ends with everybody done.
+SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
+    Shape s = shape_of(w);
+    i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
+    if (parts > x.blocks) parts = x.blocks;
+    team.share(s.panels * parts, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; ++unit) {
+            i64 panel = unit / parts, part = unit % parts;
+            i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
+            for (i64 block = first; block < last; ++block) multiply_panel(x, w, s, panel, block, block - first, last - first, out);
+        }
+    });
+}
+
+// Memory for laying x out: shared by the team, or each thread's own for a single row, which all lay out alike rather
+// than wait for one.
+struct Memory {
+    u8* shared;
+    u8* own;
+};
+
+// Lays out all rows of x [rows, columns] in bf16, row i from `source(i, buffer)`, which may fill the buffer or point
+// elsewhere. Ends with everybody done.
+template <class Source>
+SF_INLINE Operand lay_out(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
+    Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared);
+    if (rows == 1) {
+        put_row(x, 0, source(i64{0}));
+        return x;
+    }
+    team.split(rows, [&](i64 begin, i64 end) {
+        for (i64 row = begin; row < end; ++row) put_row(x, row, source(row));
+    });
+    return x;
+}
+
+inline void linear(Team& team, const u16* x, i64 rows, const Weight& w, const Memory& memory, const Output& out) {
+    Operand operand = lay_out(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; });
+    multiply(team, operand, w, out);
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

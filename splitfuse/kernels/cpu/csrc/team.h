@@ -1,0 +1,88 @@
+// The threads of one parallel region: who they are, how they share work, how they meet.
+//
+// Who computes a unit of work, and when, never changes what is computed.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+
+#include "vector.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+// Counters of work already claimed: one for each sharing in a row, as a thread may be in the next before all left the
+// last. The one after the next is cleared, which nobody can be in.
+struct Claims {
+    static constexpr int COUNT = 4;
+    struct alignas(64) Counter { std::atomic<i64> next{0}; };
+    Counter counters[COUNT];
+};
+
+class Team {
+  public:
+    Team(Claims& claims, int rank, int size) : rank(rank), size(size), claims_(claims) {}
+
+    const int rank;
+    const int size;
+
+    void barrier() {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+
+    // Calls body(begin, end) for contiguous runs of 0 .. units - 1, each claimed by whoever is free: long runs first,
+    // single units at the end. Static halves would wait for a core that is busy with something else.
+    template <class Body>
+    void share(i64 units, Body body) {
+        if (size == 1) {
+            if (units > 0) body(i64{0}, units);
+            return;
+        }
+        std::atomic<i64>& next = claims_.counters[round_ % Claims::COUNT].next;
+        if (rank == 0) claims_.counters[(round_ + 2) % Claims::COUNT].next.store(0, std::memory_order_relaxed);
+        ++round_;
+        i64 begin = next.load(std::memory_order_relaxed);
+        while (begin < units) {
+            i64 run = (units - begin) / (3 * size);
+            i64 end = begin + (run > 1 ? run : 1);
+            if (next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+                body(begin, end);
+                begin = next.load(std::memory_order_relaxed);
+            }
+        }
+        barrier();
+    }
+
+    // The same in equal parts decided beforehand, for work too small to claim.
+    template <class Body>
+    void split(i64 units, Body body) {
+        i64 begin = units * rank / size, end = units * (rank + 1) / size;
+        if (begin < end) body(begin, end);
+        barrier();
+    }
+
+  private:
+    Claims& claims_;
+    int round_ = 0;
+};
+
+template <class Body>
+void parallel(int num_threads, Body body) {
+    Claims claims;
+    if (num_threads == 1) {
+        Team team(claims, 0, 1);
+        body(team);
+        return;
+    }
+#pragma omp parallel num_threads(num_threads)
+    {
+        Team team(claims, omp_get_thread_num(), omp_get_num_threads());
+        body(team);
+    }
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

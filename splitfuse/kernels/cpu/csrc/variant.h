@@ -1,0 +1,115 @@
+// The functions of one variant, under names that end in it: what Python calls. Arguments are checked there.
+#pragma once
+
+#include "experts.h"
+#include "layers.h"
+#include "limits.h"
+
+#define SF_JOIN_(a, b, c) a##b##_##c
+#define SF_JOIN(a, b, c) SF_JOIN_(a, b, c)
+#define SF_EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type SF_JOIN(sf_, name, SF_VARIANT)
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+// Runs what may need more memory than there is: 0, or 1 if it was not to be had. No exception crosses into Python.
+template <class Body>
+i32 guarded(Body body) {
+    try {
+        body();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+SF_EXPORT(void*, create)(i32 num_threads) { return new (std::nothrow) Workspace(num_threads); }
+SF_EXPORT(void, destroy)(void* work) { delete static_cast<Workspace*>(work); }
+
+SF_EXPORT(i64, weight_bytes)(const Weight* w) {
+    Shape s = shape_of(*w);
+    return s.panels * s.panel_bytes;
+}
+
+SF_EXPORT(i64, store_bytes)(const Store* store) {
+    Layout kv(*store);
+    return store->num_blocks * kv.num_kv_heads * kv.pieces * kv.piece_bytes;
+}
+
+SF_EXPORT(void, pack)(Workspace* work, const Weight* w, const u16* source, i64 first, i64 count) {
+    parallel(work->num_threads, [&](Team& team) { pack(team, *w, source, first, count); });
+}
+
+SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual, float* y) {
+    return guarded([&] {
+        work->reserve_operand(*w, rows);
+        Output out;
+        out.y = y;
+        out.bias = bias;
+        out.residual = residual;
+        parallel(work->num_threads, [&](Team& team) { linear(team, x, rows, *w, work->memory(team.rank), out); });
+    });
+}
+
+SF_EXPORT(i32, gated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation, u16* y) {
+    return guarded([&] {
+        work->reserve_operand(*w, rows);
+        Output out;
+        out.gated = y;
+        out.bias = bias;
+        out.activation = activation;
+        parallel(work->num_threads, [&](Team& team) { linear(team, x, rows, *w, work->memory(team.rank), out); });
+    });
+}
+
+SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const u16* weight, float eps, u16* out) {
+    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { norm(team, x, rows, columns, weight, eps, out); });
+}
+
+SF_EXPORT(void, embed)(Workspace* work, const i32* ids, i64 rows, const u16* table, const Weight* packed, i64 columns, float* out) {
+    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { embed(team, ids, rows, table, packed, columns, out); });
+}
+
+SF_EXPORT(void, rope_store)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const float* qkv,
+                            const u16* q_norm, const u16* k_norm, u16* q) {
+    parallel(work->num_threads, [&](Team& team) { rope_store(team, *step, *heads, *store, qkv, q_norm, k_norm, q); });
+}
+
+SF_EXPORT(i32, attend)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const u16* q,
+                        const float* sinks, i64 window, u16* out) {
+    return guarded([&] {
+        work->reserve_attention(*step, heads->num_heads, *store);
+        parallel(work->num_threads, [&](Team& team) {
+            Attention attention{*step, *heads, *store, q, sinks, window, out, work->own[team.rank].tile.data()};
+            attend(team, attention, work->items, reinterpret_cast<float*>(work->partials.data()));
+        });
+    });
+}
+
+SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Heads* heads, const Network* network, u16* rows) {
+    return guarded([&] { run_network(*work, *step, *heads, *network, rows); });
+}
+
+SF_EXPORT(i32, experts)(Workspace* work, const u16* x, i64 tokens, i64 k, const i32* expert_ids, const float* expert_weights,
+                         const Weight* w13, const Weight* w2, i64 num_experts, i32 activation, float* out) {
+    return guarded([&] {
+        experts(*work, x, tokens, k, expert_ids, expert_weights, w13, w2, num_experts, activation, out);
+    });
+}
+
+SF_EXPORT(void, read_all)(Workspace* work, const u8* data, i64 bytes) {
+    parallel(work->num_threads, [&](Team& team) { read_all(team, data, bytes); });
+}
+
+SF_EXPORT(float, dots_only)(Workspace* work, i32 levels, i64 rounds) {
+    std::vector<float> totals(work->num_threads);
+    parallel(work->num_threads, [&](Team& team) { totals[team.rank] = dots_only(team, levels, rounds); });
+    return totals[0];
+}
+
+SF_EXPORT(void, argmax)(Workspace* work, const float* scores, i64 rows, i64 columns, i32* ids, float* peaks) {
+    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { argmax(team, scores, rows, columns, ids, peaks); });
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

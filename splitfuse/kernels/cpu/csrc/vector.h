@@ -1,0 +1,320 @@
+// Sixteen lanes at a time, in the instructions of one variant: the only file that knows AVX-512 from AVX2.
+//
+// Every function is exact or rounds as its comment says; none depends on anything but its arguments, so that whatever
+// is built from them in a fixed order gives the same bits each time.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define SF_INLINE static inline __attribute__((always_inline))
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+using u8 = std::uint8_t;
+using i8 = std::int8_t;
+using u16 = std::uint16_t;
+using i32 = std::int32_t;
+using u32 = std::uint32_t;
+using i64 = std::int64_t;
+
+constexpr int LANES = 16;
+constexpr float LOG2E = 1.4426950408889634f;
+
+#ifdef SF_AVX512
+
+constexpr int MAX_ROWS = 14;       // of a tile: 14 x 2 accumulators, two weights and a broadcast fill 32 registers
+constexpr i32 LEVEL_BIAS = 128;    // vpdpbusd wants one operand unsigned: weights are read as level + 128
+
+struct Floats { __m512 v; };       // 16 fp32
+struct Ints { __m512i v; };        // 16 int32
+struct Packed { __m512i v; };      // 64 bytes of weights or activations
+
+SF_INLINE __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+SF_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SF_INLINE Floats load(const float* p, int count) { return {_mm512_maskz_loadu_ps(lane_mask(count), p)}; }
+SF_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+SF_INLINE void store(float* p, Floats a, int count) { _mm512_mask_storeu_ps(p, lane_mask(count), a.v); }
+SF_INLINE Floats broadcast(float a) { return {_mm512_set1_ps(a)}; }
+SF_INLINE Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+SF_INLINE Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+SF_INLINE Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+SF_INLINE Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+SF_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+SF_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+SF_INLINE Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+SF_INLINE Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+SF_INLINE Floats round(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+SF_INLINE Floats fraction(Floats a) {  // a - floor(a)
+    return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+SF_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
+SF_INLINE float highest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+// The lanes from `begin` to `end` - 1 of a, the others from b.
+SF_INLINE Floats between(int begin, int end, Floats a, Floats b) {
+    return {_mm512_mask_blend_ps(lane_mask(end) & ~lane_mask(begin), b.v, a.v)};
+}
+// `yes` where a > b, else `no`.
+SF_INLINE Floats above(Floats a, Floats b, Floats yes, Floats no) {
+    return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
+}
+// a times 2 to the power of floor(power).
+SF_INLINE Floats scale_by_power(Floats a, Floats power) { return {_mm512_scalef_ps(a.v, power.v)}; }
+
+SF_INLINE Floats load_bf16(const u16* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+SF_INLINE Floats load_bf16(const u16* p, int count) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(count), p)), 16))};
+}
+SF_INLINE void store_bf16(u16* p, Floats a) {  // to the nearest, ties to even
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+SF_INLINE void store_bf16(u16* p, Floats a, int count) {
+    _mm256_mask_storeu_epi16(p, lane_mask(count), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+SF_INLINE Floats load_i8(const i8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+SF_INLINE Ints broadcast(i32 a) { return {_mm512_set1_epi32(a)}; }
+SF_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+SF_INLINE Packed load_packed(const void* p) { return {_mm512_loadu_si512(p)}; }
+SF_INLINE Packed broadcast_packed(u32 a) { return {_mm512_set1_epi32(static_cast<i32>(a))}; }
+SF_INLINE Packed low_nibbles(Packed a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+SF_INLINE Packed high_nibbles(Packed a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
+// 16 levels, each + LEVEL_BIAS, to look nibbles up in.
+SF_INLINE Packed load_levels(const u8* levels) {
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels))};
+}
+SF_INLINE Packed look_up(Packed levels, Packed nibbles) { return {_mm512_shuffle_epi8(levels.v, nibbles.v)}; }
+SF_INLINE Packed as_levels(Packed biased) { return biased; }
+
+// a + the products of each lane's two bf16: vdpbf16ps, which takes subnormals for zero.
+SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
+    return {_mm512_dpbf16_ps(a.v, (__m512bh)weights.v, (__m512bh)x.v)};
+}
+// a + the products of each lane's four levels, + LEVEL_BIAS each, with four int8.
+// Not the intrinsic: around it GCC 12 keeps every accumulator twice, as two vector types, and spills them.
+SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(levels.v), "v"(x.v));
+    return a;
+}
+
+#else  // AVX2 and FMA
+
+constexpr int MAX_ROWS = 2;        // of a tile: 2 x 4 accumulators of eight lanes, and room for even and odd weights
+constexpr i32 LEVEL_BIAS = 0;
+
+struct Floats { __m256 lo, hi; };
+struct Ints { __m256i lo, hi; };
+struct Packed { __m256i lo, hi; };
+
+SF_INLINE __m256i lane_mask8(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+SF_INLINE Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SF_INLINE Floats load(const float* p, int count) {
+    return {_mm256_maskload_ps(p, lane_mask8(count)), _mm256_maskload_ps(p + 8, lane_mask8(count - 8))};
+}
+SF_INLINE void store(float* p, Floats a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+SF_INLINE void store(float* p, Floats a, int count) {
+    _mm256_maskstore_ps(p, lane_mask8(count), a.lo);
+    _mm256_maskstore_ps(p + 8, lane_mask8(count - 8), a.hi);
+}
+SF_INLINE Floats broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+SF_INLINE Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+SF_INLINE Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+SF_INLINE Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+SF_INLINE Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+SF_INLINE Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+SF_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+SF_INLINE Floats min(Floats a, Floats b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+SF_INLINE Floats abs(Floats a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+SF_INLINE Floats round(Floats a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
+}
+SF_INLINE Floats fraction(Floats a) {
+    return {_mm256_sub_ps(a.lo, _mm256_floor_ps(a.lo)), _mm256_sub_ps(a.hi, _mm256_floor_ps(a.hi))};
+}
+SF_INLINE float sum(Floats a) {
+    __m256 eight = _mm256_add_ps(a.lo, a.hi);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+SF_INLINE float highest(Floats a) {
+    __m256 eight = _mm256_max_ps(a.lo, a.hi);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+SF_INLINE Floats between(int begin, int end, Floats a, Floats b) {
+    __m256 lo = _mm256_castsi256_ps(_mm256_andnot_si256(lane_mask8(begin), lane_mask8(end)));
+    __m256 hi = _mm256_castsi256_ps(_mm256_andnot_si256(lane_mask8(begin - 8), lane_mask8(end - 8)));
+    return {_mm256_blendv_ps(b.lo, a.lo, lo), _mm256_blendv_ps(b.hi, a.hi, hi)};
+}
+SF_INLINE Floats above(Floats a, Floats b, Floats yes, Floats no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)),
+            _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))};
+}
+SF_INLINE __m256 scale_by_power8(__m256 a, __m256 power) {  // less than -127 is taken for that: the result is 0
+    __m256 whole = _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_floor_ps(power));
+    __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
+}
+SF_INLINE Floats scale_by_power(Floats a, Floats power) {
+    return {scale_by_power8(a.lo, power.lo), scale_by_power8(a.hi, power.hi)};
+}
+
+SF_INLINE __m256 widen_bf16(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+SF_INLINE Floats load_bf16(const u16* p) {
+    return {widen_bf16(_mm_loadu_si128((const __m128i*)p)), widen_bf16(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+SF_INLINE Floats load_bf16(const u16* p, int count) {
+    alignas(32) u16 whole[LANES] = {};
+    std::memcpy(whole, p, count * sizeof(u16));
+    return load_bf16(whole);
+}
+SF_INLINE __m256i round_bf16(__m256 a) {  // to the nearest, ties to even; NaN stays NaN
+    __m256i bits = _mm256_castps_si256(a);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+}
+SF_INLINE void store_bf16(u16* p, Floats a) {
+    __m256i both = _mm256_packus_epi32(round_bf16(a.lo), round_bf16(a.hi));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+SF_INLINE void store_bf16(u16* p, Floats a, int count) {
+    alignas(32) u16 whole[LANES];
+    store_bf16(whole, a);
+    std::memcpy(p, whole, count * sizeof(u16));
+}
+SF_INLINE Floats load_i8(const i8* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+SF_INLINE void store_i8(i8* p, Floats a) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+SF_INLINE Ints broadcast(i32 a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+SF_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
+SF_INLINE Packed load_packed(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+SF_INLINE Packed broadcast_packed(u32 a) {
+    __m256i both = _mm256_set1_epi32(static_cast<i32>(a));
+    return {both, both};
+}
+SF_INLINE Packed low_nibbles(Packed a) {
+    __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+SF_INLINE Packed high_nibbles(Packed a) {
+    return low_nibbles({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
+}
+SF_INLINE Packed load_levels(const u8* levels) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels));
+    __m256i sign = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(both, sign), _mm256_xor_si256(both, sign)};
+}
+SF_INLINE Packed look_up(Packed levels, Packed nibbles) {
+    return {_mm256_shuffle_epi8(levels.lo, nibbles.lo), _mm256_shuffle_epi8(levels.hi, nibbles.hi)};
+}
+SF_INLINE Packed as_levels(Packed biased) {
+    __m256i sign = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(biased.lo, sign), _mm256_xor_si256(biased.hi, sign)};
+}
+
+SF_INLINE __m256 dot_bf16_8(__m256 a, __m256i weights, __m256i x) {
+    __m256i odd = _mm256_set1_epi32(static_cast<i32>(0xffff0000));
+    a = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), a);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights, odd)), _mm256_castsi256_ps(_mm256_and_si256(x, odd)), a);
+}
+SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
+    return {dot_bf16_8(a.lo, weights.lo, x.lo), dot_bf16_8(a.hi, weights.hi, x.hi)};
+}
+// Levels and activations lie in -127..127, so the sum of two products fits into the 16 bits of vpmaddubsw.
+SF_INLINE __m256i dot_levels_8(__m256i a, __m256i levels, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(levels, x));
+    return _mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
+    return {dot_levels_8(a.lo, levels.lo, x.lo), dot_levels_8(a.hi, levels.hi, x.hi)};
+}
+
+#endif
+
+SF_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
+
+// 2 to the power of a, for a from -126 on (less is taken for -126), to about 2 units in the last place; 2^0 is exactly 1.
+// Reduction to [-0.5, 0.5] (Cody and Waite, "Software Manual for the Elementary Functions", 1980), then Taylor's series.
+SF_INLINE Floats exp2(Floats a) {
+    a = max(broadcast(-126.0f), min(broadcast(127.0f), a));  // in this order NaN stays NaN
+    Floats whole = round(a);
+    Floats rest = a - whole;  // -0.5 to 0.5
+    Floats p = broadcast(1.5403530393381609e-4f);
+    p = fma(p, rest, broadcast(1.3333558146428443e-3f));
+    p = fma(p, rest, broadcast(9.6181291076284772e-3f));
+    p = fma(p, rest, broadcast(5.5504108664821580e-2f));
+    p = fma(p, rest, broadcast(2.4022650695910072e-1f));
+    p = fma(p, rest, broadcast(6.9314718055994531e-1f));
+    p = fma(p, rest, broadcast(1.0f));
+    return scale_by_power(p, whole);
+}
+
+// The same to 3 parts in a million, for the weights of attention, which are rounded to bf16: less than -126 may give 0.
+// 2^0 is exactly 1.
+SF_INLINE Floats exp2_weight(Floats a) {
+    Floats rest = fraction(a);
+    Floats p = broadcast(0.013426694f);
+    p = fma(p, rest, broadcast(0.052242458f));
+    p = fma(p, rest, broadcast(0.24128021f));
+    p = fma(p, rest, broadcast(0.69304484f));
+    p = fma(p, rest, broadcast(1.0f));
+    return scale_by_power(p, a);
+}
+
+SF_INLINE Floats sigmoid(Floats a) { return broadcast(1.0f) / (broadcast(1.0f) + exp2(a * broadcast(-LOG2E))); }
+SF_INLINE Floats tanh(Floats a) {  // 2 sigmoid(2a) - 1
+    return fma(broadcast(2.0f), sigmoid(a + a), broadcast(-1.0f));
+}
+
+SF_INLINE float exp2_weight(float a) {
+    alignas(64) float lanes[LANES];
+    store(lanes, exp2_weight(broadcast(a)));
+    return lanes[0];
+}
+SF_INLINE float widen(u16 a) {
+    u32 bits = static_cast<u32>(a) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+SF_INLINE u16 narrow(float a) {
+    u16 out[LANES];
+    store_bf16(out, broadcast(a));
+    return out[0];
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

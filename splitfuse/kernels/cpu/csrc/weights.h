@@ -1,0 +1,237 @@
+// Linear weights in panels: made once at loading, read by every product.
+//
+// A panel holds 32 rows of the weight [N, K] (columns of the product), 64-byte lines of one word for each of 16 rows:
+//   bf16   [steps][32 rows] words of two neighbours in K
+//   int8   for each group [32 bf16 scales][steps][32 rows] words of four levels, each + 128
+//   int4   for each group [32 bf16 scales][steps][32 rows] words of eight nibbles: the low ones four neighbours in K,
+//          the high ones the next four; a nibble names one of 16 levels
+// A weight is scale * level. Rows and columns that fill up the last panel and step are zero, or never stored.
+#pragma once
+
+#include <cmath>
+
+#include "interface.h"
+#include "multiply.h"
+#include "team.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+SF_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// K elements of one step of x, of one step of a panel, and the sizes that follow.
+struct Shape {
+    i64 x_steps;       // words of x in a row
+    i64 group_steps;   // words of x that share a scale
+    i64 num_groups;    // 0 in bf16
+    i64 span_steps;    // words of x summed as whole numbers: a group, or a slab where that is shorter
+    i64 num_spans;
+    i64 panels;
+    i64 panel_bytes;
+};
+
+SF_INLINE Shape shape_of(const Weight& w) {
+    Shape s{};
+    i64 panel_columns = w.format == BF16 ? 2 : w.format == INT8 ? 4 : 8;
+    i64 steps = ceil_div(w.columns, panel_columns);
+    s.x_steps = w.format == INT4 ? 2 * steps : steps;
+    s.panels = w.gated ? ceil_div(w.rows / 2, LANES) : ceil_div(w.rows, PANEL);
+    if (w.format != BF16) {
+        i64 group = w.group ? w.group : w.columns;
+        s.group_steps = ceil_div(group, 4);
+        s.num_groups = ceil_div(w.columns, group);
+        if (w.format == INT4 && s.group_steps % 2) ++s.group_steps;
+        s.span_steps = s.group_steps < SLAB_STEPS ? s.group_steps : SLAB_STEPS;
+        s.num_spans = ceil_div(s.x_steps, s.span_steps);
+    }
+    s.panel_bytes = steps * STEP_BYTES + s.num_groups * SCALE_BYTES;
+    return s;
+}
+
+// Where row n of the weight lies: the panel, and the place in it.
+struct Place { i64 panel; int column; };
+
+SF_INLINE Place place_of(const Weight& w, i64 row) {
+    if (!w.gated) return {row / PANEL, static_cast<int>(row % PANEL)};
+    i64 half = w.rows / 2, unit = row < half ? row : row - half;
+    return {unit / LANES, static_cast<int>(unit % LANES) + (row < half ? 0 : LANES)};
+}
+
+SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 columns) {
+    for (i64 k = 0; k + 1 < columns; k += 2) {
+        u32 pair;
+        std::memcpy(&pair, row + k, sizeof pair);
+        panel[k / 2 * PANEL + column] = pair;
+    }
+    if (columns % 2) panel[columns / 2 * PANEL + column] = row[columns - 1];
+}
+
+// The largest magnitude; NaN if any is NaN or infinite.
+SF_INLINE float largest(const u16* row, i64 count) {
+    Floats most = broadcast(0.0f), poison = broadcast(0.0f);
+    for (i64 k = 0; k < count; k += LANES) {
+        Floats value = count - k < LANES ? load_bf16(row + k, static_cast<int>(count - k)) : load_bf16(row + k);
+        most = max(most, abs(value));
+        poison = fma(value, broadcast(0.0f), poison);
+    }
+    return highest(most) + sum(poison);
+}
+
+// The smallest bf16 that is not below a positive `value`, so that nothing is cut off at the last level.
+SF_INLINE u16 narrow_up(float value) {
+    u16 narrowed = narrow(value);
+    return widen(narrowed) < value ? static_cast<u16>(narrowed + 1) : narrowed;
+}
+
+SF_INLINE int rounded(float value, int most) {
+    int level = static_cast<int>(std::nearbyint(value));
+    return level > most ? most : level < -most ? -most : level;
+}
+
+SF_INLINE u16 int8_group(u8* steps, int column, const u16* values, i64 count) {
+    u16 scale = narrow_up(largest(values, count) / 127.0f);
+    float inverse = widen(scale) > 0.0f ? 1.0f / widen(scale) : 0.0f;
+    for (i64 k = 0; k < ceil_div(count, 4) * 4; ++k) {
+        int level = k < count ? rounded(widen(values[k]) * inverse, 127) : 0;
+        steps[k / 4 * STEP_BYTES + column * 4 + k % 4] = static_cast<u8>(level + 128);
+    }
+    return scale;
+}
+
+// The 16 levels of int4, rising, and what lies halfway between neighbours.
+struct Levels {
+    float level[16], middle[16];  // middle[i] between i - 1 and i
+
+    explicit Levels(const u8* biased) {
+        for (int i = 0; i < 16; ++i) level[i] = static_cast<float>(biased[i] - 128);
+        for (int i = 1; i < 16; ++i) middle[i] = 0.5f * (level[i - 1] + level[i]);
+    }
+    Floats nearest(Floats value) const {
+        Floats found = broadcast(level[0]);
+        for (int i = 1; i < 16; ++i) found = above(value, broadcast(middle[i]), broadcast(level[i]), found);
+        return found;
+    }
+    u8 index(float value) const {
+        int found = 0;
+        for (int i = 1; i < 16; ++i) found += value > middle[i];
+        return static_cast<u8>(found);
+    }
+};
+
+// Squared error of `values` under a scale; on the way the scale that would fit the same levels best.
+SF_INLINE float int4_error(const Levels& levels, const u16* values, i64 count, float scale, float& better) {
+    Floats inverse = broadcast(1.0f / scale), minus = broadcast(-scale);
+    Floats error = broadcast(0.0f), product = error, square = error;
+    for (i64 k = 0; k < count; k += LANES) {
+        int here = count - k < LANES ? static_cast<int>(count - k) : LANES;
+        Floats value = here < LANES ? load_bf16(values + k, here) : load_bf16(values + k);
+        Floats level = levels.nearest(value * inverse);
+        if (here < LANES) level = between(0, here, level, broadcast(0.0f));
+        Floats rest = fma(level, minus, value);
+        error = fma(rest, rest, error);
+        product = fma(value, level, product);
+        square = fma(level, level, square);
+    }
+    better = sum(product) / sum(square);
+    return sum(error);
+}
+
+// The scale of a group: of a few that put its largest magnitude at or beyond the last level on the denser side, so that
+// the sign of a scale is part of it, the one of least squared error; then fitted once to the levels it chose. No data
+// but the weights themselves. Figures: docs/decisions/0010-quantization.md.
+SF_INLINE u16 int4_scale(const Levels& levels, const u16* values, i64 count) {
+    constexpr float ENDS[] = {-101, -111, -118, -126, -133, -143, -156, -176};
+    float largest_value = 0.0f;
+    for (i64 k = 0; k < count; ++k)
+        if (!(std::fabs(widen(values[k])) <= std::fabs(largest_value))) largest_value = widen(values[k]);  // NaN too
+    if (largest_value == 0.0f) return 0;
+    u16 best = narrow(largest_value / ENDS[3]);
+    float least = INFINITY, better = 0.0f, refit = 0.0f;
+    for (float end : ENDS) {
+        u16 scale = narrow(largest_value / end);
+        if (widen(scale) == 0.0f) continue;
+        float error = int4_error(levels, values, count, widen(scale), better);
+        if (error < least) least = error, best = scale, refit = better;
+    }
+    u16 fitted = narrow(refit);
+    if (widen(fitted) != 0.0f && int4_error(levels, values, count, widen(fitted), better) < least) best = fitted;
+    return best;
+}
+
+SF_INLINE u16 int4_group(u8* steps, int column, const u16* values, i64 count, const Levels& levels) {
+    u16 scale = int4_scale(levels, values, count);
+    float inverse = widen(scale) != 0.0f ? 1.0f / widen(scale) : 0.0f;
+    for (i64 k = 0; k < ceil_div(count, 8) * 8; k += 4) {
+        u8* word = steps + k / 8 * STEP_BYTES + column * 4;
+        for (i64 j = 0; j < 4; ++j) {
+            u8 nibble = levels.index(k + j < count ? widen(values[k + j]) * inverse : 0.0f);
+            word[j] = k / 4 % 2 ? static_cast<u8>(word[j] | nibble << 4) : nibble;
+        }
+    }
+    return scale;
+}
+
+SF_INLINE void pack_row(const Weight& w, const Shape& s, const Levels& levels, i64 row, const u16* values) {
+    Place place = place_of(w, row);
+    u8* panel = w.data + place.panel * s.panel_bytes;
+    if (w.format == BF16) return pack_bf16_row(reinterpret_cast<u32*>(panel), place.column, values, w.columns);
+    i64 group = w.group ? w.group : w.columns;
+    for (i64 k = 0; k < w.columns; k += group) {
+        i64 count = w.columns - k < group ? w.columns - k : group;
+        u8* steps = panel + SCALE_BYTES;
+        u16 scale = w.format == INT8 ? int8_group(steps, place.column, values + k, count)
+                                     : int4_group(steps, place.column, values + k, count, levels);
+        reinterpret_cast<u16*>(panel)[place.column] = scale;
+        panel = steps + s.group_steps / (w.format == INT4 ? 2 : 1) * STEP_BYTES;
+    }
+}
+
+// Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The data is zero before.
+inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
+    const Shape s = shape_of(w);
+    const Levels levels(w.levels);
+    // By panels: neighbours in a panel share its lines, and no two threads write the same.
+    i64 begin_panel = place_of(w, first).panel, end_panel = place_of(w, first + count - 1).panel + 1;
+    if (w.gated) begin_panel = 0, end_panel = s.panels;
+    team.share(end_panel - begin_panel, [&](i64 begin, i64 end) {
+        for (i64 panel = begin_panel + begin; panel < begin_panel + end; ++panel)
+            for (int column = 0; column < PANEL; ++column) {
+                i64 row = !w.gated ? panel * PANEL + column : panel * LANES + column % LANES;
+                if (w.gated && row >= w.rows / 2) continue;
+                if (w.gated && column >= LANES) row += w.rows / 2;
+                if (row >= first && row < first + count) pack_row(w, s, levels, row, source + (row - first) * w.columns);
+            }
+    });
+}
+
+// Row n of the weight, as numbers [columns]: what an embedding reads from a packed head.
+inline void unpack_row(const Weight& w, i64 row, float* out) {
+    Shape s = shape_of(w);
+    Place place = place_of(w, row);
+    const u8* panel = w.data + place.panel * s.panel_bytes;
+    if (w.format == BF16) {
+        for (i64 k = 0; k < w.columns; ++k)
+            out[k] = widen(reinterpret_cast<const u16*>(panel)[(k / 2 * PANEL + place.column) * 2 + k % 2]);
+        return;
+    }
+    i64 group = w.group ? w.group : w.columns;
+    for (i64 first = 0; first < w.columns; first += group) {
+        float scale = widen(reinterpret_cast<const u16*>(panel)[place.column]);
+        const u8* steps = panel + SCALE_BYTES;
+        i64 count = w.columns - first < group ? w.columns - first : group;
+        for (i64 k = 0; k < count; ++k) {
+            int level;
+            if (w.format == INT8) {
+                level = steps[k / 4 * STEP_BYTES + place.column * 4 + k % 4] - 128;
+            } else {
+                u8 byte = steps[k / 8 * STEP_BYTES + place.column * 4 + k % 4];
+                level = w.levels[k / 4 % 2 ? byte >> 4 : byte & 15] - 128;
+            }
+            out[first + k] = scale * level;
+        }
+        panel = steps + s.group_steps / (w.format == INT4 ? 2 : 1) * STEP_BYTES;
+    }
+}
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

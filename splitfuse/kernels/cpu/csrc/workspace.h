@@ -1,0 +1,65 @@
+// Memory between the operations of a step: grown when a step needs more, never given back before the end.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "attention.h"
+
+namespace splitfuse {
+namespace SF_VARIANT {
+
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+
+    u8* reserve(i64 bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = 0;
+            data_ = static_cast<u8*>(std::aligned_alloc(64, align_up(bytes)));
+            if (!data_) throw std::bad_alloc();
+            size_ = align_up(bytes);
+        }
+        return data_;
+    }
+    u8* data() const { return data_; }
+
+  private:
+    u8* data_ = nullptr;
+    i64 size_ = 0;
+};
+
+struct Workspace {
+    struct Own { Buffer operand, row, tile; };  // of one thread
+
+    explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
+
+    const int num_threads;
+    Buffer operand, hidden, qkv, queries, mixed, gated, partials, pairs;
+    std::vector<Own> own;
+    std::vector<Item> items;
+
+    void reserve_operand(const Weight& w, i64 rows) {
+        operand.reserve(operand_bytes(w, rows));
+        for (Own& each : own) each.operand.reserve(operand_bytes(w, 1));
+    }
+    void reserve_rows(i64 columns) {
+        for (Own& each : own) each.row.reserve(columns * 2);
+    }
+    void reserve_attention(const Step& step, i64 num_heads, const Store& store) {
+        Layout kv(store);
+        i64 tiles = make_items(step, num_heads, store.num_kv_heads, num_threads, items);
+        partials.reserve(tiles * partial_floats(kv.padded) * 4);
+        if (store.int8)
+            for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
+    }
+    Memory memory(int rank) const { return {operand.data(), own[rank].operand.data()}; }
+};
+
+}  // namespace SF_VARIANT
+}  // namespace splitfuse

@@ -1,0 +1,187 @@
+"""The compiled library as Python sees it: its structs and functions, and which instruction sets this CPU has.
+
+Knows nothing of tensors; csrc/interface.h and csrc/variant.h are the other side of every line here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from splitfuse.errors import ConfigError, KernelError
+
+VARIANTS = ("avx512", "avx2")
+"""Best first. AVX-512 stands for its bf16 and VNNI parts too; AVX2 for FMA too."""
+
+BF16, INT8, INT4 = range(3)
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+BROKEN_RULES = {
+    1: "a position lies outside the rotary tables",
+    2: "a slot lies outside the KV store",
+    3: "query_start does not rise from 0 to the number of tokens",
+    4: "a request has fewer positions than tokens, or more than its block table holds",
+    5: "a block table names a block that does not exist",
+    6: "a token id is no row of the embedding",
+    7: "a row that is wanted is none of the step's",
+}
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [
+        ("format", c_int32),
+        ("gated", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+        ("data", c_void_p),
+        ("levels", c_uint8 * 16),
+    ]
+
+
+class Store(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("num_blocks", c_int64),
+        ("block_size", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("int8", c_int32),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("tokens", c_int32),
+        ("requests", c_int32),
+        ("table_width", c_int32),
+        ("num_rows", c_int32),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("tables", c_void_p),
+        ("rows", c_void_p),
+    ]
+
+
+class Heads(ctypes.Structure):
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("rotary_dim", c_int32),
+        ("max_position", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("attn_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("qkv_bias", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("o", c_void_p),
+        ("o_bias", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("gate_up", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down", c_void_p),
+        ("down_bias", c_void_p),
+        ("store", Store),
+        ("window", c_int32),
+        ("activation", c_int32),
+    ]
+
+
+class Network(ctypes.Structure):
+    _fields_ = [
+        ("layers", c_void_p),
+        ("num_layers", c_int64),
+        ("hidden", c_int64),
+        ("vocabulary", c_int64),
+        ("table", c_void_p),
+        ("packed_table", c_void_p),
+        ("norm", c_void_p),
+        ("eps", c_float),
+    ]
+
+
+FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "create": ([c_int32], c_void_p),
+    "destroy": ([c_void_p], None),
+    "weight_bytes": ([c_void_p], c_int64),
+    "store_bytes": ([c_void_p], c_int64),
+    "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
+    "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
+    "gated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
+    "norm": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p], None),
+    "embed": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], None),
+    "rope_store": ([c_void_p] * 8, None),
+    "attend": ([c_void_p] * 6 + [c_int64, c_void_p], c_int32),
+    "network": ([c_void_p] * 5, c_int32),
+    "experts": ([c_void_p, c_void_p, c_int64, c_int64] + [c_void_p] * 4 + [c_int64, c_int32, c_void_p], c_int32),
+    "read_all": ([c_void_p, c_void_p, c_int64], None),
+    "dots_only": ([c_void_p, c_int32, c_int64], c_float),
+    "argmax": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),
+}
+
+
+class Library:
+    """The functions of one variant: `library.linear(...)` and so on, as csrc/variant.h declares them."""
+
+    def __init__(self, variant: str) -> None:
+        shared = _load()
+        self.variant = variant
+        for name, (arguments, result) in FUNCTIONS.items():
+            function = getattr(shared, f"sf_{name}_{variant}")
+            function.argtypes, function.restype = arguments, result
+            setattr(self, name, function)
+        self.check_step = shared.sf_check_step
+        self.check_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64]
+        self.check_ids = shared.sf_check_ids
+        self.check_ids.argtypes = [c_void_p, c_int64, c_int64]
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: __init__ sets them all
+        raise AttributeError(name)
+
+
+def supported_variants() -> tuple[str, ...]:
+    """The variants this CPU can run, best first. Raises KernelError if there is no library to ask."""
+    shared = _load()
+    return tuple(variant for variant in VARIANTS if getattr(shared, f"sf_supports_{variant}")())
+
+
+def choose_variant(wanted: str | None = None) -> str:
+    """The best variant, or the wanted one. Raises KernelError if this CPU has none, ConfigError if not that one."""
+    supported = supported_variants()
+    if not supported:
+        raise KernelError("this CPU has neither AVX-512 (with bf16 and VNNI) nor AVX2 (with FMA)")
+    if wanted is not None and wanted not in supported:
+        raise ConfigError(f"this CPU cannot run the {wanted} kernels; it can run {' and '.join(supported)}")
+    return wanted or supported[0]
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    named = os.environ.get("SPLITFUSE_KERNEL_LIBRARY")  # another build of it, such as that of `make test-sanitize`
+    path = Path(named) if named else Path(__file__).with_name("libsplitfuse_cpu.so")
+    if not path.is_file():
+        raise KernelError(
+            f"the C++ kernels were not compiled ({path.name} is missing): installing needs a C++ compiler"
+        )
+    import torch  # noqa: F401 - brings its OpenMP along: loaded after it, ours shares its threads
+
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError(f"the C++ kernels cannot be loaded: {error}") from error

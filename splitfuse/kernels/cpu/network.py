@@ -1,0 +1,103 @@
+"""A whole network but its output head in one call, so that Python has no part in what happens between its layers."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu.arguments import KVStore, PackedWeight, address, check, check_step
+from splitfuse.kernels.cpu.library import Library
+from splitfuse.kernels.reference import NetworkWeights
+
+
+class FusedNetwork:
+    """Embedding, layers and last norm as tables of structs. Gives the same bits as its operations one by one."""
+
+    def __init__(
+        self,
+        kernels: Library,
+        workspace: Any,
+        weights: NetworkWeights,
+        *,
+        windows: Sequence[int | None],
+        activation: int,
+        heads: library.Heads,
+    ) -> None:
+        self._library = kernels
+        self._workspace = workspace
+        self._weights = weights  # they own the memory
+        self._heads = heads
+        self._first_store: weakref.ref[KVStore] | None = None  # weak: a cache that its engine gave up is not kept
+        self._layers = (library.Layer * len(weights.layers))()
+        head_dim = weights.layers[0].o.columns // heads.num_heads
+        for entry, layer, window in zip(self._layers, weights.layers, windows, strict=True):
+            entry.attn_norm = address(layer.attn_norm, layer.qkv.columns)
+            entry.mlp_norm = address(layer.mlp_norm, layer.gate_up.columns)
+            entry.q_norm = address(layer.q_norm, head_dim)
+            entry.k_norm = address(layer.k_norm, head_dim)
+            for name in ("qkv", "o", "gate_up", "down"):
+                weight: PackedWeight = getattr(layer, name)
+                setattr(entry, name, weight.address)
+                setattr(entry, f"{name}_bias", address(getattr(layer, f"{name}_bias"), weight.rows))
+            entry.window = window or 0
+            entry.activation = activation
+        packed = isinstance(weights.embed, PackedWeight)
+        vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
+        if not packed:
+            check(weights.embed, torch.bfloat16)
+        self._network = library.Network(
+            ctypes.addressof(self._layers),
+            len(self._layers),
+            hidden,
+            vocabulary,
+            None if packed else weights.embed.data_ptr(),
+            weights.embed.address if packed else None,
+            address(weights.norm, hidden),
+            heads.eps,
+        )
+
+    def __call__(
+        self,
+        stores: Sequence[KVStore],
+        packed: Tensor,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        table_width: int,
+        num_rows: int,
+    ) -> Tensor:
+        """The normed hidden states [R, C] of `logit_rows`, in bf16. Raises IndexError for a step that cannot be."""
+        check(packed, torch.int32)
+        if self._first_store is None or self._first_store() is not stores[0]:
+            for entry, store in zip(self._layers, stores, strict=True):
+                entry.store = store.struct
+            self._first_store = weakref.ref(stores[0])
+        sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)
+        addresses = list(accumulate((4 * size for size in sizes), initial=packed.data_ptr()))
+        assert addresses[-1] + 4 * num_rows == packed.data_ptr() + packed.nbytes
+        step = library.Step(num_tokens, num_requests, table_width, num_rows, *addresses)
+        check_step(
+            self._library,
+            step,
+            stores[0].struct,
+            max_position=self._heads.max_position,
+            vocabulary=self._network.vocabulary,
+        )
+        rows = torch.empty(num_rows, self._network.hidden, dtype=torch.bfloat16)
+        failed = self._library.network(
+            self._workspace,
+            ctypes.addressof(step),
+            ctypes.addressof(self._heads),
+            ctypes.addressof(self._network),
+            rows.data_ptr(),
+        )
+        if failed:
+            raise RuntimeError("no memory for the kernels' workspace: choose a smaller max_num_batched_tokens")
+        return rows

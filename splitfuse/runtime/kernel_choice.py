@@ -1,0 +1,71 @@
+"""Which kernels compute: the best that the settings allow and the machine can run. Must not load a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, KernelError
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.reference import Kernels
+
+
+def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
+    """Kernels for a model that is computed in `dtype`.
+
+    Raises ConfigError for settings that contradict each other, KernelError for named kernels that cannot run here.
+    """
+    wanted = config.model.kernels
+    if wanted in ("avx512", "avx2"):
+        if obstacle := _obstacle(config, dtype):
+            raise ConfigError(f"kernels={wanted} cannot be used: {obstacle}")
+        return _cpu_kernels(config, wanted)
+    if wanted == "auto" and (why := _obstacle(config, dtype)) is None:
+        try:
+            return _cpu_kernels(config, None)
+        except KernelError as error:
+            why = str(error)
+    elif wanted != "auto":
+        why = f"kernels={wanted}"
+    for name, value in (("quantization", config.model.quantization), ("kv_cache_dtype", config.cache.kv_cache_dtype)):
+        if value not in (None, "auto"):
+            raise ConfigError(f"{name}={value} needs the C++ kernels, which cannot be used: {why}")
+    on_cpu = torch.device(config.model.device).type == "cpu"
+    if wanted == "torch" or (wanted == "auto" and on_cpu and dtype == torch.bfloat16):
+        return PrepackedKernels(str(why))
+    return Kernels()
+
+
+def _obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
+    """What in the settings rules the C++ kernels out."""
+    if torch.device(config.model.device).type != "cpu":
+        return f"they run on the CPU, not on {config.model.device}"
+    if dtype != torch.bfloat16:
+        return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}: set dtype=bfloat16"
+    return None
+
+
+def _cpu_kernels(config: EngineConfig, variant: str | None) -> CpuKernels:
+    return CpuKernels(
+        variant=variant,
+        num_threads=config.model.num_threads or usable_cores(),
+        quantization=config.model.quantization,
+        group_size=config.model.quantization_group_size,
+        kv_int8=config.cache.kv_cache_dtype == "int8",
+    )
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """The cores this process may keep busy: those it may run on (PyTorch asks for them), and no more than its control
+    group pays for. A thread too many costs more than it brings: all wait for the one that is not running.
+    """
+    cores = torch.get_num_threads()
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(1, math.floor(int(quota) / int(period))))
+    except (OSError, ValueError):  # no control group, or none that limits ("max")
+        return cores
