@@ -34,10 +34,13 @@ def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
     for name, value in (("quantization", config.model.quantization), ("kv_cache_dtype", config.cache.kv_cache_dtype)):
         if value not in (None, "auto"):
             raise ConfigError(f"{name}={value} needs the C++ kernels, which cannot be used: {why}")
-    on_cpu = torch.device(config.model.device).type == "cpu"
-    if wanted == "torch" or (wanted == "auto" and on_cpu and dtype == torch.bfloat16):
-        return PrepackedKernels(str(why))
-    return Kernels()
+    if wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16):
+        return Kernels()
+    if missing := _onednn_obstacle(config, dtype):
+        if wanted == "torch":
+            raise ConfigError(f"kernels=torch cannot be used: {missing}")
+        return Kernels()
+    return PrepackedKernels(str(why))
 
 
 def _obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
@@ -46,6 +49,17 @@ def _obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
         return f"they run on the CPU, not on {config.model.device}"
     if dtype != torch.bfloat16:
         return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}: set dtype=bfloat16"
+    return None
+
+
+def _onednn_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
+    """Why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
+    if torch.device(config.model.device).type != "cpu":
+        return f"they run on the CPU, not on {config.model.device}"
+    try:
+        PrepackedKernels().pack([torch.zeros(1, 1, dtype=dtype)], role="o")
+    except (RuntimeError, AttributeError) as error:
+        return f"oneDNN does not multiply {str(dtype).removeprefix('torch.')} here ({str(error).splitlines()[0]})"
     return None
 
 

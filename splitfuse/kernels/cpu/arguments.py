@@ -38,6 +38,7 @@ class Experts:
 
     def __init__(self, weights: Sequence[PackedWeight]) -> None:
         self.weights = tuple(weights)  # they own the memory
+        self.rows, self.columns = weights[0].rows, weights[0].columns  # of each
         self.structs = (library.Weight * len(weights))(*(weight.struct for weight in weights))
 
 
@@ -68,16 +69,14 @@ class Step:
         query_start: Tensor | None = None,
         seq_lens: Tensor | None = None,
         block_tables: Tensor | None = None,
-        num_tokens: int | None = None,
+        num_tokens: int,
     ) -> None:
         given = (None, positions, slot_mapping, query_start, seq_lens, block_tables, None)
         self._tensors = [None if tensor is None else int32(tensor) for tensor in given]  # kept alive
-        if num_tokens is None:
-            assert positions is not None
-            num_tokens = len(positions)
-        assert slot_mapping is None or len(slot_mapping) == num_tokens
+        assert all(tensor is None or len(tensor) == num_tokens for tensor in (positions, slot_mapping))
         requests = 0 if seq_lens is None else len(seq_lens)
         assert query_start is None or len(query_start) == requests + 1
+        assert block_tables is None or len(block_tables) == requests
         width = 0 if block_tables is None else block_tables.shape[1]
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         self.struct = library.Step(num_tokens, requests, width, 0, *pointers)

@@ -112,6 +112,7 @@ class CpuKernels(Kernels):
             each = [self.pack([piece[expert] for piece in pieces], role=role) for expert in range(len(pieces[0]))]
             return Experts(each)
         columns = pieces[0].shape[1]
+        assert all(piece.shape[1] == columns for piece in pieces)
         struct = self._weight(sum(len(piece) for piece in pieces), columns, role)
         memory = allocate(int(self.library.weight_bytes(ctypes.byref(struct))))
         struct.data = memory.data_ptr()
@@ -218,8 +219,9 @@ class CpuKernels(Kernels):
     ) -> Tensor:
         check(qkv, torch.float32)
         tokens = len(qkv)
-        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim
-        step = Step(positions=positions, slot_mapping=slot_mapping)
+        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and 2 * cos.shape[1] <= head_dim
+        assert (num_kv_heads, head_dim) == (store.struct.num_kv_heads, store.struct.head_dim)
+        step = Step(positions=positions, slot_mapping=slot_mapping, num_tokens=tokens)
         step.check(self.library, store.struct, max_position=len(cos))
         heads = heads_of(num_heads, cos, sin, eps=eps)
         q = torch.empty(tokens, num_heads, head_dim, dtype=torch.bfloat16)
@@ -250,6 +252,8 @@ class CpuKernels(Kernels):
     ) -> Tensor:
         check(q, torch.bfloat16)
         num_heads = q.shape[1]
+        assert num_heads % store.struct.num_kv_heads == 0 and q.shape[2] == store.struct.head_dim
+        assert sinks is None or len(sinks) == num_heads
         step = Step(query_start=query_start, seq_lens=seq_lens, block_tables=block_tables, num_tokens=len(q))
         step.check(self.library, store.struct, max_position=0)
         heads = library.Heads(num_heads, 0, 0, None, None, 0.0, scale, softcap or 0.0)
@@ -274,6 +278,8 @@ class CpuKernels(Kernels):
     ) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(expert_ids), expert_weights.float().contiguous()
+        assert ids.shape == weights.shape and len(ids) == len(x) and x.shape[1] == w13.columns
+        assert len(w13.structs) == len(w2.structs) and (w13.rows, w13.columns) == (2 * w2.columns, w2.rows)
         if self.library.check_ids(ids.data_ptr(), ids.numel(), len(w13.structs)):
             raise IndexError(f"an expert id is none of {len(w13.structs)}")
         out = torch.empty(x.shape)

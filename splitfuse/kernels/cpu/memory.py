@@ -21,9 +21,10 @@ def allocate(num_bytes: int) -> Tensor:
         mapping = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise RuntimeError(f"no memory for {num_bytes} bytes: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without huge pages: slower, not wrong
-            mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE_PAGE
+    in_whole_pages = num_bytes // HUGE_PAGE * HUGE_PAGE  # a huge page behind the end would be filled for nothing
+    if in_whole_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without huge pages: slower, not wrong
+            mapping.madvise(mmap.MADV_HUGEPAGE, begin, in_whole_pages)
     return whole[begin : begin + num_bytes]

@@ -76,7 +76,12 @@ class FusedNetwork:
         """The normed hidden states [R, C] of `logit_rows`, in bf16. Raises IndexError for a step that cannot be."""
         check(packed, torch.int32)
         if self._first_store is None or self._first_store() is not stores[0]:
-            for entry, store in zip(self._layers, stores, strict=True):
+            shared = ("num_blocks", "block_size", "num_kv_heads", "head_dim", "int8")
+            for entry, layer, store in zip(self._layers, self._weights.layers, stores, strict=True):
+                assert all(getattr(store.struct, name) == getattr(stores[0].struct, name) for name in shared)
+                heads = self._heads.num_heads + 2 * store.struct.num_kv_heads
+                assert layer.qkv.rows == heads * store.struct.head_dim
+                assert layer.o.columns == self._heads.num_heads * store.struct.head_dim
                 entry.store = store.struct
             self._first_store = weakref.ref(stores[0])
         sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)

@@ -167,6 +167,10 @@ SF_INLINE void multiply_by(u16* values, const float* by, i64 begin, i64 end, i64
     }
 }
 
+SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
+    for (i64 i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+}
+
 // One tile for the rows of an item. `queries`: a slab of q in bf16. `next`: the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
@@ -197,7 +201,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
                   scores + first * PIECE, SCORE_STRIDE);
 
     const float scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
+    const bool streams = item.rows == group;  // a single token: nobody else has brought its keys and values near
     for (i32 r = 0; r < item.rows; ++r) {
+        if (streams)
+            for (i64 p = next.first + r; p < next.end; p += item.rows) fetch_lines(next.of[p], kv.half_bytes / 2);
         float* row = scores + r * SCORE_STRIDE;
         u16* row_weights = reinterpret_cast<u16*>(weights + r * SLAB_STRIDE);
         i64 position = start + (item.first + r) / group;
@@ -211,15 +218,19 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 
     // Only pairs with a key that exists: what lies behind may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
-    for (i64 column = 0; column < kv.padded; column += PANEL) {
+    for (i64 column = 0; column < kv.padded;) {
+        const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.padded;
         const u8* starts[TILE_PIECES];
         for (i64 p = first; p < end; ++p) {
             starts[p - first] = values_of[p] + column * 4;
             bool known = p >= next.first && p < next.end;
             fetches[p - first] = known ? next.of[p] + column / PANEL * (PIECE / 2) * STEP_BYTES : starts[p - first];
         }
-        multiply(item.rows, weights + first * (PIECE / 2), Segments{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES},
-                 out.values + column, kv.padded);
+        const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES};
+        const u32* x = weights + first * (PIECE / 2);
+        if (two) multiply_two(item.rows, x, values, out.values + column, kv.padded);
+        else multiply(item.rows, x, values, out.values + column, kv.padded);
+        column += two ? 2 * PANEL : PANEL;
     }
 }
 
@@ -288,7 +299,9 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                 if (kv.head_dim % 2) place[kv.head_dim] = 0;
             }
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
-            if (item.partial < 0) begin_rows(a, item, group, kv.padded, all);
+            // Without sinks the first tile, merged with nothing, is what it was.
+            const bool alone = item.partial < 0 && !a.sinks;
+            if (item.partial < 0 && a.sinks) begin_rows(a, item, group, kv.padded, all);
             for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(partials + (item.partial + t) * stride, kv.padded);
             Pieces pieces{0, 0, 0, {}};
             if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
@@ -297,7 +310,9 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                 Pieces following{0, 0, 0, {}};
                 if (!last) following = pieces_of(a, kv, item, t + 1);
                 else if (i + 1 < end) following = pieces_of(a, kv, items[i + 1], a.first_tile(items[i + 1]));
-                if (item.partial < 0) {
+                if (alone && t == first_tile) {
+                    attend_tile(a, kv, item, t, pieces, following, queries, all);
+                } else if (item.partial < 0) {
                     attend_tile(a, kv, item, t, pieces, following, queries, tile);
                     merge(tile, kv.padded, item.rows, all);
                 } else {

@@ -108,6 +108,55 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
     }
 }
 
+// With few rows there are too few sums on their way to keep the units busy, each waiting for its last product. These
+// two do the work of two panels at once; each sum is the same as before.
+template <int ROWS>
+SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    const i64 count = segments.total / segments.steps;
+    for (i64 segment = 0; segment < count; segment += 2, out += 2 * PANEL) {
+        i64 other = segment + 1 < count ? segment + 1 : segment;
+        const u8 *first = segments.starts[segment], *second = segments.starts[other];
+        Fetch fetch_first{segments.fetches[segment], segments.fetch_stride};
+        Fetch fetch_second{segments.fetches[other], segments.fetch_stride};
+        Floats a[ROWS][2], b[ROWS][2];
+        clear(a, rows);
+        clear(b, rows);
+        for (const u32 *at = x, *end = x + segments.steps; at < end; ++at, first += STEP_BYTES, second += STEP_BYTES) {
+            fetch_step(fetch_first);
+            fetch_step(fetch_second);
+            bf16_step(a, first, at, rows);
+            bf16_step(b, second, at, rows);
+        }
+        store_tile(a, out, out_stride, rows);
+        if (other != segment) store_tile(b, out + PANEL, out_stride, rows);
+    }
+}
+
+// Two panels side by side in memory, of one slab: out[r][0..63]. The second half of a segment's lines to fetch begins
+// `steps` steps behind the first.
+template <int ROWS>
+SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    Floats a[ROWS][2], b[ROWS][2];
+    clear(a, rows);
+    clear(b, rows);
+    i64 segment = 0;
+    for (i64 left = segments.total; left > 0; left -= segments.steps, ++segment) {
+        const u8* weights = segments.starts[segment];
+        Fetch fetch_first{segments.fetches[segment], segments.fetch_stride};
+        Fetch fetch_second{segments.fetches[segment] + segments.steps * segments.fetch_stride, segments.fetch_stride};
+        for (const u32* end = x + (left < segments.steps ? left : segments.steps); x < end; ++x, weights += segments.stride) {
+            fetch_step(fetch_first);
+            fetch_step(fetch_second);
+            bf16_step(a, weights, x, rows);
+            bf16_step(b, weights + STEP_BYTES, x, rows);
+        }
+    }
+    store_tile(a, out, out_stride, rows);
+    store_tile(b, out + PANEL, out_stride, rows);
+}
+
 constexpr int SCALE_BYTES = 2 * PANEL;   // of a group of a quantized panel: 32 bf16
 
 // Spans of a quantized panel, whose x lies in one slab. A span is a group, or where a whole row shares its scales the
@@ -187,29 +236,42 @@ SF_LEAF void multiply_levels(const Spans& spans, float* out) {
 using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 using MultiplyLevels = void (*)(const Spans&, float*);
 
-template <int... R>
-SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_bf16<R + 1>...};
-    return table[rows - 1];
-}
-template <int... R>
-SF_INLINE MultiplyBf16 choose_bf16_each(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_bf16_each<R + 1>...};
-    return table[rows - 1];
-}
 template <int BITS, int... R>
 SF_INLINE MultiplyLevels choose_levels(int rows, std::integer_sequence<int, R...>) {
     static constexpr MultiplyLevels table[] = {multiply_levels<BITS, R + 1>...};
     return table[rows - 1];
 }
 
+constexpr int FEW_ROWS = MAX_ROWS / 2;
 constexpr auto ALL_ROWS = std::make_integer_sequence<int, MAX_ROWS>{};
+constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
+
+template <int... R>
+SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyBf16 table[] = {multiply_bf16<R + 1>...};
+    return table[rows - 1];
+}
+template <int... R>
+SF_INLINE MultiplyBf16 choose_two(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyBf16 table[] = {multiply_bf16_two<R + 1>...};
+    return table[rows - 1];
+}
+template <int... R, int... F>
+SF_INLINE MultiplyBf16 choose_each(int rows, std::integer_sequence<int, R...>, std::integer_sequence<int, F...>) {
+    static constexpr MultiplyBf16 of_two[] = {multiply_bf16_each_of_two<F + 1>...};
+    static constexpr MultiplyBf16 of_one[] = {multiply_bf16_each<FEW_ROWS + 1 + R>...};
+    return rows <= FEW_ROWS ? of_two[rows - 1] : of_one[rows - 1 - FEW_ROWS];
+}
 
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     choose_bf16(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
+SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    choose_two(rows, FEW)(x, segments, out, out_stride);
+}
 SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    choose_bf16_each(rows, ALL_ROWS)(x, segments, out, out_stride);
+    constexpr auto many = std::make_integer_sequence<int, MAX_ROWS - FEW_ROWS>{};
+    choose_each(rows, many, FEW)(x, segments, out, out_stride);
 }
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {

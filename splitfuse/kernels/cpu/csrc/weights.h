@@ -8,6 +8,7 @@
 // A weight is scale * level. Rows and columns that fill up the last panel and step are zero, or never stored.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "interface.h"
@@ -57,13 +58,14 @@ SF_INLINE Place place_of(const Weight& w, i64 row) {
     return {unit / LANES, static_cast<int>(unit % LANES) + (row < half ? 0 : LANES)};
 }
 
-SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 columns) {
-    for (i64 k = 0; k + 1 < columns; k += 2) {
+// Columns `begin` to `end` - 1 of a row; `begin` is even.
+SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 begin, i64 end) {
+    for (i64 k = begin; k + 1 < end; k += 2) {
         u32 pair;
         std::memcpy(&pair, row + k, sizeof pair);
         panel[k / 2 * PANEL + column] = pair;
     }
-    if (columns % 2) panel[columns / 2 * PANEL + column] = row[columns - 1];
+    if (end % 2) panel[end / 2 * PANEL + column] = row[end - 1];
 }
 
 // The largest magnitude; NaN if any is NaN or infinite.
@@ -140,12 +142,12 @@ SF_INLINE float int4_error(const Levels& levels, const u16* values, i64 count, f
 // the sign of a scale is part of it, the one of least squared error; then fitted once to the levels it chose. No data
 // but the weights themselves. Figures: docs/decisions/0010-quantization.md.
 SF_INLINE u16 int4_scale(const Levels& levels, const u16* values, i64 count) {
-    constexpr float ENDS[] = {-101, -111, -118, -126, -133, -143, -156, -176};
+    constexpr float ENDS[] = {-108, -123, -140, -165};
     float largest_value = 0.0f;
     for (i64 k = 0; k < count; ++k)
         if (!(std::fabs(widen(values[k])) <= std::fabs(largest_value))) largest_value = widen(values[k]);  // NaN too
     if (largest_value == 0.0f) return 0;
-    u16 best = narrow(largest_value / ENDS[3]);
+    u16 best = narrow(largest_value / ENDS[1]);
     float least = INFINITY, better = 0.0f, refit = 0.0f;
     for (float end : ENDS) {
         u16 scale = narrow(largest_value / end);
@@ -171,36 +173,47 @@ SF_INLINE u16 int4_group(u8* steps, int column, const u16* values, i64 count, co
     return scale;
 }
 
-SF_INLINE void pack_row(const Weight& w, const Shape& s, const Levels& levels, i64 row, const u16* values) {
-    Place place = place_of(w, row);
-    u8* panel = w.data + place.panel * s.panel_bytes;
-    if (w.format == BF16) return pack_bf16_row(reinterpret_cast<u32*>(panel), place.column, values, w.columns);
+SF_INLINE void pack_levels_row(const Weight& w, const Shape& s, const Levels& levels, u8* panel, int column, const u16* values) {
     i64 group = w.group ? w.group : w.columns;
     for (i64 k = 0; k < w.columns; k += group) {
         i64 count = w.columns - k < group ? w.columns - k : group;
         u8* steps = panel + SCALE_BYTES;
-        u16 scale = w.format == INT8 ? int8_group(steps, place.column, values + k, count)
-                                     : int4_group(steps, place.column, values + k, count, levels);
-        reinterpret_cast<u16*>(panel)[place.column] = scale;
+        u16 scale = w.format == INT8 ? int8_group(steps, column, values + k, count)
+                                     : int4_group(steps, column, values + k, count, levels);
+        reinterpret_cast<u16*>(panel)[column] = scale;
         panel = steps + s.group_steps / (w.format == INT4 ? 2 : 1) * STEP_BYTES;
     }
 }
 
 // Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The data is zero before.
 inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
+    constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: their part of it stays in the first cache
     const Shape s = shape_of(w);
     const Levels levels(w.levels);
     // By panels: neighbours in a panel share its lines, and no two threads write the same.
     i64 begin_panel = place_of(w, first).panel, end_panel = place_of(w, first + count - 1).panel + 1;
     if (w.gated) begin_panel = 0, end_panel = s.panels;
     team.share(end_panel - begin_panel, [&](i64 begin, i64 end) {
-        for (i64 panel = begin_panel + begin; panel < begin_panel + end; ++panel)
+        for (i64 panel = begin_panel + begin; panel < begin_panel + end; ++panel) {
+            u8* data = w.data + panel * s.panel_bytes;
+            const u16* rows[PANEL];  // null: not among these
             for (int column = 0; column < PANEL; ++column) {
                 i64 row = !w.gated ? panel * PANEL + column : panel * LANES + column % LANES;
-                if (w.gated && row >= w.rows / 2) continue;
+                bool exists = !w.gated || row < w.rows / 2;
                 if (w.gated && column >= LANES) row += w.rows / 2;
-                if (row >= first && row < first + count) pack_row(w, s, levels, row, source + (row - first) * w.columns);
+                exists = exists && row >= first && row < first + count;
+                rows[column] = exists ? source + (row - first) * w.columns : nullptr;
             }
+            if (w.format == BF16) {
+                for (i64 k = 0; k < w.columns; k += AT_ONCE)
+                    for (int column = 0; column < PANEL; ++column)
+                        if (rows[column])
+                            pack_bf16_row(reinterpret_cast<u32*>(data), column, rows[column], k, std::min(k + AT_ONCE, w.columns));
+            } else {
+                for (int column = 0; column < PANEL; ++column)
+                    if (rows[column]) pack_levels_row(w, s, levels, data, column, rows[column]);
+            }
+        }
     });
 }
 

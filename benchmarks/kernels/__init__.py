@@ -1,0 +1,1 @@
+"""How near the CPU kernels come to what the machine gives."""

@@ -1,0 +1,317 @@
+"""`python -m benchmarks.kernels linear attention step guard`: each kernel and the whole step as a share of the limits.
+
+`linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
+products in registers, as they do when the compiler spills their accumulators. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels.limits import FORMATS, Limits, seconds
+from benchmarks.models import SHAPES, ModelShape
+from splitfuse.config import EngineConfig
+from splitfuse.core.plan import Chunk
+from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu.arguments import Step
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.model_runner import ModelRunner
+
+ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
+STEP_ROWS = (1, 8, 16, 32, 64, 256)
+CONTEXT = 512  # of the requests that generate, in `step`
+LEAST_SHARE = {"bf16": 0.8, "int8": 0.75, "int4/128": 0.65}  # of the dot products, before `guard` calls it a spill
+LARGEST_CACHE = 2**28  # bytes of weights between two readings of the same
+
+Row = dict[str, Any]
+
+
+def linear(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The linear layers of the shape, one after the other, as a layer of the network has them."""
+    shape: ModelShape = SHAPES[arguments.shape]
+    sizes = layer_sizes(shape)
+    for name in arguments.formats:
+        kernels = make_kernels(name, arguments.threads)
+        limits = Limits(kernels)
+        weights = [torch.randn(n, k).mul_(0.02).bfloat16() for n, k in sizes]
+        packed_bytes = sum(kernels.weight_bytes(w.shape, role="qkv", dtype=w.dtype) for w in weights)
+        copies = max(1, -(-LARGEST_CACHE // packed_bytes))
+        layers = [[kernels.pack([w], role="qkv") for w in weights] for _ in range(copies)]
+        for rows in arguments.rows or ROWS:
+            inputs = {k: torch.randn(rows, k).bfloat16() for _, k in sizes}
+            outputs = {n: torch.empty(rows, n) for n, _ in sizes}
+
+            def run(layers: Any = layers, rows: int = rows, inputs: Any = inputs, outputs: Any = outputs) -> None:
+                for layer in layers:
+                    for w in layer:
+                        x, y = inputs[w.columns].data_ptr(), outputs[w.rows].data_ptr()
+                        kernels.library.linear(kernels._workspace, w.address, x, rows, None, None, y)
+
+            operations = 2.0 * rows * sum(n * k for n, k in sizes) * copies
+            timing = limits.compare(
+                run, num_bytes=packed_bytes * copies, operations=operations, int8=name != "bf16", turns=arguments.turns
+            )
+            row = {
+                "format": name,
+                "rows": rows,
+                "ms of a layer": timing.seconds / copies * 1e3,
+                "GB/s": packed_bytes * copies / timing.seconds / 1e9,
+                "Gop/s": operations / timing.seconds / 1e9,
+                "% of limit": timing.share * 100,
+            }
+            if name == "bf16" and arguments.torch:
+                row |= torch_linears(weights, inputs, lambda run=run, copies=copies: seconds(run) / copies)
+            yield row
+
+
+def torch_linears(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], ours: Callable[[], float]) -> Row:
+    """PyTorch's product and oneDNN's with a reordered weight, as multiples of our time, in turns with it."""
+    blocked = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights]
+    plain_ratios, blocked_ratios = [], []
+    for _ in range(3):
+        own = ours()
+        plain_ratios.append(seconds(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights]) / own)
+        pairs = [(inputs[w.shape[1]], b) for w, b in zip(weights, blocked, strict=True)]
+        call = torch.ops.mkldnn._linear_pointwise
+        blocked_ratios.append(seconds(lambda: [call(x, b, None, "none", [], "") for x, b in pairs]) / own)
+    return {"F.linear / ours": sorted(plain_ratios)[1], "oneDNN / ours": sorted(blocked_ratios)[1]}
+
+
+def attention(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Chunks against the dot products, single rows against bandwidth; blocks lie in random places."""
+    shape: ModelShape = SHAPES[arguments.shape]
+    heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.hidden_size // shape.num_heads
+    for int8 in (False, True):
+        kernels = CpuKernels(num_threads=arguments.threads, kv_int8=int8)
+        limits = Limits(kernels)
+        num_blocks = 2 * 4096
+        store = kernels.allocate_kv(
+            num_blocks=num_blocks,
+            block_size=32,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        store.memory.zero_()
+        for requests, rows, context in [(1, 512, 512), (1, 512, 1024), (1, 512, 2048), (1, 512, 4096)] + [
+            (1, 1, 4096),
+            (8, 1, 1024),
+            (32, 1, 1024),
+        ]:
+            q = torch.randn(requests * rows, heads, dim).bfloat16()
+            out = torch.empty_like(q)
+            per_request = context // 32
+            places = torch.randperm(num_blocks, dtype=torch.int32)
+            many = max(1, num_blocks // (requests * per_request)) if rows == 1 else 1
+            steps = [
+                Step(
+                    query_start=torch.arange(0, requests * rows + 1, rows, dtype=torch.int32),
+                    seq_lens=torch.full((requests,), context, dtype=torch.int32),
+                    block_tables=places.roll(-i * requests * per_request)[: requests * per_request].view(requests, -1),
+                    num_tokens=requests * rows,
+                )
+                for i in range(many)
+            ]
+            settings = library.Heads(heads, 0, 0, None, None, 0.0, dim**-0.5, 0.0)
+
+            def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
+                for step in steps:
+                    kernels.library.attend(
+                        kernels._workspace,
+                        step.address,
+                        ctypes.addressof(settings),
+                        store.address,
+                        q.data_ptr(),
+                        None,
+                        0,
+                        out.data_ptr(),
+                    )
+
+            pairs = requests * sum(context - rows + i + 1 for i in range(rows)) * many
+            num_bytes = requests * context * kv_heads * dim * (2 if int8 else 4) * many
+            # Chunks are judged by arithmetic alone and single rows by bandwidth alone
+            timing = limits.compare(
+                run,
+                num_bytes=num_bytes if rows == 1 else 0,
+                operations=4.0 * pairs * heads * dim if rows > 1 else 0,
+                int8=False,
+                turns=arguments.turns,
+            )
+            row = {
+                "cache": "int8" if int8 else "bf16",
+                "requests": requests,
+                "rows each": rows,
+                "context": context,
+                "us": timing.seconds / many * 1e6,
+                "limit": "arithmetic" if rows > 1 else "bandwidth",
+                "% of limit": timing.share * 100,
+            }
+            if not int8 and rows > 1 and arguments.torch:
+                row["sdpa / ours"] = sdpa_ratio(q, kv_heads, context, lambda run=run: seconds(run))
+            yield row
+
+
+def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], float]) -> float:
+    """PyTorch's attention over keys and values that lie side by side, as a multiple of our time."""
+    rows, _, dim = q.shape
+    keys, values = torch.randn(2, 1, kv_heads, context, dim).bfloat16()
+    mask = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
+    query = q.transpose(0, 1).unsqueeze(0)
+
+    def run() -> None:
+        F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+
+    run()
+    return sorted(seconds(run) / ours() for _ in range(3))[1]
+
+
+def step(arguments: argparse.Namespace) -> Iterator[Row]:
+    """A forward pass and the output head: requests that generate one token each, or one prompt."""
+    shape: ModelShape = SHAPES[arguments.shape]
+    for name in arguments.formats:
+        quantization, group = FORMATS[name]
+        settings = {
+            "model": str(arguments.model) if arguments.model else None,
+            "dtype": "bfloat16",
+            "num_threads": arguments.threads,
+            "quantization": quantization,
+            "quantization_group_size": group,
+            "num_blocks": 2048,
+            "max_num_batched_tokens": 1024,
+        }
+        model = load_model(EngineConfig.from_settings(settings))
+        runner, kernels = model.make_runner(), model.decoder.kernels
+        assert isinstance(kernels, CpuKernels)
+        for store in runner.kv_cache.layers:
+            store.memory.zero_()
+        limits = Limits(kernels)
+        spec = model.spec
+        weights = model.plan.weights
+        if not spec.tied_embeddings:
+            weights -= spec.vocab_size * spec.hidden_size * 2
+        linears = spec.num_layers * sum(n * k for n, k in layer_sizes(shape))
+        for rows in arguments.rows or STEP_ROWS:
+            generating = rows <= 32
+            chunks = make_chunks(rows, generating)
+            start = CONTEXT if generating else 0
+            head_rows = len(chunks)
+            kv = head_rows * start * model.plan.block / model.plan.block_size
+            pairs = rows * (start + 1) if generating else rows * (rows + 1) // 2
+            attended = 4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers
+            operations = 2.0 * (rows * linears + head_rows * spec.hidden_size * spec.vocab_size) + attended
+            timing = limits.compare(
+                lambda chunks=chunks: forward(runner, chunks),
+                num_bytes=weights + kv,
+                operations=operations,
+                int8=name != "bf16",
+                turns=arguments.turns,
+            )
+            yield {
+                "format": name,
+                "rows": rows,
+                "kind": "generating" if generating else "a prompt",
+                "ms": timing.seconds * 1e3,
+                "read GB/s": timing.bytes_per_second / 1e9,
+                "dots Gop/s": timing.operations_per_second / 1e9,
+                "% of limit": timing.share * 100,
+            }
+
+
+def make_chunks(rows: int, generating: bool) -> list[Chunk]:
+    if not generating:
+        return [Chunk("prompt", 0, tuple(range(rows)), tuple(range(rows // 32 + 1)), 1, True)]
+    blocks = CONTEXT // 32 + 1
+    return [Chunk(str(i), CONTEXT, (i,), tuple(range(i * blocks, (i + 1) * blocks)), 1, True) for i in range(rows)]
+
+
+def forward(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
+    with torch.inference_mode():
+        return runner.decoder.logits(runner.hidden(chunks))
+
+
+def guard(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Full tiles on a weight that stays in the cache: what is missing then is missing in the micro-kernel."""
+    for name, least in LEAST_SHARE.items():
+        kernels = make_kernels(name, arguments.threads)
+        rows = 14 * 8 if kernels.variant == "avx512" else 2 * 56
+        weight = kernels.pack([torch.randn(512, 1024).bfloat16()], role="qkv")
+        x, y = torch.randn(rows, 1024).bfloat16(), torch.empty(rows, 512)
+
+        def run(weight: Any = weight, x: Any = x, y: Any = y, kernels: Any = kernels, rows: int = rows) -> None:
+            for _ in range(50):
+                kernels.library.linear(kernels._workspace, weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
+
+        operations = 50 * 2.0 * rows * 512 * 1024
+        timing = Limits(kernels).compare(run, num_bytes=0, operations=operations, int8=name != "bf16", turns=5)
+        yield {"format": name, "% of dots": timing.share * 100, "least": least * 100, "ok": timing.share >= least}
+
+
+def layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
+    """[N, K] of the linear layers of a layer."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    dim = hidden // shape.num_heads
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * dim
+    return [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+
+
+def make_kernels(name: str, threads: int) -> CpuKernels:
+    quantization, group = FORMATS[name]
+    return CpuKernels(num_threads=threads, quantization=quantization, group_size=group)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "linear": linear,
+    "attention": attention,
+    "step": step,
+    "guard": guard,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--shape", default="1.1b", choices=SHAPES)
+    parser.add_argument("--model", type=Path, help="the folder of that shape, for step (see benchmarks.models)")
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4/128"], choices=FORMATS)
+    parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, commit {commit}")
+    print(CpuKernels(num_threads=arguments.threads).describe())
+    failed = False
+    for part in arguments.parts:
+        print(f"\n{part}, {arguments.shape}")
+        names: list[str] = []
+        for row in PARTS[part](arguments):
+            if list(row) != names:
+                names = list(row)
+                print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+            print(
+                "| " + " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |",
+                flush=True,
+            )
+            failed |= row.get("ok") is False
+            if arguments.out:
+                with arguments.out.open("a") as out:
+                    out.write(json.dumps({"part": part, "shape": arguments.shape, "commit": commit, **row}) + "\n")
+    sys.exit(failed)
+
+
+main()
