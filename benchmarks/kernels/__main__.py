@@ -57,7 +57,7 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
                 for layer in layers:
                     for w in layer:
                         x, y = inputs[w.columns].data_ptr(), outputs[w.rows].data_ptr()
-                        kernels.library.linear(kernels._workspace, w.address, x, rows, None, None, y)
+                        kernels.library.linear(w.address, x, rows, None, None, y)
 
             operations = 2.0 * rows * sum(n * k for n, k in sizes) * copies
             timing = limits.compare(
@@ -130,7 +130,6 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
                 for step in steps:
                     kernels.library.attend(
-                        kernels._workspace,
                         step.address,
                         ctypes.addressof(settings),
                         store.address,
@@ -252,7 +251,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
 
         def run(weight: Any = weight, x: Any = x, y: Any = y, kernels: Any = kernels, rows: int = rows) -> None:
             for _ in range(50):
-                kernels.library.linear(kernels._workspace, weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
+                kernels.library.linear(weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
 
         operations = 50 * 2.0 * rows * 512 * 1024
         timing = Limits(kernels).compare(run, num_bytes=0, operations=operations, int8=name != "bf16", turns=5)

@@ -55,14 +55,14 @@ class Limits:
 
     def read(self) -> float:
         """Bytes a second."""
-        library, workspace = self._kernels.library, self._kernels._workspace
-        taken = min(seconds(lambda: library.read_all(workspace, self._memory.data_ptr(), READ_BYTES)) for _ in range(3))
+        library = self._kernels.library
+        taken = min(seconds(lambda: library.read_all(self._memory.data_ptr(), READ_BYTES)) for _ in range(3))
         return READ_BYTES / taken
 
     def dots(self, *, int8: bool) -> float:
         """Multiplications and additions a second."""
         kernels = self._kernels
-        taken = min(seconds(lambda: kernels.library.dots_only(kernels._workspace, int8, DOT_ROUNDS)) for _ in range(3))
+        taken = min(seconds(lambda: kernels.library.dots_only(int8, DOT_ROUNDS)) for _ in range(3))
         products = DOT_ROUNDS * LANES_OF_ROUND[kernels.variant] * (4 if int8 else 2) * kernels.num_threads
         return 2 * products / taken
 

@@ -16,20 +16,17 @@ from splitfuse.kernels.reference import Kernels, Weight
 
 
 class PrepackedKernels(Kernels):
-    """Weights of experts stay as they are. `why` says what stood in the way of better kernels."""
-
-    def __init__(self, why: str = "") -> None:
-        self.why = why
+    """Weights of experts stay as they are."""
 
     def describe(self) -> str:
         lost = "no quantization, no int8 KV cache, no equal bits, and a fraction of the speed"
-        return f"PyTorch kernels with oneDNN linears ({lost}): {self.why}"
+        return f"PyTorch kernels with oneDNN linears ({lost})" + (f": {self.why}" if self.why else "")
 
     def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
         return super().weight_bytes(shape, role=role, dtype=dtype) * (2 if role == "head" else 1)
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str) -> Weight:
-        weight = super().pack(pieces, role=role)
+    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
+        weight = super().pack(pieces, role=role, dtype=dtype)
         return weight if weight.dim() == 3 else _Prepacked(weight, keep=role == "head")
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:

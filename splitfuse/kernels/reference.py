@@ -88,7 +88,13 @@ class Network(Protocol):
 
 
 class Kernels:
-    """The reference backend. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D]."""
+    """The reference backend. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D].
+
+    `why` says what stood in the way of faster kernels, if something did.
+    """
+
+    def __init__(self, why: str = "") -> None:
+        self.why = why
 
     def check_block_size(self, block_size: int) -> None:
         """Raise ConfigError for a block size this backend does not take; the reference takes every positive one."""
@@ -114,22 +120,24 @@ class Kernels:
 
     def describe(self) -> str:
         """One line for the start: which kernels, and on what."""
-        return "reference kernels in PyTorch"
+        return "reference kernels in PyTorch" + (f": {self.why}" if self.why else "")
 
     def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
         """Bytes of a weight as it is kept: packed for its role, or "plain" for what is not."""
         del role
         return math.prod(shape) * dtype.itemsize
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
         """A linear weight [N, K], or those of all experts [E, N, K], in the form that `linear`, `gated` or `experts`
-        wants, from the pieces of its rows in their order, which may be maps of files.
+        wants, from the pieces of its rows in their order. They may be maps of files, which are given back afterwards:
+        what is kept must be a copy. `dtype` is what to compute in, if that is not the pieces' own.
 
         `role` is its field of LayerWeights, or "head": what a backend may choose the form by. A packed head is read by
         `embed` too, where the two are one.
         """
         del role
-        return pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)
+        weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)
+        return weight.to(dtype or weight.dtype)
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         """Rows of `table` [vocabulary, C], a tensor or a packed head, for `ids` [T]: [T, C]."""

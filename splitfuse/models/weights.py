@@ -106,8 +106,11 @@ def load_decoder(
         target = outer if parameter.layer is None else layers[parameter.layer]
         role = _role(parameter, spec)
         with read(parameter) as pieces:
-            on_device = [piece.to(device=device, dtype=dtype) for piece in pieces]
-            weight = torch.cat(on_device) if role == PLAIN else kernels.pack(on_device, role=role)
+            on_device = [piece.to(device) for piece in pieces]
+            if role == PLAIN:
+                weight = torch.cat(on_device).to(dtype)
+            else:
+                weight = kernels.pack(on_device, role=role, dtype=dtype)
         target[parameter.name] = weight
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]

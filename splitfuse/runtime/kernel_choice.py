@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from splitfuse.kernels.reference import Kernels
 def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
     """Kernels for a model that is computed in `dtype`.
 
-    Raises ConfigError for settings that contradict each other, KernelError for named kernels that cannot run here.
+    Raises ConfigError for settings that contradict each other or this CPU, KernelError for named kernels that were not
+    compiled.
     """
     wanted = config.model.kernels
     if wanted in ("avx512", "avx2"):
@@ -31,15 +31,19 @@ def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
             why = str(error)
     elif wanted != "auto":
         why = f"kernels={wanted}"
-    for name, value in (("quantization", config.model.quantization), ("kv_cache_dtype", config.cache.kv_cache_dtype)):
+    for name, value in (
+        ("quantization", config.model.quantization),
+        ("kv_cache_dtype", config.cache.kv_cache_dtype),
+        ("num_threads", config.model.num_threads),
+    ):
         if value not in (None, "auto"):
             raise ConfigError(f"{name}={value} needs the C++ kernels, which cannot be used: {why}")
     if wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16):
-        return Kernels()
+        return Kernels(str(why))
     if missing := _onednn_obstacle(config, dtype):
         if wanted == "torch":
             raise ConfigError(f"kernels=torch cannot be used: {missing}")
-        return Kernels()
+        return Kernels(str(why))
     return PrepackedKernels(str(why))
 
 
@@ -80,6 +84,6 @@ def usable_cores(root: Path = Path("/")) -> int:
     cores = torch.get_num_threads()
     try:
         quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, math.floor(int(quota) / int(period))))
+        return min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group, or none that limits ("max")
         return cores

@@ -91,7 +91,6 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFE
         if adjusts:
             scores = _adjusted(scores, [rows[i] for i in members])
             adjusted_best, adjusted_peaks = REFERENCE.argmax(scores)
-            best = [*best]
             for index, token in zip(members, adjusted_best, strict=True):
                 best[index] = token
             for index, fault in _faults(adjusted_peaks).items():

@@ -49,18 +49,13 @@ class CpuKernels(Kernels):
         self.quantization = quantization
         self.group_size = group_size
         self.kv_int8 = kv_int8
-        self.library = Library(self.variant)
-        self._workspace = self.library.create(self.num_threads)
-        if not self._workspace:
-            raise MemoryError("no memory for the kernels' workspace")
-
-    def __del__(self) -> None:
-        if getattr(self, "_workspace", None):
-            self.library.destroy(self._workspace)
-            self._workspace = None
+        choose_format("qkv", quantization, group_size)  # raises, if there is none
+        self.library = Library(self.variant, self.num_threads)
 
     def describe(self) -> str:
-        weights = {None: "bf16", "int8": "int8", "int4": "int4"}[self.quantization]
+        weights = self.quantization or "bf16"
+        if (group := choose_format("qkv", self.quantization, self.group_size).group) is not None:
+            weights += f" in groups of {group}"
         cache = "int8" if self.kv_int8 else "bf16"
         name = {"avx512": "AVX-512 (bf16, VNNI)", "avx2": "AVX2"}[self.variant]
         threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
@@ -107,7 +102,8 @@ class CpuKernels(Kernels):
         count = experts[0] if experts else 1
         return count * int(self.library.weight_bytes(ctypes.byref(self._weight(rows, columns, role))))
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str) -> Any:
+    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Any:
+        del dtype  # bf16 or quantized, whatever it comes in
         if pieces[0].dim() == 3:
             each = [self.pack([piece[expert] for piece in pieces], role=role) for expert in range(len(pieces[0]))]
             return Experts(each)
@@ -120,7 +116,7 @@ class CpuKernels(Kernels):
         for piece in pieces:
             for begin in range(0, len(piece), rows_at_once):  # what is converted exists twice
                 source = piece[begin : begin + rows_at_once].to(torch.bfloat16).contiguous()
-                self.library.pack(self._workspace, ctypes.byref(struct), source.data_ptr(), first, len(source))
+                self.library.pack(ctypes.byref(struct), source.data_ptr(), first, len(source))
                 first += len(source)
         return PackedWeight(struct, memory)
 
@@ -141,14 +137,14 @@ class CpuKernels(Kernels):
         if self.library.check_ids(ids.data_ptr(), len(ids), rows):
             raise IndexError(f"a token id is no row of the embedding table of {rows}")
         out = torch.empty(len(ids), columns)
-        self.library.embed(self._workspace, ids.data_ptr(), len(ids), plain, packed, columns, out.data_ptr())
+        self.library.embed(ids.data_ptr(), len(ids), plain, packed, columns, out.data_ptr())
         return out
 
     def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
         check(scores, torch.float32)
         rows, columns = scores.shape
         ids, peaks = (ctypes.c_int32 * rows)(), (ctypes.c_float * rows)()
-        self.library.argmax(self._workspace, scores.data_ptr(), rows, columns, ids, peaks)
+        self.library.argmax(scores.data_ptr(), rows, columns, ids, peaks)
         return list(ids), list(peaks)
 
     # Layers, one operation at a time
@@ -159,7 +155,7 @@ class CpuKernels(Kernels):
         out = torch.empty_like(x, dtype=torch.bfloat16)
         rows, columns = x.shape
         assert len(weight) == columns
-        self.library.norm(self._workspace, x.data_ptr(), rows, columns, weight.data_ptr(), eps, out.data_ptr())
+        self.library.norm(x.data_ptr(), rows, columns, weight.data_ptr(), eps, out.data_ptr())
         return out
 
     def linear(
@@ -171,16 +167,13 @@ class CpuKernels(Kernels):
         if residual is not None:
             check(residual, torch.float32)
             assert residual.shape == out.shape
-        self._done(
-            self.library.linear(
-                self._workspace,
-                weight.address,
-                x.data_ptr(),
-                len(x),
-                address(bias, weight.rows),
-                None if residual is None else residual.data_ptr(),
-                out.data_ptr(),
-            )
+        self.library.linear(
+            weight.address,
+            x.data_ptr(),
+            len(x),
+            address(bias, weight.rows),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
         )
         return out
 
@@ -188,16 +181,13 @@ class CpuKernels(Kernels):
         check(x, torch.bfloat16)
         assert x.shape[1] == weight.columns and weight.struct.gated
         out = torch.empty(len(x), weight.rows // 2, dtype=torch.bfloat16)
-        self._done(
-            self.library.gated(
-                self._workspace,
-                weight.address,
-                x.data_ptr(),
-                len(x),
-                address(bias, weight.rows),
-                ACTIVATIONS[kind],
-                out.data_ptr(),
-            )
+        self.library.gated(
+            weight.address,
+            x.data_ptr(),
+            len(x),
+            address(bias, weight.rows),
+            ACTIVATIONS[kind],
+            out.data_ptr(),
         )
         return out
 
@@ -226,7 +216,6 @@ class CpuKernels(Kernels):
         heads = heads_of(num_heads, cos, sin, eps=eps)
         q = torch.empty(tokens, num_heads, head_dim, dtype=torch.bfloat16)
         self.library.rope_store(
-            self._workspace,
             step.address,
             ctypes.byref(heads),
             store.address,
@@ -259,17 +248,14 @@ class CpuKernels(Kernels):
         heads = library.Heads(num_heads, 0, 0, None, None, 0.0, scale, softcap or 0.0)
         wide_sinks = None if sinks is None else sinks.float().contiguous()
         out = torch.empty_like(q)
-        self._done(
-            self.library.attend(
-                self._workspace,
-                step.address,
-                ctypes.byref(heads),
-                store.address,
-                q.data_ptr(),
-                None if wide_sinks is None else wide_sinks.data_ptr(),
-                window or 0,
-                out.data_ptr(),
-            )
+        self.library.attend(
+            step.address,
+            ctypes.byref(heads),
+            store.address,
+            q.data_ptr(),
+            None if wide_sinks is None else wide_sinks.data_ptr(),
+            window or 0,
+            out.data_ptr(),
         )
         return out
 
@@ -283,20 +269,17 @@ class CpuKernels(Kernels):
         if self.library.check_ids(ids.data_ptr(), ids.numel(), len(w13.structs)):
             raise IndexError(f"an expert id is none of {len(w13.structs)}")
         out = torch.empty(x.shape)
-        self._done(
-            self.library.experts(
-                self._workspace,
-                x.data_ptr(),
-                len(x),
-                ids.shape[1],
-                ids.data_ptr(),
-                weights.data_ptr(),
-                ctypes.addressof(w13.structs),
-                ctypes.addressof(w2.structs),
-                len(w13.structs),
-                ACTIVATIONS[kind],
-                out.data_ptr(),
-            )
+        self.library.experts(
+            x.data_ptr(),
+            len(x),
+            ids.shape[1],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            ctypes.addressof(w13.structs),
+            ctypes.addressof(w2.structs),
+            len(w13.structs),
+            ACTIVATIONS[kind],
+            out.data_ptr(),
         )
         return out
 
@@ -320,14 +303,8 @@ class CpuKernels(Kernels):
         heads = heads_of(num_heads, cos, sin, eps=norm_eps, scale=scale, softcap=softcap or 0.0)
         return FusedNetwork(
             self.library,
-            self._workspace,
             weights,
             windows=windows,
             activation=ACTIVATIONS[activation],
             heads=heads,
         )
-
-    @staticmethod
-    def _done(failed: int) -> None:
-        if failed:
-            raise RuntimeError("no memory for the kernels' workspace: choose a smaller max_num_batched_tokens")

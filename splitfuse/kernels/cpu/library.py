@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
@@ -117,8 +119,6 @@ class Network(ctypes.Structure):
 
 
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
-    "create": ([c_int32], c_void_p),
-    "destroy": ([c_void_p], None),
     "weight_bytes": ([c_void_p], c_int64),
     "store_bytes": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
@@ -136,23 +136,50 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-class Library:
-    """The functions of one variant: `library.linear(...)` and so on, as csrc/variant.h declares them."""
+NEEDS_MEMORY = {"linear", "gated", "attend", "network", "experts"}  # what can fail, and says so
+PURE = {"weight_bytes", "store_bytes"}  # what works in no workspace
 
-    def __init__(self, variant: str) -> None:
+
+class Library:
+    """The functions of one variant, `library.linear(...)` and so on, as csrc/variant.h declares them, without the
+    workspace that is their first argument: it belongs to this object, and serves one call at a time.
+    """
+
+    def __init__(self, variant: str, num_threads: int) -> None:
         shared = _load()
-        self.variant = variant
+        self.lock = threading.RLock()
+        self._workspace = None
         for name, (arguments, result) in FUNCTIONS.items():
             function = getattr(shared, f"sf_{name}_{variant}")
             function.argtypes, function.restype = arguments, result
-            setattr(self, name, function)
-        self.check_step = shared.sf_check_step
-        self.check_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64]
-        self.check_ids = shared.sf_check_ids
-        self.check_ids.argtypes = [c_void_p, c_int64, c_int64]
+            setattr(self, name, function if name in PURE else self._in_workspace(function, name in NEEDS_MEMORY))
+        shared.sf_check_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64]
+        shared.sf_check_ids.argtypes = [c_void_p, c_int64, c_int64]
+        self.check_step, self.check_ids = shared.sf_check_step, shared.sf_check_ids
+        create = getattr(shared, f"sf_create_{variant}")
+        create.argtypes, create.restype = [c_int32], c_void_p
+        self._destroy = getattr(shared, f"sf_destroy_{variant}")
+        self._destroy.argtypes = [c_void_p]
+        self._workspace = create(num_threads)
+        if self._workspace is None:
+            raise RuntimeError("no memory for the kernels' workspace")
+
+    def __del__(self) -> None:
+        if getattr(self, "_workspace", None) is not None:
+            self._destroy(self._workspace)
 
     def __getattr__(self, name: str) -> Any:  # for type checkers: __init__ sets them all
         raise AttributeError(name)
+
+    def _in_workspace(self, function: Any, needs_memory: bool) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with self.lock:
+                result = function(self._workspace, *arguments)
+            if needs_memory and result:
+                raise RuntimeError("no memory for the kernels' workspace: choose a smaller max_num_batched_tokens")
+            return result
+
+        return call
 
 
 def supported_variants() -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ class FusedNetwork:
     def __init__(
         self,
         kernels: Library,
-        workspace: Any,
         weights: NetworkWeights,
         *,
         windows: Sequence[int | None],
@@ -31,7 +29,6 @@ class FusedNetwork:
         heads: library.Heads,
     ) -> None:
         self._library = kernels
-        self._workspace = workspace
         self._weights = weights  # they own the memory
         self._heads = heads
         self._first_store: weakref.ref[KVStore] | None = None  # weak: a cache that its engine gave up is not kept
@@ -46,6 +43,9 @@ class FusedNetwork:
                 weight: PackedWeight = getattr(layer, name)
                 setattr(entry, name, weight.address)
                 setattr(entry, f"{name}_bias", address(getattr(layer, f"{name}_bias"), weight.rows))
+            hidden = layer.qkv.columns
+            assert layer.o.rows == layer.down.rows == layer.gate_up.columns == hidden
+            assert layer.gate_up.rows == 2 * layer.down.columns and layer.o.columns == head_dim * heads.num_heads
             entry.window = window or 0
             entry.activation = activation
         packed = isinstance(weights.embed, PackedWeight)
@@ -75,15 +75,6 @@ class FusedNetwork:
     ) -> Tensor:
         """The normed hidden states [R, C] of `logit_rows`, in bf16. Raises IndexError for a step that cannot be."""
         check(packed, torch.int32)
-        if self._first_store is None or self._first_store() is not stores[0]:
-            shared = ("num_blocks", "block_size", "num_kv_heads", "head_dim", "int8")
-            for entry, layer, store in zip(self._layers, self._weights.layers, stores, strict=True):
-                assert all(getattr(store.struct, name) == getattr(stores[0].struct, name) for name in shared)
-                heads = self._heads.num_heads + 2 * store.struct.num_kv_heads
-                assert layer.qkv.rows == heads * store.struct.head_dim
-                assert layer.o.columns == self._heads.num_heads * store.struct.head_dim
-                entry.store = store.struct
-            self._first_store = weakref.ref(stores[0])
         sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)
         addresses = list(accumulate((4 * size for size in sizes), initial=packed.data_ptr()))
         assert addresses[-1] + 4 * num_rows == packed.data_ptr() + packed.nbytes
@@ -96,13 +87,15 @@ class FusedNetwork:
             vocabulary=self._network.vocabulary,
         )
         rows = torch.empty(num_rows, self._network.hidden, dtype=torch.bfloat16)
-        failed = self._library.network(
-            self._workspace,
-            ctypes.addressof(step),
-            ctypes.addressof(self._heads),
-            ctypes.addressof(self._network),
-            rows.data_ptr(),
-        )
-        if failed:
-            raise RuntimeError("no memory for the kernels' workspace: choose a smaller max_num_batched_tokens")
+        with self._library.lock:  # engines that share a network take turns with its table
+            if self._first_store is None or self._first_store() is not stores[0]:
+                for entry, store in zip(self._layers, stores, strict=True):
+                    entry.store = store.struct
+                self._first_store = weakref.ref(stores[0])
+            self._library.network(
+                ctypes.addressof(step),
+                ctypes.addressof(self._heads),
+                ctypes.addressof(self._network),
+                rows.data_ptr(),
+            )
         return rows

@@ -37,6 +37,6 @@ def choose_format(role: str, quantization: str | None, group_size: int | None) -
         raise ConfigError(f"quantization_group_size must be {sizes} for {quantization}, not {group_size}")
     if quantization == "int8":
         return WeightFormat(INT8, group_size)
-    if role == "head":  # in int4 it alone costs more than all layers together; tied, it is the embedding too
+    if role == "head":  # in int4 it alone would cost nearly as much as all layers; tied, it is the embedding too
         return WeightFormat(INT8)
     return WeightFormat(INT4, group_size or INT4_GROUP)

@@ -53,9 +53,9 @@ inline void argmax(Team& team, const float* scores, i64 rows, i64 columns, i32* 
             Floats most = broadcast(-INFINITY), poison = broadcast(0.0f);
             for (i64 c = 0; c < columns; c += LANES) {
                 Floats value = columns - c < LANES ? load(x + c, static_cast<int>(columns - c)) : load(x + c);
+                poison = poison + (value - value);  // NaN for NaN and the infinities
                 if (columns - c < LANES) value = between(0, static_cast<int>(columns - c), value, broadcast(-INFINITY));
                 most = max(value, most);
-                poison = poison + (value - value);  // NaN for NaN and the infinities
             }
             float peak = highest(most);
             if (std::isnan(sum(poison)))

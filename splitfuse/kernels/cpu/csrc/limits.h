@@ -42,9 +42,10 @@ SF_LEAF float dots_only(i64 rounds) {
     alignas(64) u8 bytes[3 * 64] = {1, 2, 3, 4};
     Packed a = load_packed(bytes), b = load_packed(bytes + 64), x = load_packed(bytes + 128);
     Accumulator acc[MAX_ROWS][2];
-    volatile u8 unlike[sizeof acc];  // or the compiler would compute one for all
-    for (size_t i = 0; i < sizeof acc; ++i) unlike[i] = static_cast<u8>(i / sizeof(Accumulator) % 64);
-    for (size_t i = 0; i < sizeof acc; ++i) reinterpret_cast<u8*>(acc)[i] = unlike[i];
+    // Each begins with another number that the compiler does not know, or it would compute one for all.
+    volatile u8 number = 1;
+    for (auto& row : acc)
+        for (Accumulator& each : row) std::memset(&each, number++, sizeof each);
     for (i64 i = 0; i < rounds; ++i) dots(acc, a, b, x, rows);
     float total = 0.0f;
     for (auto& row : acc) {

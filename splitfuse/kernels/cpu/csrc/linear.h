@@ -156,12 +156,13 @@ SF_INLINE Fetch fetch_for(const u8* panel, i64 panel_bytes, i64 index, i64 count
     return {panel + panel_bytes + index * (panel_bytes / 2), STEP_BYTES / 2};
 }
 
-SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, i64 part, i64 parts, const Output& out) {
+// One panel and one block of rows, the `index`-th of the `count` that meet it in a row.
+SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, i64 index, i64 count, const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
-    Fetch fetch = fetch_for(data, s.panel_bytes, part, parts);
+    Fetch fetch = fetch_for(data, s.panel_bytes, index, count);
     const u32* words = x.block_words(block);
     if (w.format == BF16) {
         multiply(rows, words, Segments{&data, &fetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, fetch.stride}, tile, PANEL);
@@ -174,15 +175,15 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
         }
         for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
             i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
-            i64 x_steps = std::min(s.span_steps, in_slab), count = in_slab / x_steps, span = at / s.span_steps;
-            i64 steps = count * x_steps / (w.format == INT4 ? 2 : 1);
+            i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
+            i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
             const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            Spans spans{place, data, scales, w.levels, count, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, fetch, at > 0};
+            Spans spans{place, data, scales, w.levels, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, fetch, at > 0};
             if (w.format == INT8) multiply<8>(rows, spans, tile);
             else multiply<4>(rows, spans, tile);
-            data += steps * STEP_BYTES + (whole_rows ? 0 : count * SCALE_BYTES);
+            data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
             fetch.from += steps * fetch.stride;
-            at += count * x_steps;
+            at += num_spans * x_steps;
         }
     }
     for (int r = 0; r < rows; ++r) {

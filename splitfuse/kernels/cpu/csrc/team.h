@@ -12,12 +12,11 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Counters of work already claimed: one for each sharing in a row, as a thread may be in the next before all left the
-// last. The one after the next is cleared, which nobody can be in.
+// Counters of work already claimed, in turns: every sharing ends with a barrier, so that while one is in use the other,
+// of the sharing before, is free to be cleared for the next.
 struct Claims {
-    static constexpr int COUNT = 4;
     struct alignas(64) Counter { std::atomic<i64> next{0}; };
-    Counter counters[COUNT];
+    Counter counters[2];
 };
 
 class Team {
@@ -41,8 +40,8 @@ class Team {
             if (units > 0) body(i64{0}, units);
             return;
         }
-        std::atomic<i64>& next = claims_.counters[round_ % Claims::COUNT].next;
-        if (rank == 0) claims_.counters[(round_ + 2) % Claims::COUNT].next.store(0, std::memory_order_relaxed);
+        std::atomic<i64>& next = claims_.counters[round_ % 2].next;
+        if (rank == 0) claims_.counters[(round_ + 1) % 2].next.store(0, std::memory_order_relaxed);
         ++round_;
         i64 begin = next.load(std::memory_order_relaxed);
         while (begin < units) {

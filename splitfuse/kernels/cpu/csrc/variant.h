@@ -23,7 +23,11 @@ i32 guarded(Body body) {
     }
 }
 
-SF_EXPORT(void*, create)(i32 num_threads) { return new (std::nothrow) Workspace(num_threads); }
+SF_EXPORT(void*, create)(i32 num_threads) {
+    Workspace* work = nullptr;
+    guarded([&] { work = new Workspace(num_threads); });
+    return work;
+}
 SF_EXPORT(void, destroy)(void* work) { delete static_cast<Workspace*>(work); }
 
 SF_EXPORT(i64, weight_bytes)(const Weight* w) {

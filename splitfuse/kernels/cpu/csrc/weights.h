@@ -5,7 +5,7 @@
 //   int8   for each group [32 bf16 scales][steps][32 rows] words of four levels, each + 128
 //   int4   for each group [32 bf16 scales][steps][32 rows] words of eight nibbles: the low ones four neighbours in K,
 //          the high ones the next four; a nibble names one of 16 levels
-// A weight is scale * level. Rows and columns that fill up the last panel and step are zero, or never stored.
+// A weight is scale * level. What fills up the last panel and the last step meets zeros of x, or is never stored.
 #pragma once
 
 #include <algorithm>
@@ -86,6 +86,7 @@ SF_INLINE u16 narrow_up(float value) {
 }
 
 SF_INLINE int rounded(float value, int most) {
+    if (std::isnan(value)) return 0;  // its scale is NaN already
     int level = static_cast<int>(std::nearbyint(value));
     return level > most ? most : level < -most ? -most : level;
 }
@@ -145,7 +146,8 @@ SF_INLINE u16 int4_scale(const Levels& levels, const u16* values, i64 count) {
     constexpr float ENDS[] = {-108, -123, -140, -165};
     float largest_value = 0.0f;
     for (i64 k = 0; k < count; ++k)
-        if (!(std::fabs(widen(values[k])) <= std::fabs(largest_value))) largest_value = widen(values[k]);  // NaN too
+        if (std::fabs(widen(values[k])) > std::fabs(largest_value)) largest_value = widen(values[k]);
+    if (std::isnan(largest(values, count))) return narrow(NAN);  // no number in, none out
     if (largest_value == 0.0f) return 0;
     u16 best = narrow(largest_value / ENDS[1]);
     float least = INFINITY, better = 0.0f, refit = 0.0f;
