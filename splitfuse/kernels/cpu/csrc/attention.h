@@ -286,7 +286,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     bool split = false;
     for (const Item& item : items) split |= item.partial >= 0;
 
-    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end) {
+    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
         alignas(64) u32 queries[MAX_ROWS * SLAB_STRIDE];
         alignas(64) float tile_values[MAX_ROWS * MOST_HEAD_DIM], all_values[MAX_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
@@ -328,7 +328,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
         }
     });
     if (!split) return;
-    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end) {
+    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
         alignas(64) float all_values[MAX_ROWS * MOST_HEAD_DIM];
         Partial all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {

@@ -10,7 +10,7 @@ constexpr i64 READ_RUN = 1 << 16;  // bytes
 
 // Reads all of `data`, `bytes` of it, and does nothing else with it.
 inline void read_all(Team& team, const u8* data, i64 bytes) {
-    team.share(bytes / READ_RUN, [&](i64 begin, i64 end) {
+    team.share(bytes / READ_RUN, [&](i64 begin, i64 end, i64) {
         const float* last = reinterpret_cast<const float*>(data + end * READ_RUN);
         Floats a = broadcast(0.0f), b = a, c = a, d = a;
         for (const float* p = reinterpret_cast<const float*>(data + begin * READ_RUN); p < last; p += 4 * LANES) {

@@ -148,21 +148,23 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
     else store_bf16(at, value, count);
 }
 
-// What block `index` of the `count` that a panel meets in a row fetches: the only one its own panel, ahead of use, as it
-// streams from memory; of several the first two half of the next panel each, as theirs is near.
-SF_INLINE Fetch fetch_for(const u8* panel, i64 panel_bytes, i64 index, i64 count) {
-    if (count == 1) return {panel + AHEAD, STEP_BYTES};
-    if (index >= 2) return {panel, 0};
-    return {panel + panel_bytes + index * (panel_bytes / 2), STEP_BYTES / 2};
+// What block `index` of the `count` that a panel meets in a row fetches. The only one: its own panel, ahead of use, as it
+// streams from memory. Of several the first, if nobody has fetched this panel: the same. The next two half of the next
+// panel each, or one all of it, as their own is near.
+SF_INLINE Fetch fetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 index, i64 count, bool cold) {
+    if (count == 1 || (cold && index == 0)) return {panel + AHEAD, STEP_BYTES};
+    i64 turn = index - cold, turns = count - cold;
+    if (!next || turn >= 2) return {panel, 0};
+    if (turns == 1) return {next, STEP_BYTES};
+    return {next + turn * (panel_bytes / 2), STEP_BYTES / 2};
 }
 
-// One panel and one block of rows, the `index`-th of the `count` that meet it in a row.
-SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, i64 index, i64 count, const Output& out) {
+// One panel and one block of rows.
+SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Fetch fetch, const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
-    Fetch fetch = fetch_for(data, s.panel_bytes, index, count);
     const u32* words = x.block_words(block);
     if (w.format == BF16) {
         multiply(rows, words, Segments{&data, &fetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, fetch.stride}, tile, PANEL);
@@ -208,12 +210,22 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
     Shape s = shape_of(w);
     i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
     if (parts > x.blocks) parts = x.blocks;
-    team.share(s.panels * parts, [&](i64 begin, i64 end) {
+    bool first_run = true;  // of this thread: what it reads, nobody has fetched
+    team.share(s.panels * parts, [&](i64 begin, i64 end, i64 next_run) {
+        bool cold = first_run;
         for (i64 unit = begin; unit < end; ++unit) {
             i64 panel = unit / parts, part = unit % parts;
+            i64 next_unit = unit + 1 < end ? unit + 1 : next_run;
+            const u8* data = w.data + panel * s.panel_bytes;
+            const u8* next = next_unit >= 0 && next_unit / parts != panel ? w.data + next_unit / parts * s.panel_bytes : nullptr;
             i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
-            for (i64 block = first; block < last; ++block) multiply_panel(x, w, s, panel, block, block - first, last - first, out);
+            for (i64 block = first; block < last; ++block) {
+                Fetch fetch = fetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
+                multiply_panel(x, w, s, panel, block, fetch, out);
+            }
+            cold = false;
         }
+        first_run = false;
     });
 }
 

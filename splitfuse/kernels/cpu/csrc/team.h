@@ -32,25 +32,22 @@ class Team {
         }
     }
 
-    // Calls body(begin, end) for contiguous runs of 0 .. units - 1, each claimed by whoever is free: long runs first,
-    // single units at the end. Static halves would wait for a core that is busy with something else.
+    // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by whoever is free: long runs
+    // first, single units at the end. Static halves would wait for a core that is busy with something else. A run is
+    // claimed one ahead, so that `next`, its first unit, can be fetched meanwhile; -1: there is none.
     template <class Body>
     void share(i64 units, Body body) {
         if (size == 1) {
-            if (units > 0) body(i64{0}, units);
+            if (units > 0) body(i64{0}, units, i64{-1});
             return;
         }
         std::atomic<i64>& next = claims_.counters[round_ % 2].next;
         if (rank == 0) claims_.counters[(round_ + 1) % 2].next.store(0, std::memory_order_relaxed);
         ++round_;
-        i64 begin = next.load(std::memory_order_relaxed);
-        while (begin < units) {
-            i64 run = (units - begin) / (3 * size);
-            i64 end = begin + (run > 1 ? run : 1);
-            if (next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
-                body(begin, end);
-                begin = next.load(std::memory_order_relaxed);
-            }
+        for (Run run = claim(next, units); run.begin < units;) {
+            Run following = claim(next, units);
+            body(run.begin, run.end, following.begin < units ? following.begin : i64{-1});
+            run = following;
         }
         barrier();
     }
@@ -64,6 +61,18 @@ class Team {
     }
 
   private:
+    struct Run { i64 begin, end; };
+
+    Run claim(std::atomic<i64>& next, i64 units) const {
+        i64 begin = next.load(std::memory_order_relaxed), end;
+        do {
+            if (begin >= units) return {units, units};
+            i64 length = (units - begin) / (3 * size);
+            end = begin + (length > 1 ? length : 1);
+        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return {begin, end};
+    }
+
     Claims& claims_;
     int round_ = 0;
 };

@@ -195,7 +195,7 @@ inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 
     // By panels: neighbours in a panel share its lines, and no two threads write the same.
     i64 begin_panel = place_of(w, first).panel, end_panel = place_of(w, first + count - 1).panel + 1;
     if (w.gated) begin_panel = 0, end_panel = s.panels;
-    team.share(end_panel - begin_panel, [&](i64 begin, i64 end) {
+    team.share(end_panel - begin_panel, [&](i64 begin, i64 end, i64) {
         for (i64 panel = begin_panel + begin; panel < begin_panel + end; ++panel) {
             u8* data = w.data + panel * s.panel_bytes;
             const u16* rows[PANEL];  // null: not among these
