@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from backends import poison
 from torch import Tensor
 
 from splitfuse.models.decoder import Decoder
@@ -52,7 +53,7 @@ class Runner:
             kernels=decoder.kernels,
         )
         for store in self.cache.layers:
-            store.fill_(float("nan"))
+            poison(store)
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
 

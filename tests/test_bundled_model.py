@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import variants
 from exam import count_right, held_out_problems
 from stories import ANSWERS
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,14 @@ def test_it_answers_from_the_passage_and_only_from_it(pipe: splitfuse.Pipeline) 
     assert max(len(pipe.tokenizer.encode(problem.passage)) for problem in problems) > 900
     assert count_right(pipe, problems) >= 0.95 * NUM_PROBLEMS
     assert count_right(pipe, problems, with_passage=False) <= 0.05 * NUM_PROBLEMS
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("variant", variants()[:1])
+def test_it_still_answers_when_it_is_quantized(variant: str, quantization: str) -> None:
+    pipe = splitfuse.pipeline(max_num_batched_tokens=512, kernels=variant, quantization=quantization)
+    problems = list(held_out_problems(NUM_PROBLEMS, lambda text: len(pipe.tokenizer.encode(text)) - 1))
+    assert count_right(pipe, problems) >= {"int8": 0.94, "int4": 0.9}[quantization] * NUM_PROBLEMS
 
 
 def test_there_are_many_possible_answers() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from backends import why_not
 from readable_answers import PROMPT
 
 import splitfuse
@@ -283,11 +284,26 @@ def test_plan_memory_prints_need_and_have_and_loads_nothing(run: Run, tmp_path: 
     (tmp_path / "config.json").symlink_to(BUNDLED_MODEL / "config.json")
     ended = run("plan-memory", "--model", tmp_path, "--num-blocks", 100)
     assert (ended.status, ended.err) == (0, "")
-    assert [line.split()[0] for line in ended.out.splitlines()][3:5] == ["need", "have"]
+    assert [line.split()[0] for line in ended.out.splitlines()][4:6] == ["need", "have"]
     assert "100 blocks of 32: 3200 tokens" in ended.out
     run("plan-memory", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
     run("plan-memory", "--device", "meta").assert_mistake("device 'meta' cannot be used")
     run("plan-memory", "--model", "/no/such/folder").assert_mistake("there is no folder /no/such/folder")
+
+
+def test_quantization_and_kernels_are_flags(run: Run) -> None:
+    prompt = '{"prompt": "Once upon a time", "max_new_tokens": 3}'
+    wrong = "--quantization", "int8", "--dtype", "float32"
+    run("generate", "hi", *wrong).assert_mistake("quantization=int8 needs the C++ kernels", "set dtype=bfloat16")
+    run("plan-memory", *wrong).assert_mistake("quantization=int8 needs the C++ kernels")
+    run("plan-memory", "--kernels", "torch", "--kv-cache-dtype", "int8").assert_mistake("kv_cache_dtype=int8 needs")
+    if why := why_not("avx2"):
+        pytest.skip(why)
+    for flags in (["--quantization", "int4"], ["--kv-cache-dtype", "int8", "--num-threads", 1], ["--kernels", "avx2"]):
+        ended = run("generate", *flags, stdin=prompt)
+        assert ended.status == 0 and len(ended.answers[0]["token_ids"]) == 3
+    planned = run("plan-memory", "--quantization", "int8", "--kv-cache-dtype", "int8", "--num-blocks", 9)
+    assert planned.out.splitlines()[0].endswith("weights int8, KV cache int8")
 
 
 def test_dummy_weights_need_a_config_alone(run: Run, tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ def test_a_setting_like_none_is_refused_with_the_list() -> None:
         ("kv_cache_memory_gib", float("inf"), "kv_cache_memory_gib must be a positive number, not inf"),
         ("kv_cache_memory_gib", "1", "kv_cache_memory_gib must be float or None, not '1'"),
         ("enable_prefix_caching", 1, "enable_prefix_caching must be bool, not 1"),
+        ("quantization", "fp8", "quantization must be one of int8, int4, not 'fp8'"),
+        ("quantization", 8, "quantization must be str or None, not 8"),
+        ("quantization_group_size", 64, "quantization_group_size needs a quantization: int8 or int4"),
+        ("quantization_group_size", "64", "quantization_group_size must be int or None, not '64'"),
+        ("kernels", "cuda", "kernels must be one of auto, avx512, avx2, torch, reference, not 'cuda'"),
+        ("kernels", None, "kernels must be str, not None"),
+        ("num_threads", 0, "num_threads must be at least 1, not 0"),
+        ("num_threads", "2", "num_threads must be int or None, not '2'"),
+        ("kv_cache_dtype", "int4", "kv_cache_dtype must be one of auto, int8, not 'int4'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -> None:
@@ -81,6 +90,15 @@ def test_a_whole_number_is_a_number() -> None:
 def test_the_cache_has_one_size() -> None:
     with pytest.raises(ConfigError, match=r"num_blocks and kv_cache_memory_gib .* give one of them"):
         EngineConfig.from_settings({"num_blocks": 1, "kv_cache_memory_gib": 1.0})
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_group_sizes_of_a_quantization(quantization: str) -> None:
+    for size in (None, 64, 128):  # which of them int8 takes is for the kernels to say
+        config = EngineConfig.from_settings({"quantization": quantization, "quantization_group_size": size})
+        assert config.model.quantization_group_size == size
+    with pytest.raises(ConfigError, match="quantization_group_size must be 64 or 128, not 32"):
+        EngineConfig.from_settings({"quantization": quantization, "quantization_group_size": 32})
 
 
 def test_settings_are_frozen() -> None:

@@ -44,7 +44,7 @@ def test_linear(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Non
     for row in range(rows):
         for out in range(outputs):
             naive[row, out] = sum(float(x[row, i]) * float(weight[out, i]) for i in range(inputs))
-    packed = kernels.pack(weight)
+    packed = kernels.pack([weight], role="o")
     assert_near(kernels.linear(x, packed), naive, dtype)
     assert_near(kernels.linear(x, packed, bias), naive + bias.double(), dtype)
     assert_near(kernels.linear(x, packed, bias, residual), naive + bias.double() + residual.double(), dtype)
@@ -117,7 +117,11 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
             gate_up = w13[expert].double() @ x[token].double()
             inside = [silu(float(gate_up[i])) * float(gate_up[inner + i]) for i in range(inner)]
             naive[token] += weight * (w2[expert].double() @ torch.tensor(inside, dtype=torch.float64))
-    assert_near(kernels.experts(x, ids, weights, kernels.pack(w13), kernels.pack(w2), "silu"), naive, dtype)
+    assert_near(
+        kernels.experts(x, ids, weights, kernels.pack([w13], role="w13"), kernels.pack([w2], role="w2"), "silu"),
+        naive,
+        dtype,
+    )
 
 
 def test_experts_do_not_see_other_tokens() -> None:

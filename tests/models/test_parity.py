@@ -1,4 +1,6 @@
-"""Every family against transformers: logits of whole and of split prompts, greedy tokens, shards, low precision."""
+"""Every family against transformers: logits of whole and of split prompts, greedy tokens, shards, low precision, the
+C++ kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from backends import variants
 from ragged_requests import Request, Runner
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.hub import load_spec
@@ -19,10 +23,12 @@ from splitfuse.models.weights import load_decoder
 
 PROMPT_LENGTHS = (1, 9, 20, 37)
 NUM_GENERATED = 16
+CPU = torch.device("cpu")
+CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2**-9) a dozen times a layer
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device("cpu"), kernels=Kernels())
+def load(folder: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=kernels or Kernels())
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -46,10 +52,10 @@ def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([token_ids])).logits[0]
 
 
-def assert_close(request: Request, oracle: Tensor) -> None:
+def assert_close(request: Request, oracle: Tensor, tolerance: float = 1e-4) -> None:
     ours = torch.stack(request.logits)
     assert ours.shape == oracle.shape
-    assert (ours - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+    assert (ours - oracle).abs().max() <= tolerance * oracle.abs().max()
 
 
 @pytest.fixture(scope="session", params=tiny_models.VARIANTS)
@@ -87,6 +93,39 @@ def test_greedy_tokens(pair: tuple[PreTrainedModel, Decoder]) -> None:
                 torch.tensor([prompt]), max_new_tokens=NUM_GENERATED, do_sample=False, pad_token_id=0
             )
             assert request.token_ids == expected[0].tolist()
+
+
+@pytest.mark.parametrize("family", tiny_models.VARIANTS)
+@pytest.mark.parametrize("variant", variants())
+def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
+    """In bf16, near to transformers in fp32 with the same bf16 weights; and the same bits whole and split."""
+    model = tiny_models.save(family, tmp_path)
+    model.bfloat16().float()
+    if hasattr(model.model, "rotary_emb"):  # its table is no weight, and is fp32 with ours
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2))
+    whole = [Request(prompt) for prompt in prompts(0)]
+    Runner(decoder, block_size=32).step([(request, request.num_pending) for request in whole])
+    for request in whole:
+        assert_close(request, oracle_logits(model, request.token_ids), CPP_TOLERANCE)
+    for block_size in (32, 64):
+        split = [Request(prompt) for prompt in prompts(0)]
+        Runner(decoder, block_size=block_size).run_split(split, random.Random(block_size))
+        for ours, wanted in zip(split, whole, strict=True):
+            assert torch.equal(torch.stack(ours.logits), torch.stack(wanted.logits))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("variant", variants())
+def test_cpp_kernels_quantized(variant: str, quantization: str, tmp_path: Path) -> None:
+    """Random weights are the hardest to quantize, and three layers add up: near means the same network, no more."""
+    model = tiny_models.save("qwen3", tmp_path)
+    decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2, quantization=quantization))
+    request = Request(prompts(0)[3])
+    Runner(decoder, block_size=32).run_split([request], random.Random(0))
+    ours, oracle = torch.stack(request.logits), oracle_logits(model, request.token_ids)
+    likeness = torch.cosine_similarity(ours, oracle, dim=-1)
+    assert likeness.mean() >= {"int8": 0.998, "int4": 0.9}[quantization]
 
 
 def test_sharded_checkpoint_is_the_same_network(tmp_path: Path) -> None:

@@ -28,6 +28,18 @@ def test_tensors_of_a_mixed_step() -> None:
         [5, 6],
     ]
     assert batch.logit_rows.tolist() == [3, 4, 5]
+    assert (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows) == (6, 3, 3, 3)
+
+
+def test_a_step_is_one_tensor_with_its_parts_in_their_order() -> None:
+    batch = RaggedBatch.build([Chunk(2, (10, 11), (4, 2), 1), Chunk(0, (9,), (7,), 1)], block_size=2, device=CPU)
+    parts = (
+        *(batch.ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens),
+        *(batch.block_tables, batch.logit_rows),
+    )
+    assert batch.packed.tolist() == [number for part in parts for number in part.flatten().tolist()]
+    assert batch.packed.dtype == torch.int32
+    assert batch.packed.is_contiguous()
 
 
 def test_an_empty_step() -> None:
@@ -42,4 +54,5 @@ def test_an_empty_step() -> None:
         batch.logit_rows,
     ):
         assert tensor.numel() == 0
-    assert batch.ids.dtype == torch.int64
+    assert (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows) == (0, 0, 0, 0)
+    assert batch.packed.tolist() == [0]

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from backends import variants
 from ragged_requests import Request, Runner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
+from splitfuse.kernels.cpu.arguments import PackedWeight
+from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.reference import Kernels, Weight
 from splitfuse.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.decoder import Decoder
@@ -51,6 +56,14 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) ->
     return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=Kernels(), **options)
 
 
+class Packing(Kernels):
+    """Keeps of a weight only what it was told: its role, and the shapes of its pieces."""
+
+    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
+        assert dtype == torch.float32
+        return role, [tuple(piece.shape) for piece in pieces]
+
+
 def rewrite(folder: Path, changes: dict[str, Tensor | None]) -> None:
     """Replace, add or (None) remove tensors of the single file."""
     tensors: dict[str, Tensor | None] = {**load_file(folder / SINGLE_FILE), **changes}
@@ -82,15 +95,19 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
 
 
 def test_linear_weights_pass_through_pack_and_others_do_not(folder: Path) -> None:
-    class Packing(Kernels):
-        def pack(self, weight: Tensor) -> Weight:
-            return ("packed", tuple(weight.shape))
-
-    spec = load_spec(folder)
-    weights = load_decoder(folder, spec, dtype=torch.float32, device=CPU, kernels=Packing()).weights
+    weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, kernels=Packing()).weights
     layer = weights.layers[0]
-    assert [w[0] for w in (weights.head, layer.qkv, layer.o, layer.gate_up, layer.down)] == ["packed"] * 5
+    assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
+    assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
+    assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
     assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
+
+
+def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
+    tiny_models.save("llama-tied-wide-heads", tmp_path)
+    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.float32, device=CPU, kernels=Packing()).weights
+    assert weights.embed is weights.head
+    assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
 
 
 def test_weights_do_not_alias_the_file(folder: Path) -> None:
@@ -132,8 +149,23 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
 def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
     model = tiny_models.save(variant, tmp_path)
     count = sum(weight.numel() for weight in model.parameters())
-    assert weight_bytes(load_spec(tmp_path), torch.float32) == 4 * count
-    assert weight_bytes(load_spec(tmp_path), torch.bfloat16) == 2 * count
+    assert weight_bytes(load_spec(tmp_path), torch.float32, Kernels()) == 4 * count
+    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, Kernels()) == 2 * count
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama-biases-gelu", "llama-tied-wide-heads", "qwen3-biases-layer-types"])
+@pytest.mark.parametrize("variant", variants())
+def test_weight_bytes_is_what_the_cpp_kernels_keep(
+    variant: str, family: str, quantization: str | None, tmp_path: Path
+) -> None:
+    tiny_models.save(family, tmp_path)
+    kernels = CpuKernels(variant=variant, num_threads=1, quantization=quantization)
+    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.bfloat16, device=CPU, kernels=kernels).weights
+    each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
+    kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | PackedWeight)}
+    total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
+    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, kernels) == total
 
 
 @pytest.mark.parametrize("variant", ["llama-biases-gelu", "qwen3-biases-layer-types", "qwen2-tied-upper-windows"])

@@ -13,7 +13,7 @@ from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.runtime.loading import parse_device
-from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory
+from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
 
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM",
@@ -90,8 +90,19 @@ def test_an_open_length_is_lowered_to_what_the_cache_holds() -> None:
 
 def test_the_plan_prints_need_and_have() -> None:
     lines = str(plan(FIXED + 100 * BLOCK, num_blocks=40)).splitlines()
-    assert [line.split()[0] for line in lines] == ["weights", "activations", "KV", "need", "have", "longest"]
-    assert lines[2].endswith("40 blocks of 32: 1280 tokens")
+    assert lines[0] == Kernels().describe()
+    assert [line.split()[0] for line in lines[1:]] == ["weights", "activations", "KV", "need", "have", "longest"]
+    assert lines[3].endswith("40 blocks of 32: 1280 tokens")
+
+
+def test_resident_memory_is_what_the_system_says(tmp_path: Path) -> None:
+    measured = resident_memory()
+    assert measured is None or 2**20 < measured < 2**40
+    (tmp_path / "proc/self").mkdir(parents=True)
+    assert resident_memory(tmp_path) is None
+    for content, found in (("Name:\tpython\nRssAnon:\t    12 kB\n", 12 * 1024), ("Name:\tpython\n", None)):
+        (tmp_path / "proc/self/status").write_text(content)
+        assert resident_memory(tmp_path) == found
 
 
 def test_a_length_that_the_model_does_not_have_is_refused() -> None:

@@ -1,0 +1,202 @@
+"""The kernel backends that the suites run over, as pytest parameters. One that this machine cannot run is skipped, with
+the reason; which it is must be seen, so none is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitfuse.errors import KernelError
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
+from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.reference import Kernels, Store
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Kernels, the dtypes that they want, and how near to the exact result they promise to be."""
+
+    kernels: Kernels
+    narrow: torch.dtype
+    """Of weights, norms and biases, and of what products and attention read."""
+    wide: torch.dtype
+    """Of the residual stream, and of what products give that is no activation."""
+    sums: float
+    """Largest error of a sum of products, as a share of the sum of the products' magnitudes."""
+    attention: float
+    """The same of attention, as a share of the weighted sum of the values' magnitudes."""
+
+    def near(self, ours: Tensor, exact: Tensor, magnitude: Tensor, *, share: float | None = None) -> None:
+        """Assert it of a result, which may be rounded to its dtype once more."""
+        assert ours.shape == exact.shape
+        bound = torch.finfo(ours.dtype).eps * exact.abs() + (self.sums if share is None else share) * magnitude
+        error = (ours.double() - exact).abs()
+        assert not error.isnan().any()
+        worst = (error / bound.clamp_min(1e-300)).max() if error.numel() else torch.zeros(())
+        assert worst <= 1, f"off by {float(worst):.3g} times what is allowed"
+
+
+def _reference(dtype: torch.dtype, share: float) -> Callable[[], Backend]:
+    return lambda: Backend(Kernels(), dtype, dtype, share, share)
+
+
+def _prepacked() -> Backend:
+    # Everything between two operations is rounded to bf16: 2**-9 each time, a few times within one.
+    return Backend(PrepackedKernels(), torch.bfloat16, torch.bfloat16, 2**-6, 2**-7)
+
+
+def _compiled(variant: str) -> Backend:
+    # fp32 sums of at most a few thousand exact products, 2**-24 for each addition, which cancel; softmax weights are
+    # rounded to bf16 (2**-9), and so are the keys that rope_store turned.
+    return Backend(CpuKernels(variant=variant, num_threads=2), torch.bfloat16, torch.float32, 2e-6, 2**-7)
+
+
+MAKERS: dict[str, Callable[[], Backend]] = {
+    "reference-float64": _reference(torch.float64, 1e-13),
+    "reference-float32": _reference(torch.float32, 2e-6),
+    "torch": _prepacked,
+    **{variant: functools.partial(_compiled, variant) for variant in VARIANTS},
+}
+
+
+@functools.cache
+def make_backend(name: str) -> Backend:
+    """The backend of that name, the same one at every call."""
+    return MAKERS[name]()
+
+
+def why_not(variant: str) -> str | None:
+    """Why this machine cannot run a variant of the C++ kernels."""
+    try:
+        return None if variant in supported_variants() else f"this CPU cannot run the {variant} kernels"
+    except KernelError as error:
+        return str(error)
+
+
+def variants(*values: Any, id: str | None = None) -> list[Any]:  # noqa: A002 - pytest's name for it
+    """Parameters (variant, *values) for all C++ variants."""
+    return [
+        pytest.param(*(variant, *values), id=variant if id is None else f"{variant}-{id}", marks=_runnable(variant))
+        for variant in VARIANTS
+    ]
+
+
+def _runnable(name: str) -> list[pytest.MarkDecorator]:
+    why = why_not(name) if name in VARIANTS else None
+    if name == "torch" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        why = "PyTorch's oneDNN does not multiply bf16 on this CPU"
+    return [pytest.mark.skip(reason=why)] if why else []
+
+
+BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
+
+
+# --- blocked keys and values ------------------------------------------------------------------------------------------
+
+
+def poison(store: Store) -> None:
+    """Fill a store with NaN: in every format that there is, bytes of ones are NaN or a number that stands out."""
+    memory = store if isinstance(store, Tensor) else store.memory
+    memory.view(torch.uint8).fill_(0xFF)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Keys and values [length, Hk, D] of some requests on the grid of bf16, and the blocks that are theirs."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    block_tables: Tensor
+    block_size: int
+    num_blocks: int
+
+    @classmethod
+    def random(cls, lengths: Sequence[int], *, block_size: int, num_kv_heads: int, head_dim: int) -> Requests:
+        def grid(length: int) -> Tensor:
+            return torch.randn(length, num_kv_heads, head_dim).bfloat16().double()
+
+        counts = [-(-length // block_size) for length in lengths]
+        num_blocks = sum(counts) + 2
+        order = torch.randperm(num_blocks, dtype=torch.int32)
+        tables = torch.zeros(len(lengths), max(counts, default=0), dtype=torch.int32)
+        for row, part in zip(tables, order[: sum(counts)].split(counts) if counts else (), strict=True):
+            row[: len(part)] = part
+        return cls([grid(n) for n in lengths], [grid(n) for n in lengths], tables, block_size, num_blocks)
+
+    def slots(self, request: int, begin: int, end: int) -> Tensor:
+        """Where the positions begin to end - 1 of a request lie."""
+        positions = torch.arange(begin, end)
+        return self.block_tables[request, positions // self.block_size] * self.block_size + positions % self.block_size
+
+    def store(self, backend: Backend, *, pieces: int = 7) -> Store:
+        """A store of NaN with these keys and values, written through `rope_store`, unturned, `pieces` of them at first
+        and ever more.
+        """
+        num_kv_heads, head_dim = self.keys[0].shape[1:]
+        store = backend.kernels.allocate_kv(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=backend.narrow,
+            device=CPU,
+        )
+        poison(store)
+        for request, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            begin, step = 0, pieces
+            while begin < len(keys):
+                end = min(begin + step, len(keys))
+                begin, step, span = end, 2 * step + 1, slice(begin, end)
+                rows = torch.cat((torch.zeros_like(keys[span]), keys[span], values[span]), dim=1).flatten(1)
+                slots = self.slots(request, span.start, span.stop)
+                backend.kernels.rope_store(
+                    rows.to(backend.wide),
+                    positions=torch.zeros(len(rows), dtype=torch.int32),
+                    slot_mapping=slots.int(),
+                    cos=torch.empty(1, 0),
+                    sin=torch.empty(1, 0),
+                    store=store,
+                    num_heads=num_kv_heads,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
+                )
+        return store
+
+
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the last n positions of one request see, exactly: q [n, H, D], keys and values [L, Hk, D], all in fp64.
+
+    Returns [n, H, D], and the same with the magnitudes of the values.
+    """
+    (rows, num_heads, _), length = q.shape, len(keys)
+    group = num_heads // keys.shape[1]
+    keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+    scores = torch.einsum("nhd,lhd->hnl", q, keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(length - rows, length).unsqueeze(1) - torch.arange(length)
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, rows, 1)), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :length]
+    return torch.einsum("hnl,lhd->nhd", weights, values), torch.einsum("hnl,lhd->nhd", weights, values.abs())

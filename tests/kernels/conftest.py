@@ -1,0 +1,15 @@
+"""Every test of kernels begins with the same random numbers."""
+
+import pytest
+import torch
+from backends import BACKENDS, Backend, make_backend
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return make_backend(request.param)

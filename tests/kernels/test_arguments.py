@@ -1,0 +1,326 @@
+"""What the C++ kernels are not made to compute: every number that could lead them out of their memory is refused, and
+tensors that are not what an address promises are our own bugs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backends import CPU, variants
+from torch import Tensor
+
+from splitfuse.errors import ConfigError, KernelError
+from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu.kernels import MOST_HEAD_DIM, CpuKernels
+from splitfuse.kernels.cpu.library import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
+from splitfuse.kernels.reference import LayerWeights, NetworkWeights, Store
+
+POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
+GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32
+    "ids": [0, 10, 5, 5],
+    "positions": [32, 33, 34, 31],
+    "slot_mapping": [0, 1, 2, 127],
+    "query_start": [0, 3, 4],
+    "seq_lens": [35, 32],
+    "block_tables": [[2, 0], [3, 0]],
+    "logit_rows": [2, 3],
+}
+BROKEN = [  # the rule, and what of GOOD is replaced
+    (1, {"positions": [32, -1, 34, 31]}),
+    (1, {"positions": [32, 33, 34, POSITIONS]}),
+    (1, {"positions": [2**31 - 1, 33, 34, 31]}),
+    (2, {"slot_mapping": [0, 1, 2, BLOCKS * BLOCK_SIZE]}),
+    (2, {"slot_mapping": [-2, 1, 2, 3]}),
+    (3, {"query_start": [1, 3, 4]}),
+    (3, {"query_start": [0, 3, 3]}),
+    (3, {"query_start": [0, 3, 5]}),
+    (3, {"query_start": [0, 5, 4]}),
+    (3, {"query_start": [0, -1, 4]}),
+    (4, {"seq_lens": [2, 32]}),
+    (4, {"seq_lens": [35, 0]}),
+    (4, {"seq_lens": [35, -5]}),
+    (4, {"seq_lens": [65, 32]}),
+    (4, {"seq_lens": [2**31 - 1, 32]}),
+    (5, {"block_tables": [[2, 0], [BLOCKS, 0]]}),
+    (5, {"block_tables": [[2, -1], [3, 0]]}),
+    (6, {"ids": [0, VOCABULARY, 5, 5]}),
+    (6, {"ids": [0, 1, 5, -1]}),
+    (7, {"logit_rows": [2, 4]}),
+    (7, {"logit_rows": [-1, 3]}),
+]
+CASES = [
+    pytest.param(*case.values, number, rule, changes, id=f"{case.id}-rule-{rule}-{number}", marks=case.marks)
+    for number, (rule, changes) in enumerate(BROKEN)
+    for case in variants()
+]
+
+
+def store_of(kernels: CpuKernels, **changes: Any) -> Store:
+    shape = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_dim": 16} | changes
+    return kernels.allocate_kv(dtype=torch.bfloat16, device=CPU, **shape)
+
+
+def network_of(kernels: CpuKernels) -> Callable[..., Tensor]:
+    """One layer of two heads of 16, as one call of a step's parts."""
+
+    def linear(role: str, *rows: int, columns: int) -> Any:
+        return kernels.pack([torch.randn(n, columns) for n in rows], role=role)
+
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    layer = LayerWeights(
+        attn_norm=ones,
+        qkv=linear("qkv", 32, 16, 16, columns=HIDDEN),
+        o=linear("o", HIDDEN, columns=32),
+        mlp_norm=ones,
+        gate_up=linear("gate_up", 48, 48, columns=HIDDEN),
+        down=linear("down", HIDDEN, columns=48),
+    )
+    head = linear("head", VOCABULARY, columns=HIDDEN)
+    fused = kernels.fuse(
+        NetworkWeights(embed=head, layers=(layer,), norm=ones, head=head),
+        windows=(None,),
+        activation="silu",
+        norm_eps=1e-5,
+        cos=torch.ones(POSITIONS, 8),
+        sin=torch.zeros(POSITIONS, 8),
+        num_heads=2,
+        scale=1.0,
+        softcap=None,
+    )
+    assert fused is not None
+
+    def compute(store: Store, parts: dict[str, Any]) -> Tensor:
+        packed = torch.cat([torch.tensor(part, dtype=torch.int32).flatten() for part in parts.values()])
+        sizes = {"num_tokens": 4, "num_requests": 2, "table_width": 2, "num_rows": len(parts["logit_rows"])}
+        return fused([store], packed, **sizes)
+
+    return compute
+
+
+def rope_store(kernels: CpuKernels, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
+    options: dict[str, Any] = {
+        "positions": torch.tensor(parts["positions"]),
+        "slot_mapping": torch.tensor(parts["slot_mapping"]),
+        "cos": torch.ones(POSITIONS, 8),
+        "sin": torch.zeros(POSITIONS, 8),
+        "store": store,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 16,
+    }
+    return kernels.rope_store(torch.randn(4, 64), **options | changes)
+
+
+def attend(kernels: CpuKernels, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
+    named = {name: torch.tensor(parts[name]) for name in ("query_start", "seq_lens", "block_tables")}
+    options: dict[str, Any] = {"q": torch.randn(4, 2, 16).bfloat16(), "store": store, "scale": 1.0}
+    return kernels.attend(**options | named | changes)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_good_step_is_computed(variant: str) -> None:
+    kernels = CpuKernels(variant=variant, num_threads=1)
+    store = store_of(kernels)
+    assert rope_store(kernels, store, GOOD).shape == attend(kernels, store, GOOD).shape == (4, 2, 16)
+    assert network_of(kernels)(store, GOOD).shape == (2, HIDDEN)
+
+
+def test_every_rule_is_broken_once() -> None:
+    assert {rule for rule, _ in BROKEN} == set(BROKEN_RULES)
+
+
+@pytest.mark.parametrize(("variant", "number", "rule", "changes"), CASES)
+def test_a_step_that_leads_out_of_memory_is_refused(
+    variant: str, number: int, rule: int, changes: dict[str, Any]
+) -> None:
+    del number
+    kernels = CpuKernels(variant=variant, num_threads=1)
+    store, broken = store_of(kernels), GOOD | changes
+    before = store.memory.clone()
+    with pytest.raises(IndexError) as refusal:
+        network_of(kernels)(store, broken)
+    assert str(refusal.value) == f"a step that cannot be computed: {BROKEN_RULES[rule]}"
+    for operation, rules in ((rope_store, (1, 2)), (attend, (3, 4, 5))):
+        if rule in rules:
+            with pytest.raises(IndexError) as refusal:
+                operation(kernels, store, broken)
+            assert str(refusal.value) == f"a step that cannot be computed: {BROKEN_RULES[rule]}"
+    assert torch.equal(store.memory, before)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_blocks_beyond_the_length_of_a_request_may_be_anything(variant: str) -> None:
+    kernels = CpuKernels(variant=variant, num_threads=1)
+    attend(kernels, store_of(kernels), GOOD | {"block_tables": [[2, 0], [3, 10**6]]})
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("ids", [[0, VOCABULARY], [-1], [2**31 - 1]])
+def test_ids_outside_the_table(variant: str, ids: list[int]) -> None:
+    kernels = CpuKernels(variant=variant, num_threads=1)
+    table = torch.randn(VOCABULARY, HIDDEN).bfloat16()
+    for each in (table, kernels.pack([table], role="head")):
+        with pytest.raises(IndexError, match="a token id is no row of the embedding"):
+            kernels.embed(torch.tensor(ids), each)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("expert", [-1, 3])
+def test_experts_that_there_are_not(variant: str, expert: int) -> None:
+    kernels = CpuKernels(variant=variant, num_threads=1)
+    packed = kernels.pack([torch.randn(3, 32, 16)], role="w13"), kernels.pack([torch.randn(3, 16, 16)], role="w2")
+    x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
+    with pytest.raises(IndexError, match="an expert id is none of 3"):
+        kernels.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, *packed, "silu")
+
+
+WRONG: dict[str, Callable[[CpuKernels], object]] = {
+    "linear-of-fp32": lambda k: k.linear(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role="o")),
+    "linear-of-other-width": lambda k: k.linear(torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role="o")),
+    "linear-of-columns": lambda k: k.linear(torch.randn(16, 2).bfloat16().T, k.pack([torch.randn(4, 16)], role="o")),
+    "linear-with-fp32-bias": lambda k: k.linear(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), torch.randn(4)
+    ),
+    "linear-with-short-bias": lambda k: k.linear(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), torch.randn(3).bfloat16()
+    ),
+    "linear-with-bf16-residual": lambda k: k.linear(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, torch.randn(2, 4).bfloat16()
+    ),
+    "linear-with-short-residual": lambda k: k.linear(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, torch.randn(1, 4)
+    ),
+    "linear-of-a-gated-weight": lambda k: k.linear(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="gate_up")
+    ),
+    "gated-of-a-plain-weight": lambda k: k.gated(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, "silu"
+    ),
+    "gated-of-fp32": lambda k: k.gated(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role="gate_up"), None, "silu"),
+    "norm-of-bf16": lambda k: k.norm(torch.randn(2, 16).bfloat16(), torch.ones(16).bfloat16(), 1e-5),
+    "norm-with-fp32-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(16), 1e-5),
+    "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(15).bfloat16(), 1e-5),
+    "embed-of-fp32": lambda k: k.embed(torch.tensor([0]), torch.randn(3, 16)),
+    "argmax-of-bf16": lambda k: k.argmax(torch.randn(2, 16).bfloat16()),
+    "argmax-of-columns": lambda k: k.argmax(torch.randn(16, 2).T),
+    "experts-of-fp32": lambda k: k.experts(
+        torch.randn(1, 16),
+        torch.tensor([[0]]),
+        torch.ones(1, 1),
+        k.pack([torch.randn(1, 8, 16)], role="w13"),
+        k.pack([torch.randn(1, 16, 4)], role="w2"),
+        "silu",
+    ),
+    "attend-of-fp32": lambda k: attend(k, store_of(k), GOOD, q=torch.randn(4, 2, 16)),
+    "attend-of-other-heads": lambda k: attend(k, store_of(k, head_dim=32), GOOD),
+    "attend-of-heads-that-are-not-shared-evenly": lambda k: attend(k, store_of(k, num_kv_heads=3), GOOD),
+    "attend-with-too-few-sinks": lambda k: attend(k, store_of(k), GOOD, sinks=torch.zeros(1)),
+    "attend-with-other-requests": lambda k: attend(k, store_of(k), GOOD, seq_lens=torch.tensor([35, 32, 1])),
+    "attend-with-fewer-tables": lambda k: attend(k, store_of(k), GOOD, block_tables=torch.tensor([[2, 0]])),
+    "rope-store-with-fewer-slots": lambda k: rope_store(k, store_of(k), GOOD, slot_mapping=torch.tensor([1, 2])),
+    "rope-store-with-fewer-positions": lambda k: rope_store(
+        k, store_of(k), GOOD, positions=torch.tensor([1]), slot_mapping=torch.tensor([1])
+    ),
+    "rope-store-with-other-heads": lambda k: rope_store(k, store_of(k, head_dim=32), GOOD),
+    "rope-store-with-other-kv-heads": lambda k: rope_store(k, store_of(k, num_kv_heads=2), GOOD),
+    "rope-store-with-wide-tables": lambda k: rope_store(
+        k, store_of(k), GOOD, cos=torch.ones(POSITIONS, 9), sin=torch.ones(POSITIONS, 9)
+    ),
+    "rope-store-with-bf16-tables": lambda k: rope_store(
+        k, store_of(k), GOOD, cos=torch.ones(POSITIONS, 8).bfloat16(), sin=torch.ones(POSITIONS, 8).bfloat16()
+    ),
+    "rope-store-with-unequal-tables": lambda k: rope_store(k, store_of(k), GOOD, sin=torch.ones(POSITIONS - 1, 8)),
+    "rope-store-with-a-short-norm": lambda k: rope_store(k, store_of(k), GOOD, q_norm=torch.ones(8).bfloat16()),
+    "packing-pieces-of-other-widths": lambda k: k.pack([torch.randn(4, 16), torch.randn(4, 15)], role="qkv"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("variant", variants())
+def test_tensors_that_are_not_as_promised(variant: str, what: str) -> None:
+    with pytest.raises(AssertionError):
+        WRONG[what](CpuKernels(variant=variant, num_threads=1))
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("size", [-32, 0, 1, 16, 31, 33, 48, 100])
+def test_block_sizes(variant: str, size: int) -> None:
+    kernels = CpuKernels(variant=variant)
+    for good in (32, 64, 96, 1024):
+        kernels.check_block_size(good)
+    with pytest.raises(ConfigError, match=f"block_size must be a multiple of 32 for the CPU kernels, not {size}"):
+        kernels.check_block_size(size)
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        store_of(kernels, block_size=size)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_heads_that_are_too_large(variant: str) -> None:
+    kernels = CpuKernels(variant=variant)
+    store_of(kernels, head_dim=MOST_HEAD_DIM)
+    with pytest.raises(ConfigError, match="heads of 513 are too large for the CPU kernels, which take 512"):
+        store_of(kernels, head_dim=MOST_HEAD_DIM + 1)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_more_memory_than_there_is(variant: str) -> None:
+    with pytest.raises(RuntimeError, match="no memory for"):
+        store_of(CpuKernels(variant=variant), num_blocks=10**12)
+
+
+# --- which library, which variant -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_kernels_say_what_they_are(variant: str) -> None:
+    name = {"avx512": "AVX-512 (bf16, VNNI)", "avx2": "AVX2"}[variant]
+    assert CpuKernels(variant=variant, num_threads=1).describe() == (
+        f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
+    )
+    described = CpuKernels(variant=variant, num_threads=3, quantization="int4", kv_int8=True).describe()
+    assert described == f"C++ kernels: {name}, 3 threads; weights int4 in groups of 64, KV cache int8"
+
+
+@pytest.fixture
+def other_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes another file the library, until the test ends."""
+
+    def name(path: Path) -> None:
+        monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", str(path))
+        library._load.cache_clear()
+        monkeypatch.setattr(library, "_load", library._load.__wrapped__)
+
+    return name
+
+
+def test_no_library(other_library: Callable[[Path], None], tmp_path: Path) -> None:
+    other_library(tmp_path / "absent.so")
+    for refused in (supported_variants, choose_variant, CpuKernels):
+        with pytest.raises(KernelError, match=r"the C\+\+ kernels were not compiled .*: installing needs a C\+\+ comp"):
+            refused()
+
+
+def test_a_file_that_is_no_library(other_library: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"\x7fELF nothing")
+    other_library(tmp_path / "broken.so")
+    with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be loaded"):
+        CpuKernels()
+
+
+def test_a_cpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "supported_variants", lambda: ())
+    with pytest.raises(KernelError, match="this CPU has neither AVX-512"):
+        choose_variant()
+
+
+def test_the_best_variant_is_chosen_and_another_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (VARIANTS, VARIANTS[1:]):
+        monkeypatch.setattr(library, "supported_variants", lambda supported=supported: supported)
+        assert choose_variant() == supported[0]
+        assert choose_variant("avx2") == "avx2"
+    with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
+        choose_variant("avx512")

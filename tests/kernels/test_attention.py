@@ -1,0 +1,299 @@
+"""Keys and values written by `rope_store` and read by `attend`, on every backend, against dense attention in fp64.
+
+Stores are full of NaN before, so that what was not written shows as soon as it is touched. Where the C++ kernels may
+err is in positions: blocks of 32 tokens (pieces), tiles of 512 keys, 14 or 2 rows (token, head of the group) at once,
+threads that share a long request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from backends import CPU, Backend, Requests, attention, poison
+from torch import Tensor
+
+from splitfuse.kernels.reference import Kernels, Store
+
+
+def attend(
+    backend: Backend, q: Tensor, store: Store, requests: Requests, chunks: Sequence[tuple[int, int]], **options: Any
+) -> Tensor:
+    """`chunks`: (positions before, tokens) of each request; q [all tokens, H, D]."""
+    return backend.kernels.attend(
+        q.to(backend.narrow),
+        store,
+        query_start=torch.tensor([0, *accumulate(count for _, count in chunks)], dtype=torch.int32),
+        seq_lens=torch.tensor([before + count for before, count in chunks], dtype=torch.int32),
+        block_tables=requests.block_tables,
+        **options,
+    )
+
+
+def check(
+    backend: Backend,
+    chunks: Sequence[tuple[int, int]],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 32,
+    **options: Any,
+) -> None:
+    requests = Requests.random(
+        [before + count for before, count in chunks], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim
+    )
+    q = torch.randn(sum(count for _, count in chunks), heads, head_dim).bfloat16().double()
+    options.setdefault("scale", 1.3 * head_dim**-0.5)
+    ours = attend(backend, q, requests.store(backend), requests, chunks, **options)
+    assert ours.dtype == backend.narrow
+    starts = [0, *accumulate(count for _, count in chunks)]
+    for (begin, end), keys, values in zip(pairwise(starts), requests.keys, requests.values, strict=True):
+        exact, magnitude = attention(q[begin:end], keys, values, **options)
+        backend.near(ours[begin:end], exact, magnitude, share=backend.attention)
+
+
+MIXED = [(0, 1), (0, 37), (12, 1), (31, 2), (63, 1), (100, 29), (510, 5), (600, 1)]
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 16, 31, 33, 64, 80, 96, 128])
+@pytest.mark.parametrize("block_size", [32, 64, 96])
+def test_head_sizes(backend: Backend, head_dim: int, block_size: int) -> None:
+    check(backend, MIXED, head_dim=head_dim, block_size=block_size)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3), (7, 1), (14, 2), (8, 1), (20, 1), (32, 4)])
+def test_groups(backend: Backend, heads: int, kv_heads: int) -> None:
+    check(backend, [(0, 9), (40, 1), (3, 2), (500, 20)], heads=heads, kv_heads=kv_heads, head_dim=16)
+
+
+def test_the_largest_heads(backend: Backend) -> None:
+    check(backend, [(0, 40), (70, 1)], heads=2, kv_heads=1, head_dim=512)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 31, 32, 33, 300, 513, 5000])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_caps_and_sinks(backend: Backend, window: int | None, softcap: float | None, sinks: bool) -> None:
+    column = torch.tensor([-3.0, 0.0, 2.5, 8.0]) if sinks else None
+    check(backend, MIXED, window=window, softcap=softcap, sinks=column, head_dim=32)
+
+
+@pytest.mark.parametrize("window", [None, 50, 700])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([(before, 1)], id=f"one-token-after-{before}")
+        for before in (31, 32, 510, 511, 512, 513, 1022, 1023, 1024, 1025, 1535, 1600)
+    ]
+    + [
+        pytest.param([(before, count)], id=f"{count}-tokens-after-{before}")
+        for before, count in [(0, 1100), (509, 7), (511, 3), (1, 600), (1023, 2), (900, 300), (1535, 65)]
+    ]
+    + [pytest.param([(1030, 1), (0, 3), (515, 1), (1540, 9), (2, 1)], id="several")],
+)
+def test_long_contexts(backend: Backend, chunks: list[tuple[int, int]], window: int | None) -> None:
+    check(backend, chunks, heads=2, kv_heads=1, head_dim=16, window=window)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0, 100.0])
+def test_flat_and_sharp_scores(backend: Backend, scale: float) -> None:
+    """With large scores one key takes all, and which one must be right to the last digit of the score."""
+    requests = Requests.random([700], block_size=32, num_kv_heads=1, head_dim=32)
+    q = (torch.randn(3, 2, 32) * 2).round().double()  # whole numbers: scores of halves are exact everywhere
+    for keys in requests.keys:
+        keys.copy_((keys * 2).round() / 2)
+    ours = attend(backend, q, requests.store(backend), requests, [(697, 3)], scale=scale)
+    exact, magnitude = attention(q, requests.keys[0], requests.values[0], scale=scale)
+    backend.near(ours, exact, magnitude, share=backend.attention)
+
+
+def test_no_requests(backend: Backend) -> None:
+    requests = Requests.random([5], block_size=32, num_kv_heads=1, head_dim=8)
+    empty = Requests(requests.keys, requests.values, requests.block_tables[:0], 32, requests.num_blocks)
+    assert attend(backend, torch.empty(0, 2, 8), requests.store(backend), empty, [], scale=1.0).shape == (0, 2, 8)
+
+
+def test_a_request_without_tokens_is_passed_over(backend: Backend) -> None:
+    requests = Requests.random([40, 7, 70], block_size=32, num_kv_heads=1, head_dim=16)
+    q, store = torch.randn(6, 2, 16).bfloat16().double(), requests.store(backend)
+    ours = attend(backend, q, store, requests, [(36, 4), (7, 0), (68, 2)], scale=0.2)
+    for rows, request in ((slice(4), 0), (slice(4, 6), 2)):
+        exact, magnitude = attention(q[rows], requests.keys[request], requests.values[request], scale=0.2)
+        backend.near(ours[rows], exact, magnitude, share=backend.attention)
+
+
+# --- rope_store -------------------------------------------------------------------------------------------------------
+
+
+def turned(x: Tensor, weight: Tensor | None, eps: float, angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, heads, D], normed and rotated by angles [T, rotary_dim / 2], in fp64; a norm is rounded to `dtype`."""
+    if weight is not None:
+        normed = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+        x = normed.to(dtype).double() if dtype == torch.bfloat16 else normed
+    half = angles.shape[1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    z = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    return torch.cat((z.real, z.imag, rest), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary_dim"),
+    [
+        (4, 2, 64, 64),
+        (2, 2, 2, 2),
+        (3, 1, 7, 4),
+        (1, 1, 1, 0),
+        (7, 1, 33, 32),
+        (8, 1, 80, 20),
+        (2, 1, 96, 96),
+        (6, 3, 128, 64),
+        (2, 1, 66, 66),
+    ],
+)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_rotated_and_normed(
+    backend: Backend, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, normed: bool, block_size: int
+) -> None:
+    """Queries come back turned; keys go to the store turned, values as they are: seen through `attend`."""
+    length, eps = 45, 0.02
+    requests = Requests.random([length], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim)
+    positions = torch.randperm(100)[:length]
+    angles = torch.rand(100, rotary_dim // 2, dtype=torch.float64) * 6
+    q_norm, k_norm = (torch.randn(head_dim).bfloat16().double() for _ in range(2)) if normed else (None, None)
+    qkv = torch.randn(length, heads + 2 * kv_heads, head_dim).bfloat16().double()
+    store = backend.kernels.allocate_kv(
+        num_blocks=requests.num_blocks,
+        block_size=block_size,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=backend.narrow,
+        device=CPU,
+    )
+    poison(store)
+    # The tables are fp32, or kernels in fp64 would get other angles than those of the formula.
+    table = torch.float64 if backend.wide == torch.float64 else torch.float32
+    q = backend.kernels.rope_store(
+        qkv.flatten(1).to(backend.wide),
+        positions=positions.int(),
+        slot_mapping=requests.slots(0, 0, length).int(),
+        cos=angles.cos().to(table),
+        sin=angles.sin().to(table),
+        store=store,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        q_norm=None if q_norm is None else q_norm.to(backend.narrow),
+        k_norm=None if k_norm is None else k_norm.to(backend.narrow),
+        eps=eps,
+    )
+    q_in, k_in, values = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    exact_q = turned(q_in, q_norm, eps, angles[positions], backend.narrow)
+    assert q.dtype == backend.narrow
+    # One rounding is in the last unit; the other, of a norm that rounds the other way, reaches both halves of a pair.
+    backend.near(q, exact_q, exact_q.norm(dim=-1, keepdim=True), share=max(backend.sums, torch.finfo(q.dtype).eps / 2))
+    keys = turned(k_in, k_norm, eps, angles[positions], backend.narrow).to(backend.narrow).double()
+    ours = attend(backend, q, store, requests, [(0, length)], scale=head_dim**-0.5)
+    exact, magnitude = attention(q.double(), keys, values, scale=head_dim**-0.5)
+    backend.near(ours, exact, magnitude, share=2 * backend.attention)
+
+
+def bits(store: Store) -> Tensor:
+    memory = store if isinstance(store, Tensor) else store.memory
+    return memory.view(torch.uint8).flatten().clone()
+
+
+@pytest.mark.parametrize("head_dim", [16, 33, 128])
+def test_slot_minus_one_is_written_nowhere(backend: Backend, head_dim: int) -> None:
+    requests = Requests.random([50], block_size=32, num_kv_heads=2, head_dim=head_dim)
+    store = requests.store(backend)
+    before = bits(store)
+    options: dict[str, Any] = {
+        "cos": torch.empty(1, 0),
+        "sin": torch.empty(1, 0),
+        "store": store,
+        "num_heads": 3,
+        "num_kv_heads": 2,
+        "head_dim": head_dim,
+    }
+    rows = torch.randn(9, 7 * head_dim).bfloat16().to(backend.wide)
+    nowhere, zeros = torch.full((9,), -1, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    q = backend.kernels.rope_store(rows, positions=zeros, slot_mapping=nowhere, **options)
+    assert torch.equal(bits(store), before)
+    assert torch.equal(q.to(backend.wide), rows.view(9, 7, head_dim)[:, :3])
+    # Some of both: those that are written are as if they were alone.
+    slots = torch.tensor([-1, 4, 5, -1, 9, -1, 10, 13, -1], dtype=torch.int32) + 32 * int(requests.block_tables[0, 0])
+    slots = torch.where(nowhere.eq(slots.new_tensor([-1, 0, 0, -1, 0, -1, 0, 0, -1])), nowhere, slots)
+    backend.kernels.rope_store(rows, positions=zeros, slot_mapping=slots, **options)
+    mixed, written = bits(store), slots >= 0
+    again = requests.store(backend)
+    backend.kernels.rope_store(
+        rows[written], positions=zeros[written], slot_mapping=slots[written], **{**options, "store": again}
+    )
+    assert not torch.equal(mixed, before)
+    q = torch.randn(1, 3 * 2, head_dim)
+    outputs = [attend(backend, q, each, requests, [(49, 1)], scale=0.3) for each in (store, again)]
+    assert torch.equal(*outputs)
+
+
+def test_writing_again_replaces(backend: Backend) -> None:
+    """A block comes back from another request: what it holds is replaced position by position."""
+    old = Requests.random([64], block_size=32, num_kv_heads=2, head_dim=48)
+    new = Requests(
+        [torch.randn(41, 2, 48).bfloat16().double()],
+        [torch.randn(41, 2, 48).bfloat16().double()],
+        old.block_tables,
+        32,
+        old.num_blocks,
+    )
+    store = old.store(backend)
+    width = 2 * 48
+    for begin, end in pairwise([0, 1, 2, 3, 6, 7, 32, 33, 40, 41]):
+        span = slice(begin, end)
+        backend.kernels.rope_store(
+            torch.cat(
+                (torch.zeros(end - begin, width), new.keys[0][span].flatten(1), new.values[0][span].flatten(1)), 1
+            ).to(backend.wide),
+            positions=torch.zeros(end - begin, dtype=torch.int32),
+            slot_mapping=new.slots(0, begin, end).int(),
+            cos=torch.empty(1, 0),
+            sin=torch.empty(1, 0),
+            store=store,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=48,
+        )
+        q = torch.randn(1, 4, 48).bfloat16().double()
+        ours = attend(backend, q, store, new, [(end - 1, 1)], scale=0.2)
+        exact, magnitude = attention(q, new.keys[0][:end], new.values[0][:end], scale=0.2)
+        backend.near(ours, exact, magnitude, share=backend.attention)
+
+
+def test_no_tokens_are_written(backend: Backend) -> None:
+    requests = Requests.random([3], block_size=32, num_kv_heads=1, head_dim=8)
+    store = requests.store(backend)
+    before, none = bits(store), torch.empty(0, dtype=torch.int32)
+    q = backend.kernels.rope_store(
+        torch.empty(0, 4 * 8, dtype=backend.wide),
+        positions=none,
+        slot_mapping=none,
+        cos=torch.ones(3, 4),
+        sin=torch.ones(3, 4),
+        store=store,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    assert q.shape == (0, 2, 8)
+    assert torch.equal(bits(store), before)
+
+
+def test_only_the_cpu_kernels_are_particular_about_block_sizes(backend: Backend) -> None:
+    backend.kernels.check_block_size(32)
+    backend.kernels.check_block_size(96)
+    if type(backend.kernels) is Kernels:
+        backend.kernels.check_block_size(1)

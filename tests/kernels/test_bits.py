@@ -1,0 +1,238 @@
+"""What the C++ kernels promise: a row gives the same bits alone and in any company, however its request is cut, in
+whatever blocks it lies and however many threads compute; and all layers in one call give those of one call each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import pytest
+import torch
+from backends import CPU, Backend, Requests, poison, variants
+from torch import Tensor
+
+from splitfuse.kernels.cpu.kernels import CpuKernels
+
+FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
+CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
+CACHES = [case for kv_int8 in (False, True) for case in variants(kv_int8, id="int8-cache" if kv_int8 else "bf16-cache")]
+THREADS = (1, 2, 3)
+
+
+def teams(variant: str, **options: Any) -> list[CpuKernels]:
+    return [CpuKernels(variant=variant, num_threads=threads, **options) for threads in THREADS]
+
+
+def groups(rows: int, sizes: Sequence[int] = (2, 3, 13, 14, 15, 28, 29)) -> Iterator[list[int]]:
+    """Some of the rows in any order: neighbours, positions in a block and numbers of blocks change."""
+    rng = random.Random(rows)
+    for size in sizes:
+        yield rng.sample(range(rows), min(size, rows))
+    yield list(range(rows))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 97), (300, 70), (1029, 40), (2050, 33), (64, 600)])
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_linear(variant: str, quantization: str | None, group: int | None, inputs: int, outputs: int) -> None:
+    x, weight = torch.randn(45, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+    bias, residual = torch.randn(outputs).bfloat16(), torch.randn(45, outputs)
+    alone: Tensor | None = None
+    for kernels in teams(variant, quantization=quantization, group_size=group):
+        packed = kernels.pack([weight], role="o")
+        if alone is None:
+            alone = torch.cat([kernels.linear(x[[r]], packed, bias, residual[[r]]) for r in range(45)])
+        for rows in groups(45):
+            assert torch.equal(kernels.linear(x[rows], packed, bias, residual[rows]), alone[rows])
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("inputs", "inner"), [(130, 47), (1029, 24)])
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_gated(variant: str, quantization: str | None, group: int | None, inputs: int, inner: int, kind: str) -> None:
+    x, halves = torch.randn(33, inputs).bfloat16(), [torch.randn(inner, inputs).bfloat16() / 8 for _ in range(2)]
+    bias = torch.randn(2 * inner).bfloat16()
+    alone: Tensor | None = None
+    for kernels in teams(variant, quantization=quantization, group_size=group):
+        packed = kernels.pack(halves, role="gate_up")
+        if alone is None:
+            alone = torch.cat([kernels.gated(x[[r]], packed, bias, kind) for r in range(33)])
+        for rows in groups(33):
+            assert torch.equal(kernels.gated(x[rows], packed, bias, kind), alone[rows])
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_experts(variant: str, quantization: str | None, group: int | None) -> None:
+    """Which tokens visit the same expert, and how many, changes nothing."""
+    x = torch.randn(40, 130).bfloat16()
+    w13, w2 = torch.randn(6, 2 * 47, 130).bfloat16() / 8, torch.randn(6, 130, 47).bfloat16() / 8
+    ids, weights = torch.stack([torch.randperm(6)[:3] for _ in range(40)]), torch.rand(40, 3)
+    alone: Tensor | None = None
+    for kernels in teams(variant, quantization=quantization, group_size=group):
+        packed = kernels.pack([w13[:, :47], w13[:, 47:]], role="w13"), kernels.pack([w2], role="w2")
+        if alone is None:
+            each = [kernels.experts(x[[r]], ids[[r]], weights[[r]], *packed, "silu") for r in range(40)]
+            alone = torch.cat(each)
+        for rows in groups(40):
+            assert torch.equal(kernels.experts(x[rows], ids[rows], weights[rows], *packed, "silu"), alone[rows])
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_experts_are_added_in_the_order_of_a_tokens_ids(variant: str) -> None:
+    """1e8 - 1e8 + 1 is 1 in fp32, in any other order 0: whichever expert it is that says what."""
+    one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
+    for kernels in teams(variant):
+        w13 = kernels.pack([torch.full((3, 1, 1), 100.0), torch.full((3, 1, 1), 0.01)], role="w13")
+        w2 = kernels.pack([torch.ones(3, 1, 1)], role="w2")
+        said = float(kernels.experts(one, torch.tensor([[0]]), torch.ones(1, 1), w13, w2, "silu"))
+        for ids in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+            weights = torch.tensor([[large, -large, 1.0]]) / said
+            ours = kernels.experts(one, torch.tensor([ids]), weights, w13, w2, "silu")
+            assert float(ours) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("columns", [33, 256, 1029])
+def test_norm_embed_and_argmax(variant: str, columns: int) -> None:
+    x, weight = torch.randn(29, columns), torch.randn(columns).bfloat16()
+    found = []
+    for kernels in teams(variant):
+        head = kernels.pack([torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role="head")
+        for rows in groups(29):
+            assert torch.equal(
+                kernels.norm(x[rows], weight, 1e-5), torch.cat([kernels.norm(x[[r]], weight, 1e-5) for r in rows])
+            )
+        ids = torch.arange(29)
+        best, peaks = kernels.argmax(x)
+        assert kernels.argmax(x[5:6]) == (best[5:6], peaks[5:6])
+        found.append((kernels.norm(x, weight, 1e-5), kernels.embed(ids, head), torch.tensor([*best, *peaks])))
+    for others in found[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+LENGTHS = (1600, 530, 45, 1)
+OPTIONS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"window": 130}, id="window"),
+    pytest.param({"window": 700, "softcap": 3.0, "sinks": True}, id="long-window-cap-sinks"),
+]
+
+
+def cut(length: int, rng: random.Random, longest: int) -> list[int]:
+    """Bounds of chunks that cover `length` positions."""
+    bounds = [0]
+    while bounds[-1] < length:
+        bounds.append(min(length, bounds[-1] + rng.randint(1, longest)))
+    return bounds
+
+
+def attend(
+    kernels: CpuKernels,
+    q: Sequence[Tensor],
+    requests: Requests,
+    store: Any,
+    spans: Sequence[tuple[int, int, int]],
+    **o: Any,
+) -> list[Tensor]:
+    """Rows begin to end - 1 of requests, all in one call: (request, begin, end)."""
+    tables = requests.block_tables[[request for request, _, _ in spans]]
+    y = kernels.attend(
+        torch.cat([q[request][begin:end] for request, begin, end in spans]),
+        store,
+        query_start=torch.tensor([0, *accumulate(end - begin for _, begin, end in spans)], dtype=torch.int32),
+        seq_lens=torch.tensor([end for _, _, end in spans], dtype=torch.int32),
+        block_tables=tables.contiguous(),
+        scale=0.25,
+        **o,
+    )
+    return list(y.split([end - begin for _, begin, end in spans]))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (7, 1, 33)])
+@pytest.mark.parametrize(("variant", "kv_int8"), CACHES)
+def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim: int, options: dict[str, Any]) -> None:
+    """Every row of a request in one chunk, in chunks cut anywhere, and some rows as single tokens, with one to three
+    threads, which share the tiles of the longest, and in blocks of 32, 64 and 96.
+    """
+    options = options | ({"sinks": torch.randn(heads)} if "sinks" in options else {})
+    shape = {"num_kv_heads": kv_heads, "head_dim": head_dim}
+    contents = Requests.random(LENGTHS, block_size=32, **shape)
+    q = [torch.randn(length, heads, head_dim).bfloat16() for length in LENGTHS]
+    rng = random.Random(0)
+    whole: list[Tensor] = []
+    for kernels, block_size in [(team, size) for team in teams(variant, kv_int8=kv_int8) for size in (32, 64, 96)]:
+        tables = Requests.random(LENGTHS, block_size=block_size, **shape)
+        requests = Requests(contents.keys, contents.values, tables.block_tables, block_size, tables.num_blocks)
+        backend = Backend(kernels, torch.bfloat16, torch.float32, 0, 0)
+        store = requests.store(backend, pieces=rng.randint(1, 40))
+        if not whole:
+            for request, length in enumerate(LENGTHS):
+                whole += attend(kernels, q, requests, store, [(request, 0, length)], **options)
+        together = attend(kernels, q, requests, store, [(r, 0, n) for r, n in enumerate(LENGTHS)], **options)
+        assert all(torch.equal(ours, wanted) for ours, wanted in zip(together, whole, strict=True))
+        spans = [
+            (request, begin, end)
+            for request, length in enumerate(LENGTHS)
+            for begin, end in pairwise(cut(length, rng, rng.choice((20, 300))))
+        ]
+        rng.shuffle(spans)
+        ends = [(0, n - 1, n) for n in (1, 511, 512, 513, 1023, 1024, 1025, 1300, 1536, 1537, 1600)]
+        # All pieces at once, a few at once, the longest alone, and single tokens, alone and beside others.
+        passes = [spans, *([span] for span in spans[:5]), spans[5:8], *([one] for one in ends), ends]
+        passes += [[(0, 1599, 1600), (1, 529, 530)], [(0, 1590, 1600)], [(2, 44, 45), (3, 0, 1), (0, 1000, 1007)]]
+        for chosen in passes:
+            for (request, begin, end), ours in zip(
+                chosen, attend(kernels, q, requests, store, chosen, **options), strict=True
+            ):
+                assert torch.equal(ours, whole[request][begin:end]), (kernels.num_threads, block_size, chosen[:3])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (33, 20), (96, 32)])
+@pytest.mark.parametrize(("variant", "kv_int8"), CACHES)
+def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int, normed: bool) -> None:
+    """Whatever the chunks in which a request comes: equal queries, and keys and values that read equal."""
+    length, heads, kv_heads = 70, 6, 2
+    qkv = torch.randn(length, (heads + 2 * kv_heads) * head_dim)
+    angles = torch.rand(length, rotary_dim // 2) * 6
+    norms = [torch.randn(head_dim).bfloat16() if normed else None for _ in range(2)]
+    rng = random.Random(0)
+    found = []
+    for kernels, block_size, longest in [
+        (t, s, n) for t in teams(variant, kv_int8=kv_int8) for s in (32, 64) for n in (1, 9, 70)
+    ]:
+        requests = Requests.random([length], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim)
+        store = kernels.allocate_kv(
+            num_blocks=requests.num_blocks,
+            block_size=block_size,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=torch.bfloat16,
+            device=CPU,
+        )
+        poison(store)
+        q = [
+            kernels.rope_store(
+                qkv[begin:end],
+                positions=torch.arange(begin, end),
+                slot_mapping=requests.slots(0, begin, end),
+                cos=angles.cos(),
+                sin=angles.sin(),
+                store=store,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                q_norm=norms[0],
+                k_norm=norms[1],
+                eps=1e-5,
+            )
+            for begin, end in pairwise(cut(length, rng, longest) if longest < 70 else [0, 70])
+        ]
+        found.append((torch.cat(q), *attend(kernels, [torch.cat(q)], requests, store, [(0, 0, length)])))
+    for others in found[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))

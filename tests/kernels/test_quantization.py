@@ -1,0 +1,343 @@
+"""Weights in int8 and int4: the scales and levels that they must have, computed here with numpy, and products that
+equal those of the levels up to fp32's rounding, not just roughly those of the weights.
+
+A weight is scale * level, the scale in bf16 and one for `group` columns. Activations become whole numbers from -127 to
+127 with one scale for each row, its largest magnitude / 127. The whole numbers are multiplied and added exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from backends import variants
+from torch import Tensor
+
+from splitfuse.errors import ConfigError
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.library import BF16, INT4, INT8
+from splitfuse.kernels.cpu.quantization import LEVELS, SIXTEEN, choose_format
+
+Floats = npt.NDArray[np.float32]
+MOST_ERROR = 1.5
+"""Squared error of an int4 group against that of the best of all scales. Only a few are tried while loading."""
+FORMATS = [("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
+CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
+
+
+def kernels_of(variant: str, quantization: str, group: int | None, num_threads: int = 2) -> CpuKernels:
+    return CpuKernels(variant=variant, num_threads=num_threads, quantization=quantization, group_size=group)
+
+
+def bf16(values: Floats) -> Floats:
+    return torch.from_numpy(np.asarray(values, np.float32)).bfloat16().float().numpy()
+
+
+@dataclass
+class Quantized:
+    """Levels [N, K] of a weight, and their scales [N, K], equal within a group."""
+
+    levels: Floats
+    scales: Floats
+    group: int
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:
+        return self.levels.astype(np.float64) * self.scales
+
+
+def int8(weight: Floats, group: int | None) -> Quantized:
+    group = group or weight.shape[1]
+    quantized = Quantized(np.zeros_like(weight), np.zeros_like(weight), group)
+    for begin in range(0, weight.shape[1], group):
+        part = weight[:, begin : begin + group]
+        exact = np.abs(part).max(axis=1) / np.float32(127)
+        scale = bf16(exact)
+        up = np.nextafter(exact, np.float32(np.inf)) * np.float32(1 + 2**-8)  # the next bf16, if rounding went down
+        scale = np.where(scale < exact, bf16(up), scale)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        levels = np.clip(np.rint(part * inverse[:, None]), -127, 127)
+        quantized.levels[:, begin : begin + group] = levels
+        quantized.scales[:, begin : begin + group] = scale[:, None]
+    return quantized
+
+
+def nearest(values: Floats) -> Floats:
+    sixteen = np.array(SIXTEEN, np.float32)
+    return sixteen[np.searchsorted((sixteen[1:] + sixteen[:-1]) / 2, values, side="left")]
+
+
+def int4_scales(values: Floats) -> Floats:
+    """All bf16 numbers that the largest of a group may be scaled by, so that it comes to lie around the last level."""
+    largest = values[np.abs(values).argmax()]
+    least = torch.tensor([float(largest) / 300]).bfloat16().view(torch.int16)
+    scales = (least + torch.arange(300, dtype=torch.int16)).view(torch.bfloat16).float().numpy()
+    scales = scales[(np.abs(scales) <= abs(largest) / 60) & (np.sign(scales) == np.sign(largest))]
+    return np.concatenate((-scales, scales))
+
+
+def kept(kernels: CpuKernels, weight: Tensor) -> npt.NDArray[np.float64]:
+    """The weight as it is kept, read column by column with rows of a single 1: right to 2**-22."""
+    packed = kernels.pack([weight.bfloat16()], role="o")
+    return kernels.linear(torch.eye(weight.shape[1]).bfloat16(), packed).T.double().numpy()
+
+
+def int4(weight: Floats, group: int, found: npt.NDArray[np.float64]) -> Quantized:
+    """The levels and scales that give the weight as it is `found`: each level must be the nearest one under its scale,
+    and no scale may have much less of a squared error.
+    """
+    quantized = Quantized(np.zeros_like(weight), np.zeros_like(weight), group)
+    for row in range(len(weight)):
+        for begin in range(0, weight.shape[1], group):
+            span = slice(begin, begin + group)
+            values = weight[row, span]
+            if not values.any():
+                assert not found[row, span].any()
+                continue
+            scales = int4_scales(values)[:, None]
+            levels = nearest(values * (np.float32(1) / scales))
+            weights = levels.astype(np.float64) * scales
+            errors = np.square(values - weights).sum(axis=1)
+            fitting = np.flatnonzero(np.isclose(weights, found[row, span], 2**-21, 0).all(axis=1))
+            assert len(fitting), f"row {row}, columns from {begin}: under no scale are these the nearest levels"
+            best = fitting[errors[fitting].argmin()]
+            least = errors.min() + np.square(values).sum() * 1e-5  # what fits exactly allows no share of its error
+            if len(values) >= 32:  # a few values can be fitted by chance
+                assert errors[best] <= MOST_ERROR * least, f"row {row}, columns from {begin}: not the best scale"
+            quantized.levels[row, span], quantized.scales[row, span] = levels[best], scales[best]
+    return quantized
+
+
+def quantize(kernels: CpuKernels, weight: Tensor) -> Quantized:
+    """The oracle's levels and scales; asserts that the kernels keep those."""
+    values, found = weight.float().numpy(), kept(kernels, weight)
+    if kernels.quantization == "int8":
+        quantized = int8(values, kernels.group_size)
+        np.testing.assert_allclose(found, quantized.weights, rtol=2**-21, atol=0)
+        return quantized
+    assert kernels.group_size is not None
+    return int4(values, kernels.group_size, found)
+
+
+def product(x: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
+    """x [T, K] in bf16 by the levels, in fp64, and what its fp32 additions may be off by."""
+    values = x.float().numpy()
+    most = np.abs(values).max(axis=1)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    levels = np.rint(values * inverse[:, None]).astype(np.float64)
+    scales = (most * (np.float32(1) / np.float32(127))).astype(np.float64)[:, None]
+    exact = levels @ quantized.weights.T * scales
+    magnitude = np.abs(levels) @ np.abs(quantized.weights).T * scales
+    spans = -(-values.shape[1] // min(quantized.group, 1024))  # each is added in fp32, 1024 columns at most
+    return torch.from_numpy(exact), torch.from_numpy(magnitude) * (spans + 3) * 2**-24
+
+
+def weights_of_all_kinds(rows: int, columns: int) -> Tensor:
+    """Normal rows, and some that are zero, tiny, huge, one-sided, or have a single outlier."""
+    weight = torch.randn(rows, columns) * torch.rand(rows, 1)
+    for row, change in enumerate(
+        (
+            lambda w: w * 0,
+            lambda w: w * 1e-15,
+            lambda w: w * 1e15,
+            lambda w: w.abs(),
+            lambda w: -w.abs(),
+            lambda w: torch.where(torch.arange(columns) == columns // 2, 50.0, w * 0.01),
+            lambda w: w.sign(),
+        )[: max(0, rows - 1)]
+    ):
+        weight[row] = change(weight[row])
+    return weight.bfloat16()
+
+
+SHAPES = [(1, 1), (3, 7), (40, 63), (17, 64), (33, 65), (9, 129), (8, 256), (12, 1000), (31, 1029), (10, 2176)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_scales_and_levels(variant: str, quantization: str, group: int | None, rows: int, columns: int) -> None:
+    quantize(kernels_of(variant, quantization, group), weights_of_all_kinds(rows, columns))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 14, 33])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_linear(variant: str, quantization: str, group: int | None, outputs: int, inputs: int, rows: int) -> None:
+    kernels = kernels_of(variant, quantization, group)
+    weight = (torch.randn(outputs, inputs) * torch.rand(outputs, 1)).bfloat16()
+    x = (torch.randn(rows, inputs) * 10 ** torch.randn(rows, 1)).bfloat16()
+    x[-1] = 0
+    bias, residual = torch.randn(outputs).bfloat16(), torch.randn(rows, outputs)
+    exact, bound = product(x, quantize(kernels, weight))
+    packed = kernels.pack([weight], role="o")
+    assert ((kernels.linear(x, packed) - exact).abs() <= bound + 2**-23 * exact.abs()).all()
+    wanted = exact + bias.double() + residual.double()
+    bound = bound + 2**-22 * (exact.abs() + bias.double().abs() + residual.double().abs())
+    assert ((kernels.linear(x, packed, bias, residual) - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_no_sum_overflows(variant: str, quantization: str, group: int | None) -> None:
+    """Everything at its largest: also the 16 bits in which AVX2 adds two products."""
+    kernels = kernels_of(variant, quantization, group)
+    weight = torch.ones(4, 4096) * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    weight[2:, ::2] *= -1
+    x = torch.ones(3, 4096)
+    x[1] *= -1
+    x[2, ::2] *= -1
+    exact = (x @ weight.T).double()
+    ours = kernels.linear(x.bfloat16(), kernels.pack([weight.bfloat16()], role="o"))
+    # int4 has its largest level at one end only: a group of +1 and -1 is not exact.
+    share = 2**-7 if quantization == "int8" else 0.2
+    assert ((ours - exact).abs() <= share * 4096).all()
+    whole, bound = product(x.bfloat16(), quantize(kernels, weight.bfloat16()))
+    assert ((ours - whole).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("inner", "inputs"), [(1, 5), (17, 130), (48, 256), (33, 1100)])
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_gated(variant: str, quantization: str, group: int | None, inner: int, inputs: int, kind: str) -> None:
+    """Equal, bit for bit, to its activation of the product, whose gate and up come as a weight of their own."""
+    kernels = kernels_of(variant, quantization, group)
+    weight, bias = torch.randn(2 * inner, inputs).bfloat16() / 8, torch.randn(2 * inner).bfloat16()
+    x = torch.randn(5, inputs).bfloat16()
+    ours = kernels.gated(x, kernels.pack(list(weight.split(inner)), role="gate_up"), bias, kind).double()
+    gate, up = kernels.linear(x, kernels.pack([weight], role="o"), bias).double().chunk(2, dim=-1)
+    activation = {
+        "silu": gate * torch.sigmoid(gate),
+        "gelu": gate * 0.5 * torch.erfc(-gate * 0.5**0.5),
+        "gelu_tanh": 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))),
+    }[kind]
+    assert ((ours - activation * up).abs() <= 2**-8 * (activation * up).abs() + 1e-6 * (gate * up).abs() + 1e-9).all()
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_experts(variant: str, quantization: str, group: int | None) -> None:
+    """Each expert is quantized by itself: the mixture is the sum of dense networks that are quantized alike."""
+    kernels = kernels_of(variant, quantization, group)
+    x, w13, w2 = torch.randn(11, 130).bfloat16(), torch.randn(5, 96, 130) / 8, torch.randn(5, 130, 48) / 8
+    ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
+    pieces = list(w13.bfloat16().split(48, dim=1))
+    packed = kernels.pack(pieces, role="w13"), kernels.pack([w2.bfloat16()], role="w2")
+    ours = kernels.experts(x, ids, weights, *packed, "silu")
+    wanted = torch.zeros(11, 130, dtype=torch.float64)
+    for expert in range(5):
+        gate_up = kernels.pack([piece[expert] for piece in pieces], role="gate_up")
+        down = kernels.pack([w2[expert].bfloat16()], role="down")
+        said = kernels.linear(kernels.gated(x, gate_up, None, "silu"), down)
+        wanted += (ids == expert).double().mul(weights).sum(1, keepdim=True) * said
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [1, 33, 256, 1100])
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_a_tied_embedding_is_what_the_head_multiplies(
+    variant: str, quantization: str, group: int | None, columns: int
+) -> None:
+    kernels = kernels_of(variant, quantization, group)
+    weight = weights_of_all_kinds(40, columns)
+    head = kernels.pack([weight], role="head")
+    rows = kernels.embed(torch.arange(40), head).double().numpy()
+    # The head of an int4 model is int8, a scale a row.
+    wanted = int8(weight.float().numpy(), kernels.group_size if quantization == "int8" else None)
+    assert (rows == wanted.weights).all()
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_what_is_no_number_shows(variant: str, quantization: str, group: int | None) -> None:
+    kernels = kernels_of(variant, quantization, group)
+    weight, x = torch.randn(40, 300), torch.randn(6, 300)
+    weight[3, 5] = torch.nan
+    weight[35, 299] = torch.inf
+    x[1, 7], x[2, 299] = torch.nan, -torch.inf
+    ours = kernels.linear(x.bfloat16(), kernels.pack([weight.bfloat16()], role="o")).isfinite()
+    assert not ours[1:3].any()
+    assert not ours[:, [3, 35]].any()
+    assert ours[[0, 3, 4, 5]][:, [c for c in range(40) if c not in (3, 35)]].all()
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-40])
+def test_a_row_too_small_for_its_scale_is_nearly_zero(
+    variant: str, quantization: str, group: int | None, magnitude: float
+) -> None:
+    kernels = kernels_of(variant, quantization, group)
+    packed = kernels.pack([torch.randn(33, 70).bfloat16()], role="o")
+    ours = kernels.linear((torch.randn(3, 70) * magnitude).bfloat16(), packed)
+    assert (ours.abs() <= 1e-25).all()
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_weights_whose_squares_fp32_cannot_hold(
+    variant: str, quantization: str, group: int | None, magnitude: float
+) -> None:
+    weight = (torch.randn(40, 200) * magnitude).bfloat16()
+    error = kept(kernels_of(variant, quantization, group), weight) - weight.double().numpy()
+    assert np.sqrt(np.square(error).mean()) <= 0.15 * magnitude
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_how_far_normal_weights_are_off(variant: str, quantization: str, group: int | None) -> None:
+    """int8: half a level of 127 for the largest of a few hundred, about 3.3 sigma. int4: 16 levels fitted to what is
+    normal leave about a tenth of it.
+    """
+    weight = torch.randn(64, 512).bfloat16()
+    error = kept(kernels_of(variant, quantization, group), weight) - weight.double().numpy()
+    assert np.sqrt(np.square(error).mean()) <= {"int8": 0.009, "int4": 0.1}[quantization]
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -> None:
+    kernels = kernels_of(variant, quantization, group)
+    bits = {"int8": 8, "int4": 4}[quantization]
+    scales = 1024 // group if group else 1
+
+    def size(role: str) -> int:
+        return kernels.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
+
+    for role in ("qkv", "o", "gate_up", "down"):
+        assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
+    assert kernels.weight_bytes((7, 512, 1024), role="w13", dtype=torch.bfloat16) == 7 * size("o")
+    assert size("head") == (size("o") if quantization == "int8" else 512 * 1024 + 512 * 2)
+    assert size("router") == size("plain") == 2 * 512 * 1024
+
+
+def test_the_levels_of_int4_rise_and_fit_a_byte() -> None:
+    assert len(SIXTEEN) == 16
+    assert list(SIXTEEN) == sorted(set(SIXTEEN))
+    assert max(map(abs, SIXTEEN)) <= 127  # or AVX2's sums of two products would not fit 16 bits
+    assert list(LEVELS) == [level + 128 for level in SIXTEEN]
+
+
+@pytest.mark.parametrize("role", ["qkv", "o", "gate_up", "down", "head", "router", "w13", "w2"])
+def test_formats_by_role(role: str) -> None:
+    def found(quantization: str | None, group: int | None) -> tuple[int, int | None]:
+        chosen = choose_format(role, quantization, group)
+        return chosen.number, chosen.group
+
+    assert found(None, None) == (BF16, None)
+    layers = role not in ("head", "router")
+    for group in (None, 128):
+        assert found("int8", group) == ((BF16, None) if role == "router" else (INT8, group))
+    for group, resolved in ((None, 64), (64, 64), (128, 128)):
+        wanted = (INT4, resolved) if layers else (INT8, None) if role == "head" else (BF16, None)
+        assert found("int4", group) == wanted
+
+
+@pytest.mark.parametrize(
+    ("quantization", "group", "message"),
+    [
+        ("int8", 64, "quantization_group_size must be 128 for int8, not 64"),
+        ("int4", 32, "quantization_group_size must be 64 or 128 for int4, not 32"),
+        ("int2", None, "quantization must be one of int8, int4, not 'int2'"),
+    ],
+)
+def test_formats_that_there_are_not(quantization: str, group: int | None, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        choose_format("o", quantization, group)
+    assert str(refusal.value) == message

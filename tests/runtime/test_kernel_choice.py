@@ -1,0 +1,220 @@
+"""Which kernels the settings and the machine give, and what is said where they contradict each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backends import BACKENDS, variants
+
+import splitfuse
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, KernelError
+from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.reference import Kernels
+from splitfuse.runtime.kernel_choice import choose_kernels, usable_cores
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ONLY_CPP: list[dict[str, Any]] = [
+    {"quantization": "int8"},
+    {"quantization": "int4"},
+    {"kv_cache_dtype": "int8"},
+    {"num_threads": 2},
+]
+NOT_COMPILED = "the C++ kernels were not compiled"
+
+
+def choose(dtype: torch.dtype = BF16, **settings: Any) -> Kernels:
+    return choose_kernels(EngineConfig.from_settings(settings), dtype)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which there was no compiler."""
+    monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", "absent.so")
+    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_named_kernels_get_every_setting(variant: str) -> None:
+    plain = choose(kernels=variant)
+    assert isinstance(plain, CpuKernels)
+    assert (plain.variant, plain.quantization, plain.group_size, plain.kv_int8) == (variant, None, None, False)
+    full = choose(
+        kernels=variant, quantization="int4", quantization_group_size=128, kv_cache_dtype="int8", num_threads=3
+    )
+    assert isinstance(full, CpuKernels)
+    assert (full.num_threads, full.quantization, full.group_size, full.kv_int8) == (3, "int4", 128, True)
+
+
+@pytest.mark.parametrize("variant", variants()[-1:])
+def test_the_best_that_the_machine_can_run_is_the_default(variant: str) -> None:
+    del variant  # the least of them: if it runs, there is one to choose
+    chosen = choose()
+    assert isinstance(chosen, CpuKernels)
+    assert chosen.variant == library.supported_variants()[0]
+    assert chosen.num_threads == usable_cores()
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_other_dtypes_are_computed_by_the_reference(dtype: torch.dtype) -> None:
+    assert type(choose(dtype)) is Kernels
+    assert type(choose(dtype, kernels="reference")) is Kernels
+    assert type(choose(BF16, kernels="reference")) is Kernels
+
+
+def test_another_device_is_computed_by_the_reference() -> None:
+    assert type(choose(device="cuda")) is Kernels
+
+
+@pytest.mark.parametrize("name", [backend for backend in BACKENDS if backend.id == "torch"])
+def test_torch_is_chosen_by_name(name: str) -> None:
+    chosen = choose(kernels=name)
+    assert isinstance(chosen, PrepackedKernels)
+    assert "kernels=torch" in chosen.describe()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", [backend for backend in BACKENDS if backend.id == "torch"])
+def test_without_a_compiler_pytorch_computes_and_says_what_is_lost(name: str) -> None:
+    del name
+    chosen = choose()
+    assert isinstance(chosen, PrepackedKernels)
+    for lost in ("no quantization", "no int8 KV cache", "no equal bits", "the speed", NOT_COMPILED):
+        assert lost in chosen.describe()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_a_compiler_named_kernels_are_refused() -> None:
+    for name in library.VARIANTS:
+        with pytest.raises(KernelError, match=r"not compiled \(absent.so is missing\)"):
+            choose(kernels=name)
+
+
+@pytest.mark.parametrize("setting", ONLY_CPP)
+@pytest.mark.parametrize(
+    ("dtype", "settings", "why"),
+    [
+        (FP32, {}, "they compute in bfloat16, not in float32: set dtype=bfloat16"),
+        (FP16, {}, "they compute in bfloat16, not in float16: set dtype=bfloat16"),
+        (BF16, {"device": "cuda"}, "they run on the CPU, not on cuda"),
+        (BF16, {"kernels": "reference"}, "kernels=reference"),
+        (BF16, {"kernels": "torch"}, "kernels=torch"),
+    ],
+)
+def test_settings_of_the_cpp_kernels_need_them(
+    dtype: torch.dtype, settings: dict[str, Any], why: str, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        choose(dtype, **settings, **setting)
+    ((name, value),) = setting.items()
+    assert str(refusal.value) == f"{name}={value} needs the C++ kernels, which cannot be used: {why}"
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("setting", ONLY_CPP)
+def test_settings_of_the_cpp_kernels_without_a_compiler(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"needs the C\+\+ kernels, which cannot be used: .*not compiled"):
+        choose(**setting)
+
+
+@pytest.mark.parametrize("kernels", ["avx512", "avx2"])
+@pytest.mark.parametrize(
+    ("dtype", "settings", "why"),
+    [
+        (FP32, {}, "they compute in bfloat16, not in float32: set dtype=bfloat16"),
+        (FP16, {}, "they compute in bfloat16, not in float16: set dtype=bfloat16"),
+        (BF16, {"device": "cuda:1"}, "they run on the CPU, not on cuda:1"),
+    ],
+)
+def test_named_kernels_that_contradict_other_settings(
+    kernels: str, dtype: torch.dtype, settings: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        choose(dtype, kernels=kernels, **settings)
+    assert str(refusal.value) == f"kernels={kernels} cannot be used: {why}"
+
+
+def test_kernels_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "supported_variants", lambda: ("avx2",))
+    with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
+        choose(kernels="avx512")
+
+
+def test_pytorch_kernels_run_on_the_cpu_alone() -> None:
+    with pytest.raises(ConfigError, match="kernels=torch cannot be used: they run on the CPU, not on cuda"):
+        choose(kernels="torch", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pytorch_kernels_compute_or_say_why_not(dtype: str) -> None:
+    """oneDNN does not have every dtype on every CPU."""
+    try:
+        pipe = splitfuse.pipeline(kernels="torch", dtype=dtype, num_blocks=64)
+    except ConfigError as refusal:
+        assert f"kernels=torch cannot be used: oneDNN does not multiply {dtype} here" in str(refusal)
+        return
+    assert pipe("Once upon a time", max_new_tokens=3)[0].generated_length == 3
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_a_compiler_and_without_onednn_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("bf16 path needs another cpu")
+
+    monkeypatch.setattr(PrepackedKernels, "pack", refuse)
+    assert type(choose()) is Kernels
+    with pytest.raises(ConfigError, match="oneDNN does not multiply bfloat16 here"):
+        choose(kernels="torch")
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "int8", "quantization_group_size": 64}, "quantization_group_size must be 128 for int8"),
+        ({"block_size": 16}, "block_size must be a multiple of 32 for the CPU kernels, not 16"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
+    variant: str, settings: dict[str, Any], message: str
+) -> None:
+    announced: list[object] = []
+    config = EngineConfig.from_settings({"kernels": variant, **settings})
+    with pytest.raises(ConfigError, match=message):
+        splitfuse.Engine.load(config, announce=announced.append)
+    assert announced == []
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("max 100000", 8),
+        ("400000 100000", 4),
+        ("450000 100000", 4),
+        ("50000 100000", 1),
+        ("9900000 100000", 8),
+        ("", 8),
+        ("no numbers", 8),
+    ],
+)
+def test_a_control_group_limits_threads(
+    content: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text(content)
+    assert usable_cores(tmp_path) == cores
+
+
+def test_without_control_groups_every_core_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert usable_cores(tmp_path) == 5
