@@ -106,7 +106,11 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
             device=torch.device("cpu"),
         )
         store.memory.zero_()
-        for requests, rows, context in [(1, 512, 512), (1, 512, 1024), (1, 512, 2048), (1, 512, 4096)] + [
+        for requests, rows, context in [
+            (1, 512, 512),
+            (1, 512, 1024),
+            (1, 512, 2048),
+            (1, 512, 4096),
             (1, 1, 4096),
             (8, 1, 1024),
             (32, 1, 1024),
