@@ -56,10 +56,8 @@ SF_LEAF float dots_only(i64 rounds) {
     return total;
 }
 
-inline float dots_only(Team& team, bool levels, i64 rounds) {
-    float total = levels ? dots_only<Ints>(rounds) : dots_only<Floats>(rounds);
-    team.barrier();
-    return total;
+inline float dots_only(bool levels, i64 rounds) {
+    return levels ? dots_only<Ints>(rounds) : dots_only<Floats>(rounds);
 }
 
 }  // namespace SF_VARIANT

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <omp.h>
+#include <sched.h>
 
 #include <atomic>
 
@@ -12,82 +13,100 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Counters of work already claimed, in turns: every sharing ends with a barrier, so that while one is in use the other,
-// of the sharing before, is free to be cleared for the next.
-struct Claims {
-    struct alignas(64) Counter { std::atomic<i64> next{0}; };
-    Counter counters[2];
+// How far a team has come. Sharings are numbered from 0; one ends when all its units are done, whoever did them: a thread
+// that its core has left for another process holds up nobody but for what it has claimed, and passes by what ended without
+// it.
+struct Progress {
+    alignas(64) std::atomic<i64> claimed{0};  // number of the current sharing << 32 | units of it that are claimed
+    alignas(64) std::atomic<i64> done{0};     // units of it that are done
 };
 
 class Team {
   public:
-    Team(Claims& claims, int rank, int size) : rank(rank), size(size), claims_(claims) {}
+    Team(Progress& progress, int rank, int size) : rank(rank), size(size), progress_(progress) {}
 
     const int rank;
     const int size;
 
-    void barrier() {
-        if (size > 1) {
-#pragma omp barrier
-        }
-    }
-
     // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by whoever is free: long runs
-    // first, single units at the end. Static halves would wait for a core that is busy with something else. A run is
-    // claimed one ahead, so that `next`, its first unit, can be fetched meanwhile; -1: there is none.
+    // first, single units at the end. A run is claimed one ahead, so that `next`, its first unit, can be fetched
+    // meanwhile; -1: there is none. Returns when all units are done.
     template <class Body>
     void share(i64 units, Body body) {
         if (size == 1) {
             if (units > 0) body(i64{0}, units, i64{-1});
             return;
         }
-        std::atomic<i64>& next = claims_.counters[round_ % 2].next;
-        if (rank == 0) claims_.counters[(round_ + 1) % 2].next.store(0, std::memory_order_relaxed);
-        ++round_;
-        for (Run run = claim(next, units); run.begin < units;) {
-            Run following = claim(next, units);
-            body(run.begin, run.end, following.begin < units ? following.begin : i64{-1});
-            run = following;
-        }
-        barrier();
+        run_all(units, 3 * size, true, body);
     }
 
-    // The same in equal parts decided beforehand, for work too small to claim.
+    // The same in equal parts, for work too small to claim often.
     template <class Body>
     void split(i64 units, Body body) {
-        i64 begin = units * rank / size, end = units * (rank + 1) / size;
-        if (begin < end) body(begin, end);
-        barrier();
+        if (size == 1) {
+            if (units > 0) body(i64{0}, units);
+            return;
+        }
+        run_all(units, 0, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
     }
 
   private:
     struct Run { i64 begin, end; };
 
-    Run claim(std::atomic<i64>& next, i64 units) const {
-        i64 begin = next.load(std::memory_order_relaxed), end;
+    template <class Body>
+    void run_all(i64 units, i64 divisor, bool ahead, Body body) {
+        if (units == 0) return;
+        i64 mine = 0;
+        for (Run run = claim(units, divisor); run.begin < units;) {
+            Run following = ahead ? claim(units, divisor) : Run{-1, -1};
+            body(run.begin, run.end, following.begin < units ? following.begin : i64{-1});
+            mine += run.end - run.begin;
+            run = ahead ? following : claim(units, divisor);
+        }
+        const i64 next = (number_ + 1) << 32;
+        if (mine && progress_.done.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
+            progress_.done.store(0, std::memory_order_relaxed);
+            progress_.claimed.store(next, std::memory_order_release);
+        } else {
+            for (int turn = 0; progress_.claimed.load(std::memory_order_acquire) < next; ++turn) {
+                if (turn < PATIENCE) _mm_pause();
+                else sched_yield();  // whoever we wait for may be waiting for this core
+            }
+        }
+        ++number_;
+    }
+
+    // Of what is left, one part in `divisor`; 0: of the whole, one part for each thread. Nothing if the sharing is over.
+    Run claim(i64 units, i64 divisor) const {
+        i64 word = progress_.claimed.load(std::memory_order_acquire), begin, end;
         do {
+            if (word >> 32 != number_) return {units, units};
+            begin = word & 0xffffffff;
             if (begin >= units) return {units, units};
-            i64 length = (units - begin) / (3 * size);
+            i64 length = divisor ? (units - begin) / divisor : (units + size - 1) / size;
             end = begin + (length > 1 ? length : 1);
-        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+            if (end > units) end = units;
+        } while (!progress_.claimed.compare_exchange_weak(word, number_ << 32 | end, std::memory_order_acq_rel));
         return {begin, end};
     }
 
-    Claims& claims_;
-    int round_ = 0;
+    static constexpr int PATIENCE = 2000;  // turns of waiting, some tens of microseconds
+
+    Progress& progress_;
+    i64 number_ = 0;  // of the next sharing of this thread
 };
 
 template <class Body>
 void parallel(int num_threads, Body body) {
-    Claims claims;
+    Progress progress;
     if (num_threads == 1) {
-        Team team(claims, 0, 1);
+        Team team(progress, 0, 1);
         body(team);
         return;
     }
 #pragma omp parallel num_threads(num_threads)
     {
-        Team team(claims, omp_get_thread_num(), omp_get_num_threads());
+        Team team(progress, omp_get_thread_num(), omp_get_num_threads());
         body(team);
     }
 }

@@ -107,7 +107,7 @@ SF_EXPORT(void, read_all)(Workspace* work, const u8* data, i64 bytes) {
 
 SF_EXPORT(float, dots_only)(Workspace* work, i32 levels, i64 rounds) {
     std::vector<float> totals(work->num_threads);
-    parallel(work->num_threads, [&](Team& team) { totals[team.rank] = dots_only(team, levels, rounds); });
+    parallel(work->num_threads, [&](Team& team) { totals[team.rank] = dots_only(levels, rounds); });
     return totals[0];
 }
 
