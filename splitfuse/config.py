@@ -19,7 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("safetensors", "dummy")
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (64, 128)
-KERNELS = ("auto", "avx512", "avx2", "torch", "reference")
+KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
 
 
@@ -46,7 +46,8 @@ class ModelConfig:
     )
     kernels: str = setting(
         "auto",
-        "auto (the best this machine can run), avx512 or avx2 (C++), torch (PyTorch with oneDNN), reference (PyTorch).",
+        "auto (the best this machine can run), avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with oneDNN), "
+        "reference (PyTorch).",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; left out, the cores this process may use.")
     device: str = setting("cpu", "A torch device, such as cpu or cuda:0.")

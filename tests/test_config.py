@@ -70,7 +70,7 @@ def test_a_setting_like_none_is_refused_with_the_list() -> None:
         ("quantization", 8, "quantization must be str or None, not 8"),
         ("quantization_group_size", 64, "quantization_group_size needs a quantization: int8 or int4"),
         ("quantization_group_size", "64", "quantization_group_size must be int or None, not '64'"),
-        ("kernels", "cuda", "kernels must be one of auto, avx512, avx2, torch, reference, not 'cuda'"),
+        ("kernels", "cuda", "kernels must be one of auto, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'"),
         ("kernels", None, "kernels must be str, not None"),
         ("num_threads", 0, "num_threads must be at least 1, not 0"),
         ("num_threads", "2", "num_threads must be int or None, not '2'"),

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels.limits import FORMATS, Limits, seconds
+from benchmarks.kernels.limits import FORMATS, LANES_OF_ROUND, Limits, seconds
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu import library
 from splitfuse.kernels.cpu.arguments import Step
 from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.runtime.loading import load_model
 from splitfuse.runtime.model_runner import ModelRunner
 
@@ -43,7 +44,7 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
     shape: ModelShape = SHAPES[arguments.shape]
     sizes = layer_sizes(shape)
     for name in arguments.formats:
-        kernels = make_kernels(name, arguments.threads)
+        kernels = make_kernels(name, arguments.variant, arguments.threads)
         limits = Limits(kernels)
         weights = [torch.randn(n, k).mul_(0.02).bfloat16() for n, k in sizes]
         packed_bytes = sum(kernels.weight_bytes(w.shape, role="qkv", dtype=w.dtype) for w in weights)
@@ -94,7 +95,7 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
     shape: ModelShape = SHAPES[arguments.shape]
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.hidden_size // shape.num_heads
     for int8 in (False, True):
-        kernels = CpuKernels(num_threads=arguments.threads, kv_int8=int8)
+        kernels = CpuKernels(variant=arguments.variant, num_threads=arguments.threads, kv_int8=int8)
         limits = Limits(kernels)
         num_blocks = 2 * 4096
         store = kernels.allocate_kv(
@@ -190,6 +191,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             "model": str(arguments.model) if arguments.model else None,
             "dtype": "bfloat16",
             "num_threads": arguments.threads,
+            "kernels": arguments.variant or "auto",
             "quantization": quantization,
             "quantization_group_size": group,
             "num_blocks": 2048,
@@ -249,8 +251,8 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
     """Full tiles on a weight that stays in the cache: what is missing then is missing in the micro-kernel. One
     thread."""
     for name, least in LEAST_SHARE.items():
-        kernels = make_kernels(name, 1)
-        rows = 14 * 8 if kernels.variant == "avx512" else 2 * 56
+        kernels = make_kernels(name, arguments.variant, 1)
+        rows = 8 * LANES_OF_ROUND[kernels.variant] // 32  # whole tiles
         weight = kernels.pack([torch.randn(512, 1024).bfloat16()], role="qkv")
         x, y = torch.randn(rows, 1024).bfloat16(), torch.empty(rows, 512)
 
@@ -271,9 +273,9 @@ def layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     return [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
 
 
-def make_kernels(name: str, threads: int) -> CpuKernels:
+def make_kernels(name: str, variant: str | None, threads: int) -> CpuKernels:
     quantization, group = FORMATS[name]
-    return CpuKernels(num_threads=threads, quantization=quantization, group_size=group)
+    return CpuKernels(variant=variant, num_threads=threads, quantization=quantization, group_size=group)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -291,6 +293,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the folder of that shape, for step (see benchmarks.models)")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4/128"], choices=FORMATS)
     parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--variant", choices=VARIANTS, help="of the kernels; by default the best one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
@@ -298,7 +301,7 @@ def main() -> None:
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, commit {commit}")
-    print(CpuKernels(num_threads=arguments.threads).describe())
+    print(CpuKernels(variant=arguments.variant, num_threads=arguments.threads).describe())
     failed = False
     for part in arguments.parts:
         print(f"\n{part}, {arguments.shape}")

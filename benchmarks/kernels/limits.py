@@ -15,7 +15,7 @@ from splitfuse.kernels.cpu.memory import allocate
 
 READ_BYTES = 2**28
 DOT_ROUNDS = 50_000
-LANES_OF_ROUND = {"avx512": 14 * 32, "avx2": 2 * 32}
+LANES_OF_ROUND = {"avx512_bf16": 14 * 32, "avx512": 13 * 32, "avx2": 2 * 32}
 FORMATS: dict[str, tuple[str | None, int | None]] = {
     "bf16": (None, None),
     "int8": ("int8", None),

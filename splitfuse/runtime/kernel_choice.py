@@ -9,6 +9,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.kernels.prepacked import PrepackedKernels
 from splitfuse.kernels.reference import Kernels
 
@@ -20,7 +21,7 @@ def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
     compiled.
     """
     wanted = config.model.kernels
-    if wanted in ("avx512", "avx2"):
+    if wanted in VARIANTS:
         if obstacle := _obstacle(config, dtype):
             raise ConfigError(f"kernels={wanted} cannot be used: {obstacle}")
         return _cpu_kernels(config, wanted)

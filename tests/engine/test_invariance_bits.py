@@ -141,7 +141,7 @@ PART = [  # precision, requests, budget, block size, threads
 def test_a_crowd_changes_no_bit(
     variant: str, precision: str, count: int, budget: int, block_size: int, threads: int
 ) -> None:
-    count = min(count, SOME if variant == "avx512" else FEW)
+    count = min(count, SOME if variant == "avx512_bf16" else FEW)
     check(variant, precision, count, budget=budget, block_size=block_size, threads=threads)
 
 

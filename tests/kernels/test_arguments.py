@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,7 +278,7 @@ def test_more_memory_than_there_is(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_kernels_say_what_they_are(variant: str) -> None:
-    name = {"avx512": "AVX-512 (bf16, VNNI)", "avx2": "AVX2"}[variant]
+    name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[variant]
     assert CpuKernels(variant=variant, num_threads=1).describe() == (
         f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
     )
@@ -318,9 +319,30 @@ def test_a_cpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_best_variant_is_chosen_and_another_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for supported in (VARIANTS, VARIANTS[1:]):
+    for supported in (VARIANTS, VARIANTS[1:], VARIANTS[2:]):
         monkeypatch.setattr(library, "supported_variants", lambda supported=supported: supported)
         assert choose_variant() == supported[0]
         assert choose_variant("avx2") == "avx2"
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
         choose_variant("avx512")
+
+
+@pytest.mark.parametrize(
+    ("missing", "prefers", "expected"),
+    [
+        ((), 1, ("avx512_bf16", "avx512", "avx2")),
+        ((), 0, ("avx512", "avx512_bf16", "avx2")),
+        (("avx512_bf16",), 0, ("avx512", "avx2")),
+        (("avx512_bf16",), 1, ("avx512", "avx2")),
+        (("avx512_bf16", "avx512"), 0, ("avx2",)),
+    ],
+)
+def test_bf16_dot_products_come_first_where_they_are_fast(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], prefers: int, expected: tuple[str, ...]
+) -> None:
+    cpu = SimpleNamespace(sf_prefers_avx512_bf16=lambda: prefers)
+    for variant in VARIANTS:
+        setattr(cpu, f"sf_supports_{variant}", lambda variant=variant: int(variant not in missing))
+    monkeypatch.setattr(library, "_load", lambda: cpu)
+    assert supported_variants() == expected
+    assert choose_variant() == expected[0]

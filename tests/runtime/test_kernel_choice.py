@@ -122,7 +122,7 @@ def test_settings_of_the_cpp_kernels_without_a_compiler(setting: dict[str, Any])
         choose(**setting)
 
 
-@pytest.mark.parametrize("kernels", ["avx512", "avx2"])
+@pytest.mark.parametrize("kernels", ["avx512_bf16", "avx512", "avx2"])
 @pytest.mark.parametrize(
     ("dtype", "settings", "why"),
     [

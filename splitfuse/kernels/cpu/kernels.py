@@ -57,7 +57,7 @@ class CpuKernels(Kernels):
         if (group := choose_format("qkv", self.quantization, self.group_size).group) is not None:
             weights += f" in groups of {group}"
         cache = "int8" if self.kv_int8 else "bf16"
-        name = {"avx512": "AVX-512 (bf16, VNNI)", "avx2": "AVX2"}[self.variant]
+        name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[self.variant]
         threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
         return f"C++ kernels: {name}, {threads}; weights {weights}, KV cache {cache}"
 

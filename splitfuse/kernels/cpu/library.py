@@ -16,8 +16,8 @@ from typing import Any
 
 from splitfuse.errors import ConfigError, KernelError
 
-VARIANTS = ("avx512", "avx2")
-"""Best first. AVX-512 stands for its bf16 and VNNI parts too; AVX2 for FMA too."""
+VARIANTS = ("avx512_bf16", "avx512", "avx2")
+"""AVX-512 stands for its VNNI part too; AVX2 for FMA too."""
 
 BF16, INT8, INT4 = range(3)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -185,14 +185,17 @@ class Library:
 def supported_variants() -> tuple[str, ...]:
     """The variants this CPU can run, best first. Raises KernelError if there is no library to ask."""
     shared = _load()
-    return tuple(variant for variant in VARIANTS if getattr(shared, f"sf_supports_{variant}")())
+    supported = [variant for variant in VARIANTS if getattr(shared, f"sf_supports_{variant}")()]
+    if supported[:2] == ["avx512_bf16", "avx512"] and not shared.sf_prefers_avx512_bf16():
+        supported[:2] = ["avx512", "avx512_bf16"]
+    return tuple(supported)
 
 
 def choose_variant(wanted: str | None = None) -> str:
     """The best variant, or the wanted one. Raises KernelError if this CPU has none, ConfigError if not that one."""
     supported = supported_variants()
     if not supported:
-        raise KernelError("this CPU has neither AVX-512 (with bf16 and VNNI) nor AVX2 (with FMA)")
+        raise KernelError("this CPU has neither AVX-512 (with VNNI) nor AVX2 (with FMA)")
     if wanted is not None and wanted not in supported:
         raise ConfigError(f"this CPU cannot run the {wanted} kernels; it can run {' and '.join(supported)}")
     return wanted or supported[0]

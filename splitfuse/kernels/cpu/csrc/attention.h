@@ -123,9 +123,9 @@ SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& ite
     return pieces;
 }
 
-// Scores of one row of a tile -> weights in bf16 for the keys begin to end - 1, zero for the others up to `keys`;
+// Scores of one row of a tile -> weights for the keys begin to end - 1, zero for the others up to `keys`;
 // their maximum (in powers of two) and total. `scale` takes a score to powers of two.
-SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, u16* weights, float& maximum, float& total) {
+SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, Element* weights, float& maximum, float& total) {
     i64 first = begin / LANES * LANES, last = end <= begin ? first : ceil_div(end, LANES) * LANES;
     Floats most = broadcast(NOTHING), sums = broadcast(0.0f), zero = broadcast(0.0f);
     auto outside = [&](i64 k) { return k < begin || k + LANES > end; };
@@ -139,14 +139,14 @@ SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, 
     }
     maximum = first < last ? highest(most) * scale : NOTHING;
     Floats factor = broadcast(scale), minus = broadcast(-maximum);
-    for (i64 k = 0; k < first; k += LANES) store_bf16(weights + k, zero);
+    for (i64 k = 0; k < first; k += LANES) store_elements(weights + k, zero);
     for (i64 k = first; k < last; k += LANES) {
         Floats weight = exp2_weight(fma(load(scores + k), factor, minus));
         if (outside(k)) weight = only_seen(k, weight, zero);
         sums += weight;
-        store_bf16(weights + k, weight);
+        store_elements(weights + k, weight);
     }
-    for (i64 k = last; k < keys; k += LANES) store_bf16(weights + k, zero);
+    for (i64 k = last; k < keys; k += LANES) store_elements(weights + k, zero);
     total = sum(sums);
 }
 
@@ -159,11 +159,11 @@ SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
     for (i64 k = begin; k < end; k += LANES) store(values + k, load(values + k) * load(by + k));
 }
 
-SF_INLINE void multiply_by(u16* values, const float* by, i64 begin, i64 end, i64 seen_begin, i64 seen_end) {
+SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end, i64 seen_begin, i64 seen_end) {
     for (i64 k = begin; k < end; k += LANES) {
         int low = static_cast<int>(std::min<i64>(std::max<i64>(seen_begin - k, 0), LANES));
         int high = static_cast<int>(std::min<i64>(std::max<i64>(seen_end - k, 0), LANES));
-        store_bf16(values + k, between(low, high, load_bf16(values + k) * load(by + k), broadcast(0.0f)));
+        store_elements(values + k, between(low, high, load_elements(values + k) * load(by + k), broadcast(0.0f)));
     }
 }
 
@@ -171,7 +171,7 @@ SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
     for (i64 i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
 }
 
-// One tile for the rows of an item. `queries`: a slab of q in bf16. `next`: the pieces that will be read after these.
+// One tile for the rows of an item. `queries`: a slab of q. `next`: the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
     alignas(64) float scores[MAX_ROWS * SCORE_STRIDE];
@@ -206,7 +206,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (streams)
             for (i64 p = next.first + r; p < next.end; p += item.rows) fetch_lines(next.of[p], kv.half_bytes / 2);
         float* row = scores + r * SCORE_STRIDE;
-        u16* row_weights = reinterpret_cast<u16*>(weights + r * SLAB_STRIDE);
+        Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
         i64 position = start + (item.first + r) / group;
         i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
         i64 seen = a.window ? std::min(std::max<i64>(position - a.window + 1 - first_key, 0), seen_end) : 0;
@@ -227,7 +227,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             fetches[p - first] = known ? next.of[p] + column / PANEL * (PIECE / 2) * STEP_BYTES : starts[p - first];
         }
         const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES};
-        const u32* x = weights + first * (PIECE / 2);
+        const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS;
         if (two) multiply_two(item.rows, x, values, out.values + column, kv.padded);
         else multiply(item.rows, x, values, out.values + column, kv.padded);
         column += two ? 2 * PANEL : PANEL;
@@ -294,8 +294,9 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             const Item& item = items[i];
             for (i32 r = 0; r < item.rows; ++r) {
                 i64 row = item.first + r, token = a.step.query_start[item.request] + row / group;
-                u16* place = reinterpret_cast<u16*>(queries + r * SLAB_STRIDE);
-                std::memcpy(place, a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim, kv.head_dim * 2);
+                Element* place = reinterpret_cast<Element*>(queries + r * SLAB_STRIDE);
+                const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
+                copy_elements(place, q, kv.head_dim);
                 if (kv.head_dim % 2) place[kv.head_dim] = 0;
             }
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);

@@ -1,4 +1,4 @@
-// AVX-512 with bf16 and VNNI. What the standard library inlines is compiled for every CPU, hence the order.
+// AVX-512 with VNNI. What the standard library inlines is compiled for every CPU, hence the order.
 #include <omp.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prefer-vector-width=512")
 #define SF_AVX512
 #define SF_VARIANT avx512
 #include "variant.h"

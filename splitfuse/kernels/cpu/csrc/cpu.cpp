@@ -6,8 +6,14 @@
 
 SF_EXPORT int sf_supports_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+
+SF_EXPORT int sf_supports_avx512_bf16() { return sf_supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Intel's cores take two cycles for what vdpbf16ps does, and half of one for an fp32 FMA, which does half as much:
+// measured on Emerald Rapids, 88 against 166 billion operations a second.
+SF_EXPORT int sf_prefers_avx512_bf16() { return !__builtin_cpu_is("intel"); }
 
 SF_EXPORT int sf_supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

@@ -27,7 +27,13 @@ inline void read_all(Team& team, const u8* data, i64 bytes) {
 
 template <int ROWS, int... R>
 SF_INLINE void dots(Floats (&acc)[ROWS][2], Packed a, Packed b, Packed x, std::integer_sequence<int, R...>) {
+#ifdef SF_BF16_DOTS
     ((acc[R][0] = dot_bf16(acc[R][0], a, x), acc[R][1] = dot_bf16(acc[R][1], b, x)), ...);
+#else
+    for (int half = 0; half < 2; ++half)
+        ((acc[R][0] = add_product(acc[R][0], as_floats(a), as_floats(x)),
+          acc[R][1] = add_product(acc[R][1], as_floats(b), as_floats(x))), ...);
+#endif
 }
 template <int ROWS, int... R>
 SF_INLINE void dots(Ints (&acc)[ROWS][2], Packed a, Packed b, Packed x, std::integer_sequence<int, R...>) {

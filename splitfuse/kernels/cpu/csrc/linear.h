@@ -73,7 +73,7 @@ SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
 SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     i64 block = x.block_of(row), begin = x.block_begin(block), rows = x.block_begin(block + 1) - begin;
     u32* place = x.block_words(block) + (row - begin) * SLAB_STRIDE;
-    i64 width = x.quantized ? 4 : 2, slab_columns = SLAB_STEPS * width;
+    i64 width = x.quantized ? 4 : 2, slab_columns = SLAB_STEPS * width;  // columns of a step, and of a slab
     float inverse = 0.0f;
     if (x.quantized) {
         float most = largest(values, x.columns);
@@ -86,13 +86,13 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
         i64 first = slab * slab_columns;
         i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
         i64 padded = x.x_steps - slab * SLAB_STEPS < SLAB_STEPS ? (x.x_steps - slab * SLAB_STEPS) * width : slab_columns;
-        u8* bytes = reinterpret_cast<u8*>(place);
         if (!x.quantized) {
-            std::memcpy(bytes, values + first, count * 2);
-            std::memset(bytes + count * 2, 0, (padded - count) * 2);
+            Element* elements = reinterpret_cast<Element*>(place);
+            copy_elements(elements, values + first, count);
+            std::memset(elements + count, 0, (padded - count) * sizeof(Element));
             continue;
         }
-        i8* levels = reinterpret_cast<i8*>(bytes);
+        i8* levels = reinterpret_cast<i8*>(place);
         for (i64 k = 0; k < count; k += span)
             *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, levels + k);
         std::memset(levels + count, 0, padded - count);

@@ -5,6 +5,7 @@
 // silently spills them otherwise, which costs two to three times.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "vector.h"
@@ -15,7 +16,8 @@ namespace SF_VARIANT {
 constexpr int PANEL = 2 * LANES;          // columns of a panel
 constexpr int STEP_BYTES = 4 * PANEL;     // of a panel for one step: a 32-bit word a column
 constexpr int SLAB_STEPS = 256;           // steps of x kept side by side
-constexpr int SLAB_STRIDE = SLAB_STEPS + 16;  // words from row to row; no power of two, so that rows do not share a cache set
+constexpr int PAIR_WORDS = sizeof(Element) / 2;  // of x for a step in bf16
+constexpr int SLAB_STRIDE = SLAB_STEPS * PAIR_WORDS + 16;  // words from row to row; no power of two: rows share no cache set
 constexpr int AHEAD = 128 * STEP_BYTES;   // bytes that weights are fetched ahead of use, where they come from memory
 
 #define SF_LEAF static __attribute__((noinline))
@@ -32,8 +34,8 @@ SF_INLINE void fetch_step(Fetch& fetch) {
     fetch.from += fetch.stride;
 }
 
-// What a tile multiplies. x: slabs of [rows][SLAB_STRIDE] words, SLAB_STEPS of them used; a word is two bf16 or four
-// int8 neighbours in K. Panels lie in `segments` of equal length, each of [steps][stride bytes].
+// What a tile multiplies. x: slabs of [rows][SLAB_STRIDE] words of SLAB_STEPS steps; a step is two neighbours in K, bf16
+// in one word or fp32 in two. Panels lie in `segments` of equal length, each of [steps][stride bytes].
 struct Segments {
     const u8* const* starts;
     const u8* const* fetches;  // what to fetch in each
@@ -46,8 +48,17 @@ struct Segments {
 template <int ROWS, int... R>
 SF_INLINE void bf16_step(Floats (&acc)[ROWS][2], const u8* weights, const u32* x, std::integer_sequence<int, R...>) {
     Packed left = load_packed(weights), right = load_packed(weights + STEP_BYTES / 2);
+#ifdef SF_BF16_DOTS
     ((acc[R][0] = dot_bf16(acc[R][0], left, broadcast_packed(x[R * SLAB_STRIDE])),
       acc[R][1] = dot_bf16(acc[R][1], right, broadcast_packed(x[R * SLAB_STRIDE]))), ...);
+#else
+    Floats a = first_of_pairs(left), b = first_of_pairs(right);
+    ((acc[R][0] = add_product(acc[R][0], a, as_floats(broadcast_packed(x[R * SLAB_STRIDE]))),
+      acc[R][1] = add_product(acc[R][1], b, as_floats(broadcast_packed(x[R * SLAB_STRIDE])))), ...);
+    a = second_of_pairs(left), b = second_of_pairs(right);
+    ((acc[R][0] = add_product(acc[R][0], a, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1]))),
+      acc[R][1] = add_product(acc[R][1], b, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1])))), ...);
+#endif
 }
 
 template <int ROWS, int... R>
@@ -77,12 +88,12 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
             i64 run = SLAB_STEPS - in_slab < here ? SLAB_STEPS - in_slab : here;
             here -= run;
             in_slab += run;
-            for (const u32* end = x + run; x < end; ++x, weights += stride) {
+            for (const u32* end = x + run * PAIR_WORDS; x < end; x += PAIR_WORDS, weights += stride) {
                 fetch_step(fetch);
                 bf16_step(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
-                x += ROWS * SLAB_STRIDE - SLAB_STEPS;
+                x += ROWS * SLAB_STRIDE - SLAB_STEPS * PAIR_WORDS;
                 in_slab = 0;
             }
         }
@@ -100,7 +111,7 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
         Fetch fetch{segments.fetches[segment], segments.fetch_stride};
         Floats acc[ROWS][2];
         clear(acc, rows);
-        for (const u32 *at = x, *end = x + segments.steps; at < end; ++at, weights += STEP_BYTES) {
+        for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
             fetch_step(fetch);
             bf16_step(acc, weights, at, rows);
         }
@@ -122,11 +133,13 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
         Floats a[ROWS][2], b[ROWS][2];
         clear(a, rows);
         clear(b, rows);
-        for (const u32 *at = x, *end = x + segments.steps; at < end; ++at, first += STEP_BYTES, second += STEP_BYTES) {
+        for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
             fetch_step(fetch_first);
             fetch_step(fetch_second);
             bf16_step(a, first, at, rows);
             bf16_step(b, second, at, rows);
+            first += STEP_BYTES;
+            second += STEP_BYTES;
         }
         store_tile(a, out, out_stride, rows);
         if (other != segment) store_tile(b, out + PANEL, out_stride, rows);
@@ -146,7 +159,8 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
         const u8* weights = segments.starts[segment];
         Fetch fetch_first{segments.fetches[segment], segments.fetch_stride};
         Fetch fetch_second{segments.fetches[segment] + segments.steps * segments.fetch_stride, segments.fetch_stride};
-        for (const u32* end = x + (left < segments.steps ? left : segments.steps); x < end; ++x, weights += segments.stride) {
+        const u32* end = x + std::min<i64>(left, segments.steps) * PAIR_WORDS;
+        for (; x < end; x += PAIR_WORDS, weights += segments.stride) {
             fetch_step(fetch_first);
             fetch_step(fetch_second);
             bf16_step(a, weights, x, rows);

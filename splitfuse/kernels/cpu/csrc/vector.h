@@ -26,7 +26,13 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 #ifdef SF_AVX512
 
+#ifdef SF_BF16_DOTS
 constexpr int MAX_ROWS = 14;       // of a tile: 14 x 2 accumulators, two weights and a broadcast fill 32 registers
+using Element = u16;
+#else
+constexpr int MAX_ROWS = 13;       // of a tile: even and odd weights take two registers more
+using Element = float;
+#endif
 constexpr i32 LEVEL_BIAS = 128;    // vpdpbusd wants one operand unsigned: weights are read as level + 128
 
 struct Floats { __m512 v; };       // 16 fp32
@@ -71,11 +77,22 @@ SF_INLINE Floats load_bf16(const u16* p) {
 SF_INLINE Floats load_bf16(const u16* p, int count) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lane_mask(count), p)), 16))};
 }
-SF_INLINE void store_bf16(u16* p, Floats a) {  // to the nearest, ties to even
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v));
+#ifdef SF_BF16_DOTS
+SF_INLINE __m256i round_bf16(__m512 a) { return (__m256i)_mm512_cvtneps_pbh(a); }
+#else
+SF_INLINE __m256i round_bf16(__m512 a) {
+    __m512i bits = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(rounded);
+}
+#endif
+SF_INLINE void store_bf16(u16* p, Floats a) {  // to the nearest, ties to even; NaN stays NaN
+    _mm256_storeu_si256((__m256i*)p, round_bf16(a.v));
 }
 SF_INLINE void store_bf16(u16* p, Floats a, int count) {
-    _mm256_mask_storeu_epi16(p, lane_mask(count), (__m256i)_mm512_cvtneps_pbh(a.v));
+    _mm256_mask_storeu_epi16(p, lane_mask(count), round_bf16(a.v));
 }
 SF_INLINE Floats load_i8(const i8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
@@ -96,10 +113,24 @@ SF_INLINE Packed load_levels(const u8* levels) {
 SF_INLINE Packed look_up(Packed levels, Packed nibbles) { return {_mm512_shuffle_epi8(levels.v, nibbles.v)}; }
 SF_INLINE Packed as_levels(Packed biased) { return biased; }
 
+#ifdef SF_BF16_DOTS
 // a + the products of each lane's two bf16: vdpbf16ps, which takes subnormals for zero.
 SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
     return {_mm512_dpbf16_ps(a.v, (__m512bh)weights.v, (__m512bh)x.v)};
 }
+#else
+// The first and the second bf16 of each lane, and a word that is an fp32 already.
+SF_INLINE Floats first_of_pairs(Packed a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+SF_INLINE Floats second_of_pairs(Packed a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<i32>(0xffff0000))))};
+}
+SF_INLINE Floats as_floats(Packed a) { return {_mm512_castsi512_ps(a.v)}; }
+// a + weights * x, rounded once. Not the intrinsic: GCC 12 moves the sums to and fro until one has no register.
+SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(a.v) : "v"(weights.v), "v"(x.v));
+    return a;
+}
+#endif
 // a + the products of each lane's four levels, + LEVEL_BIAS each, with four int8.
 // Not the intrinsic: around it GCC 12 keeps every accumulator twice, as two vector types, and spills them.
 SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
@@ -110,6 +141,7 @@ SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
 #else  // AVX2 and FMA
 
 constexpr int MAX_ROWS = 2;        // of a tile: 2 x 4 accumulators of eight lanes, and room for even and odd weights
+using Element = float;
 constexpr i32 LEVEL_BIAS = 0;
 
 struct Floats { __m256 lo, hi; };
@@ -245,14 +277,15 @@ SF_INLINE Packed as_levels(Packed biased) {
     return {_mm256_xor_si256(biased.lo, sign), _mm256_xor_si256(biased.hi, sign)};
 }
 
-SF_INLINE __m256 dot_bf16_8(__m256 a, __m256i weights, __m256i x) {
-    __m256i odd = _mm256_set1_epi32(static_cast<i32>(0xffff0000));
-    a = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), a);
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(weights, odd)), _mm256_castsi256_ps(_mm256_and_si256(x, odd)), a);
+SF_INLINE Floats first_of_pairs(Packed a) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
 }
-SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
-    return {dot_bf16_8(a.lo, weights.lo, x.lo), dot_bf16_8(a.hi, weights.hi, x.hi)};
+SF_INLINE Floats second_of_pairs(Packed a) {
+    __m256i second = _mm256_set1_epi32(static_cast<i32>(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(a.lo, second)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, second))};
 }
+SF_INLINE Floats as_floats(Packed a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) { return fma(weights, x, a); }
 // Levels and activations lie in -127..127, so the sum of two products fits into the 16 bits of vpmaddubsw.
 SF_INLINE __m256i dot_levels_8(__m256i a, __m256i levels, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(levels, x));
@@ -265,6 +298,18 @@ SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
 #endif
 
 SF_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
+
+// x as it meets weights in bf16: pairs of bf16 for processors that multiply those, else fp32.
+SF_INLINE Floats load_elements(const u16* p) { return load_bf16(p); }
+SF_INLINE Floats load_elements(const float* p) { return load(p); }
+SF_INLINE void store_elements(u16* p, Floats a) { store_bf16(p, a); }
+SF_INLINE void store_elements(float* p, Floats a) { store(p, a); }
+SF_INLINE void copy_elements(u16* to, const u16* from, i64 count) { std::memcpy(to, from, count * sizeof(u16)); }
+SF_INLINE void copy_elements(float* to, const u16* from, i64 count) {
+    i64 k = 0;
+    for (; k + LANES <= count; k += LANES) store(to + k, load_bf16(from + k));
+    if (k < count) store(to + k, load_bf16(from + k, static_cast<int>(count - k)), static_cast<int>(count - k));
+}
 
 // 2 to the power of a, for a from -126 on (less is taken for -126), to about 2 units in the last place; 2^0 is exactly 1.
 // Reduction to [-0.5, 0.5] (Cody and Waite, "Software Manual for the Elementary Functions", 1980), then Taylor's series.
