@@ -138,6 +138,61 @@ class EngineConfig:
         return {f.name: (part, f) for part in PARTS.values() for f in dataclasses.fields(part)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a server meets its clients. Nothing here changes what is generated."""
+
+    host: str = setting("127.0.0.1", "Address to listen on: this machine only, unless another is given.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    name: str = setting("splitfuse", "Name of the deployment, for client(), ps and stop.")
+    replicas: int = setting(1, "Engine processes on this machine, which share its cores.")
+    api_key: tuple[str, ...] = setting((), "A key that requests must bring; may be given several times.")
+    api_key_file: str | None = setting(None, "A file with a key in each line.")
+    admin_key: str | None = setting(None, "The key of routes that change the server; left out, there are none.")
+    allow_origin: tuple[str, ...] = setting((), "A web origin that browsers may call from; * is any.")
+    tls_certificate: str | None = setting(None, "A PEM file; with tls_key, the server speaks HTTPS.")
+    tls_key: str | None = setting(None, "A PEM file.")
+    served_model_name: str | None = setting(None, "Name of the model in requests and answers.")
+    max_queued_requests: int = setting(1024, "Most requests at once, running and waiting; then 429.")
+    max_queued_tokens: int = setting(4_194_304, "Most tokens at once, prompts and what they may generate; then 429.")
+    max_body_mib: float = setting(16.0, "Largest body of a request, in MiB.")
+    max_prompts: int = setting(256, "Most prompts in one request.")
+    pass_timeout: float = setting(60.0, "Seconds after which an engine that finishes no pass is restarted.")
+    drain_timeout: float = setting(60.0, "Seconds that running requests have to end after SIGTERM.")
+    log_prompts: bool = setting(False, "Write prompts and answers to the log.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
+        for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_body_mib", "pass_timeout", "drain_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("tls_certificate and tls_key go together: give both or none")
+        if any(not key.strip() for key in (*self.api_key, self.admin_key or "-")):
+            raise ConfigError("a key must not be empty")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
+        """From flat settings. Raises ConfigError for a name it does not have or a value of the wrong type."""
+        hints = _hints(cls)
+        values = dict(settings)
+        for name, value in values.items():
+            if name not in hints:
+                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, hints)}")
+            if name in ("api_key", "allow_origin"):
+                values[name] = (value,) if isinstance(value, str) else tuple(value)
+                if not all(isinstance(item, str) for item in values[name]):
+                    raise ConfigError(f"{name} must be a list of texts")
+            else:
+                _check_type(name, value, hints[name])
+        return cls(**values)
+
+
 PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfig, "cache": CacheConfig}
 
 

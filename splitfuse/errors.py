@@ -12,7 +12,10 @@
     │   └── TokenizerError          no tokenizer, or one that cannot be read
     ├── KernelError                 compiled kernels that are missing, or that this CPU cannot run
     ├── MemoryPlanError             the model does not fit; the message gives need, have and a value that fits
-    └── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
+    ├── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
+    ├── OverloadedError             no room for the request now; `retry_after` says when there may be
+    ├── EngineDiedError             no engine to compute the request, or no longer
+    └── ServerError                 a server that cannot be started, found or stopped
 
 Standard library only.
 """
@@ -87,6 +90,26 @@ class MemoryPlanError(SplitfuseError):
 
 class RequestFailedError(SplitfuseError):
     """One request failed while it ran. Its neighbours are untouched."""
+
+
+class OverloadedError(SplitfuseError):
+    """There is no room for the request now. `retry_after`: seconds until there may be."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDiedError(SplitfuseError):
+    """No engine is there to compute the request, or it died on the way. Another attempt may succeed."""
+
+    status = 503
+
+
+class ServerError(SplitfuseError):
+    """A server that cannot be started, found or stopped."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,9 +25,10 @@ from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
-from splitfuse.errors import InvalidRequestError, RequestTooLargeError
+from splitfuse.errors import InvalidRequestError
 
 by_arrival = attrgetter("arrival")
 
@@ -46,6 +47,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
+        self.num_preemptions = 0  # of all requests so far
 
     @property
     def has_unfinished(self) -> bool:
@@ -70,16 +72,10 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        prompt, most = request.num_prompt, request.max_tokens
-        need = self._allocator.blocks_for(prompt + most - 1)  # the last token's KV is not wanted
-        if need > self._allocator.num_blocks:
-            have, size = self._allocator.num_blocks, self._allocator.block_size
-            raise RequestTooLargeError(
-                f"the request needs {need} KV blocks for {prompt} prompt and up to {most} generated tokens, and the "
-                f"whole cache has {have} blocks of {size} tokens; shorten the prompt, lower max_tokens to at most "
-                f"{max(have * size + 1 - prompt, 0)}, or give the cache more memory",
-                parameter="max_tokens",
-            )
+        allocator = self._allocator
+        check_blocks(
+            request.num_prompt, request.max_tokens, num_blocks=allocator.num_blocks, block_size=allocator.block_size
+        )
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._requests[request.request_id] = request
@@ -240,7 +236,7 @@ class Scheduler:
             newest.preempt_on_return = True
             return False
         self._stop(newest)
-        newest.num_preemptions += 1
+        self._count_preemption(newest)
         return True
 
     def _finalize(self, draft: _Draft) -> StepPlan | None:
@@ -324,7 +320,11 @@ class Scheduler:
             request.preempt_on_return = False  # whoever wanted its blocks has ended: now it is the oldest
         elif request.preempt_on_return:
             self._stop(request)
-            request.num_preemptions += 1
+            self._count_preemption(request)
+
+    def _count_preemption(self, request: Request) -> None:
+        request.num_preemptions += 1
+        self.num_preemptions += 1
 
 
 class _Draft:

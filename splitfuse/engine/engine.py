@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -32,6 +32,7 @@ class Engine:
             plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
         self.scheduler = Scheduler(config.scheduler, self.allocator)
+        self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
     def load(
@@ -68,13 +69,12 @@ class Engine:
         Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
         """
         self.check_request(prompt_token_ids, params)
-        room = self.max_model_len - len(prompt_token_ids)
         self.scheduler.add(
             Request(
                 request_id,
                 tuple(prompt_token_ids),
                 params,
-                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                max_tokens=self.limits.room(len(prompt_token_ids), params),
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
@@ -84,31 +84,7 @@ class Engine:
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequestError if the model cannot honour the request."""
-        limit, length = self.max_model_len, len(prompt_token_ids)
-        if not prompt_token_ids:
-            raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")
-        if length >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {length} tokens; with at least one to generate, the limit is {limit - 1}",
-                parameter="prompt",
-            )
-        if params.max_tokens is not None and length + params.max_tokens > limit:
-            raise InvalidRequestError(
-                f"max_tokens {params.max_tokens} and a prompt of {length} tokens exceed the model's {limit}; "
-                f"max_tokens can be at most {limit - length}",
-                parameter="max_tokens",
-            )
-        if params.min_tokens > limit - length:
-            raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} and a prompt of {length} tokens exceed the model's {limit}",
-                parameter="min_tokens",
-            )
-        for name, ids in (
-            ("prompt", prompt_token_ids),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            check_token_ids(name, ids, self.model.spec.vocab_size, parameter=name)
+        self.limits.check(prompt_token_ids, params)
 
     def step(self) -> list[RequestOutput]:
         """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
@@ -140,12 +116,3 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request that nobody waits for any more."""
         return self.finish(request_id, FinishReason.ABORT)
-
-
-def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, parameter: str | None = None) -> None:
-    """Raise InvalidRequestError, naming `owner`, unless all ids are whole numbers below `vocab_size`."""
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise InvalidRequestError(
-                f"{owner} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}", parameter=parameter
-            )

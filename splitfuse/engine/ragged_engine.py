@@ -14,8 +14,8 @@ from torch import Tensor
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
-from splitfuse.engine.engine import check_token_ids
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 from splitfuse.runtime.loading import LoadedModel, load_model
 
