@@ -41,9 +41,10 @@ class Engine:
         *,
         progress: bool = False,
         announce: Callable[[MemoryPlan], None] = lambda _: None,
+        on_progress: Callable[[float], None] = lambda _: None,
     ) -> Engine:
         """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
-        return cls(config, load_model(config, progress=progress, announce=announce))
+        return cls(config, load_model(config, progress=progress, announce=announce, on_progress=on_progress))
 
     @property
     def max_model_len(self) -> int:

@@ -54,7 +54,7 @@ class EngineLoop:
     def alive(self) -> Alive:
         """For a heartbeat, from another thread."""
         began = self._pass_began
-        return Alive(self._engine.has_unfinished, time.monotonic() - began if began else 0.0)
+        return Alive(time.monotonic() - began if began else 0.0)
 
     def _take_commands(self) -> list[RequestOutput]:
         """Do what was asked since the last pass; wait for something if there is nothing to compute. What ended thereby,

@@ -97,8 +97,6 @@ class Passed(msgspec.Struct, frozen=True, tag=True):
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Sent a few times a second by a process, whatever its engine does."""
 
-    pending: bool
-    """Whether there is work."""
     seconds_in_pass: float
     """Since the pass that runs now began; 0 if none runs."""
 
@@ -108,6 +106,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     error: str
     """For people: no traceback, which went to standard error."""
+    kind: str = ""
+    """Its class, if it is one of errors.py."""
 
 
 Report = Loading | Ready | Passed | Alive | Failed

@@ -92,8 +92,10 @@ def load_decoder(
     kernels: Kernels,
     load_format: str = "safetensors",
     progress: bool = False,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> Decoder:
-    """The decoder of the model in `path`, with a progress bar on stderr if asked.
+    """The decoder of the model in `path`, with a progress bar on stderr if asked; `on_progress` is told the fraction
+    that is loaded.
 
     `load_format` "dummy" reads no weights but makes random ones, the same each time, too small to overflow. Raises
     WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
@@ -102,7 +104,7 @@ def load_decoder(
     read = _dummy_reader(dtype, device) if load_format == "dummy" else _checkpoint_reader(Checkpoint(path), plan, spec)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in range(spec.num_layers)]
-    for parameter in _with_progress(plan, dtype, progress):
+    for parameter in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         role = _role(parameter, spec)
         with read(parameter) as pieces:
@@ -198,10 +200,15 @@ def _dummy_reader(dtype: torch.dtype, device: torch.device) -> Reader:
     return read
 
 
-def _with_progress(plan: list[Parameter], dtype: torch.dtype, shown: bool) -> Iterator[Parameter]:
+def _with_progress(
+    plan: list[Parameter], dtype: torch.dtype, shown: bool, on_progress: Callable[[float], None]
+) -> Iterator[Parameter]:
     """The plan, counting on the bar what has been loaded."""
-    total = sum(math.prod(parameter.shape) for parameter in plan) * dtype.itemsize
-    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not shown) as bar:
-        for parameter in plan:
+    sizes = [math.prod(parameter.shape) * dtype.itemsize for parameter in plan]
+    loaded = 0
+    with tqdm(total=sum(sizes), desc="Loading weights", unit="B", unit_scale=True, disable=not shown) as bar:
+        for parameter, size in zip(plan, sizes, strict=True):
             yield parameter
-            bar.update(math.prod(parameter.shape) * dtype.itemsize)
+            loaded += size
+            bar.update(size)
+            on_progress(loaded / sum(sizes))

@@ -45,9 +45,14 @@ class LoadedModel:
 
 
 def load_model(
-    config: EngineConfig, *, progress: bool = False, announce: Callable[[MemoryPlan], None] = lambda _: None
+    config: EngineConfig,
+    *,
+    progress: bool = False,
+    announce: Callable[[MemoryPlan], None] = lambda _: None,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> LoadedModel:
-    """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded.
+    """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded,
+    `on_progress` with the fraction that is.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -60,7 +65,14 @@ def load_model(
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
-        path, spec, dtype=dtype, device=device, kernels=kernels, load_format=config.model.load_format, progress=progress
+        path,
+        spec,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
+        load_format=config.model.load_format,
+        progress=progress,
+        on_progress=on_progress,
     )
     return LoadedModel(path, spec, plan, read_eos_token_ids(path), decoder)
 

@@ -1,0 +1,375 @@
+"""The boundary of an engine: in a thread, in a process of its own, and several behind a router, by the same tests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import splitfuse
+from splitfuse.config import EngineConfig
+from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.engine_process import EngineProcess
+from splitfuse.engine.framing import MAX_MESSAGE, frame, receive
+from splitfuse.engine.messages import (
+    Add,
+    EngineStats,
+    Failed,
+    Finish,
+    Passed,
+    Stop,
+    decode_command,
+    decode_report,
+    encode,
+)
+from splitfuse.engine.router import Router
+from splitfuse.errors import (
+    ConfigError,
+    EngineDiedError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    RequestTooLargeError,
+)
+
+SETTINGS = {"num_blocks": 256, "max_num_seqs": 16, "num_threads": 1}
+PROMPT = tuple(range(10, 60))
+LONG = SamplingParams(max_tokens=900, ignore_eos=True)
+
+
+def in_thread() -> EngineClient:
+    return AsyncEngine(Engine.load(EngineConfig.from_settings(SETTINGS)))
+
+
+def in_process() -> EngineClient:
+    return EngineProcess(SETTINGS)
+
+
+def behind_router() -> EngineClient:
+    return Router([in_thread(), in_thread()])
+
+
+CLIENTS = [pytest.param(make, id=make.__name__) for make in (in_thread, in_process, behind_router)]
+
+
+@asynccontextmanager
+async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def answer(client: EngineClient, name: str, prompt: tuple[int, ...], params: SamplingParams) -> tuple[int, ...]:
+    tokens: list[int] = []
+    async with client.open(Add(name, prompt, params)) as stream:
+        async for output in stream:
+            tokens += output.token_ids
+    return tuple(tokens)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition; the test's own time limit ends it."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def run(test: Awaitable[None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(test, 120)
+
+    asyncio.run(limited())
+
+
+def requests(count: int) -> list[tuple[tuple[int, ...], SamplingParams]]:
+    rng = random.Random(count)
+    made = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 120)))
+        temperature = rng.choice([0.0, 0.9])
+        made.append((prompt, SamplingParams(max_tokens=rng.randrange(1, 30), temperature=temperature, seed=number)))
+    return made
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_a_crowd_gets_what_a_pipeline_gives(make: Callable[[], EngineClient]) -> None:
+    asked = requests(32)
+    pipe = splitfuse.pipeline(**SETTINGS)
+    wanted = [
+        pipe(
+            list(prompt),
+            max_new_tokens=params.max_tokens,
+            seed=params.seed,
+            temperature=params.temperature or None,
+        )[0].token_ids
+        for prompt, params in asked
+    ]
+
+    async def test() -> None:
+        async with running(make()) as client:
+            together = await asyncio.gather(*(answer(client, str(i), *request) for i, request in enumerate(asked)))
+            alone = await answer(client, "alone", *asked[3])
+        assert together == wanted
+        assert alone == wanted[3]
+
+    run(test())
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_whoever_closes_a_stream_frees_its_blocks(make: Callable[[], EngineClient]) -> None:
+    async def test() -> None:
+        async with running(make()) as client:
+            streams = [client.open(Add(str(i), PROMPT, LONG)) for i in range(20)]
+            for stream in streams[:5]:
+                await anext(aiter(stream))
+            for stream in streams:
+                stream.close()
+            await until(lambda: all(not s.num_running + s.num_waiting for s in client.stats))
+            await answer(client, "0", PROMPT, SamplingParams(max_tokens=2))  # the id is free again
+            free = [s.num_free_blocks for s in client.stats if s.num_steps]
+            assert free and set(free) == {SETTINGS["num_blocks"]}
+            assert client.outstanding_tokens == 0
+            async for _ in streams[7]:
+                pytest.fail("a closed stream gave something")
+
+    run(test())
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_a_stop_string_ends_the_request(make: Callable[[], EngineClient]) -> None:
+    async def test() -> None:
+        async with running(make()) as client:
+            async with client.open(Add("stopped", PROMPT, LONG)) as stream:
+                read = 0
+                async for output in stream:
+                    read += len(output.token_ids)
+                    if read == 3:
+                        stream.stop(2)
+            await until(lambda: all(not s.num_running for s in client.stats))
+            assert read == 3  # nothing is read behind the stop
+            assert stream.num_tokens < LONG.max_tokens
+
+    run(test())
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_what_cannot_be_honoured_is_refused_at_once(make: Callable[[], EngineClient]) -> None:
+    async def test() -> None:
+        client = make()
+        with pytest.raises(EngineDiedError):
+            client.open(Add("early", PROMPT, LONG))
+        async with running(client):
+            limits = client.info.limits
+            with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+                client.open(Add("a", (), SamplingParams()))
+            with pytest.raises(PromptTooLongError):
+                client.open(Add("a", (1,) * limits.max_model_len, SamplingParams()))
+            with pytest.raises(InvalidRequestError, match="token id"):
+                client.open(Add("a", (limits.vocab_size,), SamplingParams()))
+            assert len(await answer(client, "a", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
+        with pytest.raises(EngineDiedError):
+            client.open(Add("late", PROMPT, LONG))
+
+    run(test())
+
+
+def test_an_id_in_use_and_a_request_larger_than_the_cache() -> None:
+    async def test() -> None:
+        async with running(in_thread()) as client:
+            limits = replace(client.info.limits, num_blocks=2)
+            with pytest.raises(RequestTooLargeError, match="whole cache has 2 blocks of 32 tokens"):
+                limits.check(PROMPT, SamplingParams(max_tokens=50))
+            async with client.open(Add("a", PROMPT, SamplingParams(max_tokens=50))):
+                with pytest.raises(InvalidRequestError, match="'a' is still running"):
+                    client.open(Add("a", PROMPT, SamplingParams(max_tokens=5)))
+
+    run(test())
+
+
+@pytest.mark.parametrize("make", CLIENTS)
+def test_closing_ends_what_runs_with_an_error(make: Callable[[], EngineClient]) -> None:
+    async def test() -> None:
+        client = make()
+        await client.start()
+        tasks = [asyncio.create_task(answer(client, str(i), PROMPT, LONG)) for i in range(4)]
+        await until(lambda: any(s.num_steps for s in client.stats))
+        await client.close()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, EngineDiedError)
+        assert client.state is EngineState.DEAD
+
+    run(test())
+
+
+# --- a process --------------------------------------------------------------------------------------------------------
+
+
+async def die_and_come_back(client: EngineProcess, number: signal.Signals) -> None:
+    tasks = [asyncio.create_task(answer(client, str(i), PROMPT, LONG)) for i in range(8)]
+    await until(lambda: client.stats[0].num_running == 8)
+    pid = client.pid
+    assert pid is not None
+    os.kill(pid, number)
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, EngineDiedError)
+    with pytest.raises(EngineDiedError):
+        client.open(Add("x", PROMPT, LONG))
+    await until(lambda: client.state is EngineState.READY)
+    assert client.pid != pid
+    assert len(await answer(client, "after", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
+
+
+def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
+    async def test() -> None:
+        async with running(EngineProcess(SETTINGS)) as client:
+            assert isinstance(client, EngineProcess)
+            await die_and_come_back(client, signal.SIGKILL)
+            assert client.num_restarts == 1
+
+    run(test())
+
+
+def test_a_process_that_hangs_is_found_and_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        async with running(EngineProcess(SETTINGS, silence_timeout=1.0)) as client:
+            assert isinstance(client, EngineProcess)
+            await die_and_come_back(client, signal.SIGSTOP)
+
+    run(test())
+    written = capfd.readouterr().err
+    assert "the engine hangs: its process has said nothing for" in written
+    assert "engine_loop.py" in written  # its stacks
+
+
+def test_a_pass_that_does_not_end_is_a_hang() -> None:
+    async def test() -> None:
+        async with running(EngineProcess(SETTINGS, pass_timeout=1e-9)) as client:  # any pass is too long
+            with pytest.raises(EngineDiedError, match="a pass has taken"):
+                while True:  # a heartbeat must fall into a pass
+                    await asyncio.gather(*(answer(client, str(i), PROMPT, LONG) for i in range(8)))
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "/nowhere/at/all"}, ModelNotFoundError, "there is no folder /nowhere/at/all"),
+        ({"dtype": "float8"}, ConfigError, "dtype must be one of"),
+        ({"kernels": "avx2", "dtype": "float32"}, ConfigError, "they compute in bfloat16"),
+    ],
+)
+def test_what_keeps_an_engine_from_starting_is_said(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    async def test() -> None:
+        client = EngineProcess(settings)
+        with pytest.raises(error, match=message):
+            await client.start()
+        assert client.state is EngineState.DEAD
+        await client.close()
+
+    run(test())
+
+
+def test_a_process_leaves_nothing_behind() -> None:
+    async def test() -> None:
+        files, tasks = set(Path("/proc/self/fd").iterdir()), len(asyncio.all_tasks())
+        client = EngineProcess(SETTINGS)
+        await client.start()
+        pid = client.pid
+        await client.close()
+        assert not Path(f"/proc/{pid}").exists()
+        assert len(asyncio.all_tasks()) == tasks
+        await asyncio.sleep(0)  # what was closed is closed in the next turn of the loop
+        assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the listing itself
+
+    run(test())
+
+
+# --- a router ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_others_go_on_when_a_replica_dies() -> None:
+    async def test() -> None:
+        mortal, other = EngineProcess(SETTINGS), in_thread()
+        async with running(Router([mortal, other])) as router:
+            tasks = [asyncio.create_task(answer(router, str(i), PROMPT[i:], LONG)) for i in range(8)]
+            await until(lambda: all(stats.num_running for stats in router.stats))
+            assert mortal.pid is not None
+            os.kill(mortal.pid, signal.SIGKILL)
+            await until(lambda: mortal.state is not EngineState.READY)
+            assert router.state is EngineState.READY
+            params = SamplingParams(max_tokens=3, ignore_eos=True)
+            assert len(await answer(router, "next", PROMPT, params)) == 3
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            died = [outcome for outcome in outcomes if isinstance(outcome, EngineDiedError)]
+            assert 0 < len(died) < len(outcomes)
+            assert all(len(tokens) == 900 for tokens in outcomes if isinstance(tokens, tuple))
+            await until(lambda: mortal.state is EngineState.READY)
+
+    run(test())
+
+
+def test_equal_beginnings_go_where_they_are_known() -> None:
+    async def test() -> None:
+        async with running(behind_router()) as router:
+            params = SamplingParams(max_tokens=1)
+            for number in range(6):
+                await answer(router, f"warm{number}", tuple(range(100, 300)), params)
+            begun = [stats.num_steps > 0 for stats in router.stats]
+            assert begun == [True, False]
+            assert router.stats[0].num_cached_tokens >= 5 * 192
+
+    run(test())
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_messages_survive_the_wire() -> None:
+    params = SamplingParams(max_tokens=3, stop=("a", "\ud7ff"), logit_bias={5: -1.5}, seed=2**64 - 1)
+    for command in (Add("x", (1, 2), params, 1, "salt"), Finish("x", FinishReason.STOP, 4), Stop()):
+        assert decode_command(encode(command)) == command
+    for report in (
+        Passed((RequestOutput("x", (1,), finish_reason=FinishReason.LENGTH),), EngineStats(num_steps=3)),
+        Failed("why"),
+    ):
+        assert decode_report(encode(report)) == report
+
+
+def test_nothing_else_is_a_message() -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        for decode in (decode_command, decode_report):
+            with pytest.raises((msgspec.DecodeError, InvalidRequestError, UnicodeDecodeError)):
+                decode(bytes(rng.randrange(256) for _ in range(rng.randrange(40))))
+    with pytest.raises(msgspec.DecodeError):
+        decode_command(encode(Failed("a report is no command")))
+
+
+def test_frames() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for message in (b"", b"abc", bytes(100_000)):
+            ours.sendall(frame(message))
+            assert receive(theirs) == message
+        ours.sendall((MAX_MESSAGE + 1).to_bytes(4, "big"))
+        with pytest.raises(ValueError, match="a message of"):
+            receive(theirs)
+        ours.close()
+        assert receive(theirs) is None
