@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.kernels.prepacked import PrepackedKernels
 from splitfuse.kernels.reference import Kernels
+from splitfuse.runtime.control_groups import control_groups
 
 
 def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
@@ -79,12 +81,23 @@ def _cpu_kernels(config: EngineConfig, variant: str | None) -> CpuKernels:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """The cores this process may keep busy: those it may run on (PyTorch asks for them), and no more than its control
-    group pays for. A thread too many costs more than it brings: all wait for the one that is not running.
+    """The cores this process may keep busy: those it may run on (PyTorch asks for them), and no more than each of its
+    control groups pays for. A thread too many costs more than it brings: all wait for the one that is not running.
+    `root` is where proc and sys are.
     """
-    cores = torch.get_num_threads()
-    try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or none that limits ("max")
-        return cores
+    return min([torch.get_num_threads(), *_paid_cores(root)])
+
+
+def _paid_cores(root: Path) -> Iterator[int]:
+    """Whole cores that each control group pays for, but at least one, where it sets a limit."""
+    for version, group in control_groups("cpu", root):
+        try:
+            if version == 2:
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            cores = int(quota) // int(period)
+        except (OSError, ValueError, ZeroDivisionError):  # no such group, or none that limits ("max")
+            continue
+        if int(quota) > 0:  # -1: no limit, in version 1
+            yield max(1, cores)

@@ -15,17 +15,20 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.quantization import QUANTIZATIONS
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
+from splitfuse.runtime.control_groups import control_groups
 from splitfuse.runtime.model_runner import HEAD_ROWS
 
 GIB = 2**30
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
-CGROUP_FILES = {  # version 2 names no controller: the limit, and what is used of it
-    "": ("memory.max", "memory.current"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+CGROUP_FILES = {  # by version: the limit, and what is used of it
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
 }
 LARGEST_KV_SHARE = 0.5
 """Of what is free after weights and activations, for a KV cache whose size nobody gave: the machine has other users."""
@@ -141,21 +144,10 @@ def _machine_memory(root: Path) -> int:
 
 
 def _cgroup_headroom(root: Path) -> Iterator[int]:
-    """What each control group that we are in (version 2 or 1) leaves, where it sets a limit."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:  # "0::/path" is version 2, "4:memory:/path" version 1
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        limit_name, used_name = CGROUP_FILES[controllers]
-        top = root / "sys/fs/cgroup" / controllers
-        own = top / path.lstrip("/")  # inside a container this may not exist, and the top is our own group
-        for group in (own, *own.parents):
-            if group.is_relative_to(top) and (headroom := _headroom(group, limit_name, used_name)) is not None:
-                yield headroom
+    """What each control group that we are in leaves, where it sets a limit."""
+    for version, group in control_groups("memory", root):
+        if (headroom := _headroom(group, *CGROUP_FILES[version])) is not None:
+            yield headroom
 
 
 def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
@@ -199,9 +191,25 @@ def _smaller_model(spec: ModelSpec, config: EngineConfig, kernels: Kernels, plan
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.weights - weight_bytes(spec, torch.bfloat16, kernels) >= missing:
         options.append("dtype=bfloat16")
+    if quantization := _quantization(spec, kernels, plan.weights - missing):
+        options.append(f"quantization={quantization}")
     if not options:
         return "no setting makes it fit: choose a smaller model or a larger machine"
     return f"{' or '.join(options)} would fit"
+
+
+def _quantization(spec: ModelSpec, kernels: Kernels, most: int) -> str | None:
+    """Of what quantizes more than `kernels` do, the one that loses least among those with at most `most` bytes of
+    weights. Only the C++ kernels quantize.
+    """
+    if not isinstance(kernels, CpuKernels):
+        return None
+    begin = 0 if kernels.quantization is None else QUANTIZATIONS.index(kernels.quantization) + 1
+    for name in QUANTIZATIONS[begin:]:
+        smaller = CpuKernels(variant=kernels.variant, num_threads=1, quantization=name, group_size=kernels.group_size)
+        if weight_bytes(spec, torch.bfloat16, smaller) <= most:
+            return name
+    return None
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:

@@ -4,6 +4,7 @@ tensors that are not what an address promises are our own bugs.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu import library
-from splitfuse.kernels.cpu.kernels import MOST_HEAD_DIM, CpuKernels
+from splitfuse.kernels.cpu.kernels import MOST_HEAD_DIM, PIECE, CpuKernels
 from splitfuse.kernels.cpu.library import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
 from splitfuse.kernels.reference import LayerWeights, NetworkWeights, Store
 
@@ -257,6 +258,16 @@ def test_block_sizes(variant: str, size: int) -> None:
         kernels.check_block_size(size)
     with pytest.raises(ConfigError, match="multiple of 32"):
         store_of(kernels, block_size=size)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_piece_is_what_the_library_takes_for_one(variant: str) -> None:
+    """kernels.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
+    library_of = CpuKernels(variant=variant, num_threads=1).library
+    shorter, whole = (
+        library_of.store_bytes(ctypes.byref(library.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE)
+    )
+    assert shorter == 0 < whole
 
 
 @pytest.mark.parametrize("variant", variants())

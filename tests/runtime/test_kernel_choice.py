@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from backends import BACKENDS, variants
 
 import splitfuse
+from splitfuse import config
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu import library, quantization
 from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.prepacked import PrepackedKernels
 from splitfuse.kernels.reference import Kernels
@@ -184,13 +186,42 @@ def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
     variant: str, settings: dict[str, Any], message: str
 ) -> None:
     announced: list[object] = []
-    config = EngineConfig.from_settings({"kernels": variant, **settings})
+    wanted = EngineConfig.from_settings({"kernels": variant, **settings})
     with pytest.raises(ConfigError, match=message):
-        splitfuse.Engine.load(config, announce=announced.append)
+        splitfuse.Engine.load(wanted, announce=announced.append)
     assert announced == []
 
 
+def test_settings_name_what_the_kernels_have() -> None:
+    """config.py lists it again, as neither may import the other."""
+    assert config.QUANTIZATIONS == quantization.QUANTIZATIONS
+    assert set(config.GROUP_SIZES) == {size for sizes in quantization.GROUP_SIZES.values() for size in sizes}
+    assert set(config.KERNELS) == {"auto", *library.VARIANTS, "torch", "reference"}
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def machine(
+    root: Path, monkeypatch: pytest.MonkeyPatch, *, cgroup: str | None, files: Mapping[str, str], cores: int = 8
+) -> int:
+    """The cores we may use where there are `cores`, with our control groups as proc names them, and `files` of them by
+    their place under sys/fs/cgroup.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    if cgroup is not None:
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/cgroup").write_text(cgroup)
+    for name, content in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    return usable_cores(root)
+
+
+def quota(folder: str, microseconds: int) -> dict[str, str]:
+    """The files of a version 1 group that pays for so many in 100,000; -1: for all."""
+    return {f"{folder}/cpu.cfs_quota_us": str(microseconds), f"{folder}/cpu.cfs_period_us": "100000"}
 
 
 @pytest.mark.parametrize(
@@ -203,18 +234,53 @@ def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
         ("9900000 100000", 8),
         ("", 8),
         ("no numbers", 8),
+        ("100000 0", 8),
     ],
 )
 def test_a_control_group_limits_threads(
     content: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "cpu.max").write_text(content)
-    assert usable_cores(tmp_path) == cores
+    assert machine(tmp_path, monkeypatch, cgroup="0::/\n", files={"cpu.max": content}) == cores
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        pytest.param("0::/user/me\n", {"user/me/cpu.max": "300000 100000"}, 3, id="v2-our-own"),
+        pytest.param(
+            "0::/user/me\n", {"user/me/cpu.max": "max 100000", "user/cpu.max": "200000 100000"}, 2, id="v2-a-parent"
+        ),
+        pytest.param(
+            "0::/user/me\n",
+            {"user/me/cpu.max": "300000 100000", "user/cpu.max": "500000 100000", "cpu.max": "700000 100000"},
+            3,
+            id="v2-the-smallest-is-ours",
+        ),
+        pytest.param(
+            "0::/user/me\n",
+            {"user/me/cpu.max": "700000 100000", "user/cpu.max": "max 100000", "cpu.max": "250000 50000"},
+            5,
+            id="v2-the-smallest-is-the-top",
+        ),
+        pytest.param("0::/user/me\n", {"user/you/cpu.max": "100000 100000"}, 8, id="v2-another"),
+        pytest.param("0::/seen/from/outside\n", {"cpu.max": "400000 100000"}, 4, id="v2-in-a-container"),
+        pytest.param("3:cpu:/jobs/7\n0::/\n", quota("cpu/jobs/7", 250_000), 2, id="v1"),
+        pytest.param(
+            "3:cpu,cpuacct:/jobs/7\n", quota("cpu/jobs", 300_000) | quota("cpu/jobs/7", -1), 3, id="v1-a-parent"
+        ),
+        pytest.param("3:cpu,cpuacct:/seen/from/outside\n", quota("cpu", 600_000), 6, id="v1-in-a-container"),
+        pytest.param("3:cpu:/\n", quota("cpu", -1), 8, id="v1-unlimited"),
+        pytest.param(
+            "3:cpuset:/x\n2:cpuacct:/x\n", quota("cpu", 100_000) | quota("cpuset/x", 100_000), 8, id="v1-others"
+        ),
+        pytest.param("", {"cpu.max": "100000 100000"}, 8, id="in-none"),
+    ],
+)
+def test_the_tightest_control_group_counts(
+    cgroup: str, files: Mapping[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine(tmp_path, monkeypatch, cgroup=cgroup, files=files) == cores
 
 
 def test_without_control_groups_every_core_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    assert usable_cores(tmp_path) == 5
+    assert machine(tmp_path, monkeypatch, cgroup=None, files={}, cores=5) == 5

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from backends import variants
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.runtime.kernel_choice import choose_kernels
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
 
@@ -152,6 +155,45 @@ def test_every_value_that_a_refusal_names_does_fit(available: int, settings: dic
         found = plan(available, **{**kept, **offer})
         assert 0 < found.need <= available
         assert found.num_blocks * found.block_size + 1 >= found.max_model_len >= 2
+
+
+def plan_in_cpp(available: int, **settings: Any) -> MemoryPlan:
+    """With C++ kernels, and so small a budget that a smaller one would not help."""
+    config = EngineConfig.from_settings({"dtype": "bfloat16", "max_num_batched_tokens": 1, **settings})
+    return plan_memory(SPEC, config, kernels=choose_kernels(config, torch.bfloat16), available=available)
+
+
+@pytest.mark.parametrize("variant", variants()[-1:])
+@pytest.mark.parametrize(
+    ("settings", "room_for", "spare", "offer"),
+    [
+        pytest.param({}, {"quantization": "int8"}, 0, "int8", id="the-one-that-loses-less"),
+        pytest.param({}, {"quantization": "int8"}, -1, "int4", id="if-it-is-enough"),
+        pytest.param({}, {"quantization": "int4"}, 0, "int4", id="the-smaller-one"),
+        pytest.param({}, {"quantization": "int4"}, -1, None, id="none-is-enough"),
+        pytest.param({"quantization": "int8"}, {"quantization": "int4"}, 0, "int4", id="from-int8"),
+        pytest.param(
+            {"quantization": "int8", "quantization_group_size": 128},
+            {"quantization": "int4", "quantization_group_size": 128},
+            0,
+            "int4",
+            id="in-the-same-groups",
+        ),
+        pytest.param({"quantization": "int4"}, {"quantization": "int4"}, -1, None, id="none-is-left"),
+    ],
+)
+def test_quantization_is_offered_where_it_alone_makes_the_model_fit(
+    variant: str, settings: dict[str, Any], room_for: dict[str, Any], spare: int, offer: str | None
+) -> None:
+    least = plan_in_cpp(GIB, kernels=variant, num_blocks=1, **room_for).need + spare
+    with pytest.raises(MemoryPlanError) as error:
+        plan_in_cpp(least, kernels=variant, **settings)
+    last = str(error.value).splitlines()[-1]
+    if offer is None:
+        assert last.startswith("no setting makes it fit")
+        return
+    assert last == f"quantization={offer} would fit"
+    assert plan_in_cpp(least, kernels=variant, **{**settings, "quantization": offer}).need <= least
 
 
 def test_where_nothing_helps_the_refusal_says_so() -> None:

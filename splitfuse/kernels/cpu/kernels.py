@@ -1,8 +1,8 @@
 """The C++ kernels as a backend: activations in bf16, the residual stream and logits in fp32.
 
 What a row gives depends on nothing but that row and its request, bit for bit: not on the other rows, the chunk, the
-block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between AVX-512 and
-AVX2. Knows no request, model or setting.
+block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between variants. Knows
+no request, model or setting.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from splitfuse.kernels.reference import Kernels, NetworkWeights
 
 PIECE = 32  # tokens that the KV layout keeps together
 MOST_HEAD_DIM = 512
+"""Both stand in csrc/kv_store.h too."""
 
 
 class CpuKernels(Kernels):

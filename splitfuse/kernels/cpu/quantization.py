@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.library import BF16, INT4, INT8
 
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4")  # what loses least first
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 INT4_GROUP = 64
 SIXTEEN = (-127, -98, -77, -60, -46, -33, -21, -10, 1, 12, 24, 36, 50, 65, 83, 107)
