@@ -12,6 +12,7 @@ from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -42,9 +43,13 @@ class Engine:
         progress: bool = False,
         announce: Callable[[MemoryPlan], None] = lambda _: None,
         on_progress: Callable[[float], None] = lambda _: None,
+        shared_weights: SharedWeights | None = None,
     ) -> Engine:
         """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
-        return cls(config, load_model(config, progress=progress, announce=announce, on_progress=on_progress))
+        model = load_model(
+            config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
+        )
+        return cls(config, model)
 
     @property
     def max_model_len(self) -> int:

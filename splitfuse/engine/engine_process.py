@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -30,11 +31,23 @@ TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
 
 
+class WeightsFile:
+    """Memory for the packed weights of engines on this machine: the first packs them, the others map them."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("splitfuse-weights")
+        self.filled = False
+
+    def close(self) -> None:
+        """Once no engine will be started any more; those that run keep theirs."""
+        os.close(self.fd)
+
+
 class EngineProcess(DirectClient):
     """One engine process, and whoever restarts it. `settings` are those of EngineConfig by name.
 
     An engine hangs if a pass takes longer than `pass_timeout` seconds, or if its process says nothing for
-    `silence_timeout` seconds. With `cores` it runs on these alone.
+    `silence_timeout` seconds. With `cores` it runs on these alone; `weights` it shares with others.
     """
 
     def __init__(
@@ -44,11 +57,13 @@ class EngineProcess(DirectClient):
         pass_timeout: float = 60.0,
         silence_timeout: float = 10.0,
         cores: Sequence[int] | None = None,
+        weights: WeightsFile | None = None,
     ) -> None:
         super().__init__()
         self._settings = dict(settings)
         self._pass_timeout, self._silence_timeout = pass_timeout, silence_timeout
         self._cores = None if cores is None else list(cores)
+        self._weights = weights
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Failed | None = None
@@ -114,6 +129,7 @@ class EngineProcess(DirectClient):
     async def _live(self) -> str:
         """One life of the process; why it ended."""
         ours, theirs = socket.socketpair()
+        weights = self._weights
         self._failure, self._seconds_in_pass = None, 0.0
         self._state, self._stage = EngineState.STARTING, Loading("starting")
         try:
@@ -122,8 +138,14 @@ class EngineProcess(DirectClient):
                 "-m",
                 "splitfuse.engine.worker",
                 str(theirs.fileno()),
-                json.dumps({"settings": self._settings, "cores": self._cores}),
-                pass_fds=[theirs.fileno()],
+                json.dumps(
+                    {
+                        "settings": self._settings,
+                        "cores": self._cores,
+                        "weights": weights and [weights.fd, weights.filled],
+                    }
+                ),
+                pass_fds=[theirs.fileno(), *([weights.fd] if weights else [])],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,  # what a library prints must not mix with our own output
             )
@@ -160,8 +182,11 @@ class EngineProcess(DirectClient):
                         self._die(report.error)
                     case _:
                         self._take(report)
-                if isinstance(report, Ready) and self._started is not None and not self._started.done():
-                    self._started.set_result(None)
+                if isinstance(report, Ready):
+                    if self._weights is not None:
+                        self._weights.filled = True
+                    if self._started is not None and not self._started.done():
+                        self._started.set_result(None)
         except (asyncio.IncompleteReadError, ConnectionError):
             return ""
         except (ValueError, msgspec.DecodeError, SplitfuseError) as error:

@@ -63,8 +63,11 @@ class Router(EngineClient):
         return stream
 
     async def start(self) -> None:
-        """Returns when all are ready; raises what kept the first that failed."""
-        await asyncio.gather(*(replica.start() for replica in self.replicas))
+        """Returns when all are ready; raises what kept the first that failed. The first is started alone: if it packs
+        the weights of all, the others find them.
+        """
+        await self.replicas[0].start()
+        await asyncio.gather(*(replica.start() for replica in self.replicas[1:]))
 
     async def close(self) -> None:
         await asyncio.gather(*(replica.close() for replica in self.replicas))

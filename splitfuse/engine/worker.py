@@ -37,7 +37,7 @@ def main() -> None:
     arguments = json.loads(sys.argv[2])
     if arguments["cores"] is not None:  # before PyTorch counts them
         os.sched_setaffinity(0, arguments["cores"])
-    Worker(socket.socket(fileno=int(sys.argv[1]))).run(arguments["settings"])
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run(arguments["settings"], arguments["weights"])
 
 
 class Worker:
@@ -48,8 +48,10 @@ class Worker:
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._loop: EngineLoop | None = None
 
-    def run(self, settings: dict[str, object]) -> None:
-        """Load and compute. Ends the process."""
+    def run(self, settings: dict[str, object], weights: tuple[int, bool] | None) -> None:
+        """Load and compute. `weights`: the descriptor of the file that holds them, and whether they are there. Ends the
+        process.
+        """
         sender = threading.Thread(target=self._send_all, daemon=True)
         sender.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -58,11 +60,13 @@ class Worker:
             self._reports.put(Loading("importing"))
             from splitfuse.engine.engine import Engine
             from splitfuse.engine.engine_loop import EngineLoop
+            from splitfuse.kernels.cpu.memory import SharedWeights
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
                 EngineConfig.from_settings(settings),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
+                shared_weights=None if weights is None else SharedWeights(weights[0], filled=weights[1]),
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()

@@ -10,14 +10,17 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
+from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
+from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.generation_config import read_eos_token_ids
 from splitfuse.models.hub import load_spec, resolve_model
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import load_decoder, resolve_dtype
+from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.kernel_choice import choose_kernels
-from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_memory
 from splitfuse.runtime.model_runner import ModelRunner
 
 
@@ -50,9 +53,10 @@ def load_model(
     progress: bool = False,
     announce: Callable[[MemoryPlan], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
+    shared_weights: SharedWeights | None = None,
 ) -> LoadedModel:
     """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded,
-    `on_progress` with the fraction that is.
+    `on_progress` with the fraction that is. The C++ kernels pack into `shared_weights`, or find theirs there.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -61,7 +65,7 @@ def load_model(
     device = parse_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, spec)
     kernels = choose_kernels(config, dtype)
-    plan = plan_memory(spec, config, kernels=kernels)
+    plan = _plan(spec, config, kernels, shared_weights)
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
@@ -74,7 +78,21 @@ def load_model(
         progress=progress,
         on_progress=on_progress,
     )
+    if isinstance(kernels, CpuKernels) and kernels.shared_weights is not None:
+        kernels.shared_weights.finish()
     return LoadedModel(path, spec, plan, read_eos_token_ids(path), decoder)
+
+
+def _plan(spec: ModelSpec, config: EngineConfig, kernels: Kernels, shared_weights: SharedWeights | None) -> MemoryPlan:
+    """The memory plan; shared weights are made ready, and those that are there already take nothing any more."""
+    if shared_weights is None or not isinstance(kernels, CpuKernels):
+        return plan_memory(spec, config, kernels=kernels)
+    weights = weight_bytes(spec, torch.bfloat16, kernels)
+    there = weights if shared_weights.filled else 0
+    plan = plan_memory(spec, config, kernels=kernels, available=available_memory(config.model.device) + there)
+    shared_weights.begin(weights + weights // 8 + HUGE_PAGE)  # each begins on a cache line of its own
+    kernels.shared_weights = shared_weights
+    return plan
 
 
 def parse_device(name: str) -> torch.device:

@@ -35,6 +35,7 @@ from splitfuse.engine.messages import (
     decode_report,
     encode,
 )
+from splitfuse.engine.replicas import divide, make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import (
     ConfigError,
@@ -336,6 +337,45 @@ def test_equal_beginnings_go_where_they_are_known() -> None:
             assert router.stats[0].num_cached_tokens >= 5 * 192
 
     run(test())
+
+
+def access_to_weights(pid: int) -> str:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return next(line.split()[1] for line in lines if "splitfuse-weights" in line)
+
+
+def test_replicas_share_their_weights() -> None:
+    async def test() -> None:
+        cores = os.sched_getaffinity(0)
+        if len(cores) < 2:
+            pytest.skip("two replicas need two cores")
+        async with running(make_replicas({**SETTINGS, "quantization": "int8"}, replicas=2)) as router:
+            assert isinstance(router, Router)
+            pids = [replica.pid for replica in router.replicas if isinstance(replica, EngineProcess) and replica.pid]
+            assert len(pids) == 2
+            assert set.union(*(os.sched_getaffinity(pid) for pid in pids)) == cores
+            asked = requests(8)
+            first = await asyncio.gather(*(answer(router.replicas[0], str(i), *r) for i, r in enumerate(asked)))
+            second = await asyncio.gather(*(answer(router.replicas[1], str(i), *r) for i, r in enumerate(asked)))
+            assert first == second
+            mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+            access = [
+                next(line.split()[1] for line in text.splitlines() if "splitfuse-weights" in line) for text in mapped
+            ]
+            assert access == ["rw-s", "r--s"]
+            os.kill(pids[0], signal.SIGKILL)  # and when the one that packed them comes back, it finds them
+            await until(lambda: router.replicas[0].state is not EngineState.READY)
+            await until(lambda: router.replicas[0].state is EngineState.READY)
+            assert await answer(router.replicas[0], "again", *asked[0]) == first[0]
+
+    run(test())
+
+
+def test_cores_are_divided_into_runs_of_neighbours() -> None:
+    assert divide([0, 1, 4, 5, 6], 2) == [[0, 1], [4, 5, 6]]
+    assert divide([3], 1) == [[3]]
+    with pytest.raises(ConfigError, match="3 replicas need 3 cores at least; this process may use 2"):
+        divide([0, 1], 3)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu import library
 from splitfuse.kernels.cpu.arguments import Experts, KVStore, PackedWeight, Step, address, check, heads_of, int32
 from splitfuse.kernels.cpu.library import ACTIVATIONS, Library, choose_variant
-from splitfuse.kernels.cpu.memory import allocate
+from splitfuse.kernels.cpu.memory import SharedWeights, allocate
 from splitfuse.kernels.cpu.network import FusedNetwork
 from splitfuse.kernels.cpu.quantization import LEVELS, choose_format
 from splitfuse.kernels.reference import Kernels, NetworkWeights
@@ -50,6 +50,8 @@ class CpuKernels(Kernels):
         self.quantization = quantization
         self.group_size = group_size
         self.kv_int8 = kv_int8
+        self.shared_weights: SharedWeights | None = None
+        """Where `pack` puts weights, if not into memory of their own."""
         choose_format("qkv", quantization, group_size)  # raises, if there is none
         self.library = Library(self.variant, self.num_threads)
 
@@ -111,8 +113,11 @@ class CpuKernels(Kernels):
         columns = pieces[0].shape[1]
         assert all(piece.shape[1] == columns for piece in pieces)
         struct = self._weight(sum(len(piece) for piece in pieces), columns, role)
-        memory = allocate(int(self.library.weight_bytes(ctypes.byref(struct))))
+        num_bytes, shared = int(self.library.weight_bytes(ctypes.byref(struct))), self.shared_weights
+        memory = allocate(num_bytes) if shared is None else shared.take(num_bytes)
         struct.data = memory.data_ptr()
+        if shared is not None and shared.filled:
+            return PackedWeight(struct, memory)
         first, rows_at_once = 0, max(1, 2**23 // columns)
         for piece in pieces:
             for begin in range(0, len(piece), rows_at_once):  # what is converted exists twice

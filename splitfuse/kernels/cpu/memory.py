@@ -1,4 +1,6 @@
-"""Memory for what is kept: weights, keys and values. In huge pages where the system has them.
+"""Memory for what is kept: weights, keys and values, of one process or shared by several.
+
+In huge pages where the system has them.
 
 A page of 2 MiB instead of 512 of 4 KiB spares the processor most of its address translations. Memory costs nothing
 until it is written.
@@ -7,7 +9,9 @@ until it is written.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import os
 
 import torch
 from torch import Tensor
@@ -28,3 +32,55 @@ def allocate(num_bytes: int) -> Tensor:
         with contextlib.suppress(OSError):  # a system without huge pages: slower, not wrong
             mapping.madvise(mmap.MADV_HUGEPAGE, begin, in_whole_pages)
     return whole[begin : begin + num_bytes]
+
+
+class SharedWeights:
+    """Weights that several processes map and one has packed: a file in memory, which is gone with the last of them.
+
+    `fd` is its descriptor, inherited; `filled` says that another process has packed them all, in the order in which
+    they are asked for here. They are mapped for reading only then, and stay mapped while the process lives.
+    """
+
+    def __init__(self, fd: int, *, filled: bool) -> None:
+        self.filled = filled
+        self._fd = fd
+        self._address = self._taken = self._size = 0
+
+    def begin(self, num_bytes: int) -> None:
+        """Make room for `num_bytes`; what is not used costs nothing. Raises RuntimeError if that cannot be."""
+        self._size = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
+        if not self.filled:
+            os.ftruncate(self._fd, 0)  # what somebody left who did not come to the end
+            os.ftruncate(self._fd, self._size)
+        # A huge page wants an address that ends like the place in the file: room first, then the file into it.
+        room = _map(None, self._size + HUGE_PAGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        begin = -(-room // HUGE_PAGE) * HUGE_PAGE
+        access = mmap.PROT_READ if self.filled else mmap.PROT_READ | mmap.PROT_WRITE
+        self._address, self._taken = _map(begin, self._size, access, mmap.MAP_SHARED | _MAP_FIXED, self._fd), 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """The next bytes [num_bytes]: zero, or what the other process packed."""
+        begin, self._taken = self._taken, self._taken + -(-num_bytes // CACHE_LINE) * CACHE_LINE
+        assert self._taken <= self._size, "more weights than were planned"
+        return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(self._address + begin), dtype=torch.uint8)
+
+    def finish(self) -> None:
+        """All are packed: gather them in huge pages, which files in memory are not given by themselves."""
+        whole = self._taken // HUGE_PAGE * HUGE_PAGE
+        if whole and not self.filled:
+            # If it is refused they stay in small pages: slower, not wrong.
+            _libc.madvise(ctypes.c_void_p(self._address), ctypes.c_size_t(whole), _MADV_COLLAPSE)
+
+
+CACHE_LINE = 64
+_PROT_NONE, _MAP_FIXED, _MADV_COLLAPSE = 0, 0x10, 25  # of Linux
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+
+
+def _map(address: int | None, num_bytes: int, access: int, flags: int, fd: int) -> int:
+    mapped = _libc.mmap(address, num_bytes, access, flags, fd, 0)
+    if mapped is None or mapped == ctypes.c_void_p(-1).value:
+        raise RuntimeError(f"no memory for {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")
+    return int(mapped)
