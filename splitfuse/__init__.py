@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitfuse.engine.ragged_engine import RaggedEngine
     from splitfuse.errors import (
         ConfigError,
+        DrainingError,
         EngineDiedError,
         InvalidRequestError,
         MemoryPlanError,
@@ -36,11 +37,17 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
+    from splitfuse.server.async_client import AsyncClient
+    from splitfuse.server.client import Client, async_client, client, serve
+    from splitfuse.server.client_wire import RemotePiece, RemoteResponse
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
+    "Client",
     "ConfigError",
+    "DrainingError",
     "Engine",
     "EngineConfig",
     "EngineDiedError",
@@ -53,6 +60,8 @@ __all__ = [
     "Pipeline",
     "PromptTooLongError",
     "RaggedEngine",
+    "RemotePiece",
+    "RemoteResponse",
     "RequestFailedError",
     "RequestTooLargeError",
     "Response",
@@ -62,18 +71,28 @@ __all__ = [
     "TokenizerError",
     "UnsupportedModelError",
     "WeightsError",
+    "async_client",
+    "client",
     "pipeline",
+    "serve",
 ]
 
 _HOMES = {
+    "AsyncClient": "splitfuse.server.async_client",
+    "Client": "splitfuse.server.client",
     "Engine": "splitfuse.engine.engine",
     "EngineConfig": "splitfuse.config",
     "FinishReason": "splitfuse.core.request",
     "Pipeline": "splitfuse.api",
     "RaggedEngine": "splitfuse.engine.ragged_engine",
+    "RemotePiece": "splitfuse.server.client_wire",
+    "RemoteResponse": "splitfuse.server.client_wire",
     "Response": "splitfuse.api",
     "SamplingParams": "splitfuse.core.sampling_params",
+    "async_client": "splitfuse.server.client",
+    "client": "splitfuse.server.client",
     "pipeline": "splitfuse.api",
+    "serve": "splitfuse.server.client",
 }
 
 

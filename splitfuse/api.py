@@ -1,12 +1,11 @@
-"""The facade: `pipeline()`, with the call and the keywords of DeepSpeed-MII. Its spellings live only here."""
+"""The facade: `pipeline()`, with the call of DeepSpeed-MII. Its keywords are in text/keywords.py; `serve()` and
+`client()` are in server/client.py.
+"""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,13 +17,21 @@ from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine, Observer
-from splitfuse.errors import InvalidRequestError, PromptTooLongError, did_you_mean
+from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.models.hub import resolve_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
 from splitfuse.text.generate import Generation, Message, Prompt, TextGenerator, Timings, with_room
+from splitfuse.text.keywords import (
+    DEFAULT_MAX_NEW_TOKENS,
+    as_list,
+    check_flag,
+    refuse_unknown,
+    sampling_params,
+    spelled_as_keywords,
+)
 from splitfuse.text.tokenizer import Tokenizer
 
-DEFAULT_MAX_NEW_TOKENS = 1024
+CALL_KEYWORDS = {"stream", "progress"}
 
 Prompts = (
     str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
@@ -165,36 +172,37 @@ class Pipeline:
 
         Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
         """
-        if unknown:
-            known = set(Pipeline.prepare.__annotations__) - {"prompts", "unknown", "return"} | {"stream", "progress"}
-            name = next(iter(unknown))
-            raise InvalidRequestError(f"unknown keyword {name!r}{did_you_mean(name, known)}", parameter=name)
-        for name, flag in (("do_sample", do_sample), ("chat", chat), ("return_full_text", return_full_text)):
-            if not isinstance(flag, bool | None):
-                raise InvalidRequestError(f"{name} must be True or False, not {flag!r}", parameter=name)
-        with _spelled_as_here():
-            params = SamplingParams(
-                max_tokens=max_new_tokens,
-                min_tokens=min_new_tokens,
-                stop=(stop,) if isinstance(stop, str) else _as_tuple(stop),
-                stop_token_ids=_as_tuple(stop_token_ids),
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                repetition_penalty=repetition_penalty,
-                logit_bias={} if logit_bias is None else copy(logit_bias),
-                ignore_eos=ignore_eos,
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                n=n,
-                seed=seed,
-                **_randomness(do_sample, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
-            )
-        listed = _as_list(prompts, chat)
+        refuse_unknown(
+            unknown, set(Pipeline.prepare.__annotations__) - {"prompts", "unknown", "return"} | CALL_KEYWORDS
+        )
+        for name, flag in (("chat", chat), ("return_full_text", return_full_text)):
+            check_flag(name, flag)
+        params = sampling_params(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            n=n,
+        )
+        listed = as_list(prompts, chat)
         prepared = []
         for index, prompt in enumerate(listed):
             try:
                 encoded = self.generator.encode_chat(prompt) if chat else self.generator.encode(prompt)
-                with _spelled_as_here():
+                with spelled_as_keywords():
                     limited = self._with_length(params, encoded, max_length)
                     self.generator.check(encoded, limited)
             except InvalidRequestError as error:
@@ -272,57 +280,6 @@ class Pipeline:
             num_cached_tokens=generation.num_cached_tokens,
             error=generation.error,
         )
-
-
-def _randomness(do_sample: bool | None, **given: float | None) -> dict[str, Any]:
-    """temperature, top_p, top_k and min_p as SamplingParams wants them; greedy is temperature 0."""
-    set_ones = {name: value for name, value in given.items() if value is not None}
-    if do_sample is False:
-        for name, value in set_ones.items():
-            if (name, value) != ("temperature", 0):
-                raise InvalidRequestError(
-                    f"{name} {value} has no effect with do_sample=False: leave one out", parameter=name
-                )
-        return {}
-    if do_sample and set_ones.get("temperature") == 0:
-        raise InvalidRequestError(
-            "temperature 0 is greedy, do_sample=True is not: leave one out", parameter="temperature"
-        )
-    if do_sample or set_ones:
-        return {"temperature": 1.0, **set_ones}
-    return {}
-
-
-@contextmanager
-def _spelled_as_here() -> Iterator[None]:
-    """Errors about `max_tokens` and `min_tokens` by the names that they have in this call."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        error.args = (re.sub(r"\b(max|min)_tokens\b", r"\1_new_tokens", str(error)),)
-        error.parameter = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}.get(
-            error.parameter or "", error.parameter
-        )
-        raise
-
-
-def _as_tuple(value: Any) -> Any:
-    """None is empty, a list becomes a tuple; anything else is left for SamplingParams to refuse."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _as_list(prompts: Any, chat: bool) -> list[Any]:
-    """The prompts of a call, one or many, as a list. Raises InvalidRequestError for what is neither."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise InvalidRequestError(f"prompts must be a text or a list, not {prompts!r:.80}", parameter="prompts")
-    if not prompts:
-        raise InvalidRequestError("there is no prompt: the list is empty", parameter="prompts")
-    is_single = isinstance(prompts[0], Mapping) if chat else isinstance(prompts[0], int)
-    return [prompts] if is_single else list(prompts)
 
 
 def _print_plan(plan: MemoryPlan) -> None:

@@ -15,6 +15,7 @@
     ├── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
     ├── OverloadedError             no room for the request now; `retry_after` says when there may be
     ├── EngineDiedError             no engine to compute the request, or no longer
+    ├── DrainingError               the server is ending: it takes no new request
     └── ServerError                 a server that cannot be started, found or stopped
 
 Standard library only.
@@ -104,6 +105,12 @@ class OverloadedError(SplitfuseError):
 
 class EngineDiedError(SplitfuseError):
     """No engine is there to compute the request, or it died on the way. Another attempt may succeed."""
+
+    status = 503
+
+
+class DrainingError(SplitfuseError):
+    """The server is ending: what runs goes on, and no new request is taken."""
 
     status = 503
 

@@ -7,6 +7,7 @@ outcome depends on the text alone, never on how it was cut into pieces or tokens
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable
 
@@ -19,7 +20,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: Iterable[str]) -> None:
-        self._automaton = _Automaton(stop)
+        self._automaton = _automaton(tuple(stop))
         self._state = 0
         self._held = ""
         self.length = 0
@@ -54,6 +55,12 @@ class StopStrings:
         released, self._held = self._held[:cut], self._held[cut:]
         self.length += len(released)
         return released
+
+
+@functools.lru_cache(maxsize=16)
+def _automaton(stop: tuple[str, ...]) -> _Automaton:
+    """Made once for all choices and prompts of a request: nothing changes it after that."""
+    return _Automaton(stop)
 
 
 class _Automaton:

@@ -89,6 +89,10 @@ class Tokenizer:
         with _library_errors("the tokenizer cannot decode these tokens"):
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token, `"Ġthe"` for example; None for an id that it does not have."""
+        return self._backend.id_to_token(token_id)
+
     def _role(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)

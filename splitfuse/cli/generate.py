@@ -1,122 +1,28 @@
-"""The command line: `splitfuse generate` and `splitfuse plan-memory`. Engine flags are generated from the config's
-fields.
-"""
+"""`splitfuse generate` and `splitfuse plan-memory`: a model in this process, prompts from files and pipes."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import json
-import os
 import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from splitfuse.cli.flags import SAMPLING_HELP, given, with_flags
 from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
 
 if typing.TYPE_CHECKING:
     from splitfuse.api import Piece, Pipeline, Response
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Dynamic SplitFuse serving of large language models.",
-)
-
-SAMPLING_HELP = {
-    "max_new_tokens": (int | None, "Most tokens to generate; left out, 1024."),
-    "min_new_tokens": (int, "Tokens before which no end is taken."),
-    "temperature": (float | None, "0 is greedy; left out, greedy unless another sampling flag is given."),
-    "top_p": (float | None, "Choose among the most probable tokens of this share together."),
-    "top_k": (int | None, "Choose among this many tokens."),
-    "min_p": (float | None, "Choose among tokens at least this fraction as probable as the best."),
-    "seed": (int | None, "Makes choices at random repeatable."),
-    "presence_penalty": (float, "Taken from the score of tokens already generated, -2 to 2."),
-    "frequency_penalty": (float, "The same for each time they were generated, -2 to 2."),
-    "repetition_penalty": (float, "Divides the score of tokens already in the text."),
-    "stop": (list[str] | None, "A text that ends the answer; may be given several times."),
-    "ignore_eos": (bool, "Go on after the model's end token."),
-    "logprobs": (int | None, "Report log-probabilities, with this many alternatives."),
-    "n": (int, "Answers to each prompt."),
-    "chat": (bool, "Send each prompt through the model's chat template, as a user's turn."),
-    "return_full_text": (bool, "Put the prompt before the answer."),
-}
 JSONL_KEYWORDS = {*SAMPLING_HELP, "max_length", "do_sample", "stop_token_ids", "logit_bias", "prompt_logprobs"}
-DEFAULTS: dict[str, Any] = {
-    "min_new_tokens": 0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "ignore_eos": False,
-    "n": 1,
-    "chat": False,
-    "return_full_text": False,
-}
 
 
-def with_flags(*, sampling: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every engine setting, and for the sampling keywords, to a command that takes them as `**flags`;
-    and see to it that it ends with a sentence, whatever happens.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            with _ending_in_a_sentence():
-                command(**arguments)
-
-        signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
-        parameters = [
-            parameter.replace(annotation=hints[name])
-            for name, parameter in signature.parameters.items()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        flags: list[tuple[str, Any, str, Any, str]] = []
-        if sampling:
-            flags += [(n, hint, text, DEFAULTS.get(n), "Sampling") for n, (hint, text) in SAMPLING_HELP.items()]
-        for name, (part, setting) in EngineConfig.setting_fields().items():
-            hint = typing.get_type_hints(part)[name]
-            flags.append((name, hint, setting.metadata["help"], setting.default, "Engine"))
-        for name, hint, text, default, panel in flags:
-            option = typer.Option(help=text, rich_help_panel=panel)
-            parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
-                )
-            )
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
-
-    return decorate
-
-
-@contextmanager
-def _ending_in_a_sentence() -> Iterator[None]:
-    """A mistake ends with a sentence and status 1, Ctrl-C with 130, a closed pipe with 141: never with a traceback."""
-    try:
-        yield
-    except SplitfuseError as error:
-        print(f"splitfuse: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        print("splitfuse: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from error
-    except BrokenPipeError as error:  # the reader has seen enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from error
-
-
-@app.command()
-@with_flags(sampling=True)
+@with_flags(sampling=SAMPLING_HELP)
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; left out, they come from --input or standard input.")
@@ -140,8 +46,8 @@ def generate(
     requests = _requests(prompts or [], input, lines=lines)
     from splitfuse.api import pipeline
 
-    pipe = pipeline(settings.pop("model"), progress=not quiet and sys.stderr.isatty(), **_given(settings))
-    answers = _answers(pipe, requests, _given(flags))
+    pipe = pipeline(settings.pop("model"), progress=not quiet and sys.stderr.isatty(), **given(settings))
+    answers = _answers(pipe, requests, given(flags))
     if jsonl or not sys.stdout.isatty():
         failed = _print_jsonl(answers)
     else:
@@ -151,8 +57,7 @@ def generate(
         raise typer.Exit(1)
 
 
-@app.command("plan-memory")
-@with_flags(sampling=False)
+@with_flags()
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
     from splitfuse.models.hub import load_spec, resolve_model
@@ -161,16 +66,11 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.runtime.kernel_choice import choose_kernels
     from splitfuse.runtime.loading import parse_device
 
-    config = EngineConfig.from_settings(_given(flags))
+    config = EngineConfig.from_settings(given(flags))
     parse_device(config.model.device)
     spec = load_spec(resolve_model(config.model.model, config.model.revision))
     kernels = choose_kernels(config, resolve_dtype(config.model.dtype, spec))
     print(memory_plan.plan_memory(spec, config, kernels=kernels), flush=True)
-
-
-def main() -> None:
-    """Run the command line. A flag that is none ends it with status 2."""
-    app()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,11 +202,3 @@ def _as_json(index: int, response: Response) -> dict[str, Any]:
         if (logprobs := getattr(response, name)) is not None:
             line[name] = [dataclasses.asdict(logprob) for logprob in logprobs]
     return line if response.error is None else {**line, "error": response.error}
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,126 @@
+"""What all commands share: flags generated from the fields of the configurations, and ends without tracebacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.errors import SplitfuseError
+from splitfuse.server.control import KEY_VARIABLES
+
+SAMPLING_HELP = {
+    "max_new_tokens": (int | None, "Most tokens to generate; left out, 1024."),
+    "min_new_tokens": (int, "Tokens before which no end is taken."),
+    "temperature": (float | None, "0 is greedy; left out, greedy unless another sampling flag is given."),
+    "top_p": (float | None, "Choose among the most probable tokens of this share together."),
+    "top_k": (int | None, "Choose among this many tokens."),
+    "min_p": (float | None, "Choose among tokens at least this fraction as probable as the best."),
+    "seed": (int | None, "Makes choices at random repeatable."),
+    "presence_penalty": (float, "Taken from the score of tokens already generated, -2 to 2."),
+    "frequency_penalty": (float, "The same for each time they were generated, -2 to 2."),
+    "repetition_penalty": (float, "Divides the score of tokens already in the text."),
+    "stop": (list[str] | None, "A text that ends the answer; may be given several times."),
+    "ignore_eos": (bool, "Go on after the model's end token."),
+    "logprobs": (int | None, "Report log-probabilities, with this many alternatives."),
+    "n": (int, "Answers to each prompt."),
+    "chat": (bool, "Send each prompt through the model's chat template, as a user's turn."),
+    "return_full_text": (bool, "Put the prompt before the answer."),
+}
+DEFAULTS: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "ignore_eos": False,
+    "n": 1,
+    "chat": False,
+    "return_full_text": False,
+}
+NO_SAMPLING: Mapping[str, tuple[Any, str]] = types.MappingProxyType({})
+
+
+def with_flags(
+    *, sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING, server: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every engine setting, and for sampling keywords (name -> type and help) and server settings if
+    wanted, to a command that takes them as `**flags`; and see to it that it ends with a sentence, whatever happens.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        run = ending_in_a_sentence(command)
+        signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=hints[name])
+            for name, parameter in signature.parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [_flag(n, hint, DEFAULTS.get(n), text, "Sampling") for n, (hint, text) in sampling.items()]
+        if server:
+            types_of = typing.get_type_hints(ServerConfig)
+            parameters += [
+                _setting(field, types_of[field.name], "Server") for field in dataclasses.fields(ServerConfig)
+            ]
+        parameters += [
+            _setting(field, typing.get_type_hints(part)[name], "Engine")
+            for name, (part, field) in EngineConfig.setting_fields().items()
+        ]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _setting(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
+    default = field.default
+    if hint == tuple[str, ...]:
+        hint, default = list[str], []
+    return _flag(field.name, hint, default, field.metadata["help"], panel)
+
+
+def _flag(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.Parameter:
+    option = typer.Option(help=text, rich_help_panel=panel, envvar=KEY_VARIABLES.get(name))
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
+
+
+def ending_in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; whatever happens in it, it ends as people expect."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **keywords: Any) -> None:
+        with _ending_in_a_sentence():
+            command(*arguments, **keywords)
+
+    return run
+
+
+@contextmanager
+def _ending_in_a_sentence() -> Iterator[None]:
+    """A mistake ends with a sentence and status 1, Ctrl-C with 130, a closed pipe with 141: never with a traceback."""
+    try:
+        yield
+    except SplitfuseError as error:
+        print(f"splitfuse: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        print("splitfuse: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:  # the reader has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from error
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that have a value."""
+    return {name: value for name, value in flags.items() if value is not None}

@@ -1,0 +1,1 @@
+"""THE WIRE: HTTP, admission, metrics, logs, and the life of a server, over any EngineClient."""

@@ -1,0 +1,120 @@
+"""Errors as people's clients know them: OpenAI's shape, a status, and words that may leave the machine.
+
+It decides what of an error is told: a client's mistake in full, a failure of ours by its kind, without paths,
+addresses or tracebacks. It must not know of requests.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from splitfuse.errors import (
+    DrainingError,
+    EngineDiedError,
+    InvalidRequestError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestFailedError,
+    RequestTooLargeError,
+    SplitfuseError,
+)
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """What went wrong: `param` is the parameter that caused it, if one did."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """Body of every answer that is no success, and an event in a stream that breaks off."""
+
+    error: ErrorDetail
+
+
+class RefusedError(SplitfuseError):
+    """A request that HTTP itself or its rules refuse: `status`, and OpenAI's `type`, `code` and `param`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        type: str = "invalid_request_error",  # noqa: A002 - OpenAI's word
+        parameter: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.type, self.code, self.parameter = status, type, code, parameter
+        self.headers = dict(headers or {})
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to answer."""
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """How an error is answered. `is_bug` says that somebody should read its traceback."""
+
+    status: int
+    detail: ErrorDetail
+    headers: Mapping[str, str] = field(default_factory=dict)
+    is_bug: bool = False
+
+    @property
+    def body(self) -> ErrorBody:
+        return ErrorBody(self.detail)
+
+
+def answer_to(error: Exception) -> ErrorAnswer:
+    """The answer that an error deserves."""
+    match error:
+        case RefusedError():
+            detail = ErrorDetail(str(error), error.type, error.parameter, error.code)
+            return ErrorAnswer(error.status, detail, error.headers)
+        case InvalidRequestError():
+            code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "invalid_value")
+            return ErrorAnswer(400, ErrorDetail(str(error), "invalid_request_error", error.parameter, code))
+        case OverloadedError():
+            detail = ErrorDetail(str(error), "rate_limit_error", None, "rate_limit_exceeded")
+            return ErrorAnswer(429, detail, {"retry-after": str(max(math.ceil(error.retry_after), 1))})
+        case EngineDiedError() | DrainingError():
+            code = "draining" if isinstance(error, DrainingError) else "engine_unavailable"
+            return ErrorAnswer(
+                503, ErrorDetail(without_secrets(str(error)), "server_error", None, code), {"retry-after": "1"}
+            )
+        case RequestFailedError():
+            detail = ErrorDetail(without_secrets(str(error)), "server_error", None, "request_failed")
+            return ErrorAnswer(500, detail)
+        case _:
+            message = (
+                "the server failed at this request by a fault of its own; its log says more under the request's id"
+            )
+            return ErrorAnswer(500, ErrorDetail(message, "server_error", None, "internal_error"), is_bug=True)
+
+
+_CODES = {PromptTooLongError: "context_length_exceeded", RequestTooLargeError: "request_too_large"}
+
+_SECRETS = re.compile(
+    r"""0x[0-9a-fA-F]+                  # a memory address
+    | (?<![\w.])/[^\s'"(),:]+           # a path from the root
+    | [\w+.-]+(?:/[^\s/'"(),:]+){2,}    # any other path
+    | (?:\d{1,3}\.){3}\d{1,3}(?::\d+)?  # an IP address
+    """,
+    re.VERBOSE,
+)
+
+
+def without_secrets(message: str) -> str:
+    """A failure's message without paths and addresses, and without what follows its first line, shown or quoted."""
+    return _SECRETS.sub("...", re.split(r"\n|\\n", message, maxsplit=1)[0])

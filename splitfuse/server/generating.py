@@ -1,0 +1,249 @@
+"""The two routes that generate: from a body to an answer, whole or in events, and to a record of how it went.
+
+It decides the order: read, check, encode, admit, run, tell. It must not know how an answer looks on the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import msgspec
+
+from splitfuse.config import ServerConfig
+from splitfuse.core.request import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.async_engine import EngineState
+from splitfuse.errors import EngineDiedError, RequestFailedError
+from splitfuse.server.admission import Admission
+from splitfuse.server.answers import (
+    Answer,
+    ChatAnswer,
+    CompletionAnswer,
+    Heading,
+    PromptTokensDetails,
+    Timing,
+    Usage,
+)
+from splitfuse.server.errors import RefusedError
+from splitfuse.server.exchange import Exchange
+from splitfuse.server.metrics import Metrics
+from splitfuse.server.protocol import ChatRequest, CompletionRequest, decode
+from splitfuse.server.request_log import RequestLog, RequestRecord
+from splitfuse.text.generate import Prompt, with_room
+from splitfuse.text.serving import ServedGeneration, TextService
+from splitfuse.text.token_text import TokenPieces
+
+DEFAULT_MAX_TOKENS = 16  # of completions, as OpenAI's
+
+_LARGE_BODY = 65536  # bytes, from which on decoding would hold up others
+_MANY_ENTRIES = 4096  # log-probabilities of an answer, likewise
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Server:
+    """What all routes share."""
+
+    service: TextService
+    config: ServerConfig
+    admission: Admission
+    metrics: Metrics
+    log: RequestLog
+    started: int
+    """Unix time."""
+
+    @property
+    def model(self) -> str:
+        """As requests call it. Raises EngineDiedError if that depends on an engine that was never ready."""
+        return self.config.served_model_name or self.service.client.info.model
+
+    @cached_property
+    def pieces(self) -> TokenPieces:
+        """Texts of single tokens."""
+        return TokenPieces(self.service.tokenizer)
+
+    async def read(self, exchange: Exchange, kind: type[_Body]) -> _Body:
+        """The request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is ready."""
+        _check_content_type(exchange)
+        body = await exchange.body(int(self.config.max_body_mib * 2**20))
+        if len(body) < _LARGE_BODY:
+            request = decode(kind, body)
+        else:
+            request = await self.service.off_loop(lambda: decode(kind, body))
+        client = self.service.client
+        if client.state is not EngineState.READY:
+            raise EngineDiedError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
+        wanted: str | None = getattr(request, "model", None)
+        if wanted not in (None, self.model):
+            raise RefusedError(
+                404,
+                f"there is no model {wanted!r:.200} here; this server has {self.model!r}",
+                code="model_not_found",
+                parameter="model",
+            )
+        return request
+
+    @property
+    def stage(self) -> tuple[str, float]:
+        """`ready` if requests are taken, else what is being waited for, and how far it has come."""
+        client = self.service.client
+        if self.admission.draining:
+            return "draining", 0.0
+        if client.state is EngineState.READY:
+            return "ready", 1.0
+        stage = client.stage
+        return (client.state.value, 0.0) if stage.stage == "ready" else (stage.stage, stage.fraction)
+
+
+async def completions(server: Server, exchange: Exchange) -> None:
+    """POST /v1/completions."""
+    request = await server.read(exchange, CompletionRequest)
+    prompts, params = request.prompts(server.config.max_prompts), request.params()
+    heading = Heading(f"cmpl-{exchange.unique_id}", int(time.time()), server.model)
+    answer = CompletionAnswer(request, prompts, heading, server.service.tokenizer, server.pieces)
+    exchange.prompt, exchange.shows_output = request.prompt, request.max_tokens != 0
+
+    async def work() -> None:
+        encoded = [await server.service.encode(prompt) for prompt in prompts]
+        limited = [_limited(server, prompt, params, DEFAULT_MAX_TOKENS) for prompt in encoded]
+        await _generate(server, exchange, request, list(zip(encoded, limited, strict=True)), answer)
+
+    await exchange.unless_gone(work(), deadline=request.splitfuse_deadline)
+
+
+async def chat(server: Server, exchange: Exchange) -> None:
+    """POST /v1/chat/completions."""
+    request = await server.read(exchange, ChatRequest)
+    messages, params = request.plain_messages(), request.params()
+    heading = Heading(f"chatcmpl-{exchange.unique_id}", int(time.time()), server.model)
+    answer = ChatAnswer(request, heading, server.service.tokenizer, server.pieces)
+    exchange.prompt = messages
+
+    async def work() -> None:
+        prompt = await server.service.encode_chat(messages, variables=request.chat_template_kwargs)
+        limited = _limited(server, prompt, params, None)
+        await _generate(server, exchange, request, [(prompt, limited)], answer)
+
+    await exchange.unless_gone(work(), deadline=request.splitfuse_deadline)
+
+
+def _limited(server: Server, prompt: Prompt, params: SamplingParams, default: int | None) -> SamplingParams:
+    """`params` with max_tokens settled: left out, `default` or, without one, all that model and cache have room for.
+
+    Raises InvalidRequestError for what the model cannot honour.
+    """
+    if params.max_tokens is None:
+        limits = server.service.client.info.limits
+        limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+        params = with_room(params, prompt, limit if default is None else default, limit)
+    server.service.check(prompt, params)
+    return params
+
+
+async def _generate(
+    server: Server,
+    exchange: Exchange,
+    request: CompletionRequest | ChatRequest,
+    prompts: Sequence[tuple[Prompt, SamplingParams]],
+    answer: Answer,
+) -> None:
+    num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
+    with server.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
+        exchange.admitted = True
+        exchange.generations = server.service.begin(prompts, request_id=exchange.unique_id)
+        is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
+        made = server.service.off_loop if is_large else _at_once
+        pieces = server.service.run(exchange.generations, cache_salt=exchange.cache_salt)
+        async with aclosing(pieces):
+            async for generation, text in pieces:
+                if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise RequestFailedError(f"the request failed while it ran: {generation.error or 'it was ended'}")
+                if request.stream:
+                    for event in await made(lambda g=generation, t=text: list(answer.events(g, t))):  # type: ignore[misc]
+                        await exchange.event(event)
+        usage = usage_of(exchange)
+        timing = timing_of(exchange) if request.splitfuse_timing else None
+        if not request.stream:
+            whole = await made(lambda: answer.whole(exchange.generations, usage, timing))
+            await exchange.answer(whole)
+            return
+        if request.include_usage or timing is not None:
+            await exchange.event(answer.last_event(usage if request.include_usage else None, timing))
+        await exchange.end_events()
+
+
+def _num_entries(prompt: Prompt, params: SamplingParams) -> int:
+    """Log-probabilities in an answer, at most."""
+    generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)
+    echoed = 0 if params.prompt_logprobs is None else len(prompt.token_ids) * (params.prompt_logprobs + 1)
+    return (generated + echoed) * params.n
+
+
+async def _at_once(work: Callable[[], _Result]) -> _Result:
+    return work()
+
+
+def usage_of(exchange: Exchange) -> Usage:
+    """Tokens of prompts and answers, so far."""
+    prompt = sum(len(g.prompt.token_ids) for g in exchange.generations if g.choice == 0)
+    cached: dict[int, int] = {}
+    for g in exchange.generations:
+        cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
+    completion = sum(len(g.token_ids) for g in exchange.generations) if exchange.shows_output else 0
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(cached.values())))
+
+
+def timing_of(exchange: Exchange) -> Timing:
+    """What all choices of a request took, so far."""
+    begun = exchange.begun
+    first_passes = [g.first_pass for g in begun if g.first_pass is not None]
+    first_tokens = [g.timings.tokens[0] for g in begun if g.timings.tokens]
+    gaps = [b - a for g in begun for a, b in zip(g.timings.tokens, g.timings.tokens[1:], strict=False)]
+    return Timing(
+        queued=min(first_passes) - exchange.arrival if first_passes else None,
+        first_token=min(first_tokens) - exchange.arrival if first_tokens else None,
+        gaps=gaps,
+        passes=sum(g.num_passes for g in begun),
+        cached_tokens=sum(g.num_cached_tokens for g in begun),
+    )
+
+
+def record_of(exchange: Exchange, *, route: str, status: int, error: Exception | None) -> RequestRecord:
+    """How a request went, when it has ended."""
+    usage, timing = usage_of(exchange), timing_of(exchange)
+    return RequestRecord(
+        request_id=exchange.request_id,
+        route=route,
+        status=status,
+        total_seconds=time.monotonic() - exchange.arrival,
+        key=exchange.key,
+        prompt_tokens=usage.prompt_tokens,
+        generated_tokens=usage.completion_tokens,
+        cached_tokens=usage.prompt_tokens_details.cached_tokens,
+        finish_reasons=tuple(_reason(g) for g in exchange.begun),
+        error=error.code if isinstance(error, RefusedError) else None if error is None else type(error).__name__,
+        queued_seconds=timing.queued,
+        first_token_seconds=timing.first_token,
+        inter_token_seconds=tuple(timing.gaps),
+        passes=timing.passes,
+    )
+
+
+def _reason(generation: ServedGeneration) -> str:
+    return (generation.finish_reason or FinishReason.ABORT).value
+
+
+def _check_content_type(exchange: Exchange) -> None:
+    """A browser sends a page's text to any server without asking it first, unless the text is called JSON."""
+    sent = exchange.headers.get(b"content-type")
+    if sent is None and b"origin" not in exchange.headers:
+        return
+    if (sent or b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise RefusedError(415, "send JSON, with the header Content-Type: application/json", code="no_json")

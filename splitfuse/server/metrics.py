@@ -1,0 +1,303 @@
+"""What a server tells Prometheus: how its engines stand, what they have done, and how requests fared.
+
+Decides names, meanings and buckets. It must not know HTTP or the scheduler: it reads EngineStats, Passed and
+RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the boards, routers and autoscalers that know
+them. One thread: the event loop's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, lt
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from splitfuse.core.request import FinishReason
+from splitfuse.engine.async_engine import EngineClient, EngineState
+from splitfuse.engine.messages import EngineStats, Passed
+from splitfuse.errors import EngineDiedError
+from splitfuse.server.request_log import RequestRecord
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Of what `Metrics.render` gives."""
+
+# vLLM's bounds are among these, so that a query for one of its `le` finds it.
+_GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+_WHOLE = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+
+_BOUNDS: dict[str, tuple[float, ...]] = {
+    "pass_seconds": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
+    "pass_share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
+    "pass_tokens": tuple(float(2**power) for power in range(15)),
+    "first_token": (*_FIRST, 80.0, 160.0, 640.0, 2560.0),
+    "inter_token": (0.001, 0.0025, 0.005, *_GAPS),
+    "mean_inter_token": (0.001, 0.0025, 0.005, *_GAPS),
+    "queued": (0.001, 0.005, 0.01, 0.05, 0.1, *_WHOLE, 960.0, 1920.0, 7680.0),
+    "total": (0.01, 0.05, 0.1, 0.2, *_WHOLE, 960.0, 1920.0, 7680.0),
+    "request_prompt": tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5)),
+    "request_generated": tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5)),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One metric: what it is called, and which of our numbers it shows. Labelled by model_name and `labels`."""
+
+    name: str  # a counter's has no _total, which is added to what is rendered
+    kind: Literal["gauge", "counter", "histogram"]
+    source: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+FAMILIES = (
+    Family("splitfuse:ready", "gauge", "ready", "1 while an engine is ready, else 0."),
+    Family("splitfuse:num_requests_running", "gauge", "running", "Requests that passes compute."),
+    Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait for room in a pass."),
+    Family("splitfuse:outstanding_tokens", "gauge", "outstanding", "Most tokens still to compute for open requests."),
+    Family("splitfuse:kv_blocks", "gauge", "blocks", "KV blocks of all engines."),
+    Family("splitfuse:kv_blocks_used", "gauge", "used_blocks", "KV blocks held by requests."),
+    Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "KV blocks held by requests, of all: 0 to 1."),
+    Family("splitfuse:passes", "counter", "num_steps", "Forward passes."),
+    Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that passes computed."),
+    Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of requests that were begun."),
+    Family("splitfuse:cached_tokens", "counter", "num_cached_tokens", "Prompt tokens found in the prefix cache."),
+    Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Tokens that were chosen."),
+    Family("splitfuse:preemptions", "counter", "num_preemptions", "Requests that had to give up their KV blocks."),
+    Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
+    Family("splitfuse:choices", "counter", "choices", "Choices that ended, by how.", ("finish_reason",)),
+    Family("splitfuse:errors", "counter", "errors", "Requests that ended by an error, by its kind.", ("kind",)),
+    Family("splitfuse:refused", "counter", "refused", "Requests that were refused before any work, by why.", ("kind",)),
+    Family("splitfuse:pass_budget_ratio", "histogram", "pass_share", "Tokens of a pass, of max_num_batched_tokens."),
+    Family("splitfuse:pass_tokens", "histogram", "pass_tokens", "Tokens of a pass."),
+    Family("splitfuse:pass_seconds", "histogram", "pass_seconds", "Time of a pass."),
+    Family("splitfuse:queued_seconds", "histogram", "queued", "From a request's arrival until an engine took it up."),
+    Family("splitfuse:first_token_seconds", "histogram", "first_token", "From a request's arrival to its first token."),
+    Family("splitfuse:inter_token_seconds", "histogram", "inter_token", "From a token to the next one of its choice."),
+    Family("splitfuse:request_seconds", "histogram", "total", "From a request's arrival to its end."),
+    Family("splitfuse:request_prompt_tokens", "histogram", "request_prompt", "Prompt tokens of a request."),
+    Family("splitfuse:request_generated_tokens", "histogram", "request_generated", "Generated tokens of a request."),
+    Family("vllm:num_requests_running", "gauge", "running", "As splitfuse:num_requests_running."),
+    Family("vllm:num_requests_waiting", "gauge", "waiting", "As splitfuse:num_requests_waiting."),
+    Family("vllm:kv_cache_usage_perc", "gauge", "kv_usage", "As splitfuse:kv_cache_usage_ratio: 0 to 1."),
+    Family("vllm:prefix_cache_queries", "counter", "num_prompt_tokens", "As splitfuse:prompt_tokens."),
+    Family("vllm:prefix_cache_hits", "counter", "num_cached_tokens", "As splitfuse:cached_tokens."),
+    Family("vllm:prompt_tokens", "counter", "num_prompt_tokens", "As splitfuse:prompt_tokens."),
+    Family("vllm:generation_tokens", "counter", "num_generated_tokens", "As splitfuse:generated_tokens."),
+    Family("vllm:num_preemptions", "counter", "num_preemptions", "As splitfuse:preemptions."),
+    Family("vllm:request_success", "counter", "choices", "As splitfuse:choices.", ("finished_reason",)),
+    Family("vllm:iteration_tokens_total", "histogram", "pass_tokens", "As splitfuse:pass_tokens."),
+    Family("vllm:request_queue_time_seconds", "histogram", "queued", "As splitfuse:queued_seconds."),
+    Family("vllm:time_to_first_token_seconds", "histogram", "first_token", "As splitfuse:first_token_seconds."),
+    Family("vllm:inter_token_latency_seconds", "histogram", "inter_token", "As splitfuse:inter_token_seconds."),
+    Family("vllm:time_per_output_token_seconds", "histogram", "inter_token", "Older name of the one before."),
+    Family(
+        "vllm:request_time_per_output_token_seconds",
+        "histogram",
+        "mean_inter_token",
+        "A request's mean between tokens.",
+    ),
+    Family("vllm:e2e_request_latency_seconds", "histogram", "total", "As splitfuse:request_seconds."),
+    Family("vllm:request_prompt_tokens", "histogram", "request_prompt", "As splitfuse:request_prompt_tokens."),
+    Family(
+        "vllm:request_generation_tokens", "histogram", "request_generated", "As splitfuse:request_generated_tokens."
+    ),
+)
+"""Every metric there is, ours first."""
+
+_COUNTERS = (
+    "num_steps",
+    "num_computed_tokens",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_generated_tokens",
+    "num_preemptions",
+)
+_read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS)
+
+
+class Metrics:
+    """Counts what it is told, and reads the client when asked. `model_name` is the label; left out, the engine's
+    name of the model, once it is ready.
+    """
+
+    def __init__(self, client: EngineClient, *, model_name: str | None = None) -> None:
+        self._client = client
+        self._model_name = model_name
+        self._totals = _Totals()
+        self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
+        self._pass_share, self._pass_tokens, self._pass_seconds = (
+            self._histograms[source] for source in ("pass_share", "pass_tokens", "pass_seconds")
+        )
+        self._counts: dict[str, dict[tuple[str, ...], int]] = {
+            "requests": {},
+            "choices": {(reason.value,): 0 for reason in FinishReason},
+            "errors": {},
+            "refused": {},
+        }
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Families(self))
+
+    def passed(self, report: Passed, max_num_batched_tokens: int) -> None:
+        """An engine behind the client has reported, and `client.stats` has it already. For every report: those that
+        were no pass are told apart by the count of passes.
+        """
+        if self._totals.update(self._client.stats):
+            stats = report.stats
+            self._pass_tokens.observe(stats.pass_tokens)
+            self._pass_share.observe(stats.pass_tokens / max_num_batched_tokens)
+            self._pass_seconds.observe(stats.pass_seconds)
+
+    def request_ended(self, record: RequestRecord) -> None:
+        """A request was answered, well or not. Times and sizes are counted for those that an engine began."""
+        self._count("requests", record.route, str(record.status))
+        if record.error is not None:
+            self._count("errors", record.error)
+        for reason in record.finish_reasons:
+            self._count("choices", reason)
+        if not record.finish_reasons:
+            return
+        histograms, gaps = self._histograms, record.inter_token_seconds
+        histograms["total"].observe(record.total_seconds)
+        histograms["request_prompt"].observe(record.prompt_tokens)
+        histograms["request_generated"].observe(record.generated_tokens)
+        if record.queued_seconds is not None:
+            histograms["queued"].observe(record.queued_seconds)
+        if record.first_token_seconds is not None:
+            histograms["first_token"].observe(record.first_token_seconds)
+        if gaps:
+            histograms["mean_inter_token"].observe(sum(gaps) / len(gaps))
+            for gap in gaps:
+                histograms["inter_token"].observe(gap)
+
+    def request_refused(self, kind: str) -> None:
+        """A request was turned away before any work. `kind` is one of a few fixed words, such as `overloaded`."""
+        self._count("refused", kind)
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format, read from the client now."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family with its samples."""
+        self._totals.update(self._client.stats)
+        gauges, model_name = self._gauges(), self._label()
+        for family in FAMILIES:
+            labels = ("model_name", *family.labels)
+            if family.kind == "histogram":
+                histogram = HistogramMetricFamily(family.name, family.help, labels=labels)
+                counted = self._histograms[family.source]
+                histogram.add_metric((model_name,), counted.cumulative(), counted.sum)
+                yield histogram
+            elif family.kind == "counter":
+                counter = CounterMetricFamily(family.name, family.help, labels=labels)
+                for values, count in self._counts.get(family.source, {}).items():
+                    counter.add_metric((model_name, *values), count)
+                if family.source in _COUNTERS:
+                    counter.add_metric((model_name,), self._totals.get(family.source))
+                yield counter
+            else:
+                gauge = GaugeMetricFamily(family.name, family.help, labels=labels)
+                gauge.add_metric((model_name,), gauges[family.source])
+                yield gauge
+
+    def _count(self, source: str, *values: str) -> None:
+        counts = self._counts[source]
+        counts[values] = counts.get(values, 0) + 1
+
+    def _label(self) -> str:
+        if self._model_name is None:
+            try:
+                self._model_name = self._client.info.model
+            except EngineDiedError:  # it has not been ready yet
+                return ""
+        return self._model_name
+
+    def _gauges(self) -> dict[str, float]:
+        client, stats = self._client, self._client.stats
+        try:
+            per_engine, outstanding = client.info.limits.num_blocks, client.outstanding_tokens
+        except EngineDiedError:  # it has not been ready yet
+            per_engine = outstanding = 0
+        blocks = per_engine * len(stats)
+        # An engine that has made no pass has not said how many of its blocks are free: all.
+        used = sum(per_engine - engine.num_free_blocks for engine in stats if engine.num_steps)
+        return {
+            "ready": client.state is EngineState.READY,
+            "running": sum(engine.num_running for engine in stats),
+            "waiting": sum(engine.num_waiting for engine in stats),
+            "outstanding": outstanding,
+            "blocks": blocks,
+            "used_blocks": used,
+            "kv_usage": used / blocks if blocks else 0.0,
+        }
+
+
+class _Families(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.collect()
+
+
+class _Totals:
+    """Sums of the counters of several engines, which never go down: an engine that begins again adds to what it had.
+    An engine is known by its place in the list.
+    """
+
+    def __init__(self) -> None:
+        self._engines: list[EngineStats] = []  # as last seen
+        self._before = [0] * len(_COUNTERS)  # of those that began again, or are gone
+
+    def update(self, engines: Sequence[EngineStats]) -> bool:
+        """Take in how the engines stand; whether any has made a pass since."""
+        seen = self._engines
+        changed = False
+        if len(seen) < len(engines):
+            seen += [EngineStats()] * (len(engines) - len(seen))
+        while len(seen) > len(engines):
+            self._keep(seen.pop())
+        for i, new in enumerate(engines):
+            old = seen[i]
+            if new is old:
+                continue
+            changed |= new.num_steps != old.num_steps and new.num_steps > 0
+            if any(map(lt, _read_counters(new), _read_counters(old))):
+                self._keep(old)
+            seen[i] = new
+        return changed
+
+    def get(self, counter: str) -> int:
+        place = _COUNTERS.index(counter)
+        return self._before[place] + sum(_read_counters(engine)[place] for engine in self._engines)
+
+    def _keep(self, engine: EngineStats) -> None:
+        self._before = [a + b for a, b in zip(self._before, _read_counters(engine), strict=True)]
+
+
+class _Histogram:
+    """Cheaper by far than the library's, which takes a lock and walks the buckets at each observation."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.sum = 0.0
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, observations up to it), the last bound infinite."""
+        total, pairs = 0, []
+        for bound, count in zip((*map(repr, self._bounds), "+Inf"), self._counts, strict=True):
+            total += count
+            pairs.append((bound, float(total)))
+        return pairs

@@ -1,0 +1,197 @@
+"""The running deployments of this user, by name: a JSON file each, in a folder that nobody else can read.
+
+It decides where the files are and which of them still mean a living process. It knows no HTTP. An entry holds no key.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from splitfuse.errors import ServerError
+
+WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that a server listens on and nobody can call, and how it is called from the same machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One running server; made in the process it describes. `process_start` tells that process from a later one of the
+    same number, `started` is Unix time.
+    """
+
+    name: str
+    host: str
+    port: int
+    scheme: str
+    model: str
+    needs_key: bool
+    drain_timeout: float  # seconds
+    tls_certificate: str | None = None
+    pid: int = field(default_factory=os.getpid)
+    process_start: str | None = field(default_factory=lambda: process_start(os.getpid()))
+    started: float = field(default_factory=time.time)
+
+    @property
+    def url(self) -> str:
+        """Where to reach it from this machine, without a slash at the end."""
+        return url_of(self.scheme, WILDCARDS.get(self.host, self.host), self.port)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return self.process_start is not None and process_start(self.pid) == self.process_start
+
+
+def url_of(scheme: str, host: str, port: int) -> str:
+    """`http://127.0.0.1:8000`; an IPv6 address gets its brackets."""
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def process_start(pid: int) -> str | None:
+    """When the process of that number began, in a form good only for comparing; None if there is none, or only what its
+    parent has not yet looked after.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        return _exists(pid)
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _exists(pid: int) -> str | None:
+    """Where there is no /proc: whether the process is there is all we can tell."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # somebody else's: not one of ours
+        return None
+    return "unknown"
+
+
+def register(deployment: Deployment) -> None:
+    """Raises ServerError if the name belongs to a server that lives, or if the folder cannot be used."""
+    folder = _folder()
+    with _locked(folder):
+        _check_free(folder, deployment.name)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")  # mode 0600
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(deployment), file)
+        Path(temporary).replace(folder / f"{deployment.name}.json")
+
+
+def check_free(name: str) -> None:
+    """Raises ServerError if the name belongs to a server that lives."""
+    folder = _folder()
+    with _locked(folder):
+        _check_free(folder, name)
+
+
+def _check_free(folder: Path, name: str) -> None:
+    other = _read(folder / f"{name}.json")
+    if other is not None and other.is_alive:
+        raise ServerError(
+            f"the name {name!r} is in use: process {other.pid} serves {other.model} at {other.url}; choose another "
+            f"with --name, or end it with: splitfuse stop {name}"
+        )
+
+
+def unregister(deployment: Deployment) -> None:
+    """Forget a deployment; another that has taken its name meanwhile stays."""
+    folder = _folder()
+    with _locked(folder):
+        file = folder / f"{deployment.name}.json"
+        if _read(file) == deployment:
+            file.unlink(missing_ok=True)
+
+
+def deployments() -> list[Deployment]:
+    """All that live, by name. What the dead have left behind is removed."""
+    folder = _folder()
+    living = []
+    with _locked(folder):
+        for file in sorted(folder.glob("[!.]*.json")):
+            deployment = _read(file)
+            if deployment is not None and deployment.is_alive:
+                living.append(deployment)
+            else:
+                file.unlink(missing_ok=True)
+    return living
+
+
+def find(name: str) -> Deployment:
+    """The living deployment of that name. Raises ServerError, with the names there are, if there is none."""
+    living = deployments()
+    for deployment in living:
+        if deployment.name == name:
+            return deployment
+    there_are = f"running: {', '.join(d.name for d in living)}" if living else "none is running"
+    raise ServerError(f"there is no deployment named {name!r} of this user on this machine; {there_are}")
+
+
+def _folder() -> Path:
+    """$XDG_RUNTIME_DIR/splitfuse; without one, a folder of this machine's name in the cache, which several machines may
+    share. Made if need be.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK | os.X_OK):
+        return _private(Path(runtime) / "splitfuse")
+    return _private(cache_folder("run") / (socket.gethostname() or "localhost"))
+
+
+def cache_folder(name: str) -> Path:
+    """`~/.cache/splitfuse/NAME`, or where XDG_CACHE_HOME says; only this user can look into it. Raises ServerError."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise ServerError("there is no home folder to note deployments in: set XDG_RUNTIME_DIR") from error
+    return _private(home / "splitfuse" / name)
+
+
+def _private(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            raise ServerError(
+                f"{folder} belongs to another user: remove it, or set XDG_RUNTIME_DIR to a folder of yours"
+            )
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServerError(
+            f"running deployments cannot be noted in {folder}: {reason}; set XDG_RUNTIME_DIR to a folder that can be "
+            "written"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with whoever holds it."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(file: Path) -> Deployment | None:
+    """None if the file is not there, or is none of ours."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Deployment)
+    except (OSError, msgspec.DecodeError):
+        return None

@@ -1,0 +1,207 @@
+"""Text in, text out over any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
+
+It decides what runs off the event loop (long texts, templates), and turns an engine's outputs into text as they come.
+What a caller reads is what `pipeline` gives, token for token. It must not know of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.async_engine import EngineClient
+from splitfuse.engine.messages import Add
+from splitfuse.errors import InvalidRequestError
+from splitfuse.text.chat import ChatTemplate
+from splitfuse.text.generate import Generation, Message, Prompt
+from splitfuse.text.tokenizer import Tokenizer
+
+_NUM_THREADS = 2  # for texts and templates: the cores belong to the engines
+_SHORT = 1024  # characters that are encoded sooner than a thread is reached
+
+_Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
+
+
+class ServedGeneration(Generation):
+    """A Generation that also counts what it took: passes, and the moment its first pass was done."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        choice: int = 0,
+        index: int = 0,
+    ) -> None:
+        super().__init__(request_id, prompt, params, tokenizer, choice=choice)
+        self.index = index
+        """Of its prompt, in a call with several."""
+        self.num_passes = 0
+        self.first_pass: float | None = None  # on the clock of `timings`
+
+    def push(self, output: RequestOutput) -> None:
+        """As Generation.push: an output is a pass that computed a part of the request."""
+        self.num_passes += 1
+        if self.first_pass is None:
+            self.first_pass = time.monotonic()
+        super().push(output)
+
+    @property
+    def num_released(self) -> int:
+        """Tokens that are part of the answer whatever comes: those behind the text shown so far, at the end all."""
+        if self.finish_reason is not None:
+            return len(self.token_ids)
+        return min(self._detokenizer.num_tokens(len(self.text)), len(self.token_ids))
+
+    def offsets(self, start: int, end: int) -> list[int]:
+        """For tokens `start` to `end` - 1, the number of characters of the answer before each."""
+        lengths = self._detokenizer.lengths
+        return [lengths[i - 1] if i else 0 for i in range(start, end)]
+
+
+class TextService:
+    """Prompts to generations over one EngineClient. All methods belong to the client's event loop."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self._template: ChatTemplate | None = None
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+
+    async def off_loop(self, work: Callable[[], _Result]) -> _Result:
+        """The result of `work`, done on one of a few threads; what waits there meanwhile is the caller alone."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> Prompt:
+        """A prompt of text or of token ids. Raises InvalidRequestError if it is empty or no valid text."""
+        if not isinstance(prompt, str):
+            return Prompt(tuple(prompt))
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty: it must have at least one character", parameter="prompt")
+
+        def encoded() -> Prompt:
+            return Prompt(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+
+        return encoded() if len(prompt) <= _SHORT else await self.off_loop(encoded)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation through the model's chat template; `variables` are the template's own switches.
+
+        Raises InvalidRequestError if the model has no template or the template refuses, TokenizerError if the template
+        breaks the rules.
+        """
+
+        def encoded() -> Prompt:
+            text = self._chat_template().render(
+                messages, add_generation_prompt=add_generation_prompt, variables=variables
+            )
+            return Prompt(self.tokenizer.encode(text, add_special_tokens=False), continues=False)
+
+        return await self.off_loop(encoded)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raise InvalidRequestError if the model cannot honour the request, EngineDiedError if none was ever loaded."""
+        self.client.info.limits.check(prompt.token_ids, params)
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str, cache_salt: str = ""
+    ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
+        """Each of the `params.n` choices with its new text, as it comes, and a last time when it ends, perhaps without.
+
+        Close the iterator (`contextlib.aclosing`) or read it to its end: closing aborts what is unfinished.
+        `request_id` must be unique. Iterating raises InvalidRequestError, EngineDiedError; a request that failed alone
+        has the finish_reason ERROR and says why.
+        """
+        return self.run(self.begin([(prompt, params)], request_id=request_id), cache_salt=cache_salt)
+
+    def begin(self, requests: Sequence[tuple[Prompt, SamplingParams]], *, request_id: str) -> list[ServedGeneration]:
+        """The generations of several prompts and all their choices, for `run`. Nothing is computed yet."""
+        return [
+            ServedGeneration(
+                f"{request_id}-{index}.{choice}", prompt, params, self.tokenizer, choice=choice, index=index
+            )
+            for index, (prompt, params) in enumerate(requests)
+            for choice in range(params.n)
+        ]
+
+    def run(
+        self, generations: Sequence[ServedGeneration], *, cache_salt: str = ""
+    ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
+        """As `generate`, for generations that `begin` has made."""
+        choices = [self._choice(generation, cache_salt) for generation in generations]
+        return choices[0] if len(choices) == 1 else merged(choices)
+
+    async def _choice(
+        self, generation: ServedGeneration, cache_salt: str
+    ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
+        request = Add(
+            generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, cache_salt
+        )
+        try:
+            async with self.client.open(request) as stream:
+                async for output in stream:
+                    length = len(generation.text)
+                    generation.push(output)
+                    has_ended = generation.finish_reason is not None
+                    if has_ended and output.finish_reason is None:  # a stop string: only we can see it
+                        stream.stop(len(generation.token_ids))
+                    if has_ended or len(generation.text) > length:
+                        yield generation, generation.take()
+                    if has_ended:
+                        return
+        finally:
+            if generation.finish_reason is None:
+                generation.end(FinishReason.ABORT)
+
+    def _chat_template(self) -> ChatTemplate:
+        """Compiled at its first use."""
+        if self._template is None:
+            if self.tokenizer.chat_template is None:
+                raise InvalidRequestError("the model has no chat template: use completions with plain prompts")
+            self._template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
+        return self._template
+
+
+async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerator[_Item, None]:
+    """What all sources give, as it comes. An error of one ends them all, and so does closing."""
+    news: asyncio.Queue[tuple[_Item] | Exception | None] = asyncio.Queue()
+
+    async def forward(source: AsyncGenerator[_Item, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for item in source:
+                    news.put_nowait((item,))
+            news.put_nowait(None)
+        except Exception as error:
+            news.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(source)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            new = await news.get()
+            if new is None:
+                running -= 1
+            elif isinstance(new, Exception):
+                raise new
+            else:
+                yield new[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

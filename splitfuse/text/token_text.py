@@ -1,0 +1,66 @@
+"""Single tokens as people see them in log-probabilities: a text, and the bytes it stands for.
+
+A token may be a part of a character only. It must not know of requests.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from splitfuse.text.tokenizer import Tokenizer
+
+_MAX_REMEMBERED = 65536  # tokens
+
+
+@dataclass(frozen=True)
+class TokenPiece:
+    """What one token adds to a text. `text` of a token that is no whole characters is `bytes:\\xe2\\x80`, as OpenAI
+    writes it.
+    """
+
+    text: str
+    utf8: bytes
+
+
+class TokenPieces:
+    """The pieces of a vocabulary; each is worked out once. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode("a", add_special_tokens=False)  # the first word of a text loses its space
+        self._length = len(self._decode(()))
+        self.of = functools.lru_cache(_MAX_REMEMBERED)(self._of)
+        """`of(token_id)` is its TokenPiece."""
+
+    def _decode(self, token_ids: tuple[int, ...]) -> str:
+        return self._tokenizer.decode([*self._before, *token_ids], skip_special_tokens=False)
+
+    def _of(self, token_id: int) -> TokenPiece:
+        text = self._decode((token_id,))[self._length :]
+        if "\ufffd" not in text:
+            return TokenPiece(text, text.encode())
+        utf8 = _raw_bytes(self._tokenizer.token(token_id) or "")
+        if utf8 is None:
+            return TokenPiece(text, text.encode())
+        try:
+            return TokenPiece(utf8.decode(), utf8)
+        except UnicodeDecodeError:
+            return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8)
+
+
+def _raw_bytes(token: str) -> bytes | None:
+    """The bytes that a vocabulary means by `token`: `<0xE2>`, or characters by which byte-level BPE writes bytes."""
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes([int(match[1], 16)])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[c] for c in token) if token and all(c in alphabet for c in token) else None
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Of byte-level BPE (GPT-2): printable bytes are themselves, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -1,0 +1,121 @@
+"""A real server on a real socket, in a thread of the test's process, over an engine in another thread."""
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.engine.async_engine import AsyncEngine
+from splitfuse.engine.engine import Engine
+from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.server.admission import Admission
+from splitfuse.server.app import make_app
+from splitfuse.server.metrics import Metrics
+from splitfuse.server.request_log import RequestLog
+from splitfuse.text.serving import TextService
+from splitfuse.text.tokenizer import Tokenizer
+
+PATIENCE = 60.0  # seconds until a condition that should come true is given up
+
+
+class RunningServer:
+    """The server and everything behind it."""
+
+    def __init__(self, config: ServerConfig, **settings: Any) -> None:
+        self.engine = Engine.load(EngineConfig.from_settings(settings))
+        self.client = AsyncEngine(self.engine)
+        self.service = TextService(self.client, Tokenizer.from_folder(BUNDLED_MODEL))
+        self.admission = Admission(config)
+        self.metrics = Metrics(self.client)
+        self.log = io.StringIO()
+        self.app = make_app(
+            self.service,
+            config,
+            admission=self.admission,
+            metrics=self.metrics,
+            log=RequestLog(self.log, log_prompts=config.log_prompts),
+        )
+        self.server = uvicorn.Server(
+            uvicorn.Config(self.app, port=0, log_config=None, log_level="error", lifespan="off", access_log=False)
+        )
+        self.loop = asyncio.new_event_loop()
+        self.num_free_blocks = self.engine.allocator.num_available
+        self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._run(),))
+
+    async def _run(self) -> None:
+        await self.client.start()
+        self._serving = asyncio.current_task()
+        await self.server.serve()
+        await self.client.close()
+
+    @property
+    def url(self) -> str:
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def http(self, **settings: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **settings)
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of `work`, done in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            async with asyncio.timeout(PATIENCE):
+                while not condition():
+                    await asyncio.sleep(0.005)
+
+        self.call(wait())
+
+    def wait_until_running(self, count: int = 1) -> None:
+        self.wait_until(lambda: self.client.stats[0].num_running >= count)
+
+    def assert_idle(self) -> None:
+        """Whoever has gone leaves nothing: no request, no block, no task."""
+
+        def is_empty() -> bool:
+            (stats,) = self.client.stats
+            if not stats.num_steps:
+                return True
+            return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == self.num_free_blocks
+
+        self.wait_until(is_empty)
+        self.wait_until(lambda: self.admission.num_requests == 0 and self.client.outstanding_tokens == 0)
+        self.wait_until(lambda: not self.server.server_state.tasks)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+    def wait_for_record(self, **wanted: Any) -> dict[str, Any]:
+        def found() -> list[dict[str, Any]]:
+            return [record for record in self.records if all(record[name] == value for name, value in wanted.items())]
+
+        self.wait_until(lambda: bool(found()))
+        return found()[-1]
+
+
+@contextmanager
+def running_server(config: ServerConfig | None = None, **settings: Any) -> Iterator[RunningServer]:
+    server = RunningServer(config or ServerConfig(), **settings)
+    server._thread.start()
+    try:
+        deadline = threading.Event()
+        for _ in range(int(PATIENCE / 0.01)):
+            if server.server.started:
+                break
+            deadline.wait(0.01)
+        assert server.server.started
+        yield server
+    finally:
+        server.server.should_exit = True
+        server._thread.join(PATIENCE)
+        server.loop.close()

@@ -1,0 +1,219 @@
+"""`splitfuse chat` as people use it: at a terminal, through a pipe, with a server, with a model of its own."""
+
+import io
+import os
+import pty
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_server import PATIENCE, RunningServer
+
+import splitfuse
+from splitfuse import cli
+from splitfuse.server import registry
+from splitfuse.server.registry import Deployment
+
+FIRST, SECOND = "Erik plays the cello. What does Erik play?", "Who plays the cello?"
+HEED_CTRL_C = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from splitfuse.cli import main; main()"
+)
+
+SHORT = ["--max-new-tokens", "20"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The place of these tests' deployments: none of the user's own is seen."""
+    path = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(path))
+        yield path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line here, with a pipe for its input."""
+
+    def run(*arguments: object, stdin: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["splitfuse", "chat", *SHORT, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def conversation(pipe: splitfuse.Pipeline, *turns: str, system: str | None = None, **keywords: Any) -> list[str]:
+    """What is answered to each turn."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    answers: list[str] = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        answers.append(pipe(messages, chat=True, **{"max_new_tokens": 20, **keywords})[0].generated_text)
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+# Through a pipe ------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_a_turn_and_a_reset_forgets(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+    turns = conversation(pipe, FIRST, SECOND)
+    afresh = conversation(pipe, SECOND)
+    assert afresh[0] != turns[1], "these turns do not show whether anything is remembered"
+    lines = f"{FIRST}\n\n{SECOND}\n/reset\n{SECOND}\n/exit\n{FIRST}\n"
+    wanted = "\n".join([*turns, *afresh]) + "\n"
+    assert run("--url", server.url, stdin=lines) == (0, wanted, "")
+    status, out, err = run("--model", Path(splitfuse.__file__).parent / "assets" / "storyteller", stdin=lines)
+    assert (status, out, err) == (0, wanted, "(loading the model here)\n")
+
+
+def test_sampling_flags_count(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+    flags = ["--temperature", 1, "--seed", 3, "--max-new-tokens", 5]
+    wanted = conversation(pipe, FIRST, temperature=1.0, seed=3, max_new_tokens=5)
+    assert run("--url", server.url, *flags, stdin=FIRST) == (0, wanted[0] + "\n", "")
+
+
+def test_a_deployment_is_called_by_its_name_and_the_default_one_is_found(
+    run: Run, pipe: splitfuse.Pipeline, server: RunningServer
+) -> None:
+    port = int(server.url.rpartition(":")[2])
+    for name, flags in (("mine", ["--name", "mine"]), ("splitfuse", [])):
+        deployment = Deployment(
+            name=name, host="127.0.0.1", port=port, scheme="http", model="storyteller", needs_key=False, drain_timeout=1
+        )
+        registry.register(deployment)
+        try:
+            status, out, err = run(*flags, stdin=FIRST)
+        finally:
+            registry.unregister(deployment)
+        assert (status, [out]) == (0, [answer + "\n" for answer in conversation(pipe, FIRST)])
+        assert err == f"(talking with storyteller at {server.url})\n"
+
+
+def test_a_turn_that_cannot_be_answered_is_told_and_the_rest_goes_on(
+    run: Run, pipe: splitfuse.Pipeline, server: RunningServer
+) -> None:
+    status, out, err = run("--url", server.url, stdin=f"{'word ' * 3000}\n{FIRST}\n")
+    assert (status, [out]) == (1, [answer + "\n" for answer in conversation(pipe, FIRST)])
+    assert err.startswith("splitfuse: the prompt has ") and err.count("\n") == 1
+
+
+def test_flags_that_do_not_go_together(run: Run) -> None:
+    for flags, message in (
+        (["--name", "a", "--url", "http://b"], "--name and --url both name a server"),
+        (["--name", "a", "--num-blocks", 5], "--num-blocks is for a model loaded here"),
+        (["--name", "nobody"], "there is no deployment named 'nobody'"),
+        (["--url", "http://127.0.0.1:9"], "no server answers at"),
+        (
+            ["--temperature", -1, "--model", Path(splitfuse.__file__).parent / "assets" / "storyteller"],
+            "temperature must",
+        ),
+    ):
+        status, out, err = run(*flags, stdin="hello\n")
+        assert (status, out) == (1, "") and message in err and "Traceback" not in err
+
+
+# At a terminal -------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A person at a terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self._end = pty.fork()
+        if self.pid == 0:
+            os.execv(sys.executable, [sys.executable, "-c", HEED_CTRL_C, "chat", *arguments])
+        self._unread = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._end, keys.encode())
+
+    def read_until(self, text: str) -> str:
+        """What is shown up to `text`."""
+        while text not in self._unread:
+            more = self._read()
+            assert more is not None, f"it ended, showing {self._unread!r}"
+            self._unread += more
+        before, _, self._unread = self._unread.partition(text)
+        return before
+
+    def read_to_end(self) -> tuple[int, str]:
+        """How it ends, and what it still shows."""
+        while (more := self._read()) is not None:
+            self._unread += more
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self._unread
+
+    def _read(self) -> str | None:
+        ready, _, _ = select.select([self._end], [], [], PATIENCE)
+        assert ready, f"nothing comes any more after {self._unread!r}"
+        try:
+            return os.read(self._end, 65536).decode().replace("\r\n", "\n")
+        except OSError:  # Linux says so when the other side is closed
+            return None
+
+    def close(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(self._end)
+
+
+def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+    first, second = conversation(pipe, FIRST, SECOND)
+    terminal = Terminal("--url", server.url, *SHORT)
+    try:
+        assert "/reset begins anew" in terminal.read_until("> ")
+        terminal.type(FIRST + "\n")
+        terminal.read_until(FIRST + "\n")
+        assert terminal.read_until("\n> ").strip() == first
+        terminal.type(SECOND + "\n")
+        terminal.read_until(SECOND + "\n")
+        assert terminal.read_until("\n> ").strip() == second
+        terminal.type("/reset\n")
+        terminal.read_until("(the conversation begins anew)\n")
+        terminal.read_until("> ")
+        terminal.type("/help\n")
+        terminal.read_until("Ctrl-D ends")
+        terminal.read_until("> ")
+        terminal.type("never sent")
+        terminal.read_until("never sent")
+        terminal.type("\x03")
+        terminal.read_until("\n> ")
+        terminal.type(SECOND + "\n")
+        terminal.read_until(SECOND + "\n")
+        assert terminal.read_until("\n> ").strip() == conversation(pipe, SECOND)[0]
+        terminal.type("\x04")
+        status, rest = terminal.read_to_end()
+        assert status == 0 and "Traceback" not in rest
+    finally:
+        terminal.close()
+
+
+def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(server: RunningServer) -> None:
+    before = server.client.stats[0].num_generated_tokens
+    terminal = Terminal("--url", server.url, "--ignore-eos", "--max-new-tokens", "1800")
+    try:
+        terminal.read_until("> ")
+        terminal.type(FIRST + "\n")
+        terminal.read_until(FIRST + "\n")
+        terminal.read_until(" ")  # the answer has begun
+        terminal.type("\x03")
+        terminal.read_until("\n> ")
+        server.assert_idle()
+        assert 0 < server.client.stats[0].num_generated_tokens - before < 1800
+        terminal.type("/exit\n")
+        status, rest = terminal.read_to_end()
+        assert status == 0 and "Traceback" not in rest
+    finally:
+        terminal.close()

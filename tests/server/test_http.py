@@ -1,0 +1,462 @@
+"""The server as a stranger meets it: every route, hostile bodies, bounds, keys, clients that go, engines that die."""
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_server import PATIENCE, RunningServer, running_server
+
+import splitfuse
+from splitfuse.config import ServerConfig
+from splitfuse.errors import ConfigError
+from splitfuse.server.app import ROUTES
+
+PROMPT = "Once upon a time"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SHORT: dict[str, Any] = {"prompt": PROMPT, "temperature": 0, "max_tokens": 4}
+LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with server.http() as client:
+        yield client
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error in OpenAI's shape."""
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"] and answer.headers["x-request-id"]
+    return dict(body["error"])
+
+
+def events_of(answer: httpx.Response) -> list[Any]:
+    """The events of a stream; what is no JSON as text."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+# The small routes ----------------------------------------------------------------------------------------------------
+
+
+def test_small_routes(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"stage": "ready", "fraction": 1.0}
+    assert http.get("/version").json() == {"version": splitfuse.__version__}
+    (model,) = http.get("/v1/models").json()["data"]
+    assert model == http.get(f"/v1/models/{model['id']}").json()
+    assert (model["id"], model["object"], model["max_model_len"]) == ("storyteller", "model", 2048)
+    metrics = http.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain") and "vllm:num_requests_running" in metrics.text
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(http: httpx.Client) -> None:
+    text = "Anna hält 3 Bienen 🐝"
+    tokens = http.post("/tokenize", json={"prompt": text}).json()
+    assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"] == 2048
+    assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
+    plain = http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert tokens["tokens"] == [0, *plain]
+    shown = http.post("/detokenize", json={"tokens": tokens["tokens"], "skip_special_tokens": False}).json()
+    assert shown == {"prompt": "<|bos|>" + text}
+    chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()["tokens"]
+    answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}).json()
+    assert answer["usage"]["prompt_tokens"] == len(chat)
+    for body, param in (
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "Hi"}]}, "prompt"),
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+    ):
+        assert error_of(http.post("/tokenize", json=body))["param"] == param
+    assert error_of(http.post("/detokenize", json={"tokens": [3072]}))["param"] == "tokens"
+    assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
+
+
+def test_routes_that_are_not_there(http: httpx.Client) -> None:
+    for path in ("/", "/docs", "/redoc", "/v1", "/v1/completions/", "/v2/models", "/metrics/../etc/passwd", "/%00"):
+        answer = http.get(path)
+        assert (answer.status_code, error_of(answer)["code"]) == (404, "no_such_route")
+    for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("POST", "/health"), ("PUT", "/ready")):
+        answer = http.request(method, path)
+        assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
+        assert answer.headers["allow"]
+    assert http.head("/health").status_code == 200
+
+
+def test_request_ids_come_back_if_they_are_sane(http: httpx.Client) -> None:
+    assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    for bad in ("a b", "x" * 129, "", 'a"b', "ü".encode()):
+        given = http.get("/health", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{32}", given)
+    twice = [http.post(COMPLETIONS, json=SHORT, headers={"x-request-id": "same"}) for _ in range(2)]
+    assert [answer.headers["x-request-id"] for answer in twice] == ["same", "same"]
+    assert len({answer.json()["id"] for answer in twice}) == 2
+
+
+def test_an_engine_that_is_not_ready_is_named() -> None:
+    with running_server() as server, server.http() as http:
+        server.call(server.client.close())
+        answer = http.get("/ready")
+        assert (answer.status_code, answer.json()["stage"]) == (503, "dead")
+        answer = http.post(COMPLETIONS, json=SHORT)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
+        assert answer.headers["retry-after"] == "1"
+        assert http.get("/health").status_code == 200
+
+
+def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new() -> None:
+    with running_server() as server, server.http() as http:
+        with http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300, "stream": True}) as running:
+            lines = running.iter_lines()
+            next(lines)
+            server.admission.drain()
+            assert (http.get("/ready").status_code, http.get("/ready").json()["stage"]) == (503, "draining")
+            answer = http.post(COMPLETIONS, json=SHORT)
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "draining")
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        server.call(asyncio.wait_for(server.admission.wait_empty(), PATIENCE))
+
+
+# Bodies --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="cut"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b'"text"', id="text"),
+        pytest.param(b'{"prompt": "a"} {}', id="two"),
+        pytest.param(b'{"prompt": "a", "temperature": NaN}', id="nan"),
+        pytest.param(b'{"prompt": "a", "temperature": Infinity}', id="infinity"),
+        pytest.param(b'{"prompt": "a", "temperature": 1e999}', id="huge"),
+        pytest.param(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", id="digits"),
+        pytest.param(b'{"prompt": "a", "seed": 18446744073709551616}', id="seed"),
+        pytest.param(b'{"prompt": "a", "seed": -1}', id="negative-seed"),
+        pytest.param(b'{"prompt": "a", "n": 1.5}', id="fraction"),
+        pytest.param(b'{"prompt": "a", "n": true}', id="bool"),
+        pytest.param(b'{"prompt": [true, false]}', id="bools"),
+        pytest.param(b'{"prompt": "\xff"}', id="latin"),
+        pytest.param(b'{"prompt": "\xed\xa0\x80"}', id="surrogate-bytes"),
+        pytest.param(b'{"prompt": "\\ud800"}', id="lone-surrogate"),
+        pytest.param(b'{"prompt": "\\udc00\\ud800"}', id="reversed-surrogates"),
+        pytest.param(b'{"prompt": "a", "\\ud800": 1}', id="surrogate-key"),
+        pytest.param(b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", id="nested"),
+        pytest.param(b'{"prompt": "a", "suffix": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", id="nested-any"),
+        pytest.param(b'{"prompt": "a", "suffix": ' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b"}", id="objects"),
+        pytest.param(b'{"prompt": "a", "logit_bias": {"x": 1}}', id="bias-key"),
+        pytest.param(b'{"prompt": "a", "logit_bias": {"1": null}}', id="bias-value"),
+        pytest.param(b'{"prompt": "a", "' + b"x" * 100_000 + b'": 1}', id="long-name"),
+        pytest.param(b'{"prompt": [[[1]]]}', id="deep-prompt"),
+        pytest.param(b'{"prompt": [[]]}', id="empty-ids"),
+        pytest.param(b'{"prompt": [1e400]}', id="huge-id"),
+        pytest.param(b'{"prompt": [18446744073709551616]}', id="big-id"),
+        pytest.param(b'{"prompt": [-1]}', id="negative-id"),
+        pytest.param(b"\x00" * 1000, id="zeros"),
+        pytest.param(b"\x1f\x8b\x08" + b"\x00" * 30, id="gzip"),
+    ],
+)
+def test_a_hostile_body_gets_a_400_in_words(http: httpx.Client, body: bytes) -> None:
+    answer = http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert error["type"] == "invalid_request_error" and len(answer.content) < 2000
+    assert http.post(COMPLETIONS, json=SHORT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        "text",
+        [None],
+        [[]],
+        [{}],
+        [{"role": "user", "content": None}],
+        [{"role": 1, "content": "x"}],
+        [{"role": "user", "content": []}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"type": "audio", "text": "x"}]}],
+        [{"role": "user", "content": "x", "extra": 1}],
+        [{"role": "user", "content": "x"}] * 4097,
+    ],
+)
+def test_messages_that_are_none_get_a_400_that_names_them(http: httpx.Client, messages: Any) -> None:
+    answer = http.post(CHAT, json={"messages": messages})
+    assert answer.status_code == 400 and error_of(answer)["param"].startswith("messages")
+
+
+def test_a_body_that_is_too_large_is_not_read_whatever_its_header_says() -> None:
+    with running_server(ServerConfig(max_body_mib=0.01)) as server, server.http() as http:
+        large = json.dumps({"prompt": "a" * 20_000}).encode()
+        pieces = (large[i : i + 1000] for i in range(0, len(large), 1000))
+        for content in (large, pieces):  # with Content-Length, and chunked
+            answer = http.post(COMPLETIONS, content=content, headers={"content-type": "application/json"})
+            assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
+        assert http.post(COMPLETIONS, json=SHORT).status_code == 200
+
+
+def test_only_what_is_called_json_is_read(http: httpx.Client) -> None:
+    body = json.dumps(SHORT).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        answer = http.post(COMPLETIONS, content=body, headers={"content-type": kind})
+        assert (answer.status_code, error_of(answer)["code"]) == (415, "no_json")
+    for kind in ("application/json", "Application/JSON; charset=utf-8"):
+        assert http.post(COMPLETIONS, content=body, headers={"content-type": kind}).status_code == 200
+    assert http.post(COMPLETIONS, content=body).status_code == 200  # not called anything
+    assert http.post(COMPLETIONS, content=body, headers={"origin": "http://elsewhere"}).status_code == 415
+
+
+def test_bytes_that_are_no_http_harm_nobody(server: RunningServer, http: httpx.Client) -> None:
+    host, port = http.base_url.host, http.base_url.port
+    for data in (
+        b"\x00\xff" * 500,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+    ):
+        with socket.create_connection((host, port), timeout=PATIENCE) as stranger:
+            stranger.sendall(data)
+    with socket.create_connection((host, port), timeout=PATIENCE) as stranger:  # goes in the middle of its body
+        stranger.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    server.wait_for_record(status=499, error="ClientGoneError")
+    assert http.post(COMPLETIONS, json=SHORT).status_code == 200
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_timing_is_told_if_it_is_asked_for(http: httpx.Client) -> None:
+    body = {**SHORT, "max_tokens": 5, "n": 2, "prompt": PROMPT * 20, "splitfuse_timing": True}
+    timing = http.post(COMPLETIONS, json=body).json()["splitfuse_timing"]
+    assert timing.keys() == {"queued", "first_token", "gaps", "passes", "cached_tokens"}
+    assert 0 < timing["queued"] <= timing["first_token"] and len(timing["gaps"]) == 8
+    assert all(gap >= 0 for gap in timing["gaps"]) and timing["passes"] >= 10
+    events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))
+    assert events[-1] == "[DONE]" and events[-2]["choices"] == [] and "usage" not in events[-2]
+    again = events[-2]["splitfuse_timing"]
+    assert again["cached_tokens"] > 300 and len(again["gaps"]) == 8
+    assert "splitfuse_timing" not in http.post(COMPLETIONS, json=SHORT).json()
+
+
+def test_a_stream_is_events_and_ends_with_done(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True})
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    events = events_of(answer)
+    assert events[-1] == "[DONE]" and all(event["object"] == "chat.completion.chunk" for event in events[:-1])
+    assert len({event["id"] for event in events[:-1]}) == 1
+
+
+def test_a_refusal_of_a_stream_is_no_stream(http: httpx.Client) -> None:
+    answer = http.post(COMPLETIONS, json={**SHORT, "stream": True, "prompt": [1] * 3000})
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+
+
+def test_cached_tokens_of_a_prompt_are_counted(http: httpx.Client) -> None:
+    body = {**SHORT, "prompt": "A prompt that nobody sent before. " * 20}
+    cached = [
+        http.post(COMPLETIONS, json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)
+    ]
+    assert cached[0] == 0 and cached[1] >= 64
+
+
+def test_every_request_has_its_line_in_the_log_without_its_words(server: RunningServer, http: httpx.Client) -> None:
+    http.post(COMPLETIONS, json={**SHORT, "prompt": "a secret", "n": 2}, headers={"x-request-id": "logged"})
+    record = server.wait_for_record(request_id="logged")
+    assert (record["route"], record["status"], record["generated_tokens"]) == (COMPLETIONS, 200, 8)
+    assert record["finish_reasons"] == ["length", "length"] and record["passes"] >= 8
+    http.post(COMPLETIONS, json={"prompt": "a secret", "n": -1}, headers={"x-request-id": "refused"})
+    record = server.wait_for_record(request_id="refused")
+    assert (record["status"], record["error"]) == (400, "invalid_type")
+    http.get("/v1/models/secret", headers={"x-request-id": "other"})
+    assert server.wait_for_record(request_id="other")["route"] == "/v1/models/{model:path}"
+    assert "secret" not in server.log.getvalue()
+    assert 'splitfuse:refused_total{kind="invalid_type"' in http.get("/metrics").text
+
+
+# Who goes, and what dies ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_client_that_goes_leaves_nothing_behind(server: RunningServer, path: str, stream: bool) -> None:
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": [PROMPT, "The"]}
+    body = json.dumps({**LONG, "n": 3, "stream": stream, **prompt} | ({"prompt": None} if path == CHAT else {}))
+    body = json.dumps({name: value for name, value in json.loads(body).items() if value is not None})
+    count = 3 if path == CHAT else 6
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with server.http() as http:
+        address = (http.base_url.host, http.base_url.port)
+    with socket.create_connection(address, timeout=PATIENCE) as client:
+        client.sendall(head.encode() + body.encode())
+        server.wait_until_running(count)
+        num_steps = server.client.stats[0].num_steps
+    server.assert_idle()
+    assert server.client.stats[0].num_steps - num_steps < 1500  # and not when it would have ended by itself
+    record = server.wait_for_record(route=path, status=499)
+    assert record["finish_reasons"] == ["abort"] * count
+
+
+def test_a_client_that_goes_while_its_prompt_is_encoded_is_noticed(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, go_on = threading.Event(), threading.Event()
+    encode = server.service.tokenizer.encode
+
+    def slow(text: str, **keywords: Any) -> tuple[int, ...]:
+        encoding.set()
+        assert go_on.wait(PATIENCE)
+        return encode(text, **keywords)
+
+    monkeypatch.setattr(server.service.tokenizer, "encode", slow)
+    with server.http() as http:
+        body = json.dumps({"prompt": "word " * 1000})
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE) as client:
+            client.sendall(
+                f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            assert encoding.wait(PATIENCE)
+            for path in ("/health", "/ready", "/metrics"):  # nobody else waits for the tokenizer
+                assert http.get(path).status_code == 200
+        server.wait_until(lambda: not server.server.server_state.tasks)
+        go_on.set()
+        server.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_ends_a_request(http: httpx.Client, server: RunningServer, stream: bool) -> None:
+    answer = http.post(COMPLETIONS, json={**LONG, "n": 2, "splitfuse_deadline": 0.3, "stream": stream})
+    if stream:
+        assert answer.status_code == 200
+        error = events_of(answer)[-1]["error"]
+    else:
+        assert answer.status_code == 408
+        error = error_of(answer)
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "splitfuse_deadline")
+    server.assert_idle()
+    assert server.wait_for_record(error="deadline_exceeded")["finish_reasons"] == ["abort", "abort"]
+    assert http.post(COMPLETIONS, json={**SHORT, "splitfuse_deadline": 60}).status_code == 200
+    for bad in (0, -1, "1", 1e9):
+        assert error_of(http.post(COMPLETIONS, json={**SHORT, "splitfuse_deadline": bad}))["param"] == (
+            "splitfuse_deadline"
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server() as server, server.http() as http:
+        run, num_left = server.engine.runner.run, 20
+
+        def broken(plan: Any) -> Any:
+            nonlocal num_left
+            num_left -= 1
+            if not num_left:
+                raise RuntimeError("/home/somebody/weights at 0x7f00deadbeef of 10.1.2.3:80 is gone\nTraceback")
+            return run(plan)
+
+        monkeypatch.setattr(server.engine.runner, "run", broken)
+        answer = http.post(COMPLETIONS, json={**LONG, "stream": stream})
+        if stream:
+            events = events_of(answer)
+            assert answer.status_code == 200 and len(events) > 5 and events[-1] != "[DONE]"
+            error = events[-1]["error"]
+        else:
+            assert answer.status_code == 503
+            error = error_of(answer)
+        assert error["code"] == "engine_unavailable" and "died" in error["message"]
+        for secret in ("home", "somebody", "dead", "10.1", "Traceback"):
+            assert secret not in error["message"]
+        assert http.post(COMPLETIONS, json=SHORT).status_code == 503
+        assert http.get("/ready").status_code == 503
+
+
+def test_a_request_that_fails_alone_is_told_by_name(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from splitfuse.core.plan import ChunkResult, StepResult
+
+    run = server.engine.runner.run
+
+    def failing(plan: Any) -> StepResult:
+        failed = ChunkResult(error="the logits have NaN")
+        results = dict(run(plan).results)
+        return StepResult(results | {c.request_id: failed for c in plan.chunks if 77 in c.token_ids})
+
+    monkeypatch.setattr(server.engine.runner, "run", failing)
+    with server.http() as http:
+        answer = http.post(COMPLETIONS, json={**SHORT, "prompt": [77]})
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "request_failed")
+        assert "NaN" in error_of(answer)["message"]
+        assert http.post(COMPLETIONS, json=SHORT).status_code == 200
+
+
+def test_a_fault_of_our_own_shows_nothing_and_is_logged(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("the secret of /etc/passwd")
+
+    monkeypatch.setattr(server.service, "encode", broken)
+    with server.http() as http, caplog.at_level(logging.ERROR, "splitfuse.server"):
+        answer = http.post(COMPLETIONS, json=SHORT, headers={"x-request-id": "fault-1"})
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+        assert "secret" not in answer.text and "passwd" not in answer.text and "ValueError" not in answer.text
+    assert "fault-1" in caplog.text and "the secret of /etc/passwd" in caplog.text and "Traceback" in caplog.text
+
+
+# Who may ask ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_route_but_two_asks_for_a_key() -> None:
+    with running_server(ServerConfig(api_key=("right key",))) as server, server.http() as http:
+        for method, path, _ in (*ROUTES, ("GET", "/nowhere", None), ("GET", "/health/../v1/models", None)):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right key"}):
+                answer = http.request(method, path.replace("{model:path}", "storyteller"), headers=headers)
+                if path in ("/health", "/ready"):
+                    assert answer.status_code == 200
+                else:
+                    assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+                    assert answer.headers["www-authenticate"] == "Bearer"
+        for value in ("Bearer right key", "bearer  right key"):
+            assert http.get("/v1/models", headers={"authorization": value}).status_code == 200
+        for value in ("Bearer \xff", "Bearer", "Basic right key"):
+            assert http.get("/v1/models", headers={"authorization": value.encode("latin-1")}).status_code == 401
+
+
+def test_a_file_of_keys_must_be_there_and_have_one(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text(" \n")
+    for file, message in ((tmp_path / "none", "cannot be read"), (empty, "has no key in it")):
+        with pytest.raises(ConfigError, match=message), running_server(ServerConfig(api_key_file=str(file))):
+            pass
+
+
+def test_browsers_of_other_origins_are_let_in_only_if_they_are_named() -> None:
+    preflight = {
+        "origin": "https://page.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    allowed = "access-control-allow-origin"
+    with running_server() as server, server.http() as http:
+        assert http.options(COMPLETIONS, headers=preflight).status_code == 405
+        assert allowed not in http.get("/health", headers={"origin": "https://page.example"}).headers
+    config = ServerConfig(allow_origin=("https://page.example",), api_key=("k",))
+    with running_server(config) as server, server.http() as http:
+        answer = http.options(COMPLETIONS, headers=preflight)
+        assert (answer.status_code, answer.headers[allowed]) == (200, "https://page.example")
+        answer = http.post(COMPLETIONS, json=SHORT, headers={"origin": "https://page.example"})
+        assert (answer.status_code, answer.headers[allowed]) == (401, "https://page.example")
+        assert allowed not in http.get("/health", headers={"origin": "https://other.example"}).headers

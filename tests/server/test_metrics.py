@@ -1,0 +1,456 @@
+"""What Prometheus reads: true against a real engine, sums over several, counters that never go down, known names."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import prometheus_client
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.limits import EngineLimits
+from splitfuse.core.request import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState, Stream
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, Passed
+from splitfuse.errors import EngineDiedError
+from splitfuse.server.metrics import FAMILIES, Metrics
+from splitfuse.server.request_log import RequestRecord
+
+BUDGET = 32
+COUNTERS = {
+    "num_steps": "splitfuse:passes_total",
+    "num_computed_tokens": "splitfuse:computed_tokens_total",
+    "num_prompt_tokens": "splitfuse:prompt_tokens_total",
+    "num_cached_tokens": "splitfuse:cached_tokens_total",
+    "num_generated_tokens": "splitfuse:generated_tokens_total",
+    "num_preemptions": "splitfuse:preemptions_total",
+}
+VLLM_NAMES = re.findall(
+    r"\S+",
+    """
+num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
+prompt_tokens_total generation_tokens_total num_preemptions_total request_success_total
+iteration_tokens_total_bucket time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket
+time_per_output_token_seconds_bucket request_time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket
+request_queue_time_seconds_bucket request_prompt_tokens_bucket request_generation_tokens_bucket
+""",
+)
+RECORD = RequestRecord(
+    request_id="r",
+    route="/v1/completions",
+    status=200,
+    total_seconds=2.0,
+    prompt_tokens=30,
+    generated_tokens=7,
+    finish_reasons=("stop", "length"),
+    queued_seconds=0.02,
+    first_token_seconds=0.5,
+    inter_token_seconds=(0.25, 0.25, 1.0),
+)
+
+
+class Figures:
+    """What was rendered, by sample and labels other than the model's name. `collected`: before it became text, which is
+    faster.
+    """
+
+    def __init__(self, metrics: Metrics, *, collected: bool = False) -> None:
+        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self.model_names: set[str] = set()
+        text = "" if collected else metrics.render().decode()
+        for family in metrics.collect() if collected else text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                self.model_names.add(labels.pop("model_name"))
+                key = (sample.name, tuple(sorted(labels.items())))
+                assert key not in self.values, f"{key} twice"
+                self.values[key] = sample.value
+
+    def get(self, name: str, **labels: str) -> float:
+        return self.values[name, tuple(sorted(labels.items()))]
+
+    def bounds(self, name: str) -> set[float]:
+        return {float(labels["le"]) for key, pairs in self.values if key == name for labels in [dict(pairs)]}
+
+
+class Stated(EngineClient):
+    """Engines that stand as the test says."""
+
+    def __init__(self, num_engines: int, *, num_blocks: int = 100) -> None:
+        self.engines = [EngineStats()] * num_engines
+        self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, 8, "")
+        self.is_ready = True
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.READY if self.is_ready else EngineState.STARTING
+
+    @property
+    def stage(self) -> Loading:
+        return Loading("stated")
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self.is_ready:
+            raise EngineDiedError("the engine is not ready yet")
+        return self.known
+
+    @property
+    def stats(self) -> list[EngineStats]:
+        return list(self.engines)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        return self.info.limits.max_model_len
+
+    def open(self, request: Add) -> Stream:
+        raise NotImplementedError
+
+    async def start(self) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+
+def pass_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
+    """As a client does it: first its stats, then the word to whoever watches."""
+    client.engines[place] = stats
+    metrics.passed(Passed((), stats), BUDGET)
+
+
+# A real engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(
+        EngineConfig.from_settings({"num_threads": 1, "max_num_batched_tokens": BUDGET, "num_blocks": 64})
+    )
+
+
+def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[Passed]], Awaitable[None]]) -> None:
+    """Run `body` in an event loop, with metrics that see every report of a started client."""
+
+    async def run() -> None:
+        client = AsyncEngine(engine)
+        metrics, reports = Metrics(client), []
+
+        def on_passed(report: Passed) -> None:
+            reports.append(report)
+            metrics.passed(report, client.info.max_num_batched_tokens)
+
+        client.on_passed = on_passed
+        await client.start()
+        try:
+            await asyncio.wait_for(body(client, metrics, reports), 120)
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def request(name: str, num_prompt: int, max_tokens: int, *, first: int = 20) -> Add:
+    tokens = tuple(range(first, first + num_prompt))
+    return Add(name, tokens, SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0))
+
+
+async def read(client: AsyncEngine, add: Add) -> int:
+    """To its end: how many tokens came."""
+    async with client.open(add) as stream:
+        return sum([len(output.token_ids) async for output in stream])
+
+
+async def first_token(stream: Stream) -> None:
+    """Those before it are of passes that computed a part of the prompt."""
+    while not (await anext(stream)).token_ids:
+        pass
+
+
+def test_the_figures_are_those_of_the_engine(engine: Engine) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, reports: list[Passed]) -> None:
+        adds = [request(f"r{i}", 10 + 40 * i, 5 + i, first=20 + 100 * i) for i in range(3)]
+        received = sum(await asyncio.gather(*(read(client, add) for add in adds)))
+        async with client.open(request("gone", 8, 1000, first=400)) as stream:  # ends by a command, not by a pass
+            await first_token(stream)
+        await until(lambda: reports[-1].stats.num_running == 0)
+        figures, stats = Figures(metrics), client.stats[0]
+        assert received == 5 + 6 + 7
+        assert figures.model_names == {client.info.model}
+        for counter, name in COUNTERS.items():
+            assert figures.get(name) == getattr(stats, counter), name
+        assert figures.get("splitfuse:prompt_tokens_total") == 10 + 50 + 90 + 8
+        assert figures.get("splitfuse:generated_tokens_total") >= received + 1
+        assert figures.get("splitfuse:ready") == 1
+        for idle in ("num_requests_running", "num_requests_waiting", "outstanding_tokens", "kv_blocks_used"):
+            assert figures.get(f"splitfuse:{idle}") == 0, idle
+        assert figures.get("splitfuse:kv_blocks") == 64
+
+        passes = {report.stats.num_steps: report.stats for report in reports}  # a report that was no pass repeats
+        assert stats.num_steps == len(passes) < len(reports)
+        for name in ("pass_tokens", "pass_seconds", "pass_budget_ratio"):
+            assert figures.get(f"splitfuse:{name}_count") == len(passes), name
+        tokens = sum(report.pass_tokens for report in passes.values())
+        assert figures.get("splitfuse:pass_tokens_sum") == tokens
+        assert figures.get("splitfuse:pass_budget_ratio_sum") == pytest.approx(tokens / BUDGET)
+        full = sum(report.pass_tokens == BUDGET for report in passes.values())
+        assert full > 0
+        almost = figures.get("splitfuse:pass_budget_ratio_bucket", le="0.99")
+        assert figures.get("splitfuse:pass_budget_ratio_bucket", le="1.0") - almost == full
+
+    drive(engine, body)
+
+
+def test_gauges_say_how_things_stand_when_they_are_asked(engine: Engine) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[Passed]) -> None:
+        async with client.open(request("long", 70, 1500)) as stream:
+            await first_token(stream)
+            figures = Figures(metrics)
+            assert figures.get("splitfuse:num_requests_running") == 1
+            assert figures.get("splitfuse:kv_blocks_used") >= 3  # of 32 tokens, for a prompt of 70
+            assert figures.get("splitfuse:kv_cache_usage_ratio") == figures.get("splitfuse:kv_blocks_used") / 64
+            assert figures.get("vllm:kv_cache_usage_perc") == figures.get("splitfuse:kv_cache_usage_ratio")
+            assert 0 < figures.get("splitfuse:outstanding_tokens") < 1570
+        await until(lambda: Figures(metrics).get("splitfuse:num_requests_running") == 0)
+        assert Figures(metrics).get("splitfuse:kv_blocks_used") == 0
+        await client.close()
+        assert Figures(metrics).get("splitfuse:ready") == 0
+
+    drive(engine, body)
+
+
+def test_a_prompt_seen_before_shows_as_prefix_hits(engine: Engine) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[Passed]) -> None:
+        await read(client, request("first", 100, 2, first=300))
+        before = Figures(metrics)
+        await read(client, request("again", 100, 2, first=300))
+        after = Figures(metrics)
+        assert after.get("vllm:prefix_cache_hits_total") - before.get("vllm:prefix_cache_hits_total") == 96
+        assert after.get("vllm:prefix_cache_queries_total") - before.get("vllm:prefix_cache_queries_total") == 100
+
+    drive(engine, body)
+
+
+def test_before_the_engine_is_ready_there_is_an_answer_too(engine: Engine) -> None:
+    metrics = Metrics(AsyncEngine(engine))
+    metrics.request_refused("overloaded")
+    figures = Figures(metrics)
+    assert figures.get("splitfuse:ready") == figures.get("splitfuse:kv_cache_usage_ratio") == 0
+    assert figures.get("splitfuse:refused_total", kind="overloaded") == 1
+    assert figures.model_names == {""}
+    assert Figures(Metrics(AsyncEngine(engine), model_name='a "name"\n')).model_names == {'a "name"\n'}
+
+
+# Several engines, and those that begin again -------------------------------------------------------------------------
+
+
+def test_engines_are_summed() -> None:
+    client = Stated(3)
+    metrics = Metrics(client)
+    pass_of(client, metrics, 0, EngineStats(5, 2, 7, 90, 30, 10, 4, 34, 1, 12, 0.5))
+    pass_of(client, metrics, 2, EngineStats(1, 1, 0, 60, 3, 0, 1, 3, 0, 3, 0.25))
+    figures = Figures(metrics)
+    assert figures.get("splitfuse:num_requests_running") == 3
+    assert figures.get("splitfuse:num_requests_waiting") == 7
+    assert figures.get("splitfuse:kv_blocks") == 300
+    assert figures.get("splitfuse:kv_blocks_used") == 50  # the second engine has held nothing yet
+    assert figures.get("splitfuse:kv_cache_usage_ratio") == pytest.approx(50 / 300)
+    expected = dict(zip(COUNTERS, (6, 37, 33, 10, 5, 1), strict=True))
+    assert {counter: figures.get(name) for counter, name in COUNTERS.items()} == expected
+    assert figures.get("splitfuse:pass_seconds_sum") == 0.75
+    assert figures.get("splitfuse:pass_seconds_count") == 2
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # which engine
+        st.sampled_from(["pass", "command", "death", "quick restart", "unseen pass"]),
+        st.lists(st.integers(0, 50), min_size=5, max_size=5),
+        st.booleans(),  # whether somebody looks
+    ),
+    max_size=40,
+)
+
+
+@given(EVENTS)
+def test_counters_never_go_down_and_lose_nothing_that_was_reported(
+    events: list[tuple[int, str, list[int], bool]],
+) -> None:
+    client = Stated(3)
+    metrics = Metrics(client)
+    truth = dict.fromkeys(COUNTERS, 0)
+    num_passes = 0
+    last = Figures(metrics, collected=True)
+    for place, what, more, look in events:
+        now = client.engines[place]
+        if what == "death":
+            client.engines[place] = EngineStats()
+        elif what == "command":
+            pass_of(client, metrics, place, replace(now, num_free_blocks=more[0]))
+        else:
+            # One that is back before anybody heard of its death has made fewer passes than it had, or it is another
+            # engine with the same past, and nobody can tell.
+            quick = what == "quick restart" and now.num_steps > 1
+            base = EngineStats() if quick else now
+            steps = dict(zip(COUNTERS, (1, *more), strict=True))
+            new = replace(base, **{counter: getattr(base, counter) + steps[counter] for counter in COUNTERS})
+            if what == "unseen pass":  # the client knows, and nobody was told
+                client.engines[place] = new
+            else:
+                pass_of(client, metrics, place, new)
+                num_passes += 1
+            truth = {counter: truth[counter] + steps[counter] for counter in COUNTERS}
+        if look or what in ("death", "unseen pass"):
+            figures = Figures(metrics, collected=True)
+            for counter, name in COUNTERS.items():
+                assert last.get(name) <= figures.get(name) == truth[counter], name
+            assert figures.get("splitfuse:pass_seconds_count") == num_passes
+            last = figures
+
+
+def test_the_death_of_one_engine_is_not_taken_for_a_pass_of_another() -> None:
+    client = Stated(2)
+    metrics = Metrics(client)
+    alive = EngineStats(num_steps=3, pass_tokens=8)
+    pass_of(client, metrics, 0, alive)
+    pass_of(client, metrics, 1, EngineStats(num_steps=4, pass_tokens=8))
+    client.engines[1] = EngineStats()
+    pass_of(client, metrics, 0, replace(alive, num_free_blocks=9))  # a command
+    assert Figures(metrics).get("splitfuse:pass_tokens_count") == 2
+
+
+def test_an_engine_that_is_no_longer_there_still_counts() -> None:
+    client = Stated(2)
+    metrics = Metrics(client)
+    pass_of(client, metrics, 0, EngineStats(num_steps=3, num_computed_tokens=30))
+    pass_of(client, metrics, 1, EngineStats(num_steps=4, num_computed_tokens=40))
+    del client.engines[1]
+    assert Figures(metrics).get("splitfuse:computed_tokens_total") == 70
+    client.engines.append(EngineStats(num_steps=1, num_computed_tokens=5))
+    assert Figures(metrics).get("splitfuse:computed_tokens_total") == 75
+
+
+# Requests ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_request_leaves_behind() -> None:
+    metrics = Metrics(Stated(1))
+    metrics.request_ended(RECORD)
+    metrics.request_ended(replace(RECORD, finish_reasons=("abort",), error="EngineDiedError", status=503))
+    metrics.request_ended(RequestRecord(request_id="x", route="/v1/completions", status=400, total_seconds=0.1))
+    metrics.request_refused("overloaded")
+    metrics.request_refused("overloaded")
+    metrics.request_refused("draining")
+    figures = Figures(metrics)
+    for status in ("200", "503", "400"):
+        assert figures.get("splitfuse:requests_total", route="/v1/completions", status=status) == 1
+    for reason, count in {"stop": 1, "length": 1, "abort": 1, "error": 0}.items():
+        assert figures.get("splitfuse:choices_total", finish_reason=reason) == count
+        assert figures.get("vllm:request_success_total", finished_reason=reason) == count
+    assert figures.get("splitfuse:errors_total", kind="EngineDiedError") == 1
+    assert figures.get("splitfuse:refused_total", kind="overloaded") == 2
+    assert figures.get("splitfuse:refused_total", kind="draining") == 1
+    sums = {
+        "splitfuse:queued_seconds": (2, 0.04),
+        "splitfuse:first_token_seconds": (2, 1.0),
+        "splitfuse:inter_token_seconds": (6, 3.0),
+        "splitfuse:request_seconds": (2, 4.0),
+        "splitfuse:request_prompt_tokens": (2, 60),
+        "splitfuse:request_generated_tokens": (2, 14),
+        "vllm:request_time_per_output_token_seconds": (2, 1.0),
+    }
+    for name, (count, total) in sums.items():
+        assert (figures.get(f"{name}_count"), figures.get(f"{name}_sum")) == (count, pytest.approx(total)), name
+
+
+def test_any_label_can_be_read_back() -> None:
+    metrics = Metrics(Stated(1))
+    kinds = ['a "quoted"\nline', "back\\slash", "\u00fcn\u00efcode {}=,", ""]
+    for kind in kinds:
+        metrics.request_refused(kind)
+    figures = Figures(metrics)
+    assert all(figures.get("splitfuse:refused_total", kind=kind) == 1 for kind in kinds)
+
+
+TIMES = {
+    "splitfuse:request_seconds": "total_seconds",
+    "splitfuse:first_token_seconds": "first_token_seconds",
+    "splitfuse:queued_seconds": "queued_seconds",
+}
+
+
+@pytest.mark.parametrize(("name", "field"), TIMES.items())
+@settings(max_examples=50)
+@given(values=st.lists(st.floats(0, 1e5) | st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0, 480.0, 7680.0]), max_size=20))
+def test_histograms_count_as_the_library_does(name: str, field: str, values: list[float]) -> None:
+    metrics = Metrics(Stated(1))
+    for value in values:
+        metrics.request_ended(replace(RECORD, **{field: value}))
+    figures = Figures(metrics, collected=True)
+    bounds = figures.bounds(f"{name}_bucket")
+    oracle = prometheus_client.Histogram(
+        "oracle", "The library's.", buckets=sorted(bounds), registry=prometheus_client.CollectorRegistry()
+    )
+    for value in values:
+        oracle.observe(value)
+    for sample in next(iter(oracle.collect())).samples:
+        if sample.name != "oracle_created":
+            ours = figures.get(sample.name.replace("oracle", name), **sample.labels)
+            assert ours == pytest.approx(sample.value)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_names_that_boards_routers_and_autoscalers_know() -> None:
+    names = {name for name, _ in Figures(Metrics(Stated(1))).values}
+    assert {f"vllm:{name}" for name in VLLM_NAMES} <= names
+
+
+def test_the_bounds_that_their_queries_name() -> None:
+    figures = Figures(Metrics(Stated(1)))
+    known = {
+        "time_to_first_token_seconds": (0.001, 0.06, 0.25, 0.75, 1, 2.5, 5, 7.5, 10, 160, 640, 2560),
+        "inter_token_latency_seconds": (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.75, 1, 40, 80),
+        "e2e_request_latency_seconds": (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 30, 60, 960, 1920, 7680),
+        "request_prompt_tokens": (1, 2, 5, 10, 100, 1000, 10000, 100000),
+        "iteration_tokens_total": (1, 8, 256, 512, 8192, 16384),
+    }
+    for name, bounds in known.items():
+        assert set(bounds) <= figures.bounds(f"vllm:{name}_bucket"), name
+
+
+def test_every_family_has_a_name_of_its_own_and_a_number_behind_it() -> None:
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    client = Stated(1)
+    metrics = Metrics(client)
+    metrics.request_ended(replace(RECORD, error="ServerError"))
+    metrics.request_refused("overloaded")
+    pass_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0))
+    values = Figures(metrics).values
+    ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
+    for family in FAMILIES:
+        numbers = [value for (name, _), value in values.items() if name == family.name + ending[family.kind]]
+        assert any(numbers), f"{family.name} shows nothing"
+
+
+def test_the_page_about_metrics_names_every_one_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server-metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([^|]*) \| (.+) \|$", page, re.MULTILINE)
+    described = {name: (kind, re.findall(r"`(\w+)`", labels)) for name, kind, labels, _ in rows}
+    assert len(described) == len(rows), "a metric has two lines"
+    ending = {"gauge": "", "counter": "_total", "histogram": ""}
+    assert described == {family.name + ending[family.kind]: (family.kind, list(family.labels)) for family in FAMILIES}
+    assert all(f"`{reason}`" in page for reason in FinishReason)

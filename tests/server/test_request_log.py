@@ -1,0 +1,159 @@
+"""One line for a request: JSON whatever is in it, and no word of what people wrote unless that was asked for."""
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.server.request_log import RequestLog, RequestRecord
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # lone surrogates too
+ANY_SECONDS = st.none() | st.floats()
+RECORDS = st.builds(
+    RequestRecord,
+    request_id=ANY_TEXT,
+    route=ANY_TEXT,
+    status=st.integers(100, 599),
+    total_seconds=st.floats(),
+    key=st.none() | ANY_TEXT,
+    prompt_tokens=st.integers(0),
+    generated_tokens=st.integers(0),
+    cached_tokens=st.integers(0),
+    finish_reasons=st.lists(ANY_TEXT, max_size=3).map(tuple),
+    error=st.none() | ANY_TEXT,
+    queued_seconds=ANY_SECONDS,
+    first_token_seconds=ANY_SECONDS,
+    inter_token_seconds=st.lists(st.floats(), max_size=3).map(tuple),
+    passes=st.integers(0),
+)
+RECORD = RequestRecord(
+    request_id="r-1",
+    route="/v1/completions",
+    status=200,
+    total_seconds=2.5,
+    key="key 2",
+    prompt_tokens=12,
+    generated_tokens=5,
+    cached_tokens=8,
+    finish_reasons=("stop", "length"),
+    queued_seconds=0.25,
+    first_token_seconds=0.5,
+    inter_token_seconds=(0.1, 0.2, 0.6),
+    passes=4,
+)
+
+
+def parse(line: str) -> dict[str, Any]:
+    """Strictly: no NaN, no Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    fields = json.loads(line, parse_constant=refuse)
+    assert isinstance(fields, dict)
+    return fields
+
+
+def written(record: RequestRecord, prompt: Any = None, text: Any = None, *, log_prompts: bool = False) -> str:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", newline="")
+    RequestLog(stream, log_prompts=log_prompts, now=lambda: 1_800_000_000.25).write(record, prompt, text)
+    raw = stream.buffer
+    assert isinstance(raw, io.BytesIO)
+    return raw.getvalue().decode("ascii")  # what has been flushed
+
+
+@given(RECORDS, ANY_TEXT, st.lists(ANY_TEXT, max_size=2))
+def test_whatever_is_in_a_record_it_is_one_line_of_json(record: RequestRecord, prompt: str, texts: list[str]) -> None:
+    line = written(record, prompt, texts, log_prompts=True)
+    assert line.endswith("\n")
+    assert len(line.splitlines()) == 1
+    fields = parse(line)
+    assert fields["prompt"] == prompt
+    assert fields["text"] == texts
+    for name in ("request_id", "route", "status", "key", "prompt_tokens", "generated_tokens", "error", "passes"):
+        assert fields[name] == getattr(record, name)
+    assert fields["finish_reasons"] == list(record.finish_reasons)
+
+
+def test_what_a_line_says() -> None:
+    assert parse(written(RECORD)) == {
+        "time": "2027-01-15T08:00:00.250+00:00",
+        "request_id": "r-1",
+        "route": "/v1/completions",
+        "status": 200,
+        "key": "key 2",
+        "prompt_tokens": 12,
+        "generated_tokens": 5,
+        "cached_tokens": 8,
+        "finish_reasons": ["stop", "length"],
+        "error": None,
+        "queued_seconds": 0.25,
+        "first_token_seconds": 0.5,
+        "inter_token_median_seconds": 0.2,
+        "inter_token_max_seconds": 0.6,
+        "total_seconds": 2.5,
+        "passes": 4,
+    }
+
+
+def test_every_field_of_a_record_reaches_the_line() -> None:
+    plain = written(RECORD)
+    for field in dataclasses.fields(RequestRecord):
+        value = getattr(RECORD, field.name)
+        other = {str: "other", int: 17, float: 0.125, tuple: (), type(None): "other"}[type(value)]
+        changed = dataclasses.replace(RECORD, **{field.name: other})
+        assert written(changed) != plain, field.name
+
+
+def test_a_request_without_tokens_has_no_times_of_tokens() -> None:
+    fields = parse(written(RequestRecord(request_id="r", route="/v1/models", status=401, total_seconds=0.001)))
+    assert fields["inter_token_median_seconds"] is fields["inter_token_max_seconds"] is None
+    assert fields["first_token_seconds"] is fields["queued_seconds"] is None
+    assert fields["finish_reasons"] == []
+
+
+@given(ANY_TEXT, ANY_TEXT)
+def test_no_text_of_people_by_default(prompt: str, text: str) -> None:
+    assert written(RECORD, prompt, text) == written(RECORD)
+
+
+PROMPTS: list[Any] = [
+    "a text",
+    [1, 2, 3],
+    [{"role": "user", "content": "a\u2028b\nc\ud800"}],
+    None,
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "tokens", "chat", "none"])
+def test_prompts_of_every_kind_are_written_when_asked_for(prompt: Any) -> None:
+    fields = parse(written(RECORD, prompt, ["one", "two"], log_prompts=True))
+    assert fields["prompt"] == prompt
+    assert fields["text"] == ["one", "two"]
+    assert fields["request_id"] == "r-1"
+
+
+@pytest.mark.parametrize("prompt", [float("nan"), [float("inf")], {(1, 2): 3}, b"\xff", object])
+def test_what_json_cannot_hold_is_written_as_python_shows_it(prompt: Any) -> None:
+    assert parse(written(RECORD, prompt, log_prompts=True))["prompt"] == repr(prompt)
+
+
+def test_a_stream_that_fails_loses_lines_and_nothing_else() -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "no space left on device")
+
+    full = RequestLog(Full(), log_prompts=False)
+    full.write(RECORD)
+    full.write(RECORD)
+    assert full.num_lost == 2
+    stream = io.StringIO()
+    closed = RequestLog(stream, log_prompts=False)
+    closed.write(RECORD)
+    stream.close()
+    closed.write(RECORD)
+    assert closed.num_lost == 1

@@ -1,0 +1,63 @@
+"""`splitfuse serve` in a process of its own, as people start it."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import splitfuse
+
+PATIENCE = 60.0  # seconds until a condition that should come true is given up
+SMALL = ["--port", "0", "--num-blocks", "400"]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Until `condition` holds."""
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < limit, "it never came true"
+        time.sleep(0.01)
+
+
+class ServerProcess:
+    """The process, and what it says."""
+
+    def __init__(self, folder: Path, name: str, *flags: str) -> None:
+        self.name = name
+        self.log = folder / f"{name}.err"
+        with (folder / f"{name}.out").open("wb") as out, self.log.open("wb") as err:
+            command = [sys.executable, "-m", "splitfuse.cli", "serve", "--name", name, *SMALL, *flags]
+            self.process = subprocess.Popen(command, stdout=out, stderr=err)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def wait_for(self, text: str) -> None:
+        """Until it has said so; it fails at once if it has ended before."""
+        wait_until(lambda: text in self.said or self.process.poll() is not None)
+        assert text in self.said, self.said
+
+    def client(self) -> splitfuse.Client:
+        self.wait_for("splitfuse serves ")
+        found = re.search(r"on (http\S+) ", self.said)
+        assert found is not None
+        return splitfuse.client(found[1])
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def server_process(folder: Path, name: str, *flags: str) -> Iterator[ServerProcess]:
+    """A server that is gone afterwards, whatever happens."""
+    server = ServerProcess(folder, name, *flags)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()

@@ -1,0 +1,252 @@
+"""Text over an EngineClient: what is read is what `pipeline` gives, and whoever stops reading leaves nothing behind."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import tiny_tokenizers
+
+import splitfuse
+from splitfuse.config import EngineConfig
+from splitfuse.core.request import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.async_engine import AsyncEngine
+from splitfuse.engine.engine import Engine
+from splitfuse.errors import EngineDiedError, InvalidRequestError
+from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.text.generate import Prompt
+from splitfuse.text.serving import ServedGeneration, TextService, merged
+from splitfuse.text.token_text import TokenPieces
+from splitfuse.text.tokenizer import Tokenizer
+
+PROMPT = "Once upon a time"
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def pipe() -> splitfuse.Pipeline:
+    return splitfuse.pipeline()
+
+
+def with_service(work: Callable[[TextService], Awaitable[Any]]) -> Any:
+    """Do `work` with a service, which must be empty afterwards."""
+
+    async def run() -> Any:
+        engine = Engine.load(EngineConfig.from_settings({}))
+        client = AsyncEngine(engine)
+        await client.start()
+        try:
+            result = await asyncio.wait_for(work(TextService(client, Tokenizer.from_folder(BUNDLED_MODEL))), PATIENCE)
+            await wait_until_empty(client, engine)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return result
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+async def wait_until_empty(client: AsyncEngine, engine: Engine) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while engine.has_unfinished or engine.allocator.num_held or client.outstanding_tokens:
+            await asyncio.sleep(0.002)
+
+
+async def read(pieces: AsyncGenerator[tuple[ServedGeneration, str], None]) -> dict[int, tuple[str, ServedGeneration]]:
+    """Of each choice the text of all pieces, and the generation."""
+    texts: dict[int, tuple[str, ServedGeneration]] = {}
+    async for generation, text in pieces:
+        texts[generation.choice] = (texts.get(generation.choice, ("",))[0] + text, generation)
+    return texts
+
+
+@pytest.mark.parametrize("stop", [(), ("the", "no such thing")])
+def test_a_generation_is_what_pipeline_gives(pipe: splitfuse.Pipeline, stop: tuple[str, ...]) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
+
+    async def work(service: TextService) -> None:
+        prompt = await service.encode(PROMPT)
+        service.check(prompt, params)
+        answers = await read(service.generate(prompt, params, request_id="r"))
+        alone = pipe(PROMPT, max_new_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
+        for response in alone:
+            text, generation = answers[response.choice]
+            assert text == generation.text == response.generated_text
+            assert tuple(generation.token_ids) == response.token_ids
+            assert tuple(generation.logprobs) == response.logprobs
+            assert tuple(generation.prompt_logprobs) == response.prompt_logprobs
+            assert (generation.finish_reason, generation.stop_string) == (response.finish_reason, response.stop_string)
+            assert generation.num_passes >= len(generation.token_ids)
+            assert generation.first_pass is not None and generation.first_pass <= generation.timings.tokens[0]
+
+    with_service(work)
+
+
+def test_a_chat_is_what_pipeline_gives(pipe: splitfuse.Pipeline) -> None:
+    messages = [{"role": "user", "content": "Tell me of Anna."}]
+
+    async def work(service: TextService) -> None:
+        prompt = await service.encode_chat(messages)
+        answers = await read(service.generate(prompt, SamplingParams(max_tokens=20), request_id="r"))
+        (alone,) = pipe([messages], chat=True, max_new_tokens=20)
+        assert answers[0][0] == alone.generated_text and len(prompt.token_ids) == alone.prompt_length
+
+    with_service(work)
+
+
+def test_a_prompt_in_several_passes_counts_them() -> None:
+    async def work(service: TextService) -> None:
+        limit = service.client.info.max_num_batched_tokens
+        length = 2 * limit + 5
+        answers = await read(service.generate(Prompt((7,) * length), SamplingParams(max_tokens=3), request_id="r"))
+        (_, generation) = answers[0]
+        assert generation.num_passes == 3 + 2 and generation.first_pass is not None
+        assert generation.first_pass < generation.timings.tokens[0]
+
+    with_service(work)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_closing_aborts_every_choice(n: int) -> None:
+    async def work(service: TextService) -> None:
+        params = SamplingParams(max_tokens=1900, ignore_eos=True, n=n, temperature=1.0)
+        generations = service.begin([(await service.encode(PROMPT), params)], request_id="r")
+        async with aclosing(service.run(generations)) as pieces:
+            async for _ in pieces:
+                break
+        assert {generation.finish_reason for generation in generations} == {FinishReason.ABORT}
+
+    with_service(work)
+
+
+def test_cancelling_aborts_too() -> None:
+    async def work(service: TextService) -> None:
+        params = SamplingParams(max_tokens=1900, ignore_eos=True, n=3)
+        started = asyncio.Event()
+
+        async def reading() -> None:
+            async with aclosing(service.generate(await service.encode(PROMPT), params, request_id="r")) as pieces:
+                async for _ in pieces:
+                    started.set()
+
+        task = asyncio.create_task(reading())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with_service(work)
+
+
+def test_a_refused_choice_ends_the_others() -> None:
+    async def work(service: TextService) -> None:
+        good, bad = Prompt((7,) * 10), Prompt((7,) * 3000)
+        params = SamplingParams(max_tokens=1900, ignore_eos=True)
+        with pytest.raises(InvalidRequestError):
+            service.check(bad, params)
+        generations = service.begin([(good, params), (bad, params)], request_id="r")
+        with pytest.raises(InvalidRequestError, match="the prompt has 3000 tokens"):
+            async for _ in service.run(generations):
+                pass
+
+    with_service(work)
+
+
+def test_an_engine_that_is_closed_ends_all() -> None:
+    async def work(service: TextService) -> None:
+        params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
+        with pytest.raises(EngineDiedError):
+            async for _ in service.generate(await service.encode(PROMPT), params, request_id="r"):
+                await service.client.close()
+
+    async def run() -> None:
+        client = AsyncEngine(Engine.load(EngineConfig.from_settings({})))
+        await client.start()
+        await asyncio.wait_for(work(TextService(client, Tokenizer.from_folder(BUNDLED_MODEL))), PATIENCE)
+
+    asyncio.run(run())
+
+
+def test_long_texts_and_templates_are_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(service: TextService) -> None:
+        threads: list[threading.Thread] = []
+        encode = service.tokenizer.encode
+
+        def watched(text: str, **keywords: Any) -> tuple[int, ...]:
+            threads.append(threading.current_thread())
+            return encode(text, **keywords)
+
+        monkeypatch.setattr(service.tokenizer, "encode", watched)
+        long = await service.encode("word " * 1000)
+        await service.encode_chat([{"role": "user", "content": "Hi"}])
+        assert threading.main_thread() not in threads and len(threads) == 2
+        assert long.token_ids == encode("word " * 1000)
+        assert (await service.encode([3, 4])).token_ids == (3, 4)
+        with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+            await service.encode("")
+
+    with_service(work)
+
+
+def test_what_a_template_refuses_and_a_model_without_one() -> None:
+    async def work(service: TextService) -> None:
+        with pytest.raises(InvalidRequestError, match="the roles of this model are"):
+            await service.encode_chat([{"role": "robot", "content": "Hi"}])
+        service.tokenizer.chat_template = None
+        other = TextService(service.client, service.tokenizer)
+        with pytest.raises(InvalidRequestError, match="has no chat template"):
+            await other.encode_chat([{"role": "user", "content": "Hi"}])
+
+    with_service(work)
+
+
+def test_merged_gives_all_and_closes_all() -> None:
+    closed = []
+
+    async def source(name: str, count: int) -> AsyncGenerator[str, None]:
+        try:
+            for number in range(count):
+                await asyncio.sleep(0)
+                yield f"{name}{number}"
+            if count == 2:
+                raise ValueError(name)
+        finally:
+            closed.append(name)
+
+    async def run() -> None:
+        got = [item async for item in merged([source("a", 3), source("b", 0), source("c", 4)])]
+        assert sorted(got) == ["a0", "a1", "a2", "c0", "c1", "c2", "c3"]
+        assert [item for item in got if item[0] == "c"] == ["c0", "c1", "c2", "c3"]
+        assert sorted(closed) == ["a", "b", "c"]
+        closed.clear()
+        with pytest.raises(ValueError, match="e"):
+            async for _ in merged([source("d", 1000), source("e", 2)]):
+                pass
+        assert sorted(closed) == ["d", "e"]
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["bundled", *tiny_tokenizers.KINDS])
+def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
+    made = tiny_tokenizers.KINDS.get(kind)
+    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL) if made is None else Tokenizer(made())
+    pieces = TokenPieces(tokenizer)
+    texts = ["The cat sat on the mat; the dog slept."]
+    if kind != "metaspace_unigram":  # which has no letters for these
+        texts.append("Anna hält 3 Bienen 🐝, ja! 中文 naïve")
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        joined = b"".join(pieces.of(token_id).utf8 for token_id in ids).decode()
+        assert joined.removeprefix(" ") == text == tokenizer.decode(ids)
+        whole = [pieces.of(token_id) for token_id in ids]
+        assert all(piece.text.encode() == piece.utf8 for piece in whole if not piece.text.startswith("bytes:"))
+        broken = [piece for piece in whole if piece.text.startswith("bytes:")]
+        assert [piece.text for piece in broken] == [
+            "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece.utf8) for piece in broken
+        ]
+        assert bool(broken) == (text is not texts[0])
