@@ -148,7 +148,6 @@ class ServerConfig:
     replicas: int = setting(1, "Engine processes on this machine, which share its cores.")
     api_key: tuple[str, ...] = setting((), "A key that requests must bring; may be given several times.")
     api_key_file: str | None = setting(None, "A file with a key in each line.")
-    admin_key: str | None = setting(None, "The key of routes that change the server; left out, there are none.")
     allow_origin: tuple[str, ...] = setting((), "A web origin that browsers may call from; * is any.")
     tls_certificate: str | None = setting(None, "A PEM file; with tls_key, the server speaks HTTPS.")
     tls_key: str | None = setting(None, "A PEM file.")
@@ -173,7 +172,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("tls_certificate and tls_key go together: give both or none")
-        if any(not key.strip() for key in (*self.api_key, self.admin_key or "-")):
+        if any(not key.strip() for key in self.api_key):
             raise ConfigError("a key must not be empty")
 
     @classmethod

@@ -60,7 +60,8 @@ def generate(
 @with_flags()
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
-    from splitfuse.models.hub import load_spec, resolve_model
+    from splitfuse.models.families import load_spec
+    from splitfuse.models.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.kernel_choice import choose_kernels

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import enum
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.engine.engine import Engine
 from splitfuse.engine.engine_loop import EngineLoop
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Failed, Finish, Loading, Passed, Ready, Report, Stop
 from splitfuse.errors import EngineDiedError, InvalidRequestError
+
+if TYPE_CHECKING:  # a front that speaks to engine processes needs no PyTorch
+    from splitfuse.engine.engine import Engine
 
 
 class EngineState(enum.StrEnum):
@@ -39,7 +42,10 @@ class Stream:
     def __init__(self, request: Add, finish: Callable[[Finish], None]) -> None:
         self.request = request
         self.num_tokens = 0  # received so far
+        self.began: float | None = None
+        """When its first pass began, on the monotonic clock."""
         self._finish = finish
+        self._opened = time.monotonic()
         self._outputs: deque[RequestOutput] = deque()
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -75,8 +81,10 @@ class Stream:
         """Nobody reads any more. A request that has not ended is aborted."""
         self._release(FinishReason.ABORT, None)
 
-    def push(self, output: RequestOutput) -> None:
+    def push(self, output: RequestOutput, pass_seconds: float) -> None:
         """For the client that made it."""
+        if self.began is None:
+            self.began = max(self._opened, time.monotonic() - pass_seconds)
         self.num_tokens += len(output.token_ids)
         self._ended |= output.finish_reason is not None
         if not self._released:
@@ -149,8 +157,11 @@ class DirectClient(EngineClient):
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
+        self._checked: tuple[object, object] = (None, None)  # the prompt and parameters of the last request
         self.on_passed: Callable[[Passed], None] = lambda _: None
         """Sees every pass: for metrics."""
+        self.on_planned: Callable[[str], None] = lambda _: None
+        """Sees the memory plan, before anything is loaded."""
 
     @property
     def state(self) -> EngineState:
@@ -185,10 +196,17 @@ class DirectClient(EngineClient):
             raise EngineDiedError(f"the engine is {self._state}")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        self.info.limits.check(request.prompt_token_ids, request.params)
+        self._check(request)
         stream = self._streams[request.request_id] = Stream(request, self._finish)
         self._send(request)
         return stream
+
+    def _check(self, request: Add) -> None:
+        """Once for all choices of a prompt, which come one after the other: it reads every token."""
+        prompt, params = self._checked
+        if request.prompt_token_ids is not prompt or request.params is not params:
+            self.info.limits.check(request.prompt_token_ids, request.params)
+            self._checked = (request.prompt_token_ids, request.params)
 
     @abstractmethod
     def _send(self, command: Add | Finish | Stop) -> None:
@@ -210,9 +228,11 @@ class DirectClient(EngineClient):
                         continue
                     if output.finish_reason is not None:
                         del self._streams[output.request_id]
-                    stream.push(output)
+                    stream.push(output, report.stats.pass_seconds)
             case Loading():
                 self._stage = report
+                if report.memory_plan:
+                    self.on_planned(report.memory_plan)
             case Ready():
                 self._info, self._state, self._stage = report.info, EngineState.READY, Loading("ready", 1.0)
             case Failed():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Passed, Report, Stop
 from splitfuse.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
 
 
 class EngineLoop:

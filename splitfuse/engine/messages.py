@@ -50,6 +50,8 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
     stage: str
     fraction: float = 0.0
+    memory_plan: str = ""
+    """Said once, before anything is loaded."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ HEARTBEAT = 0.25  # seconds
 
 def main() -> None:
     """Serve until the other side goes or says Stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too: the front decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
     arguments = json.loads(sys.argv[2])
     if arguments["cores"] is not None:  # before PyTorch counts them
@@ -65,6 +66,7 @@ class Worker:
             self._reports.put(Loading("loading"))
             engine = Engine.load(
                 EngineConfig.from_settings(settings),
+                announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 shared_weights=None if weights is None else SharedWeights(weights[0], filled=weights[1]),
             )

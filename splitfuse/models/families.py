@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.models.config_json import ConfigJson
+from splitfuse.models.hub import read_config
 from splitfuse.models.rope import extended_length, read_rope
 from splitfuse.models.spec import ModelSpec
 
@@ -26,6 +28,11 @@ class Family:
 
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
+
+
+def load_spec(path: Path) -> ModelSpec:
+    """The network described by a model folder. Raises as `hub.read_config` and `spec_from_config` do."""
+    return spec_from_config(read_config(path))
 
 
 def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from splitfuse.errors import ModelError, ModelNotFoundError
-from splitfuse.models.families import spec_from_config
-from splitfuse.models.spec import ModelSpec
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "assets" / "storyteller"
 
@@ -54,11 +52,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{file} must hold a JSON object, not {type(values).__name__}")
     return values
-
-
-def load_spec(path: Path) -> ModelSpec:
-    """The network described by a model folder. Raises as `read_config` and `families.spec_from_config` do."""
-    return spec_from_config(read_config(path))
 
 
 def _download(model: str, revision: str | None) -> Path:

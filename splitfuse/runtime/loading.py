@@ -14,8 +14,9 @@ from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
+from splitfuse.models.families import load_spec
 from splitfuse.models.generation_config import read_eos_token_ids
-from splitfuse.models.hub import load_spec, resolve_model
+from splitfuse.models.hub import resolve_model
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes

@@ -20,7 +20,7 @@ from splitfuse.errors import ConfigError, ServerError
 from splitfuse.server import registry
 from splitfuse.server.registry import Deployment
 
-KEY_VARIABLES = {"api_key": "SPLITFUSE_API_KEY", "admin_key": "SPLITFUSE_ADMIN_KEY"}
+KEY_VARIABLES = {"api_key": "SPLITFUSE_API_KEY"}
 """Settings that come from the environment: what is given on a command line, everybody on the machine can read."""
 POLL_SECONDS = 0.05
 SLACK_SECONDS = 30.0  # beyond the drain, for a server to put its engines away
@@ -127,8 +127,6 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _key_variables(config: ServerConfig) -> dict[str, str]:
-    keys = {"api_key": config.api_key, "admin_key": (config.admin_key,) if config.admin_key else ()}
-    for name, values in keys.items():
-        if any(len(value.split()) != 1 for value in values):
-            raise ConfigError(f"{name} must have no white space in it")
-    return {KEY_VARIABLES[name]: " ".join(values) for name, values in keys.items() if values}
+    if any(len(key.split()) != 1 for key in config.api_key):
+        raise ConfigError("api_key must have no white space in it")
+    return {KEY_VARIABLES["api_key"]: " ".join(config.api_key)} if config.api_key else {}

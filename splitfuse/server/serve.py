@@ -115,7 +115,6 @@ async def _live(
         _check_alive(serving)
         return
     admission = starting.result()
-    _say(f"\n{client.info.memory_plan}")
     _say(f"{control.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
     await _first(serving, signals.drain.wait())
     _check_alive(serving)
@@ -160,12 +159,21 @@ def _make_app(engine_settings: Mapping[str, Any], config: ServerConfig, client: 
     resolve_model(model.model, model.revision)  # once, before several engines ask for it
     tokenizer = Tokenizer.from_folder(resolve_model(model.tokenizer or model.model, model.revision))
     admission, metrics = Admission(config), Metrics(client, model_name=config.served_model_name)
+    plans: set[str] = set()
     for engine in client.replicas if isinstance(client, Router) else [client]:
         if isinstance(engine, DirectClient):
             engine.on_passed = _Watch(engine, admission, metrics)
+            engine.on_planned = lambda plan: _say_plan(plan, plans)
     log = RequestLog(sys.stdout, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
     return make_app(service, config, admission=admission, metrics=metrics, log=log), admission
+
+
+def _say_plan(plan: str, said: set[str]) -> None:
+    """The memory plan of the first engine: those of others, and of one that starts again, are like it."""
+    if not said:
+        said.add(plan)
+        _say(("\r\033[K" if sys.stderr.isatty() else "") + plan)
 
 
 class _Watch:

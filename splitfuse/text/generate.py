@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat import ChatTemplate
 from splitfuse.text.stop_strings import StopStrings
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
 
 Message = Mapping[str, Any]
 

@@ -7,7 +7,6 @@ What a caller reads is what `pipeline` gives, token for token. It must not know 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -30,7 +29,7 @@ _Item = TypeVar("_Item")
 
 
 class ServedGeneration(Generation):
-    """A Generation that also counts what it took: passes, and the moment its first pass was done."""
+    """A Generation that also counts what it took: passes, and the moment the first one began."""
 
     def __init__(
         self,
@@ -51,8 +50,6 @@ class ServedGeneration(Generation):
     def push(self, output: RequestOutput) -> None:
         """As Generation.push: an output is a pass that computed a part of the request."""
         self.num_passes += 1
-        if self.first_pass is None:
-            self.first_pass = time.monotonic()
         super().push(output)
 
     @property
@@ -156,6 +153,7 @@ class TextService:
             async with self.client.open(request) as stream:
                 async for output in stream:
                     length = len(generation.text)
+                    generation.first_pass = stream.began
                     generation.push(output)
                     has_ended = generation.finish_reason is not None
                     if has_ended and output.finish_reason is None:  # a stop string: only we can see it

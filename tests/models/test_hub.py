@@ -12,7 +12,8 @@ import pytest
 
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models import hub
-from splitfuse.models.hub import load_spec, read_config, resolve_model
+from splitfuse.models.families import load_spec
+from splitfuse.models.hub import read_config, resolve_model
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -24,8 +24,7 @@ from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.reference import Kernels, Weight
 from splitfuse.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import spec_from_config
-from splitfuse.models.hub import load_spec
+from splitfuse.models.families import load_spec, spec_from_config
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")

@@ -1,0 +1,167 @@
+"""The documents say what the code does: flags, routes, parameters, error codes, links, examples.
+
+`python tests/test_docs.py` writes the table of flags into docs/server.md.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from running_server import running_server
+
+from splitfuse.cli import app
+from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.errors import (
+    DrainingError,
+    EngineDiedError,
+    InvalidRequestError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestFailedError,
+    RequestTooLargeError,
+)
+from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.server.app import ROUTES
+from splitfuse.server.errors import answer_to
+from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest
+
+ROOT = Path(__file__).parents[1]
+SERVER_PAGE = ROOT / "docs" / "server.md"
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+BEGIN = "<!-- flags: python tests/test_docs.py writes this table -->\n"
+END = "<!-- end of flags -->\n"
+
+ERRORS = (
+    *(InvalidRequestError(""), PromptTooLongError(""), RequestTooLargeError(""), OverloadedError("", retry_after=1.0)),
+    *(EngineDiedError(""), DrainingError(""), RequestFailedError(""), ValueError("")),
+)
+GENERATING = {"completions": CompletionRequest, "chat": ChatRequest}
+
+
+def flag_table() -> str:
+    """Every setting of a server and of its engines, as a table."""
+    fields = [*dataclasses.fields(ServerConfig), *(field for _, field in EngineConfig.setting_fields().values())]
+    lines = []
+    for field in fields:
+        name = field.name.replace("_", "-")
+        lines.append(f"| `--{name}` | {_default(name, field.default)} | {field.metadata['help']} |\n")
+    return "".join(["| flag | default | |\n", "|---|---|---|\n", *lines])
+
+
+def _default(name: str, value: object) -> str:
+    if value is True:
+        return f"on; `--no-{name}`"
+    return "" if value in (None, (), False) else f"`{value}`"
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def rows(page: Path, header: str) -> list[list[str]]:
+    """The cells of the table that begins with that line."""
+    _, found, after = text_of(page).partition(f"\n{header}\n")
+    assert found, f"{page.name} has no table {header}"
+    lines = after.partition("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def code(page: Path, language: str) -> list[str]:
+    """The blocks of code in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
+
+
+def test_the_table_of_flags_is_that_of_the_configurations() -> None:
+    written = text_of(SERVER_PAGE).partition(BEGIN)[2].partition(END)[0].strip()
+    assert written == flag_table().strip(), "run python tests/test_docs.py"
+
+
+def test_the_table_of_flags_has_what_the_command_takes() -> None:
+    group = typer.main.get_command(app)
+    command = group.commands["serve"]  # type: ignore[attr-defined]
+    taken = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts) if flag[:2] == "--"}
+    assert set(re.findall(r"`(--[\w-]+)`", flag_table())) | {"--no-log-prompts"} == taken
+
+
+def test_the_table_of_routes_is_complete() -> None:
+    described = {re.sub(r"`", "", row[0]) for row in rows(SERVER_PAGE, "| route | does |")}
+    assert described == {f"{method} {path.replace(':path', '')}" for method, path, _ in ROUTES}
+
+
+def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
+    described = {
+        (row[0].strip("`"), kind)
+        for row in rows(SERVER_PAGE, "| parameter | of | values | left out |")
+        for kind in (GENERATING if row[1] == "both" else [row[1]])
+    }
+    assert described == {
+        (name, kind)
+        for kind, body in GENERATING.items()
+        for name in body.__struct_fields__
+        if name not in NEUTRAL[body]
+    }
+
+
+def test_the_table_of_refused_parameters_has_them_with_the_values_that_pass() -> None:
+    described = {
+        (row[0].strip("`"), row[1]): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
+        for row in rows(SERVER_PAGE, "| parameter | of | values that pass, beside null |")
+    }
+    assert described == {
+        (name, kind): {json.dumps(value) for value in values if value is not None}
+        for kind, body in GENERATING.items()
+        for name, values in NEUTRAL[body].items()
+    }
+
+
+def test_the_table_of_errors_has_every_code() -> None:
+    sources = "".join(text_of(path) for path in (ROOT / "splitfuse" / "server").glob("*.py"))
+    refused = set(re.findall(r'\bcode="(\w+)"', sources))
+    answers = [answer_to(error) for error in ERRORS]
+    described = {row[1].strip("`"): int(row[0]) for row in rows(SERVER_PAGE, "| status | `code` | why |")}
+    assert set(described) == refused | {answer.detail.code for answer in answers}
+    assert all(described[answer.detail.code or ""] == answer.status for answer in answers)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [block for page in (ROOT / "README.md", SERVER_PAGE) for block in code(page, "python")]
+    examples = [block for block in blocks if "OpenAI(" in block]
+    assert len(examples) == 2
+    with running_server(ServerConfig(served_model_name=BUNDLED_MODEL.name)) as server:
+        for example in examples:
+            assert "http://127.0.0.1:8000" in example
+            exec(compile(example.replace("http://127.0.0.1:8000", server.url), "example", "exec"), {})
+            assert "Anna keeps a goose." in capsys.readouterr().out
+
+
+def write() -> None:
+    page = text_of(SERVER_PAGE)
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, "the table's place is not marked"
+    SERVER_PAGE.write_text(before + begin + "\n" + flag_table() + "\n" + end + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
