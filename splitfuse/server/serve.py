@@ -7,6 +7,7 @@ routes nor what an engine does.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import signal
 import socket
@@ -71,6 +72,9 @@ async def run_server(engine_settings: Mapping[str, Any], config: ServerConfig) -
             tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
         )
         registry.register(deployment)
+        address = listener.getsockname()[0]
+        if not deployment.needs_key and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            _say(f"splitfuse: whoever reaches {address} may use this server: it asks for no key; --api-key sets one")
         try:
             client = make_client(engine_settings, config)
             serving = asyncio.create_task(server.serve([listener]))
@@ -311,7 +315,7 @@ class _Front:
             status, body = 200, {"status": "ok"}
         elif path != "/ready":
             message = "the server is starting; /ready says how far it has come"
-            error = {"message": message, "type": "service_unavailable", "param": None, "code": None}
+            error = {"message": message, "type": "server_error", "param": None, "code": "engine_unavailable"}
             body = {"error": error}
         content = json.dumps(body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]

@@ -16,7 +16,7 @@ from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.async_engine import EngineClient
 from splitfuse.engine.messages import Add
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat import ChatTemplate
 from splitfuse.text.generate import Generation, Message, Prompt
 from splitfuse.text.tokenizer import Tokenizer
@@ -99,14 +99,16 @@ class TextService:
     ) -> Prompt:
         """A conversation through the model's chat template; `variables` are the template's own switches.
 
-        Raises InvalidRequestError if the model has no template or the template refuses, TokenizerError if the template
-        breaks the rules.
+        Raises InvalidRequestError if the model has no template, or if the template refuses, takes too long or breaks
+        the rules.
         """
 
         def encoded() -> Prompt:
-            text = self._chat_template().render(
-                messages, add_generation_prompt=add_generation_prompt, variables=variables
-            )
+            template = self._chat_template()
+            try:
+                text = template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+            except TokenizerError as error:  # the template's fault or the messages': other messages may do
+                raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
             return Prompt(self.tokenizer.encode(text, add_special_tokens=False), continues=False)
 
         return await self.off_loop(encoded)
@@ -176,14 +178,19 @@ class TextService:
 
 
 async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerator[_Item, None]:
-    """What all sources give, as it comes. An error of one ends them all, and so does closing."""
-    news: asyncio.Queue[tuple[_Item] | Exception | None] = asyncio.Queue()
+    """What all sources give, as it comes. An error of one ends them all, and so does closing. A source goes on when its
+    last item has been dealt with, so that what an item tells of is still as it was.
+    """
+    news: asyncio.Queue[tuple[_Item, asyncio.Event] | Exception | None] = asyncio.Queue()
 
     async def forward(source: AsyncGenerator[_Item, None]) -> None:
+        done = asyncio.Event()
         try:
             async with aclosing(source):
                 async for item in source:
-                    news.put_nowait((item,))
+                    done.clear()
+                    news.put_nowait((item, done))
+                    await done.wait()
             news.put_nowait(None)
         except Exception as error:
             news.put_nowait(error)
@@ -198,7 +205,9 @@ async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerat
             elif isinstance(new, Exception):
                 raise new
             else:
-                yield new[0]
+                item, done = new
+                yield item
+                done.set()
     finally:
         for task in tasks:
             task.cancel()

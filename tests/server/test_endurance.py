@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from running_server import RunningServer
 from server_load import PATIENCE, Measured, children, crowd, metrics, noise, wait_until, wait_until_idle
 from server_process import server_process
+
+from splitfuse.core.sampling_params import SamplingParams
 
 FEW, MANY = 60, 1000
 MEMORY_MARGIN = 0.05
@@ -115,6 +118,23 @@ def test_clients_that_hang_up_leave_no_task(server: RunningServer) -> None:
     server.assert_idle()
     wait_until(lambda: len(server.call(tasks())) <= len(before), lambda: server.call(tasks()))
     wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= num_files)
+
+
+def test_whoever_reads_slowly_reads_the_same(server: RunningServer) -> None:
+    params = SamplingParams(max_tokens=40, n=4, temperature=1.0, seed=7, ignore_eos=True)
+
+    async def read_slowly() -> None:
+        prompt = await server.service.encode("Anna has")
+        texts: dict[int, str] = {}
+        async with aclosing(server.service.generate(prompt, params, request_id="slow")) as pieces:
+            async for generation, text in pieces:
+                while server.client.outstanding_tokens:  # all is computed before the second piece is read
+                    await asyncio.sleep(0.01)
+                texts[generation.choice] = texts.get(generation.choice, "") + text
+                assert generation.text == texts[generation.choice], "a piece tells of a later state"
+        assert len(texts) == 4
+
+    server.call(read_slowly())
 
 
 # Odd characters ------------------------------------------------------------------------------------------------------
