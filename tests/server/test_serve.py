@@ -22,7 +22,7 @@ import splitfuse
 from splitfuse import cli
 from splitfuse.config import ServerConfig
 from splitfuse.engine.messages import Loading
-from splitfuse.errors import ConfigError, DrainingError, EngineDiedError, ServerError
+from splitfuse.errors import ConfigError, DrainingError, EngineDiedError, ModelNotFoundError, ServerError
 from splitfuse.server import control, registry
 from splitfuse.server.async_client import AsyncClient, server_state
 from splitfuse.server.registry import Deployment
@@ -103,6 +103,16 @@ def test_a_server_says_how_it_starts_is_seen_by_others_and_drains(folder: Path, 
         assert server.process.wait(PATIENCE) == 0
         assert "draining: 4 requests may end, within 60 s" in server.said and "Traceback" not in server.said
         assert registry.deployments() == []
+
+
+@pytest.mark.parametrize(("host", "keys", "warned"), [("0.0.0.0", (), True), ("0.0.0.0", ("k",), False)])
+def test_who_asks_for_no_key_is_told_who_can_reach_it(
+    host: str, keys: tuple[str, ...], warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ServerConfig(name="open", host=host, port=0, api_key=keys)
+    with pytest.raises(ModelNotFoundError):
+        asyncio.run(run_server({"model": "/nowhere/at/all"}, config))
+    assert ("whoever reaches 0.0.0.0 may use this server" in capsys.readouterr().err) is warned
 
 
 def _stop(*arguments: str) -> tuple[int, str, str]:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny_tokenizers
@@ -250,3 +250,12 @@ def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
             "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece.utf8) for piece in broken
         ]
         assert bool(broken) == (text is not texts[0])
+
+
+def test_a_template_that_fails_is_the_requests_mistake() -> None:
+    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
+    tokenizer.chat_template = "{{ range(100000000) | list }}"
+    service = TextService(cast(AsyncEngine, None), tokenizer)
+    with pytest.raises(InvalidRequestError, match="the model's chat template") as refusal:
+        asyncio.run(service.encode_chat([{"role": "user", "content": "hello"}]))
+    assert refusal.value.parameter == "messages"
