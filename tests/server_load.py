@@ -147,7 +147,7 @@ async def _client(address: tuple[str, int], random: Random, tally: Tally, *, han
             case _:  # at any time
                 writer.write(message)
                 await asyncio.sleep(random.expovariate(1.0))
-        if random.random() < 0.5:
+        if random.random() < 0.5 and not writer.is_closing():
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
     finally:
         writer.close()
@@ -225,7 +225,7 @@ async def noise(address: tuple[str, int], *, count: int, seed: int) -> Tally:
     async def one(random: Random) -> None:
         async with places:
             reader, writer = await asyncio.open_connection(*address)
-            answer = b""
+            answer, connection = b"", writer.get_extra_info("socket")
             try:
                 for piece in hostile_bytes(random):
                     writer.write(piece)
@@ -233,8 +233,8 @@ async def noise(address: tuple[str, int], *, count: int, seed: int) -> Tally:
                 if random.random() < 0.7:  # else it closes without waiting for any answer
                     with suppress(TimeoutError):
                         answer = await asyncio.wait_for(reader.read(100_000), 2.0)
-                if random.random() < 0.3:
-                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
+                if random.random() < 0.3 and not writer.is_closing():
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
             except ConnectionError:
                 pass
             finally:

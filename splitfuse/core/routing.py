@@ -24,17 +24,20 @@ class ReplicaLoad:
     """Still to be computed for what it was given."""
     cached_tokens: int
     """Of this request's prompt, expected in its prefix cache."""
+    silent: bool = False
+    """Nothing has been heard of it for a while: it may be hanging."""
 
 
 def choose_replica(loads: Sequence[ReplicaLoad], num_tokens: int) -> int | None:
     """The index of the replica where a request of `num_tokens` would be done first: the one with the fewest tokens
-    before and with it, those cached not counted. The lowest among equals; None if nobody accepts.
+    before and with it, those cached not counted; a silent one only if all are. The lowest among equals; None if nobody
+    accepts.
     """
-    best, least = None, 0
+    best, least = None, (True, 0)
     for index, load in enumerate(loads):
-        work = load.outstanding_tokens + num_tokens - load.cached_tokens
-        if load.accepts and (best is None or work < least):
-            best, least = index, work
+        order = (load.silent, load.outstanding_tokens + num_tokens - load.cached_tokens)
+        if load.accepts and (best is None or order < least):
+            best, least = index, order
     return best
 
 

@@ -133,6 +133,11 @@ class EngineClient(ABC):
     def outstanding_tokens(self) -> int:
         """Tokens still to be computed, at most, for the requests that are open."""
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has been heard of the engine for longer than usual."""
+        return False
+
     @abstractmethod
     def open(self, request: Add) -> Stream:
         """Begin a request. Raises InvalidRequestError if it is beyond the engine's limits or its id is taken,

@@ -29,6 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each
 STEADY = 60.0  # seconds of life after which a death is a first one again
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
+LONG_SILENCE = 1.0  # seconds: of several heartbeats
 
 
 class WeightsFile:
@@ -73,6 +74,10 @@ class EngineProcess(DirectClient):
         self._started: asyncio.Future[None] | None = None
         self._closing = False
         self.num_restarts = 0
+
+    @property
+    def silent(self) -> bool:
+        return time.monotonic() - self._last_heard > LONG_SILENCE
 
     @property
     def pid(self) -> int | None:

@@ -12,7 +12,9 @@ from splitfuse.errors import EngineDiedError
 
 
 class Router(EngineClient):
-    """Replicas of one model. One that is dead or starting gets nothing; the others go on."""
+    """Replicas of one model. One that is dead or starting gets nothing, one that may be hanging nothing while there is
+    another; the others go on.
+    """
 
     def __init__(self, replicas: Sequence[EngineClient]) -> None:
         self.replicas = list(replicas)
@@ -78,7 +80,12 @@ class Router(EngineClient):
             self._memories[index] = None  # when it comes back, its cache is empty
             return ReplicaLoad(accepts=False, outstanding_tokens=0, cached_tokens=0)
         cached = 0 if memory is None else memory.cached_tokens(hashes)
-        return ReplicaLoad(accepts=True, outstanding_tokens=replica.outstanding_tokens, cached_tokens=cached)
+        return ReplicaLoad(
+            accepts=True,
+            outstanding_tokens=replica.outstanding_tokens,
+            cached_tokens=cached,
+            silent=replica.silent,
+        )
 
 
 def _progress(stage: Loading) -> tuple[int, float]:

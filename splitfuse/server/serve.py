@@ -263,6 +263,9 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             ) from error
         raise ServerError(f"cannot listen on {host!r}, port {port}: {error.strerror}") from error
     with listener:
+        # Each connection inherits it. asyncio sets it only on sockets made with the protocol's number, which this is
+        # not; without it, every second write of an answer waits 40 ms for the client's delayed acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 
 

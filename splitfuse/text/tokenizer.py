@@ -82,7 +82,9 @@ class Tokenizer:
             message = f"the text is no valid Unicode: half a surrogate pair at character {error.start}"
             raise InvalidRequestError(message, parameter="prompt") from error
         with _library_errors("the tokenizer cannot encode this text"):
-            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            # Unlike `encode`, this lets go of the interpreter's lock: a long text holds up no other thread.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that make no character. Ids that nobody knows give nothing."""

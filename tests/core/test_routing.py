@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from splitfuse.core.routing import PREFIX_TOKENS, PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
 
 
-def load(outstanding: int, cached: int = 0, *, accepts: bool = True) -> ReplicaLoad:
-    return ReplicaLoad(accepts=accepts, outstanding_tokens=outstanding, cached_tokens=cached)
+def load(outstanding: int, cached: int = 0, *, accepts: bool = True, silent: bool = False) -> ReplicaLoad:
+    return ReplicaLoad(accepts=accepts, outstanding_tokens=outstanding, cached_tokens=cached, silent=silent)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,9 @@ def load(outstanding: int, cached: int = 0, *, accepts: bool = True) -> ReplicaL
         ([load(0, accepts=False), load(1000)], 1),
         ([load(0), load(100, cached=96)], 0),  # 4 more to wait for than to compute
         ([load(0), load(90, cached=96)], 1),
+        ([load(0, cached=96, silent=True), load(9000)], 1),
+        ([load(9000, silent=True), load(0, silent=True)], 1),
+        ([load(9000, silent=True), load(0, accepts=False)], 0),
     ],
 )
 def test_the_replica_where_it_is_done_first(loads: list[ReplicaLoad], expected: int | None) -> None:

@@ -326,6 +326,25 @@ def test_the_others_go_on_when_a_replica_dies() -> None:
     run(test())
 
 
+def test_a_replica_that_says_nothing_is_left_alone() -> None:
+    async def test() -> None:
+        stopped, other = EngineProcess(SETTINGS), in_thread()
+        async with running(Router([stopped, other])) as router:
+            assert stopped.pid is not None
+            os.kill(stopped.pid, signal.SIGSTOP)
+            try:
+                await until(lambda: stopped.silent)
+                assert stopped.state is EngineState.READY  # it has not been given up yet
+                params = SamplingParams(max_tokens=3, ignore_eos=True)
+                for number in range(3):
+                    assert len(await answer(router, str(number), PROMPT, params)) == 3
+            finally:
+                os.kill(stopped.pid, signal.SIGCONT)
+            await until(lambda: not stopped.silent)
+
+    run(test())
+
+
 def test_equal_beginnings_go_where_they_are_known() -> None:
     async def test() -> None:
         async with running(behind_router()) as router:

@@ -1,5 +1,6 @@
 """`splitfuse chat` as people use it: at a terminal, through a pipe, with a server, with a model of its own."""
 
+import codecs
 import io
 import os
 import pty
@@ -133,6 +134,7 @@ class Terminal:
         if self.pid == 0:
             os.execv(sys.executable, [sys.executable, "-c", HEED_CTRL_C, "chat", *arguments])
         self._unread = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
 
     def type(self, keys: str) -> None:
         os.write(self._end, keys.encode())
@@ -156,7 +158,7 @@ class Terminal:
         ready, _, _ = select.select([self._end], [], [], PATIENCE)
         assert ready, f"nothing comes any more after {self._unread!r}"
         try:
-            return os.read(self._end, 65536).decode().replace("\r\n", "\n")
+            return self._decoder.decode(os.read(self._end, 65536)).replace("\r\n", "\n")
         except OSError:  # Linux says so when the other side is closed
             return None
 

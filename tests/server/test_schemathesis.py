@@ -1,0 +1,85 @@
+"""Requests made up from our own OpenAPI document, valid and broken ones: none makes the server fail, and what it
+answers is what the document says."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from running_server import RunningServer, running_server
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS
+
+from splitfuse.config import ServerConfig
+
+TIMEOUT = 120.0  # seconds for one call
+GENERATING = ("/v1/completions", "/v1/chat/completions")
+SHARE = {"/v1/completions": 4, "/v1/chat/completions": 4, "/tokenize": 2, "/detokenize": 2, "/v1/models/{model}": 1}
+"""Of all calls: the other routes take no parameters and are called a few times."""
+CONFORM = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
+
+
+@pytest.fixture(scope="module")
+def examined() -> Iterator[RunningServer]:
+    """Small bounds, so that some requests are beyond them."""
+    with running_server(ServerConfig(max_body_mib=0.1, max_prompts=4, max_queued_tokens=20_000)) as server:
+        yield server
+
+
+def test_200_made_up_requests(examined: RunningServer) -> None:
+    _call(examined, 200)
+
+
+@pytest.mark.slow
+def test_2000_made_up_requests(examined: RunningServer) -> None:
+    _call(examined, 2000)
+
+
+def _call(server: RunningServer, num_calls: int) -> None:
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    seen: Counter[tuple[str, int]] = Counter()
+    unit = 1.2 * num_calls / (2 * sum(SHARE.values()))  # two modes; of some there are few
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        for mode in GenerationMode.POSITIVE, GenerationMode.NEGATIVE:
+            if mode is GenerationMode.POSITIVE or operation.method == "post":  # a GET cannot be wrong
+                most = round(unit * SHARE.get(operation.path, 0)) or 2
+                _call_one(server, operation.as_strategy(generation_mode=mode), most, seen)
+    server.assert_idle()
+    print(f"{seen.total()} calls: {dict(sorted(seen.items()))}")
+    assert seen.total() >= num_calls
+    for path in GENERATING:
+        assert seen[path, 200] and seen[path, 400], "neither good nor bad ones only"
+
+
+def _call_one(server: RunningServer, cases: Any, most: int, seen: Counter[tuple[str, int]]) -> None:
+    settings = hypothesis.settings(
+        max_examples=most,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+    @settings
+    @hypothesis.given(cases)
+    def call(case: Any) -> None:
+        _be_brief(case.body)
+        answer = case.call(base_url=server.url, timeout=TIMEOUT)
+        case.validate_response(answer, checks=CHECKS.get_by_names(CONFORM))
+        seen[case.operation.path, answer.status_code] += 1
+
+    call()
+
+
+def _be_brief(body: Any) -> None:
+    """Valid requests may ask for more than is worth waiting for here."""
+    if isinstance(body, dict):
+        for name, most in (("n", 2), ("max_tokens", 6), ("max_completion_tokens", 6), ("min_tokens", 6)):
+            if type(body.get(name)) in (int, float):  # 3.0 is an integer in JSON
+                body[name] = min(body[name], most)
+        if "messages" in body and body.get("max_tokens") is None:
+            body.setdefault("max_completion_tokens", 6)
