@@ -13,7 +13,7 @@ PACKAGE = Path(splitfuse.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and those below it, but `kernels` and `models` may not use `core`.
-LAYERS = ("errors", "config", "core", "kernels", "models", "runtime", "engine", "text", "server", "api", "cli")
+LAYERS = ("errors", "config", "core", "kernels", "models", "runtime", "engine", "text", "server", "api", "bench", "cli")
 FORBIDDEN = {("kernels", "core"), ("kernels", "config"), ("models", "core")}
 
 

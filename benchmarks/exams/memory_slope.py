@@ -2,7 +2,8 @@
 
     python -m benchmarks.exams.memory_slope [--requests N] [--warm-up N] [SERVE FLAGS ...]
 
-Anonymous resident memory is read at rest, every 500 requests, after a warm-up. Every prompt is a new one; half are
+Anonymous resident memory is read at rest, every 500 requests, after a warm-up in which every block of the
+KV cache is written once. Every prompt is a new one; half are
 streams; two of eight connections are opened for each request. The slope is by least squares, with its standard error.
 """
 
@@ -29,7 +30,7 @@ WORDS = ("Anna", "Erik", "has", "had", "a", "the", "red", "old", "boat", "house"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--warm-up", type=int, default=3_000)
+    parser.add_argument("--warm-up", type=int, default=12_000)
     arguments, flags = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp(prefix="exam-"))
     with server_process(folder, f"exam-{folder.name}", *flags) as server, server.client() as client:

@@ -116,7 +116,10 @@ class EngineProcess(DirectClient):
         pause = FIRST_PAUSE
         while not self._closing:
             began = time.monotonic()
-            why = await self._live()
+            try:
+                why = await self._live()
+            except OSError as error:  # no descriptors, no memory, no processes: there may be some later
+                why = f"its process could not be started: {error.strerror}"
             self._die(why)
             assert self._started is not None
             if not self._started.done():

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import resource
+import signal
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -101,6 +104,21 @@ def test_1000_clients_of_which_half_hang_up_leave_nothing_behind(examined: Exami
         assert abs(measured.anonymous / before[process].anonymous - 1) <= MEMORY_MARGIN, process
         assert measured.num_threads <= before[process].num_threads
     examined.is_well()
+
+
+def test_an_engine_that_cannot_be_restarted_now_is_restarted_later(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        with server_process(tmp_path, "starved") as server, server.client() as client:
+            (engine,) = children(server.process.pid)
+            limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (0, limits[1]))
+            os.kill(engine, signal.SIGKILL)
+            server.wait_for("could not be started: Too many open files; starting it again")
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, limits)
+            wait_until(lambda: client.state() == "ready")
+            (response,) = client("Hi", max_new_tokens=2, ignore_eos=True)
+            assert response.generated_length == 2
 
 
 def test_clients_that_hang_up_leave_no_task(server: RunningServer) -> None:

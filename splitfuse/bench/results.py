@@ -1,0 +1,73 @@
+"""What a load gave, measured or simulated: plain data, kept as JSON. Knows neither how it came about nor what it means.
+
+Times are seconds since the point began, by one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from splitfuse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request as its client saw it."""
+
+    client: int
+    """Which client of a closed loop sent it; in an open loop, its place in the order of arrival."""
+    sent: float
+    """When it was sent; in an open loop, when it was due."""
+    num_prompt_tokens: int
+    token_times: tuple[float, ...]
+    """When each generated token came. Those that came in one event have equal times."""
+    error: str | None = None
+
+    @property
+    def done(self) -> float:
+        """When its last token came; when it was sent, if none did."""
+        return self.token_times[-1] if self.token_times else self.sent
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load on one system. Counted are the requests sent in `window`; those outside warmed it up or ran it out."""
+
+    clients: int | None
+    """Of a closed loop; None for an open one."""
+    rate: float | None
+    """Requests a second that were due in an open loop; None for a closed one."""
+    window: tuple[float, float]
+    records: tuple[RequestRecord, ...]
+    repetition: int = 0
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every point of one system under one kind of load."""
+
+    system: str
+    """What was measured, in words for a legend: `splitfuse int8`, `vLLM 0.32 W8A8, budget 256`."""
+    workload: dict[str, Any]
+    """The settings of the load, by name."""
+    points: tuple[Point, ...]
+    simulated: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
+    """The command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat it."""
+
+
+def save(results: Results, path: Path) -> None:
+    """As JSON."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+
+
+def load(path: Path) -> Results:
+    """Raises ConfigError for a file that cannot be read or holds something else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Results)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path} does not hold results of a benchmark: {error}") from error
