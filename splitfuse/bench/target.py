@@ -24,7 +24,7 @@ from splitfuse.errors import ConfigError, SplitfuseError
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request gave. Times are those of `time.monotonic`."""
+    """What one request gave. Times are those of the event loop: of `time.monotonic`, unless it is a virtual one."""
 
     num_prompt_tokens: int
     token_times: tuple[float, ...] = ()
