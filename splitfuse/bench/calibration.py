@@ -86,7 +86,7 @@ def place(identity: dict[str, Any]) -> Path:
 
 
 def load_cost_model(config: EngineConfig) -> Calibration:
-    """What `splitfuse calibrate` has kept for such an engine on this machine. Raises CostModelError if it has not run."""
+    """What `splitfuse calibrate` has kept for such an engine on this machine. Raises CostModelError without any."""
     identity = identify(config)
     path = place(identity)
     if not path.exists():

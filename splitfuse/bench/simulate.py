@@ -1,8 +1,8 @@
 """A load on engines that are not there: the same scheduler, blocks and routing on a virtual clock, with a cost model.
 
-It decides nothing itself. Loads drive it as they drive any target (load.py), in the event loop of virtual_time.py; what a
-pass contains is the Scheduler's decision, who gets a request that of `choose_replica`, how long a pass takes the
-`CostModel`'s prediction. What is not simulated: the time of the machine for anything but passes, unless it is given.
+It decides nothing itself. Loads drive it as they drive any target (load.py), in the event loop of virtual_time.py;
+what a pass contains is the Scheduler's decision, who gets a request that of `choose_replica`, how long a pass takes
+the `CostModel`'s prediction. Not simulated is the machine's time for anything but passes, unless it is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -49,7 +49,7 @@ class Deployment:
     """What is simulated: a calibrated model and machine, and how it is run."""
 
     calibration: Calibration
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     policy: str = "splitfuse"
     replicas: int = 1
     enable_prefix_caching: bool = True
