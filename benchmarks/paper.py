@@ -91,11 +91,7 @@ def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
     def best(curve: Sequence[Row]) -> float:
         return max(row.effective[SLA].mean for row in curve)
 
-    token = (
-        next(row for row in ours if row.clients == TOKEN_CLIENTS),
-        next(row for row in theirs if row.clients == TOKEN_CLIENTS),
-    )
-    made = [
+    return [
         Figure("requests/s at 9 s, SplitFuse", 1.36, throughput_at(9.0, ours)),
         Figure("requests/s at 9 s, vLLM", 0.67, throughput_at(9.0, theirs)),
         Figure("latency at 1.2 requests/s, SplitFuse, s", 7.0, latency_at(1.2, ours)),
@@ -103,21 +99,26 @@ def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
         Figure("effective throughput at SLA 4, SplitFuse", 1.42, best(ours)),
         Figure("effective throughput at SLA 4, vLLM", 0.63, best(theirs)),
     ]
-    for name, row, paper in (
-        ("SplitFuse", token[0], (0.072, 0.186, 0.188)),
-        ("vLLM", token[1], (0.077, 0.385, 0.695)),
-    ):
+
+
+def token_latencies(clients: int, ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
+    """Percentiles of the gaps between tokens, at one number of clients."""
+    made = []
+    for name, curve, paper in (("SplitFuse", ours, (0.072, 0.186, 0.188)), ("vLLM", theirs, (0.077, 0.385, 0.695))):
+        row = next(row for row in curve if row.clients == clients)
         made += [
-            Figure(f"token latency P{percent} at {TOKEN_CLIENTS} clients, {name}, s", figure, row.gaps[percent])
+            Figure(f"P{percent}, {name}, s", figure, row.gaps[percent])
             for percent, figure in zip((50, 90, 95), paper, strict=True)
         ]
-    return made
+    return [
+        *made,
+        Figure("P95, SplitFuse / vLLM", made[2].paper / made[5].paper, made[2].simulated / made[5].simulated),
+    ]
 
 
 def ratios(made: Sequence[Figure]) -> list[Figure]:
     """SplitFuse against vLLM, in the paper and here."""
-    pairs = (("throughput at 9 s", 0, 1), ("latency at 1.2 requests/s", 2, 3), ("effective throughput", 4, 5))
-    pairs += (("token latency P95", 8, 11),)
+    pairs = (("requests/s at 9 s", 0, 1), ("latency at 1.2 requests/s", 2, 3), ("effective throughput at SLA 4", 4, 5))
     return [
         Figure(f"{name}, SplitFuse / vLLM", made[a].paper / made[b].paper, made[a].simulated / made[b].simulated)
         for name, a, b in pairs
@@ -146,6 +147,10 @@ def main() -> None:
     for title, other in (("Policy alone: prefill-first on the same machine", same), ("vLLM 0.2's kernel too", theirs)):
         made = figures(ours, other)
         print_table(title, [*made, *ratios(made)])
+    for clients in TOKEN_CLIENTS:
+        print_table(
+            f"Token latency at {clients} clients, vLLM 0.2's kernel too", token_latencies(clients, ours, theirs)
+        )
     scaled = curve(machine, "splitfuse", clients=[REPLICAS * 32], replicas=REPLICAS)[0].throughput.mean
     one = next(row for row in ours if row.clients == 32).throughput.mean
     scaling = [

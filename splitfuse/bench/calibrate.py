@@ -87,9 +87,11 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
     checking = [case for case in checking_cases() if case.fits(**limits)]
     if len(fitted) < MIN_SAMPLES or not checking:
         raise CostModelError(
-            f"only {len(fitted)} different passes fit an engine with {limits['room']} tokens a request, {blocks} blocks "
-            f"of {plan.block_size} and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise them"
+            f"only {len(fitted)} different passes fit an engine with {limits['room']} tokens a request, {blocks} "
+            f"blocks and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise these"
         )
+    longest = longest_pass(engine, fitted + checking, seconds)
+    fitted, checking = ([case for case in cases if case.features.tokens <= longest] for cases in (fitted, checking))
     timed = time_cases(engine, fitted + checking, seconds=seconds, progress=progress)
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
     calibration = Calibration(
@@ -143,6 +145,17 @@ def fill(cache: KVCache) -> None:
     for store in cache.layers:
         memory = store if isinstance(store, Tensor) else store.memory
         memory.view(torch.uint8).fill_(SMALL_NUMBER)
+
+
+def longest_pass(engine: Engine, cases: Sequence[Case], seconds: float) -> int:
+    """Tokens of the longest pass that a slow machine has time for; beyond it, the fit goes on in a straight line."""
+    runs, case = _Runs(engine), prompt(64, 0)
+    per_token = min(runs.seconds(case) for _ in range(3)) / 64
+    for longest in (512, 256, 128):
+        tokens = sum(case.features.tokens for case in cases if case.features.tokens <= longest)
+        if LEAST_ROUNDS * tokens * per_token <= seconds:
+            return longest
+    return 64
 
 
 def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
