@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.bench import CLIENTS, SLAS, _check_writable, _numbers, _print_table, _save, _slas, _workload
 from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.loads import (
+    CLIENTS,
+    SLAS,
+    check_writable,
+    numbers,
+    print_table,
+    promises,
+    save_results,
+    workload_maker,
+)
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
 
@@ -37,7 +46,7 @@ def calibrate(
     from splitfuse.bench.calibration import place, save
 
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     config = EngineConfig.from_settings(given(flags))
     calibration, checked = run_calibration(config, seconds=seconds, progress=not quiet and sys.stderr.isatty())
     _print_checked(calibration.cost, checked)
@@ -96,9 +105,9 @@ def simulate(
     from splitfuse.bench.simulate import simulate as run
     from splitfuse.bench.validate import compare, predict
 
-    slas = _slas(sla)
+    slas = promises(sla)
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     measured = None if against is None else load(against)
     settings = given(flags)
     if measured is not None:
@@ -116,15 +125,24 @@ def simulate(
         if clients is not None or rate is not None or trace is not None:
             raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
         results = predict(deployment, measured, about=about_here())
-        _print_table(results, slas)
+        print_table(results, slas)
         _print_comparisons(compare(measured, results))
     else:
         results = run(
             deployment,
-            _workload(prompt, generate, deviation, turns, prefix, prefixes, trace, seed),
+            workload_maker(
+                prompt=prompt,
+                generate=generate,
+                deviation=deviation,
+                turns=turns,
+                prefix=prefix,
+                prefixes=prefixes,
+                trace=trace,
+                seed=seed,
+            ),
             Loads(
-                clients=_numbers("clients", clients or (None if rate or trace else CLIENTS), int),
-                rates=_numbers("rate", rate, float),
+                clients=numbers("clients", clients or (None if rate or trace else CLIENTS), int),
+                rates=numbers("rate", rate, float),
                 requests=requests,
                 repeat=repeat,
                 spacing=spacing,
@@ -133,9 +151,9 @@ def simulate(
             about=about_here(),
             progress=not quiet and sys.stderr.isatty(),
         )
-        _print_table(results, slas)
+        print_table(results, slas)
     if out is not None:
-        _save(results, out)
+        save_results(results, out)
         print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
 
 
