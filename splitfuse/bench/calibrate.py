@@ -28,7 +28,8 @@ from splitfuse.errors import ConfigError, CostModelError
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.loading import load_model
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
+LEAST_RUNS, MOST_RUNS = 3, 30
+"""Of each pass."""
 CACHED_TOKENS = 32_768
 """KV positions that passes are spread over, if there are so many."""
 SMALL_NUMBER = 0x3C
@@ -153,29 +154,33 @@ def longest_pass(engine: Engine, cases: Sequence[Case], seconds: float) -> int:
     per_token = min(runs.seconds(case) for _ in range(3)) / 64
     for longest in (512, 256, 128):
         tokens = sum(case.features.tokens for case in cases if case.features.tokens <= longest)
-        if LEAST_ROUNDS * tokens * per_token <= seconds:
+        if LEAST_RUNS * tokens * per_token <= seconds:
             return longest
     return 64
 
 
 def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
-    """Each case's median over rounds: as many as `seconds` allow, but at least LEAST_ROUNDS."""
+    """Each case's median over rounds in random order. Every case has an equal share of `seconds`: short passes, whose
+    times scatter most, are run more often.
+    """
     random, runs = Random(0), _Runs(engine)
     times: list[list[float]] = [[] for _ in cases]
     for case in cases[: len(cases) // 8]:  # what is slow once, such as the first touch of memory
         runs.seconds(case)
-    rounds, done = LEAST_ROUNDS, 0
-    with tqdm(total=rounds * len(cases), desc="passes", unit="pass", disable=not progress) as bar:
-        while done < rounds:
-            began = time.perf_counter()
-            for index in random.sample(range(len(cases)), len(cases)):
+    share = seconds / len(cases)
+    wanting = list(range(len(cases)))
+    with tqdm(total=len(cases), desc="passes", unit="pass", disable=not progress) as bar:
+        while wanting:
+            for index in random.sample(wanting, len(wanting)):
                 times[index].append(runs.seconds(cases[index]))
-                bar.update()
-            done += 1
-            if done == 1:
-                fitting = int(seconds / (time.perf_counter() - began))
-                bar.total = len(cases) * (rounds := max(LEAST_ROUNDS, min(fitting, MOST_ROUNDS)))
+                bar.set_postfix_str(f"{cases[index].name}, {1e3 * times[index][-1]:.1f} ms", refresh=False)
+            wanting = [index for index in wanting if _wants_more(times[index], share)]
+            bar.update(len(cases) - len(wanting) - bar.n)
     return [Timed(case.name, Sample(case.features, median(each))) for case, each in zip(cases, times, strict=True)]
+
+
+def _wants_more(times: Sequence[float], share: float) -> bool:
+    return len(times) < LEAST_RUNS or (sum(times) < share and len(times) < MOST_RUNS)
 
 
 class _Runs:
