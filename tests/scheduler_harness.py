@@ -161,7 +161,7 @@ class Run:
     def _schedule(self) -> StepPlan | None:
         waiting, running = list(self.scheduler._waiting), list(self.scheduler._running)
         oldest = min(waiting + running, key=lambda r: r.arrival, default=None)
-        oldest_wants = oldest is not None and self.scheduler._pending(oldest) > 0
+        oldest_wants = oldest is not None and oldest.num_wanted > 0
         plan = self.scheduler.schedule()
         self.scheduler.check()
         if plan is None:
@@ -188,11 +188,13 @@ class Run:
         assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
     def _explain_unfilled(self, sampling: set[str]) -> None:
-        """A budget may stay unfilled only when no block is left or nobody can use more of it."""
-        if self.allocator.num_available == 0:
+        """A budget may stay unfilled only when nobody can use more of it, or no block is left but one for each that
+        runs.
+        """
+        if self.allocator.num_available <= len(self.scheduler._running):
             return
         for request in self.scheduler._running:
-            assert request.request_id in sampling or not self.scheduler._pending(request), (
+            assert request.request_id in sampling or not request.num_wanted, (
                 "runnable work, a block and budget, and yet not filled"
             )
         assert not self.scheduler._waiting or len(self.scheduler._running) == self.max_num_seqs

@@ -23,12 +23,15 @@ from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel, features
+from splitfuse.core.forecast import Forecast
+from splitfuse.core.order import ByPromise
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policies import scheduler_class
 from splitfuse.core.request import Request
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.targets import Targets
 from splitfuse.errors import ConfigError, SplitfuseError
 
 CHOSEN = ChunkResult(token_id=0)
@@ -57,14 +60,30 @@ class Deployment:
     """Seconds between passes beyond what the cost model says."""
     client_overhead: float = 0.0
     """Seconds from a client's sending to the engine's having it."""
+    ttft_per_prompt_token: float | None = None
+    """Promised to every request: seconds to the first token, for each token of its prompt."""
+    itl: float | None = None
+    """Promised to every request: seconds between tokens."""
 
     def __post_init__(self) -> None:
         scheduler_class(self.policy)
         if self.replicas < 1:
             raise ConfigError(f"there must be at least one replica, not {self.replicas}")
+        if self.has_targets and self.policy != "splitfuse":
+            raise ConfigError(f"the policy {self.policy} knows no targets: leave them out")
         for name in ("pass_overhead", "client_overhead"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything is promised."""
+        return self.ttft_per_prompt_token is not None or self.itl is not None
+
+    def targets(self, num_prompt_tokens: int) -> Targets:
+        """Of a request with such a prompt."""
+        per_token = self.ttft_per_prompt_token
+        return Targets(None if per_token is None else per_token * num_prompt_tokens, self.itl)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,6 +97,8 @@ class Deployment:
             "block_size": self.calibration.block_size,
             "pass_overhead": self.pass_overhead,
             "client_overhead": self.client_overhead,
+            "ttft_per_prompt_token": self.ttft_per_prompt_token,
+            "itl": self.itl,
         }
 
 
@@ -156,7 +177,11 @@ class Replica:
         allocator = BlockAllocator(
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
         )
-        self._scheduler: Scheduler = scheduler_class(deployment.policy)(deployment.scheduler, allocator)
+        rule = None
+        if deployment.has_targets:
+            rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
+        self._scheduler: Scheduler = scheduler_class(deployment.policy)(deployment.scheduler, allocator, rule)
+        self._targets = deployment.targets
         self._cost: CostModel = calibration.cost
         self._pass_overhead = deployment.pass_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
@@ -171,10 +196,22 @@ class Replica:
     async def answer(self, request_id: str, request: LoadRequest) -> list[float]:
         """When each token came. Raises RequestTooLargeError."""
         assert isinstance(request.prompt, tuple)
-        self._scheduler.add(Request(request_id, request.prompt, PARAMS, request.max_tokens, seed=0))
+        loop = asyncio.get_running_loop()
+        targets = self._targets(len(request.prompt))
+        self._scheduler.add(
+            Request(
+                request_id,
+                request.prompt,
+                PARAMS,
+                request.max_tokens,
+                seed=0,
+                targets=targets,
+                arrived=loop.time(),
+            )
+        )
         tokens = len(request.prompt) + request.max_tokens
         self._outstanding_tokens += tokens
-        done: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[list[float]] = loop.create_future()
         self._waiting[request_id] = ([], done)
         if not self._in_pass:
             self._begin_pass()
@@ -183,7 +220,7 @@ class Replica:
         return times
 
     def _begin_pass(self) -> None:
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(asyncio.get_running_loop().time())
         if plan is None:
             assert not self._scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return
@@ -194,7 +231,7 @@ class Replica:
     def _end_pass(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
         result = StepResult({chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks})
-        for output in self._scheduler.update(plan, result):
+        for output in self._scheduler.update(plan, result, now):
             if output.token_ids:
                 times, done = self._waiting[output.request_id]
                 times.append(now)

@@ -14,10 +14,10 @@ alone may exceed it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.order import Rule
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.scheduler import Draft, Scheduler
 from splitfuse.errors import ConfigError, did_you_mean
@@ -28,15 +28,17 @@ class _WholePrompts(Scheduler):
 
     def _compose_prompts(self, draft: Draft) -> None:
         """As many prompts as the budget takes, oldest first, until one finds no place."""
-        running = [request for request in self._running if self._pending(request) > 1]
+        running = [request for request in self._running if request.num_wanted > 1]
         alone = True
-        for request in chain(running, self._admissible(draft)):
+        for request in (*running, *self._waiting):
+            if request.status is RequestStatus.WAITING and not self._can_admit(draft):
+                return
             if not self._grant_whole(draft, request, alone=alone):
                 return
             alone = False
 
     def _compose_generations(self, draft: Draft) -> None:
-        for request in [request for request in self._running if self._pending(request) == 1]:
+        for request in [request for request in self._running if request.num_wanted == 1]:
             self._grant(draft, request)
 
     def _grant_whole(self, draft: Draft, request: Request, *, alone: bool) -> bool:
@@ -46,9 +48,9 @@ class _WholePrompts(Scheduler):
         waited = request.status is RequestStatus.WAITING
         if waited:
             self._start(request)
-        wanted = self._pending(request)
+        wanted = request.num_wanted
         if request is self._running[0]:  # the oldest may take everybody's blocks
-            while self._room(request) < wanted and self._preempt_newest(than=request, draft=draft):
+            while self._room(request) < wanted and self._preempt(than=request, draft=draft):
                 pass
         if self._room(request) >= wanted and (wanted <= draft.left or alone):
             draft.left = max(draft.left, wanted)
@@ -61,7 +63,7 @@ class _WholePrompts(Scheduler):
 class PrefillFirst(_WholePrompts):
     """Prompts stall the generations: whenever one can start, a pass has prompts alone."""
 
-    def _compose(self, draft: Draft) -> None:
+    def _compose(self, draft: Draft, now: float) -> None:  # noqa: ARG002 - they know no time
         self._admit_oldest()
         self._compose_prompts(draft)
         if not draft.granted:
@@ -71,7 +73,7 @@ class PrefillFirst(_WholePrompts):
 class Orca(_WholePrompts):
     """Every pass has all generations, and the prompts that can start: it is as long as these make it."""
 
-    def _compose(self, draft: Draft) -> None:
+    def _compose(self, draft: Draft, now: float) -> None:  # noqa: ARG002 - they know no time
         self._admit_oldest()
         self._compose_generations(draft)
         self._compose_prompts(draft)
@@ -84,11 +86,11 @@ class Static(_WholePrompts):
     is ever preempted. Those that have ended are not computed on, which real static batches do: this is their best case.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
-        super().__init__(config, allocator)
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, rule: Rule | None = None) -> None:
+        super().__init__(config, allocator, rule)
         self._batch: list[Request] = []  # chosen, and not started yet
 
-    def _compose(self, draft: Draft) -> None:
+    def _compose(self, draft: Draft, now: float) -> None:  # noqa: ARG002 - they know no time
         if not self._running:
             self._batch = list(self._next_batch())
         self._batch = [request for request in self._batch if request.status is RequestStatus.WAITING]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import NO_TARGETS, Targets
 
 
 class RequestStatus(enum.StrEnum):
@@ -42,6 +44,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
     cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
+    targets: Targets = NO_TARGETS
+    arrived: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
 
     arrival: int = -1  # order of acceptance, given by the scheduler
     status: RequestStatus = RequestStatus.WAITING
@@ -59,6 +63,12 @@ class Request:
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     known_to_runner: bool = False
+    due: float = math.inf  # when its next token was promised; infinity: it was not, or no longer, being late
+    is_late: bool = False  # a promise was broken
+    num_passed_over: int = 0  # passes since it was last in one, while it could have been
+
+    def __post_init__(self) -> None:
+        self.due = self.targets.due(arrived=self.arrived)
 
     @property
     def num_prompt(self) -> int:
@@ -73,6 +83,25 @@ class Request:
     def num_pending(self) -> int:
         """Tokens that could be scheduled now: known or being chosen, and not yet scheduled."""
         return self.num_known + self.num_unread - self.num_scheduled
+
+    @property
+    def num_wanted(self) -> int:
+        """Those of them that are to be scheduled: none if the tokens in flight already bring its last, or if it is to
+        lose its blocks.
+        """
+        if self.preempt_on_return or len(self.output_token_ids) + self.num_unread >= self.max_tokens:
+            return 0
+        return self.num_pending
+
+    def note_token(self, now: float) -> None:
+        """A token has been read back: in time or not, the next one is due."""
+        self.is_late = self.is_late or now > self.due
+        self.due = math.inf if self.is_late else self.targets.next_due(now)
+
+    @property
+    def has_promise(self) -> bool:
+        """Whether it was promised anything."""
+        return self.targets != NO_TARGETS
 
     @property
     def is_finished(self) -> bool:

@@ -4,9 +4,8 @@ A request is two counters, tokens known and tokens computed; every step lets the
 one token budget. Long prompts are split over steps, short ones fused with the running generations, and the budget is
 filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671, section 3).
 
-    order of claims      1. requests that need only their newest token, oldest first
-                         2. requests with more pending tokens, oldest first
-                         3. waiting requests, in order of arrival, the last one cut to fit
+    order of claims      core/order.py: requests that need only their newest token, then those with more, then those
+                         that wait, each oldest first and the last one cut to fit; or by what was promised
     no block left        take those of the newest running request; its tokens are kept and computed again later
     progress             The oldest unfinished request gets at least one token of every pass: one is set aside for it,
                          it may take any other's blocks, and nobody may take its. `add` has made sure that it fits the
@@ -14,18 +13,21 @@ filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-F
     plans in flight      `schedule` may be called before earlier plans have come back. What would take blocks from a
                          request in flight happens in the `update` of its last plan.
 
-It knows neither time nor text nor tensors.
+It knows neither text nor tensors, and of time what it is told.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections.abc import Iterator
 from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.cost_model import Features, features
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import check_blocks
+from splitfuse.core.order import ByArrival, Rule
 from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.errors import InvalidRequestError
@@ -34,9 +36,14 @@ by_arrival = attrgetter("arrival")
 
 
 class Scheduler:
-    """Owns every unfinished request and the blocks they hold. One thread: `add`, `schedule`, `update`, `finish`."""
+    """Owns every unfinished request and the blocks they hold. One thread: `add`, `schedule`, `update`, `finish`.
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
+    `now` is seconds on any one clock, the same for all calls and for `Request.arrived`; where nothing is promised it
+    may be left out.
+    """
+
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, rule: Rule | None = None) -> None:
+        self._rule = rule or ByArrival()
         self._budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
         self._allocator = allocator
@@ -47,6 +54,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
+        self._began: dict[int, float] = {}  # when each plan in flight was made
+        self._last_update = 0.0
         self.num_preemptions = 0  # of all requests so far
 
     @property
@@ -81,23 +90,29 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._waiting.append(request)
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
-        draft = Draft(self._budget)
-        self._compose(draft)
-        return self._finalize(draft)
+        draft = Draft(self._budget, self._rule.forecast)
+        self._compose(draft, now)
+        plan = self._finalize(draft)
+        if plan is not None:
+            self._began[plan.step] = now
+        return plan
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def update(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[RequestOutput]:
         """Take in what a plan gave: who advanced, who finished. Plans come back in the order they were scheduled."""
         self._num_updates += 1
         assert plan.step == self._num_updates, "plans must come back in the order they were scheduled"
+        began, self._last_update = max(self._began.pop(plan.step), self._last_update), now
+        if self._rule.forecast is not None:
+            self._rule.forecast.observe(features(plan), now - began)
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
             request.num_plans_in_flight -= 1
             request.num_unread -= chunk.samples
             if not request.is_finished:
-                outputs.append(self._advance(request, chunk, result.results[chunk.request_id]))
+                outputs.append(self._advance(request, chunk, result.results[chunk.request_id], now))
             if request.num_plans_in_flight == 0:
                 self._settle(request)
         return outputs
@@ -135,45 +150,52 @@ class Scheduler:
 
     # Composing a pass ------------------------------------------------------------------------------------------------
 
-    def _compose(self, draft: Draft) -> None:
+    def _compose(self, draft: Draft, now: float) -> None:
         """Grant tokens in the order of claims. What core/policies.py overrides."""
         oldest = self._admit_oldest()
-        generating = [r for r in self._running if self._pending(r) == 1]
-        prompts = [r for r in self._running if self._pending(r) > 1]
-
-        draft.left -= (set_aside := 1 if oldest in prompts else 0)
-        for request in generating:
-            self._grant(draft, request)
-        draft.left += set_aside
-        for request in prompts:
-            self._grant(draft, request)
-        for request in self._admissible(draft):
-            if not self._admit(draft, request):
+        order = self._rule.order([r for r in self._running if r.num_wanted], self._waiting, now=now)
+        if oldest is not None and oldest.num_wanted:
+            draft.keep(order.kept)
+        for request in order.urgent:
+            self._claim(draft, request, oldest)
+        draft.seconds = order.seconds
+        admits = True  # until somebody who waits finds no place
+        for request in order.others:
+            if request.status is not RequestStatus.WAITING:
+                self._claim(draft, request, oldest)
+            elif admits:
+                admits = self._can_admit(draft) and self._admit(draft, request)
+        for request in list(self._waiting):  # those that have just lost their blocks
+            if not self._can_admit(draft) or not self._admit(draft, request):
                 break
+        for request in self._running:
+            request.num_passed_over = 0 if request in draft.granted else request.num_passed_over + 1
 
-    def _pending(self, request: Request) -> int:
-        """Tokens of a request to be scheduled; none if those in flight already bring its last."""
-        if len(request.output_token_ids) + request.num_unread >= request.max_tokens:
-            return 0
-        return 0 if request.preempt_on_return else request.num_pending
+    def _claim(self, draft: Draft, request: Request, oldest: Request | None) -> None:
+        """The turn of a running request. The oldest gets a token in any case."""
+        if request is oldest:
+            draft.release()
+        self._grant(draft, request, at_least=int(request is oldest))
 
     def _admit_oldest(self) -> Request | None:
         """See to it that the oldest unfinished request is running, making room for it if need be."""
         if self._waiting and (not self._running or self._waiting[0].arrival < self._running[0].arrival):
-            if len(self._running) >= self._max_num_seqs and not self._preempt_newest(than=self._waiting[0]):
+            if len(self._running) >= self._max_num_seqs and not self._preempt(than=self._waiting[0]):
                 return None
             self._start(self._waiting[0])
         return self._running[0] if self._running else None
 
-    def _grant(self, draft: Draft, request: Request) -> int:
-        """Give a running request as many tokens as it wants, the budget leaves and blocks are found for; how many."""
-        if request.status is not RequestStatus.RUNNING:  # it has just lost its blocks to an older one
+    def _grant(self, draft: Draft, request: Request, *, at_least: int = 0) -> int:
+        """Give a running request as many tokens as it wants, the pass takes and blocks are found for; how many. The
+        first `at_least` may make the pass longer than it should be.
+        """
+        if request.status is not RequestStatus.RUNNING:  # it has just lost its blocks to another
             return 0
-        wanted = min(self._pending(request), draft.left)
+        wanted = draft.takes(request, at_least=at_least)
         if wanted == 0:
             return 0
-        while not (room := self._room(request)) and self._preempt_newest(than=request, draft=draft):
-            wanted = min(self._pending(request), draft.left)
+        while not (room := self._room(request)) and self._preempt(than=request, draft=draft):
+            wanted = draft.takes(request, at_least=at_least)
         granted = min(wanted, room)
         if granted:
             missing = self._allocator.blocks_for(request.num_scheduled + granted) - len(request.blocks)
@@ -182,16 +204,18 @@ class Scheduler:
         return granted
 
     def _room(self, request: Request) -> int:
-        """Slots for further tokens of a request, in its own blocks and in those that nobody holds."""
-        blocks = len(request.blocks) + self._allocator.num_available
-        return blocks * self._allocator.block_size - request.num_scheduled
+        """Slots for further tokens of a request, in its own blocks and in those that nobody holds. A prompt leaves a
+        block for each of the others that run, or it would soon lose its own to their streams; but for the oldest.
+        """
+        spare = self._allocator.num_available
+        if request.num_wanted > 1 and request is not self._running[0]:
+            spare = max(spare - len(self._running) + 1, 0)
+        return (len(request.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
-    def _admissible(self, draft: Draft) -> Iterator[Request]:
-        """Waiting requests to admit, in order, while there is budget, a seat and a block."""
-        for request in list(self._waiting):
-            if not draft.left or len(self._running) >= self._max_num_seqs or not self._allocator.num_available:
-                return
-            yield request
+    def _can_admit(self, draft: Draft) -> bool:
+        """Whether there is budget, a seat and a block for somebody who waits, and one for each that runs."""
+        num_running = len(self._running)
+        return draft.left > 0 and num_running < self._max_num_seqs and self._allocator.num_available > num_running
 
     def _admit(self, draft: Draft, request: Request) -> bool:
         """Start a waiting request with what it finds in the prefix cache and its first chunk; False if no block is
@@ -227,20 +251,18 @@ class Scheduler:
         request.num_published = request.num_computed = request.num_scheduled = 0
         request.preempt_on_return = False
 
-    def _preempt_newest(self, *, than: Request, draft: Draft | None = None) -> bool:
-        """Take the blocks of the newest running request that is newer than `than`. False if that must wait for an
-        `update`, or if there is none.
-        """
-        newest = self._running[-1] if self._running else than
-        if newest.arrival <= than.arrival:
+    def _preempt(self, *, than: Request, draft: Draft | None = None) -> bool:
+        """Take somebody's blocks for `than`. False if that must wait for an `update`, or if nobody has to give way."""
+        victim = self._rule.victim(self._running, than=than)
+        if victim is None:
             return False
         if draft is not None:
-            draft.revoke(newest)
-        if newest.num_plans_in_flight:
-            newest.preempt_on_return = True
+            draft.revoke(victim)
+        if victim.num_plans_in_flight:
+            victim.preempt_on_return = True
             return False
-        self._stop(newest)
-        self._count_preemption(newest)
+        self._stop(victim)
+        self._count_preemption(victim)
         return True
 
     def _finalize(self, draft: Draft) -> StepPlan | None:
@@ -260,7 +282,7 @@ class Scheduler:
     def _chunk(self, request: Request, count: int) -> Chunk:
         """The next `count` tokens of a request as a chunk, which is in flight from here on."""
         start, end = request.num_scheduled, request.num_scheduled + count
-        samples = count == self._pending(request)
+        samples = count == request.num_wanted
         num_logits = int(samples)
         if request.params.prompt_logprobs is not None:
             first_wanted = max(start, request.num_prompt_logprobs)
@@ -277,7 +299,7 @@ class Scheduler:
 
     # Taking in a result ----------------------------------------------------------------------------------------------
 
-    def _advance(self, request: Request, chunk: Chunk, result: ChunkResult) -> RequestOutput:
+    def _advance(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request's counter on by one chunk and append the token it chose."""
         if result.error is not None:
             self._finish(request, FinishReason.ERROR)
@@ -290,6 +312,7 @@ class Scheduler:
             assert result.token_id is not None
             tokens = (result.token_id,)
             request.output_token_ids += tokens
+            request.note_token(now)
         size = self._allocator.block_size
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)
@@ -332,18 +355,49 @@ class Scheduler:
 
 
 class Draft:
-    """A pass being composed: tokens granted so far, in the order of the claims, and budget left."""
+    """A pass being composed: tokens granted so far, in the order of the claims, and what is left of its two budgets,
+    tokens and time.
+    """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, forecast: Forecast | None = None) -> None:
         self.left = budget
+        self.seconds = math.inf
         self.granted: dict[Request, int] = {}
+        self._budget = budget
+        self._forecast = forecast
+        self._features = Features()
+        self._kept_tokens = 0
+        self._kept_share = 0.0
+
+    def keep(self, share: float) -> None:
+        """Hold back a share of both, a token at least, until `release`."""
+        self._kept_share, self._kept_tokens = share, max(1, int(share * self._budget))
+        self.left -= self._kept_tokens
+
+    def release(self) -> None:
+        """Give back what was held."""
+        self.left += self._kept_tokens
+        self._kept_tokens, self._kept_share = 0, 0.0
+
+    def takes(self, request: Request, *, at_least: int = 0) -> int:
+        """How many tokens of a request the pass takes, `at_least` of them whatever time they need."""
+        most = min(request.num_wanted, max(self.left, 0))
+        if self._forecast is None or self.seconds == math.inf:
+            return most
+        seconds, start = self.seconds * (1.0 - self._kept_share), request.num_scheduled
+        fitting = self._forecast.tokens_within(seconds, self._features, start=start, most=most, rows=1)
+        return min(most, max(fitting, at_least))
 
     def grant(self, request: Request, count: int) -> None:
         self.granted[request] = count
         self.left -= count
+        self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
 
     def revoke(self, request: Request) -> None:
         self.left += self.granted.pop(request, 0)
+        self._features = Features()
+        for other, count in self.granted.items():
+            self._features = self._features.plus(start=other.num_scheduled, count=count, rows=1)
 
 
 def _introduce(request: Request) -> NewRequest:

@@ -1,0 +1,38 @@
+"""What a request was promised: when its first token comes, and how long it waits for each that follows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from splitfuse.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Seconds; None promises nothing. A request that met all of its targets was on time.
+
+    Raises InvalidRequestError for what is no positive number.
+    """
+
+    first_token: float | None = None
+    """From the request's arrival."""
+    inter_token: float | None = None
+    """From each token to the next."""
+
+    def __post_init__(self) -> None:
+        for name in ("first_token", "inter_token"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise InvalidRequestError(f"the target for {name} must be a positive number of seconds, not {value!r}")
+
+    def due(self, *, arrived: float) -> float:
+        """When the first token must be there; infinity without a promise."""
+        return math.inf if self.first_token is None else arrived + self.first_token
+
+    def next_due(self, now: float) -> float:
+        """When the token after one that came now must be there."""
+        return math.inf if self.inter_token is None else now + self.inter_token
+
+
+NO_TARGETS = Targets()
