@@ -21,6 +21,8 @@ QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (64, 128)
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
+UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}
+PER_TOKEN = "/token"
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
@@ -76,10 +78,23 @@ class SchedulerConfig:
 
     max_num_batched_tokens: int = setting(256, "The token budget of one forward pass.")
     max_num_seqs: int = setting(64, "Most requests running at once.")
+    ttft: str | None = setting(
+        None, "Time to the first token that requests are promised: 1s, or 2ms/token for each token of the prompt."
+    )
+    itl: str | None = setting(None, "Time between tokens that requests are promised, such as 250ms.")
 
     def __post_init__(self) -> None:
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
+        if self.ttft is not None:
+            parse_seconds("ttft", self.ttft.removesuffix(PER_TOKEN))
+        if self.itl is not None:
+            parse_seconds("itl", self.itl)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything is promised."""
+        return self.ttft is not None or self.itl is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +205,19 @@ class ServerConfig:
             else:
                 _check_type(name, value, hints[name])
         return cls(**values)
+
+
+def parse_seconds(name: str, text: str) -> float:
+    """`1s`, `250ms` or `0.5` in seconds. Raises ConfigError, naming the setting, for anything else."""
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = text.strip()[len(number) :].strip()
+    try:
+        seconds = float(number) * UNITS[unit]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{name} must be a time such as 1s or 250ms, not {text!r}") from error
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{name} must be a time above 0, not {text!r}")
+    return seconds
 
 
 PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfig, "cache": CacheConfig}

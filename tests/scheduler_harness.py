@@ -15,10 +15,14 @@ from random import Random
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.cost_model import CostModel, features
+from splitfuse.core.forecast import Forecast
+from splitfuse.core.order import ByPromise, Rule
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.targets import Targets
 
 VOCABULARY = 16
 EOS = 3
@@ -98,6 +102,8 @@ class Run:
     depth: int
     budget: int
     max_num_seqs: int
+    rule: Rule | None = None
+    now: float = 0.0
     in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
@@ -113,12 +119,15 @@ class Run:
         depth: int = 1,
         prefix: bool = True,
         policy: type[Scheduler] = Scheduler,
+        rule: Rule | None = None,
     ) -> Run:
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=prefix)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        return cls(policy(config, allocator), allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
+        scheduler = policy(config, allocator, rule)
+        return cls(scheduler, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs, rule)
 
     def add(self, request: Request) -> None:
+        request.arrived, request.due = self.now, request.targets.due(arrived=self.now)
         self.scheduler.add(request)
         self.outcomes[request.request_id] = Outcome()
         self.scheduler.check()
@@ -138,7 +147,10 @@ class Run:
             assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
             return []
         running = list(self.scheduler._running)
-        outputs = self.scheduler.update(*self.in_flight.popleft())
+        plan, result = self.in_flight.popleft()
+        if self.rule is not None and self.rule.forecast is not None:
+            self.now += self.rule.forecast.cost.seconds(features(plan))
+        outputs = self.scheduler.update(plan, result, self.now)
         if self.scheduler._waiting and not self.scheduler._running:
             assert self.scheduler._waiting[0] not in running, "the oldest request was preempted"
         self.scheduler.check()
@@ -162,7 +174,7 @@ class Run:
         waiting, running = list(self.scheduler._waiting), list(self.scheduler._running)
         oldest = min(waiting + running, key=lambda r: r.arrival, default=None)
         oldest_wants = oldest is not None and oldest.num_wanted > 0
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
         if plan is None:
             assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
@@ -177,7 +189,7 @@ class Run:
         assert plan.num_tokens <= self.budget
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
-        if plan.num_tokens < self.budget and not self.in_flight:
+        if plan.num_tokens < self.budget and not self.in_flight and self.rule is None:
             self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
         return plan
 
@@ -206,20 +218,30 @@ class Workload:
 
     seed: int
 
-    def run(self, depth: int, *, policy: type[Scheduler] = Scheduler) -> Run:
-        """Drive the workload to its end and compare every outcome with the reference."""
+    def run(self, depth: int, *, policy: type[Scheduler] = Scheduler, promises: bool = False) -> Run:
+        """Drive the workload to its end and compare every outcome with the reference. With `promises`, requests have
+        targets, or some have, and the scheduler keeps them as well as it can.
+        """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
         requests = list(self._requests(rng))
+        budget = rng.choice((1, 2, 3, 5, 8, 16, 64))
+        rule = None
+        if promises:
+            for request in requests:
+                request.targets = self._targets(rng)
+            cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
+            rule = ByPromise(Forecast(cost), budget=budget)
         largest = max(-(-(r.num_prompt + r.max_tokens - 1) // block_size) for r in requests)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
             block_size=block_size,
-            budget=rng.choice((1, 2, 3, 5, 8, 16, 64)),
+            budget=budget,
             max_num_seqs=rng.choice((1, 2, 3, 8)),
             depth=depth,
             prefix=rng.random() < 0.7,
             policy=policy,
+            rule=rule,
         )
         meddled: dict[str, int] = {}
         coming = deque(requests)
@@ -248,6 +270,12 @@ class Workload:
             eos = (EOS,) if rng.random() < 0.7 else ()
             salt = rng.choice(("", "", "other"))
             yield Request(f"r{number}", tuple(prompt), params, max_tokens, seed=0, eos_token_ids=eos, cache_salt=salt)
+
+    @staticmethod
+    def _targets(rng: Random) -> Targets:
+        """Easy, hard, impossible, or none; passes take up to some seconds."""
+        first = 10.0 ** rng.uniform(-2, 2) if rng.random() < 0.7 else None
+        return Targets(first, 10.0 ** rng.uniform(-2, 1) if rng.random() < 0.7 else None)
 
     @staticmethod
     def _meddle(rng: Random, run: Run) -> dict[str, int]:

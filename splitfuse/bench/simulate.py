@@ -60,30 +60,16 @@ class Deployment:
     """Seconds between passes beyond what the cost model says."""
     client_overhead: float = 0.0
     """Seconds from a client's sending to the engine's having it."""
-    ttft_per_prompt_token: float | None = None
-    """Promised to every request: seconds to the first token, for each token of its prompt."""
-    itl: float | None = None
-    """Promised to every request: seconds between tokens."""
 
     def __post_init__(self) -> None:
         scheduler_class(self.policy)
         if self.replicas < 1:
             raise ConfigError(f"there must be at least one replica, not {self.replicas}")
-        if self.has_targets and self.policy != "splitfuse":
+        if self.scheduler.has_targets and self.policy != "splitfuse":
             raise ConfigError(f"the policy {self.policy} knows no targets: leave them out")
         for name in ("pass_overhead", "client_overhead"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether anything is promised."""
-        return self.ttft_per_prompt_token is not None or self.itl is not None
-
-    def targets(self, num_prompt_tokens: int) -> Targets:
-        """Of a request with such a prompt."""
-        per_token = self.ttft_per_prompt_token
-        return Targets(None if per_token is None else per_token * num_prompt_tokens, self.itl)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,8 +83,8 @@ class Deployment:
             "block_size": self.calibration.block_size,
             "pass_overhead": self.pass_overhead,
             "client_overhead": self.client_overhead,
-            "ttft_per_prompt_token": self.ttft_per_prompt_token,
-            "itl": self.itl,
+            "ttft": self.scheduler.ttft,
+            "itl": self.scheduler.itl,
         }
 
 
@@ -178,10 +164,10 @@ class Replica:
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
         )
         rule = None
-        if deployment.has_targets:
+        if deployment.scheduler.has_targets:
             rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
         self._scheduler: Scheduler = scheduler_class(deployment.policy)(deployment.scheduler, allocator, rule)
-        self._targets = deployment.targets
+        self._config = deployment.scheduler
         self._cost: CostModel = calibration.cost
         self._pass_overhead = deployment.pass_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
@@ -197,7 +183,7 @@ class Replica:
         """When each token came. Raises RequestTooLargeError."""
         assert isinstance(request.prompt, tuple)
         loop = asyncio.get_running_loop()
-        targets = self._targets(len(request.prompt))
+        targets = Targets.promised(self._config, len(request.prompt))
         self._scheduler.add(
             Request(
                 request_id,

@@ -14,11 +14,12 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 from splitfuse.core.cost_model import Features
 from splitfuse.core.forecast import Forecast
-from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request import Request
 
 MARGIN = 0.9
 """Of a promised interval, that is planned with: the rest is for predictions that are off."""
@@ -40,10 +41,26 @@ class Order:
     kept: float = 0.0
 
 
+class Rank(IntEnum):
+    """Of a claim that is not urgent, first to last. Streams need only their newest token; prompts more."""
+
+    HOPEFUL = 1
+    """A prompt that can be on time."""
+    STREAM = 2
+    """One that was promised nothing."""
+    PROMPT = 3
+    AHEAD = 4
+    """A stream that is ahead of its promise."""
+    LATE_STREAM = 5
+    LATE_PROMPT = 6
+
+
 class Rule(Protocol):
     """Both lists of requests are in order of arrival; those that are running want at least one token."""
 
-    forecast: Forecast | None
+    @property
+    def forecast(self) -> Forecast | None:
+        """What passes are predicted by, if they are."""
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Order:
         """The claims for the next pass."""
@@ -72,14 +89,10 @@ class ByArrival:
 class ByPromise(ByArrival):
     """As many requests on time as can be; the others when there is time.
 
-    1. streams whose token is due before the end of the pass after this one
-    2. prompts that can be on time, by when they are due
-    3. streams, then prompts, that were promised nothing, oldest first
-    4. streams that are ahead of their time, by when they are due
-    5. streams, then prompts, that are late or will be, oldest first
-
-    Which prompts can be on time is decided by the rule of Moore and Hodgson (Management Science, 1968), which leaves as
-    few late as possible: in the order of their due times, and whenever one would be late the longest is given up.
+    Urgent are streams whose token is due before the end of the pass after this one. Then come those of each `Rank`, by
+    when they are due or, where nothing is, oldest first. Which prompts can be on time is decided by the rule of Moore
+    and Hodgson (Management Science, 1968), which leaves as few late as possible: in the order of their due times, and
+    whenever one would be late the longest is given up.
     """
 
     def __init__(self, forecast: Forecast, *, budget: int) -> None:
@@ -89,29 +102,26 @@ class ByPromise(ByArrival):
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Order:
         """See Rule."""
         streams, prompts = _divided(running)
-        prompts = [*prompts, *waiting]
+        prompts += waiting
         seconds = self._seconds(streams, prompts)
-        soon = now + 2 * seconds
-        urgent = [r for r in streams if r.due <= soon or r.num_passed_over >= PATIENCE]
+        urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
         hopeful = self._hopeful(prompts, streams, seconds, now)
+        spare = set(streams).difference(urgent)
 
         def rank(request: Request) -> tuple[int, float]:
-            is_prompt = request.num_wanted > 1 or request.status is RequestStatus.WAITING
             if request in hopeful:
-                return 2, request.due
-            if is_prompt:
-                return (5 if request.has_promise else 3) + is_prompt / 2, request.arrival
-            if request.due < math.inf:
-                return 4, request.due
-            return (5 if request.is_late else 3), request.arrival
+                return Rank.HOPEFUL, request.due
+            if request in spare:
+                if request.due < math.inf:
+                    return Rank.AHEAD, request.due
+                return (Rank.LATE_STREAM if request.is_late else Rank.STREAM), request.arrival
+            return (Rank.LATE_PROMPT if request.has_promise else Rank.PROMPT), request.arrival
 
-        others = sorted((r for r in (*streams, *prompts) if r not in urgent), key=rank)
-        oldest = running[0] if running else None
-        kept = SHARE_OF_THE_LATE if oldest is not None and oldest not in urgent and rank(oldest)[0] >= 5 else 0.0
-        for request in urgent:
-            if request.due > now:
-                seconds = min(seconds, request.due - now)
-        return Order(sorted(urgent, key=lambda r: (r.due, r.arrival)), others, seconds, kept)
+        others = sorted((*spare, *prompts), key=rank)
+        is_last = bool(running) and running[0] not in urgent and rank(running[0])[0] >= Rank.LATE_STREAM
+        coming = min((r.due for r in urgent if r.due > now), default=math.inf)
+        urgent.sort(key=lambda r: (r.due, r.arrival))
+        return Order(urgent, others, min(seconds, coming - now), SHARE_OF_THE_LATE if is_last else 0.0)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """Of those that are late, who has the least to lose; if nobody is, the newest. One that is late itself takes

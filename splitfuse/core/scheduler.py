@@ -113,6 +113,8 @@ class Scheduler:
             request.num_unread -= chunk.samples
             if not request.is_finished:
                 outputs.append(self._advance(request, chunk, result.results[chunk.request_id], now))
+        for chunk in plan.chunks:  # once it is known who has ended, and so who is the oldest
+            request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0:
                 self._settle(request)
         return outputs

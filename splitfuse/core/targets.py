@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
 from splitfuse.errors import InvalidRequestError
 
 
@@ -25,6 +26,16 @@ class Targets:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise InvalidRequestError(f"the target for {name} must be a positive number of seconds, not {value!r}")
+
+    @classmethod
+    def promised(cls, config: SchedulerConfig, num_prompt_tokens: int) -> Targets:
+        """What an engine promises to a request that brings no targets of its own."""
+        first = None
+        if config.ttft is not None:
+            first = parse_seconds("ttft", config.ttft.removesuffix(PER_TOKEN))
+            if config.ttft.endswith(PER_TOKEN):
+                first *= num_prompt_tokens
+        return cls(first, None if config.itl is None else parse_seconds("itl", config.itl))
 
     def due(self, *, arrived: float) -> float:
         """When the first token must be there; infinity without a promise."""

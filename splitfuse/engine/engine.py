@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.cost_model import CostModel
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import EngineLimits
+from splitfuse.core.order import ByPromise
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -23,7 +29,8 @@ Observer = Callable[[StepPlan, StepResult], None]
 class Engine:
     """Many requests answered together by one model. One thread.
 
-    `scheduler` is another class only where policies are compared (core/policies.py).
+    With a cost model it keeps promises. `scheduler` is another class only where policies are compared
+    (core/policies.py).
     """
 
     def __init__(
@@ -33,6 +40,7 @@ class Engine:
         *,
         observer: Observer | None = None,
         scheduler: type[Scheduler] = Scheduler,
+        cost: CostModel | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -42,7 +50,10 @@ class Engine:
         self.allocator = BlockAllocator(
             plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
-        self.scheduler = scheduler(config.scheduler, self.allocator)
+        budget = config.scheduler.max_num_batched_tokens
+        self.keeps_promises = cost is not None
+        rule = None if cost is None else ByPromise(Forecast(cost), budget=budget)
+        self.scheduler = scheduler(config.scheduler, self.allocator, rule)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -79,13 +90,20 @@ class Engine:
         *,
         choice: int = 0,
         cache_salt: str = "",
+        targets: Targets | None = None,
+        arrived: float | None = None,
     ) -> None:
         """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
-        call.
+        call. Left out, `targets` are those of the settings; they count from `arrived`, on the monotonic clock, or from
+        now.
 
         Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
         """
         self.check_request(prompt_token_ids, params)
+        if targets is None:
+            targets = Targets.promised(self.config.scheduler, len(prompt_token_ids))
+        elif targets != NO_TARGETS and not self.keeps_promises:
+            raise InvalidRequestError("this engine keeps no promises: give it ttft or itl", parameter="targets")
         self.scheduler.add(
             Request(
                 request_id,
@@ -96,6 +114,8 @@ class Engine:
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
                 cache_salt=cache_salt,
+                targets=targets,
+                arrived=time.monotonic() if arrived is None else arrived,
             )
         )
 
@@ -107,7 +127,7 @@ class Engine:
         """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
         to do.
         """
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return []
@@ -117,9 +137,11 @@ class Engine:
                 self.observer(plan, result)
         except BaseException as error:  # Ctrl-C too: what the pass left in the cache is unknown, so its requests end
             failed = ChunkResult(error=f"the forward pass was broken off: {error!r}")
-            self.scheduler.update(plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}))
+            self.scheduler.update(
+                plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}), time.monotonic()
+            )
             raise
-        return self.scheduler.update(plan, result)
+        return self.scheduler.update(plan, result, time.monotonic())
 
     def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
         """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""

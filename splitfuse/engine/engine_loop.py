@@ -40,6 +40,7 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             max_num_seqs=engine.config.scheduler.max_num_seqs,
+            keeps_promises=engine.keeps_promises,
             memory_plan=str(engine.model.plan),
         )
 
@@ -77,7 +78,9 @@ class EngineLoop:
                             command.prompt_token_ids,
                             command.params,
                             choice=command.choice,
-                            cache_salt=command.cache_salt,
+                            cache_salt=command.terms.cache_salt,
+                            targets=command.terms.targets,
+                            arrived=command.terms.arrived,
                         )
                     except InvalidRequestError as error:
                         outputs.append(

@@ -13,8 +13,23 @@ import msgspec
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import Targets
 
 # To the engine -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which a request is taken, beside what is computed for it."""
+
+    cache_salt: str = ""
+    targets: Targets | None = None
+    """None: what the engine promises to everybody."""
+    arrived: float | None = None
+    """When it came, on the machine's monotonic clock; None: when the engine gets it."""
+
+
+NO_TERMS = Terms()
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -25,7 +40,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     choice: int = 0
-    cache_salt: str = ""
+    terms: Terms = NO_TERMS
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -62,6 +77,7 @@ class EngineInfo:
     limits: EngineLimits
     max_num_batched_tokens: int
     max_num_seqs: int
+    keeps_promises: bool
     memory_plan: str
     """As it is printed; its first line says which kernels compute."""
 

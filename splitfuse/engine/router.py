@@ -48,7 +48,7 @@ class Router(EngineClient):
         return sum(replica.outstanding_tokens for replica in self.replicas if replica.state is EngineState.READY)
 
     def open(self, request: Add) -> Stream:
-        hashes = prefix_hashes(request.prompt_token_ids, request.cache_salt)
+        hashes = prefix_hashes(request.prompt_token_ids, request.terms.cache_salt)
         if request.params.prompt_logprobs is not None:  # it reads no prefix cache
             hashes = []
         index = choose_replica(

@@ -17,8 +17,10 @@ import msgspec
 from splitfuse.config import ServerConfig
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import NO_TARGETS
 from splitfuse.engine.async_engine import EngineState
-from splitfuse.errors import EngineDiedError, RequestFailedError
+from splitfuse.engine.messages import Terms
+from splitfuse.errors import EngineDiedError, InvalidRequestError, RequestFailedError
 from splitfuse.server.admission import Admission
 from splitfuse.server.answers import (
     Answer,
@@ -154,6 +156,11 @@ async def _generate(
     prompts: Sequence[tuple[Prompt, SamplingParams]],
     answer: Answer,
 ) -> None:
+    if request.targets not in (None, NO_TARGETS) and not server.service.client.info.keeps_promises:
+        raise InvalidRequestError(
+            "this server keeps no promises: start it with --ttft or --itl, or leave splitfuse_targets out",
+            parameter="splitfuse_targets",
+        )
     num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
     with server.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
         exchange.admitted = True
@@ -161,7 +168,8 @@ async def _generate(
         is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
         made = server.service.off_loop if is_large else _at_once
         each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
-        pieces = server.service.run(exchange.generations, cache_salt=exchange.cache_salt, each_token=each_token)
+        terms = Terms(exchange.cache_salt, request.targets, exchange.arrival)
+        pieces = server.service.run(exchange.generations, terms=terms, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
+from splitfuse.core.targets import Targets
 from splitfuse.errors import InvalidRequestError, did_you_mean
 from splitfuse.server.errors import RefusedError
 
@@ -36,6 +37,15 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     """`include_usage`: a last event with the numbers of tokens."""
 
     include_usage: bool | None = None
+
+
+class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """What a request wants to be promised instead of what everybody is: seconds, null for none."""
+
+    ttft: Annotated[float, Meta(gt=0, le=MAX_DEADLINE, description="To the first token, from its arrival")] | None = (
+        None
+    )
+    itl: Annotated[float, Meta(gt=0, le=MAX_DEADLINE, description="From each token to the next")] | None = None
 
 
 class _Generate(_Request, kw_only=True, frozen=True):
@@ -66,6 +76,14 @@ class _Generate(_Request, kw_only=True, frozen=True):
         ]
         | None
     ) = None
+
+    splitfuse_targets: TargetSeconds | None = None
+
+    @property
+    def targets(self) -> Targets | None:
+        """What it asks to be promised; None: what everybody is."""
+        asked = self.splitfuse_targets
+        return None if asked is None else Targets(asked.ttft, asked.itl)
 
     @property
     def include_usage(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.async_engine import EngineClient
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import NO_TERMS, Add, Terms
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat import ChatTemplate
 from splitfuse.text.generate import Generation, Message, Prompt
@@ -126,7 +126,7 @@ class TextService:
         self.client.info.limits.check(prompt.token_ids, params)
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str, cache_salt: str = ""
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str, terms: Terms = NO_TERMS
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
         """Each of the `params.n` choices with its new text, as it comes, and a last time when it ends, perhaps without.
 
@@ -134,7 +134,7 @@ class TextService:
         `request_id` must be unique. Iterating raises InvalidRequestError, EngineDiedError; a request that failed alone
         has the finish_reason ERROR and says why.
         """
-        return self.run(self.begin([(prompt, params)], request_id=request_id), cache_salt=cache_salt)
+        return self.run(self.begin([(prompt, params)], request_id=request_id), terms=terms)
 
     def begin(self, requests: Sequence[tuple[Prompt, SamplingParams]], *, request_id: str) -> list[ServedGeneration]:
         """The generations of several prompts and all their choices, for `run`. Nothing is computed yet."""
@@ -147,20 +147,18 @@ class TextService:
         ]
 
     def run(
-        self, generations: Sequence[ServedGeneration], *, cache_salt: str = "", each_token: bool = False
+        self, generations: Sequence[ServedGeneration], *, terms: Terms = NO_TERMS, each_token: bool = False
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
         """As `generate`, for generations that `begin` has made. With `each_token` they come when they have a new token,
         with or without new text.
         """
-        choices = [self._choice(generation, cache_salt, each_token=each_token) for generation in generations]
+        choices = [self._choice(generation, terms, each_token=each_token) for generation in generations]
         return choices[0] if len(choices) == 1 else merged(choices)
 
     async def _choice(
-        self, generation: ServedGeneration, cache_salt: str, *, each_token: bool
+        self, generation: ServedGeneration, terms: Terms, *, each_token: bool
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
-        request = Add(
-            generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, cache_salt
-        )
+        request = Add(generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, terms)
         try:
             async with self.client.open(request) as stream:
                 async for output in stream:

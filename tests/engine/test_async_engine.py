@@ -20,6 +20,7 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import Targets
 from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.engine_process import EngineProcess
@@ -31,6 +32,7 @@ from splitfuse.engine.messages import (
     Finish,
     Passed,
     Stop,
+    Terms,
     decode_command,
     decode_report,
     encode,
@@ -402,7 +404,11 @@ def test_cores_are_divided_into_runs_of_neighbours() -> None:
 
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(max_tokens=3, stop=("a", "\ud7ff"), logit_bias={5: -1.5}, seed=2**64 - 1)
-    for command in (Add("x", (1, 2), params, 1, "salt"), Finish("x", FinishReason.STOP, 4), Stop()):
+    for command in (
+        Add("x", (1, 2), params, 1, Terms("salt", Targets(1.0, 0.25), 3.5)),
+        Finish("x", FinishReason.STOP, 4),
+        Stop(),
+    ):
         assert decode_command(encode(command)) == command
     for report in (
         Passed((RequestOutput("x", (1,), finish_reason=FinishReason.LENGTH),), EngineStats(num_steps=3)),
