@@ -93,13 +93,14 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
     assert torch.equal(layer.down, tensors[f"{prefix}mlp.down_proj.weight"])
 
 
-def test_linear_weights_pass_through_pack_and_others_do_not(folder: Path) -> None:
+def test_weights_are_packed_for_their_role(folder: Path) -> None:
     weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, kernels=Packing()).weights
     layer = weights.layers[0]
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
     assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
     assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
-    assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
+    assert weights.embed == ("plain", [(tiny_models.VOCAB_SIZE, 48)])
+    assert weights.norm == layer.attn_norm == layer.mlp_norm == ("plain", [(48,)])
 
 
 def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
