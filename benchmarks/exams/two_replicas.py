@@ -3,7 +3,7 @@
     python -m benchmarks.exams.two_replicas [--model FOLDER] [--streams N] [--prompt N] [--generate N] [--turns N] [...]
 
 The streams are read by this process, which like the front shares the cores with the engines. Other flags are those of
-`serve`, as --name=value. Memory is that of the engines' processes, once all is done: anonymous, and with what they share
+`serve`, as --name=value. Memory is that of the engines, once all is done: anonymous, and with what they share
 divided among them (PSS).
 """
 
