@@ -60,6 +60,8 @@ class Packing(Kernels):
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
         assert dtype == torch.float32
+        if role == "plain":
+            return super().pack(pieces, role=role, dtype=dtype)
         return role, [tuple(piece.shape) for piece in pieces]
 
 
@@ -99,8 +101,7 @@ def test_weights_are_packed_for_their_role(folder: Path) -> None:
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
     assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
     assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
-    assert weights.embed == ("plain", [(tiny_models.VOCAB_SIZE, 48)])
-    assert weights.norm == layer.attn_norm == layer.mlp_norm == ("plain", [(48,)])
+    assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
 
 
 def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
