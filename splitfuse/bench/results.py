@@ -56,6 +56,10 @@ class Results:
     """The settings of the load, by name."""
     points: tuple[Point, ...]
     simulated: bool = False
+    replicas: int = 1
+    """Engines that shared the load, each with a whole model."""
+    tensor_parallel_size: int = 1
+    """Devices that shared each engine's model."""
     about: dict[str, Any] = field(default_factory=dict)
     """The command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat it."""
 

@@ -1,6 +1,7 @@
 """The command line: which commands there are. Their flags are generated from the configurations' fields.
 
-`generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py.
+`generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py,
+`bench run` and `bench report` in bench.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 import splitfuse
+from splitfuse.cli.bench import bench
 from splitfuse.cli.chat import chat
 from splitfuse.cli.flags import SAMPLING_HELP
 from splitfuse.cli.generate import generate, plan_memory
@@ -29,6 +31,7 @@ app.command()(serve)
 app.command()(ps)
 app.command()(stop)
 app.command("plan-memory")(plan_memory)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

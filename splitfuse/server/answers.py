@@ -68,6 +68,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: EndedBy | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -224,6 +225,7 @@ class CompletionAnswer(Answer):
         self._echo = bool(request.echo)
         self._logprobs = request.logprobs
         self._hides_output = request.max_tokens == 0
+        self._returns_ids = bool(request.return_token_ids)
         self._prompts = prompts
         self._echoed: dict[ServedGeneration, str] = {}
 
@@ -235,7 +237,7 @@ class CompletionAnswer(Answer):
     def events(self, generation: ServedGeneration, text: str) -> Iterator[Completion]:
         """See Answer."""
         choice = self._choice(generation, text)
-        if choice.text or choice.finish_reason:
+        if choice.text or choice.finish_reason or choice.token_ids:
             yield self._make([choice], self._usage_of_events, None)
 
     def last_event(self, usage: Usage | None, timing: Timing | None) -> Completion:
@@ -270,7 +272,10 @@ class CompletionAnswer(Answer):
             for number, offset in zip(told, generation.offsets(told.start, told.stop), strict=True):
                 entries.add(start + offset, generation.logprobs[number])
         logprobs = None if self._logprobs is None else entries.logprobs()
-        return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation))
+        ids: list[int] | UnsetType = UNSET
+        if self._returns_ids:
+            ids = [] if self._hides_output else generation.take_ids()
+        return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation), ids)
 
     def _prompt_text(self, generation: ServedGeneration) -> str:
         prompt = self._prompts[generation.index]

@@ -160,7 +160,8 @@ async def _generate(
         exchange.generations = server.service.begin(prompts, request_id=exchange.unique_id)
         is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
         made = server.service.off_loop if is_large else _at_once
-        pieces = server.service.run(exchange.generations, cache_salt=exchange.cache_salt)
+        each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
+        pieces = server.service.run(exchange.generations, cache_salt=exchange.cache_salt, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):

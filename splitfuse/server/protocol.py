@@ -113,6 +113,7 @@ class CompletionRequest(_Generate, kw_only=True, frozen=True):
     ) = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    return_token_ids: Annotated[bool, Meta(description="Adds the ids of an answer's tokens to it")] | None = None
     best_of: Any = None
     suffix: Any = None
 

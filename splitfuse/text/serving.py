@@ -45,6 +45,7 @@ class ServedGeneration(Generation):
         """Of its prompt, in a call with several."""
         self.num_passes = 0
         self.first_pass: float | None = None  # on the clock of `timings`
+        self._num_ids_taken = 0
 
     def push(self, output: RequestOutput) -> None:
         """As Generation.push: an output is a pass that computed a part of the request."""
@@ -57,6 +58,13 @@ class ServedGeneration(Generation):
         if self.finish_reason is not None:
             return len(self.token_ids)
         return min(self._detokenizer.num_tokens(len(self.text)), len(self.token_ids))
+
+    def take_ids(self) -> list[int]:
+        """The tokens that have become part of the answer, whatever comes, since the last call; the text of the last
+        ones may still be held back.
+        """
+        start, self._num_ids_taken = self._num_ids_taken, self.num_released if self.params.stop else len(self.token_ids)
+        return self.token_ids[start : self._num_ids_taken]
 
     def offsets(self, start: int, end: int) -> list[int]:
         """For tokens `start` to `end` - 1, the number of characters of the answer before each."""
@@ -138,14 +146,16 @@ class TextService:
         ]
 
     def run(
-        self, generations: Sequence[ServedGeneration], *, cache_salt: str = ""
+        self, generations: Sequence[ServedGeneration], *, cache_salt: str = "", each_token: bool = False
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
-        """As `generate`, for generations that `begin` has made."""
-        choices = [self._choice(generation, cache_salt) for generation in generations]
+        """As `generate`, for generations that `begin` has made. With `each_token` they come when they have a new token,
+        with or without new text.
+        """
+        choices = [self._choice(generation, cache_salt, each_token=each_token) for generation in generations]
         return choices[0] if len(choices) == 1 else merged(choices)
 
     async def _choice(
-        self, generation: ServedGeneration, cache_salt: str
+        self, generation: ServedGeneration, cache_salt: str, *, each_token: bool
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
         request = Add(
             generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, cache_salt
@@ -159,7 +169,7 @@ class TextService:
                     has_ended = generation.finish_reason is not None
                     if has_ended and output.finish_reason is None:  # a stop string: only we can see it
                         stream.stop(len(generation.token_ids))
-                    if has_ended or len(generation.text) > length:
+                    if has_ended or len(generation.text) > length or (each_token and output.token_ids):
                         yield generation, generation.take()
                     if has_ended:
                         return

@@ -460,3 +460,40 @@ def test_browsers_of_other_origins_are_let_in_only_if_they_are_named() -> None:
         answer = http.post(COMPLETIONS, json=SHORT, headers={"origin": "https://page.example"})
         assert (answer.status_code, answer.headers[allowed]) == (401, "https://page.example")
         assert allowed not in http.get("/health", headers={"origin": "https://other.example"}).headers
+
+
+# Token ids -----------------------------------------------------------------------------------------------------------
+
+
+def test_token_ids_come_one_by_one_and_are_those_of_the_answer(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+    (expected,) = pipe(PROMPT, max_new_tokens=12, ignore_eos=True)
+    body = {**SHORT, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+    (whole,) = http.post(COMPLETIONS, json=body).json()["choices"]
+    assert tuple(whole["token_ids"]) == tuple(expected.token_ids)
+    events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))[:-1]
+    pieces = [choice["token_ids"] for event in events for choice in event["choices"]]
+    assert [token for piece in pieces for token in piece] == whole["token_ids"]
+    assert all(len(piece) == 1 for piece in pieces[:-1])
+    assert "token_ids" not in http.post(COMPLETIONS, json=SHORT).json()["choices"][0]
+    assert http.post(COMPLETIONS, json={**body, "max_tokens": 0}).json()["choices"][0]["token_ids"] == []
+
+
+def test_a_token_whose_text_is_held_back_has_an_event(http: httpx.Client) -> None:
+    bee = http.post("/tokenize", json={"prompt": "\U0001f41d", "add_special_tokens": False}).json()["tokens"]
+    assert len(bee) > 1  # no single token is a whole character
+    bias = {str(token): 100 for token in bee[:1]}  # the first byte of one, again and again
+    body = {**SHORT, "logit_bias": bias, "stream": True, "return_token_ids": True, "max_tokens": 3}
+    events = events_of(http.post(COMPLETIONS, json=body))[:-1]
+    told = [(choice["text"], choice["token_ids"]) for event in events for choice in event["choices"]]
+    assert [ids for _, ids in told] == [bee[:1]] * 3
+    assert told[0][0] == ""
+
+
+def test_token_ids_end_where_a_stop_string_begins(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+    (long,) = pipe(PROMPT, max_new_tokens=30, ignore_eos=True)
+    stop = long.generated_text[10:14]
+    body = {**SHORT, "max_tokens": 30, "ignore_eos": True, "stop": stop, "return_token_ids": True}
+    (whole,) = http.post(COMPLETIONS, json=body).json()["choices"]
+    assert 0 < len(whole["token_ids"]) < 30 and whole["finish_reason"] == "stop"
+    events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))[:-1]
+    assert [token for e in events for choice in e["choices"] for token in choice["token_ids"]] == whole["token_ids"]

@@ -1,0 +1,318 @@
+"""An endpoint of OpenAI's API as a target: asked what it takes, then driven by streams of /v1/completions.
+
+Decides how tokens are counted: from ids, or from the server's own count, never from text. Bytes are http_stream.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from splitfuse.bench.http_stream import Address, get, post_stream
+from splitfuse.bench.machine import resident_bytes
+from splitfuse.bench.target import Answer, Target
+from splitfuse.bench.workload import WORDS, LoadRequest, TokenIds, Vocabulary, Words
+from splitfuse.errors import ConfigError, InvalidRequestError, RequestFailedError, ServerError
+
+MODEST_VOCABULARY = 1000
+"""Token ids that any model has: what random prompts are made of if nobody says how many there are."""
+PROBE_TOKENS = 8
+PROBE_WORDS = 64
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Timings(msgspec.Struct):
+    """llama.cpp's."""
+
+    predicted_n: int | None = None
+    prompt_n: int | None = None
+    cache_n: int | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class _Event(msgspec.Struct):
+    """What matters of an event of a stream."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    timings: _Timings | None = None
+    error: Any = None
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+@dataclass
+class _Reading:
+    """A stream as it is read. `told` says how it tells of its tokens."""
+
+    sent: float
+    event_times: list[float] = field(default_factory=list)
+    """Of events with a piece of the answer."""
+    token_ids: list[int] = field(default_factory=list)
+    counts: list[tuple[float, int]] = field(default_factory=list)
+    """When the server had generated how many, as far as it said so."""
+    texts: list[str] = field(default_factory=list)
+    usage: _Usage | None = None
+    timings: _Timings | None = None
+    id_times: list[float] = field(default_factory=list)
+    error: str | None = None
+
+    def take(self, data: bytes, now: float) -> None:
+        """One event."""
+        event = _decode_event(data)
+        if event.error is not None:
+            self.error = error_text(event.error)
+        self.usage = event.usage or self.usage
+        self.timings = event.timings or self.timings
+        has_piece = False
+        for choice in event.choices:
+            if choice.token_ids:
+                self.token_ids += choice.token_ids
+                self.id_times += [now] * len(choice.token_ids)
+            if choice.text:
+                self.texts.append(choice.text)
+            has_piece |= bool(choice.text or choice.token_ids or choice.finish_reason)
+        if has_piece:
+            self.event_times.append(now)
+        count = None if event.usage is None else event.usage.completion_tokens
+        if count is None and event.timings is not None:
+            count = event.timings.predicted_n
+        if count is not None:
+            self.counts.append((now, count))
+
+    def token_times(self, told: str) -> list[float]:
+        """When each token came."""
+        if told == "token_ids":
+            return self.id_times
+        if told == "usage at the end":
+            total = self.counts[-1][1] if self.counts else 0
+            return spread(total, self.event_times)
+        times: list[float] = []
+        for now, count in self.counts:
+            times += [now] * (count - len(times))
+        return times
+
+
+def spread(num_tokens: int, event_times: list[float]) -> list[float]:
+    """Times for tokens of which only the number is known: each event with a piece of the answer brought equally many.
+    The first token came with the first event, the last with the last.
+    """
+    if not event_times or num_tokens < 1:
+        return []
+    if num_tokens == 1:
+        return event_times[:1]
+    return [event_times[j * (len(event_times) - 1) // (num_tokens - 1)] for j in range(num_tokens)]
+
+
+def error_text(error: Any) -> str:
+    """What an error says, in whatever shape it comes."""
+    if isinstance(error, Mapping):
+        return str(error.get("message") or error.get("detail") or error)
+    return str(error)
+
+
+class Endpoint(Target):
+    """A server at a URL: with a path (`http://host:8000/v3`), that is where the routes are; without, `/v1`.
+
+    `timeout`: seconds for a whole answer. `pid`: of the server's process, if its memory is wanted.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        ignore_eos: bool = True,
+        vocab_size: int | None = None,
+        timeout: float = 600.0,
+        pid: int | None = None,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/")
+        self._address = Address.of(parts, api_key)
+        self._base = parts.path.rstrip("/") or "/v1"
+        self._model, self._ignore_eos, self._vocab_size = model, ignore_eos, vocab_size
+        self._timeout, self._pid = timeout, pid
+        self._extra: dict[str, Any] = {}  # parameters that the server honours
+        self._told = ""
+        self.vocabulary: Vocabulary = TokenIds(vocab_size or MODEST_VOCABULARY)
+        self.about = {}
+
+    async def start(self) -> None:
+        described = await self._describe()
+        takes_ids = await self._probe()
+        if not takes_ids:
+            await self._measure_words()
+        self.about = {
+            "url": self.url,
+            "model": self._model,
+            "room": described.get("room"),
+            "prompts": f"token ids below {self.vocabulary.size}" if isinstance(self.vocabulary, TokenIds) else "text",
+            "token_times": self._told,
+            "ignores_eos": "ignore_eos" in self._extra,
+            "parameters": dict(self._extra),
+        }
+
+    async def _describe(self) -> dict[str, Any]:
+        """Which model it is, and what the server says of its sizes."""
+        status, body = await get(self._address, f"{self._base}/models", timeout=self._timeout)
+        if status in (401, 403):
+            raise ServerError(f"{self.url} wants a key: give --api-key, or set SPLITFUSE_API_KEY")
+        try:
+            models = msgspec.json.decode(body)["data"]
+            names = [str(model["id"]) for model in models]
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            raise ServerError(
+                f"{self._base}/models at {self.url} gives no list of models (status {status}): is it a server of "
+                "OpenAI's API?"
+            ) from None
+        if not names:
+            raise ServerError(f"{self.url} has no model")
+        if self._model is None:
+            self._model = names[0]
+        elif self._model not in names:
+            raise ServerError(f"{self.url} has no model {self._model!r}; it has {', '.join(names)}")
+        entry = models[names.index(self._model)]
+        meta = entry.get("meta") or {}  # llama.cpp's
+        room = entry.get("max_model_len")
+        if room is None and meta:
+            room = await self._slot_length()
+        if room:
+            self.room = int(room)
+        if self._vocab_size is None and meta.get("n_vocab"):
+            self.vocabulary = TokenIds(int(meta["n_vocab"]))
+        return {"room": room}
+
+    async def _slot_length(self) -> int | None:
+        """llama.cpp divides its context among slots."""
+        status, body = await get(self._address, "/props", timeout=self._timeout)
+        try:
+            return int(msgspec.json.decode(body)["default_generation_settings"]["n_ctx"]) if status == 200 else None
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            return None
+
+    async def _probe(self) -> bool:
+        """Find out by asking: which parameters it takes, how it tells of tokens; whether it takes ids."""
+        usage = {"stream_options": {"include_usage": True}}
+        ids: Any = list(range(PROBE_TOKENS, 2 * PROBE_TOKENS))
+        refusals = []
+        for prompt, extra in ((ids, usage), (ids, {}), ("one two three", usage), ("one two three", {})):
+            try:
+                await self._stream(prompt, PROBE_TOKENS, extra)
+            except InvalidRequestError as refusal:
+                refusals.append(str(refusal))
+                continue
+            self._extra = dict(extra)
+            break
+        else:
+            raise ServerError(f"{self.url} refuses the simplest streams of completions: {refusals[0]}")
+        if self._ignore_eos:
+            await self._try(prompt, {"ignore_eos": True}, lambda reading: not reading.error)
+        continuous = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        for told, parameters in (
+            ("token_ids", {"return_token_ids": True}),
+            ("usage with each event", continuous),
+            ("timings with each event", {"timings_per_token": True}),
+        ):
+            if await self._try(prompt, parameters, lambda reading, told=told: self._tells(reading, told)):
+                self._told = told
+                return not isinstance(prompt, str)
+        reading = await self._stream(prompt, PROBE_TOKENS, self._extra)
+        if not reading.counts:
+            raise ServerError(f"{self.url} tells nowhere how many tokens it generates: neither ids nor usage")
+        self._told = "usage at the end"
+        return not isinstance(prompt, str)
+
+    @staticmethod
+    def _tells(reading: _Reading, told: str) -> bool:
+        """Whether the probe's tokens were told of one by one, or nearly."""
+        if told == "token_ids":
+            return bool(reading.token_ids)
+        return len({time for time, _ in reading.counts}) > 1 or (len(reading.counts) > 1 and reading.counts[0][1] == 1)
+
+    async def _try(self, prompt: Any, parameters: dict[str, Any], works: Any) -> bool:
+        """Keep the parameters if the server takes them and they do something."""
+        extra = {**self._extra, **parameters}
+        try:
+            reading = await self._stream(prompt, PROBE_TOKENS, extra)
+        except InvalidRequestError:
+            return False
+        if works(reading):
+            self._extra = extra
+            return True
+        return False
+
+    async def _measure_words(self) -> None:
+        """How many tokens the server makes of a word."""
+        reading = await self._stream(" ".join(WORDS[:PROBE_WORDS]), 1, self._extra)
+        tokens = reading.usage.prompt_tokens if reading.usage else None
+        self.vocabulary = Words(tokens / PROBE_WORDS if tokens else 1.0)
+
+    async def ask(self, request: LoadRequest) -> Answer:
+        length = 0 if isinstance(request.prompt, str) else len(request.prompt)
+        try:
+            reading = await self._stream(request.prompt, request.max_tokens, self._extra)
+        except (InvalidRequestError, RequestFailedError) as error:
+            return Answer(length, error=str(error))
+        if reading.usage is not None and reading.usage.prompt_tokens:
+            length = reading.usage.prompt_tokens
+        elif reading.timings is not None and reading.timings.prompt_n:
+            length = reading.timings.prompt_n + (reading.timings.cache_n or 0)
+        times = reading.token_times(self._told)
+        fault = reading.error
+        if fault is None and "ignore_eos" in self._extra and len(times) != request.max_tokens:
+            fault = f"{len(times)} tokens came, not {request.max_tokens}"
+        tokens = "".join(reading.texts) if isinstance(request.prompt, str) else tuple(reading.token_ids)
+        return Answer(length, tuple(times), tokens, fault)
+
+    async def _stream(self, prompt: Any, max_tokens: int, extra: Mapping[str, Any]) -> _Reading:
+        """One request to its end. Raises InvalidRequestError with what the server says if it refuses."""
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            **extra,
+        }
+        reading = _Reading(time.monotonic())
+        status, refusal = await post_stream(
+            self._address, f"{self._base}/completions", msgspec.json.encode(body), reading.take, timeout=self._timeout
+        )
+        if status != 200:
+            raise InvalidRequestError(f"status {status}: {_refusal(refusal)}")
+        return reading
+
+    async def close(self) -> None:
+        """Every request had a connection of its own: there is nothing to let go of."""
+
+    def resident_bytes(self) -> int | None:
+        return None if self._pid is None else resident_bytes(self._pid)
+
+
+def _refusal(body: bytes) -> str:
+    try:
+        said = msgspec.json.decode(body)
+    except msgspec.MsgspecError:
+        return body[:300].decode("utf-8", "replace")
+    if isinstance(said, Mapping):
+        said = said.get("error", said)
+    return error_text(said)[:300]

@@ -1,0 +1,170 @@
+"""HTTP/1.1 as lean as a load generator needs it, which shares the cores with what it measures: a connection for each
+request, streams of events as they come. Knows nothing of what is in an event.
+
+One event costs a fraction of what a client library takes for it (docs/bench.md has the figures).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import SplitResult
+
+from splitfuse.errors import RequestFailedError, ServerError
+
+CONNECT_SECONDS = 10.0
+_HEAD_LIMIT = 2**20
+_PIECE = 2**16
+
+TakeEvent = Callable[[bytes, float], None]
+"""Gets the data of an event, and when it came."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and what opens it."""
+
+    host: str
+    port: int
+    authority: str
+    tls: ssl.SSLContext | None
+    api_key: str | None
+
+    @classmethod
+    def of(cls, parts: SplitResult, api_key: str | None = None) -> Address:
+        """From a URL's parts."""
+        secure = parts.scheme == "https"
+        assert parts.hostname is not None
+        port = parts.port or (443 if secure else 80)
+        authority = parts.netloc.rpartition("@")[2]
+        return cls(parts.hostname, port, authority, ssl.create_default_context() if secure else None, api_key)
+
+    def head(self, method: str, path: str, length: int) -> bytes:
+        """A request's first lines."""
+        key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        return (
+            f"{method} {path} HTTP/1.1\r\nhost: {self.authority}\r\nconnection: close\r\n{key}"
+            f"content-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+        ).encode("ascii")
+
+
+async def get(address: Address, path: str, *, timeout: float) -> tuple[int, bytes]:
+    """Status and body. Raises ServerError if nobody answers, RequestFailedError if the answer breaks off."""
+    async with _exchange(address, address.head("GET", path, 0), timeout) as (status, pieces):
+        return status, b"".join([piece async for piece in pieces])
+
+
+async def post_stream(
+    address: Address, path: str, body: bytes, take: TakeEvent, *, timeout: float
+) -> tuple[int, bytes]:
+    """Post JSON, and hand over each event of the stream that comes until `[DONE]`. The status, and the body if that is
+    no 200. Raises ServerError if nobody answers, RequestFailedError if the stream breaks off.
+    """
+    async with _exchange(address, address.head("POST", path, len(body)) + body, timeout) as (status, pieces):
+        if status != 200:
+            return status, b"".join([piece async for piece in pieces])
+        held = b""
+        async for piece in pieces:
+            now = time.monotonic()
+            *lines, held = (held + piece).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        return status, b""
+                    take(data, now)
+        return status, b""
+
+
+@asynccontextmanager
+async def _exchange(
+    address: Address, request: bytes, timeout: float
+) -> AsyncGenerator[tuple[int, AsyncGenerator[bytes, None]], None]:
+    """One request on a connection of its own: the status, and the body as it comes."""
+    where = f"{address.host}:{address.port}"
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            reader, writer = await asyncio.open_connection(
+                address.host, address.port, ssl=address.tls, limit=_HEAD_LIMIT
+            )
+    except (OSError, TimeoutError) as error:
+        raise ServerError(f"no server answers at {where}: {error or 'it takes no connection'}") from error
+    try:
+        async with asyncio.timeout(timeout):
+            writer.write(request)
+            status, headers = await _read_head(reader)
+            yield status, _body(reader, headers)
+    except TimeoutError as error:
+        raise RequestFailedError(f"no whole answer came from {where} within {timeout:g} s") from error
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError, ssl.SSLError) as error:
+        raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
+    finally:
+        writer.close()
+
+
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, bytes]]:
+    head = await reader.readuntil(b"\r\n\r\n")
+    first, *lines = head[:-4].split(b"\r\n")
+    words = first.split(b" ", 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        raise RequestFailedError(f"what answers speaks no HTTP/1.1: {first[:80]!r}")
+    fields = (line.partition(b":") for line in lines)
+    return int(words[1]), {name.strip().lower(): value.strip().lower() for name, _, value in fields}
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncGenerator[bytes, None]:
+    """The body in pieces: of its stated length, chunked, or until the connection ends."""
+    if headers.get(b"transfer-encoding") == b"chunked":
+        chunks = Chunks()
+        while not chunks.ended:
+            data = await reader.read(_PIECE)
+            if not data:
+                raise ConnectionError("it ended within an answer")
+            if piece := chunks.feed(data):
+                yield piece
+        return
+    left = int(headers[b"content-length"]) if b"content-length" in headers else None
+    while left is None or left > 0:
+        data = await reader.read(_PIECE if left is None else min(left, _PIECE))
+        if not data:
+            if left:
+                raise ConnectionError("it ended within an answer")
+            return
+        left = None if left is None else left - len(data)
+        yield data
+
+
+class Chunks:
+    """Takes the lengths out of a body in HTTP's chunks (RFC 9112, section 7.1), however the pieces are cut."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._held = b""
+        self._left = 0  # bytes of the chunk that has begun, its line end among them
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the body is in the next piece. Raises ConnectionError for what is no chunk."""
+        data, place, out = self._held + data, 0, []
+        while place < len(data) and not self.ended:
+            if self._left:
+                piece = data[place : place + self._left]
+                place += len(piece)
+                out.append(piece[: max(self._left - 2, 0)])
+                self._left -= len(piece)
+                continue
+            end = data.find(b"\r\n", place)
+            if end < 0:
+                break
+            try:
+                size = int(data[place:end].partition(b";")[0], 16)
+            except ValueError:
+                raise ConnectionError(f"{data[place:end][:40]!r} is no length of a chunk") from None
+            place = end + 2
+            self.ended = size == 0
+            self._left = size + 2
+        self._held = data[place:]
+        return b"".join(out)

@@ -1,0 +1,220 @@
+"""Loads: who asks when, and what of it counts. A closed loop of clients, or an open one of due times.
+
+Clients begin one after the other, and what they get until each has been answered once is not counted: a common start
+decides every tail. The load stays on until the last request that counts is done, so that those see the same company.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from splitfuse.bench.results import Point, RequestRecord
+from splitfuse.bench.target import Answer, Target
+from splitfuse.bench.workload import LoadRequest, Workload
+from splitfuse.errors import ConfigError, ServerError
+
+SPACING = 0.25
+"""Between the starts of two clients, as a share of what a request alone takes."""
+WARM_UP = 0.25
+"""Arrivals of an open loop before those that count, as a share of these."""
+PAUSE_AFTER_ERROR = 0.5  # seconds
+HOPELESS = 8  # failures without a single success
+
+OnProgress = Callable[[str, int], None]
+"""Gets what is being done, and how many requests that count are done."""
+
+
+class _Load:
+    """One point as it is driven."""
+
+    def __init__(self, target: Target, workload: Workload, stream: str, on_progress: OnProgress) -> None:
+        self.target, self.workload, self.stream, self.on_progress = target, workload, stream, on_progress
+        self.began = time.monotonic()
+        self.records: list[RequestRecord] = []
+        self.opened = self.closed = math.inf  # the window
+        self.counted = asyncio.Event()
+        """Set when the window is closed and all that was sent in it is done."""
+        self._next = 0
+        self._pending = self._num_done = self._num_failed = 0
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.began
+
+    def begin_session(self) -> LoadRequest:
+        """The first request of the next session."""
+        self._next += 1
+        return self.workload.first(self.stream, self._next - 1)
+
+    async def ask(self, client: int, request: LoadRequest, *, due: float | None = None) -> Answer:
+        """Send it now; its time begins now, or when it was due."""
+        sent = self.now if due is None else due
+        counts = self.opened <= sent < self.closed
+        self._pending += counts
+        answer = await self.target.ask(request)
+        times = tuple(token_time - self.began for token_time in answer.token_times)
+        self.records.append(RequestRecord(client, sent, answer.num_prompt_tokens, times, answer.error))
+        if answer.error is not None:
+            self._num_failed += 1
+            if self._num_failed == len(self.records) >= HOPELESS:
+                raise ServerError(f"all requests fail: {answer.error}")
+        if counts:
+            self._pending -= 1
+            self._num_done += 1
+            self.on_progress("counting", self._num_done)
+        self.check_end()
+        return answer
+
+    async def ask_session(self, client: int, *, due: float | None = None) -> None:
+        """All requests of the next session, one after the other, while the load is on."""
+        request: LoadRequest | None = self.begin_session()
+        while request is not None:
+            answer = await self.ask(client, request, due=due)
+            if answer.error is not None or self.counted.is_set():
+                return
+            request, due = self.workload.successor(request, answer.tokens), None
+
+    def check_end(self) -> None:
+        """Whether all that counts is done."""
+        if self.closed < math.inf and not self._pending:
+            self.counted.set()
+
+    def point(self, *, clients: int | None, rate: float | None, repetition: int) -> Point:
+        records = tuple(sorted(self.records, key=lambda record: record.sent))
+        return Point(clients, rate, (self.opened, self.closed), records, repetition)
+
+
+async def closed_loop(
+    target: Target,
+    workload: Workload,
+    *,
+    clients: int,
+    requests: int,
+    spacing: float | None = None,
+    repetition: int = 0,
+    on_progress: OnProgress = lambda *_: None,
+) -> Point:
+    """`clients` clients, each of which asks again as soon as it is answered, until `requests` requests have counted.
+
+    They start `spacing` seconds apart; left out, a quarter of what a request alone takes, which is tried first. Raises
+    ServerError if there is no server any more, or if all requests fail.
+    """
+    if clients < 1 or requests < 1:
+        raise ConfigError(f"clients and requests must be at least 1, not {clients} and {requests}")
+    load = _Load(target, workload, f"clients {clients} repetition {repetition}", on_progress)
+    on_progress("one request alone", 0)
+    alone = await load.ask(0, load.begin_session())
+    if alone.error is not None:
+        raise ServerError(f"the first request failed: {alone.error}")
+    space = SPACING * load.now if spacing is None else spacing
+    answered: set[int] = set()
+    num_sent = 0
+
+    async def run(client: int) -> None:
+        nonlocal num_sent
+        await asyncio.sleep(client * space)
+        request: LoadRequest | None = None
+        while not load.counted.is_set():
+            if request is None:
+                request = load.begin_session()
+            if len(answered) == clients:
+                num_sent += 1
+                if num_sent == 1:
+                    load.opened = load.now
+                elif num_sent == requests + 1:
+                    load.closed = load.now
+                    load.check_end()
+                    if load.counted.is_set():
+                        return
+            answer = await load.ask(client, request)
+            answered.add(client)
+            if len(answered) < clients:
+                on_progress(f"warming up, {len(answered)} of {clients} clients answered", 0)
+            request = workload.successor(request, answer.tokens) if answer.error is None else None
+            if answer.error is not None:
+                await asyncio.sleep(PAUSE_AFTER_ERROR)
+
+    await _all([run(client) for client in range(clients)])
+    return load.point(clients=clients, rate=None, repetition=repetition)
+
+
+async def open_loop(
+    target: Target,
+    workload: Workload,
+    *,
+    rate: float | None,
+    arrivals: Iterator[float],
+    requests: int | None,
+    repetition: int = 0,
+    on_progress: OnProgress = lambda *_: None,
+) -> Point:
+    """Sessions that come at the times of `arrivals`, in seconds from the beginning, whether or not others are answered.
+
+    A quarter of `requests` more come before those that count, and others after them until these are done. If the
+    arrivals end, all that came counts, until the last of it is done. Raises as `closed_loop` does.
+    """
+    if requests is not None and requests < 1:
+        raise ConfigError(f"requests must be at least 1, not {requests}")
+    name = f"rate {rate:g}" if rate is not None else "as it came"
+    load = _Load(target, workload, f"{name} repetition {repetition}", on_progress)
+    warm_up = 0 if requests is None else math.ceil(WARM_UP * requests)
+    sessions: list[asyncio.Task[None]] = []
+
+    async def arrive() -> None:
+        for number, due in enumerate(arrivals):
+            pause = due - load.now
+            if pause > 0:
+                await _either(load.counted.wait(), asyncio.sleep(pause))
+            if load.counted.is_set():
+                return
+            if number == warm_up:
+                load.opened = due
+            if requests is not None and number == warm_up + requests:
+                load.closed = due
+                load.check_end()
+            sessions.append(asyncio.create_task(load.ask_session(number, due=due)))
+            if number < warm_up:
+                on_progress(f"warming up, {number + 1} of {warm_up} have come", 0)
+
+    coming = asyncio.create_task(arrive())
+    try:
+        while not coming.done() or any(not session.done() for session in sessions):
+            running = [task for task in (coming, *sessions) if not task.done()]
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        await _cancel([coming, *sessions])
+    if load.closed == math.inf:
+        load.closed = load.now
+    if load.opened == math.inf:
+        raise ConfigError("the arrivals ended before any request counted: lower --requests")
+    return load.point(clients=None, rate=rate, repetition=repetition)
+
+
+async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it together; the first error ends the rest and is raised."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _either(*work: Coroutine[Any, Any, Any]) -> None:
+    """Until one of them is done."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

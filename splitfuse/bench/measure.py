@@ -1,0 +1,143 @@
+"""A measurement from its beginning to its end: start the target, drive each load as often as wanted, keep what came.
+
+All loads are driven once before any is driven again, so that what changes in the machine meanwhile shows in the spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from splitfuse.bench.load import OnProgress, closed_loop, open_loop
+from splitfuse.bench.results import Point, Results
+from splitfuse.bench.target import Target
+from splitfuse.bench.workload import Trace, Vocabulary, Workload, poisson
+from splitfuse.errors import ConfigError
+
+OPEN_REQUESTS = 100
+"""That count in an open loop if nobody says how many."""
+
+MakeWorkload = Callable[[Vocabulary, int], Workload]
+"""From what prompts are made of, and the tokens that the target has room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """Which loads, and how often. Without clients and rates: a trace as it came."""
+
+    clients: tuple[int, ...] = ()
+    rates: tuple[float, ...] = ()
+    requests: int | None = None
+    """That count at each; left out, 4 for each client and 32 more, as in the original's code, or 100 at a rate."""
+    repeat: int = 2
+    spacing: float | None = None
+    """Seconds between the starts of two clients; left out, a quarter of what a request alone takes."""
+
+    def __post_init__(self) -> None:
+        if self.clients and self.rates:
+            raise ConfigError("clients ask when they are answered, a rate does not heed answers: give one of the two")
+        if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rates):
+            raise ConfigError("clients must be whole numbers from 1, rates numbers above 0")
+        if self.repeat < 1 or (self.requests is not None and self.requests < 1):
+            raise ConfigError("repeat and requests must be at least 1")
+        if self.spacing is not None and not 0 <= self.spacing < float("inf"):
+            raise ConfigError(f"spacing must be a number of seconds from 0, not {self.spacing}")
+
+
+async def measure(
+    target: Target,
+    make_workload: MakeWorkload,
+    loads: Loads,
+    *,
+    system: str,
+    replicas: int = 1,
+    about: Mapping[str, Any],
+    on_start: Callable[[Target], None] = lambda _: None,
+    on_point: Callable[[Results], None] = lambda _: None,
+    progress: bool = False,
+) -> Results:
+    """Drive all loads. `on_start` sees the target when it has started, `on_point` all results so far after each point.
+
+    Raises what target, workload and loads raise; what came before is in the last call of `on_point`.
+    """
+    try:
+        await target.start()
+        on_start(target)
+        workload = make_workload(target.vocabulary, target.room)
+        about = {**target.about, **about}
+        _note_memory(about, "idle_resident_bytes", target)
+        results = Results(system, workload.settings, (), replicas=replicas, about=about)
+        for repetition in range(loads.repeat):
+            for clients in loads.clients:
+                requests = 4 * clients + 32 if loads.requests is None else loads.requests
+                with _bar(f"{clients} clients", repetition, loads.repeat, requests, shown=progress) as on_progress:
+                    point = await closed_loop(
+                        target,
+                        workload,
+                        clients=clients,
+                        requests=requests,
+                        spacing=loads.spacing,
+                        repetition=repetition,
+                        on_progress=on_progress,
+                    )
+                results = _with(results, point, target)
+                on_point(results)
+            for rate in loads.rates or ([] if loads.clients else [None]):
+                name = "as it came" if rate is None else f"{rate:g} a second"
+                requests = loads.requests or OPEN_REQUESTS
+                with _bar(name, repetition, loads.repeat, requests, shown=progress) as on_progress:
+                    point = await _open(target, workload, rate, requests, repetition, on_progress)
+                results = _with(results, point, target)
+                on_point(results)
+        return results
+    finally:
+        await target.close()
+
+
+async def _open(
+    target: Target, workload: Workload, rate: float | None, requests: int, repetition: int, on_progress: OnProgress
+) -> Point:
+    if rate is not None:
+        seed = int(workload.settings["seed"])
+        arrivals = poisson(rate, seed=seed, stream=f"rate {rate:g} repetition {repetition}")
+        wanted: int | None = requests
+    elif isinstance(workload, Trace):
+        arrivals, wanted = workload.arrivals(), None
+    else:
+        raise ConfigError("say when requests come: clients, a rate, or a trace with times")
+    return await open_loop(
+        target,
+        workload,
+        rate=rate,
+        arrivals=arrivals,
+        requests=wanted,
+        repetition=repetition,
+        on_progress=on_progress,
+    )
+
+
+def _with(results: Results, point: Point, target: Target) -> Results:
+    about = dict(results.about)
+    _note_memory(about, "resident_bytes", target)
+    return replace(results, points=(*results.points, point), about=about)
+
+
+def _note_memory(about: dict[str, Any], name: str, target: Target) -> None:
+    if (size := target.resident_bytes()) is not None:
+        about[name] = size
+
+
+@contextmanager
+def _bar(name: str, repetition: int, repeat: int, requests: int, *, shown: bool) -> Iterator[OnProgress]:
+    which = f", {repetition + 1} of {repeat}" if repeat > 1 else ""
+    with tqdm(total=requests, desc=name + which, unit="request", disable=not shown) as bar:
+
+        def on_progress(doing: str, num_done: int) -> None:
+            bar.set_postfix_str(doing, refresh=False)
+            bar.update(num_done - bar.n)
+
+        yield on_progress

@@ -1,0 +1,89 @@
+"""Results as the rows of a table: one for each load, its repetitions together. Decides which figures are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitfuse.bench import sla
+from splitfuse.bench.results import Point, Results
+
+LATENCY_PERCENTS = (50, 95)
+GAP_PERCENTS = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over repetitions."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(sla.mean(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        """`1.43 ±0.05`: the larger distance from the mean. Without repetition, nothing is known of it: `1.43`."""
+        if self.count < 2:
+            return f"{self.mean:.3g}"
+        return f"{self.mean:.3g} ±{max(self.high - self.mean, self.mean - self.low):.2g}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One load on one system. Percentiles are of all repetitions together, times are seconds."""
+
+    clients: int | None
+    rate: float | None
+    throughput: Spread
+    """Requests a second by the clock."""
+    token_throughput: Spread
+    littles_law: float | None
+    effective: dict[float, Spread]
+    """Requests a second that kept both promises, by tokens a second promised."""
+    latency: float
+    """Mean, from sending to the last token."""
+    first_token: dict[int, float]
+    gaps: dict[int, float]
+    num_counted: int
+    num_failed: int
+
+    @property
+    def load(self) -> str:
+        """`8`, of clients; `1.5/s`, of an open loop; `as it came`."""
+        if self.clients is not None:
+            return str(self.clients)
+        return "as it came" if self.rate is None else f"{self.rate:g}/s"
+
+
+def rows(results: Results, slas: Sequence[float] = sla.SLAS) -> list[Row]:
+    """In the order of clients or rates."""
+    loads: dict[tuple[float, float], list[Point]] = {}
+    for point in results.points:
+        loads.setdefault((point.clients or 0, point.rate or 0.0), []).append(point)
+    return [_row(points, slas) for _, points in sorted(loads.items())]
+
+
+def _row(points: list[Point], slas: Sequence[float]) -> Row:
+    records = [record for point in points for record in sla.answered(point)]
+    num_counted = sum(len(sla.counted(point)) for point in points)
+    first_tokens = [sla.first_token_seconds(record) for record in records]
+    gaps = [gap for record in records for gap in sla.gaps(record)]
+    laws = [law for point in points if (law := sla.littles_law(point)) is not None]
+    return Row(
+        clients=points[0].clients,
+        rate=points[0].rate,
+        throughput=Spread.of([sla.throughput(point) for point in points]),
+        token_throughput=Spread.of([sla.token_throughput(point) for point in points]),
+        littles_law=sla.mean(laws) if laws else None,
+        effective={each: Spread.of([sla.effective_throughput(point, each) for point in points]) for each in slas},
+        latency=sla.mean([record.done - record.sent for record in records]),
+        first_token={percent: sla.percentile(first_tokens, percent) for percent in LATENCY_PERCENTS},
+        gaps={percent: sla.percentile(gaps, percent) for percent in GAP_PERCENTS},
+        num_counted=num_counted,
+        num_failed=num_counted - len(records),
+    )
