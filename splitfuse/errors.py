@@ -2,6 +2,7 @@
 
     SplitfuseError
     ├── ConfigError                 a setting that cannot be honoured
+    ├── CostModelError              a cost model that cannot be fitted, read or found
     ├── InvalidRequestError         a request that cannot be honoured; `parameter` names what was wrong
     │   ├── PromptTooLongError      longer than the model can read
     │   └── RequestTooLargeError    could never fit the KV cache, however long it waited
@@ -37,6 +38,10 @@ class ConfigError(SplitfuseError):
     """A setting that cannot be honoured."""
 
     status = 400
+
+
+class CostModelError(SplitfuseError):
+    """Timings that no cost model can be fitted to, or a cost model that cannot be read or found."""
 
 
 class InvalidRequestError(SplitfuseError):

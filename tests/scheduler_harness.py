@@ -112,10 +112,11 @@ class Run:
         max_num_seqs: int = 64,
         depth: int = 1,
         prefix: bool = True,
+        policy: type[Scheduler] = Scheduler,
     ) -> Run:
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=prefix)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        return cls(Scheduler(config, allocator), allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
+        return cls(policy(config, allocator), allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -166,15 +167,25 @@ class Run:
         if plan is None:
             assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
             return None
-        assert 0 < plan.num_tokens <= self.budget
+        assert plan.num_tokens > 0
         chosen = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
         assert len(chosen) == len(plan.chunks) <= self.max_num_seqs
+        self.plans.append(plan)
+        if type(self.scheduler) is not Scheduler:
+            self._check_whole(plan)
+            return plan
+        assert plan.num_tokens <= self.budget
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
         if plan.num_tokens < self.budget and not self.in_flight:
             self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
-        self.plans.append(plan)
         return plan
+
+    def _check_whole(self, plan: StepPlan) -> None:
+        """The other policies never split a prompt; only one that is alone, beside generations, exceeds the budget."""
+        assert all(chunk.samples for chunk in plan.chunks), "a prompt was split"
+        prompts = [len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1]
+        assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
     def _explain_unfilled(self, sampling: set[str]) -> None:
         """A budget may stay unfilled only when no block is left or nobody can use more of it."""
@@ -193,7 +204,7 @@ class Workload:
 
     seed: int
 
-    def run(self, depth: int) -> Run:
+    def run(self, depth: int, *, policy: type[Scheduler] = Scheduler) -> Run:
         """Drive the workload to its end and compare every outcome with the reference."""
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -206,6 +217,7 @@ class Workload:
             max_num_seqs=rng.choice((1, 2, 3, 8)),
             depth=depth,
             prefix=rng.random() < 0.7,
+            policy=policy,
         )
         meddled: dict[str, int] = {}
         coming = deque(requests)

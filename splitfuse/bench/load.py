@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -33,7 +32,7 @@ class _Load:
 
     def __init__(self, target: Target, workload: Workload, stream: str, on_progress: OnProgress) -> None:
         self.target, self.workload, self.stream, self.on_progress = target, workload, stream, on_progress
-        self.began = time.monotonic()
+        self.began = asyncio.get_running_loop().time()
         self.records: list[RequestRecord] = []
         self.opened = self.closed = math.inf  # the window
         self.counted = asyncio.Event()
@@ -43,7 +42,7 @@ class _Load:
 
     @property
     def now(self) -> float:
-        return time.monotonic() - self.began
+        return asyncio.get_running_loop().time() - self.began
 
     def begin_session(self) -> LoadRequest:
         """The first request of the next session."""

@@ -29,7 +29,7 @@ def about_here() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in VERSIONS},
         "machine": {
-            "cpu": _cpu(),
+            "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(_memory_bytes() / 2**30, 1),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -53,7 +53,8 @@ def _git(*arguments: str) -> str:
     return ran.stdout.strip()
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -15,8 +15,10 @@ from typing import Any
 from splitfuse.bench.machine import resident_bytes
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
 from splitfuse.config import EngineConfig
+from splitfuse.core.policies import scheduler_class
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.async_engine import AsyncEngine, EngineClient
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, SplitfuseError
@@ -24,7 +26,7 @@ from splitfuse.errors import ConfigError, SplitfuseError
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request gave. Times are those of `time.monotonic`."""
+    """What one request gave. Times are those of the event loop: of `time.monotonic`, unless it is a virtual one."""
 
     num_prompt_tokens: int
     token_times: tuple[float, ...] = ()
@@ -65,11 +67,16 @@ class Target(ABC):
 class EngineTarget(Target):
     """Our engine: in a thread of this process, or with several replicas each in a process of its own.
 
-    `settings` are those of EngineConfig by name.
+    `settings` are those of EngineConfig by name; `policy` says how passes are composed (core/policies.py).
     """
 
-    def __init__(self, settings: Mapping[str, Any], *, replicas: int = 1, ignore_eos: bool = True) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], *, policy: str = "splitfuse", replicas: int = 1, ignore_eos: bool = True
+    ) -> None:
         EngineConfig.from_settings(settings)
+        self._policy, self._scheduler = policy, scheduler_class(policy)
+        if replicas > 1 and self._scheduler is not Scheduler:
+            raise ConfigError(f"the policy {policy} is for one engine in this process, not for {replicas} replicas")
         if replicas < 1:
             raise ConfigError(f"there must be at least one replica, not {replicas}")
         self._settings, self._replicas, self._ignore_eos = dict(settings), replicas, ignore_eos
@@ -89,6 +96,7 @@ class EngineTarget(Target):
             "startup_seconds": time.monotonic() - began,
             "model": info.model,
             "engine": self._settings,
+            "policy": self._policy,
             "memory_plan": info.memory_plan,
             "token_times": "the engine's outputs",
         }
@@ -100,7 +108,7 @@ class EngineTarget(Target):
             return make_replicas(self._settings, replicas=self._replicas)
         from splitfuse.engine.engine import Engine
 
-        return AsyncEngine(Engine.load(EngineConfig.from_settings(self._settings)))
+        return AsyncEngine(Engine.load(EngineConfig.from_settings(self._settings), scheduler=self._scheduler))
 
     async def ask(self, request: LoadRequest) -> Answer:
         assert self._client is not None

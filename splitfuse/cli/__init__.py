@@ -1,7 +1,7 @@
 """The command line: which commands there are. Their flags are generated from the configurations' fields.
 
 `generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py,
-`bench run` and `bench report` in bench.py.
+`bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from splitfuse.cli.chat import chat
 from splitfuse.cli.flags import SAMPLING_HELP
 from splitfuse.cli.generate import generate, plan_memory
 from splitfuse.cli.server import ps, serve, stop
+from splitfuse.cli.simulate import calibrate, simulate
 
 __all__ = ["SAMPLING_HELP", "main"]
 
@@ -32,6 +33,8 @@ app.command()(ps)
 app.command()(stop)
 app.command("plan-memory")(plan_memory)
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
+app.command()(simulate)
 
 
 def main() -> None:

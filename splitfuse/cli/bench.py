@@ -11,17 +11,22 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.cli.flags import ending_in_a_sentence, given, with_flags
+from splitfuse.cli.loads import (
+    CLIENTS,
+    SLAS,
+    check_writable,
+    numbers,
+    print_table,
+    promises,
+    save_results,
+    workload_maker,
+)
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.server.control import KEY_VARIABLES
 
 if TYPE_CHECKING:
-    from splitfuse.bench.measure import MakeWorkload
-    from splitfuse.bench.results import Results
     from splitfuse.bench.target import Target
-
-CLIENTS = "1,2,4,8,16,32"
-SLAS = "2,4,6"
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")
 
@@ -34,6 +39,9 @@ def run(
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="For --url.", envvar=KEY_VARIABLES["api_key"])] = None,
     replicas: Annotated[int, typer.Option(help="Engines here, a process each, which share the cores.")] = 1,
+    policy: Annotated[
+        str, typer.Option(help="How an engine here composes passes: splitfuse, prefill-first, orca or static.")
+    ] = "splitfuse",
     clients: Annotated[
         str | None, typer.Option(help=f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
     ] = None,
@@ -87,21 +95,30 @@ def run(
     if clients is None and rate is None and (trace is None or not _is_timed(trace)):
         clients = CLIENTS
     loads = Loads(
-        clients=_numbers("clients", clients, int),
-        rates=_numbers("rate", rate, float),
+        clients=numbers("clients", clients, int),
+        rates=numbers("rate", rate, float),
         requests=requests,
         repeat=repeat,
         spacing=spacing,
     )
-    slas = _slas(sla)
+    slas = promises(sla)
     notes = _notes(about or [])
-    make_workload = _workload(prompt, generate, deviation, turns, prefix, prefixes, trace, seed)
+    make_workload = workload_maker(
+        prompt=prompt,
+        generate=generate,
+        deviation=deviation,
+        turns=turns,
+        prefix=prefix,
+        prefixes=prefixes,
+        trace=trace,
+        seed=seed,
+    )
     keys = (api_key or "").split()
     target: Target
     if url is not None:
         from splitfuse.bench.endpoint import Endpoint
 
-        _refuse_engine_flags(flags, replicas)
+        _refuse_engine_flags(flags, replicas, policy)
         target = Endpoint(
             url,
             model=flags["model"],
@@ -117,23 +134,23 @@ def run(
         for name, value in (("vocab-size", vocab_size), ("pid", pid)):
             if value is not None:
                 raise ConfigError(f"--{name} is for --url: leave it out")
-        target = EngineTarget(given(flags), replicas=replicas, ignore_eos=ignore_eos)
+        target = EngineTarget(given(flags), policy=policy, replicas=replicas, ignore_eos=ignore_eos)
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     results = asyncio.run(
         measure(
             target,
             make_workload,
             loads,
-            system=label or _default_label(url, flags),
+            system=label or _default_label(url, flags, policy),
             replicas=replicas,
             about={**about_here(), **notes},
             on_start=_tell_target,
-            on_point=lambda results: None if out is None else _save(results, out),
+            on_point=lambda results: None if out is None else save_results(results, out),
             progress=not quiet and sys.stderr.isatty(),
         )
     )
-    _print_table(results, slas)
+    print_table(results, slas)
     if out is not None:
         print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
 
@@ -150,49 +167,10 @@ def report(
     from splitfuse.bench.report import write_report
     from splitfuse.bench.results import load
 
-    slas = _slas(sla)
-    _check_writable(out)
+    slas = promises(sla)
+    check_writable(out)
     write_report([load(file) for file in files], out, slas=slas, title=title)
     print(out)
-
-
-def _workload(
-    prompt: float,
-    generate: float,
-    deviation: float,
-    turns: int | None,
-    prefix: int | None,
-    prefixes: int,
-    trace: Path | None,
-    seed: int,
-) -> MakeWorkload:
-    """What the flags ask for, once the target is known. Raises ConfigError for flags that do not go together."""
-    from splitfuse.bench.workload import (
-        Chat,
-        Independent,
-        Lengths,
-        SharedPrefix,
-        Trace,
-        Vocabulary,
-        Workload,
-    )
-
-    kinds = [name for name, value in (("turns", turns), ("prefix", prefix), ("trace", trace)) if value is not None]
-    if len(kinds) > 1:
-        raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are two workloads: give one")
-    Lengths(prompt, generate, deviation)
-
-    def make(vocabulary: Vocabulary, room: int) -> Workload:
-        if trace is not None:
-            return Trace.read(trace, vocabulary, seed=seed, room=room)
-        lengths = Lengths(prompt, generate, deviation, room)
-        if turns is not None:
-            return Chat(lengths, vocabulary, turns, seed)
-        if prefix is not None:
-            return SharedPrefix(lengths, vocabulary, prefix, prefixes, seed)
-        return Independent(lengths, vocabulary, seed)
-
-    return make
 
 
 def _is_timed(trace: Path) -> bool:
@@ -201,12 +179,14 @@ def _is_timed(trace: Path) -> bool:
     return Trace.read(trace, TokenIds(2)).is_timed
 
 
-def _refuse_engine_flags(flags: dict[str, Any], replicas: int) -> None:
+def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:
     for name, (_, field) in EngineConfig.setting_fields().items():
         if name != "model" and flags[name] != field.default:
             raise ConfigError(f"--{name.replace('_', '-')} is for an engine loaded here: leave it out, or --url")
     if replicas != 1:
         raise ConfigError("--replicas is for engines here: leave it out, or --url")
+    if policy != "splitfuse":
+        raise ConfigError("--policy is for an engine here: leave it out, or --url")
 
 
 def _own_pid(url: str) -> int | None:
@@ -217,28 +197,12 @@ def _own_pid(url: str) -> int | None:
     return next((deployment.pid for deployment in deployments() if deployment.url == address), None)
 
 
-def _default_label(url: str | None, flags: dict[str, Any]) -> str:
+def _default_label(url: str | None, flags: dict[str, Any], policy: str) -> str:
     if url is not None:
         return urlsplit(url).netloc
     budget, usual = flags["max_num_batched_tokens"], EngineConfig().scheduler.max_num_batched_tokens
-    parts = ["splitfuse" if flags["quantization"] is None else f"splitfuse {flags['quantization']}"]
+    parts = [policy if flags["quantization"] is None else f"{policy} {flags['quantization']}"]
     return ", ".join(parts if budget == usual else [*parts, f"budget {budget}"])
-
-
-def _numbers(name: str, text: str | None, kind: Any) -> tuple[Any, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--{name} takes numbers with commas between them, such as 1,2,4, not {text!r}") from None
-
-
-def _slas(text: str) -> tuple[float, ...]:
-    slas = _numbers("sla", text, float)
-    if not all(0 < each < float("inf") for each in slas):
-        raise ConfigError(f"--sla takes tokens a second above 0, not {text!r}")
-    return slas
 
 
 def _notes(pairs: list[str]) -> dict[str, Any]:
@@ -255,51 +219,9 @@ def _notes(pairs: list[str]) -> dict[str, Any]:
     return notes
 
 
-def _check_writable(out: Path) -> None:
-    """Before anything is measured."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise ConfigError(f"{out} cannot be written: name a file in a folder that exists")
-
-
-def _save(results: Results, out: Path) -> None:
-    from splitfuse.bench.results import save
-
-    try:
-        save(results, out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from error
-
-
 def _tell_target(target: Target) -> None:
     """What was found out about it, before the load begins."""
     said = {name: value for name, value in target.about.items() if name not in ("memory_plan", "engine") and value}
     if "startup_seconds" in said:
         said["startup_seconds"] = round(said["startup_seconds"], 2)
     print("\n".join(f"{name:<16} {value}" for name, value in said.items()), file=sys.stderr, flush=True)
-
-
-def _print_table(results: Results, slas: tuple[float, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from splitfuse.bench.summary import rows
-
-    table = Table(title=results.system, title_justify="left", header_style="bold")
-    open_loop = bool(results.points) and results.points[0].clients is None
-    table.add_column("arrivals" if open_loop else "clients", justify="right")
-    effective = [f"kept at {sla:g}" for sla in slas]
-    first, gap = ("first\ntoken P50", "P95"), ("token\nP50 ms", "P95", "P99")
-    for name in ("requests/s", "tokens/s", "Little", *effective, *first, *gap, "failed"):
-        table.add_column(name, justify="right")
-    for row in rows(results, slas):
-        table.add_row(
-            row.load,
-            str(row.throughput),
-            f"{row.token_throughput.mean:.1f}",
-            "" if row.littles_law is None else f"{row.littles_law:.3g}",
-            *(str(row.effective[sla]) for sla in slas),
-            *(f"{row.first_token[percent]:.3g} s" for percent in (50, 95)),
-            *(f"{1e3 * row.gaps[percent]:.3g}" for percent in (50, 95, 99)),
-            f"{row.num_failed} of {row.num_counted}" if row.num_failed else "",
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -83,20 +83,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
-        draft = _Draft(self._budget)
-        oldest = self._admit_oldest()
-        generating = [r for r in self._running if self._pending(r) == 1]
-        prompts = [r for r in self._running if self._pending(r) > 1]
-
-        draft.left -= (set_aside := 1 if oldest in prompts else 0)
-        for request in generating:
-            self._grant(draft, request)
-        draft.left += set_aside
-        for request in prompts:
-            self._grant(draft, request)
-        for request in self._admissible(draft):
-            if not self._admit(draft, request):
-                break
+        draft = Draft(self._budget)
+        self._compose(draft)
         return self._finalize(draft)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
@@ -147,6 +135,22 @@ class Scheduler:
 
     # Composing a pass ------------------------------------------------------------------------------------------------
 
+    def _compose(self, draft: Draft) -> None:
+        """Grant tokens in the order of claims. What core/policies.py overrides."""
+        oldest = self._admit_oldest()
+        generating = [r for r in self._running if self._pending(r) == 1]
+        prompts = [r for r in self._running if self._pending(r) > 1]
+
+        draft.left -= (set_aside := 1 if oldest in prompts else 0)
+        for request in generating:
+            self._grant(draft, request)
+        draft.left += set_aside
+        for request in prompts:
+            self._grant(draft, request)
+        for request in self._admissible(draft):
+            if not self._admit(draft, request):
+                break
+
     def _pending(self, request: Request) -> int:
         """Tokens of a request to be scheduled; none if those in flight already bring its last."""
         if len(request.output_token_ids) + request.num_unread >= request.max_tokens:
@@ -161,7 +165,7 @@ class Scheduler:
             self._start(self._waiting[0])
         return self._running[0] if self._running else None
 
-    def _grant(self, draft: _Draft, request: Request) -> int:
+    def _grant(self, draft: Draft, request: Request) -> int:
         """Give a running request as many tokens as it wants, the budget leaves and blocks are found for; how many."""
         if request.status is not RequestStatus.RUNNING:  # it has just lost its blocks to an older one
             return 0
@@ -182,14 +186,14 @@ class Scheduler:
         blocks = len(request.blocks) + self._allocator.num_available
         return blocks * self._allocator.block_size - request.num_scheduled
 
-    def _admissible(self, draft: _Draft) -> Iterator[Request]:
+    def _admissible(self, draft: Draft) -> Iterator[Request]:
         """Waiting requests to admit, in order, while there is budget, a seat and a block."""
         for request in list(self._waiting):
             if not draft.left or len(self._running) >= self._max_num_seqs or not self._allocator.num_available:
                 return
             yield request
 
-    def _admit(self, draft: _Draft, request: Request) -> bool:
+    def _admit(self, draft: Draft, request: Request) -> bool:
         """Start a waiting request with what it finds in the prefix cache and its first chunk; False if no block is
         left.
         """
@@ -223,7 +227,7 @@ class Scheduler:
         request.num_published = request.num_computed = request.num_scheduled = 0
         request.preempt_on_return = False
 
-    def _preempt_newest(self, *, than: Request, draft: _Draft | None = None) -> bool:
+    def _preempt_newest(self, *, than: Request, draft: Draft | None = None) -> bool:
         """Take the blocks of the newest running request that is newer than `than`. False if that must wait for an
         `update`, or if there is none.
         """
@@ -239,7 +243,7 @@ class Scheduler:
         self._count_preemption(newest)
         return True
 
-    def _finalize(self, draft: _Draft) -> StepPlan | None:
+    def _finalize(self, draft: Draft) -> StepPlan | None:
         if not draft.granted:
             return None
         chunks, new_requests = [], []
@@ -327,7 +331,7 @@ class Scheduler:
         self.num_preemptions += 1
 
 
-class _Draft:
+class Draft:
     """A pass being composed: tokens granted so far, in the order of the claims, and budget left."""
 
     def __init__(self, budget: int) -> None:

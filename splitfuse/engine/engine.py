@@ -21,9 +21,19 @@ Observer = Callable[[StepPlan, StepResult], None]
 
 
 class Engine:
-    """Many requests answered together by one model. One thread."""
+    """Many requests answered together by one model. One thread.
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, *, observer: Observer | None = None) -> None:
+    `scheduler` is another class only where policies are compared (core/policies.py).
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: LoadedModel,
+        *,
+        observer: Observer | None = None,
+        scheduler: type[Scheduler] = Scheduler,
+    ) -> None:
         self.config = config
         self.model = model
         self.runner = model.make_runner()
@@ -32,7 +42,7 @@ class Engine:
         self.allocator = BlockAllocator(
             plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
-        self.scheduler = Scheduler(config.scheduler, self.allocator)
+        self.scheduler = scheduler(config.scheduler, self.allocator)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -44,12 +54,13 @@ class Engine:
         announce: Callable[[MemoryPlan], None] = lambda _: None,
         on_progress: Callable[[float], None] = lambda _: None,
         shared_weights: SharedWeights | None = None,
+        scheduler: type[Scheduler] = Scheduler,
     ) -> Engine:
         """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
         model = load_model(
             config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
         )
-        return cls(config, model)
+        return cls(config, model, scheduler=scheduler)
 
     @property
     def max_model_len(self) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,10 +14,12 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.plan import StepPlan, StepResult, TokenLogprob
+from splitfuse.core.policies import scheduler_class
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.hub import BUNDLED_MODEL
@@ -347,3 +350,25 @@ def test_logprobs_of_prompt_and_output_equal_those_of_transformers() -> None:
         best = wanted[position].topk(len(entry.top)).values.tolist()
         assert [logprob for _, logprob in entry.top] == pytest.approx(best, abs=1e-3)
         assert all(float(wanted[position, token]) == pytest.approx(value, abs=1e-3) for token, value in entry.top)
+
+
+@pytest.mark.parametrize("policy", ["prefill-first", "orca", "static"])
+def test_other_policies_generate_the_same(folder: Path, policy: str) -> None:
+    rng = Random(0)
+    prompts = [[rng.randrange(1, VOCAB - 10) for _ in range(rng.randint(1, 30))] for _ in range(6)]
+
+    def generate(scheduler: type[Scheduler]) -> dict[str, list[int]]:
+        config = EngineConfig.from_settings({"model": str(folder), "dtype": "float32", "block_size": 4})
+        config = replace(config, scheduler=SchedulerConfig(max_num_batched_tokens=8))
+        engine = Engine.load(config, scheduler=scheduler)
+        outputs: dict[str, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, SamplingParams(max_tokens=6, ignore_eos=True))
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).extend(output.token_ids)
+        while engine.has_unfinished:
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).extend(output.token_ids)
+        return outputs
+
+    assert generate(scheduler_class(policy)) == generate(Scheduler)

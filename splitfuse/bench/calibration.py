@@ -1,0 +1,97 @@
+"""What is known of a model on a machine: its cost model and sizes, as a file. Where calibrations are kept and found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.cost_model import CostModel
+from splitfuse.errors import CostModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A cost model with what else a simulation must know of the engine it was made from."""
+
+    name: str
+    cost: CostModel
+    num_blocks: int
+    """Of the KV cache."""
+    block_size: int
+    max_model_len: int
+    identity: dict[str, Any] = field(default_factory=dict)
+    """The model, machine and settings that the times depend on."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """When and how it came about."""
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """As JSON; its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=1))
+    except OSError as error:
+        raise CostModelError(f"{path} cannot be written: {error}") from error
+
+
+def load(path: Path) -> Calibration:
+    """Raises CostModelError for a file that cannot be read or holds something else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except (OSError, msgspec.MsgspecError, CostModelError) as error:
+        raise CostModelError(f"{path} holds no cost model: {error}") from error
+
+
+def identify(config: EngineConfig) -> dict[str, Any]:
+    """What the time of a pass depends on: two engines with equal identities have the same cost model.
+
+    Raises ModelError, ConfigError or KernelError if there can be no such engine.
+    """
+    from splitfuse.bench.machine import processor
+    from splitfuse.models.families import load_spec
+    from splitfuse.models.hub import resolve_model
+    from splitfuse.models.weights import resolve_dtype
+    from splitfuse.runtime.kernel_choice import choose_kernels
+
+    path = resolve_model(config.model.model, config.model.revision)
+    spec = load_spec(path)
+    dtype = resolve_dtype(config.model.dtype, spec)
+    return {
+        "model": str(path.resolve()),
+        "network": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
+        "kernels": choose_kernels(config, dtype).describe(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization": config.model.quantization,
+        "quantization_group_size": config.model.quantization_group_size,
+        "kv_cache_dtype": config.cache.kv_cache_dtype,
+        "block_size": config.cache.block_size,
+        "device": config.model.device,
+        "cpu": processor(),
+        "num_threads": config.model.num_threads,
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def place(identity: dict[str, Any]) -> Path:
+    """Where the calibration of an engine is kept: in the user's cache folder, `XDG_CACHE_HOME` or `~/.cache`."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitfuse" / "cost-models"
+    digest = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]
+    return folder / f"{Path(identity['model']).name}-{digest}.json"
+
+
+def load_cost_model(config: EngineConfig) -> Calibration:
+    """What `splitfuse calibrate` has kept for such an engine on this machine. Raises CostModelError without any."""
+    identity = identify(config)
+    path = place(identity)
+    if not path.exists():
+        raise CostModelError(
+            f"no cost model is kept for {identity['model']} with these settings on this machine: run "
+            "`splitfuse calibrate` with the same engine flags, or give --model-of-cost or --machine"
+        )
+    return load(path)

@@ -1,0 +1,285 @@
+"""`splitfuse calibrate` and `splitfuse simulate`: time this machine's passes, and predict loads from them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.loads import (
+    CLIENTS,
+    SLAS,
+    check_writable,
+    numbers,
+    print_table,
+    promises,
+    save_results,
+    workload_maker,
+)
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from splitfuse.bench.calibrate import Timed
+    from splitfuse.bench.calibration import Calibration
+    from splitfuse.bench.results import Results
+    from splitfuse.bench.simulate import Deployment
+    from splitfuse.core.cost_model import CostModel
+
+
+@with_flags()
+def calibrate(
+    seconds: Annotated[float, typer.Option(help="About how long passes are timed.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Write the cost model there too.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+    **flags: Any,
+) -> None:
+    """Time passes of a model on this machine, and keep the cost model that fits them, for `simulate`.
+
+    It is kept in the cache folder, for this model, machine, and the settings that change the time of a pass.
+    """
+    from splitfuse.bench.calibrate import run_calibration
+    from splitfuse.bench.calibration import place, save
+
+    if out is not None:
+        check_writable(out)
+    config = EngineConfig.from_settings(given(flags))
+    calibration, checked = run_calibration(config, seconds=seconds, progress=not quiet and sys.stderr.isatty())
+    _print_checked(calibration.cost, checked)
+    for path in (place(calibration.identity), *([] if out is None else [out])):
+        save(calibration, path)
+        print(f"splitfuse: the cost model is in {path}", file=sys.stderr)
+
+
+@with_flags()
+def simulate(
+    model_of_cost: Annotated[
+        Path | None, typer.Option(help="A cost model; left out, what `calibrate` has kept for the engine flags.")
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="Or a published machine: a100-70b is Llama-2 70B on four A100-80GB.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Measured results: predict the same loads, and tell the errors.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="How passes are composed: splitfuse, prefill-first, orca or static.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines that share the load.")] = None,
+    clients: Annotated[
+        str | None, typer.Option(help=f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
+    ] = None,
+    rate: Annotated[str | None, typer.Option(help="Open loops instead: so many requests a second at random.")] = None,
+    prompt: Annotated[float, typer.Option(help="Mean tokens of a prompt.")] = 512,
+    generate: Annotated[float, typer.Option(help="Mean tokens of an answer.")] = 64,
+    deviation: Annotated[float, typer.Option(help="Standard deviation of both, as a share of the mean.")] = 0.3,
+    turns: Annotated[int | None, typer.Option(help="Conversations of so many turns.")] = None,
+    prefix: Annotated[int | None, typer.Option(help="So many tokens that prompts begin with together.")] = None,
+    prefixes: Annotated[int, typer.Option(help="Different ones of these.")] = 1,
+    trace: Annotated[Path | None, typer.Option(help="A .jsonl file of requests to repeat.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="That count at each load; left out, 4 for each client and 32; 100 at a rate.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Times that each load is simulated, with other requests.")] = 1,
+    spacing: Annotated[float | None, typer.Option(help="Seconds between the starts of clients.")] = None,
+    pass_overhead: Annotated[float, typer.Option(help="Seconds between passes beyond the cost model's.")] = 0.0,
+    client_overhead: Annotated[float, typer.Option(help="Seconds until a request has reached the engine.")] = 0.0,
+    sla: Annotated[str, typer.Option(help="Tokens a second that are promised, for the table.")] = SLAS,
+    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, as `bench run` does.")] = None,
+    label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+    **flags: Any,
+) -> None:
+    """Predict what a load would give: our scheduler and routing on a virtual clock, with a cost model.
+
+    The table and the results are those of `bench run`. docs/simulator.md says what is simulated and what is not.
+    """
+    from splitfuse.bench.machine import about_here
+    from splitfuse.bench.measure import Loads
+    from splitfuse.bench.results import load
+    from splitfuse.bench.simulate import simulate as run
+    from splitfuse.bench.validate import compare, predict
+
+    slas = promises(sla)
+    if out is not None:
+        check_writable(out)
+    measured = None if against is None else load(against)
+    settings = given(flags)
+    if measured is not None:
+        settings = {**_measured_settings(measured), **_changed(settings)}
+    config = EngineConfig.from_settings(settings)
+    deployment = _deployment(
+        _calibration(config, model_of_cost, machine),
+        config,
+        policy=policy or _measured_policy(measured),
+        replicas=replicas or (1 if measured is None else measured.replicas),
+        pass_overhead=pass_overhead,
+        client_overhead=client_overhead,
+    )
+    if measured is not None:
+        if clients is not None or rate is not None or trace is not None:
+            raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
+        results = predict(deployment, measured, about=about_here())
+        print_table(results, slas)
+        _print_comparisons(compare(measured, results))
+    else:
+        results = run(
+            deployment,
+            workload_maker(
+                prompt=prompt,
+                generate=generate,
+                deviation=deviation,
+                turns=turns,
+                prefix=prefix,
+                prefixes=prefixes,
+                trace=trace,
+                seed=seed,
+            ),
+            Loads(
+                clients=numbers("clients", clients or (None if rate or trace else CLIENTS), int),
+                rates=numbers("rate", rate, float),
+                requests=requests,
+                repeat=repeat,
+                spacing=spacing,
+            ),
+            system=label or _label(deployment),
+            about=about_here(),
+            progress=not quiet and sys.stderr.isatty(),
+        )
+        print_table(results, slas)
+    if out is not None:
+        save_results(results, out)
+        print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
+
+
+def _calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
+    from splitfuse.bench.calibration import load, load_cost_model
+    from splitfuse.bench.published import MACHINES
+
+    if file is not None and machine is not None:
+        raise ConfigError("--model-of-cost and --machine are two cost models: give one")
+    if file is not None:
+        return load(file)
+    if machine is None:
+        return load_cost_model(config)
+    if machine not in MACHINES:
+        raise ConfigError(f"there is no published machine {machine!r}{did_you_mean(machine, MACHINES)}")
+    return MACHINES[machine]
+
+
+def _deployment(
+    calibration: Calibration,
+    config: EngineConfig,
+    *,
+    policy: str,
+    replicas: int,
+    pass_overhead: float,
+    client_overhead: float,
+) -> Deployment:
+    """What the engine flags change of the calibrated engine."""
+    from splitfuse.bench.simulate import Deployment
+
+    calibration = replace(
+        calibration,
+        num_blocks=config.cache.num_blocks or calibration.num_blocks,
+        max_model_len=config.model.max_model_len or calibration.max_model_len,
+    )
+    return Deployment(
+        calibration=calibration,
+        scheduler=config.scheduler,
+        policy=policy,
+        replicas=replicas,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        pass_overhead=pass_overhead,
+        client_overhead=client_overhead,
+    )
+
+
+def _measured_settings(measured: Results) -> dict[str, Any]:
+    """The engine's, if it was ours in one process with the load."""
+    settings = measured.about.get("engine", {})
+    known = EngineConfig.setting_fields()
+    return {name: value for name, value in settings.items() if name in known}
+
+
+def _measured_policy(measured: Results | None) -> str:
+    return "splitfuse" if measured is None else str(measured.about.get("policy", "splitfuse"))
+
+
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that differ from their defaults."""
+    known = EngineConfig.setting_fields()
+    return {name: value for name, value in settings.items() if value != known[name][1].default}
+
+
+def _label(deployment: Deployment) -> str:
+    parts = [f"{deployment.policy} on {deployment.calibration.name}, simulated"]
+    parts.append(f"budget {deployment.scheduler.max_num_batched_tokens}")
+    if deployment.replicas > 1:
+        parts.append(f"{deployment.replicas} replicas")
+    return ", ".join(parts)
+
+
+def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
+    """Each pass that was not fitted, measured and predicted; the coefficients; the error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="passes that were not fitted", title_justify="left", header_style="bold")
+    for name in ("pass", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
+        table.add_column(name, justify="left" if name == "pass" else "right")
+    for timed in checked:
+        predicted = cost.seconds(timed.sample.features)
+        table.add_row(
+            timed.name,
+            str(timed.sample.features.tokens),
+            str(timed.sample.features.rows),
+            str(timed.sample.features.kv_tokens),
+            f"{1e3 * timed.sample.seconds:.2f}",
+            f"{1e3 * predicted:.2f}",
+            f"{predicted / timed.sample.seconds - 1.0:+.1%}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(
+        f"a pass takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
+        f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms a token beyond {cost.knee:.0f},\n"
+        f"{1e6 * cost.per_row:.3g} µs a row of logits, {1e6 * cost.per_request:.3g} µs a request, "
+        f"{1e6 * cost.per_kv_token:.3g} µs a position read, {1e9 * cost.per_pair:.3g} ns a query and key"
+    )
+    if cost.error is not None:
+        print(
+            f"error over {cost.error.num_samples} passes that were not fitted: "
+            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}"
+        )
+
+
+def _print_comparisons(comparisons: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from splitfuse.bench.validate import mean_error
+
+    table = Table(title="measured and predicted", title_justify="left", header_style="bold")
+    for name in ("load", "requests/s", "predicted", "error", "token P95 ms", "predicted", "error"):
+        table.add_column(name, justify="right")
+    for each in comparisons:
+        table.add_row(
+            each.measured.load,
+            f"{each.measured.throughput.mean:.3g}",
+            f"{each.predicted.throughput.mean:.3g}",
+            f"{each.throughput_error:+.1%}",
+            f"{1e3 * each.measured.gaps[95]:.3g}",
+            f"{1e3 * each.predicted.gaps[95]:.3g}",
+            f"{each.gap_error:+.1%}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(
+        f"mean error over {len(comparisons)} loads: "
+        f"throughput {mean_error([each.throughput_error for each in comparisons]):.1%}, "
+        f"P95 token latency {mean_error([each.gap_error for each in comparisons]):.1%}"
+    )

@@ -1,0 +1,94 @@
+"""Calibrations: what they are kept by, and that one is made of a real model's passes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitfuse.bench.calibrate import checking_cases, fitted_cases, run_calibration
+from splitfuse.bench.calibration import Calibration, identify, load, load_cost_model, place, save
+from splitfuse.bench.published import MACHINES
+from splitfuse.config import EngineConfig
+from splitfuse.core.cost_model import CostModel, Features, FitError
+from splitfuse.errors import ConfigError, CostModelError
+
+CALIBRATION = Calibration(
+    name="by hand",
+    cost=CostModel(floor=0.01, per_token=1e-4, error=FitError(0.02, 0.08, 30)),
+    num_blocks=100,
+    block_size=32,
+    max_model_len=2048,
+    identity={"model": "m"},
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def config(**settings: Any) -> EngineConfig:
+    return EngineConfig.from_settings(settings)
+
+
+def test_it_is_kept_for_the_settings_that_matter_and_found_again(cache: Path) -> None:
+    identity = identify(config())
+    assert place(identity).is_relative_to(cache / "splitfuse")
+    save(CALIBRATION, place(identity))
+    assert load_cost_model(config()) == CALIBRATION
+    same = config(max_num_batched_tokens=64, max_num_seqs=4, num_blocks=1000, enable_prefix_caching=False)
+    assert load_cost_model(same) == CALIBRATION
+    for other in (config(dtype="float32"), config(kernels="reference"), config(block_size=64)):
+        with pytest.raises(CostModelError, match=r"no cost model is kept for .*storyteller.*splitfuse calibrate"):
+            load_cost_model(other)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"name": "x", "cost": {"floor": -1, "per_token": 0}}'])
+def test_a_file_with_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(CostModelError, match="holds no cost model"):
+        load(file)
+
+
+def test_a_real_model_is_timed_and_its_error_is_told() -> None:
+    calibration, checked = run_calibration(config(), seconds=0.5, progress=False)
+    cost = calibration.cost
+    assert cost.error is not None and cost.error.num_samples == len(checked) > 10
+    assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
+        Features().plus(start=0, count=1, rows=1)
+    )
+    assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
+    assert {timed.name for timed in checked}.isdisjoint(case.name for case in fitted_cases())
+    save(calibration, place(calibration.identity))
+    assert load_cost_model(config()) == calibration
+
+
+def test_no_pass_is_fitted_and_checked() -> None:
+    fitted, checking = ({case.features for case in cases} for cases in (fitted_cases(), checking_cases()))
+    assert not fitted & checking
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="seconds must be"):
+        run_calibration(config(), seconds=seconds, progress=False)
+
+
+def test_an_engine_too_small_for_different_passes_is_refused() -> None:
+    with pytest.raises(CostModelError, match="different passes fit an engine with 64 tokens a request"):
+        run_calibration(config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
+
+
+def test_the_published_machine_saturates_where_the_paper_says() -> None:
+    cost = MACHINES["a100-70b"].cost
+
+    def throughput(tokens: int) -> float:
+        return tokens / cost.seconds(Features().plus(start=0, count=tokens, rows=1))
+
+    assert throughput(256) > 0.85 * throughput(768) and throughput(32) < 0.3 * throughput(768)
+    assert (
+        0.015 < cost.seconds(Features().plus(start=100, count=1, rows=1)) < 0.045
+    )  # a token a pass: 22 to 66 a second
+    assert MACHINES["a100-70b"].num_blocks * 32 > 400_000

@@ -1,0 +1,252 @@
+"""The simulator: times computed by hand, the decisions of the real scheduler, and equal results each time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from splitfuse.bench import sla, virtual_time
+from splitfuse.bench.calibration import Calibration
+from splitfuse.bench.load import closed_loop
+from splitfuse.bench.measure import Loads, MakeWorkload
+from splitfuse.bench.results import Results, load
+from splitfuse.bench.simulate import Deployment, SimulatedTarget, simulate
+from splitfuse.bench.validate import compare, mean_error, predict, workload_of
+from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, SharedPrefix, Trace, TraceLine
+from splitfuse.cli import app
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.errors import ConfigError
+
+COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
+CALIBRATION = Calibration(name="by hand", cost=COST, num_blocks=2000, block_size=32, max_model_len=4096)
+
+
+def deployment(budget: int = 256, **changes: Any) -> Deployment:
+    return Deployment(
+        calibration=CALIBRATION, scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=64), **changes
+    )
+
+
+def independent(prompt: float = 512, generate: float = 32, deviation: float = 0.3) -> MakeWorkload:
+    return lambda vocabulary, room: Independent(Lengths(prompt, generate, deviation, room), vocabulary)
+
+
+def run(deployment: Deployment, make: MakeWorkload | None = None, **loads: Any) -> Results:
+    return simulate(deployment, make or independent(), Loads(**{"repeat": 1, **loads}), system="simulated", about={})
+
+
+def test_the_clock_goes_on_to_what_is_due_and_nobody_waits() -> None:
+    async def main() -> list[tuple[str, float]]:
+        came = []
+
+        async def sleep(name: str, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            came.append((name, asyncio.get_running_loop().time()))
+
+        await asyncio.gather(sleep("year", 31_536_000.5), sleep("second", 1.0), sleep("now", 0.0))
+        return came
+
+    assert virtual_time.run(main()) == [
+        ("now", pytest.approx(0.0)),
+        ("second", pytest.approx(1.0)),
+        ("year", pytest.approx(31_536_000.5)),
+    ]
+
+
+def test_waiting_for_what_never_comes_is_an_error() -> None:
+    async def main() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(RuntimeError, match="nothing is due any more"):
+        virtual_time.run(main())
+
+
+def test_a_request_alone_takes_the_time_of_its_passes() -> None:
+    async def main() -> tuple[float, ...]:
+        target = SimulatedTarget(deployment(pass_overhead=0.001, client_overhead=0.5))
+        return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
+
+    first = COST.seconds(Features().plus(start=0, count=256, rows=0))
+    second = COST.seconds(Features().plus(start=256, count=44, rows=1))
+    third = COST.seconds(Features().plus(start=300, count=1, rows=1))
+    fourth = COST.seconds(Features().plus(start=301, count=1, rows=1))
+    begin = 0.5 + first + second + 0.002
+    assert virtual_time.run(main()) == pytest.approx((begin, begin + third + 0.001, begin + third + fourth + 0.002))
+
+
+def test_requests_together_share_passes_as_the_scheduler_composes_them() -> None:
+    async def main() -> list[tuple[float, ...]]:
+        target = SimulatedTarget(deployment(budget=100))
+        requests = [LoadRequest("", n, 0, tuple(range(100 * n, 100 * n + 60)), 2) for n in range(2)]
+        return [answer.token_times for answer in await asyncio.gather(*map(target.ask, requests))]
+
+    def seconds(*chunks: tuple[int, int, int]) -> float:
+        pass_ = Features()
+        for start, count, rows in chunks:
+            pass_ = pass_.plus(start=start, count=count, rows=rows)
+        return COST.seconds(pass_)
+
+    alone = seconds((0, 60, 1))  # the first begins at once, before the second has come
+    both = alone + seconds((60, 1, 1), (0, 60, 1))
+    assert virtual_time.run(main()) == [
+        pytest.approx((alone, both)),
+        pytest.approx((both, both + seconds((60, 1, 1)))),
+    ]
+
+
+def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
+    results = run(deployment(), clients=(1, 4), repeat=2)
+    assert results.simulated and results == run(deployment(), clients=(1, 4), repeat=2)
+    assert [(p.clients, p.repetition) for p in results.points] == [(1, 0), (4, 0), (1, 1), (4, 1)]
+    for point in results.points:
+        clients = point.clients or 0
+        assert 0 <= len(sla.counted(point)) - (4 * clients + 32) < clients  # several may ask at the same moment
+        assert all(record.error is None and record.token_times for record in sla.counted(point))
+    one, four = results.points[:2]
+    assert sla.throughput(one) == pytest.approx(sla.littles_law(one), rel=0.05)
+    assert 1.2 * sla.throughput(one) < sla.throughput(four) < 4 * sla.throughput(one)
+
+
+def test_an_open_loop_below_the_limit_is_served_at_its_rate() -> None:
+    (point,) = run(deployment(), rates=(1.5,), requests=400).points
+    assert sla.throughput(point) == pytest.approx(1.5, rel=0.15)
+
+
+def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfuse() -> None:
+    worst, usual = {}, {}
+    for policy, budget in (("splitfuse", 256), ("prefill-first", 4096), ("orca", 4096), ("static", 4096)):
+        (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
+        gaps = [gap for record in sla.counted(point) for gap in sla.gaps(record)]
+        worst[policy], usual[policy] = sla.percentile(gaps, 99), sla.percentile(gaps, 90)
+    longest_pass = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
+    assert worst["splitfuse"] <= longest_pass
+    assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_pass
+    assert usual["static"] < usual["orca"] / 3, "nobody comes while a batch generates"
+
+
+def test_replicas_share_a_load_by_outstanding_tokens() -> None:
+    one = sla.throughput(run(deployment(), clients=(16,), requests=100).points[0])
+    four = sla.throughput(run(deployment(replicas=4), clients=(64,), requests=400).points[0])
+    assert 3.6 * one < four < 4.4 * one
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
+    def make(vocabulary: Any, room: int) -> SharedPrefix:
+        return SharedPrefix(Lengths(64, 16, 0.3, room), vocabulary, 1024)
+
+    first = {}
+    for cached in (True, False):
+        (point,) = run(deployment(replicas=replicas, enable_prefix_caching=cached), make, clients=(4,)).points
+        first[cached] = sla.percentile([sla.first_token_seconds(record) for record in sla.counted(point)], 50)
+    assert first[True] < first[False] / 3
+
+
+def test_conversations_and_traces_are_driven_as_they_are_measured() -> None:
+    results = run(deployment(), lambda v, room: Chat(Lengths(100, 20, 0.3, room), v, 3), clients=(2,))
+    lengths = [record.num_prompt_tokens for record in results.points[0].records if record.client == 0]
+    assert max(lengths) > 200, "later turns repeat what was said"
+    lines = (TraceLine(generate=4, prompt_tokens=50, at=0.0), TraceLine(generate=4, prompt_tokens=50, at=9.0))
+    (point,) = run(deployment(), lambda v, _: Trace(lines, v)).points
+    assert [record.sent for record in point.records] == [0.0, 9.0]
+
+
+def test_a_request_that_can_never_fit_fails_alone() -> None:
+    async def main() -> tuple[str | None, str | None]:
+        small = Calibration(name="", cost=COST, num_blocks=4, block_size=32, max_model_len=4096)
+        target = SimulatedTarget(Deployment(calibration=small))
+        large, fits = (LoadRequest("", n, 0, (1,) * n, 2) for n in (1000, 20))
+        return (await target.ask(large)).error, (await target.ask(fits)).error
+
+    large, fits = virtual_time.run(main())
+    assert large is not None and "needs 32 KV blocks" in large
+    assert fits is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"replicas": 0}, "at least one replica"),
+        ({"policy": "fifo"}, "no policy 'fifo'"),
+        ({"pass_overhead": -1.0}, "pass_overhead must be"),
+        ({"client_overhead": float("nan")}, "client_overhead must be"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        deployment(**changes)
+
+
+def test_text_is_refused() -> None:
+    async def main() -> None:
+        await closed_loop(
+            SimulatedTarget(deployment()), Trace((TraceLine(1, prompt="hi"),), None), clients=1, requests=1
+        )
+
+    with pytest.raises(ConfigError, match="takes token ids"):
+        virtual_time.run(main())
+
+
+def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -> None:
+    measured = run(deployment(), clients=(1, 4), repeat=2)
+    same = compare(measured, predict(deployment(), measured, about={}))
+    assert [error for each in same for error in (each.throughput_error, each.gap_error)] == pytest.approx([0.0] * 4)
+    slower = compare(measured, predict(deployment(pass_overhead=0.01), measured, about={}))
+    assert mean_error([each.throughput_error for each in slower]) > 0.1
+    assert all(each.gap_error > 0 for each in slower)
+    with pytest.raises(ConfigError, match="not of the same loads"):
+        compare(measured, run(deployment(), clients=(1,)))
+
+
+def test_workloads_are_read_from_results_and_traces_are_not() -> None:
+    for make in (
+        independent(),
+        lambda v, room: SharedPrefix(Lengths(64, 16, 0.2, room), v, 128, 2, 7),
+        lambda v, room: Chat(Lengths(64, 16, 0.2, room), v, 3, 7),
+    ):
+        results = run(deployment(), make, clients=(1,), requests=1)
+        again = workload_of(results)(SimulatedTarget(deployment()).vocabulary, 4096)
+        assert again == make(SimulatedTarget(deployment()).vocabulary, 4096)
+    trace = run(deployment(), lambda v, _: Trace((TraceLine(1, 5),), v), clients=(1,), requests=1)
+    with pytest.raises(ConfigError, match="of the kind 'trace'"):
+        workload_of(trace)
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["simulate", *arguments])
+
+
+def test_the_command_predicts_prints_and_keeps(tmp_path: Any) -> None:
+    file = tmp_path / "simulated.json"
+    loads = ["--machine", "a100-70b", "--max-num-batched-tokens", "512", "--clients", "1,2", "--requests", "8"]
+    ended = command(*loads, "--out", str(file))
+    assert ended.exit_code == 0, ended.output
+    assert "requests/s" in ended.output
+    results = load(file)
+    assert results.simulated and [point.clients for point in results.points] == [1, 2]
+    assert results.about["simulation"]["max_num_batched_tokens"] == 512
+    again = command("--machine", "a100-70b", "--max-num-batched-tokens", "512", "--against", str(file))
+    assert again.exit_code == 0, again.output
+    assert "mean error over 2 loads: throughput 0.0%, P95 token latency 0.0%" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--machine", "a100"], "no published machine 'a100'; did you mean 'a100-70b'"),
+        (["--machine", "a100-70b", "--model-of-cost", "x.json"], "two cost models: give one"),
+        (["--model-of-cost", "/nowhere.json"], "holds no cost model"),
+        (["--machine", "a100-70b", "--policy", "orka"], "did you mean 'orca'"),
+        (["--machine", "a100-70b", "--against", "/nowhere.json"], "does not hold results"),
+        ([], "splitfuse calibrate"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], said: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ended = command(*arguments)
+    assert ended.exit_code == 1
+    assert said in ended.output

@@ -1,0 +1,164 @@
+"""The cost model: what it promises of its shape, and that it finds the coefficients that made the timings."""
+
+import json
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.core.cost_model import MIN_SAMPLES, CostModel, Features, Sample, features, fit
+from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.errors import CostModelError
+
+TRUE = CostModel(
+    floor=8e-3,
+    per_token=0.1e-3,
+    knee=32.0,
+    per_token_beyond=0.3e-3,
+    per_row=20e-6,
+    per_pair=100e-9,
+    per_kv_token=0.5e-6,
+    per_request=10e-6,
+)
+COEFFICIENTS = st.floats(0.0, 1e-2)
+MODELS = st.builds(
+    CostModel,
+    floor=COEFFICIENTS,
+    per_token=COEFFICIENTS,
+    knee=st.floats(0.0, 512.0),
+    per_token_beyond=COEFFICIENTS,
+    per_row=COEFFICIENTS,
+    per_pair=COEFFICIENTS,
+    per_kv_token=COEFFICIENTS,
+    per_request=COEFFICIENTS,
+)
+PASSES = st.builds(Features, *[st.integers(0, 10_000)] * 5)
+
+
+def random_pass(rng: Random) -> Features:
+    """Generations at some contexts, and perhaps chunks of prompts."""
+    pass_ = Features()
+    for _ in range(rng.choice((0, 1, 2, 4, 8, 16, 32))):
+        pass_ = pass_.plus(start=rng.randrange(2000), count=1, rows=1)
+    for _ in range(rng.choice((0, 1, 1, 2)) or not pass_.tokens):
+        pass_ = pass_.plus(start=rng.choice((0, 0, 512, 1500)), count=rng.randint(2, 512), rows=rng.randrange(2))
+    return pass_
+
+
+def timed(rng: Random, count: int, *, noise: float, disturbed: float = 0.0, model: CostModel = TRUE) -> list[Sample]:
+    """Passes with times that are off by a share of `noise`; a share of `disturbed` took up to four times as long."""
+    samples = []
+    for pass_ in (random_pass(rng) for _ in range(count)):
+        factor = rng.uniform(1.5, 4.0) if rng.random() < disturbed else rng.gauss(1.0, noise)
+        samples.append(Sample(pass_, factor * model.seconds(pass_)))
+    return samples
+
+
+@given(MODELS, PASSES, st.integers(0, 4), st.integers(1, 1000))
+def test_more_of_anything_never_takes_less(model: CostModel, pass_: Features, which: int, more: int) -> None:
+    larger = pass_._replace(**{Features._fields[which]: pass_[which] + more})
+    assert model.seconds(larger) >= model.seconds(pass_) - 1e-9
+
+
+@given(MODELS, st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_the_time_is_convex_in_the_tokens(model: CostModel, a: int, b: int, c: int) -> None:
+    low, middle, high = sorted((a, b, c))
+    if low < high:
+        share = (middle - low) / (high - low)
+        chord = (1 - share) * model.seconds(Features(low)) + share * model.seconds(Features(high))
+        assert model.seconds(Features(middle)) <= chord + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fit_finds_the_coefficients_behind_noisy_timings(seed: int) -> None:
+    rng = Random(seed)
+    model = fit(timed(rng, 300, noise=0.02), held_out=timed(rng, 100, noise=0.02))
+    assert model.error is not None and model.error.num_samples == 100
+    assert model.error.median < 0.02 and model.error.p95 < 0.06
+    assert model.floor == pytest.approx(TRUE.floor, rel=0.1)
+    assert model.per_token + model.per_token_beyond == pytest.approx(0.4e-3, rel=0.1)
+    assert model.per_pair == pytest.approx(TRUE.per_pair, rel=0.3)
+    assert 16 <= model.knee <= 64
+
+
+def test_without_noise_it_finds_them_exactly() -> None:
+    rng = Random(1)
+    samples = timed(rng, 200, noise=0.0)
+    samples += [Sample(p, TRUE.seconds(p)) for p in (Features(32, 1, 32, 32, 1), Features(32))]  # the knee itself
+    model = fit(samples, held_out=timed(rng, 50, noise=0.0))
+    assert model.error is not None and model.error.p95 < 1e-4
+    for name in ("floor", "per_token", "per_token_beyond", "per_row", "per_pair", "per_kv_token"):
+        assert getattr(model, name) == pytest.approx(getattr(TRUE, name), rel=0.02), name
+    assert model.knee == 32
+
+
+def test_a_few_disturbed_timings_do_not_bend_it() -> None:
+    rng = Random(2)
+    model = fit(timed(rng, 300, noise=0.02, disturbed=0.1), held_out=timed(rng, 200, noise=0.0))
+    assert model.error is not None and model.error.p95 < 0.05
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_negative_whatever_the_timings(seed: int) -> None:
+    rng = Random(seed)
+    samples = [Sample(random_pass(rng), rng.uniform(1e-3, 1.0)) for _ in range(60)]
+    model = fit(samples, held_out=samples)  # CostModel itself refuses negative coefficients
+    assert model.seconds(max(sample.features for sample in samples)) > 0.0
+
+
+def test_passes_that_are_all_alike_are_predicted_by_their_time() -> None:
+    pass_ = Features().plus(start=100, count=1, rows=1)
+    model = fit([Sample(pass_, 0.01)] * MIN_SAMPLES, held_out=[Sample(pass_, 0.01)])
+    assert model.seconds(pass_) == pytest.approx(0.01)
+
+
+def test_too_few_timings_are_refused() -> None:
+    samples = timed(Random(0), MIN_SAMPLES - 1, noise=0.0)
+    with pytest.raises(CostModelError, match="23 timed passes are too few to fit a cost model: at least 24"):
+        fit(samples, held_out=samples)
+    with pytest.raises(CostModelError, match="at least one timed pass"):
+        fit([*samples, samples[0]], held_out=[])
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(CostModelError, match="a positive number of seconds"):
+        Sample(Features(1), seconds)
+
+
+def test_features_are_those_of_the_plan() -> None:
+    chunks = (
+        Chunk("generating", 99, (5,), (0, 1, 2, 3), 1, True),
+        Chunk("prompt", 10, (1, 2, 3), (4,), 0, False),
+    )
+    expected = Features(tokens=4, rows=1, pairs=100 + (11 + 12 + 13), kv_tokens=100 + 13, requests=2)
+    assert features(StepPlan(1, 256, chunks)) == expected
+
+
+@given(MODELS, PASSES, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
+def test_as_many_tokens_fit_as_are_said(
+    model: CostModel, pass_: Features, start: int, most: int, seconds: float
+) -> None:
+    count = model.tokens_within(seconds, pass_, start=start, most=most)
+    assert 0 <= count <= most
+    if count:
+        assert model.seconds(pass_.plus(start=start, count=count, rows=0)) <= seconds
+    if count < most:
+        assert model.seconds(pass_.plus(start=start, count=count + 1, rows=0)) > seconds
+
+
+def test_it_is_kept_as_json() -> None:
+    rng = Random(3)
+    model = fit(timed(rng, 50, noise=0.02), held_out=timed(rng, 20, noise=0.02))
+    assert CostModel.from_json(model.to_json()) == model
+    assert CostModel.from_json(TRUE.to_json()) == TRUE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", "{}", json.dumps({"floor": -1, "per_token": 0}), json.dumps({"floor": 1, "per_token": 0, "x": 1})],
+)
+def test_what_is_no_cost_model_is_refused(text: str) -> None:
+    with pytest.raises(CostModelError):
+        CostModel.from_json(text)
