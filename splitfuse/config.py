@@ -173,6 +173,7 @@ class ServerConfig:
     max_prompts: int = setting(256, "Most prompts in one request.")
     pass_timeout: float = setting(60.0, "Seconds after which an engine that finishes no pass is restarted.")
     drain_timeout: float = setting(60.0, "Seconds that running requests have to end after SIGTERM.")
+    client_timeout: float = setting(60.0, "Seconds that a client may take nothing of its answer; then it has gone.")
     log_prompts: bool = setting(False, "Write prompts and answers to the log.")
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class ServerConfig:
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
         for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_body_mib", "pass_timeout", "drain_timeout"):
+        for name in ("max_body_mib", "pass_timeout", "drain_timeout", "client_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -28,14 +28,19 @@ class ServerProcess:
 
     def __init__(self, folder: Path, name: str, *flags: str) -> None:
         self.name = name
-        self.log = folder / f"{name}.err"
-        with (folder / f"{name}.out").open("wb") as out, self.log.open("wb") as err:
+        self.out, self.log = folder / f"{name}.out", folder / f"{name}.err"
+        with self.out.open("wb") as out, self.log.open("wb") as err:
             command = [sys.executable, "-m", "splitfuse.cli", "serve", "--name", name, *SMALL, *flags]
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
 
     @property
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
+
+    @property
+    def printed(self) -> str:
+        """A line of JSON for each request."""
+        return self.out.read_text(encoding="utf-8")
 
     def wait_for(self, text: str) -> None:
         """Until it has said so; it fails at once if it has ended before."""

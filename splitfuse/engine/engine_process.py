@@ -33,11 +33,19 @@ LONG_SILENCE = 1.0  # seconds: of several heartbeats
 
 
 class WeightsFile:
-    """Memory for the packed weights of engines on this machine: the first packs them, the others map them."""
+    """Memory for the packed weights of `num_sharers` engines on this machine: the first packs them, the others map
+    them.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, num_sharers: int) -> None:
+        self.num_sharers = num_sharers
         self.fd = os.memfd_create("splitfuse-weights")
         self.filled = False
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Of SharedWeights, for an engine that inherits the descriptor."""
+        return {"fd": self.fd, "filled": self.filled, "num_sharers": self.num_sharers}
 
     def close(self) -> None:
         """Once no engine will be started any more; those that run keep theirs."""
@@ -150,7 +158,7 @@ class EngineProcess(DirectClient):
                     {
                         "settings": self._settings,
                         "cores": self._cores,
-                        "weights": weights and [weights.fd, weights.filled],
+                        "weights": weights and weights.arguments,
                     }
                 ),
                 pass_fds=[theirs.fileno(), *([weights.fd] if weights else [])],

@@ -19,7 +19,7 @@ def make_replicas(settings: Mapping[str, Any], *, replicas: int = 1, pass_timeou
     """
     if replicas == 1:
         return EngineProcess(settings, pass_timeout=pass_timeout)
-    weights = WeightsFile() if hasattr(os, "memfd_create") else None
+    weights = WeightsFile(replicas) if hasattr(os, "memfd_create") else None
     return Router(
         [
             EngineProcess(settings, pass_timeout=pass_timeout, cores=cores, weights=weights)

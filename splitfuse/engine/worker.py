@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splitfuse.config import EngineConfig
 from splitfuse.engine.framing import frame, receive
@@ -49,10 +49,8 @@ class Worker:
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._loop: EngineLoop | None = None
 
-    def run(self, settings: dict[str, object], weights: tuple[int, bool] | None) -> None:
-        """Load and compute. `weights`: the descriptor of the file that holds them, and whether they are there. Ends the
-        process.
-        """
+    def run(self, settings: dict[str, object], weights: dict[str, Any] | None) -> None:
+        """Load and compute. `weights` are the arguments of SharedWeights. Ends the process."""
         sender = threading.Thread(target=self._send_all, daemon=True)
         sender.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -68,7 +66,7 @@ class Worker:
                 EngineConfig.from_settings(settings),
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
-                shared_weights=None if weights is None else SharedWeights(weights[0], filled=weights[1]),
+                shared_weights=None if weights is None else SharedWeights(**weights),
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()

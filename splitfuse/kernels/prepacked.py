@@ -27,7 +27,7 @@ class PrepackedKernels(Kernels):
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return weight if weight.dim() == 3 else _Prepacked(weight, keep=role == "head")
+        return weight if role == "plain" or weight.dim() == 3 else _Prepacked(weight, keep=role == "head")
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)

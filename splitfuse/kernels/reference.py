@@ -133,10 +133,10 @@ class Kernels:
         what is kept must be a copy. `dtype` is what to compute in, if that is not the pieces' own.
 
         `role` is its field of LayerWeights, or "head": what a backend may choose the form by. A packed head is read by
-        `embed` too, where the two are one.
+        `embed` too, where the two are one. "plain" stays a tensor of the pieces' shape: vectors, and tables to look up.
         """
         del role
-        weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)
+        weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=max(-2, -pieces[0].dim()))
         return weight.to(dtype or weight.dtype)
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:

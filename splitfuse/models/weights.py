@@ -109,11 +109,7 @@ def load_decoder(
         role = _role(parameter, spec)
         with read(parameter) as pieces:
             on_device = [piece.to(device) for piece in pieces]
-            if role == PLAIN:
-                weight = torch.cat(on_device).to(dtype)
-            else:
-                weight = kernels.pack(on_device, role=role, dtype=dtype)
-        target[parameter.name] = weight
+            target[parameter.name] = kernels.pack(on_device, role=role, dtype=dtype)
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]
     return Decoder(spec, NetworkWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), kernels)

@@ -85,12 +85,17 @@ def load_model(
 
 
 def _plan(spec: ModelSpec, config: EngineConfig, kernels: Kernels, shared_weights: SharedWeights | None) -> MemoryPlan:
-    """The memory plan; shared weights are made ready, and those that are there already take nothing any more."""
-    if shared_weights is None or not isinstance(kernels, CpuKernels):
+    """The memory plan; shared weights are made ready, and those that are there already take nothing any more. What is
+    free besides is divided among those who share them.
+    """
+    if shared_weights is None:
         return plan_memory(spec, config, kernels=kernels)
+    free, sharers = available_memory(config.model.device), shared_weights.num_sharers
+    if not isinstance(kernels, CpuKernels):  # each has weights of its own
+        return plan_memory(spec, config, kernels=kernels, available=free // sharers)
     weights = weight_bytes(spec, torch.bfloat16, kernels)
-    there = weights if shared_weights.filled else 0
-    plan = plan_memory(spec, config, kernels=kernels, available=available_memory(config.model.device) + there)
+    besides = free if shared_weights.filled else free - weights
+    plan = plan_memory(spec, config, kernels=kernels, available=weights + besides // sharers)
     shared_weights.begin(weights + weights // 8 + HUGE_PAGE)  # each begins on a cache line of its own
     kernels.shared_weights = shared_weights
     return plan

@@ -30,6 +30,7 @@ from splitfuse.server.client_wire import (
     prepare,
 )
 from splitfuse.server.registry import Deployment
+from splitfuse.text.merging import merged
 
 MAX_CONNECTIONS = 64  # requests of one client at once; the others wait here
 CONNECT_SECONDS = 10.0
@@ -126,39 +127,15 @@ class AsyncClient:
                     responses.append(piece.response)
         return sorted(responses, key=lambda response: (response.index, response.choice))
 
-    async def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[RemotePiece, None]:
+    def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[RemotePiece, None]:
         """What comes for all requests, as it comes. The first error ends them all, and so does closing."""
-        news: asyncio.Queue[RemotePiece | Exception | None] = asyncio.Queue()
+        several = len(requests) > 1
+        return merged([self._one(request, stream=stream, several=several) for request in requests])
 
-        async def run(request: RemoteRequest) -> None:
-            try:
-                async with aclosing(self._one(request, stream=stream)) as pieces:
-                    async for piece in pieces:
-                        news.put_nowait(piece)
-                news.put_nowait(None)
-            except Exception as error:
-                if isinstance(error, InvalidRequestError) and len(requests) > 1:
-                    error.args = (f"prompt {request.index}: {error}",)
-                news.put_nowait(error)
-
-        tasks = [asyncio.create_task(run(request)) for request in requests]
-        try:
-            running = len(tasks)
-            while running:
-                new = await news.get()
-                if new is None:
-                    running -= 1
-                elif isinstance(new, Exception):
-                    raise new
-                else:
-                    yield new
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _one(self, request: RemoteRequest, *, stream: bool) -> AsyncGenerator[RemotePiece, None]:
-        """One request: its pieces, and at its end its responses. If it fails alone, the responses say so."""
+    async def _one(self, request: RemoteRequest, *, stream: bool, several: bool) -> AsyncGenerator[RemotePiece, None]:
+        """One request, perhaps of several: its pieces, and at its end its responses. If it fails alone, the responses
+        say so.
+        """
         choices = {choice: Growing(request, choice) for choice in range(request.params.n)}
         try:
             usage: dict[str, Any] = {}
@@ -172,6 +149,10 @@ class AsyncClient:
             responses = [choice.response(usage) for choice in choices.values()]
         except RequestFailedError as error:
             responses = [choice.failed(error) for choice in choices.values()]
+        except InvalidRequestError as error:
+            if several:
+                error.args = (f"prompt {request.index}: {error}",)
+            raise
         for response in responses:
             yield RemotePiece(request.index, response.choice, "", response)
 

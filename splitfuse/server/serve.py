@@ -58,7 +58,7 @@ async def run_server(engine_settings: Mapping[str, Any], config: ServerConfig) -
     model = model_name(engine_settings.get("model"))
     config = replace(config, served_model_name=config.served_model_name or model)
     signals = _Signals()
-    with signals.handled(), _listen(config.host, config.port) as listener:
+    with signals.handled(), _listen(config.host, config.port, config.client_timeout) as listener:
         front = _Front()
         server = _Server(_uvicorn_config(front, config))
         deployment = Deployment(
@@ -245,7 +245,7 @@ async def _apart(work: Callable[[], _Result]) -> _Result:
 
 
 @contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def _listen(host: str, port: int, client_timeout: float) -> Iterator[socket.socket]:
     """A listening socket. Raises ServerError, saying what would do."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -263,9 +263,12 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             ) from error
         raise ServerError(f"cannot listen on {host!r}, port {port}: {error.strerror}") from error
     with listener:
-        # Each connection inherits it. asyncio sets it only on sockets made with the protocol's number, which this is
-        # not; without it, every second write of an answer waits 40 ms for the client's delayed acknowledgement.
+        # Each connection inherits these. asyncio sets the first only on sockets made with the protocol's number, which
+        # this is not; without it, every second write of an answer waits 40 ms for the client's delayed acknowledgement.
+        # By the second the system breaks off a connection of which the other end takes nothing.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * client_timeout))
         yield listener
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 from splitfuse.core.request import FinishReason, RequestOutput
@@ -19,13 +18,13 @@ from splitfuse.engine.messages import NO_TERMS, Add, Terms
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat import ChatTemplate
 from splitfuse.text.generate import Generation, Message, Prompt
+from splitfuse.text.merging import merged
 from splitfuse.text.tokenizer import Tokenizer
 
 _NUM_THREADS = 2  # for texts and templates: the cores belong to the engines
 _SHORT = 1024  # characters that are encoded sooner than a thread is reached
 
 _Result = TypeVar("_Result")
-_Item = TypeVar("_Item")
 
 
 class ServedGeneration(Generation):
@@ -183,40 +182,3 @@ class TextService:
                 raise InvalidRequestError("the model has no chat template: use completions with plain prompts")
             self._template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
         return self._template
-
-
-async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerator[_Item, None]:
-    """What all sources give, as it comes. An error of one ends them all, and so does closing. A source goes on when its
-    last item has been dealt with, so that what an item tells of is still as it was.
-    """
-    news: asyncio.Queue[tuple[_Item, asyncio.Event] | Exception | None] = asyncio.Queue()
-
-    async def forward(source: AsyncGenerator[_Item, None]) -> None:
-        done = asyncio.Event()
-        try:
-            async with aclosing(source):
-                async for item in source:
-                    done.clear()
-                    news.put_nowait((item, done))
-                    await done.wait()
-            news.put_nowait(None)
-        except Exception as error:
-            news.put_nowait(error)
-
-    tasks = [asyncio.create_task(forward(source)) for source in sources]
-    try:
-        running = len(tasks)
-        while running:
-            new = await news.get()
-            if new is None:
-                running -= 1
-            elif isinstance(new, Exception):
-                raise new
-            else:
-                item, done = new
-                yield item
-                done.set()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

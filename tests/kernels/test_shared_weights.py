@@ -29,6 +29,23 @@ def pieces(role: str, shape: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.randn(*shape).bfloat16()]
 
 
+def test_what_is_not_packed_is_shared_too(file: int) -> None:
+    table, norm = torch.randn(300, 70), [torch.randn(5), torch.randn(3)]
+    own, first, second = (CpuKernels(num_threads=1) for _ in range(3))
+    first.shared_weights = SharedWeights(file, filled=False)
+    second.shared_weights = SharedWeights(file, filled=True)
+    for kernels in (first, second):
+        assert kernels.shared_weights is not None
+        kernels.shared_weights.begin(2**20)
+    for weight in ([table], norm):
+        wanted = own.pack(weight, role="plain", dtype=torch.bfloat16)
+        found = [kernels.pack(weight, role="plain", dtype=torch.bfloat16) for kernels in (first, second)]
+        assert torch.equal(wanted, torch.cat(weight).bfloat16())
+        assert all(torch.equal(one, wanted) for one in found)
+        found[0][0] += 1
+        assert torch.equal(found[0], found[1])  # one memory
+
+
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("variant", variants())
 def test_whoever_maps_them_finds_what_was_packed(variant: str, quantization: str | None, file: int) -> None:

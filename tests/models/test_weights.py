@@ -60,6 +60,8 @@ class Packing(Kernels):
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
         assert dtype == torch.float32
+        if role == "plain":
+            return super().pack(pieces, role=role, dtype=dtype)
         return role, [tuple(piece.shape) for piece in pieces]
 
 
@@ -93,7 +95,7 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
     assert torch.equal(layer.down, tensors[f"{prefix}mlp.down_proj.weight"])
 
 
-def test_linear_weights_pass_through_pack_and_others_do_not(folder: Path) -> None:
+def test_weights_are_packed_for_their_role(folder: Path) -> None:
     weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, kernels=Packing()).weights
     layer = weights.layers[0]
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))

@@ -1,5 +1,6 @@
 """Need, have and the sizes that follow; and that every value an error names does fit."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,8 +13,10 @@ from backends import variants
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.runtime import loading
 from splitfuse.runtime.kernel_choice import choose_kernels
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
@@ -275,3 +278,18 @@ def test_a_checkpoint_in_bf16_and_tied_embeddings_are_counted_as_such() -> None:
 def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used: "):
         parse_device(device)
+
+
+@pytest.mark.parametrize("kernels", [*variants()[-1:], "reference"])
+def test_what_is_free_besides_shared_weights_is_divided(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda _: GIB)
+    config = EngineConfig.from_settings({"kernels": kernels, "num_blocks": 100})
+    fd = os.memfd_create("test")
+    first = loading.load_model(config, shared_weights=SharedWeights(fd, filled=False, num_sharers=3)).plan
+    second = loading.load_model(config, shared_weights=SharedWeights(fd, filled=True, num_sharers=3)).plan
+    os.close(fd)
+    if kernels == "reference":  # each has its own
+        assert first.available == second.available == GIB // 3
+    else:
+        assert first.available == first.weights + (GIB - first.weights) // 3
+        assert second.available == second.weights + GIB // 3  # the weights are there already

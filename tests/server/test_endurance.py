@@ -5,16 +5,28 @@ import json
 import os
 import resource
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from running_server import RunningServer
-from server_load import PATIENCE, Measured, children, crowd, metrics, noise, wait_until, wait_until_idle
+from server_load import (
+    PATIENCE,
+    Measured,
+    children,
+    crowd,
+    http_request,
+    metrics,
+    noise,
+    wait_until,
+    wait_until_idle,
+)
 from server_process import server_process
 
 from splitfuse.core.sampling_params import SamplingParams
@@ -119,6 +131,21 @@ def test_an_engine_that_cannot_be_restarted_now_is_restarted_later(tmp_path: Pat
             wait_until(lambda: client.state() == "ready")
             (response,) = client("Hi", max_new_tokens=2, ignore_eos=True)
             assert response.generated_length == 2
+
+
+def test_a_client_that_never_reads_is_given_up(tmp_path: Path) -> None:
+    """Its answer is larger than what the system keeps for it, so its request cannot end by itself."""
+    body = {"prompt": "Anna", "max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 100}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        with server_process(tmp_path, "unread", "--client-timeout", "1") as server, server.client() as client:
+            address = urlsplit(client.url)
+            before = Measured.of(server.process.pid).num_files
+            with socket.create_connection((address.hostname, address.port)) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.sendall(http_request("/v1/completions", body))
+                wait_until(lambda: '"status": 499' in server.printed)
+                wait_until(lambda: Measured.of(server.process.pid).num_files == before)
 
 
 def test_clients_that_hang_up_leave_no_task(server: RunningServer) -> None:

@@ -8,6 +8,7 @@ no request, model or setting.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +107,8 @@ class CpuKernels(Kernels):
         return count * int(self.library.weight_bytes(ctypes.byref(self._weight(rows, columns, role))))
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Any:
-        del dtype  # bf16 or quantized, whatever it comes in
+        if role == "plain":
+            return self._keep(pieces, dtype or pieces[0].dtype)
         if pieces[0].dim() == 3:
             each = [self.pack([piece[expert] for piece in pieces], role=role) for expert in range(len(pieces[0]))]
             return Experts(each)
@@ -125,6 +127,18 @@ class CpuKernels(Kernels):
                 self.library.pack(ctypes.byref(struct), source.data_ptr(), first, len(source))
                 first += len(source)
         return PackedWeight(struct, memory)
+
+    def _keep(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """What is not packed, in memory that others share if there is such."""
+        shared = self.shared_weights
+        if shared is None:
+            weight: Tensor = super().pack(pieces, role="plain", dtype=dtype)
+            return weight
+        shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
+        kept = shared.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        if not shared.filled:
+            torch.cat(tuple(piece.to(dtype) for piece in pieces), out=kept)
+        return kept
 
     def _weight(self, rows: int, columns: int, role: str) -> library.Weight:
         chosen = choose_format(role, self.quantization, self.group_size)

@@ -39,10 +39,12 @@ class SharedWeights:
 
     `fd` is its descriptor, inherited; `filled` says that another process has packed them all, in the order in which
     they are asked for here. They are mapped for reading only then, and stay mapped while the process lives.
+    `num_sharers` processes divide what memory there is besides.
     """
 
-    def __init__(self, fd: int, *, filled: bool) -> None:
+    def __init__(self, fd: int, *, filled: bool, num_sharers: int = 1) -> None:
         self.filled = filled
+        self.num_sharers = num_sharers
         self._fd = fd
         self._address = self._taken = self._size = 0
 

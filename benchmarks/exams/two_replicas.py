@@ -1,0 +1,62 @@
+"""Two replicas of one core each against one of one core, on the same requests, in turns; and what the second takes.
+
+    python -m benchmarks.exams.two_replicas [--model FOLDER] [--streams N] [--prompt N] [--generate N] [--turns N] [...]
+
+The streams are read by this process, which like the front shares the cores with the engines. Other flags are those of
+`serve`, as --name=value. Memory is that of the engines, once all is done: anonymous, and with what they share
+divided among them (PSS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import httpx
+from server_load import children
+from server_process import server_process
+
+from benchmarks.exams.front_cost import make_prompts, ratios, stream, told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--generate", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=5)
+    arguments, flags = parser.parse_known_args()
+    flags += ["--no-enable-prefix-caching"] + ([] if arguments.model is None else [f"--model={arguments.model}"])
+    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    with (
+        server_process(folder, f"one-{folder.name}", "--num-threads=1", *flags) as single,
+        server_process(folder, f"two-{folder.name}", "--replicas=2", *flags) as double,
+        single.client() as one,
+        double.client() as two,
+        httpx.Client(base_url=one.url, timeout=60, trust_env=False) as to_one,
+        httpx.Client(base_url=two.url, timeout=60, trust_env=False) as to_two,
+    ):
+        pairs = []
+        for turn in range(-1, arguments.turns):
+            prompts = make_prompts(turn, arguments.streams, arguments.prompt)
+            alone = stream(to_one, single.process.pid, prompts, arguments.generate)
+            together = stream(to_two, double.process.pid, prompts, arguments.generate)
+            if turn >= 0:  # the first warms up
+                pairs.append((alone, together))
+                print(f"turn {turn}: one {told(alone)}; two {told(together)}", flush=True)
+        for name, server in (("one", single), ("two", double)):
+            print(f"engines of {name}: " + "; ".join(memory(pid) for pid in children(server.process.pid)))
+    print(f"throughput of two / one: {ratios([a.seconds / b.seconds for a, b in pairs])}")
+
+
+def memory(pid: int) -> str:
+    """Of one process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    fields = {name: int(rest.split()[0]) / 1000 for name, rest in (line.split(":", 1) for line in lines)}
+    return f"{fields['Anonymous']:.0f} MB of its own, PSS {fields['Pss']:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""How our pictures look: colours that are told apart in print and by the colour-blind, a light grid, labels at lines.
+
+Needs matplotlib, which is the extra `bench`; whoever draws asks `require_matplotlib` first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from splitfuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0f6cbd", "#d9480f", "#2b8a3e", "#9c36b5", "#b8860b", "#0b7285", "#c2255c", "#5c6770")
+INK, PALE = "#1f2933", "#8a94a0"
+GRID = "#e6e9ed"
+LABEL_SIZE = 8.5
+LINE_SPACING = 1.25
+SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": "#b6bec8",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#b6bec8",
+    "ytick.color": "#b6bec8",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.hashsalt": "splitfuse",  # the same results give the same bytes
+    "figure.constrained_layout.use": False,
+}
+
+
+def require_matplotlib() -> None:
+    """Raises ConfigError that names the extra if it is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError('pictures need matplotlib, which is not installed: pip install "splitfuse[bench]"')
+
+
+def as_svg(figure: Figure) -> str:
+    """For a page: an element without the declarations of a file."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+@dataclass(frozen=True)
+class EndLabel:
+    """A name to be written right of the end of a line."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def write_end_labels(axes: Axes, labels: Sequence[EndLabel]) -> None:
+    """Each at the height of its end, or as near to it as the others let it. After the axes' limits are settled."""
+    figure = axes.get_figure()
+    assert figure is not None
+    line_height = LINE_SPACING * LABEL_SIZE / (axes.get_window_extent().height * 72.0 / figure.dpi)  # of the axes
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(((to_axes.transform((label.x, label.y))[1], label) for label in labels), key=lambda end: end[0])
+    texts = ["\n".join(wrapped for line in label.text.split("\n") for wrapped in wrap(line, 26)) for _, label in ends]
+    sizes = [line_height * (1.1 + text.count("\n")) for text in texts]
+    centres = spaced([height for height, _ in ends], sizes)
+    for centre, text, (_, label) in zip(centres, texts, ends, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, centre),
+            xycoords="axes fraction",
+            xytext=(9, 0),
+            textcoords="offset points",
+            color=label.colour,
+            fontsize=LABEL_SIZE,
+            linespacing=LINE_SPACING,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def spaced(wished: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Centres of things of these sizes that do not overlap, in the same order, near to the wished ones, which ascend:
+    those that would touch are stacked, and the stack is centred on what its members wished.
+    """
+    stacks: list[list[int]] = []
+
+    def low(stack: list[int]) -> float:
+        centre = sum(wished[i] for i in stack) / len(stack)
+        return centre - sum(sizes[i] for i in stack) / 2
+
+    for i in range(len(wished)):
+        stacks.append([i])
+        while len(stacks) > 1 and low(stacks[-1]) < low(stacks[-2]) + sum(sizes[i] for i in stacks[-2]):
+            last = stacks.pop()
+            stacks[-1] += last
+    centres = []
+    for stack in stacks:
+        place = low(stack)
+        for i in stack:
+            centres.append(place + sizes[i] / 2)
+            place += sizes[i]
+    return centres
