@@ -148,7 +148,7 @@ class ByPromise(ByArrival):
         self, prompts: Sequence[Request], streams: Sequence[Request], seconds: float, now: float
     ) -> set[Request]:
         """The prompts that can be on time, if passes take `seconds` and the streams get what they were promised."""
-        promised = [r for r in prompts if r.due < math.inf and not r.is_late]
+        promised = [r for r in prompts if now < r.due < math.inf]
         if not promised:
             return set()
         per_pass = self._prompt_tokens(streams, seconds)

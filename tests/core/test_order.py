@@ -1,0 +1,180 @@
+"""Who claims what first: the rules on hand-made requests, against laws and against every other order."""
+
+import math
+from itertools import pairwise, permutations
+from random import Random
+
+import pytest
+from scheduler_harness import Run
+
+from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.forecast import Forecast
+from splitfuse.core.order import MARGIN, PATIENCE, SHARE_OF_THE_LATE, ByArrival, ByPromise, Order
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import NO_TARGETS, Targets
+
+COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
+BUDGET = 100
+
+
+def request(name: str, prompt: int, targets: Targets = NO_TARGETS, *, arrived: float = 0.0) -> Request:
+    made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, targets=targets, arrived=arrived)
+    made.arrival = int(arrived * 1000)
+    return made
+
+
+def stream(name: str, interval: float | None, *, token_at: float, arrived: float = 0.0) -> Request:
+    """It has its first token and needs its newest."""
+    made = request(name, 10, Targets(None, interval), arrived=arrived)
+    made.status, made.output_token_ids, made.num_computed, made.num_scheduled = RequestStatus.RUNNING, [1], 10, 10
+    made.note_token(token_at)
+    return made
+
+
+def rule() -> ByPromise:
+    return ByPromise(Forecast(COST), budget=BUDGET)
+
+
+def names(order: Order) -> tuple[list[str], list[str]]:
+    return [r.request_id for r in order.urgent], [r.request_id for r in order.others]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_where_nothing_is_promised_promises_change_nothing(seed: int) -> None:
+    rng = Random(seed)
+    running = []
+    for number in range(rng.randint(1, 12)):
+        if rng.random() < 0.5:
+            running.append(stream(f"r{number}", None, token_at=number, arrived=number))
+        else:
+            made = request(f"r{number}", rng.randint(2, 90), arrived=number)
+            made.status = RequestStatus.RUNNING
+            running.append(made)
+    waiting = [request(f"r{n}", rng.randint(1, 90), arrived=n) for n in range(12, 12 + rng.randint(0, 4))]
+    plain = ByArrival().order(running, waiting, now=99.0)
+    promised = rule().order(running, waiting, now=99.0)
+    assert [*plain.urgent, *plain.others] == [*promised.urgent, *promised.others]
+    for than in (*running, *waiting):
+        assert ByArrival().victim(running, than=than) is rule().victim(running, than=than)
+
+
+def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
+    ahead, prompt = stream("s", 0.25, token_at=1.0), request("p", 80, Targets(2.0))
+    order = rule().order([ahead], [prompt], now=1.0)
+    assert names(order) == ([], ["p", "s"])
+    assert order.seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
+    later = rule().order([ahead], [prompt], now=1.06)
+    assert names(later) == (["s"], ["p"])
+    assert later.seconds <= 1.25 - 1.06
+
+
+def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
+    streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
+    assert rule().order(streams, [], now=1.0).seconds == pytest.approx(MARGIN * 0.1 / 2)
+
+
+def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
+    late = stream("late", 0.25, token_at=1.0)
+    late.note_token(5.0)
+    running = [late, stream("free", None, token_at=5.0, arrived=1.0), stream("ahead", 0.25, token_at=6.0, arrived=2.0)]
+    waiting = [
+        request("hopeless", 20, Targets(0.5), arrived=3.0),
+        request("any", 20, arrived=4.0),
+        request("hopeful", 20, Targets(3.0), arrived=5.0),
+    ]
+    order = rule().order(running, waiting, now=6.0)
+    assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
+    assert order.kept == SHARE_OF_THE_LATE  # the oldest is late
+
+
+def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
+    late = stream("late", 0.25, token_at=1.0)
+    late.note_token(5.0)
+    late.num_passed_over = PATIENCE
+    assert names(rule().order([late], [], now=6.0)) == (["late"], [])
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
+    rng = Random(seed)
+    prompts = [
+        request(f"p{number}", rng.randint(2, 150), Targets(rng.uniform(0.05, 0.9)), arrived=number / 1000)
+        for number in range(rng.randint(1, 6))
+    ]
+    order = rule().order([], prompts, now=0.01)
+    assert order.kept == 0.0
+    seconds = order.seconds
+    per_pass = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
+
+    def on_time(chosen: tuple[Request, ...]) -> int:
+        """How many are, if only those are begun that can be, in this order."""
+        work = count = 0
+        for each in chosen:
+            if 0.01 + math.ceil((work + each.num_wanted) / per_pass) * seconds <= each.due:
+                work, count = work + each.num_wanted, count + 1
+        return count
+
+    best = max(on_time(chosen) for chosen in permutations(prompts))
+    assert on_time(tuple(order.others)) == best
+
+
+def test_of_blocks_the_late_lose_theirs_first_and_those_who_lose_least() -> None:
+    running = [stream(name, 0.25, token_at=1.0, arrived=i) for i, name in enumerate("abcd")]
+    for each, computed in zip(running, (90, 40, 60, 10), strict=True):
+        each.num_computed = computed
+    for each in running[:3]:
+        each.note_token(9.0)
+    hopeful = request("e", 20, Targets(9.0), arrived=10.0)
+    assert rule().victim(running, than=hopeful) is running[1]  # late, and less to lose than c; a is the oldest of all
+    assert rule().victim(running, than=running[1]) is running[2]  # the late take from those late after them
+    assert rule().victim(running, than=running[2]) is None
+    assert rule().victim(running[:1], than=hopeful) is None
+    assert rule().victim(running, than=running[0]) is running[1]
+
+
+def test_a_long_prompt_beside_promised_streams_makes_nobody_late() -> None:
+    forecast = Forecast(COST)
+    run = Run.make(num_blocks=1000, block_size=16, budget=256, rule=ByPromise(forecast, budget=256))
+    for number in range(8):
+        run.add(request(f"s{number}", 5, Targets(1.0, 0.25)))
+    times: dict[str, list[float]] = {}
+    while run.scheduler.has_unfinished:
+        if len(run.plans) == 2:
+            run.add(request("long", 4000, Targets(60.0, 0.25)))
+        for output in run.step():
+            times.setdefault(output.request_id, []).extend([run.now] * len(output.token_ids))
+    assert all(len(each) == 50 for each in times.values())
+    gaps = [later - earlier for each in times.values() for earlier, later in pairwise(each)]
+    assert max(gaps) <= 0.25
+
+
+def test_everybody_is_served_under_lasting_overload() -> None:
+    """One and a half times what can be done, for some hours, with a bound on those that wait: the oldest always moves,
+    so nobody waits longer than all that are before it take at the share that is kept for the late.
+    """
+    rng = Random(1)
+    run = Run.make(num_blocks=2000, block_size=16, budget=100, max_num_seqs=16, rule=rule())
+    alone = 2 * 0.11 + 10 * 0.011  # of a request of 200 tokens that generates 10: seconds of the machine
+    due, most = 0.0, 40
+    waits: list[float] = []
+    begun: dict[str, float] = {}
+    number = 0
+    while run.now < 2000.0:
+        while due <= run.now:
+            due += rng.expovariate(1.5 / alone)
+            if len(begun) < most:
+                made = request(f"r{number}", 200, Targets(0.5, 0.25))
+                made.max_tokens, made.prompt_token_ids = 10, tuple(rng.randbytes(200))
+                number += 1
+                run.add(made)
+                begun[made.request_id] = run.now
+        if not run.scheduler.has_unfinished:
+            run.now = due
+            continue
+        ended = [output.request_id for output in run.step() if output.finish_reason is not None]
+        waits += [run.now - begun.pop(name) for name in ended]
+        run.plans.clear()
+        run.outcomes = {name: run.outcomes[name] for name in begun}
+    longest = max(*waits, *(run.now - since for since in begun.values()))
+    assert longest < most * alone / SHARE_OF_THE_LATE * 2
