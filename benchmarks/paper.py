@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from splitfuse.bench.calibration import Calibration
 from splitfuse.bench.measure import Loads
 from splitfuse.bench.published import MACHINES
 from splitfuse.bench.results import Results
@@ -21,6 +20,7 @@ from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import SchedulerConfig
+from splitfuse.runtime.calibration import Calibration
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 PROMPT, GENERATE = 2600, 60

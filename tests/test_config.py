@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, parse_seconds
+from splitfuse.core.targets import Targets
 from splitfuse.errors import ConfigError
 
 
@@ -108,3 +109,24 @@ def test_settings_are_frozen() -> None:
             setattr(part, dataclasses.fields(part)[0].name, 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.model = ModelConfig()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1s", 1.0), ("250ms", 0.25), (" 1.5 s", 1.5), ("2min", 120.0), ("3", 3.0)]
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    assert parse_seconds("itl", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="itl must be a time"):
+        SchedulerConfig(itl=text)
+
+
+def test_a_first_token_may_be_promised_by_the_prompts_length() -> None:
+    assert Targets.promised(SchedulerConfig(ttft="2ms/token", itl="0.1s"), 500) == Targets(1.0, 0.1)
+    assert Targets.promised(SchedulerConfig(ttft="2s"), 500) == Targets(2.0, None)
+    assert Targets.promised(SchedulerConfig(), 500) == Targets()
+    with pytest.raises(ConfigError, match="ttft must be a time"):
+        SchedulerConfig(ttft="fast/token")

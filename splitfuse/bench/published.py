@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.bench.calibration import Calibration
 from splitfuse.core.cost_model import CostModel
+from splitfuse.runtime.calibration import Calibration
 
 # The network: https://huggingface.co/meta-llama/Llama-2-70b-hf, config.json.
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, CONTEXT = 80, 8192, 28672, 64, 8, 128, 32_000, 4096

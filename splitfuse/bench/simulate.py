@@ -15,7 +15,6 @@ from random import Random
 from typing import Any
 
 from splitfuse.bench import virtual_time
-from splitfuse.bench.calibration import Calibration
 from splitfuse.bench.measure import Loads, MakeWorkload, measure
 from splitfuse.bench.results import Results
 from splitfuse.bench.target import Answer, Target
@@ -33,6 +32,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.targets import Targets
 from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.runtime.calibration import Calibration
 
 CHOSEN = ChunkResult(token_id=0)
 NOT_CHOSEN = ChunkResult()

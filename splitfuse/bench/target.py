@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from splitfuse.bench.machine import resident_bytes
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
 from splitfuse.config import EngineConfig
 from splitfuse.core.policies import scheduler_class
@@ -22,6 +21,7 @@ from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.async_engine import AsyncEngine, EngineClient
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.runtime.machine import resident_bytes
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def run(
 
     Prompts are random and all different, lengths normal, answers greedy. docs/bench.md says what each figure means.
     """
-    from splitfuse.bench.machine import about_here
     from splitfuse.bench.measure import Loads, measure
+    from splitfuse.runtime.machine import about_here
 
     if clients is None and rate is None and (trace is None or not _is_timed(trace)):
         clients = CLIENTS

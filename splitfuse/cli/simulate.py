@@ -24,11 +24,11 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from splitfuse.bench.calibrate import Timed
-    from splitfuse.bench.calibration import Calibration
     from splitfuse.bench.results import Results
     from splitfuse.bench.simulate import Deployment
     from splitfuse.core.cost_model import CostModel
+    from splitfuse.engine.calibrate import Timed
+    from splitfuse.runtime.calibration import Calibration
 
 
 @with_flags()
@@ -42,8 +42,8 @@ def calibrate(
 
     It is kept in the cache folder, for this model, machine, and the settings that change the time of a pass.
     """
-    from splitfuse.bench.calibrate import run_calibration
-    from splitfuse.bench.calibration import place, save
+    from splitfuse.engine.calibrate import run_calibration
+    from splitfuse.runtime.calibration import place, save
 
     if out is not None:
         check_writable(out)
@@ -99,11 +99,11 @@ def simulate(
 
     The table and the results are those of `bench run`. docs/simulator.md says what is simulated and what is not.
     """
-    from splitfuse.bench.machine import about_here
     from splitfuse.bench.measure import Loads
     from splitfuse.bench.results import load
     from splitfuse.bench.simulate import simulate as run
     from splitfuse.bench.validate import compare, predict
+    from splitfuse.runtime.machine import about_here
 
     slas = promises(sla)
     if out is not None:
@@ -158,8 +158,8 @@ def simulate(
 
 
 def _calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
-    from splitfuse.bench.calibration import load, load_cost_model
     from splitfuse.bench.published import MACHINES
+    from splitfuse.runtime.calibration import load, load_cost_model
 
     if file is not None and machine is not None:
         raise ConfigError("--model-of-cost and --machine are two cost models: give one")

@@ -65,13 +65,23 @@ class Engine:
         announce: Callable[[MemoryPlan], None] = lambda _: None,
         on_progress: Callable[[float], None] = lambda _: None,
         shared_weights: SharedWeights | None = None,
+        on_stage: Callable[[str], None] = lambda _: None,
         scheduler: type[Scheduler] = Scheduler,
     ) -> Engine:
-        """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        """An engine for the model that `config` names. If it promises anything, and no cost model is kept for it, its
+        passes are timed first. `on_stage` hears of what comes after loading.
+
+        Raises as `runtime.loading.load_model` does, and CostModelError.
+        """
         model = load_model(
             config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
         )
-        return cls(config, model, scheduler=scheduler)
+        if not config.scheduler.has_targets:
+            return cls(config, model, scheduler=scheduler)
+        from splitfuse.engine.calibrate import kept_or_new  # which times engines
+
+        on_stage("calibrating")
+        return cls(config, model, scheduler=scheduler, cost=kept_or_new(model, config))
 
     @property
     def max_model_len(self) -> int:

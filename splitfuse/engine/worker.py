@@ -66,6 +66,7 @@ class Worker:
                 EngineConfig.from_settings(settings),
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
+                on_stage=lambda stage: self._reports.put(Loading(stage)),
                 shared_weights=None if weights is None else SharedWeights(**weights),
             )
             self._loop = EngineLoop(engine, self._reports.put)

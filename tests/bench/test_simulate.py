@@ -7,7 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from splitfuse.bench import sla, virtual_time
-from splitfuse.bench.calibration import Calibration
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Results, load
@@ -18,6 +17,7 @@ from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.errors import ConfigError
+from splitfuse.runtime.calibration import Calibration
 
 COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
 CALIBRATION = Calibration(name="by hand", cost=COST, num_blocks=2000, block_size=32, max_model_len=4096)

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 
-from splitfuse.bench.calibrate import checking_cases, fitted_cases, run_calibration
-from splitfuse.bench.calibration import Calibration, identify, load, load_cost_model, place, save
 from splitfuse.bench.published import MACHINES
 from splitfuse.config import EngineConfig
 from splitfuse.core.cost_model import CostModel, Features, FitError
-from splitfuse.errors import ConfigError, CostModelError
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import Targets
+from splitfuse.engine.calibrate import checking_cases, fitted_cases, run_calibration
+from splitfuse.engine.engine import Engine
+from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
+from splitfuse.runtime.calibration import Calibration, identify, load, load_cost_model, place, save
 
 CALIBRATION = Calibration(
     name="by hand",
@@ -92,3 +95,32 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
         0.015 < cost.seconds(Features().plus(start=100, count=1, rows=1)) < 0.045
     )  # a token a pass: 22 to 66 a second
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
+
+
+def test_an_engine_that_promises_is_calibrated_once(cache: Path) -> None:
+    stages: list[str] = []
+    settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
+    first = Engine.load(settings, on_stage=stages.append)
+    kept = load_cost_model(settings).cost
+    second = Engine.load(settings, on_stage=stages.append)
+    assert first.keeps_promises and second.keeps_promises and stages == ["calibrating"] * 2
+    assert load_cost_model(settings).cost == kept
+    place(identify(settings)).write_text("spoilt")
+    Engine.load(settings)
+    assert load_cost_model(settings).cost.error is not None
+    second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
+    request = second.scheduler.get("a")
+    assert request is not None and request.targets == Targets(0.2, 0.25)
+    outputs = []
+    while second.has_unfinished:
+        outputs += second.step()
+    assert sum(len(output.token_ids) for output in outputs) == 4
+
+
+def test_an_engine_without_promises_refuses_targets_and_is_not_calibrated() -> None:
+    engine = Engine.load(config(num_blocks=200))
+    with pytest.raises(InvalidRequestError, match="keeps no promises"):
+        engine.add_request("a", [5], SamplingParams(max_tokens=4), targets=Targets(1.0, None))
+    engine.add_request("a", [5], SamplingParams(max_tokens=4), targets=Targets())
+    with pytest.raises(CostModelError):
+        load_cost_model(config())

@@ -53,11 +53,11 @@ def identify(config: EngineConfig) -> dict[str, Any]:
 
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
-    from splitfuse.bench.machine import processor
     from splitfuse.models.families import load_spec
     from splitfuse.models.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.kernel_choice import choose_kernels
+    from splitfuse.runtime.machine import processor
 
     path = resolve_model(config.model.model, config.model.revision)
     spec = load_spec(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
 from statistics import median
@@ -17,17 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from splitfuse.bench.calibration import Calibration, identify
-from splitfuse.bench.machine import about_here
 from splitfuse.config import EngineConfig
-from splitfuse.core.cost_model import MIN_SAMPLES, Features, Sample, fit
+from splitfuse.core.cost_model import MIN_SAMPLES, CostModel, Features, Sample, fit
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError, CostModelError
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.calibration import Calibration, identify, load, place, save
+from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.machine import about_here
 
+SECONDS_AT_START = 8.0
+"""Of timing, for an engine that needs a cost model and has none."""
 LEAST_RUNS, MOST_RUNS = 3, 30
 """Of each pass."""
 CACHED_TOKENS = 32_768
@@ -73,8 +76,28 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
     """
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a positive number, not {seconds}")
-    identity = identify(config)
-    model = load_model(config, progress=progress)
+    return calibrate(load_model(config, progress=progress), config, seconds=seconds, progress=progress)
+
+
+def kept_or_new(model: LoadedModel, config: EngineConfig) -> CostModel:
+    """The cost model that is kept for such an engine on this machine; if there is none, it is made now and kept.
+
+    Raises as `calibrate` does.
+    """
+    path = place(identify(config))
+    if path.exists():
+        with suppress(CostModelError):  # what somebody spoilt is made anew
+            return load(path).cost
+    calibration, _ = calibrate(model, config, seconds=SECONDS_AT_START)
+    with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
+        save(calibration, path)
+    return calibration.cost
+
+
+def calibrate(
+    model: LoadedModel, config: EngineConfig, *, seconds: float, progress: bool = False
+) -> tuple[Calibration, list[Timed]]:
+    """As `run_calibration`, of a model that is loaded."""
     plan = model.plan
     blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
     engine = Engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
@@ -101,7 +124,7 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_model_len=plan.max_model_len,
-        identity=identity,
+        identity=identify(config),
         about=about_here(),
     )
     return calibration, timed[len(fitted) :]
