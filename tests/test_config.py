@@ -112,7 +112,7 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("1s", 1.0), ("250ms", 0.25), (" 1.5 s", 1.5), ("2min", 120.0), ("3", 3.0)]
+    ("text", "seconds"), [("1s", 1.0), ("250ms", 0.25), (" 1.5 s", 1.5), ("2min", 120.0), ("3", 3)]
 )
 def test_times_have_units(text: str, seconds: float) -> None:
     assert parse_seconds("itl", text) == seconds

@@ -140,7 +140,7 @@ class ByPromise(ByArrival):
         one pass is in time with the next; at most what the token budget takes.
         """
         everybody = (*streams, *prompts)
-        shortest = min((r.targets.inter_token or math.inf for r in everybody if not r.is_late), default=math.inf)
+        shortest = min((r.targets.itl or math.inf for r in everybody if not r.is_late), default=math.inf)
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         return min(self.forecast.seconds(whole), MARGIN * shortest / 2)
 
@@ -164,8 +164,7 @@ class ByPromise(ByArrival):
     def _prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
         """Prompt tokens in a pass of `seconds`, beside the streams that it must serve."""
         shares = [
-            min(1.0, seconds / (MARGIN * r.targets.inter_token)) if r.targets.inter_token and not r.is_late else 0.0
-            for r in streams
+            min(1.0, seconds / (MARGIN * r.targets.itl)) if r.targets.itl and not r.is_late else 0.0 for r in streams
         ]
         served = math.ceil(sum(shares))
         read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))

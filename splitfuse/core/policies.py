@@ -17,9 +17,10 @@ from collections.abc import Iterator
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.draft import Draft
 from splitfuse.core.order import Rule
 from splitfuse.core.request import Request, RequestStatus
-from splitfuse.core.scheduler import Draft, Scheduler
+from splitfuse.core.scheduler import Scheduler
 from splitfuse.errors import ConfigError, did_you_mean
 
 

@@ -16,16 +16,16 @@ class Targets:
     Raises InvalidRequestError for what is no positive number.
     """
 
-    first_token: float | None = None
-    """From the request's arrival."""
-    inter_token: float | None = None
+    ttft: float | None = None
+    """To the first token, from the request's arrival."""
+    itl: float | None = None
     """From each token to the next."""
 
     def __post_init__(self) -> None:
-        for name in ("first_token", "inter_token"):
+        for name in ("ttft", "itl"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InvalidRequestError(f"the target for {name} must be a positive number of seconds, not {value!r}")
+                raise InvalidRequestError(f"{name} must be a positive number of seconds, not {value!r}")
 
     @classmethod
     def promised(cls, config: SchedulerConfig, num_prompt_tokens: int) -> Targets:
@@ -39,11 +39,11 @@ class Targets:
 
     def due(self, *, arrived: float) -> float:
         """When the first token must be there; infinity without a promise."""
-        return math.inf if self.first_token is None else arrived + self.first_token
+        return math.inf if self.ttft is None else arrived + self.ttft
 
     def next_due(self, now: float) -> float:
         """When the token after one that came now must be there."""
-        return math.inf if self.inter_token is None else now + self.inter_token
+        return math.inf if self.itl is None else now + self.itl
 
 
 NO_TARGETS = Targets()

@@ -70,12 +70,9 @@ class _Generate(_Request, kw_only=True, frozen=True):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
     splitfuse_timing: Annotated[bool, Meta(description="Adds times and passes to the answer")] | None = None
-    splitfuse_deadline: (
-        Annotated[
-            float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
-        ]
-        | None
-    ) = None
+    splitfuse_deadline: Annotated[
+        float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
+    ] | (None) = None
 
     splitfuse_targets: TargetSeconds | None = None
 

@@ -97,7 +97,7 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 
 
-def test_an_engine_that_promises_is_calibrated_once(cache: Path) -> None:
+def test_an_engine_that_promises_is_calibrated_once() -> None:
     stages: list[str] = []
     settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
     first = Engine.load(settings, on_stage=stages.append)

@@ -1,0 +1,55 @@
+"""A pass that is being composed: who was granted what, and how much more it takes. It decides nothing."""
+
+from __future__ import annotations
+
+import math
+
+from splitfuse.core.cost_model import Features
+from splitfuse.core.forecast import Forecast
+from splitfuse.core.request import Request
+
+
+class Draft:
+    """Tokens granted so far, in the order of the claims, and what is left of two budgets: tokens, and with a forecast
+    the seconds that a pass may take.
+    """
+
+    def __init__(self, budget: int, forecast: Forecast | None = None) -> None:
+        self.left = budget
+        self.seconds = math.inf
+        self.granted: dict[Request, int] = {}
+        self._budget = budget
+        self._forecast = forecast
+        self._features = Features()
+        self._kept_tokens = 0
+        self._kept_share = 0.0
+
+    def keep(self, share: float) -> None:
+        """Hold back a share of both, a token at least, until `release`."""
+        self._kept_share, self._kept_tokens = share, max(1, int(share * self._budget))
+        self.left -= self._kept_tokens
+
+    def release(self) -> None:
+        """Give back what was held."""
+        self.left += self._kept_tokens
+        self._kept_tokens, self._kept_share = 0, 0.0
+
+    def takes(self, request: Request, *, at_least: int = 0) -> int:
+        """How many tokens of a request the pass takes, `at_least` of them whatever time they need."""
+        most = min(request.num_wanted, max(self.left, 0))
+        if self._forecast is None or self.seconds == math.inf:
+            return most
+        seconds, start = self.seconds * (1.0 - self._kept_share), request.num_scheduled
+        fitting = self._forecast.tokens_within(seconds, self._features, start=start, most=most, rows=1)
+        return min(most, max(fitting, at_least))
+
+    def grant(self, request: Request, count: int) -> None:
+        self.granted[request] = count
+        self.left -= count
+        self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
+
+    def revoke(self, request: Request) -> None:
+        self.left += self.granted.pop(request, 0)
+        self._features = Features()
+        for other, count in self.granted.items():
+            self._features = self._features.plus(start=other.num_scheduled, count=count, rows=1)
