@@ -112,9 +112,9 @@ class ByPromise(ByArrival):
             if request in hopeful:
                 return Rank.HOPEFUL, request.due
             if request in spare:
-                if request.due < math.inf:
-                    return Rank.AHEAD, request.due
-                return (Rank.LATE_STREAM if request.is_late else Rank.STREAM), request.arrival
+                if request.is_late:
+                    return Rank.LATE_STREAM, request.arrival
+                return (Rank.AHEAD, request.due) if request.due < math.inf else (Rank.STREAM, request.arrival)
             return (Rank.LATE_PROMPT if request.has_promise else Rank.PROMPT), request.arrival
 
         others = sorted((*spare, *prompts), key=rank)
@@ -148,7 +148,7 @@ class ByPromise(ByArrival):
         self, prompts: Sequence[Request], streams: Sequence[Request], seconds: float, now: float
     ) -> set[Request]:
         """The prompts that can be on time, if passes take `seconds` and the streams get what they were promised."""
-        promised = [r for r in prompts if now < r.due < math.inf]
+        promised = [r for r in prompts if now < r.due < math.inf and not r.is_late]
         if not promised:
             return set()
         per_pass = self._prompt_tokens(streams, seconds)
@@ -163,9 +163,7 @@ class ByPromise(ByArrival):
 
     def _prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
         """Prompt tokens in a pass of `seconds`, beside the streams that it must serve."""
-        shares = [
-            min(1.0, seconds / (MARGIN * r.targets.itl)) if r.targets.itl and not r.is_late else 0.0 for r in streams
-        ]
+        shares = [min(1.0, seconds / (MARGIN * r.interval)) if r.interval else 0.0 for r in streams]
         served = math.ceil(sum(shares))
         read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))
         beside = Features(served, served, read, read, served)

@@ -10,6 +10,9 @@ from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 
+TIME_FOR_THE_LATE = 2.0
+"""Times their interval, that streams are given which are late already."""
+
 
 class RequestStatus(enum.StrEnum):
     """WAITING -> RUNNING -> FINISHED; preemption is a step back to WAITING."""
@@ -63,7 +66,7 @@ class Request:
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     known_to_runner: bool = False
-    due: float = math.inf  # when its next token was promised; infinity: it was not, or no longer, being late
+    due: float = math.inf  # when its next token must be there; infinity: nothing was promised
     is_late: bool = False  # a promise was broken
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
@@ -94,9 +97,17 @@ class Request:
         return self.num_pending
 
     def note_token(self, now: float) -> None:
-        """A token has been read back: in time or not, the next one is due."""
+        """A token has been read back: in time or not, the next one is due. The late are given more time."""
         self.is_late = self.is_late or now > self.due
-        self.due = math.inf if self.is_late else self.targets.next_due(now)
+        interval = self.interval
+        self.due = math.inf if interval is None else now + interval
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds between its tokens that are aimed at."""
+        if self.targets.itl is None:
+            return None
+        return self.targets.itl * (TIME_FOR_THE_LATE if self.is_late else 1.0)
 
     @property
     def has_promise(self) -> bool:

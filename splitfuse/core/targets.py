@@ -41,9 +41,5 @@ class Targets:
         """When the first token must be there; infinity without a promise."""
         return math.inf if self.ttft is None else arrived + self.ttft
 
-    def next_due(self, now: float) -> float:
-        """When the token after one that came now must be there."""
-        return math.inf if self.itl is None else now + self.itl
-
 
 NO_TARGETS = Targets()

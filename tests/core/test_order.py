@@ -10,7 +10,7 @@ from scheduler_harness import Run
 from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.order import MARGIN, PATIENCE, SHARE_OF_THE_LATE, ByArrival, ByPromise, Order
-from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request import TIME_FOR_THE_LATE, Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 
@@ -76,7 +76,7 @@ def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
 
 def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
     late = stream("late", 0.25, token_at=1.0)
-    late.note_token(5.0)
+    late.note_token(5.9)
     running = [late, stream("free", None, token_at=5.0, arrived=1.0), stream("ahead", 0.25, token_at=6.0, arrived=2.0)]
     waiting = [
         request("hopeless", 20, Targets(0.5), arrived=3.0),
@@ -90,9 +90,19 @@ def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> N
 
 def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
     late = stream("late", 0.25, token_at=1.0)
-    late.note_token(5.0)
+    late.note_token(5.9)
+    assert names(rule().order([late], [], now=6.0)) == ([], ["late"])
     late.num_passed_over = PATIENCE
     assert names(rule().order([late], [], now=6.0)) == (["late"], [])
+
+
+def test_a_late_stream_is_given_twice_the_time_and_no_more() -> None:
+    late = stream("late", 0.25, token_at=1.0)
+    late.note_token(5.0)
+    assert late.is_late and late.due == 5.0 + TIME_FOR_THE_LATE * 0.25
+    hopeful = request("p", 80, Targets(9.0), arrived=5.0)
+    assert names(rule().order([late], [hopeful], now=5.2)) == ([], ["p", "late"])
+    assert names(rule().order([late], [hopeful], now=5.4)) == (["late"], ["p"])
 
 
 @pytest.mark.parametrize("seed", range(100))

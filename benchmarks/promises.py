@@ -1,0 +1,139 @@
+"""What promises bring, in simulation: the same load with and without, on machines of two lines each.
+
+    python -m benchmarks.promises [--requests N] [--hours H]
+
+A pass costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
+on the shape of Qwen2.5-0.5B. Prompts Normal(512), answers Normal(64), closed loops; promised are a first token within
+prompt/512 seconds, and 2, 4 or 6 tokens a second. Then a prompt of 4,000 tokens beside 8 streams, and hours at one and
+a half times what the machine can do, with at most 128 requests let in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from itertools import pairwise
+from random import Random
+
+from splitfuse.bench import sla, virtual_time
+from splitfuse.bench.measure import Loads
+from splitfuse.bench.simulate import Bytes, Deployment, Replica, simulate
+from splitfuse.bench.workload import Independent, Lengths, LoadRequest
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.cost_model import CostModel
+from splitfuse.runtime.calibration import Calibration
+
+MACHINES = {
+    "int8": CostModel(floor=0.009, per_token=0.0, knee=8 / 0.42, per_token_beyond=0.42e-3),
+    "bf16": CostModel(floor=0.0165, per_token=0.0, knee=15.5 / 0.84, per_token_beyond=0.84e-3),
+}
+CLIENTS = (1, 4, 8, 16, 32)
+LET_IN = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=500, help="that count at each point")
+    parser.add_argument("--hours", type=float, default=24.0, help="of overload")
+    arguments = parser.parse_args()
+    for machine in MACHINES:
+        effective(machine, arguments.requests)
+    for machine in MACHINES:
+        virtual_time.run(beside_streams(machine))
+    virtual_time.run(overload("int8", arguments.hours))
+
+
+def papers(tokens_per_second: float | None) -> dict[str, str]:
+    """The targets of the paper, if any."""
+    if tokens_per_second is None:
+        return {}
+    return {"ttft": f"{1 / sla.PROMPT_TOKENS_PER_SECOND}s/token", "itl": f"{1 / tokens_per_second}s"}
+
+
+def deployment(machine: str, targets: Mapping[str, str | None]) -> Deployment:
+    calibration = Calibration(name=machine, cost=MACHINES[machine], num_blocks=4000, block_size=32, max_model_len=8192)
+    return Deployment(calibration=calibration, scheduler=SchedulerConfig(max_num_seqs=LET_IN, **targets))
+
+
+def effective(machine: str, requests: int) -> None:
+    print(f"\n{machine}: requests/s on time (all requests/s; longest latency, s)")
+    print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
+    loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
+    for speed in sla.SLAS:
+        for promised in (None, speed):
+            results = simulate(
+                deployment(machine, papers(promised)),
+                lambda vocabulary, room: Independent(Lengths(512, 64, room=room), vocabulary, seed=1),
+                loads,
+                system=machine,
+                about={},
+            )
+            cells = []
+            for point in results.points:
+                longest = max(record.done - record.sent for record in sla.counted(point))
+                on_time = sla.effective_throughput(point, speed)
+                cells.append(f"{on_time:10.2f} ({sla.throughput(point):.2f}; {longest:.1f})".rjust(22))
+            print(f"{speed:8g} {'by promise' if promised else 'by age':10}" + "".join(cells))
+
+
+async def beside_streams(machine: str) -> None:
+    """Gaps of 8 streams that were promised a token every 250 ms, while a prompt of 4,000 tokens is computed."""
+    for itl in (None, "250ms"):
+        replica, random = Replica(deployment(machine, {"itl": itl})), Random(1)
+
+        async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
+            tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - asked before the loop goes on
+            return await replica.answer(str(number), LoadRequest("exam", number, 0, tokens, generate))
+
+        streams = [asyncio.create_task(ask(number, 64, 200)) for number in range(8)]
+        await asyncio.sleep(1.0)
+        sent = asyncio.get_running_loop().time()
+        (first,) = await ask(8, 4000, 1)
+        gaps = [later - earlier for stream in streams for earlier, later in pairwise(await stream)]
+        print(
+            f"\n{machine}, {'by promise' if itl else 'by age'}: a prompt of 4,000 tokens beside 8 streams: of "
+            f"{len(gaps)} gaps {sum(gap > 0.25 for gap in gaps)} above 250 ms, the longest {1000 * max(gaps):.0f} ms; "
+            f"its own first token after {first - sent:.2f} s"
+        )
+
+
+async def overload(machine: str, hours: float) -> None:
+    """Requests that come at 1.5 times the rate that can be served; more than `LET_IN` at once are refused."""
+    replica, random = Replica(deployment(machine, papers(4.0))), Random(2)
+    loop = asyncio.get_running_loop()
+    capacity = 1 / (MACHINES[machine].per_token_beyond * (512 + 64))
+    latencies: list[float] = []
+    on_time = refused = 0
+    running: set[asyncio.Task[None]] = set()
+
+    async def ask(number: int) -> None:
+        nonlocal on_time
+        sent = loop.time()
+        times = await replica.answer(str(number), LoadRequest("exam", number, 0, Bytes(256).draw(random, 512), 64))
+        latencies.append(times[-1] - sent)
+        kept = times[0] - sent <= 1.0 and max(later - earlier for earlier, later in pairwise(times)) <= 0.25
+        on_time += kept
+
+    number = 0
+    while loop.time() < hours * 3600:
+        await asyncio.sleep(random.expovariate(1.5 * capacity))
+        if len(running) >= LET_IN:
+            refused += 1
+            continue
+        number += 1
+        task = asyncio.create_task(ask(number))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    seconds = loop.time()
+    await asyncio.gather(*running)
+    bound = LET_IN / capacity / (1 / 8)
+    print(
+        f"\n{machine}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: {len(latencies)} served, {refused} refused; "
+        f"{on_time / seconds:.2f} requests/s on time; longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
+        f"({LET_IN} requests, one after the other, with an eighth of the machine)"
+    )
+
+
+if __name__ == "__main__":
+    main()
