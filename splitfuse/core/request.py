@@ -115,6 +115,11 @@ class Request:
         return self.targets != NO_TARGETS
 
     @property
+    def on_time(self) -> bool | None:
+        """Whether all that was promised was kept so far; None if nothing was."""
+        return not self.is_late if self.has_promise else None
+
+    @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
@@ -138,3 +143,4 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+    on_time: bool | None = None  # so far; None: nothing was promised

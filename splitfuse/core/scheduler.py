@@ -329,6 +329,7 @@ class Scheduler:
             result.prompt_logprobs,
             request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,
+            on_time=request.on_time,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

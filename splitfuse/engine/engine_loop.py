@@ -40,8 +40,8 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             max_num_seqs=engine.config.scheduler.max_num_seqs,
-            keeps_promises=engine.keeps_promises,
             memory_plan=str(engine.model.plan),
+            keeps_promises=engine.keeps_promises,
         )
 
     def run(self) -> None:

@@ -77,9 +77,9 @@ class EngineInfo:
     limits: EngineLimits
     max_num_batched_tokens: int
     max_num_seqs: int
-    keeps_promises: bool
     memory_plan: str
     """As it is printed; its first line says which kernels compute."""
+    keeps_promises: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -42,7 +42,8 @@ class Usage(msgspec.Struct, frozen=True):
 
 class Timing(msgspec.Struct, frozen=True):
     """Seconds from the request's arrival. `queued`: until the first pass for it was done; `first_token`: of any choice;
-    `gaps`: between a token and the next of its choice, all choices after each other; `passes`: that gave it something.
+    `gaps`: between a token and the next of its choice, all choices after each other; `passes`: that gave it something;
+    `on_time`: whether all choices were as promised.
     """
 
     queued: float | None
@@ -50,6 +51,7 @@ class Timing(msgspec.Struct, frozen=True):
     gaps: list[float]
     passes: int
     cached_tokens: int
+    on_time: bool | None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):

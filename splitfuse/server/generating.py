@@ -221,6 +221,7 @@ def timing_of(exchange: Exchange) -> Timing:
         gaps=gaps,
         passes=sum(g.num_passes for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
+        on_time=all(kept) if (kept := [g.on_time for g in begun if g.on_time is not None]) else None,
     )
 
 
@@ -242,6 +243,7 @@ def record_of(exchange: Exchange, *, route: str, status: int, error: Exception |
         first_token_seconds=timing.first_token,
         inter_token_seconds=tuple(timing.gaps),
         passes=timing.passes,
+        on_time=timing.on_time,
     )
 
 

@@ -72,6 +72,7 @@ FAMILIES = (
     Family("splitfuse:preemptions", "counter", "num_preemptions", "Requests that had to give up their KV blocks."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
     Family("splitfuse:choices", "counter", "choices", "Choices that ended, by how.", ("finish_reason",)),
+    Family("splitfuse:promises", "counter", "promises", "Requests that were promised a pace, by whether.", ("kept",)),
     Family("splitfuse:errors", "counter", "errors", "Requests that ended by an error, by its kind.", ("kind",)),
     Family("splitfuse:refused", "counter", "refused", "Requests that were refused before any work, by why.", ("kind",)),
     Family("splitfuse:pass_budget_ratio", "histogram", "pass_share", "Tokens of a pass, of max_num_batched_tokens."),
@@ -138,6 +139,7 @@ class Metrics:
         self._counts: dict[str, dict[tuple[str, ...], int]] = {
             "requests": {},
             "choices": {(reason.value,): 0 for reason in FinishReason},
+            "promises": {("true",): 0, ("false",): 0},
             "errors": {},
             "refused": {},
         }
@@ -161,6 +163,8 @@ class Metrics:
             self._count("errors", record.error)
         for reason in record.finish_reasons:
             self._count("choices", reason)
+        if record.on_time is not None:
+            self._count("promises", str(record.on_time).lower())
         if not record.finish_reasons:
             return
         histograms, gaps = self._histograms, record.inter_token_seconds

@@ -44,6 +44,8 @@ class RequestRecord:
     """Between each token and the next of the same choice, all choices after each other."""
     passes: int = 0
     """Forward passes that gave it something."""
+    on_time: bool | None = None
+    """Whether what was promised was kept; None if nothing was."""
 
 
 class RequestLog:
@@ -77,6 +79,7 @@ class RequestLog:
             "inter_token_max_seconds": _rounded(max(gaps, default=None)),
             "total_seconds": _rounded(record.total_seconds),
             "passes": record.passes,
+            "on_time": record.on_time,
         }
         # With all but ASCII escaped, no text can break the line or be more than the stream's encoding can write.
         line = json.dumps(fields)

@@ -45,11 +45,14 @@ class ServedGeneration(Generation):
         """Of its prompt, in a call with several."""
         self.num_passes = 0
         self.first_pass: float | None = None  # on the clock of `timings`
+        self.on_time: bool | None = None
+        """Whether what was promised was kept so far; None if nothing was."""
         self._num_ids_taken = 0
 
     def push(self, output: RequestOutput) -> None:
         """As Generation.push: an output is a pass that computed a part of the request."""
         self.num_passes += 1
+        self.on_time = output.on_time
         super().push(output)
 
     @property

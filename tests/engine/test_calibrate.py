@@ -10,6 +10,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.cost_model import CostModel, Features, FitError
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import Targets
+from splitfuse.engine import calibrate
 from splitfuse.engine.calibrate import checking_cases, fitted_cases, run_calibration
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
@@ -97,7 +98,8 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 
 
-def test_an_engine_that_promises_is_calibrated_once() -> None:
+def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SECONDS_AT_START", 0.5)
     stages: list[str] = []
     settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
     first = Engine.load(settings, on_stage=stages.append)

@@ -53,6 +53,7 @@ RECORD = RequestRecord(
     queued_seconds=0.02,
     first_token_seconds=0.5,
     inter_token_seconds=(0.25, 0.25, 1.0),
+    on_time=False,
 )
 
 
@@ -359,6 +360,8 @@ def test_what_a_request_leaves_behind() -> None:
     for reason, count in {"stop": 1, "length": 1, "abort": 1, "error": 0}.items():
         assert figures.get("splitfuse:choices_total", finish_reason=reason) == count
         assert figures.get("vllm:request_success_total", finished_reason=reason) == count
+    assert figures.get("splitfuse:promises_total", kept="false") == 2
+    assert figures.get("splitfuse:promises_total", kept="true") == 0
     assert figures.get("splitfuse:errors_total", kind="EngineDiedError") == 1
     assert figures.get("splitfuse:refused_total", kind="overloaded") == 2
     assert figures.get("splitfuse:refused_total", kind="draining") == 1

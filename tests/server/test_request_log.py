@@ -29,6 +29,7 @@ RECORDS = st.builds(
     first_token_seconds=ANY_SECONDS,
     inter_token_seconds=st.lists(st.floats(), max_size=3).map(tuple),
     passes=st.integers(0),
+    on_time=st.none() | st.booleans(),
 )
 RECORD = RequestRecord(
     request_id="r-1",
@@ -44,6 +45,7 @@ RECORD = RequestRecord(
     first_token_seconds=0.5,
     inter_token_seconds=(0.1, 0.2, 0.6),
     passes=4,
+    on_time=True,
 )
 
 
@@ -97,6 +99,7 @@ def test_what_a_line_says() -> None:
         "inter_token_max_seconds": 0.6,
         "total_seconds": 2.5,
         "passes": 4,
+        "on_time": True,
     }
 
 
@@ -104,7 +107,7 @@ def test_every_field_of_a_record_reaches_the_line() -> None:
     plain = written(RECORD)
     for field in dataclasses.fields(RequestRecord):
         value = getattr(RECORD, field.name)
-        other = {str: "other", int: 17, float: 0.125, tuple: (), type(None): "other"}[type(value)]
+        other = {str: "other", bool: None, int: 17, float: 0.125, tuple: (), type(None): "other"}[type(value)]
         changed = dataclasses.replace(RECORD, **{field.name: other})
         assert written(changed) != plain, field.name
 
