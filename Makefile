@@ -7,7 +7,7 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 .PHONY: demo test test-all test-sanitize lint install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every forward pass
-	@$(BIN)/python examples/demo.py
+	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/passes.png
 
 test: $(STAMP) lint  ## style, types, and every test but the slow ones
 	@echo "== tests"

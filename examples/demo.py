@@ -1,11 +1,13 @@
 """The main job on the bundled model: stories and questions, short and long mixed, answered together.
 
 Shows the answers as they stream, then what every forward pass was made of, then how often the model is right on stories
-that it has never seen. `python examples/demo.py`, or `make demo`.
+that it has never seen. `python examples/demo.py`, or `make demo`. With `--picture passes.png` the passes and their
+times are drawn into a file too; that needs matplotlib.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -17,7 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 import splitfuse
-from splitfuse.core.plan import StepPlan
+from splitfuse.bench.pass_picture import PassShown, Piece, draw_passes, save_picture
+from splitfuse.bench.style import require_matplotlib
+from splitfuse.core.plan import Chunk, StepPlan, StepResult
+from splitfuse.errors import ConfigError
+from splitfuse.runtime.model_runner import ModelRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
@@ -30,11 +36,29 @@ COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
-def main() -> None:
+class Stopwatch:
+    """A runner that notes how long each pass takes."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.seconds: list[float] = []
+
+    def run(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        result = self._runner.run(plan)
+        self.seconds.append(time.perf_counter() - started)
+        return result
+
+
+def main(picture: Path | None) -> None:
+    if picture is not None:
+        require_matplotlib()
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
     passes: list[StepPlan] = []
     pipe = splitfuse.pipeline(max_num_batched_tokens=BUDGET, observer=lambda plan, _: passes.append(plan))
+    watch = Stopwatch(pipe.engine.runner)
+    pipe.engine.runner = watch  # type: ignore[assignment]
     console.print(str(pipe.engine.model.plan), style="dim")
     seconds, right = answer(pipe, problems)
     draw(passes)
@@ -45,6 +69,8 @@ def main() -> None:
         f"{tokens / seconds:.0f} tokens/s.\n"
         f"The budget was full in {full} passes; in the others nothing was left to compute.\n"
     )
+    if picture is not None:
+        save(passes, watch.seconds, picture)
     hold_exam()
 
 
@@ -87,13 +113,34 @@ def draw(passes: list[StepPlan]) -> None:
         line = Text(f"{number:4} ")
         for chunk in plan.chunks:
             index = indices.setdefault(chunk.request_id, len(indices))
-            generates = len(chunk.token_ids) == 1 and chunk.samples
+            generates = is_generation(chunk)
             mark = letter(index).lower() if generates else letter(index)
             line.append(mark * len(chunk.token_ids), f"{colour(index)} bold" if generates else colour(index))
         line.append("·" * (plan.token_budget - plan.num_tokens), "dim")
         line.append(f" {plan.num_tokens}/{plan.token_budget}", "dim")
         console.print(line)
     console.print()
+
+
+def save(passes: list[StepPlan], seconds: list[float], file: Path) -> None:
+    """The same with the time of each pass, as a picture."""
+    names: dict[str, str] = {}
+    shown = [
+        PassShown(
+            [
+                Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_generation(c))
+                for c in plan.chunks
+            ],
+            taken,
+        )
+        for plan, taken in zip(passes, seconds, strict=True)
+    ]
+    save_picture(draw_passes(shown, budget=BUDGET), file)
+    console.print(f"{file} shows the passes and their times\n")
+
+
+def is_generation(chunk: Chunk) -> bool:
+    return len(chunk.token_ids) == 1 and chunk.samples
 
 
 def hold_exam() -> None:
@@ -120,7 +167,11 @@ def colour(index: int) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", type=Path, help="a .png, .svg or .pdf to draw the passes into")
     try:
-        main()
+        main(parser.parse_args().picture)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ConfigError as error:
+        sys.exit(f"demo: {error}")

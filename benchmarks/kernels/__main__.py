@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels.limits import FORMATS, LANES_OF_ROUND, Limits, seconds
+from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
@@ -252,7 +252,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
     thread."""
     for name, least in LEAST_SHARE.items():
         kernels = make_kernels(name, arguments.variant, 1)
-        rows = 8 * LANES_OF_ROUND[kernels.variant] // 32  # whole tiles
+        rows = 8 * TILES[kernels.variant][0]  # whole tiles
         weight = kernels.pack([torch.randn(512, 1024).bfloat16()], role="qkv")
         x, y = torch.randn(rows, 1024).bfloat16(), torch.empty(rows, 512)
 

@@ -15,7 +15,7 @@ from splitfuse.kernels.cpu.memory import allocate
 
 READ_BYTES = 2**28
 DOT_ROUNDS = 50_000
-LANES_OF_ROUND = {"avx512_bf16": 14 * 32, "avx512": 13 * 32, "avx2": 2 * 32}
+TILES = {"avx512_bf16": (14, 32), "avx512": (13, 32), "avx2": (6, 16)}  # rows and columns of a full one
 FORMATS: dict[str, tuple[str | None, int | None]] = {
     "bf16": (None, None),
     "int8": ("int8", None),
@@ -63,7 +63,8 @@ class Limits:
         """Multiplications and additions a second."""
         kernels = self._kernels
         taken = min(seconds(lambda: kernels.library.dots_only(int8, DOT_ROUNDS)) for _ in range(3))
-        products = DOT_ROUNDS * LANES_OF_ROUND[kernels.variant] * (4 if int8 else 2) * kernels.num_threads
+        rows, columns = TILES[kernels.variant]
+        products = DOT_ROUNDS * rows * columns * (4 if int8 else 2) * kernels.num_threads
         return 2 * products / taken
 
     def compare(

@@ -58,7 +58,7 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 @dataclass
 class _Reading:
-    """A stream as it is read. `told` says how it tells of its tokens."""
+    """A stream as it is read."""
 
     sent: float
     event_times: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ class _Reading:
             self.counts.append((now, count))
 
     def token_times(self, told: str) -> list[float]:
-        """When each token came."""
+        """When each token came; `told` says how the server tells of them."""
         if told == "token_ids":
             return self.id_times
         if told == "usage at the end":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from splitfuse.bench.results import Results
 from splitfuse.bench.style import COLOURS, PALE, SETTINGS, EndLabel, write_end_labels
@@ -221,8 +221,9 @@ def _bar(each: Series) -> dict[str, Any]:
 
 def _plain_numbers(axes: Axes) -> None:
     """Of an axis that is a logarithm: 10, not a power."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _load(row: Row) -> float:

@@ -176,6 +176,7 @@ async def open_loop(
                 load.closed = due
                 load.check_end()
             sessions.append(asyncio.create_task(load.ask_session(number, due=due)))
+            await asyncio.sleep(0)  # so that it has begun, and is pending, before the window may close
             if number < warm_up:
                 on_progress(f"warming up, {number + 1} of {warm_up} have come", 0)
 

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitfuse.bench.style import INK, PALE, SETTINGS, require_matplotlib
+from splitfuse.bench.style import INK, SETTINGS, require_matplotlib
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 REQUEST_COLOURS = (
     *("#4c78a8", "#e4813a", "#5b9f63", "#b5577d", "#c9a227"),
     *("#3f9c9c", "#8463a9", "#a2704b", "#d16d6a", "#6b7a8f"),
 )
-PROMPT_ALPHA = 0.38
+PALENESS = 0.62
+"""Of a prompt's colour: the share of white in it."""
 LETTER_WIDTH = 0.05
 """Of the budget: the least height of a chunk that has room for its letter."""
 
@@ -50,6 +52,7 @@ def draw_passes(passes: Sequence[PassShown], *, budget: int, title: str = "") ->
     """
     require_matplotlib()
     import matplotlib
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
@@ -57,6 +60,7 @@ def draw_passes(passes: Sequence[PassShown], *, budget: int, title: str = "") ->
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.6])
         names = list(dict.fromkeys(piece.request for each in passes for piece in each.pieces))
         colour = {name: REQUEST_COLOURS[i % len(REQUEST_COLOURS)] for i, name in enumerate(names)}
+        pale = {name: [1 - (1 - part) * (1 - PALENESS) for part in to_rgb(colour[name])] for name in names}
         for number, each in enumerate(passes, start=1):
             bottom = 0
             for piece in each.pieces:
@@ -65,8 +69,7 @@ def draw_passes(passes: Sequence[PassShown], *, budget: int, title: str = "") ->
                     piece.tokens,
                     bottom=bottom,
                     width=1.0,
-                    color=colour[piece.request],
-                    alpha=1.0 if piece.generates else PROMPT_ALPHA,
+                    color=colour[piece.request] if piece.generates else pale[piece.request],
                     edgecolor="white",
                     linewidth=0.6,
                 )
@@ -105,7 +108,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=160)
 
 
-def _write_name(axes: object, name: str, passes: Sequence[PassShown], colour: str, budget: int) -> None:
+def _write_name(axes: Axes, name: str, passes: Sequence[PassShown], colour: str, budget: int) -> None:
     """In the middle of the longest run of its prompt."""
     best: tuple[int, float, int] | None = None
     for number, each in enumerate(passes, start=1):
@@ -115,7 +118,4 @@ def _write_name(axes: object, name: str, passes: Sequence[PassShown], colour: st
                 best = number, bottom + piece.tokens / 2, piece.tokens
             bottom += piece.tokens
     if best is not None and best[2] >= LETTER_WIDTH * budget:
-        axes.text(best[0], best[1], name, ha="center", va="center", fontsize=8, weight="bold", color=colour)  # type: ignore[attr-defined]
-
-
-__all__ = ["PALE", "PassShown", "Piece", "draw_passes", "save_picture"]
+        axes.text(best[0], best[1], name, ha="center", va="center", fontsize=8, weight="bold", color=colour)

@@ -88,16 +88,16 @@ def token_throughput(point: Point) -> float:
 
 
 def effective_throughput(point: Point, sla: float) -> float:
-    """Requests a second that kept both promises: of those sent in the window, the share that did, times the rate at
-    which requests ended. In a closed loop that is their number by the clock; in an open one that falls behind, those
-    that wait are not counted as served.
+    """Requests a second that kept both promises, of those sent in the window.
+
+    In an open loop more may be sent than are served: there it is the share that kept them, of as many as ended.
     """
     records = counted(point)
-    if not records:
-        return 0.0
-    start, end = point.window
-    ended = sum(start <= record.done < end for record in point.records)
-    return sum(keeps_promises(record, sla) for record in records) / len(records) * ended / seconds(point)
+    kept = float(sum(keeps_promises(record, sla) for record in records))
+    if point.clients is None and records:
+        start, end = point.window
+        kept *= sum(start <= record.done < end for record in point.records) / len(records)
+    return kept / seconds(point)
 
 
 def littles_law(point: Point) -> float | None:

@@ -83,7 +83,7 @@ def write_end_labels(axes: Axes, labels: Sequence[EndLabel]) -> None:
     line_height = LINE_SPACING * LABEL_SIZE / (axes.get_window_extent().height * 72.0 / figure.dpi)  # of the axes
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted(((to_axes.transform((label.x, label.y))[1], label) for label in labels), key=lambda end: end[0])
-    texts = ["\n".join(wrapped for line in label.text.split("\n") for wrapped in wrap(line, 26)) for _, label in ends]
+    texts = ["\n".join(wrapped for line in label.text.split("\n") for wrapped in wrap(line, 24)) for _, label in ends]
     sizes = [line_height * (1.1 + text.count("\n")) for text in texts]
     centres = spaced([height for height, _ in ends], sizes)
     for centre, text, (_, label) in zip(centres, texts, ends, strict=True):

@@ -18,6 +18,9 @@ constexpr int TILE_PIECES = TILE / PIECE;
 constexpr int SCORE_STRIDE = TILE + LANES;
 constexpr float NOTHING = -1e30f;               // the maximum of no scores
 
+// Rows of an item: with the small tiles of AVX2 two of them, so that keys and values come from memory for both at once.
+constexpr int ITEM_ROWS = MAX_ROWS < 12 ? 2 * MAX_ROWS : MAX_ROWS;
+
 // Rows `first` to first + rows - 1 of one request and kv head, flattened (token, head of the group); tiles begin to end.
 struct Item {
     i32 request, head, rows;
@@ -28,7 +31,7 @@ struct Item {
 
 // What one tile, or several merged, gave the rows of an item.
 struct Partial {
-    float maximum[MAX_ROWS], total[MAX_ROWS];
+    float maximum[ITEM_ROWS], total[ITEM_ROWS];
     float* values;  // [rows, padded]
 };
 
@@ -60,7 +63,7 @@ inline i64 make_items(const Step& step, i64 num_heads, i64 num_kv_heads, int num
     i64 group = num_heads / num_kv_heads;
     for (i32 request = 0; request < step.requests; ++request) {
         i64 tokens = step.query_start[request + 1] - step.query_start[request];
-        i64 rows = tokens * group, blocks = ceil_div(rows, MAX_ROWS);
+        i64 rows = tokens * group, blocks = ceil_div(rows, ITEM_ROWS);
         for (i32 head = 0; head < num_kv_heads; ++head)
             for (i64 block = 0; block < blocks; ++block) {
                 i64 first = rows * block / blocks, end = rows * (block + 1) / blocks;
@@ -174,8 +177,8 @@ SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
 // One tile for the rows of an item. `queries`: a slab of q. `next`: the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
-    alignas(64) float scores[MAX_ROWS * SCORE_STRIDE];
-    alignas(64) u32 weights[MAX_ROWS * SLAB_STRIDE];
+    alignas(64) float scores[ITEM_ROWS * SCORE_STRIDE];
+    alignas(64) u32 weights[ITEM_ROWS * SLAB_STRIDE];
     alignas(64) float key_scales[TILE], value_scales[TILE];
     const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *fetches[TILE_PIECES];
     const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE, start = a.start(item);
@@ -196,9 +199,12 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         }
     }
     const i64 steps = ceil_div(kv.head_dim, 2);
-    multiply_each(item.rows, queries,
-                  Segments{keys_of + first, values_of + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, STEP_BYTES},
-                  scores + first * PIECE, SCORE_STRIDE);
+    const Segments keys{keys_of + first, values_of + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, STEP_BYTES};
+    const int row_tiles = (item.rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int t = 0; t < row_tiles; ++t) {
+        const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+        multiply_each(rows, queries + row * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
+    }
 
     const float scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
     const bool streams = item.rows == group;  // a single token: nobody else has brought its keys and values near
@@ -228,8 +234,12 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         }
         const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES};
         const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS;
-        if (two) multiply_two(item.rows, x, values, out.values + column, kv.padded);
-        else multiply(item.rows, x, values, out.values + column, kv.padded);
+        for (int t = 0; t < row_tiles; ++t) {
+            const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+            float* sums = out.values + row * kv.padded + column;
+            if (two) multiply_two(rows, x + row * SLAB_STRIDE, values, sums, kv.padded);
+            else multiply(rows, x + row * SLAB_STRIDE, values, sums, kv.padded);
+        }
         column += two ? 2 * PANEL : PANEL;
     }
 }
@@ -271,12 +281,12 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
 }
 
 // Floats of one tile's result kept for merging.
-SF_INLINE i64 partial_floats(i64 padded) { return MAX_ROWS * (2 + padded); }
+SF_INLINE i64 partial_floats(i64 padded) { return ITEM_ROWS * (2 + padded); }
 
 // The result of a tile that no row sees.
 SF_INLINE void forget(float* place, i64 padded) {
-    for (int r = 0; r < MAX_ROWS; ++r) place[r] = NOTHING;
-    std::memset(place + MAX_ROWS, 0, (partial_floats(padded) - MAX_ROWS) * sizeof(float));
+    for (int r = 0; r < ITEM_ROWS; ++r) place[r] = NOTHING;
+    std::memset(place + ITEM_ROWS, 0, (partial_floats(padded) - ITEM_ROWS) * sizeof(float));
 }
 
 // Attention of all items, `partials` being room for make_items()'s number of tiles. Ends with everybody done.
@@ -287,8 +297,8 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     for (const Item& item : items) split |= item.partial >= 0;
 
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
-        alignas(64) u32 queries[MAX_ROWS * SLAB_STRIDE];
-        alignas(64) float tile_values[MAX_ROWS * MOST_HEAD_DIM], all_values[MAX_ROWS * MOST_HEAD_DIM];
+        alignas(64) u32 queries[ITEM_ROWS * SLAB_STRIDE];
+        alignas(64) float tile_values[ITEM_ROWS * MOST_HEAD_DIM], all_values[ITEM_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
@@ -318,10 +328,10 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                     merge(tile, kv.padded, item.rows, all);
                 } else {
                     float* place = partials + (item.partial + t) * stride;
-                    Partial part{{}, {}, place + 2 * MAX_ROWS};
+                    Partial part{{}, {}, place + 2 * ITEM_ROWS};
                     attend_tile(a, kv, item, t, pieces, following, queries, part);
                     std::memcpy(place, part.maximum, sizeof part.maximum);
-                    std::memcpy(place + MAX_ROWS, part.total, sizeof part.total);
+                    std::memcpy(place + ITEM_ROWS, part.total, sizeof part.total);
                 }
                 pieces = following;
             }
@@ -330,7 +340,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     });
     if (!split) return;
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
-        alignas(64) float all_values[MAX_ROWS * MOST_HEAD_DIM];
+        alignas(64) float all_values[ITEM_ROWS * MOST_HEAD_DIM];
         Partial all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
@@ -340,9 +350,9 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             begin_rows(a, item, group, kv.padded, all);
             for (i64 t = 0; t <= last_position / TILE; ++t) {
                 float* place = partials + (item.partial + t) * stride;
-                Partial part{{}, {}, place + 2 * MAX_ROWS};
+                Partial part{{}, {}, place + 2 * ITEM_ROWS};
                 std::memcpy(part.maximum, place, sizeof part.maximum);
-                std::memcpy(part.total, place + MAX_ROWS, sizeof part.total);
+                std::memcpy(part.total, place + ITEM_ROWS, sizeof part.total);
                 merge(part, kv.padded, item.rows, all);
             }
             end_rows(a, kv, item, group, all);

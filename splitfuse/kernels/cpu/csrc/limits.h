@@ -25,40 +25,48 @@ inline void read_all(Team& team, const u8* data, i64 bytes) {
     });
 }
 
-template <int ROWS, int... R>
-SF_INLINE void dots(Floats (&acc)[ROWS][2], Packed a, Packed b, Packed x, std::integer_sequence<int, R...>) {
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void dots(Floats (&acc)[ROWS][WIDTH], const Packed (&weights)[WIDTH], Packed x, std::integer_sequence<int, R...>) {
 #ifdef SF_BF16_DOTS
-    ((acc[R][0] = dot_bf16(acc[R][0], a, x), acc[R][1] = dot_bf16(acc[R][1], b, x)), ...);
+    (add_dots(acc[R], weights, x), ...);
 #else
-    for (int half = 0; half < 2; ++half)
-        ((acc[R][0] = add_product(acc[R][0], as_floats(a), as_floats(x)),
-          acc[R][1] = add_product(acc[R][1], as_floats(b), as_floats(x))), ...);
+    Floats each[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) each[v] = as_floats(weights[v]);
+    for (int half = 0; half < 2; ++half) (add_products(acc[R], each, as_floats(x)), ...);
 #endif
 }
-template <int ROWS, int... R>
-SF_INLINE void dots(Ints (&acc)[ROWS][2], Packed a, Packed b, Packed x, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = dot_levels(acc[R][0], a, x), acc[R][1] = dot_levels(acc[R][1], b, x)), ...);
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void dots(Ints (&acc)[ROWS][WIDTH], const Packed (&weights)[WIDTH], Packed x, std::integer_sequence<int, R...>) {
+#ifdef SF_BYTE_DOTS
+    (add_levels(acc[R], weights, x), ...);
+#else
+    for (int half = 0; half < 2; ++half) (add_levels(acc[R], weights, x), ...);
+#endif
 }
 
-// Every thread does `rounds` of a tile's dot products from registers alone: MAX_ROWS * 32 lanes a round, of two bf16 or
-// four levels each. Returns a number that depends on them.
+// Every thread does `rounds` of a full tile's dot products from registers alone: for each of its lanes two of bf16 or
+// four of levels a round, by the instructions that the micro-kernels use. Returns a number that depends on all of them.
 template <class Accumulator>
 SF_LEAF float dots_only(i64 rounds) {
     constexpr auto rows = std::make_integer_sequence<int, MAX_ROWS>{};
+    constexpr int WIDTH = width_of(MAX_ROWS);
     alignas(64) u8 bytes[3 * 64] = {1, 2, 3, 4};
-    Packed a = load_packed(bytes), b = load_packed(bytes + 64), x = load_packed(bytes + 128);
-    Accumulator acc[MAX_ROWS][2];
+    const Packed two[2] = {load_packed(bytes), load_packed(bytes + 64)}, x = load_packed(bytes + 128);
+    Packed weights[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) weights[v] = two[v];
+    Accumulator acc[MAX_ROWS][WIDTH];
     // Each begins with another number that the compiler does not know, or it would compute one for all.
     volatile u8 number = 1;
     for (auto& row : acc)
         for (Accumulator& each : row) std::memset(&each, number++, sizeof each);
-    for (i64 i = 0; i < rounds; ++i) dots(acc, a, b, x, rows);
+    for (i64 i = 0; i < rounds; ++i) dots(acc, weights, x, rows);
     float total = 0.0f;
-    for (auto& row : acc) {
-        float lanes[2][LANES];
-        std::memcpy(lanes, &row, sizeof row);
-        total += lanes[0][0] + lanes[1][0];
-    }
+    for (auto& row : acc)
+        for (Accumulator& each : row) {
+            float lanes[LANES];
+            std::memcpy(lanes, &each, sizeof lanes);
+            for (float lane : lanes) total += lane;
+        }
     return total;
 }
 

@@ -17,6 +17,7 @@ struct Operand {
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     bool quantized;
+    float* sums_of_panel;  // [rows, PANEL]: this thread's room, where a panel is widened for all rows; else null
 
     i64 block_begin(i64 block) const { return rows * block / blocks; }
     i64 block_of(i64 row) const { return ceil_div((row + 1) * blocks, rows) - 1; }
@@ -50,7 +51,7 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory) {
     return x;
 }
 
-// Levels of `count` values of one row from `begin` on, and their sum.
+// Levels of `count` values, and their sum.
 SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
     Floats total = broadcast(0.0f), scale = broadcast(inverse);  // whole numbers below 2^24: exact
     i64 k = 0;
@@ -92,10 +93,19 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
             std::memset(elements + count, 0, (padded - count) * sizeof(Element));
             continue;
         }
+#ifdef SF_BYTE_DOTS
         i8* levels = reinterpret_cast<i8*>(place);
+#else
+        i8 levels[SLAB_STEPS * 4];
+#endif
         for (i64 k = 0; k < count; k += span)
             *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, levels + k);
+#ifdef SF_BYTE_DOTS
         std::memset(levels + count, 0, padded - count);
+#else
+        std::memset(levels + count, 0, SLAB_STEPS * 4 - count);
+        split_bytes(levels, SLAB_STEPS * 4, place, place + SLAB_STEPS);
+#endif
     }
 }
 
@@ -159,6 +169,27 @@ SF_INLINE Fetch fetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 
     return {next + turn * (panel_bytes / 2), STEP_BYTES / 2};
 }
 
+// Columns of one panel for one block of rows, from their sums [rows, PANEL]: scaled, and put where they belong.
+SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block, const float* tile, const Output& out) {
+    i64 begin = x.block_begin(block);
+    int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+    for (int r = 0; r < rows; ++r) {
+        Floats left = load(tile + r * PANEL), right = load(tile + r * PANEL + LANES);
+        if (x.quantized) {
+            Floats scale = broadcast(x.scales[begin + r]);
+            left = left * scale;
+            right = right * scale;
+        }
+        i64 row = out.rows ? out.rows[begin + r] : begin + r;
+        if (w.gated) {
+            put_gated(out, left, right, row, panel * LANES, w.rows / 2);
+        } else {
+            put_columns(out, left, row, panel * PANEL, w.rows);
+            put_columns(out, right, row, panel * PANEL + LANES, w.rows);
+        }
+    }
+}
+
 // One panel and one block of rows.
 SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Fetch fetch, const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
@@ -188,22 +219,39 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
             at += num_spans * x_steps;
         }
     }
-    for (int r = 0; r < rows; ++r) {
-        Floats left = load(tile + r * PANEL), right = load(tile + r * PANEL + LANES);
-        if (x.quantized) {
-            Floats scale = broadcast(x.scales[begin + r]);
-            left = left * scale;
-            right = right * scale;
-        }
-        i64 row = out.rows ? out.rows[begin + r] : begin + r;
-        if (w.gated) {
-            put_gated(out, left, right, row, panel * LANES, w.rows / 2);
-        } else {
-            put_columns(out, left, row, panel * PANEL, w.rows);
-            put_columns(out, right, row, panel * PANEL + LANES, w.rows);
-        }
-    }
+    put_tile(x, w, panel, block, tile, out);
 }
+
+#ifndef SF_BYTE_DOTS
+// One quantized panel and the blocks `first` to last - 1: each span is widened once and, while it lies in the first cache,
+// meets all of them. The first of them fetches what lies AHEAD.
+SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
+    alignas(64) u8 wide[SPAN_STEPS * 2 * STEP_BYTES];
+    const Packed table = load_levels(w.levels);
+    const u8* data = w.data + panel * s.panel_bytes;
+    const u16* scales = nullptr;
+    const i64 bytes = w.format == INT4 ? STEP_BYTES / 2 : STEP_BYTES;  // of the panel for a word of x
+    auto tile_of = [&](i64 block) { return x.sums_of_panel + (x.block_begin(block) - x.block_begin(first)) * PANEL; };
+    for (i64 span = 0; span < s.num_spans; ++span) {
+        const i64 at = span * s.span_steps, x_steps = std::min(s.span_steps, s.x_steps - at);
+        if (at % s.group_steps == 0) {
+            scales = reinterpret_cast<const u16*>(data);
+            data += SCALE_BYTES;
+        }
+        widen_span(w, table, data, x_steps, wide);
+        Fetch fetch{data + AHEAD, bytes};
+        for (i64 block = first; block < last; ++block, fetch.stride = 0) {
+            const i64 begin = x.block_begin(block);
+            const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+            const u32* place = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
+            const i32* sums = x.sums + begin * s.num_spans + span;
+            multiply_widened(rows, Spans{place, wide, scales, nullptr, 1, x_steps, sums, s.num_spans, fetch, at > 0}, tile_of(block));
+        }
+        data += x_steps * bytes;
+    }
+    for (i64 block = first; block < last; ++block) put_tile(x, w, panel, block, tile_of(block), out);
+}
+#endif
 
 // The product of a laid-out x. Ends with everybody done.
 SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
@@ -219,6 +267,12 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
             const u8* data = w.data + panel * s.panel_bytes;
             const u8* next = next_unit >= 0 && next_unit / parts != panel ? w.data + next_unit / parts * s.panel_bytes : nullptr;
             i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
+#ifndef SF_BYTE_DOTS
+            if (x.sums_of_panel) {
+                multiply_widened_panel(x, w, s, panel, first, last, out);
+                continue;
+            }
+#endif
             for (i64 block = first; block < last; ++block) {
                 Fetch fetch = fetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
                 multiply_panel(x, w, s, panel, block, fetch, out);
@@ -234,6 +288,7 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
 struct Memory {
     u8* shared;
     u8* own;
+    float* sums;  // each thread's own, for all rows of a panel; null where tiles are as wide as panels
 };
 
 // Lays out all rows of x [rows, columns] in bf16, row i from `source(i, buffer)`, which may fill the buffer or point
@@ -241,6 +296,7 @@ struct Memory {
 template <class Source>
 SF_INLINE Operand lay_out(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
     Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared);
+    x.sums_of_panel = x.quantized && rows > WIDE_ROWS ? memory.sums : nullptr;
     if (rows == 1) {
         put_row(x, 0, source(i64{0}));
         return x;

@@ -15,23 +15,36 @@ namespace SF_VARIANT {
 
 constexpr int PANEL = 2 * LANES;          // columns of a panel
 constexpr int STEP_BYTES = 4 * PANEL;     // of a panel for one step: a 32-bit word a column
+constexpr int VECTOR_BYTES = 4 * LANES;
 constexpr int SLAB_STEPS = 256;           // steps of x kept side by side
 constexpr int PAIR_WORDS = sizeof(Element) / 2;  // of x for a step in bf16
 constexpr int SLAB_STRIDE = SLAB_STEPS * PAIR_WORDS + 16;  // words from row to row; no power of two: rows share no cache set
+constexpr int RUN_STEPS = 64;             // that the halves of a panel take turns at
+constexpr int SPAN_STEPS = WIDE_ROWS == MAX_ROWS ? SLAB_STEPS : RUN_STEPS;  // of x, at most, summed as whole numbers
 constexpr int AHEAD = 128 * STEP_BYTES;   // bytes that weights are fetched ahead of use, where they come from memory
 
 #define SF_LEAF static __attribute__((noinline))
 
-// What to bring nearer while a tile is multiplied: two lines at every step, from places that move on by `stride` bytes.
+// Vectors of columns in a tile: a panel, or half of one, whose halves are then multiplied one after the other.
+constexpr int width_of(int rows) { return rows <= WIDE_ROWS ? 2 : 1; }
+
+// What to bring nearer while a tile is multiplied: as many lines at every step as it is vectors wide, from places that
+// move on by `stride` bytes.
 struct Fetch {
     const u8* from;
     i64 stride;
 };
 
+template <int WIDTH>
 SF_INLINE void fetch_step(Fetch& fetch) {
     _mm_prefetch(fetch.from, _MM_HINT_T0);
-    _mm_prefetch(fetch.from + 64, _MM_HINT_T0);
+    if constexpr (WIDTH == 2) _mm_prefetch(fetch.from + 64, _MM_HINT_T0);
     fetch.from += fetch.stride;
+}
+
+// What each half of a panel fetches in a run of steps: one half, then the other.
+SF_INLINE Fetch half_of(const Fetch& fetch, i64 steps, int half) {
+    return {fetch.from + half * steps * (fetch.stride / 2), fetch.stride / 2};
 }
 
 // What a tile multiplies. x: slabs of [rows][SLAB_STRIDE] words of SLAB_STEPS steps; a step is two neighbours in K, bf16
@@ -45,30 +58,54 @@ struct Segments {
     i64 fetch_stride;
 };
 
-template <int ROWS, int... R>
-SF_INLINE void bf16_step(Floats (&acc)[ROWS][2], const u8* weights, const u32* x, std::integer_sequence<int, R...>) {
-    Packed left = load_packed(weights), right = load_packed(weights + STEP_BYTES / 2);
 #ifdef SF_BF16_DOTS
-    ((acc[R][0] = dot_bf16(acc[R][0], left, broadcast_packed(x[R * SLAB_STRIDE])),
-      acc[R][1] = dot_bf16(acc[R][1], right, broadcast_packed(x[R * SLAB_STRIDE]))), ...);
+template <int WIDTH>
+SF_INLINE void add_dots(Floats (&acc)[WIDTH], const Packed (&weights)[WIDTH], Packed x) {
+    acc[0] = dot_bf16(acc[0], weights[0], x);
+    if constexpr (WIDTH == 2) acc[1] = dot_bf16(acc[1], weights[1], x);
+}
 #else
-    Floats a = first_of_pairs(left), b = first_of_pairs(right);
-    ((acc[R][0] = add_product(acc[R][0], a, as_floats(broadcast_packed(x[R * SLAB_STRIDE]))),
-      acc[R][1] = add_product(acc[R][1], b, as_floats(broadcast_packed(x[R * SLAB_STRIDE])))), ...);
-    a = second_of_pairs(left), b = second_of_pairs(right);
-    ((acc[R][0] = add_product(acc[R][0], a, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1]))),
-      acc[R][1] = add_product(acc[R][1], b, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1])))), ...);
+template <int WIDTH>
+SF_INLINE void add_products(Floats (&acc)[WIDTH], const Floats (&weights)[WIDTH], Floats x) {
+    acc[0] = add_product(acc[0], weights[0], x);
+    if constexpr (WIDTH == 2) acc[1] = add_product(acc[1], weights[1], x);
+}
+#endif
+template <int WIDTH>
+SF_INLINE void add_levels(Ints (&acc)[WIDTH], const Packed (&levels)[WIDTH], Packed x) {
+    acc[0] = dot_levels(acc[0], levels[0], x);
+    if constexpr (WIDTH == 2) acc[1] = dot_levels(acc[1], levels[1], x);
+}
+
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u32* x, std::integer_sequence<int, R...>) {
+    Packed words[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
+#ifdef SF_BF16_DOTS
+    (add_dots(acc[R], words, broadcast_packed(x[R * SLAB_STRIDE])), ...);
+#else
+    Floats each[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) each[v] = first_of_pairs(words[v]);
+    (add_products(acc[R], each, as_floats(broadcast_packed(x[R * SLAB_STRIDE]))), ...);
+    for (int v = 0; v < WIDTH; ++v) each[v] = second_of_pairs(words[v]);
+    (add_products(acc[R], each, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1]))), ...);
 #endif
 }
 
-template <int ROWS, int... R>
-SF_INLINE void store_tile(const Floats (&acc)[ROWS][2], float* out, i64 stride, std::integer_sequence<int, R...>) {
-    ((store(out + R * stride, acc[R][0]), store(out + R * stride + LANES, acc[R][1])), ...);
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void store_tile(const Floats (&acc)[ROWS][WIDTH], float* out, i64 stride, std::integer_sequence<int, R...>) {
+    (store(out + R * stride, acc[R][0]), ...);
+    if constexpr (WIDTH == 2) (store(out + R * stride + LANES, acc[R][1]), ...);
 }
 
 template <int ROWS, int... R>
-SF_INLINE void clear(Floats (&acc)[ROWS][2], std::integer_sequence<int, R...>) {
-    ((acc[R][0] = acc[R][1] = broadcast(0.0f)), ...);
+SF_INLINE void load_tile(Floats (&acc)[ROWS][1], const float* out, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = load(out + R * stride)), ...);
+}
+
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void clear(Floats (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(0.0f), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
 // out[r][0..31] = sum over K of x[r][k] * weights[k][0..31], all bf16, summed in fp32.
@@ -89,7 +126,7 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
             here -= run;
             in_slab += run;
             for (const u32* end = x + run * PAIR_WORDS; x < end; x += PAIR_WORDS, weights += stride) {
-                fetch_step(fetch);
+                fetch_step<2>(fetch);
                 bf16_step(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
@@ -101,18 +138,61 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
     store_tile(acc, out, out_stride, rows);
 }
 
+// The same in tiles half as wide, for more rows than the registers of AVX2 hold sums of a panel for: the halves take
+// turns at runs that stay in the first cache, their sums wait in `out`.
+template <int ROWS>
+SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    i64 in_slab = 0, segment = 0;
+    bool first = true;
+    for (i64 left = segments.total; left > 0; ++segment) {
+        const u8* weights = segments.starts[segment];
+        const u8* from = segments.fetches[segment];
+        i64 here = std::min<i64>(left, segments.steps);
+        left -= here;
+        while (here > 0) {
+            const i64 run = std::min(std::min<i64>(RUN_STEPS, SLAB_STEPS - in_slab), here);
+            for (int half = 0; half < 2; ++half) {
+                Fetch fetch = half_of(Fetch{from, segments.fetch_stride}, run, half);
+                const u8* at = weights + half * VECTOR_BYTES;
+                Floats acc[ROWS][1];
+                if (first) clear(acc, rows);
+                else load_tile(acc, out + half * LANES, out_stride, rows);
+                for (const u32 *place = x, *end = x + run * PAIR_WORDS; place < end; place += PAIR_WORDS, at += segments.stride) {
+                    fetch_step<1>(fetch);
+                    bf16_step(acc, at, place, rows);
+                }
+                store_tile(acc, out + half * LANES, out_stride, rows);
+            }
+            first = false;
+            weights += run * segments.stride;
+            from += run * segments.fetch_stride;
+            x += run * PAIR_WORDS;
+            here -= run;
+            in_slab += run;
+            if (in_slab == SLAB_STEPS) {
+                x += ROWS * SLAB_STRIDE - SLAB_STEPS * PAIR_WORDS;
+                in_slab = 0;
+            }
+        }
+    }
+}
+
 // The same of each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
 template <int ROWS>
 SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
     const i64 count = segments.total / segments.steps;
-    for (i64 segment = 0; segment < count; ++segment, out += PANEL) {
-        const u8* weights = segments.starts[segment];
+    for (i64 segment = 0; segment < count; ++segment)
+    for (int part = 0; part < 2; part += WIDTH, out += WIDTH * LANES) {
+        const u8* weights = segments.starts[segment] + part * VECTOR_BYTES;
         Fetch fetch{segments.fetches[segment], segments.fetch_stride};
-        Floats acc[ROWS][2];
+        if constexpr (WIDTH == 1) fetch = half_of(fetch, segments.steps, part);
+        Floats acc[ROWS][WIDTH];
         clear(acc, rows);
         for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
-            fetch_step(fetch);
+            fetch_step<WIDTH>(fetch);
             bf16_step(acc, weights, at, rows);
         }
         store_tile(acc, out, out_stride, rows);
@@ -134,8 +214,8 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
         clear(a, rows);
         clear(b, rows);
         for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
-            fetch_step(fetch_first);
-            fetch_step(fetch_second);
+            fetch_step<2>(fetch_first);
+            fetch_step<2>(fetch_second);
             bf16_step(a, first, at, rows);
             bf16_step(b, second, at, rows);
             first += STEP_BYTES;
@@ -161,8 +241,8 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
         Fetch fetch_second{segments.fetches[segment] + segments.steps * segments.fetch_stride, segments.fetch_stride};
         const u32* end = x + std::min<i64>(left, segments.steps) * PAIR_WORDS;
         for (; x < end; x += PAIR_WORDS, weights += segments.stride) {
-            fetch_step(fetch_first);
-            fetch_step(fetch_second);
+            fetch_step<2>(fetch_first);
+            fetch_step<2>(fetch_second);
             bf16_step(a, weights, x, rows);
             bf16_step(b, weights + STEP_BYTES, x, rows);
         }
@@ -173,8 +253,8 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
 
 constexpr int SCALE_BYTES = 2 * PANEL;   // of a group of a quantized panel: 32 bf16
 
-// Spans of a quantized panel, whose x lies in one slab. A span is a group, or where a whole row shares its scales the
-// part of it in this slab.
+// Spans of a quantized panel, whose x lies in one slab. A span is a group, or where a whole row shares its scales
+// SPAN_STEPS of it.
 struct Spans {
     const u32* x;          // of the first row
     const u8* weights;
@@ -188,15 +268,26 @@ struct Spans {
     bool adds;             // to what earlier spans left in the tile; the first one does not
 };
 
-template <int ROWS, int... R>
-SF_INLINE void start_span(Ints (&acc)[ROWS][2], const i32* sums, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = broadcast(-LEVEL_BIAS * sums[R * stride]), acc[R][1] = acc[R][0]), ...);
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void start_span(Ints (&acc)[ROWS][WIDTH], const i32* sums, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(-LEVEL_BIAS * sums[R * stride]), acc[R][WIDTH - 1] = acc[R][0]), ...);
+}
+
+// Adds to each row its word of x times a vector or two of levels.
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void add_levels_of_rows(Ints (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
+                                  std::integer_sequence<int, R...>) {
+    (add_levels(acc[R], levels, broadcast_packed(x[R * SLAB_STRIDE])), ...);
 }
 
 template <int ROWS, int... R>
-SF_INLINE void levels_step(Ints (&acc)[ROWS][2], Packed left, Packed right, const u32* x, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = dot_levels(acc[R][0], left, broadcast_packed(x[R * SLAB_STRIDE])),
-      acc[R][1] = dot_levels(acc[R][1], right, broadcast_packed(x[R * SLAB_STRIDE]))), ...);
+SF_INLINE void levels_step(Ints (&acc)[ROWS][2], const Packed (&levels)[2], const u32* x, std::integer_sequence<int, R...> rows) {
+#ifdef SF_BYTE_DOTS
+    add_levels_of_rows(acc, levels, x, rows);
+#else
+    add_levels_of_rows(acc, {even_bytes(levels[0]), even_bytes(levels[1])}, x, rows);
+    add_levels_of_rows(acc, {odd_bytes(levels[0]), odd_bytes(levels[1])}, x + SLAB_STEPS, rows);
+#endif
 }
 
 template <bool ADDS>
@@ -205,10 +296,11 @@ SF_INLINE void put_scaled(Ints value, Floats scale, float* out) {
     else store(out, to_floats(value) * scale);
 }
 
-template <bool ADDS, int ROWS, int... R>
-SF_INLINE void end_span(const Ints (&acc)[ROWS][2], const u16* scales, float* out, std::integer_sequence<int, R...>) {
-    Floats left = load_bf16(scales), right = load_bf16(scales + LANES);
-    ((put_scaled<ADDS>(acc[R][0], left, out + R * PANEL), put_scaled<ADDS>(acc[R][1], right, out + R * PANEL + LANES)), ...);
+template <bool ADDS, int ROWS, int WIDTH, int... R>
+SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float* out, std::integer_sequence<int, R...>) {
+    Floats left = load_bf16(scales), right = load_bf16(scales + (WIDTH - 1) * LANES);
+    (put_scaled<ADDS>(acc[R][0], left, out + R * PANEL), ...);
+    if constexpr (WIDTH == 2) (put_scaled<ADDS>(acc[R][1], right, out + R * PANEL + LANES), ...);
 }
 
 // out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * level[k][0..31].
@@ -217,7 +309,7 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][2], const u16* scales, float* ou
 template <int BITS, int ROWS>
 SF_LEAF void multiply_levels(const Spans& spans, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    const Packed levels = BITS == 4 ? load_levels(spans.levels) : Packed{};
+    const Packed table = BITS == 4 ? load_levels(spans.levels) : Packed{};
     const u8* weights = spans.weights;
     const u32* x = spans.x;
     Fetch fetch = spans.fetch;
@@ -230,14 +322,14 @@ SF_LEAF void multiply_levels(const Spans& spans, float* out) {
         Ints acc[ROWS][2];
         start_span(acc, spans.sums + span, spans.sums_stride, rows);
         for (const u32* end = x + spans.x_steps; x < end; weights += STEP_BYTES) {
-            fetch_step(fetch);
+            fetch_step<2>(fetch);
+            const Packed words[2] = {load_packed(weights), load_packed(weights + VECTOR_BYTES)};
             if constexpr (BITS == 8) {
-                levels_step(acc, as_levels(load_packed(weights)), as_levels(load_packed(weights + STEP_BYTES / 2)), x, rows);
+                levels_step(acc, words, x, rows);
                 x += 1;
             } else {
-                Packed left = load_packed(weights), right = load_packed(weights + STEP_BYTES / 2);
-                levels_step(acc, look_up(levels, low_nibbles(left)), look_up(levels, low_nibbles(right)), x, rows);
-                levels_step(acc, look_up(levels, high_nibbles(left)), look_up(levels, high_nibbles(right)), x + 1, rows);
+                levels_step(acc, {look_up(table, low_nibbles(words[0])), look_up(table, low_nibbles(words[1]))}, x, rows);
+                levels_step(acc, {look_up(table, high_nibbles(words[0])), look_up(table, high_nibbles(words[1]))}, x + 1, rows);
                 x += 2;
             }
         }
@@ -247,22 +339,42 @@ SF_LEAF void multiply_levels(const Spans& spans, float* out) {
     }
 }
 
+#ifndef SF_BYTE_DOTS
+// The same of one span that was widened, in tiles half as wide. `weights` are 16 bits a level: of each half of the panel
+// [x_steps][even, odd][16 columns] words of two levels.
+template <int ROWS>
+SF_LEAF void multiply_widened(const Spans& spans, float* out) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    const u8* weights = spans.weights;
+    for (int half = 0; half < 2; ++half, out += LANES) {
+        Fetch fetch = half_of(spans.fetch, spans.x_steps, half);
+        Ints acc[ROWS][1];
+        start_span(acc, spans.sums, spans.sums_stride, rows);
+        for (const u32 *x = spans.x, *end = x + spans.x_steps; x < end; ++x, weights += 2 * VECTOR_BYTES) {
+            fetch_step<1>(fetch);
+            add_levels_of_rows(acc, {load_packed(weights)}, x, rows);
+            add_levels_of_rows(acc, {load_packed(weights + VECTOR_BYTES)}, x + SLAB_STEPS, rows);
+        }
+        if (spans.adds) end_span<true>(acc, spans.scales + half * LANES, out, rows);
+        else end_span<false>(acc, spans.scales + half * LANES, out, rows);
+    }
+}
+#endif
+
 using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 using MultiplyLevels = void (*)(const Spans&, float*);
 
-template <int BITS, int... R>
-SF_INLINE MultiplyLevels choose_levels(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyLevels table[] = {multiply_levels<BITS, R + 1>...};
-    return table[rows - 1];
-}
-
-constexpr int FEW_ROWS = MAX_ROWS / 2;
 constexpr auto ALL_ROWS = std::make_integer_sequence<int, MAX_ROWS>{};
 constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
 
+template <int ROWS>
+constexpr MultiplyBf16 multiply_bf16_of() {
+    if constexpr (width_of(ROWS) == 2) return multiply_bf16<ROWS>;
+    else return multiply_bf16_halves<ROWS>;
+}
 template <int... R>
 SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_bf16<R + 1>...};
+    static constexpr MultiplyBf16 table[] = {multiply_bf16_of<R + 1>()...};
     return table[rows - 1];
 }
 template <int... R>
@@ -287,10 +399,25 @@ SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, f
     constexpr auto many = std::make_integer_sequence<int, MAX_ROWS - FEW_ROWS>{};
     choose_each(rows, many, FEW)(x, segments, out, out_stride);
 }
+template <int BITS, int... R>
+SF_INLINE MultiplyLevels choose_levels(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyLevels table[] = {multiply_levels<BITS, R + 1>...};
+    return table[rows - 1];
+}
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
-    choose_levels<BITS>(rows, ALL_ROWS)(spans, out);
+    choose_levels<BITS>(rows, std::make_integer_sequence<int, WIDE_ROWS>{})(spans, out);
 }
+#ifndef SF_BYTE_DOTS
+template <int... R>
+SF_INLINE MultiplyLevels choose_widened(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyLevels table[] = {multiply_widened<WIDE_ROWS + 1 + R>...};
+    return table[rows - 1 - WIDE_ROWS];
+}
+SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) {
+    choose_widened(rows, std::make_integer_sequence<int, MAX_ROWS - WIDE_ROWS>{})(spans, out);
+}
+#endif
 
 }  // namespace SF_VARIANT
 }  // namespace splitfuse

@@ -23,6 +23,7 @@ using i64 = std::int64_t;
 
 constexpr int LANES = 16;
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr i32 LEVEL_BIAS = 128;    // weights of int8 and int4 are read as level + 128, without a sign: one shift less
 
 #ifdef SF_AVX512
 
@@ -33,7 +34,9 @@ using Element = u16;
 constexpr int MAX_ROWS = 13;       // of a tile: even and odd weights take two registers more
 using Element = float;
 #endif
-constexpr i32 LEVEL_BIAS = 128;    // vpdpbusd wants one operand unsigned: weights are read as level + 128
+constexpr int WIDE_ROWS = MAX_ROWS;      // of a tile as wide as a panel
+constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
+#define SF_BYTE_DOTS
 
 struct Floats { __m512 v; };       // 16 fp32
 struct Ints { __m512i v; };        // 16 int32
@@ -111,7 +114,6 @@ SF_INLINE Packed load_levels(const u8* levels) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels))};
 }
 SF_INLINE Packed look_up(Packed levels, Packed nibbles) { return {_mm512_shuffle_epi8(levels.v, nibbles.v)}; }
-SF_INLINE Packed as_levels(Packed biased) { return biased; }
 
 #ifdef SF_BF16_DOTS
 // a + the products of each lane's two bf16: vdpbf16ps, which takes subnormals for zero.
@@ -140,9 +142,10 @@ SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
 
 #else  // AVX2 and FMA
 
-constexpr int MAX_ROWS = 2;        // of a tile: 2 x 4 accumulators of eight lanes, and room for even and odd weights
+constexpr int MAX_ROWS = 6;        // of a tile: 6 x 2 accumulators of eight lanes, two weights, a broadcast, a product
+constexpr int WIDE_ROWS = 2;       // of a tile as wide as a panel; one of more rows is half as wide
+constexpr int FEW_ROWS = 1;        // of a tile of two panels
 using Element = float;
-constexpr i32 LEVEL_BIAS = 0;
 
 struct Floats { __m256 lo, hi; };
 struct Ints { __m256i lo, hi; };
@@ -253,6 +256,10 @@ SF_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cv
 SF_INLINE Packed load_packed(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
+SF_INLINE void store_packed(void* p, Packed a) {
+    _mm256_storeu_si256((__m256i*)p, a.lo);
+    _mm256_storeu_si256((__m256i*)p + 1, a.hi);
+}
 SF_INLINE Packed broadcast_packed(u32 a) {
     __m256i both = _mm256_set1_epi32(static_cast<i32>(a));
     return {both, both};
@@ -266,17 +273,11 @@ SF_INLINE Packed high_nibbles(Packed a) {
 }
 SF_INLINE Packed load_levels(const u8* levels) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels));
-    __m256i sign = _mm256_set1_epi8(-128);
-    return {_mm256_xor_si256(both, sign), _mm256_xor_si256(both, sign)};
+    return {both, both};
 }
 SF_INLINE Packed look_up(Packed levels, Packed nibbles) {
     return {_mm256_shuffle_epi8(levels.lo, nibbles.lo), _mm256_shuffle_epi8(levels.hi, nibbles.hi)};
 }
-SF_INLINE Packed as_levels(Packed biased) {
-    __m256i sign = _mm256_set1_epi8(-128);
-    return {_mm256_xor_si256(biased.lo, sign), _mm256_xor_si256(biased.hi, sign)};
-}
-
 SF_INLINE Floats first_of_pairs(Packed a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
 }
@@ -285,11 +286,31 @@ SF_INLINE Floats second_of_pairs(Packed a) {
     return {_mm256_castsi256_ps(_mm256_and_si256(a.lo, second)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, second))};
 }
 SF_INLINE Floats as_floats(Packed a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) { return fma(weights, x, a); }
-// Levels and activations lie in -127..127, so the sum of two products fits into the 16 bits of vpmaddubsw.
+SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {  // not the intrinsic, as above
+    asm("vfmadd231ps %2, %1, %0" : "+x"(a.lo) : "x"(weights.lo), "x"(x.lo));
+    asm("vfmadd231ps %2, %1, %0" : "+x"(a.hi) : "x"(weights.hi), "x"(x.hi));
+    return a;
+}
+// The first and third, and the second and fourth byte of each lane, as 16 bits each.
+SF_INLINE Packed even_bytes(Packed a) {
+    __m256i mask = _mm256_set1_epi16(255);
+    return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+SF_INLINE Packed odd_bytes(Packed a) { return {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}; }
+// The same of `count` int8, a multiple of 32: even ones, and odd ones.
+SF_INLINE void split_bytes(const i8* bytes, i64 count, u32* even, u32* odd) {
+    for (i64 i = 0; i < count; i += 32) {
+        __m256i both = _mm256_loadu_si256((const __m256i*)(bytes + i));
+        _mm256_storeu_si256((__m256i*)(even + i / 4), _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8));
+        _mm256_storeu_si256((__m256i*)(odd + i / 4), _mm256_srai_epi16(both, 8));
+    }
+}
+// a + the products of each lane's two levels, + LEVEL_BIAS each, with two whole numbers, of 16 bits: exact. (vpmaddubsw
+// multiplies bytes, but its sums of two stop at 16 bits.) Inline assembly: one register for the product, no more.
 SF_INLINE __m256i dot_levels_8(__m256i a, __m256i levels, __m256i x) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(levels, x));
-    return _mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(products) : "x"(levels), "x"(x));
+    return a;
 }
 SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
     return {dot_levels_8(a.lo, levels.lo, x.lo), dot_levels_8(a.hi, levels.hi, x.hi)};

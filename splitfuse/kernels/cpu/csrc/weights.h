@@ -25,7 +25,7 @@ struct Shape {
     i64 x_steps;       // words of x in a row
     i64 group_steps;   // words of x that share a scale
     i64 num_groups;    // 0 in bf16
-    i64 span_steps;    // words of x summed as whole numbers: a group, or a slab where that is shorter
+    i64 span_steps;    // words of x summed as whole numbers: a group, or SPAN_STEPS where that is shorter
     i64 num_spans;
     i64 panels;
     i64 panel_bytes;
@@ -42,7 +42,7 @@ SF_INLINE Shape shape_of(const Weight& w) {
         s.group_steps = ceil_div(group, 4);
         s.num_groups = ceil_div(w.columns, group);
         if (w.format == INT4 && s.group_steps % 2) ++s.group_steps;
-        s.span_steps = s.group_steps < SLAB_STEPS ? s.group_steps : SLAB_STEPS;
+        s.span_steps = std::min<i64>(s.group_steps, SPAN_STEPS);
         s.num_spans = ceil_div(s.x_steps, s.span_steps);
     }
     s.panel_bytes = steps * STEP_BYTES + s.num_groups * SCALE_BYTES;
@@ -218,6 +218,29 @@ inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 
         }
     });
 }
+
+#ifndef SF_BYTE_DOTS
+// Levels + 128 of `x_steps` words of x from a quantized panel, in 16 bits each, as multiply_widened() reads them.
+SF_INLINE void widen_span(const Weight& w, Packed table, const u8* steps, i64 x_steps, u8* out) {
+    const i64 half_bytes = x_steps * 2 * VECTOR_BYTES;
+    auto widen = [&](Packed levels, u8* place) {
+        store_packed(place, even_bytes(levels));
+        store_packed(place + VECTOR_BYTES, odd_bytes(levels));
+    };
+    for (u8* end = out + half_bytes; out < end; steps += STEP_BYTES) {
+        Packed left = load_packed(steps), right = load_packed(steps + VECTOR_BYTES);
+        if (w.format == INT4) {
+            widen(look_up(table, low_nibbles(left)), out);
+            widen(look_up(table, low_nibbles(right)), out + half_bytes);
+            out += 2 * VECTOR_BYTES;
+            left = look_up(table, high_nibbles(left)), right = look_up(table, high_nibbles(right));
+        }
+        widen(left, out);
+        widen(right, out + half_bytes);
+        out += 2 * VECTOR_BYTES;
+    }
+}
+#endif
 
 // Row n of the weight, as numbers [columns]: what an embedding reads from a packed head.
 inline void unpack_row(const Weight& w, i64 row, float* out) {

@@ -35,7 +35,7 @@ class Buffer {
 };
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile; };  // of one thread
+    struct Own { Buffer operand, row, tile, sums; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
@@ -46,7 +46,10 @@ struct Workspace {
 
     void reserve_operand(const Weight& w, i64 rows) {
         operand.reserve(operand_bytes(w, rows));
-        for (Own& each : own) each.operand.reserve(operand_bytes(w, 1));
+        for (Own& each : own) {
+            each.operand.reserve(operand_bytes(w, 1));
+            if (WIDE_ROWS < MAX_ROWS) each.sums.reserve(rows * PANEL * 4);
+        }
     }
     void reserve_rows(i64 columns) {
         for (Own& each : own) each.row.reserve(columns * 2);
@@ -58,7 +61,7 @@ struct Workspace {
         if (store.int8)
             for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
     }
-    Memory memory(int rank) const { return {operand.data(), own[rank].operand.data()}; }
+    Memory memory(int rank) const { return {operand.data(), own[rank].operand.data(), reinterpret_cast<float*>(own[rank].sums.data())}; }
 };
 
 }  // namespace SF_VARIANT

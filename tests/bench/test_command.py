@@ -1,0 +1,103 @@
+"""`splitfuse bench` as a user meets it: from flags to a table, a file and a page; a sentence for every mistake."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running_server import running_server
+from typer.testing import CliRunner, Result
+
+from splitfuse.bench.results import load
+from splitfuse.cli import app
+
+Run = Callable[..., Result]
+SMALL = ("--prompt", "40", "--generate", "6", "--requests", "8")
+
+
+@pytest.fixture
+def run() -> Run:
+    return lambda *flags: CliRunner().invoke(app, ["bench", *map(str, flags)])
+
+
+def test_an_engine_here_and_its_page(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    flags = ("--num-blocks", 400, "--max-num-batched-tokens", 128, "--about", "price=3")
+    ended = run("run", "--clients", "1,3", *SMALL, "--sla", "2", *flags, "--out", out)
+    assert ended.exit_code == 0, ended.output
+    assert re.search(r"requests/s .*kept at 2", ended.stdout) and "kept at 4" not in ended.stdout
+    results = load(out)
+    assert (results.system, results.simulated, results.replicas) == ("splitfuse, budget 128", False, 1)
+    assert [(point.clients, point.repetition) for point in results.points] == [(1, 0), (3, 0), (1, 1), (3, 1)]
+    assert results.workload["prompt"] == 40 and results.about["price"] == 3.0
+    assert results.about["engine"]["max_num_batched_tokens"] == 128
+    assert {"command", "machine", "versions", "date", "startup_seconds", "resident_bytes"} <= results.about.keys()
+    prompts = [record.num_prompt_tokens for point in results.points for record in point.records]
+    assert len(set(prompts)) > 5
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
+    page = tmp_path / "page.html"
+    ended = run("report", out, "--out", page, "--title", "Twice")
+    assert ended.exit_code == 0, ended.output
+    assert "<h1>Twice</h1>" in page.read_text(encoding="utf-8")
+
+
+def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"at": 10 + i / 50, "prompt_tokens": 20 + i, "generate": 3} for i in range(6)]
+    trace.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    out = tmp_path / "results.json"
+    with running_server(num_blocks=400) as server:
+        for flags, kind in (
+            (("--clients", 2, "--turns", 2), "chat"),
+            (("--clients", 2, "--prefix", 100), "prefix"),
+            (("--rate", 50), "independent"),
+            (("--trace", trace), "trace"),
+            (("--clients", 2, "--trace", trace), "trace"),
+        ):
+            ended = run("run", "--url", server.url, *SMALL, "--repeat", 1, "--label", "it", *flags, "--out", out)
+            assert ended.exit_code == 0, ended.output
+            results = load(out)
+            assert (results.system, results.workload["kind"], len(results.points)) == ("it", kind, 1)
+            (point,) = results.points
+            assert all(record.error is None for record in point.records)
+            assert (point.clients is None) == ("--clients" not in flags)
+            if "--clients" not in flags and kind == "trace":
+                assert [record.sent for record in point.records] == pytest.approx([i / 50 for i in range(6)])
+        server.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--url", "http://127.0.0.1:1"), "no server answers at 127.0.0.1:1"),
+        (("--url", "http://127.0.0.1:1", "--block-size", 64), "--block-size is for an engine loaded here"),
+        (("--url", "http://127.0.0.1:1", "--replicas", 2), "--replicas is for engines here"),
+        (("--clients", "1,x"), "--clients takes numbers with commas between them"),
+        (("--clients", "0"), "whole numbers from 1"),
+        (("--clients", "1", "--rate", "1"), "give one of the two"),
+        (("--rate", "0"), "above 0"),
+        (("--turns", 2, "--prefix", 3), "two workloads"),
+        (("--prompt", 0), "at least 1"),
+        (("--sla", "0"), "above 0"),
+        (("--about", "price"), "NAME=VALUE"),
+        (("--vocab-size", 10), "is for --url"),
+        (("--trace", "none.jsonl"), "none.jsonl cannot be read"),
+        (("--out", "none/x.json"), "none/x.json cannot be written"),
+        (("--repeat", 0), "at least 1"),
+        (("--dtype", "int3"), "dtype must be one of"),
+        (("--prefix", 3000, "--num-blocks", 400), "leaves no room in 2048"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(run: Run, flags: tuple[object, ...], sentence: str) -> None:
+    ended = run("run", *flags)
+    assert ended.exit_code == 1 and ended.stdout == ""
+    assert ended.stderr.splitlines()[-1].startswith("splitfuse: ") and sentence in ended.stderr
+
+
+def test_reports_of_nothing(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("{}", encoding="utf-8")
+    for flags, sentence in (((file,), "does not hold results"), ((tmp_path / "none",), "does not hold results")):
+        ended = run("report", *flags)
+        assert ended.exit_code == 1 and sentence in ended.stderr

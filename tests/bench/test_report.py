@@ -1,0 +1,138 @@
+"""The page: whole in itself, everything in it, and in the order of clients. Drawing needs the extra `bench`."""
+
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from bench_points import RESULTS, point
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.bench.report import write_report
+from splitfuse.bench.style import spaced
+from splitfuse.errors import ConfigError
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
+
+from splitfuse.bench import figures
+from splitfuse.bench.pass_picture import PassShown, Piece, draw_passes, save_picture
+from splitfuse.bench.results import Results
+from splitfuse.bench.summary import rows
+
+SIMULATED = replace(RESULTS, simulated=True)
+OTHER = replace(RESULTS, system="<vLLM> & co", points=(point(2, 1.5), point(8, 6.0)))
+VOID = ("meta", "br", "path", "use", "rect")
+
+
+class Elements(HTMLParser):
+    """Opened and closed elements in balance, and what they refer to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def page(folder: Path, *results: Results) -> str:
+    write_report(results, folder / "page.html", title="Ours & theirs")
+    return (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
+    text = page(tmp_path, RESULTS, SIMULATED, OTHER)
+    elements = Elements()
+    elements.feed(text)
+    assert elements.open == []
+    assert all(reference.startswith("#") for reference in elements.references)
+    assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert text.count("<svg") == 3 and "<h1>Ours &amp; theirs</h1>" in text
+    assert "&lt;vLLM&gt; &amp; co" in text and "<vLLM>" not in text
+    assert "splitfuse int8, simulated" in text and "splitfuse bench run" in text and "1.00 GB" in text
+
+
+def test_scaling_is_drawn_when_there_are_replicas(tmp_path: Path) -> None:
+    replicas = [replace(RESULTS, replicas=count) for count in (1, 4, 2)]
+    assert page(tmp_path, *replicas).count("<svg") == 4
+    assert page(tmp_path, RESULTS, replace(RESULTS, tensor_parallel_size=2)).count("<svg") == 4
+
+
+def test_another_workload_has_its_own_pictures(tmp_path: Path) -> None:
+    other = replace(RESULTS, workload={**RESULTS.workload, "prompt": 1200.0})
+    text = page(tmp_path, RESULTS, other)
+    assert text.count("<svg") == 6 and "Prompts of 1200 tokens, answers of 64" in text
+
+
+def test_lines_join_points_in_the_order_of_clients() -> None:
+    """Saturation that turns back must show: throughput falls from 2 to 8 clients, and the line goes back with it."""
+    back = replace(RESULTS, points=(point(8, 8.0), point(2, 1.0), point(16, 40.0)))
+    series = [figures.Series(back, tuple(rows(back)), "#000000")]
+    (axes,) = figures.throughput_latency(series).axes
+    (line,) = (line for line in axes.lines if line.get_marker() == "o")
+    assert list(line.get_xdata()) == pytest.approx([2.0, 1.0, 0.4])
+    assert list(line.get_ydata()) == pytest.approx([0.99, 0.99 * 8, 0.99 * 40])
+
+
+def test_simulated_lines_are_dashed_in_the_colour_of_the_measured() -> None:
+    colour = figures.colours(["a", "b", "a"])
+    assert list(colour) == ["a", "b"] and colour["a"] != colour["b"]
+    styles = [figures.Series(each, tuple(rows(each)), colour["a"]).style for each in (RESULTS, SIMULATED)]
+    assert styles[0]["linestyle"] == "-" != styles[1]["linestyle"] and styles[0]["color"] == styles[1]["color"]
+
+
+def test_open_loops_and_requests_that_all_failed(tmp_path: Path) -> None:
+    failed = tuple(replace(record, token_times=(), error="status 500") for record in point(2, 1.0).records)
+    open_loop = replace(RESULTS, points=(replace(point(2, 1.0), clients=None, rate=2.0),))
+    broken = replace(RESULTS, points=(replace(point(2, 1.0), records=failed),))
+    text = page(tmp_path, open_loop, broken)
+    assert "2/s" in text and text.count("<svg") == 3
+
+
+def test_mistakes_end_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="nothing to report"):
+        page(tmp_path, replace(RESULTS, points=()))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        page(tmp_path / "none", RESULTS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"splitfuse\[bench\]"):
+        page(tmp_path, RESULTS)
+
+
+SIZES = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.2)), max_size=12).map(sorted)
+
+
+@given(SIZES)
+def test_labels_do_not_overlap_and_move_no_more_than_it_takes(labels: list[tuple[float, float]]) -> None:
+    wished, sizes = [w for w, _ in labels], [s for _, s in labels]
+    centres = spaced(wished, sizes)
+    for i in range(len(labels) - 1):
+        assert centres[i + 1] - centres[i] >= (sizes[i] + sizes[i + 1]) / 2 - 1e-9
+    free = all(b - a >= (s + t) / 2 for a, b, s, t in zip(wished, wished[1:], sizes, sizes[1:], strict=False))
+    if free:
+        assert centres == pytest.approx(wished)
+
+
+def test_the_picture_of_passes(tmp_path: Path) -> None:
+    passes = [
+        PassShown([Piece("A", 13, False), Piece("B", 3, False)], 0.01, 0.012),
+        PassShown([Piece("A", 1, True), Piece("B", 1, True)], 0.004, None),
+    ]
+    figure = draw_passes(passes, budget=16)
+    above, below = figure.axes
+    assert [bar.get_height() for bar in above.patches] == [13, 3, 1, 1]
+    assert [bar.get_y() for bar in above.patches] == [0, 13, 0, 1]
+    assert [bar.get_height() for bar in below.patches] == [10, 4]
+    assert list(below.lines[0].get_ydata()) == [12.0]
+    save_picture(figure, tmp_path / "passes.png")
+    assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")

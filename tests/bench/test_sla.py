@@ -1,0 +1,146 @@
+"""The arithmetic of promises, by laws and by definitions that are computed in another way."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.bench import sla
+from splitfuse.bench.results import Point, RequestRecord
+
+SECONDS = st.floats(0.0, 100.0)
+GAPS = st.lists(SECONDS, max_size=60)
+
+
+def record(gaps: list[float], *, first: float = 0.1, prompt: int = 512, sent: float = 0.0) -> RequestRecord:
+    times = [sent + first]
+    for gap in gaps:
+        times.append(times[-1] + gap)
+    return RequestRecord(0, sent, prompt, tuple(times))
+
+
+def average_by_definition(values: list[float], span: int) -> list[float]:
+    """The weighted mean of all values so far, each sum from nothing."""
+    keep = 1 - 2 / (span + 1)
+    averages = []
+    for end in range(1, len(values) + 1):
+        weights = [keep ** (end - 1 - i) for i in range(end)]
+        averages.append(math.fsum(w * v for w, v in zip(weights, values, strict=False)) / math.fsum(weights))
+    return averages
+
+
+@given(GAPS, st.integers(1, 40))
+def test_the_moving_average_is_that_of_its_definition(values: list[float], span: int) -> None:
+    assert sla.moving_averages(values, span=span) == pytest.approx(average_by_definition(values, span), abs=1e-9)
+
+
+def test_the_moving_average_of_known_numbers() -> None:
+    # As pandas.Series([1, 0, 0, 4]).ewm(span=3).mean() prints them: weights 1, 1/2, 1/4, 1/8.
+    assert sla.moving_averages([1, 0, 0, 4], span=3) == pytest.approx([1, 1 / 3, 1 / 7, (4 + 1 / 8) / (15 / 8)])
+
+
+@given(GAPS)
+def test_the_moving_average_lies_between_the_values(values: list[float]) -> None:
+    for end, average in enumerate(sla.moving_averages(values), start=1):
+        assert min(values[:end]) - 1e-9 <= average <= max(values[:end]) + 1e-9
+
+
+@given(GAPS, st.floats(0.1, 20), st.floats(0.1, 20))
+def test_who_keeps_a_promise_keeps_a_lesser_one(values: list[float], one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    request = record(values)
+    assert sla.keeps_promises(request, low) or not sla.keeps_promises(request, high)
+
+
+@given(GAPS)
+def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
+    times = tuple(time for time in record(values).token_times for _ in range(3))
+    gaps = sla.gaps(RequestRecord(0, 0.0, 512, times))
+    one_by_one = [later - earlier for earlier, later in pairwise(record(values).token_times)]
+    assert gaps == [0.0, 0.0, *(part for gap in one_by_one for part in (gap, 0.0, 0.0))]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "promise", "kept"),
+    [
+        ([], 2.0, True),  # one token: there is nothing between tokens
+        ([0.49] * 20, 2.0, True),
+        ([0.5] * 20, 2.0, False),  # below, not at
+        ([0.51], 2.0, False),  # at every token, the first gap too
+        ([0.01] * 60 + [5.0], 2.0, False),
+        ([0.01] * 60 + [4.0], 2.0, True),  # 2/17 of 4 s and 15/17 of 0.01 s are 0.479 s
+        ([0.01] * 60 + [4.0] + [0.01] * 60, 2.0, True),
+    ],
+)
+def test_the_promise_of_steady_tokens(gaps: list[float], promise: float, kept: bool) -> None:
+    assert sla.keeps_promises(record(gaps), promise) is kept
+
+
+def test_the_promise_of_the_first_token() -> None:
+    assert sla.keeps_first_promise(record([], first=2.0, prompt=1024))
+    assert not sla.keeps_first_promise(record([], first=2.001, prompt=1024))
+    assert not sla.keeps_promises(RequestRecord(0, 0.0, 1024, ()), 2.0)
+    assert not sla.keeps_promises(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
+
+
+def point(*records: RequestRecord, window: tuple[float, float], clients: int | None = 1) -> Point:
+    return Point(clients, None if clients else 1.0, window, records)
+
+
+@given(st.integers(1, 8), st.lists(st.floats(0.05, 5.0), min_size=4, max_size=40), st.data())
+def test_a_steady_closed_loop_has_equal_throughput_by_clock_and_by_promises(
+    clients: int, latencies: list[float], data: st.DataObject
+) -> None:
+    """Each client sends when it is answered: sent and done are as many, in any window between two sendings."""
+    records = []
+    for client in range(clients):
+        now = data.draw(st.floats(0.0, 1.0))
+        for latency in latencies:
+            records.append(RequestRecord(client, now, 512 * 100, (now + latency,)))
+            now += latency
+    sent = sorted({r.sent for r in records if r.sent > max(x.sent for x in records[:: len(latencies)])})
+    last = min(r.done for r in records[len(latencies) - 1 :: len(latencies)])  # until the first client stops
+    sent = [time for time in sent if time < last]
+    if len(sent) < 2:
+        return
+    one = point(*records, window=(sent[0], sent[-1]), clients=clients)
+    assert sla.throughput(one) == pytest.approx(len(sla.counted(one)) / sla.seconds(one))
+    assert sla.effective_throughput(one, 2.0) == pytest.approx(sla.throughput(one))
+
+
+def test_throughput_is_by_the_clock_and_littles_law_beside_it() -> None:
+    records = [RequestRecord(0, float(i), 512, (i + 0.5, i + 1.0)) for i in range(10)]
+    steady = point(*records, window=(2.0, 6.0))
+    assert sla.throughput(steady) == 1.0
+    assert sla.littles_law(steady) == 1.0
+    assert sla.token_throughput(steady) == 2.0
+    assert sla.effective_throughput(steady, 1.0) == 1.0
+    assert sla.effective_throughput(steady, 2.0) == 0.0  # gaps of half a second
+    failed = point(*records[:5], RequestRecord(0, 5.0, 512, (), "status 500"), window=(2.0, 6.0))
+    assert sla.effective_throughput(failed, 1.0) == 0.75
+    assert len(sla.counted(failed)) == 4 and len(sla.answered(failed)) == 3
+
+
+def test_an_open_loop_that_falls_behind_is_not_served_at_its_rate() -> None:
+    """Ten come in ten seconds, two are done in them: two are served, though in the end all keep their promises."""
+    records = [RequestRecord(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
+    overloaded = point(*records, window=(0.0, 10.0), clients=None)
+    assert sla.throughput(overloaded) == sla.effective_throughput(overloaded, 2.0) == 0.2
+    assert sla.littles_law(overloaded) is None
+
+
+@given(st.lists(SECONDS, min_size=1), st.floats(0, 100))
+def test_percentiles_are_of_the_values_and_grow(values: list[float], percent: float) -> None:
+    here = sla.percentile(values, percent)
+    assert min(values) <= here <= max(values)
+    assert sla.percentile(values, 0) <= here <= sla.percentile(values, 100)
+    below = sum(value < here for value in values)
+    assert below <= percent / 100 * (len(values) - 1) + 1
+
+
+def test_percentiles_of_known_numbers() -> None:
+    assert sla.percentile([4, 1, 3, 2], 50) == 2.5
+    assert sla.percentile([1, 2, 3, 4, 5], 95) == pytest.approx(4.8)
+    assert math.isnan(sla.percentile([], 50)) and math.isnan(sla.mean([]))

@@ -1,0 +1,52 @@
+"""Rows of a table from results, and results from their file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_points import RESULTS, point
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.bench.results import Point, RequestRecord, load, save
+from splitfuse.bench.summary import Spread, rows
+from splitfuse.errors import ConfigError
+
+
+def test_repetitions_are_one_row_in_the_order_of_clients() -> None:
+    two, eight = rows(RESULTS)
+    assert (two.load, eight.load) == ("2", "8")
+    assert two.throughput == Spread(2.0, 2.0, 2.0, 2)
+    assert eight.throughput == Spread(3.0, 2.0, 4.0, 2) and str(eight.throughput) == "3 ±1"
+    assert two.littles_law == pytest.approx(2 / 0.99)
+    assert two.effective[6.0].mean == 0.0 and two.first_token[50] == 0.25
+    assert two.gaps[95] == pytest.approx(0.74)
+    assert (two.num_counted, two.num_failed) == (24, 0)
+
+
+def test_one_repetition_claims_no_spread() -> None:
+    (row,) = rows(replace(RESULTS, points=(point(4, 1.0),)))
+    assert str(row.throughput) == "4"
+
+
+TIMES = st.lists(st.floats(0, 1e6), max_size=5).map(tuple)
+RECORDS = st.builds(RequestRecord, st.integers(0), st.floats(0, 1e6), st.integers(0), TIMES, st.none() | st.text())
+
+
+@given(st.lists(RECORDS, max_size=5).map(tuple))
+def test_a_file_gives_back_what_was_saved(
+    tmp_path_factory: pytest.TempPathFactory, records: tuple[RequestRecord, ...]
+) -> None:
+    results = replace(RESULTS, points=(Point(None, 1.5, (0.0, 1.0), records),))
+    file = tmp_path_factory.mktemp("results") / "results.json"
+    save(results, file)
+    assert load(file) == results
+
+
+def test_what_is_no_file_of_results(tmp_path: Path) -> None:
+    for content in (b"{", b'{"system": 1}', b"[]"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(ConfigError, match="does not hold results"):
+            load(tmp_path / "x.json")
+    with pytest.raises(ConfigError, match="does not hold results"):
+        load(tmp_path / "none.json")
