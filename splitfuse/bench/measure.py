@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from splitfuse.bench.load import OnProgress, closed_loop, open_loop
 from splitfuse.bench.results import Point, Results
+from splitfuse.bench.sla import PROMPT_TOKENS_PER_SECOND
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Trace, Vocabulary, Workload, poisson
 from splitfuse.errors import ConfigError
@@ -37,7 +38,12 @@ class Loads:
     spacing: float | None = None
     """Seconds between the starts of two clients; left out, a quarter of what a request alone takes."""
 
+    prompt_speed: float = PROMPT_TOKENS_PER_SECOND
+    """Prompt tokens a second, by which a first token counts as promised."""
+
     def __post_init__(self) -> None:
+        if not 0 < self.prompt_speed < float("inf"):
+            raise ConfigError(f"prompt-speed must be a number of tokens a second above 0, not {self.prompt_speed}")
         if self.clients and self.rates:
             raise ConfigError("clients ask when they are answered, a rate does not heed answers: give one of the two")
         if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rates):
@@ -70,7 +76,9 @@ async def measure(
         workload = make_workload(target.vocabulary, target.room)
         about = {**target.about, **about}
         _note_memory(about, "idle_resident_bytes", target)
-        results = Results(system, workload.settings, (), replicas=replicas, about=about)
+        results = Results(
+            system, workload.settings, (), replicas=replicas, prompt_speed=loads.prompt_speed, about=about
+        )
         for repetition in range(loads.repeat):
             for clients in loads.clients:
                 requests = 4 * clients + 32 if loads.requests is None else loads.requests

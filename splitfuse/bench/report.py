@@ -81,8 +81,9 @@ def _page(results: Sequence[Results], slas: Sequence[float], title: str) -> Iter
     yield f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>\n'
     yield f"<h1>{escape(title)}</h1>\n"
     yield f'<p class="lead">{escape(_lead(results))}</p>\n'
+    speeds = " or ".join(f"{speed:g}" for speed in sorted({each.prompt_speed for each in results}))
     yield (
-        "<p>A request keeps its <b>promises</b> if its first token comes within prompt&nbsp;tokens&nbsp;/&nbsp;512 "
+        f"<p>A request keeps its <b>promises</b> if its first token comes within prompt&nbsp;tokens&nbsp;/&nbsp;{speeds} "
         "seconds, and if at every token the moving average (span 16) of the time between tokens stays below one second "
         "divided by the tokens a second promised. Requests a second are counted by the clock, over a window in which "
         "the load is steady. Pale bars, and ± in tables, are the spread of repetitions.</p>\n"

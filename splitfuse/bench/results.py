@@ -60,6 +60,8 @@ class Results:
     """Engines that shared the load, each with a whole model."""
     tensor_parallel_size: int = 1
     """Devices that shared each engine's model."""
+    prompt_speed: float = 512.0
+    """Prompt tokens a second, by which a first token counts as promised."""
     about: dict[str, Any] = field(default_factory=dict)
     """The command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat it."""
 

@@ -1,8 +1,8 @@
 """The arithmetic of a benchmark: gaps, promises kept, throughput by the clock, percentiles. Pure functions.
 
 The promises are those of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token comes within
-`prompt tokens / 512` seconds, and at every token the exponential moving average of the gaps between tokens stays below
-`1 / SLA` seconds.
+`prompt tokens / 512` seconds (or another speed: slower machines promise less), and at every token the exponential
+moving average of the gaps between tokens stays below `1 / SLA` seconds.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def first_token_seconds(record: RequestRecord) -> float:
     return record.token_times[0] - record.sent if record.token_times else math.inf
 
 
-def keeps_first_promise(record: RequestRecord) -> bool:
-    """Whether the first token came within `prompt tokens / 512` seconds."""
-    return first_token_seconds(record) <= record.num_prompt_tokens / PROMPT_TOKENS_PER_SECOND
+def keeps_first_promise(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+    """Whether the first token came within `prompt tokens / prompt_speed` seconds."""
+    return first_token_seconds(record) <= record.num_prompt_tokens / prompt_speed
 
 
-def keeps_promises(record: RequestRecord, sla: float) -> bool:
+def keeps_promises(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Whether the request kept both promises at `sla` tokens a second. One that failed kept none."""
     return (
         record.error is None
-        and keeps_first_promise(record)
+        and keeps_first_promise(record, prompt_speed)
         and all(average < 1.0 / sla for average in moving_averages(gaps(record)))
     )
 
@@ -87,13 +87,13 @@ def token_throughput(point: Point) -> float:
     return sum(start <= time < end for record in point.records for time in record.token_times) / seconds(point)
 
 
-def effective_throughput(point: Point, sla: float) -> float:
+def effective_throughput(point: Point, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
     """Requests a second that kept both promises, of those sent in the window.
 
     In an open loop more may be sent than are served: there it is the share that kept them, of as many as ended.
     """
     records = counted(point)
-    kept = float(sum(keeps_promises(record, sla) for record in records))
+    kept = float(sum(keeps_promises(record, sla, prompt_speed) for record in records))
     if point.clients is None and records:
         start, end = point.window
         kept *= sum(start <= record.done < end for record in point.records) / len(records)

@@ -65,10 +65,10 @@ def rows(results: Results, slas: Sequence[float] = sla.SLAS) -> list[Row]:
     loads: dict[tuple[float, float], list[Point]] = {}
     for point in results.points:
         loads.setdefault((point.clients or 0, point.rate or 0.0), []).append(point)
-    return [_row(points, slas) for _, points in sorted(loads.items())]
+    return [_row(points, slas, results.prompt_speed) for _, points in sorted(loads.items())]
 
 
-def _row(points: list[Point], slas: Sequence[float]) -> Row:
+def _row(points: list[Point], slas: Sequence[float], prompt_speed: float) -> Row:
     records = [record for point in points for record in sla.answered(point)]
     num_counted = sum(len(sla.counted(point)) for point in points)
     first_tokens = [sla.first_token_seconds(record) for record in records]
@@ -80,7 +80,9 @@ def _row(points: list[Point], slas: Sequence[float]) -> Row:
         throughput=Spread.of([sla.throughput(point) for point in points]),
         token_throughput=Spread.of([sla.token_throughput(point) for point in points]),
         littles_law=sla.mean(laws) if laws else None,
-        effective={each: Spread.of([sla.effective_throughput(point, each) for point in points]) for each in slas},
+        effective={
+            each: Spread.of([sla.effective_throughput(point, each, prompt_speed) for point in points]) for each in slas
+        },
         latency=sla.mean([record.done - record.sent for record in records]),
         first_token={percent: sla.percentile(first_tokens, percent) for percent in LATENCY_PERCENTS},
         gaps={percent: sla.percentile(gaps, percent) for percent in GAP_PERCENTS},

@@ -49,6 +49,7 @@ def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any])
             rates=() if same[0].rate is None else (same[0].rate,),
             requests=len(sla.counted(same[0])),
             repeat=len(same),
+            prompt_speed=measured.prompt_speed,
         )
         predicted = simulate(deployment, make_workload, loads, system=f"{measured.system}, simulated", about=about)
         points += predicted.points

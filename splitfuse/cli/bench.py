@@ -69,6 +69,9 @@ def run(
         float | None,
         typer.Option(help="Seconds between the starts of clients; left out, a quarter of a request's time alone."),
     ] = None,
+    prompt_speed: Annotated[
+        float, typer.Option(help="Prompt tokens a second, by which a first token counts as promised.")
+    ] = 512.0,
     sla: Annotated[str, typer.Option(help="Tokens a second that are promised, for the table.")] = SLAS,
     seed: Annotated[int, typer.Option(help="Of prompts, lengths and arrivals.")] = 0,
     ignore_eos: Annotated[bool, typer.Option(help="Generate on after the model's end token.")] = True,
@@ -100,6 +103,7 @@ def run(
         requests=requests,
         repeat=repeat,
         spacing=spacing,
+        prompt_speed=prompt_speed,
     )
     slas = promises(sla)
     notes = _notes(about or [])

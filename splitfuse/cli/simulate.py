@@ -88,6 +88,9 @@ def simulate(
     spacing: Annotated[float | None, typer.Option(help="Seconds between the starts of clients.")] = None,
     pass_overhead: Annotated[float, typer.Option(help="Seconds between passes beyond the cost model's.")] = 0.0,
     client_overhead: Annotated[float, typer.Option(help="Seconds until a request has reached the engine.")] = 0.0,
+    prompt_speed: Annotated[
+        float, typer.Option(help="Prompt tokens a second, by which a first token counts as promised.")
+    ] = 512.0,
     sla: Annotated[str, typer.Option(help="Tokens a second that are promised, for the table.")] = SLAS,
     seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, as `bench run` does.")] = None,
@@ -146,6 +149,7 @@ def simulate(
                 requests=requests,
                 repeat=repeat,
                 spacing=spacing,
+                prompt_speed=prompt_speed,
             ),
             system=label or _label(deployment),
             about=about_here(),
