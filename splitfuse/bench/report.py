@@ -83,7 +83,8 @@ def _page(results: Sequence[Results], slas: Sequence[float], title: str) -> Iter
     yield f'<p class="lead">{escape(_lead(results))}</p>\n'
     speeds = " or ".join(f"{speed:g}" for speed in sorted({each.prompt_speed for each in results}))
     yield (
-        f"<p>A request keeps its <b>promises</b> if its first token comes within prompt&nbsp;tokens&nbsp;/&nbsp;{speeds} "
+        "<p>A request keeps its <b>promises</b> if its first token comes within prompt&nbsp;tokens&nbsp;/&nbsp;"
+        f"{speeds} "
         "seconds, and if at every token the moving average (span 16) of the time between tokens stays below one second "
         "divided by the tokens a second promised. Requests a second are counted by the clock, over a window in which "
         "the load is steady. Pale bars, and ± in tables, are the spread of repetitions.</p>\n"
