@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -129,7 +128,7 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
 
     Left all requests, right those that kept both promises at `sla`.
     """
-    lines = [line for line in _lines(series, size) if len(line) > 1]
+    lines = list(_lines(series, size))
     if not lines:
         return None
     with matplotlib.rc_context(SETTINGS):
@@ -162,13 +161,19 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
 
 
 def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator[list[Series]]:
-    """Those of the same system, by size."""
+    """Those that differ in size alone, in its order; only where there are several sizes."""
 
-    def key(each: Series) -> tuple[str, bool]:
-        return each.results.system, each.results.simulated
+    def others(each: Series) -> str:
+        about = each.results
+        shape = about.replicas * about.tensor_parallel_size // size(about)  # the dimension that is not `size`
+        return repr((about.system, about.simulated, shape, sorted(about.workload.items())))
 
-    for _, same in groupby(sorted(series, key=key), key):
-        yield sorted(same, key=lambda each: size(each.results))
+    groups: dict[str, dict[int, Series]] = {}
+    for each in series:
+        groups.setdefault(others(each), {}).setdefault(size(each.results), each)
+    for group in groups.values():
+        if len(group) > 1:
+            yield [group[count] for count in sorted(group)]
 
 
 def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from splitfuse.bench.results import Point, RequestRecord
@@ -137,7 +138,9 @@ async def closed_loop(
             if answer.error is not None:
                 await asyncio.sleep(PAUSE_AFTER_ERROR)
 
-    await _all([run(client) for client in range(clients)])
+    async with _together() as group:
+        for client in range(clients):
+            group.create_task(run(client))
     return load.point(clients=clients, rate=None, repetition=repetition)
 
 
@@ -161,7 +164,6 @@ async def open_loop(
     name = f"rate {rate:g}" if rate is not None else "as it came"
     load = _Load(target, workload, f"{name} repetition {repetition}", on_progress)
     warm_up = 0 if requests is None else math.ceil(WARM_UP * requests)
-    sessions: list[asyncio.Task[None]] = []
 
     async def arrive() -> None:
         for number, due in enumerate(arrivals):
@@ -175,20 +177,13 @@ async def open_loop(
             if requests is not None and number == warm_up + requests:
                 load.closed = due
                 load.check_end()
-            sessions.append(asyncio.create_task(load.ask_session(number, due=due)))
+            group.create_task(load.ask_session(number, due=due))
             await asyncio.sleep(0)  # so that it has begun, and is pending, before the window may close
             if number < warm_up:
                 on_progress(f"warming up, {number + 1} of {warm_up} have come", 0)
 
-    coming = asyncio.create_task(arrive())
-    try:
-        while not coming.done() or any(not session.done() for session in sessions):
-            running = [task for task in (coming, *sessions) if not task.done()]
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        await _cancel([coming, *sessions])
+    async with _together() as group:
+        group.create_task(arrive())
     if load.closed == math.inf:
         load.closed = load.now
     if load.opened == math.inf:
@@ -196,13 +191,14 @@ async def open_loop(
     return load.point(clients=None, rate=rate, repetition=repetition)
 
 
-async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it together; the first error ends the rest and is raised."""
-    tasks = [asyncio.create_task(each) for each in work]
+@asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks of which the first error ends the others, and comes out as itself."""
     try:
-        await asyncio.gather(*tasks)
-    finally:
-        await _cancel(tasks)
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _either(*work: Coroutine[Any, Any, Any]) -> None:
@@ -211,10 +207,5 @@ async def _either(*work: Coroutine[Any, Any, Any]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await _cancel(tasks)
-
-
-async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
