@@ -26,7 +26,7 @@ def teams(variant: str, **options: Any) -> list[CpuKernels]:
     return [CpuKernels(variant=variant, num_threads=threads, **options) for threads in THREADS]
 
 
-def groups(rows: int, sizes: Sequence[int] = (2, 3, 13, 14, 15, 28, 29)) -> Iterator[list[int]]:
+def groups(rows: int, sizes: Sequence[int] = (2, 3, 6, 7, 13, 14, 15, 18, 19, 28, 29)) -> Iterator[list[int]]:
     """Some of the rows in any order: neighbours, positions in a block and numbers of blocks change."""
     rng = random.Random(rows)
     for size in sizes:

@@ -170,10 +170,6 @@ SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end,
     }
 }
 
-SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
-}
-
 // One tile for the rows of an item. `queries`: a slab of q. `next`: the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {

@@ -24,6 +24,8 @@ struct Operand {
     u32* block_words(i64 block) const { return words + block_begin(block) * slabs * SLAB_STRIDE; }
 };
 
+constexpr i64 WIDENED_BLOCKS = 4;  // from so many on it pays to widen a quantized panel, where tiles are small
+
 SF_INLINE i64 align_up(i64 bytes) { return ceil_div(bytes, 64) * 64; }
 
 // Bytes of memory that the operand of `rows` rows for this weight needs.
@@ -296,7 +298,7 @@ struct Memory {
 template <class Source>
 SF_INLINE Operand lay_out(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
     Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared);
-    x.sums_of_panel = x.quantized && rows > WIDE_ROWS ? memory.sums : nullptr;
+    x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
     if (rows == 1) {
         put_row(x, 0, source(i64{0}));
         return x;

@@ -42,6 +42,10 @@ SF_INLINE void fetch_step(Fetch& fetch) {
     fetch.from += fetch.stride;
 }
 
+SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
+    for (i64 at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+}
+
 // What each half of a panel fetches in a run of steps: one half, then the other.
 SF_INLINE Fetch half_of(const Fetch& fetch, i64 steps, int half) {
     return {fetch.from + half * steps * (fetch.stride / 2), fetch.stride / 2};
@@ -92,10 +96,14 @@ SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u3
 #endif
 }
 
+template <int WIDTH>
+SF_INLINE void store_row(const Floats (&acc)[WIDTH], float* out) {
+    store(out, acc[0]);
+    if constexpr (WIDTH == 2) store(out + LANES, acc[1]);
+}
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void store_tile(const Floats (&acc)[ROWS][WIDTH], float* out, i64 stride, std::integer_sequence<int, R...>) {
-    (store(out + R * stride, acc[R][0]), ...);
-    if constexpr (WIDTH == 2) (store(out + R * stride + LANES, acc[R][1]), ...);
+    (store_row(acc[R], out + R * stride), ...);
 }
 
 template <int ROWS, int... R>
@@ -280,13 +288,17 @@ SF_INLINE void add_levels_of_rows(Ints (&acc)[ROWS][WIDTH], const Packed (&level
     (add_levels(acc[R], levels, broadcast_packed(x[R * SLAB_STRIDE])), ...);
 }
 
-template <int ROWS, int... R>
-SF_INLINE void levels_step(Ints (&acc)[ROWS][2], const Packed (&levels)[2], const u32* x, std::integer_sequence<int, R...> rows) {
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void levels_step(Ints (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
+                           std::integer_sequence<int, R...> rows) {
 #ifdef SF_BYTE_DOTS
     add_levels_of_rows(acc, levels, x, rows);
 #else
-    add_levels_of_rows(acc, {even_bytes(levels[0]), even_bytes(levels[1])}, x, rows);
-    add_levels_of_rows(acc, {odd_bytes(levels[0]), odd_bytes(levels[1])}, x + SLAB_STEPS, rows);
+    Packed each[WIDTH];
+    for (int v = 0; v < WIDTH; ++v) each[v] = even_bytes(levels[v]);
+    add_levels_of_rows(acc, each, x, rows);
+    for (int v = 0; v < WIDTH; ++v) each[v] = odd_bytes(levels[v]);
+    add_levels_of_rows(acc, each, x + SLAB_STEPS, rows);
 #endif
 }
 
@@ -298,9 +310,13 @@ SF_INLINE void put_scaled(Ints value, Floats scale, float* out) {
 
 template <bool ADDS, int ROWS, int WIDTH, int... R>
 SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float* out, std::integer_sequence<int, R...>) {
-    Floats left = load_bf16(scales), right = load_bf16(scales + (WIDTH - 1) * LANES);
-    (put_scaled<ADDS>(acc[R][0], left, out + R * PANEL), ...);
-    if constexpr (WIDTH == 2) (put_scaled<ADDS>(acc[R][1], right, out + R * PANEL + LANES), ...);
+    Floats left = load_bf16(scales);
+    if constexpr (WIDTH == 1) {
+        (put_scaled<ADDS>(acc[R][0], left, out + R * PANEL), ...);
+    } else {
+        Floats right = load_bf16(scales + LANES);
+        ((put_scaled<ADDS>(acc[R][0], left, out + R * PANEL), put_scaled<ADDS>(acc[R][1], right, out + R * PANEL + LANES)), ...);
+    }
 }
 
 // out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * level[k][0..31].
@@ -309,6 +325,7 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float
 template <int BITS, int ROWS>
 SF_LEAF void multiply_levels(const Spans& spans, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
     const Packed table = BITS == 4 ? load_levels(spans.levels) : Packed{};
     const u8* weights = spans.weights;
     const u32* x = spans.x;
@@ -319,23 +336,34 @@ SF_LEAF void multiply_levels(const Spans& spans, float* out) {
             scales = reinterpret_cast<const u16*>(weights);
             weights += SCALE_BYTES;
         }
-        Ints acc[ROWS][2];
-        start_span(acc, spans.sums + span, spans.sums_stride, rows);
-        for (const u32* end = x + spans.x_steps; x < end; weights += STEP_BYTES) {
-            fetch_step<2>(fetch);
-            const Packed words[2] = {load_packed(weights), load_packed(weights + VECTOR_BYTES)};
-            if constexpr (BITS == 8) {
-                levels_step(acc, words, x, rows);
-                x += 1;
-            } else {
-                levels_step(acc, {look_up(table, low_nibbles(words[0])), look_up(table, low_nibbles(words[1]))}, x, rows);
-                levels_step(acc, {look_up(table, high_nibbles(words[0])), look_up(table, high_nibbles(words[1]))}, x + 1, rows);
-                x += 2;
+        const i64 steps = BITS == 8 ? spans.x_steps : spans.x_steps / 2;
+        for (int part = 0; part < 2; part += WIDTH) {
+            const u8* at = weights + part * VECTOR_BYTES;
+            Fetch lines = WIDTH == 2 ? fetch : half_of(fetch, steps, part);
+            Ints acc[ROWS][WIDTH];
+            start_span(acc, spans.sums + span, spans.sums_stride, rows);
+            for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
+                fetch_step<WIDTH>(lines);
+                Packed words[WIDTH], levels[WIDTH];
+                for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+                if constexpr (BITS == 8) {
+                    levels_step(acc, words, place, rows);
+                    place += 1;
+                } else {
+                    for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, low_nibbles(words[v]));
+                    levels_step(acc, levels, place, rows);
+                    for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, high_nibbles(words[v]));
+                    levels_step(acc, levels, place + 1, rows);
+                    place += 2;
+                }
             }
+            if (span || spans.adds) end_span<true>(acc, scales + part * LANES, out + part * LANES, rows);
+            else end_span<false>(acc, scales + part * LANES, out + part * LANES, rows);
+            asm volatile("" ::: "memory");  // or GCC would keep the tile in registers it does not have
         }
-        if (span || spans.adds) end_span<true>(acc, scales, out, rows);
-        else end_span<false>(acc, scales, out, rows);
-        asm volatile("" ::: "memory");  // or GCC would keep the tile in registers it does not have
+        x += spans.x_steps;
+        weights += steps * STEP_BYTES;
+        fetch.from += steps * fetch.stride;
     }
 }
 
@@ -406,17 +434,15 @@ SF_INLINE MultiplyLevels choose_levels(int rows, std::integer_sequence<int, R...
 }
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
-    choose_levels<BITS>(rows, std::make_integer_sequence<int, WIDE_ROWS>{})(spans, out);
+    choose_levels<BITS>(rows, ALL_ROWS)(spans, out);
 }
 #ifndef SF_BYTE_DOTS
 template <int... R>
 SF_INLINE MultiplyLevels choose_widened(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyLevels table[] = {multiply_widened<WIDE_ROWS + 1 + R>...};
-    return table[rows - 1 - WIDE_ROWS];
+    static constexpr MultiplyLevels table[] = {multiply_widened<R + 1>...};
+    return table[rows - 1];
 }
-SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) {
-    choose_widened(rows, std::make_integer_sequence<int, MAX_ROWS - WIDE_ROWS>{})(spans, out);
-}
+SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) { choose_widened(rows, ALL_ROWS)(spans, out); }
 #endif
 
 }  // namespace SF_VARIANT
