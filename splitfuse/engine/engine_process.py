@@ -210,8 +210,12 @@ class EngineProcess(DirectClient):
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Kill a process that hangs: one that says nothing, or one whose pass does not end."""
+        pause = min(self._silence_timeout, self._pass_timeout, 2.0) / 4
         while True:
-            await asyncio.sleep(min(self._silence_timeout, self._pass_timeout, 2.0) / 4)
+            slept = time.monotonic()
+            await asyncio.sleep(pause)
+            if time.monotonic() - slept > pause + LONG_SILENCE:  # we were stopped: what we did not hear says nothing
+                self._last_heard = time.monotonic()
             silent = time.monotonic() - self._last_heard
             if silent > self._silence_timeout:
                 why = f"its process has said nothing for {silent:.0f} s"

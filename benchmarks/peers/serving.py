@@ -1,0 +1,223 @@
+"""Serves one model with several engines and drives them in turns over HTTP: every point of each is taken next to the
+same point of the others, while those whose turn it is not stand still.
+
+    python -m benchmarks.peers.serving --model DIR --peers FOLDER --out FOLDER --clients 1,4,8 --prompt 512 \\
+        splitfuse,quantization=int8 vllm,checkpoint=w8a8 vllm,checkpoint=w8a8,max_num_batched_tokens=256
+
+Settings after a comma are flags of each server. Writes results as `splitfuse bench run` does, a file for each engine,
+and report.html of all. Decides how a server is started, and the order; what is measured is splitfuse/bench's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.peers.contender import Contender
+from benchmarks.peers.drive_llama_server import DEFAULTS as LLAMA_DEFAULTS
+from benchmarks.peers.install import llama_cpp_program, vllm_python
+from splitfuse.bench.endpoint import Endpoint
+from splitfuse.bench.measure import Loads, measure
+from splitfuse.bench.report import write_report
+from splitfuse.bench.results import Results, save
+from splitfuse.bench.summary import rows
+from splitfuse.bench.workload import Independent, Lengths
+from splitfuse.runtime.machine import about_here, resident_bytes
+
+HOST = "127.0.0.1"
+VOCAB_SIZE = 32_000  # of the shapes in benchmarks/models.py
+START_SECONDS = 600.0
+END_SECONDS = 30.0
+LOG_CHARACTERS = 3000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contenders", nargs="+", metavar="ENGINE[,NAME=VALUE...]")
+    parser.add_argument("--model", type=Path, required=True, help="a folder that benchmarks.models wrote")
+    parser.add_argument("--peers", type=Path, required=True, help="where benchmarks.peers.install put them")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the results")
+    parser.add_argument("--clients", default="1,4,8,16,32")
+    parser.add_argument(
+        "--requests", type=int, help="that count at each point; left out, 4 for each client and 32 more"
+    )
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--prompt", type=float, default=512)
+    parser.add_argument("--generate", type=float, default=64)
+    parser.add_argument("--prompt-speed", type=float, default=512.0, help="tokens a second that first tokens promise")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    contenders = [Contender.parse(text) for text in arguments.contenders]
+    clients = tuple(int(count) for count in arguments.clients.split(","))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        servers = []
+        for contender in contenders:
+            servers.append(Server(contender, arguments.model.resolve(), arguments.peers.resolve()))
+            stack.callback(servers[-1].end)
+            servers[-1].pause()
+        for repetition in range(arguments.repeat):
+            for count in clients:
+                for server in servers if (repetition + clients.index(count)) % 2 == 0 else reversed(servers):
+                    loads = Loads(
+                        clients=(count,), requests=arguments.requests, repeat=1, prompt_speed=arguments.prompt_speed
+                    )
+                    seed = arguments.seed + repetition
+                    server.drive(loads, Lengths(arguments.prompt, arguments.generate), seed, repetition)
+                    save(server.measured(), arguments.out / f"{server.name}.json")
+    results = [server.measured() for server in servers]
+    write_report(results, arguments.out / "report.html", title=f"{arguments.model.name}, served by several engines")
+    print(arguments.out / "report.html")
+
+
+class Server:
+    """One engine behind HTTP, in processes of its own, which stand still until they are driven."""
+
+    def __init__(self, contender: Contender, model: Path, peers: Path) -> None:
+        """Start it and wait until it answers. Raises RuntimeError, with the end of its log, if it does not."""
+        self.contender = contender
+        self.name = contender.label.replace(",", "-").replace("=", "-").replace("/", "-")
+        self._results: Results | None = None
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            self._port: int = probe.getsockname()[1]
+        self._model = contender.model(model, peers)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            self._command(peers),
+            env=contender.environment(peers, len(os.sched_getaffinity(0))),
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.end()
+            raise
+        self.start_seconds = time.perf_counter() - began
+        print(f"{contender.label}: ready after {self.start_seconds:.1f} s", file=sys.stderr, flush=True)
+
+    def _command(self, peers: Path) -> list[str]:
+        settings = self.contender.settings.items()
+        flags = [f"--{n.replace('_', '-')}={value}" for n, value in settings if n not in ("checkpoint", "type")]
+        address = [f"--host={HOST}", f"--port={self._port}"]
+        match self.contender.kind:
+            case "splitfuse":
+                command = [sys.executable, "-m", "splitfuse.cli", "serve", str(self._model)]
+                return [*command, "--no-enable-prefix-caching", f"--name=serving-{self._port}", *address, *flags]
+            case "vllm":
+                command = [str(vllm_python(peers)), "-m", "vllm.entrypoints.openai.api_server"]
+                command += [
+                    f"--model={self._model}",
+                    "--dtype=bfloat16",
+                    "--max-model-len=4096",
+                    "--no-enable-prefix-caching",
+                ]
+                return [*command, "--served-model-name=model", *address, *flags]
+            case "llama-server":
+                options = {**LLAMA_DEFAULTS, "threads": len(os.sched_getaffinity(0))}
+                command = [str(llama_cpp_program(peers, "llama-server")), f"--model={self._model}", "--no-webui"]
+                command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+                return [*command, *(text for flag in (*address, *flags) for text in flag.split("=", 1))]
+        raise ValueError(f"{self.contender.kind} has no server")
+
+    def drive(self, loads: Loads, lengths: Lengths, seed: int, repetition: int) -> None:
+        """Let it run, take the points, and have it stand still again."""
+        self._signal(signal.SIGCONT)
+        target = Endpoint(
+            f"http://{HOST}:{self._port}",
+            model=None,
+            api_key=None,
+            ignore_eos=True,
+            vocab_size=VOCAB_SIZE,
+            timeout=600.0,
+            pid=self._process.pid,
+        )
+        results = asyncio.run(
+            measure(
+                target,
+                lambda vocabulary, room: Independent(replace(lengths, room=room), vocabulary, seed=seed),
+                loads,
+                system=self.contender.label,
+                about={**about_here(), "startup_seconds": self.start_seconds},
+            )
+        )
+        self.pause()
+        points = tuple(replace(point, repetition=repetition) for point in results.points)
+        if self._results is not None:
+            points = (*self._results.points, *points)
+        self._results = replace(results, points=points)
+        self._tell()
+
+    def measured(self) -> Results:
+        """All points so far."""
+        assert self._results is not None
+        return self._results
+
+    def pause(self) -> None:
+        """Have it stand still: who waits may still spin, or wake up, on the others' time."""
+        self._signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        """End all its processes."""
+        self._signal(signal.SIGCONT)
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def _tell(self) -> None:
+        row = next(r for r in rows(self.measured()) if r.clients == self.measured().points[-1].clients)
+        kept = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.effective.items())
+        size = (resident_bytes(self._process.pid) or 0) / 1e9
+        print(
+            f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, kept {kept}; first token P50 "
+            f"{row.first_token[50]:.2f} P95 {row.first_token[95]:.2f} s; gaps P50 {1e3 * row.gaps[50]:.0f} P95 "
+            f"{1e3 * row.gaps[95]:.0f} P99 {1e3 * row.gaps[99]:.0f} ms; {row.num_failed} failed; {size:.2f} GB",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        path = "/ready" if self.contender.kind == "splitfuse" else "/health"
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{self._port}{path}", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+            time.sleep(0.2)
+        self._log.seek(0)
+        raise RuntimeError(f"{self.contender.label} did not start:\n{self._log.read()[-LOG_CHARACTERS:]}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def _processes(self) -> Iterator[int]:
+        """Itself and all that it has started, which Linux keeps together under its number (getsid)."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(ProcessLookupError):
+                    if os.getsid(int(entry.name)) == self._process.pid:
+                        yield int(entry.name)
+
+
+if __name__ == "__main__":
+    main()
