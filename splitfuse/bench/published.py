@@ -38,7 +38,8 @@ HOST_SECONDS = 5e-3
 VLLM_HOST_SECONDS = 13e-3
 """vLLM's between passes: the GPU waits 5 to 13 ms for Python (vLLM's issue 6854, on multi-step scheduling)."""
 VLLM_KV_READS = HEADS // KV_HEADS
-"""Times that the attention kernel of vLLM 0.2 reads each key and value: once for each query head that shares it."""
+"""Times that the attention kernel of vLLM 0.2 reads each key and value: once for each query head that shares it. Free:
+no source that measured it."""
 
 
 def _a100_70b() -> Calibration:
