@@ -101,6 +101,8 @@ class ByPromise(ByArrival):
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Order:
         """See Rule."""
+        if not any(request.has_promise for request in (*running, *waiting)):
+            return super().order(running, waiting, now=now)
         streams, prompts = _divided(running)
         prompts += waiting
         seconds = self._seconds(streams, prompts)
