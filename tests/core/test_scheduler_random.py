@@ -3,7 +3,6 @@
 import pytest
 from scheduler_harness import Workload
 
-
 PARTS = [
     *(pytest.param(part, False) for part in range(10)),
     *(pytest.param(part, True, marks=() if part < 2 else pytest.mark.slow) for part in range(10)),
