@@ -161,19 +161,29 @@ class Client:
         if not self._stop.alive:
             work.close()
             raise ServerError("this client is closed")
-        ended = threading.Event()
+        ended, given_up = threading.Event(), threading.Event()
+        tasks: list[asyncio.Task[Any]] = []
 
         async def run() -> _Result:
             try:
+                task = asyncio.current_task()
+                assert task is not None
+                tasks.append(task)
+                if given_up.is_set():
+                    task.cancel()
                 return await work
             finally:
                 ended.set()
 
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
-            return future.result()
-        except BaseException:
-            future.cancel()
+            return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        except BaseException:  # an interrupt may come before there is a future that could be cancelled
+            given_up.set()
+            self._loop.call_soon_threadsafe(cancel)
             ended.wait(CANCEL_SECONDS)
             raise
 

@@ -1,0 +1,21 @@
+"""An engine whose newest request loses its blocks again and again: nothing that it generates may change by it."""
+
+from splitfuse.core.request import RequestOutput
+from splitfuse.engine.engine import Engine
+
+EVERY = 3  # passes
+
+
+def force_preemptions(engine: Engine) -> None:
+    """Between passes, as if an older request had needed the blocks."""
+    step, scheduler = engine.step, engine.scheduler
+    passes = 0
+
+    def step_and_preempt() -> list[RequestOutput]:
+        nonlocal passes
+        passes += 1
+        if passes % EVERY == 0 and scheduler.num_running > 1:
+            assert scheduler._preempt(than=scheduler._running[0])
+        return step()
+
+    engine.step = step_and_preempt  # type: ignore[method-assign]
