@@ -195,10 +195,13 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         }
     }
     const i64 steps = ceil_div(kv.head_dim, 2);
-    const Segments keys{keys_of + first, values_of + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, STEP_BYTES};
+    // Tiles of rows, each of which fetches its part.
     const int row_tiles = (item.rows + MAX_ROWS - 1) / MAX_ROWS;
+    const i64 fetch_stride = STEP_BYTES / row_tiles;
     for (int t = 0; t < row_tiles; ++t) {
         const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+        for (i64 p = first; p < end; ++p) fetches[p] = values_of[p] + t * steps * fetch_stride;
+        const Segments keys{keys_of + first, fetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, fetch_stride};
         multiply_each(rows, queries + row * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
     }
 
@@ -223,18 +226,19 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     for (i64 column = 0; column < kv.padded;) {
         const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.padded;
         const u8* starts[TILE_PIECES];
-        for (i64 p = first; p < end; ++p) {
-            starts[p - first] = values_of[p] + column * 4;
-            bool known = p >= next.first && p < next.end;
-            fetches[p - first] = known ? next.of[p] + column / PANEL * (PIECE / 2) * STEP_BYTES : starts[p - first];
-        }
-        const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, STEP_BYTES};
-        const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS;
+        for (i64 p = first; p < end; ++p) starts[p - first] = values_of[p] + column * 4;
         for (int t = 0; t < row_tiles; ++t) {
             const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+            for (i64 p = first; p < end; ++p) {
+                bool known = p >= next.first && p < next.end;
+                i64 ahead = column / PANEL * (PIECE / 2) * STEP_BYTES + t * (PIECE / 2) * fetch_stride;
+                fetches[p - first] = known ? next.of[p] + ahead : starts[p - first];
+            }
+            const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, fetch_stride};
+            const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.padded + column;
-            if (two) multiply_two(rows, x + row * SLAB_STRIDE, values, sums, kv.padded);
-            else multiply(rows, x + row * SLAB_STRIDE, values, sums, kv.padded);
+            if (two) multiply_two(rows, x, values, sums, kv.padded);
+            else multiply(rows, x, values, sums, kv.padded);
         }
         column += two ? 2 * PANEL : PANEL;
     }
