@@ -101,7 +101,11 @@ def effective_throughput(series: Sequence[Series], slas: Sequence[float]) -> Fig
         figure, panels = _panels(len(slas), height=3.6, sharey=True)
         for axes, sla in zip(panels, slas, strict=True):
             axes.set_title(f"at least {sla:g} tokens a second")
-            _against_load(axes, series, lambda row, sla=sla: row.effective[sla], last=axes is panels[-1])
+
+            def value(row: Row, sla: float = sla) -> Spread:
+                return row.effective[sla]
+
+            _against_load(axes, series, value, last=axes is panels[-1])
         panels[0].set_ylabel("requests a second that kept both promises")
         return figure
 

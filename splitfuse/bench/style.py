@@ -23,7 +23,7 @@ INK, PALE = "#1f2933", "#8a94a0"
 GRID = "#e6e9ed"
 LABEL_SIZE = 8.5
 LINE_SPACING = 1.25
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#b6bec8",
