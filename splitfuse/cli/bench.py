@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,16 +41,18 @@ def run(
     rate: Annotated[
         str | None, typer.Option(help="Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
     ] = None,
-    prompt: Annotated[float, typer.Option(help="Mean tokens of a prompt.")] = 512,
-    generate: Annotated[float, typer.Option(help="Mean tokens of an answer.")] = 64,
-    deviation: Annotated[float, typer.Option(help="Standard deviation of both, as a share of the mean.")] = 0.3,
+    prompt: Annotated[float | None, typer.Option(help="Mean tokens of a prompt; left out, 512.")] = None,
+    generate: Annotated[float | None, typer.Option(help="Mean tokens of an answer; left out, 64.")] = None,
+    deviation: Annotated[
+        float | None, typer.Option(help="Standard deviation of both, as a share of the mean; left out, 0.3.")
+    ] = None,
     turns: Annotated[
         int | None, typer.Option(help="Conversations of so many turns: --prompt is what is new in each.")
     ] = None,
     prefix: Annotated[
         int | None, typer.Option(help="So many tokens that prompts begin with together: --prompt comes after them.")
     ] = None,
-    prefixes: Annotated[int, typer.Option(help="Different ones of these.")] = 1,
+    prefixes: Annotated[int | None, typer.Option(help="Different ones of these; left out, 1.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A .jsonl file of requests to repeat; with times (at), as they came.")
     ] = None,
@@ -157,12 +160,12 @@ def report(
 
 
 def _workload(
-    prompt: float,
-    generate: float,
-    deviation: float,
+    prompt: float | None,
+    generate: float | None,
+    deviation: float | None,
     turns: int | None,
     prefix: int | None,
-    prefixes: int,
+    prefixes: int | None,
     trace: Path | None,
     seed: int,
 ) -> MakeWorkload:
@@ -173,24 +176,29 @@ def _workload(
         Lengths,
         SharedPrefix,
         Trace,
-        Vocabulary,
         Workload,
     )
 
     kinds = [name for name, value in (("turns", turns), ("prefix", prefix), ("trace", trace)) if value is not None]
     if len(kinds) > 1:
         raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are two workloads: give one")
-    Lengths(prompt, generate, deviation)
+    if prefixes is not None and prefix is None:
+        raise ConfigError("--prefixes says how many different ones of --prefix there are: give that too")
+    given_lengths = {"prompt": prompt, "generate": generate, "deviation": deviation}
+    for name, value in given_lengths.items():
+        if trace is not None and value is not None:
+            raise ConfigError(f"--{name} is in the trace's lines: leave it out, or --trace")
+    usual = Lengths(**{"prompt": 512.0, "generate": 64.0, **given(given_lengths)})
 
-    def make(vocabulary: Vocabulary, room: int) -> Workload:
+    def make(target: Target) -> Workload:
         if trace is not None:
-            return Trace.read(trace, vocabulary, seed=seed, room=room)
-        lengths = Lengths(prompt, generate, deviation, room)
+            return Trace.read(trace, target.vocabulary, seed=seed, room=target.room)
+        lengths = dataclasses.replace(usual, room=target.room)
         if turns is not None:
-            return Chat(lengths, vocabulary, turns, seed)
+            return Chat(lengths, target.answer_vocabulary, turns, seed)
         if prefix is not None:
-            return SharedPrefix(lengths, vocabulary, prefix, prefixes, seed)
-        return Independent(lengths, vocabulary, seed)
+            return SharedPrefix(lengths, target.vocabulary, prefix, prefixes or 1, seed)
+        return Independent(lengths, target.vocabulary, seed)
 
     return make
 
