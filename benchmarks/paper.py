@@ -59,7 +59,7 @@ def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], repl
     loads = Loads(clients=tuple(clients), requests=512 * replicas, repeat=1)
     results: Results = simulate(
         deployment,
-        lambda vocabulary, room: Independent(Lengths(PROMPT, GENERATE, room=room), vocabulary),
+        lambda target: Independent(Lengths(PROMPT, GENERATE, room=target.room), target.vocabulary),
         loads,
         system=policy,
         about={},

@@ -64,7 +64,7 @@ def effective(machine: str, requests: int) -> None:
         for promised in (None, speed):
             results = simulate(
                 deployment(machine, papers(promised)),
-                lambda vocabulary, room: Independent(Lengths(512, 64, room=room), vocabulary, seed=1),
+                lambda target: Independent(Lengths(512, 64, room=target.room), target.vocabulary, seed=1),
                 loads,
                 system=machine,
                 about={},

@@ -14,7 +14,6 @@ import multiprocessing
 import time
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -64,7 +63,7 @@ async def read_ours(url: str) -> int:
         nonlocal seen
         seen += len(_decode_event(data).choices[0].token_ids or ())
 
-    await post_stream(Address.of(urlsplit(url)), "/v1/completions", b"{}", take, timeout=100)
+    await post_stream(Address.of(url), "/v1/completions", b"{}", take, timeout=100)
     return seen
 
 

@@ -150,7 +150,7 @@ class Server:
         results = asyncio.run(
             measure(
                 target,
-                lambda vocabulary, room: Independent(replace(lengths, room=room), vocabulary, seed=seed),
+                lambda asked: Independent(replace(lengths, room=asked.room), asked.vocabulary, seed=seed),
                 loads,
                 system=self.contender.label,
                 about={**about_here(), "startup_seconds": self.start_seconds},

@@ -5,7 +5,6 @@ Decides how tokens are counted: from ids, or from the server's own count, never 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +59,6 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 class _Reading:
     """A stream as it is read."""
 
-    sent: float
     event_times: list[float] = field(default_factory=list)
     """Of events with a piece of the answer."""
     token_ids: list[int] = field(default_factory=list)
@@ -143,24 +141,28 @@ class Endpoint(Target):
         timeout: float = 600.0,
         pid: int | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
-        self._address = Address.of(parts, api_key)
-        self._base = parts.path.rstrip("/") or "/v1"
+        try:
+            self._address = Address.of(url, api_key)
+        except ValueError:
+            raise ConfigError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000") from None
+        self._base = urlsplit(url).path.rstrip("/") or "/v1"
         self._model, self._ignore_eos, self._vocab_size = model, ignore_eos, vocab_size
         self._timeout, self._pid = timeout, pid
         self._extra: dict[str, Any] = {}  # parameters that the server honours
         self._told = ""
-        self.vocabulary: Vocabulary = TokenIds(vocab_size or MODEST_VOCABULARY)
+        self.vocabulary: Vocabulary = TokenIds(MODEST_VOCABULARY if vocab_size is None else vocab_size)
+        self.answer_vocabulary: Vocabulary = self.vocabulary
         self.about = {}
 
     async def start(self) -> None:
         described = await self._describe()
         takes_ids = await self._probe()
+        self.answer_vocabulary = self.vocabulary
+        if not takes_ids or self._told != "token_ids":
+            self.answer_vocabulary = await self._words()
         if not takes_ids:
-            await self._measure_words()
+            self.vocabulary = self.answer_vocabulary
         self.about = {
             "url": self.url,
             "model": self._model,
@@ -260,11 +262,11 @@ class Endpoint(Target):
             return True
         return False
 
-    async def _measure_words(self) -> None:
-        """How many tokens the server makes of a word."""
+    async def _words(self) -> Words:
+        """Prompts as text, knowing how many tokens the server makes of a word."""
         reading = await self._stream(" ".join(WORDS[:PROBE_WORDS]), 1, self._extra)
         tokens = reading.usage.prompt_tokens if reading.usage else None
-        self.vocabulary = Words(tokens / PROBE_WORDS if tokens else 1.0)
+        return Words(tokens / PROBE_WORDS if tokens else 1.0)
 
     async def ask(self, request: LoadRequest) -> Answer:
         length = 0 if isinstance(request.prompt, str) else len(request.prompt)
@@ -293,10 +295,12 @@ class Endpoint(Target):
             "stream": True,
             **extra,
         }
-        reading = _Reading(time.monotonic())
-        status, refusal = await post_stream(
-            self._address, f"{self._base}/completions", msgspec.json.encode(body), reading.take, timeout=self._timeout
-        )
+        reading = _Reading()
+        path, content = f"{self._base}/completions", msgspec.json.encode(body)
+        try:
+            status, refusal = await post_stream(self._address, path, content, reading.take, timeout=self._timeout)
+        except msgspec.MsgspecError as error:
+            raise RequestFailedError(f"the stream has an event that is none of completions: {error}") from error
         if status != 200:
             raise InvalidRequestError(f"status {status}: {_refusal(refusal)}")
         return reading

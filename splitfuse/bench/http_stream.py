@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from urllib.parse import SplitResult
+from urllib.parse import urlsplit
 
 from splitfuse.errors import RequestFailedError, ServerError
 
@@ -35,10 +35,12 @@ class Address:
     api_key: str | None
 
     @classmethod
-    def of(cls, parts: SplitResult, api_key: str | None = None) -> Address:
-        """From a URL's parts."""
+    def of(cls, url: str, api_key: str | None = None) -> Address:
+        """From a URL. Raises ValueError if it is none of HTTP."""
+        parts = urlsplit(url)
         secure = parts.scheme == "https"
-        assert parts.hostname is not None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(url)
         port = parts.port or (443 if secure else 80)
         authority = parts.netloc.rpartition("@")[2]
         return cls(parts.hostname, port, authority, ssl.create_default_context() if secure else None, api_key)
@@ -49,7 +51,7 @@ class Address:
         return (
             f"{method} {path} HTTP/1.1\r\nhost: {self.authority}\r\nconnection: close\r\n{key}"
             f"content-type: application/json\r\ncontent-length: {length}\r\n\r\n"
-        ).encode("ascii")
+        ).encode()
 
 
 async def get(address: Address, path: str, *, timeout: float) -> tuple[int, bytes]:
@@ -100,7 +102,7 @@ async def _exchange(
             yield status, _body(reader, headers)
     except TimeoutError as error:
         raise RequestFailedError(f"no whole answer came from {where} within {timeout:g} s") from error
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError, ssl.SSLError) as error:
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
         raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
     finally:
         writer.close()

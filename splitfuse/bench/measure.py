@@ -16,14 +16,14 @@ from splitfuse.bench.load import OnProgress, closed_loop, open_loop
 from splitfuse.bench.results import Point, Results
 from splitfuse.bench.sla import PROMPT_TOKENS_PER_SECOND
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Trace, Vocabulary, Workload, poisson
+from splitfuse.bench.workload import Trace, Workload, poisson
 from splitfuse.errors import ConfigError
 
 OPEN_REQUESTS = 100
 """That count in an open loop if nobody says how many."""
 
-MakeWorkload = Callable[[Vocabulary, int], Workload]
-"""From what prompts are made of, and the tokens that the target has room for."""
+MakeWorkload = Callable[[Target], Workload]
+"""A workload of what the target takes, once that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class Loads:
             raise ConfigError("clients ask when they are answered, a rate does not heed answers: give one of the two")
         if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rates):
             raise ConfigError("clients must be whole numbers from 1, rates numbers above 0")
+        if self.spacing is not None and not self.clients:
+            raise ConfigError("spacing is that of clients: leave it out, or give clients")
         if self.repeat < 1 or (self.requests is not None and self.requests < 1):
             raise ConfigError("repeat and requests must be at least 1")
         if self.spacing is not None and not 0 <= self.spacing < float("inf"):
@@ -73,7 +75,7 @@ async def measure(
     try:
         await target.start()
         on_start(target)
-        workload = make_workload(target.vocabulary, target.room)
+        workload = make_workload(target)
         about = {**target.about, **about}
         _note_memory(about, "idle_resident_bytes", target)
         results = Results(
@@ -96,9 +98,9 @@ async def measure(
                 on_point(results)
             for rate in loads.rates or ([] if loads.clients else [None]):
                 name = "as it came" if rate is None else f"{rate:g} a second"
-                requests = loads.requests or OPEN_REQUESTS
-                with _bar(name, repetition, loads.repeat, requests, shown=progress) as on_progress:
-                    point = await _open(target, workload, rate, requests, repetition, on_progress)
+                wanted = OPEN_REQUESTS if rate is not None and loads.requests is None else loads.requests
+                with _bar(name, repetition, loads.repeat, wanted, shown=progress) as on_progress:
+                    point = await _open(target, workload, rate, wanted, repetition, on_progress)
                 results = _with(results, point, target)
                 on_point(results)
         return results
@@ -107,14 +109,18 @@ async def measure(
 
 
 async def _open(
-    target: Target, workload: Workload, rate: float | None, requests: int, repetition: int, on_progress: OnProgress
+    target: Target,
+    workload: Workload,
+    rate: float | None,
+    requests: int | None,
+    repetition: int,
+    on_progress: OnProgress,
 ) -> Point:
     if rate is not None:
         seed = int(workload.settings["seed"])
         arrivals = poisson(rate, seed=seed, stream=f"rate {rate:g} repetition {repetition}")
-        wanted: int | None = requests
     elif isinstance(workload, Trace):
-        arrivals, wanted = workload.arrivals(), None
+        arrivals = workload.arrivals()
     else:
         raise ConfigError("say when requests come: clients, a rate, or a trace with times")
     return await open_loop(
@@ -122,7 +128,7 @@ async def _open(
         workload,
         rate=rate,
         arrivals=arrivals,
-        requests=wanted,
+        requests=requests,
         repetition=repetition,
         on_progress=on_progress,
     )
@@ -140,12 +146,12 @@ def _note_memory(about: dict[str, Any], name: str, target: Target) -> None:
 
 
 @contextmanager
-def _bar(name: str, repetition: int, repeat: int, requests: int, *, shown: bool) -> Iterator[OnProgress]:
+def _bar(name: str, repetition: int, repeat: int, requests: int | None, *, shown: bool) -> Iterator[OnProgress]:
     which = f", {repetition + 1} of {repeat}" if repeat > 1 else ""
     with tqdm(total=requests, desc=name + which, unit="request", disable=not shown) as bar:
 
         def on_progress(doing: str, num_done: int) -> None:
-            bar.set_postfix_str(doing, refresh=False)
+            bar.set_postfix_str(doing, refresh=not num_done)
             bar.update(num_done - bar.n)
 
         yield on_progress

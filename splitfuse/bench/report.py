@@ -122,9 +122,10 @@ def _machine(machine: Any) -> str:
 def _by_workload(series: Sequence[Series]) -> Iterator[tuple[Mapping[str, Any], list[Series]]]:
     groups: dict[str, list[Series]] = {}
     for each in series:
-        groups.setdefault(json.dumps(each.results.workload, sort_keys=True), []).append(each)
-    for same in groups.values():
-        yield same[0].results.workload, same
+        same = {name: value for name, value in each.results.workload.items() if name != "seed"}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(each)
+    for group in groups.values():
+        yield group[0].results.workload, group
 
 
 def _workload(workload: Mapping[str, Any], series: list[Series], slas: Sequence[float]) -> Iterator[str]:

@@ -67,8 +67,10 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """As JSON."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    """As JSON. Whoever is interrupted leaves the old file or the new one, whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    part.replace(path)
 
 
 def load(path: Path) -> Results:

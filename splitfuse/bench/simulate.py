@@ -121,7 +121,7 @@ class SimulatedTarget(Target):
         self._deployment = deployment
         self._replicas = [Replica(deployment) for _ in range(deployment.replicas)]
         self._numbers = itertools.count()
-        self.vocabulary = Bytes(256)
+        self.vocabulary = self.answer_vocabulary = Bytes(256)
         calibration = deployment.calibration
         self.room = min(calibration.max_model_len, calibration.num_blocks * calibration.block_size)
         self.about = {"simulation": deployment.settings}

@@ -18,9 +18,9 @@ from splitfuse.core.policies import scheduler_class
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient
+from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState
 from splitfuse.engine.messages import Add
-from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 from splitfuse.runtime.machine import resident_bytes
 
 
@@ -40,6 +40,8 @@ class Target(ABC):
 
     vocabulary: Vocabulary
     """What prompts are made of."""
+    answer_vocabulary: Vocabulary
+    """The same for prompts that hold answers to earlier ones: of the kind that answers come in."""
     room: int = UNLIMITED
     """Tokens of prompt and answer together that it takes, as far as it says."""
     about: dict[str, Any]
@@ -82,7 +84,7 @@ class EngineTarget(Target):
         self._settings, self._replicas, self._ignore_eos = dict(settings), replicas, ignore_eos
         self._client: EngineClient | None = None
         self._numbers = itertools.count()
-        self.vocabulary = TokenIds(0)
+        self.vocabulary = self.answer_vocabulary = TokenIds(0)
         self.about = {}
 
     async def start(self) -> None:
@@ -90,7 +92,7 @@ class EngineTarget(Target):
         self._client = self._make_client()
         await self._client.start()
         info = self._client.info
-        self.vocabulary = TokenIds(info.limits.vocab_size)
+        self.vocabulary = self.answer_vocabulary = TokenIds(info.limits.vocab_size)
         self.room = min(info.limits.max_model_len, info.limits.num_blocks * info.limits.block_size)
         self.about = {
             "startup_seconds": time.monotonic() - began,
@@ -128,6 +130,8 @@ class EngineTarget(Target):
                     if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                         error = output.error or "it was ended"
         except SplitfuseError as failure:
+            if self._client.state is EngineState.DEAD:
+                raise ServerError(f"the engine is gone: {failure}") from failure
             error = str(failure)
         return Answer(len(request.prompt), tuple(times), tuple(tokens), error)
 

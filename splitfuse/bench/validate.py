@@ -11,7 +11,7 @@ from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Point, Results
 from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
-from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Vocabulary, Workload
+from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Workload
 from splitfuse.errors import ConfigError
 
 TOKEN_PERCENT = 95
@@ -76,13 +76,13 @@ def workload_of(results: Results) -> MakeWorkload:
     if kind not in ("independent", "prefix", "chat"):
         raise ConfigError(f"a simulation cannot repeat a workload of the kind {kind!r} from its results alone")
 
-    def make(vocabulary: Vocabulary, room: int) -> Workload:
-        lengths = Lengths(settings["prompt"], settings["generate"], settings["deviation"], room)
+    def make(target: Target) -> Workload:
+        lengths = Lengths(settings["prompt"], settings["generate"], settings["deviation"], target.room)
         if kind == "prefix":
-            return SharedPrefix(lengths, vocabulary, settings["prefix"], settings["prefixes"], settings["seed"])
+            return SharedPrefix(lengths, target.vocabulary, settings["prefix"], settings["prefixes"], settings["seed"])
         if kind == "chat":
-            return Chat(lengths, vocabulary, settings["turns"], settings["seed"])
-        return Independent(lengths, vocabulary, settings["seed"])
+            return Chat(lengths, target.answer_vocabulary, settings["turns"], settings["seed"])
+        return Independent(lengths, target.vocabulary, settings["seed"])
 
     return make
 

@@ -48,16 +48,18 @@ def run(
     rate: Annotated[
         str | None, typer.Option(help="Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
     ] = None,
-    prompt: Annotated[float, typer.Option(help="Mean tokens of a prompt.")] = 512,
-    generate: Annotated[float, typer.Option(help="Mean tokens of an answer.")] = 64,
-    deviation: Annotated[float, typer.Option(help="Standard deviation of both, as a share of the mean.")] = 0.3,
+    prompt: Annotated[float | None, typer.Option(help="Mean tokens of a prompt; left out, 512.")] = None,
+    generate: Annotated[float | None, typer.Option(help="Mean tokens of an answer; left out, 64.")] = None,
+    deviation: Annotated[
+        float | None, typer.Option(help="Standard deviation of both, as a share of the mean; left out, 0.3.")
+    ] = None,
     turns: Annotated[
         int | None, typer.Option(help="Conversations of so many turns: --prompt is what is new in each.")
     ] = None,
     prefix: Annotated[
         int | None, typer.Option(help="So many tokens that prompts begin with together: --prompt comes after them.")
     ] = None,
-    prefixes: Annotated[int, typer.Option(help="Different ones of these.")] = 1,
+    prefixes: Annotated[int | None, typer.Option(help="Different ones of these; left out, 1.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A .jsonl file of requests to repeat; with times (at), as they came.")
     ] = None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitfuse.cli.flags import given
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,40 +20,39 @@ SLAS = "2,4,6"
 
 def workload_maker(
     *,
-    prompt: float,
-    generate: float,
-    deviation: float,
+    prompt: float | None,
+    generate: float | None,
+    deviation: float | None,
     turns: int | None,
     prefix: int | None,
-    prefixes: int,
+    prefixes: int | None,
     trace: Path | None,
     seed: int,
 ) -> MakeWorkload:
     """What the flags ask for, once the target is known. Raises ConfigError for flags that do not go together."""
-    from splitfuse.bench.workload import (
-        Chat,
-        Independent,
-        Lengths,
-        SharedPrefix,
-        Trace,
-        Vocabulary,
-        Workload,
-    )
+    from splitfuse.bench.target import Target
+    from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Trace, Workload
 
     kinds = [name for name, value in (("turns", turns), ("prefix", prefix), ("trace", trace)) if value is not None]
     if len(kinds) > 1:
         raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are two workloads: give one")
-    Lengths(prompt, generate, deviation)
+    if prefixes is not None and prefix is None:
+        raise ConfigError("--prefixes says how many different ones of --prefix there are: give that too")
+    given_lengths = {"prompt": prompt, "generate": generate, "deviation": deviation}
+    for name, value in given_lengths.items():
+        if trace is not None and value is not None:
+            raise ConfigError(f"--{name} is in the trace's lines: leave it out, or --trace")
+    usual = Lengths(**{"prompt": 512.0, "generate": 64.0, **given(given_lengths)})
 
-    def make(vocabulary: Vocabulary, room: int) -> Workload:
+    def make(target: Target) -> Workload:
         if trace is not None:
-            return Trace.read(trace, vocabulary, seed=seed, room=room)
-        lengths = Lengths(prompt, generate, deviation, room)
+            return Trace.read(trace, target.vocabulary, seed=seed, room=target.room)
+        lengths = dataclasses.replace(usual, room=target.room)
         if turns is not None:
-            return Chat(lengths, vocabulary, turns, seed)
+            return Chat(lengths, target.answer_vocabulary, turns, seed)
         if prefix is not None:
-            return SharedPrefix(lengths, vocabulary, prefix, prefixes, seed)
-        return Independent(lengths, vocabulary, seed)
+            return SharedPrefix(lengths, target.vocabulary, prefix, prefixes or 1, seed)
+        return Independent(lengths, target.vocabulary, seed)
 
     return make
 

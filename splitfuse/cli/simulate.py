@@ -74,12 +74,14 @@ def simulate(
         str | None, typer.Option(help=f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
     ] = None,
     rate: Annotated[str | None, typer.Option(help="Open loops instead: so many requests a second at random.")] = None,
-    prompt: Annotated[float, typer.Option(help="Mean tokens of a prompt.")] = 512,
-    generate: Annotated[float, typer.Option(help="Mean tokens of an answer.")] = 64,
-    deviation: Annotated[float, typer.Option(help="Standard deviation of both, as a share of the mean.")] = 0.3,
+    prompt: Annotated[float | None, typer.Option(help="Mean tokens of a prompt; left out, 512.")] = None,
+    generate: Annotated[float | None, typer.Option(help="Mean tokens of an answer; left out, 64.")] = None,
+    deviation: Annotated[
+        float | None, typer.Option(help="Standard deviation of both, as a share of the mean; left out, 0.3.")
+    ] = None,
     turns: Annotated[int | None, typer.Option(help="Conversations of so many turns.")] = None,
     prefix: Annotated[int | None, typer.Option(help="So many tokens that prompts begin with together.")] = None,
-    prefixes: Annotated[int, typer.Option(help="Different ones of these.")] = 1,
+    prefixes: Annotated[int | None, typer.Option(help="Different ones of these; left out, 1.")] = None,
     trace: Annotated[Path | None, typer.Option(help="A .jsonl file of requests to repeat.")] = None,
     requests: Annotated[
         int | None, typer.Option(help="That count at each load; left out, 4 for each client and 32; 100 at a rate.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ _ROOT = Path(splitfuse.__file__).parent.parent
 def about_here() -> dict[str, Any]:
     """This machine, these versions, this command, now."""
     return {
-        "command": shlex.join(["splitfuse", *sys.argv[1:]]),
+        "command": shlex.join(["splitfuse", *without_keys(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "splitfuse": splitfuse.__version__,
         "commit": commit(),
@@ -35,6 +36,12 @@ def about_here() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },
     }
+
+
+def without_keys(arguments: Sequence[str]) -> list[str]:
+    """Of a command line: `--api-key` keeps its place, not its value."""
+    shown = [re.sub(r"^(--api-key)=.*", r"\1=...", argument, flags=re.DOTALL) for argument in arguments]
+    return ["..." if i and shown[i - 1] == "--api-key" else argument for i, argument in enumerate(shown)]
 
 
 def commit() -> str | None:
@@ -76,24 +83,19 @@ def resident_bytes(pid: int | None = None) -> int | None:
 
     Left out, this process.
     """
-    sizes = [_proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid)]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    try:
+        return sum(_proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid))
+    except OSError:
+        return None
 
 
 def _family(pid: int) -> Iterator[int]:
     yield pid
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return
-    for child in children:
-        yield from _family(child)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from _family(int(child))
 
 
-def _proportional_bytes(pid: int) -> int | None:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
+def _proportional_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

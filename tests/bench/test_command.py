@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from running_server import running_server
+from splitfuse.bench.machine import without_keys
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench.results import load
 from splitfuse.cli import app
 
 Run = Callable[..., Result]
-SMALL = ("--prompt", "40", "--generate", "6", "--requests", "8")
+FEW = ("--requests", "8")
+SMALL = ("--prompt", "40", "--generate", "6", *FEW)
 
 
 @pytest.fixture
@@ -49,13 +51,13 @@ def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     with running_server(num_blocks=400) as server:
         for flags, kind in (
-            (("--clients", 2, "--turns", 2), "chat"),
-            (("--clients", 2, "--prefix", 100), "prefix"),
-            (("--rate", 50), "independent"),
+            (("--clients", 2, "--turns", 2, *SMALL), "chat"),
+            (("--clients", 2, "--prefix", 100, *SMALL), "prefix"),
+            (("--rate", 50, *SMALL), "independent"),
             (("--trace", trace), "trace"),
-            (("--clients", 2, "--trace", trace), "trace"),
+            (("--clients", 2, "--trace", trace, *FEW), "trace"),
         ):
-            ended = run("run", "--url", server.url, *SMALL, "--repeat", 1, "--label", "it", *flags, "--out", out)
+            ended = run("run", "--url", server.url, "--repeat", 1, "--label", "it", *flags, "--out", out)
             assert ended.exit_code == 0, ended.output
             results = load(out)
             assert (results.system, results.workload["kind"], len(results.points)) == ("it", kind, 1)
@@ -85,6 +87,9 @@ def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
         (("--trace", "none.jsonl"), "none.jsonl cannot be read"),
         (("--out", "none/x.json"), "none/x.json cannot be written"),
         (("--repeat", 0), "at least 1"),
+        (("--prefixes", 2), "give that too"),
+        (("--trace", __file__, "--clients", 1, "--generate", 5), "is in the trace's lines"),
+        (("--rate", 1, "--spacing", 1), "that of clients"),
         (("--dtype", "int3"), "dtype must be one of"),
         (("--prefix", 3000, "--num-blocks", 400), "leaves no room in 2048"),
     ],
@@ -93,6 +98,11 @@ def test_mistakes_end_in_a_sentence(run: Run, flags: tuple[object, ...], sentenc
     ended = run("run", *flags)
     assert ended.exit_code == 1 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("splitfuse: ") and sentence in ended.stderr
+
+
+def test_keys_are_not_kept() -> None:
+    shown = without_keys(["bench", "run", "--api-key", "secret", "--api-key=secret", "--url", "http://a"])
+    assert shown == ["bench", "run", "--api-key", "...", "--api-key=...", "--url", "http://a"]
 
 
 def test_reports_of_nothing(run: Run, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import splitfuse
 from splitfuse.bench.endpoint import Endpoint, spread
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.target import Answer
-from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Prompt, TokenIds, Words
+from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, Prompt, TokenIds, Words
 from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError, ServerError
+from splitfuse.errors import ConfigError, RequestFailedError, ServerError
 
 PROMPT = (7, 40, 1900, 8, 12)
 
@@ -75,7 +75,7 @@ def test_mistakes_end_in_a_sentence(server: RunningServer) -> None:
     ):
         with pytest.raises(ServerError, match=sentence):
             asyncio.run(endpoint.start())
-    for url in ("127.0.0.1:8000", "ftp://a", "http://"):
+    for url in ("127.0.0.1:8000", "ftp://a", "http://", "http://a:99999", "http://[::1"):
         with pytest.raises(ConfigError, match="is no URL"):
             Endpoint(url)
 
@@ -222,6 +222,24 @@ def test_a_server_that_takes_texts_only() -> None:
         assert (answer.num_prompt_tokens, len(answer.token_times), answer.tokens) == (6, 10, "ab" * 5)
 
     with_other(no_ids, act)
+
+
+def test_conversations_are_texts_where_answers_come_as_text() -> None:
+    async def act(endpoint: Endpoint) -> None:
+        await endpoint.start()
+        assert (endpoint.vocabulary, endpoint.answer_vocabulary) == (TokenIds(1000), Words(2.0))
+        chat = Chat(Lengths(10, 4), endpoint.answer_vocabulary, turns=2)
+        first = chat.first("x", 0)
+        second = chat.successor(first, (await endpoint.ask(first)).tokens)
+        assert isinstance(first.prompt, str) and second is not None and isinstance(second.prompt, str)
+        assert second.prompt.startswith(f"{first.prompt} {'a' * (first.max_tokens // 2 + first.max_tokens % 2)} ")
+
+    with_other(continuous_usage, act)
+
+
+def test_a_stream_of_something_else() -> None:
+    with pytest.raises(RequestFailedError, match="none of completions"):
+        with_other(lambda _: [{"choices": 3}], Endpoint.start)
 
 
 def test_a_server_that_does_not_count() -> None:

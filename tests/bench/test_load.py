@@ -11,6 +11,7 @@ from splitfuse.bench.load import HOPELESS, closed_loop, open_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import Answer, EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, TokenIds
+from splitfuse.engine.engine import Engine
 from splitfuse.errors import ServerError
 
 IDS = TokenIds(3072)
@@ -24,7 +25,8 @@ class Ticking(Target):
         self.asked: list[LoadRequest] = []
         self.most_at_once = self._at_once = 0
         self._fails, self._tick = fails, tick
-        self.vocabulary, self.about = IDS, {}
+        self.vocabulary = self.answer_vocabulary = IDS
+        self.about = {}
 
     async def start(self) -> None: ...
 
@@ -145,3 +147,25 @@ def test_our_engine_in_this_process() -> None:
     point = asyncio.run(run())
     check(point, 12)
     assert all(record.error is None and len(record.token_times) >= 1 for record in point.records)
+
+
+def test_an_engine_that_dies_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        target = EngineTarget({"num_blocks": 400})
+        await target.start()
+        passes = itertools.count()
+        step = Engine.step
+
+        def dying(self: Engine) -> object:
+            if next(passes) > 40:
+                raise RuntimeError("the machine is on fire")
+            return step(self)
+
+        monkeypatch.setattr(Engine, "step", dying)
+        try:
+            await closed_loop(target, WORKLOAD, clients=2, requests=1000)
+        finally:
+            await target.close()
+
+    with pytest.raises(ServerError, match=r"the engine is gone: .* on fire"):
+        asyncio.run(run())

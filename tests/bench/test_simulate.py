@@ -11,6 +11,7 @@ from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Results, load
 from splitfuse.bench.simulate import Deployment, SimulatedTarget, simulate
+from splitfuse.bench.target import Target
 from splitfuse.bench.validate import compare, mean_error, predict, workload_of
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, SharedPrefix, Trace, TraceLine
 from splitfuse.cli import app
@@ -30,7 +31,7 @@ def deployment(budget: int = 256, **changes: Any) -> Deployment:
 
 
 def independent(prompt: float = 512, generate: float = 32, deviation: float = 0.3) -> MakeWorkload:
-    return lambda vocabulary, room: Independent(Lengths(prompt, generate, deviation, room), vocabulary)
+    return lambda target: Independent(Lengths(prompt, generate, deviation, target.room), target.vocabulary)
 
 
 def run(deployment: Deployment, make: MakeWorkload | None = None, **loads: Any) -> Results:
@@ -134,8 +135,8 @@ def test_replicas_share_a_load_by_outstanding_tokens() -> None:
 
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
-    def make(vocabulary: Any, room: int) -> SharedPrefix:
-        return SharedPrefix(Lengths(64, 16, 0.3, room), vocabulary, 1024)
+    def make(target: Target) -> SharedPrefix:
+        return SharedPrefix(Lengths(64, 16, 0.3, target.room), target.vocabulary, 1024)
 
     first = {}
     for cached in (True, False):
@@ -207,8 +208,8 @@ def test_workloads_are_read_from_results_and_traces_are_not() -> None:
         lambda v, room: Chat(Lengths(64, 16, 0.2, room), v, 3, 7),
     ):
         results = run(deployment(), make, clients=(1,), requests=1)
-        again = workload_of(results)(SimulatedTarget(deployment()).vocabulary, 4096)
-        assert again == make(SimulatedTarget(deployment()).vocabulary, 4096)
+        again = workload_of(results)(SimulatedTarget(deployment()))
+        assert again == make(SimulatedTarget(deployment()))
     trace = run(deployment(), lambda v, _: Trace((TraceLine(1, 5),), v), clients=(1,), requests=1)
     with pytest.raises(ConfigError, match="of the kind 'trace'"):
         workload_of(trace)
