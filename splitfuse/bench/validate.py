@@ -11,6 +11,7 @@ from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Point, Results
 from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
+from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Workload
 from splitfuse.errors import ConfigError
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from running_server import running_server
-from splitfuse.bench.machine import without_keys
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench.results import load
 from splitfuse.cli import app
+from splitfuse.runtime.machine import without_keys
 
 Run = Callable[..., Result]
 FEW = ("--requests", "8")
