@@ -146,11 +146,11 @@ def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
 
 
 def test_conversations_and_traces_are_driven_as_they_are_measured() -> None:
-    results = run(deployment(), lambda v, room: Chat(Lengths(100, 20, 0.3, room), v, 3), clients=(2,))
+    results = run(deployment(), lambda t: Chat(Lengths(100, 20, 0.3, t.room), t.vocabulary, 3), clients=(2,))
     lengths = [record.num_prompt_tokens for record in results.points[0].records if record.client == 0]
     assert max(lengths) > 200, "later turns repeat what was said"
     lines = (TraceLine(generate=4, prompt_tokens=50, at=0.0), TraceLine(generate=4, prompt_tokens=50, at=9.0))
-    (point,) = run(deployment(), lambda v, _: Trace(lines, v)).points
+    (point,) = run(deployment(), lambda t: Trace(lines, t.vocabulary)).points
     assert [record.sent for record in point.records] == [0.0, 9.0]
 
 
@@ -204,13 +204,13 @@ def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -
 def test_workloads_are_read_from_results_and_traces_are_not() -> None:
     for make in (
         independent(),
-        lambda v, room: SharedPrefix(Lengths(64, 16, 0.2, room), v, 128, 2, 7),
-        lambda v, room: Chat(Lengths(64, 16, 0.2, room), v, 3, 7),
+        lambda t: SharedPrefix(Lengths(64, 16, 0.2, t.room), t.vocabulary, 128, 2, 7),
+        lambda t: Chat(Lengths(64, 16, 0.2, t.room), t.vocabulary, 3, 7),
     ):
         results = run(deployment(), make, clients=(1,), requests=1)
         again = workload_of(results)(SimulatedTarget(deployment()))
         assert again == make(SimulatedTarget(deployment()))
-    trace = run(deployment(), lambda v, _: Trace((TraceLine(1, 5),), v), clients=(1,), requests=1)
+    trace = run(deployment(), lambda t: Trace((TraceLine(1, 5),), t.vocabulary), clients=(1,), requests=1)
     with pytest.raises(ConfigError, match="of the kind 'trace'"):
         workload_of(trace)
 
