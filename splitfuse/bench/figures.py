@@ -99,14 +99,17 @@ def effective_throughput(series: Sequence[Series], slas: Sequence[float]) -> Fig
     """Requests a second that kept both promises against clients: a panel for each promise."""
     with matplotlib.rc_context(SETTINGS):
         figure, panels = _panels(len(slas), height=3.6, sharey=True)
+        labels: list[EndLabel] = []
         for axes, sla in zip(panels, slas, strict=True):
             axes.set_title(f"at least {sla:g} tokens a second")
 
             def value(row: Row, sla: float = sla) -> Spread:
                 return row.effective[sla]
 
-            _against_load(axes, series, value, last=axes is panels[-1])
+            labels = _against_load(axes, series, value)
+        panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("requests a second that kept both promises")
+        write_end_labels(panels[-1], labels)
         return figure
 
 
@@ -115,15 +118,17 @@ def token_latency(series: Sequence[Series]) -> Figure:
     with matplotlib.rc_context(SETTINGS):
         figure, panels = _panels(len(GAP_PERCENTS), height=3.6, sharey=True)
         panels[0].set_yscale("log")
+        labels: list[EndLabel] = []
         for axes, percent in zip(panels, GAP_PERCENTS, strict=True):
             axes.set_title(f"P{percent}")
 
             def value(row: Row, percent: int = percent) -> Spread:
                 return Spread.of([max(1e3 * row.gaps[percent], 0.01)])  # a logarithm has no zero
 
-            _against_load(axes, series, value, last=axes is panels[-1])
+            labels = _against_load(axes, series, value)
         _plain_numbers(panels[0])
         panels[0].set_ylabel("ms from one token to the next")
+        write_end_labels(panels[-1], labels)
         return figure
 
 
@@ -141,7 +146,7 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
         titles = ("all requests", f"those that kept both promises, at {sla:g} tokens/s")
         for axes, value, title in zip(panels, values, titles, strict=True):
             axes.set_title(title)
-            labels, sizes = [], set()
+            labels, sizes = [], set[int]()
             for line in lines:
                 x = [size(each.results) for each in line]
                 best = [max((value(row) for row in each.rows), key=lambda spread: spread.mean) for each in line]
@@ -155,13 +160,20 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
                 labels.append(EndLabel(x[-1], best[-1].mean, text, line[0].colour))
                 sizes |= set(x)
             axes.set_xlim(left=0)
-            axes.set_ylim(bottom=0)
             _ticks(axes, sorted(sizes), [str(n) for n in sorted(sizes)])
             axes.set_xlabel(what)
-            if axes is panels[-1]:
-                write_end_labels(axes, labels)
+        panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("requests a second, at the best load")
+        write_end_labels(panels[-1], labels)
         return figure
+
+
+def smallest(series: Sequence[Series]) -> list[Series]:
+    """Without those that are more replicas or devices of a system that is there with fewer: they are for `scaling`."""
+    more: list[Series] = []
+    for size in (lambda r: r.replicas, lambda r: r.tensor_parallel_size):
+        more += [each for line in _lines(series, size) for each in line[1:]]
+    return [each for each in series if all(each is not other for other in more)]
 
 
 def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator[list[Series]]:
@@ -201,8 +213,8 @@ def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure,
     return figure, panels
 
 
-def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], Spread], *, last: bool) -> None:
-    """Lines over clients, or over rates; a pale bar is the spread of repetitions."""
+def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], Spread]) -> list[EndLabel]:
+    """Lines over clients, or over rates; a pale bar is the spread of repetitions. Their names, to be written last."""
     loads = sorted({_load(row): row.load for each in series for row in each.rows}.items())
     labels = []
     for each in series:
@@ -216,11 +228,8 @@ def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], S
     if all(place > 0 for place, _ in loads):
         axes.set_xscale("log", base=2)
     _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
-    if axes.get_yscale() == "linear":
-        axes.set_ylim(bottom=0)
     axes.set_xlabel("clients" if all(row.clients for each in series for row in each.rows) else "clients, or arrivals")
-    if last:
-        write_end_labels(axes, labels)
+    return labels
 
 
 def _bar(each: Series) -> dict[str, Any]:

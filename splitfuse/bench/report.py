@@ -45,7 +45,7 @@ tr.first td { border-top: 1px solid #e6e9ed; }
 td small { color: #7b8794; }
 .dot { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em;
        box-sizing: border-box; }
-.simulated { background: #fff !important; border: 2px dashed; }
+.simulated { background: #fff !important; border: 2px solid; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.1rem; font-size: .86rem;
      margin: .4rem 0 1.2rem; }
 dt { color: #52606d; } dd { margin: 0; overflow-wrap: anywhere; }
@@ -132,14 +132,19 @@ def _workload(workload: Mapping[str, Any], series: list[Series], slas: Sequence[
     from splitfuse.bench import figures
 
     yield f"<h2>{escape(describe(workload))}</h2>\n"
-    yield f'<p class="note">{escape(", ".join(f"{name} {value}" for name, value in workload.items()))}</p>\n'
+    yield f'<p class="note">{escape(", ".join(f"{name} {_plain(value)}" for name, value in workload.items()))}</p>\n'
+    drawn = figures.smallest(series)
     yield "<h3>Throughput and latency</h3>\n<p>Further right and further down is better. Numbers are clients.</p>\n"
-    yield _figure(figures.throughput_latency(series), "Mean latency of a request against requests a second.")
+    yield _figure(figures.throughput_latency(drawn), "Mean latency of a request against requests a second.")
     yield "<h3>Effective throughput</h3>\n"
-    yield _figure(figures.effective_throughput(series, slas), "Requests a second that kept both promises.")
+    yield _figure(figures.effective_throughput(drawn, slas), "Requests a second that kept both promises.")
     yield "<h3>Time between tokens</h3>\n"
-    yield _figure(figures.token_latency(series), "Percentiles of the time between two tokens.")
+    yield _figure(figures.token_latency(drawn), "Percentiles of the time between two tokens.")
     yield from _table(series, slas)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe(workload: Mapping[str, Any]) -> str:

@@ -68,6 +68,20 @@ def test_scaling_is_drawn_when_there_are_replicas(tmp_path: Path) -> None:
     assert page(tmp_path, RESULTS, replace(RESULTS, tensor_parallel_size=2)).count("<svg") == 4
 
 
+def test_replicas_are_in_their_own_picture() -> None:
+    results = [replace(RESULTS, replicas=4), RESULTS, replace(OTHER, replicas=2), replace(SIMULATED, replicas=2)]
+    series = [figures.Series(each, tuple(rows(each)), "#000000") for each in results]
+    assert figures.smallest(series) == series[1:]
+
+
+def test_panels_have_room_for_all_lines() -> None:
+    """They share a scale, which is that of the highest, whichever panel it is in."""
+    series = [figures.Series(RESULTS, tuple(rows(RESULTS, (6.0, 1.0))), "#000000")]
+    panels = figures.effective_throughput(series, (6.0, 1.0)).axes
+    highest = max(y for axes in panels for line in axes.lines for y in line.get_ydata())
+    assert highest > 1 and all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > highest for axes in panels)
+
+
 def test_another_workload_has_its_own_pictures(tmp_path: Path) -> None:
     other = replace(RESULTS, workload={**RESULTS.workload, "prompt": 1200.0})
     text = page(tmp_path, RESULTS, other)
