@@ -43,12 +43,14 @@ def calibrate(
     It is kept in the cache folder, for this model, machine, and the settings that change the time of a pass.
     """
     from splitfuse.engine.calibrate import run_calibration
+    from splitfuse.engine.engine import Engine
     from splitfuse.runtime.calibration import place, save
 
     if out is not None:
         check_writable(out)
     config = EngineConfig.from_settings(given(flags))
-    calibration, checked = run_calibration(config, seconds=seconds, progress=not quiet and sys.stderr.isatty())
+    shown = not quiet and sys.stderr.isatty()
+    calibration, checked = run_calibration(Engine, config, seconds=seconds, progress=shown)
     _print_checked(calibration.cost, checked)
     for path in (place(calibration.identity), *([] if out is None else [out])):
         save(calibration, path)

@@ -8,11 +8,12 @@ counts. Those that check the fit lie between those that are fitted. What the sch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.cost_model import MIN_SAMPLES, CostModel, Features, Sample, fit
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError, CostModelError
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.calibration import Calibration, identify, load, place, save
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.machine import about_here
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
 
 SECONDS_AT_START = 8.0
 """Of timing, for an engine that needs a cost model and has none."""
@@ -68,7 +71,13 @@ class Timed:
     sample: Sample
 
 
-def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> tuple[Calibration, list[Timed]]:
+MakeEngine = Callable[[EngineConfig, LoadedModel], "Engine"]
+"""The class itself: an engine that keeps promises is made by what is here."""
+
+
+def run_calibration(
+    make_engine: MakeEngine, config: EngineConfig, *, seconds: float, progress: bool
+) -> tuple[Calibration, list[Timed]]:
     """Load the model, time its passes for about `seconds`, fit. Returns it with the passes that checked it.
 
     Raises as `load_model` does, ConfigError for a time that is none, CostModelError if the model or its cache is too
@@ -76,10 +85,11 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
     """
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a positive number, not {seconds}")
-    return calibrate(load_model(config, progress=progress), config, seconds=seconds, progress=progress)
+    model = load_model(config, progress=progress)
+    return calibrate(make_engine, config, model, seconds=seconds, progress=progress)
 
 
-def kept_or_new(model: LoadedModel, config: EngineConfig) -> CostModel:
+def kept_or_new(make_engine: MakeEngine, config: EngineConfig, model: LoadedModel) -> CostModel:
     """The cost model that is kept for such an engine on this machine; if there is none, it is made now and kept.
 
     Raises as `calibrate` does.
@@ -88,19 +98,19 @@ def kept_or_new(model: LoadedModel, config: EngineConfig) -> CostModel:
     if path.exists():
         with suppress(CostModelError):  # what somebody spoilt is made anew
             return load(path).cost
-    calibration, _ = calibrate(model, config, seconds=SECONDS_AT_START)
+    calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START)
     with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
         save(calibration, path)
     return calibration.cost
 
 
 def calibrate(
-    model: LoadedModel, config: EngineConfig, *, seconds: float, progress: bool = False
+    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, seconds: float, progress: bool = False
 ) -> tuple[Calibration, list[Timed]]:
     """As `run_calibration`, of a model that is loaded."""
     plan = model.plan
     blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
-    engine = Engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
+    engine = make_engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
     fill(engine.runner.kv_cache)
     limits = {
         "room": plan.max_model_len,

@@ -17,6 +17,7 @@ from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.engine.calibrate import kept_or_new
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -78,10 +79,8 @@ class Engine:
         )
         if not config.scheduler.has_targets:
             return cls(config, model, scheduler=scheduler)
-        from splitfuse.engine.calibrate import kept_or_new  # which times engines
-
         on_stage("calibrating")
-        return cls(config, model, scheduler=scheduler, cost=kept_or_new(model, config))
+        return cls(config, model, scheduler=scheduler, cost=kept_or_new(cls, config, model))
 
     @property
     def max_model_len(self) -> int:

@@ -57,7 +57,7 @@ def test_a_file_with_something_else_is_refused(text: str, tmp_path: Path) -> Non
 
 
 def test_a_real_model_is_timed_and_its_error_is_told() -> None:
-    calibration, checked = run_calibration(config(), seconds=0.5, progress=False)
+    calibration, checked = run_calibration(Engine, config(), seconds=0.5, progress=False)
     cost = calibration.cost
     assert cost.error is not None and cost.error.num_samples == len(checked) > 10
     assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
@@ -77,12 +77,12 @@ def test_no_pass_is_fitted_and_checked() -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_a_time_that_is_none_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="seconds must be"):
-        run_calibration(config(), seconds=seconds, progress=False)
+        run_calibration(Engine, config(), seconds=seconds, progress=False)
 
 
 def test_an_engine_too_small_for_different_passes_is_refused() -> None:
     with pytest.raises(CostModelError, match="different passes fit an engine with 64 tokens a request"):
-        run_calibration(config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
+        run_calibration(Engine, config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
 
 
 def test_the_published_machine_saturates_where_the_paper_says() -> None:
