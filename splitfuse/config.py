@@ -21,7 +21,7 @@ QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (64, 128)
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
-UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "": 1.0}
+UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
 
 
@@ -209,13 +209,13 @@ class ServerConfig:
 
 
 def parse_seconds(name: str, text: str) -> float:
-    """`1s`, `250ms` or `0.5` in seconds. Raises ConfigError, naming the setting, for anything else."""
+    """`1s` or `250ms` in seconds. Raises ConfigError, naming the setting, for anything else, such as no unit."""
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = text.strip()[len(number) :].strip()
     try:
         seconds = float(number) * UNITS[unit]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{name} must be a time such as 1s or 250ms, not {text!r}") from error
+        raise ConfigError(f"{name} must be a time with its unit, such as 1s or 250ms, not {text!r}") from error
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"{name} must be a time above 0, not {text!r}")
     return seconds

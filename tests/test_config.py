@@ -111,14 +111,12 @@ def test_settings_are_frozen() -> None:
         config.model = ModelConfig()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("1s", 1.0), ("250ms", 0.25), (" 1.5 s", 1.5), ("2min", 120.0), ("3", 3)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("1s", 1.0), ("250ms", 0.25), (" 1.5 s", 1.5), ("2min", 120.0)])
 def test_times_have_units(text: str, seconds: float) -> None:
     assert parse_seconds("itl", text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token"])
+@pytest.mark.parametrize("text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="itl must be a time"):
         SchedulerConfig(itl=text)

@@ -119,6 +119,9 @@ async def _live(
         _check_alive(serving)
         return
     admission = starting.result()
+    promised = [f"{name} {value}" for name in ("ttft", "itl") if (value := engine_settings.get(name)) is not None]
+    if promised:
+        _say(f"splitfuse promises {', '.join(promised)}")
     _say(f"{control.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
     await _first(serving, signals.drain.wait())
     _check_alive(serving)
