@@ -1,4 +1,5 @@
-// The one micro-kernel of each weight format: a tile of up to MAX_ROWS rows of x times a panel of 32 columns.
+// The one micro-kernel of each weight format: a tile of up to MAX_ROWS rows of x times a panel of 32 columns, or with
+// the few registers of AVX2 times half of one.
 //
 // A row's sums run over K in one order, whatever the number of rows: that is where equal bits come from. The
 // accumulators are arrays indexed by constants only (pack expansions, no loops): GCC keeps them in registers then, and
@@ -192,18 +193,19 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS);
     const i64 count = segments.total / segments.steps;
-    for (i64 segment = 0; segment < count; ++segment)
-    for (int part = 0; part < 2; part += WIDTH, out += WIDTH * LANES) {
-        const u8* weights = segments.starts[segment] + part * VECTOR_BYTES;
-        Fetch fetch{segments.fetches[segment], segments.fetch_stride};
-        if constexpr (WIDTH == 1) fetch = half_of(fetch, segments.steps, part);
-        Floats acc[ROWS][WIDTH];
-        clear(acc, rows);
-        for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
-            fetch_step<WIDTH>(fetch);
-            bf16_step(acc, weights, at, rows);
+    for (i64 segment = 0; segment < count; ++segment) {
+        for (int part = 0; part < 2; part += WIDTH, out += WIDTH * LANES) {
+            const u8* weights = segments.starts[segment] + part * VECTOR_BYTES;
+            Fetch fetch{segments.fetches[segment], segments.fetch_stride};
+            if constexpr (WIDTH == 1) fetch = half_of(fetch, segments.steps, part);
+            Floats acc[ROWS][WIDTH];
+            clear(acc, rows);
+            for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
+                fetch_step<WIDTH>(fetch);
+                bf16_step(acc, weights, at, rows);
+            }
+            store_tile(acc, out, out_stride, rows);
         }
-        store_tile(acc, out, out_stride, rows);
     }
 }
 
