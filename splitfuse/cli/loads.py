@@ -112,4 +112,4 @@ def print_table(results: Results, slas: tuple[float, ...]) -> None:
             *(f"{1e3 * row.gaps[percent]:.3g}" for percent in (50, 95, 99)),
             f"{row.num_failed} of {row.num_counted}" if row.num_failed else "",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
