@@ -11,16 +11,7 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.cli.flags import ending_in_a_sentence, given, with_flags
-from splitfuse.cli.loads import (
-    CLIENTS,
-    SLAS,
-    check_writable,
-    numbers,
-    print_table,
-    promises,
-    save_results,
-    workload_maker,
-)
+from splitfuse.cli.loads import SLAS, LoadFlags, check_writable, print_table, promises, save_results
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.server.control import KEY_VARIABLES
@@ -32,7 +23,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, a
 
 
 @bench.command("run")
-@with_flags()
+@with_flags(also={"Load": LoadFlags})
 def run(
     url: Annotated[
         str | None, typer.Option(help="Drive the server there; left out, an engine is loaded here by the engine flags.")
@@ -42,40 +33,7 @@ def run(
     policy: Annotated[
         str, typer.Option(help="How an engine here composes passes: splitfuse, prefill-first, orca or static.")
     ] = "splitfuse",
-    clients: Annotated[
-        str | None, typer.Option(help=f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
-    ] = None,
-    rate: Annotated[
-        str | None, typer.Option(help="Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
-    ] = None,
-    prompt: Annotated[float | None, typer.Option(help="Mean tokens of a prompt; left out, 512.")] = None,
-    generate: Annotated[float | None, typer.Option(help="Mean tokens of an answer; left out, 64.")] = None,
-    deviation: Annotated[
-        float | None, typer.Option(help="Standard deviation of both, as a share of the mean; left out, 0.3.")
-    ] = None,
-    turns: Annotated[
-        int | None, typer.Option(help="Conversations of so many turns: --prompt is what is new in each.")
-    ] = None,
-    prefix: Annotated[
-        int | None, typer.Option(help="So many tokens that prompts begin with together: --prompt comes after them.")
-    ] = None,
-    prefixes: Annotated[int | None, typer.Option(help="Different ones of these; left out, 1.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="A .jsonl file of requests to repeat; with times (at), as they came.")
-    ] = None,
-    requests: Annotated[
-        int | None, typer.Option(help="That count at each load; left out, 4 for each client and 32; 100 at a rate.")
-    ] = None,
     repeat: Annotated[int, typer.Option(help="Times that each load is measured: the spread is told.")] = 2,
-    spacing: Annotated[
-        float | None,
-        typer.Option(help="Seconds between the starts of clients; left out, a quarter of a request's time alone."),
-    ] = None,
-    prompt_speed: Annotated[
-        float, typer.Option(help="Prompt tokens a second, by which a first token counts as promised.")
-    ] = 512.0,
-    sla: Annotated[str, typer.Option(help="Tokens a second that are promised, for the table.")] = SLAS,
-    seed: Annotated[int, typer.Option(help="Of prompts, lengths and arrivals.")] = 0,
     ignore_eos: Annotated[bool, typer.Option(help="Generate on after the model's end token.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, after each load.")] = None,
     label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
@@ -94,31 +52,13 @@ def run(
 
     Prompts are random and all different, lengths normal, answers greedy. docs/bench.md says what each figure means.
     """
-    from splitfuse.bench.measure import Loads, measure
+    from splitfuse.bench.measure import measure
     from splitfuse.runtime.machine import about_here
 
-    if clients is None and rate is None and (trace is None or not _is_timed(trace)):
-        clients = CLIENTS
-    loads = Loads(
-        clients=numbers("clients", clients, int),
-        rates=numbers("rate", rate, float),
-        requests=requests,
-        repeat=repeat,
-        spacing=spacing,
-        prompt_speed=prompt_speed,
-    )
-    slas = promises(sla)
+    load = LoadFlags.taken_from(flags)
+    loads, slas = load.loads(repeat=repeat), promises(load.sla)
     notes = _notes(about or [])
-    make_workload = workload_maker(
-        prompt=prompt,
-        generate=generate,
-        deviation=deviation,
-        turns=turns,
-        prefix=prefix,
-        prefixes=prefixes,
-        trace=trace,
-        seed=seed,
-    )
+    make_workload = load.workload_maker()
     keys = (api_key or "").split()
     target: Target
     if url is not None:
@@ -177,12 +117,6 @@ def report(
     check_writable(out)
     write_report([load(file) for file in files], out, slas=slas, title=title)
     print(out)
-
-
-def _is_timed(trace: Path) -> bool:
-    from splitfuse.bench.workload import TokenIds, Trace
-
-    return Trace.read(trace, TokenIds(2)).is_timed
 
 
 def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config import EngineConfig
 from splitfuse.errors import SplitfuseError
 from splitfuse.server.control import KEY_VARIABLES
 
@@ -48,13 +48,15 @@ DEFAULTS: dict[str, Any] = {
     "return_full_text": False,
 }
 NO_SAMPLING: Mapping[str, tuple[Any, str]] = types.MappingProxyType({})
+NOTHING_ELSE: Mapping[str, type[Any]] = types.MappingProxyType({})
 
 
 def with_flags(
-    *, sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING, server: bool = False
+    *, sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING, also: Mapping[str, type[Any]] = NOTHING_ELSE
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every engine setting, and for sampling keywords (name -> type and help) and server settings if
-    wanted, to a command that takes them as `**flags`; and see to it that it ends with a sentence, whatever happens.
+    """Add a flag for every engine setting, and for sampling keywords (name -> type and help) and the fields of other
+    dataclasses (by a heading) if wanted, to a command that takes them as `**flags`; and see to it that it ends with a
+    sentence, whatever happens.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,11 +68,9 @@ def with_flags(
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         parameters += [_flag(n, hint, DEFAULTS.get(n), text, "Sampling") for n, (hint, text) in sampling.items()]
-        if server:
-            types_of = typing.get_type_hints(ServerConfig)
-            parameters += [
-                _setting(field, types_of[field.name], "Server") for field in dataclasses.fields(ServerConfig)
-            ]
+        for heading, part in also.items():
+            types_of = typing.get_type_hints(part)
+            parameters += [_setting(field, types_of[field.name], heading) for field in dataclasses.fields(part)]
         parameters += [
             _setting(field, typing.get_type_hints(part)[name], "Engine")
             for name, (part, field) in EngineConfig.setting_fields().items()

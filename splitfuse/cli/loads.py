@@ -4,57 +4,101 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitfuse.cli.flags import given
+from splitfuse.config import setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from splitfuse.bench.measure import MakeWorkload
+    from rich.table import Table
+
+    from splitfuse.bench.measure import Loads, MakeWorkload
     from splitfuse.bench.results import Results
 
 CLIENTS = "1,2,4,8,16,32"
 SLAS = "2,4,6"
 
 
-def workload_maker(
-    *,
-    prompt: float | None,
-    generate: float | None,
-    deviation: float | None,
-    turns: int | None,
-    prefix: int | None,
-    prefixes: int | None,
-    trace: Path | None,
-    seed: int,
-) -> MakeWorkload:
-    """What the flags ask for, once the target is known. Raises ConfigError for flags that do not go together."""
-    from splitfuse.bench.target import Target
-    from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Trace, Workload
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags:
+    """Which load: what `bench run` and `simulate` have in common."""
 
-    kinds = [name for name, value in (("turns", turns), ("prefix", prefix), ("trace", trace)) if value is not None]
-    if len(kinds) > 1:
-        raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are two workloads: give one")
-    if prefixes is not None and prefix is None:
-        raise ConfigError("--prefixes says how many different ones of --prefix there are: give that too")
-    given_lengths = {"prompt": prompt, "generate": generate, "deviation": deviation}
-    for name, value in given_lengths.items():
-        if trace is not None and value is not None:
-            raise ConfigError(f"--{name} is in the trace's lines: leave it out, or --trace")
-    usual = Lengths(**{"prompt": 512.0, "generate": 64.0, **given(given_lengths)})
+    clients: str | None = setting(None, f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
+    rate: str | None = setting(None, "Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
+    prompt: float | None = setting(None, "Mean tokens of a prompt; left out, 512.")
+    generate: float | None = setting(None, "Mean tokens of an answer; left out, 64.")
+    deviation: float | None = setting(None, "Standard deviation of both, as a share of the mean; left out, 0.3.")
+    turns: int | None = setting(None, "Conversations of so many turns: --prompt is what is new in each.")
+    prefix: int | None = setting(None, "So many tokens that prompts begin with together: --prompt comes after them.")
+    prefixes: int | None = setting(None, "Different ones of these; left out, 1.")
+    trace: Path | None = setting(  # noqa: RUF009 - a field, like the others
+        None, "A .jsonl file of requests to repeat; with times (at), as they came."
+    )
+    requests: int | None = setting(None, "That count at each load; left out, 4 for each client and 32; 100 at a rate.")
+    spacing: float | None = setting(
+        None, "Seconds between the starts of clients; left out, a quarter of a request's time alone."
+    )
+    prompt_speed: float = setting(512.0, "Prompt tokens a second, by which a first token counts as promised.")
+    sla: str = setting(SLAS, "Tokens a second that are promised, for the table.")
+    seed: int = setting(0, "Of prompts, lengths and arrivals.")
 
-    def make(target: Target) -> Workload:
-        if trace is not None:
-            return Trace.read(trace, target.vocabulary, seed=seed, room=target.room)
-        lengths = dataclasses.replace(usual, room=target.room)
-        if turns is not None:
-            return Chat(lengths, target.answer_vocabulary, turns, seed)
-        if prefix is not None:
-            return SharedPrefix(lengths, target.vocabulary, prefix, prefixes or 1, seed)
-        return Independent(lengths, target.vocabulary, seed)
+    @classmethod
+    def taken_from(cls, flags: dict[str, Any]) -> LoadFlags:
+        """Out of all flags of a command, which keeps the rest."""
+        return cls(**{field.name: flags.pop(field.name) for field in dataclasses.fields(cls)})
 
-    return make
+    def loads(self, *, repeat: int) -> Loads:
+        """Raises ConfigError for what is none."""
+        from splitfuse.bench.measure import Loads
+
+        clients = self.clients
+        if clients is None and self.rate is None and (self.trace is None or not _is_timed(self.trace)):
+            clients = CLIENTS
+        return Loads(
+            clients=numbers("clients", clients, int),
+            rates=numbers("rate", self.rate, float),
+            requests=self.requests,
+            repeat=repeat,
+            spacing=self.spacing,
+            prompt_speed=self.prompt_speed,
+        )
+
+    def workload_maker(self) -> MakeWorkload:
+        """The workload, once the target is known. Raises ConfigError for flags that do not go together."""
+        from splitfuse.bench.target import Target
+        from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Trace, Workload
+
+        turns, prefix, trace = self.turns, self.prefix, self.trace
+        kinds = [name for name in ("turns", "prefix", "trace") if getattr(self, name) is not None]
+        if len(kinds) > 1:
+            raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are two workloads: give one")
+        if self.prefixes is not None and prefix is None:
+            raise ConfigError("--prefixes says how many different ones of --prefix there are: give that too")
+        lengths = given({name: getattr(self, name) for name in ("prompt", "generate", "deviation")})
+        if trace is not None and lengths:
+            raise ConfigError(f"--{next(iter(lengths))} is in the trace's lines: leave it out, or --trace")
+        usual = Lengths(**{"prompt": 512.0, "generate": 64.0, **lengths})
+
+        def make(target: Target) -> Workload:
+            if trace is not None:
+                return Trace.read(trace, target.vocabulary, seed=self.seed, room=target.room)
+            lengths = dataclasses.replace(usual, room=target.room)
+            if turns is not None:
+                return Chat(lengths, target.answer_vocabulary, turns, self.seed)
+            if prefix is not None:
+                return SharedPrefix(lengths, target.vocabulary, prefix, self.prefixes or 1, self.seed)
+            return Independent(lengths, target.vocabulary, self.seed)
+
+        return make
+
+
+def _is_timed(trace: Path) -> bool:
+    from splitfuse.bench.workload import TokenIds, Trace
+
+    return Trace.read(trace, TokenIds(2)).is_timed
 
 
 def numbers(name: str, text: str | None, kind: Any) -> tuple[Any, ...]:
@@ -88,8 +132,15 @@ def save_results(results: Results, out: Path) -> None:
         raise ConfigError(f"{out} cannot be written: {error}") from error
 
 
-def print_table(results: Results, slas: tuple[float, ...]) -> None:
+def show(table: Table) -> None:
+    """To a terminal at its width, to a pipe or file with room for all of it."""
     from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def print_table(results: Results, slas: tuple[float, ...]) -> None:
+    """The table of results that `bench run` and `simulate` print."""
     from rich.table import Table
 
     from splitfuse.bench.summary import rows
@@ -112,4 +163,4 @@ def print_table(results: Results, slas: tuple[float, ...]) -> None:
             *(f"{1e3 * row.gaps[percent]:.3g}" for percent in (50, 95, 99)),
             f"{row.num_failed} of {row.num_counted}" if row.num_failed else "",
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    show(table)

@@ -14,7 +14,7 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError
 
 
-@with_flags(server=True)
+@with_flags(also={"Server": ServerConfig})
 def serve(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)

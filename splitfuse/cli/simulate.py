@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import given, with_flags
-from splitfuse.cli.loads import (
-    CLIENTS,
-    SLAS,
-    check_writable,
-    numbers,
-    print_table,
-    promises,
-    save_results,
-    workload_maker,
-)
+from splitfuse.cli.loads import LoadFlags, check_writable, print_table, promises, save_results, show
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
 
@@ -57,7 +48,7 @@ def calibrate(
         print(f"splitfuse: the cost model is in {path}", file=sys.stderr)
 
 
-@with_flags()
+@with_flags(also={"Load": LoadFlags})
 def simulate(
     model_of_cost: Annotated[
         Path | None, typer.Option(help="A cost model; left out, what `calibrate` has kept for the engine flags.")
@@ -72,31 +63,9 @@ def simulate(
         str | None, typer.Option(help="How passes are composed: splitfuse, prefill-first, orca or static.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Engines that share the load.")] = None,
-    clients: Annotated[
-        str | None, typer.Option(help=f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
-    ] = None,
-    rate: Annotated[str | None, typer.Option(help="Open loops instead: so many requests a second at random.")] = None,
-    prompt: Annotated[float | None, typer.Option(help="Mean tokens of a prompt; left out, 512.")] = None,
-    generate: Annotated[float | None, typer.Option(help="Mean tokens of an answer; left out, 64.")] = None,
-    deviation: Annotated[
-        float | None, typer.Option(help="Standard deviation of both, as a share of the mean; left out, 0.3.")
-    ] = None,
-    turns: Annotated[int | None, typer.Option(help="Conversations of so many turns.")] = None,
-    prefix: Annotated[int | None, typer.Option(help="So many tokens that prompts begin with together.")] = None,
-    prefixes: Annotated[int | None, typer.Option(help="Different ones of these; left out, 1.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="A .jsonl file of requests to repeat.")] = None,
-    requests: Annotated[
-        int | None, typer.Option(help="That count at each load; left out, 4 for each client and 32; 100 at a rate.")
-    ] = None,
     repeat: Annotated[int, typer.Option(help="Times that each load is simulated, with other requests.")] = 1,
-    spacing: Annotated[float | None, typer.Option(help="Seconds between the starts of clients.")] = None,
     pass_overhead: Annotated[float, typer.Option(help="Seconds between passes beyond the cost model's.")] = 0.0,
     client_overhead: Annotated[float, typer.Option(help="Seconds until a request has reached the engine.")] = 0.0,
-    prompt_speed: Annotated[
-        float, typer.Option(help="Prompt tokens a second, by which a first token counts as promised.")
-    ] = 512.0,
-    sla: Annotated[str, typer.Option(help="Tokens a second that are promised, for the table.")] = SLAS,
-    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, as `bench run` does.")] = None,
     label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -106,16 +75,16 @@ def simulate(
 
     The table and the results are those of `bench run`. docs/simulator.md says what is simulated and what is not.
     """
-    from splitfuse.bench.measure import Loads
-    from splitfuse.bench.results import load
+    from splitfuse.bench.results import load as load_results
     from splitfuse.bench.simulate import simulate as run
     from splitfuse.bench.validate import compare, predict
     from splitfuse.runtime.machine import about_here
 
-    slas = promises(sla)
+    load = LoadFlags.taken_from(flags)
+    slas = promises(load.sla)
     if out is not None:
         check_writable(out)
-    measured = None if against is None else load(against)
+    measured = None if against is None else load_results(against)
     settings = given(flags)
     if measured is not None:
         settings = {**_measured_settings(measured), **_changed(settings)}
@@ -129,7 +98,7 @@ def simulate(
         client_overhead=client_overhead,
     )
     if measured is not None:
-        if clients is not None or rate is not None or trace is not None:
+        if (load.clients, load.rate, load.trace) != (None, None, None):
             raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
         results = predict(deployment, measured, about=about_here())
         print_table(results, slas)
@@ -137,24 +106,8 @@ def simulate(
     else:
         results = run(
             deployment,
-            workload_maker(
-                prompt=prompt,
-                generate=generate,
-                deviation=deviation,
-                turns=turns,
-                prefix=prefix,
-                prefixes=prefixes,
-                trace=trace,
-                seed=seed,
-            ),
-            Loads(
-                clients=numbers("clients", clients or (None if rate or trace else CLIENTS), int),
-                rates=numbers("rate", rate, float),
-                requests=requests,
-                repeat=repeat,
-                spacing=spacing,
-                prompt_speed=prompt_speed,
-            ),
+            load.workload_maker(),
+            load.loads(repeat=repeat),
             system=label or _label(deployment),
             about=about_here(),
             progress=not quiet and sys.stderr.isatty(),
@@ -235,7 +188,6 @@ def _label(deployment: Deployment) -> str:
 
 def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
     """Each pass that was not fitted, measured and predicted; the coefficients; the error."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="passes that were not fitted", title_justify="left", header_style="bold")
@@ -252,7 +204,7 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
             f"{1e3 * predicted:.2f}",
             f"{predicted / timed.sample.seconds - 1.0:+.1%}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table)
     print(
         f"a pass takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
         f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms a token beyond {cost.knee:.0f},\n"
@@ -267,7 +219,6 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
 
 
 def _print_comparisons(comparisons: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from splitfuse.bench.validate import mean_error
@@ -285,7 +236,7 @@ def _print_comparisons(comparisons: list[Any]) -> None:
             f"{1e3 * each.predicted.gaps[95]:.3g}",
             f"{each.gap_error:+.1%}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table)
     print(
         f"mean error over {len(comparisons)} loads: "
         f"throughput {mean_error([each.throughput_error for each in comparisons]):.1%}, "
