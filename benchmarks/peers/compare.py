@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 
 from benchmarks.peers.contender import Contender, Running
 from benchmarks.peers.workload import FIRST_SECONDS, WORKLOADS, Figures, Workload
+from splitfuse.runtime.machine import processor
 
 UNITS = {"seconds": "s", "ms_per_token": "ms a token"}
 REFERENCE_BYTES = 512 * 2**20
@@ -58,7 +58,7 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": arguments.model.name,
             "threads": arguments.threads,
-            "machine": machine(),
+            "machine": processor(),
             "warmup": arguments.warmup,
             "contenders": [describe(one) for one in running],
             "samples": samples,
@@ -157,14 +157,6 @@ def print_table(report: Mapping[str, Any], workloads: Sequence[Workload]) -> Non
     print("\nloading, and resident memory after the last round")
     for one in report["contenders"]:
         print(f"  {one['contender']:{width}}  {one['start_seconds']:6.1f} s  {one['resident_bytes'] / 1e9:6.2f} GB")
-
-
-def machine() -> str:
-    """The processor's name, as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def say(text: str) -> None:

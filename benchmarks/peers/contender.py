@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from benchmarks.peers.convert import BF16, GGUF_TYPES, W8A8, converted
 from benchmarks.peers.install import llama_cpp_program, vllm_preloads, vllm_python
+from benchmarks.peers.processes import ProcessGroup
 from benchmarks.peers.workload import Figures, Workload
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -106,6 +106,7 @@ class Running:
             bufsize=1,
             start_new_session=True,
         )
+        self._group = ProcessGroup(self._process)
         try:
             self.facts: Mapping[str, Any] = self._answer()
         except BaseException:
@@ -116,7 +117,7 @@ class Running:
     def measure(self, workload: Workload, round_number: int) -> Figures:
         """Let it run, do the workload, and have it stand still again. Raises RuntimeError if it fails."""
         assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
+        self._group.resume()
         with suppress(BrokenPipeError):  # `_answer` says why
             self._process.stdin.write(json.dumps({"workload": workload.name, "round": round_number}) + "\n")
         figures: Figures = self._answer()
@@ -124,22 +125,19 @@ class Running:
         return figures
 
     def pause(self) -> None:
-        """Have it stand still: an engine that waits may still spin, or wake up, on the others' time."""
-        self._signal(signal.SIGSTOP)
+        """Have it stand still."""
+        self._group.pause()
 
     def resident_bytes(self) -> int:
         """Memory of all its processes, shared pages counted once (PSS)."""
-        return sum(proportional_bytes(process) for process in self._processes())
+        return self._group.resident_bytes()
 
     def end(self) -> None:
         """End all its processes."""
         assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
+        self._group.resume()
         self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_SECONDS)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+        self._group.end(patience=END_SECONDS)
         self._log.close()
 
     def _answer(self) -> Any:
@@ -150,30 +148,6 @@ class Running:
         self._log.seek(0)
         tail = "".join(self._log.readlines()[-LOG_LINES_SHOWN:])
         raise RuntimeError(f"{self.contender.label} has ended:\n{tail}")
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes():
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    def _processes(self) -> Iterator[int]:
-        """Itself and all that it has started, which Linux keeps together under its number (getsid)."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    if os.getsid(int(entry.name)) == self._process.pid:
-                        yield int(entry.name)
-                except ProcessLookupError:
-                    continue
-
-
-def proportional_bytes(process: int) -> int:
-    """PSS of one process; 0 if it has just ended."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def json_or_text(value: str) -> Any:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +26,14 @@ from pathlib import Path
 from benchmarks.peers.contender import Contender
 from benchmarks.peers.drive_llama_server import DEFAULTS as LLAMA_DEFAULTS
 from benchmarks.peers.install import llama_cpp_program, vllm_python
+from benchmarks.peers.processes import ProcessGroup
 from splitfuse.bench.endpoint import Endpoint
 from splitfuse.bench.measure import Loads, measure
 from splitfuse.bench.report import write_report
 from splitfuse.bench.results import Results, save
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.runtime.machine import about_here, resident_bytes
+from splitfuse.runtime.machine import about_here
 
 HOST = "127.0.0.1"
 VOCAB_SIZE = 32_000  # of the shapes in benchmarks/models.py
@@ -102,7 +101,9 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
+            text=True,
         )
+        self._group = ProcessGroup(self._process)
         try:
             self._wait_until_ready()
         except BaseException:
@@ -137,7 +138,7 @@ class Server:
 
     def drive(self, loads: Loads, lengths: Lengths, seed: int, repetition: int) -> None:
         """Let it run, take the points, and have it stand still again."""
-        self._signal(signal.SIGCONT)
+        self._group.resume()
         target = Endpoint(
             f"http://{HOST}:{self._port}",
             model=None,
@@ -169,23 +170,20 @@ class Server:
         return self._results
 
     def pause(self) -> None:
-        """Have it stand still: who waits may still spin, or wake up, on the others' time."""
-        self._signal(signal.SIGSTOP)
+        """Have it stand still."""
+        self._group.pause()
 
     def end(self) -> None:
         """End all its processes."""
-        self._signal(signal.SIGCONT)
+        self._group.resume()
         self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_SECONDS)
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+        self._group.end(patience=END_SECONDS)
         self._log.close()
 
     def _tell(self) -> None:
         row = next(r for r in rows(self.measured()) if r.clients == self.measured().points[-1].clients)
         kept = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.effective.items())
-        size = (resident_bytes(self._process.pid) or 0) / 1e9
+        size = self._group.resident_bytes() / 1e9
         print(
             f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, kept {kept}; first token P50 "
             f"{row.first_token[50]:.2f} P95 {row.first_token[95]:.2f} s; gaps P50 {1e3 * row.gaps[50]:.0f} P95 "
@@ -204,19 +202,6 @@ class Server:
             time.sleep(0.2)
         self._log.seek(0)
         raise RuntimeError(f"{self.contender.label} did not start:\n{self._log.read()[-LOG_CHARACTERS:]}")
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes():
-            with suppress(ProcessLookupError):
-                os.kill(process, number)
-
-    def _processes(self) -> Iterator[int]:
-        """Itself and all that it has started, which Linux keeps together under its number (getsid)."""
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(ProcessLookupError):
-                    if os.getsid(int(entry.name)) == self._process.pid:
-                        yield int(entry.name)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def resident_bytes(pid: int | None = None) -> int | None:
     Left out, this process.
     """
     try:
-        return sum(_proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid))
+        return sum(proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid))
     except OSError:
         return None
 
@@ -96,6 +96,7 @@ def _family(pid: int) -> Iterator[int]:
             yield from _family(int(child))
 
 
-def _proportional_bytes(pid: int) -> int:
+def proportional_bytes(pid: int) -> int:
+    """PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
