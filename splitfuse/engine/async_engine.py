@@ -158,6 +158,7 @@ class DirectClient(EngineClient):
 
     def __init__(self) -> None:
         self._state = EngineState.STARTING
+        self._death = ""  # why it is dead
         self._stage = Loading("starting")
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
@@ -197,6 +198,8 @@ class DirectClient(EngineClient):
         )
 
     def open(self, request: Add) -> Stream:
+        if self._state is EngineState.DEAD:
+            raise EngineDiedError(f"the engine is dead: {self._death}")
         if self._state is not EngineState.READY:
             raise EngineDiedError(f"the engine is {self._state}")
         if request.request_id in self._streams:
@@ -245,7 +248,7 @@ class DirectClient(EngineClient):
 
     def _die(self, why: str) -> None:
         """The engine is gone: so are its requests."""
-        self._state = EngineState.DEAD
+        self._state, self._death = EngineState.DEAD, why
         streams, self._streams = self._streams, {}
         self._stats = EngineStats()
         for stream in streams.values():
