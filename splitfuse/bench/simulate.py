@@ -62,11 +62,9 @@ class Deployment:
     """Seconds from a client's sending to the engine's having it."""
 
     def __post_init__(self) -> None:
-        scheduler_class(self.policy)
+        scheduler_class(self.policy, self.scheduler)
         if self.replicas < 1:
             raise ConfigError(f"there must be at least one replica, not {self.replicas}")
-        if self.scheduler.has_targets and self.policy != "splitfuse":
-            raise ConfigError(f"the policy {self.policy} knows no targets: leave them out")
         for name in ("pass_overhead", "client_overhead"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
@@ -166,7 +164,8 @@ class Replica:
         rule = None
         if deployment.scheduler.has_targets:
             rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
-        self._scheduler: Scheduler = scheduler_class(deployment.policy)(deployment.scheduler, allocator, rule)
+        kind = scheduler_class(deployment.policy, deployment.scheduler)
+        self._scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
         self._config = deployment.scheduler
         self._cost: CostModel = calibration.cost
         self._pass_overhead = deployment.pass_overhead

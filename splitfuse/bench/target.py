@@ -75,8 +75,8 @@ class EngineTarget(Target):
     def __init__(
         self, settings: Mapping[str, Any], *, policy: str = "splitfuse", replicas: int = 1, ignore_eos: bool = True
     ) -> None:
-        EngineConfig.from_settings(settings)
-        self._policy, self._scheduler = policy, scheduler_class(policy)
+        config = EngineConfig.from_settings(settings)
+        self._policy, self._scheduler = policy, scheduler_class(policy, config.scheduler)
         if replicas > 1 and self._scheduler is not Scheduler:
             raise ConfigError(f"the policy {policy} is for one engine in this process, not for {replicas} replicas")
         if replicas < 1:

@@ -118,8 +118,10 @@ POLICIES: dict[str, type[Scheduler]] = {
 }
 
 
-def scheduler_class(policy: str) -> type[Scheduler]:
-    """The scheduler of a policy, by its name on the command line. Raises ConfigError."""
+def scheduler_class(policy: str, config: SchedulerConfig) -> type[Scheduler]:
+    """The scheduler of a policy, by its name on the command line, for such a config. Raises ConfigError."""
     if policy not in POLICIES:
         raise ConfigError(f"there is no policy {policy!r}{did_you_mean(policy, POLICIES)}")
+    if config.has_targets and policy != "splitfuse":
+        raise ConfigError(f"the policy {policy} knows no targets: leave them out")
     return POLICIES[policy]

@@ -3,6 +3,7 @@
 import pytest
 from scheduler_harness import Run, Workload
 
+from splitfuse.config import SchedulerConfig
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.policies import POLICIES, scheduler_class
 from splitfuse.core.request import Request
@@ -28,7 +29,7 @@ def start(policy: str, *, budget: int = 16, num_blocks: int = 1000, max_num_seqs
         budget=budget,
         max_num_seqs=max_num_seqs,
         prefix=False,
-        policy=scheduler_class(policy),
+        policy=POLICIES[policy],
     )
 
 
@@ -100,9 +101,17 @@ def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
 
 
 def test_splitfuse_is_the_scheduler_itself_and_unknown_policies_are_refused() -> None:
-    assert scheduler_class("splitfuse") is Scheduler
+    assert scheduler_class("splitfuse", SchedulerConfig()) is Scheduler
     with pytest.raises(ConfigError, match="no policy 'orka'; did you mean 'orca'"):
-        scheduler_class("orka")
+        scheduler_class("orka", SchedulerConfig())
+
+
+@pytest.mark.parametrize("policy", OTHERS)
+def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
+    config = SchedulerConfig(ttft="2s")
+    assert scheduler_class("splitfuse", config) is Scheduler
+    with pytest.raises(ConfigError, match=f"the policy {policy} knows no targets"):
+        scheduler_class(policy, config)
 
 
 def test_plans_of_all_policies_say_the_same_budget() -> None:

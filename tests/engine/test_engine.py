@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.plan import StepPlan, StepResult, TokenLogprob
-from splitfuse.core.policies import scheduler_class
+from splitfuse.core.policies import POLICIES
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -371,4 +371,4 @@ def test_other_policies_generate_the_same(folder: Path, policy: str) -> None:
                 outputs.setdefault(output.request_id, []).extend(output.token_ids)
         return outputs
 
-    assert generate(scheduler_class(policy)) == generate(Scheduler)
+    assert generate(POLICIES[policy]) == generate(Scheduler)
