@@ -156,7 +156,7 @@ class Endpoint(Target):
         self.about = {}
 
     async def start(self) -> None:
-        described = await self._describe()
+        room = await self._choose_model()
         takes_ids = await self._probe()
         self.answer_vocabulary = self.vocabulary
         if not takes_ids or self._told != "token_ids":
@@ -166,15 +166,15 @@ class Endpoint(Target):
         self.about = {
             "url": self.url,
             "model": self._model,
-            "room": described.get("room"),
+            "room": room,
             "prompts": f"token ids below {self.vocabulary.size}" if isinstance(self.vocabulary, TokenIds) else "text",
             "token_times": self._told,
             "ignores_eos": "ignore_eos" in self._extra,
             "parameters": dict(self._extra),
         }
 
-    async def _describe(self) -> dict[str, Any]:
-        """Which model it is, and what the server says of its sizes."""
+    async def _choose_model(self) -> int | None:
+        """Which model it is; its room, if the server says it."""
         status, body = await get(self._address, f"{self._base}/models", timeout=self._timeout)
         if status in (401, 403):
             raise ServerError(f"{self.url} wants a key: give --api-key, or set SPLITFUSE_API_KEY")
@@ -197,11 +197,12 @@ class Endpoint(Target):
         room = entry.get("max_model_len")
         if room is None and meta:
             room = await self._slot_length()
+        room = None if room is None else int(room)
         if room:
-            self.room = int(room)
+            self.room = room
         if self._vocab_size is None and meta.get("n_vocab"):
             self.vocabulary = TokenIds(int(meta["n_vocab"]))
-        return {"room": room}
+        return room
 
     async def _slot_length(self) -> int | None:
         """llama.cpp divides its context among slots."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitfuse.bench import sla
-from splitfuse.bench.results import Results
+from splitfuse.bench.results import Results, load_order
 from splitfuse.bench.style import as_svg, require_matplotlib
 from splitfuse.bench.summary import GAP_PERCENTS, LATENCY_PERCENTS, Row, rows
 from splitfuse.errors import ConfigError
@@ -168,12 +168,12 @@ def _table(series: Sequence[Series], slas: Sequence[float]) -> Iterator[str]:
     heads += [f"token<br>P{percent}, ms" for percent in GAP_PERCENTS]
     yield '<div class="scroll"><table>\n<tr><th>clients</th><th class="name">system</th>'
     yield "".join(f"<th>{head}</th>" for head in (*heads, "tokens/s", "counted", "failed")) + "</tr>\n"
-    loads = sorted({((row.clients or 0), (row.rate or 0.0)) for each in series for row in each.rows})
+    loads = sorted({load_order(row.clients, row.rate) for each in series for row in each.rows})
     for load in loads:
         first = True
         for each in series:
             for row in each.rows:
-                if ((row.clients or 0), (row.rate or 0.0)) == load:
+                if load_order(row.clients, row.rate) == load:
                     yield _line(each, row, slas, first=first)
                     first = False
     yield "</table></div>\n"

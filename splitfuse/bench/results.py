@@ -5,6 +5,7 @@ Times are seconds since the point began, by one monotonic clock.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ class Results:
     """Prompt tokens a second, by which a first token counts as promised."""
     about: dict[str, Any] = field(default_factory=dict)
     """The command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat it."""
+
+
+def load_order(clients: int | None, rate: float | None) -> tuple[float, float]:
+    """By which loads are sorted: closed ones by their clients, open ones by their rate."""
+    return (clients or 0, rate or 0.0)
+
+
+def by_load(points: Iterable[Point]) -> list[list[Point]]:
+    """The repetitions of each load together, loads in their order."""
+    loads: dict[tuple[float, float], list[Point]] = {}
+    for point in points:
+        loads.setdefault(load_order(point.clients, point.rate), []).append(point)
+    return [same for _, same in sorted(loads.items())]
 
 
 def save(results: Results, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitfuse.bench import sla
-from splitfuse.bench.results import Point, Results
+from splitfuse.bench.results import Point, Results, by_load
 
 LATENCY_PERCENTS = (50, 95)
 GAP_PERCENTS = (50, 90, 95, 99)
@@ -62,10 +62,7 @@ class Row:
 
 def rows(results: Results, slas: Sequence[float] = sla.SLAS) -> list[Row]:
     """In the order of clients or rates."""
-    loads: dict[tuple[float, float], list[Point]] = {}
-    for point in results.points:
-        loads.setdefault((point.clients or 0, point.rate or 0.0), []).append(point)
-    return [_row(points, slas, results.prompt_speed) for _, points in sorted(loads.items())]
+    return [_row(points, slas, results.prompt_speed) for points in by_load(results.points)]
 
 
 def _row(points: list[Point], slas: Sequence[float], prompt_speed: float) -> Row:

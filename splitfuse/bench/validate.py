@@ -8,7 +8,7 @@ from typing import Any
 
 from splitfuse.bench import sla
 from splitfuse.bench.measure import Loads, MakeWorkload
-from splitfuse.bench.results import Point, Results
+from splitfuse.bench.results import Point, Results, by_load
 from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import Target
@@ -44,7 +44,7 @@ def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any])
     make_workload = workload_of(measured)
     points: tuple[Point, ...] = ()
     predicted = replace(measured, points=())
-    for same in _by_load(measured.points):
+    for same in by_load(measured.points):
         loads = Loads(
             clients=() if same[0].clients is None else (same[0].clients,),
             rates=() if same[0].rate is None else (same[0].rate,),
@@ -86,10 +86,3 @@ def workload_of(results: Results) -> MakeWorkload:
         return Independent(lengths, target.vocabulary, settings["seed"])
 
     return make
-
-
-def _by_load(points: Sequence[Point]) -> list[list[Point]]:
-    loads: dict[tuple[int | None, float | None], list[Point]] = {}
-    for point in points:
-        loads.setdefault((point.clients, point.rate), []).append(point)
-    return list(loads.values())
