@@ -24,6 +24,10 @@ MAX_STOP_CHARACTERS = 8192  # of all stop strings together
 
 _MAX_INT = 2**31 - 1
 _STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
+_TARGET = Annotated[float, Meta(gt=0, le=MAX_DEADLINE)]
+_DEADLINE = Annotated[
+    float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
+]
 
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
@@ -42,10 +46,8 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
 class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What a request wants to be promised instead of what everybody is: seconds, null for none."""
 
-    ttft: Annotated[float, Meta(gt=0, le=MAX_DEADLINE, description="To the first token, from its arrival")] | None = (
-        None
-    )
-    itl: Annotated[float, Meta(gt=0, le=MAX_DEADLINE, description="From each token to the next")] | None = None
+    ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
+    itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
 
 
 class _Generate(_Request, kw_only=True, frozen=True):
@@ -70,10 +72,7 @@ class _Generate(_Request, kw_only=True, frozen=True):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
     splitfuse_timing: Annotated[bool, Meta(description="Adds times and passes to the answer")] | None = None
-    splitfuse_deadline: Annotated[
-        float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
-    ] | (None) = None
-
+    splitfuse_deadline: _DEADLINE | None = None
     splitfuse_targets: TargetSeconds | None = None
 
     @property
