@@ -82,6 +82,9 @@ class SchedulerConfig:
         None, "Time to the first token that requests are promised: 1s, or 2ms/token for each token of the prompt."
     )
     itl: str | None = setting(None, "Time between tokens that requests are promised, such as 250ms.")
+    keep_promises: bool = setting(
+        False, "Keep what keys and requests ask to be promised, even if nothing is promised to everybody."
+    )
 
     def __post_init__(self) -> None:
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
@@ -92,9 +95,9 @@ class SchedulerConfig:
             parse_seconds("itl", self.itl)
 
     @property
-    def has_targets(self) -> bool:
-        """Whether anything is promised."""
-        return self.ttft is not None or self.itl is not None
+    def keeps_promises(self) -> bool:
+        """Whether anything is promised, or may be."""
+        return self.keep_promises or self.ttft is not None or self.itl is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,9 @@ class ServerConfig:
     name: str = setting("splitfuse", "Name of the deployment, for client(), ps and stop.")
     replicas: int = setting(1, "Engine processes on this machine, which share its cores.")
     api_key: tuple[str, ...] = setting((), "A key that requests must bring; may be given several times.")
-    api_key_file: str | None = setting(None, "A file with a key in each line.")
+    api_key_file: str | None = setting(
+        None, "A file with a key in each line, and name, weight, priority, ttft or itl of its owner behind it."
+    )
     allow_origin: tuple[str, ...] = setting((), "A web origin that browsers may call from; * is any.")
     tls_certificate: str | None = setting(None, "A PEM file; with tls_key, the server speaks HTTPS.")
     tls_key: str | None = setting(None, "A PEM file.")

@@ -15,6 +15,7 @@
     ├── MemoryPlanError             the model does not fit; the message gives need, have and a value that fits
     ├── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
     ├── OverloadedError             no room for the request now; `retry_after` says when there may be
+    │   └── LateError               it wants to be on time or not at all, and cannot be now
     ├── EngineDiedError             no engine to compute the request, or no longer
     ├── DrainingError               the server is ending: it takes no new request
     └── ServerError                 a server that cannot be started, found or stopped
@@ -106,6 +107,12 @@ class OverloadedError(SplitfuseError):
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class LateError(OverloadedError):
+    """The request is wanted on time or not at all, and cannot be on time now. It may be after `retry_after` seconds;
+    infinity: never.
+    """
 
 
 class EngineDiedError(SplitfuseError):

@@ -127,8 +127,9 @@ class Run:
         return cls(scheduler, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs, rule)
 
     def add(self, request: Request) -> None:
-        request.arrived, request.due = self.now, request.targets.due(arrived=self.now)
-        self.scheduler.add(request)
+        request.arrived = self.now
+        request.due = request.targets.due(arrived=self.now, num_prompt=request.num_prompt)
+        self.scheduler.add(request, self.now)
         self.outcomes[request.request_id] = Outcome()
         self.scheduler.check()
 

@@ -123,8 +123,8 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 def test_a_first_token_may_be_promised_by_the_prompts_length() -> None:
-    assert Targets.promised(SchedulerConfig(ttft="2ms/token", itl="0.1s"), 500) == Targets(1.0, 0.1)
-    assert Targets.promised(SchedulerConfig(ttft="2s"), 500) == Targets(2.0, None)
-    assert Targets.promised(SchedulerConfig(), 500) == Targets()
+    assert Targets.parse("2ms/token", "0.1s") == Targets(None, 0.1, ttft_per_token=0.002)
+    assert Targets.parse("2s", None) == Targets(2.0, None)
+    assert Targets.parse(None, None) == Targets()
     with pytest.raises(ConfigError, match="ttft must be a time"):
         SchedulerConfig(ttft="fast/token")

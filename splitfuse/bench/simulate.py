@@ -162,11 +162,11 @@ class Replica:
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
         )
         rule = None
-        if deployment.scheduler.has_targets:
+        if deployment.scheduler.keeps_promises:
             rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
         kind = scheduler_class(deployment.policy, deployment.scheduler)
         self._scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
-        self._config = deployment.scheduler
+        self._targets = Targets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
         self._cost: CostModel = calibration.cost
         self._pass_overhead = deployment.pass_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
@@ -182,7 +182,6 @@ class Replica:
         """When each token came. Raises RequestTooLargeError."""
         assert isinstance(request.prompt, tuple)
         loop = asyncio.get_running_loop()
-        targets = Targets.promised(self._config, len(request.prompt))
         self._scheduler.add(
             Request(
                 request_id,
@@ -190,9 +189,10 @@ class Replica:
                 PARAMS,
                 request.max_tokens,
                 seed=0,
-                targets=targets,
+                targets=self._targets,
                 arrived=loop.time(),
-            )
+            ),
+            loop.time(),
         )
         tokens = len(request.prompt) + request.max_tokens
         self._outstanding_tokens += tokens

@@ -1,4 +1,4 @@
-"""A pass that is being composed: who was granted what, and how much more it takes. It decides nothing."""
+"""A pass that is being composed: who was granted what, and how much more it takes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from splitfuse.core.cost_model import Features
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.request import Request
 
+ALIGNMENT = 16
+"""Tokens: chunks that are cut evenly are multiples of it, as the tiles of kernels are."""
+
 
 class Draft:
     """Tokens granted so far, in the order of the claims, and what is left of two budgets: tokens, and with a forecast
     the seconds that a pass may take.
     """
 
-    def __init__(self, budget: int, forecast: Forecast | None = None) -> None:
+    def __init__(self, budget: int, forecast: Forecast | None = None, *, now: float = 0.0) -> None:
         self.left = budget
         self.seconds = math.inf
+        self._now = now
         self.granted: dict[Request, int] = {}
         self._budget = budget
         self._forecast = forecast
@@ -24,9 +28,9 @@ class Draft:
         self._kept_tokens = 0
         self._kept_share = 0.0
 
-    def keep(self, share: float) -> None:
-        """Hold back a share of both, a token at least, until `release`."""
-        self._kept_share, self._kept_tokens = share, max(1, int(share * self._budget))
+    def keep(self, share: float, *, most: int) -> None:
+        """Hold back a share of both, `most` tokens at most and one at least, until `release`."""
+        self._kept_share, self._kept_tokens = share, min(max(1, int(share * self._budget)), most)
         self.left -= self._kept_tokens
 
     def release(self) -> None:
@@ -41,7 +45,18 @@ class Draft:
             return most
         seconds, start = self.seconds * (1.0 - self._kept_share), request.num_scheduled
         fitting = self._forecast.tokens_within(seconds, self._features, start=start, most=most, rows=1)
-        return min(most, max(fitting, at_least))
+        return min(most, max(self._evenly(request, fitting), at_least))
+
+    def _evenly(self, request: Request, most: int) -> int:
+        """A prompt that needs several passes of `most` tokens gets as many equal chunks instead, unless it would be
+        late if one more were needed: their passes are shorter, and no crumb waits for the weights all alone.
+        """
+        if not 0 < most < request.num_wanted:
+            return most
+        passes = math.ceil(request.num_wanted / most)
+        if self._now + (passes + 1) * self.seconds > request.due:
+            return most
+        return min(most, math.ceil(request.num_wanted / passes / ALIGNMENT) * ALIGNMENT)
 
     def grant(self, request: Request, count: int) -> None:
         self.granted[request] = count

@@ -3,7 +3,8 @@
 Two rules with one answer, `Order`. `ByArrival` knows no time: generations first, then prompts, each oldest first.
 `ByPromise` keeps promises. A stream that was promised a token every 250 ms needs none earlier: the time that it lends
 lets prompts be on time, and what is left over goes back to the streams. Where nobody was promised anything, both give
-the same order.
+the same order. In both, classes of priority come one after the other, and where requests have owners, turns take the
+place of age (shares.py).
 
 They look, and change nothing. What a claim gets is the scheduler's business.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import attrgetter
 from typing import Protocol
 
 from splitfuse.core.cost_model import Features
@@ -26,7 +29,10 @@ MARGIN = 0.9
 PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
 SHARE_OF_THE_LATE = 1 / 8
-"""Of a pass, that is kept for the oldest request once it cannot be on time any more."""
+"""Of a pass, that is kept for the oldest request once others come before it."""
+
+_by_class = attrgetter("priority")
+_by_place = attrgetter("place")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Order:
 
 
 class Rank(IntEnum):
-    """Of a claim that is not urgent, first to last. Streams need only their newest token; prompts more."""
+    """Of a claim that is not urgent, first to last within its class. Streams need only their newest token; prompts
+    more.
+    """
 
     HOPEFUL = 1
     """A prompt that can be on time."""
@@ -78,21 +86,24 @@ class ByArrival:
         """See Rule."""
         del now
         streams, prompts = _divided(running)
-        return Order(streams, [*prompts, *waiting])
+        claims = [each for part in (streams, prompts, waiting) for each in sorted(part, key=_by_place)]
+        claims.sort(key=_by_class)
+        return Order([], claims, kept=SHARE_OF_THE_LATE if _is_overtaken(running, claims) else 0.0)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """The newest, if it is newer."""
-        newest = running[-1] if running else than
-        return newest if newest.arrival > than.arrival else None
+        """The newest of the lowest class, if it comes after `than`; the oldest of all takes from anybody."""
+        first = _first_arrival(running, than)
+        after = (r for r in running if r.arrival != first and (than.arrival == first or _age(r) > _age(than)))
+        return max(after, key=_age, default=None)
 
 
 class ByPromise(ByArrival):
     """As many requests on time as can be; the others when there is time.
 
     Urgent are streams whose token is due before the end of the pass after this one. Then come those of each `Rank`, by
-    when they are due or, where nothing is, oldest first. Which prompts can be on time is decided by the rule of Moore
-    and Hodgson (Management Science, 1968), which leaves as few late as possible: in the order of their due times, and
-    whenever one would be late the longest is given up.
+    when they are due or, where nothing is, by turn and age. Which prompts can be on time is decided by the rule of
+    Moore and Hodgson (Management Science, 1968), which leaves as few late as possible: in the order of their due times,
+    and whenever one would be late the longest is given up; of several owners' that of the one who would have most.
     """
 
     def __init__(self, forecast: Forecast, *, budget: int) -> None:
@@ -105,39 +116,45 @@ class ByPromise(ByArrival):
             return super().order(running, waiting, now=now)
         streams, prompts = _divided(running)
         prompts += waiting
-        seconds = self._seconds(streams, prompts)
+        seconds = self.pass_seconds(streams, prompts)
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
-        hopeful = self._hopeful(prompts, streams, seconds, now)
+        hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
 
-        def rank(request: Request) -> tuple[int, float]:
+        def rank(request: Request) -> tuple[int, Rank, float, int]:
+            at, before = Rank.PROMPT, request.turn
             if request in hopeful:
-                return Rank.HOPEFUL, request.due
-            if request in spare:
-                if request.is_late:
-                    return Rank.LATE_STREAM, request.arrival
-                return (Rank.AHEAD, request.due) if request.due < math.inf else (Rank.STREAM, request.arrival)
-            return (Rank.LATE_PROMPT if request.has_promise else Rank.PROMPT), request.arrival
+                at, before = Rank.HOPEFUL, request.due
+            elif request in spare:
+                at = Rank.LATE_STREAM if request.is_late else Rank.STREAM
+                if not request.is_late and request.due < math.inf:
+                    at, before = Rank.AHEAD, request.due
+            elif request.has_promise:
+                at = Rank.LATE_PROMPT
+            return request.priority, at, before, request.arrival
 
         others = sorted((*spare, *prompts), key=rank)
-        is_last = bool(running) and running[0] not in urgent and rank(running[0])[0] >= Rank.LATE_STREAM
+        is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_STREAM
+        kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
         coming = min((r.due for r in urgent if r.due > now), default=math.inf)
-        urgent.sort(key=lambda r: (r.due, r.arrival))
-        return Order(urgent, others, min(seconds, coming - now), SHARE_OF_THE_LATE if is_last else 0.0)
+        urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
+        return Order(urgent, others, min(seconds, coming - now), kept)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Of those that are late, who has the least to lose; if nobody is, the newest. One that is late itself takes
-        from such alone that came after it, unless it is the oldest of all.
+        """Of those of the lowest class that has any that are late, who has the least to lose; if nobody is, the newest.
+        One that is late itself takes from such alone that came after it, unless it is the oldest of all.
         """
-        first = min(than.arrival, running[0].arrival) if running else than.arrival
+        first = _first_arrival(running, than)
         late = [r for r in running if r.is_late and r is not than and r.arrival != first]
+        if than.arrival != first:
+            late = [r for r in late if r.priority >= than.priority]
         if than.is_late and than.arrival != first:
-            late = [r for r in late if r.arrival > than.arrival]
+            late = [r for r in late if _age(r) > _age(than)]
         elif not late:
             return super().victim(running, than=than)
-        return min(late, key=lambda r: (r.num_computed, -r.arrival), default=None)
+        return min(late, key=lambda r: (-r.priority, r.num_computed, -r.arrival), default=None)
 
-    def _seconds(self, streams: Sequence[Request], prompts: Sequence[Request]) -> float:
+    def pass_seconds(self, streams: Sequence[Request], prompts: Sequence[Request]) -> float:
         """How long a pass may be: half of the shortest interval that anybody was promised, so that a stream left out of
         one pass is in time with the next; at most what the token budget takes.
         """
@@ -146,32 +163,87 @@ class ByPromise(ByArrival):
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         return min(self.forecast.seconds(whole), MARGIN * shortest / 2)
 
-    def _hopeful(
-        self, prompts: Sequence[Request], streams: Sequence[Request], seconds: float, now: float
+    def hopeful(
+        self, prompts: Sequence[Request], streams: Sequence[Request], *, seconds: float, now: float
     ) -> set[Request]:
         """The prompts that can be on time, if passes take `seconds` and the streams get what they were promised."""
         promised = [r for r in prompts if now < r.due < math.inf and not r.is_late]
         if not promised:
             return set()
-        per_pass = self._prompt_tokens(streams, seconds)
-        kept: list[tuple[int, int, Request]] = []  # a heap: the longest first
-        work = 0
-        for request in sorted(promised, key=lambda r: r.due):
-            heapq.heappush(kept, (-request.num_wanted, -request.arrival, request))
-            work += request.num_wanted
-            if per_pass == 0 or now + math.ceil(work / per_pass) * seconds > request.due:
-                work += heapq.heappop(kept)[0]
-        return {request for _, _, request in kept}
+        per_pass = self.prompt_tokens(streams, seconds)
+        kept: set[Request] = set()
+        above = 0  # tokens of prompts of higher classes, which come first in any case
+        for priority in sorted({r.priority for r in prompts}):
+            chosen = _Chosen()
+            for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
+                chosen.add(request)
+                passes = math.ceil((above + chosen.work) / per_pass) if per_pass else math.inf
+                if now + passes * seconds > request.due:
+                    chosen.give_up()
+            kept |= chosen.requests
+            above += sum(r.num_wanted for r in prompts if r.priority == priority)
+        return kept
 
-    def _prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
+    def prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
         """Prompt tokens in a pass of `seconds`, beside the streams that it must serve."""
+        beside = self.paced(streams, seconds)
+        most = max(self._budget - beside.tokens, 0)
+        return self.forecast.tokens_within(seconds, beside, start=0, most=most, rows=1)
+
+    def paced(self, streams: Sequence[Request], seconds: float) -> Features:
+        """What a pass of `seconds` must have for the streams."""
         shares = [min(1.0, seconds / (MARGIN * r.interval)) if r.interval else 0.0 for r in streams]
         served = math.ceil(sum(shares))
         read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))
-        beside = Features(served, served, read, read, served)
-        return self.forecast.tokens_within(seconds, beside, start=0, most=max(self._budget - served, 0), rows=1)
+        return Features(served, served, read, read, served)
+
+
+class _Chosen:
+    """Prompts of one class that can be on time so far; those of each owner as a heap, the longest first."""
+
+    def __init__(self) -> None:
+        self.work = 0
+        """Tokens of all."""
+        self._heaps: defaultdict[str, list[tuple[bool, int, int, Request]]] = defaultdict(list)
+        self._first: defaultdict[str, float] = defaultdict(lambda: math.inf)
+        self._shares: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def requests(self) -> set[Request]:
+        return {request for heap in self._heaps.values() for *_, request in heap}
+
+    def add(self, request: Request) -> None:
+        owner, wanted = request.owner, request.num_wanted
+        heapq.heappush(self._heaps[owner], (request.on_time_only, -wanted, -request.arrival, request))
+        self._first[owner] = min(self._first[owner], request.turn)
+        self._shares[owner] += wanted / request.weight
+        self.work += wanted
+
+    def give_up(self) -> None:
+        """The longest of the owner who would have had most; one that was taken on time or not at all only if there is
+        no other.
+        """
+        heaps = [(owner, heap) for owner, heap in self._heaps.items() if heap]
+        owner, heap = max(heaps, key=lambda each: (not each[1][0][0], self._first[each[0]] + self._shares[each[0]]))
+        request = heapq.heappop(heap)[-1]
+        self._shares[owner] -= request.num_wanted / request.weight
+        self.work -= request.num_wanted
 
 
 def _divided(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:
     """Those that need only their newest token, and those that need more."""
     return [r for r in running if r.num_wanted == 1], [r for r in running if r.num_wanted > 1]
+
+
+def _is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
+    """Whether somebody comes before the oldest, who is running, by class or by turn."""
+    return bool(running) and min(claims, key=_by_place, default=running[0]).place < running[0].place
+
+
+def _first_arrival(running: Sequence[Request], than: Request) -> int:
+    return min(than.arrival, running[0].arrival) if running else than.arrival
+
+
+def _age(request: Request) -> tuple[int, int]:
+    """The larger, the sooner it gives way."""
+    return request.priority, request.arrival

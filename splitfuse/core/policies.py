@@ -122,6 +122,6 @@ def scheduler_class(policy: str, config: SchedulerConfig) -> type[Scheduler]:
     """The scheduler of a policy, by its name on the command line, for such a config. Raises ConfigError."""
     if policy not in POLICIES:
         raise ConfigError(f"there is no policy {policy!r}{did_you_mean(policy, POLICIES)}")
-    if config.has_targets and policy != "splitfuse":
-        raise ConfigError(f"the policy {policy} knows no targets: leave them out")
+    if config.keeps_promises and policy != "splitfuse":
+        raise ConfigError(f"the policy {policy} keeps no promises: leave ttft, itl and keep_promises out")
     return POLICIES[policy]

@@ -22,6 +22,14 @@ class RequestStatus(enum.StrEnum):
     FINISHED = "finished"
 
 
+class Priority(enum.IntEnum):
+    """A class comes before all those with larger numbers."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
 class FinishReason(enum.StrEnum):
     """Why a request ended."""
 
@@ -49,8 +57,13 @@ class Request:
     cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
     targets: Targets = NO_TARGETS
     arrived: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
+    on_time_only: bool = False  # not to be taken unless it can be on time
+    owner: str = ""  # whose share of the machine it is
+    weight: float = 1.0  # of that share
+    priority: Priority = Priority.NORMAL
 
-    arrival: int = -1  # order of acceptance, given by the scheduler
+    arrival: int = -1  # order of acceptance, given by the scheduler, as is
+    turn: float = 0.0  # what its owner had had by then (shares.py)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     output_token_ids: list[int] = field(default_factory=list)
@@ -71,7 +84,12 @@ class Request:
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
     def __post_init__(self) -> None:
-        self.due = self.targets.due(arrived=self.arrived)
+        self.due = self.targets.due(arrived=self.arrived, num_prompt=self.num_prompt)
+
+    @property
+    def place(self) -> tuple[int, float, int]:
+        """Among all that are unfinished: by class, by turn, by age."""
+        return self.priority, self.turn, self.arrival
 
     @property
     def num_prompt(self) -> int:
@@ -142,5 +160,6 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    retry_after: float | None = None  # it was not taken: seconds after which it may be, infinity for never
     num_cached_tokens: int = 0
     on_time: bool | None = None  # so far; None: nothing was promised

@@ -26,10 +26,12 @@ from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.order import ByArrival, Rule
+from splitfuse.core.order import ByArrival, ByPromise, Rule
+from splitfuse.core.outlook import Room, outlook
 from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
-from splitfuse.errors import InvalidRequestError
+from splitfuse.core.shares import Shares
+from splitfuse.errors import InvalidRequestError, LateError
 
 by_arrival = attrgetter("arrival")
 
@@ -50,6 +52,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # both in order of arrival
         self._running: list[Request] = []
         self._retired: list[str] = []
+        self._shares = Shares()
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
@@ -73,10 +76,11 @@ class Scheduler:
         """The request of that id, while it is unfinished or in flight."""
         return self._requests.get(request_id)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float = 0.0) -> None:
         """Accept a request: from here on it will finish.
 
-        Raises RequestTooLargeError if it could not fit the cache even alone, InvalidRequestError if its id is taken.
+        Raises RequestTooLargeError if it could not fit the cache even alone, InvalidRequestError if its id is taken,
+        LateError if it wants to be on time or not at all, and cannot be.
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
@@ -84,14 +88,17 @@ class Scheduler:
         check_blocks(
             request.num_prompt, request.max_tokens, num_blocks=allocator.num_blocks, block_size=allocator.block_size
         )
+        if request.on_time_only:
+            self._check_on_time(request, now)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
+        request.turn = self._shares.turn(request, running=self._running, waiting=self._waiting)
         self._requests[request.request_id] = request
         self._waiting.append(request)
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
-        draft = Draft(self._budget, self._rule.forecast)
+        draft = Draft(self._budget, self._rule.forecast, now=now)
         self._compose(draft, now)
         plan = self._finalize(draft)
         if plan is not None:
@@ -149,6 +156,15 @@ class Scheduler:
             assert 0 <= request.num_unread <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
 
+    def _check_on_time(self, request: Request, now: float) -> None:
+        """Raise LateError unless a new request can be on time and makes nobody late."""
+        if not isinstance(self._rule, ByPromise) or not request.has_promise:
+            raise InvalidRequestError("on time or not at all needs a promise: give it targets", parameter="targets")
+        room = Room(self._max_num_seqs - len(self._running), self._allocator.num_available, self._allocator.block_size)
+        seen = outlook(request, rule=self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
+        if not seen.is_on_time:
+            raise LateError(f"the request cannot be on time: {seen.why}", retry_after=seen.wait)
+
     # Composing a pass ------------------------------------------------------------------------------------------------
 
     def _compose(self, draft: Draft, now: float) -> None:
@@ -156,7 +172,7 @@ class Scheduler:
         oldest = self._admit_oldest()
         order = self._rule.order([r for r in self._running if r.num_wanted], self._waiting, now=now)
         if oldest is not None and oldest.num_wanted:
-            draft.keep(order.kept)
+            draft.keep(order.kept, most=oldest.num_wanted)
         for request in order.urgent:
             self._claim(draft, request, oldest)
         draft.seconds = order.seconds
@@ -314,6 +330,7 @@ class Scheduler:
             tokens = (result.token_id,)
             request.output_token_ids += tokens
             request.note_token(now)
+            self._shares.generated(request)
         size = self._allocator.block_size
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
+from splitfuse.config import PER_TOKEN, parse_seconds
 from splitfuse.errors import InvalidRequestError
 
 
@@ -20,26 +20,29 @@ class Targets:
     """To the first token, from the request's arrival."""
     itl: float | None = None
     """From each token to the next."""
+    ttft_per_token: float | None = None
+    """To the first token, for each token of the prompt; added to `ttft` if both are given."""
 
     def __post_init__(self) -> None:
-        for name in ("ttft", "itl"):
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InvalidRequestError(f"{name} must be a positive number of seconds, not {value!r}")
+                raise InvalidRequestError(f"{field.name} must be a positive number of seconds, not {value!r}")
 
     @classmethod
-    def promised(cls, config: SchedulerConfig, num_prompt_tokens: int) -> Targets:
-        """What an engine promises to a request that brings no targets of its own."""
-        first = None
-        if config.ttft is not None:
-            first = parse_seconds("ttft", config.ttft.removesuffix(PER_TOKEN))
-            if config.ttft.endswith(PER_TOKEN):
-                first *= num_prompt_tokens
-        return cls(first, None if config.itl is None else parse_seconds("itl", config.itl))
+    def parse(cls, ttft: str | None, itl: str | None) -> Targets:
+        """As settings say it: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
+        between = None if itl is None else parse_seconds("itl", itl)
+        if ttft is None:
+            return cls(itl=between)
+        first = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
+        return cls(itl=between, ttft_per_token=first) if ttft.endswith(PER_TOKEN) else cls(first, between)
 
-    def due(self, *, arrived: float) -> float:
+    def due(self, *, arrived: float, num_prompt: int) -> float:
         """When the first token must be there; infinity without a promise."""
-        return math.inf if self.ttft is None else arrived + self.ttft
+        if self.ttft is None and self.ttft_per_token is None:
+            return math.inf
+        return arrived + (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt
 
 
 NO_TARGETS = Targets()

@@ -18,6 +18,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.targets import NO_TARGETS, Targets
 from splitfuse.engine.calibrate import kept_or_new
+from splitfuse.engine.messages import NO_TERMS, Terms
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -53,6 +54,7 @@ class Engine:
         )
         budget = config.scheduler.max_num_batched_tokens
         self.keeps_promises = cost is not None
+        self._targets = Targets.parse(config.scheduler.ttft, config.scheduler.itl)
         rule = None if cost is None else ByPromise(Forecast(cost), budget=budget)
         self.scheduler = scheduler(config.scheduler, self.allocator, rule)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
@@ -77,7 +79,7 @@ class Engine:
         model = load_model(
             config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
         )
-        if not config.scheduler.has_targets:
+        if not config.scheduler.keeps_promises:
             return cls(config, model, scheduler=scheduler)
         on_stage("calibrating")
         return cls(config, model, scheduler=scheduler, cost=kept_or_new(cls, config, model))
@@ -98,21 +100,21 @@ class Engine:
         params: SamplingParams,
         *,
         choice: int = 0,
-        cache_salt: str = "",
-        targets: Targets | None = None,
-        arrived: float | None = None,
+        terms: Terms = NO_TERMS,
     ) -> None:
         """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
-        call. Left out, `targets` are those of the settings; they count from `arrived`, on the monotonic clock, or from
-        now.
+        call.
 
-        Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
+        Raises InvalidRequestError if the request cannot be honoured, LateError if it wants to be on time or not at all,
+        and cannot be now. Then nothing is changed.
         """
         self.check_request(prompt_token_ids, params)
-        if targets is None:
-            targets = Targets.promised(self.config.scheduler, len(prompt_token_ids))
-        elif targets != NO_TARGETS and not self.keeps_promises:
-            raise InvalidRequestError("this engine keeps no promises: give it ttft or itl", parameter="targets")
+        targets = self._targets if terms.targets is None else terms.targets
+        if (terms.targets not in (None, NO_TARGETS) or terms.on_time_only) and not self.keeps_promises:
+            raise InvalidRequestError(
+                "this engine keeps no promises: give it ttft, itl or keep_promises", parameter="targets"
+            )
+        now = time.monotonic()
         self.scheduler.add(
             Request(
                 request_id,
@@ -122,10 +124,15 @@ class Engine:
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
-                cache_salt=cache_salt,
+                cache_salt=terms.cache_salt,
                 targets=targets,
-                arrived=time.monotonic() if arrived is None else arrived,
-            )
+                arrived=now if terms.arrived is None else terms.arrived,
+                on_time_only=terms.on_time_only,
+                owner=terms.owner,
+                weight=terms.weight,
+                priority=terms.priority,
+            ),
+            now,
         )
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Passed, Report, Stop
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, LateError
 
 if TYPE_CHECKING:
     from splitfuse.engine.engine import Engine
@@ -78,14 +79,10 @@ class EngineLoop:
                             command.prompt_token_ids,
                             command.params,
                             choice=command.choice,
-                            cache_salt=command.terms.cache_salt,
-                            targets=command.terms.targets,
-                            arrived=command.terms.arrived,
+                            terms=command.terms,
                         )
-                    except InvalidRequestError as error:
-                        outputs.append(
-                            RequestOutput(command.request_id, finish_reason=FinishReason.ERROR, error=str(error))
-                        )
+                    except (InvalidRequestError, LateError) as error:
+                        outputs.append(_refusal(command.request_id, error))
                 case Finish():
                     if self._engine.finish(command.request_id, command.reason, num_tokens=command.num_tokens):
                         outputs.append(RequestOutput(command.request_id, finish_reason=command.reason))
@@ -118,3 +115,8 @@ class EngineLoop:
             pass_tokens=self._pass_tokens,
             pass_seconds=self._pass_seconds,
         )
+
+
+def _refusal(request_id: str, error: InvalidRequestError | LateError) -> RequestOutput:
+    retry_after = error.retry_after if isinstance(error, LateError) else math.inf
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request import FinishReason, Priority, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import Targets
 
@@ -27,6 +27,13 @@ class Terms:
     """None: what the engine promises to everybody."""
     arrived: float | None = None
     """When it came, on the machine's monotonic clock; None: when the engine gets it."""
+    on_time_only: bool = False
+    """Not to be taken unless it can be on time."""
+    owner: str = ""
+    """Whose share of the machine it is."""
+    weight: float = 1.0
+    """Of that share."""
+    priority: Priority = Priority.NORMAL
 
 
 NO_TERMS = Terms()

@@ -210,7 +210,7 @@ class _Edge:
         failure: Exception | None = None
         try:
             if scope["path"] not in _OPEN:
-                exchange.key, exchange.cache_salt = self._keys.identify(exchange.headers.get(b"authorization"))
+                exchange.owner = self._keys.identify(exchange.headers.get(b"authorization"))
             scope["splitfuse.exchange"] = exchange
             await self._app(scope, receive, exchange.send)
         except Exception as error:

@@ -15,6 +15,7 @@ import msgspec
 
 from splitfuse.core.request import FinishReason
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
+from splitfuse.server.keys import ANYBODY
 from splitfuse.text.serving import ServedGeneration
 
 Scope = MutableMapping[str, Any]
@@ -37,8 +38,7 @@ class Exchange:
         self.request_id = request_id  # as the client calls it, if it does
         self.unique_id = unique_id
         self.arrival = time.monotonic()
-        self.key: str | None = None  # the name of the key it brought
-        self.cache_salt = ""
+        self.owner = ANYBODY  # of the key it brought
         self.status: int | None = None  # of the answer, once it has begun
         self.generations: list[ServedGeneration] = []
         self.admitted = False

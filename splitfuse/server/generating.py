@@ -5,6 +5,7 @@ It decides the order: read, check, encode, admit, run, tell. It must not know ho
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -17,10 +18,8 @@ import msgspec
 from splitfuse.config import ServerConfig
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS
 from splitfuse.engine.async_engine import EngineState
-from splitfuse.engine.messages import Terms
-from splitfuse.errors import EngineDiedError, InvalidRequestError, RequestFailedError
+from splitfuse.errors import EngineDiedError, InvalidRequestError, LateError, RequestFailedError, SplitfuseError
 from splitfuse.server.admission import Admission
 from splitfuse.server.answers import (
     Answer,
@@ -156,11 +155,8 @@ async def _generate(
     prompts: Sequence[tuple[Prompt, SamplingParams]],
     answer: Answer,
 ) -> None:
-    if request.targets not in (None, NO_TARGETS) and not server.service.client.info.keeps_promises:
-        raise InvalidRequestError(
-            "this server keeps no promises: start it with --ttft or --itl, or leave splitfuse_targets out",
-            parameter="splitfuse_targets",
-        )
+    keeps_promises = server.service.client.info.keeps_promises
+    terms = request.terms(exchange.owner, arrived=exchange.arrival, keeps_promises=keeps_promises)
     num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
     with server.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
         exchange.admitted = True
@@ -168,12 +164,11 @@ async def _generate(
         is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
         made = server.service.off_loop if is_large else _at_once
         each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
-        terms = Terms(exchange.cache_salt, request.targets, exchange.arrival)
         pieces = server.service.run(exchange.generations, terms=terms, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise RequestFailedError(f"the request failed while it ran: {generation.error or 'it was ended'}")
+                    raise _failure(generation)
                 if request.stream:
                     for event in await made(lambda g=generation, t=text: list(answer.events(g, t))):  # type: ignore[misc]
                         await exchange.event(event)
@@ -186,6 +181,16 @@ async def _generate(
         if request.include_usage or timing is not None:
             await exchange.event(answer.last_event(usage if request.include_usage else None, timing))
         await exchange.end_events()
+
+
+def _failure(generation: ServedGeneration) -> SplitfuseError:
+    """Why a generation ended that should not have."""
+    why, retry_after = generation.error or "it was ended", generation.retry_after
+    if retry_after is None:
+        return RequestFailedError(f"the request failed while it ran: {why}")
+    if retry_after == math.inf:
+        return InvalidRequestError(why, parameter="splitfuse_on_time_only")
+    return LateError(why, retry_after=retry_after)
 
 
 def _num_entries(prompt: Prompt, params: SamplingParams) -> int:
@@ -233,7 +238,7 @@ def record_of(exchange: Exchange, *, route: str, status: int, error: Exception |
         route=route,
         status=status,
         total_seconds=time.monotonic() - exchange.arrival,
-        key=exchange.key,
+        key=exchange.owner.name,
         prompt_tokens=usage.prompt_tokens,
         generated_tokens=usage.completion_tokens,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,

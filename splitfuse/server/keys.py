@@ -1,59 +1,133 @@
-"""Who may ask: API keys, from settings and a file, compared in constant time.
+"""Who may ask, and on which terms: API keys, from settings and a file, compared in constant time.
 
-It decides whose request a key makes it, and what keeps the cached prompts of one key from being felt by another. It
-must not know of routes.
+It decides whose request a key makes it, what its owner is promised and which share of the machine is his, and what
+keeps the cached prompts of one key from being felt by another. It must not know of routes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError
+from splitfuse.config import SchedulerConfig, ServerConfig
+from splitfuse.core.request import Priority
+from splitfuse.core.targets import Targets
+from splitfuse.errors import ConfigError, did_you_mean
 from splitfuse.server.errors import RefusedError
+
+OPTIONS = ("name", "weight", "priority", "ttft", "itl")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Of a key. `name` is for the log and metrics; None where no keys are wanted."""
+
+    name: str | None = None
+    weight: float = 1.0
+    """Of its share of the machine."""
+    priority: Priority = Priority.NORMAL
+    """The highest class that its requests can have, and theirs if they ask for none."""
+    targets: Targets | None = None
+    """None: what everybody is promised."""
+    cache_salt: str = ""
+
+
+ANYBODY = Owner()
 
 
 class Keys:
     """The keys of a server. Without any, everybody may ask."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError for a file that cannot be read or has no key in it."""
-        keys = [key.strip() for key in config.api_key]
-        if config.api_key_file is not None:
-            keys += _read(config.api_key_file)
+        """Raises ConfigError for a file that cannot be read, has no key in it, or a line that is no key."""
         self._secret = secrets.token_bytes(32)
-        self._digests = [self._digest(key.encode()) for key in dict.fromkeys(keys)]
+        owners = {key.strip(): Owner(f"key {number}") for number, key in enumerate(config.api_key, 1)}
+        if config.api_key_file is not None:
+            owners |= _read(config.api_key_file, first=len(owners) + 1)
+        self._owners = [(self._digest(key.encode()), owner) for key, owner in owners.items()]
 
-    def identify(self, authorization: bytes | None) -> tuple[str | None, str]:
-        """The name of the key in an Authorization header, and the salt of its cached prompts; (None, "") if no keys are
-        wanted. Raises RefusedError (401).
-        """
-        if not self._digests:
-            return None, ""
+    def check(self, scheduler: SchedulerConfig) -> None:
+        """Raise ConfigError if a key is promised what engines of that config would not keep."""
+        promised = next((owner for _, owner in self._owners if owner.targets is not None), None)
+        if promised is not None and not scheduler.keeps_promises:
+            raise ConfigError(
+                f"api_key_file promises something to {promised.name!r}, and this server keeps no promises: start it "
+                "with --keep-promises, --ttft or --itl"
+            )
+
+    def identify(self, authorization: bytes | None) -> Owner:
+        """Whose key an Authorization header brings. Raises RefusedError (401)."""
+        if not self._owners:
+            return ANYBODY
         scheme, _, key = (authorization or b"").partition(b" ")
         presented = self._digest(key.strip() if scheme.lower() == b"bearer" else b"")
-        matches = [hmac.compare_digest(presented, digest) for digest in self._digests]
+        matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
         if not any(matches):
             what = "this API key is not valid" if key else "an API key is needed: send Authorization: Bearer KEY"
             raise RefusedError(
                 401, what, code="invalid_api_key", type="authentication_error", headers={"www-authenticate": "Bearer"}
             )
-        return f"key {matches.index(True) + 1}", presented.hex()
+        return replace(self._owners[matches.index(True)][1], cache_salt=presented.hex())
 
     def _digest(self, key: bytes) -> bytes:
         """Under a secret of this process: of no use to whoever should come to see it."""
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
 
 
-def _read(path: str) -> list[str]:
+def _read(path: str, *, first: int) -> dict[str, Owner]:
+    """The keys in a file, a line each, with what comes behind them; those without a name are numbered from `first`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"api_key_file {path} cannot be read: {error}") from error
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
+    owners: dict[str, Owner] = {}
+    for number, line in enumerate(lines, 1):
+        key, *options = line.split() or [""]
+        if key and not key.startswith("#"):
+            try:
+                owners[key] = _owner(options, name=f"key {first + len(owners)}")
+            except ConfigError as error:
+                raise ConfigError(f"api_key_file {path}, line {number}: {error}") from error
+    if not owners:
         raise ConfigError(f"api_key_file {path} has no key in it: write one in each line")
-    return keys
+    return owners
+
+
+def _owner(options: list[str], *, name: str) -> Owner:
+    """From `weight=2 priority=high ttft=1s`. Raises ConfigError."""
+    given: dict[str, str] = {}
+    for option in options:
+        word, equals, value = option.partition("=")
+        if word not in OPTIONS or not equals or not value:
+            raise ConfigError(f"{word!r} after a key is no option with a value{did_you_mean(word, OPTIONS)}")
+        if word in given:
+            raise ConfigError(f"{word} is given twice")
+        given[word] = value
+    has_targets = "ttft" in given or "itl" in given
+    return Owner(
+        name=given.get("name", name),
+        weight=_weight(given.get("weight", "1")),
+        priority=_priority(given.get("priority", "normal")),
+        targets=Targets.parse(given.get("ttft"), given.get("itl")) if has_targets else None,
+    )
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"weight must be a number above 0, not {text!r}")
+    return weight
+
+
+def _priority(text: str) -> Priority:
+    try:
+        return Priority[text.upper()]
+    except KeyError:
+        raise ConfigError(f"priority must be high, normal or low, not {text!r}") from None

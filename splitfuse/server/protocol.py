@@ -15,19 +15,14 @@ import msgspec
 from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
-from splitfuse.core.targets import Targets
 from splitfuse.errors import InvalidRequestError, did_you_mean
+from splitfuse.server.asked_terms import AskedTerms
 from splitfuse.server.errors import RefusedError
 
-MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0  # seconds
 MAX_STOP_CHARACTERS = 8192  # of all stop strings together
 
 _MAX_INT = 2**31 - 1
 _STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
-_TARGET = Annotated[float, Meta(gt=0, le=MAX_DEADLINE)]
-_DEADLINE = Annotated[
-    float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
-]
 
 TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
@@ -43,14 +38,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     include_usage: bool | None = None
 
 
-class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """What a request wants to be promised instead of what everybody is: seconds, null for none."""
-
-    ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
-    itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
-
-
-class _Generate(_Request, kw_only=True, frozen=True):
+class _Generate(AskedTerms, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What both ways to ask for text have in common. null is a parameter left out."""
 
     model: Annotated[str, Meta(max_length=512)] | None = None
@@ -72,14 +60,6 @@ class _Generate(_Request, kw_only=True, frozen=True):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
     splitfuse_timing: Annotated[bool, Meta(description="Adds times and passes to the answer")] | None = None
-    splitfuse_deadline: _DEADLINE | None = None
-    splitfuse_targets: TargetSeconds | None = None
-
-    @property
-    def targets(self) -> Targets | None:
-        """What it asks to be promised; None: what everybody is."""
-        asked = self.splitfuse_targets
-        return None if asked is None else Targets(asked.ttft, asked.itl)
 
     @property
     def include_usage(self) -> bool:

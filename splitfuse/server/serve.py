@@ -30,6 +30,7 @@ from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, ServerError
 from splitfuse.models.hub import BUNDLED_MODEL, resolve_model
 from splitfuse.server import control, registry
+from splitfuse.server.keys import Keys
 from splitfuse.server.registry import Deployment
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ async def run_server(engine_settings: Mapping[str, Any], config: ServerConfig) -
     after a drain; raises ServerError if requests were cut off, KeyboardInterrupt after SIGINT. Raises ConfigError,
     ModelError, MemoryPlanError or ServerError for what keeps it from serving.
     """
-    EngineConfig.from_settings(engine_settings)
+    Keys(config).check(EngineConfig.from_settings(engine_settings).scheduler)
     model = model_name(engine_settings.get("model"))
     config = replace(config, served_model_name=config.served_model_name or model)
     signals = _Signals()

@@ -75,6 +75,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
         self.error: str | None = None
+        self.retry_after: float | None = None  # it was not taken: seconds after which it may be
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache
         self.timings = Timings(time.monotonic())
         context = prompt.token_ids if prompt.continues else ()
@@ -96,6 +97,7 @@ class Generation:
         self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish_reason, self.error = output.finish_reason, output.error
+            self.retry_after = output.retry_after
             self.text += self._rest()
         if self.finish_reason is not None:
             self.timings.finished = now

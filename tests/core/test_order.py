@@ -164,13 +164,13 @@ def test_everybody_is_served_under_lasting_overload() -> None:
     so nobody waits longer than all that are before it take at the share that is kept for the late.
     """
     rng = Random(1)
-    run = Run.make(num_blocks=2000, block_size=16, budget=100, max_num_seqs=16, rule=rule())
+    run = Run.make(num_blocks=250, block_size=16, budget=100, max_num_seqs=16, rule=rule())
     alone = 2 * 0.11 + 10 * 0.011  # of a request of 200 tokens that generates 10: seconds of the machine
     due, most = 0.0, 40
     waits: list[float] = []
     begun: dict[str, float] = {}
     number = 0
-    while run.now < 2000.0:
+    while run.now < 1000.0:
         while due <= run.now:
             due += rng.expovariate(1.5 / alone)
             if len(begun) < most:

@@ -110,7 +110,7 @@ def test_splitfuse_is_the_scheduler_itself_and_unknown_policies_are_refused() ->
 def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
     config = SchedulerConfig(ttft="2s")
     assert scheduler_class("splitfuse", config) is Scheduler
-    with pytest.raises(ConfigError, match=f"the policy {policy} knows no targets"):
+    with pytest.raises(ConfigError, match=f"the policy {policy} keeps no promises"):
         scheduler_class(policy, config)
 
 

@@ -13,6 +13,7 @@ from splitfuse.core.targets import Targets
 from splitfuse.engine import calibrate
 from splitfuse.engine.calibrate import checking_cases, fitted_cases, run_calibration
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Terms
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, identify, load, load_cost_model, place, save
 
@@ -112,7 +113,8 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
     assert load_cost_model(settings).cost.error is not None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
     request = second.scheduler.get("a")
-    assert request is not None and request.targets == Targets(0.2, 0.25)
+    assert request is not None and request.targets == Targets(None, 0.25, ttft_per_token=0.002)
+    assert request.due == pytest.approx(request.arrived + 0.2)
     outputs = []
     while second.has_unfinished:
         outputs += second.step()
@@ -122,7 +124,7 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
 def test_an_engine_without_promises_refuses_targets_and_is_not_calibrated() -> None:
     engine = Engine.load(config(num_blocks=200))
     with pytest.raises(InvalidRequestError, match="keeps no promises"):
-        engine.add_request("a", [5], SamplingParams(max_tokens=4), targets=Targets(1.0, None))
-    engine.add_request("a", [5], SamplingParams(max_tokens=4), targets=Targets())
+        engine.add_request("a", [5], SamplingParams(max_tokens=4), terms=Terms(targets=Targets(1.0, None)))
+    engine.add_request("a", [5], SamplingParams(max_tokens=4), terms=Terms(targets=Targets()))
     with pytest.raises(CostModelError):
         load_cost_model(config())

@@ -1,14 +1,19 @@
 """Promises over HTTP: the server's for everybody, a request's own, and what is told of whether they were kept."""
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from running_server import RunningServer, running_server
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
 from splitfuse.core.cost_model import CostModel
+from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.server.keys import Keys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
@@ -51,6 +56,80 @@ def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx
     assert 'splitfuse:promises_total{kept="false",model_name="storyteller"} 2.0' in metrics
 
 
+def test_on_time_or_not_at_all(http: httpx.Client) -> None:
+    """The cost model says 2 ms and 0.1 ms a token."""
+    body = {**BODY, "splitfuse_on_time_only": True}
+    assert on_time(http, splitfuse_on_time_only=True, splitfuse_targets=PATIENT) is True
+    never = http.post("/v1/completions", json={**body, "splitfuse_targets": {"ttft": 1e-3}})
+    assert never.status_code == 400, never.text
+    assert never.json()["error"]["param"] == "splitfuse_on_time_only"
+    assert "its first token takes" in never.json()["error"]["message"]
+    neither = http.post("/v1/completions", json={**body, "splitfuse_targets": {}})
+    assert neither.status_code == 400 and "needs a promise" in neither.json()["error"]["message"]
+    long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_targets": {"ttft": 1000}, "stream": True}
+    with http.stream("POST", "/v1/completions", json=long) as crowd:  # 12,000 tokens: 1.2 s and more
+        prompt = {"prompt": [6] * 1000, "splitfuse_targets": {"ttft": 0.2}}
+        with http.stream("POST", "/v1/completions", json={**body, **prompt, "n": 2, "stream": True}) as refused:
+            assert refused.status_code == 429, refused.read()
+            error = json.loads(refused.read())["error"]
+        assert int(refused.headers["retry-after"]) >= 1 and "try again in" in error["message"]
+        assert crowd.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> Iterator[httpx.Client]:
+    """Two keys: one that is promised a first token that cannot come in time, and one with lower rights."""
+    del server  # its cost model is used
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text("# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\n")
+    settings = {"keep_promises": True, "num_blocks": 200}
+    with running_server(ServerConfig(api_key_file=str(file)), **settings) as running, running.http() as http:
+        yield http
+
+
+def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
+    def ask(key: str, **more: object) -> httpx.Response:
+        return keyed.post("/v1/completions", json={**BODY, **more}, headers={"authorization": f"Bearer {key}"})
+
+    def kept(key: str, **more: object) -> bool | None:
+        answer: bool | None = ask(key, **more).json()["splitfuse_timing"]["on_time"]
+        return answer
+
+    assert kept("k1") is False and kept("k2") is None
+    assert kept("k1", splitfuse_targets=PATIENT) is True and kept("k2", splitfuse_targets=PATIENT) is True
+    assert ask("k1", splitfuse_priority="high").status_code == ask("k1", splitfuse_priority="low").status_code == 200
+    refused = ask("k2", splitfuse_priority="normal")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "priority_not_allowed")
+    assert ask("k1", splitfuse_priority="urgent").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("k wieght=2", "'wieght' after a key is no option with a value; did you mean 'weight'"),
+        ("k weight=0", "weight must be a number above 0, not '0'"),
+        ("k weight=x", "weight must be a number above 0, not 'x'"),
+        ("k priority=top", "priority must be high, normal or low, not 'top'"),
+        ("k name=a name=b", "name is given twice"),
+        ("k itl=3", "itl must be a time with its unit"),
+        ("k ttft", "'ttft' after a key is no option with a value"),
+    ],
+)
+def test_what_is_no_key_says_in_which_line(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"good\n{line}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        Keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    assert "line 2" in str(error.value)
+
+
+def test_keys_are_not_promised_what_the_server_does_not_keep(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("k name=bob itl=100ms\n")
+    keys = Keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    with pytest.raises(ConfigError, match="promises something to 'bob', and this server keeps no promises"):
+        keys.check(SchedulerConfig())
+    keys.check(SchedulerConfig(keep_promises=True))
+
+
 @pytest.mark.parametrize("targets", [{"ttft": 0}, {"itl": -1}, {"ttft": "1s"}, {"other": 1}, 3])
 def test_what_is_no_target_is_refused(http: httpx.Client, targets: object) -> None:
     answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": targets})
@@ -62,5 +141,8 @@ def test_a_server_that_promises_nothing_says_so() -> None:
         answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": PATIENT})
         assert answer.status_code == 400
         error = answer.json()["error"]
-        assert error["param"] == "splitfuse_targets" and "start it with --ttft or --itl" in error["message"]
+        assert (
+            error["param"] == "splitfuse_targets"
+            and "start it with --ttft, --itl or --keep-promises" in error["message"]
+        )
         assert on_time(http, splitfuse_targets={}) is None

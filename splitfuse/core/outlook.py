@@ -1,0 +1,101 @@
+"""Whether a new request can be on time, and when it could be if not: for those who want it on time or not at all.
+
+It can be if its prompt is among those that can be on time and takes nobody's place among them, if the streams leave it
+a pace, and if a seat and blocks are free for it, or will be: of those that run it is known when they end at the latest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitfuse.core.order import ByPromise
+from splitfuse.core.request import Request
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Of a request, were it taken now."""
+
+    first_token: float
+    """Seconds until its first token, if it waits for all that come before it; at the latest."""
+    wait: float
+    """Seconds after which it could be on time, by what is known now: 0 if it can be now, infinity if it never can."""
+
+    @property
+    def is_on_time(self) -> bool:
+        return self.wait == 0.0
+
+    @property
+    def why(self) -> str:
+        """It cannot be on time."""
+        if self.first_token == math.inf:
+            return "no pass here is short enough for its targets"
+        if self.wait == math.inf:
+            return f"its first token takes {self.first_token:.3g} s even alone"
+        return f"its first token would come after {self.first_token:.3g} s; try again in {self.wait:.3g} s"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for further requests."""
+
+    seats: int
+    blocks: int
+    block_size: int
+
+    def takes(self, requests: Sequence[Request], *, besides: int) -> bool:
+        """Whether their prompts find place, with a block for each of those that run."""
+        blocks = sum(-(-request.num_known // self.block_size) for request in requests)
+        return len(requests) <= self.seats and blocks + besides <= self.blocks
+
+    def after(self, request: Request) -> Room:
+        """When it has ended."""
+        return Room(self.seats + 1, self.blocks + len(request.blocks), self.block_size)
+
+
+def outlook(
+    request: Request, *, rule: ByPromise, running: Sequence[Request], waiting: Sequence[Request], room: Room, now: float
+) -> Outlook:
+    """`request` is not among those that wait."""
+    streams = [r for r in running if r.output_token_ids]
+    prompts = [*(r for r in running if not r.output_token_ids), *waiting]
+    seconds = rule.pass_seconds(streams, [*prompts, request])
+    before = rule.hopeful(prompts, streams, seconds=seconds, now=now)
+    ahead = [r for r in prompts if r in before or r.priority < request.priority]
+    coming = [*(r for r in ahead if r in waiting), request]
+    place, is_there = _place(coming, rule=rule, running=running, room=room, seconds=seconds)
+
+    def first_token(tokens: int, streams: Sequence[Request]) -> float:
+        per_pass = rule.prompt_tokens(streams, seconds)
+        return math.ceil(tokens / per_pass) * seconds if per_pass else math.inf
+
+    own, alone = first_token(request.num_wanted, streams), first_token(request.num_wanted, [])
+    first = max(place, first_token(sum(r.num_wanted for r in ahead), streams)) + own
+    allowed = request.due - now
+    if alone > allowed or alone == math.inf:
+        return Outlook(alone, math.inf)
+    after = rule.hopeful([*prompts, request], streams, seconds=seconds, now=now)
+    if is_there and place + own <= allowed and (allowed == math.inf or after == before | {request}):
+        return Outlook(first, 0.0)
+    return Outlook(first, max(first - allowed, seconds))
+
+
+def _place(
+    coming: Sequence[Request], *, rule: ByPromise, running: Sequence[Request], room: Room, seconds: float
+) -> tuple[float, bool]:
+    """Seconds until those who come have seats, blocks and a pace beside those who run, which end one after the other at
+    the latest when they have generated all that they may; or until all of these have ended, and False.
+    """
+    ends = [((r.max_tokens - len(r.output_token_ids)) * (r.interval or seconds), i) for i, r in enumerate(running)]
+    left, until = list(running), 0.0
+    for end, index in [(0.0, -1), *sorted(ends)]:
+        until = end
+        if index >= 0:
+            left.remove(running[index])
+            room = room.after(running[index])
+        streams = [r for r in (*left, *coming) if r.interval]
+        if room.takes(coming, besides=len(left)) and rule.forecast.seconds(rule.paced(streams, seconds)) <= seconds:
+            return until, True
+    return until, False

@@ -1,0 +1,125 @@
+"""On time or not at all: who is taken is on time, whatever comes after; who is refused is told how long to wait."""
+
+import math
+from random import Random
+
+import pytest
+from scheduler_harness import Run
+
+from splitfuse.core.cost_model import CostModel
+from splitfuse.core.forecast import Forecast
+from splitfuse.core.order import ByPromise
+from splitfuse.core.request import Request
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.errors import InvalidRequestError, LateError
+
+COST = CostModel(floor=0.01, per_token=0.001)
+BUDGET = 100
+
+
+def make_run(*, num_blocks: int = 2000, max_num_seqs: int = 16) -> Run:
+    return Run.make(
+        num_blocks=num_blocks,
+        block_size=16,
+        budget=BUDGET,
+        max_num_seqs=max_num_seqs,
+        rule=ByPromise(Forecast(COST), budget=BUDGET),
+    )
+
+
+def request(
+    name: str, prompt: int, targets: Targets, *, generate: int = 10, on_time_only: bool = True, now: float = 0.0
+) -> Request:
+    tokens = tuple(Random(name).randbytes(prompt))
+    return Request(
+        name, tokens, SamplingParams(), generate, seed=0, targets=targets, arrived=now, on_time_only=on_time_only
+    )
+
+
+def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cannot() -> None:
+    run = make_run()
+    run.add(request("a", 500, Targets(1.0, 0.5)))  # 500 tokens take 0.55 s
+    with pytest.raises(LateError, match=r"its first token takes 1\.1 s even alone") as never:
+        run.scheduler.add(request("b", 1000, Targets(1.0, 0.5)))
+    with pytest.raises(LateError, match="no pass here is short enough") as neither:
+        run.scheduler.add(request("c", 10, Targets(None, 0.01)))
+    assert never.value.retry_after == neither.value.retry_after == math.inf
+    run.drain()
+    assert run.outcomes.keys() == {"a"}
+
+
+def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
+    with pytest.raises(InvalidRequestError, match="needs a promise"):
+        make_run().scheduler.add(request("a", 10, NO_TARGETS))
+    by_age = Run.make(num_blocks=100, block_size=16, budget=BUDGET)
+    with pytest.raises(InvalidRequestError, match="needs a promise"):
+        by_age.scheduler.add(request("a", 10, Targets(1.0)))
+
+
+def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
+    run = make_run()
+    for number in range(5):
+        run.add(request(f"r{number}", 400, Targets(2.5, 1.0), generate=2))
+    with pytest.raises(LateError, match=r"first token would come after .* s; try again in") as refused:
+        run.scheduler.add(request("late", 400, Targets(0.6, 1.0)), run.now)
+    assert 1.0 < refused.value.retry_after < 3.0  # 2000 tokens before it take 2.2 s
+    late, wait = request("late", 400, Targets(0.6, 1.0)), refused.value.retry_after
+    for _ in range(3):  # as a client does that tries again: what it was told may have changed a little
+        until = run.now + wait
+        while run.now < until and run.scheduler.has_unfinished:
+            run.step()
+        try:
+            run.add(late)
+            break
+        except LateError as error:
+            wait = error.retry_after
+    run.drain()
+    assert late.on_time
+
+
+def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
+    for run in (make_run(max_num_seqs=2), make_run(num_blocks=14)):
+        for number in range(2):
+            run.add(request(f"r{number}", 90, Targets(1.0, 0.5), generate=12))
+        run.step()
+        with pytest.raises(LateError) as refused:
+            run.scheduler.add(request("more", 90, Targets(0.5, 0.5)), run.now)
+        assert 0 < refused.value.retry_after < 10.0
+        run.add(request("patient", 90, Targets(100.0, 0.5)))
+        run.drain()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
+    """Random loads at all intensities, some of them wanting on time or nothing, others on time or later."""
+    rng = Random(seed)
+    run = make_run(max_num_seqs=rng.choice((2, 4, 16)))
+    pace = rng.uniform(0.02, 0.4)
+    taken: list[Request] = []
+    refused, due = 0, 0.0
+    for number in range(60):
+        due += rng.expovariate(1 / pace)
+        while run.now < due and run.scheduler.has_unfinished:
+            run.step()
+        run.now = max(run.now, due)
+        targets = Targets(rng.uniform(0.3, 3.0), rng.choice((0.25, 0.5, 1.0)))
+        made = request(
+            f"r{number}",
+            rng.randint(1, 300),
+            targets,
+            generate=rng.randint(1, 20),
+            on_time_only=rng.random() < 0.6,
+            now=run.now,
+        )
+        try:
+            run.add(made)
+        except LateError:
+            refused += 1
+        else:
+            taken.append(made)
+    run.drain()
+    strict = [each for each in taken if each.on_time_only]
+    assert strict or refused
+    late = [each.request_id for each in strict if not each.on_time]
+    assert not late
