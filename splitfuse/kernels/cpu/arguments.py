@@ -34,8 +34,8 @@ class PackedWeight:
 
 
 class Mixture:
-    """The experts of a layer, side by side for C++; the caller keeps the weights alive. Whole networks want `router` and
-    `renormalize` too.
+    """The experts of a layer, side by side for C++; the caller keeps the weights alive. A whole network wants `router`
+    and `renormalize` too.
     """
 
     def __init__(
