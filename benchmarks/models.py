@@ -1,7 +1,7 @@
 """Writes model folders of the shapes we measure, with random weights: real files, which every engine can load.
 
-`python -m benchmarks.models 15m|0.5b|1.1b FOLDER`. The same name gives the same bytes each time. Knows no engine; what
-such a model says is noise, and only its speed means anything.
+`python -m benchmarks.models 15m|0.5b|1.1b|7b|moe FOLDER`. The same name gives the same bytes each time. Knows no
+engine; what such a model says is noise, and only its speed means anything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -25,6 +25,7 @@ MAX_POSITION = 4096
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 STD = 0.02
 SEED = 0
+LARGEST_FILE = 4 * 10**9  # bytes of weights in a file, and in memory while they are written
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,14 @@ class ModelShape:
     tied_embeddings: bool
     qkv_bias: bool = False
     rope_theta: float = 10_000.0
+    head_size: int | None = None  # if the heads do not divide hidden_size among them
+    head_norms: bool = False
+    num_experts: int = 0  # intermediate_size is that of each
+    experts_per_token: int = 0
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
 
 SHAPES = {
@@ -52,26 +57,76 @@ SHAPES = {
         "Qwen2ForCausalLM", 896, 24, 14, 2, 4864, tied_embeddings=True, qkv_bias=True, rope_theta=1_000_000.0
     ),
     "1.1b": ModelShape("LlamaForCausalLM", 2048, 22, 32, 4, 5632, tied_embeddings=False),  # TinyLlama's
+    "7b": ModelShape(  # Mistral-7B-v0.2's: 32,000 tokens in the vocabulary, no window
+        "MistralForCausalLM", 4096, 32, 32, 8, 14336, tied_embeddings=False, rope_theta=1_000_000.0
+    ),
+    "moe": ModelShape(  # Qwen3-30B-A3B's, but for 8 layers instead of 48, and the vocabulary
+        "Qwen3MoeForCausalLM",
+        2048,
+        8,
+        32,
+        4,
+        768,
+        tied_embeddings=False,
+        rope_theta=1_000_000.0,
+        head_size=128,
+        head_norms=True,
+        num_experts=128,
+        experts_per_token=8,
+    ),
+}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
 def write_model(shape: ModelShape, folder: Path) -> int:
     """Write config, weights and tokenizer into `folder`, which is made; bytes of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(random_weights(shape))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    size = write_weights(random_weights(shape), folder)
     write_json(folder / "config.json", config(shape))
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config())
-    return sum(weight.nbytes for weight in weights.values())
+    return size
+
+
+def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:
+    """One file, or as many as it takes with an index; bytes of the weights. One file at a time is in memory."""
+    shards: list[list[str]] = []
+    total, pending = 0, dict[str, Tensor]()
+
+    def write() -> None:
+        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, weight in weights:
+        if pending and sum(each.nbytes for each in pending.values()) + weight.nbytes > LARGEST_FILE:
+            write()
+        pending[name] = weight
+        total += weight.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return total
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    return total
 
 
 def config(shape: ModelShape) -> dict[str, Any]:
     """config.json."""
-    return {
+    fields = {
         "architectures": [shape.architecture],
-        "model_type": shape.architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": MODEL_TYPES[shape.architecture],
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.num_layers,
@@ -89,6 +144,18 @@ def config(shape: ModelShape) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
+    if shape.architecture == "MistralForCausalLM":
+        fields["sliding_window"] = None
+    if shape.head_size is not None:
+        fields["head_dim"] = shape.head_size
+    if shape.num_experts:
+        fields |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.intermediate_size,
+            "norm_topk_prob": True,
+        }
+    return fields
 
 
 def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
@@ -98,8 +165,13 @@ def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     def normal(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.bfloat16).normal_(0.0, STD, generator=generator)
 
-    def ones() -> Tensor:
-        return torch.ones(shape.hidden_size, dtype=torch.bfloat16)
+    def ones(size: int = shape.hidden_size) -> Tensor:
+        return torch.ones(size, dtype=torch.bfloat16)
+
+    def mlp(prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for part in ("gate", "up"):
+            yield f"{prefix}.{part}_proj.weight", normal(inner, hidden)
+        yield f"{prefix}.down_proj.weight", normal(hidden, inner)
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
     rows = {"q": shape.num_heads * shape.head_dim} | dict.fromkeys("kv", shape.num_kv_heads * shape.head_dim)
@@ -111,11 +183,17 @@ def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}.self_attn.{part}_proj.weight", normal(size, hidden)
             if shape.qkv_bias:
                 yield f"{prefix}.self_attn.{part}_proj.bias", normal(size)
+        if shape.head_norms:
+            yield f"{prefix}.self_attn.q_norm.weight", ones(shape.head_dim)
+            yield f"{prefix}.self_attn.k_norm.weight", ones(shape.head_dim)
         yield f"{prefix}.self_attn.o_proj.weight", normal(hidden, rows["q"])
         yield f"{prefix}.post_attention_layernorm.weight", ones()
-        for part in ("gate", "up"):
-            yield f"{prefix}.mlp.{part}_proj.weight", normal(inner, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", normal(hidden, inner)
+        if not shape.num_experts:
+            yield from mlp(f"{prefix}.mlp")
+            continue
+        yield f"{prefix}.mlp.gate.weight", normal(shape.num_experts, hidden)
+        for expert in range(shape.num_experts):
+            yield from mlp(f"{prefix}.mlp.experts.{expert}")
     yield "model.norm.weight", ones()
     if not shape.tied_embeddings:
         yield "lm_head.weight", normal(VOCAB_SIZE, hidden)

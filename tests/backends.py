@@ -17,7 +17,7 @@ from splitfuse.errors import KernelError
 from splitfuse.kernels.cpu.kernels import CpuKernels
 from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
 from splitfuse.kernels.prepacked import PrepackedKernels
-from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.kernels.reference import Kernels, Store, Weight
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,14 @@ def _runnable(name: str) -> list[pytest.MarkDecorator]:
 
 
 BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
+
+
+def pack_experts(kernels: Kernels, w13: Tensor, w2: Tensor) -> dict[str, list[Weight]]:
+    """w13 [E, 2I, C] and w2 [E, C, I] as `Kernels.experts` takes them."""
+    return {
+        "w13": [kernels.pack(each.chunk(2), role="w13") for each in w13],
+        "w2": [kernels.pack([each], role="w2") for each in w2],
+    }
 
 
 # --- blocked keys and values ------------------------------------------------------------------------------------------

@@ -15,11 +15,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB_SIZE = 97
@@ -68,6 +72,17 @@ def qwen3(**changes: Any) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**sizes(**changes)))
 
 
+def mixtral(**changes: Any) -> PreTrainedModel:
+    """A Mixtral with the changed settings."""
+    return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=5, **changes)))
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedModel:
+    """A Qwen3-MoE with the changed settings."""
+    few = {"head_dim": 16, "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes(**few, **changes)))
+
+
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-plain": lambda: llama(num_key_value_heads=6),
     "llama-gqa": llama,
@@ -100,6 +115,16 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         use_sliding_window=True,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral-window": lambda: mixtral(sliding_window=7),
+    "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True, tie_word_embeddings=True),
+    "qwen3-moe-some-dense": lambda: qwen3_moe(
+        attention_bias=True,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=6,
     ),
 }
 

@@ -268,8 +268,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
 def layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     """[N, K] of the linear layers of a layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    dim = hidden // shape.num_heads
-    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * dim
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     return [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
 
 
@@ -289,7 +288,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--shape", default="1.1b", choices=SHAPES)
+    parser.add_argument(
+        "--shape", default="1.1b", choices=[name for name, shape in SHAPES.items() if not shape.num_experts]
+    )
     parser.add_argument("--model", type=Path, help="the folder of that shape, for step (see benchmarks.models)")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4/128"], choices=FORMATS)
     parser.add_argument("--rows", nargs="+", type=int)

@@ -16,8 +16,6 @@ from splitfuse.kernels.reference import Kernels, Weight
 
 
 class PrepackedKernels(Kernels):
-    """Weights of experts stay as they are."""
-
     def describe(self) -> str:
         lost = "no quantization, no int8 KV cache, no equal bits, and a fraction of the speed"
         return f"PyTorch kernels with oneDNN linears ({lost})" + (f": {self.why}" if self.why else "")
@@ -27,7 +25,7 @@ class PrepackedKernels(Kernels):
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return weight if role == "plain" or weight.dim() == 3 else _Prepacked(weight, keep=role == "head")
+        return weight if role == "plain" else _Prepacked(weight, keep=role == "head")
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)

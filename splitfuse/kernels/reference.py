@@ -54,8 +54,8 @@ class LayerWeights:
     down: Weight = None  # [C, I]
     down_bias: Tensor | None = None
     router: Weight = None  # [E, C]: these three instead of gate_up and down, where there are experts
-    w13: Weight = None  # [E, 2I, C]
-    w2: Weight = None  # [E, C, I]
+    w13: Sequence[Weight] = ()  # of each expert [2I, C]
+    w2: Sequence[Weight] = ()  # of each expert [C, I]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +128,15 @@ class Kernels:
         return math.prod(shape) * dtype.itemsize
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
-        """A linear weight [N, K], or those of all experts [E, N, K], in the form that `linear`, `gated` or `experts`
-        wants, from the pieces of its rows in their order. They may be maps of files, which are given back afterwards:
-        what is kept must be a copy. `dtype` is what to compute in, if that is not the pieces' own.
+        """A linear weight [N, K] in the form that `linear`, `gated` or `experts` wants, from the pieces of its rows in
+        their order. They may be maps of files, which are given back afterwards: what is kept must be a copy. `dtype` is
+        what to compute in, if that is not the pieces' own.
 
         `role` is its field of LayerWeights, or "head": what a backend may choose the form by. A packed head is read by
         `embed` too, where the two are one. "plain" stays a tensor of the pieces' shape: vectors, and tables to look up.
         """
         del role
-        weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces), dim=max(-2, -pieces[0].dim()))
+        weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces))
         return weight.to(dtype or weight.dtype)
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
@@ -230,20 +230,38 @@ class Kernels:
                 out[first:last] = _attend_last(q[first:last], keys, values, scale, window, softcap, sinks)
         return out
 
-    def experts(
-        self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, w13: Weight, w2: Weight, kind: str
-    ) -> Tensor:
-        """For every token the weighted sum over its k experts: x [T, C], ids and weights [T, k] -> [T, C].
+    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """A router's scores [T, E] -> for every token its `top_k` best experts and their weights, both [T, top_k], best
+        first: the softmax over all experts, in fp32 or wider; with `renormalize` scaled to add up to 1.
 
-        Expert e computes `activate(x @ w13[e].T) @ w2[e].T` with w13 [E, 2I, C] and w2 [E, C, I]. The sum over a
-        token's experts runs in the order of its ids, whichever tokens are beside it.
+        Source: Shazeer et al., arXiv 1701.06538; `renormalize` is Mixtral's rule (arXiv 2401.04088).
+        """
+        probabilities = scores.to(_wide(scores.dtype)).softmax(dim=-1)
+        weights, expert_ids = probabilities.topk(top_k, dim=-1)
+        if renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return expert_ids, weights
+
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        *,
+        w13: Sequence[Weight],
+        w2: Sequence[Weight],
+        kind: str,
+    ) -> Tensor:
+        """For every token the weighted sum over its k different experts: x [T, C], ids and weights [T, k] -> [T, C].
+
+        Expert e computes `gated(x, w13[e]) @ w2[e].T` with w13[e] [2I, C] and w2[e] [C, I]. The sum over a token's
+        experts runs in the order of its ids, whichever tokens are beside it.
         """
         k = expert_ids.shape[1]
         outputs = x.new_empty(expert_ids.numel(), x.shape[1])  # [tokens x k, hidden]
         for expert in sorted(set(expert_ids.flatten().tolist())):
             pairs = (expert_ids.flatten() == expert).nonzero().squeeze(1)
-            hidden = self.activate(F.linear(x[pairs // k], w13[expert]), kind)
-            outputs[pairs] = F.linear(hidden, w2[expert])
+            outputs[pairs] = self.linear(self.gated(x[pairs // k], w13[expert], None, kind), w2[expert])
         weighted = outputs.view(-1, k, x.shape[1]) * expert_weights.to(_wide(x.dtype)).unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 
@@ -272,11 +290,14 @@ class Kernels:
         num_heads: int,
         scale: float,
         softcap: float | None,
+        top_k: int,
+        renormalize: bool,
     ) -> Network | None:
         """A network as one call, from token ids to the normed rows [R, C] that the head is applied to, which gives what
-        the operations above give one by one: where a backend has that.
+        the operations above give one by one: where a backend has that. `top_k` and `renormalize` are those of `route`,
+        for layers that have a router.
         """
-        del weights, windows, activation, norm_eps, cos, sin, num_heads, scale, softcap
+        del weights, windows, activation, norm_eps, cos, sin, num_heads, scale, softcap, top_k, renormalize
         return None
 
 

@@ -70,6 +70,15 @@ class ConfigJson:
             raise self._refuse(name, "a list of strings", value)
         return value
 
+    def integers(self, name: str, default: list[int]) -> list[int]:
+        """A list of whole numbers from 0 on."""
+        value = self._value(name, default)
+        if not isinstance(value, list) or any(
+            isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in value
+        ):
+            raise self._refuse(name, "a list of whole numbers from 0 on", value)
+        return value
+
     def section(self, name: str) -> ConfigJson:
         """A nested object; empty if absent."""
         value = self._value(name, {})

@@ -34,6 +34,8 @@ class Decoder:
             num_heads=spec.num_heads,
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
+            top_k=spec.moe.top_k if spec.moe else 0,
+            renormalize=spec.moe is not None and spec.moe.renormalize,
         )
 
     @property
@@ -106,7 +108,7 @@ class Decoder:
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         kernels, spec = self.kernels, self.spec
         normed = kernels.norm(x, layer.mlp_norm, spec.norm_eps)
-        if spec.moe is not None:
+        if spec.moe is not None and layer.router is not None:
             return x + mixture(
                 normed,
                 layer.router,

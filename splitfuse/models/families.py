@@ -16,18 +16,21 @@ from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.models.config_json import ConfigJson
 from splitfuse.models.hub import read_config
 from splitfuse.models.rope import extended_length, read_rope
-from splitfuse.models.spec import ModelSpec
+from splitfuse.models.spec import ModelSpec, MoESpec
 
 WeightNames: TypeAlias = Mapping[str, tuple[str, ...]]
-"""Our name of a weight -> the checkpoint's tensors stacked to make it, with `{layer}` for the layer's number."""
+"""Our name of a weight -> the checkpoint's tensors stacked to make it, with `{layer}` for the layer's number and
+`{expert}` for the expert's.
+"""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its config reader and its weight names."""
+    """One architecture: its config reader, its weight names, and which of FOREIGN_FEATURES its reader honours."""
 
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
+    honours: frozenset[str] = frozenset()
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -48,7 +51,7 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
     family = find_family(architectures[0])
     config = ConfigJson(values)
     for feature in FOREIGN_FEATURES:
-        if config.raw(feature):
+        if config.raw(feature) and feature not in family.honours:
             raise UnsupportedModelError(f"config.json has {feature}, which is not supported")
     spec = family.read(config)
     _check_layer_types(config, spec)
@@ -76,7 +79,7 @@ ACTIVATIONS = {
 
 MOST_LAYERS = 10_000  # a spec has an entry for each
 
-# What would make another network of these families, and needs work not yet done.
+# What would make another network of most families, and is refused by those that do not honour it.
 FOREIGN_FEATURES = (
     "quantization_config",
     "compression_config",
@@ -87,6 +90,7 @@ FOREIGN_FEATURES = (
     "num_local_experts",
     "use_mrope",
 )
+EXPERTS = frozenset({"num_experts", "num_local_experts"})
 
 DECODER_NAMES: WeightNames = {
     "embed": ("model.embed_tokens.weight",),
@@ -104,6 +108,19 @@ DECODER_NAMES: WeightNames = {
     "gate_up_bias": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up")),
     "down": ("model.layers.{layer}.mlp.down_proj.weight",),
     "down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
+}
+
+QWEN3_MOE_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "router": ("model.layers.{layer}.mlp.gate.weight",),
+    "w13": tuple(f"model.layers.{{layer}}.mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
+    "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+}
+MIXTRAL_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "router": ("model.layers.{layer}.block_sparse_moe.gate.weight",),
+    "w13": tuple(f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{part}.weight" for part in ("w1", "w3")),
+    "w2": ("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",),
 }
 
 
@@ -130,16 +147,53 @@ def _qwen3(config: ConfigJson) -> ModelSpec:
     return replace(spec, head_norms=True, qkv_bias=biased, o_bias=biased, windows=windows)
 
 
+def _mixtral(config: ConfigJson) -> ModelSpec:
+    spec = _plain_decoder(config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6)
+    window = config.integer("sliding_window") if "sliding_window" in config else None
+    moe = MoESpec(
+        num_experts=_num_experts(config, 8),
+        top_k=config.integer("num_experts_per_tok", 2),
+        intermediate_size=spec.intermediate_size,
+        renormalize=True,
+    )
+    return replace(spec, windows=(window,) * spec.num_layers, moe=moe)
+
+
+def _qwen3_moe(config: ConfigJson) -> ModelSpec:
+    biased = config.flag("attention_bias", False)
+    spec = _plain_decoder(config, num_kv_heads=4)
+    window = _window(config) if config.flag("use_sliding_window", False) else None
+    every, dense = config.integer("decoder_sparse_step", 1), config.integers("mlp_only_layers", [])
+    moe = MoESpec(
+        num_experts=_num_experts(config, 128),
+        top_k=config.integer("num_experts_per_tok", 8),
+        intermediate_size=config.integer("moe_intermediate_size", 768),
+        renormalize=config.flag("norm_topk_prob", False),
+        dense_layers=frozenset(n for n in range(spec.num_layers) if n in dense or (n + 1) % every),
+    )
+    windows = (window,) * spec.num_layers
+    return replace(spec, head_norms=True, qkv_bias=biased, o_bias=biased, windows=windows, moe=moe)
+
+
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(_llama, DECODER_NAMES),
     "MistralForCausalLM": Family(_mistral, DECODER_NAMES),
+    "MixtralForCausalLM": Family(_mixtral, MIXTRAL_NAMES, honours=EXPERTS),
     "Qwen2ForCausalLM": Family(_qwen2, DECODER_NAMES),
     "Qwen3ForCausalLM": Family(_qwen3, DECODER_NAMES),
+    "Qwen3MoeForCausalLM": Family(_qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
 }
 
 
-def _plain_decoder(config: ConfigJson, *, num_kv_heads: int | None = None, head_dim: int | None = None) -> ModelSpec:
-    """What the families share; `num_kv_heads` and `head_dim` are those of a config that does not say."""
+def _plain_decoder(
+    config: ConfigJson,
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    rope_theta: float = 10_000.0,
+) -> ModelSpec:
+    """What the families share; the keywords are for a config that does not say."""
     num_layers = config.integer("num_hidden_layers", most=MOST_LAYERS)
     num_heads = config.integer("num_attention_heads")
     hidden_size = config.integer("hidden_size")
@@ -151,7 +205,7 @@ def _plain_decoder(config: ConfigJson, *, num_kv_heads: int | None = None, head_
         raise UnsupportedModelError(
             f"hidden_act {activation!r} is not one of those we know: {', '.join(sorted(ACTIVATIONS))}"
         )
-    rope = read_rope(config, head_dim=head_dim)
+    rope = read_rope(config, head_dim=head_dim, theta=rope_theta)
     return ModelSpec(
         architecture=config.raw("architectures")[0],
         dtype=config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
@@ -163,12 +217,17 @@ def _plain_decoder(config: ConfigJson, *, num_kv_heads: int | None = None, head_
         num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or num_heads),
         head_dim=head_dim,
         max_position=extended_length(rope, config.integer("max_position_embeddings")),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number("rms_norm_eps", norm_eps),
         activation=ACTIVATIONS[activation],
         rope=rope,
         windows=(None,) * num_layers,
         tied_embeddings=config.flag("tie_word_embeddings", False),
     )
+
+
+def _num_experts(config: ConfigJson, default: int) -> int:
+    """transformers 5 takes either name for the other."""
+    return config.integer("num_local_experts" if "num_local_experts" in config else "num_experts", default)
 
 
 def _window(config: ConfigJson) -> int | None:

@@ -1,6 +1,8 @@
-"""Mixture of experts: which experts a token visits, and the weighted sum of what they say. Both are data."""
+"""A mixture of experts in place of an MLP: whom a token visits, and the weighted sum of what they say."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -8,21 +10,16 @@ from splitfuse.kernels.reference import Kernels, Weight
 from splitfuse.models.spec import MoESpec
 
 
-def route(router_logits: Tensor, moe: MoESpec) -> tuple[Tensor, Tensor]:
-    """Scores [T, E] -> expert ids and weights, both [T, k], best first; softmax in fp32 before the choice.
-
-    Source: Shazeer et al., arXiv 1701.06538; with `renormalize`, Mixtral's rule (arXiv 2401.04088).
-    """
-    probabilities = router_logits.float().softmax(dim=-1)
-    weights, expert_ids = probabilities.topk(moe.top_k, dim=-1)
-    if moe.renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return expert_ids, weights
-
-
 def mixture(
-    x: Tensor, router: Weight, w13: Weight, w2: Weight, *, moe: MoESpec, activation: str, kernels: Kernels
+    x: Tensor,
+    router: Weight,
+    w13: Sequence[Weight],
+    w2: Sequence[Weight],
+    *,
+    moe: MoESpec,
+    activation: str,
+    kernels: Kernels,
 ) -> Tensor:
-    """x [T, C] -> [T, C], with router [E, C], w13 [E, 2I, C] and w2 [E, C, I], all packed."""
-    expert_ids, weights = route(kernels.linear(x, router), moe)
-    return kernels.experts(x, expert_ids, weights, w13, w2, activation)
+    """x [T, C] -> [T, C], with the packed router [E, C] and of each expert w13 [2I, C] and w2 [C, I]."""
+    expert_ids, weights = kernels.route(kernels.linear(x, router), moe.top_k, moe.renormalize)
+    return kernels.experts(x, expert_ids, weights, w13=w13, w2=w2, kind=activation)

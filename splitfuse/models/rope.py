@@ -17,13 +17,14 @@ from splitfuse.models.config_json import LARGEST_INTEGER, ConfigJson
 from splitfuse.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
 
 
-def read_rope(config: ConfigJson, *, head_dim: int) -> RopeSpec:
+def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> RopeSpec:
     """The rope of a config, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+    `theta` is that of a config that does not say.
 
     Raises UnsupportedModelError for a type that is not in SCALINGS or a field that is not in KNOWN_FIELDS.
     """
     rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters")
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", config.number("rope_theta", theta))
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if theta <= 1:
         raise ModelError(f"config.json: rope_theta must be above 1, not {theta}")

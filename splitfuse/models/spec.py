@@ -67,12 +67,20 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MoESpec:
-    """A mixture of experts in place of the MLP: each token visits the `top_k` experts of highest probability."""
+    """A mixture of experts in place of the MLP: each token visits the `top_k` experts of highest probability.
+
+    Raises ModelError where it could not visit so many.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     renormalize: bool  # whether the chosen probabilities are scaled to add up to 1
+    dense_layers: frozenset[int] = frozenset()  # those that have an MLP all the same
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ModelError(f"a token cannot visit {self.top_k} experts where there are {self.num_experts}")
 
 
 @dataclass(frozen=True, kw_only=True)

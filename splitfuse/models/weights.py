@@ -22,10 +22,10 @@ from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights, W
 from splitfuse.models.checkpoint import Checkpoint, listing, release
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import find_family
-from splitfuse.models.spec import ModelSpec
+from splitfuse.models.spec import ModelSpec, MoESpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PACKED = {"qkv", "o", "gate_up", "down", "head"}
+PACKED = {"qkv", "o", "gate_up", "down", "head", "router", "w13", "w2"}
 PLAIN = "plain"  # the role of what is not packed
 HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")  # computed, not learnt
 DUMMY_SCALE = 0.02
@@ -40,6 +40,7 @@ class Parameter:
 
     name: str  # a field of LayerWeights, or of NetworkWeights where layer is None
     layer: int | None
+    expert: int | None
     pieces: tuple[tuple[str, Shape], ...]
 
     @property
@@ -53,15 +54,20 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     """Every weight that the network of `spec` has."""
     names = find_family(spec.architecture).names
 
-    def parameter(name: str, shapes: tuple[Shape, ...], layer: int | None = None) -> Parameter:
-        pieces = zip((piece.format(layer=layer) for piece in names[name]), shapes, strict=True)
-        return Parameter(name, layer, tuple(pieces))
+    def parameter(
+        name: str, shapes: tuple[Shape, ...], layer: int | None = None, expert: int | None = None
+    ) -> Parameter:
+        pieces = zip((piece.format(layer=layer, expert=expert) for piece in names[name]), shapes, strict=True)
+        return Parameter(name, layer, expert, tuple(pieces))
 
-    layer_shapes = _layer_shapes(spec)
-    return [
-        *(parameter(name, shapes) for name, shapes in _outer_shapes(spec).items()),
-        *(parameter(name, shapes, layer) for layer in range(spec.num_layers) for name, shapes in layer_shapes.items()),
-    ]
+    found = [parameter(name, shapes) for name, shapes in _outer_shapes(spec).items()]
+    for layer in range(spec.num_layers):
+        found += [parameter(name, shapes, layer) for name, shapes in _layer_shapes(spec, layer).items()]
+        if spec.moe is not None and layer not in spec.moe.dense_layers:
+            of_experts = _expert_shapes(spec.moe, spec.hidden_size).items()
+            for expert in range(spec.moe.num_experts):
+                found += [parameter(name, shapes, layer, expert) for name, shapes in of_experts]
+    return found
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype, kernels: Kernels) -> int:
@@ -109,7 +115,11 @@ def load_decoder(
         role = _role(parameter, spec)
         with read(parameter) as pieces:
             on_device = [piece.to(device) for piece in pieces]
-            target[parameter.name] = kernels.pack(on_device, role=role, dtype=dtype)
+            weight = kernels.pack(on_device, role=role, dtype=dtype)
+        if parameter.expert is None:
+            target[parameter.name] = weight
+        else:
+            target.setdefault(parameter.name, []).append(weight)
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]
     return Decoder(spec, NetworkWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), kernels)
@@ -128,9 +138,14 @@ def _outer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
     return shapes if spec.tied_embeddings else shapes | {"head": (table,)}
 
 
-def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
-    """Name -> shapes of the pieces, for one layer."""
-    assert spec.moe is None, "no registered family has experts"
+def _expert_shapes(moe: MoESpec, hidden: int) -> dict[str, tuple[Shape, ...]]:
+    """Name -> shapes of the pieces, for one expert of a layer."""
+    inner = moe.intermediate_size
+    return {"w13": ((inner, hidden), (inner, hidden)), "w2": ((hidden, inner),)}
+
+
+def _layer_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[Shape, ...]]:
+    """Name -> shapes of the pieces, for one layer but its experts."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[Shape, ...]] = {
@@ -138,9 +153,11 @@ def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[Shape, ...]]:
         "qkv": ((q, hidden), (kv, hidden), (kv, hidden)),
         "o": ((hidden, q),),
         "mlp_norm": ((hidden,),),
-        "gate_up": ((inner, hidden), (inner, hidden)),
-        "down": ((hidden, inner),),
     }
+    if spec.moe is not None and layer not in spec.moe.dense_layers:
+        shapes["router"] = ((spec.moe.num_experts, hidden),)
+    else:
+        shapes |= {"gate_up": ((inner, hidden), (inner, hidden)), "down": ((hidden, inner),)}
     if spec.qkv_bias:
         shapes["qkv_bias"] = ((q,), (kv,), (kv,))
     if spec.o_bias:

@@ -168,8 +168,13 @@ def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype)
 
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """One token at the widest moment of a pass, generously: the MLP's inputs, outputs and gate."""
-    widest = 4 * spec.hidden_size + 4 * spec.intermediate_size + 3 * spec.num_heads * spec.head_dim
+    """One token at the widest moment of a pass, generously: the MLP's inputs, outputs and gate, or those of each expert
+    that it visits.
+    """
+    inner = 4 * spec.intermediate_size
+    if spec.moe is not None:
+        inner = max(inner, spec.moe.top_k * 2 * (spec.hidden_size + spec.moe.intermediate_size) + spec.moe.num_experts)
+    widest = 4 * spec.hidden_size + inner + 3 * spec.num_heads * spec.head_dim
     return widest * max(dtype.itemsize, 4)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, variants
+from backends import CPU, pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
@@ -92,8 +92,9 @@ def network_of(kernels: CpuKernels) -> Callable[..., Tensor]:
         num_heads=2,
         scale=1.0,
         softcap=None,
+        top_k=0,
+        renormalize=False,
     )
-    assert fused is not None
 
     def compute(store: Store, parts: dict[str, Any]) -> Tensor:
         packed = torch.cat([torch.tensor(part, dtype=torch.int32).flatten() for part in parts.values()])
@@ -174,10 +175,10 @@ def test_ids_outside_the_table(variant: str, ids: list[int]) -> None:
 @pytest.mark.parametrize("expert", [-1, 3])
 def test_experts_that_there_are_not(variant: str, expert: int) -> None:
     kernels = CpuKernels(variant=variant, num_threads=1)
-    packed = kernels.pack([torch.randn(3, 32, 16)], role="w13"), kernels.pack([torch.randn(3, 16, 16)], role="w2")
+    packed = pack_experts(kernels, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
     with pytest.raises(IndexError, match="an expert id is none of 3"):
-        kernels.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, *packed, "silu")
+        kernels.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, kind="silu")
 
 
 WRONG: dict[str, Callable[[CpuKernels], object]] = {
@@ -213,10 +214,25 @@ WRONG: dict[str, Callable[[CpuKernels], object]] = {
         torch.randn(1, 16),
         torch.tensor([[0]]),
         torch.ones(1, 1),
-        k.pack([torch.randn(1, 8, 16)], role="w13"),
-        k.pack([torch.randn(1, 16, 4)], role="w2"),
-        "silu",
+        **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
+        kind="silu",
     ),
+    "experts-of-other-width": lambda k: k.experts(
+        torch.randn(1, 17).bfloat16(),
+        torch.tensor([[0]]),
+        torch.ones(1, 1),
+        **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
+        kind="silu",
+    ),
+    "experts-twice": lambda k: k.experts(
+        torch.randn(1, 16).bfloat16(),
+        torch.tensor([[1, 1]]),
+        torch.ones(1, 2),
+        **pack_experts(k, torch.randn(2, 8, 16), torch.randn(2, 16, 4)),
+        kind="silu",
+    ),
+    "route-of-bf16": lambda k: k.route(torch.randn(1, 4).bfloat16(), 2, True),
+    "route-to-more-than-there-are": lambda k: k.route(torch.randn(1, 4), 5, True),
     "attend-of-fp32": lambda k: attend(k, store_of(k), GOOD, q=torch.randn(4, 2, 16)),
     "attend-of-other-heads": lambda k: attend(k, store_of(k, head_dim=32), GOOD),
     "attend-of-heads-that-are-not-shared-evenly": lambda k: attend(k, store_of(k, num_kv_heads=3), GOOD),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, Backend, Requests, poison, variants
+from backends import CPU, Backend, Requests, pack_experts, poison, variants
 from torch import Tensor
 
 from splitfuse.kernels.cpu.kernels import CpuKernels
@@ -71,12 +71,12 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
     ids, weights = torch.stack([torch.randperm(6)[:3] for _ in range(40)]), torch.rand(40, 3)
     alone: Tensor | None = None
     for kernels in teams(variant, quantization=quantization, group_size=group):
-        packed = kernels.pack([w13[:, :47], w13[:, 47:]], role="w13"), kernels.pack([w2], role="w2")
+        packed = pack_experts(kernels, w13, w2)
         if alone is None:
-            each = [kernels.experts(x[[r]], ids[[r]], weights[[r]], *packed, "silu") for r in range(40)]
+            each = [kernels.experts(x[[r]], ids[[r]], weights[[r]], **packed, kind="silu") for r in range(40)]
             alone = torch.cat(each)
         for rows in groups(40):
-            assert torch.equal(kernels.experts(x[rows], ids[rows], weights[rows], *packed, "silu"), alone[rows])
+            assert torch.equal(kernels.experts(x[rows], ids[rows], weights[rows], **packed, kind="silu"), alone[rows])
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -84,13 +84,27 @@ def test_experts_are_added_in_the_order_of_a_tokens_ids(variant: str) -> None:
     """1e8 - 1e8 + 1 is 1 in fp32, in any other order 0: whichever expert it is that says what."""
     one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
     for kernels in teams(variant):
-        w13 = kernels.pack([torch.full((3, 1, 1), 100.0), torch.full((3, 1, 1), 0.01)], role="w13")
-        w2 = kernels.pack([torch.ones(3, 1, 1)], role="w2")
-        said = float(kernels.experts(one, torch.tensor([[0]]), torch.ones(1, 1), w13, w2, "silu"))
+        packed = pack_experts(kernels, torch.tensor([[100.0], [0.01]]).expand(3, 2, 1), torch.ones(3, 1, 1))
+        said = float(kernels.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, kind="silu"))
         for ids in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
             weights = torch.tensor([[large, -large, 1.0]]) / said
-            ours = kernels.experts(one, torch.tensor([ids]), weights, w13, w2, "silu")
+            ours = kernels.experts(one, torch.tensor([ids]), weights, **packed, kind="silu")
             assert float(ours) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 2), (61, 8), (128, 128)])
+def test_route(variant: str, num_experts: int, top_k: int) -> None:
+    scores = torch.randn(40, num_experts).bfloat16().float()  # with some that are equal
+    for renormalize in (False, True):
+        alone: list[Tensor] | None = None
+        for kernels in teams(variant):
+            if alone is None:
+                each = [kernels.route(scores[[r]], top_k, renormalize) for r in range(40)]
+                alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
+            for rows in groups(40):
+                found = kernels.route(scores[rows], top_k, renormalize)
+                assert all(torch.equal(a, b[rows]) for a, b in zip(found, alone, strict=True))
 
 
 @pytest.mark.parametrize("variant", variants())

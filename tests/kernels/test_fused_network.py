@@ -51,7 +51,18 @@ ODD = dataclasses.replace(
     num_kv_heads=3,
     rope=RopeSpec(theta=100.0, rotary_dim=20),
 )
-SPECS = [pytest.param(PLAIN, id="plain"), pytest.param(EVERYTHING, id="everything"), pytest.param(ODD, id="odd")]
+EXPERTS = dataclasses.replace(
+    PLAIN,
+    num_layers=3,
+    windows=(None,) * 3,
+    moe=MoESpec(num_experts=20, top_k=3, intermediate_size=50, renormalize=True, dense_layers=frozenset({1})),
+)
+SPECS = [
+    pytest.param(PLAIN, id="plain"),
+    pytest.param(EVERYTHING, id="everything"),
+    pytest.param(ODD, id="odd"),
+    pytest.param(EXPERTS, id="experts"),
+]
 
 
 class OneByOne(CpuKernels):
@@ -74,7 +85,22 @@ def random_weights(spec: ModelSpec, kernels: Kernels) -> NetworkWeights:
     def linear(role: str, *rows: int, columns: int) -> Any:
         return kernels.pack([normal(n, columns) / columns**0.5 for n in rows], role=role)
 
-    def layer() -> LayerWeights:
+    def mlp(number: int) -> dict[str, Any]:
+        if spec.moe is None or number in spec.moe.dense_layers:
+            return {
+                "gate_up": linear("gate_up", inner, inner, columns=hidden),
+                "gate_up_bias": normal(2 * inner) if extras else None,
+                "down": linear("down", hidden, columns=inner),
+                "down_bias": normal(hidden) if extras else None,
+            }
+        each, size = range(spec.moe.num_experts), spec.moe.intermediate_size
+        return {
+            "router": linear("router", len(each), columns=hidden),
+            "w13": [linear("w13", size, size, columns=hidden) for _ in each],
+            "w2": [linear("w2", hidden, columns=size) for _ in each],
+        }
+
+    def layer(number: int) -> LayerWeights:
         return LayerWeights(
             attn_norm=normal(hidden),
             qkv=linear("qkv", q, kv, kv, columns=hidden),
@@ -84,13 +110,10 @@ def random_weights(spec: ModelSpec, kernels: Kernels) -> NetworkWeights:
             o=linear("o", hidden, columns=q),
             o_bias=normal(hidden) if extras else None,
             mlp_norm=normal(hidden),
-            gate_up=linear("gate_up", inner, inner, columns=hidden),
-            gate_up_bias=normal(2 * inner) if extras else None,
-            down=linear("down", hidden, columns=inner),
-            down_bias=normal(hidden) if extras else None,
+            **mlp(number),
         )
 
-    layers = tuple(layer() for _ in range(spec.num_layers))
+    layers = tuple(layer(number) for number in range(spec.num_layers))
     table = normal(spec.vocab_size, hidden)
     head = kernels.pack([table], role="head")
     return NetworkWeights(embed=head if spec.tied_embeddings else table, layers=layers, norm=normal(hidden), head=head)
@@ -212,43 +235,3 @@ def test_a_cache_that_is_gone_is_not_held(variant: str) -> None:
     del runner
     gc.collect()
     assert memory() is None
-
-
-@pytest.mark.parametrize("variant", variants())
-def test_layers_with_experts_are_computed_one_by_one(variant: str) -> None:
-    """Experts have no call of their own in the fused network: the decoder must not lose them."""
-    kernels = CpuKernels(variant=variant, num_threads=2)
-    spec, weights = PLAIN, random_weights(PLAIN, kernels)
-    generator = torch.Generator().manual_seed(1)
-    w13 = (torch.randn(4, 2 * 64, 96, generator=generator) / 10).bfloat16()
-    w2 = (torch.randn(4, 96, 64, generator=generator) / 8).bfloat16()
-    sparse = tuple(
-        dataclasses.replace(
-            layer,
-            gate_up=None,
-            down=None,
-            router=kernels.pack([torch.randn(4, 96, generator=generator)], role="router"),
-            w13=kernels.pack(list(w13.split(64, dim=1)), role="w13"),
-            w2=kernels.pack([w2], role="w2"),
-        )
-        for layer in weights.layers
-    )
-    moe = MoESpec(num_experts=4, top_k=2, intermediate_size=64, renormalize=True)
-    decoder = Decoder(dataclasses.replace(spec, moe=moe), dataclasses.replace(weights, layers=sparse), kernels)
-    assert (
-        kernels.fuse(
-            decoder.weights,
-            windows=spec.windows,
-            activation=spec.activation,
-            norm_eps=spec.norm_eps,
-            cos=decoder.cos,
-            sin=decoder.sin,
-            num_heads=spec.num_heads,
-            scale=spec.attention_scale,
-            softcap=None,
-        )
-        is None
-    )
-    whole = logits(decoder)
-    for seed in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(logits(decoder, seed=seed), whole, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, Backend
+from backends import CPU, Backend, pack_experts
 from torch import Tensor
 
 from splitfuse.kernels.prepacked import PrepackedKernels
@@ -170,15 +170,38 @@ def test_experts(
             inside = (formula(kind, gate) * up).to(backend.narrow).double()
             exact[token] += weight * (w2[expert] @ inside)
             magnitude[token] += weight * (w2[expert].abs() @ inside.abs())
-    packed = [
-        backend.kernels.pack(list(w13.to(backend.narrow).split(inner, dim=1)), role="w13"),
-        backend.kernels.pack([w2.to(backend.narrow)], role="w2"),
-    ]
-    ours = backend.kernels.experts(x.to(backend.narrow), ids, weights, *packed, kind)
+    packed = pack_experts(backend.kernels, w13.to(backend.narrow), w2.to(backend.narrow))
+    ours = backend.kernels.experts(x.to(backend.narrow), ids, weights, **packed, kind=kind)
     assert ours.dtype == backend.wide
     # An activation that rounds the other way than ours is off by a unit of its dtype.
     share = max(20 * backend.sums, torch.finfo(backend.narrow).eps)
     backend.near(ours, exact, magnitude, share=share)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 2), (33, 8), (128, 8), (20, 20)])
+def test_route(backend: Backend, num_experts: int, top_k: int, renormalize: bool) -> None:
+    scores = torch.stack([torch.randperm(num_experts).double() / 8 - 2 for _ in range(9)])
+    ids, weights = backend.kernels.route(scores.to(backend.wide), top_k, renormalize)
+    assert ids.tolist() == scores.argsort(dim=-1, descending=True)[:, :top_k].tolist()
+    exact = scores.softmax(-1).sort(dim=-1, descending=True).values[:, :top_k]
+    if renormalize:
+        exact = exact / exact.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
+    assert backend.kernels.route(scores[:0].to(backend.wide), top_k, renormalize)[0].shape == (0, top_k)
+
+
+def test_route_of_scores_that_are_no_numbers(backend: Backend) -> None:
+    """The row alone becomes NaN, and its experts are some that there are."""
+    scores = torch.randn(3, 20)
+    for where, value in ((slice(None), torch.nan), (7, torch.nan), (7, torch.inf)):
+        scores[1, where] = value
+        for renormalize in (False, True):
+            ids, weights = backend.kernels.route(scores.to(backend.wide), 4, renormalize)
+            assert weights[1].isnan().all()
+            assert weights[[0, 2]].isfinite().all()
+            assert all(len({*row}) == 4 and set(row) <= {*range(20)} for row in ids.tolist())
+        scores[1] = 0.0
 
 
 def best(row: list[float]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from backends import pack_experts
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
@@ -118,7 +119,7 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
             inside = [silu(float(gate_up[i])) * float(gate_up[inner + i]) for i in range(inner)]
             naive[token] += weight * (w2[expert].double() @ torch.tensor(inside, dtype=torch.float64))
     assert_near(
-        kernels.experts(x, ids, weights, kernels.pack([w13], role="w13"), kernels.pack([w2], role="w2"), "silu"),
+        kernels.experts(x, ids, weights, **pack_experts(kernels, w13, w2), kind="silu"),
         naive,
         dtype,
     )
@@ -127,10 +128,10 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
 def test_experts_do_not_see_other_tokens() -> None:
     x, w13, w2 = torch.randn(8, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     ids, weights = torch.randint(3, (8, 1)), torch.rand(8, 1)
-    together = kernels.experts(x, ids, weights, w13, w2, "gelu")
+    together = kernels.experts(x, ids, weights, w13=list(w13), w2=list(w2), kind="gelu")
     for token in range(8):
         row = slice(token, token + 1)
-        alone = kernels.experts(x[row], ids[row], weights[row], w13, w2, "gelu")
+        alone = kernels.experts(x[row], ids[row], weights[row], w13=list(w13), w2=list(w2), kind="gelu")
         torch.testing.assert_close(together[row], alone)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+from safetensors.torch import load_file
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.models.families import FAMILIES, spec_from_config
-from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.checkpoint import SINGLE_FILE
+from splitfuse.models.families import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
 from splitfuse.models.weights import parameters
 
 SIZES: dict[str, Any] = {
@@ -85,13 +88,55 @@ def test_qwen_windows(architecture: str, fields: dict[str, Any], windows: tuple[
     assert spec_of(architecture, **fields).windows == windows
 
 
+def test_what_families_with_experts_add() -> None:
+    mixtral = spec_of("MixtralForCausalLM")
+    assert mixtral.moe == MoESpec(num_experts=8, top_k=2, intermediate_size=160, renormalize=True)
+    assert (mixtral.num_kv_heads, mixtral.norm_eps, mixtral.rope.theta) == (8, 1e-5, 1e6)
+    assert mixtral.windows == (None,) * 3
+    assert spec_of("MixtralForCausalLM", sliding_window=9).windows == (9,) * 3
+    qwen = spec_of("Qwen3MoeForCausalLM")
+    assert qwen.moe == MoESpec(num_experts=128, top_k=8, intermediate_size=768, renormalize=False)
+    assert (qwen.num_kv_heads, qwen.head_dim, qwen.head_norms, qwen.o_bias) == (4, 8, True, False)
+    assert spec_of("Qwen3MoeForCausalLM", sliding_window=9, use_sliding_window=True).windows == (9,) * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "dense"),
+    [
+        ({"mlp_only_layers": [0, 2]}, {0, 2}),
+        ({"decoder_sparse_step": 2}, {0, 2}),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1, 7]}, {0, 1, 2}),
+    ],
+)
+def test_layers_without_experts(fields: dict[str, Any], dense: set[int]) -> None:
+    moe = spec_of("Qwen3MoeForCausalLM", **fields).moe
+    assert moe is not None
+    assert moe.dense_layers == dense
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts": 4}, "a token cannot visit 8 experts where there are 4"),
+        ({"num_experts": 0}, "num_experts must be a whole number from 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of whole numbers from 0 on, not 3"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
+    ],
+)
+def test_nonsense_about_experts_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        spec_of("Qwen3MoeForCausalLM", **fields)
+
+
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
-def test_weights_are_those_of_transformers(variant: str) -> None:
-    """Same names, same shapes, none more, none fewer."""
-    model = tiny_models.make(variant)
-    spec = spec_from_config({**model.config.to_dict(), "architectures": [type(model).__name__]})
-    ours = dict(piece for parameter in parameters(spec) for piece in parameter.pieces)
-    assert ours == {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+def test_weights_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    """Same names, same shapes as in its checkpoints, none more, none fewer."""
+    tiny_models.save(variant, tmp_path)
+    ours = dict(piece for parameter in parameters(load_spec(tmp_path)) for piece in parameter.pieces)
+    assert ours == {name: tuple(weight.shape) for name, weight in load_file(tmp_path / SINGLE_FILE).items()}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +166,7 @@ def test_config_without_architecture(architectures: Any) -> None:
 
 def test_unknown_architecture_lists_known_and_nearest() -> None:
     with pytest.raises(UnsupportedModelError) as refused:
-        spec_of("Qwen3MoeForCausalLM")
+        spec_of("Qwen3VLForCausalLM")
     for architecture in FAMILIES:
         assert architecture in str(refused.value)
     assert "the nearest is Qwen3ForCausalLM" in str(refused.value)
@@ -135,6 +180,7 @@ def test_unknown_architecture_lists_known_and_nearest() -> None:
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_experts": 8}, "num_experts"),
+        ({"num_local_experts": 8}, "num_local_experts"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2' .*: gelu, gelu_new"),
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),

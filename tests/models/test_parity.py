@@ -25,6 +25,7 @@ PROMPT_LENGTHS = (1, 9, 20, 37)
 NUM_GENERATED = 16
 CPU = torch.device("cpu")
 CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2**-9) a dozen times a layer
+CPP_TOLERANCE_OF_EXPERTS = 6e-2  # and where two experts are nearly as good, the other one may be chosen
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> Decoder:
@@ -106,8 +107,9 @@ def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
     decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2))
     whole = [Request(prompt) for prompt in prompts(0)]
     Runner(decoder, block_size=32).step([(request, request.num_pending) for request in whole])
+    tolerance = CPP_TOLERANCE if decoder.spec.moe is None else CPP_TOLERANCE_OF_EXPERTS
     for request in whole:
-        assert_close(request, oracle_logits(model, request.token_ids), CPP_TOLERANCE)
+        assert_close(request, oracle_logits(model, request.token_ids), tolerance)
     for block_size in (32, 64):
         split = [Request(prompt) for prompt in prompts(0)]
         Runner(decoder, block_size=block_size).run_split(split, random.Random(block_size))

@@ -51,6 +51,13 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """Four layers, of which the last has experts."""
+    tiny_models.save("qwen3-moe-some-dense", tmp_path / "experts")
+    return tmp_path / "experts"
+
+
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
     return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=Kernels(), **options)
 
@@ -104,6 +111,38 @@ def test_weights_are_packed_for_their_role(folder: Path) -> None:
     assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
 
 
+def test_each_expert_is_packed_by_itself(experts: Path) -> None:
+    """Nothing larger than one expert is ever gathered."""
+    layers = load_decoder(
+        experts, load_spec(experts), dtype=torch.float32, device=CPU, kernels=Packing()
+    ).weights.layers
+    for layer in (layers[0], layers[1], layers[2]):
+        assert (layer.router, layer.w13, layer.w2) == (None, (), ())
+        assert layer.down == ("down", [(48, 72)])
+    assert (layers[3].gate_up, layers[3].down) == (None, None)
+    assert layers[3].router == ("router", [(10, 48)])
+    assert layers[3].w13 == [("w13", [(20, 48), (20, 48)])] * 10
+    assert layers[3].w2 == [("w2", [(48, 20)])] * 10
+
+
+def test_experts_are_those_of_the_checkpoint(experts: Path) -> None:
+    tensors, layer = load_file(experts / SINGLE_FILE), load(experts).weights.layers[3]
+    prefix = "model.layers.3.mlp"
+    assert torch.equal(layer.router, tensors[f"{prefix}.gate.weight"])
+    for expert, (w13, w2) in enumerate(zip(layer.w13, layer.w2, strict=True)):
+        gate, up, down = (tensors[f"{prefix}.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        assert torch.equal(w13, torch.cat((gate, up)))
+        assert torch.equal(w2, down)
+
+
+def test_missing_and_surplus_experts(experts: Path) -> None:
+    last, beyond = (f"model.layers.3.mlp.experts.{expert}.up_proj.weight" for expert in (9, 10))
+    rewrite(experts, {last: None})
+    assert refused(experts) == f"weights missing from the checkpoint (1): {last}"
+    rewrite(experts, {last: torch.zeros(20, 48), beyond: torch.zeros(20, 48)})
+    assert refused(experts).endswith(f"does not use (1): {beyond}")
+
+
 def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
     tiny_models.save("llama-tied-wide-heads", tmp_path)
     weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.float32, device=CPU, kernels=Packing()).weights
@@ -155,7 +194,9 @@ def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-@pytest.mark.parametrize("family", ["llama-biases-gelu", "llama-tied-wide-heads", "qwen3-biases-layer-types"])
+@pytest.mark.parametrize(
+    "family", ["llama-biases-gelu", "llama-tied-wide-heads", "qwen3-biases-layer-types", "qwen3-moe-some-dense"]
+)
 @pytest.mark.parametrize("variant", variants())
 def test_weight_bytes_is_what_the_cpp_kernels_keep(
     variant: str, family: str, quantization: str | None, tmp_path: Path
@@ -164,12 +205,15 @@ def test_weight_bytes_is_what_the_cpp_kernels_keep(
     kernels = CpuKernels(variant=variant, num_threads=1, quantization=quantization)
     weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.bfloat16, device=CPU, kernels=kernels).weights
     each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
+    each += [[*layer.w13, *layer.w2] for layer in weights.layers]
     kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | PackedWeight)}
     total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
     assert weight_bytes(load_spec(tmp_path), torch.bfloat16, kernels) == total
 
 
-@pytest.mark.parametrize("variant", ["llama-biases-gelu", "qwen3-biases-layer-types", "qwen2-tied-upper-windows"])
+@pytest.mark.parametrize(
+    "variant", ["llama-biases-gelu", "qwen3-biases-layer-types", "qwen2-tied-upper-windows", "mixtral-window"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dummy_weights_need_only_a_config(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_models.save(variant, tmp_path)

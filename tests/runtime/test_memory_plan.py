@@ -15,7 +15,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.kernels.reference import Kernels
-from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
 from splitfuse.runtime import loading
 from splitfuse.runtime.kernel_choice import choose_kernels
 from splitfuse.runtime.loading import parse_device
@@ -73,6 +73,14 @@ def test_sizes_are_those_computed_by_hand() -> None:
     assert (found.max_model_len, found.model_len_lowered) == (1000, False)
     half = plan(FIXED + 100 * BLOCK, num_blocks=40, dtype="bfloat16")
     assert (half.weights, half.block) == (WEIGHTS // 2, BLOCK // 2)
+
+
+def test_experts_are_kept_whole_and_their_inputs_and_outputs_planned_for() -> None:
+    moe = MoESpec(num_experts=10, top_k=3, intermediate_size=40, renormalize=True, dense_layers=frozenset({1}))
+    spec = replace(SPEC, architecture="Qwen3MoeForCausalLM", moe=moe)
+    found = plan_memory(spec, EngineConfig.from_settings({}), kernels=Kernels(), available=2**30)
+    assert found.weights == WEIGHTS + 4 * 2 * (10 * 64 + 10 * 3 * 64 * 40 - 3 * 64 * 96)
+    assert found.activations == 256 * 4 * (4 * 64 + 3 * 2 * (64 + 40) + 10 + 3 * 4 * 16) + HEAD
 
 
 def test_an_open_cache_is_large_enough_for_all_but_takes_at_most_half_of_what_is_free() -> None:

@@ -33,13 +33,39 @@ class PackedWeight:
         return ctypes.addressof(self.struct)
 
 
-class Experts:
-    """The packed weights of all experts of a layer, side by side for C++."""
+class Mixture:
+    """The experts of a layer, side by side for C++; the caller keeps the weights alive. A whole network wants `router`
+    and `renormalize` too.
+    """
 
-    def __init__(self, weights: Sequence[PackedWeight]) -> None:
-        self.weights = tuple(weights)  # they own the memory
-        self.rows, self.columns = weights[0].rows, weights[0].columns  # of each
-        self.structs = (library.Weight * len(weights))(*(weight.struct for weight in weights))
+    def __init__(
+        self,
+        w13: Sequence[PackedWeight],
+        w2: Sequence[PackedWeight],
+        *,
+        top_k: int,
+        activation: int,
+        router: PackedWeight | None = None,
+        renormalize: bool = False,
+    ) -> None:
+        self.num_experts, self.hidden = len(w13), w2[0].rows
+        assert len(w2) == self.num_experts >= top_k and (router is None or router.rows == self.num_experts)
+        for first, second in zip(w13, w2, strict=True):
+            assert first.struct.gated and (first.rows, first.columns) == (2 * w2[0].columns, self.hidden)
+            assert not second.struct.gated and (second.rows, second.columns) == (self.hidden, w2[0].columns)
+        self._arrays = [(library.Weight * len(each))(*(weight.struct for weight in each)) for each in (w13, w2)]
+        self.struct = library.Mixture(
+            None if router is None else router.address,
+            *(ctypes.addressof(array) for array in self._arrays),
+            self.num_experts,
+            top_k,
+            renormalize,
+            activation,
+        )
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
 
 
 @dataclass

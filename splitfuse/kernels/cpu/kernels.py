@@ -17,9 +17,9 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu import library
-from splitfuse.kernels.cpu.arguments import Experts, KVStore, PackedWeight, Step, address, check, heads_of, int32
+from splitfuse.kernels.cpu.arguments import KVStore, Mixture, PackedWeight, Step, address, check, heads_of, int32
 from splitfuse.kernels.cpu.library import ACTIVATIONS, Library, choose_variant
-from splitfuse.kernels.cpu.memory import SharedWeights, allocate
+from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
 from splitfuse.kernels.cpu.network import FusedNetwork
 from splitfuse.kernels.cpu.quantization import LEVELS, choose_format
 from splitfuse.kernels.reference import Kernels, NetworkWeights
@@ -53,6 +53,7 @@ class CpuKernels(Kernels):
         self.kv_int8 = kv_int8
         self.shared_weights: SharedWeights | None = None
         """Where `pack` puts weights, if not into memory of their own."""
+        self._own_weights = OwnWeights()
         choose_format("qkv", quantization, group_size)  # raises, if there is none
         self.library = Library(self.variant, self.num_threads)
 
@@ -102,21 +103,17 @@ class CpuKernels(Kernels):
     def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
         if role == "plain":
             return super().weight_bytes(shape, role=role, dtype=dtype)
-        *experts, rows, columns = shape
-        count = experts[0] if experts else 1
-        return count * int(self.library.weight_bytes(ctypes.byref(self._weight(rows, columns, role))))
+        rows, columns = shape
+        return int(self.library.weight_bytes(ctypes.byref(self._weight(rows, columns, role))))
 
     def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Any:
         if role == "plain":
             return self._keep(pieces, dtype or pieces[0].dtype)
-        if pieces[0].dim() == 3:
-            each = [self.pack([piece[expert] for piece in pieces], role=role) for expert in range(len(pieces[0]))]
-            return Experts(each)
         columns = pieces[0].shape[1]
         assert all(piece.shape[1] == columns for piece in pieces)
         struct = self._weight(sum(len(piece) for piece in pieces), columns, role)
         num_bytes, shared = int(self.library.weight_bytes(ctypes.byref(struct))), self.shared_weights
-        memory = allocate(num_bytes) if shared is None else shared.take(num_bytes)
+        memory = (shared or self._own_weights).take(num_bytes)
         struct.data = memory.data_ptr()
         if shared is not None and shared.filled:
             return PackedWeight(struct, memory)
@@ -279,28 +276,36 @@ class CpuKernels(Kernels):
         )
         return out
 
+    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        check(scores, torch.float32)
+        tokens, num_experts = scores.shape
+        assert 1 <= top_k <= num_experts
+        ids, weights = torch.empty(tokens, top_k, dtype=torch.int32), torch.empty(tokens, top_k)
+        self.library.route(
+            scores.data_ptr(), tokens, num_experts, top_k, renormalize, ids.data_ptr(), weights.data_ptr()
+        )
+        return ids, weights
+
     def experts(
-        self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor, w13: Experts, w2: Experts, kind: str
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        *,
+        w13: Sequence[PackedWeight],
+        w2: Sequence[PackedWeight],
+        kind: str,
     ) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(expert_ids), expert_weights.float().contiguous()
-        assert ids.shape == weights.shape and len(ids) == len(x) and x.shape[1] == w13.columns
-        assert len(w13.structs) == len(w2.structs) and (w13.rows, w13.columns) == (2 * w2.columns, w2.rows)
-        if self.library.check_ids(ids.data_ptr(), ids.numel(), len(w13.structs)):
-            raise IndexError(f"an expert id is none of {len(w13.structs)}")
+        top_k = ids.shape[1]
+        mixture = Mixture(w13, w2, top_k=top_k, activation=ACTIVATIONS[kind])
+        assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == mixture.hidden
+        assert all(len(set(each)) == top_k for each in ids.tolist())
+        if self.library.check_ids(ids.data_ptr(), ids.numel(), mixture.num_experts):
+            raise IndexError(f"an expert id is none of {mixture.num_experts}")
         out = torch.empty(x.shape)
-        self.library.experts(
-            x.data_ptr(),
-            len(x),
-            ids.shape[1],
-            ids.data_ptr(),
-            weights.data_ptr(),
-            ctypes.addressof(w13.structs),
-            ctypes.addressof(w2.structs),
-            len(w13.structs),
-            ACTIVATIONS[kind],
-            out.data_ptr(),
-        )
+        self.library.experts(mixture.address, x.data_ptr(), len(x), ids.data_ptr(), weights.data_ptr(), out.data_ptr())
         return out
 
     # All of them in one call
@@ -317,9 +322,9 @@ class CpuKernels(Kernels):
         num_heads: int,
         scale: float,
         softcap: float | None,
-    ) -> FusedNetwork | None:
-        if any(layer.router is not None for layer in weights.layers):
-            return None
+        top_k: int,
+        renormalize: bool,
+    ) -> FusedNetwork:
         heads = heads_of(num_heads, cos, sin, eps=norm_eps, scale=scale, softcap=softcap or 0.0)
         return FusedNetwork(
             self.library,
@@ -327,4 +332,6 @@ class CpuKernels(Kernels):
             windows=windows,
             activation=ACTIVATIONS[activation],
             heads=heads,
+            top_k=top_k,
+            renormalize=renormalize,
         )

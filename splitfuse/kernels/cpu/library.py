@@ -85,6 +85,18 @@ class Heads(ctypes.Structure):
     ]
 
 
+class Mixture(ctypes.Structure):
+    _fields_ = [
+        ("router", c_void_p),
+        ("w13", c_void_p),
+        ("w2", c_void_p),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("renormalize", c_int32),
+        ("activation", c_int32),
+    ]
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         ("attn_norm", c_void_p),
@@ -99,6 +111,7 @@ class Layer(ctypes.Structure):
         ("gate_up_bias", c_void_p),
         ("down", c_void_p),
         ("down_bias", c_void_p),
+        ("mixture", c_void_p),
         ("store", Store),
         ("window", c_int32),
         ("activation", c_int32),
@@ -129,7 +142,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "rope_store": ([c_void_p] * 8, None),
     "attend": ([c_void_p] * 6 + [c_int64, c_void_p], c_int32),
     "network": ([c_void_p] * 5, c_int32),
-    "experts": ([c_void_p, c_void_p, c_int64, c_int64] + [c_void_p] * 4 + [c_int64, c_int32, c_void_p], c_int32),
+    "route": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p], None),
+    "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),
     "argmax": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),

@@ -34,6 +34,20 @@ def allocate(num_bytes: int) -> Tensor:
     return whole[begin : begin + num_bytes]
 
 
+class OwnWeights:
+    """Weights of this process alone, side by side: the many small ones of experts share huge pages."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Bytes [num_bytes], zero, that begin on a cache line. Raises RuntimeError as `allocate` does."""
+        if num_bytes > len(self._room):
+            self._room = allocate(max(num_bytes, AT_ONCE))  # what was left of the last costs nothing
+        taken, self._room = self._room[:num_bytes], self._room[-(-num_bytes // CACHE_LINE) * CACHE_LINE :]
+        return taken
+
+
 class SharedWeights:
     """Weights that several processes map and one has packed: a file in memory, which is gone with the last of them.
 
@@ -75,6 +89,7 @@ class SharedWeights:
 
 
 CACHE_LINE = 64
+AT_ONCE = 2**28
 _PROT_NONE, _MAP_FIXED, _MADV_COLLAPSE = 0, 0x10, 25  # of Linux
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.cpu import library
-from splitfuse.kernels.cpu.arguments import KVStore, PackedWeight, address, check, check_step
+from splitfuse.kernels.cpu.arguments import KVStore, Mixture, PackedWeight, address, check, check_step
 from splitfuse.kernels.cpu.library import Library
-from splitfuse.kernels.reference import NetworkWeights
+from splitfuse.kernels.reference import LayerWeights, NetworkWeights
 
 
 class FusedNetwork:
@@ -27,25 +27,40 @@ class FusedNetwork:
         windows: Sequence[int | None],
         activation: int,
         heads: library.Heads,
+        top_k: int,
+        renormalize: bool,
     ) -> None:
         self._library = kernels
         self._weights = weights  # they own the memory
         self._heads = heads
         self._first_store: weakref.ref[KVStore] | None = None  # weak: a cache that its engine gave up is not kept
+        self._mixtures: list[Mixture] = []
         self._layers = (library.Layer * len(weights.layers))()
         head_dim = weights.layers[0].o.columns // heads.num_heads
         for entry, layer, window in zip(self._layers, weights.layers, windows, strict=True):
-            entry.attn_norm = address(layer.attn_norm, layer.qkv.columns)
-            entry.mlp_norm = address(layer.mlp_norm, layer.gate_up.columns)
+            hidden = layer.qkv.columns
+            entry.attn_norm = address(layer.attn_norm, hidden)
+            entry.mlp_norm = address(layer.mlp_norm, hidden)
             entry.q_norm = address(layer.q_norm, head_dim)
             entry.k_norm = address(layer.k_norm, head_dim)
-            for name in ("qkv", "o", "gate_up", "down"):
-                weight: PackedWeight = getattr(layer, name)
-                setattr(entry, name, weight.address)
-                setattr(entry, f"{name}_bias", address(getattr(layer, f"{name}_bias"), weight.rows))
-            hidden = layer.qkv.columns
-            assert layer.o.rows == layer.down.rows == layer.gate_up.columns == hidden
-            assert layer.gate_up.rows == 2 * layer.down.columns and layer.o.columns == head_dim * heads.num_heads
+            _set_linear(entry, layer, "qkv", "o")
+            assert layer.o.rows == hidden and layer.o.columns == head_dim * heads.num_heads
+            if layer.router is None:
+                _set_linear(entry, layer, "gate_up", "down")
+                assert layer.down.rows == layer.gate_up.columns == hidden
+                assert layer.gate_up.rows == 2 * layer.down.columns
+            else:
+                mixture = Mixture(
+                    layer.w13,
+                    layer.w2,
+                    top_k=top_k,
+                    activation=activation,
+                    router=layer.router,
+                    renormalize=renormalize,
+                )
+                assert mixture.hidden == layer.router.columns == hidden
+                self._mixtures.append(mixture)
+                entry.mixture = mixture.address
             entry.window = window or 0
             entry.activation = activation
         packed = isinstance(weights.embed, PackedWeight)
@@ -99,3 +114,11 @@ class FusedNetwork:
                 rows.data_ptr(),
             )
         return rows
+
+
+def _set_linear(entry: library.Layer, layer: LayerWeights, *names: str) -> None:
+    """These weights of the layer, and their biases where it has some."""
+    for name in names:
+        weight: PackedWeight = getattr(layer, name)
+        setattr(entry, name, weight.address)
+        setattr(entry, f"{name}_bias", address(getattr(layer, f"{name}_bias"), weight.rows))

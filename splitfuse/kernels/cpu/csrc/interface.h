@@ -57,6 +57,17 @@ struct Heads {
     float softcap;              // 0: none
 };
 
+// A mixture of experts. Its experts are packed alike.
+struct Mixture {
+    const Weight* router;   // [E, C]
+    const Weight* w13;      // [E], gated
+    const Weight* w2;       // [E]
+    std::int32_t num_experts;
+    std::int32_t top_k;
+    std::int32_t renormalize;
+    std::int32_t activation;
+};
+
 // One pre-norm decoder layer; a null pointer is what the network does not have.
 struct Layer {
     const std::uint16_t* attn_norm;  // [C]
@@ -71,6 +82,7 @@ struct Layer {
     const std::uint16_t* gate_up_bias;
     const Weight* down;
     const std::uint16_t* down_bias;
+    const Mixture* mixture;          // if there is one, there is no gate_up and no down
     Store store;
     std::int32_t window;             // 0: none
     std::int32_t activation;

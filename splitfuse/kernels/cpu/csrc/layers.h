@@ -2,7 +2,7 @@
 // between them.
 #pragma once
 
-#include "workspace.h"
+#include "experts.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {
@@ -16,6 +16,29 @@ SF_INLINE Operand lay_out_normed(Team& team, Workspace& work, const Weight& w, c
     });
 }
 
+// The second half of a layer with experts: x, the residual stream, is normed, routed, and what the experts say added.
+inline void mix(Team& team, Workspace& work, const Layer& layer, i64 tokens, float eps, float* x) {
+    const Mixture& m = *layer.mixture;
+    u16* normed = reinterpret_cast<u16*>(work.normed.data());
+    i32* ids = reinterpret_cast<i32*>(work.ids.data());
+    float* shares = reinterpret_cast<float*>(work.shares.data());
+    norm(team, x, tokens, m.router->columns, layer.mlp_norm, eps, normed);
+    Output scores;
+    scores.y = reinterpret_cast<float*>(work.scores.data());
+    linear(team, normed, tokens, *m.router, work.memory(team.rank), scores);
+    route(team, scores.y, tokens, m.num_experts, m.top_k, m.renormalize, ids, shares);
+    experts(team, work, m, normed, tokens, ids, shares, x, x);
+}
+
+inline void reserve_mix(Workspace& work, const Mixture& m, i64 tokens) {
+    work.reserve_operand(*m.router, tokens);
+    reserve_experts(work, m, tokens);
+    work.normed.reserve(tokens * m.router->columns * 2);
+    work.scores.reserve(tokens * m.num_experts * 4);
+    work.ids.reserve(tokens * m.top_k * 4);
+    work.shares.reserve(tokens * m.top_k * 4);
+}
+
 // From token ids to the normed rows [R, C] in bf16 that the head is applied to.
 inline void run_network(Workspace& work, const Step& step, const Heads& heads, const Network& network, u16* rows) {
     const i64 tokens = step.tokens, hidden = network.hidden, num_layers = network.num_layers;
@@ -23,11 +46,16 @@ inline void run_network(Workspace& work, const Step& step, const Heads& heads, c
     const float eps = network.eps;
     for (i64 i = 0; i < num_layers; ++i) {
         const Layer& layer = layers[i];
-        for (const Weight* w : {layer.qkv, layer.o, layer.gate_up, layer.down}) work.reserve_operand(*w, tokens);
+        for (const Weight* w : {layer.qkv, layer.o}) work.reserve_operand(*w, tokens);
         work.reserve_rows(layer.qkv->columns);
         work.qkv.reserve(tokens * layer.qkv->rows * 4);
         work.queries.reserve(tokens * layer.o->columns * 2);
         work.mixed.reserve(tokens * layer.o->columns * 2);
+        if (layer.mixture) {
+            reserve_mix(work, *layer.mixture, tokens);
+            continue;
+        }
+        for (const Weight* w : {layer.gate_up, layer.down}) work.reserve_operand(*w, tokens);
         work.gated.reserve(tokens * layer.down->columns * 2);
     }
     work.hidden.reserve(tokens * hidden * 4);
@@ -58,6 +86,10 @@ inline void run_network(Workspace& work, const Step& step, const Heads& heads, c
             out.bias = layer.o_bias;
             linear(team, mixed, tokens, *layer.o, memory, out);
 
+            if (layer.mixture) {
+                mix(team, work, layer, tokens, eps, x);
+                continue;
+            }
             out = Output();
             out.gated = gated;
             out.bias = layer.gate_up_bias;

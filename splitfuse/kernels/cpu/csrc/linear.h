@@ -255,6 +255,23 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 }
 #endif
 
+// One panel and the blocks `first` to last - 1. `next` is the panel that this thread meets then, or null; `cold` says that
+// nobody has fetched this one.
+SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                     bool cold, const Output& out) {
+#ifndef SF_BYTE_DOTS
+    if (x.sums_of_panel) {
+        multiply_widened_panel(x, w, s, panel, first, last, out);
+        return;
+    }
+#endif
+    const u8* data = w.data + panel * s.panel_bytes;
+    for (i64 block = first; block < last; ++block) {
+        Fetch fetch = fetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
+        multiply_panel(x, w, s, panel, block, fetch, out);
+    }
+}
+
 // The product of a laid-out x. Ends with everybody done.
 SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
     Shape s = shape_of(w);
@@ -266,19 +283,9 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
         for (i64 unit = begin; unit < end; ++unit) {
             i64 panel = unit / parts, part = unit % parts;
             i64 next_unit = unit + 1 < end ? unit + 1 : next_run;
-            const u8* data = w.data + panel * s.panel_bytes;
             const u8* next = next_unit >= 0 && next_unit / parts != panel ? w.data + next_unit / parts * s.panel_bytes : nullptr;
             i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
-#ifndef SF_BYTE_DOTS
-            if (x.sums_of_panel) {
-                multiply_widened_panel(x, w, s, panel, first, last, out);
-                continue;
-            }
-#endif
-            for (i64 block = first; block < last; ++block) {
-                Fetch fetch = fetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
-                multiply_panel(x, w, s, panel, block, fetch, out);
-            }
+            multiply_panel_by_all(x, w, s, panel, first, last, next, cold, out);
             cold = false;
         }
         first_run = false;

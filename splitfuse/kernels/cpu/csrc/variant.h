@@ -1,7 +1,6 @@
 // The functions of one variant, under names that end in it: what Python calls. Arguments are checked there.
 #pragma once
 
-#include "experts.h"
 #include "layers.h"
 #include "limits.h"
 
@@ -94,10 +93,14 @@ SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Heads* heads, c
     return guarded([&] { run_network(*work, *step, *heads, *network, rows); });
 }
 
-SF_EXPORT(i32, experts)(Workspace* work, const u16* x, i64 tokens, i64 k, const i32* expert_ids, const float* expert_weights,
-                         const Weight* w13, const Weight* w2, i64 num_experts, i32 activation, float* out) {
+SF_EXPORT(void, route)(Workspace* work, const float* scores, i64 tokens, i64 num_experts, i64 k, i32 renormalize, i32* ids, float* shares) {
+    parallel(tokens == 1 ? 1 : work->num_threads, [&](Team& team) { route(team, scores, tokens, num_experts, k, renormalize, ids, shares); });
+}
+
+SF_EXPORT(i32, experts)(Workspace* work, const Mixture* mixture, const u16* x, i64 tokens, const i32* ids, const float* shares, float* out) {
     return guarded([&] {
-        experts(*work, x, tokens, k, expert_ids, expert_weights, w13, w2, num_experts, activation, out);
+        reserve_experts(*work, *mixture, tokens);
+        parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, shares, nullptr, out); });
     });
 }
 

@@ -34,15 +34,26 @@ class Buffer {
     i64 size_ = 0;
 };
 
+// The pairs of one expert in their order, from `begin` to `end` - 1, and where their operand lies. See experts.h.
+struct Visit {
+    i32 expert, begin, end;
+    i64 operand;
+};
+
+constexpr i64 VISIT_PADDING = 256;  // bytes by which the operands of several visits are more than one of all their rows
+
 struct Workspace {
     struct Own { Buffer operand, row, tile, sums; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
-    Buffer operand, hidden, qkv, queries, mixed, gated, partials, pairs;
+    Buffer operand, hidden, qkv, queries, mixed, gated, partials;
+    Buffer normed, scores, ids, shares, order, said;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<Item> items;
+    std::vector<Visit> visits;
+    std::vector<i32> counts;
 
     void reserve_operand(const Weight& w, i64 rows) {
         operand.reserve(operand_bytes(w, rows));
