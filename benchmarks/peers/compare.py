@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.contender import Contender, Running
+from benchmarks.peers.contender import DRIVEN, Contender, Running
 from benchmarks.peers.workload import FIRST_SECONDS, WORKLOADS, Figures, Workload
 from splitfuse.runtime.machine import processor
 
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
-        contenders = [Contender.parse(text) for text in arguments.contenders]
+        contenders = [Contender.parse(text, DRIVEN) for text in arguments.contenders]
     except ValueError as error:
         parser.error(str(error))
     workloads = [WORKLOADS[name] for name in arguments.workload or WORKLOADS]

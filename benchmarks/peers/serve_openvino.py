@@ -1,6 +1,6 @@
 """OpenVINO GenAI's continuous batching behind HTTP. Run by the interpreter of its own environment.
 
-    python -m benchmarks.peers.serve_openvino '{"model": DIR, "settings": {...}, "threads": 2, "host": HOST, "port": N}'
+    python -m benchmarks.peers.serve_openvino '{"model": DIR, "settings": {...}, "threads": 2, "host": ...}'
 
 Settings in small letters are fields of `SchedulerConfig`, those in capitals properties of OpenVINO's CPU plugin.
 """

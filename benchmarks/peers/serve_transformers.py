@@ -1,6 +1,6 @@
 """transformers' continuous batching behind HTTP. Run by the interpreter of its own environment.
 
-    python -m benchmarks.peers.serve_transformers '{"model": DIR, "settings": {...}, "threads": 2, "host": HOST, "port": N}'
+    python -m benchmarks.peers.serve_transformers '{"model": DIR, "settings": {...}, "threads": 2, "host": ...}'
 
 `transformers serve` would take text only, and stop at the end token. Settings are fields of `ContinuousBatchingConfig`,
 and `attn_implementation`.
