@@ -54,11 +54,10 @@ class OpenVinoEngine:
         self._numbers = count()
         self._work = asyncio.Event()
         self._end_tokens = set(self._pipeline.get_config().stop_token_ids)
-        core = openvino.Core()
         self.facts = {
             "version": f"openvino-genai {openvino_genai.__version__}",
             **{name: getattr(scheduler, name) for name in SCHEDULER_FIELDS},
-            **{name: str(core.get_property("CPU", name)) for name in PLUGIN_PROPERTIES},
+            **plugin_defaults(),
             **properties,
         }
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -104,6 +103,16 @@ class OpenVinoEngine:
             if handle.get_status() != GenerationStatus.RUNNING:
                 del self._answers[number]
                 pieces.put_nowait(None)
+
+
+def plugin_defaults() -> dict[str, str]:
+    """How exact the CPU plugin is on this processor if it is not told otherwise."""
+    core = openvino.Core()
+    values = {name: core.get_property("CPU", name) for name in PLUGIN_PROPERTIES}
+    return {
+        name: value.get_type_name() if isinstance(value, openvino.Type) else str(value)
+        for name, value in values.items()
+    }
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ class Server:
             raise
         start_seconds = time.perf_counter() - began
         print(f"{contender.label}: ready after {start_seconds:.1f} s", file=sys.stderr, flush=True)
-        self._about = {"server": shlex.join(self._command), "startup_seconds": start_seconds, "engine": facts}
+        self._about = {"server": shlex.join(self._command), "startup_seconds": start_seconds, "given": facts or None}
 
     def _compose(self, peers: Path) -> list[str]:
         threads = len(os.sched_getaffinity(0))
