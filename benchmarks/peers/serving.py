@@ -141,9 +141,9 @@ class Server:
                 return [*command, "--served-model-name=model", *address, *flags]
             case "llama-server":
                 options = {**LLAMA_DEFAULTS, "threads": threads}
-                command = [str(llama_cpp_program(peers, "llama-server")), f"--model={self._model}", "--no-webui"]
-                command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-                return [*command, *(text for flag in (*address, *flags) for text in flag.split("=", 1))]
+                options |= {"host": HOST, "port": self._port, **self.contender.options}
+                command = [str(llama_cpp_program(peers, "llama-server")), "--model", str(self._model), "--no-webui"]
+                return [*command, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
             case "openvino" | "transformers":
                 arguments = {"model": str(self._model), "settings": self.contender.options, "threads": threads}
                 arguments |= {"host": HOST, "port": self._port}
