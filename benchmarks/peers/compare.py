@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.contender import DRIVEN, Contender, Running
+from benchmarks.peers.processes import end_in_order_when_told
 from benchmarks.peers.workload import FIRST_SECONDS, WORKLOADS, Figures, Workload
 from splitfuse.runtime.machine import processor
 
@@ -48,6 +49,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     workloads = [WORKLOADS[name] for name in arguments.workload or WORKLOADS]
+    end_in_order_when_told()
     with ExitStack() as stack:
         running = [
             start(stack, contender, arguments.model.resolve(), arguments.peers.resolve(), arguments.threads)

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.peers.contender import SERVED, Contender
 from benchmarks.peers.drive_llama_server import DEFAULTS as LLAMA_DEFAULTS
 from benchmarks.peers.install import llama_cpp_program, peer_python
-from benchmarks.peers.processes import ProcessGroup
+from benchmarks.peers.processes import ProcessGroup, end_in_order_when_told
 from splitfuse.bench.endpoint import Endpoint
 from splitfuse.bench.measure import Loads, measure
 from splitfuse.bench.report import write_report
@@ -69,6 +69,7 @@ def main() -> None:
         parser.error(str(error))
     clients = tuple(int(count) for count in arguments.clients.split(","))
     arguments.out.mkdir(parents=True, exist_ok=True)
+    end_in_order_when_told()
     with ExitStack() as stack:
         servers = []
         for contender in contenders:
