@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.contender import Contender, Running
+from benchmarks.peers.contender import DRIVEN, Contender, Running
+from benchmarks.peers.processes import end_in_order_when_told
 from benchmarks.peers.workload import FIRST_SECONDS, WORKLOADS, Figures, Workload
 from splitfuse.runtime.machine import processor
 
@@ -44,10 +45,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
-        contenders = [Contender.parse(text) for text in arguments.contenders]
+        contenders = [Contender.parse(text, DRIVEN) for text in arguments.contenders]
     except ValueError as error:
         parser.error(str(error))
     workloads = [WORKLOADS[name] for name in arguments.workload or WORKLOADS]
+    end_in_order_when_told()
     with ExitStack() as stack:
         running = [
             start(stack, contender, arguments.model.resolve(), arguments.peers.resolve(), arguments.threads)

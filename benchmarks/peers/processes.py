@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from splitfuse.runtime.machine import proportional_bytes
+
+
+def end_in_order_when_told() -> None:
+    """Have SIGTERM unwind this process as Ctrl-C does: what it has started would otherwise stay, stopped or at work."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class ProcessGroup:

@@ -4,15 +4,18 @@ same point of the others, while those whose turn it is not stand still.
     python -m benchmarks.peers.serving --model DIR --peers FOLDER --out FOLDER --clients 1,4,8 --prompt 512 \\
         splitfuse,quantization=int8 vllm,checkpoint=w8a8 vllm,checkpoint=w8a8,max_num_batched_tokens=256
 
-Settings after a comma are flags of each server. Writes results as `splitfuse bench run` does, a file for each engine,
-and report.html of all. Decides how a server is started, and the order; what is measured is splitfuse/bench's business.
+Settings after a comma are each server's own (README.md). Writes results as `splitfuse bench run` does, a file for each
+engine, and report.html of all. Decides how a server is started, and the order; what is measured is splitfuse/bench's
+business.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,11 +25,12 @@ import urllib.request
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from benchmarks.peers.contender import Contender
+from benchmarks.peers.contender import SERVED, Contender
 from benchmarks.peers.drive_llama_server import DEFAULTS as LLAMA_DEFAULTS
-from benchmarks.peers.install import llama_cpp_program, vllm_python
-from benchmarks.peers.processes import ProcessGroup
+from benchmarks.peers.install import llama_cpp_program, peer_python
+from benchmarks.peers.processes import ProcessGroup, end_in_order_when_told
 from splitfuse.bench.endpoint import Endpoint
 from splitfuse.bench.measure import Loads, measure
 from splitfuse.bench.report import write_report
@@ -36,6 +40,7 @@ from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.runtime.machine import about_here
 
 HOST = "127.0.0.1"
+COMMAND = shlex.join(["python", "-m", "benchmarks.peers.serving", *sys.argv[1:]])
 VOCAB_SIZE = 32_000  # of the shapes in benchmarks/models.py
 START_SECONDS = 600.0
 END_SECONDS = 30.0
@@ -58,9 +63,13 @@ def main() -> None:
     parser.add_argument("--prompt-speed", type=float, default=512.0, help="tokens a second that first tokens promise")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    contenders = [Contender.parse(text) for text in arguments.contenders]
+    try:
+        contenders = [Contender.parse(text, SERVED) for text in arguments.contenders]
+    except ValueError as error:
+        parser.error(str(error))
     clients = tuple(int(count) for count in arguments.clients.split(","))
     arguments.out.mkdir(parents=True, exist_ok=True)
+    end_in_order_when_told()
     with ExitStack() as stack:
         servers = []
         for contender in contenders:
@@ -95,8 +104,9 @@ class Server:
         self._model = contender.model(model, peers)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
         began = time.perf_counter()
+        self._command = self._compose(peers)
         self._process = subprocess.Popen(
-            self._command(peers),
+            self._command,
             env=contender.environment(peers, len(os.sched_getaffinity(0))),
             stdout=self._log,
             stderr=self._log,
@@ -105,23 +115,24 @@ class Server:
         )
         self._group = ProcessGroup(self._process)
         try:
-            self._wait_until_ready()
+            facts = self._wait_until_ready()
         except BaseException:
             self.end()
             raise
-        self.start_seconds = time.perf_counter() - began
-        print(f"{contender.label}: ready after {self.start_seconds:.1f} s", file=sys.stderr, flush=True)
+        start_seconds = time.perf_counter() - began
+        print(f"{contender.label}: ready after {start_seconds:.1f} s", file=sys.stderr, flush=True)
+        self._about = {"server": shlex.join(self._command), "startup_seconds": start_seconds, "given": facts or None}
 
-    def _command(self, peers: Path) -> list[str]:
-        settings = self.contender.settings.items()
-        flags = [f"--{n.replace('_', '-')}={value}" for n, value in settings if n not in ("checkpoint", "type")]
+    def _compose(self, peers: Path) -> list[str]:
+        threads = len(os.sched_getaffinity(0))
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.contender.options.items()]
         address = [f"--host={HOST}", f"--port={self._port}"]
         match self.contender.kind:
             case "splitfuse":
                 command = [sys.executable, "-m", "splitfuse.cli", "serve", str(self._model)]
                 return [*command, "--no-enable-prefix-caching", f"--name=serving-{self._port}", *address, *flags]
             case "vllm":
-                command = [str(vllm_python(peers)), "-m", "vllm.entrypoints.openai.api_server"]
+                command = [str(peer_python(peers, "vllm")), "-m", "vllm.entrypoints.openai.api_server"]
                 command += [
                     f"--model={self._model}",
                     "--dtype=bfloat16",
@@ -130,10 +141,15 @@ class Server:
                 ]
                 return [*command, "--served-model-name=model", *address, *flags]
             case "llama-server":
-                options = {**LLAMA_DEFAULTS, "threads": len(os.sched_getaffinity(0))}
-                command = [str(llama_cpp_program(peers, "llama-server")), f"--model={self._model}", "--no-webui"]
-                command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-                return [*command, *(text for flag in (*address, *flags) for text in flag.split("=", 1))]
+                options = {**LLAMA_DEFAULTS, "threads": threads}
+                options |= {"host": HOST, "port": self._port, **self.contender.options}
+                command = [str(llama_cpp_program(peers, "llama-server")), "--model", str(self._model), "--no-webui"]
+                return [*command, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+            case "openvino" | "transformers":
+                arguments = {"model": str(self._model), "settings": self.contender.options, "threads": threads}
+                arguments |= {"host": HOST, "port": self._port}
+                python = str(peer_python(peers, self.contender.kind))
+                return [python, "-m", f"benchmarks.peers.serve_{self.contender.kind}", json.dumps(arguments)]
         raise ValueError(f"{self.contender.kind} has no server")
 
     def drive(self, loads: Loads, lengths: Lengths, seed: int, repetition: int) -> None:
@@ -154,7 +170,7 @@ class Server:
                 lambda asked: Independent(replace(lengths, room=asked.room), asked.vocabulary, seed=seed),
                 loads,
                 system=self.contender.label,
-                about={**about_here(), "startup_seconds": self.start_seconds},
+                about={**about_here(), "command": COMMAND, **self._about},
             )
         )
         self.pause()
@@ -192,13 +208,14 @@ class Server:
             flush=True,
         )
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self) -> dict[str, Any]:
+        """What the server says of itself, if completions_server.py is its front."""
         deadline = time.monotonic() + START_SECONDS
         path = "/ready" if self.contender.kind == "splitfuse" else "/health"
         while time.monotonic() < deadline and self._process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{self._port}{path}", timeout=5) as answer:
                 if answer.status == 200:
-                    return
+                    return dict(json.load(answer)) if self.contender.kind in ("openvino", "transformers") else {}
             time.sleep(0.2)
         self._log.seek(0)
         raise RuntimeError(f"{self.contender.label} did not start:\n{self._log.read()[-LOG_CHARACTERS:]}")
