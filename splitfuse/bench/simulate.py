@@ -192,7 +192,8 @@ class Replica:
                 seed=0,
                 targets=targets,
                 arrived=loop.time(),
-            )
+            ),
+            loop.time(),
         )
         tokens = len(request.prompt) + request.max_tokens
         self._outstanding_tokens += tokens

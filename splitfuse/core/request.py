@@ -6,7 +6,8 @@ import enum
 import math
 from dataclasses import dataclass, field
 
-from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
+from splitfuse.core.account import Account, Spent
+from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 
@@ -49,6 +50,7 @@ class Request:
     cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
     targets: Targets = NO_TARGETS
     arrived: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
+    sent: float | None = None  # when whoever took it in gave it to the engine
 
     arrival: int = -1  # order of acceptance, given by the scheduler
     status: RequestStatus = RequestStatus.WAITING
@@ -63,14 +65,17 @@ class Request:
     num_unread: int = 0  # tokens being chosen by plans in flight
     num_plans_in_flight: int = 0
     preempt_on_return: bool = False
-    num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     known_to_runner: bool = False
     due: float = math.inf  # when its next token must be there; infinity: nothing was promised
     is_late: bool = False  # a promise was broken
+    num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
+    account: Account = field(default_factory=Account)
+
     def __post_init__(self) -> None:
+        self.account.name = self.request_id
         self.due = self.targets.due(arrived=self.arrived)
 
     @property
@@ -119,6 +124,16 @@ class Request:
         """Whether all that was promised was kept so far; None if nothing was."""
         return not self.is_late if self.has_promise else None
 
+    def note_preemption(self) -> None:
+        """Its blocks are about to be taken."""
+        self.account.num_preemptions += 1
+        self.account.known_until = 0
+        self.num_lost = max(self.num_lost, self.num_computed)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.account.num_preemptions
+
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
@@ -130,6 +145,12 @@ class Request:
         output_part = self.output_token_ids[first : max(end - self.num_prompt, 0)]
         missing = end - start - len(prompt_part) - len(output_part)
         return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
+
+    def introduction(self) -> NewRequest:
+        """What the runner hears of it first."""
+        return NewRequest(
+            self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
+        )
 
 
 @dataclass(frozen=True)
@@ -144,3 +165,4 @@ class RequestOutput:
     error: str | None = None
     num_cached_tokens: int = 0
     on_time: bool | None = None  # so far; None: nothing was promised
+    spent: Spent | None = None  # with the last

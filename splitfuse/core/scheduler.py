@@ -22,13 +22,15 @@ from bisect import insort
 from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.account import Ledger, Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.order import ByArrival, Rule
-from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
+from splitfuse.core.standing import Standing
 from splitfuse.errors import InvalidRequestError
 
 by_arrival = attrgetter("arrival")
@@ -50,6 +52,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # both in order of arrival
         self._running: list[Request] = []
         self._retired: list[str] = []
+        self._ledger = Ledger()
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
@@ -73,7 +76,7 @@ class Scheduler:
         """The request of that id, while it is unfinished or in flight."""
         return self._requests.get(request_id)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float = 0.0) -> None:
         """Accept a request: from here on it will finish.
 
         Raises RequestTooLargeError if it could not fit the cache even alone, InvalidRequestError if its id is taken.
@@ -88,6 +91,7 @@ class Scheduler:
         self._num_arrivals += 1
         self._requests[request.request_id] = request
         self._waiting.append(request)
+        self._ledger.open(request.account, sent=now if request.sent is None else request.sent, now=now)
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
@@ -96,12 +100,14 @@ class Scheduler:
         plan = self._finalize(draft)
         if plan is not None:
             self._began[plan.step] = now
+            self._account(draft, plan, now)
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[RequestOutput]:
         """Take in what a plan gave: who advanced, who finished. Plans come back in the order they were scheduled."""
         self._num_updates += 1
         assert plan.step == self._num_updates, "plans must come back in the order they were scheduled"
+        self._ledger.end(now)
         began, self._last_update = max(self._began.pop(plan.step), self._last_update), now
         if self._rule.forecast is not None:
             self._rule.forecast.observe(features(plan), now - began)
@@ -118,21 +124,30 @@ class Scheduler:
                 self._settle(request)
         return outputs
 
-    def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
-        """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given.
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        *,
+        num_tokens: int | None = None,
+        now: float = 0.0,
+        ended: float | None = None,
+    ) -> Spent | None:
+        """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given; where its
+        time went until `ended`, when it was given up, or until now.
 
-        Its blocks come back at once, or with the last of its plans in flight. False if there is no such request, or no
+        Its blocks come back at once, or with the last of its plans in flight. None if there is no such request, or no
         longer.
         """
         request = self._requests.get(request_id)
         if request is None or request.is_finished:
-            return False
+            return None
         if num_tokens is not None:
             del request.output_token_ids[num_tokens:]
         self._finish(request, reason)
         if request.num_plans_in_flight == 0:
             self._settle(request)
-        return True
+        return self._ledger.close(request.account, now, ended)
 
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests; costs as much as the cache is large."""
@@ -262,8 +277,8 @@ class Scheduler:
         if victim.num_plans_in_flight:
             victim.preempt_on_return = True
             return False
-        self._stop(victim)
         self._count_preemption(victim)
+        self._stop(victim)
         return True
 
     def _finalize(self, draft: Draft) -> StepPlan | None:
@@ -275,10 +290,16 @@ class Scheduler:
             if not request.known_to_runner:
                 request.known_to_runner = True
                 request.num_cached_tokens = chunks[-1].start
-                new_requests.append(_introduce(request))
+                new_requests.append(request.introduction())
         retired, self._retired = tuple(self._retired), []
         self._num_steps += 1
         return StepPlan(self._num_steps, self._budget, tuple(chunks), tuple(new_requests), retired)
+
+    def _account(self, draft: Draft, plan: StepPlan, now: float) -> None:
+        seats, forecast = self._max_num_seqs - len(self._running), self._rule.forecast
+        cost = None if forecast is None else forecast.cost
+        standing = Standing(draft, seats=seats, blocks=self._allocator.num_available, cost=cost, now=now)
+        self._ledger.begin(standing.scene(plan, self._running, self._waiting), now)
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         """The next `count` tokens of a request as a chunk, which is in flight from here on."""
@@ -304,7 +325,8 @@ class Scheduler:
         """Move a request's counter on by one chunk and append the token it chose."""
         if result.error is not None:
             self._finish(request, FinishReason.ERROR)
-            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
+            spent = self._ledger.close(request.account, now)
+            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error, spent=spent)
         request.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens: tuple[int, ...] = ()
@@ -330,6 +352,7 @@ class Scheduler:
             request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,
             on_time=request.on_time,
+            spent=self._ledger.close(request.account, now) if request.is_finished else None,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -348,23 +371,12 @@ class Scheduler:
         elif request.preempt_on_return and request is self._running[0]:
             request.preempt_on_return = False  # whoever wanted its blocks has ended: now it is the oldest
         elif request.preempt_on_return:
-            self._stop(request)
             self._count_preemption(request)
+            self._stop(request)
 
     def _count_preemption(self, request: Request) -> None:
-        request.num_preemptions += 1
+        request.note_preemption()
         self.num_preemptions += 1
-
-
-def _introduce(request: Request) -> NewRequest:
-    return NewRequest(
-        request.request_id,
-        request.prompt_token_ids,
-        request.params,
-        request.eos_token_ids,
-        request.seed,
-        request.choice,
-    )
 
 
 def _reason_to_finish(request: Request) -> FinishReason | None:

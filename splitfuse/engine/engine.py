@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.account import Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel
 from splitfuse.core.forecast import Forecast
@@ -101,10 +102,11 @@ class Engine:
         cache_salt: str = "",
         targets: Targets | None = None,
         arrived: float | None = None,
+        sent: float | None = None,
     ) -> None:
         """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
         call. Left out, `targets` are those of the settings; they count from `arrived`, on the monotonic clock, or from
-        now.
+        now. `sent` is when it was, on the same clock, if that is longer ago than now.
 
         Raises InvalidRequestError, and nothing is changed, if the request cannot be honoured.
         """
@@ -113,6 +115,7 @@ class Engine:
             targets = Targets.promised(self.config.scheduler, len(prompt_token_ids))
         elif targets != NO_TARGETS and not self.keeps_promises:
             raise InvalidRequestError("this engine keeps no promises: give it ttft or itl", parameter="targets")
+        now = time.monotonic()
         self.scheduler.add(
             Request(
                 request_id,
@@ -124,8 +127,10 @@ class Engine:
                 choice=choice,
                 cache_salt=cache_salt,
                 targets=targets,
-                arrived=time.monotonic() if arrived is None else arrived,
-            )
+                arrived=now if arrived is None else arrived,
+                sent=sent,
+            ),
+            now,
         )
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -152,9 +157,13 @@ class Engine:
             raise
         return self.scheduler.update(plan, result, time.monotonic())
 
-    def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
-        """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""
-        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens)
+    def finish(
+        self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None, ended: float | None = None
+    ) -> Spent | None:
+        """End a request, keeping its first `num_tokens` generated tokens; where its time went until `ended`, on the
+        monotonic clock, or until now. None if it has ended already.
+        """
+        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=time.monotonic(), ended=ended)
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether a request of that id is waiting or running."""
@@ -163,4 +172,4 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request that nobody waits for any more."""
-        return self.finish(request_id, FinishReason.ABORT)
+        return self.finish(request_id, FinishReason.ABORT) is not None

@@ -81,14 +81,18 @@ class EngineLoop:
                             cache_salt=command.terms.cache_salt,
                             targets=command.terms.targets,
                             arrived=command.terms.arrived,
+                            sent=command.sent,
                         )
                     except InvalidRequestError as error:
                         outputs.append(
                             RequestOutput(command.request_id, finish_reason=FinishReason.ERROR, error=str(error))
                         )
                 case Finish():
-                    if self._engine.finish(command.request_id, command.reason, num_tokens=command.num_tokens):
-                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason))
+                    spent = self._engine.finish(
+                        command.request_id, command.reason, num_tokens=command.num_tokens, ended=command.ended
+                    )
+                    if spent is not None:
+                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason, spent=spent))
                 case Stop():
                     self._stopped = True
         return outputs
