@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from splitfuse.core.account import Part
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.protocol import ChatRequest, CompletionRequest
 from splitfuse.text.serving import ServedGeneration
@@ -43,7 +44,7 @@ class Usage(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds from the request's arrival. `queued`: until the first pass for it was done; `first_token`: of any choice;
     `gaps`: between a token and the next of its choice, all choices after each other; `passes`: that gave it something;
-    `on_time`: whether all choices were as promised.
+    `on_time`: whether all choices were as promised; `parts`: where the time went until this was written (see Part).
     """
 
     queued: float | None
@@ -52,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True):
     passes: int
     cached_tokens: int
     on_time: bool | None
+    parts: dict[Part, float]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):

@@ -83,11 +83,9 @@ class Exchange:
     def turn(self, part: Part) -> None:
         """From now on its time goes into `part`. What has passed counts for the one before, unless an engine had it."""
         now = time.monotonic()
-        end = min(now, self.handed_over)
-        since = self._since if self._since < self.handed_over else max(self._since, self.left)
-        if since < self.handed_over or end < now:
-            end = end if since < self.handed_over else now
-            self.parts[self._doing] = self.parts.get(self._doing, 0.0) + max(end - since, 0.0)
+        since = self._since if self.handed_over == math.inf else max(self._since, self.left)
+        if now > since:
+            self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - since
         self._doing, self._since = part, now
 
     def hand_over(self) -> None:

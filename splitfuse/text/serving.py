@@ -59,7 +59,9 @@ class ServedGeneration(Generation):
     @property
     def left(self) -> float:
         """When nothing more was to come of the engine, or was wanted; infinity until then."""
-        return math.inf if self.stream is None else self.stream.left
+        if self.stream is not None:
+            return self.stream.left
+        return math.inf if self.timings.finished is None else self.timings.finished
 
     def push(self, output: RequestOutput) -> None:
         """As Generation.push: an output is a pass that computed a part of the request."""
