@@ -161,9 +161,17 @@ def test_every_part_has_its_words() -> None:
     assert list(MEANINGS) == list(Part)
     shown = drawn(
         {
-            **{"request_id": "r", "route": "/x", "status": 200, "finish_reasons": [], "on_time": False},
-            **{"prompt_tokens": 5, "cached_tokens": 0, "generated_tokens": 0, "preemptions": 0},
-            **{"seconds": 2.0, "parts": dict.fromkeys(map(str, Part), 2.0 / len(Part))},
+            "request_id": "r",
+            "route": "/x",
+            "status": 200,
+            "finish_reasons": [],
+            "on_time": False,
+            "prompt_tokens": 5,
+            "cached_tokens": 0,
+            "generated_tokens": 0,
+            "preemptions": 0,
+            "seconds": 2.0,
+            "parts": dict.fromkeys(map(str, Part), 2.0 / len(Part)),
             "beside": [{"id": "other", "tokens": 7}],
         }
     )
