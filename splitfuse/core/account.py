@@ -91,9 +91,7 @@ class Spent:
 
 
 class Account:
-    """One request's. `planned` is its state in the newest pass that was composed; up to position `known_until` of its
-    tokens nothing about that has to be looked at again.
-    """
+    """One request's. `planned` is its state in the newest pass that was composed."""
 
     __slots__ = (
         "_at_between",
@@ -103,7 +101,6 @@ class Account:
         "_part",
         "_weight",
         "beside",
-        "known_until",
         "name",
         "num_preemptions",
         "opened",
@@ -114,7 +111,6 @@ class Account:
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.planned = Part.JOINING
-        self.known_until: float = 0
         self.opened: float = 0
         self.parts: dict[Part, float] = {}
         self.beside: dict[str, int] = {}

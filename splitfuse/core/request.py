@@ -127,7 +127,6 @@ class Request:
     def note_preemption(self) -> None:
         """Its blocks are about to be taken."""
         self.account.num_preemptions += 1
-        self.account.known_until = 0
         self.num_lost = max(self.num_lost, self.num_computed)
 
     @property

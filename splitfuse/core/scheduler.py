@@ -53,6 +53,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._retired: list[str] = []
         self._ledger = Ledger()
+        self._standing = Standing(self._rule.forecast and self._rule.forecast.cost, max_num_seqs=self._max_num_seqs)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
@@ -100,7 +101,15 @@ class Scheduler:
         plan = self._finalize(draft)
         if plan is not None:
             self._began[plan.step] = now
-            self._account(draft, plan, now)
+            scene = self._standing.scene(
+                plan,
+                draft,
+                running=self._running,
+                waiting=self._waiting,
+                num_blocks=self._allocator.num_available,
+                now=now,
+            )
+            self._ledger.begin(scene, now)
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[RequestOutput]:
@@ -295,12 +304,6 @@ class Scheduler:
         self._num_steps += 1
         return StepPlan(self._num_steps, self._budget, tuple(chunks), tuple(new_requests), retired)
 
-    def _account(self, draft: Draft, plan: StepPlan, now: float) -> None:
-        seats, forecast = self._max_num_seqs - len(self._running), self._rule.forecast
-        cost = None if forecast is None else forecast.cost
-        standing = Standing(draft, seats=seats, blocks=self._allocator.num_available, cost=cost, now=now)
-        self._ledger.begin(standing.scene(plan, self._running, self._waiting), now)
-
     def _chunk(self, request: Request, count: int) -> Chunk:
         """The next `count` tokens of a request as a chunk, which is in flight from here on."""
         start, end = request.num_scheduled, request.num_scheduled + count
@@ -376,6 +379,7 @@ class Scheduler:
 
     def _count_preemption(self, request: Request) -> None:
         request.note_preemption()
+        self._standing.forget(request)
         self.num_preemptions += 1
 
 

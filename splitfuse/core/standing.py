@@ -1,6 +1,7 @@
 """Where every request stands in a pass that has been composed: computed, left out or waiting, and why.
 
-It looks at what came out, and decides nothing. Only who stands otherwise than in the pass before is told of.
+It looks at what came out, and decides nothing. Only who stands otherwise than in the pass before is told of; streams
+that go on are not even looked at.
 """
 
 from __future__ import annotations
@@ -15,85 +16,103 @@ from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request
 
 STRETCH = 64
-"""Tokens after which what a stream's token costs is looked at again."""
+"""Passes after which it is looked at again what the tokens of streams cost."""
 
 
 class Standing:
-    """The scene of one pass. `seats` and `blocks` are what is left of them, `cost` what passes are predicted by."""
+    """From pass to pass, of one scheduler. `cost` is what passes are predicted by; without one, by their tokens."""
 
-    def __init__(self, draft: Draft, *, seats: int, blocks: int, cost: CostModel | None, now: float) -> None:
-        self._draft = draft
-        self._seats, self._blocks = seats, blocks
+    def __init__(self, cost: CostModel | None, *, max_num_seqs: int) -> None:
         self._cost = cost
-        self._now = now
-        self._moves: list[Move] = []
+        self._max_num_seqs = max_num_seqs
+        self._generating: set[Request] = set()  # those that did in the last pass, and some that have ended
+        self._num_scenes = 0
 
-    def scene(self, plan: StepPlan, running: Sequence[Request], waiting: Sequence[Request]) -> Scene:
-        """Of the pass that the draft has become."""
-        granted, prompts = self._draft.granted, []
-        for request, chunk in zip(granted, plan.chunks, strict=True):
-            account = request.account
-            if chunk.start < account.known_until:
-                continue
-            weight = self._alone(chunk)
-            if chunk.start < request.num_lost:
-                part = Part.RECOMPUTED
-            elif chunk.start < request.num_prompt:
-                part = Part.OWN_PROMPT
-            else:
-                part = Part.OWN_GENERATION
-                account.known_until = math.inf if self._cost is None else chunk.start + STRETCH
-            account.planned = part
-            self._moves.append(Move(account, part, weight))
+    def scene(
+        self,
+        plan: StepPlan,
+        draft: Draft,
+        *,
+        running: Sequence[Request],
+        waiting: Sequence[Request],
+        num_blocks: int,
+        now: float,
+    ) -> Scene:
+        """Of the pass that a draft has become, which leaves `num_blocks` to others."""
+        self._num_scenes += 1
+        if self._num_scenes % STRETCH == 0:
+            self._generating.clear()
+        granted, generating = draft.granted, self._generating
+        moves: list[Move] = []
+        prompts: list[tuple[str, int]] = []
+        for number, request in [(n, request) for n, request in enumerate(granted) if request not in generating]:
+            chunk = plan.chunks[number]
+            moves.append(self._computed(request, chunk))
             if len(chunk.token_ids) > 1:
                 prompts.append((request.request_id, len(chunk.token_ids)))
-        if len(granted) < len(running):
-            for request in running:
-                if request not in granted:
-                    self._move(request, self._left_out(request))
+        left_out = [r for r in running if r not in granted] if len(granted) < len(running) else []
+        is_full = draft.left <= 0 or not _takes_more(draft, (*left_out, *waiting[:1]))
+        for request in left_out:
+            self._stand(request, _left_out(request, is_full=is_full, now=now), moves)
         if waiting:
-            reason = self._reason(waiting[0], len(running))
-            newest = max(request.arrival for request in granted)
+            reason = self._reason(draft, len(running), num_blocks, is_full=is_full)
+            newest = max(request.arrival for request in granted) if reason is Part.NO_BUDGET else -1
             for request in waiting:
-                if request.num_preemptions:
-                    self._move(request, Part.PREEMPTED)
-                elif reason is Part.NO_BUDGET and request.arrival < newest:
-                    self._move(request, Part.BEHIND)
-                else:
-                    self._move(request, reason)
-        whole = sum(granted.values()) if self._cost is None else self._cost.seconds(self._draft.features)
-        return Scene(self._moves, prompts, whole or 1)
+                is_behind = request.arrival < newest  # of those that were granted something
+                self._stand(
+                    request, Part.PREEMPTED if request.num_preemptions else Part.BEHIND if is_behind else reason, moves
+                )
+        whole = sum(granted.values()) if self._cost is None else self._cost.seconds(draft.features)
+        return Scene(moves, prompts, whole or 1)
 
-    def _move(self, request: Request, part: Part) -> None:
+    def forget(self, request: Request) -> None:
+        """It is to be looked at again: it has lost its blocks."""
+        self._generating.discard(request)
+
+    def _computed(self, request: Request, chunk: Chunk) -> Move:
+        count = len(chunk.token_ids)
+        weight: float = count
+        if self._cost is not None:  # what the pass would take with this chunk alone
+            weight = self._cost.seconds(Features().plus(start=chunk.start, count=count, rows=1))
+        part = Part.OWN_GENERATION
+        if chunk.start < request.num_lost:
+            part = Part.RECOMPUTED
+        elif chunk.start < request.num_prompt:
+            part = Part.OWN_PROMPT
+        else:
+            self._generating.add(request)
+        request.account.planned = part
+        return Move(request.account, part, weight)
+
+    def _stand(self, request: Request, part: Part, moves: list[Move]) -> None:
         account = request.account
         if account.planned is not part:
-            account.planned, account.known_until = part, 0
-            self._moves.append(Move(account, part))
+            account.planned = part
+            moves.append(Move(account, part))
+            self._generating.discard(request)
 
-    def _alone(self, chunk: Chunk) -> float:
-        """What the pass would cost with this chunk alone."""
-        count = len(chunk.token_ids)
-        if self._cost is None:
-            return count
-        return self._cost.seconds(Features().plus(start=chunk.start, count=count, rows=1))
-
-    def _left_out(self, request: Request) -> Part:
-        """Why one that runs is not in the pass."""
-        if request.preempt_on_return:
-            return Part.PREEMPTED
-        if not request.num_wanted:  # the pass in flight brings its last token
-            return request.account.planned
-        is_ahead = self._now < request.due < math.inf and not request.is_late
-        if request.num_wanted == 1 and request.output_token_ids and is_ahead:
-            return Part.PACED
-        return Part.LEFT_OUT_NO_BLOCKS if self._draft.takes(request) else Part.LEFT_OUT
-
-    def _reason(self, first: Request, num_running: int) -> Part:
-        """Why those wait that were not begun; `first` is the one before all of them."""
-        if self._seats <= 0:
+    def _reason(self, draft: Draft, num_running: int, num_blocks: int, *, is_full: bool) -> Part:
+        """Why those wait that were not begun."""
+        if num_running >= self._max_num_seqs:
             return Part.NO_SEAT
-        if self._blocks <= num_running:
+        if num_blocks <= num_running or not is_full:
             return Part.NO_BLOCKS
-        if self._draft.left <= 0:
-            return Part.NO_BUDGET
-        return Part.NO_BLOCKS if self._draft.takes(first) else Part.BEHIND
+        return Part.NO_BUDGET if draft.left <= 0 else Part.BEHIND
+
+
+def _takes_more(draft: Draft, others: Sequence[Request]) -> bool:
+    """Whether the pass has tokens and time for one more of those that are not in it."""
+    wanting = next((request for request in others if request.num_wanted), None)
+    return wanting is not None and draft.takes(wanting) > 0
+
+
+def _left_out(request: Request, *, is_full: bool, now: float) -> Part:
+    """Why one that runs is not in the pass."""
+    if request.preempt_on_return:
+        return Part.PREEMPTED
+    if not request.num_wanted:  # the pass in flight brings its last token
+        return request.account.planned
+    is_ahead = now < request.due < math.inf and not request.is_late
+    if request.num_wanted == 1 and request.output_token_ids and is_ahead:
+        return Part.PACED
+    return Part.LEFT_OUT if is_full else Part.LEFT_OUT_NO_BLOCKS
