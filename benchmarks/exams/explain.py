@@ -32,7 +32,7 @@ from stories import make_story
 from splitfuse.core.account import Part
 from splitfuse.server.explain import MEANINGS
 
-TIGHT = ["--num-blocks", "100", "--block-size", "16", "--max-num-batched-tokens", "128"]
+TIGHT = ["--num-blocks", "72", "--max-num-batched-tokens", "128"]
 GOAL = 0.01
 RECEIVED = 4096  # bytes that the system keeps for a slow reader
 

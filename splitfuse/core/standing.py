@@ -53,15 +53,20 @@ class Standing:
         left_out = [r for r in running if r not in granted] if len(granted) < len(running) else []
         is_full = draft.left <= 0 or not _takes_more(draft, (*left_out, *waiting[:1]))
         for request in left_out:
-            self._stand(request, _left_out(request, is_full=is_full, now=now), moves)
+            part = _left_out(request, is_full=is_full, now=now)
+            if request.account.planned is not part:
+                self._stand(request, part, moves)
         if waiting:
             reason = self._reason(draft, len(running), num_blocks, is_full=is_full)
             newest = max(request.arrival for request in granted) if reason is Part.NO_BUDGET else -1
             for request in waiting:
-                is_behind = request.arrival < newest  # of those that were granted something
-                self._stand(
-                    request, Part.PREEMPTED if request.num_preemptions else Part.BEHIND if is_behind else reason, moves
-                )
+                account, part = request.account, reason
+                if account.num_preemptions:
+                    part = Part.PREEMPTED
+                elif request.arrival < newest:  # of those that were granted something
+                    part = Part.BEHIND
+                if account.planned is not part:
+                    self._stand(request, part, moves)
         whole = sum(granted.values()) if self._cost is None else self._cost.seconds(draft.features)
         return Scene(moves, prompts, whole or 1)
 
@@ -85,11 +90,9 @@ class Standing:
         return Move(request.account, part, weight)
 
     def _stand(self, request: Request, part: Part, moves: list[Move]) -> None:
-        account = request.account
-        if account.planned is not part:
-            account.planned = part
-            moves.append(Move(account, part))
-            self._generating.discard(request)
+        request.account.planned = part
+        moves.append(Move(request.account, part))
+        self._generating.discard(request)
 
     def _reason(self, draft: Draft, num_running: int, num_blocks: int, *, is_full: bool) -> Part:
         """Why those wait that were not begun."""

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 from running_server import RunningServer, running_server
-from test_promises import PATIENT, SETTINGS
 
 from splitfuse import cli
 from splitfuse.cli.explain import drawn
@@ -24,6 +23,8 @@ from splitfuse.server.explain import MEANINGS
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "Anna has", "max_tokens": 20, "ignore_eos": True}
+PATIENT = {"ttft": 1000, "itl": 1000}
+SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
 LONG = "Anna keeps a goose. " * 150
 
 
