@@ -68,10 +68,15 @@ class Course:
         last = exchange.last
         if last is None or last.stream is None or last.sent is None:
             return None
+        front = dict(exchange.parts)
+        detokenizing = min(last.detokenizing, front.get(Part.FROM_ENGINE, 0.0))  # while it waited for the text
+        if detokenizing:
+            front[Part.FROM_ENGINE] -= detokenizing
+            front[Part.DETOKENIZING] = front.get(Part.DETOKENIZING, 0.0) + detokenizing
         return cls(
             unique_id=exchange.unique_id,
             key=exchange.key,
-            front=dict(exchange.parts),
+            front=front,
             handed_over=exchange.handed_over,
             sent=last.sent,
             left=last.left,

@@ -246,6 +246,7 @@ async def _timing_with_parts(exchange: Exchange) -> Timing:
     """
     if exchange.last is not None and exchange.last.stream is not None:
         await asyncio.shield(exchange.last.stream.spent)
+    exchange.turn(Part.FROM_ENGINE)
     course = Course.of(exchange)
     return timing_of(exchange, {} if course is None else course.parts())
 
