@@ -154,11 +154,7 @@ async def _detokenize(server: Server, exchange: Exchange) -> None:
 
 async def _explain(server: Server, exchange: Exchange) -> None:
     wanted: str = exchange.scope["path_params"]["request"]
-    course = server.explanations.find(wanted, key=exchange.key)
-    if course is None:
-        raise RefusedError(404, server.explanations.unknown(wanted), code="request_not_found")
-    await asyncio.shield(course.spent)
-    await exchange.answer(Explanation.of(course))
+    await exchange.answer(Explanation.of(await server.explanations.find(wanted, key=exchange.key)))
 
 
 async def _openapi(server: Server, exchange: Exchange) -> None:
@@ -260,8 +256,7 @@ class _Edge:
         record = record_of(exchange, route=route, status=status, error=error)
         server.metrics.request_ended(record)
         course = Course.of(exchange, record)
-        if course is not None:
-            server.explanations.add(course)
+        server.explanations.end(exchange, course)
         write = functools.partial(server.log.write, prompt=exchange.prompt, text=exchange.text)
         if course is None or record.on_time is not False:
             write(record)

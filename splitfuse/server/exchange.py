@@ -49,7 +49,8 @@ class Exchange:
         self.parts: dict[Part, float] = {}
         """Where its time went in this process: while no engine had it, see `turn`."""
         self.handed_over = math.inf  # when the engine's time began
-        self._doing, self._since = Part.READING, self.arrival
+        self.since = self.arrival  # the last `turn`
+        self._doing = Part.READING
         self._num_left, self._left = 0, 0.0
         self._receive = receive
         self._send = send
@@ -83,15 +84,15 @@ class Exchange:
     def turn(self, part: Part) -> None:
         """From now on its time goes into `part`. What has passed counts for the one before, unless an engine had it."""
         now = time.monotonic()
-        since = self._since if self.handed_over == math.inf else max(self._since, self.left)
+        since = self.since if self.handed_over == math.inf else max(self.since, self.left)
         if now > since:
             self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - since
-        self._doing, self._since = part, now
+        self._doing, self.since = part, now
 
     def hand_over(self) -> None:
         """To the engine: its own account says where the time goes until all choices are back."""
         self.turn(Part.FROM_ENGINE)
-        self.handed_over = self._since
+        self.handed_over = self.since
 
     # The body --------------------------------------------------------------------------------------------------------
 

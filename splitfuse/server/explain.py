@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
 from splitfuse.core.account import Part, Spent
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.exchange import Exchange
 from splitfuse.server.request_log import RequestRecord
 
@@ -20,6 +22,8 @@ KEPT = 1024
 """Requests that have ended, and can be asked about."""
 BIGGEST = 3
 """Parts that a sentence names."""
+PATIENCE = 0.5
+"""Seconds that a question waits for the end of a request that runs."""
 
 MEANINGS = {
     Part.READING: "reading the request",
@@ -154,29 +158,53 @@ class Explanations:
     def __init__(self, most: int = KEPT) -> None:
         self._most = most
         self._courses: OrderedDict[str, Course] = OrderedDict()  # by our own id, the oldest first
-        self._named: dict[str, str] = {}  # by the client's: ours of its newest
+        self._running: dict[str, asyncio.Event] = {}  # which have not ended
+        self._named: dict[str, str] = {}  # by the client's id: ours of its newest
 
-    def add(self, course: Course) -> None:
-        """One with its record has ended; if there are too many, the oldest is forgotten."""
-        assert course.record is not None
-        self._courses[course.unique_id] = course
-        self._named[course.record.request_id] = course.unique_id
+    def begin(self, exchange: Exchange) -> None:
+        """A request goes to an engine."""
+        self._running[exchange.unique_id] = asyncio.Event()
+        self._named[exchange.request_id] = exchange.unique_id
+
+    def end(self, exchange: Exchange, course: Course | None) -> None:
+        """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
+        forgotten.
+        """
+        ended = self._running.pop(exchange.unique_id, None)
+        if ended is None:
+            return
+        ended.set()
+        if course is None:
+            self._forget_name(exchange.request_id, exchange.unique_id)
+            return
+        self._courses[exchange.unique_id] = course
         if len(self._courses) > self._most:
             unique_id, oldest = self._courses.popitem(last=False)
-            if oldest.record is not None and self._named.get(oldest.record.request_id) == unique_id:
-                del self._named[oldest.record.request_id]
+            assert oldest.record is not None
+            self._forget_name(oldest.record.request_id, unique_id)
 
-    def find(self, wanted: str, *, key: str | None) -> Course | None:
-        """By the X-Request-Id or an answer's id. With keys, everybody is told of their own requests only."""
-        course = self._courses.get(self._named.get(wanted, _plain(wanted)))
-        return course if course is not None and course.key == key else None
+    async def find(self, wanted: str, *, key: str | None) -> Course:
+        """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told of
+        their own requests only. Raises RefusedError (404).
+        """
+        unique_id = self._named.get(wanted, _plain(wanted))
+        if (running := self._running.get(unique_id)) is not None:  # its client may have all of it already
+            with suppress(TimeoutError):
+                await asyncio.wait_for(running.wait(), PATIENCE)
+        course = self._courses.get(unique_id)
+        if course is None or course.key != key:
+            raise RefusedError(
+                404,
+                f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; ids are those "
+                "of answers, or of the header X-Request-Id",
+                code="request_not_found",
+            )
+        await asyncio.shield(course.spent)
+        return course
 
-    def unknown(self, wanted: str) -> str:
-        """What to say of an id that is not found."""
-        return (
-            f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; ids are those of "
-            "answers, or of the header X-Request-Id"
-        )
+    def _forget_name(self, name: str, unique_id: str) -> None:
+        if self._named.get(name) == unique_id:
+            del self._named[name]
 
 
 def sentence(course: Course) -> str:

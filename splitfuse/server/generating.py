@@ -175,6 +175,7 @@ async def _generate(
         made = server.service.off_loop if is_large else _at_once
         each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
         terms = Terms(exchange.cache_salt, request.targets, exchange.arrival)
+        server.explanations.begin(exchange)
         exchange.hand_over()
         pieces = server.service.run(exchange.generations, terms=terms, each_token=each_token)
         async with aclosing(pieces):
@@ -252,13 +253,13 @@ async def _timing_with_parts(exchange: Exchange) -> Timing:
 
 
 def record_of(exchange: Exchange, *, route: str, status: int, error: Exception | None) -> RequestRecord:
-    """How a request went, when it has ended."""
+    """How a request went, when it has ended, which was at its last `turn`."""
     usage, timing = usage_of(exchange), timing_of(exchange)
     return RequestRecord(
         request_id=exchange.request_id,
         route=route,
         status=status,
-        total_seconds=time.monotonic() - exchange.arrival,
+        total_seconds=exchange.since - exchange.arrival,
         key=exchange.key,
         prompt_tokens=usage.prompt_tokens,
         generated_tokens=usage.completion_tokens,
