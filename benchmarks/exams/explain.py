@@ -163,7 +163,7 @@ async def _client(address: tuple[str, int], queue: Iterator[Asked], seconds: dic
             await asyncio.sleep(Random(asked.name).uniform(0.05, 1.0))
         elif asked.kind == "slow reader":
             while await reader.read(RECEIVED):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.05)
         else:
             while await reader.read(2**16):
                 pass

@@ -184,8 +184,8 @@ class Explanations:
             self._forget_name(oldest.record.request_id, unique_id)
 
     async def find(self, wanted: str, *, key: str | None) -> Course:
-        """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told of
-        their own requests only. Raises RefusedError (404).
+        """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told
+        of their own requests only. Raises RefusedError (404).
         """
         unique_id = self._named.get(wanted, _plain(wanted))
         if (running := self._running.get(unique_id)) is not None:  # its client may have all of it already
