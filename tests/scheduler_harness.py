@@ -11,9 +11,11 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from random import Random
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.account import Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel, features
 from splitfuse.core.forecast import Forecast
@@ -103,10 +105,15 @@ class Run:
     budget: int
     max_num_seqs: int
     rule: Rule | None = None
-    now: float = 0.0
+    now: float | Fraction = 0.0
+    ticks: Random | None = None
+    """Moves the clock on before every call, by exact fractions."""
     in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
+    spent: dict[str, Spent] = field(default_factory=dict)
+    began: list[float | Fraction] = field(default_factory=list)  # when each plan was made
+    ended: list[float | Fraction] = field(default_factory=list)  # when it was back
 
     @classmethod
     def make(
@@ -127,6 +134,7 @@ class Run:
         return cls(scheduler, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs, rule)
 
     def add(self, request: Request) -> None:
+        self._tick()
         request.arrived = self.now
         request.due = request.targets.due(arrived=self.now, num_prompt=request.num_prompt)
         self.scheduler.add(request, self.now)
@@ -134,7 +142,9 @@ class Run:
         self.scheduler.check()
 
     def finish(self, request_id: str, reason: FinishReason, num_tokens: int | None = None) -> None:
-        if self.scheduler.finish(request_id, reason, num_tokens=num_tokens):
+        self._tick()
+        if spent := self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=self.now):
+            self.spent[request_id] = spent
             outcome = self.outcomes[request_id]
             outcome.finish_reason = reason
             del outcome.tokens[num_tokens if num_tokens is not None else len(outcome.tokens) :]
@@ -151,6 +161,8 @@ class Run:
         plan, result = self.in_flight.popleft()
         if self.rule is not None and self.rule.forecast is not None:
             self.now += self.rule.forecast.cost.seconds(features(plan))
+        self._tick()
+        self.ended.append(self.now)
         outputs = self.scheduler.update(plan, result, self.now)
         if self.scheduler._waiting and not self.scheduler._running:
             assert self.scheduler._waiting[0] not in running, "the oldest request was preempted"
@@ -158,6 +170,9 @@ class Run:
         for output in outputs:
             outcome = self.outcomes[output.request_id]
             assert outcome.finish_reason is None, "an output after the end"
+            assert (output.spent is None) == (output.finish_reason is None)
+            if output.spent is not None:
+                self.spent[output.request_id] = output.spent
             outcome.tokens += output.token_ids
             outcome.prompt_logprobs += output.prompt_logprobs
             outcome.finish_reason, outcome.error = output.finish_reason, output.error
@@ -171,10 +186,15 @@ class Run:
         self.scheduler.check()
         assert self.allocator.num_held == 0
 
+    def _tick(self) -> None:
+        if self.ticks is not None:
+            self.now = self.now + Fraction(self.ticks.choice((0, 1, 2, 7, 50)), 1000)
+
     def _schedule(self) -> StepPlan | None:
         waiting, running = list(self.scheduler._waiting), list(self.scheduler._running)
         oldest = min(waiting + running, key=lambda r: r.arrival, default=None)
         oldest_wants = oldest is not None and oldest.num_wanted > 0
+        self._tick()
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
         if plan is None:
@@ -184,6 +204,7 @@ class Run:
         chosen = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
         assert len(chosen) == len(plan.chunks) <= self.max_num_seqs
         self.plans.append(plan)
+        self.began.append(self.now)
         if type(self.scheduler) is not Scheduler:
             self._check_whole(plan)
             return plan
@@ -219,9 +240,11 @@ class Workload:
 
     seed: int
 
-    def run(self, depth: int, *, policy: type[Scheduler] = Scheduler, promises: bool = False) -> Run:
+    def run(
+        self, depth: int, *, policy: type[Scheduler] = Scheduler, promises: bool = False, ticks: bool = False
+    ) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `promises`, requests have
-        targets, or some have, and the scheduler keeps them as well as it can.
+        targets, or some have, and the scheduler keeps them as well as it can. With `ticks` time passes at every call.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -244,6 +267,8 @@ class Workload:
             policy=policy,
             rule=rule,
         )
+        if ticks:
+            run.now, run.ticks = Fraction(0), Random(self.seed)
         meddled: dict[str, int] = {}
         coming = deque(requests)
         run.executor.failing = {r.request_id for r in requests if rng.random() < 0.03}

@@ -1,7 +1,7 @@
 """The command line: which commands there are. Their flags are generated from the configurations' fields.
 
 `generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py,
-`bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py.
+`explain` in explain.py, `bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typer
 import splitfuse
 from splitfuse.cli.bench import bench
 from splitfuse.cli.chat import chat
+from splitfuse.cli.explain import explain
 from splitfuse.cli.flags import SAMPLING_HELP
 from splitfuse.cli.generate import generate, plan_memory
 from splitfuse.cli.server import ps, serve, stop
@@ -31,6 +32,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(ps)
 app.command()(stop)
+app.command()(explain)
 app.command("plan-memory")(plan_memory)
 app.add_typer(bench, name="bench")
 app.command()(calibrate)

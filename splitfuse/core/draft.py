@@ -63,6 +63,11 @@ class Draft:
         self.left -= count
         self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
 
+    @property
+    def features(self) -> Features:
+        """Of all that is granted."""
+        return self._features
+
     def revoke(self, request: Request) -> None:
         self.left += self.granted.pop(request, 0)
         self._features = Features()

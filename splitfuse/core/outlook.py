@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitfuse.core.order import ByPromise
+from splitfuse.core.order import ByPromise, Rule
 from splitfuse.core.request import Request
+from splitfuse.errors import InvalidRequestError, LateError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class Room:
     def after(self, request: Request) -> Room:
         """When it has ended."""
         return Room(self.seats + 1, self.blocks + len(request.blocks), self.block_size)
+
+
+def check_on_time(
+    request: Request, rule: Rule, *, running: Sequence[Request], waiting: Sequence[Request], room: Room, now: float
+) -> None:
+    """Raise LateError unless a new request can be on time and makes nobody late, InvalidRequestError where nothing is
+    promised.
+    """
+    if not isinstance(rule, ByPromise) or not request.has_promise:
+        raise InvalidRequestError("on time or not at all needs a promise: give it targets", parameter="targets")
+    seen = outlook(request, rule=rule, running=running, waiting=waiting, room=room, now=now)
+    if not seen.is_on_time:
+        raise LateError(f"the request cannot be on time: {seen.why}", retry_after=seen.wait)
 
 
 def outlook(

@@ -6,7 +6,8 @@ import enum
 import math
 from dataclasses import dataclass, field
 
-from splitfuse.core.plan import PLACEHOLDER, TokenLogprob
+from splitfuse.core.account import Account, Spent
+from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 
@@ -61,6 +62,7 @@ class Request:
     owner: str = ""  # whose share of the machine it is
     weight: float = 1.0  # of that share
     priority: Priority = Priority.NORMAL
+    sent: float | None = None  # when whoever took it in gave it to the engine
 
     arrival: int = -1  # order of acceptance, given by the scheduler, as is
     turn: float = 0.0  # what its owner had had by then (shares.py)
@@ -76,14 +78,17 @@ class Request:
     num_unread: int = 0  # tokens being chosen by plans in flight
     num_plans_in_flight: int = 0
     preempt_on_return: bool = False
-    num_preemptions: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     known_to_runner: bool = False
     due: float = math.inf  # when its next token must be there; infinity: nothing was promised
     is_late: bool = False  # a promise was broken
+    num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
+    account: Account = field(default_factory=Account)
+
     def __post_init__(self) -> None:
+        self.account.name = self.request_id
         self.due = self.targets.due(arrived=self.arrived, num_prompt=self.num_prompt)
 
     @property
@@ -137,6 +142,23 @@ class Request:
         """Whether all that was promised was kept so far; None if nothing was."""
         return not self.is_late if self.has_promise else None
 
+    def note_preemption(self) -> None:
+        """Its blocks are about to be taken."""
+        self.account.num_preemptions += 1
+        self.num_lost = max(self.num_lost, self.num_computed)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.account.num_preemptions
+
+    @property
+    def reason_to_finish(self) -> FinishReason | None:
+        """Whether its newest token is its last. An end token within the first `min_tokens` does not count."""
+        newest, count = self.output_token_ids[-1], len(self.output_token_ids)
+        if count > self.params.min_tokens and (newest in self.eos_token_ids or newest in self.params.stop_token_ids):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if count >= self.max_tokens else None
+
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
@@ -148,6 +170,12 @@ class Request:
         output_part = self.output_token_ids[first : max(end - self.num_prompt, 0)]
         missing = end - start - len(prompt_part) - len(output_part)
         return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
+
+    def introduction(self) -> NewRequest:
+        """What the runner hears of it first."""
+        return NewRequest(
+            self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
+        )
 
 
 @dataclass(frozen=True)
@@ -163,3 +191,4 @@ class RequestOutput:
     retry_after: float | None = None  # it was not taken: seconds after which it may be, infinity for never
     num_cached_tokens: int = 0
     on_time: bool | None = None  # so far; None: nothing was promised
+    spent: Spent | None = None  # with the last

@@ -22,16 +22,18 @@ from bisect import insort
 from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.account import Ledger, Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.order import ByArrival, ByPromise, Rule
-from splitfuse.core.outlook import Room, outlook
-from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
+from splitfuse.core.order import ByArrival, Rule
+from splitfuse.core.outlook import Room, check_on_time
+from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.shares import Shares
-from splitfuse.errors import InvalidRequestError, LateError
+from splitfuse.core.standing import Standing
+from splitfuse.errors import InvalidRequestError
 
 by_arrival = attrgetter("arrival")
 
@@ -53,6 +55,9 @@ class Scheduler:
         self._running: list[Request] = []
         self._retired: list[str] = []
         self._shares = Shares()
+        self._ledger = Ledger()
+        cost = None if self._rule.forecast is None else self._rule.forecast.cost
+        self._standing = Standing(cost, max_num_seqs=self._max_num_seqs)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
@@ -89,12 +94,14 @@ class Scheduler:
             request.num_prompt, request.max_tokens, num_blocks=allocator.num_blocks, block_size=allocator.block_size
         )
         if request.on_time_only:
-            self._check_on_time(request, now)
+            room = Room(self._max_num_seqs - len(self._running), allocator.num_available, allocator.block_size)
+            check_on_time(request, self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
         request.turn = self._shares.turn(request, running=self._running, waiting=self._waiting)
         self._requests[request.request_id] = request
         self._waiting.append(request)
+        self._ledger.open(request.account, sent=now if request.sent is None else request.sent, now=now)
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
@@ -103,12 +110,22 @@ class Scheduler:
         plan = self._finalize(draft)
         if plan is not None:
             self._began[plan.step] = now
+            scene = self._standing.scene(
+                plan,
+                draft,
+                running=self._running,
+                waiting=self._waiting,
+                num_blocks=self._allocator.num_available,
+                now=now,
+            )
+            self._ledger.begin(scene, now)
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[RequestOutput]:
         """Take in what a plan gave: who advanced, who finished. Plans come back in the order they were scheduled."""
         self._num_updates += 1
         assert plan.step == self._num_updates, "plans must come back in the order they were scheduled"
+        self._ledger.end(now)
         began, self._last_update = max(self._began.pop(plan.step), self._last_update), now
         if self._rule.forecast is not None:
             self._rule.forecast.observe(features(plan), now - began)
@@ -125,21 +142,30 @@ class Scheduler:
                 self._settle(request)
         return outputs
 
-    def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
-        """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given.
+    def finish(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        *,
+        num_tokens: int | None = None,
+        now: float = 0.0,
+        ended: float | None = None,
+    ) -> Spent | None:
+        """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given; where its
+        time went until `ended`, when it was given up, or until now.
 
-        Its blocks come back at once, or with the last of its plans in flight. False if there is no such request, or no
+        Its blocks come back at once, or with the last of its plans in flight. None if there is no such request, or no
         longer.
         """
         request = self._requests.get(request_id)
         if request is None or request.is_finished:
-            return False
+            return None
         if num_tokens is not None:
             del request.output_token_ids[num_tokens:]
         self._finish(request, reason)
         if request.num_plans_in_flight == 0:
             self._settle(request)
-        return True
+        return self._ledger.close(request.account, now, ended)
 
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests; costs as much as the cache is large."""
@@ -156,15 +182,6 @@ class Scheduler:
             assert 0 <= request.num_unread <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
 
-    def _check_on_time(self, request: Request, now: float) -> None:
-        """Raise LateError unless a new request can be on time and makes nobody late."""
-        if not isinstance(self._rule, ByPromise) or not request.has_promise:
-            raise InvalidRequestError("on time or not at all needs a promise: give it targets", parameter="targets")
-        room = Room(self._max_num_seqs - len(self._running), self._allocator.num_available, self._allocator.block_size)
-        seen = outlook(request, rule=self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
-        if not seen.is_on_time:
-            raise LateError(f"the request cannot be on time: {seen.why}", retry_after=seen.wait)
-
     # Composing a pass ------------------------------------------------------------------------------------------------
 
     def _compose(self, draft: Draft, now: float) -> None:
@@ -176,9 +193,9 @@ class Scheduler:
         for request in order.urgent:
             self._claim(draft, request, oldest)
         draft.seconds = order.seconds
-        admits = True  # until somebody who waits finds no place
+        waiting, admits = set(self._waiting), True  # until somebody who waits finds no place
         for request in order.others:
-            if request.status is not RequestStatus.WAITING:
+            if request not in waiting:
                 self._claim(draft, request, oldest)
             elif admits:
                 admits = self._can_admit(draft) and self._admit(draft, request)
@@ -278,8 +295,8 @@ class Scheduler:
         if victim.num_plans_in_flight:
             victim.preempt_on_return = True
             return False
-        self._stop(victim)
         self._count_preemption(victim)
+        self._stop(victim)
         return True
 
     def _finalize(self, draft: Draft) -> StepPlan | None:
@@ -291,7 +308,7 @@ class Scheduler:
             if not request.known_to_runner:
                 request.known_to_runner = True
                 request.num_cached_tokens = chunks[-1].start
-                new_requests.append(_introduce(request))
+                new_requests.append(request.introduction())
         retired, self._retired = tuple(self._retired), []
         self._num_steps += 1
         return StepPlan(self._num_steps, self._budget, tuple(chunks), tuple(new_requests), retired)
@@ -320,7 +337,8 @@ class Scheduler:
         """Move a request's counter on by one chunk and append the token it chose."""
         if result.error is not None:
             self._finish(request, FinishReason.ERROR)
-            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
+            spent = self._ledger.close(request.account, now)
+            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error, spent=spent)
         request.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens: tuple[int, ...] = ()
@@ -337,7 +355,7 @@ class Scheduler:
             request.num_published = self._allocator.publish(
                 request.blocks, computed, first=request.num_published, salt=request.cache_salt
             )
-        if tokens and (reason := _reason_to_finish(request)):
+        if tokens and (reason := request.reason_to_finish):
             self._finish(request, reason)
         return RequestOutput(
             request.request_id,
@@ -347,6 +365,7 @@ class Scheduler:
             request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,
             on_time=request.on_time,
+            spent=self._ledger.close(request.account, now) if request.is_finished else None,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -365,30 +384,10 @@ class Scheduler:
         elif request.preempt_on_return and request is self._running[0]:
             request.preempt_on_return = False  # whoever wanted its blocks has ended: now it is the oldest
         elif request.preempt_on_return:
-            self._stop(request)
             self._count_preemption(request)
+            self._stop(request)
 
     def _count_preemption(self, request: Request) -> None:
-        request.num_preemptions += 1
+        request.note_preemption()
+        self._standing.forget(request)
         self.num_preemptions += 1
-
-
-def _introduce(request: Request) -> NewRequest:
-    return NewRequest(
-        request.request_id,
-        request.prompt_token_ids,
-        request.params,
-        request.eos_token_ids,
-        request.seed,
-        request.choice,
-    )
-
-
-def _reason_to_finish(request: Request) -> FinishReason | None:
-    """Whether the newest token is a request's last. An end token within the first `min_tokens` does not count."""
-    newest, count = request.output_token_ids[-1], len(request.output_token_ids)
-    if count > request.params.min_tokens and (
-        newest in request.eos_token_ids or newest in request.params.stop_token_ids
-    ):
-        return FinishReason.STOP
-    return FinishReason.LENGTH if count >= request.max_tokens else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
+from splitfuse.core.account import Spent
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.engine_loop import EngineLoop
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Failed, Finish, Loading, Passed, Ready, Report, Stop
@@ -44,6 +46,10 @@ class Stream:
         self.num_tokens = 0  # received so far
         self.began: float | None = None
         """When its first pass began, on the monotonic clock."""
+        self.left = math.inf
+        """When nothing more of it was to come, or was wanted."""
+        self.spent: asyncio.Future[Spent | None] = asyncio.get_running_loop().create_future()
+        """The engine's account, which may come later than that; None from one that died or refused it."""
         self._finish = finish
         self._opened = time.monotonic()
         self._outputs: deque[RequestOutput] = deque()
@@ -86,7 +92,9 @@ class Stream:
         if self.began is None:
             self.began = max(self._opened, time.monotonic() - pass_seconds)
         self.num_tokens += len(output.token_ids)
-        self._ended |= output.finish_reason is not None
+        if output.finish_reason is not None:
+            self._ended = True
+            self.settle(output.spent)
         if not self._released:
             self._outputs.append(output)
             self._news.set()
@@ -95,14 +103,22 @@ class Stream:
         """For the client that made it: there will be no more outputs."""
         self._error = error
         self._ended = True
+        self.settle(None)
         self._news.set()
+
+    def settle(self, spent: Spent | None) -> None:
+        """For the client that made it: no engine knows it any more."""
+        self.left = min(self.left, time.monotonic())
+        if not self.spent.done():
+            self.spent.set_result(spent)
 
     def _release(self, reason: FinishReason, num_tokens: int | None) -> None:
         if not self._released:
             self._released = True
             self._outputs.clear()
             if not self._ended:
-                self._finish(Finish(self.request.request_id, reason, num_tokens))
+                self.left = time.monotonic()
+                self._finish(Finish(self.request.request_id, reason, num_tokens, self.left))
         self._news.set()
 
 
@@ -163,6 +179,7 @@ class DirectClient(EngineClient):
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
+        self._ending: dict[str, Stream] = {}  # ended by us: the engine has not said yet that it knows
         self._checked: tuple[object, object] = (None, None)  # the prompt and parameters of the last request
         self.on_passed: Callable[[Passed], None] = lambda _: None
         """Sees every pass: for metrics."""
@@ -221,7 +238,9 @@ class DirectClient(EngineClient):
         """Hand a command to the engine, without waiting."""
 
     def _finish(self, command: Finish) -> None:
-        if self._streams.pop(command.request_id, None) is not None and self._state is EngineState.READY:
+        stream = self._streams.pop(command.request_id, None)
+        if stream is not None and self._state is EngineState.READY:
+            self._ending[command.request_id] = stream
             self._send(command)
 
     def _take(self, report: Report) -> None:
@@ -231,8 +250,14 @@ class DirectClient(EngineClient):
                 self._stats = report.stats
                 self.on_passed(report)
                 for output in report.outputs:
+                    ending = self._ending.get(output.request_id)
+                    if ending is not None:  # by us: this was on its way, or is the last we hear of it
+                        if output.finish_reason is not None:
+                            del self._ending[output.request_id]
+                            ending.settle(output.spent)
+                        continue
                     stream = self._streams.get(output.request_id)
-                    if stream is None:  # ended by us, and this was on its way
+                    if stream is None:
                         continue
                     if output.finish_reason is not None:
                         del self._streams[output.request_id]
@@ -249,9 +274,10 @@ class DirectClient(EngineClient):
     def _die(self, why: str) -> None:
         """The engine is gone: so are its requests."""
         self._state, self._death = EngineState.DEAD, why
-        streams, self._streams = self._streams, {}
+        streams, ending = self._streams, self._ending
+        self._streams, self._ending = {}, {}
         self._stats = EngineStats()
-        for stream in streams.values():
+        for stream in (*streams.values(), *ending.values()):
             stream.fail(EngineDiedError(f"the engine died while the request ran: {why}"))
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.account import Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel
 from splitfuse.core.forecast import Forecast
@@ -101,9 +102,10 @@ class Engine:
         *,
         choice: int = 0,
         terms: Terms = NO_TERMS,
+        sent: float | None = None,
     ) -> None:
         """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
-        call.
+        call. `sent` is when it was, on the monotonic clock, if that is longer ago than now.
 
         Raises InvalidRequestError if the request cannot be honoured, LateError if it wants to be on time or not at all,
         and cannot be now. Then nothing is changed.
@@ -127,6 +129,7 @@ class Engine:
                 cache_salt=terms.cache_salt,
                 targets=targets,
                 arrived=now if terms.arrived is None else terms.arrived,
+                sent=sent,
                 on_time_only=terms.on_time_only,
                 owner=terms.owner,
                 weight=terms.weight,
@@ -159,9 +162,13 @@ class Engine:
             raise
         return self.scheduler.update(plan, result, time.monotonic())
 
-    def finish(self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None) -> bool:
-        """End a request, keeping its first `num_tokens` generated tokens. False if it has ended already."""
-        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens)
+    def finish(
+        self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None, ended: float | None = None
+    ) -> Spent | None:
+        """End a request, keeping its first `num_tokens` generated tokens; where its time went until `ended`, on the
+        monotonic clock, or until now. None if it has ended already.
+        """
+        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=time.monotonic(), ended=ended)
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether a request of that id is waiting or running."""
@@ -170,4 +177,4 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request that nobody waits for any more."""
-        return self.finish(request_id, FinishReason.ABORT)
+        return self.finish(request_id, FinishReason.ABORT) is not None

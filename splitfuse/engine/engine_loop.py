@@ -80,12 +80,16 @@ class EngineLoop:
                             command.params,
                             choice=command.choice,
                             terms=command.terms,
+                            sent=command.sent,
                         )
                     except (InvalidRequestError, LateError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
-                    if self._engine.finish(command.request_id, command.reason, num_tokens=command.num_tokens):
-                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason))
+                    spent = self._engine.finish(
+                        command.request_id, command.reason, num_tokens=command.num_tokens, ended=command.ended
+                    )
+                    if spent is not None:
+                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason, spent=spent))
                 case Stop():
                     self._stopped = True
         return outputs

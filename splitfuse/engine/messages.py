@@ -48,6 +48,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     choice: int = 0
     terms: Terms = NO_TERMS
+    sent: float | None = None
+    """When, on the machine's monotonic clock."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -56,6 +58,8 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     reason: FinishReason
     num_tokens: int | None = None
+    ended: float | None = None
+    """Since when, on the machine's monotonic clock; None: since the engine hears of it."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

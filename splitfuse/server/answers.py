@@ -13,14 +13,14 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from splitfuse.core.account import Part
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.protocol import ChatRequest, CompletionRequest
 from splitfuse.text.serving import ServedGeneration
 from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
-LOWEST_LOGPROB = -9999.0
-"""Instead of minus infinity, which JSON has no number for; OpenAI's does the same."""
+LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON has no number for; OpenAI's does the same
 
 EndedBy = Literal["stop", "length"]
 
@@ -43,7 +43,7 @@ class Usage(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds from the request's arrival. `queued`: until the first pass for it was done; `first_token`: of any choice;
     `gaps`: between a token and the next of its choice, all choices after each other; `passes`: that gave it something;
-    `on_time`: whether all choices were as promised.
+    `on_time`: whether all choices were as promised; `parts`: where the time went until this was written (see Part).
     """
 
     queued: float | None
@@ -52,6 +52,7 @@ class Timing(msgspec.Struct, frozen=True):
     passes: int
     cached_tokens: int
     on_time: bool | None
+    parts: dict[Part, float]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):

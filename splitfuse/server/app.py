@@ -5,6 +5,9 @@ It decides which path does what, and who may. What a route says is decided elsew
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import functools
 import logging
 import re
 import secrets
@@ -21,10 +24,12 @@ from starlette.routing import Route
 
 import splitfuse
 from splitfuse.config import ServerConfig
+from splitfuse.core.account import Part
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.admission import Admission
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.exchange import App, Exchange, Receive, Scope, Send
+from splitfuse.server.explain import Course, Explanation, sentence
 from splitfuse.server.generating import Server, chat, completions, record_of
 from splitfuse.server.keys import Keys
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
@@ -39,7 +44,7 @@ from splitfuse.server.openapi import (
     document,
 )
 from splitfuse.server.protocol import DetokenizeRequest, TokenizeRequest
-from splitfuse.server.request_log import RequestLog
+from splitfuse.server.request_log import RequestLog, RequestRecord
 from splitfuse.text.serving import TextService
 
 _OPEN = frozenset({"/health", "/ready"})  # no key, no line in the log
@@ -147,6 +152,11 @@ async def _detokenize(server: Server, exchange: Exchange) -> None:
     await exchange.answer(Detokenized(text))
 
 
+async def _explain(server: Server, exchange: Exchange) -> None:
+    wanted: str = exchange.scope["path_params"]["request"]
+    await exchange.answer(Explanation.of(await server.explanations.find(wanted, key=exchange.owner.name)))
+
+
 async def _openapi(server: Server, exchange: Exchange) -> None:
     await exchange.answer(document(server))
 
@@ -156,6 +166,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/chat/completions", chat),
     ("GET", "/v1/models", _models),
     ("GET", "/v1/models/{model:path}", _model),
+    ("GET", "/v1/splitfuse/requests/{request}", _explain),
     ("POST", "/tokenize", _tokenize),
     ("POST", "/detokenize", _detokenize),
     ("GET", "/health", _health),
@@ -196,6 +207,7 @@ class _Edge:
         self._app = app
         self._server = server
         self._keys = keys
+        self._late: set[asyncio.Task[None]] = set()  # lines of the log that wait for an engine's account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -240,15 +252,35 @@ class _Edge:
             return
         # One that is cancelled with its server has neither a status nor an error.
         status = _CLIENT_GONE if isinstance(error, ClientGoneError) else exchange.status or _CLIENT_GONE
+        exchange.turn(Part.DETOKENIZING)
         record = record_of(exchange, route=route, status=status, error=error)
         server.metrics.request_ended(record)
-        server.log.write(record, exchange.prompt, exchange.text)
+        course = Course.of(exchange, record)
+        server.explanations.end(exchange, course)
+        write = functools.partial(server.log.write, prompt=exchange.prompt, text=exchange.text)
+        if course is None or record.on_time is not False:
+            write(record)
+        elif course.spent.done():
+            write(dataclasses.replace(record, why_late=sentence(course)))
+        else:
+            self._write_later(write, record, course)
+
+    def _write_later(self, write: Callable[[RequestRecord], None], record: RequestRecord, course: Course) -> None:
+        """When the engine has said where the time went: within a pass or two."""
+
+        async def wait() -> None:
+            await asyncio.shield(course.spent)
+            write(dataclasses.replace(record, why_late=sentence(course)))
+
+        task = asyncio.create_task(wait())
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
 
 
 def _declared(path: str) -> str:
     """The route of a path as it is declared: what a client makes up must not become a label of a metric."""
     for _, route, _ in ROUTES:
-        if path == route or (route.endswith("{model:path}") and path.startswith("/v1/models/")):
+        if path == route or ("{" in route and path.startswith(route.partition("{")[0])):
             return route
     return "unknown"
 

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, Literal, Self, TypeVar, overload
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -95,6 +95,14 @@ class AsyncClient:
         count.
         """
         return _stats_in((await self._send("GET", "/metrics")).text)
+
+    async def explain(self, request: str) -> dict[str, Any]:
+        """Where the time of a request went that has ended, by an answer's id or its X-Request-Id: `parts` in seconds,
+        which add up to `seconds`. Raises InvalidRequestError for one that the server does not remember.
+        """
+        response = await self._send("GET", f"/v1/splitfuse/requests/{quote(request, safe='')}")
+        explanation: dict[str, Any] = response.json()
+        return explanation
 
     async def terminate_server(self, *, now: bool = False) -> None:
         """End the server and wait for that: after its running requests, or with `now` at once. Raises ServerError if it

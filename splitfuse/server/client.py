@@ -131,6 +131,12 @@ class Client:
         """
         return self._run(self._async.stats())
 
+    def explain(self, request: str) -> dict[str, Any]:
+        """Where the time of a request went that has ended, by an answer's id or its X-Request-Id: `parts` in seconds,
+        which add up to `seconds`. Raises InvalidRequestError for one that the server does not remember.
+        """
+        return self._run(self._async.explain(request))
+
     def terminate_server(self, *, now: bool = False) -> None:
         """End the server and wait for that: after its running requests, or with `now` at once. Raises ServerError if it
         is not a server of this user on this machine.

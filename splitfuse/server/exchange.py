@@ -7,12 +7,14 @@ must not know what is asked.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import msgspec
 
+from splitfuse.core.account import Part
 from splitfuse.core.request import FinishReason
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
 from splitfuse.server.keys import ANYBODY
@@ -44,6 +46,12 @@ class Exchange:
         self.admitted = False
         self.shows_output = True  # False: what is generated is dropped
         self.prompt: Any = None  # for the log
+        self.parts: dict[Part, float] = {}
+        """Where its time went in this process: while no engine had it, see `turn`."""
+        self.handed_over = math.inf  # when the engine's time began
+        self.since = self.arrival  # the last `turn`
+        self._doing = Part.READING
+        self._num_left, self._left = 0, 0.0
         self._receive = receive
         self._send = send
         self._is_stream = False
@@ -57,6 +65,34 @@ class Exchange:
     def text(self) -> list[str]:
         """Of each choice, as far as it has come: for the log."""
         return [generation.text for generation in self.generations if self.shows_output]
+
+    # Where the time goes ---------------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> float:
+        """When the last choice came back from its engine; infinity until then."""
+        while self._num_left < len(self.generations) and self.generations[self._num_left].left < math.inf:
+            self._left = max(self._left, self.generations[self._num_left].left)
+            self._num_left += 1
+        return self._left if 0 < len(self.generations) == self._num_left else math.inf
+
+    @property
+    def last(self) -> ServedGeneration | None:
+        """Of the choices that an engine has had, the one that all waited for."""
+        return max((g for g in self.generations if g.stream is not None), key=lambda g: g.left, default=None)
+
+    def turn(self, part: Part) -> None:
+        """From now on its time goes into `part`. What has passed counts for the one before, unless an engine had it."""
+        now = time.monotonic()
+        since = self.since if self.handed_over == math.inf else max(self.since, self.left)
+        if now > since:
+            self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - since
+        self._doing, self.since = part, now
+
+    def hand_over(self) -> None:
+        """To the engine: its own account says where the time goes until all choices are back."""
+        self.turn(Part.FROM_ENGINE)
+        self.handed_over = self.since
 
     # The body --------------------------------------------------------------------------------------------------------
 

@@ -5,17 +5,19 @@ It decides the order: read, check, encode, admit, run, tell. It must not know ho
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
 import msgspec
 
 from splitfuse.config import ServerConfig
+from splitfuse.core.account import Part
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.async_engine import EngineState
@@ -32,6 +34,7 @@ from splitfuse.server.answers import (
 )
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.exchange import Exchange
+from splitfuse.server.explain import Course, Explanations
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.protocol import ChatRequest, CompletionRequest, decode
 from splitfuse.server.request_log import RequestLog, RequestRecord
@@ -59,6 +62,7 @@ class Server:
     log: RequestLog
     started: int
     """Unix time."""
+    explanations: Explanations = field(default_factory=Explanations)
 
     @property
     def model(self) -> str:
@@ -106,6 +110,7 @@ class Server:
 async def completions(server: Server, exchange: Exchange) -> None:
     """POST /v1/completions."""
     request = await server.read(exchange, CompletionRequest)
+    exchange.turn(Part.TOKENIZING)
     prompts, params = request.prompts(server.config.max_prompts), request.params()
     heading = Heading(f"cmpl-{exchange.unique_id}", int(time.time()), server.model)
     answer = CompletionAnswer(request, prompts, heading, server.service.tokenizer, server.pieces)
@@ -122,6 +127,7 @@ async def completions(server: Server, exchange: Exchange) -> None:
 async def chat(server: Server, exchange: Exchange) -> None:
     """POST /v1/chat/completions."""
     request = await server.read(exchange, ChatRequest)
+    exchange.turn(Part.TOKENIZING)
     messages, params = request.plain_messages(), request.params()
     heading = Heading(f"chatcmpl-{exchange.unique_id}", int(time.time()), server.model)
     answer = ChatAnswer(request, heading, server.service.tokenizer, server.pieces)
@@ -164,20 +170,29 @@ async def _generate(
         is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
         made = server.service.off_loop if is_large else _at_once
         each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
+        server.explanations.begin(exchange)
+        exchange.hand_over()
         pieces = server.service.run(exchange.generations, terms=terms, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise _failure(generation)
                 if request.stream:
-                    for event in await made(lambda g=generation, t=text: list(answer.events(g, t))):  # type: ignore[misc]
+                    exchange.turn(Part.DETOKENIZING)
+                    events = await made(lambda g=generation, t=text: list(answer.events(g, t)))  # type: ignore[misc]
+                    exchange.turn(Part.CLIENT)
+                    for event in events:
                         await exchange.event(event)
+                    exchange.turn(Part.FROM_ENGINE)
         usage = usage_of(exchange)
-        timing = timing_of(exchange) if request.splitfuse_timing else None
+        timing = await _timing_with_parts(exchange) if request.splitfuse_timing else None
+        exchange.turn(Part.DETOKENIZING)
         if not request.stream:
             whole = await made(lambda: answer.whole(exchange.generations, usage, timing))
+            exchange.turn(Part.CLIENT)
             await exchange.answer(whole)
             return
+        exchange.turn(Part.CLIENT)
         if request.include_usage or timing is not None:
             await exchange.event(answer.last_event(usage if request.include_usage else None, timing))
         await exchange.end_events()
@@ -214,7 +229,7 @@ def usage_of(exchange: Exchange) -> Usage:
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(cached.values())))
 
 
-def timing_of(exchange: Exchange) -> Timing:
+def timing_of(exchange: Exchange, parts: dict[Part, float] | None = None) -> Timing:
     """What all choices of a request took, so far."""
     begun = exchange.begun
     first_passes = [g.first_pass for g in begun if g.first_pass is not None]
@@ -227,17 +242,29 @@ def timing_of(exchange: Exchange) -> Timing:
         passes=sum(g.num_passes for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
         on_time=all(kept) if (kept := [g.on_time for g in begun if g.on_time is not None]) else None,
+        parts=parts or {},
     )
 
 
+async def _timing_with_parts(exchange: Exchange) -> Timing:
+    """For an answer that tells of it: once the engine has said where the time went, which after a stop string may be a
+    pass later.
+    """
+    if exchange.last is not None and exchange.last.stream is not None:
+        await asyncio.shield(exchange.last.stream.spent)
+    exchange.turn(Part.FROM_ENGINE)
+    course = Course.of(exchange)
+    return timing_of(exchange, {} if course is None else course.parts())
+
+
 def record_of(exchange: Exchange, *, route: str, status: int, error: Exception | None) -> RequestRecord:
-    """How a request went, when it has ended."""
+    """How a request went, when it has ended, which was at its last `turn`."""
     usage, timing = usage_of(exchange), timing_of(exchange)
     return RequestRecord(
         request_id=exchange.request_id,
         route=route,
         status=status,
-        total_seconds=time.monotonic() - exchange.arrival,
+        total_seconds=exchange.since - exchange.arrival,
         key=exchange.owner.name,
         prompt_tokens=usage.prompt_tokens,
         generated_tokens=usage.completion_tokens,

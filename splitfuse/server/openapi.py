@@ -14,6 +14,7 @@ import splitfuse
 from splitfuse.errors import EngineDiedError
 from splitfuse.server.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.errors import ErrorBody
+from splitfuse.server.explain import Explanation
 from splitfuse.server.generating import Server
 from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -71,7 +72,7 @@ class Detokenized(msgspec.Struct, frozen=True):
 _BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 _ANSWERS = (
     *(Completion, ChatCompletion, ChatCompletionChunk, Health, Readiness, Version),
-    *(ModelList, Model, Tokenized, Detokenized, ErrorBody),
+    *(ModelList, Model, Tokenized, Detokenized, Explanation, ErrorBody),
 )
 _PREFIX = "#/components/schemas/"
 
@@ -91,6 +92,12 @@ def document(server: Server) -> dict[str, Any]:
                 "get": {
                     **_operation("One model", Model, 401, 404, 503),
                     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+                }
+            },
+            "/v1/splitfuse/requests/{request}": {
+                "get": {
+                    **_operation("Where the time of a request went that has ended", Explanation, 401, 404),
+                    "parameters": [{"name": "request", "in": "path", "required": True, "schema": {"type": "string"}}],
                 }
             },
             "/tokenize": {"post": _asking("Text to tokens", TokenizeRequest, Tokenized)},
@@ -137,7 +144,7 @@ def document(server: Server) -> dict[str, Any]:
 _STATUSES = {
     400: "A parameter that cannot be honoured",
     401: "No key, or one that is not valid",
-    404: "No such model",
+    404: "No such model, or request",
     408: "splitfuse_deadline has passed",
     413: "The body is too large",
     415: "The body is not called JSON",

@@ -46,6 +46,8 @@ class RequestRecord:
     """Forward passes that gave it something."""
     on_time: bool | None = None
     """Whether what was promised was kept; None if nothing was."""
+    why_late: str | None = None
+    """A sentence, if a promise was broken: what took the longest."""
 
 
 class RequestLog:
@@ -80,6 +82,7 @@ class RequestLog:
             "total_seconds": _rounded(record.total_seconds),
             "passes": record.passes,
             "on_time": record.on_time,
+            "why_late": record.why_late,
         }
         # With all but ASCII escaped, no text can break the line or be more than the stream's encoding can write.
         line = json.dumps(fields)

@@ -7,13 +7,15 @@ What a caller reads is what `pipeline` gives, token for token. It must not know 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.async_engine import EngineClient
+from splitfuse.engine.async_engine import EngineClient, Stream
 from splitfuse.engine.messages import NO_TERMS, Add, Terms
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat import ChatTemplate
@@ -47,13 +49,28 @@ class ServedGeneration(Generation):
         self.first_pass: float | None = None  # on the clock of `timings`
         self.on_time: bool | None = None
         """Whether what was promised was kept so far; None if nothing was."""
+        self.sent: float | None = None
+        """When it went to the engine, on the same clock."""
+        self.stream: Stream | None = None
+        self.detokenizing = 0.0
+        """Seconds, since the engine had ended it."""
         self._num_ids_taken = 0
+
+    @property
+    def left(self) -> float:
+        """When nothing more was to come of the engine, or was wanted; infinity until then."""
+        if self.stream is not None:
+            return self.stream.left
+        return math.inf if self.timings.finished is None else self.timings.finished
 
     def push(self, output: RequestOutput) -> None:
         """As Generation.push: an output is a pass that computed a part of the request."""
+        began = time.monotonic()
         self.num_passes += 1
         self.on_time = output.on_time
         super().push(output)
+        if self.left <= began:
+            self.detokenizing += time.monotonic() - began
 
     @property
     def num_released(self) -> int:
@@ -160,9 +177,13 @@ class TextService:
     async def _choice(
         self, generation: ServedGeneration, terms: Terms, *, each_token: bool
     ) -> AsyncGenerator[tuple[ServedGeneration, str], None]:
-        request = Add(generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, terms)
+        sent = generation.sent = time.monotonic()
+        request = Add(
+            generation.request_id, generation.prompt.token_ids, generation.params, generation.choice, terms, sent
+        )
         try:
             async with self.client.open(request) as stream:
+                generation.stream = stream
                 async for output in stream:
                     length = len(generation.text)
                     generation.first_pass = stream.began

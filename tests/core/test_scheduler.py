@@ -203,7 +203,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_finish_of_an_unknown_request_changes_nothing() -> None:
     run = Run.make(num_blocks=10, block_size=2, budget=4)
-    assert run.scheduler.finish("nobody", FinishReason.ABORT) is False
+    assert run.scheduler.finish("nobody", FinishReason.ABORT) is None
     waiting = make("a", 2, 2)
     run.add(waiting)
     assert run.scheduler.finish("a", FinishReason.ABORT) and waiting.status is RequestStatus.FINISHED

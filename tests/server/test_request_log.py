@@ -30,6 +30,7 @@ RECORDS = st.builds(
     inter_token_seconds=st.lists(st.floats(), max_size=3).map(tuple),
     passes=st.integers(0),
     on_time=st.none() | st.booleans(),
+    why_late=st.none() | ANY_TEXT,
 )
 RECORD = RequestRecord(
     request_id="r-1",
@@ -46,6 +47,7 @@ RECORD = RequestRecord(
     inter_token_seconds=(0.1, 0.2, 0.6),
     passes=4,
     on_time=True,
+    why_late="of 2.5 s, 2 s went into waiting",
 )
 
 
@@ -100,6 +102,7 @@ def test_what_a_line_says() -> None:
         "total_seconds": 2.5,
         "passes": 4,
         "on_time": True,
+        "why_late": "of 2.5 s, 2 s went into waiting",
     }
 
 

@@ -1,0 +1,222 @@
+"""Where the time of requests went that have ended: their whole course, from the first byte to the last.
+
+It puts together what the front has measured and what an engine has accounted, keeps the last of them, and finds the
+words. It must not know of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from splitfuse.core.account import Part, Spent
+from splitfuse.server.errors import RefusedError
+from splitfuse.server.exchange import Exchange
+from splitfuse.server.request_log import RequestRecord
+
+KEPT = 1024
+"""Requests that have ended, and can be asked about."""
+BIGGEST = 3
+"""Parts that a sentence names."""
+PATIENCE = 0.5
+"""Seconds that a question waits for the end of a request that runs."""
+
+MEANINGS = {
+    Part.READING: "reading the request",
+    Part.TOKENIZING: "checking and tokenizing",
+    Part.TO_ENGINE: "on its way to the engine",
+    Part.JOINING: "until the pass that ran had ended",
+    Part.NO_SEAT: "queued: all seats taken",
+    Part.NO_BLOCKS: "queued: no KV blocks",
+    Part.NO_BUDGET: "queued: passes were full",
+    Part.BEHIND: "queued: behind others' promises",
+    Part.OWN_PROMPT: "its prompt",
+    Part.OWN_GENERATION: "its generation",
+    Part.BESIDE_OTHERS: "beside others' chunks",
+    Part.PACED: "left out: ahead of its promise",
+    Part.LEFT_OUT: "left out: passes were full",
+    Part.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
+    Part.PREEMPTED: "preempted",
+    Part.RECOMPUTED: "computed again",
+    Part.BETWEEN_PASSES: "between passes",
+    Part.FROM_ENGINE: "on its way back",
+    Part.DETOKENIZING: "detokenizing, making the answer",
+    Part.CLIENT: "handing over to the client",
+    Part.FAILED: "in an engine that failed",
+}
+"""Of each part, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What the front knows of a request that an engine has had; the engine's account may still be on its way. If it had
+    several choices, the engine's part is of the one that all waited for.
+    """
+
+    unique_id: str
+    key: str | None
+    front: dict[Part, float]
+    handed_over: float
+    sent: float
+    left: float
+    spent: asyncio.Future[Spent | None]
+    record: RequestRecord | None
+
+    @classmethod
+    def of(cls, exchange: Exchange, record: RequestRecord | None = None) -> Course | None:
+        """None if no engine has heard of the request."""
+        last = exchange.last
+        if last is None or last.stream is None or last.sent is None:
+            return None
+        front = dict(exchange.parts)
+        detokenizing = min(last.detokenizing, front.get(Part.FROM_ENGINE, 0.0))  # while it waited for the text
+        if detokenizing:
+            front[Part.FROM_ENGINE] -= detokenizing
+            front[Part.DETOKENIZING] = front.get(Part.DETOKENIZING, 0.0) + detokenizing
+        return cls(
+            unique_id=exchange.unique_id,
+            key=exchange.owner.name,
+            front=front,
+            handed_over=exchange.handed_over,
+            sent=last.sent,
+            left=last.left,
+            spent=last.stream.spent,
+            record=record,
+        )
+
+    def parts(self) -> dict[Part, float]:
+        """Seconds of each part that has any, in the order of a request's life. `spent` must be there."""
+        spent = self.spent.result()
+        parts = dict(self.front)
+
+        def add(part: Part, seconds: float) -> None:
+            parts[part] = parts.get(part, 0.0) + seconds
+
+        add(Part.TO_ENGINE, self.sent - self.handed_over)
+        if spent is None:
+            add(Part.FAILED, self.left - self.sent)
+        else:
+            for part, seconds in spent.parts.items():
+                add(part, seconds)
+            add(Part.FROM_ENGINE, self.left - spent.closed)
+        return {part: parts[part] for part in Part if parts.get(part, 0.0) > 0.0}
+
+
+class Neighbour(msgspec.Struct, frozen=True):
+    """A request whose prompt was computed beside, `tokens` of it in the same passes."""
+
+    id: str
+    tokens: int
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """Where the time of a request went: `parts` add up to `seconds`, from its arrival to the end of its answer."""
+
+    id: str
+    request_id: str
+    route: str
+    status: int
+    seconds: float
+    parts: dict[Part, float]
+    beside: list[Neighbour]
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finish_reasons: list[str]
+    on_time: bool | None
+
+    @classmethod
+    def of(cls, course: Course) -> Explanation:
+        """Of one with its record, and the engine's account there."""
+        spent, record = course.spent.result(), course.record
+        assert record is not None
+        return cls(
+            id=course.unique_id,
+            request_id=record.request_id,
+            route=record.route,
+            status=record.status,
+            seconds=record.total_seconds,
+            parts=course.parts(),
+            beside=[] if spent is None else [Neighbour(_plain(name), tokens) for name, tokens in spent.beside],
+            preemptions=0 if spent is None else spent.num_preemptions,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            generated_tokens=record.generated_tokens,
+            finish_reasons=list(record.finish_reasons),
+            on_time=record.on_time,
+        )
+
+
+class Explanations:
+    """The courses of the last requests that have ended, by their ids. One thread: the event loop's."""
+
+    def __init__(self, most: int = KEPT) -> None:
+        self._most = most
+        self._courses: OrderedDict[str, Course] = OrderedDict()  # by our own id, the oldest first
+        self._running: dict[str, asyncio.Event] = {}  # which have not ended
+        self._named: dict[str, str] = {}  # by the client's id: ours of its newest
+
+    def begin(self, exchange: Exchange) -> None:
+        """A request goes to an engine."""
+        self._running[exchange.unique_id] = asyncio.Event()
+        self._named[exchange.request_id] = exchange.unique_id
+
+    def end(self, exchange: Exchange, course: Course | None) -> None:
+        """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
+        forgotten.
+        """
+        ended = self._running.pop(exchange.unique_id, None)
+        if ended is None:
+            return
+        ended.set()
+        if course is None:
+            self._forget_name(exchange.request_id, exchange.unique_id)
+            return
+        self._courses[exchange.unique_id] = course
+        if len(self._courses) > self._most:
+            unique_id, oldest = self._courses.popitem(last=False)
+            assert oldest.record is not None
+            self._forget_name(oldest.record.request_id, unique_id)
+
+    async def find(self, wanted: str, *, key: str | None) -> Course:
+        """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told
+        of their own requests only. Raises RefusedError (404).
+        """
+        unique_id = self._named.get(wanted, _plain(wanted))
+        if (running := self._running.get(unique_id)) is not None:  # its client may have all of it already
+            with suppress(TimeoutError):
+                await asyncio.wait_for(running.wait(), PATIENCE)
+        course = self._courses.get(unique_id)
+        if course is None or course.key != key:
+            raise RefusedError(
+                404,
+                f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; ids are those "
+                "of answers, or of the header X-Request-Id",
+                code="request_not_found",
+            )
+        await asyncio.shield(course.spent)
+        return course
+
+    def _forget_name(self, name: str, unique_id: str) -> None:
+        if self._named.get(name) == unique_id:
+            del self._named[name]
+
+
+def sentence(course: Course) -> str:
+    """What took the longest of a request that was late."""
+    parts, spent = course.parts(), course.spent.result()
+    total = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:BIGGEST]
+    said = [f"{seconds:.3g} s {MEANINGS[part]} ({seconds / total:.0%})" for part, seconds in largest]
+    beside = "" if spent is None or not spent.beside else f"; beside it was most of all {_plain(spent.beside[0][0])}"
+    return f"of {total:.3g} s: {', '.join(said)}{beside}"
+
+
+def _plain(name: str) -> str:
+    """Our own id of a request, in an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
+    return name.removeprefix("cmpl-").removeprefix("chatcmpl-").partition("-")[0]

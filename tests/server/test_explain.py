@@ -1,0 +1,203 @@
+"""Where the time went, told over a real socket: the parts add up to the whole, whatever a request asks for or does."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_server import RunningServer, running_server
+
+from splitfuse import cli
+from splitfuse.cli.explain import drawn
+from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.core.account import Part
+from splitfuse.core.cost_model import CostModel
+from splitfuse.errors import InvalidRequestError
+from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.server.client import client
+from splitfuse.server.explain import MEANINGS
+
+COMPLETIONS = "/v1/completions"
+BODY = {"prompt": "Anna has", "max_tokens": 20, "ignore_eos": True}
+PATIENT = {"ttft": 1000, "itl": 1000}
+SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
+LONG = "Anna keeps a goose. " * 150
+
+
+def explain(http: httpx.Client, request: str) -> dict[str, Any]:
+    answer = http.get(f"/v1/splitfuse/requests/{request}")
+    assert answer.status_code == 200, answer.text
+    explanation: dict[str, Any] = answer.json()
+    assert set(explanation["parts"]) <= set(Part) and all(seconds > 0 for seconds in explanation["parts"].values())
+    assert sum(explanation["parts"].values()) == pytest.approx(explanation["seconds"], abs=1e-6)
+    return explanation
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"stream": True},
+        {"n": 3, "temperature": 1.0},
+        {"prompt": [LONG, "Erik"]},
+        {"stop": ["a"]},
+        {"stop": ["a"], "stream": True},
+        {"max_tokens": 1},
+        {"prompt": LONG, "echo": True, "logprobs": 1},
+    ],
+    ids=["plain", "stream", "choices", "prompts", "stop", "stop-stream", "one-token", "logprobs"],
+)
+def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
+    with server.http() as http:
+        answer = http.post(COMPLETIONS, json={**BODY, **more})
+        assert answer.status_code == 200
+        found = explain(http, answer.headers["x-request-id"])
+    assert found["status"] == 200 and found["route"] == COMPLETIONS and found["on_time"] is None
+    assert {Part.TOKENIZING, Part.OWN_PROMPT, Part.FROM_ENGINE, Part.CLIENT} <= set(found["parts"])
+    assert Part.FAILED not in found["parts"]
+    record = server.wait_for_record(request_id=answer.headers["x-request-id"])
+    assert record["total_seconds"] == pytest.approx(found["seconds"], abs=1e-6)
+
+
+def test_a_chat_is_found_by_its_answers_id_and_by_the_clients_own(server: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": "Anna has"}], "max_tokens": 3}
+    with server.http() as http:
+        answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "cmpl-mine-1"})
+        by_answer, by_mine = explain(http, answer.json()["id"]), explain(http, "cmpl-mine-1")
+    assert by_answer == by_mine and by_mine["request_id"] == "cmpl-mine-1"
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["\n\n", "a"]}, {"n": 2}], ids=["plain", "stop", "choices"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[str, Any]) -> None:
+    body = {**BODY, "stream": stream, "splitfuse_timing": True, **more}
+    with client(server.url) as asked, server.http() as http:
+        answer = http.post(COMPLETIONS, json=body)
+        lines = [line for line in answer.text.splitlines() if "splitfuse_timing" in line]
+        parts = json.loads(lines[-1].removeprefix("data: "))["splitfuse_timing"]["parts"]
+        later = asked.explain(answer.headers["x-request-id"])["parts"]
+    engine = [p for p in Part if p not in (Part.READING, Part.TOKENIZING, Part.FROM_ENGINE, Part.DETOKENIZING)]
+    for part in engine:
+        if part is not Part.CLIENT:
+            assert parts.get(part) == later.get(part)
+    assert parts[Part.OWN_PROMPT] > 0
+
+
+def test_who_hangs_up_is_accounted_for_until_then(server: RunningServer) -> None:
+    with server.http() as http:
+        body = {**BODY, "max_tokens": 1500, "stream": True}
+        with http.stream("POST", COMPLETIONS, json=body, headers={"x-request-id": "gone"}) as response:
+            next(response.iter_lines())
+        record = server.wait_for_record(request_id="gone")
+        found = explain(http, "gone")
+    assert record["status"] == found["status"] == 499 and found["finish_reasons"] == ["abort"]
+
+
+def test_a_deadline_is_accounted_for(server: RunningServer) -> None:
+    with server.http() as http:
+        body = {**BODY, "max_tokens": 2000, "splitfuse_deadline": 0.05}
+        answer = http.post(COMPLETIONS, json=body, headers={"x-request-id": "too-late"})
+        assert answer.status_code == 408
+        assert explain(http, "too-late")["status"] == 408
+
+
+def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
+    with server.http() as http:
+        request = http.build_request("POST", COMPLETIONS, json={**BODY, "max_tokens": 300, "stream": True})
+        stream = http.send(request, stream=True)
+        lines = stream.iter_lines()
+        next(lines)
+        other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
+        assert list(lines)
+        found = explain(http, stream.headers["x-request-id"])
+    assert found["parts"][Part.BESIDE_OTHERS] > 0
+    assert other in [each["id"] for each in found["beside"]]
+
+
+def test_an_unknown_request_is_a_clear_404(server: RunningServer) -> None:
+    with server.http() as http:
+        answer = http.get("/v1/splitfuse/requests/nobody")
+        refused = http.post(COMPLETIONS, json={"prompt": ""}, headers={"x-request-id": "refused"})
+        assert refused.status_code == 400 and http.get("/v1/splitfuse/requests/refused").status_code == 404
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert error["code"] == "request_not_found" and "'nobody' among the last 1024" in error["message"]
+    with client(server.url) as asked, pytest.raises(InvalidRequestError, match="there is no request 'nobody'"):
+        asked.explain("nobody")
+
+
+def test_with_keys_everybody_is_told_of_his_own() -> None:
+    with running_server(ServerConfig(api_key=("one", "two")), num_blocks=200) as server, server.http() as http:
+        mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        name = http.post(COMPLETIONS, json=BODY, headers=mine).headers["x-request-id"]
+        path = f"/v1/splitfuse/requests/{name}"
+        assert [http.get(path, headers=who).status_code for who in (mine, other, {})] == [200, 404, 401]
+
+
+def test_the_command_draws_it(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["splitfuse", "explain", *arguments, "--url", server.url])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0)
+
+    with server.http() as http:
+        answer = http.post(COMPLETIONS, json=BODY).json()
+    assert run(answer["id"]) == 0
+    shown = capsys.readouterr().out
+    assert MEANINGS[Part.OWN_GENERATION] in shown and "100.0%  from its arrival" in shown
+    assert "20 generated; preempted 0 times" in shown and "█" in shown
+    assert run("nobody") == 1
+    assert "there is no request 'nobody'" in capsys.readouterr().err
+    assert run("nobody", "--name", "x") == 1
+
+
+def test_every_part_has_its_words() -> None:
+    assert list(MEANINGS) == list(Part)
+    shown = drawn(
+        {
+            "request_id": "r",
+            "route": "/x",
+            "status": 200,
+            "finish_reasons": [],
+            "on_time": False,
+            "prompt_tokens": 5,
+            "cached_tokens": 0,
+            "generated_tokens": 0,
+            "preemptions": 0,
+            "seconds": 2.0,
+            "parts": dict.fromkeys(map(str, Part), 2.0 / len(Part)),
+            "beside": [{"id": "other", "tokens": 7}],
+        }
+    )
+    assert all(meaning in shown for meaning in MEANINGS.values()) and "other (7 tokens)" in shown and "late" in shown
+
+
+@pytest.fixture(scope="module")
+def promising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder: Path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        cost = CostModel(floor=0.002, per_token=1e-4)  # as if it had been calibrated
+        kept = Calibration(name="test", cost=cost, num_blocks=200, block_size=32, max_model_len=2048)
+        save(kept, place(identify(EngineConfig.from_settings(SETTINGS))))
+        with running_server(**SETTINGS) as running:
+            yield running
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["a"]}], ids=["plain", "stop"])
+def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: dict[str, Any]) -> None:
+    with promising.http() as http:
+        late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # promised: within a millisecond
+        kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
+        why = promising.wait_for_record(request_id=late)["why_late"]
+        assert why.startswith("of 0.") and "%" in why
+        assert promising.wait_for_record(request_id=kept)["why_late"] is None
+        assert explain(http, late)["on_time"] is False
