@@ -25,6 +25,7 @@ from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.order import ByArrival, Rule
 from splitfuse.core.plan import Chunk, ChunkResult, NewRequest, StepPlan, StepResult
@@ -60,6 +61,11 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What passes are predicted by, if they are."""
+        return self._rule.forecast
 
     @property
     def num_waiting(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench import sla
-from splitfuse.bench.measure import Loads
+from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.target import Target
@@ -46,8 +46,12 @@ def independent(target: Target) -> Workload:
     return Independent(Lengths(512, 16, room=target.room), target.vocabulary)
 
 
-def tuned(of: Deployment, **settings: Any) -> Tuning:
-    return tune(of, independent, **{"budgets": (64, 256), "seats": (1, 32), "requests": 60, **settings})
+def short(target: Target) -> Workload:
+    return Independent(Lengths(40, 4, room=target.room), target.vocabulary)
+
+
+def tuned(of: Deployment, make: MakeWorkload = independent, **settings: Any) -> Tuning:
+    return tune(of, make, **{"budgets": (64, 256), "seats": (32,), "requests": 40, **settings})
 
 
 def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
@@ -60,7 +64,7 @@ def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
 
 
 def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
-    tuning = tuned(deployment(ttft="2ms/token", itl="250ms"))
+    tuning = tuned(deployment(ttft="2ms/token", itl="250ms"), seats=(1, 32))
     assert 0.5 * LIMIT < tuning.rate < LIMIT
     assert max(each.rate for each in tuning.budgets) > 1.1 * max(each.rate for each in tuning.budgets_by_age)
     assert tuning.seats[0].rate < 0.9 * tuning.seats[1].rate and tuning.chosen.max_num_seqs == 32
@@ -87,13 +91,14 @@ def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
 
 def test_a_machine_of_half_the_speed_promises_half_of_twice_as_slow() -> None:
     slow = Calibration(name="", cost=COST.slower(2.0), num_blocks=4000, block_size=32, max_model_len=4096)
-    fast, slower = tuned(deployment(ttft="1s", itl="250ms")), tuned(deployment(slow, ttft="2s", itl="500ms"))
+    fast = tuned(deployment(ttft="1s", itl="250ms"), budgets=(128,))
+    slower = tuned(deployment(slow, ttft="2s", itl="500ms"), budgets=(128,))
     assert slower.rate == pytest.approx(fast.rate / 2, rel=0.05)
     assert slower.clients == fast.clients
 
 
 def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> None:
-    tuning = tuned(deployment(itl="250ms"))
+    tuning = tuned(deployment(itl="250ms"), budgets=(128,), requests=100)
     assert 0.6 * LIMIT < tuning.rate < 1.05 * LIMIT
     assert tuning.clients == tuning.chosen.max_num_seqs
 
@@ -102,7 +107,7 @@ def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> N
 def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict[str, str]) -> None:
     slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
     with pytest.raises(ConfigError, match="can be promised to nobody here") as refused:
-        tuned(deployment(slow, **targets))
+        tuned(deployment(slow, **targets), short, budgets=(128,))
     assert " ".join(f"--{name} {value}" for name, value in targets.items()) in str(refused.value)
     possible = str(refused.value).partition("possible would be ")[2].split(" or ")[0]
     assert tuned(deployment(slow, **dict(re.findall(r"--(\w+) (\S+)", possible)))).clients >= 1
@@ -112,7 +117,7 @@ def test_conversations_are_a_load_too() -> None:
     def make(target: Target) -> Workload:
         return Chat(Lengths(100, 20, room=target.room), target.answer_vocabulary, 3)
 
-    tuning = tune(deployment(ttft="1s", itl="250ms"), make, budgets=(128,), seats=(32,), requests=60)
+    tuning = tune(deployment(ttft="1s", itl="250ms"), make, budgets=(128,), seats=(32,), requests=30)
     assert 0 < tuning.rate < tuning.clients_rate  # each is three requests
 
 
@@ -189,7 +194,7 @@ def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: py
     )  # fmt: skip
     save(kept, place(kept.identity))
     ended = command(
-        *("--ttft", "20s", "--itl", "10s", "--budgets", "64", "--seats", "16", "--requests", "40"),
+        *("--ttft", "20s", "--itl", "10s", "--budgets", "64", "--seats", "16", "--requests", "20"),
         *("--prompt", "24", "--generate", "4", "--measure"),
     )
     assert ended.exit_code == 0, ended.output
