@@ -95,9 +95,14 @@ class SchedulerConfig:
             parse_seconds("itl", self.itl)
 
     @property
+    def has_targets(self) -> bool:
+        """Whether anything is promised to everybody."""
+        return self.ttft is not None or self.itl is not None
+
+    @property
     def keeps_promises(self) -> bool:
         """Whether anything is promised, or may be."""
-        return self.keep_promises or self.ttft is not None or self.itl is not None
+        return self.keep_promises or self.has_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
-from splitfuse.core.cost_model import CostModel, features
+from splitfuse.core.cost_model import CostModel, Features, features
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.order import ByPromise
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
@@ -165,7 +165,7 @@ class Replica:
         if deployment.scheduler.keeps_promises:
             rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
         kind = scheduler_class(deployment.policy, deployment.scheduler)
-        self._scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
+        self.scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
         self._targets = Targets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
         self._cost: CostModel = calibration.cost
         self._pass_overhead = deployment.pass_overhead
@@ -182,7 +182,7 @@ class Replica:
         """When each token came. Raises RequestTooLargeError."""
         assert isinstance(request.prompt, tuple)
         loop = asyncio.get_running_loop()
-        self._scheduler.add(
+        self.scheduler.add(
             Request(
                 request_id,
                 request.prompt,
@@ -205,18 +205,21 @@ class Replica:
         return times
 
     def _begin_pass(self) -> None:
-        plan = self._scheduler.schedule(asyncio.get_running_loop().time())
+        plan = self.scheduler.schedule(asyncio.get_running_loop().time())
         if plan is None:
-            assert not self._scheduler.has_unfinished, "unfinished requests, and nothing can run"
+            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return
         self._in_pass = True
-        seconds = self._cost.seconds(features(plan)) + self._pass_overhead
-        asyncio.get_running_loop().call_later(seconds, self._end_pass, plan)
+        asyncio.get_running_loop().call_later(self.pass_seconds(features(plan)), self._end_pass, plan)
+
+    def pass_seconds(self, pass_: Features) -> float:
+        """What a pass takes: as predicted, on a machine that is as it was calibrated."""
+        return self._cost.seconds(pass_) + self._pass_overhead
 
     def _end_pass(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
         result = StepResult({chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks})
-        for output in self._scheduler.update(plan, result, now):
+        for output in self.scheduler.update(plan, result, now):
             if output.token_ids:
                 times, done = self._waiting[output.request_id]
                 times.append(now)

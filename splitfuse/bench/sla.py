@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
+    from splitfuse.core.targets import Targets
 
 PROMPT_TOKENS_PER_SECOND = 512.0
 SLAS = (2.0, 4.0, 6.0)
@@ -56,6 +57,15 @@ def keeps_promises(record: RequestRecord, sla: float, prompt_speed: float = PROM
         record.error is None
         and keeps_first_promise(record, prompt_speed)
         and all(average < 1.0 / sla for average in moving_averages(gaps(record)))
+    )
+
+
+def on_time(record: RequestRecord, targets: Targets) -> bool:
+    """Whether the request met all of its targets: the first token's, and that of every gap. One that failed did not."""
+    return (
+        _succeeded(record)
+        and first_token_seconds(record) <= targets.due(arrived=0.0, num_prompt=record.num_prompt_tokens)
+        and (targets.itl is None or max(gaps(record), default=0.0) <= targets.itl)
     )
 
 

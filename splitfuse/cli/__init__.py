@@ -1,7 +1,8 @@
 """The command line: which commands there are. Their flags are generated from the configurations' fields.
 
 `generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py,
-`explain` in explain.py, `bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py.
+`explain` in explain.py, `bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py, and
+`tune` in tune.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from splitfuse.cli.flags import SAMPLING_HELP
 from splitfuse.cli.generate import generate, plan_memory
 from splitfuse.cli.server import ps, serve, stop
 from splitfuse.cli.simulate import calibrate, simulate
+from splitfuse.cli.tune import tune
 
 __all__ = ["SAMPLING_HELP", "main"]
 
@@ -37,6 +39,7 @@ app.command("plan-memory")(plan_memory)
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
 app.command()(simulate)
+app.command()(tune)
 
 
 def main() -> None:

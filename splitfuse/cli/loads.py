@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from splitfuse.cli.flags import given
 from splitfuse.config import setting
@@ -23,11 +23,9 @@ SLAS = "2,4,6"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadFlags:
-    """Which load: what `bench run` and `simulate` have in common."""
+class WorkloadFlags:
+    """What is asked: what `bench run`, `simulate` and `tune` have in common."""
 
-    clients: str | None = setting(None, f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
-    rate: str | None = setting(None, "Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
     prompt: float | None = setting(None, "Mean tokens of a prompt; left out, 512.")
     generate: float | None = setting(None, "Mean tokens of an answer; left out, 64.")
     deviation: float | None = setting(None, "Standard deviation of both, as a share of the mean; left out, 0.3.")
@@ -37,34 +35,12 @@ class LoadFlags:
     trace: Path | None = setting(  # noqa: RUF009 - a field, like the others
         None, "A .jsonl file of requests to repeat; with times (at), as they came."
     )
-    requests: int | None = setting(None, "That count at each load; left out, 4 for each client and 32; 100 at a rate.")
-    spacing: float | None = setting(
-        None, "Seconds between the starts of clients; left out, a quarter of a request's time alone."
-    )
-    prompt_speed: float = setting(512.0, "Prompt tokens a second, by which a first token counts as promised.")
-    sla: str = setting(SLAS, "Tokens a second that are promised, for the table.")
     seed: int = setting(0, "Of prompts, lengths and arrivals.")
 
     @classmethod
-    def taken_from(cls, flags: dict[str, Any]) -> LoadFlags:
+    def taken_from(cls, flags: dict[str, Any]) -> Self:
         """Out of all flags of a command, which keeps the rest."""
         return cls(**{field.name: flags.pop(field.name) for field in dataclasses.fields(cls)})
-
-    def loads(self, *, repeat: int) -> Loads:
-        """Raises ConfigError for what is none."""
-        from splitfuse.bench.measure import Loads
-
-        clients = self.clients
-        if clients is None and self.rate is None and (self.trace is None or not _is_timed(self.trace)):
-            clients = CLIENTS
-        return Loads(
-            clients=numbers("clients", clients, int),
-            rates=numbers("rate", self.rate, float),
-            requests=self.requests,
-            repeat=repeat,
-            spacing=self.spacing,
-            prompt_speed=self.prompt_speed,
-        )
 
     def workload_maker(self) -> MakeWorkload:
         """The workload, once the target is known. Raises ConfigError for flags that do not go together."""
@@ -93,6 +69,36 @@ class LoadFlags:
             return Independent(lengths, target.vocabulary, self.seed)
 
         return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadFlags(WorkloadFlags):
+    """Which load: what `bench run` and `simulate` have in common."""
+
+    clients: str | None = setting(None, f"Closed loops of so many clients, one after the other; left out, {CLIENTS}.")
+    rate: str | None = setting(None, "Open loops instead: so many requests a second at random (Poisson), such as 1,2.")
+    requests: int | None = setting(None, "That count at each load; left out, 4 for each client and 32; 100 at a rate.")
+    spacing: float | None = setting(
+        None, "Seconds between the starts of clients; left out, a quarter of a request's time alone."
+    )
+    prompt_speed: float = setting(512.0, "Prompt tokens a second, by which a first token counts as promised.")
+    sla: str = setting(SLAS, "Tokens a second that are promised, for the table.")
+
+    def loads(self, *, repeat: int) -> Loads:
+        """Raises ConfigError for what is none."""
+        from splitfuse.bench.measure import Loads
+
+        clients = self.clients
+        if clients is None and self.rate is None and (self.trace is None or not _is_timed(self.trace)):
+            clients = CLIENTS
+        return Loads(
+            clients=numbers("clients", clients, int),
+            rates=numbers("rate", self.rate, float),
+            requests=self.requests,
+            repeat=repeat,
+            spacing=self.spacing,
+            prompt_speed=self.prompt_speed,
+        )
 
 
 def _is_timed(trace: Path) -> bool:

@@ -87,10 +87,10 @@ def simulate(
     measured = None if against is None else load_results(against)
     settings = given(flags)
     if measured is not None:
-        settings = {**_measured_settings(measured), **_changed(settings)}
+        settings = {**_measured_settings(measured), **changed(settings)}
     config = EngineConfig.from_settings(settings)
-    deployment = _deployment(
-        _calibration(config, model_of_cost, machine),
+    simulated = deployment(
+        known_calibration(config, model_of_cost, machine),
         config,
         policy=policy or _measured_policy(measured),
         replicas=replicas or (1 if measured is None else measured.replicas),
@@ -100,15 +100,15 @@ def simulate(
     if measured is not None:
         if (load.clients, load.rate, load.trace) != (None, None, None):
             raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
-        results = predict(deployment, measured, about=about_here())
+        results = predict(simulated, measured, about=about_here())
         print_table(results, slas)
         _print_comparisons(compare(measured, results))
     else:
         results = run(
-            deployment,
+            simulated,
             load.workload_maker(),
             load.loads(repeat=repeat),
-            system=label or _label(deployment),
+            system=label or _label(simulated),
             about=about_here(),
             progress=not quiet and sys.stderr.isatty(),
         )
@@ -118,7 +118,8 @@ def simulate(
         print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
 
 
-def _calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
+def known_calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
+    """Of a file, a published machine, or the one that is kept for the engine. Raises ConfigError or CostModelError."""
     from splitfuse.bench.published import MACHINES
     from splitfuse.runtime.calibration import load, load_cost_model
 
@@ -133,14 +134,14 @@ def _calibration(config: EngineConfig, file: Path | None, machine: str | None) -
     return MACHINES[machine]
 
 
-def _deployment(
+def deployment(
     calibration: Calibration,
     config: EngineConfig,
     *,
-    policy: str,
-    replicas: int,
-    pass_overhead: float,
-    client_overhead: float,
+    policy: str = "splitfuse",
+    replicas: int = 1,
+    pass_overhead: float = 0.0,
+    client_overhead: float = 0.0,
 ) -> Deployment:
     """What the engine flags change of the calibrated engine."""
     from splitfuse.bench.simulate import Deployment
@@ -172,7 +173,7 @@ def _measured_policy(measured: Results | None) -> str:
     return "splitfuse" if measured is None else str(measured.about.get("policy", "splitfuse"))
 
 
-def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+def changed(settings: dict[str, Any]) -> dict[str, Any]:
     """Those that differ from their defaults."""
     known = EngineConfig.setting_fields()
     return {name: value for name, value in settings.items() if value != known[name][1].default}

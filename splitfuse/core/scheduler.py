@@ -26,6 +26,7 @@ from splitfuse.core.account import Ledger, Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.order import ByArrival, Rule
 from splitfuse.core.outlook import Room, check_on_time
@@ -68,6 +69,11 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What passes are predicted by, if they are."""
+        return self._rule.forecast
 
     @property
     def num_waiting(self) -> int:

@@ -136,6 +136,7 @@ def calibrate(
         max_model_len=plan.max_model_len,
         identity=identify(config),
         about=about_here(),
+        timed=tuple(each.sample for each in timed),
     )
     return calibration, timed[len(fitted) :]
 

@@ -114,6 +114,7 @@ class EngineStats:
     num_preemptions: int = 0
     pass_tokens: int = 0  # of the last pass
     pass_seconds: float = 0.0
+    predicted_pass_seconds: float = 0.0  # 0: nothing was predicted
 
 
 class Passed(msgspec.Struct, frozen=True, tag=True):

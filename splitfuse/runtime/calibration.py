@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.cost_model import CostModel
+from splitfuse.core.cost_model import CostModel, Sample
 from splitfuse.errors import CostModelError
 
 
@@ -29,6 +29,8 @@ class Calibration:
     """The model, machine and settings that the times depend on."""
     about: dict[str, Any] = field(default_factory=dict)
     """When and how it came about."""
+    timed: tuple[Sample, ...] = ()
+    """The passes that it was fitted to, and those that checked it. None of a machine that was not measured."""
 
 
 def save(calibration: Calibration, path: Path) -> None:

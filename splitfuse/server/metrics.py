@@ -30,9 +30,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _WHOLE = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+_PASS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
-    "pass_seconds": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
+    "pass_seconds": _PASS,
+    "predicted_pass_seconds": _PASS,
+    "forecast_ratio": (0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.11, 1.25, 1.5, 2.0, 4.0),
     "pass_share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
     "pass_tokens": tuple(float(2**power) for power in range(15)),
     "first_token": (*_FIRST, 80.0, 160.0, 640.0, 2560.0),
@@ -78,6 +81,10 @@ FAMILIES = (
     Family("splitfuse:pass_budget_ratio", "histogram", "pass_share", "Tokens of a pass, of max_num_batched_tokens."),
     Family("splitfuse:pass_tokens", "histogram", "pass_tokens", "Tokens of a pass."),
     Family("splitfuse:pass_seconds", "histogram", "pass_seconds", "Time of a pass."),
+    Family("splitfuse:predicted_pass_seconds", "histogram", "predicted_pass_seconds", "What was predicted of a pass."),
+    Family(
+        "splitfuse:pass_forecast_ratio", "histogram", "forecast_ratio", "Predicted time of a pass, of what it took."
+    ),
     Family("splitfuse:queued_seconds", "histogram", "queued", "From a request's arrival until an engine took it up."),
     Family("splitfuse:first_token_seconds", "histogram", "first_token", "From a request's arrival to its first token."),
     Family("splitfuse:inter_token_seconds", "histogram", "inter_token", "From a token to the next one of its choice."),
@@ -155,6 +162,9 @@ class Metrics:
             self._pass_tokens.observe(stats.pass_tokens)
             self._pass_share.observe(stats.pass_tokens / max_num_batched_tokens)
             self._pass_seconds.observe(stats.pass_seconds)
+            if stats.predicted_pass_seconds and stats.pass_seconds:
+                self._histograms["predicted_pass_seconds"].observe(stats.predicted_pass_seconds)
+                self._histograms["forecast_ratio"].observe(stats.predicted_pass_seconds / stats.pass_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         """A request was answered, well or not. Times and sizes are counted for those that an engine began."""

@@ -1,0 +1,263 @@
+"""How well passes are predicted while the machine changes: with the correction of core/forecast.py, and without.
+
+    python -m benchmarks.exams.forecast [--hours 1] [--minutes 0] [--model DIR] [--quantization int8]
+
+In simulation, the machine is not the cost model's: every coefficient is off by up to a tenth, its speed drifts by a
+quarter over the hour, neighbours come for half a minute and take memory or arithmetic, every pass scatters by 5 %, and
+one in a hundred is held up. With `--minutes`, a real engine (the bundled model's, if no other is named) under the same
+kind of load: conversations, long prompts, short questions at random. Errors are |predicted / actual - 1|. Both columns
+are of the same passes: the plans were made with the correction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from random import Random
+from statistics import median
+from typing import Any
+
+from benchmarks.promises import MACHINES
+from splitfuse.bench import virtual_time
+from splitfuse.bench.simulate import Deployment, Replica, SimulatedTarget
+from splitfuse.bench.sla import percentile
+from splitfuse.bench.target import EngineTarget, Target
+from splitfuse.bench.workload import Chat, Independent, Lengths
+from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.forecast import Forecast
+from splitfuse.engine.async_engine import AsyncEngine, EngineClient
+from splitfuse.engine.engine import Engine
+from splitfuse.runtime.calibration import Calibration
+
+TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
+SPREAD = 0.05
+HELD_UP, HELD_UP_SECONDS = 0.01, 0.1
+ALONE_SECONDS, NEIGHBOUR_SECONDS = 90.0, 30.0
+CHATTERS, READERS, QUESTIONS_PER_SECOND = 6, 1, 0.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=1.0, help="in simulation; 0 leaves it out")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of a real engine")
+    parser.add_argument("--model", help="its model; left out, the bundled one")
+    parser.add_argument("--quantization")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    step_response()
+    if arguments.hours:
+        for machine in MACHINES:
+            simulated(machine, arguments.hours, arguments.seed)
+    if arguments.minutes:
+        real(arguments.minutes, {"model": arguments.model, "quantization": arguments.quantization}, arguments.seed)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """In seconds."""
+
+    uncorrected: float
+    corrected: float
+    actual: float
+
+
+class Witness:
+    """Notes what a forecast says of each pass before it hears what that took."""
+
+    def __init__(self, forecast: Forecast | None) -> None:
+        assert forecast is not None, "an engine that promises nothing predicts nothing"
+        self.passes: list[Pass] = []
+        observe = forecast.observe
+
+        def see(pass_: Features, seconds: float) -> None:
+            self.passes.append(Pass(forecast.cost.seconds(pass_), forecast.seconds(pass_), seconds))
+            observe(pass_, seconds)
+
+        forecast.observe = see  # type: ignore[method-assign]
+
+
+def step_response() -> None:
+    """A machine that is suddenly slower, or faster again, without noise."""
+    cost, pass_ = CostModel(floor=0.1, per_token=0.0), Features(tokens=1)
+    for times in (2.0, 0.5):
+        forecast, factors = Forecast(cost), []
+        for _ in range(200):
+            forecast.observe(pass_, 0.1 * times)
+            factors.append(forecast.factor)
+        within = next(n for n, factor in enumerate(factors, start=1) if abs(factor / times - 1.0) < 0.1)
+        overshoot = max((factor / times if times > 1.0 else times / factor) for factor in factors) - 1.0
+        print(f"passes {times:g} times as long: within 10 % after {within} passes, overshoot {max(overshoot, 0.0):.1%}")
+
+
+# The simulated machine -----------------------------------------------------------------------------------------------
+
+
+class Changing:
+    """A machine that is not as it was calibrated. Asked in the order of time."""
+
+    def __init__(self, cost: CostModel, seed: int) -> None:
+        self._random = Random(seed)
+        self._cost = self._off(cost, 0.9, 1.1)
+        self._now_cost = self._cost
+        self._neighbour = False
+        self._until = 0.0
+        self.noise: list[float] = []
+
+    def seconds(self, pass_: Features, now: float) -> float:
+        """What a pass that begins now takes."""
+        random = self._random
+        while now >= self._until:
+            self._neighbour = not self._neighbour and self._until > 0.0
+            self._until += random.expovariate(1 / (NEIGHBOUR_SECONDS if self._neighbour else ALONE_SECONDS))
+            self._now_cost = self._off(self._cost, 1.0, 2.0) if self._neighbour else self._cost
+        drift = 1.0 + 0.25 * math.sin(2 * math.pi * now / 3600)
+        noise = random.lognormvariate(0.0, SPREAD)
+        steady = drift * self._now_cost.seconds(pass_)
+        actual = steady * noise
+        if random.random() < HELD_UP:
+            actual += random.expovariate(1 / HELD_UP_SECONDS)
+        self.noise.append(abs(steady / actual - 1.0))
+        return actual
+
+    def _off(self, cost: CostModel, low: float, high: float) -> CostModel:
+        """Every coefficient times something between the two."""
+        names = [field.name for field in fields(cost) if field.name not in ("knee", "error")]
+        return replace(cost, **{name: getattr(cost, name) * self._random.uniform(low, high) for name in names})
+
+
+class ChangingReplica(Replica):
+    """On such a machine."""
+
+    def __init__(self, deployment: Deployment, machine: Changing) -> None:
+        super().__init__(deployment)
+        self._machine = machine
+
+    def pass_seconds(self, pass_: Features) -> float:
+        return self._machine.seconds(pass_, asyncio.get_running_loop().time())
+
+
+class ChangingTarget(SimulatedTarget):
+    """One replica of these."""
+
+    def __init__(self, deployment: Deployment, machine: Changing) -> None:
+        super().__init__(deployment)
+        replica = ChangingReplica(deployment, machine)
+        self._replicas = [replica]
+        self.witness = Witness(replica.scheduler.forecast)
+
+
+def simulated(name: str, hours: float, seed: int) -> None:
+    cost = replace(MACHINES[name], per_kv_token=1e-7, per_row=1e-4)
+    calibration = Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
+    machine = Changing(cost, seed)
+    target = ChangingTarget(Deployment(calibration=calibration, scheduler=SchedulerConfig(**TARGETS)), machine)
+    virtual_time.run(drive(target, 3600 * hours, seed))
+    tell(f"{name}, {hours:g} h simulated", target.witness.passes)
+    print(f"  of the noise alone: P50 {percentile(machine.noise, 50):.1%}, P95 {percentile(machine.noise, 95):.1%}")
+
+
+# The real one --------------------------------------------------------------------------------------------------------
+
+
+class WitnessedTarget(EngineTarget):
+    """Our engine, whose forecast is watched."""
+
+    witness: Witness
+
+    def _make_client(self) -> EngineClient:
+        engine = Engine.load(EngineConfig.from_settings(self._settings))
+        self.witness = Witness(engine.scheduler.forecast)
+        return AsyncEngine(engine)
+
+
+def real(minutes: float, settings: dict[str, Any], seed: int) -> None:
+    async def run() -> WitnessedTarget:
+        target = WitnessedTarget({**settings, **TARGETS})
+        try:
+            await target.start()
+            await drive(target, 60 * minutes, seed)
+        finally:
+            await target.close()
+        return target
+
+    target = asyncio.run(run())
+    tell(f"{target.about['model']}, {minutes:g} min for real", target.witness.passes)
+
+
+# The load and what is told -------------------------------------------------------------------------------------------
+
+
+async def drive(target: Target, seconds: float, seed: int) -> None:
+    """Conversations with pauses, prompts of half of what fits, and questions at random, for so long."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    chat = Chat(Lengths(min(100, target.room / 12), 64, room=target.room), target.answer_vocabulary, 5, seed)
+    long = Independent(Lengths(min(3000, target.room / 2), 16, room=target.room), target.vocabulary, seed)
+    short = Independent(Lengths(min(300, target.room / 6), 48, room=target.room), target.vocabulary, seed)
+
+    async def converse(client: int) -> None:
+        random, number = Random(f"{seed} chatter {client}"), 0
+        while loop.time() < end:
+            request = chat.first(f"chatter {client}", number)
+            number += 1
+            while request is not None and loop.time() < end:
+                answer = await target.ask(request)
+                await asyncio.sleep(random.expovariate(1.0))
+                request = chat.successor(request, answer.tokens) if answer.error is None else None
+
+    async def read(client: int) -> None:
+        random, number = Random(f"{seed} reader {client}"), 0
+        while loop.time() < end:
+            await target.ask(long.first(f"reader {client}", number))
+            number += 1
+            await asyncio.sleep(random.expovariate(0.2))
+
+    async def question(group: asyncio.TaskGroup) -> None:
+        random, number = Random(f"{seed} questions"), 0
+        while loop.time() < end:
+            await asyncio.sleep(random.expovariate(QUESTIONS_PER_SECOND))
+            group.create_task(target.ask(short.first("questions", number)))
+            number += 1
+
+    async with asyncio.TaskGroup() as group:
+        for client in range(CHATTERS):
+            group.create_task(converse(client))
+        for client in range(READERS):
+            group.create_task(read(client))
+        group.create_task(question(group))
+
+
+def tell(name: str, passes: Sequence[Pass]) -> None:
+    """Errors with and without the correction, and whether it swings: then misses would take turns above and below."""
+    print(f"\n{name}: {len(passes)} passes, median {1e3 * median(each.actual for each in passes):.3g} ms")
+    for which, predicted in (
+        ("as calibrated", [each.uncorrected for each in passes]),
+        ("corrected", [each.corrected for each in passes]),
+    ):
+        misses = [math.log(p / each.actual) for p, each in zip(predicted, passes, strict=True)]
+        errors = [abs(math.exp(miss) - 1.0) for miss in misses]
+        total = sum(predicted) / sum(each.actual for each in passes) - 1.0
+        print(
+            f"  {which:13} P50 {percentile(errors, 50):.1%}, P95 {percentile(errors, 95):.1%}; all passes together "
+            f"{total:+.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
+        )
+
+
+def autocorrelation(misses: Sequence[float]) -> float:
+    """Of each miss with the next one: below 0 if they take turns above and below, as they do if a correction swings.
+    The largest misses are left at what 95 of 100 stay within: a pass that was held up says nothing of swinging.
+    """
+    bound = percentile([abs(miss) for miss in misses], 95)
+    clipped = [max(-bound, min(bound, miss)) for miss in misses]
+    middle = sum(clipped) / len(clipped)
+    off = [miss - middle for miss in clipped]
+    return sum(a * b for a, b in pairwise(off)) / sum(a * a for a in off)
+
+
+if __name__ == "__main__":
+    main()
