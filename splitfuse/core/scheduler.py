@@ -53,7 +53,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._retired: list[str] = []
         self._ledger = Ledger()
-        self._standing = Standing(self._rule.forecast and self._rule.forecast.cost, max_num_seqs=self._max_num_seqs)
+        self._standing = Standing(self._rule.forecast, max_num_seqs=self._max_num_seqs)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 from splitfuse.core.account import Move, Part, Scene
-from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.cost_model import Features
 from splitfuse.core.draft import Draft
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request
 
@@ -20,10 +21,10 @@ STRETCH = 64
 
 
 class Standing:
-    """From pass to pass, of one scheduler. `cost` is what passes are predicted by; without one, by their tokens."""
+    """From pass to pass, of one scheduler. A pass is divided by what `forecast` predicts; without one, by tokens."""
 
-    def __init__(self, cost: CostModel | None, *, max_num_seqs: int) -> None:
-        self._cost = cost
+    def __init__(self, forecast: Forecast | None, *, max_num_seqs: int) -> None:
+        self._cost = None if forecast is None else forecast.cost
         self._max_num_seqs = max_num_seqs
         self._generating: set[Request] = set()  # those that did in the last pass, and some that have ended
         self._num_scenes = 0
