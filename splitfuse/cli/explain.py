@@ -41,7 +41,7 @@ def drawn(explanation: dict[str, Any]) -> str:
     lines = [
         f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {promise}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "
-        f"{explanation['generated_tokens']} generated; preempted {explanation['preemptions']} times",
+        f"{explanation['generated_tokens']} generated; preemptions: {explanation['preemptions']}",
         "",
     ]
     longest = max(parts.values(), default=0.0)

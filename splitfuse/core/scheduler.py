@@ -57,8 +57,7 @@ class Scheduler:
         self._retired: list[str] = []
         self._shares = Shares()
         self._ledger = Ledger()
-        cost = None if self._rule.forecast is None else self._rule.forecast.cost
-        self._standing = Standing(cost, max_num_seqs=self._max_num_seqs)
+        self._standing = Standing(self._rule.forecast, max_num_seqs=self._max_num_seqs)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0

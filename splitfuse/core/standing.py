@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 from splitfuse.core.account import Move, Part, Scene
-from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.cost_model import Features
 from splitfuse.core.draft import Draft
+from splitfuse.core.forecast import Forecast
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request
 
@@ -20,10 +21,10 @@ STRETCH = 64
 
 
 class Standing:
-    """From pass to pass, of one scheduler. `cost` is what passes are predicted by; without one, by their tokens."""
+    """From pass to pass, of one scheduler. A pass is divided by what `forecast` predicts; without one, by tokens."""
 
-    def __init__(self, cost: CostModel | None, *, max_num_seqs: int) -> None:
-        self._cost = cost
+    def __init__(self, forecast: Forecast | None, *, max_num_seqs: int) -> None:
+        self._cost = None if forecast is None else forecast.cost
         self._max_num_seqs = max_num_seqs
         self._generating: set[Request] = set()  # those that did in the last pass, and some that have ended
         self._num_scenes = 0
@@ -58,12 +59,12 @@ class Standing:
                 self._stand(request, part, moves)
         if waiting:
             reason = self._reason(draft, len(running), num_blocks, is_full=is_full)
-            newest = max(request.arrival for request in granted) if reason is Part.NO_BUDGET else -1
+            newest = max(request.place for request in granted) if reason is Part.NO_BUDGET else ()
             for request in waiting:
                 account, part = request.account, reason
                 if account.num_preemptions:
                     part = Part.PREEMPTED
-                elif request.arrival < newest:  # of those that were granted something
+                elif request.place < newest:  # of those that were granted something
                     part = Part.BEHIND
                 if account.planned is not part:
                     self._stand(request, part, moves)

@@ -43,8 +43,7 @@ class Usage(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds from the request's arrival. `queued`: until the first pass for it was done; `first_token`: of any choice;
     `gaps`: between a token and the next of its choice, all choices after each other; `passes`: that gave it something;
-    `on_time`: whether all choices were as promised; `parts`: where the time went until this was written (see Part).
-    """
+    `on_time`: whether all choices were as promised; `parts`: where the time went."""
 
     queued: float | None
     first_token: float | None

@@ -153,7 +153,7 @@ def test_the_command_draws_it(
     assert run(answer["id"]) == 0
     shown = capsys.readouterr().out
     assert MEANINGS[Part.OWN_GENERATION] in shown and "100.0%  from its arrival" in shown
-    assert "20 generated; preempted 0 times" in shown and "█" in shown
+    assert "20 generated; preemptions: 0" in shown and "█" in shown
     assert run("nobody") == 1
     assert "there is no request 'nobody'" in capsys.readouterr().err
     assert run("nobody", "--name", "x") == 1
