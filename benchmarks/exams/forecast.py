@@ -88,7 +88,7 @@ def step_response() -> None:
         forecast, factors = Forecast(cost), []
         for _ in range(200):
             forecast.observe(pass_, 0.1 * times)
-            factors.append(forecast.factor)
+            factors.append(forecast.seconds(pass_) / cost.floor)
         within = next(n for n, factor in enumerate(factors, start=1) if abs(factor / times - 1.0) < 0.1)
         overshoot = max((factor / times if times > 1.0 else times / factor) for factor in factors) - 1.0
         print(f"passes {times:g} times as long: within 10 % after {within} passes, overshoot {max(overshoot, 0.0):.1%}")
@@ -233,19 +233,21 @@ async def drive(target: Target, seconds: float, seed: int) -> None:
 
 
 def tell(name: str, passes: Sequence[Pass]) -> None:
-    """Errors with and without the correction, and whether it swings: then misses would take turns above and below."""
+    """Errors with and without the correction, of all passes and of the long ones, which are most of the time; and
+    whether it swings: then misses would take turns above and below.
+    """
+    middle = median(each.uncorrected for each in passes)
+    long = [each for each in passes if each.uncorrected > 2 * middle]
     print(f"\n{name}: {len(passes)} passes, median {1e3 * median(each.actual for each in passes):.3g} ms")
-    for which, predicted in (
-        ("as calibrated", [each.uncorrected for each in passes]),
-        ("corrected", [each.corrected for each in passes]),
-    ):
-        misses = [math.log(p / each.actual) for p, each in zip(predicted, passes, strict=True)]
-        errors = [abs(math.exp(miss) - 1.0) for miss in misses]
-        total = sum(predicted) / sum(each.actual for each in passes) - 1.0
-        print(
-            f"  {which:13} P50 {percentile(errors, 50):.1%}, P95 {percentile(errors, 95):.1%}; all passes together "
-            f"{total:+.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
-        )
+    for kind, some in (("all", passes), (f"{len(long)} long", long)):
+        for which in ("uncorrected", "corrected"):
+            misses = [math.log(getattr(each, which) / each.actual) for each in some]
+            errors = [abs(math.exp(miss) - 1.0) for miss in misses]
+            total = sum(getattr(each, which) for each in some) / sum(each.actual for each in some) - 1.0
+            print(
+                f"  {kind:12} {which:11} P50 {percentile(errors, 50):6.1%}, P95 {percentile(errors, 95):6.1%}; together "
+                f"{total:+6.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
+            )
 
 
 def autocorrelation(misses: Sequence[float]) -> float:

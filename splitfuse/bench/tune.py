@@ -27,7 +27,7 @@ BUDGETS = (32, 64, 128, 256, 512, 1024)
 SEATS = (8, 16, 32, 64)
 PRECISION = 1.03
 """Between a load that is carried and one that is not; settings whose loads differ by less are as good."""
-FIRST_STEP = 1.06
+FIRST_STEP, LAST_STEP = 1.06, 2.0
 LEAST = 1 / 64
 """Of what one client gets alone, is the smallest load that is tried."""
 KEEPS_UP = 0.95
@@ -38,8 +38,10 @@ LONGER_AT_MOST = 5
 """Times the wanted number of requests."""
 REFINED = 4
 """Times as many requests for the settings that were chosen."""
-LONE_REQUESTS = 24
+LONE_REQUESTS = 64
 MOST_CLIENTS = 1024
+SPARE = 1.1
+"""Times as long as what a request alone has just met, are the targets that are called possible."""
 FAR = 2.0**20
 """Times longer than what was asked: promises that help nobody are not looked for."""
 
@@ -144,24 +146,30 @@ def tune(
             raise ConfigError(f"{name} must be whole numbers from 1")
     trials = _Trials(deployment, make_workload, share, requests, on_trial)
     budgets, most = sorted(set(budgets)), max(seats)
-    lone = _check_possible(trials, Setting(budgets[-1], most))
+    largest = Setting(budgets[-1], most)  # an upper bound for what is composed by promise
+    lone = trials.closed(largest, 1, LONE_REQUESTS)
+    if trials.on_time(lone) < share:
+        raise _impossible(trials, largest)
+    start, least = sla.throughput(lone), LEAST * sla.throughput(lone)
 
     def carried(settings: Sequence[Setting], start: float) -> tuple[Carried, ...]:
         """Each search begins where the one before ended."""
         found: list[Carried] = []
         for setting in settings:
-            rate = trials.largest_rate(setting, start=start, least=LEAST * lone)
+            rate = trials.largest_rate(setting, start=start, least=least)
             found.append(Carried(setting, rate))
             start = rate or start
         return tuple(found)
 
-    by_promise = carried([Setting(budget, most) for budget in budgets], lone)
-    by_age = carried([Setting(budget, most, by_promise=False) for budget in budgets], lone)
+    by_promise = carried([Setting(budget, most) for budget in budgets], start)
+    if not any(each.rate for each in by_promise):
+        raise _impossible(trials, largest)
+    by_age = carried([Setting(budget, most, by_promise=False) for budget in budgets], start)
     best = _smallest_of_the_best(by_promise)
     fewer = [replace(best.setting, max_num_seqs=count) for count in sorted(set(seats) - {most}, reverse=True)]
     by_seats = (*reversed(carried(fewer, best.rate)), best)
     chosen = _smallest_of_the_best(by_seats).setting
-    rate = trials.largest_rate(chosen, start=best.rate, least=LEAST * lone, refined=True)
+    rate = trials.largest_rate(chosen, start=best.rate, least=least, refined=True)
     clients, clients_rate = trials.most_clients(chosen)
     return Tuning(
         ttft=deployment.scheduler.ttft,
@@ -298,10 +306,10 @@ def _largest(carries: Callable[[float], bool], start: float, least: float) -> fl
     step = FIRST_STEP
     if carries(start):
         while carries(high := low * step):
-            low, step = high, step**2
+            low, step = high, min(step**2, LAST_STEP)
     else:
         while not carries(low := high / step):
-            high, step = low, step**2
+            high, step = low, min(step**2, LAST_STEP)
             if high < least:
                 return 0.0
     while high > low * PRECISION:
@@ -310,20 +318,15 @@ def _largest(carries: Callable[[float], bool], start: float, least: float) -> fl
     return low
 
 
-def _check_possible(trials: _Trials, setting: Setting) -> float:
-    """Whether a request alone can be on time with the largest budget, which is an upper bound: requests a second of one
-    client, if so. Raises ConfigError with what could be promised.
-    """
-    point = trials.closed(setting, 1, LONE_REQUESTS)
-    if trials.on_time(point) == 1.0:
-        return sla.throughput(point)
+def _impossible(trials: _Trials, setting: Setting) -> ConfigError:
+    """What to say of targets that a request alone does not meet: what it would take, and what could be promised."""
     alone = sla.counted(trials.closed(replace(setting, by_promise=False), 1, LONE_REQUESTS))
     gap = max((gap for record in alone for gap in sla.gaps(record)), default=0.0)
     first = max(map(sla.first_token_seconds, alone))
     scheduler = trials.scheduler
     ways = [(1, 0), (0, 1)] if scheduler.ttft and scheduler.itl else []
     possible = [flags for way in (*ways, (1, 1)) if (flags := _least_possible(trials, setting, *way))]
-    raise ConfigError(
+    return ConfigError(
         f"{_flags(scheduler)} can be promised to nobody here: even a request alone is late, whose tokens come up to "
         f"{1e3 * gap:.3g} ms apart, and the first after up to {first:.3g} s; possible would be "
         f"{' or '.join(possible[:2]) or 'nothing like it'}"
@@ -352,7 +355,7 @@ def _least_possible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> s
     while high > 1.1 * low:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if holds(longer(middle)) else (middle, high)
-    return _flags(longer(high))
+    return _flags(longer(SPARE * high))
 
 
 def _longer(target: str | None, times: float) -> str | None:

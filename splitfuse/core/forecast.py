@@ -1,8 +1,13 @@
 """A cost model that follows the machine: what passes take today, by what they took just now.
 
-A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go. One factor over the whole
-model is corrected after each pass, by a small part of what it was off, on a logarithmic scale: a lasting change is
-followed within some dozens of passes, a single disturbed pass moves it by little, and it cannot swing.
+A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go, and some take memory, others
+arithmetic. So there are two factors, one for the floor of a pass, where it waits for the weights, and one for all that
+it takes beyond. After each pass both are corrected by a small part of what it was off, on a logarithmic scale, each by
+its share in the pass and a little of the other's: what is learned of short passes is mostly, not only, theirs.
+
+The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the next pass
+of the same kind is off by 1 - GAIN of what this one was. So a lasting change is followed within some dozens of passes, a
+single disturbed pass moves little, and nothing swings.
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ from splitfuse.core.cost_model import CostModel, Features
 
 GAIN = 1 / 16
 """Of the miss, that a pass corrects."""
+COMMON = 1 / 4
+"""What both factors move together, beside their shares in the pass."""
 MOST = math.log(1.5)
 """A single miss counts as no larger: a pass that the system held up says little about the next."""
 BOUND = math.log(32.0)
-"""The factor and its inverse stay within this: beyond it the model is of another machine."""
+"""The factors and their inverses stay within this: beyond it the model is of another machine."""
 
 
 class Forecast:
@@ -24,25 +31,36 @@ class Forecast:
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
-        self._log_factor = 0.0
+        self._log_floor = self._log_beyond = 0.0
 
     @property
-    def factor(self) -> float:
-        """How many times longer passes take than the cost model says."""
-        return math.exp(self._log_factor)
+    def factors(self) -> tuple[float, float]:
+        """How many times longer the floor of a pass takes than the cost model says, and what it takes beyond."""
+        return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     def seconds(self, features: Features) -> float:
         """The time of a pass."""
-        return self.cost.seconds(features) * self.factor
+        floor, beyond = self.factors
+        return floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
 
     def tokens_within(self, seconds: float, features: Features, *, start: int, most: int, rows: int = 0) -> int:
         """See CostModel."""
-        return self.cost.tokens_within(seconds / self.factor, features, start=start, most=most, rows=rows)
+        floor, beyond = self.factors
+        calibrated = self.cost.floor + (seconds - floor * self.cost.floor) / beyond
+        return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
 
     def observe(self, features: Features, seconds: float) -> None:
         """A pass has taken so long."""
         predicted = self.seconds(features)
-        if seconds > 0.0 and predicted > 0.0:
-            miss = math.log(seconds / predicted)
-            moved = self._log_factor + GAIN * max(-MOST, min(MOST, miss))
-            self._log_factor = max(-BOUND, min(BOUND, moved))
+        if seconds <= 0.0 or predicted <= 0.0:
+            return
+        miss = GAIN * max(-MOST, min(MOST, math.log(seconds / predicted)))
+        floor = self.factors[0] * self.cost.floor / predicted  # its share
+        beyond = 1.0 - floor
+        step = miss / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
+        self._log_floor = _bounded(self._log_floor + step * (floor + COMMON))
+        self._log_beyond = _bounded(self._log_beyond + step * (beyond + COMMON))
+
+
+def _bounded(log_factor: float) -> float:
+    return max(-BOUND, min(BOUND, log_factor))

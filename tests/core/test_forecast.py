@@ -9,34 +9,58 @@ from splitfuse.core.forecast import Forecast
 
 COST = CostModel(floor=0.01, per_token=0.001)
 PASS = Features(tokens=90)  # 0.1 s
+SHORT = Features(tokens=1)  # 0.011 s
 
 
+def ratio(forecast: Forecast, pass_: Features = PASS) -> float:
+    """How many times longer it takes than the cost model says."""
+    return forecast.seconds(pass_) / COST.seconds(pass_)
+
+
+@pytest.mark.parametrize("pass_", [PASS, SHORT])
 @pytest.mark.parametrize("change", [0.25, 0.5, 0.8, 1.0, 1.3, 2.0, 4.0])
-def test_a_lasting_change_is_followed_without_overshooting(change: float) -> None:
+def test_a_lasting_change_is_followed_without_overshooting(change: float, pass_: Features) -> None:
     forecast = Forecast(COST)
-    factors = []
+    ratios = []
     for _ in range(150):
-        forecast.observe(PASS, 0.1 * change)
-        factors.append(forecast.factor)
-    assert factors[-1] == pytest.approx(change, rel=0.01)
+        forecast.observe(pass_, COST.seconds(pass_) * change)
+        ratios.append(ratio(forecast, pass_))
+    assert ratios[-1] == pytest.approx(change, rel=0.01)
     low, high = min(1.0, change), max(1.0, change)
-    assert all(low - 1e-9 <= factor <= high + 1e-9 for factor in factors)
-    assert factors == pytest.approx(sorted(factors, reverse=change < 1.0))
+    assert all(low - 1e-9 <= each <= high + 1e-9 for each in ratios)
+    assert ratios == pytest.approx(sorted(ratios, reverse=change < 1.0))
+
+
+@pytest.mark.parametrize(("floor", "beyond"), [(1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (0.5, 1.5)])
+def test_short_and_long_passes_are_followed_apart(floor: float, beyond: float) -> None:
+    rng, forecast = Random(0), Forecast(COST)
+    for _ in range(3000):
+        pass_ = PASS if rng.random() < 0.1 else SHORT
+        forecast.observe(pass_, floor * COST.floor + beyond * (COST.seconds(pass_) - COST.floor))
+    assert forecast.factors == pytest.approx((floor, beyond), rel=0.02)
+
+
+def test_what_is_learned_of_short_passes_is_not_all_forgotten_for_long_ones() -> None:
+    forecast = Forecast(COST)
+    for _ in range(200):
+        forecast.observe(SHORT, 2 * COST.seconds(SHORT))
+    assert ratio(forecast, SHORT) == pytest.approx(2.0, rel=0.01)
+    assert 1.1 < ratio(forecast, PASS) < 2.0
 
 
 def test_one_disturbed_pass_moves_it_by_little() -> None:
     forecast = Forecast(COST)
     forecast.observe(PASS, 30.0)
-    assert forecast.factor < 1.03
+    assert ratio(forecast) < 1.03
 
 
 def test_noise_leaves_it_where_it_is() -> None:
     rng, forecast = Random(0), Forecast(COST)
-    factors = []
+    ratios = []
     for _ in range(2000):
         forecast.observe(PASS, 0.1 * rng.lognormvariate(0.0, 0.2))
-        factors.append(forecast.factor)
-    assert min(factors) > 0.85 and max(factors) < 1.15
+        ratios.append(ratio(forecast))
+    assert min(ratios) > 0.85 and max(ratios) < 1.15
 
 
 def test_tokens_within_counts_with_the_correction() -> None:
@@ -45,11 +69,11 @@ def test_tokens_within_counts_with_the_correction() -> None:
         forecast.observe(PASS, 0.2)
     count = forecast.tokens_within(0.2, Features(), start=0, most=500)
     assert count == pytest.approx(90, abs=2)
-    assert forecast.seconds(Features(tokens=count)) <= 0.2
+    assert forecast.seconds(Features(tokens=count)) <= 0.2 < forecast.seconds(Features(tokens=count + 1))
 
 
 def test_times_that_are_none_are_left_out() -> None:
     forecast = Forecast(COST)
     forecast.observe(PASS, 0.0)
     forecast.observe(PASS, -1.0)
-    assert forecast.factor == 1.0
+    assert forecast.factors == (1.0, 1.0)
