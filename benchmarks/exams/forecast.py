@@ -245,8 +245,8 @@ def tell(name: str, passes: Sequence[Pass]) -> None:
             errors = [abs(math.exp(miss) - 1.0) for miss in misses]
             total = sum(getattr(each, which) for each in some) / sum(each.actual for each in some) - 1.0
             print(
-                f"  {kind:12} {which:11} P50 {percentile(errors, 50):6.1%}, P95 {percentile(errors, 95):6.1%}; together "
-                f"{total:+6.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
+                f"  {kind:12} {which:11} P50 {percentile(errors, 50):6.1%}, P95 {percentile(errors, 95):6.1%}; "
+                f"together {total:+6.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
             )
 
 

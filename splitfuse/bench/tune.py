@@ -25,6 +25,8 @@ from splitfuse.runtime.calibration import Calibration
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 SEATS = (8, 16, 32, 64)
+USUAL_BUDGET = 256
+"""Or the largest below, with which seats are tried."""
 PRECISION = 1.03
 """Between a load that is carried and one that is not; settings whose loads differ by less are as good."""
 FIRST_STEP, LAST_STEP = 1.06, 2.0
@@ -107,10 +109,11 @@ class Tuning:
     share: float
     """Of the requests, that is to be on time."""
     budgets: tuple[Carried, ...]
-    """With the most seats, by promise."""
+    """With the seats that were chosen, by promise."""
     budgets_by_age: tuple[Carried, ...]
+    """With the most seats."""
     seats: tuple[Carried, ...]
-    """With the budget that was chosen."""
+    """With a usual budget."""
     chosen: Setting
     rate: float
     """What it carries of arrivals at random."""
@@ -130,7 +133,7 @@ def tune(
     seats: Sequence[int] = SEATS,
     on_trial: Callable[[], None] = lambda: None,
 ) -> Tuning:
-    """Try `budgets` with the most of `seats`, then fewer seats with the best of them. The targets are those of the
+    """Try `seats` with a usual budget, then `budgets` with the best of them. The targets are those of the
     deployment's scheduler; `requests` count at each load, of which the `share` must be on time. `on_trial` hears of
     each load that was simulated.
 
@@ -145,12 +148,12 @@ def tune(
         if not values or min(values) < 1:
             raise ConfigError(f"{name} must be whole numbers from 1")
     trials = _Trials(deployment, make_workload, share, requests, on_trial)
-    budgets, most = sorted(set(budgets)), max(seats)
-    largest = Setting(budgets[-1], most)  # an upper bound for what is composed by promise
+    budgets, seats = sorted(set(budgets)), sorted(set(seats))
+    largest = Setting(budgets[-1], seats[-1])  # an upper bound for what is composed by promise
     lone = trials.closed(largest, 1, LONE_REQUESTS)
     if trials.on_time(lone) < share:
         raise _impossible(trials, largest)
-    start, least = sla.throughput(lone), LEAST * sla.throughput(lone)
+    least = LEAST * sla.throughput(lone)
 
     def carried(settings: Sequence[Setting], start: float) -> tuple[Carried, ...]:
         """Each search begins where the one before ended."""
@@ -161,21 +164,23 @@ def tune(
             start = rate or start
         return tuple(found)
 
-    by_promise = carried([Setting(budget, most) for budget in budgets], start)
-    if not any(each.rate for each in by_promise):
+    usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
+    by_seats = carried([Setting(usual, count) for count in seats], sla.throughput(lone))
+    if not any(each.rate for each in by_seats):
         raise _impossible(trials, largest)
-    by_age = carried([Setting(budget, most, by_promise=False) for budget in budgets], start)
-    best = _smallest_of_the_best(by_promise)
-    fewer = [replace(best.setting, max_num_seqs=count) for count in sorted(set(seats) - {most}, reverse=True)]
-    by_seats = (*reversed(carried(fewer, best.rate)), best)
-    chosen = _smallest_of_the_best(by_seats).setting
+    best = _smallest_of_the_best(by_seats)
+    count = best.setting.max_num_seqs
+    by_budget = carried([Setting(budget, count) for budget in budgets], best.rate)
+    by_age = carried([Setting(budget, seats[-1], by_promise=False) for budget in budgets], best.rate)
+    best = _smallest_of_the_best(by_budget)
+    chosen = best.setting
     rate = trials.largest_rate(chosen, start=best.rate, least=least, refined=True)
     clients, clients_rate = trials.most_clients(chosen)
     return Tuning(
         ttft=deployment.scheduler.ttft,
         itl=deployment.scheduler.itl,
         share=share,
-        budgets=by_promise,
+        budgets=by_budget,
         budgets_by_age=by_age,
         seats=by_seats,
         chosen=chosen,

@@ -6,8 +6,8 @@ it takes beyond. After each pass both are corrected by a small part of what it w
 its share in the pass and a little of the other's: what is learned of short passes is mostly, not only, theirs.
 
 The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the next pass
-of the same kind is off by 1 - GAIN of what this one was. So a lasting change is followed within some dozens of passes, a
-single disturbed pass moves little, and nothing swings.
+of the same kind is off by 1 - GAIN of what this one was. So a lasting change is followed within some dozens of passes,
+a single disturbed pass moves little, and nothing swings.
 """
 
 from __future__ import annotations
