@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from splitfuse.bench import sla, virtual_time
-from splitfuse.bench.load import closed_loop, open_loop
+from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.simulate import Deployment, SimulatedTarget
@@ -265,9 +266,13 @@ class _Trials:
     def _open(self, setting: Setting, rate: float, requests: int) -> Point:
         target = self._target(setting)
         workload = self._make_workload(target)
-        arrivals = poisson(1.0, seed=int(workload.settings["seed"]), stream="tune")
+        seed = int(workload.settings["seed"])
+        warm_up = math.ceil(WARM_UP * requests)
+        first, last = islice(poisson(1.0, seed=seed, stream="tune"), warm_up, warm_up + requests + 1, requests)
+        scale = requests / rate / (last - first)  # chance must not make the window's rate another
+        arrivals = (scale * at for at in poisson(1.0, seed=seed, stream="tune"))
         self._on_trial()
-        loop = open_loop(target, workload, rate=None, arrivals=(at / rate for at in arrivals), requests=requests)
+        loop = open_loop(target, workload, rate=None, arrivals=arrivals, requests=requests)
         return virtual_time.run(loop)  # without its rate, which would give each load other requests
 
     def _carries(self, point: Point) -> bool:

@@ -64,6 +64,7 @@ def test_a_real_model_is_timed_and_its_error_is_told() -> None:
     assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
         Features().plus(start=0, count=1, rows=1)
     )
+    assert {timed.sample for timed in checked} < set(calibration.timed)
     assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
     assert {timed.name for timed in checked}.isdisjoint(case.name for case in fitted_cases())
     save(calibration, place(calibration.identity))

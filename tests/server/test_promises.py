@@ -17,6 +17,7 @@ from splitfuse.server.keys import Keys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
+PASSES = ("pass_seconds", "predicted_pass_seconds", "pass_forecast_ratio")
 SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
 
 
@@ -54,6 +55,8 @@ def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx
     metrics = http.get("/metrics").text
     assert 'splitfuse:promises_total{kept="true",model_name="storyteller"} 2.0' in metrics
     assert 'splitfuse:promises_total{kept="false",model_name="storyteller"} 2.0' in metrics
+    counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in PASSES]
+    assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each pass was predicted"
 
 
 def test_on_time_or_not_at_all(http: httpx.Client) -> None:
