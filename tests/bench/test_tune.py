@@ -69,6 +69,7 @@ def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
     assert points[256].tokens_per_second == pytest.approx(256 / points[256].predicted)
 
 
+@pytest.mark.slow
 def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
     targets = {"ttft": "1s", "itl": "60ms"}
     tuning = tuned(deployment(**targets), seats=(1, 32), requests=60)
@@ -105,6 +106,7 @@ def test_a_machine_of_half_the_speed_promises_half_of_twice_as_slow() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> None:
     tuning = tuned(deployment(itl="250ms"), budgets=(128,), requests=100)
     assert 0.6 * LIMIT < tuning.rate < 1.06 * LIMIT
@@ -112,7 +114,10 @@ def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> N
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("targets", [{"itl": "1ms"}, {"ttft": "10ms", "itl": "250ms"}, {"ttft": "1ms/token"}])
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param({"itl": "1ms"}, marks=pytest.mark.slow), {"ttft": "10ms", "itl": "250ms"}, {"ttft": "1ms/token"}],
+)
 def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict[str, str]) -> None:
     slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
     with pytest.raises(ConfigError, match="can be promised to nobody here") as refused:
@@ -124,6 +129,7 @@ def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_conversations_are_a_load_too() -> None:
     def make(target: Target) -> Workload:
         return Chat(Lengths(100, 20, room=target.room), target.answer_vocabulary, 2)
@@ -187,6 +193,7 @@ def test_the_command_says_what_it_chose_and_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept = Calibration(

@@ -4,7 +4,7 @@ import pytest
 from scheduler_harness import Workload
 
 PARTS = [
-    *(pytest.param(part, False) for part in range(10)),
+    *(pytest.param(part, False, marks=() if part < 4 else pytest.mark.slow) for part in range(10)),
     *(pytest.param(part, True, marks=() if part < 2 else pytest.mark.slow) for part in range(10)),
 ]
 
