@@ -74,9 +74,10 @@ class Witness:
         self.passes: list[Pass] = []
         observe = forecast.observe
 
-        def see(pass_: Features, seconds: float) -> None:
-            self.passes.append(Pass(forecast.cost.seconds(pass_), forecast.seconds(pass_), seconds))
-            observe(pass_, seconds)
+        def see(pass_: Features, seconds: float) -> float:
+            predicted = observe(pass_, seconds)
+            self.passes.append(Pass(forecast.cost.seconds(pass_), predicted, seconds))
+            return predicted
 
         forecast.observe = see  # type: ignore[method-assign]
 

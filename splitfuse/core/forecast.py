@@ -49,17 +49,18 @@ class Forecast:
         calibrated = self.cost.floor + (seconds - floor * self.cost.floor) / beyond
         return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
 
-    def observe(self, features: Features, seconds: float) -> None:
-        """A pass has taken so long."""
+    def observe(self, features: Features, seconds: float) -> float:
+        """A pass has taken so long. What was predicted of it, before it was known."""
         predicted = self.seconds(features)
         if seconds <= 0.0 or predicted <= 0.0:
-            return
+            return predicted
         miss = GAIN * max(-MOST, min(MOST, math.log(seconds / predicted)))
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor
         step = miss / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
         self._log_floor = _bounded(self._log_floor + step * (floor + COMMON))
         self._log_beyond = _bounded(self._log_beyond + step * (beyond + COMMON))
+        return predicted
 
 
 def _bounded(log_factor: float) -> float:

@@ -64,6 +64,7 @@ class Scheduler:
         self._began: dict[int, float] = {}  # when each plan in flight was made
         self._last_update = 0.0
         self.num_preemptions = 0  # of all requests so far
+        self.predicted_seconds = 0.0  # of the last pass that came back; 0: nothing was predicted
 
     @property
     def has_unfinished(self) -> bool:
@@ -133,7 +134,7 @@ class Scheduler:
         self._ledger.end(now)
         began, self._last_update = max(self._began.pop(plan.step), self._last_update), now
         if self._rule.forecast is not None:
-            self._rule.forecast.observe(features(plan), now - began)
+            self.predicted_seconds = self._rule.forecast.observe(features(plan), now - began)
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from splitfuse.core.cost_model import features
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Passed, Report, Stop
@@ -31,7 +30,7 @@ class EngineLoop:
         self._pass_began = 0.0  # 0: none runs
         self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = 0
         self._num_generated_tokens = self._num_computed_tokens = 0
-        self._pass_tokens, self._pass_seconds, self._predicted_pass_seconds = 0, 0.0, 0.0
+        self._pass_tokens, self._pass_seconds = 0, 0.0
         engine.observer = self._observe
 
     @property
@@ -104,8 +103,6 @@ class EngineLoop:
         for request in plan.new_requests:
             self._num_prompt_tokens += len(request.prompt_token_ids)
             self._num_cached_tokens += starts[request.request_id]
-        if (forecast := self._engine.scheduler.forecast) is not None:  # which has not heard of this pass yet
-            self._predicted_pass_seconds = forecast.seconds(features(plan))
 
     def _stats(self) -> EngineStats:
         scheduler = self._engine.scheduler
@@ -121,7 +118,7 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             pass_tokens=self._pass_tokens,
             pass_seconds=self._pass_seconds,
-            predicted_pass_seconds=self._predicted_pass_seconds,
+            predicted_pass_seconds=scheduler.predicted_seconds,
         )
 
 
