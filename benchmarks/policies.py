@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -35,11 +34,9 @@ from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.policies import POLICIES, scheduler_class
 from splitfuse.engine.async_engine import AsyncEngine, EngineClient
-from splitfuse.engine.calibrate import SECONDS_AT_START, calibrate
+from splitfuse.engine.calibrate import kept_or_new
 from splitfuse.engine.engine import Engine
-from splitfuse.errors import CostModelError
-from splitfuse.runtime.calibration import Calibration, load, load_cost_model, place
-from splitfuse.runtime.calibration import save as keep
+from splitfuse.runtime.calibration import Calibration, load
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.machine import about_here
 
@@ -138,14 +135,9 @@ def cost_model(
         return MACHINES[machine]
     if file is not None:
         return load(file)
-    config = EngineConfig.from_settings(settings)
-    with suppress(CostModelError):
-        return load_cost_model(config)
     assert model is not None
-    print("no cost model is kept: passes are timed", file=sys.stderr, flush=True)
-    calibration, _ = calibrate(Engine, config, model, seconds=SECONDS_AT_START)
-    keep(calibration, place(calibration.identity))
-    return calibration
+    print("unless a cost model is kept, passes are timed now", file=sys.stderr, flush=True)
+    return kept_or_new(Engine, EngineConfig.from_settings(settings), model)
 
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:

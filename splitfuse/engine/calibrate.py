@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.cost_model import MIN_SAMPLES, CostModel, Features, Sample, fit
+from splitfuse.core.cost_model import MIN_SAMPLES, Features, Sample, fit
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import ConfigError, CostModelError
@@ -89,19 +89,19 @@ def run_calibration(
     return calibrate(make_engine, config, model, seconds=seconds, progress=progress)
 
 
-def kept_or_new(make_engine: MakeEngine, config: EngineConfig, model: LoadedModel) -> CostModel:
-    """The cost model that is kept for such an engine on this machine; if there is none, it is made now and kept.
+def kept_or_new(make_engine: MakeEngine, config: EngineConfig, model: LoadedModel) -> Calibration:
+    """What is kept for such an engine on this machine; if there is nothing, it is made now and kept.
 
     Raises as `calibrate` does.
     """
     path = place(identify(config))
     if path.exists():
         with suppress(CostModelError):  # what somebody spoilt is made anew
-            return load(path).cost
+            return load(path)
     calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START)
     with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
         save(calibration, path)
-    return calibration.cost
+    return calibration
 
 
 def calibrate(

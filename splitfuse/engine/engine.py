@@ -83,7 +83,7 @@ class Engine:
         if not config.scheduler.keeps_promises:
             return cls(config, model, scheduler=scheduler)
         on_stage("calibrating")
-        return cls(config, model, scheduler=scheduler, cost=kept_or_new(cls, config, model))
+        return cls(config, model, scheduler=scheduler, cost=kept_or_new(cls, config, model).cost)
 
     @property
     def max_model_len(self) -> int:
