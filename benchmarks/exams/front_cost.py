@@ -47,15 +47,21 @@ class Turn:
         return self.pass_seconds / self.passes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(about: str | None, *, prompt: int, generate: int) -> tuple[argparse.Namespace, list[str]]:
+    """The load, with these lengths if no others are given, and what is left for engines: their flags."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=prompt)
+    parser.add_argument("--generate", type=int, default=generate)
     parser.add_argument("--turns", type=int, default=5)
     arguments, flags = parser.parse_known_args()
-    flags += ["--no-enable-prefix-caching"] + ([] if arguments.model is None else [f"--model={arguments.model}"])
+    model = [] if arguments.model is None else [f"--model={arguments.model}"]
+    return arguments, [*flags, "--no-enable-prefix-caching", *model]
+
+
+def main() -> None:
+    arguments, flags = parsed(__doc__, prompt=128, generate=64)
     folder = Path(tempfile.mkdtemp(prefix="exam-"))
     with (
         alone(flags) as pipeline,

@@ -9,7 +9,6 @@ divided among them (PSS).
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -17,18 +16,11 @@ import httpx
 from server_load import children
 from server_process import server_process
 
-from benchmarks.exams.front_cost import make_prompts, ratios, stream, told
+from benchmarks.exams.front_cost import make_prompts, parsed, ratios, stream, told
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=5)
-    arguments, flags = parser.parse_known_args()
-    flags += ["--no-enable-prefix-caching"] + ([] if arguments.model is None else [f"--model={arguments.model}"])
+    arguments, flags = parsed(__doc__, prompt=256, generate=32)
     folder = Path(tempfile.mkdtemp(prefix="exam-"))
     with (
         server_process(folder, f"one-{folder.name}", "--num-threads=1", *flags) as single,
