@@ -2,7 +2,8 @@
 
 Shows the answers as they stream, then what every forward pass was made of, then how often the model is right on stories
 that it has never seen. `python examples/demo.py`, or `make demo`. With `--picture passes.png` the passes and their
-times are drawn into a file too; that needs matplotlib.
+times are drawn into a file too, beside the times that a cost model predicts, for which passes are timed once, for some
+seconds; that needs matplotlib.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -21,9 +23,10 @@ from rich.text import Text
 import splitfuse
 from splitfuse.bench.pass_picture import PassShown, Piece, draw_passes, save_picture
 from splitfuse.bench.style import require_matplotlib
-from splitfuse.core.plan import Chunk, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.request import RequestOutput
+from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError
-from splitfuse.runtime.model_runner import ModelRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
@@ -36,18 +39,32 @@ COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
-class Stopwatch:
-    """A runner that notes how long each pass takes."""
+@dataclass(frozen=True)
+class Pass:
+    """What a pass was made of, the seconds it took, and those predicted of it just before, if any were."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self.seconds: list[float] = []
+    plan: StepPlan
+    seconds: float
+    predicted: float | None
 
-    def run(self, plan: StepPlan) -> StepResult:
+
+def watch(engine: Engine) -> list[Pass]:
+    """The passes of an engine, as they come."""
+    passes: list[Pass] = []
+    plans: list[StepPlan] = []
+    engine.observer = lambda plan, _: plans.append(plan)
+    step = engine.step
+
+    def timed_step() -> list[RequestOutput]:
         started = time.perf_counter()
-        result = self._runner.run(plan)
-        self.seconds.append(time.perf_counter() - started)
-        return result
+        outputs = step()
+        if plans:
+            predicted = engine.scheduler.predicted_seconds or None
+            passes.append(Pass(plans.pop(), time.perf_counter() - started, predicted))
+        return outputs
+
+    engine.step = timed_step  # type: ignore[method-assign]
+    return passes
 
 
 def main(picture: Path | None) -> None:
@@ -55,22 +72,21 @@ def main(picture: Path | None) -> None:
         require_matplotlib()
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
-    passes: list[StepPlan] = []
-    pipe = splitfuse.pipeline(max_num_batched_tokens=BUDGET, observer=lambda plan, _: passes.append(plan))
-    watch = Stopwatch(pipe.engine.runner)
-    pipe.engine.runner = watch  # type: ignore[assignment]
+    pipe = splitfuse.pipeline(max_num_batched_tokens=BUDGET, keep_promises=picture is not None)  # those predict passes
+    passes = watch(pipe.engine)
     console.print(str(pipe.engine.model.plan), style="dim")
     seconds, right = answer(pipe, problems)
-    draw(passes)
-    tokens = sum(plan.num_tokens for plan in passes)
-    full = sum(plan.num_tokens == BUDGET for plan in passes)
+    plans = [each.plan for each in passes]
+    draw(plans)
+    tokens = sum(plan.num_tokens for plan in plans)
+    full = sum(plan.num_tokens == BUDGET for plan in plans)
     console.print(
         f"{right} of {len(problems)} right.  {tokens} tokens in {len(passes)} passes and {seconds:.2f} s: "
         f"{tokens / seconds:.0f} tokens/s.\n"
         f"The budget was full in {full} passes; in the others nothing was left to compute.\n"
     )
     if picture is not None:
-        save(passes, watch.seconds, picture)
+        save(passes, picture)
     hold_exam()
 
 
@@ -103,13 +119,13 @@ def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[fl
     return seconds, sum(a.strip() == problem["answer"] for a, problem in zip(answers, problems, strict=True))
 
 
-def draw(passes: list[StepPlan]) -> None:
+def draw(plans: list[StepPlan]) -> None:
     """A line for each pass, a character for each token: capitals are prompt, small letters are generated."""
     console.print(
         "\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
     )
     indices: dict[str, int] = {}  # requests are begun in their order
-    for number, plan in enumerate(passes, start=1):
+    for number, plan in enumerate(plans, start=1):
         line = Text(f"{number:4} ")
         for chunk in plan.chunks:
             index = indices.setdefault(chunk.request_id, len(indices))
@@ -122,21 +138,22 @@ def draw(passes: list[StepPlan]) -> None:
     console.print()
 
 
-def save(passes: list[StepPlan], seconds: list[float], file: Path) -> None:
-    """The same with the time of each pass, as a picture."""
+def save(passes: list[Pass], file: Path) -> None:
+    """The same with the time of each pass and its prediction, as a picture."""
     names: dict[str, str] = {}
     shown = [
         PassShown(
             [
                 Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_generation(c))
-                for c in plan.chunks
+                for c in each.plan.chunks
             ],
-            taken,
+            each.seconds,
+            each.predicted,
         )
-        for plan, taken in zip(passes, seconds, strict=True)
+        for each in passes
     ]
     save_picture(draw_passes(shown, budget=BUDGET), file)
-    console.print(f"{file} shows the passes and their times\n")
+    console.print(f"{file} shows the passes, their times and what was predicted of them\n")
 
 
 def is_generation(chunk: Chunk) -> bool:

@@ -116,7 +116,7 @@ class ByPromise(ByArrival):
             return super().order(running, waiting, now=now)
         streams, prompts = _divided(running)
         prompts += waiting
-        seconds = self.pass_seconds(streams, prompts)
+        seconds = self.pass_seconds(streams)
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
         hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
@@ -154,12 +154,12 @@ class ByPromise(ByArrival):
             return super().victim(running, than=than)
         return min(late, key=lambda r: (-r.priority, r.num_computed, -r.arrival), default=None)
 
-    def pass_seconds(self, streams: Sequence[Request], prompts: Sequence[Request]) -> float:
-        """How long a pass may be: half of the shortest interval that anybody was promised, so that a stream left out of
-        one pass is in time with the next; at most what the token budget takes.
+    def pass_seconds(self, streams: Sequence[Request], *, coming: Sequence[Request] = ()) -> float:
+        """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
+        that a stream left out of one pass is in time with the next; at most what the token budget takes.
         """
-        everybody = (*streams, *prompts)
-        shortest = min((r.targets.itl or math.inf for r in everybody if not r.is_late), default=math.inf)
+        paced = (*streams, *coming)
+        shortest = min((r.targets.itl or math.inf for r in paced if not r.is_late), default=math.inf)
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         return min(self.forecast.seconds(whole), MARGIN * shortest / 2)
 

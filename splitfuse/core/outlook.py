@@ -75,7 +75,7 @@ def outlook(
     """`request` is not among those that wait."""
     streams = [r for r in running if r.output_token_ids]
     prompts = [*(r for r in running if not r.output_token_ids), *waiting]
-    seconds = rule.pass_seconds(streams, [*prompts, request])
+    seconds = rule.pass_seconds(streams, coming=[*prompts, request])
     before = rule.hopeful(prompts, streams, seconds=seconds, now=now)
     ahead = [r for r in prompts if r in before or r.priority < request.priority]
     coming = [*(r for r in ahead if r in waiting), request]

@@ -74,6 +74,13 @@ def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
     assert rule().order(streams, [], now=1.0).seconds == pytest.approx(MARGIN * 0.1 / 2)
 
 
+def test_a_prompt_that_no_stream_waits_beside_has_whole_passes() -> None:
+    tight = request("p", 200, Targets(9.0, 0.05))
+    assert rule().order([], [tight], now=0.0).seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes
+    beside = rule().order([stream("s", 0.1, token_at=0.0)], [tight], now=0.0)
+    assert beside.seconds == pytest.approx(MARGIN * 0.1 / 2)  # the stream's interval, not the prompt's
+
+
 def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
     late = stream("late", 0.25, token_at=1.0)
     late.note_token(5.9)
