@@ -91,5 +91,7 @@ def load(path: Path) -> Results:
     """Raises ConfigError for a file that cannot be read or holds something else."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Results)
-    except (OSError, msgspec.MsgspecError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} does not hold results of a benchmark: {error}") from error

@@ -119,7 +119,7 @@ class Tuning:
     rate: float
     """What it carries of arrivals at random."""
     clients: int
-    """Of a closed loop, that it carries: clients that ask again as soon as they are answered."""
+    """Of a closed loop, that it carries: clients that ask again as soon as they are answered. 0: not even one."""
     clients_rate: float
     """Requests a second of these."""
 
@@ -245,8 +245,8 @@ class _Trials:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if carries(middle) else (low, middle)
-        if low not in rates:
-            carries(low)
+        if low not in rates and not carries(low):
+            return 0, 0.0
         return low, rates[low]
 
     def closed(self, setting: Setting, clients: int, requests: int, scheduler: SchedulerConfig | None = None) -> Point:

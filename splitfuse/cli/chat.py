@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 CHAT_SAMPLING = {
     name: flag for name, flag in SAMPLING_HELP.items() if name not in ("n", "logprobs", "chat", "return_full_text")
 }
-HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C breaks an answer off"
+HELP = "a \\ at the end of a line: it goes on in the next; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C breaks off"
+
+GOES_ON = "\\"
+"""At the end of a line."""
 
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], "Iterator[Piece] | Iterator[RemotePiece]"]
@@ -36,7 +39,8 @@ def chat(
     """Talk with a model: that of a server, or one loaded here.
 
     Without --name, --url and engine flags: the deployment named splitfuse if it runs, else the bundled model. Each line
-    is a turn. In a conversation, /reset begins anew, /exit or Ctrl-D ends, and Ctrl-C breaks an answer off.
+    is a turn; one that ends in a backslash goes on in the next. In a conversation, /reset begins anew, /exit or Ctrl-D
+    ends, and Ctrl-C breaks an answer off.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
     changed = [n for n, (_, field) in EngineConfig.setting_fields().items() if settings[n] != field.default]
@@ -93,6 +97,8 @@ class _Conversation:
         while True:
             try:
                 line = input("> ")
+                while line.endswith(GOES_ON):
+                    line = line.removesuffix(GOES_ON) + "\n" + input(". ")
             except EOFError:
                 print()
                 return True
@@ -110,17 +116,21 @@ class _Conversation:
                 self._turn(line, breaks_off=True)
 
     def through_pipe(self) -> bool:
-        """A turn for each line of standard input; whether all were answered."""
-        ended_well = True
-        for line in sys.stdin:
-            command = line.strip()
+        """A turn for each line of standard input, with those it goes on in; whether all were answered."""
+        ended_well, begun = True, ""
+        for part in sys.stdin:
+            line = begun + part.rstrip("\r\n")
+            if line.endswith(GOES_ON):
+                begun = line.removesuffix(GOES_ON) + "\n"
+                continue
+            command, begun = line.strip(), ""
             if command == "/exit":
                 break
             if command == "/reset":
                 self._reset()
             elif command:
-                ended_well &= self._turn(line.rstrip("\r\n"), breaks_off=False)
-        return ended_well
+                ended_well &= self._turn(line, breaks_off=False)
+        return self._turn(begun, breaks_off=False) and ended_well if begun.strip() else ended_well
 
     def _reset(self) -> None:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]

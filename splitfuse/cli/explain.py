@@ -33,7 +33,10 @@ def explain(
 
 def drawn(explanation: dict[str, Any]) -> str:
     """A table with a bar for each part, which is as long as its share."""
-    from splitfuse.server.explain import MEANINGS
+    import msgspec
+
+    from splitfuse.core.account import Missed
+    from splitfuse.server.explain import MEANINGS, told
 
     total, parts = explanation["seconds"], explanation["parts"]
     promise = {True: "as promised", False: "late", None: "nothing promised"}[explanation["on_time"]]
@@ -42,6 +45,7 @@ def drawn(explanation: dict[str, Any]) -> str:
         f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {promise}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "
         f"{explanation['generated_tokens']} generated; preemptions: {explanation['preemptions']}",
+        *([told(msgspec.convert(missed, Missed))] if (missed := explanation["missed"]) else []),
         "",
     ]
     longest = max(parts.values(), default=0.0)
@@ -52,6 +56,6 @@ def drawn(explanation: dict[str, Any]) -> str:
     whole = "from its arrival to the end of its answer"
     lines.append(f"{1000 * total:11.1f} ms {sum(parts.values()) / total:6.1%}  {whole}")
     if beside := explanation["beside"]:
-        named = ", ".join(f"{each['id']} ({each['tokens']} tokens)" for each in beside)
+        named = ", ".join(f"{each['id'] or 'another key'} ({each['tokens']} tokens)" for each in beside)
         lines += ["", f"beside it, prompts of {named}"]
     return "\n".join(lines)

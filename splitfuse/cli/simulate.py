@@ -128,10 +128,19 @@ def known_calibration(config: EngineConfig, file: Path | None, machine: str | No
     if file is not None:
         return load(file)
     if machine is None:
-        return load_cost_model(config)
+        kept = load_cost_model(config)
+        print(f"splitfuse: {_provenance(kept)}", file=sys.stderr)
+        return kept
     if machine not in MACHINES:
         raise ConfigError(f"there is no published machine {machine!r}{did_you_mean(machine, MACHINES)}")
     return MACHINES[machine]
+
+
+def _provenance(calibration: Calibration) -> str:
+    """When passes were timed and how well they fit: what else is predicted stands on that."""
+    about, error = calibration.about, calibration.cost.error
+    fit = "" if error is None else f", off by {error.median:.1%} in the median and {error.p95:.1%} at P95"
+    return f"with the cost model of {about.get('date', 'some day')}{fit}; `splitfuse calibrate` times passes again"
 
 
 def deployment(

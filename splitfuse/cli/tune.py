@@ -33,6 +33,7 @@ SAME = 0.03
 
 @with_flags(also={"Load": WorkloadFlags})
 def tune(
+    context: typer.Context,
     on_time: Annotated[float, typer.Option(help="Share of the requests that is to be on time.")] = 0.99,
     headroom: Annotated[
         float, typer.Option(help="Passes are taken to be longer than they were timed, by this share.")
@@ -65,7 +66,7 @@ def tune(
     make_workload = load.workload_maker()
     settings = given(flags)
     for name in CHOSEN:
-        if name in changed(settings):
+        if name in changed(settings) or "COMMANDLINE" in str(context.get_parameter_source(name)):
             other = "budgets" if name == CHOSEN[0] else "seats"
             raise ConfigError(f"--{name.replace('_', '-')} is what is looked for: --{other} says among which")
     if not 0 <= headroom < float("inf"):
@@ -174,11 +175,14 @@ def _print_chosen(
         print(reason)
     flags = _serve_flags(tuning, settings)
     print(f"\nsplitfuse serve {shlex.join(flags)}")
+    again = ""
+    if tuning.clients:
+        again = f"or {tuning.clients} clients that ask again at once ({tuning.clients_rate:.3g} requests/s), "
     what, whose = ("conversations", "turns") if load.turns is not None else ("requests", "requests")
     print(
-        f"can promise {tuning.rate:.3g} {what}/s at random, or {tuning.clients} clients that ask again at once "
-        f"({tuning.clients_rate:.3g} requests/s), with {_load(load)}:\n{100 * tuning.share:.4g} % of the {whose} are "
-        f"on time, if passes take at most {100 * headroom:.3g} % longer than they were timed"
+        f"can promise {tuning.rate:.3g} {what}/s at random, {again}with {_load(load)}:\n"
+        f"{100 * tuning.share:.4g} % of the {whose} are on time, if passes take at most {100 * headroom:.3g} % longer "
+        "than they were timed"
     )
 
 
@@ -285,3 +289,4 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
             return
         rate *= LESS
     print("the machine is slower than its cost model, or has other users: calibrate and measure it alone")
+    raise typer.Exit(1)

@@ -79,6 +79,19 @@ COMPUTING = frozenset({Part.OWN_PROMPT, Part.OWN_GENERATION, Part.RECOMPUTED})
 
 
 @dataclass(frozen=True)
+class Missed:
+    """What was promised to a request and not kept, in seconds."""
+
+    first_token: float | None = None
+    """After its arrival; None if it was in time."""
+    first_promised: float | None = None
+    gaps: int = 0
+    """Between tokens, that were longer than promised."""
+    longest_gap: float = 0.0
+    gap_promised: float | None = None
+
+
+@dataclass(frozen=True)
 class Spent:
     """The account of a request when it has ended: the seconds of `parts` add up to `closed` - `opened`."""
 
@@ -88,6 +101,8 @@ class Spent:
     beside: tuple[tuple[str, int], ...] = ()
     """Requests whose prompts were computed in the same passes, with how many tokens: the largest, in order."""
     num_preemptions: int = 0
+    missed: Missed | None = None
+    """None: all that was promised was kept."""
 
 
 class Account:
@@ -101,6 +116,7 @@ class Account:
         "_part",
         "_weight",
         "beside",
+        "missed",
         "name",
         "num_preemptions",
         "opened",
@@ -115,6 +131,7 @@ class Account:
         self.parts: dict[Part, float] = {}
         self.beside: dict[str, int] = {}
         self.num_preemptions = 0
+        self.missed: Missed | None = None
         self._part = Part.JOINING
         self._weight: float = 0
         self._at_passes: float = 0
@@ -192,7 +209,7 @@ class Ledger:
         closed = now if ended is None else min(max(ended, account.opened), now)
         self._settle(account, unwanted=now - closed)
         largest = sorted(account.beside.items(), key=lambda item: -item[1])[:NAMED]
-        return Spent(account.opened, closed, account.parts, tuple(largest), account.num_preemptions)
+        return Spent(account.opened, closed, account.parts, tuple(largest), account.num_preemptions, account.missed)
 
     def _advance(self, now: float) -> None:
         seconds = max(now - self._now, 0)

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from splitfuse.core.cost_model import Features
 from splitfuse.core.forecast import Forecast
-from splitfuse.core.request import Request
+from splitfuse.core.request import Priority, Request
 
 MARGIN = 0.9
 """Of a promised interval, that is planned with: the rest is for predictions that are off."""
@@ -30,6 +30,10 @@ PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
 SHARE_OF_THE_LATE = 1 / 8
 """Of a pass, that is kept for the oldest request once others come before it."""
+WORTH = 1.25
+"""Times the prompt tokens a second of passes that take half of an interval, for which they take all of it."""
+LEAST_PACE = 1 / 4
+"""Of the prompt tokens a second in passes of any length, that short passes must leave."""
 
 _by_class = attrgetter("priority")
 _by_place = attrgetter("place")
@@ -55,8 +59,9 @@ class Rank(IntEnum):
     HOPEFUL = 1
     """A prompt that can be on time."""
     STREAM = 2
-    """One that was promised nothing."""
+    """One that was promised no interval."""
     PROMPT = 3
+    """One that was promised no first token."""
     AHEAD = 4
     """A stream that is ahead of its promise."""
     LATE_STREAM = 5
@@ -116,7 +121,8 @@ class ByPromise(ByArrival):
             return super().order(running, waiting, now=now)
         streams, prompts = _divided(running)
         prompts += waiting
-        seconds = self.pass_seconds(streams)
+        first = min((r.priority for r in prompts), default=Priority.LOW)
+        seconds, shortest = self._length(streams, first)
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
         hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
@@ -129,14 +135,15 @@ class ByPromise(ByArrival):
                 at = Rank.LATE_STREAM if request.is_late else Rank.STREAM
                 if not request.is_late and request.due < math.inf:
                     at, before = Rank.AHEAD, request.due
-            elif request.has_promise:
+            elif request.is_late or request.due < math.inf:
                 at = Rank.LATE_PROMPT
             return request.priority, at, before, request.arrival
 
         others = sorted((*spare, *prompts), key=rank)
         is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_STREAM
         kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
-        coming = min((r.due for r in urgent if r.due > now), default=math.inf)
+        counting = (r for r in urgent if r.priority <= first and r.interval and r.interval >= shortest)
+        coming = min((r.due for r in counting if r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
         return Order(urgent, others, min(seconds, coming - now), kept)
 
@@ -154,34 +161,65 @@ class ByPromise(ByArrival):
             return super().victim(running, than=than)
         return min(late, key=lambda r: (-r.priority, r.num_computed, -r.arrival), default=None)
 
-    def pass_seconds(self, streams: Sequence[Request], *, coming: Sequence[Request] = ()) -> float:
+    def pass_seconds(
+        self, streams: Sequence[Request], prompts: Sequence[Request], *, coming: Sequence[Request] = ()
+    ) -> float:
         """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
-        that a stream left out of one pass is in time with the next; at most what the token budget takes.
+        that a stream left out of one pass is in time with the next; all of it if that is better for prompts; at most
+        what the token budget takes.
+
+        Streams of a class below that of all `prompts` do not count, nor do those that are late, nor an interval that
+        would leave prompts less than LEAST_PACE of their pace, unless its request was taken on time or not at all.
         """
-        paced = (*streams, *coming)
-        shortest = min((r.targets.itl or math.inf for r in paced if not r.is_late), default=math.inf)
+        first = min((r.priority for r in prompts), default=Priority.LOW)
+        return self._length(streams, first, coming=coming)[0]
+
+    def _length(
+        self, streams: Sequence[Request], first: Priority, *, coming: Sequence[Request] = ()
+    ) -> tuple[float, float]:
+        """Seconds of a pass, and the shortest interval that counts beside prompts of the class `first`."""
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
-        return min(self.forecast.seconds(whole), MARGIN * shortest / 2)
+        longest = self.forecast.seconds(whole)
+        paced = [r for r in (*streams, *coming) if r.targets.itl and not r.is_late and r.priority <= first]
+
+        def pace(seconds: float) -> float:
+            return self.prompt_tokens(streams, seconds) / seconds
+
+        for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
+            half, all_of_it = (min(longest, MARGIN * interval / passes) for passes in (2, 1))
+            best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
+            if not gives_way or pace(best) >= LEAST_PACE * pace(longest):
+                return best, interval
+        return longest, math.inf if paced else 0.0
 
     def hopeful(
-        self, prompts: Sequence[Request], streams: Sequence[Request], *, seconds: float, now: float
+        self,
+        prompts: Sequence[Request],
+        streams: Sequence[Request],
+        *,
+        seconds: float,
+        now: float,
+        share: float = 1.0,
     ) -> set[Request]:
-        """The prompts that can be on time, if passes take `seconds` and the streams get what they were promised."""
+        """The prompts that can be on time, if passes take `seconds`, the streams get what they were promised, and
+        prompts a `share` of what is left.
+        """
         promised = [r for r in prompts if now < r.due < math.inf and not r.is_late]
         if not promised:
             return set()
-        per_pass = self.prompt_tokens(streams, seconds)
+        per_pass = share * self.prompt_tokens(streams, seconds)
         kept: set[Request] = set()
+        wanted = {r: r.num_wanted for r in prompts}
         above = 0  # tokens of prompts of higher classes, which come first in any case
         for priority in sorted({r.priority for r in prompts}):
             chosen = _Chosen()
             for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
-                chosen.add(request)
+                chosen.add(request, wanted[request])
                 passes = math.ceil((above + chosen.work) / per_pass) if per_pass else math.inf
                 if now + passes * seconds > request.due:
                     chosen.give_up()
             kept |= chosen.requests
-            above += sum(r.num_wanted for r in prompts if r.priority == priority)
+            above += sum(count for r, count in wanted.items() if r.priority == priority)
         return kept
 
     def prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
@@ -207,27 +245,37 @@ class _Chosen:
         self._heaps: defaultdict[str, list[tuple[bool, int, int, Request]]] = defaultdict(list)
         self._first: defaultdict[str, float] = defaultdict(lambda: math.inf)
         self._shares: defaultdict[str, float] = defaultdict(float)
+        self._owners: list[tuple[bool, float, int, str]] = []  # who gives up first; as they were, too
+        self._numbers: dict[str, int] = {}  # of each owner's entry that is true today
 
     @property
     def requests(self) -> set[Request]:
         return {request for heap in self._heaps.values() for *_, request in heap}
 
-    def add(self, request: Request) -> None:
-        owner, wanted = request.owner, request.num_wanted
+    def add(self, request: Request, wanted: int) -> None:
+        owner = request.owner
         heapq.heappush(self._heaps[owner], (request.on_time_only, -wanted, -request.arrival, request))
         self._first[owner] = min(self._first[owner], request.turn)
-        self._shares[owner] += wanted / request.weight
-        self.work += wanted
+        self._change(owner, wanted, request.weight)
 
     def give_up(self) -> None:
         """The longest of the owner who would have had most; one that was taken on time or not at all only if there is
         no other.
         """
-        heaps = [(owner, heap) for owner, heap in self._heaps.items() if heap]
-        owner, heap = max(heaps, key=lambda each: (not each[1][0][0], self._first[each[0]] + self._shares[each[0]]))
-        request = heapq.heappop(heap)[-1]
-        self._shares[owner] -= request.num_wanted / request.weight
-        self.work -= request.num_wanted
+        while True:
+            *_, number, owner = heapq.heappop(self._owners)
+            if self._numbers[owner] == number:
+                break
+        _, wanted, _, request = heapq.heappop(self._heaps[owner])
+        self._change(owner, wanted, request.weight)
+
+    def _change(self, owner: str, tokens: int, weight: float) -> None:
+        self.work += tokens
+        self._shares[owner] += tokens / weight
+        self._numbers[owner] = self._numbers.get(owner, 0) + 1
+        if heap := self._heaps[owner]:
+            would_have = self._first[owner] + self._shares[owner]
+            heapq.heappush(self._owners, (heap[0][0], -would_have, self._numbers[owner], owner))
 
 
 def _divided(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:

@@ -10,9 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitfuse.core.order import ByPromise, Rule
-from splitfuse.core.request import Request
+from splitfuse.core.order import SHARE_OF_THE_LATE, ByPromise, Rule
+from splitfuse.core.request import TIME_FOR_THE_LATE, Request
 from splitfuse.errors import InvalidRequestError, LateError
+
+SHARE = 1.0 - SHARE_OF_THE_LATE
+"""Of what is left for prompts: the oldest can come to be owed the rest, late or overtaken."""
 
 
 @dataclass(frozen=True)
@@ -75,25 +78,50 @@ def outlook(
     """`request` is not among those that wait."""
     streams = [r for r in running if r.output_token_ids]
     prompts = [*(r for r in running if not r.output_token_ids), *waiting]
-    seconds = rule.pass_seconds(streams, coming=[*prompts, request])
-    before = rule.hopeful(prompts, streams, seconds=seconds, now=now)
+    seconds = rule.pass_seconds(streams, prompts, coming=[*prompts, request])
+    before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=SHARE)
+    beside = [*streams, *before]  # as they will stream when its turn comes
     ahead = [r for r in prompts if r in before or r.priority < request.priority]
     coming = [*(r for r in ahead if r in waiting), request]
     place, is_there = _place(coming, rule=rule, running=running, room=room, seconds=seconds)
 
     def first_token(tokens: int, streams: Sequence[Request]) -> float:
-        per_pass = rule.prompt_tokens(streams, seconds)
+        per_pass = SHARE * rule.prompt_tokens(streams, seconds)
         return math.ceil(tokens / per_pass) * seconds if per_pass else math.inf
 
-    own, alone = first_token(request.num_wanted, streams), first_token(request.num_wanted, [])
-    first = max(place, first_token(sum(r.num_wanted for r in ahead), streams)) + own
     allowed = request.due - now
+    alone = _alone(request, rule)
     if alone > allowed or alone == math.inf:
         return Outlook(alone, math.inf)
-    after = rule.hopeful([*prompts, request], streams, seconds=seconds, now=now)
-    if is_there and place + own <= allowed and (allowed == math.inf or after == before | {request}):
+    own, queued = first_token(request.num_wanted, beside), sum(r.num_wanted for r in ahead)
+    first = max(place, first_token(queued, beside)) + own
+    if first == math.inf:  # the streams leave prompts nothing: when they have ended
+        first = max(place, *_ends(request, running, seconds)) + alone * (1 + queued / request.num_wanted)
+    after = rule.hopeful([*prompts, request], beside, seconds=seconds, now=now, share=SHARE)
+    can_pace = not request.interval or seconds <= request.interval
+    can_be_first = is_there and place + own <= allowed and (allowed == math.inf or after == before | {request})
+    if can_pace and can_be_first:
         return Outlook(first, 0.0)
     return Outlook(first, max(first - allowed, seconds))
+
+
+def _alone(request: Request, rule: ByPromise) -> float:
+    """Seconds until its first token on an empty machine; infinity if no pass there is short enough for its interval."""
+    seconds = rule.pass_seconds([], [], coming=[request])
+    per_pass = rule.prompt_tokens([], seconds)
+    too_long = request.interval and seconds > request.interval
+    return math.inf if too_long or not per_pass else math.ceil(request.num_wanted / per_pass) * seconds
+
+
+def _ends(request: Request, running: Sequence[Request], seconds: float) -> list[float]:
+    """Seconds until those who run have generated all that they may, if passes take `seconds`. Those of a class below
+    the request's may be late by then.
+    """
+    ends = []
+    for each in running:
+        slower = TIME_FOR_THE_LATE if each.priority > request.priority and not each.is_late else 1.0
+        ends.append((each.max_tokens - len(each.output_token_ids)) * slower * (each.interval or seconds))
+    return ends
 
 
 def _place(
@@ -102,9 +130,9 @@ def _place(
     """Seconds until those who come have seats, blocks and a pace beside those who run, which end one after the other at
     the latest when they have generated all that they may; or until all of these have ended, and False.
     """
-    ends = [((r.max_tokens - len(r.output_token_ids)) * (r.interval or seconds), i) for i, r in enumerate(running)]
+    ends = sorted((end, index) for index, end in enumerate(_ends(coming[-1], running, seconds)))
     left, until = list(running), 0.0
-    for end, index in [(0.0, -1), *sorted(ends)]:
+    for end, index in [(0.0, -1), *ends]:
         until = end
         if index >= 0:
             left.remove(running[index])

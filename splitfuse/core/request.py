@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from splitfuse.core.account import Account, Spent
+from splitfuse.core.account import Account, Missed, Spent
 from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
@@ -82,6 +82,7 @@ class Request:
     known_to_runner: bool = False
     due: float = math.inf  # when its next token must be there; infinity: nothing was promised
     is_late: bool = False  # a promise was broken
+    newest_at: float | None = None  # when its newest token was read back
     num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
@@ -121,9 +122,21 @@ class Request:
 
     def note_token(self, now: float) -> None:
         """A token has been read back: in time or not, the next one is due. The late are given more time."""
-        self.is_late = self.is_late or now > self.due
+        self._note_if_missed(now)
+        self.newest_at = now
         interval = self.interval
         self.due = math.inf if interval is None else now + interval
+
+    def _note_if_missed(self, now: float) -> None:
+        missed, itl = self.account.missed, self.targets.itl
+        if self.newest_at is None and now > self.due:
+            missed = Missed(now - self.arrived, self.due - self.arrived)
+        elif self.newest_at is not None and itl is not None and (gap := now - self.newest_at) > itl:
+            before = missed or Missed()
+            longest = max(gap, before.longest_gap)
+            missed = replace(before, gaps=before.gaps + 1, longest_gap=longest, gap_promised=itl)
+        self.account.missed = missed
+        self.is_late = missed is not None
 
     @property
     def interval(self) -> float | None:

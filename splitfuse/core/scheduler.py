@@ -205,7 +205,7 @@ class Scheduler:
                 self._claim(draft, request, oldest)
             elif admits:
                 admits = self._can_admit(draft) and self._admit(draft, request)
-        for request in list(self._waiting):  # those that have just lost their blocks
+        for request in [each for each in self._waiting if each not in waiting]:  # it has just lost its blocks
             if not self._can_admit(draft) or not self._admit(draft, request):
                 break
         for request in self._running:
@@ -375,6 +375,7 @@ class Scheduler:
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._shares.ended(request)
         (self._waiting if request.status is RequestStatus.WAITING else self._running).remove(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
 

@@ -9,9 +9,10 @@ soon and saves nothing up, who floods waits behind himself. With one owner, turn
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
 
-from splitfuse.core.request import Request
+from splitfuse.core.request import Priority, Request
 
 
 class Shares:
@@ -19,20 +20,28 @@ class Shares:
 
     def __init__(self) -> None:
         self._had: defaultdict[str, float] = defaultdict(float)
-        self._level = 0.0
-        """What the least served has had, of those who are being served."""
+        self._levels: defaultdict[Priority, float] = defaultdict(float)
+        """Of each class, what the least served has had, of those who are being served."""
 
-    def turn(self, request: Request, *, running: Iterable[Request], waiting: Iterable[Request]) -> float:
+    def turn(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
         """Of a new request. Its prompt counts at once: a burst is many requests, not one."""
-        had = self._had
-        levels = {each.owner: had[each.owner] for each in running}
+        had, owner, its_class = self._had, request.owner, request.priority
+        levels = {each.owner: had[each.owner] for each in running if each.priority == its_class}
         for each in waiting:
-            levels[each.owner] = min(levels.get(each.owner, each.turn), each.turn)
-        self._level = max(self._level, min(levels.values()) if levels else max(had.values(), default=0.0))
-        turn = max(had[request.owner], self._level)
-        had[request.owner] = turn + request.num_prompt / request.weight
+            if each.priority == its_class:
+                levels[each.owner] = min(levels.get(each.owner, each.turn), each.turn)
+        own = (each.turn for each in chain(running, waiting) if (each.owner, each.priority) == (owner, its_class))
+        level = min(levels.values()) if levels else max(had.values(), default=0.0)
+        self._levels[its_class] = max(self._levels[its_class], level)
+        turn = max(had[owner], self._levels[its_class], max(own, default=0.0))
+        had[owner] = turn + request.num_prompt / request.weight
         return turn
 
     def generated(self, request: Request) -> None:
         """One more token of its answer."""
         self._had[request.owner] += 1.0 / request.weight
+
+    def ended(self, request: Request) -> None:
+        """Early, perhaps: what was not computed of its prompt has not been had."""
+        computed = max(request.num_scheduled, request.num_lost)
+        self._had[request.owner] -= max(request.num_prompt - computed, 0) / request.weight

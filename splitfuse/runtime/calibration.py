@@ -46,7 +46,9 @@ def load(path: Path) -> Calibration:
     """Raises CostModelError for a file that cannot be read or holds something else."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Calibration)
-    except (OSError, msgspec.MsgspecError, CostModelError) as error:
+    except OSError as error:
+        raise CostModelError(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, CostModelError) as error:
         raise CostModelError(f"{path} holds no cost model: {error}") from error
 
 

@@ -29,7 +29,7 @@ from splitfuse.core.limits import check_token_ids
 from splitfuse.server.admission import Admission
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.exchange import App, Exchange, Receive, Scope, Send
-from splitfuse.server.explain import Course, Explanation, sentence
+from splitfuse.server.explain import Course, sentence
 from splitfuse.server.generating import Server, chat, completions, record_of
 from splitfuse.server.keys import Keys
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
@@ -154,7 +154,7 @@ async def _detokenize(server: Server, exchange: Exchange) -> None:
 
 async def _explain(server: Server, exchange: Exchange) -> None:
     wanted: str = exchange.scope["path_params"]["request"]
-    await exchange.answer(Explanation.of(await server.explanations.find(wanted, key=exchange.owner.name)))
+    await exchange.answer(await server.explanations.find(wanted, key=exchange.owner.name))
 
 
 async def _openapi(server: Server, exchange: Exchange) -> None:
@@ -294,4 +294,8 @@ def _as_ours(error: Exception) -> Exception:
         return RefusedError(
             405, f"this route takes {allowed} only", code="method_not_allowed", headers={"allow": allowed}
         )
-    return RefusedError(error.status_code, "there is no such route; /openapi.json lists all", code="no_such_route")
+    return RefusedError(
+        error.status_code,
+        "there is no such route; OpenAI's are under /v1, and /openapi.json lists all",
+        code="no_such_route",
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from splitfuse.core.account import Part, Spent
+from splitfuse.core.account import Missed, Part, Spent
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.exchange import Exchange
 from splitfuse.server.request_log import RequestRecord
@@ -109,7 +109,8 @@ class Course:
 class Neighbour(msgspec.Struct, frozen=True):
     """A request whose prompt was computed beside, `tokens` of it in the same passes."""
 
-    id: str
+    id: str | None
+    """None if it was another key's."""
     tokens: int
 
 
@@ -129,9 +130,10 @@ class Explanation(msgspec.Struct, frozen=True):
     generated_tokens: int
     finish_reasons: list[str]
     on_time: bool | None
+    missed: Missed | None
 
     @classmethod
-    def of(cls, course: Course) -> Explanation:
+    def of(cls, course: Course, beside: list[Neighbour]) -> Explanation:
         """Of one with its record, and the engine's account there."""
         spent, record = course.spent.result(), course.record
         assert record is not None
@@ -142,13 +144,14 @@ class Explanation(msgspec.Struct, frozen=True):
             status=record.status,
             seconds=record.total_seconds,
             parts=course.parts(),
-            beside=[] if spent is None else [Neighbour(_plain(name), tokens) for name, tokens in spent.beside],
+            beside=beside,
             preemptions=0 if spent is None else spent.num_preemptions,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             generated_tokens=record.generated_tokens,
             finish_reasons=list(record.finish_reasons),
             on_time=record.on_time,
+            missed=None if spent is None else spent.missed,
         )
 
 
@@ -158,39 +161,41 @@ class Explanations:
     def __init__(self, most: int = KEPT) -> None:
         self._most = most
         self._courses: OrderedDict[str, Course] = OrderedDict()  # by our own id, the oldest first
-        self._running: dict[str, asyncio.Event] = {}  # which have not ended
-        self._named: dict[str, str] = {}  # by the client's id: ours of its newest
+        self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # those that have not ended: whose
+        self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: ours of its newest
 
     def begin(self, exchange: Exchange) -> None:
         """A request goes to an engine."""
-        self._running[exchange.unique_id] = asyncio.Event()
-        self._named[exchange.request_id] = exchange.unique_id
+        key = exchange.owner.name
+        self._running[exchange.unique_id] = key, asyncio.Event()
+        self._named[key, exchange.request_id] = exchange.unique_id
 
     def end(self, exchange: Exchange, course: Course | None) -> None:
         """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
         forgotten.
         """
-        ended = self._running.pop(exchange.unique_id, None)
-        if ended is None:
+        running = self._running.pop(exchange.unique_id, None)
+        if running is None:
             return
+        key, ended = running
         ended.set()
         if course is None:
-            self._forget_name(exchange.request_id, exchange.unique_id)
+            self._forget_name(key, exchange.request_id, exchange.unique_id)
             return
         self._courses[exchange.unique_id] = course
         if len(self._courses) > self._most:
             unique_id, oldest = self._courses.popitem(last=False)
             assert oldest.record is not None
-            self._forget_name(oldest.record.request_id, unique_id)
+            self._forget_name(oldest.key, oldest.record.request_id, unique_id)
 
-    async def find(self, wanted: str, *, key: str | None) -> Course:
+    async def find(self, wanted: str, *, key: str | None) -> Explanation:
         """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told
         of their own requests only. Raises RefusedError (404).
         """
-        unique_id = self._named.get(wanted, _plain(wanted))
+        unique_id = self._named.get((key, wanted), _plain(wanted))
         if (running := self._running.get(unique_id)) is not None:  # its client may have all of it already
             with suppress(TimeoutError):
-                await asyncio.wait_for(running.wait(), PATIENCE)
+                await asyncio.wait_for(running[1].wait(), PATIENCE)
         course = self._courses.get(unique_id)
         if course is None or course.key != key:
             raise RefusedError(
@@ -199,22 +204,42 @@ class Explanations:
                 "of answers, or of the header X-Request-Id",
                 code="request_not_found",
             )
-        await asyncio.shield(course.spent)
-        return course
+        spent = await asyncio.shield(course.spent)
+        beside = () if spent is None else spent.beside
+        return Explanation.of(course, [Neighbour(self._id_for(key, _plain(name)), tokens) for name, tokens in beside])
 
-    def _forget_name(self, name: str, unique_id: str) -> None:
-        if self._named.get(name) == unique_id:
-            del self._named[name]
+    def _id_for(self, key: str | None, unique_id: str) -> str | None:
+        """None if it is not for that key to know: another's, or nobody knows whose."""
+        if (running := self._running.get(unique_id)) is not None:
+            return unique_id if running[0] == key else None
+        course = self._courses.get(unique_id)
+        return unique_id if key is None or (course is not None and course.key == key) else None
+
+    def _forget_name(self, key: str | None, name: str, unique_id: str) -> None:
+        if self._named.get((key, name)) == unique_id:
+            del self._named[key, name]
 
 
 def sentence(course: Course) -> str:
-    """What took the longest of a request that was late."""
+    """What a request that was late was promised, and what took the longest of it."""
     parts, spent = course.parts(), course.spent.result()
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:BIGGEST]
     said = [f"{seconds:.3g} s {MEANINGS[part]} ({seconds / total:.0%})" for part, seconds in largest]
     beside = "" if spent is None or not spent.beside else f"; beside it was most of all {_plain(spent.beside[0][0])}"
-    return f"of {total:.3g} s: {', '.join(said)}{beside}"
+    missed = "" if spent is None or spent.missed is None else f"{told(spent.missed)}; "
+    return f"{missed}of {total:.3g} s: {', '.join(said)}{beside}"
+
+
+def told(missed: Missed) -> str:
+    """`first token after 1.2 s, promised 1 s; 3 gaps longer than 250 ms, up to 400 ms`."""
+    parts = []
+    if missed.first_token is not None and missed.first_promised is not None:
+        parts.append(f"first token after {missed.first_token:.3g} s, promised after {missed.first_promised:.3g} s")
+    if missed.gaps and missed.gap_promised is not None:
+        gaps = f"{missed.gaps} gaps" if missed.gaps > 1 else "1 gap"
+        parts.append(f"{gaps} longer than {missed.gap_promised:.3g} s, up to {missed.longest_gap:.3g} s")
+    return "; ".join(parts)
 
 
 def _plain(name: str) -> str:

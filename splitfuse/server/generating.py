@@ -32,11 +32,12 @@ from splitfuse.server.answers import (
     Timing,
     Usage,
 )
+from splitfuse.server.decoding import decode
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.exchange import Exchange
 from splitfuse.server.explain import Course, Explanations
 from splitfuse.server.metrics import Metrics
-from splitfuse.server.protocol import ChatRequest, CompletionRequest, decode
+from splitfuse.server.protocol import ChatRequest, CompletionRequest
 from splitfuse.server.request_log import RequestLog, RequestRecord
 from splitfuse.text.generate import Prompt, with_room
 from splitfuse.text.serving import ServedGeneration, TextService

@@ -20,6 +20,8 @@ from splitfuse.errors import ConfigError, did_you_mean
 from splitfuse.server.errors import RefusedError
 
 OPTIONS = ("name", "weight", "priority", "ttft", "itl")
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
+"""Beyond, one request would count for more than all that others will ever ask."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Keys:
         self._secret = secrets.token_bytes(32)
         owners = {key.strip(): Owner(f"key {number}") for number, key in enumerate(config.api_key, 1)}
         if config.api_key_file is not None:
-            owners |= _read(config.api_key_file, first=len(owners) + 1)
+            _read(config.api_key_file, owners)
         self._owners = [(self._digest(key.encode()), owner) for key, owner in owners.items()]
 
     def check(self, scheduler: SchedulerConfig) -> None:
@@ -78,23 +80,27 @@ class Keys:
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
 
 
-def _read(path: str, *, first: int) -> dict[str, Owner]:
-    """The keys in a file, a line each, with what comes behind them; those without a name are numbered from `first`."""
+def _read(path: str, owners: dict[str, Owner]) -> None:
+    """Add the keys in a file, a line each, with what comes behind them; those without a name are numbered."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"api_key_file {path} cannot be read: {error}") from error
-    owners: dict[str, Owner] = {}
+    seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         key, *options = line.split() or [""]
-        if key and not key.startswith("#"):
-            try:
-                owners[key] = _owner(options, name=f"key {first + len(owners)}")
-            except ConfigError as error:
-                raise ConfigError(f"api_key_file {path}, line {number}: {error}") from error
-    if not owners:
+        if not key or key.startswith("#"):
+            continue
+        try:
+            if key in owners:
+                where = f"in line {seen[key]}" if key in seen else "among those of api_key"
+                raise ConfigError(f"this key is already {where}: give each once")
+            owners[key] = _owner(options, name=f"key {1 + len(owners)}")
+        except ConfigError as error:
+            raise ConfigError(f"api_key_file {path}, line {number}: {error}") from error
+        seen[key] = number
+    if not seen:
         raise ConfigError(f"api_key_file {path} has no key in it: write one in each line")
-    return owners
 
 
 def _owner(options: list[str], *, name: str) -> Owner:
@@ -102,8 +108,10 @@ def _owner(options: list[str], *, name: str) -> Owner:
     given: dict[str, str] = {}
     for option in options:
         word, equals, value = option.partition("=")
-        if word not in OPTIONS or not equals or not value:
-            raise ConfigError(f"{word!r} after a key is no option with a value{did_you_mean(word, OPTIONS)}")
+        if not equals or not value or not word:
+            raise ConfigError(f"{option!r} after a key is no option: write {word or 'name'}=VALUE, without spaces")
+        if word not in OPTIONS:
+            raise ConfigError(f"{word!r} after a key is no option{did_you_mean(word, OPTIONS)}")
         if word in given:
             raise ConfigError(f"{word} is given twice")
         given[word] = value
@@ -121,8 +129,8 @@ def _weight(text: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ConfigError(f"weight must be a number above 0, not {text!r}")
+    if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise ConfigError(f"weight must be a number from {LEAST_WEIGHT} to {MOST_WEIGHT}, not {text!r}")
     return weight
 
 

@@ -7,15 +7,14 @@ of engines or sockets.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
-from splitfuse.errors import InvalidRequestError, did_you_mean
+from splitfuse.errors import InvalidRequestError
 from splitfuse.server.asked_terms import AskedTerms
 from splitfuse.server.errors import RefusedError
 
@@ -165,16 +164,17 @@ class ChatMessage(_Request, kw_only=True, frozen=True):
     audio: Any = None
     function_call: Any = None
     tool_calls: Any = None
+    tool_call_id: Any = None
 
     def plain(self, index: int) -> dict[str, Any]:
         """For a template. Raises InvalidRequestError, naming the place, for what a template would pass over."""
         where = f"messages[{index}]"
-        _refuse_unless_neutral(self, _NEUTRAL_IN_MESSAGE, where + ".")
         if self.role not in ("system", "developer", "user", "assistant"):
             raise InvalidRequestError(
                 f"{where}.role must be system, developer, user or assistant, not {self.role!r:.80}",
                 parameter=f"{where}.role",
             )
+        refuse_unless_neutral(self, _NEUTRAL_IN_MESSAGE, where + ".")
         content = self.content
         if not isinstance(content, str):
             for number, part in enumerate(content):
@@ -271,6 +271,7 @@ _NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "function_call": (None,),
     "tool_calls": (None, []),
+    "tool_call_id": (None,),
 }
 
 NEUTRAL: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
@@ -301,7 +302,8 @@ NEUTRAL: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
 """Parameters that are known and not honoured, with the values by which they ask for nothing."""
 
 
-def _refuse_unless_neutral(body: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
+def refuse_unless_neutral(body: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
+    """Raise RefusedError (400) for a parameter of `neutral` with a value that asks for something."""
     for name, values in neutral.items():
         value = getattr(body, name)
         if not any(type(value) is type(allowed) and value == allowed for allowed in values):
@@ -311,67 +313,6 @@ def _refuse_unless_neutral(body: msgspec.Struct, neutral: Mapping[str, tuple[Any
                 code="unsupported_parameter",
                 parameter=where + name,
             )
-
-
-# Decoding ------------------------------------------------------------------------------------------------------------
-
-_Body = TypeVar("_Body", bound=msgspec.Struct)
-
-
-def decode(kind: type[_Body], body: bytes) -> _Body:
-    """A request out of its JSON. Raises RefusedError (400) for what is no JSON or not of that kind, naming the place;
-    for what is known and not honoured, too.
-    """
-    try:
-        try:
-            request = msgspec.json.decode(body, type=kind)
-        except msgspec.ValidationError as error:
-            if "got `float`" not in str(error):
-                raise
-            request = msgspec.convert(_with_whole_numbers(msgspec.json.decode(body)), kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _mismatch(kind, str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RefusedError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
-    except RecursionError as error:
-        raise RefusedError(400, "the body is nested too deeply", code="invalid_json") from error
-    neutral = NEUTRAL.get(kind, {})
-    if isinstance(request, CompletionRequest) and request.n is not None:
-        neutral = {**neutral, "best_of": (None, request.n)}  # the best n of n: all
-    _refuse_unless_neutral(request, neutral)
-    return request
-
-
-def _with_whole_numbers(value: Any) -> Any:
-    """3.0 is 3, as JSON has one kind of numbers only."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, dict):
-        return {name: _with_whole_numbers(item) for name, item in value.items()}
-    return [_with_whole_numbers(item) for item in value] if isinstance(value, list) else value
-
-
-def _mismatch(kind: type[msgspec.Struct], message: str) -> RefusedError:
-    """What msgspec says, with the parameter's name as people write it: `messages[0].content`."""
-    what, _, place = message.partition(" - at ")
-    place = re.sub(r"^`\$\.?(.*)`$|^`key` in `\$\.?(.*)`$", lambda m: m[1] or m[2] or "", place, flags=re.DOTALL)
-    if match := re.match(r"Object contains unknown field `(.*)`$", what, re.DOTALL):
-        name = f"{place}.{match[1]}" if place else match[1]
-        known = _fields(kind) if not place else None
-        hint = did_you_mean(match[1], known) if known and len(match[1]) < 80 else ""
-        hint = hint if hint.startswith("; did") else ""
-        return RefusedError(
-            400, f"unknown parameter {name!r:.200}{hint}", code="unknown_parameter", parameter=name[:200]
-        )
-    if match := re.match(r"Object missing required field `(.*)`$", what):
-        place = f"{place}.{match[1]}" if place else match[1]
-        return RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
-    subject = place or "the body"
-    return RefusedError(400, f"{subject}: {what[:200]}", code="invalid_type", parameter=place or None)
-
-
-def _fields(kind: type[msgspec.Struct]) -> Sequence[str]:
-    return [name for name in kind.__struct_fields__ if name not in NEUTRAL.get(kind, {})]
 
 
 def _or(value: float | None, default: float) -> float:

@@ -108,6 +108,6 @@ def test_keys_are_not_kept() -> None:
 def test_reports_of_nothing(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text("{}", encoding="utf-8")
-    for flags, sentence in (((file,), "does not hold results"), ((tmp_path / "none",), "does not hold results")):
+    for flags, sentence in (((file,), "does not hold results"), ((tmp_path / "none",), "cannot be read: No such file")):
         ended = run("report", *flags)
         assert ended.exit_code == 1 and sentence in ended.stderr

@@ -238,9 +238,9 @@ def test_the_command_predicts_prints_and_keeps(tmp_path: Any) -> None:
     [
         (["--machine", "a100"], "no published machine 'a100'; did you mean 'a100-70b'"),
         (["--machine", "a100-70b", "--model-of-cost", "x.json"], "two cost models: give one"),
-        (["--model-of-cost", "/nowhere.json"], "holds no cost model"),
+        (["--model-of-cost", "/nowhere.json"], "/nowhere.json cannot be read: No such file"),
         (["--machine", "a100-70b", "--policy", "orka"], "did you mean 'orca'"),
-        (["--machine", "a100-70b", "--against", "/nowhere.json"], "does not hold results"),
+        (["--machine", "a100-70b", "--against", "/nowhere.json"], "/nowhere.json cannot be read: No such file"),
         ([], "splitfuse calibrate"),
     ],
 )

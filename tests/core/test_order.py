@@ -10,7 +10,7 @@ from scheduler_harness import Run
 from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.order import MARGIN, PATIENCE, SHARE_OF_THE_LATE, ByArrival, ByPromise, Order
-from splitfuse.core.request import TIME_FOR_THE_LATE, Request, RequestStatus
+from splitfuse.core.request import TIME_FOR_THE_LATE, Priority, Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 
@@ -74,11 +74,46 @@ def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
     assert rule().order(streams, [], now=1.0).seconds == pytest.approx(MARGIN * 0.1 / 2)
 
 
+WHOLE = pytest.approx(0.11, abs=0.005)
+"""What the budget takes."""
+
+
 def test_a_prompt_that_no_stream_waits_beside_has_whole_passes() -> None:
     tight = request("p", 200, Targets(9.0, 0.05))
-    assert rule().order([], [tight], now=0.0).seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes
+    assert rule().order([], [tight], now=0.0).seconds == WHOLE
     beside = rule().order([stream("s", 0.1, token_at=0.0)], [tight], now=0.0)
-    assert beside.seconds == pytest.approx(MARGIN * 0.1 / 2)  # the stream's interval, not the prompt's
+    assert beside.seconds < 0.1  # the stream's interval, not the prompt's
+
+
+def test_where_half_of_an_interval_is_short_for_prompts_a_pass_takes_all_of_it() -> None:
+    prompt = request("p", 200, Targets(9.0))
+    order = rule().order([stream("s", 0.03, token_at=0.0)], [prompt], now=0.0)
+    assert order.seconds == pytest.approx(MARGIN * 0.03)  # 16 prompt tokens and not 3 in each half
+    assert [r.request_id for r in order.urgent] == ["s"]
+
+
+def test_an_interval_that_leaves_prompts_nothing_shortens_no_pass() -> None:
+    prompt, impossible = request("p", 200, Targets(9.0)), stream("s", 1e-6, token_at=0.0)
+    assert rule().order([impossible], [prompt], now=0.0).seconds == WHOLE
+    other = stream("t", 0.15, token_at=0.0)
+    assert rule().order([impossible, other], [prompt], now=0.0).seconds <= MARGIN * 0.15  # who can be kept is
+    taken = stream("u", 0.0125, token_at=0.0)
+    taken.on_time_only = True  # it was taken on time or not at all
+    assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(MARGIN * 0.0125)
+
+
+def test_a_stream_shortens_no_passes_for_prompts_of_a_higher_class() -> None:
+    low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, Targets(3.0))
+    low.priority = Priority.LOW
+    assert rule().order([low], [prompt], now=0.0).seconds == WHOLE
+    prompt.priority = Priority.LOW
+    assert rule().order([low], [prompt], now=0.0).seconds == pytest.approx(MARGIN * 0.03)
+
+
+def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_promised_nothing() -> None:
+    waiting = [request("pace", 20, Targets(None, 0.25)), request("any", 20, arrived=1.0)]
+    ahead = stream("ahead", 0.5, token_at=6.0)
+    assert names(rule().order([ahead], waiting, now=6.0)) == ([], ["pace", "any", "ahead"])
 
 
 def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:

@@ -9,7 +9,7 @@ from scheduler_harness import Run
 from splitfuse.core.cost_model import CostModel
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.order import ByPromise
-from splitfuse.core.request import Request
+from splitfuse.core.request import Priority, Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
 from splitfuse.errors import InvalidRequestError, LateError
@@ -60,7 +60,7 @@ def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
 def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
     run = make_run()
     for number in range(5):
-        run.add(request(f"r{number}", 400, Targets(2.5, 1.0), generate=2))
+        run.add(request(f"r{number}", 400, Targets(2.8, 1.0), generate=2))
     with pytest.raises(LateError, match=r"first token would come after .* s; try again in") as refused:
         run.scheduler.add(request("late", 400, Targets(0.6, 1.0)), run.now)
     assert 1.0 < refused.value.retry_after < 3.0  # 2000 tokens before it take 2.2 s
@@ -90,9 +90,33 @@ def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
         run.drain()
 
 
+def test_streams_that_leave_prompts_nothing_end_some_day() -> None:
+    run = make_run()
+    for number in range(8):  # each token of the eight takes 18 ms of the 27 that were promised
+        run.add(request(f"r{number}", 1, Targets(9.0, 0.03), generate=100))
+    run.step()
+    with pytest.raises(LateError) as refused:
+        run.scheduler.add(request("more", 90, Targets(0.2, 0.03)), run.now)
+    assert 0.0 < refused.value.retry_after < 5.0
+
+
+def test_a_wait_is_a_number_whoever_is_ahead() -> None:
+    run = make_run(max_num_seqs=2)
+    for number in range(6):
+        first = request(f"r{number}", 400, Targets(None, 0.03), on_time_only=False)
+        first.priority = Priority.HIGH
+        run.add(first)
+    run.step()
+    with pytest.raises(LateError) as refused:
+        run.scheduler.add(request("more", 90, Targets(None, 0.05)), run.now)
+    assert 0.0 < refused.value.retry_after < math.inf
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
-    """Random loads at all intensities, some of them wanting on time or nothing, others on time or later."""
+    """Random loads at all intensities, some of them wanting on time or nothing, others on time or later, or of a class
+    below.
+    """
     rng = Random(seed)
     run = make_run(max_num_seqs=rng.choice((2, 4, 16)))
     pace = rng.uniform(0.02, 0.4)
@@ -112,6 +136,8 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
             on_time_only=rng.random() < 0.6,
             now=run.now,
         )
+        if not made.on_time_only and rng.random() < 0.5:
+            made.priority = Priority.LOW
         try:
             run.add(made)
         except LateError:

@@ -74,6 +74,34 @@ def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
     assert shares.turn(second, running=flood[5:6], waiting=[*flood[6:], late]) == 700.0
 
 
+def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
+    shares, busy = Shares(), [request("busy", prompt=100) for _ in range(50)]
+    starving = [request("third", priority=Priority.LOW, prompt=100) for _ in range(20)]
+    for number, each in enumerate(starving):
+        each.turn = shares.turn(each, running=[], waiting=starving[:number])
+    for each in busy:  # one after the other: each has ended when the next one comes
+        each.turn = shares.turn(each, running=[], waiting=starving)
+    rare = request("rare", prompt=100)
+    assert shares.turn(rare, running=busy[-1:], waiting=starving) >= 4900.0  # not 0, as the starving have had
+
+
+def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
+    shares, other = Shares(), request("other", prompt=10)
+    other.turn = shares.turn(other, running=[], waiting=[])
+    gone = request("x", prompt=1000)
+    gone.turn = shares.turn(gone, running=[other], waiting=[])
+    gone.num_scheduled = 300
+    shares.ended(gone)
+    again = request("x", prompt=10)
+    assert shares.turn(again, running=[other], waiting=[]) == gone.turn + 300.0
+    own = request("x", prompt=1000)  # while a later one of its own waits, the order stays that of arrival
+    own.turn = shares.turn(own, running=[other], waiting=[])
+    later = request("x", prompt=1000)
+    later.turn = shares.turn(later, running=[other], waiting=[own])
+    shares.ended(own)
+    assert shares.turn(request("x"), running=[other], waiting=[later]) == later.turn
+
+
 @RULES
 def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: Targets) -> None:
     run = make_run(rule)

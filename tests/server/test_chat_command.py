@@ -77,6 +77,15 @@ def test_a_line_is_a_turn_and_a_reset_forgets(run: Run, pipe: splitfuse.Pipeline
     assert (status, out, err) == (0, wanted, "(loading the model here)\n")
 
 
+def test_a_turn_goes_on_behind_a_backslash(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+    turn = "Anna keeps a goose.\n\nWho keeps a goose?"
+    lines = turn.replace("\n", "\\\n")
+    wanted = "\n".join(conversation(pipe, turn, SECOND)) + "\n"
+    assert run("--url", server.url, stdin=f"{lines}\n{SECOND}\n") == (0, wanted, "")
+    alone = conversation(pipe, turn + "\n")[0] + "\n"
+    assert run("--url", server.url, stdin=lines + "\\\n") == (0, alone, "")  # nothing follows
+
+
 def test_sampling_flags_count(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     flags = ["--temperature", 1, "--seed", 3, "--max-new-tokens", 5]
     wanted = conversation(pipe, FIRST, temperature=1.0, seed=3, max_new_tokens=5)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,8 @@ SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
 LONG = "Anna keeps a goose. " * 150
 
 
-def explain(http: httpx.Client, request: str) -> dict[str, Any]:
-    answer = http.get(f"/v1/splitfuse/requests/{request}")
+def explain(http: httpx.Client, request: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    answer = http.get(f"/v1/splitfuse/requests/{request}", headers=headers)
     assert answer.status_code == 200, answer.text
     explanation: dict[str, Any] = answer.json()
     assert set(explanation["parts"]) <= set(Part) and all(seconds > 0 for seconds in explanation["parts"].values())
@@ -136,6 +137,28 @@ def test_with_keys_everybody_is_told_of_his_own() -> None:
         name = http.post(COMPLETIONS, json=BODY, headers=mine).headers["x-request-id"]
         path = f"/v1/splitfuse/requests/{name}"
         assert [http.get(path, headers=who).status_code for who in (mine, other, {})] == [200, 404, 401]
+        prompts = {"one": 5, "two": 9}
+        for key, tokens in prompts.items():  # both count their requests alike
+            headers = {"authorization": f"Bearer {key}", "x-request-id": "req-1"}
+            http.post(COMPLETIONS, json={**BODY, "prompt": [7] * tokens}, headers=headers)
+        for who, tokens in ((mine, 5), (other, 9)):
+            assert http.get("/v1/splitfuse/requests/req-1", headers=who).json()["prompt_tokens"] == tokens
+
+
+def test_whose_prompt_it_was_is_not_for_another_key() -> None:
+    with running_server(ServerConfig(api_key=("one", "two")), num_blocks=200) as server, server.http() as http:
+        mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        request = http.build_request(
+            "POST", COMPLETIONS, json={**BODY, "max_tokens": 300, "stream": True}, headers=mine
+        )
+        stream = http.send(request, stream=True)
+        lines = stream.iter_lines()
+        next(lines)
+        own = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}, headers=mine).headers["x-request-id"]
+        http.post(COMPLETIONS, json={**BODY, "prompt": "Olga " + LONG}, headers=other)
+        assert list(lines)
+        beside = explain(http, stream.headers["x-request-id"], mine)["beside"]
+    assert {each["id"] for each in beside} == {own, None}
 
 
 def test_the_command_draws_it(
@@ -174,9 +197,12 @@ def test_every_part_has_its_words() -> None:
             "preemptions": 0,
             "seconds": 2.0,
             "parts": dict.fromkeys(map(str, Part), 2.0 / len(Part)),
-            "beside": [{"id": "other", "tokens": 7}],
+            "beside": [{"id": "other", "tokens": 7}, {"id": None, "tokens": 8}],
+            "missed": {"first_token": 0.5, "first_promised": 0.25, "gaps": 2, "longest_gap": 0.1, "gap_promised": 0.05},
         }
     )
+    assert "first token after 0.5 s, promised after 0.25 s; 2 gaps longer than 0.05 s, up to 0.1 s" in shown
+    assert "another key (8 tokens)" in shown
     assert all(meaning in shown for meaning in MEANINGS.values()) and "other (7 tokens)" in shown and "late" in shown
 
 
@@ -198,6 +224,8 @@ def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: d
         late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # promised: within a millisecond
         kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
         why = promising.wait_for_record(request_id=late)["why_late"]
-        assert why.startswith("of 0.") and "%" in why
+        assert re.match(r"first token after 0\.\d+ s, promised after 0\.001 s; of 0\.\d+ s: .*%", why)
         assert promising.wait_for_record(request_id=kept)["why_late"] is None
-        assert explain(http, late)["on_time"] is False
+        found = explain(http, late)
+        assert found["on_time"] is False and found["missed"]["first_token"] > found["missed"]["first_promised"]
+        assert found["missed"]["gaps"] == 0 and explain(http, kept)["missed"] is None

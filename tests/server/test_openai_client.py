@@ -336,7 +336,7 @@ def test_an_asynchronous_call_that_is_cancelled_ends_its_request(server: Running
         ({"n": 0}, "n", "n: "),
         ({"n": 1000}, "n", "n: "),
         ({"max_tokens": 2048}, "max_tokens", "exceed the model's 2048; max_tokens can be at most 2037"),
-        ({"max_tokens": "5"}, "max_tokens", "max_tokens: Expected `int"),
+        ({"max_tokens": "5"}, "max_tokens", "max_tokens must be a whole number or null, not a string"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "token id 99999"),
         ({"stop": ["a"] * 65}, "stop", "stop"),
         ({"stop": ["a" * 1000] * 9}, "stop", "stop has 9000 characters in all"),

@@ -109,19 +109,22 @@ def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("k wieght=2", "'wieght' after a key is no option with a value; did you mean 'weight'"),
-        ("k weight=0", "weight must be a number above 0, not '0'"),
-        ("k weight=x", "weight must be a number above 0, not 'x'"),
+        ("k wieght=2", "'wieght' after a key is no option; did you mean 'weight'"),
+        ("k weight=0", "weight must be a number from 0.001 to 1000, not '0'"),
+        ("k weight=x", "weight must be a number from 0.001 to 1000, not 'x'"),
+        ("k name = a", "'name' after a key is no option: write name=VALUE, without spaces"),
+        ("good name=a", "this key is already in line 1"),
+        ("given", "this key is already among those of api_key"),
         ("k priority=top", "priority must be high, normal or low, not 'top'"),
         ("k name=a name=b", "name is given twice"),
         ("k itl=3", "itl must be a time with its unit"),
-        ("k ttft", "'ttft' after a key is no option with a value"),
+        ("k ttft", "'ttft' after a key is no option: write ttft=VALUE"),
     ],
 )
 def test_what_is_no_key_says_in_which_line(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"good\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        Keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+        Keys(ServerConfig(api_key=("given",), api_key_file=str(tmp_path / "keys")))
     assert "line 2" in str(error.value)
 
 

@@ -1,6 +1,8 @@
 """What requests may say, and that the OpenAPI document tells the truth about requests and answers."""
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -20,8 +22,9 @@ from splitfuse.errors import (
 )
 from splitfuse.server.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.app import ROUTES
+from splitfuse.server.decoding import decode
 from splitfuse.server.errors import RefusedError, answer_to, without_secrets
-from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest, decode
+from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -107,8 +110,39 @@ def test_best_of_all_is_all() -> None:
 def test_whole_numbers_may_be_written_with_a_point() -> None:
     request = completion(n=3.0, seed=7.0, prompt=[[1.0, 2], [3]], logit_bias={"4": 1.5}, max_tokens=16)
     assert (request.n, request.seed, request.prompt, request.logit_bias) == (3, 7, [[1, 2], [3]], {4: 1.5})
-    with pytest.raises(RefusedError, match="n: Expected `int"):
+    with pytest.raises(RefusedError, match="n must be a whole number or null, not a number"):
         completion(n=3.5, seed=7.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "body", "message"),
+    [
+        (completion, {"temperature": "x"}, "temperature must be a number or null, not a string"),
+        (completion, {"max_tokens": -1}, "max_tokens must be a whole number >= 0"),
+        (completion, {"splitfuse_priority": "urgent"}, "splitfuse_priority must be high, normal or low, not 'urgent'"),
+        (completion, {"logit_bias": {"x": 1}}, "a key of logit_bias must be a whole number, not a string"),
+        (completion, {"prompt": {}}, "prompt must be a string or an array, not an object"),
+        (completion, {"tempature": 1}, "unknown parameter 'tempature'; did you mean 'temperature'?"),
+        (completion, {"messages": []}, "'messages'; it is one of /v1/chat/completions, and this is /v1/completions"),
+        (chat, {"prompt": "a"}, "'prompt'; it is one of /v1/completions, and this is /v1/chat/completions"),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].image_url is not supported: messages are text",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_in_the_words_of_json(
+    make: Callable[..., object], body: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RefusedError, match=re.escape(message)):
+        make(**body)
+
+
+def test_what_tools_said_has_no_place_in_a_template() -> None:
+    request = chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+    with pytest.raises(InvalidRequestError, match=r"messages\[0\].role must be system, developer, user or assistant"):
+        request.plain_messages()
 
 
 def test_a_developer_is_the_system() -> None:
