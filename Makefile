@@ -38,7 +38,7 @@ lint: $(STAMP)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
-	@echo "== installing splitfuse and its test extras into .venv (a minute; PyTorch is the largest part)"
+	@echo "== installing splitfuse and its test extras into .venv, once: one to five minutes, mostly PyTorch's wheel and the kernels' C++"
 	@$(PYTHON) -c 'import sys; sys.exit("splitfuse needs Python 3.11 or newer, this is " + sys.version.split()[0] \
 	  + "; name another with: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv .venv

@@ -225,7 +225,8 @@ def parse_seconds(name: str, text: str) -> float:
     try:
         seconds = float(number) * UNITS[unit]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{name} must be a time with its unit, such as 1s or 250ms, not {text!r}") from error
+        forms = f"1s, 250ms or 2ms{PER_TOKEN}" if name == "ttft" else "1s or 250ms"
+        raise ConfigError(f"{name} must be a time with its unit, such as {forms}, not {text!r}") from error
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"{name} must be a time above 0, not {text!r}")
     return seconds

@@ -274,7 +274,7 @@ def error_in(
     if kind is not None and not issubclass(kind, InvalidRequestError):
         return kind(message)
     if status in (401, 403):
-        return ServerError(f"{message}; give it as api_key, or in SPLITFUSE_API_KEY")
+        return ServerError(f"{message}; set SPLITFUSE_API_KEY, or give api_key in Python")
     if kind is not None or error.get("type") == "invalid_request_error":
         refused = (kind or InvalidRequestError)(message)
         assert isinstance(refused, InvalidRequestError)

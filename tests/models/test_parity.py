@@ -25,7 +25,7 @@ PROMPT_LENGTHS = (1, 9, 20, 37)
 NUM_GENERATED = 16
 CPU = torch.device("cpu")
 CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2**-9) a dozen times a layer
-CPP_TOLERANCE_OF_EXPERTS = 6e-2  # and where two experts are nearly as good, the other one may be chosen
+OTHER_EXPERT = 0.15  # where two experts are nearly as good, the other one may be chosen: of few tokens, and so far off
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> Decoder:
@@ -53,10 +53,15 @@ def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([token_ids])).logits[0]
 
 
-def assert_close(request: Request, oracle: Tensor, tolerance: float = 1e-4) -> None:
+def miss(request: Request, oracle: Tensor) -> Tensor:
+    """Of each token, the largest error of a logit as a share of the largest logit of all: [tokens]."""
     ours = torch.stack(request.logits)
     assert ours.shape == oracle.shape
-    assert (ours - oracle).abs().max() <= tolerance * oracle.abs().max()
+    return (ours - oracle).abs().amax(dim=1) / oracle.abs().max()
+
+
+def assert_close(request: Request, oracle: Tensor, tolerance: float = 1e-4) -> None:
+    assert (miss(request, oracle) <= tolerance).all()
 
 
 @pytest.fixture(scope="session", params=tiny_models.VARIANTS)
@@ -107,9 +112,10 @@ def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
     decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2))
     whole = [Request(prompt) for prompt in prompts(0)]
     Runner(decoder, block_size=32).step([(request, request.num_pending) for request in whole])
-    tolerance = CPP_TOLERANCE if decoder.spec.moe is None else CPP_TOLERANCE_OF_EXPERTS
-    for request in whole:
-        assert_close(request, oracle_logits(model, request.token_ids), tolerance)
+    misses = torch.cat([miss(request, oracle_logits(model, request.token_ids)) for request in whole])
+    off = misses[misses > CPP_TOLERANCE]
+    few, far = (0, 0.0) if decoder.spec.moe is None else (len(misses) // 8, OTHER_EXPERT)
+    assert len(off) <= few and (off <= far).all()
     for block_size in (32, 64):
         split = [Request(prompt) for prompt in prompts(0)]
         Runner(decoder, block_size=block_size).run_split(split, random.Random(block_size))
