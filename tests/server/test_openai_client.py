@@ -333,8 +333,8 @@ def test_an_asynchronous_call_that_is_cancelled_ends_its_request(server: Running
     ("keywords", "param", "message"),
     [
         ({"temperature": -1}, "temperature", "temperature"),
-        ({"n": 0}, "n", "n: "),
-        ({"n": 1000}, "n", "n: "),
+        ({"n": 0}, "n", "n must be a whole number"),
+        ({"n": 1000}, "n", "n must be a whole number"),
         ({"max_tokens": 2048}, "max_tokens", "exceed the model's 2048; max_tokens can be at most 2037"),
         ({"max_tokens": "5"}, "max_tokens", "max_tokens must be a whole number or null, not a string"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "token id 99999"),
@@ -375,7 +375,7 @@ def test_a_bad_request_names_its_parameter(ai: openai.OpenAI, keywords: Any, par
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "x"}]}, "messages[1].tool_call_id"),
+        ({"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "x"}]}, "messages[1].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].image_url",
