@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
+from statistics import median
 from typing import Protocol
 
 from splitfuse.core.cost_model import Features
@@ -30,6 +31,10 @@ PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
 SHARE_OF_THE_LATE = 1 / 8
 """Of a pass, that is kept for the oldest request once others come before it."""
+PART_OF_ALLOWANCE = 1 / 8
+"""Of the time to a first token that is usually promised, that a pass takes: who comes meanwhile waits for its end."""
+SATURATED = 0.9
+"""Of the prompt tokens a second of the longest passes, that they keep if they are made shorter for that."""
 WORTH = 1.25
 """Times the prompt tokens a second of passes that take half of an interval, for which they take all of it."""
 LEAST_PACE = 1 / 4
@@ -122,7 +127,7 @@ class ByPromise(ByArrival):
         streams, prompts = _divided(running)
         prompts += waiting
         first = min((r.priority for r in prompts), default=Priority.LOW)
-        seconds, shortest = self._length(streams, first)
+        seconds, shortest = self._length(streams, prompts, first)
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
         hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
@@ -166,16 +171,17 @@ class ByPromise(ByArrival):
     ) -> float:
         """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
         that a stream left out of one pass is in time with the next; all of it if that is better for prompts; at most
-        what the token budget takes.
+        what the token budget takes, and about an eighth of the time to a first token that is usually promised, where
+        such passes are SATURATED.
 
         Streams of a class below that of all `prompts` do not count, nor do those that are late, nor an interval that
         would leave prompts less than LEAST_PACE of their pace, unless its request was taken on time or not at all.
         """
         first = min((r.priority for r in prompts), default=Priority.LOW)
-        return self._length(streams, first, coming=coming)[0]
+        return self._length(streams, prompts, first, coming=coming)[0]
 
     def _length(
-        self, streams: Sequence[Request], first: Priority, *, coming: Sequence[Request] = ()
+        self, streams: Sequence[Request], prompts: Sequence[Request], first: Priority, *, coming: Sequence[Request] = ()
     ) -> tuple[float, float]:
         """Seconds of a pass, and the shortest interval that counts beside prompts of the class `first`."""
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
@@ -185,10 +191,15 @@ class ByPromise(ByArrival):
         def pace(seconds: float) -> float:
             return self.prompt_tokens(streams, seconds) / seconds
 
+        whole_pace = pace(longest)
+        allowances = [r.allowance for r in (*streams, *prompts) if r.allowance < math.inf]
+        wanted = PART_OF_ALLOWANCE * median(allowances) if allowances else math.inf
+        while longest > wanted and 0 < SATURATED * whole_pace <= pace(longest / 2):
+            longest /= 2
         for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
             half, all_of_it = (min(longest, MARGIN * interval / passes) for passes in (2, 1))
             best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
-            if not gives_way or pace(best) >= LEAST_PACE * pace(longest):
+            if not gives_way or pace(best) >= LEAST_PACE * whole_pace:
                 return best, interval
         return longest, math.inf if paced else 0.0
 

@@ -81,6 +81,7 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     known_to_runner: bool = False
     due: float = math.inf  # when its next token must be there; infinity: nothing was promised
+    allowance: float = math.inf  # seconds that were promised from its arrival to its first token
     is_late: bool = False  # a promise was broken
     newest_at: float | None = None  # when its newest token was read back
     num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
@@ -90,7 +91,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.account.name = self.request_id
-        self.due = self.targets.due(arrived=self.arrived, num_prompt=self.num_prompt)
+        self.allowance = self.targets.due(arrived=0.0, num_prompt=self.num_prompt)
+        self.due = self.arrived + self.allowance
 
     @property
     def place(self) -> tuple[int, float, int]:
