@@ -130,7 +130,9 @@ class _Conversation:
                 self._reset()
             elif command:
                 ended_well &= self._turn(line, breaks_off=False)
-        return self._turn(begun, breaks_off=False) and ended_well if begun.strip() else ended_well
+        if begun.strip():
+            ended_well &= self._turn(begun.rstrip("\n"), breaks_off=False)
+        return ended_well
 
     def _reset(self) -> None:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]

@@ -66,7 +66,7 @@ def tune(
     make_workload = load.workload_maker()
     settings = given(flags)
     for name in CHOSEN:
-        if name in changed(settings) or "COMMANDLINE" in str(context.get_parameter_source(name)):
+        if name in changed(settings) or getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
             other = "budgets" if name == CHOSEN[0] else "seats"
             raise ConfigError(f"--{name.replace('_', '-')} is what is looked for: --{other} says among which")
     if not 0 <= headroom < float("inf"):

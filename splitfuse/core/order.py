@@ -33,7 +33,7 @@ SHARE_OF_THE_LATE = 1 / 8
 """Of a pass, that is kept for the oldest request once others come before it."""
 PART_OF_ALLOWANCE = 1 / 8
 """Of the time to a first token that is usually promised, that a pass takes: who comes meanwhile waits for its end."""
-SATURATED = 0.9
+KEPT_PACE = 0.9
 """Of the prompt tokens a second of the longest passes, that they keep if they are made shorter for that."""
 WORTH = 1.25
 """Times the prompt tokens a second of passes that take half of an interval, for which they take all of it."""
@@ -66,7 +66,7 @@ class Rank(IntEnum):
     STREAM = 2
     """One that was promised no interval."""
     PROMPT = 3
-    """One that was promised no first token."""
+    """One that was promised no first token, and is not late."""
     AHEAD = 4
     """A stream that is ahead of its promise."""
     LATE_STREAM = 5
@@ -147,7 +147,7 @@ class ByPromise(ByArrival):
         others = sorted((*spare, *prompts), key=rank)
         is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_STREAM
         kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
-        counting = (r for r in urgent if r.priority <= first and r.interval and r.interval >= shortest)
+        counting = (r for r in urgent if not r.is_late and r.priority <= first and (r.interval or 0.0) >= shortest)
         coming = min((r.due for r in counting if r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
         return Order(urgent, others, min(seconds, coming - now), kept)
@@ -171,10 +171,10 @@ class ByPromise(ByArrival):
     ) -> float:
         """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
         that a stream left out of one pass is in time with the next; all of it if that is better for prompts; at most
-        what the token budget takes, and about an eighth of the time to a first token that is usually promised, where
-        such passes are SATURATED.
+        what the token budget takes, and about an eighth of the time to a first token that is usually promised, as far
+        as prompts keep KEPT_PACE of their pace.
 
-        Streams of a class below that of all `prompts` do not count, nor do those that are late, nor an interval that
+        Streams of a class below the highest of `prompts` do not count, nor do those that are late, nor an interval that
         would leave prompts less than LEAST_PACE of their pace, unless its request was taken on time or not at all.
         """
         first = min((r.priority for r in prompts), default=Priority.LOW)
@@ -183,7 +183,9 @@ class ByPromise(ByArrival):
     def _length(
         self, streams: Sequence[Request], prompts: Sequence[Request], first: Priority, *, coming: Sequence[Request] = ()
     ) -> tuple[float, float]:
-        """Seconds of a pass, and the shortest interval that counts beside prompts of the class `first`."""
+        """Seconds of a pass, and the shortest interval that counts beside prompts of the class `first`: infinity if
+        none of those that were promised can be kept.
+        """
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         longest = self.forecast.seconds(whole)
         paced = [r for r in (*streams, *coming) if r.targets.itl and not r.is_late and r.priority <= first]
@@ -194,7 +196,7 @@ class ByPromise(ByArrival):
         whole_pace = pace(longest)
         allowances = [r.allowance for r in (*streams, *prompts) if r.allowance < math.inf]
         wanted = PART_OF_ALLOWANCE * median(allowances) if allowances else math.inf
-        while longest > wanted and 0 < SATURATED * whole_pace <= pace(longest / 2):
+        while longest > wanted and 0 < KEPT_PACE * whole_pace <= pace(longest / 2):
             longest /= 2
         for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
             half, all_of_it = (min(longest, MARGIN * interval / passes) for passes in (2, 1))
@@ -277,8 +279,8 @@ class _Chosen:
             *_, number, owner = heapq.heappop(self._owners)
             if self._numbers[owner] == number:
                 break
-        _, wanted, _, request = heapq.heappop(self._heaps[owner])
-        self._change(owner, wanted, request.weight)
+        _, negative, _, request = heapq.heappop(self._heaps[owner])
+        self._change(owner, negative, request.weight)
 
     def _change(self, owner: str, tokens: int, weight: float) -> None:
         self.work += tokens

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from splitfuse.core.cost_model import Features
 from splitfuse.core.order import SHARE_OF_THE_LATE, ByPromise, Rule
 from splitfuse.core.request import TIME_FOR_THE_LATE, Request
 from splitfuse.errors import InvalidRequestError, LateError
@@ -79,6 +80,7 @@ def outlook(
     streams = [r for r in running if r.output_token_ids]
     prompts = [*(r for r in running if not r.output_token_ids), *waiting]
     seconds = rule.pass_seconds(streams, prompts, coming=[*prompts, request])
+    seconds = min(seconds, _whole(rule, [*streams, *prompts, request]))
     before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=SHARE)
     beside = [*streams, *before]  # as they will stream when its turn comes
     ahead = [r for r in prompts if r in before or r.priority < request.priority]
@@ -96,7 +98,7 @@ def outlook(
     own, queued = first_token(request.num_wanted, beside), sum(r.num_wanted for r in ahead)
     first = max(place, first_token(queued, beside)) + own
     if first == math.inf:  # the streams leave prompts nothing: when they have ended
-        first = max(place, *_ends(request, running, seconds)) + alone * (1 + queued / request.num_wanted)
+        first = max([place, *_ends(request, running, seconds)]) + alone * (1 + queued / request.num_wanted)
     after = rule.hopeful([*prompts, request], beside, seconds=seconds, now=now, share=SHARE)
     can_pace = not request.interval or seconds <= request.interval
     can_be_first = is_there and place + own <= allowed and (allowed == math.inf or after == before | {request})
@@ -107,10 +109,18 @@ def outlook(
 
 def _alone(request: Request, rule: ByPromise) -> float:
     """Seconds until its first token on an empty machine; infinity if no pass there is short enough for its interval."""
-    seconds = rule.pass_seconds([], [], coming=[request])
+    seconds = min(rule.pass_seconds([], [], coming=[request]), _whole(rule, [request]))
     per_pass = rule.prompt_tokens([], seconds)
     too_long = request.interval and seconds > request.interval
     return math.inf if too_long or not per_pass else math.ceil(request.num_wanted / per_pass) * seconds
+
+
+def _whole(rule: ByPromise, requests: Sequence[Request]) -> float:
+    """Seconds of a pass that has all they want: no pass takes longer."""
+    work = Features()
+    for each in requests:
+        work = work.plus(start=each.num_scheduled, count=each.num_wanted, rows=1)
+    return rule.forecast.seconds(work)
 
 
 def _ends(request: Request, running: Sequence[Request], seconds: float) -> list[float]:

@@ -132,7 +132,7 @@ class Request:
     def _note_if_missed(self, now: float) -> None:
         missed, itl = self.account.missed, self.targets.itl
         if self.newest_at is None and now > self.due:
-            missed = Missed(now - self.arrived, self.due - self.arrived)
+            missed = Missed(now - self.arrived, self.allowance)
         elif self.newest_at is not None and itl is not None and (gap := now - self.newest_at) > itl:
             before = missed or Missed()
             longest = max(gap, before.longest_gap)

@@ -99,10 +99,10 @@ class Scheduler:
         check_blocks(
             request.num_prompt, request.max_tokens, num_blocks=allocator.num_blocks, block_size=allocator.block_size
         )
+        request.arrival = self._num_arrivals
         if request.on_time_only:
             room = Room(self._max_num_seqs - len(self._running), allocator.num_available, allocator.block_size)
             check_on_time(request, self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
-        request.arrival = self._num_arrivals
         self._num_arrivals += 1
         request.turn = self._shares.turn(request, running=self._running, waiting=self._waiting)
         self._requests[request.request_id] = request

@@ -232,7 +232,7 @@ def sentence(course: Course) -> str:
 
 
 def told(missed: Missed) -> str:
-    """`first token after 1.2 s, promised 1 s; 3 gaps longer than 250 ms, up to 400 ms`."""
+    """`first token after 1.2 s, promised after 1 s; 3 gaps longer than 0.25 s, up to 0.4 s`."""
     parts = []
     if missed.first_token is not None and missed.first_promised is not None:
         parts.append(f"first token after {missed.first_token:.3g} s, promised after {missed.first_promised:.3g} s")

@@ -108,10 +108,10 @@ def _owner(options: list[str], *, name: str) -> Owner:
     given: dict[str, str] = {}
     for option in options:
         word, equals, value = option.partition("=")
-        if not equals or not value or not word:
-            raise ConfigError(f"{option!r} after a key is no option: write {word or 'name'}=VALUE, without spaces")
         if word not in OPTIONS:
-            raise ConfigError(f"{word!r} after a key is no option{did_you_mean(word, OPTIONS)}")
+            raise ConfigError(f"{option!r} after a key is no option{did_you_mean(word, OPTIONS)}; write NAME=VALUE")
+        if not equals or not value:
+            raise ConfigError(f"{option!r} after a key has no value: write {word}=VALUE, without spaces")
         if word in given:
             raise ConfigError(f"{word} is given twice")
         given[word] = value

@@ -95,6 +95,10 @@ def test_where_half_of_an_interval_is_short_for_prompts_a_pass_takes_all_of_it()
 def test_an_interval_that_leaves_prompts_nothing_shortens_no_pass() -> None:
     prompt, impossible = request("p", 200, Targets(9.0)), stream("s", 1e-6, token_at=0.0)
     assert rule().order([impossible], [prompt], now=0.0).seconds == WHOLE
+    late = stream("l", 1e-6, token_at=0.0)
+    late.note_token(0.5)
+    late.num_passed_over = PATIENCE
+    assert late.is_late and rule().order([late], [prompt], now=0.5).seconds == WHOLE  # nor once it is late
     other = stream("t", 0.15, token_at=0.0)
     assert rule().order([impossible, other], [prompt], now=0.0).seconds <= MARGIN * 0.15  # who can be kept is
     taken = stream("u", 0.0125, token_at=0.0)

@@ -100,6 +100,23 @@ def test_streams_that_leave_prompts_nothing_end_some_day() -> None:
     assert 0.0 < refused.value.retry_after < 5.0
 
 
+def test_prompts_that_will_stream_without_a_pause_are_waited_for() -> None:
+    run = make_run(max_num_seqs=64)
+    for number in range(30):
+        run.add(request(f"r{number}", 1, Targets(9.0, 0.03), on_time_only=False))
+    with pytest.raises(LateError) as refused:
+        run.scheduler.add(request("more", 90, Targets(0.2, 0.5)), run.now)
+    assert 0.0 < refused.value.retry_after < math.inf
+
+
+def test_a_part_of_a_pass_takes_no_whole_one() -> None:
+    run = make_run()
+    short = request("short", 20, Targets(0.1, 0.5))  # 30 ms; a full pass takes 0.11 s
+    run.add(short)
+    run.drain()
+    assert short.on_time
+
+
 def test_a_wait_is_a_number_whoever_is_ahead() -> None:
     run = make_run(max_num_seqs=2)
     for number in range(6):

@@ -82,7 +82,7 @@ def test_a_turn_goes_on_behind_a_backslash(run: Run, pipe: splitfuse.Pipeline, s
     lines = turn.replace("\n", "\\\n")
     wanted = "\n".join(conversation(pipe, turn, SECOND)) + "\n"
     assert run("--url", server.url, stdin=f"{lines}\n{SECOND}\n") == (0, wanted, "")
-    alone = conversation(pipe, turn + "\n")[0] + "\n"
+    alone = conversation(pipe, turn)[0] + "\n"
     assert run("--url", server.url, stdin=lines + "\\\n") == (0, alone, "")  # nothing follows
 
 

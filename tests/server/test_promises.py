@@ -109,16 +109,16 @@ def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("k wieght=2", "'wieght' after a key is no option; did you mean 'weight'"),
+        ("k wieght=2", "'wieght=2' after a key is no option; did you mean 'weight'"),
         ("k weight=0", "weight must be a number from 0.001 to 1000, not '0'"),
         ("k weight=x", "weight must be a number from 0.001 to 1000, not 'x'"),
-        ("k name = a", "'name' after a key is no option: write name=VALUE, without spaces"),
+        ("k name = a", "'name' after a key has no value: write name=VALUE, without spaces"),
         ("good name=a", "this key is already in line 1"),
         ("given", "this key is already among those of api_key"),
         ("k priority=top", "priority must be high, normal or low, not 'top'"),
         ("k name=a name=b", "name is given twice"),
         ("k itl=3", "itl must be a time with its unit"),
-        ("k ttft", "'ttft' after a key is no option: write ttft=VALUE"),
+        ("k ttft", "'ttft' after a key has no value: write ttft=VALUE"),
     ],
 )
 def test_what_is_no_key_says_in_which_line(line: str, message: str, tmp_path: Path) -> None:
