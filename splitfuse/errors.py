@@ -134,5 +134,10 @@ class ServerError(SplitfuseError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'top_p'?"`, or the sorted list of what is known if nothing is near."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}"
+    return nearest(name, choices) or f"; known: {', '.join(choices)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'top_p'?"`, or nothing if nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -136,7 +136,7 @@ class Run:
     def add(self, request: Request) -> None:
         self._tick()
         request.arrived = self.now
-        request.due = request.targets.due(arrived=self.now, num_prompt=request.num_prompt)
+        request.due = self.now + request.allowance
         self.scheduler.add(request, self.now)
         self.outcomes[request.request_id] = Outcome()
         self.scheduler.check()

@@ -64,7 +64,7 @@ def on_time(record: RequestRecord, targets: Targets) -> bool:
     """Whether the request met all of its targets: the first token's, and that of every gap. One that failed did not."""
     return (
         _succeeded(record)
-        and first_token_seconds(record) <= targets.due(arrived=0.0, num_prompt=record.num_prompt_tokens)
+        and first_token_seconds(record) <= targets.allowance(record.num_prompt_tokens)
         and (targets.itl is None or max(gaps(record), default=0.0) <= targets.itl)
     )
 

@@ -299,7 +299,7 @@ class _Trials:
             return 0.0
         targets = Targets.parse(self.scheduler.ttft, None)
         some = (workload.first("lengths", number) for number in range(32))
-        return max(targets.due(arrived=0.0, num_prompt=_length(request)) for request in some)
+        return max(targets.allowance(_length(request)) for request in some)
 
 
 def _length(request: LoadRequest) -> int:

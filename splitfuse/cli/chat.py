@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import SAMPLING_HELP, given, with_flags
+from splitfuse.cli.flags import SAMPLING_HELP, changed, given, with_flags
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
@@ -43,8 +43,7 @@ def chat(
     ends, and Ctrl-C breaks an answer off.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
-    changed = [n for n, (_, field) in EngineConfig.setting_fields().items() if settings[n] != field.default]
-    with closing(_partner(name, url, settings, changed, given(flags))) as partner:
+    with closing(_partner(name, url, settings, list(changed(settings)), given(flags))) as partner:
         conversation = _Conversation(next(partner), system)
         ended_well = conversation.on_terminal() if sys.stdin.isatty() else conversation.through_pipe()
     if not ended_well:
@@ -52,15 +51,17 @@ def chat(
 
 
 def _partner(
-    name: str | None, url: str | None, settings: dict[str, Any], changed: list[str], keywords: dict[str, Any]
+    name: str | None, url: str | None, settings: dict[str, Any], engine_flags: list[str], keywords: dict[str, Any]
 ) -> Generator[Answer, None, None]:
     """What answers; closing it lets go of the server."""
     if name is not None and url is not None:
         raise ConfigError("--name and --url both name a server: give one")
-    if (name or url) and changed:
-        raise ConfigError(f"--{changed[0].replace('_', '-')} is for a model loaded here: leave it out, or the server")
+    if (name or url) and engine_flags:
+        raise ConfigError(
+            f"--{engine_flags[0].replace('_', '-')} is for a model loaded here: leave it out, or the server"
+        )
     where = name or url
-    if where is None and not changed:
+    if where is None and not engine_flags:
         from splitfuse.server import registry
 
         with suppress(ServerError):
@@ -117,21 +118,15 @@ class _Conversation:
 
     def through_pipe(self) -> bool:
         """A turn for each line of standard input, with those it goes on in; whether all were answered."""
-        ended_well, begun = True, ""
-        for part in sys.stdin:
-            line = begun + part.rstrip("\r\n")
-            if line.endswith(GOES_ON):
-                begun = line.removesuffix(GOES_ON) + "\n"
-                continue
-            command, begun = line.strip(), ""
+        ended_well = True
+        for line in _joined(sys.stdin):
+            command = line.strip()
             if command == "/exit":
                 break
             if command == "/reset":
                 self._reset()
             elif command:
                 ended_well &= self._turn(line, breaks_off=False)
-        if begun.strip():
-            ended_well &= self._turn(begun.rstrip("\n"), breaks_off=False)
         return ended_well
 
     def _reset(self) -> None:
@@ -161,6 +156,19 @@ class _Conversation:
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
         return True
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Without their ends, each with those that it goes on in."""
+    begun = ""
+    for line in lines:
+        whole = begun + line.rstrip("\r\n")
+        goes_on = whole.endswith(GOES_ON)
+        begun = whole.removesuffix(GOES_ON) + "\n" if goes_on else ""
+        if not goes_on:
+            yield whole
+    if begun:
+        yield begun.rstrip("\n")
 
 
 def _say(line: str) -> None:

@@ -124,3 +124,9 @@ def _ending_in_a_sentence() -> Iterator[None]:
 def given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that have a value."""
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Engine settings that differ from their defaults."""
+    known = EngineConfig.setting_fields()
+    return {name: value for name, value in settings.items() if value != known[name][1].default}

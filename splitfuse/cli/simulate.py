@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.flags import changed, given, with_flags
 from splitfuse.cli.loads import LoadFlags, check_writable, print_table, promises, save_results, show
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
@@ -180,12 +180,6 @@ def _measured_settings(measured: Results) -> dict[str, Any]:
 
 def _measured_policy(measured: Results | None) -> str:
     return "splitfuse" if measured is None else str(measured.about.get("policy", "splitfuse"))
-
-
-def changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that differ from their defaults."""
-    known = EngineConfig.setting_fields()
-    return {name: value for name, value in settings.items() if value != known[name][1].default}
 
 
 def _label(deployment: Deployment) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.flags import changed, given, with_flags
 from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers, show
-from splitfuse.cli.simulate import changed, deployment, known_calibration
+from splitfuse.cli.simulate import deployment, known_calibration
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, CostModelError
 

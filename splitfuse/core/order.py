@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from operator import attrgetter
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from splitfuse.core.cost_model import Features
 from splitfuse.core.forecast import Forecast
@@ -71,6 +71,20 @@ class Rank(IntEnum):
     """A stream that is ahead of its promise."""
     LATE_STREAM = 5
     LATE_PROMPT = 6
+
+
+class Length(NamedTuple):
+    """How long a pass may be, and whose due times bound it."""
+
+    seconds: float
+    first: Priority
+    """The highest class that has prompts."""
+    shortest: float = 0.0
+    """Interval that is kept beside them; infinity if of those that were promised none can be."""
+
+    def heeds(self, stream: Request) -> bool:
+        """Neither one that is late, nor one of a class below, nor one that asks for more than there is."""
+        return not stream.is_late and stream.priority <= self.first and (stream.interval or 0.0) >= self.shortest
 
 
 class Rule(Protocol):
@@ -126,8 +140,8 @@ class ByPromise(ByArrival):
             return super().order(running, waiting, now=now)
         streams, prompts = _divided(running)
         prompts += waiting
-        first = min((r.priority for r in prompts), default=Priority.LOW)
-        seconds, shortest = self._length(streams, prompts, first)
+        length = self.length(streams, prompts)
+        seconds = length.seconds
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
         hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
@@ -147,8 +161,7 @@ class ByPromise(ByArrival):
         others = sorted((*spare, *prompts), key=rank)
         is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_STREAM
         kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
-        counting = (r for r in urgent if not r.is_late and r.priority <= first and (r.interval or 0.0) >= shortest)
-        coming = min((r.due for r in counting if r.due > now), default=math.inf)
+        coming = min((r.due for r in urgent if length.heeds(r) and r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
         return Order(urgent, others, min(seconds, coming - now), kept)
 
@@ -166,9 +179,9 @@ class ByPromise(ByArrival):
             return super().victim(running, than=than)
         return min(late, key=lambda r: (-r.priority, r.num_computed, -r.arrival), default=None)
 
-    def pass_seconds(
+    def length(
         self, streams: Sequence[Request], prompts: Sequence[Request], *, coming: Sequence[Request] = ()
-    ) -> float:
+    ) -> Length:
         """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
         that a stream left out of one pass is in time with the next; all of it if that is better for prompts; at most
         what the token budget takes, and about an eighth of the time to a first token that is usually promised, as far
@@ -177,18 +190,10 @@ class ByPromise(ByArrival):
         Streams of a class below the highest of `prompts` do not count, nor do those that are late, nor an interval that
         would leave prompts less than LEAST_PACE of their pace, unless its request was taken on time or not at all.
         """
-        first = min((r.priority for r in prompts), default=Priority.LOW)
-        return self._length(streams, prompts, first, coming=coming)[0]
-
-    def _length(
-        self, streams: Sequence[Request], prompts: Sequence[Request], first: Priority, *, coming: Sequence[Request] = ()
-    ) -> tuple[float, float]:
-        """Seconds of a pass, and the shortest interval that counts beside prompts of the class `first`: infinity if
-        none of those that were promised can be kept.
-        """
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         longest = self.forecast.seconds(whole)
-        paced = [r for r in (*streams, *coming) if r.targets.itl and not r.is_late and r.priority <= first]
+        first = min((r.priority for r in prompts), default=Priority.LOW)
+        paced = [r for r in (*streams, *coming) if r.interval and Length(longest, first).heeds(r)]
 
         def pace(seconds: float) -> float:
             return self.prompt_tokens(streams, seconds) / seconds
@@ -202,8 +207,8 @@ class ByPromise(ByArrival):
             half, all_of_it = (min(longest, MARGIN * interval / passes) for passes in (2, 1))
             best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
             if not gives_way or pace(best) >= LEAST_PACE * whole_pace:
-                return best, interval
-        return longest, math.inf if paced else 0.0
+                return Length(best, first, interval)
+        return Length(longest, first, math.inf if paced else 0.0)
 
     def hopeful(
         self,

@@ -79,7 +79,7 @@ def outlook(
     """`request` is not among those that wait."""
     streams = [r for r in running if r.output_token_ids]
     prompts = [*(r for r in running if not r.output_token_ids), *waiting]
-    seconds = rule.pass_seconds(streams, prompts, coming=[*prompts, request])
+    seconds = rule.length(streams, prompts, coming=[*prompts, request]).seconds
     seconds = min(seconds, _whole(rule, [*streams, *prompts, request]))
     before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=SHARE)
     beside = [*streams, *before]  # as they will stream when its turn comes
@@ -109,7 +109,7 @@ def outlook(
 
 def _alone(request: Request, rule: ByPromise) -> float:
     """Seconds until its first token on an empty machine; infinity if no pass there is short enough for its interval."""
-    seconds = min(rule.pass_seconds([], [], coming=[request]), _whole(rule, [request]))
+    seconds = min(rule.length([], [], coming=[request]).seconds, _whole(rule, [request]))
     per_pass = rule.prompt_tokens([], seconds)
     too_long = request.interval and seconds > request.interval
     return math.inf if too_long or not per_pass else math.ceil(request.num_wanted / per_pass) * seconds

@@ -91,7 +91,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.account.name = self.request_id
-        self.allowance = self.targets.due(arrived=0.0, num_prompt=self.num_prompt)
+        self.allowance = self.targets.allowance(self.num_prompt)
         self.due = self.arrived + self.allowance
 
     @property

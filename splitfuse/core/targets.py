@@ -38,11 +38,11 @@ class Targets:
         first = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
         return cls(itl=between, ttft_per_token=first) if ttft.endswith(PER_TOKEN) else cls(first, between)
 
-    def due(self, *, arrived: float, num_prompt: int) -> float:
-        """When the first token must be there; infinity without a promise."""
+    def allowance(self, num_prompt: int) -> float:
+        """From a request's arrival to its first token, if its prompt has so many tokens; infinity without a promise."""
         if self.ttft is None and self.ttft_per_token is None:
             return math.inf
-        return arrived + (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt
+        return (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt
 
 
 NO_TARGETS = Targets()

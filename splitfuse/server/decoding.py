@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from splitfuse.errors import did_you_mean
+from splitfuse.errors import nearest
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest, refuse_unless_neutral
 
@@ -91,10 +91,8 @@ def _unknown(kind: type[msgspec.Struct], place: str, field: str) -> RefusedError
     if not place and len(field) < 80:
         others = [other for other in ROUTE_OF if kind in ROUTE_OF and other is not kind]
         elsewhere = next((ROUTE_OF[other] for other in others if field in _fields(other)), None)
-        hint = did_you_mean(field, _fields(kind))
-        hint = hint if hint.startswith("; did") else ""
-        if elsewhere:
-            hint = f"; it is one of {elsewhere}, and this is {ROUTE_OF[kind]}"
+        its_place = f"; it is one of {elsewhere}, and this is {ROUTE_OF[kind]}" if elsewhere else ""
+        hint = its_place or nearest(field, sorted(_fields(kind)))
     return RefusedError(400, f"unknown parameter {name!r:.200}{hint}", code="unknown_parameter", parameter=name[:200])
 
 

@@ -47,13 +47,7 @@ def test_the_budget_of_a_policy_is_as_good_as_any_with_the_shortest_gaps(policy:
 
 
 def test_policies_take_turns_on_one_real_engine(tmp_path: Path) -> None:
-    settings = {
-        "max_num_batched_tokens": 256,
-        "max_num_seqs": 8,
-        "num_gpu_blocks": None,
-        "enable_prefix_caching": False,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {"max_num_batched_tokens": 256, "max_num_seqs": 8, "enable_prefix_caching": False}
     plan = replace(PLAN, clients=(1, 2), requests=4, lengths=Lengths(48, 6), repeat=2)
     order = [policies_of for *_, policies_of in policies._turns(plan)]
     assert order[0] == list(POLICIES) and order[1] == order[2] == list(POLICIES)[::-1] and order[3] == order[0]
@@ -69,9 +63,7 @@ def test_policies_take_turns_on_one_real_engine(tmp_path: Path) -> None:
 
 def test_ratios_are_of_equal_loads_and_nothing_of_nothing_is_none() -> None:
     slower = replace(RESULTS, points=(point(2, 2.0), point(8, 8.0)))
-    found = list(
-        policies.ratios({policies.OURS: rows(replace(RESULTS, points=slower.points)), "static": rows(RESULTS)})
-    )
+    found = list(policies.ratios({policies.OURS: rows(slower), "static": rows(RESULTS)}))
     latency = {each.where: each.value for each in found if each.figure == "latency"}
     assert latency["2 clients"] == pytest.approx(0.5, rel=0.02) and latency["8 clients"] == pytest.approx(
         3 / 8, rel=0.02
