@@ -123,6 +123,10 @@ class ModelSpec:
         if len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} layers are described for a network of {self.num_layers}")
 
+    def moe_of(self, layer: int) -> MoESpec | None:
+        """The experts of a layer, if it has some in place of an MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
+
     @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied by."""

@@ -63,9 +63,9 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     found = [parameter(name, shapes) for name, shapes in _outer_shapes(spec).items()]
     for layer in range(spec.num_layers):
         found += [parameter(name, shapes, layer) for name, shapes in _layer_shapes(spec, layer).items()]
-        if spec.moe is not None and layer not in spec.moe.dense_layers:
-            of_experts = _expert_shapes(spec.moe, spec.hidden_size).items()
-            for expert in range(spec.moe.num_experts):
+        if (moe := spec.moe_of(layer)) is not None:
+            of_experts = _expert_shapes(moe, spec.hidden_size).items()
+            for expert in range(moe.num_experts):
                 found += [parameter(name, shapes, layer, expert) for name, shapes in of_experts]
     return found
 
@@ -154,8 +154,8 @@ def _layer_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[Shape, ...]]:
         "o": ((hidden, q),),
         "mlp_norm": ((hidden,),),
     }
-    if spec.moe is not None and layer not in spec.moe.dense_layers:
-        shapes["router"] = ((spec.moe.num_experts, hidden),)
+    if (moe := spec.moe_of(layer)) is not None:
+        shapes["router"] = ((moe.num_experts, hidden),)
     else:
         shapes |= {"gate_up": ((inner, hidden), (inner, hidden)), "down": ((hidden, inner),)}
     if spec.qkv_bias:
