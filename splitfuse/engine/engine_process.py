@@ -112,6 +112,8 @@ class EngineProcess(DirectClient):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._disconnect()
         self._die("it was closed")
+        if self._started is not None and self._started.done() and not self._started.cancelled():
+            self._started.exception()  # whoever waited for it may have given up: then asyncio would complain of it
 
     def _send(self, command: Add | Finish | Stop) -> None:
         assert self._writer is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -300,6 +301,25 @@ def test_a_process_leaves_nothing_behind() -> None:
         assert len(asyncio.all_tasks()) == tasks
         await asyncio.sleep(0)  # what was closed is closed in the next turn of the loop
         assert len(set(Path("/proc/self/fd").iterdir()) - files) <= 1  # the listing itself
+
+    run(test())
+
+
+def test_a_process_that_is_closed_while_it_starts_leaves_no_complaint() -> None:
+    async def start_and_close() -> None:
+        client = EngineProcess(SETTINGS)
+        starting = asyncio.create_task(client.start())
+        await until(lambda: client.pid is not None)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await client.close()
+
+    async def test() -> None:
+        complaints: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        await start_and_close()
+        gc.collect()  # asyncio complains of a failure that nobody looked at when it is thrown away
+        assert not complaints
 
     run(test())
 
