@@ -72,9 +72,9 @@ def main(picture: Path | None) -> None:
         require_matplotlib()
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
-    pipe = splitfuse.pipeline(max_num_batched_tokens=BUDGET, keep_promises=picture is not None)  # those predict passes
+    # Engines that keep promises predict passes; the first start times some, with a bar
+    pipe = splitfuse.pipeline(progress=True, max_num_batched_tokens=BUDGET, keep_promises=picture is not None)
     passes = watch(pipe.engine)
-    console.print(str(pipe.engine.model.plan), style="dim")
     seconds, right = answer(pipe, problems)
     plans = [each.plan for each in passes]
     draw(plans)

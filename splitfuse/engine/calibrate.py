@@ -89,8 +89,11 @@ def run_calibration(
     return calibrate(make_engine, config, model, seconds=seconds, progress=progress)
 
 
-def kept_or_new(make_engine: MakeEngine, config: EngineConfig, model: LoadedModel) -> Calibration:
-    """What is kept for such an engine on this machine; if there is nothing, it is made now and kept.
+def kept_or_new(
+    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, progress: bool = False
+) -> Calibration:
+    """What is kept for such an engine on this machine; if there is nothing, it is made now, with a progress bar if
+    asked, and kept.
 
     Raises as `calibrate` does.
     """
@@ -98,7 +101,7 @@ def kept_or_new(make_engine: MakeEngine, config: EngineConfig, model: LoadedMode
     if path.exists():
         with suppress(CostModelError):  # what somebody spoilt is made anew
             return load(path)
-    calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START)
+    calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START, progress=progress)
     with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
         save(calibration, path)
     return calibration
@@ -203,7 +206,7 @@ def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progres
         runs.seconds(case)
     share = seconds / len(cases)
     wanting = list(range(len(cases)))
-    with tqdm(total=len(cases), desc="passes", unit="pass", disable=not progress) as bar:
+    with tqdm(total=len(cases), desc="Timing passes", unit="pass", disable=not progress) as bar:
         while wanting:
             for index in random.sample(wanting, len(wanting)):
                 times[index].append(runs.seconds(cases[index]))

@@ -83,7 +83,8 @@ class Engine:
         if not config.scheduler.keeps_promises:
             return cls(config, model, scheduler=scheduler)
         on_stage("calibrating")
-        return cls(config, model, scheduler=scheduler, cost=kept_or_new(cls, config, model).cost)
+        cost = kept_or_new(cls, config, model, progress=progress).cost
+        return cls(config, model, scheduler=scheduler, cost=cost)
 
     @property
     def max_model_len(self) -> int:

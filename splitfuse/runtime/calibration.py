@@ -61,12 +61,12 @@ def identify(config: EngineConfig) -> dict[str, Any]:
     from splitfuse.models.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.kernel_choice import choose_kernels
-    from splitfuse.runtime.machine import processor
+    from splitfuse.runtime.machine import gpu, processor
 
     path = resolve_model(config.model.model, config.model.revision)
     spec = load_spec(path)
     dtype = resolve_dtype(config.model.dtype, spec)
-    return {
+    identity = {
         "model": str(path.resolve()),
         "network": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
         "kernels": choose_kernels(config, dtype).describe(),
@@ -80,6 +80,8 @@ def identify(config: EngineConfig) -> dict[str, Any]:
         "num_threads": config.model.num_threads,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+    name = gpu(config.model.device)
+    return identity if name is None else identity | {"gpu": name}
 
 
 def place(identity: dict[str, Any]) -> Path:

@@ -71,6 +71,13 @@ def processor() -> str:
     return f"{name or platform.machine()} (family {family}, model {model})" if family else name or platform.machine()
 
 
+def gpu(device: str) -> str | None:
+    """The name of the GPU that PyTorch calls `device`; None of the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+
+
 def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
