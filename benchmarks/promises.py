@@ -22,6 +22,7 @@ from splitfuse.bench.simulate import Bytes, Deployment, Replica, simulate
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.cost_model import CostModel
+from splitfuse.core.order import SHARE_OF_THE_LATE
 from splitfuse.runtime.calibration import Calibration
 
 MACHINES = {
@@ -128,11 +129,11 @@ async def overload(machine: str, hours: float) -> None:
         task.add_done_callback(running.discard)
     seconds = loop.time()
     await asyncio.gather(*running)
-    bound = LET_IN / capacity / (1 / 8)
+    bound = LET_IN / capacity / SHARE_OF_THE_LATE
     print(
         f"\n{machine}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: {len(latencies)} served, {refused} refused; "
         f"{on_time / seconds:.2f} requests/s on time; longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
-        f"({LET_IN} requests, one after the other, with an eighth of the machine)"
+        f"({LET_IN} requests, one after the other, with {SHARE_OF_THE_LATE:.3g} of the machine)"
     )
 
 

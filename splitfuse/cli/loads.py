@@ -13,6 +13,7 @@ from splitfuse.config import setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from splitfuse.bench.measure import Loads, MakeWorkload
@@ -140,33 +141,62 @@ def save_results(results: Results, out: Path) -> None:
 
 def show(table: Table) -> None:
     """To a terminal at its width, to a pipe or file with room for all of it."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    _console().print(table)
 
 
 def print_table(results: Results, slas: tuple[float, ...]) -> None:
-    """The table of results that `bench run` and `simulate` print."""
-    from rich.table import Table
+    """The table of results that `bench run` and `simulate` print; in two, what was served and how late, where the
+    terminal is too narrow for one.
+    """
+    from rich.measure import Measurement
 
+    console, title = _console(), results.system
+    columns = _columns(results, slas)
+    whole = _table(title, columns)
+    if Measurement.get(console, console.options.update(max_width=1000), whole).maximum <= console.width:
+        console.print(whole)
+        return
+    served = 1 + 3 + len(slas)  # the load, three throughputs, promises
+    console.print(_table(title, columns[:served]))
+    console.print(_table("", columns[:1] + columns[served:]))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _columns(results: Results, slas: tuple[float, ...]) -> list[tuple[str, list[str]]]:
+    """Heads, and the values below them, a row for each load."""
     from splitfuse.bench.summary import rows
 
-    table = Table(title=results.system, title_justify="left", header_style="bold")
+    found = rows(results, slas)
     open_loop = bool(results.points) and results.points[0].clients is None
-    table.add_column("arrivals" if open_loop else "clients", justify="right")
-    effective = [f"kept at {sla:g}" for sla in slas]
-    first, gap = ("first\ntoken P50", "P95"), ("token\nP50 ms", "P95", "P99")
-    for name in ("requests/s", "tokens/s", "Little", *effective, *first, *gap, "failed"):
-        table.add_column(name, justify="right")
-    for row in rows(results, slas):
-        table.add_row(
-            row.load,
-            str(row.throughput),
-            f"{row.token_throughput.mean:.1f}",
-            "" if row.littles_law is None else f"{row.littles_law:.3g}",
-            *(str(row.effective[sla]) for sla in slas),
-            *(f"{row.first_token[percent]:.3g} s" for percent in (50, 95)),
-            *(f"{1e3 * row.gaps[percent]:.3g}" for percent in (50, 95, 99)),
-            f"{row.num_failed} of {row.num_counted}" if row.num_failed else "",
-        )
-    show(table)
+    return [
+        ("arrivals" if open_loop else "clients", [row.load for row in found]),
+        ("requests/s", [str(row.throughput) for row in found]),
+        ("tokens/s", [f"{row.token_throughput.mean:.1f}" for row in found]),
+        ("Little", ["" if row.littles_law is None else f"{row.littles_law:.3g}" for row in found]),
+        *((f"kept at {sla:g}", [str(row.effective[sla]) for row in found]) for sla in slas),
+        *(
+            (head, [f"{row.first_token[percent]:.3g} s" for row in found])
+            for head, percent in (("first\ntoken P50", 50), ("P95", 95))
+        ),
+        *(
+            (head, [f"{1e3 * row.gaps[percent]:.3g}" for row in found])
+            for head, percent in (("token\nP50 ms", 50), ("P95", 95), ("P99", 99))
+        ),
+        ("failed", [f"{row.num_failed} of {row.num_counted}" if row.num_failed else "" for row in found]),
+    ]
+
+
+def _table(title: str, columns: list[tuple[str, list[str]]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for head, _ in columns:
+        table.add_column(head, justify="right")
+    for values in zip(*(values for _, values in columns), strict=True):
+        table.add_row(*values)
+    return table

@@ -26,15 +26,21 @@ from splitfuse.core.forecast import Forecast
 from splitfuse.core.request import Priority, Request
 
 MARGIN = 0.9
-"""Of a promised interval, that is planned with: the rest is for predictions that are off."""
+"""Of a promised interval, and of the time until a token is due, that is planned with: the rest is for predictions that
+are off.
+"""
 PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
-SHARE_OF_THE_LATE = 1 / 8
+SHARE_OF_THE_LATE = 1 / 16
 """Of a pass, that is kept for the oldest request once others come before it."""
-PART_OF_ALLOWANCE = 1 / 8
+PART_OF_ALLOWANCE = 1 / 16
 """Of the time to a first token that is usually promised, that a pass takes: who comes meanwhile waits for its end."""
 KEPT_PACE = 0.9
 """Of the prompt tokens a second of the longest passes, that they keep if they are made shorter for that."""
+SHARE_OF_THE_TAKEN = 7 / 8
+"""Of what is left for prompts, that must do for those that were taken on time or not at all, or others give way to
+them: who comes and streams meanwhile takes the rest.
+"""
 WORTH = 1.25
 """Times the prompt tokens a second of passes that take half of an interval, for which they take all of it."""
 LEAST_PACE = 1 / 4
@@ -163,7 +169,7 @@ class ByPromise(ByArrival):
         kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
         coming = min((r.due for r in urgent if length.heeds(r) and r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
-        return Order(urgent, others, min(seconds, coming - now), kept)
+        return Order(urgent, others, min(seconds, MARGIN * (coming - now)), kept)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """Of those of the lowest class that has any that are late, who has the least to lose; if nobody is, the newest.
@@ -184,7 +190,7 @@ class ByPromise(ByArrival):
     ) -> Length:
         """How long a pass may be: half of the shortest interval that a stream was promised, or one that is `coming`, so
         that a stream left out of one pass is in time with the next; all of it if that is better for prompts; at most
-        what the token budget takes, and about an eighth of the time to a first token that is usually promised, as far
+        what the token budget takes, and about a sixteenth of the time to a first token that is usually promised, as far
         as prompts keep KEPT_PACE of their pace.
 
         Streams of a class below the highest of `prompts` do not count, nor do those that are late, nor an interval that
@@ -233,7 +239,8 @@ class ByPromise(ByArrival):
             chosen = _Chosen()
             for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
                 chosen.add(request, wanted[request])
-                passes = math.ceil((above + chosen.work) / per_pass) if per_pass else math.inf
+                least = SHARE_OF_THE_TAKEN if request.on_time_only and chosen.has_others else 1.0
+                passes = math.ceil((above + chosen.work) / (least * per_pass)) if per_pass else math.inf
                 if now + passes * seconds > request.due:
                     chosen.give_up()
             kept |= chosen.requests
@@ -269,6 +276,11 @@ class _Chosen:
     @property
     def requests(self) -> set[Request]:
         return {request for heap in self._heaps.values() for *_, request in heap}
+
+    @property
+    def has_others(self) -> bool:
+        """Whether any was not taken on time or not at all."""
+        return any(heap and not heap[0][0] for heap in self._heaps.values())
 
     def add(self, request: Request, wanted: int) -> None:
         owner = request.owner

@@ -15,8 +15,10 @@ from splitfuse.core.order import SHARE_OF_THE_LATE, ByPromise, Rule
 from splitfuse.core.request import TIME_FOR_THE_LATE, Request
 from splitfuse.errors import InvalidRequestError, LateError
 
-SHARE = 1.0 - SHARE_OF_THE_LATE
-"""Of what is left for prompts: the oldest can come to be owed the rest, late or overtaken."""
+SHARE = 1.0 - 2 * SHARE_OF_THE_LATE
+"""Of what is left for prompts: the oldest can come to be owed half of the rest, late or overtaken; the other half is
+for passes that end later than planned.
+"""
 
 
 @dataclass(frozen=True)

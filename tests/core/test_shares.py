@@ -160,7 +160,7 @@ def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, ta
         while run.scheduler.num_running + run.scheduler.num_waiting < 8:
             run.add(request("", priority=Priority.HIGH, targets=targets))
         run.step()
-    assert low.is_finished  # its 210 tokens at an eighth of 64 in each pass need 27, and one for each of its answer's
+    assert low.is_finished  # its 210 tokens at a sixteenth of 64 in each pass need 53, and one for each of its answer's
     run.drain()
 
 
