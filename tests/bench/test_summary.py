@@ -1,5 +1,6 @@
 """Rows of a table from results, and results from their file."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 from bench_points import RESULTS, point
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from splitfuse.bench.results import Point, RequestRecord, load, save
 from splitfuse.bench.summary import Spread, rows
+from splitfuse.cli import loads
 from splitfuse.errors import ConfigError
 
 
@@ -27,6 +30,20 @@ def test_repetitions_are_one_row_in_the_order_of_clients() -> None:
 def test_one_repetition_claims_no_spread() -> None:
     (row,) = rows(replace(RESULTS, points=(point(4, 1.0),)))
     assert str(row.throughput) == "4"
+
+
+@pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (160, 1)])
+def test_a_table_too_wide_for_a_terminal_is_printed_as_two(
+    width: int, num_tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    monkeypatch.setattr(loads, "_console", lambda: console)
+    loads.print_table(RESULTS, (2.0, 4.0, 6.0))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert printed.count("clients") == num_tables
+    assert all(head in printed for head in ("kept at 6", "P99", "failed", "3 ±1"))
+    assert "…" not in printed
 
 
 TIMES = st.lists(st.floats(0, 1e6), max_size=5).map(tuple)
