@@ -38,8 +38,8 @@ PART_OF_ALLOWANCE = 1 / 16
 KEPT_PACE = 0.9
 """Of the prompt tokens a second of the longest passes, that they keep if they are made shorter for that."""
 SHARE_OF_THE_TAKEN = 7 / 8
-"""Of what is left for prompts, that must do for those that were taken on time or not at all, or others give way to
-them: who comes and streams meanwhile takes the rest.
+"""Of what is left for prompts, that is enough for those that were taken on time or not at all, as long as others can
+give way to them: requests that come and stream meanwhile take the rest.
 """
 WORTH = 1.25
 """Times the prompt tokens a second of passes that take half of an interval, for which they take all of it."""
@@ -239,9 +239,11 @@ class ByPromise(ByArrival):
             chosen = _Chosen()
             for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
                 chosen.add(request, wanted[request])
-                least = SHARE_OF_THE_TAKEN if request.on_time_only and chosen.has_others else 1.0
-                passes = math.ceil((above + chosen.work) / (least * per_pass)) if per_pass else math.inf
-                if now + passes * seconds > request.due:
+                most = (request.due - now) // seconds * per_pass - above  # tokens until it is due
+                if request.on_time_only:
+                    while chosen.num_others and chosen.work + above > SHARE_OF_THE_TAKEN * (most + above):
+                        chosen.give_up()
+                if chosen.work > most:
                     chosen.give_up()
             kept |= chosen.requests
             above += sum(count for r, count in wanted.items() if r.priority == priority)
@@ -267,6 +269,8 @@ class _Chosen:
     def __init__(self) -> None:
         self.work = 0
         """Tokens of all."""
+        self.num_others = 0
+        """Those that were not taken on time or not at all."""
         self._heaps: defaultdict[str, list[tuple[bool, int, int, Request]]] = defaultdict(list)
         self._first: defaultdict[str, float] = defaultdict(lambda: math.inf)
         self._shares: defaultdict[str, float] = defaultdict(float)
@@ -277,13 +281,9 @@ class _Chosen:
     def requests(self) -> set[Request]:
         return {request for heap in self._heaps.values() for *_, request in heap}
 
-    @property
-    def has_others(self) -> bool:
-        """Whether any was not taken on time or not at all."""
-        return any(heap and not heap[0][0] for heap in self._heaps.values())
-
     def add(self, request: Request, wanted: int) -> None:
         owner = request.owner
+        self.num_others += not request.on_time_only
         heapq.heappush(self._heaps[owner], (request.on_time_only, -wanted, -request.arrival, request))
         self._first[owner] = min(self._first[owner], request.turn)
         self._change(owner, wanted, request.weight)
@@ -297,6 +297,7 @@ class _Chosen:
             if self._numbers[owner] == number:
                 break
         _, negative, _, request = heapq.heappop(self._heaps[owner])
+        self.num_others -= not request.on_time_only
         self._change(owner, negative, request.weight)
 
     def _change(self, owner: str, tokens: int, weight: float) -> None:

@@ -95,7 +95,8 @@ class EngineProcess(DirectClient):
     async def start(self) -> None:
         self._started = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._supervise())]
-        await asyncio.shield(self._started)
+        await asyncio.wait({self._started})  # who gives up waiting does not end it
+        self._started.result()
 
     async def close(self) -> None:
         self._closing = True

@@ -61,6 +61,7 @@ def identify(config: EngineConfig) -> dict[str, Any]:
     from splitfuse.models.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.kernel_choice import choose_kernels
+    from splitfuse.runtime.loading import parse_device
     from splitfuse.runtime.machine import gpu, processor
 
     path = resolve_model(config.model.model, config.model.revision)
@@ -80,7 +81,7 @@ def identify(config: EngineConfig) -> dict[str, Any]:
         "num_threads": config.model.num_threads,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-    name = gpu(config.model.device)
+    name = gpu(parse_device(config.model.device))
     return identity if name is None else identity | {"gpu": name}
 
 

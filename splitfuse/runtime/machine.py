@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import splitfuse
+
+if TYPE_CHECKING:
+    import torch
 
 VERSIONS = ("torch", "numpy", "msgspec")
 _ROOT = Path(splitfuse.__file__).parent.parent
@@ -71,11 +74,11 @@ def processor() -> str:
     return f"{name or platform.machine()} (family {family}, model {model})" if family else name or platform.machine()
 
 
-def gpu(device: str) -> str | None:
-    """The name of the GPU that PyTorch calls `device`; None of the CPU."""
+def gpu(device: torch.device) -> str | None:
+    """The GPU's name; None of the CPU."""
     import torch
 
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _memory_bytes() -> int:

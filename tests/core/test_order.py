@@ -69,6 +69,24 @@ def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
     assert later.seconds <= 1.25 - 1.06
 
 
+def test_a_pass_ends_well_before_a_token_is_due() -> None:
+    order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, Targets(2.0))], now=1.17)
+    assert order.seconds == pytest.approx(MARGIN * (1.25 - 1.17))
+
+
+def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
+    """Nine passes of 100 tokens are left, of which seven eighths must be enough for it."""
+
+    def hopeful(*, on_time_only: bool) -> list[str]:
+        prompts = [request(f"other{n}", 60, Targets(0.9), arrived=n / 1000) for n in range(5)]
+        prompts.append(request("taken", 590, Targets(1.0), arrived=0.01))
+        prompts[-1].on_time_only = on_time_only
+        return sorted(each.request_id for each in rule().hopeful(prompts, [], seconds=0.11, now=0.0))
+
+    assert len(hopeful(on_time_only=False)) == 6  # 890 tokens
+    assert [name[:5] for name in hopeful(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
+
+
 def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
     streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
     assert rule().order(streams, [], now=1.0).seconds == pytest.approx(MARGIN * 0.1 / 2)

@@ -37,6 +37,11 @@ def config(**settings: Any) -> EngineConfig:
     return EngineConfig.from_settings(settings)
 
 
+def test_a_device_that_is_not_there_has_no_identity() -> None:
+    with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used"):
+        identify(config(device="cuda:99"))
+
+
 def test_it_is_kept_for_the_settings_that_matter_and_found_again(cache: Path) -> None:
     identity = identify(config())
     assert place(identity).is_relative_to(cache / "splitfuse")
