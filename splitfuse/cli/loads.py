@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from splitfuse.cli.flags import given
 from splitfuse.config import setting
@@ -148,17 +148,14 @@ def print_table(results: Results, slas: tuple[float, ...]) -> None:
     """The table of results that `bench run` and `simulate` print; in two, what was served and how late, where the
     terminal is too narrow for one.
     """
-    from rich.measure import Measurement
-
-    console, title = _console(), results.system
-    columns = _columns(results, slas)
-    whole = _table(title, columns)
-    if Measurement.get(console, console.options.update(max_width=1000), whole).maximum <= console.width:
+    console = _console()
+    load, served, late = _columns(results, slas)
+    whole = _table(results.system, [load, *served, *late])
+    if console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width:
         console.print(whole)
-        return
-    served = 1 + 3 + len(slas)  # the load, three throughputs, promises
-    console.print(_table(title, columns[:served]))
-    console.print(_table("", columns[:1] + columns[served:]))
+    else:
+        console.print(_table(results.system, [load, *served]))
+        console.print(_table(None, [load, *late]))
 
 
 def _console() -> Console:
@@ -167,18 +164,24 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def _columns(results: Results, slas: tuple[float, ...]) -> list[tuple[str, list[str]]]:
-    """Heads, and the values below them, a row for each load."""
+Column: TypeAlias = tuple[str, list[str]]
+"""A head, and the values below it, one for each load."""
+
+
+def _columns(results: Results, slas: tuple[float, ...]) -> tuple[Column, list[Column], list[Column]]:
+    """The loads, what was served, and how late."""
     from splitfuse.bench.summary import rows
 
     found = rows(results, slas)
     open_loop = bool(results.points) and results.points[0].clients is None
-    return [
-        ("arrivals" if open_loop else "clients", [row.load for row in found]),
+    load = ("arrivals" if open_loop else "clients", [row.load for row in found])
+    served = [
         ("requests/s", [str(row.throughput) for row in found]),
         ("tokens/s", [f"{row.token_throughput.mean:.1f}" for row in found]),
         ("Little", ["" if row.littles_law is None else f"{row.littles_law:.3g}" for row in found]),
         *((f"kept at {sla:g}", [str(row.effective[sla]) for row in found]) for sla in slas),
+    ]
+    late = [
         *(
             (head, [f"{row.first_token[percent]:.3g} s" for row in found])
             for head, percent in (("first\ntoken P50", 50), ("P95", 95))
@@ -189,12 +192,13 @@ def _columns(results: Results, slas: tuple[float, ...]) -> list[tuple[str, list[
         ),
         ("failed", [f"{row.num_failed} of {row.num_counted}" if row.num_failed else "" for row in found]),
     ]
+    return load, served, late
 
 
-def _table(title: str, columns: list[tuple[str, list[str]]]) -> Table:
+def _table(title: str | None, columns: list[Column]) -> Table:
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold")
     for head, _ in columns:
         table.add_column(head, justify="right")
     for values in zip(*(values for _, values in columns), strict=True):

@@ -239,11 +239,11 @@ class ByPromise(ByArrival):
             chosen = _Chosen()
             for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
                 chosen.add(request, wanted[request])
-                most = (request.due - now) // seconds * per_pass - above  # tokens until it is due
+                most = (request.due - now) // seconds * per_pass  # tokens until it is due
                 if request.on_time_only:
-                    while chosen.num_others and chosen.work + above > SHARE_OF_THE_TAKEN * (most + above):
+                    while chosen.num_others and above + chosen.work > SHARE_OF_THE_TAKEN * most:
                         chosen.give_up()
-                if chosen.work > most:
+                if above + chosen.work > most:
                     chosen.give_up()
             kept |= chosen.requests
             above += sum(count for r, count in wanted.items() if r.priority == priority)

@@ -113,8 +113,6 @@ class EngineProcess(DirectClient):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._disconnect()
         self._die("it was closed")
-        if self._started is not None and self._started.done() and not self._started.cancelled():
-            self._started.exception()  # whoever waited for it may have given up: then asyncio would complain of it
 
     def _send(self, command: Add | Finish | Stop) -> None:
         assert self._writer is not None
@@ -135,6 +133,7 @@ class EngineProcess(DirectClient):
             assert self._started is not None
             if not self._started.done():
                 self._started.set_exception(_as_error(self._failure, why))
+                self._started.exception()  # whoever waited may have given up: else asyncio would complain
                 return
             if self._closing:
                 return

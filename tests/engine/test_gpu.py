@@ -24,6 +24,7 @@ from splitfuse.engine.engine_process import EngineProcess
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import Kernels
+from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import load_spec
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
@@ -31,8 +32,11 @@ from splitfuse.runtime.sampler import SamplingRow, prompt_logprobs, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 
-PROMPT = "Mary went to the kitchen. John went to the garden.\n\nWhere is Mary?"
 TOLERANCE = 1e-4  # of the largest logit, in fp32
+
+
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device(device), kernels=Kernels())
 
 
 @pytest.mark.parametrize("family", tiny_models.VARIANTS)
@@ -40,12 +44,9 @@ def test_every_family_is_the_same_network_as_on_the_cpu(family: str, tmp_path: P
     tiny_models.save(family, tmp_path)
     seen = []
     for device in ("cpu", "cuda"):
-        decoder = load_decoder(
-            tmp_path, load_spec(tmp_path), dtype=torch.float32, device=torch.device(device), kernels=Kernels()
-        )
         rng = random.Random(family)
         requests = [Request([rng.randrange(tiny_models.VOCAB_SIZE) for _ in range(n)]) for n in (1, 9, 20, 37)]
-        Runner(decoder, block_size=4).run_split(requests, rng)
+        Runner(load(tmp_path, device), block_size=4).run_split(requests, rng)
         seen.append(torch.cat([torch.stack(request.logits).cpu() for request in requests]))
     assert (seen[0] - seen[1]).abs().max() <= TOLERANCE * seen[0].abs().max()
 
@@ -55,11 +56,8 @@ def test_low_precision_is_near(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_models.save("qwen3", tmp_path)
     seen = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
-        decoder = load_decoder(
-            tmp_path, load_spec(tmp_path), dtype=kind, device=torch.device(device), kernels=Kernels()
-        )
         request = Request([i * 7 % tiny_models.VOCAB_SIZE for i in range(37)])
-        Runner(decoder, block_size=16).run_split([request], random.Random(0))
+        Runner(load(tmp_path, device, kind), block_size=16).run_split([request], random.Random(0))
         seen.append(torch.stack(request.logits).cpu())
     assert (seen[0] - seen[1]).abs().max() <= 8 * torch.finfo(dtype).eps * seen[0].abs().max()
 
