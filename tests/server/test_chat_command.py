@@ -2,11 +2,13 @@
 
 import codecs
 import io
+import itertools
 import os
 import pty
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from running_server import PATIENCE, RunningServer
 
 import splitfuse
 from splitfuse import cli
+from splitfuse.core.request import RequestOutput
 from splitfuse.server import registry
 from splitfuse.server.registry import Deployment
 
@@ -211,7 +214,17 @@ def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningS
         terminal.close()
 
 
-def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(server: RunningServer) -> None:
+def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine waits in the midst of the answer until the server has seen that its client is gone."""
+    broken_off, passes, step = threading.Event(), itertools.count(), server.engine.step
+
+    def step_until_broken_off() -> list[RequestOutput]:
+        assert next(passes) < 50 or broken_off.wait(PATIENCE)
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", step_until_broken_off)
     before = server.client.stats[0].num_generated_tokens
     terminal = Terminal("--url", server.url, "--ignore-eos", "--max-new-tokens", "1800")
     try:
@@ -221,10 +234,13 @@ def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(server: Runnin
         terminal.read_until(" ")  # the answer has begun
         terminal.type("\x03")
         terminal.read_until("\n> ")
+        server.wait_until(lambda: not server.server.server_state.tasks)
+        broken_off.set()
         server.assert_idle()
         assert 0 < server.client.stats[0].num_generated_tokens - before < 1800
         terminal.type("/exit\n")
         status, rest = terminal.read_to_end()
         assert status == 0 and "Traceback" not in rest
     finally:
+        broken_off.set()
         terminal.close()
