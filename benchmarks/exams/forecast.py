@@ -127,7 +127,7 @@ class Changing:
 
     def _off(self, cost: CostModel, low: float, high: float) -> CostModel:
         """Every coefficient times something between the two."""
-        names = [field.name for field in fields(cost) if field.name not in ("knee", "error")]
+        names = [field.name for field in fields(cost) if field.name not in ("knee", "scatter", "error")]
         return replace(cost, **{name: getattr(cost, name) * self._random.uniform(low, high) for name in names})
 
 

@@ -117,7 +117,7 @@ class SimulatedTarget(Target):
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._replicas = [Replica(deployment) for _ in range(deployment.replicas)]
+        self._replicas = [Replica(deployment, seed) for seed in range(deployment.replicas)]
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = Bytes(256)
         calibration = deployment.calibration
@@ -154,9 +154,9 @@ class SimulatedTarget(Target):
 
 
 class Replica:
-    """One engine: passes one after the other, while there is anything to do."""
+    """One engine: passes one after the other, while there is anything to do. The seed is that of their scatter."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, seed: int = 0) -> None:
         calibration = deployment.calibration
         allocator = BlockAllocator(
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
@@ -168,6 +168,7 @@ class Replica:
         self.scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
         self._targets = Targets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
         self._cost: CostModel = calibration.cost
+        self._random = Random(seed)
         self._pass_overhead = deployment.pass_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
         self._outstanding_tokens = 0
@@ -213,8 +214,9 @@ class Replica:
         asyncio.get_running_loop().call_later(self.pass_seconds(features(plan)), self._end_pass, plan)
 
     def pass_seconds(self, pass_: Features) -> float:
-        """What a pass takes: as predicted, on a machine that is as it was calibrated."""
-        return self._cost.seconds(pass_) + self._pass_overhead
+        """What a pass takes on a machine that is as it was calibrated: as predicted, but for the scatter."""
+        scattered = self._random.lognormvariate(0.0, self._cost.scatter) if self._cost.scatter else 1.0
+        return self._cost.seconds(pass_) * scattered + self._pass_overhead
 
     def _end_pass(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()

@@ -218,7 +218,7 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
     if cost.error is not None:
         print(
             f"error over {cost.error.num_samples} passes that were not fitted: "
-            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}"
+            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; equal passes scatter by {cost.scatter:.1%}"
         )
 
 

@@ -72,7 +72,9 @@ class FitError:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """All coefficients in seconds, but `knee` in tokens. Raises CostModelError unless all are numbers from 0."""
+    """All coefficients in seconds, but `knee` in tokens. `scatter` is that of equal passes: the standard deviation of
+    the logarithm of their times. Raises CostModelError unless all are numbers from 0.
+    """
 
     floor: float
     per_token: float
@@ -82,6 +84,7 @@ class CostModel:
     per_pair: float = 0.0
     per_kv_token: float = 0.0
     per_request: float = 0.0
+    scatter: float = 0.0
     error: FitError | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +121,7 @@ class CostModel:
 
     def slower(self, times: float) -> CostModel:
         """Of a machine on which every pass takes `times` as long."""
-        names = (field.name for field in fields(self) if field.name not in ("knee", "error"))
+        names = (field.name for field in fields(self) if field.name not in ("knee", "scatter", "error"))
         return replace(self, **{name: times * getattr(self, name) for name in names})
 
     def measure(self, samples: Sequence[Sample]) -> FitError:

@@ -8,11 +8,16 @@ its share in the pass and a little of the other's: what is learned of short pass
 The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the next pass
 of the same kind is off by 1 - GAIN of what this one was. So a lasting change is followed within some dozens of passes,
 a single disturbed pass moves little, and nothing swings.
+
+What is left of a miss is chance. How much of it there is decides how near to a due time a pass may be planned:
+`margin` follows the quantile SURE of the misses, a step up for each pass beyond it, a small one down for each within
+(Robbins and Monro, 1951).
 """
 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 from splitfuse.core.cost_model import CostModel, Features
 
@@ -24,6 +29,14 @@ MOST = math.log(1.5)
 """A single miss counts as no larger: a pass that the system held up says little about the next."""
 BOUND = math.log(32.0)
 """The factors and their inverses stay within this: beyond it the model is of another machine."""
+SURE = 0.99
+"""Of the passes, that are to end within the time they were planned for."""
+MOST_MARGIN, LEAST_MARGIN = 0.9, 0.7
+"""Bounds of `Forecast.margin`. Where passes scatter more than the lower one allows, it is better to break a promise now
+and then than to make all passes still shorter.
+"""
+MARGIN_GAIN = 1 / 64
+"""How far a pass that took longer than allowed moves the margin, on a logarithmic scale."""
 
 
 class Forecast:
@@ -32,11 +45,17 @@ class Forecast:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._log_floor = self._log_beyond = 0.0
+        self._log_over = _within_margins(NormalDist().inv_cdf(SURE) * cost.scatter)
 
     @property
     def factors(self) -> tuple[float, float]:
         """How many times longer the floor of a pass takes than the cost model says, and what it takes beyond."""
         return math.exp(self._log_floor), math.exp(self._log_beyond)
+
+    @property
+    def margin(self) -> float:
+        """Of the time until a pass must have ended, the part that it may be predicted to take."""
+        return math.exp(-self._log_over)
 
     def seconds(self, features: Features) -> float:
         """The time of a pass."""
@@ -54,14 +73,21 @@ class Forecast:
         predicted = self.seconds(features)
         if seconds <= 0.0 or predicted <= 0.0:
             return predicted
-        miss = GAIN * max(-MOST, min(MOST, math.log(seconds / predicted)))
+        miss = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor
-        step = miss / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
+        step = GAIN * max(-MOST, min(MOST, miss)) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
         self._log_floor = _bounded(self._log_floor + step * (floor + COMMON))
         self._log_beyond = _bounded(self._log_beyond + step * (beyond + COMMON))
+        # Passes of little but the floor are short, and planned far from any due time.
+        change = MARGIN_GAIN * beyond * (SURE if miss > self._log_over else SURE - 1.0)
+        self._log_over = _within_margins(self._log_over + change)
         return predicted
 
 
 def _bounded(log_factor: float) -> float:
     return max(-BOUND, min(BOUND, log_factor))
+
+
+def _within_margins(log_over: float) -> float:
+    return max(-math.log(MOST_MARGIN), min(-math.log(LEAST_MARGIN), log_over))

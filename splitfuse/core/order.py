@@ -25,10 +25,6 @@ from splitfuse.core.cost_model import Features
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.request import Priority, Request
 
-MARGIN = 0.9
-"""Of a promised interval, and of the time until a token is due, that is planned with: the rest is for predictions that
-are off.
-"""
 PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
 SHARE_OF_THE_LATE = 1 / 16
@@ -169,7 +165,7 @@ class ByPromise(ByArrival):
         kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
         coming = min((r.due for r in urgent if length.heeds(r) and r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
-        return Order(urgent, others, min(seconds, MARGIN * (coming - now)), kept)
+        return Order(urgent, others, min(seconds, self.forecast.margin * (coming - now)), kept)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """Of those of the lowest class that has any that are late, who has the least to lose; if nobody is, the newest.
@@ -210,7 +206,7 @@ class ByPromise(ByArrival):
         while longest > wanted and 0 < KEPT_PACE * whole_pace <= pace(longest / 2):
             longest /= 2
         for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
-            half, all_of_it = (min(longest, MARGIN * interval / passes) for passes in (2, 1))
+            half, all_of_it = (min(longest, self.forecast.margin * interval / passes) for passes in (2, 1))
             best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
             if not gives_way or pace(best) >= LEAST_PACE * whole_pace:
                 return Length(best, first, interval)
@@ -257,7 +253,7 @@ class ByPromise(ByArrival):
 
     def paced(self, streams: Sequence[Request], seconds: float) -> Features:
         """What a pass of `seconds` must have for the streams."""
-        shares = [min(1.0, seconds / (MARGIN * r.interval)) if r.interval else 0.0 for r in streams]
+        shares = [min(1.0, seconds / (self.forecast.margin * r.interval)) if r.interval else 0.0 for r in streams]
         served = math.ceil(sum(shares))
         read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))
         return Features(served, served, read, read, served)

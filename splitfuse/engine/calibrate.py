@@ -7,12 +7,14 @@ counts. Those that check the fit lie between those that are fitted. What the sch
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,10 +67,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """A case and its median time."""
+    """A case and what its runs took, one after the other."""
 
-    name: str
-    sample: Sample
+    case: Case
+    runs: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    @property
+    def sample(self) -> Sample:
+        """The median counts."""
+        return Sample(self.case.features, median(self.runs))
 
 
 MakeEngine = Callable[[EngineConfig, LoadedModel], "Engine"]
@@ -133,7 +144,7 @@ def calibrate(
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
     calibration = Calibration(
         name=f"{model.path.name} ({plan.kernels})",
-        cost=replace(cost, per_request=cost.per_request + scheduling_seconds(engine)),
+        cost=replace(cost, per_request=cost.per_request + scheduling_seconds(engine), scatter=scatter(timed)),
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_model_len=plan.max_model_len,
@@ -197,7 +208,7 @@ def longest_pass(engine: Engine, cases: Sequence[Case], seconds: float) -> int:
 
 
 def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
-    """Each case's median over rounds in random order. Every case has an equal share of `seconds`: short passes, whose
+    """Each case in rounds in random order. Every case has an equal share of `seconds`: short passes, whose
     times scatter most, are run more often.
     """
     random, runs = Random(0), _Runs(engine)
@@ -213,11 +224,20 @@ def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progres
                 bar.set_postfix_str(f"{cases[index].name}, {1e3 * times[index][-1]:.1f} ms", refresh=False)
             wanting = [index for index in wanting if _wants_more(times[index], share)]
             bar.update(len(cases) - len(wanting) - bar.n)
-    return [Timed(case.name, Sample(case.features, median(each))) for case, each in zip(cases, times, strict=True)]
+    return [Timed(case, tuple(each)) for case, each in zip(cases, times, strict=True)]
 
 
 def _wants_more(times: Sequence[float], share: float) -> bool:
     return len(times) < LEAST_RUNS or (sum(times) < share and len(times) < MOST_RUNS)
+
+
+def scatter(timed: Sequence[Timed]) -> float:
+    """The standard deviation of the logarithm of equal passes' times, by how far runs are from those before them. If
+    it is normal, 19 of 20 are within 1.96 times the root of 2 of it. Deviations from medians would be too small where
+    there were three runs.
+    """
+    apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs)]
+    return quantiles(apart, n=20, method="inclusive")[-1] / (1.96 * math.sqrt(2.0))
 
 
 class _Runs:

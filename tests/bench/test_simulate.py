@@ -1,6 +1,9 @@
 """The simulator: times computed by hand, the decisions of the real scheduler, and equal results each time."""
 
 import asyncio
+import math
+from dataclasses import replace
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -108,6 +111,17 @@ def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
     one, four = results.points[:2]
     assert sla.throughput(one) == pytest.approx(sla.littles_law(one), rel=0.05)
     assert 1.2 * sla.throughput(one) < sla.throughput(four) < 4 * sla.throughput(one)
+
+
+def test_equal_passes_scatter_as_they_were_calibrated_and_alike_each_time() -> None:
+    scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, scatter=0.1)))
+    steady, first, second = (
+        [gap for record in sla.counted(run(each, clients=(1,), requests=40).points[0]) for gap in sla.gaps(record)]
+        for each in (deployment(), scattering, scattering)
+    )
+    assert first == second
+    deviations = [math.log(gap / expected) for gap, expected in zip(first, steady, strict=True)]
+    assert stdev(deviations) == pytest.approx(0.1, rel=0.1) and abs(mean(deviations)) < 0.01
 
 
 def test_an_open_loop_below_the_limit_is_served_at_its_rate() -> None:

@@ -1,11 +1,13 @@
 """Predictions that follow the machine: soon, without swinging, and not after every noise."""
 
+import math
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from splitfuse.core.cost_model import CostModel, Features
-from splitfuse.core.forecast import Forecast
+from splitfuse.core.forecast import LEAST_MARGIN, MOST_MARGIN, SURE, Forecast
 
 COST = CostModel(floor=0.01, per_token=0.001)
 PASS = Features(tokens=90)  # 0.1 s
@@ -77,3 +79,38 @@ def test_times_that_are_none_are_left_out() -> None:
     forecast.observe(PASS, 0.0)
     forecast.observe(PASS, -1.0)
     assert forecast.factors == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("scatter", [0.06, 0.1, 0.14])
+def test_passes_planned_with_the_margin_end_in_time(scatter: float) -> None:
+    rng, forecast = Random(0), Forecast(COST)
+    late = []
+    for _ in range(20_000):
+        taken = COST.seconds(PASS) * rng.lognormvariate(0.0, scatter)
+        late.append(taken > forecast.seconds(PASS) / forecast.margin)
+        forecast.observe(PASS, taken)
+    assert sum(late[2000:]) / len(late[2000:]) == pytest.approx(1.0 - SURE, abs=0.004)
+
+
+def test_the_margin_begins_with_the_scatter_that_was_calibrated() -> None:
+    assert Forecast(COST).margin == pytest.approx(MOST_MARGIN)
+    scattering = Forecast(replace(COST, scatter=0.1))
+    assert scattering.margin == pytest.approx(math.exp(-2.326 * 0.1), rel=1e-3)
+    assert Forecast(replace(COST, scatter=9.0)).margin == pytest.approx(LEAST_MARGIN)
+
+
+def test_the_margin_returns_after_a_disturbance() -> None:
+    forecast = Forecast(COST)
+    for _ in range(100):
+        forecast.observe(PASS, 2.0 * forecast.seconds(PASS))
+    assert forecast.margin == pytest.approx(LEAST_MARGIN)
+    for _ in range(2500):
+        forecast.observe(PASS, forecast.seconds(PASS))
+    assert forecast.margin == pytest.approx(MOST_MARGIN)
+
+
+def test_short_passes_say_little_of_the_margin() -> None:
+    forecast = Forecast(COST)
+    for _ in range(10):
+        forecast.observe(SHORT, 1.5 * forecast.seconds(SHORT))
+    assert forecast.margin > 0.88

@@ -1,6 +1,7 @@
 """Calibrations: what they are kept by, and that one is made of a real model's passes."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from splitfuse.core.cost_model import CostModel, Features, FitError
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import Targets
 from splitfuse.engine import calibrate
-from splitfuse.engine.calibrate import checking_cases, fitted_cases, run_calibration
+from splitfuse.engine.calibrate import Timed, checking_cases, fitted_cases, run_calibration, scatter
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Terms
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
@@ -74,6 +75,16 @@ def test_a_real_model_is_timed_and_its_error_is_told() -> None:
     assert {timed.name for timed in checked}.isdisjoint(case.name for case in fitted_cases())
     save(calibration, place(calibration.identity))
     assert load_cost_model(config()) == calibration
+
+
+@pytest.mark.parametrize("runs", [3, 30])
+@pytest.mark.parametrize("deviation", [0.05, 0.2])
+def test_the_scatter_of_equal_passes_is_told_from_few_runs_too(deviation: float, runs: int) -> None:
+    random = Random(0)
+    timed = [
+        Timed(case, tuple(0.1 * random.lognormvariate(0.0, deviation) for _ in range(runs))) for case in fitted_cases()
+    ]
+    assert scatter(timed) == pytest.approx(deviation, rel=0.15)
 
 
 def test_no_pass_is_fitted_and_checked() -> None:
