@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from splitfuse.core.targets import SPAN, MovingAverage
+
 if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
     from splitfuse.core.targets import Targets
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS_PER_SECOND = 512.0
 SLAS = (2.0, 4.0, 6.0)
 """Tokens a second that a reader is promised."""
-SPAN = 16
 
 
 def gaps(record: RequestRecord) -> list[float]:
@@ -29,16 +30,9 @@ def gaps(record: RequestRecord) -> list[float]:
 
 
 def moving_averages(values: Iterable[float], *, span: int = SPAN) -> list[float]:
-    """The exponential moving average after each value, as pandas' `ewm(span=span).mean()`: the weight of a value falls
-    by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
-    """
-    keep = 1.0 - 2.0 / (span + 1.0)
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total, weight = total * keep + value, weight * keep + 1.0
-        averages.append(total / weight)
-    return averages
+    """The exponential moving average after each value."""
+    average = MovingAverage(span)
+    return [average.add(value) for value in values]
 
 
 def first_token_seconds(record: RequestRecord) -> float:
@@ -61,11 +55,11 @@ def keeps_promises(record: RequestRecord, sla: float, prompt_speed: float = PROM
 
 
 def on_time(record: RequestRecord, targets: Targets) -> bool:
-    """Whether the request met all of its targets: the first token's, and that of every gap. One that failed did not."""
+    """Whether the request met all of its targets. One that failed did not."""
     return (
         _succeeded(record)
         and first_token_seconds(record) <= targets.allowance(record.num_prompt_tokens)
-        and (targets.itl is None or max(gaps(record), default=0.0) <= targets.itl)
+        and (targets.itl is None or all(average <= targets.itl for average in moving_averages(gaps(record))))
     )
 
 

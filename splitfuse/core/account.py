@@ -85,9 +85,10 @@ class Missed:
     first_token: float | None = None
     """After its arrival; None if it was in time."""
     first_promised: float | None = None
-    gaps: int = 0
-    """Between tokens, that were longer than promised."""
+    average_gap: float | None = None
+    """Between tokens: the largest moving average; None if it was within what was promised."""
     longest_gap: float = 0.0
+    """Until then."""
     gap_promised: float | None = None
 
 

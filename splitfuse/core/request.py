@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from splitfuse.core.account import Account, Missed, Spent
 from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.core.targets import NO_TARGETS, MovingAverage, Targets
 
 TIME_FOR_THE_LATE = 2.0
 """Times their interval, that streams are given which are late already."""
@@ -84,6 +84,8 @@ class Request:
     allowance: float = math.inf  # seconds that were promised from its arrival to its first token
     is_late: bool = False  # a promise was broken
     newest_at: float | None = None  # when its newest token was read back
+    average_gap: MovingAverage = field(default_factory=MovingAverage)
+    longest_gap: float = 0.0  # seconds
     num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
     num_passed_over: int = 0  # passes since it was last in one, while it could have been
 
@@ -131,12 +133,17 @@ class Request:
 
     def _note_if_missed(self, now: float) -> None:
         missed, itl = self.account.missed, self.targets.itl
-        if self.newest_at is None and now > self.due:
-            missed = Missed(now - self.arrived, self.allowance)
-        elif self.newest_at is not None and itl is not None and (gap := now - self.newest_at) > itl:
-            before = missed or Missed()
-            longest = max(gap, before.longest_gap)
-            missed = replace(before, gaps=before.gaps + 1, longest_gap=longest, gap_promised=itl)
+        if self.newest_at is None:
+            if now > self.due:
+                missed = Missed(now - self.arrived, self.allowance)
+        elif itl is not None:
+            gap = now - self.newest_at
+            self.longest_gap = max(gap, self.longest_gap)
+            average = self.average_gap.add(gap)
+            if average > itl:
+                before = missed or Missed()
+                average = max(average, before.average_gap or 0.0)
+                missed = replace(before, average_gap=average, longest_gap=self.longest_gap, gap_promised=itl)
         self.account.missed = missed
         self.is_late = missed is not None
 

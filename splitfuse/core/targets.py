@@ -1,4 +1,6 @@
-"""What a request was promised: when its first token comes, and how long it waits for each that follows."""
+"""What a request was promised: when its first token comes, and how long it waits for each that follows. And how that is
+judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2), which forgives a single gap, and no row of them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,14 @@ from dataclasses import dataclass, fields
 from splitfuse.config import PER_TOKEN, parse_seconds
 from splitfuse.errors import InvalidRequestError
 
+SPAN = 16
+"""Of the average of gaps, in the paper."""
+
 
 @dataclass(frozen=True)
 class Targets:
-    """Seconds; None promises nothing. A request that met all of its targets was on time.
+    """Seconds; None promises nothing. A request was on time if its first token was, and if at each token that followed
+    the MovingAverage of the gaps was at most `itl`.
 
     Raises InvalidRequestError for what is no positive number.
     """
@@ -19,7 +25,7 @@ class Targets:
     ttft: float | None = None
     """To the first token, from the request's arrival."""
     itl: float | None = None
-    """From each token to the next."""
+    """From each token to the next. Passes are planned for every gap."""
     ttft_per_token: float | None = None
     """To the first token, for each token of the prompt; added to `ttft` if both are given."""
 
@@ -46,3 +52,21 @@ class Targets:
 
 
 NO_TARGETS = Targets()
+
+
+class MovingAverage:
+    """Of values that are added one by one: exponential, as pandas' `ewm(span=span).mean()`. The weight of a value falls
+    by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
+    """
+
+    __slots__ = ("_keep", "_total", "_weight")
+
+    def __init__(self, span: int = SPAN) -> None:
+        self._keep = 1.0 - 2.0 / (span + 1.0)
+        self._total = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The average with it."""
+        self._total = self._total * self._keep + value
+        self._weight = self._weight * self._keep + 1.0
+        return self._total / self._weight

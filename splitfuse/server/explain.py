@@ -232,13 +232,17 @@ def sentence(course: Course) -> str:
 
 
 def told(missed: Missed) -> str:
-    """`first token after 1.2 s, promised after 1 s; 3 gaps longer than 0.25 s, up to 0.4 s`."""
+    """`first token after 1.2 s, promised after 1 s; tokens every 0.3 s (moving average), promised every 0.25 s, longest
+    gap 0.7 s`.
+    """
     parts = []
     if missed.first_token is not None and missed.first_promised is not None:
         parts.append(f"first token after {missed.first_token:.3g} s, promised after {missed.first_promised:.3g} s")
-    if missed.gaps and missed.gap_promised is not None:
-        gaps = f"{missed.gaps} gaps" if missed.gaps > 1 else "1 gap"
-        parts.append(f"{gaps} longer than {missed.gap_promised:.3g} s, up to {missed.longest_gap:.3g} s")
+    if missed.average_gap is not None and missed.gap_promised is not None:
+        parts.append(
+            f"tokens every {missed.average_gap:.3g} s (moving average), promised every {missed.gap_promised:.3g} s, "
+            f"longest gap {missed.longest_gap:.3g} s"
+        )
     return "; ".join(parts)
 
 

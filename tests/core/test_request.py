@@ -1,0 +1,47 @@
+"""Promises of a request, as its tokens come."""
+
+import math
+
+import pytest
+
+from splitfuse.core.account import Missed
+from splitfuse.core.request import TIME_FOR_THE_LATE, Request
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.targets import Targets
+
+ITL = 0.25
+
+
+def request(**targets: float) -> Request:
+    return Request("r", (1,) * 8, SamplingParams(), 64, seed=0, targets=Targets(**targets), arrived=10.0)
+
+
+def come(request: Request, *times: float) -> Request:
+    for time in times:
+        request.note_token(time)
+    return request
+
+
+def test_a_first_token_after_its_time_breaks_the_promise() -> None:
+    assert come(request(ttft=1.0), 11.0).on_time is True
+    late = come(request(ttft=1.0, itl=ITL), 11.5)
+    assert late.on_time is False and late.account.missed == Missed(first_token=1.5, first_promised=1.0)
+    assert late.interval == TIME_FOR_THE_LATE * ITL and late.due == pytest.approx(11.5 + TIME_FOR_THE_LATE * ITL)
+
+
+def test_one_long_gap_is_forgiven_and_a_row_of_them_is_not() -> None:
+    stream = come(request(itl=ITL), 11.0, 11.1, 11.2, 11.3, 11.8)  # on average 0.2 s
+    assert stream.on_time is True and stream.account.missed is None and stream.due == pytest.approx(11.8 + ITL)
+    come(stream, 12.3, 12.8)
+    missed = stream.account.missed
+    assert stream.on_time is False and missed is not None and missed.first_token is None
+    assert missed.average_gap is not None
+    assert missed.gap_promised == ITL < missed.average_gap < missed.longest_gap == pytest.approx(0.5)
+    come(stream, *(12.8 + 0.01 * n for n in range(1, 40)))  # what was broken stays so
+    assert stream.on_time is False and stream.account.missed == missed
+
+
+def test_nothing_promised_is_nothing_broken() -> None:
+    free = come(request(), 50.0, 90.0)
+    assert free.on_time is None and free.due == math.inf and free.account.missed is None
+    assert come(request(ttft=100.0), 50.0, 90.0).on_time is True
