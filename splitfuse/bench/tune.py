@@ -331,7 +331,7 @@ def _largest(carries: Callable[[float], bool], start: float, least: float) -> fl
 def _impossible(trials: _Trials, setting: Setting) -> ConfigError:
     """What to say of targets that a request alone does not meet: what it would take, and what could be promised."""
     alone = sla.counted(trials.closed(replace(setting, by_promise=False), 1, LONE_REQUESTS))
-    gap = max((gap for record in alone for gap in sla.gaps(record)), default=0.0)
+    gap = max((average for record in alone for average in sla.moving_averages(sla.gaps(record))), default=0.0)
     first = max(map(sla.first_token_seconds, alone))
     scheduler = trials.scheduler
     ways = [(1, 0), (0, 1)] if scheduler.ttft and scheduler.itl else []

@@ -182,7 +182,7 @@ def _print_chosen(
     print(
         f"can promise {tuning.rate:.3g} {what}/s at random, {again}with {_load(load)}:\n"
         f"{100 * tuning.share:.4g} % of the {whose} are on time, if passes take at most {100 * headroom:.3g} % longer "
-        "than they were timed"
+        "than they were timed, and scatter as they did"
     )
 
 

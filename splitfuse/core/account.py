@@ -88,7 +88,7 @@ class Missed:
     average_gap: float | None = None
     """Between tokens: the largest moving average; None if it was within what was promised."""
     longest_gap: float = 0.0
-    """Until then."""
+    """When the average was last beyond."""
     gap_promised: float | None = None
 
 

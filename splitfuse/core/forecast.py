@@ -10,7 +10,7 @@ of the same kind is off by 1 - GAIN of what this one was. So a lasting change is
 a single disturbed pass moves little, and nothing swings.
 
 What is left of a miss is chance. How much of it there is decides how near to a due time a pass may be planned:
-`margin` follows the quantile SURE of the misses, a step up for each pass beyond it, a small one down for each within
+`margin` follows the quantile IN_TIME of the misses, a step up for each pass beyond it, a small one down for each within
 (Robbins and Monro, 1951).
 """
 
@@ -29,14 +29,17 @@ MOST = math.log(1.5)
 """A single miss counts as no larger: a pass that the system held up says little about the next."""
 BOUND = math.log(32.0)
 """The factors and their inverses stay within this: beyond it the model is of another machine."""
-SURE = 0.99
+IN_TIME = 0.99
 """Of the passes, that are to end within the time they were planned for."""
-MOST_MARGIN, LEAST_MARGIN = 0.9, 0.7
+LARGEST_MARGIN, SMALLEST_MARGIN = 0.9, 0.7
 """Bounds of `Forecast.margin`. Where passes scatter more than the lower one allows, it is better to break a promise now
 and then than to make all passes still shorter.
 """
 MARGIN_GAIN = 1 / 64
-"""How far a pass that took longer than allowed moves the margin, on a logarithmic scale."""
+"""How far a pass that took longer than allowed moves the margin, on a logarithmic scale. One that did not moves it back
+by a hundredth of that: some 1,600 passes from the smallest margin to the largest. A machine that has become slower
+counts too, until the correction has followed.
+"""
 
 
 class Forecast:
@@ -45,7 +48,7 @@ class Forecast:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._log_floor = self._log_beyond = 0.0
-        self._log_over = _within_margins(NormalDist().inv_cdf(SURE) * cost.scatter)
+        self._log_over = _within_margins(NormalDist().inv_cdf(IN_TIME) * cost.scatter)  # longer than predicted
 
     @property
     def factors(self) -> tuple[float, float]:
@@ -80,7 +83,7 @@ class Forecast:
         self._log_floor = _bounded(self._log_floor + step * (floor + COMMON))
         self._log_beyond = _bounded(self._log_beyond + step * (beyond + COMMON))
         # Passes of little but the floor are short, and planned far from any due time.
-        change = MARGIN_GAIN * beyond * (SURE if miss > self._log_over else SURE - 1.0)
+        change = MARGIN_GAIN * beyond * (IN_TIME if miss > self._log_over else IN_TIME - 1.0)
         self._log_over = _within_margins(self._log_over + change)
         return predicted
 
@@ -90,4 +93,4 @@ def _bounded(log_factor: float) -> float:
 
 
 def _within_margins(log_over: float) -> float:
-    return max(-math.log(MOST_MARGIN), min(-math.log(LEAST_MARGIN), log_over))
+    return max(-math.log(LARGEST_MARGIN), min(-math.log(SMALLEST_MARGIN), log_over))

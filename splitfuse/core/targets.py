@@ -1,5 +1,5 @@
 """What a request was promised: when its first token comes, and how long it waits for each that follows. And how that is
-judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2), which forgives a single gap, and no row of them.
+judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2), which forgives a long gap after shorter ones.
 """
 
 from __future__ import annotations

@@ -232,11 +232,11 @@ def _wants_more(times: Sequence[float], share: float) -> bool:
 
 
 def scatter(timed: Sequence[Timed]) -> float:
-    """The standard deviation of the logarithm of equal passes' times, by how far runs are from those before them. If
-    it is normal, 19 of 20 are within 1.96 times the root of 2 of it. Deviations from medians would be too small where
-    there were three runs.
+    """The standard deviation of the logarithm of equal passes' times, by how far runs are from those before them: of
+    normal ones 19 of 20 are less than 1.96 times the root of 2 of it apart. Deviations from the median would be too
+    small where there were three runs. More do not count, or short passes would decide, which were run more often.
     """
-    apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs)]
+    apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs[:LEAST_RUNS])]
     return quantiles(apart, n=20, method="inclusive")[-1] / (1.96 * math.sqrt(2.0))
 
 

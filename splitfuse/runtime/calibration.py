@@ -14,6 +14,9 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.cost_model import CostModel, Sample
 from splitfuse.errors import CostModelError
 
+FORMAT = 2
+"""Of what is kept: what an older splitfuse has kept is not found, and timed again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -68,6 +71,7 @@ def identify(config: EngineConfig) -> dict[str, Any]:
     spec = load_spec(path)
     dtype = resolve_dtype(config.model.dtype, spec)
     identity = {
+        "format": FORMAT,
         "model": str(path.resolve()),
         "network": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
         "kernels": choose_kernels(config, dtype).describe(),

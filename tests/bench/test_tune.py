@@ -158,6 +158,7 @@ def test_on_time_is_who_met_all_targets() -> None:
         (Targets(0.5, 0.25), True),
         (Targets(0.4, 0.25), False),
         (Targets(0.5, 0.15), False),
+        (Targets(0.5, 0.16), True),  # on average 0.153 s
         (Targets(None, 0.25), True),
         (Targets(0.5, None), True),
     ):

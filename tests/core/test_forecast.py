@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from splitfuse.core.cost_model import CostModel, Features
-from splitfuse.core.forecast import LEAST_MARGIN, MOST_MARGIN, SURE, Forecast
+from splitfuse.core.forecast import IN_TIME, LARGEST_MARGIN, SMALLEST_MARGIN, Forecast
 
 COST = CostModel(floor=0.01, per_token=0.001)
 PASS = Features(tokens=90)  # 0.1 s
@@ -89,24 +89,24 @@ def test_passes_planned_with_the_margin_end_in_time(scatter: float) -> None:
         taken = COST.seconds(PASS) * rng.lognormvariate(0.0, scatter)
         late.append(taken > forecast.seconds(PASS) / forecast.margin)
         forecast.observe(PASS, taken)
-    assert sum(late[2000:]) / len(late[2000:]) == pytest.approx(1.0 - SURE, abs=0.004)
+    assert sum(late[2000:]) / len(late[2000:]) == pytest.approx(1.0 - IN_TIME, abs=0.004)
 
 
 def test_the_margin_begins_with_the_scatter_that_was_calibrated() -> None:
-    assert Forecast(COST).margin == pytest.approx(MOST_MARGIN)
+    assert Forecast(COST).margin == pytest.approx(LARGEST_MARGIN)
     scattering = Forecast(replace(COST, scatter=0.1))
     assert scattering.margin == pytest.approx(math.exp(-2.326 * 0.1), rel=1e-3)
-    assert Forecast(replace(COST, scatter=9.0)).margin == pytest.approx(LEAST_MARGIN)
+    assert Forecast(replace(COST, scatter=9.0)).margin == pytest.approx(SMALLEST_MARGIN)
 
 
 def test_the_margin_returns_after_a_disturbance() -> None:
     forecast = Forecast(COST)
     for _ in range(100):
         forecast.observe(PASS, 2.0 * forecast.seconds(PASS))
-    assert forecast.margin == pytest.approx(LEAST_MARGIN)
+    assert forecast.margin == pytest.approx(SMALLEST_MARGIN)
     for _ in range(2500):
         forecast.observe(PASS, forecast.seconds(PASS))
-    assert forecast.margin == pytest.approx(MOST_MARGIN)
+    assert forecast.margin == pytest.approx(LARGEST_MARGIN)
 
 
 def test_short_passes_say_little_of_the_margin() -> None:

@@ -8,7 +8,7 @@ import pytest
 from scheduler_harness import Run
 
 from splitfuse.core.cost_model import CostModel, Features
-from splitfuse.core.forecast import MOST_MARGIN, Forecast
+from splitfuse.core.forecast import LARGEST_MARGIN, Forecast
 from splitfuse.core.order import PATIENCE, SHARE_OF_THE_LATE, ByArrival, ByPromise, Order
 from splitfuse.core.request import TIME_FOR_THE_LATE, Priority, Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
@@ -71,7 +71,7 @@ def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
 
 def test_a_pass_ends_well_before_a_token_is_due() -> None:
     order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, Targets(2.0))], now=1.17)
-    assert order.seconds == pytest.approx(MOST_MARGIN * (1.25 - 1.17))
+    assert order.seconds == pytest.approx(LARGEST_MARGIN * (1.25 - 1.17))
 
 
 def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
@@ -89,7 +89,7 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
 
 def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
     streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
-    assert rule().order(streams, [], now=1.0).seconds == pytest.approx(MOST_MARGIN * 0.1 / 2)
+    assert rule().order(streams, [], now=1.0).seconds == pytest.approx(LARGEST_MARGIN * 0.1 / 2)
 
 
 WHOLE = pytest.approx(0.11, abs=0.005)
@@ -106,7 +106,7 @@ def test_a_prompt_that_no_stream_waits_beside_has_whole_passes() -> None:
 def test_where_half_of_an_interval_is_short_for_prompts_a_pass_takes_all_of_it() -> None:
     prompt = request("p", 200, Targets(9.0))
     order = rule().order([stream("s", 0.03, token_at=0.0)], [prompt], now=0.0)
-    assert order.seconds == pytest.approx(MOST_MARGIN * 0.03)  # 16 prompt tokens and not 3 in each half
+    assert order.seconds == pytest.approx(LARGEST_MARGIN * 0.03)  # 16 prompt tokens and not 3 in each half
     assert [r.request_id for r in order.urgent] == ["s"]
 
 
@@ -118,10 +118,10 @@ def test_an_interval_that_leaves_prompts_nothing_shortens_no_pass() -> None:
     late.num_passed_over = PATIENCE
     assert late.is_late and rule().order([late], [prompt], now=0.5).seconds == WHOLE  # nor once it is late
     other = stream("t", 0.15, token_at=0.0)
-    assert rule().order([impossible, other], [prompt], now=0.0).seconds <= MOST_MARGIN * 0.15  # who can be kept is
+    assert rule().order([impossible, other], [prompt], now=0.0).seconds <= LARGEST_MARGIN * 0.15  # who can be kept is
     taken = stream("u", 0.0125, token_at=0.0)
     taken.on_time_only = True  # it was taken on time or not at all
-    assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(MOST_MARGIN * 0.0125)
+    assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.0125)
 
 
 def test_a_stream_shortens_no_passes_for_prompts_of_a_higher_class() -> None:
@@ -129,7 +129,7 @@ def test_a_stream_shortens_no_passes_for_prompts_of_a_higher_class() -> None:
     low.priority = Priority.LOW
     assert rule().order([low], [prompt], now=0.0).seconds == WHOLE
     prompt.priority = Priority.LOW
-    assert rule().order([low], [prompt], now=0.0).seconds == pytest.approx(MOST_MARGIN * 0.03)
+    assert rule().order([low], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.03)
 
 
 def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_promised_nothing() -> None:

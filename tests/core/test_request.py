@@ -29,7 +29,12 @@ def test_a_first_token_after_its_time_breaks_the_promise() -> None:
     assert late.interval == TIME_FOR_THE_LATE * ITL and late.due == pytest.approx(11.5 + TIME_FOR_THE_LATE * ITL)
 
 
-def test_one_long_gap_is_forgiven_and_a_row_of_them_is_not() -> None:
+def test_the_first_gap_has_none_before_it() -> None:
+    assert come(request(itl=ITL), 11.0, 11.24).on_time is True
+    assert come(request(itl=ITL), 11.0, 11.26).on_time is False
+
+
+def test_a_long_gap_after_shorter_ones_is_forgiven_and_a_row_of_them_is_not() -> None:
     stream = come(request(itl=ITL), 11.0, 11.1, 11.2, 11.3, 11.8)  # on average 0.2 s
     assert stream.on_time is True and stream.account.missed is None and stream.due == pytest.approx(11.8 + ITL)
     come(stream, 12.3, 12.8)
