@@ -20,11 +20,13 @@ from random import Random
 
 from splitfuse.bench import sla, virtual_time
 from splitfuse.bench.measure import Loads
+from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.simulate import Bytes, Deployment, Replica, simulate
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.cost_model import CostModel
 from splitfuse.core.order import SHARE_OF_THE_LATE
+from splitfuse.core.targets import Targets
 from splitfuse.runtime.calibration import Calibration
 
 MACHINES = {
@@ -43,13 +45,13 @@ def main() -> None:
         "--scatter", type=float, default=0.0, help="standard deviation of the logarithm of a pass's time"
     )
     arguments = parser.parse_args()
-    machines = {name: replace(cost, scatter=arguments.scatter) for name, cost in MACHINES.items()}
-    for name, cost in machines.items() if arguments.requests else ():
-        effective(name, cost, arguments.requests)
-    for name, cost in machines.items():
-        virtual_time.run(beside_streams(name, cost))
-    for name, cost in machines.items() if arguments.hours else ():
-        virtual_time.run(overload(name, cost, arguments.hours))
+    machines = [calibration(name, replace(cost, scatter=arguments.scatter)) for name, cost in MACHINES.items()]
+    for machine in machines if arguments.requests else ():
+        effective(machine, arguments.requests)
+    for machine in machines:
+        virtual_time.run(beside_streams(machine))
+    for machine in machines if arguments.hours else ():
+        virtual_time.run(overload(machine, arguments.hours))
 
 
 def papers(tokens_per_second: float | None) -> dict[str, str]:
@@ -59,22 +61,25 @@ def papers(tokens_per_second: float | None) -> dict[str, str]:
     return {"ttft": f"{1 / sla.PROMPT_TOKENS_PER_SECOND}s/token", "itl": f"{1 / tokens_per_second}s"}
 
 
-def deployment(machine: str, cost: CostModel, targets: Mapping[str, str | None]) -> Deployment:
-    calibration = Calibration(name=machine, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
-    return Deployment(calibration=calibration, scheduler=SchedulerConfig(max_num_seqs=LET_IN, **targets))
+def calibration(name: str, cost: CostModel) -> Calibration:
+    return Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
 
 
-def effective(machine: str, cost: CostModel, requests: int) -> None:
-    print(f"\n{machine}: requests/s on time (all requests/s; longest latency, s)")
+def deployment(machine: Calibration, targets: Mapping[str, str | None]) -> Deployment:
+    return Deployment(calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, **targets))
+
+
+def effective(machine: Calibration, requests: int) -> None:
+    print(f"\n{machine.name}: requests/s on time (all requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
     for speed in sla.SLAS:
         for promised in (None, speed):
             results = simulate(
-                deployment(machine, cost, papers(promised)),
+                deployment(machine, papers(promised)),
                 lambda target: Independent(Lengths(512, 64, room=target.room), target.vocabulary, seed=1),
                 loads,
-                system=machine,
+                system=machine.name,
                 about={},
             )
             cells = []
@@ -85,10 +90,10 @@ def effective(machine: str, cost: CostModel, requests: int) -> None:
             print(f"{speed:8g} {'by promise' if promised else 'by age':10}" + "".join(cells))
 
 
-async def beside_streams(machine: str, cost: CostModel) -> None:
+async def beside_streams(machine: Calibration) -> None:
     """Gaps of 8 streams that were promised a token every 250 ms, while a prompt of 4,000 tokens is computed."""
     for itl in (None, "250ms"):
-        replica, random = Replica(deployment(machine, cost, {"itl": itl})), Random(1)
+        replica, random = Replica(deployment(machine, {"itl": itl})), Random(1)
 
         async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
             tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - asked before the loop goes on
@@ -100,17 +105,18 @@ async def beside_streams(machine: str, cost: CostModel) -> None:
         (first,) = await ask(8, 4000, 1)
         gaps = [later - earlier for stream in streams for earlier, later in pairwise(await stream)]
         print(
-            f"\n{machine}, {'by promise' if itl else 'by age'}: a prompt of 4,000 tokens beside 8 streams: of "
+            f"\n{machine.name}, {'by promise' if itl else 'by age'}: a prompt of 4,000 tokens beside 8 streams: of "
             f"{len(gaps)} gaps {sum(gap > 0.25 for gap in gaps)} above 250 ms, the longest {1000 * max(gaps):.0f} ms; "
             f"its own first token after {first - sent:.2f} s"
         )
 
 
-async def overload(machine: str, cost: CostModel, hours: float) -> None:
+async def overload(machine: Calibration, hours: float) -> None:
     """Requests that come at 1.5 times the rate that can be served; more than `LET_IN` at once are refused."""
-    replica, random = Replica(deployment(machine, cost, papers(4.0))), Random(2)
+    promised = papers(4.0)
+    replica, targets, random = Replica(deployment(machine, promised)), Targets.parse(**promised), Random(2)
     loop = asyncio.get_running_loop()
-    capacity = 1 / (cost.per_token_beyond * (512 + 64))
+    capacity = 1 / (machine.cost.per_token_beyond * (512 + 64))
     latencies: list[float] = []
     on_time = refused = 0
     running: set[asyncio.Task[None]] = set()
@@ -120,8 +126,7 @@ async def overload(machine: str, cost: CostModel, hours: float) -> None:
         sent = loop.time()
         times = await replica.answer(str(number), LoadRequest("exam", number, 0, Bytes(256).draw(random, 512), 64))
         latencies.append(times[-1] - sent)
-        averages = sla.moving_averages(later - earlier for earlier, later in pairwise(times))
-        on_time += times[0] - sent <= 1.0 and max(averages) <= 0.25
+        on_time += sla.on_time(RequestRecord(number, sent, 512, tuple(times)), targets)
 
     number = 0
     while loop.time() < hours * 3600:
@@ -137,8 +142,9 @@ async def overload(machine: str, cost: CostModel, hours: float) -> None:
     await asyncio.gather(*running)
     bound = LET_IN / capacity / SHARE_OF_THE_LATE
     print(
-        f"\n{machine}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: {len(latencies)} served, {refused} refused; "
-        f"{on_time / seconds:.2f} requests/s on time; longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
+        f"\n{machine.name}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: "
+        f"{len(latencies)} served, {refused} refused; {on_time / seconds:.2f} requests/s on time; "
+        f"longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
         f"({LET_IN} requests, one after the other, with {SHARE_OF_THE_LATE:.3g} of the machine)"
     )
 

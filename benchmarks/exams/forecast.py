@@ -15,13 +15,13 @@ import argparse
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from statistics import median
 from typing import Any
 
-from benchmarks.promises import MACHINES
+from benchmarks.promises import MACHINES, calibration
 from splitfuse.bench import virtual_time
 from splitfuse.bench.simulate import Deployment, Replica, SimulatedTarget
 from splitfuse.bench.sla import percentile
@@ -32,7 +32,6 @@ from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.core.forecast import Forecast
 from splitfuse.engine.async_engine import AsyncEngine, EngineClient
 from splitfuse.engine.engine import Engine
-from splitfuse.runtime.calibration import Calibration
 
 TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
 SPREAD = 0.05
@@ -127,8 +126,7 @@ class Changing:
 
     def _off(self, cost: CostModel, low: float, high: float) -> CostModel:
         """Every coefficient times something between the two."""
-        names = [field.name for field in fields(cost) if field.name not in ("knee", "scatter", "error")]
-        return replace(cost, **{name: getattr(cost, name) * self._random.uniform(low, high) for name in names})
+        return cost.scaled(lambda: self._random.uniform(low, high))
 
 
 class ChangingReplica(Replica):
@@ -154,9 +152,10 @@ class ChangingTarget(SimulatedTarget):
 
 def simulated(name: str, hours: float, seed: int) -> None:
     cost = replace(MACHINES[name], per_kv_token=1e-7, per_row=1e-4)
-    calibration = Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
     machine = Changing(cost, seed)
-    target = ChangingTarget(Deployment(calibration=calibration, scheduler=SchedulerConfig(**TARGETS)), machine)
+    target = ChangingTarget(
+        Deployment(calibration=calibration(name, cost), scheduler=SchedulerConfig(**TARGETS)), machine
+    )
     virtual_time.run(drive(target, 3600 * hours, seed))
     tell(f"{name}, {hours:g} h simulated", target.witness.passes)
     print(f"  of the noise alone: P50 {percentile(machine.noise, 50):.1%}, P95 {percentile(machine.noise, 95):.1%}")

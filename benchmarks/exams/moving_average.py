@@ -12,7 +12,8 @@ from random import Random
 import pandas
 
 from splitfuse.bench.results import RequestRecord
-from splitfuse.bench.sla import SLAS, SPAN, gaps, keeps_promises, moving_averages
+from splitfuse.bench.sla import SLAS, gaps, keeps_promises, moving_averages
+from splitfuse.core.targets import SPAN
 
 
 def main() -> None:

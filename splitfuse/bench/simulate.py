@@ -215,7 +215,7 @@ class Replica:
 
     def pass_seconds(self, pass_: Features) -> float:
         """What a pass takes on a machine that is as it was calibrated: as predicted, but for the scatter."""
-        scattered = self._random.lognormvariate(0.0, self._cost.scatter) if self._cost.scatter else 1.0
+        scattered = self._random.lognormvariate(0.0, self._cost.scatter)
         return self._cost.seconds(pass_) * scattered + self._pass_overhead
 
     def _end_pass(self, plan: StepPlan) -> None:

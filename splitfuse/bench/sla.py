@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from splitfuse.core.targets import SPAN, MovingAverage
+from splitfuse.core.targets import SPAN, MovingAverage, Targets
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
-    from splitfuse.core.targets import Targets
 
 PROMPT_TOKENS_PER_SECOND = 512.0
 SLAS = (2.0, 4.0, 6.0)

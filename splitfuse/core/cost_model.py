@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from operator import mul
 from statistics import median
@@ -121,8 +121,12 @@ class CostModel:
 
     def slower(self, times: float) -> CostModel:
         """Of a machine on which every pass takes `times` as long."""
+        return self.scaled(lambda: times)
+
+    def scaled(self, times: Callable[[], float]) -> CostModel:
+        """With each coefficient that is in seconds `times` as large, asked anew for each."""
         names = (field.name for field in fields(self) if field.name not in ("knee", "scatter", "error"))
-        return replace(self, **{name: times * getattr(self, name) for name in names})
+        return replace(self, **{name: times() * getattr(self, name) for name in names})
 
     def measure(self, samples: Sequence[Sample]) -> FitError:
         """How far it is from timed passes. Raises CostModelError without any."""

@@ -79,18 +79,18 @@ class Forecast:
         miss = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor
-        step = GAIN * max(-MOST, min(MOST, miss)) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
-        self._log_floor = _bounded(self._log_floor + step * (floor + COMMON))
-        self._log_beyond = _bounded(self._log_beyond + step * (beyond + COMMON))
+        step = GAIN * _clamped(miss, -MOST, MOST) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
+        self._log_floor = _clamped(self._log_floor + step * (floor + COMMON), -BOUND, BOUND)
+        self._log_beyond = _clamped(self._log_beyond + step * (beyond + COMMON), -BOUND, BOUND)
         # Passes of little but the floor are short, and planned far from any due time.
         change = MARGIN_GAIN * beyond * (IN_TIME if miss > self._log_over else IN_TIME - 1.0)
         self._log_over = _within_margins(self._log_over + change)
         return predicted
 
 
-def _bounded(log_factor: float) -> float:
-    return max(-BOUND, min(BOUND, log_factor))
-
-
 def _within_margins(log_over: float) -> float:
-    return max(-math.log(LARGEST_MARGIN), min(-math.log(SMALLEST_MARGIN), log_over))
+    return _clamped(log_over, -math.log(LARGEST_MARGIN), -math.log(SMALLEST_MARGIN))
+
+
+def _clamped(value: float, low: float, high: float) -> float:
+    return max(low, min(high, value))

@@ -205,8 +205,9 @@ class ByPromise(ByArrival):
         wanted = PART_OF_ALLOWANCE * median(allowances) if allowances else math.inf
         while longest > wanted and 0 < KEPT_PACE * whole_pace <= pace(longest / 2):
             longest /= 2
+        margin = self.forecast.margin
         for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
-            half, all_of_it = (min(longest, self.forecast.margin * interval / passes) for passes in (2, 1))
+            half, all_of_it = (min(longest, margin * interval / passes) for passes in (2, 1))
             best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
             if not gives_way or pace(best) >= LEAST_PACE * whole_pace:
                 return Length(best, first, interval)
@@ -253,7 +254,8 @@ class ByPromise(ByArrival):
 
     def paced(self, streams: Sequence[Request], seconds: float) -> Features:
         """What a pass of `seconds` must have for the streams."""
-        shares = [min(1.0, seconds / (self.forecast.margin * r.interval)) if r.interval else 0.0 for r in streams]
+        margin = self.forecast.margin
+        shares = [min(1.0, seconds / (margin * r.interval)) if r.interval else 0.0 for r in streams]
         served = math.ceil(sum(shares))
         read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))
         return Features(served, served, read, read, served)

@@ -208,8 +208,8 @@ def longest_pass(engine: Engine, cases: Sequence[Case], seconds: float) -> int:
 
 
 def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
-    """Each case in rounds in random order. Every case has an equal share of `seconds`: short passes, whose
-    times scatter most, are run more often.
+    """Each case in rounds in random order. Every case has an equal share of `seconds`: short passes, whose times
+    scatter most, are run more often.
     """
     random, runs = Random(0), _Runs(engine)
     times: list[list[float]] = [[] for _ in cases]
