@@ -1,20 +1,17 @@
 """Chat messages -> the prompt a model was trained on, by the model's own Jinja template.
 
 A template comes with the weights, from anybody: it is untrusted code. It runs in Jinja's immutable sandbox, sees plain
-JSON data only, and has a deadline. The deadline works on any thread and in any loop: the template runs on a thread of
-its own, and when time is up an exception is raised there, between two of its instructions. What could spend for ever
-inside one instruction (huge powers and repetitions) is bounded by the sandbox itself; memory otherwise is not bounded.
+JSON data only, and has a deadline (`within`). What could spend for ever inside one instruction, where no deadline
+reaches it (huge powers and repetitions), is bounded by the sandbox itself; memory otherwise is not bounded.
 The environment is that of transformers' `apply_chat_template`. It must not know of tokens or requests.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -23,12 +20,11 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
+from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.text.deadline import within
 
 _MAX_REPEATED = 1_000_000  # elements of a repeated string or list
 _MAX_POWER_BITS = 4096
-
-_Result = TypeVar("_Result")
 
 
 class ChatTemplate:
@@ -46,11 +42,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens or {})
         self._deadline = deadline
         try:
-            self._template = _within(deadline, lambda: _environment().from_string(source))
+            self._template = within(deadline, lambda: _environment().from_string(source), "chat template")
         except TemplateSyntaxError as error:
             raise TokenizerError(f"the chat template is broken: {error.message} (line {error.lineno})") from error
-        except SplitfuseError:
-            raise
+        except TimeoutError as error:
+            raise TokenizerError(f"the chat template was {error}") from error
         except Exception as error:  # whatever jinja2 or the Python compiler says of it
             raise TokenizerError(f"the chat template cannot be compiled: {error!r}") from error
 
@@ -77,13 +73,13 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _within(self._deadline, lambda: self._template.render(arguments))
+            return within(self._deadline, lambda: self._template.render(arguments), "chat template")
         except _RefusedError as error:
             raise InvalidRequestError(f"the chat template refuses: {error}", parameter="messages") from error
         except (SecurityError, MemoryError, RecursionError) as error:
             raise TokenizerError(f"the chat template does what no template may: {error!r}") from error
-        except SplitfuseError:
-            raise
+        except TimeoutError as error:
+            raise TokenizerError(f"the chat template was {error}") from error
         except Exception as error:  # as in any program that meets data it was not written for
             message = f"the chat template cannot render these messages: {error}"
             raise InvalidRequestError(message, parameter="messages") from error
@@ -91,32 +87,6 @@ class ChatTemplate:
 
 class _RefusedError(TemplateError):
     """The template called raise_exception."""
-
-
-class _DeadlineError(BaseException):
-    """Time is up. No Exception, so that nothing on the way out takes it for an error of the template's own."""
-
-
-def _within(deadline: float, work: Callable[[], _Result]) -> _Result:
-    """The result of `work`, or what it raised. Raises TokenizerError if it takes longer than `deadline` seconds."""
-    outcome: list[_Result | BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, name="chat template", daemon=True)
-    thread.start()
-    thread.join(deadline)
-    if not outcome:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_DeadlineError))
-        raise TokenizerError(f"the chat template was stopped: it ran for more than {deadline:g} s")
-    result = outcome[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -173,6 +173,15 @@ def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
         render(source)
 
 
+def wait_for_templates() -> None:
+    """Return when the last of their threads has ended."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("chat template"):
+            thread.join(20.0)
+            assert not thread.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_deadline.py
 @pytest.mark.parametrize(
     "source",
     [
@@ -196,12 +205,12 @@ def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> Non
     caller.start()
     caller.join()
     assert len(caught) == 2
-    for thread in threading.enumerate():
-        if thread.name == "chat template":
-            thread.join(20.0)
+    wait_for_templates()
     assert threading.active_count() == before  # the work has ended too, not only the waiting for it
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_deadline.py
 def test_a_slow_compilation_is_stopped_too() -> None:
     with pytest.raises(TokenizerError, match="stopped"):
         ChatTemplate("{{ x }}" * 200_000, deadline=0.05)
+    wait_for_templates()
