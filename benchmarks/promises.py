@@ -1,6 +1,6 @@
 """What promises bring, in simulation: the same load with and without, on machines of two lines each.
 
-    python -m benchmarks.promises [--requests N] [--hours H] [--scatter S]
+    python -m benchmarks.promises [--machine int8] [--requests N] [--hours H] [--scatter S]
 
 A pass costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
 on the shape of Qwen2.5-0.5B. Prompts Normal(512), answers Normal(64), closed loops; promised are a first token within
@@ -39,6 +39,7 @@ LET_IN = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", choices=MACHINES, action="append", help="only this one")
     parser.add_argument("--requests", type=int, default=500, help="that count at each point; 0 leaves those out")
     parser.add_argument("--hours", type=float, default=24.0, help="of overload; 0 leaves it out")
     parser.add_argument(
@@ -46,6 +47,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     machines = [calibration(name, replace(cost, scatter=arguments.scatter)) for name, cost in MACHINES.items()]
+    machines = [machine for machine in machines if machine.name in (arguments.machine or MACHINES)]
     for machine in machines if arguments.requests else ():
         effective(machine, arguments.requests)
     for machine in machines:

@@ -22,6 +22,7 @@ from statistics import median
 from typing import NamedTuple, Protocol
 
 from splitfuse.core.cost_model import Features
+from splitfuse.core.demand import Demand
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.request import Priority, Request
 
@@ -195,10 +196,12 @@ class ByPromise(ByArrival):
         whole = Features(self._budget, len(streams) + 1, 0, sum(r.num_known for r in streams), len(streams) + 1)
         longest = self.forecast.seconds(whole)
         first = min((r.priority for r in prompts), default=Priority.LOW)
-        paced = [r for r in (*streams, *coming) if r.interval and Length(longest, first).heeds(r)]
+        whatever_asked = Length(longest, first)
+        paced = [r for r in (*streams, *coming) if r.interval and whatever_asked.heeds(r)]
+        demand = Demand(streams)
 
         def pace(seconds: float) -> float:
-            return self.prompt_tokens(streams, seconds) / seconds
+            return self.prompt_tokens(demand, seconds) / seconds
 
         whole_pace = pace(longest)
         allowances = [r.allowance for r in (*streams, *prompts) if r.allowance < math.inf]
@@ -228,7 +231,7 @@ class ByPromise(ByArrival):
         promised = [r for r in prompts if now < r.due < math.inf and not r.is_late]
         if not promised:
             return set()
-        per_pass = share * self.prompt_tokens(streams, seconds)
+        per_pass = share * self.prompt_tokens(Demand(streams), seconds)
         kept: set[Request] = set()
         wanted = {r: r.num_wanted for r in prompts}
         above = 0  # tokens of prompts of higher classes, which come first in any case
@@ -246,19 +249,11 @@ class ByPromise(ByArrival):
             above += sum(count for r, count in wanted.items() if r.priority == priority)
         return kept
 
-    def prompt_tokens(self, streams: Sequence[Request], seconds: float) -> int:
+    def prompt_tokens(self, demand: Demand, seconds: float) -> int:
         """Prompt tokens in a pass of `seconds`, beside the streams that it must serve."""
-        beside = self.paced(streams, seconds)
+        beside = demand.within(seconds, margin=self.forecast.margin)
         most = max(self._budget - beside.tokens, 0)
         return self.forecast.tokens_within(seconds, beside, start=0, most=most, rows=1)
-
-    def paced(self, streams: Sequence[Request], seconds: float) -> Features:
-        """What a pass of `seconds` must have for the streams."""
-        margin = self.forecast.margin
-        shares = [min(1.0, seconds / (margin * r.interval)) if r.interval else 0.0 for r in streams]
-        served = math.ceil(sum(shares))
-        read = int(sum(share * r.num_known for share, r in zip(shares, streams, strict=True)))
-        return Features(served, served, read, read, served)
 
 
 class _Chosen:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitfuse.core.cost_model import Features
+from splitfuse.core.demand import Demand
 from splitfuse.core.order import SHARE_OF_THE_LATE, ByPromise, Rule
 from splitfuse.core.request import TIME_FOR_THE_LATE, Request
 from splitfuse.errors import InvalidRequestError, LateError
@@ -90,7 +91,7 @@ def outlook(
     place, is_there = _place(coming, rule=rule, running=running, room=room, seconds=seconds)
 
     def first_token(tokens: int, streams: Sequence[Request]) -> float:
-        per_pass = SHARE * rule.prompt_tokens(streams, seconds)
+        per_pass = SHARE * rule.prompt_tokens(Demand(streams), seconds)
         return math.ceil(tokens / per_pass) * seconds if per_pass else math.inf
 
     allowed = request.due - now
@@ -112,7 +113,7 @@ def outlook(
 def _alone(request: Request, rule: ByPromise) -> float:
     """Seconds until its first token on an empty machine; infinity if no pass there is short enough for its interval."""
     seconds = min(rule.length([], [], coming=[request]).seconds, _whole(rule, [request]))
-    per_pass = rule.prompt_tokens([], seconds)
+    per_pass = rule.prompt_tokens(Demand([]), seconds)
     too_long = request.interval and seconds > request.interval
     return math.inf if too_long or not per_pass else math.ceil(request.num_wanted / per_pass) * seconds
 
@@ -149,7 +150,7 @@ def _place(
         if index >= 0:
             left.remove(running[index])
             room = room.after(running[index])
-        streams = [r for r in (*left, *coming) if r.interval]
-        if room.takes(coming, besides=len(left)) and rule.forecast.seconds(rule.paced(streams, seconds)) <= seconds:
+        beside = Demand([*left, *coming]).within(seconds, margin=rule.forecast.margin)
+        if room.takes(coming, besides=len(left)) and rule.forecast.seconds(beside) <= seconds:
             return until, True
     return until, False

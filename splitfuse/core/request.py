@@ -111,18 +111,14 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_pending(self) -> int:
-        """Tokens that could be scheduled now: known or being chosen, and not yet scheduled."""
-        return self.num_known + self.num_unread - self.num_scheduled
-
-    @property
     def num_wanted(self) -> int:
-        """Those of them that are to be scheduled: none if the tokens in flight already bring its last, or if it is to
-        lose its blocks.
+        """Tokens that are known or being chosen, and not yet scheduled; none if those in flight already bring its last,
+        or if it is to lose its blocks.
         """
-        if self.preempt_on_return or len(self.output_token_ids) + self.num_unread >= self.max_tokens:
+        chosen = len(self.output_token_ids) + self.num_unread
+        if self.preempt_on_return or chosen >= self.max_tokens:
             return 0
-        return self.num_pending
+        return len(self.prompt_token_ids) + chosen - self.num_scheduled
 
     def note_token(self, now: float) -> None:
         """A token has been read back: in time or not, the next one is due. The late are given more time."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from statistics import median, quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,16 +131,14 @@ def calibrate(
         "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
         "seats": config.scheduler.max_num_seqs,
     }
-    fitted = [case for case in fitted_cases() if case.fits(**limits)]
-    checking = [case for case in checking_cases() if case.fits(**limits)]
-    if len(fitted) < MIN_SAMPLES or not checking:
+    grids = [grid.within(**limits) for grid in (FINE, COARSE)]
+    if not grids[0].is_enough:
         raise CostModelError(
-            f"only {len(fitted)} different passes fit an engine with {limits['room']} tokens a request, {blocks} "
-            f"blocks and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise these"
+            f"only {len(grids[0].fitted)} different passes fit an engine with {limits['room']} tokens a request, "
+            f"{blocks} blocks and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise these"
         )
-    longest = longest_pass(engine, fitted + checking, seconds)
-    fitted, checking = ([case for case in cases if case.features.tokens <= longest] for cases in (fitted, checking))
-    timed = time_cases(engine, fitted + checking, seconds=seconds, progress=progress)
+    fitted, checking = affordable(engine, *grids, seconds=seconds)
+    timed = time_cases(engine, [*fitted, *checking], seconds=seconds, progress=progress)
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
     calibration = Calibration(
         name=f"{model.path.name} ({plan.kernels})",
@@ -153,24 +151,6 @@ def calibrate(
         timed=tuple(each.sample for each in timed),
     )
     return calibration, timed[len(fitted) :]
-
-
-def fitted_cases() -> list[Case]:
-    """Generations at some contexts, chunks of prompts, and both together."""
-    return [
-        *(generating(rows, context) for rows in (1, 2, 4, 8, 16, 32, 64) for context in (32, 256, 1024, 2048)),
-        *(prompt(count, start) for count in (8, 16, 32, 64, 128, 256, 512) for start in (0, 512, 1536)),
-        *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 128, 240) for start in (0, 512)),
-    ]
-
-
-def checking_cases() -> list[Case]:
-    """Others, between those."""
-    return [
-        *(generating(rows, context) for rows in (3, 6, 12, 24, 48) for context in (128, 512, 1536)),
-        *(prompt(count, start) for count in (12, 48, 96, 192, 384) for start in (0, 768)),
-        *(mixed(rows, 384, count, start) for rows in (8, 20) for count in (64, 200) for start in (0, 900)),
-    ]
 
 
 def generating(rows: int, context: int) -> Case:
@@ -189,6 +169,54 @@ def mixed(rows: int, context: int, count: int, start: int) -> Case:
     return Case(f"{first.name}, {second.name}", first.chunks + second.chunks)
 
 
+class Grid(NamedTuple):
+    """Passes to be timed."""
+
+    fitted: Sequence[Case]
+    """Generations at some contexts, chunks of prompts, and both together."""
+    checking: Sequence[Case]
+    """Others, between those."""
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.fitted) >= MIN_SAMPLES and bool(self.checking)
+
+    def up_to(self, tokens: int) -> Grid:
+        """Those of at most so many tokens."""
+        return Grid(*([case for case in part if case.features.tokens <= tokens] for part in self))
+
+    def within(self, **limits: int) -> Grid:
+        """Those that an engine could be asked for: see `Case.fits`."""
+        return Grid(*([case for case in part if case.fits(**limits)] for part in self))
+
+
+FINE = Grid(
+    [
+        *(generating(rows, context) for rows in (1, 2, 4, 8, 16, 32, 64) for context in (32, 256, 1024, 2048)),
+        *(prompt(count, start) for count in (8, 16, 32, 64, 128, 256, 512) for start in (0, 512, 1536)),
+        *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 128, 240) for start in (0, 512)),
+    ],
+    [
+        *(generating(rows, context) for rows in (3, 6, 12, 24, 48) for context in (128, 512, 1536)),
+        *(prompt(count, start) for count in (12, 48, 96, 192, 384) for start in (0, 768)),
+        *(mixed(rows, 384, count, start) for rows in (8, 20) for count in (64, 200) for start in (0, 900)),
+    ],
+)
+COARSE = Grid(
+    [
+        *(generating(rows, context) for rows in (1, 2, 4, 8, 16, 64) for context in (32, 256, 1024, 2048)),
+        *(prompt(count, start) for count in (16, 64, 256) for start in (0, 512, 1536)),
+        *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 240) for start in (0, 512)),
+    ],
+    [
+        *(generating(rows, 512) for rows in (3, 12, 32)),
+        *(prompt(count, 768) for count in (8, 32, 128)),
+        *(mixed(8, 384, count, 900) for count in (24, 64, 200)),
+    ],
+)
+"""For a machine that is too slow for all of those."""
+
+
 def fill(cache: KVCache) -> None:
     """Put numbers everywhere: memory that was never written is not read as memory is."""
     for store in cache.layers:
@@ -196,15 +224,23 @@ def fill(cache: KVCache) -> None:
         memory.view(torch.uint8).fill_(SMALL_NUMBER)
 
 
-def longest_pass(engine: Engine, cases: Sequence[Case], seconds: float) -> int:
-    """Tokens of the longest pass that a slow machine has time for; beyond it, the fit goes on in a straight line."""
-    runs, case = _Runs(engine), prompt(64, 0)
-    per_token = min(runs.seconds(case) for _ in range(3)) / 64
-    for longest in (512, 256, 128):
-        tokens = sum(case.features.tokens for case in cases if case.features.tokens <= longest)
-        if LEAST_RUNS * tokens * per_token <= seconds:
-            return longest
-    return 64
+def affordable(engine: Engine, fine: Grid, coarse: Grid, *, seconds: float) -> Grid:
+    """The passes that a machine has time for, as many and as long as that allows, but enough. Beyond the longest the
+    fit goes on in a straight line.
+    """
+    runs = _Runs(engine)
+    floor, whole = (min(runs.seconds(case) for _ in range(3)) for case in (generating(1, 32), prompt(64, 0)))
+    per_token = max(whole - floor, 0.0) / 64
+    choices = [*((fine, longest) for longest in (512, 256, 128)), *((coarse, longest) for longest in (256, 128, 64))]
+    best = fine
+    for grid, longest in choices:
+        shorter = grid.up_to(longest)
+        if shorter.is_enough:
+            best = shorter
+            each = (floor + per_token * case.features.tokens for case in (*best.fitted, *best.checking))
+            if LEAST_RUNS * sum(each) <= seconds:
+                break
+    return best
 
 
 def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:

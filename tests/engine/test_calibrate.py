@@ -12,7 +12,7 @@ from splitfuse.core.cost_model import CostModel, Features, FitError
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import Targets
 from splitfuse.engine import calibrate
-from splitfuse.engine.calibrate import Case, Timed, checking_cases, fitted_cases, run_calibration, scatter
+from splitfuse.engine.calibrate import COARSE, FINE, Case, Grid, Timed, affordable, run_calibration, scatter
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Terms
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
@@ -66,13 +66,13 @@ def test_a_file_with_something_else_is_refused(text: str, tmp_path: Path) -> Non
 def test_a_real_model_is_timed_and_its_error_is_told() -> None:
     calibration, checked = run_calibration(Engine, config(), seconds=0.5, progress=False)
     cost = calibration.cost
-    assert cost.error is not None and cost.error.num_samples == len(checked) > 10
+    assert cost.error is not None and cost.error.num_samples == len(checked) > 5
     assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
         Features().plus(start=0, count=1, rows=1)
     )
     assert {timed.sample for timed in checked} < set(calibration.timed)
     assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
-    assert {timed.name for timed in checked}.isdisjoint(case.name for case in fitted_cases())
+    assert {timed.name for timed in checked}.isdisjoint(case.name for case in FINE.fitted)
     save(calibration, place(calibration.identity))
     assert load_cost_model(config()) == calibration
 
@@ -85,15 +85,40 @@ def test_the_scatter_of_equal_passes_is_that_of_most_not_of_those_run_most(long:
     def timed(case: Case, deviation: float, runs: int) -> Timed:
         return Timed(case, tuple(0.1 * random.lognormvariate(0.0, deviation) for _ in range(runs)))
 
-    cases = fitted_cases()
-    many = [timed(case, long, 3) for case in cases * 4]
+    cases = FINE.fitted
+    many = [timed(case, long, 3) for case in [*cases] * 4]
     few = [timed(case, short, 30) for case in cases[:2]]
     assert scatter(many + few) == pytest.approx(long, rel=0.15)
 
 
-def test_no_pass_is_fitted_and_checked() -> None:
-    fitted, checking = ({case.features for case in cases} for cases in (fitted_cases(), checking_cases()))
+@pytest.mark.parametrize("grid", [FINE, COARSE])
+def test_no_pass_is_fitted_and_checked(grid: Grid) -> None:
+    fitted, checking = ({case.features for case in cases} for cases in grid)
     assert not fitted & checking
+    assert len(fitted) == len(grid.fitted) and len(checking) == len(grid.checking)
+
+
+@pytest.mark.parametrize(
+    ("floor", "per_token", "expected"),
+    [
+        (0.001, 1e-5, FINE.up_to(512)),
+        (0.001, 4e-4, FINE.up_to(256)),
+        (0.001, 8e-4, FINE.up_to(128)),
+        (0.02, 6e-4, COARSE.up_to(256)),
+        (0.02, 1e-3, COARSE.up_to(128)),
+        (0.5, 1e-2, COARSE.up_to(64)),
+    ],
+)
+def test_a_slow_machine_times_fewer_and_shorter_passes(
+    floor: float, per_token: float, expected: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(_: object, case: Case) -> float:
+        return floor + per_token * case.features.tokens
+
+    monkeypatch.setattr(calibrate._Runs, "__init__", lambda *_: None)
+    monkeypatch.setattr(calibrate._Runs, "seconds", seconds)
+    assert affordable(None, FINE, COARSE, seconds=8.0) == expected  # type: ignore[arg-type]
+    assert expected.is_enough
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])

@@ -303,11 +303,9 @@ def test_a_client_that_goes_leaves_nothing_behind(server: RunningServer, path: s
     with socket.create_connection(address, timeout=PATIENCE) as client:
         client.sendall(head.encode() + body.encode())
         server.wait_until_running(count)
-        num_steps = server.client.stats[0].num_steps
     server.assert_idle()
-    assert server.client.stats[0].num_steps - num_steps < 1500  # and not when it would have ended by itself
     record = server.wait_for_record(route=path, status=499)
-    assert record["finish_reasons"] == ["abort"] * count
+    assert record["finish_reasons"] == ["abort"] * count  # and not as it would have ended by itself
 
 
 def test_a_client_that_goes_while_its_prompt_is_encoded_is_noticed(
