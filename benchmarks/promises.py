@@ -1,6 +1,7 @@
 """What promises bring, in simulation: the same load with and without, on machines of two lines each.
 
     python -m benchmarks.promises [--machine int8] [--requests N] [--hours H] [--scatter S]
+        [--late-share P]
 
 A pass costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
 on the shape of Qwen2.5-0.5B. Prompts Normal(512), answers Normal(64), closed loops; promised are a first token within
@@ -23,9 +24,8 @@ from splitfuse.bench.measure import Loads
 from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.simulate import Bytes, Deployment, Replica, simulate
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import LATE_SHARE, SchedulerConfig
 from splitfuse.core.cost_model import CostModel
-from splitfuse.core.order import SHARE_OF_THE_LATE
 from splitfuse.core.targets import Targets
 from splitfuse.runtime.calibration import Calibration
 
@@ -45,15 +45,18 @@ def main() -> None:
     parser.add_argument(
         "--scatter", type=float, default=0.0, help="standard deviation of the logarithm of a pass's time"
     )
+    parser.add_argument(
+        "--late-share", type=float, default=LATE_SHARE, help="of each pass, for the oldest if it is late"
+    )
     arguments = parser.parse_args()
     machines = [calibration(name, replace(cost, scatter=arguments.scatter)) for name, cost in MACHINES.items()]
     machines = [machine for machine in machines if machine.name in (arguments.machine or MACHINES)]
     for machine in machines if arguments.requests else ():
-        effective(machine, arguments.requests)
+        effective(machine, arguments.requests, arguments.late_share)
     for machine in machines:
         virtual_time.run(beside_streams(machine))
     for machine in machines if arguments.hours else ():
-        virtual_time.run(overload(machine, arguments.hours))
+        virtual_time.run(overload(machine, arguments.hours, arguments.late_share))
 
 
 def papers(tokens_per_second: float | None) -> dict[str, str]:
@@ -67,18 +70,20 @@ def calibration(name: str, cost: CostModel) -> Calibration:
     return Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
 
 
-def deployment(machine: Calibration, targets: Mapping[str, str | None]) -> Deployment:
-    return Deployment(calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, **targets))
+def deployment(machine: Calibration, targets: Mapping[str, str | None], late_share: float = LATE_SHARE) -> Deployment:
+    return Deployment(
+        calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, late_share=late_share, **targets)
+    )
 
 
-def effective(machine: Calibration, requests: int) -> None:
+def effective(machine: Calibration, requests: int, late_share: float) -> None:
     print(f"\n{machine.name}: requests/s on time (all requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
     for speed in sla.SLAS:
         for promised in (None, speed):
             results = simulate(
-                deployment(machine, papers(promised)),
+                deployment(machine, papers(promised), late_share),
                 lambda target: Independent(Lengths(512, 64, room=target.room), target.vocabulary, seed=1),
                 loads,
                 system=machine.name,
@@ -113,10 +118,10 @@ async def beside_streams(machine: Calibration) -> None:
         )
 
 
-async def overload(machine: Calibration, hours: float) -> None:
+async def overload(machine: Calibration, hours: float, late_share: float) -> None:
     """Requests that come at 1.5 times the rate that can be served; more than `LET_IN` at once are refused."""
     promised = papers(4.0)
-    replica, targets, random = Replica(deployment(machine, promised)), Targets.parse(**promised), Random(2)
+    replica, targets, random = Replica(deployment(machine, promised, late_share)), Targets.parse(**promised), Random(2)
     loop = asyncio.get_running_loop()
     capacity = 1 / (machine.cost.per_token_beyond * (512 + 64))
     latencies: list[float] = []
@@ -142,12 +147,12 @@ async def overload(machine: Calibration, hours: float) -> None:
         task.add_done_callback(running.discard)
     seconds = loop.time()
     await asyncio.gather(*running)
-    bound = LET_IN / capacity / SHARE_OF_THE_LATE
+    bound = LET_IN / capacity / late_share
     print(
         f"\n{machine.name}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: "
         f"{len(latencies)} served, {refused} refused; {on_time / seconds:.2f} requests/s on time; "
         f"longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
-        f"({LET_IN} requests, one after the other, with {SHARE_OF_THE_LATE:.3g} of the machine)"
+        f"({LET_IN} requests, one after the other, with {late_share:.3g} of the machine)"
     )
 
 

@@ -23,6 +23,7 @@ KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
+LATE_SHARE, MOST_LATE_SHARE = 1 / 16, 1 / 4
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
@@ -85,6 +86,10 @@ class SchedulerConfig:
     keep_promises: bool = setting(
         False, "Keep what keys and requests ask to be promised, even if nothing is promised to everybody."
     )
+    late_share: float = setting(
+        LATE_SHARE,
+        "Part of each pass for the oldest request, once it is late or others come before it: at most 0.25.",
+    )
 
     def __post_init__(self) -> None:
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
@@ -93,6 +98,8 @@ class SchedulerConfig:
             parse_seconds("ttft", self.ttft.removesuffix(PER_TOKEN))
         if self.itl is not None:
             parse_seconds("itl", self.itl)
+        if not 0 < self.late_share <= MOST_LATE_SHARE:
+            raise ConfigError(f"late_share must be above 0 and at most {MOST_LATE_SHARE}, not {self.late_share}")
 
     @property
     def has_targets(self) -> bool:

@@ -83,6 +83,7 @@ class Deployment:
             "client_overhead": self.client_overhead,
             "ttft": self.scheduler.ttft,
             "itl": self.scheduler.itl,
+            "late_share": self.scheduler.late_share,
         }
 
 
@@ -161,11 +162,11 @@ class Replica:
         allocator = BlockAllocator(
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
         )
-        rule = None
-        if deployment.scheduler.keeps_promises:
-            rule = ByPromise(Forecast(calibration.cost), budget=deployment.scheduler.max_num_batched_tokens)
-        kind = scheduler_class(deployment.policy, deployment.scheduler)
-        self.scheduler: Scheduler = kind(deployment.scheduler, allocator, rule)
+        rule, config = None, deployment.scheduler
+        if config.keeps_promises:
+            budget, late_share = config.max_num_batched_tokens, config.late_share
+            rule = ByPromise(Forecast(calibration.cost), budget=budget, late_share=late_share)
+        self.scheduler: Scheduler = scheduler_class(deployment.policy, config)(config, allocator, rule)
         self._targets = Targets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)

@@ -21,6 +21,7 @@ from operator import attrgetter
 from statistics import median
 from typing import NamedTuple, Protocol
 
+from splitfuse.config import LATE_SHARE
 from splitfuse.core.cost_model import Features
 from splitfuse.core.demand import Demand
 from splitfuse.core.forecast import Forecast
@@ -28,8 +29,6 @@ from splitfuse.core.request import Priority, Request
 
 PATIENCE = 32
 """Passes after which a stream gets its token whatever else is urgent."""
-SHARE_OF_THE_LATE = 1 / 16
-"""Of a pass, that is kept for the oldest request once others come before it."""
 PART_OF_ALLOWANCE = 1 / 16
 """Of the time to a first token that is usually promised, that a pass takes: who comes meanwhile waits for its end."""
 KEPT_PACE = 0.9
@@ -109,13 +108,17 @@ class ByArrival:
 
     forecast: Forecast | None = None
 
+    def __init__(self, *, late_share: float = LATE_SHARE) -> None:
+        """`late_share`, of a pass, is kept for the oldest request once others come before it."""
+        self.late_share = late_share
+
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Order:
         """See Rule."""
         del now
         streams, prompts = _divided(running)
         claims = [each for part in (streams, prompts, waiting) for each in sorted(part, key=_by_place)]
         claims.sort(key=_by_class)
-        return Order([], claims, kept=SHARE_OF_THE_LATE if _is_overtaken(running, claims) else 0.0)
+        return Order([], claims, kept=self.late_share if _is_overtaken(running, claims) else 0.0)
 
     def victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """The newest of the lowest class, if it comes after `than`; the oldest of all takes from anybody."""
@@ -133,7 +136,8 @@ class ByPromise(ByArrival):
     and whenever one would be late the longest is given up; of several owners' that of the one who would have most.
     """
 
-    def __init__(self, forecast: Forecast, *, budget: int) -> None:
+    def __init__(self, forecast: Forecast, *, budget: int, late_share: float = LATE_SHARE) -> None:
+        super().__init__(late_share=late_share)
         self.forecast: Forecast = forecast
         self._budget = budget
 
@@ -163,7 +167,7 @@ class ByPromise(ByArrival):
 
         others = sorted((*spare, *prompts), key=rank)
         is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_STREAM
-        kept = SHARE_OF_THE_LATE if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
+        kept = self.late_share if is_last or _is_overtaken(running, (*urgent, *others)) else 0.0
         coming = min((r.due for r in urgent if length.heeds(r) and r.due > now), default=math.inf)
         urgent.sort(key=lambda r: (r.priority, r.due, r.arrival))
         return Order(urgent, others, min(seconds, self.forecast.margin * (coming - now)), kept)

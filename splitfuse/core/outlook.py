@@ -12,14 +12,9 @@ from dataclasses import dataclass
 
 from splitfuse.core.cost_model import Features
 from splitfuse.core.demand import Demand
-from splitfuse.core.order import SHARE_OF_THE_LATE, ByPromise, Rule
+from splitfuse.core.order import ByPromise, Rule
 from splitfuse.core.request import TIME_FOR_THE_LATE, Request
 from splitfuse.errors import InvalidRequestError, LateError
-
-SHARE = 1.0 - 2 * SHARE_OF_THE_LATE
-"""Of what is left for prompts: the oldest can come to be owed half of the rest, late or overtaken; the other half is
-for passes that end later than planned.
-"""
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,15 @@ def outlook(
     prompts = [*(r for r in running if not r.output_token_ids), *waiting]
     seconds = rule.length(streams, prompts, coming=[*prompts, request]).seconds
     seconds = min(seconds, _whole(rule, [*streams, *prompts, request]))
-    before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=SHARE)
+    share = 1.0 - 2 * rule.late_share  # the oldest can come to be owed half of that; half is for passes that end late
+    before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=share)
     beside = [*streams, *before]  # as they will stream when its turn comes
     ahead = [r for r in prompts if r in before or r.priority < request.priority]
     coming = [*(r for r in ahead if r in waiting), request]
     place, is_there = _place(coming, rule=rule, running=running, room=room, seconds=seconds)
 
     def first_token(tokens: int, streams: Sequence[Request]) -> float:
-        per_pass = SHARE * rule.prompt_tokens(Demand(streams), seconds)
+        per_pass = share * rule.prompt_tokens(Demand(streams), seconds)
         return math.ceil(tokens / per_pass) * seconds if per_pass else math.inf
 
     allowed = request.due - now
@@ -102,7 +98,7 @@ def outlook(
     first = max(place, first_token(queued, beside)) + own
     if first == math.inf:  # the streams leave prompts nothing: when they have ended
         first = max([place, *_ends(request, running, seconds)]) + alone * (1 + queued / request.num_wanted)
-    after = rule.hopeful([*prompts, request], beside, seconds=seconds, now=now, share=SHARE)
+    after = rule.hopeful([*prompts, request], beside, seconds=seconds, now=now, share=share)
     can_pace = not request.interval or seconds <= request.interval
     can_be_first = is_there and place + own <= allowed and (allowed == math.inf or after == before | {request})
     if can_pace and can_be_first:

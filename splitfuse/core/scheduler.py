@@ -47,7 +47,7 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, rule: Rule | None = None) -> None:
-        self._rule = rule or ByArrival()
+        self._rule = rule or ByArrival(late_share=config.late_share)
         self._budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
         self._allocator = allocator

@@ -56,7 +56,9 @@ class Engine:
         budget = config.scheduler.max_num_batched_tokens
         self.keeps_promises = cost is not None
         self._targets = Targets.parse(config.scheduler.ttft, config.scheduler.itl)
-        rule = None if cost is None else ByPromise(Forecast(cost), budget=budget)
+        rule = None
+        if cost is not None:
+            rule = ByPromise(Forecast(cost), budget=budget, late_share=config.scheduler.late_share)
         self.scheduler = scheduler(config.scheduler, self.allocator, rule)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 

@@ -265,3 +265,20 @@ def test_the_command_says_what_is_wrong(
     ended = command(*arguments)
     assert ended.exit_code == 1
     assert said in ended.output
+
+
+def test_the_larger_the_share_of_the_late_the_less_they_wait_and_the_fewer_are_on_time() -> None:
+    def answered(late_share: float) -> tuple[float, float]:
+        """Requests a second on time at 4 tokens a second, and the longest latency, where 16 clients are too many."""
+        promised = SchedulerConfig(ttft="62.5ms/token", itl="250ms", late_share=late_share)
+        slow = replace(CALIBRATION, cost=CostModel(floor=0.078, per_token=0.0, knee=4, per_token_beyond=0.0125))
+        results = run(
+            Deployment(calibration=slow, scheduler=promised), independent(128, 16), clients=(16,), requests=80
+        )
+        [point] = results.points
+        longest = max(record.done - record.sent for record in sla.counted(point))
+        return sla.effective_throughput(point, 4.0, 16.0), longest
+
+    on_time, waits = zip(*(answered(share) for share in (1 / 16, 1 / 8, 1 / 4)), strict=True)
+    assert on_time[0] > on_time[1] > on_time[2] > 0
+    assert waits[0] > 1.4 * waits[1] > 1.4**2 * waits[2]

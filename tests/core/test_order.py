@@ -7,9 +7,10 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
+from splitfuse.config import LATE_SHARE
 from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.core.forecast import LARGEST_MARGIN, Forecast
-from splitfuse.core.order import PATIENCE, SHARE_OF_THE_LATE, ByArrival, ByPromise, Order
+from splitfuse.core.order import PATIENCE, ByArrival, ByPromise, Order
 from splitfuse.core.request import TIME_FOR_THE_LATE, Priority, Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.targets import NO_TARGETS, Targets
@@ -149,7 +150,9 @@ def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> N
     ]
     order = rule().order(running, waiting, now=6.0)
     assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
-    assert order.kept == SHARE_OF_THE_LATE  # the oldest is late
+    assert order.kept == LATE_SHARE  # the oldest is late
+    more = ByPromise(Forecast(COST), budget=BUDGET, late_share=0.25)
+    assert more.order(running, waiting, now=6.0).kept == 0.25
 
 
 def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
@@ -251,4 +254,4 @@ def test_everybody_is_served_under_lasting_overload() -> None:
         run.plans.clear()
         run.outcomes = {name: run.outcomes[name] for name in begun}
     longest = max(*waits, *(run.now - since for since in begun.values()))
-    assert longest < most * alone / SHARE_OF_THE_LATE * 2
+    assert longest < most * alone / LATE_SHARE * 2
