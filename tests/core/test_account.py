@@ -39,7 +39,7 @@ def added_up_pass_by_pass(run: Run, name: str) -> dict[str, Fraction | float]:
 @pytest.mark.parametrize("promises", [False, True])
 def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) -> None:
     seen: set[Part] = set()
-    for seed in range(300):
+    for seed in range(150):
         run = Workload(seed).run(depth, promises=promises, ticks=True)
         for name, spent in run.spent.items():
             assert all(seconds > 0 for seconds in spent.parts.values())
