@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import LATE_SHARE, SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.draft import Draft
 from splitfuse.core.order import Rule
@@ -124,4 +124,6 @@ def scheduler_class(policy: str, config: SchedulerConfig) -> type[Scheduler]:
         raise ConfigError(f"there is no policy {policy!r}{did_you_mean(policy, POLICIES)}")
     if config.keeps_promises and policy != "splitfuse":
         raise ConfigError(f"the policy {policy} keeps no promises: leave ttft, itl and keep_promises out")
+    if config.late_share != LATE_SHARE and policy != "splitfuse":
+        raise ConfigError(f"the policy {policy} keeps no share for the oldest: leave late_share out")
     return POLICIES[policy]

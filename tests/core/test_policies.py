@@ -112,6 +112,8 @@ def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
     assert scheduler_class("splitfuse", config) is Scheduler
     with pytest.raises(ConfigError, match=f"the policy {policy} keeps no promises"):
         scheduler_class(policy, config)
+    with pytest.raises(ConfigError, match=f"the policy {policy} keeps no share for the oldest"):
+        scheduler_class(policy, SchedulerConfig(late_share=0.25))
 
 
 def test_plans_of_all_policies_say_the_same_budget() -> None:
