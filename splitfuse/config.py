@@ -88,7 +88,8 @@ class SchedulerConfig:
     )
     late_share: float = setting(
         LATE_SHARE,
-        "Part of each pass for the oldest request, once it is late or others come before it: at most 0.25.",
+        "Part of each pass for the oldest request if it is late or others come first, at most 0.25: more shortens the "
+        "longest wait, and leaves fewer on time.",
     )
 
     def __post_init__(self) -> None:

@@ -120,8 +120,9 @@ async def _live(
         _check_alive(serving)
         return
     admission = starting.result()
-    promised = [f"{name} {value}" for name in ("ttft", "itl") if (value := engine_settings.get(name)) is not None]
-    if promised:
+    names = ("ttft", "itl", "late_share")
+    promised = [f"{name} {value}" for name in names if (value := engine_settings.get(name)) is not None]
+    if engine_settings.get("ttft") or engine_settings.get("itl"):
         _say(f"splitfuse promises {', '.join(promised)}")
     _say(f"{control.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
     await _first(serving, signals.drain.wait())
