@@ -54,7 +54,7 @@ def main() -> None:
     for machine in machines if arguments.requests else ():
         effective(machine, arguments.requests, arguments.late_share)
     for machine in machines:
-        virtual_time.run(beside_streams(machine))
+        virtual_time.run(beside_streams(machine, arguments.late_share))
     for machine in machines if arguments.hours else ():
         virtual_time.run(overload(machine, arguments.hours, arguments.late_share))
 
@@ -70,7 +70,7 @@ def calibration(name: str, cost: CostModel) -> Calibration:
     return Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
 
 
-def deployment(machine: Calibration, targets: Mapping[str, str | None], late_share: float = LATE_SHARE) -> Deployment:
+def deployment(machine: Calibration, targets: Mapping[str, str | None], late_share: float) -> Deployment:
     return Deployment(
         calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, late_share=late_share, **targets)
     )
@@ -97,10 +97,10 @@ def effective(machine: Calibration, requests: int, late_share: float) -> None:
             print(f"{speed:8g} {'by promise' if promised else 'by age':10}" + "".join(cells))
 
 
-async def beside_streams(machine: Calibration) -> None:
+async def beside_streams(machine: Calibration, late_share: float) -> None:
     """Gaps of 8 streams that were promised a token every 250 ms, while a prompt of 4,000 tokens is computed."""
     for itl in (None, "250ms"):
-        replica, random = Replica(deployment(machine, {"itl": itl})), Random(1)
+        replica, random = Replica(deployment(machine, {"itl": itl}, late_share)), Random(1)
 
         async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
             tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - asked before the loop goes on

@@ -22,8 +22,7 @@ from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel, Features, features
-from splitfuse.core.forecast import Forecast
-from splitfuse.core.order import ByPromise
+from splitfuse.core.order import make_rule
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policies import scheduler_class
 from splitfuse.core.request import Request
@@ -162,12 +161,10 @@ class Replica:
         allocator = BlockAllocator(
             calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
         )
-        rule, config = None, deployment.scheduler
-        if config.keeps_promises:
-            budget, late_share = config.max_num_batched_tokens, config.late_share
-            rule = ByPromise(Forecast(calibration.cost), budget=budget, late_share=late_share)
+        config = deployment.scheduler
+        rule = make_rule(config, calibration.cost if config.keeps_promises else None)
         self.scheduler: Scheduler = scheduler_class(deployment.policy, config)(config, allocator, rule)
-        self._targets = Targets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
+        self._targets = Targets.parse(config.ttft, config.itl)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)
         self._pass_overhead = deployment.pass_overhead

@@ -48,9 +48,12 @@ class Forecast:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._log_floor = self._log_beyond = 0.0
-        self.factors = (1.0, 1.0)
-        """How many times longer the floor of a pass takes than the cost model says, and what it takes beyond."""
         self._log_over = _within_margins(NormalDist().inv_cdf(IN_TIME) * cost.scatter)  # longer than predicted
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """How many times longer the floor of a pass takes than the cost model says, and what it takes beyond."""
+        return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     @property
     def margin(self) -> float:
@@ -79,7 +82,6 @@ class Forecast:
         step = GAIN * _clamped(miss, -MOST, MOST) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
         self._log_floor = _clamped(self._log_floor + step * (floor + COMMON), -BOUND, BOUND)
         self._log_beyond = _clamped(self._log_beyond + step * (beyond + COMMON), -BOUND, BOUND)
-        self.factors = math.exp(self._log_floor), math.exp(self._log_beyond)
         # Passes of little but the floor are short, and planned far from any due time.
         change = MARGIN_GAIN * beyond * (IN_TIME if miss > self._log_over else IN_TIME - 1.0)
         self._log_over = _within_margins(self._log_over + change)

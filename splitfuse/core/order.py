@@ -21,8 +21,8 @@ from operator import attrgetter
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from splitfuse.config import LATE_SHARE
-from splitfuse.core.cost_model import Features
+from splitfuse.config import LATE_SHARE, SchedulerConfig
+from splitfuse.core.cost_model import CostModel, Features
 from splitfuse.core.demand import Demand
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.request import Priority, Request
@@ -150,7 +150,7 @@ class ByPromise(ByArrival):
         length = self.length(streams, prompts)
         seconds = length.seconds
         urgent = [r for r in streams if r.due <= now + 2 * seconds or r.num_passed_over >= PATIENCE]
-        hopeful = self.hopeful(prompts, streams, seconds=seconds, now=now)
+        hopeful = self.hopeful(prompts, Demand(streams), seconds=seconds, now=now)
         spare = set(streams).difference(urgent)
 
         def rank(request: Request) -> tuple[int, Rank, float, int]:
@@ -223,7 +223,7 @@ class ByPromise(ByArrival):
     def hopeful(
         self,
         prompts: Sequence[Request],
-        streams: Sequence[Request],
+        demand: Demand,
         *,
         seconds: float,
         now: float,
@@ -235,7 +235,7 @@ class ByPromise(ByArrival):
         promised = [r for r in prompts if now < r.due < math.inf and not r.is_late]
         if not promised:
             return set()
-        per_pass = share * self.prompt_tokens(Demand(streams), seconds)
+        per_pass = share * self.prompt_tokens(demand, seconds)
         kept: set[Request] = set()
         wanted = {r: r.num_wanted for r in prompts}
         above = 0  # tokens of prompts of higher classes, which come first in any case
@@ -258,6 +258,13 @@ class ByPromise(ByArrival):
         beside = demand.within(seconds, margin=self.forecast.margin)
         most = max(self._budget - beside.tokens, 0)
         return self.forecast.tokens_within(seconds, beside, start=0, most=most, rows=1)
+
+
+def make_rule(config: SchedulerConfig, cost: CostModel | None = None) -> Rule:
+    """By promise, if there is a cost model to predict passes with."""
+    if cost is None:
+        return ByArrival(late_share=config.late_share)
+    return ByPromise(Forecast(cost), budget=config.max_num_batched_tokens, late_share=config.late_share)
 
 
 class _Chosen:

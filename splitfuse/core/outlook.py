@@ -80,22 +80,22 @@ def outlook(
     seconds = rule.length(streams, prompts, coming=[*prompts, request]).seconds
     seconds = min(seconds, _whole(rule, [*streams, *prompts, request]))
     share = 1.0 - 2 * rule.late_share  # the oldest can come to be owed half of that; half is for passes that end late
-    before = rule.hopeful(prompts, streams, seconds=seconds, now=now, share=share)
-    beside = [*streams, *before]  # as they will stream when its turn comes
+    before = rule.hopeful(prompts, Demand(streams), seconds=seconds, now=now, share=share)
+    beside = Demand([*streams, *before])  # as they will stream when its turn comes
+    per_pass = share * rule.prompt_tokens(beside, seconds)
     ahead = [r for r in prompts if r in before or r.priority < request.priority]
     coming = [*(r for r in ahead if r in waiting), request]
     place, is_there = _place(coming, rule=rule, running=running, room=room, seconds=seconds)
 
-    def first_token(tokens: int, streams: Sequence[Request]) -> float:
-        per_pass = share * rule.prompt_tokens(Demand(streams), seconds)
+    def first_token(tokens: int) -> float:
         return math.ceil(tokens / per_pass) * seconds if per_pass else math.inf
 
     allowed = request.due - now
     alone = _alone(request, rule)
     if alone > allowed or alone == math.inf:
         return Outlook(alone, math.inf)
-    own, queued = first_token(request.num_wanted, beside), sum(r.num_wanted for r in ahead)
-    first = max(place, first_token(queued, beside)) + own
+    own, queued = first_token(request.num_wanted), sum(r.num_wanted for r in ahead)
+    first = max(place, first_token(queued)) + own
     if first == math.inf:  # the streams leave prompts nothing: when they have ended
         first = max([place, *_ends(request, running, seconds)]) + alone * (1 + queued / request.num_wanted)
     after = rule.hopeful([*prompts, request], beside, seconds=seconds, now=now, share=share)

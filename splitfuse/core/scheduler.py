@@ -28,7 +28,7 @@ from splitfuse.core.cost_model import features
 from splitfuse.core.draft import Draft
 from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.order import ByArrival, Rule
+from splitfuse.core.order import Rule, make_rule
 from splitfuse.core.outlook import Room, check_on_time
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
@@ -47,7 +47,7 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, rule: Rule | None = None) -> None:
-        self._rule = rule or ByArrival(late_share=config.late_share)
+        self._rule = rule or make_rule(config)
         self._budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
         self._allocator = allocator

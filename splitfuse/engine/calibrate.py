@@ -209,8 +209,8 @@ COARSE = Grid(
         *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 240) for start in (0, 512)),
     ],
     [
-        *(generating(rows, 512) for rows in (3, 12, 32)),
-        *(prompt(count, 768) for count in (8, 32, 128)),
+        *(generating(rows, context) for rows in (3, 6, 12) for context in (128, 512)),
+        *(prompt(count, 768) for count in (8, 24, 32, 48, 128)),
         *(mixed(8, 384, count, 900) for count in (24, 64, 200)),
     ],
 )

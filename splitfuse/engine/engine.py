@@ -10,9 +10,8 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.account import Spent
 from splitfuse.core.block_allocator import BlockAllocator
 from splitfuse.core.cost_model import CostModel
-from splitfuse.core.forecast import Forecast
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.order import ByPromise
+from splitfuse.core.order import make_rule
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
@@ -53,13 +52,9 @@ class Engine:
         self.allocator = BlockAllocator(
             plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
-        budget = config.scheduler.max_num_batched_tokens
         self.keeps_promises = cost is not None
         self._targets = Targets.parse(config.scheduler.ttft, config.scheduler.itl)
-        rule = None
-        if cost is not None:
-            rule = ByPromise(Forecast(cost), budget=budget, late_share=config.scheduler.late_share)
-        self.scheduler = scheduler(config.scheduler, self.allocator, rule)
+        self.scheduler = scheduler(config.scheduler, self.allocator, make_rule(config.scheduler, cost))
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod

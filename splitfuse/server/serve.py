@@ -122,7 +122,7 @@ async def _live(
     admission = starting.result()
     names = ("ttft", "itl", "late_share")
     promised = [f"{name} {value}" for name in names if (value := engine_settings.get(name)) is not None]
-    if engine_settings.get("ttft") or engine_settings.get("itl"):
+    if EngineConfig.from_settings(engine_settings).scheduler.has_targets:
         _say(f"splitfuse promises {', '.join(promised)}")
     _say(f"{control.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
     await _first(serving, signals.drain.wait())

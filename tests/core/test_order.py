@@ -9,6 +9,7 @@ from scheduler_harness import Run
 
 from splitfuse.config import LATE_SHARE
 from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.demand import Demand
 from splitfuse.core.forecast import LARGEST_MARGIN, Forecast
 from splitfuse.core.order import PATIENCE, ByArrival, ByPromise, Order
 from splitfuse.core.request import TIME_FOR_THE_LATE, Priority, Request, RequestStatus
@@ -82,7 +83,7 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
         prompts = [request(f"other{n}", 60, Targets(0.9), arrived=n / 1000) for n in range(5)]
         prompts.append(request("taken", 590, Targets(1.0), arrived=0.01))
         prompts[-1].on_time_only = on_time_only
-        return sorted(each.request_id for each in rule().hopeful(prompts, [], seconds=0.11, now=0.0))
+        return sorted(each.request_id for each in rule().hopeful(prompts, Demand([]), seconds=0.11, now=0.0))
 
     assert len(hopeful(on_time_only=False)) == 6  # 890 tokens
     assert [name[:5] for name in hopeful(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from threads import wait_for_threads
 from tiny_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
@@ -173,14 +174,6 @@ def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
         render(source)
 
 
-def wait_for_templates() -> None:
-    """Return when the last of their threads has ended."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("chat template"):
-            thread.join(20.0)
-            assert not thread.is_alive()
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_deadline.py
 @pytest.mark.parametrize(
     "source",
@@ -205,7 +198,7 @@ def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> Non
     caller.start()
     caller.join()
     assert len(caught) == 2
-    wait_for_templates()
+    wait_for_threads("chat template")
     assert threading.active_count() == before  # the work has ended too, not only the waiting for it
 
 
@@ -213,4 +206,4 @@ def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> Non
 def test_a_slow_compilation_is_stopped_too() -> None:
     with pytest.raises(TokenizerError, match="stopped"):
         ChatTemplate("{{ x }}" * 200_000, deadline=0.05)
-    wait_for_templates()
+    wait_for_threads("chat template")

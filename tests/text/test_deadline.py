@@ -4,6 +4,7 @@ import threading
 import weakref
 
 import pytest
+from threads import wait_for_threads
 
 from splitfuse.text.deadline import within
 
@@ -33,7 +34,5 @@ def test_an_exception_that_a_callback_swallows_is_raised_again() -> None:
 
     with pytest.raises(TimeoutError, match=r"^stopped: it ran for more than 0\.05 s$"):
         within(0.05, work, "endless work")
-    for thread in threading.enumerate():
-        if thread.name.startswith("endless work"):
-            thread.join(20.0)
+    wait_for_threads("endless work")
     assert not any(thread.name.startswith("endless work") for thread in threading.enumerate())
