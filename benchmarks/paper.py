@@ -1,7 +1,7 @@
 """The simulator beside the headline figures of DeepSpeed-FastGen (arXiv 2401.08671): `python -m benchmarks.paper`.
 
-Llama-2 70B on four A100-80GB (splitfuse/bench/published.py), prompts of 2600 tokens, answers of 60, closed loops of 1
-to 32 clients. Its vLLM twice: prefill-first on the same machine, where nothing differs but the policy; and with the
+Llama-2 70B on four A100-80GB (splitfuse/simulator/machines.py), prompts of 2600 tokens, answers of 60, closed loops of
+1 to 32 clients. Its vLLM twice: prefill-first on the same machine, where nothing differs but the policy; and with the
 attention kernel and the loop of vLLM 0.2. Nothing was fitted to the paper's figures.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from splitfuse.bench.measure import Loads
-from splitfuse.bench.published import MACHINES
 from splitfuse.bench.results import Results
-from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import SchedulerConfig
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.machines import MACHINES
+from splitfuse.simulator.simulate import Deployment, simulate
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 PROMPT, GENERATE = 2600, 60

@@ -1,9 +1,9 @@
-"""The ablation: Dynamic SplitFuse against three older ways to compose a pass, on the same engine and kernels.
+"""The ablation: Dynamic SplitFuse against three older ways to compose a step, on the same engine and kernels.
 
     python -m benchmarks.policies [--model DIR] [--quantization int8] --out FOLDER            # the engine itself
     python -m benchmarks.policies --simulate [--machine a100-70b] --out FOLDER               # on a virtual clock
 
-Each policy (core/policies.py) has its own best budget: the one of `--budgets` with the highest effective throughput,
+Each policy (core/baselines.py) has its own best budget: the one of `--budgets` with the highest effective throughput,
 on average over all clients and SLAs, of equals the one with the lowest token latency, in a simulation with this
 machine's cost model, which is made if none is kept.
 Then all are driven in turns, at each number of clients one after the other, on one model that is loaded once. Nobody is
@@ -24,21 +24,21 @@ from typing import Any
 
 from splitfuse.bench import sla
 from splitfuse.bench.measure import Loads, MakeWorkload, measure
-from splitfuse.bench.published import MACHINES
-from splitfuse.bench.report import write_report
+from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
-from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.policies import POLICIES, scheduler_class
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient
-from splitfuse.engine.calibrate import kept_or_new
+from splitfuse.core.baselines import POLICIES, scheduler_class
+from splitfuse.engine.client import AsyncEngine, EngineClient
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.profile import load_or_profile
 from splitfuse.runtime.calibration import Calibration, load
+from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.loading import LoadedModel, load_model
-from splitfuse.runtime.machine import about_here
+from splitfuse.simulator.machines import MACHINES
+from splitfuse.simulator.simulate import Deployment, simulate
 
 OURS = "splitfuse"
 AS_GOOD = 0.02
@@ -136,8 +136,8 @@ def cost_model(
     if file is not None:
         return load(file)
     assert model is not None
-    print("unless a cost model is kept, passes are timed now", file=sys.stderr, flush=True)
-    return kept_or_new(Engine, EngineConfig.from_settings(settings), model)
+    print("unless a cost model is kept, steps are timed now", file=sys.stderr, flush=True)
+    return load_or_profile(Engine, EngineConfig.from_settings(settings), model)
 
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:
@@ -149,7 +149,7 @@ def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) ->
         enable_prefix_caching=False,
     )
     loads = plan.loads(plan.clients, repeat=plan.repeat)
-    return simulate(deployment, plan.workload(plan.seed), loads, system=label(policy, budget), about=about_here())
+    return simulate(deployment, plan.workload(plan.seed), loads, system=label(policy, budget), about=environment_info())
 
 
 def best_budget(plan: Plan, calibration: Calibration, policy: str) -> int:
@@ -191,7 +191,7 @@ def measured(
     plan: Plan, model: LoadedModel, settings: Mapping[str, Any], budgets: Mapping[str, int], out: Path
 ) -> dict[str, Results]:
     """In turns: at each number of clients one policy after the other, the other way round each second time."""
-    about = about_here()
+    about = environment_info()
     results: dict[str, Results] = {}
     for repetition, clients, policies in _turns(plan):
         for policy in policies:

@@ -1,11 +1,11 @@
 """What promises bring, in simulation: the same load with and without, on machines of two lines each.
 
-    python -m benchmarks.promises [--machine int8] [--requests N] [--hours H] [--scatter S]
+    python -m benchmarks.promises [--machine int8] [--requests N] [--hours H] [--noise S]
         [--late-share P]
 
-A pass costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
+A step costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
 on the shape of Qwen2.5-0.5B. Prompts Normal(512), answers Normal(64), closed loops; promised are a first token within
-prompt/512 seconds, and 2, 4 or 6 tokens a second. Equal passes take equal times, or scatter by S (0.08 on a virtual
+prompt/512 seconds, and 2, 4 or 6 tokens a second. Equal steps take equal times, or scatter by S (0.08 on a virtual
 machine that we measured). Then a prompt of 4,000 tokens beside 8 streams, and hours at one and a half times what the
 machine can do, with at most 128 requests let in.
 """
@@ -19,15 +19,16 @@ from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
-from splitfuse.bench import sla, virtual_time
+from splitfuse.bench import sla
 from splitfuse.bench.measure import Loads
 from splitfuse.bench.results import RequestRecord
-from splitfuse.bench.simulate import Bytes, Deployment, Replica, simulate
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest
-from splitfuse.config import LATE_SHARE, SchedulerConfig
-from splitfuse.core.cost_model import CostModel
-from splitfuse.core.targets import Targets
+from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator import virtual_time
+from splitfuse.simulator.simulate import Bytes, Deployment, Replica, simulate
 
 MACHINES = {
     "int8": CostModel(floor=0.009, per_token=0.0, knee=8 / 0.42, per_token_beyond=0.42e-3),
@@ -42,21 +43,19 @@ def main() -> None:
     parser.add_argument("--machine", choices=MACHINES, action="append", help="only this one")
     parser.add_argument("--requests", type=int, default=500, help="that count at each point; 0 leaves those out")
     parser.add_argument("--hours", type=float, default=24.0, help="of overload; 0 leaves it out")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of the logarithm of a step's time")
     parser.add_argument(
-        "--scatter", type=float, default=0.0, help="standard deviation of the logarithm of a pass's time"
-    )
-    parser.add_argument(
-        "--late-share", type=float, default=LATE_SHARE, help="of each pass, for the oldest if it is late"
+        "--late-share", type=float, default=TAIL_SHARE, help="of each step, for the oldest if it is late"
     )
     arguments = parser.parse_args()
-    machines = [calibration(name, replace(cost, scatter=arguments.scatter)) for name, cost in MACHINES.items()]
+    machines = [calibration(name, replace(cost, noise=arguments.noise)) for name, cost in MACHINES.items()]
     machines = [machine for machine in machines if machine.name in (arguments.machine or MACHINES)]
     for machine in machines if arguments.requests else ():
-        effective(machine, arguments.requests, arguments.late_share)
+        effective(machine, arguments.requests, arguments.tail_share)
     for machine in machines:
-        virtual_time.run(beside_streams(machine, arguments.late_share))
+        virtual_time.run(beside_streams(machine, arguments.tail_share))
     for machine in machines if arguments.hours else ():
-        virtual_time.run(overload(machine, arguments.hours, arguments.late_share))
+        virtual_time.run(overload(machine, arguments.hours, arguments.tail_share))
 
 
 def papers(tokens_per_second: float | None) -> dict[str, str]:
@@ -70,20 +69,20 @@ def calibration(name: str, cost: CostModel) -> Calibration:
     return Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
 
 
-def deployment(machine: Calibration, targets: Mapping[str, str | None], late_share: float) -> Deployment:
+def deployment(machine: Calibration, targets: Mapping[str, str | None], tail_share: float) -> Deployment:
     return Deployment(
-        calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, late_share=late_share, **targets)
+        calibration=machine, scheduler=SchedulerConfig(max_num_seqs=LET_IN, tail_share=tail_share, **targets)
     )
 
 
-def effective(machine: Calibration, requests: int, late_share: float) -> None:
+def effective(machine: Calibration, requests: int, tail_share: float) -> None:
     print(f"\n{machine.name}: requests/s on time (all requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
     for speed in sla.SLAS:
         for promised in (None, speed):
             results = simulate(
-                deployment(machine, papers(promised), late_share),
+                deployment(machine, papers(promised), tail_share),
                 lambda target: Independent(Lengths(512, 64, room=target.room), target.vocabulary, seed=1),
                 loads,
                 system=machine.name,
@@ -97,10 +96,10 @@ def effective(machine: Calibration, requests: int, late_share: float) -> None:
             print(f"{speed:8g} {'by promise' if promised else 'by age':10}" + "".join(cells))
 
 
-async def beside_streams(machine: Calibration, late_share: float) -> None:
+async def beside_streams(machine: Calibration, tail_share: float) -> None:
     """Gaps of 8 streams that were promised a token every 250 ms, while a prompt of 4,000 tokens is computed."""
     for itl in (None, "250ms"):
-        replica, random = Replica(deployment(machine, {"itl": itl}, late_share)), Random(1)
+        replica, random = Replica(deployment(machine, {"itl": itl}, tail_share)), Random(1)
 
         async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
             tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - asked before the loop goes on
@@ -118,10 +117,14 @@ async def beside_streams(machine: Calibration, late_share: float) -> None:
         )
 
 
-async def overload(machine: Calibration, hours: float, late_share: float) -> None:
+async def overload(machine: Calibration, hours: float, tail_share: float) -> None:
     """Requests that come at 1.5 times the rate that can be served; more than `LET_IN` at once are refused."""
     promised = papers(4.0)
-    replica, targets, random = Replica(deployment(machine, promised, late_share)), Targets.parse(**promised), Random(2)
+    replica, targets, random = (
+        Replica(deployment(machine, promised, tail_share)),
+        SloTargets.parse(**promised),
+        Random(2),
+    )
     loop = asyncio.get_running_loop()
     capacity = 1 / (machine.cost.per_token_beyond * (512 + 64))
     latencies: list[float] = []
@@ -147,12 +150,12 @@ async def overload(machine: Calibration, hours: float, late_share: float) -> Non
         task.add_done_callback(running.discard)
     seconds = loop.time()
     await asyncio.gather(*running)
-    bound = LET_IN / capacity / late_share
+    bound = LET_IN / capacity / tail_share
     print(
         f"\n{machine.name}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: "
         f"{len(latencies)} served, {refused} refused; {on_time / seconds:.2f} requests/s on time; "
         f"longest latency {max(latencies):.0f} s, bound {bound:.0f} s "
-        f"({LET_IN} requests, one after the other, with {late_share:.3g} of the machine)"
+        f"({LET_IN} requests, one after the other, with {tail_share:.3g} of the machine)"
     )
 
 

@@ -25,7 +25,7 @@ import torch
 
 import splitfuse
 from splitfuse.errors import ConfigError
-from splitfuse.text.chat import ChatTemplate
+from splitfuse.text.chat_template import ChatTemplate
 from splitfuse.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "bundled_model"))

@@ -1,8 +1,8 @@
 """The main job on the bundled model: stories and questions, short and long mixed, answered together.
 
-Shows the answers as they stream, then what every forward pass was made of, then how often the model is right on stories
-that it has never seen. `python examples/demo.py`, or `make demo`. With `--picture passes.png` the passes and their
-times are drawn into a file too, beside the times that a cost model predicts, for which passes are timed once, for some
+Shows the answers as they stream, then what every forward step was made of, then how often the model is right on stories
+that it has never seen. `python examples/demo.py`, or `make demo`. With `--picture steps.png` the steps and their
+times are drawn into a file too, beside the times that a cost model predicts, for which steps are timed once, for some
 seconds; that needs matplotlib.
 """
 
@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 import splitfuse
-from splitfuse.bench.pass_picture import PassShown, Piece, draw_passes, save_picture
-from splitfuse.bench.style import require_matplotlib
+from splitfuse.bench.report.step_timeline import Piece, StepShown, draw_steps, save_picture
+from splitfuse.bench.report.style import require_matplotlib
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import RequestOutput
 from splitfuse.engine.engine import Engine
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
 from exam import count_right, held_out_problems  # noqa: E402
 
-BUDGET = 64  # tokens of a pass: one column of the picture each
+BUDGET = 64  # tokens of a step: one column of the picture each
 NUM_HELD_OUT = 100
 COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 
@@ -40,17 +40,17 @@ console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a pass was made of, the seconds it took, and those predicted of it just before, if any were."""
+class Step:
+    """What a step was made of, the seconds it took, and those predicted of it just before, if any were."""
 
     plan: StepPlan
     seconds: float
     predicted: float | None
 
 
-def watch(engine: Engine) -> list[Pass]:
-    """The passes of an engine, as they come."""
-    passes: list[Pass] = []
+def watch(engine: Engine) -> list[Step]:
+    """The steps of an engine, as they come."""
+    steps: list[Step] = []
     plans: list[StepPlan] = []
     engine.observer = lambda plan, _: plans.append(plan)
     step = engine.step
@@ -60,11 +60,11 @@ def watch(engine: Engine) -> list[Pass]:
         outputs = step()
         if plans:
             predicted = engine.scheduler.predicted_seconds or None
-            passes.append(Pass(plans.pop(), time.perf_counter() - started, predicted))
+            steps.append(Step(plans.pop(), time.perf_counter() - started, predicted))
         return outputs
 
     engine.step = timed_step  # type: ignore[method-assign]
-    return passes
+    return steps
 
 
 def main(picture: Path | None) -> None:
@@ -73,20 +73,20 @@ def main(picture: Path | None) -> None:
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
     # Engines that keep promises predict passes; the first start times some, with a bar
-    pipe = splitfuse.pipeline(progress=True, max_num_batched_tokens=BUDGET, keep_promises=picture is not None)
-    passes = watch(pipe.engine)
+    pipe = splitfuse.pipeline(progress=True, max_num_batched_tokens=BUDGET, enable_slo=picture is not None)
+    steps = watch(pipe.engine)
     seconds, right = answer(pipe, problems)
-    plans = [each.plan for each in passes]
+    plans = [each.plan for each in steps]
     draw(plans)
     tokens = sum(plan.num_tokens for plan in plans)
     full = sum(plan.num_tokens == BUDGET for plan in plans)
     console.print(
-        f"{right} of {len(problems)} right.  {tokens} tokens in {len(passes)} passes and {seconds:.2f} s: "
+        f"{right} of {len(problems)} right.  {tokens} tokens in {len(steps)} passes and {seconds:.2f} s: "
         f"{tokens / seconds:.0f} tokens/s.\n"
         f"The budget was full in {full} passes; in the others nothing was left to compute.\n"
     )
     if picture is not None:
-        save(passes, picture)
+        save(steps, picture)
     hold_exam()
 
 
@@ -120,9 +120,9 @@ def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[fl
 
 
 def draw(plans: list[StepPlan]) -> None:
-    """A line for each pass, a character for each token: capitals are prompt, small letters are generated."""
+    """A line for each step, a character for each token: capitals are prompt, small letters are generated."""
     console.print(
-        "\nWhat each forward pass was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
+        "\nWhat each forward step was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
     )
     indices: dict[str, int] = {}  # requests are begun in their order
     for number, plan in enumerate(plans, start=1):
@@ -138,11 +138,11 @@ def draw(plans: list[StepPlan]) -> None:
     console.print()
 
 
-def save(passes: list[Pass], file: Path) -> None:
-    """The same with the time of each pass and its prediction, as a picture."""
+def save(steps: list[Step], file: Path) -> None:
+    """The same with the time of each step and its prediction, as a picture."""
     names: dict[str, str] = {}
     shown = [
-        PassShown(
+        StepShown(
             [
                 Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_generation(c))
                 for c in each.plan.chunks
@@ -150,10 +150,10 @@ def save(passes: list[Pass], file: Path) -> None:
             each.seconds,
             each.predicted,
         )
-        for each in passes
+        for each in steps
     ]
-    save_picture(draw_passes(shown, budget=BUDGET), file)
-    console.print(f"{file} shows the passes, their times and what was predicted of them\n")
+    save_picture(draw_steps(shown, budget=BUDGET), file)
+    console.print(f"{file} shows the steps, their times and what was predicted of them\n")
 
 
 def is_generation(chunk: Chunk) -> bool:
@@ -185,7 +185,7 @@ def colour(index: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--picture", type=Path, help="a .png, .svg or .pdf to draw the passes into")
+    parser.add_argument("--picture", type=Path, help="a .png, .svg or .pdf to draw the steps into")
     try:
         main(parser.parse_args().picture)
     except KeyboardInterrupt:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitfuse.api import Pipeline, Response, pipeline
+    from splitfuse.client.client import AsyncClient
+    from splitfuse.client.sync import Client, async_client, client, serve
+    from splitfuse.client.wire import RemotePiece, RemoteResponse
     from splitfuse.config import EngineConfig
     from splitfuse.core.request import FinishReason
     from splitfuse.core.sampling_params import SamplingParams
     from splitfuse.engine.engine import Engine
-    from splitfuse.engine.ragged_engine import RaggedEngine
+    from splitfuse.engine.ragged import RaggedEngine
     from splitfuse.errors import (
         ConfigError,
         DrainingError,
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
-    from splitfuse.server.async_client import AsyncClient
-    from splitfuse.server.client import Client, async_client, client, serve
-    from splitfuse.server.client_wire import RemotePiece, RemoteResponse
 
 __version__ = "0.1.0"
 
@@ -78,21 +78,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncClient": "splitfuse.server.async_client",
-    "Client": "splitfuse.server.client",
+    "AsyncClient": "splitfuse.client.client",
+    "Client": "splitfuse.client.sync",
     "Engine": "splitfuse.engine.engine",
     "EngineConfig": "splitfuse.config",
     "FinishReason": "splitfuse.core.request",
     "Pipeline": "splitfuse.api",
-    "RaggedEngine": "splitfuse.engine.ragged_engine",
-    "RemotePiece": "splitfuse.server.client_wire",
-    "RemoteResponse": "splitfuse.server.client_wire",
+    "RaggedEngine": "splitfuse.engine.ragged",
+    "RemotePiece": "splitfuse.client.wire",
+    "RemoteResponse": "splitfuse.client.wire",
     "Response": "splitfuse.api",
     "SamplingParams": "splitfuse.core.sampling_params",
-    "async_client": "splitfuse.server.client",
-    "client": "splitfuse.server.client",
+    "async_client": "splitfuse.client.sync",
+    "client": "splitfuse.client.sync",
     "pipeline": "splitfuse.api",
-    "serve": "splitfuse.server.client",
+    "serve": "splitfuse.client.sync",
 }
 
 

@@ -1,5 +1,5 @@
-"""The facade: `pipeline()`, with the call of DeepSpeed-MII. Its keywords are in text/keywords.py; `serve()` and
-`client()` are in server/client.py.
+"""The facade: `pipeline()`, with the call of DeepSpeed-MII. Its keywords are in text/kwargs.py; `serve()` and
+`client()` are in client/sync.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine, Observer
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
-from splitfuse.models.hub import resolve_model
+from splitfuse.models.sources.hub import resolve_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
-from splitfuse.text.generate import Generation, Message, Prompt, TextGenerator, Timings, with_room
-from splitfuse.text.keywords import (
+from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, Timings, clamp_max_tokens
+from splitfuse.text.kwargs import (
     DEFAULT_MAX_NEW_TOKENS,
     as_list,
     check_flag,
@@ -86,7 +86,7 @@ def pipeline(
 
     `model` is a folder or a Hugging Face Hub name; left out, the small bundled model. `settings` are those of
     EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With `progress`,
-    the memory plan and a bar while loading go to standard error; `observer` sees every forward pass. Raises
+    the memory plan and a bar while loading go to standard error; `observer` sees every forward step. Raises
     ConfigError, ModelError or MemoryPlanError.
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
@@ -241,7 +241,7 @@ class Pipeline:
         """`params` with its length settled: `max_length` counts the prompt, `max_new_tokens` does not; both hold."""
         limit, length = self.engine.max_model_len, len(prompt.token_ids)
         if max_length is None:
-            return params if params.max_tokens else with_room(params, prompt, DEFAULT_MAX_NEW_TOKENS, limit)
+            return params if params.max_tokens else clamp_max_tokens(params, prompt, DEFAULT_MAX_NEW_TOKENS, limit)
         if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
             raise InvalidRequestError(
                 f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
@@ -259,7 +259,7 @@ class Pipeline:
                 f"{max_length - length} after a prompt of {length} tokens",
                 parameter="min_new_tokens",
             )
-        return with_room(params, prompt, params.max_tokens or max_length, max_length)
+        return clamp_max_tokens(params, prompt, params.max_tokens or max_length, max_length)
 
     def _response(self, generation: Generation, index: int, return_full_text: bool) -> Response:
         assert generation.finish_reason is not None

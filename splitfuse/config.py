@@ -23,7 +23,7 @@ KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
-LATE_SHARE, MOST_LATE_SHARE = 1 / 16, 1 / 4
+TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
@@ -75,20 +75,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """How forward passes are composed."""
+    """How forward steps are composed."""
 
-    max_num_batched_tokens: int = setting(256, "The token budget of one forward pass.")
+    max_num_batched_tokens: int = setting(256, "The token budget of one forward step.")
     max_num_seqs: int = setting(64, "Most requests running at once.")
     ttft: str | None = setting(
         None, "Time to the first token that requests are promised: 1s, or 2ms/token for each token of the prompt."
     )
     itl: str | None = setting(None, "Time between tokens that requests are promised, such as 250ms.")
-    keep_promises: bool = setting(
+    enable_slo: bool = setting(
         False, "Keep what keys and requests ask to be promised, even if nothing is promised to everybody."
     )
-    late_share: float = setting(
-        LATE_SHARE,
-        "Part of each pass for the oldest request if it is late or others come first, at most 0.25: more shortens the "
+    tail_share: float = setting(
+        TAIL_SHARE,
+        "Part of each step for the oldest request if it is late or others come first, at most 0.25: more shortens the "
         "longest wait, and leaves fewer on time.",
     )
 
@@ -99,8 +99,8 @@ class SchedulerConfig:
             parse_seconds("ttft", self.ttft.removesuffix(PER_TOKEN))
         if self.itl is not None:
             parse_seconds("itl", self.itl)
-        if not 0 < self.late_share <= MOST_LATE_SHARE:
-            raise ConfigError(f"late_share must be above 0 and at most {MOST_LATE_SHARE}, not {self.late_share}")
+        if not 0 < self.tail_share <= MAX_TAIL_SHARE:
+            raise ConfigError(f"tail_share must be above 0 and at most {MAX_TAIL_SHARE}, not {self.tail_share}")
 
     @property
     def has_targets(self) -> bool:
@@ -108,9 +108,9 @@ class SchedulerConfig:
         return self.ttft is not None or self.itl is not None
 
     @property
-    def keeps_promises(self) -> bool:
+    def slo_enabled(self) -> bool:
         """Whether anything is promised, or may be."""
-        return self.keep_promises or self.has_targets
+        return self.enable_slo or self.has_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ class ServerConfig:
     max_queued_tokens: int = setting(4_194_304, "Most tokens at once, prompts and what they may generate; then 429.")
     max_body_mib: float = setting(16.0, "Largest body of a request, in MiB.")
     max_prompts: int = setting(256, "Most prompts in one request.")
-    pass_timeout: float = setting(60.0, "Seconds after which an engine that finishes no pass is restarted.")
+    step_timeout: float = setting(60.0, "Seconds after which an engine that finishes no step is restarted.")
     drain_timeout: float = setting(60.0, "Seconds that running requests have to end after SIGTERM.")
     client_timeout: float = setting(60.0, "Seconds that a client may take nothing of its answer; then it has gone.")
     log_prompts: bool = setting(False, "Write prompts and answers to the log.")
@@ -201,7 +201,7 @@ class ServerConfig:
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
         for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_body_mib", "pass_timeout", "drain_timeout", "client_timeout"):
+        for name in ("max_body_mib", "step_timeout", "drain_timeout", "client_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
         if (self.tls_certificate is None) != (self.tls_key is None):

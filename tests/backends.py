@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import KernelError
-from splitfuse.kernels.cpu.kernels import CpuKernels
-from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
-from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
+from splitfuse.kernels.onednn import PrepackedKernels
 from splitfuse.kernels.reference import Kernels, Store, Weight
 
 CPU = torch.device("cpu")

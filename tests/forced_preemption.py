@@ -9,12 +9,12 @@ EVERY = 3  # passes
 def force_preemptions(engine: Engine) -> None:
     """Between passes, as if an older request had needed the blocks."""
     step, scheduler = engine.step, engine.scheduler
-    passes = 0
+    steps = 0
 
     def step_and_preempt() -> list[RequestOutput]:
-        nonlocal passes
-        passes += 1
-        if passes % EVERY == 0 and scheduler.num_running > 1:
+        nonlocal steps
+        steps += 1
+        if steps % EVERY == 0 and scheduler.num_running > 1:
             assert scheduler._preempt(than=scheduler._running[0])
         return step()
 

@@ -58,7 +58,7 @@ class Runner:
         random.Random(seed).shuffle(self.free)
 
     def step(self, lengths: Sequence[tuple[Request, int]]) -> None:
-        """One forward pass of the next `length` pending tokens of each request; logits of all rows are kept."""
+        """One forward step of the next `length` pending tokens of each request; logits of all rows are kept."""
         chunks = []
         for request, length in lengths:
             end = request.num_computed + length
@@ -73,13 +73,13 @@ class Runner:
             request.num_computed += length
 
     def run_split(self, requests: Sequence[Request], rng: random.Random) -> None:
-        """Compute all that is pending in random chunks, several requests in a pass."""
+        """Compute all that is pending in random chunks, several requests in a step."""
         while pending := [request for request in requests if request.num_pending]:
             chosen = rng.sample(pending, rng.randint(1, len(pending)))
             self.step([(request, rng.randint(1, min(request.num_pending, 11))) for request in chosen])
 
     def generate(self, requests: Sequence[Request], num_tokens: int) -> None:
-        """Append the greedy choice to each request, `num_tokens` times, all requests in one pass."""
+        """Append the greedy choice to each request, `num_tokens` times, all requests in one step."""
         for _ in range(num_tokens):
             for request in requests:
                 request.token_ids.append(int(torch.argmax(request.logits[-1])))

@@ -12,14 +12,14 @@ import httpx
 import uvicorn
 
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.engine.async_engine import AsyncEngine
+from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.app import make_app
 from splitfuse.server.metrics import Metrics
-from splitfuse.server.request_log import RequestLog
-from splitfuse.text.serving import TextService
+from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
 
 PATIENCE = 60.0  # seconds until a condition that should come true is given up

@@ -15,16 +15,16 @@ from fractions import Fraction
 from random import Random
 
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.account import Spent
-from splitfuse.core.block_allocator import BlockAllocator
-from splitfuse.core.cost_model import CostModel, features
-from splitfuse.core.forecast import Forecast
-from splitfuse.core.order import ByPromise, Rule
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.targets import Targets
+from splitfuse.core.slo.cost_model import CostModel, features
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy, SchedulingPolicy
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.targets import SloTargets
 
 VOCABULARY = 16
 EOS = 3
@@ -104,14 +104,14 @@ class Run:
     depth: int
     budget: int
     max_num_seqs: int
-    rule: Rule | None = None
+    rule: SchedulingPolicy | None = None
     now: float | Fraction = 0.0
     ticks: Random | None = None
     """Moves the clock on before every call, by exact fractions."""
     in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
-    spent: dict[str, Spent] = field(default_factory=dict)
+    spent: dict[str, LatencyBreakdown] = field(default_factory=dict)
     began: list[float | Fraction] = field(default_factory=list)  # when each plan was made
     ended: list[float | Fraction] = field(default_factory=list)  # when it was back
 
@@ -126,7 +126,7 @@ class Run:
         depth: int = 1,
         prefix: bool = True,
         policy: type[Scheduler] = Scheduler,
-        rule: Rule | None = None,
+        rule: SchedulingPolicy | None = None,
     ) -> Run:
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=prefix)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
@@ -135,8 +135,8 @@ class Run:
 
     def add(self, request: Request) -> None:
         self._tick()
-        request.arrived = self.now
-        request.due = self.now + request.allowance
+        request.arrival_time = self.now
+        request.due = self.now + request.ttft_target
         self.scheduler.add(request, self.now)
         self.outcomes[request.request_id] = Outcome()
         self.scheduler.check()
@@ -255,7 +255,7 @@ class Workload:
             for request in requests:
                 request.targets = self._targets(rng)
             cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
-            rule = ByPromise(Forecast(cost), budget=budget)
+            rule = DeadlinePolicy(LatencyPredictor(cost), budget=budget)
         largest = max(-(-(r.num_prompt + r.max_tokens - 1) // block_size) for r in requests)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
@@ -298,10 +298,10 @@ class Workload:
             yield Request(f"r{number}", tuple(prompt), params, max_tokens, seed=0, eos_token_ids=eos, cache_salt=salt)
 
     @staticmethod
-    def _targets(rng: Random) -> Targets:
-        """Easy, hard, impossible, or none; passes take up to some seconds."""
+    def _targets(rng: Random) -> SloTargets:
+        """Easy, hard, impossible, or none; steps take up to some seconds."""
         first = 10.0 ** rng.uniform(-2, 2) if rng.random() < 0.7 else None
-        return Targets(first, 10.0 ** rng.uniform(-2, 1) if rng.random() < 0.7 else None)
+        return SloTargets(first, 10.0 ** rng.uniform(-2, 1) if rng.random() < 0.7 else None)
 
     @staticmethod
     def _meddle(rng: Random, run: Run) -> dict[str, int]:

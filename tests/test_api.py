@@ -14,7 +14,7 @@ import splitfuse
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -306,17 +306,17 @@ def test_stop_token_ids_and_one_stop_string_as_text(pipe: splitfuse.Pipeline) ->
     assert texts(pipe(PROMPT, stop=None, stop_token_ids=None, **READABLE)) == [free.generated_text]
 
 
-def test_an_observer_sees_every_pass_and_settings_reach_the_engine() -> None:
-    passes: list[tuple[StepPlan, StepResult]] = []
+def test_an_observer_sees_every_step_and_settings_reach_the_engine() -> None:
+    steps: list[tuple[StepPlan, StepResult]] = []
     pipe = splitfuse.pipeline(
         dtype="float32",
         max_num_batched_tokens=8,
         block_size=16,
         num_blocks=130,
-        observer=lambda plan, result: passes.append((plan, result)),
+        observer=lambda plan, result: steps.append((plan, result)),
     )
     pipe(PROMPT, max_new_tokens=1)
-    assert passes[0][0].num_tokens == passes[0][0].token_budget == 8
+    assert steps[0][0].num_tokens == steps[0][0].token_budget == 8
     assert (pipe.engine.allocator.block_size, pipe.engine.allocator.num_blocks) == (16, 130)
 
 

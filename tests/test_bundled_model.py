@@ -8,7 +8,7 @@ from stories import ANSWERS
 from transformers import AutoModelForCausalLM
 
 import splitfuse
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 NUM_PROBLEMS = 40
 

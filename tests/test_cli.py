@@ -19,7 +19,7 @@ from readable_answers import PROMPT
 import splitfuse
 from splitfuse import cli
 from splitfuse.config import EngineConfig
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "splitfuse.cli"]
 COMMAND_THAT_HEEDS_CTRL_C = [  # wherever the tests run: in the background, a shell has its children ignore it

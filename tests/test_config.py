@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, parse_seconds
-from splitfuse.core.targets import Targets
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 
 
@@ -59,9 +59,9 @@ def test_a_setting_like_none_is_refused_with_the_list() -> None:
         ("max_num_batched_tokens", 1.5, "max_num_batched_tokens must be int, not 1.5"),
         ("max_num_batched_tokens", True, "max_num_batched_tokens must be int, not True"),
         ("max_num_seqs", -1, "max_num_seqs must be at least 1, not -1"),
-        ("late_share", 0.0, "late_share must be above 0 and at most 0.25, not 0.0"),
-        ("late_share", 0.3, "late_share must be above 0 and at most 0.25, not 0.3"),
-        ("late_share", float("nan"), "late_share must be above 0 and at most 0.25, not nan"),
+        ("tail_share", 0.0, "tail_share must be above 0 and at most 0.25, not 0.0"),
+        ("tail_share", 0.3, "tail_share must be above 0 and at most 0.25, not 0.3"),
+        ("tail_share", float("nan"), "tail_share must be above 0 and at most 0.25, not nan"),
         ("block_size", 0, "block_size must be at least 1, not 0"),
         ("num_blocks", 0, "num_blocks must be at least 1, not 0"),
         ("kv_cache_memory_gib", 0, "kv_cache_memory_gib must be a positive number, not 0"),
@@ -126,8 +126,8 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 def test_a_first_token_may_be_promised_by_the_prompts_length() -> None:
-    assert Targets.parse("2ms/token", "0.1s") == Targets(None, 0.1, ttft_per_token=0.002)
-    assert Targets.parse("2s", None) == Targets(2.0, None)
-    assert Targets.parse(None, None) == Targets()
+    assert SloTargets.parse("2ms/token", "0.1s") == SloTargets(None, 0.1, ttft_per_token=0.002)
+    assert SloTargets.parse("2s", None) == SloTargets(2.0, None)
+    assert SloTargets.parse(None, None) == SloTargets()
     with pytest.raises(ConfigError, match="ttft must be a time"):
         SchedulerConfig(ttft="fast/token")

@@ -23,10 +23,10 @@ from splitfuse.errors import (
     RequestFailedError,
     RequestTooLargeError,
 )
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
-from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest
+from splitfuse.server.openai.protocol import NEUTRAL, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
@@ -83,7 +83,7 @@ def test_the_table_of_flags_has_what_the_command_takes() -> None:
     group = typer.main.get_command(app)
     command = group.commands["serve"]  # type: ignore[attr-defined]
     taken = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts) if flag[:2] == "--"}
-    assert set(re.findall(r"`(--[\w-]+)`", flag_table())) | {"--no-log-prompts", "--no-keep-promises"} == taken
+    assert set(re.findall(r"`(--[\w-]+)`", flag_table())) | {"--no-log-prompts", "--no-enable-slo"} == taken
 
 
 def test_the_table_of_routes_is_complete() -> None:
@@ -105,10 +105,10 @@ def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
     }
 
 
-def test_the_table_of_refused_parameters_has_them_with_the_values_that_pass() -> None:
+def test_the_table_of_refused_parameters_has_them_with_the_values_that_step() -> None:
     described = {
         (row[0].strip("`"), row[1]): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
-        for row in rows(SERVER_PAGE, "| parameter | of | values that pass, beside null |")
+        for row in rows(SERVER_PAGE, "| parameter | of | values that step, beside null |")
     }
     assert described == {
         (name, kind): {json.dumps(value) for value in values if value is not None}

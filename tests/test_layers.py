@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, how long a module may be, and what importing costs."""
+"""The architecture as a test: who may import whom, and what importing costs."""
 
 import ast
 import subprocess
@@ -13,7 +13,10 @@ PACKAGE = Path(splitfuse.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and those below it, but `kernels` and `models` may not use `core`.
-LAYERS = ("errors", "config", "core", "kernels", "models", "runtime", "engine", "text", "server", "api", "bench", "cli")
+LAYERS = (
+    *("errors", "config", "core", "kernels", "models", "runtime", "engine", "text"),
+    *("deploy", "server", "client", "api", "bench", "simulator", "cli"),
+)
 FORBIDDEN = {("kernels", "core"), ("kernels", "config"), ("models", "core")}
 
 
@@ -50,10 +53,8 @@ def test_imports_go_strictly_downward(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_modules_are_short_and_say_what_they_are_for(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert source.count("\n") <= 400
-    assert ast.get_docstring(ast.parse(source))
+def test_modules_say_what_they_are_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -14,7 +14,7 @@ import splitfuse
 from splitfuse.api import PreparedRequest
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
-from splitfuse.text.generate import Prompt
+from splitfuse.text.generation import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -117,20 +117,20 @@ def test_mii_fault_6_streams_keep_spaces_and_their_own_state(pipe: splitfuse.Pip
 
 
 def test_mii_fault_7_a_long_prompt_begins_before_there_is_room_for_all_of_it() -> None:
-    passes: list[StepPlan] = []
+    steps: list[StepPlan] = []
     length, size = 1500, 16
     pipe = splitfuse.pipeline(
         dtype="float32",
         max_num_batched_tokens=64,
         block_size=size,
         num_blocks=-(-(length + 8) // size),
-        observer=lambda plan, _: passes.append(plan),
+        observer=lambda plan, _: steps.append(plan),
     )
     long = [7 + i % 900 for i in range(length)]
     stream = pipe([PROMPT, long, PROMPT], stream=True, ignore_eos=True, max_new_tokens=8)
     order = [piece.index for piece in stream if piece.response is not None]
     assert sorted(order) == [0, 1, 2] and order[0] == 0
-    assert len(passes[0].chunks) == 2, "the long prompt waited for blocks that it did not need yet"
+    assert len(steps[0].chunks) == 2, "the long prompt waited for blocks that it did not need yet"
 
 
 def test_mii_fault_9_what_was_missing_is_there(pipe: splitfuse.Pipeline) -> None:

@@ -54,9 +54,9 @@ class _Drill:
         for thread in threads:
             thread.start()
         self._begun.wait(LIMIT)
-        victim = children(self._server.process.pid)[0]
+        preemption_victim = children(self._server.process.pid)[0]
         sent = time.monotonic()
-        os.kill(victim, number)
+        os.kill(preemption_victim, number)
         times: dict[str, float | str] = {}
         with httpx.Client(base_url=self._url, timeout=LIMIT, trust_env=False) as http:
             if self._replicas == 1:
@@ -67,7 +67,7 @@ class _Drill:
             times["/health"] = http.get("/health").status_code
             if self._replicas == 1:
                 times["next request, at once"] = _ask(http)
-            _until(lambda: len(self._back(victim)) == self._replicas)
+            _until(lambda: len(self._back(preemption_victim)) == self._replicas)
             times["new process"] = time.monotonic() - sent
             _until(lambda: http.get("/ready").status_code == 200)
             times["/ready says 200"] = time.monotonic() - sent
@@ -82,8 +82,8 @@ class _Drill:
     def _how(self) -> str:
         return next(how for _, how in self._ends if how != "whole")
 
-    def _back(self, victim: int) -> list[int]:
-        return [pid for pid in children(self._server.process.pid) if pid != victim]
+    def _back(self, preemption_victim: int) -> list[int]:
+        return [pid for pid in children(self._server.process.pid) if pid != preemption_victim]
 
     def _stream(self) -> None:
         how, waits = "broken off", True

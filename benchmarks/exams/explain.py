@@ -29,7 +29,7 @@ from server_load import wait_until_idle
 from server_process import server_process, wait_until
 from stories import make_story
 
-from splitfuse.core.account import Part
+from splitfuse.core.latency.ledger import LatencyPhase
 from splitfuse.server.explain import MEANINGS
 
 TIGHT = ["--num-blocks", "72", "--max-num-batched-tokens", "128"]
@@ -123,7 +123,7 @@ def _report(
         touched.update(explanation["parts"].keys())
     whole = sum(totals.values())
     print("\nwhere the time of all went")
-    for part in Part:
+    for part in LatencyPhase:
         if part in totals:
             print(f"{totals[part] / whole:8.2%}  of {touched[part]:4} requests  {MEANINGS[part]}")
     off = sorted(

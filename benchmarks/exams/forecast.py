@@ -1,12 +1,12 @@
-"""How well passes are predicted while the machine changes: with the correction of core/forecast.py, and without.
+"""Measure how well step times are predicted while the machine changes, with core/slo/latency_predictor.py and without.
 
     python -m benchmarks.exams.forecast [--hours 1] [--minutes 0] [--model DIR] [--quantization int8]
 
 In simulation, the machine is not the cost model's: every coefficient is off by up to a tenth, its speed drifts by a
-quarter over the hour, neighbours come for half a minute and take memory or arithmetic, every pass scatters by 5 %, and
+quarter over the hour, neighbours come for half a minute and take memory or arithmetic, every step scatters by 5 %, and
 one in a hundred is held up. With `--minutes`, a real engine (the bundled model's, if no other is named) under the same
 kind of load: conversations, long prompts, short questions at random. Errors are |predicted / actual - 1|. Both columns
-are of the same passes: the plans were made with the correction.
+are of the same steps: the plans were made with the correction.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from statistics import median
 from typing import Any
 
 from benchmarks.promises import MACHINES, calibration
-from splitfuse.bench import virtual_time
-from splitfuse.bench.simulate import Deployment, Replica, SimulatedTarget
 from splitfuse.bench.sla import percentile
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.cost_model import CostModel, Features
-from splitfuse.core.forecast import Forecast
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient
+from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.engine.client import AsyncEngine, EngineClient
 from splitfuse.engine.engine import Engine
+from splitfuse.simulator import virtual_time
+from splitfuse.simulator.simulate import Deployment, Replica, SimulatedTarget
 
 TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
 SPREAD = 0.05
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Step:
     """In seconds."""
 
     uncorrected: float
@@ -66,16 +66,16 @@ class Pass:
 
 
 class Witness:
-    """Notes what a forecast says of each pass before it hears what that took."""
+    """Notes what a forecast says of each step before it hears what that took."""
 
-    def __init__(self, forecast: Forecast | None) -> None:
+    def __init__(self, forecast: LatencyPredictor | None) -> None:
         assert forecast is not None, "an engine that promises nothing predicts nothing"
-        self.passes: list[Pass] = []
+        self.steps: list[Step] = []
         observe = forecast.observe
 
-        def see(pass_: Features, seconds: float) -> float:
-            predicted = observe(pass_, seconds)
-            self.passes.append(Pass(forecast.cost.seconds(pass_), predicted, seconds))
+        def see(step: Features, seconds: float) -> float:
+            predicted = observe(step, seconds)
+            self.steps.append(Step(forecast.cost.seconds(step), predicted, seconds))
             return predicted
 
         forecast.observe = see  # type: ignore[method-assign]
@@ -83,12 +83,12 @@ class Witness:
 
 def step_response() -> None:
     """A machine that is suddenly slower, or faster again, without noise."""
-    cost, pass_ = CostModel(floor=0.1, per_token=0.0), Features(tokens=1)
+    cost, step = CostModel(floor=0.1, per_token=0.0), Features(tokens=1)
     for times in (2.0, 0.5):
-        forecast, factors = Forecast(cost), []
+        forecast, factors = LatencyPredictor(cost), []
         for _ in range(200):
-            forecast.observe(pass_, 0.1 * times)
-            factors.append(forecast.seconds(pass_) / cost.floor)
+            forecast.observe(step, 0.1 * times)
+            factors.append(forecast.seconds(step) / cost.floor)
         within = next(n for n, factor in enumerate(factors, start=1) if abs(factor / times - 1.0) < 0.1)
         overshoot = max((factor / times if times > 1.0 else times / factor) for factor in factors) - 1.0
         print(f"passes {times:g} times as long: within 10 % after {within} passes, overshoot {max(overshoot, 0.0):.1%}")
@@ -108,8 +108,8 @@ class Changing:
         self._until = 0.0
         self.noise: list[float] = []
 
-    def seconds(self, pass_: Features, now: float) -> float:
-        """What a pass that begins now takes."""
+    def seconds(self, step: Features, now: float) -> float:
+        """What a step that begins now takes."""
         random = self._random
         while now >= self._until:
             self._neighbour = not self._neighbour and self._until > 0.0
@@ -117,7 +117,7 @@ class Changing:
             self._now_cost = self._off(self._cost, 1.0, 2.0) if self._neighbour else self._cost
         drift = 1.0 + 0.25 * math.sin(2 * math.pi * now / 3600)
         noise = random.lognormvariate(0.0, SPREAD)
-        steady = drift * self._now_cost.seconds(pass_)
+        steady = drift * self._now_cost.seconds(step)
         actual = steady * noise
         if random.random() < HELD_UP:
             actual += random.expovariate(1 / HELD_UP_SECONDS)
@@ -136,8 +136,8 @@ class ChangingReplica(Replica):
         super().__init__(deployment)
         self._machine = machine
 
-    def pass_seconds(self, pass_: Features) -> float:
-        return self._machine.seconds(pass_, asyncio.get_running_loop().time())
+    def step_seconds(self, step: Features) -> float:
+        return self._machine.seconds(step, asyncio.get_running_loop().time())
 
 
 class ChangingTarget(SimulatedTarget):
@@ -157,7 +157,7 @@ def simulated(name: str, hours: float, seed: int) -> None:
         Deployment(calibration=calibration(name, cost), scheduler=SchedulerConfig(**TARGETS)), machine
     )
     virtual_time.run(drive(target, 3600 * hours, seed))
-    tell(f"{name}, {hours:g} h simulated", target.witness.passes)
+    tell(f"{name}, {hours:g} h simulated", target.witness.steps)
     print(f"  of the noise alone: P50 {percentile(machine.noise, 50):.1%}, P95 {percentile(machine.noise, 95):.1%}")
 
 
@@ -186,7 +186,7 @@ def real(minutes: float, settings: dict[str, Any], seed: int) -> None:
         return target
 
     target = asyncio.run(run())
-    tell(f"{target.about['model']}, {minutes:g} min for real", target.witness.passes)
+    tell(f"{target.about['model']}, {minutes:g} min for real", target.witness.steps)
 
 
 # The load and what is told -------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ async def drive(target: Target, seconds: float, seed: int) -> None:
         group.create_task(question(group))
 
 
-def tell(name: str, passes: Sequence[Pass]) -> None:
-    """Errors with and without the correction, of all passes and of the long ones, which are most of the time; and
+def tell(name: str, steps: Sequence[Step]) -> None:
+    """Errors with and without the correction, of all steps and of the long ones, which are most of the time; and
     whether it swings: then misses would take turns above and below.
     """
-    middle = median(each.uncorrected for each in passes)
-    long = [each for each in passes if each.uncorrected > 2 * middle]
-    print(f"\n{name}: {len(passes)} passes, median {1e3 * median(each.actual for each in passes):.3g} ms")
-    for kind, some in (("all", passes), (f"{len(long)} long", long)):
+    middle = median(each.uncorrected for each in steps)
+    long = [each for each in steps if each.uncorrected > 2 * middle]
+    print(f"\n{name}: {len(steps)} passes, median {1e3 * median(each.actual for each in steps):.3g} ms")
+    for kind, some in (("all", steps), (f"{len(long)} long", long)):
         for which in ("uncorrected", "corrected"):
             misses = [math.log(getattr(each, which) / each.actual) for each in some]
             errors = [abs(math.exp(miss) - 1.0) for miss in misses]
@@ -252,7 +252,7 @@ def tell(name: str, passes: Sequence[Pass]) -> None:
 
 def autocorrelation(misses: Sequence[float]) -> float:
     """Of each miss with the next one: below 0 if they take turns above and below, as they do if a correction swings.
-    The largest misses are left at what 95 of 100 stay within: a pass that was held up says nothing of swinging.
+    The largest misses are left at what 95 of 100 stay within: a step that was held up says nothing of swinging.
     """
     bound = percentile([abs(miss) for miss in misses], 95)
     clipped = [max(-bound, min(bound, miss)) for miss in misses]

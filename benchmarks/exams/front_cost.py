@@ -3,7 +3,7 @@
     python -m benchmarks.exams.front_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [--turns N] [FLAGS]
 
 Both have the same model and settings (FLAGS, those of an engine, as --name=value); one waits while the other runs. The
-streams are read by this process, on the same cores. Compared are the mean time of a pass, by the engine's own clock,
+streams are read by this process, on the same cores. Compared are the mean time of a step, by the engine's own clock,
 and the whole time of all requests.
 """
 
@@ -37,14 +37,14 @@ class Turn:
     """All requests once."""
 
     seconds: float
-    passes: int
-    pass_seconds: float
+    steps: int
+    step_seconds: float
     front_seconds: float = 0.0  # of processor time
     reader_seconds: float = 0.0
 
     @property
-    def mean_pass(self) -> float:
-        return self.pass_seconds / self.passes
+    def mean_step(self) -> float:
+        return self.step_seconds / self.steps
 
 
 def parsed(about: str | None, *, prompt: int, generate: int) -> tuple[argparse.Namespace, list[str]]:
@@ -77,12 +77,12 @@ def main() -> None:
             if turn >= 0:  # the first warms up
                 pairs.append((inside, over_http))
                 print(f"turn {turn}: pipeline {told(inside)}; over HTTP {told(over_http)}", flush=True)
-    print(f"mean pass over HTTP / pipeline: {ratios([b.mean_pass / a.mean_pass for a, b in pairs])}")
+    print(f"mean pass over HTTP / pipeline: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
     print(f"whole time over HTTP / pipeline: {ratios([b.seconds / a.seconds for a, b in pairs])}")
 
 
 def told(turn: Turn) -> str:
-    return f"{turn.seconds:.2f} s, {turn.passes} passes of {1000 * turn.mean_pass:.2f} ms" + (
+    return f"{turn.seconds:.2f} s, {turn.steps} steps of {1000 * turn.mean_step:.2f} ms" + (
         f", processor time of the front {turn.front_seconds:.2f} s, of the reader {turn.reader_seconds:.2f} s"
         if turn.front_seconds
         else ""
@@ -125,23 +125,23 @@ def run_alone(flags: list[str]) -> None:
 
     settings = settings_of(flags)
     pipe = splitfuse.pipeline(settings.pop("model", None), num_blocks=400, **settings)
-    passes: list[float] = []
+    steps: list[float] = []
     step = pipe.engine.step
 
     def timed_step() -> Any:
         began = time.monotonic()
         outputs = step()
-        passes.append(time.monotonic() - began)
+        steps.append(time.monotonic() - began)
         return outputs
 
     pipe.engine.step = timed_step  # type: ignore[method-assign]
     for line in sys.stdin:
         prompts, generate = json.loads(line)
-        passes.clear()
+        steps.clear()
         began = time.monotonic()
         for _ in pipe(prompts, stream=True, max_new_tokens=generate, ignore_eos=True):
             pass
-        turn = {"seconds": time.monotonic() - began, "passes": len(passes), "pass_seconds": sum(passes)}
+        turn = {"seconds": time.monotonic() - began, "steps": len(steps), "step_seconds": sum(steps)}
         print(json.dumps(turn), flush=True)
 
 
@@ -170,9 +170,9 @@ def stream(http: httpx.Client, front: int, prompts: list[list[int]], generate: i
     front_seconds = processor_seconds(front) - front_began
     wait_until_idle(http)
     after = metrics(http)
-    names = ("splitfuse:passes_total", "splitfuse:pass_seconds_sum")
-    passes, pass_seconds = (after[name] - before[name] for name in names)
-    return Turn(seconds, int(passes), pass_seconds, front_seconds, reader_seconds)
+    names = ("splitfuse:steps_total", "splitfuse:step_seconds_sum")
+    steps, step_seconds = (after[name] - before[name] for name in names)
+    return Turn(seconds, int(steps), step_seconds, front_seconds, reader_seconds)
 
 
 def processor_seconds(process: int) -> float:

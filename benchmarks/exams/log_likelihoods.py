@@ -20,7 +20,7 @@ from server_process import server_process
 from stories import make_story
 from transformers import AutoModelForCausalLM
 
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 DRIVER = Path(__file__).with_name("drive_lm_eval.py")
 

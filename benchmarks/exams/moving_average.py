@@ -12,8 +12,8 @@ from random import Random
 import pandas
 
 from splitfuse.bench.results import RequestRecord
-from splitfuse.bench.sla import SLAS, gaps, keeps_promises, moving_averages
-from splitfuse.core.targets import SPAN
+from splitfuse.bench.sla import SLAS, gaps, moving_averages, slo_enabled
+from splitfuse.core.slo.targets import SPAN
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         theirs = pandas.Series(values, dtype=float).ewm(span=SPAN).mean()
         worst = max([worst, *(abs(a - b) for a, b in zip(moving_averages(values), theirs, strict=True))])
         for sla in SLAS:
-            ours = keeps_promises(record, sla)
+            ours = slo_enabled(record, sla)
             in_time = record.token_times[0] <= record.num_prompt_tokens / 512
             assert ours == (in_time and bool((theirs < 1 / sla).all())), record
             kept[sla] += ours

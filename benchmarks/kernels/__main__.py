@@ -23,12 +23,12 @@ from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
-from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.arguments import Step
-from splitfuse.kernels.cpu.kernels import CpuKernels
-from splitfuse.kernels.cpu.library import VARIANTS
+from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.runtime.executor import ModelRunner
 from splitfuse.runtime.loading import load_model
-from splitfuse.runtime.model_runner import ModelRunner
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
 STEP_ROWS = (1, 8, 16, 32, 64, 256)
@@ -130,7 +130,7 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
                 )
                 for i in range(many)
             ]
-            settings = library.Heads(heads, 0, 0, None, None, 0.0, dim**-0.5, 0.0)
+            settings = bindings.Heads(heads, 0, 0, None, None, 0.0, dim**-0.5, 0.0)
 
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
                 for step in steps:
@@ -183,7 +183,7 @@ def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], 
 
 
 def step(arguments: argparse.Namespace) -> Iterator[Row]:
-    """A forward pass and the output head: requests that generate one token each, or one prompt."""
+    """A forward step and the output head: requests that generate one token each, or one prompt."""
     shape: ModelShape = SHAPES[arguments.shape]
     for name in arguments.formats:
         quantization, group = FORMATS[name]

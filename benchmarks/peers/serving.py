@@ -33,11 +33,11 @@ from benchmarks.peers.install import llama_cpp_program, peer_python
 from benchmarks.peers.processes import ProcessGroup, end_in_order_when_told
 from splitfuse.bench.endpoint import Endpoint
 from splitfuse.bench.measure import Loads, measure
-from splitfuse.bench.report import write_report
+from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.runtime.machine import about_here
+from splitfuse.runtime.environment import environment_info
 
 HOST = "127.0.0.1"
 COMMAND = shlex.join(["python", "-m", "benchmarks.peers.serving", *sys.argv[1:]])
@@ -170,7 +170,7 @@ class Server:
                 lambda asked: Independent(replace(lengths, room=asked.room), asked.vocabulary, seed=seed),
                 loads,
                 system=self.contender.label,
-                about={**about_here(), "command": COMMAND, **self._about},
+                about={**environment_info(), "command": COMMAND, **self._about},
             )
         )
         self.pause()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from splitfuse.core.targets import SPAN, MovingAverage, Targets
+from splitfuse.core.slo.targets import SPAN, MovingAverage, SloTargets
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
@@ -39,25 +39,25 @@ def first_token_seconds(record: RequestRecord) -> float:
     return record.token_times[0] - record.sent if record.token_times else math.inf
 
 
-def keeps_first_promise(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+def meets_ttft(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Whether the first token came within `prompt tokens / prompt_speed` seconds."""
     return first_token_seconds(record) <= record.num_prompt_tokens / prompt_speed
 
 
-def keeps_promises(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+def slo_enabled(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Whether the request kept both promises at `sla` tokens a second. One that failed kept none."""
     return (
         record.error is None
-        and keeps_first_promise(record, prompt_speed)
+        and meets_ttft(record, prompt_speed)
         and all(average < 1.0 / sla for average in moving_averages(gaps(record)))
     )
 
 
-def on_time(record: RequestRecord, targets: Targets) -> bool:
+def on_time(record: RequestRecord, targets: SloTargets) -> bool:
     """Whether the request met all of its targets. One that failed did not."""
     return (
         _succeeded(record)
-        and first_token_seconds(record) <= targets.allowance(record.num_prompt_tokens)
+        and first_token_seconds(record) <= targets.ttft_target(record.num_prompt_tokens)
         and (targets.itl is None or all(average <= targets.itl for average in moving_averages(gaps(record))))
     )
 
@@ -96,7 +96,7 @@ def effective_throughput(point: Point, sla: float, prompt_speed: float = PROMPT_
     In an open loop more may be sent than are served: there it is the share that kept them, of as many as ended.
     """
     records = counted(point)
-    kept = float(sum(keeps_promises(record, sla, prompt_speed) for record in records))
+    kept = float(sum(slo_enabled(record, sla, prompt_speed) for record in records))
     if point.clients is None and records:
         start, end = point.window
         kept *= sum(start <= record.done < end for record in point.records) / len(records)

@@ -14,14 +14,14 @@ from typing import Any
 
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
 from splitfuse.config import EngineConfig
-from splitfuse.core.policies import scheduler_class
+from splitfuse.core.baselines import scheduler_class
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState
+from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
-from splitfuse.runtime.machine import resident_bytes
+from splitfuse.runtime.environment import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Target(ABC):
 class EngineTarget(Target):
     """Our engine: in a thread of this process, or with several replicas each in a process of its own.
 
-    `settings` are those of EngineConfig by name; `policy` says how passes are composed (core/policies.py).
+    `settings` are those of EngineConfig by name; `policy` says how steps are composed (core/baselines.py).
     """
 
     def __init__(

@@ -13,8 +13,8 @@ import typer
 from splitfuse.cli.flags import ending_in_a_sentence, given, with_flags
 from splitfuse.cli.loads import SLAS, LoadFlags, check_writable, print_table, promises, save_results
 from splitfuse.config import EngineConfig
+from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import ConfigError
-from splitfuse.server.control import KEY_VARIABLES
 
 if TYPE_CHECKING:
     from splitfuse.bench.target import Target
@@ -53,7 +53,7 @@ def run(
     Prompts are random and all different, lengths normal, answers greedy. docs/bench.md says what each figure means.
     """
     from splitfuse.bench.measure import measure
-    from splitfuse.runtime.machine import about_here
+    from splitfuse.runtime.environment import environment_info
 
     load = LoadFlags.taken_from(flags)
     loads, slas = load.loads(repeat=repeat), promises(load.sla)
@@ -90,7 +90,7 @@ def run(
             loads,
             system=label or _default_label(url, flags, policy),
             replicas=replicas,
-            about={**about_here(), **notes},
+            about={**environment_info(), **notes},
             on_start=_tell_target,
             on_point=lambda results: None if out is None else save_results(results, out),
             progress=not quiet and sys.stderr.isatty(),
@@ -110,7 +110,7 @@ def report(
     title: Annotated[str, typer.Option(help="Its heading.")] = "What a load gave",
 ) -> None:
     """Make one HTML page of results: the five figures of the paper, tables, settings. It needs no network."""
-    from splitfuse.bench.report import write_report
+    from splitfuse.bench.report.page import write_report
     from splitfuse.bench.results import load
 
     slas = promises(sla)
@@ -131,7 +131,7 @@ def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> N
 
 def _own_pid(url: str) -> int | None:
     """Of the server, if it is one of ours on this machine."""
-    from splitfuse.server.registry import deployments
+    from splitfuse.deploy.registry import deployments
 
     address = url.rstrip("/").removesuffix("/v1")
     return next((deployment.pid for deployment in deployments() if deployment.url == address), None)

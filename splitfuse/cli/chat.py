@@ -15,7 +15,7 @@ from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
 if TYPE_CHECKING:
     from splitfuse.api import Piece
-    from splitfuse.server.client_wire import RemotePiece
+    from splitfuse.client.wire import RemotePiece
 
 CHAT_SAMPLING = {
     name: flag for name, flag in SAMPLING_HELP.items() if name not in ("n", "logprobs", "chat", "return_full_text")
@@ -62,7 +62,7 @@ def _partner(
         )
     where = name or url
     if where is None and not engine_flags:
-        from splitfuse.server import registry
+        from splitfuse.deploy import registry
 
         with suppress(ServerError):
             where = registry.find(ServerConfig().name).name
@@ -73,7 +73,7 @@ def _partner(
         pipe = pipeline(settings.pop("model"), **given(settings))
         yield lambda messages: pipe(messages, chat=True, stream=True, **keywords)
         return
-    from splitfuse.server.client import client
+    from splitfuse.client.sync import client
 
     with client(where) as connected:
         if connected.deployment is not None:

@@ -25,7 +25,7 @@ def explain(
     """
     if name is not None and url is not None:
         raise ConfigError("--name and --url are two ways to name a server: give one")
-    from splitfuse.server.client import client
+    from splitfuse.client.sync import client
 
     with client(url or name or "splitfuse") as server:
         print(drawn(server.explain(request)))
@@ -35,7 +35,7 @@ def drawn(explanation: dict[str, Any]) -> str:
     """A table with a bar for each part, which is as long as its share."""
     import msgspec
 
-    from splitfuse.core.account import Missed
+    from splitfuse.core.latency.ledger import SloViolation
     from splitfuse.server.explain import MEANINGS, told
 
     total, parts = explanation["seconds"], explanation["parts"]
@@ -45,7 +45,7 @@ def drawn(explanation: dict[str, Any]) -> str:
         f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {promise}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "
         f"{explanation['generated_tokens']} generated; preemptions: {explanation['preemptions']}",
-        *([told(msgspec.convert(missed, Missed))] if (missed := explanation["missed"]) else []),
+        *([told(msgspec.convert(missed, SloViolation))] if (missed := explanation["missed"]) else []),
         "",
     ]
     longest = max(parts.values(), default=0.0)

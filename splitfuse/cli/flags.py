@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from splitfuse.config import EngineConfig
+from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import SplitfuseError
-from splitfuse.server.control import KEY_VARIABLES
 
 SAMPLING_HELP = {
     "max_new_tokens": (int | None, "Most tokens to generate; left out, 1024."),

@@ -60,11 +60,11 @@ def generate(
 @with_flags()
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
-    from splitfuse.models.families import load_spec
-    from splitfuse.models.hub import resolve_model
+    from splitfuse.models.families.families import load_spec
+    from splitfuse.models.sources.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
-    from splitfuse.runtime.kernel_choice import choose_kernels
+    from splitfuse.runtime.backend_choice import choose_kernels
     from splitfuse.runtime.loading import parse_device
 
     config = EngineConfig.from_settings(given(flags))

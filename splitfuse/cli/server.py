@@ -33,7 +33,7 @@ def serve(
     engine_settings = given({name: flags.pop(name) for name in EngineConfig.setting_fields()})
     config = ServerConfig.from_settings(given(flags))
     EngineConfig.from_settings(engine_settings)
-    from splitfuse.server.serve import run_server
+    from splitfuse.server.lifecycle import run_server
 
     asyncio.run(run_server(engine_settings, config))
 
@@ -41,8 +41,8 @@ def serve(
 @ending_in_a_sentence
 def ps() -> None:
     """List the running deployments of this user on this machine."""
-    from splitfuse.server.async_client import server_state
-    from splitfuse.server.registry import deployments
+    from splitfuse.client.client import server_state
+    from splitfuse.deploy.registry import deployments
 
     running = deployments()
     rows = [("NAME", "MODEL", "URL", "PID", "UP SINCE", "STATE")]
@@ -62,8 +62,8 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="Do not wait for the requests that run.")] = False,
 ) -> None:
     """End a running deployment. Its running requests may end first, unless --now is given."""
-    from splitfuse.server.control import terminate
-    from splitfuse.server.registry import find
+    from splitfuse.deploy.daemon import terminate
+    from splitfuse.deploy.registry import find
 
     deployment = find(name)
     terminate(deployment, now=now)

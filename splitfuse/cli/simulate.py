@@ -16,25 +16,25 @@ from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Results
-    from splitfuse.bench.simulate import Deployment
-    from splitfuse.core.cost_model import CostModel
-    from splitfuse.engine.calibrate import Timed
+    from splitfuse.core.slo.cost_model import CostModel
+    from splitfuse.engine.profile import Timed
     from splitfuse.runtime.calibration import Calibration
+    from splitfuse.simulator.simulate import Deployment
 
 
 @with_flags()
 def calibrate(
-    seconds: Annotated[float, typer.Option(help="About how long passes are timed.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="About how long steps are timed.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Write the cost model there too.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Time passes of a model on this machine, and keep the cost model that fits them, for `simulate`.
+    """Time steps of a model on this machine, and keep the cost model that fits them, for `simulate`.
 
-    It is kept in the cache folder, for this model, machine, and the settings that change the time of a pass.
+    It is kept in the cache folder, for this model, machine, and the settings that change the time of a step.
     """
-    from splitfuse.engine.calibrate import run_calibration
     from splitfuse.engine.engine import Engine
+    from splitfuse.engine.profile import run_calibration
     from splitfuse.runtime.calibration import place, save
 
     if out is not None:
@@ -60,11 +60,11 @@ def simulate(
         Path | None, typer.Option(help="Measured results: predict the same loads, and tell the errors.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="How passes are composed: splitfuse, prefill-first, orca or static.")
+        str | None, typer.Option(help="How steps are composed: splitfuse, prefill-first, orca or static.")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Engines that share the load.")] = None,
     repeat: Annotated[int, typer.Option(help="Times that each load is simulated, with other requests.")] = 1,
-    pass_overhead: Annotated[float, typer.Option(help="Seconds between passes beyond the cost model's.")] = 0.0,
+    step_overhead: Annotated[float, typer.Option(help="Seconds between steps beyond the cost model's.")] = 0.0,
     client_overhead: Annotated[float, typer.Option(help="Seconds until a request has reached the engine.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, as `bench run` does.")] = None,
     label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
@@ -76,9 +76,9 @@ def simulate(
     The table and the results are those of `bench run`. docs/simulator.md says what is simulated and what is not.
     """
     from splitfuse.bench.results import load as load_results
-    from splitfuse.bench.simulate import simulate as run
-    from splitfuse.bench.validate import compare, predict
-    from splitfuse.runtime.machine import about_here
+    from splitfuse.runtime.environment import environment_info
+    from splitfuse.simulator.simulate import simulate as run
+    from splitfuse.simulator.validate import compare, predict
 
     load = LoadFlags.taken_from(flags)
     slas = promises(load.sla)
@@ -94,13 +94,13 @@ def simulate(
         config,
         policy=policy or _measured_policy(measured),
         replicas=replicas or (1 if measured is None else measured.replicas),
-        pass_overhead=pass_overhead,
+        step_overhead=step_overhead,
         client_overhead=client_overhead,
     )
     if measured is not None:
         if (load.clients, load.rate, load.trace) != (None, None, None):
             raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
-        results = predict(simulated, measured, about=about_here())
+        results = predict(simulated, measured, about=environment_info())
         print_table(results, slas)
         _print_comparisons(compare(measured, results))
     else:
@@ -109,7 +109,7 @@ def simulate(
             load.workload_maker(),
             load.loads(repeat=repeat),
             system=label or _label(simulated),
-            about=about_here(),
+            about=environment_info(),
             progress=not quiet and sys.stderr.isatty(),
         )
         print_table(results, slas)
@@ -120,8 +120,8 @@ def simulate(
 
 def known_calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
     """Of a file, a published machine, or the one that is kept for the engine. Raises ConfigError or CostModelError."""
-    from splitfuse.bench.published import MACHINES
     from splitfuse.runtime.calibration import load, load_cost_model
+    from splitfuse.simulator.machines import MACHINES
 
     if file is not None and machine is not None:
         raise ConfigError("--model-of-cost and --machine are two cost models: give one")
@@ -137,7 +137,7 @@ def known_calibration(config: EngineConfig, file: Path | None, machine: str | No
 
 
 def _provenance(calibration: Calibration) -> str:
-    """When passes were timed and how well they fit: what else is predicted stands on that."""
+    """When steps were timed and how well they fit: what else is predicted stands on that."""
     about, error = calibration.about, calibration.cost.error
     fit = "" if error is None else f", off by {error.median:.1%} in the median and {error.p95:.1%} at P95"
     return f"with the cost model of {about.get('date', 'some day')}{fit}; `splitfuse calibrate` times passes again"
@@ -149,11 +149,11 @@ def deployment(
     *,
     policy: str = "splitfuse",
     replicas: int = 1,
-    pass_overhead: float = 0.0,
+    step_overhead: float = 0.0,
     client_overhead: float = 0.0,
 ) -> Deployment:
     """What the engine flags change of the calibrated engine."""
-    from splitfuse.bench.simulate import Deployment
+    from splitfuse.simulator.simulate import Deployment
 
     calibration = replace(
         calibration,
@@ -166,7 +166,7 @@ def deployment(
         policy=policy,
         replicas=replicas,
         enable_prefix_caching=config.cache.enable_prefix_caching,
-        pass_overhead=pass_overhead,
+        step_overhead=step_overhead,
         client_overhead=client_overhead,
     )
 
@@ -191,10 +191,10 @@ def _label(deployment: Deployment) -> str:
 
 
 def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
-    """Each pass that was not fitted, measured and predicted; the coefficients; the error."""
+    """Each step that was not fitted, measured and predicted; the coefficients; the error."""
     from rich.table import Table
 
-    table = Table(title="passes that were not fitted", title_justify="left", header_style="bold")
+    table = Table(title="steps that were not fitted", title_justify="left", header_style="bold")
     for name in ("pass", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
         table.add_column(name, justify="left" if name == "pass" else "right")
     for timed in checked:
@@ -210,22 +210,22 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
         )
     show(table)
     print(
-        f"a pass takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
+        f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
         f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms a token beyond {cost.knee:.0f},\n"
         f"{1e6 * cost.per_row:.3g} µs a row of logits, {1e6 * cost.per_request:.3g} µs a request, "
         f"{1e6 * cost.per_kv_token:.3g} µs a position read, {1e9 * cost.per_pair:.3g} ns a query and key"
     )
     if cost.error is not None:
         print(
-            f"error over {cost.error.num_samples} passes that were not fitted: "
-            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; equal passes scatter by {cost.scatter:.1%}"
+            f"error over {cost.error.num_samples} steps that were not fitted: "
+            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; equal steps scatter by {cost.noise:.1%}"
         )
 
 
 def _print_comparisons(comparisons: list[Any]) -> None:
     from rich.table import Table
 
-    from splitfuse.bench.validate import mean_error
+    from splitfuse.simulator.validate import mean_error
 
     table = Table(title="measured and predicted", title_justify="left", header_style="bold")
     for name in ("load", "requests/s", "predicted", "error", "token P95 ms", "predicted", "error"):

@@ -20,8 +20,8 @@ from splitfuse.errors import ConfigError, CostModelError
 
 if TYPE_CHECKING:
     from splitfuse.bench.measure import MakeWorkload
-    from splitfuse.bench.tune import Carried, CurvePoint, Tuning
     from splitfuse.runtime.calibration import Calibration
+    from splitfuse.simulator.tune import Carried, CurvePoint, Tuning
 
 BAR = 32  # characters
 CHOSEN = ("max_num_batched_tokens", "max_num_seqs")
@@ -36,7 +36,7 @@ def tune(
     context: typer.Context,
     on_time: Annotated[float, typer.Option(help="Share of the requests that is to be on time.")] = 0.99,
     headroom: Annotated[
-        float, typer.Option(help="Passes are taken to be longer than they were timed, by this share.")
+        float, typer.Option(help="Steps are taken to be longer than they were timed, by this share.")
     ] = 0.1,
     budgets: Annotated[str | None, typer.Option(help="Token budgets to try; left out, 32 to 1024.")] = None,
     seats: Annotated[str | None, typer.Option(help="Values of max-num-seqs to try; left out, 8 to 64.")] = None,
@@ -54,13 +54,13 @@ def tune(
 ) -> None:
     """Find what load this machine can promise with --ttft and --itl, and the settings for it; say why.
 
-    Passes are timed once (as `calibrate` does), loads are simulated. docs/promises.md has an example.
+    Steps are timed once (as `calibrate` does), loads are simulated. docs/slo.md has an example.
     """
     import msgspec
     from tqdm import tqdm
 
-    from splitfuse.bench.tune import BUDGETS, SEATS, curve
-    from splitfuse.bench.tune import tune as find
+    from splitfuse.simulator.tune import BUDGETS, SEATS, curve
+    from splitfuse.simulator.tune import tune as find
 
     load = WorkloadFlags.taken_from(flags)
     make_workload = load.workload_maker()
@@ -108,16 +108,16 @@ def tune(
 
 
 def _kept_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
-    """What is kept of this machine with the passes that were timed; else they are timed now, and kept."""
-    from splitfuse.engine.calibrate import run_calibration
+    """What is kept of this machine with the steps that were timed; else they are timed now, and kept."""
     from splitfuse.engine.engine import Engine
+    from splitfuse.engine.profile import run_calibration
     from splitfuse.runtime.calibration import load_cost_model, place, save
 
     with suppress(CostModelError):
         kept = load_cost_model(config)
         if kept.timed:
             return kept
-    print("splitfuse: passes are timed, for about 20 s", file=sys.stderr)
+    print("splitfuse: steps are timed, for about 20 s", file=sys.stderr)
     calibration, _ = run_calibration(Engine, config, seconds=20.0, progress=progress)
     save(calibration, place(calibration.identity))
     return calibration
@@ -126,7 +126,7 @@ def _kept_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
 def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"a pass of {calibration.name}", title_justify="left", header_style="bold")
+    table = Table(title=f"a step of {calibration.name}", title_justify="left", header_style="bold")
     for name in ("tokens", "measured ms", "fit ms", "tokens/s"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -141,7 +141,7 @@ def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
         )
     show(table)
     if (error := calibration.cost.error) is not None:
-        print(f"the fit misses passes that were not fitted by {error.median:.1%} in the median, {error.p95:.1%} at P95")
+        print(f"the fit misses steps that were not fitted by {error.median:.1%} in the median, {error.p95:.1%} at P95")
 
 
 def _print_tried(tuning: Tuning) -> None:
@@ -181,7 +181,7 @@ def _print_chosen(
     what, whose = ("conversations", "turns") if load.turns is not None else ("requests", "requests")
     print(
         f"can promise {tuning.rate:.3g} {what}/s at random, {again}with {_load(load)}:\n"
-        f"{100 * tuning.share:.4g} % of the {whose} are on time, if passes take at most {100 * headroom:.3g} % longer "
+        f"{100 * tuning.share:.4g} % of the {whose} are on time, if steps take at most {100 * headroom:.3g} % longer "
         "than they were timed, and scatter as they did"
     )
 
@@ -196,10 +196,10 @@ def _load(load: WorkloadFlags) -> str:
 
 def reasons(tuning: Tuning, calibration: Calibration) -> list[str]:
     """Why these settings, in sentences: what smaller and larger ones would give."""
-    from splitfuse.bench.tune import pass_seconds
+    from splitfuse.simulator.tune import step_seconds
 
     def speed(tokens: int) -> float:
-        return tokens / pass_seconds(calibration, tokens)
+        return tokens / step_seconds(calibration, tokens)
 
     chosen = tuning.chosen
     by_budget = {each.setting.max_num_batched_tokens: each.rate for each in tuning.budgets}
@@ -209,14 +209,14 @@ def reasons(tuning: Tuning, calibration: Calibration) -> list[str]:
     less = max((tokens for tokens in by_budget if tokens < budget), default=None)
     if less is not None:
         compared = _compared(speed(less), speed(budget))
-        parts.append(f"passes of {less} compute {compared} and {_worth(by_budget[less], own)}")
+        parts.append(f"steps of {less} compute {compared} and {_worth(by_budget[less], own)}")
     more = min((tokens for tokens in by_budget if tokens > budget), default=None)
     if more is not None:
         compared = _compared(speed(more), speed(budget))
-        takes = f"take {1e3 * pass_seconds(calibration, more):.3g} ms"
+        takes = f"take {1e3 * step_seconds(calibration, more):.3g} ms"
         promised = "" if tuning.itl is None else f" of the {tuning.itl} promised"
         worth = _worth(by_budget[more], own)
-        parts.append(f"passes of {more} compute {compared}, {takes}{promised} and {worth}")
+        parts.append(f"steps of {more} compute {compared}, {takes}{promised} and {worth}")
     said = [f"--max-num-batched-tokens {budget}: {'; '.join(parts) or 'no other was tried'}"]
     by_seats = {each.setting.max_num_seqs: each.rate for each in tuning.seats}
     count = chosen.max_num_seqs
@@ -263,12 +263,12 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
     from splitfuse.bench.measure import Loads
     from splitfuse.bench.measure import measure as drive
     from splitfuse.bench.target import EngineTarget
-    from splitfuse.core.targets import Targets
-    from splitfuse.runtime.machine import about_here
+    from splitfuse.core.slo.targets import SloTargets
+    from splitfuse.runtime.environment import environment_info
 
     settings = {**settings, **{name: getattr(tuning.chosen, name) for name in CHOSEN}}
     promised = EngineConfig.from_settings(settings).scheduler
-    targets = Targets.parse(promised.ttft, promised.itl)
+    targets = SloTargets.parse(promised.ttft, promised.itl)
     rate = tuning.rate
     for _ in range(MEASUREMENTS):
         results = asyncio.run(
@@ -277,7 +277,7 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
                 make_workload,
                 Loads(rates=(rate,), repeat=1),
                 system="measured",
-                about=about_here(),
+                about=environment_info(),
                 progress=progress,
             )
         )

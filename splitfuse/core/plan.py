@@ -47,7 +47,7 @@ class NewRequest:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One forward pass: the chunks in order, their tokens adding up to at most `token_budget`."""
+    """One forward step: the chunks in order, their tokens adding up to at most `token_budget`."""
 
     step: int
     token_budget: int

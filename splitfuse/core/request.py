@@ -6,12 +6,12 @@ import enum
 import math
 from dataclasses import dataclass, field, replace
 
-from splitfuse.core.account import Account, Missed, Spent
+from splitfuse.core.latency.ledger import LatencyBreakdown, RequestLatency, SloViolation
 from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS, MovingAverage, Targets
+from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets
 
-TIME_FOR_THE_LATE = 2.0
+MISSED_ITL_FACTOR = 2.0
 """Times their interval, that streams are given which are late already."""
 
 
@@ -56,8 +56,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
     cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
-    targets: Targets = NO_TARGETS
-    arrived: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
+    targets: SloTargets = NO_SLO
+    arrival_time: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
     on_time_only: bool = False  # not to be taken unless it can be on time
     owner: str = ""  # whose share of the machine it is
     weight: float = 1.0  # of that share
@@ -72,29 +72,29 @@ class Request:
     num_prompt_logprobs: int = 0  # given out so far, which a preemption does not repeat
 
     blocks: list[int] = field(default_factory=list)
-    num_published: int = 0  # leading blocks that the prefix cache knows
+    num_cached_blocks: int = 0  # leading blocks that the prefix cache knows
     num_computed: int = 0
     num_scheduled: int = 0
-    num_unread: int = 0  # tokens being chosen by plans in flight
+    num_output_placeholders: int = 0  # tokens being chosen by plans in flight
     num_plans_in_flight: int = 0
     preempt_on_return: bool = False
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    known_to_runner: bool = False
+    sent_to_runner: bool = False
     due: float = math.inf  # when its next token must be there; infinity: nothing was promised
-    allowance: float = math.inf  # seconds that were promised from its arrival to its first token
-    is_late: bool = False  # a promise was broken
+    ttft_target: float = math.inf  # seconds that were promised from its arrival to its first token
+    missed_slo: bool = False  # a promise was broken
     newest_at: float | None = None  # when its newest token was read back
     average_gap: MovingAverage = field(default_factory=MovingAverage)
     longest_gap: float = 0.0  # seconds
     num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
-    num_passed_over: int = 0  # passes since it was last in one, while it could have been
+    steps_skipped: int = 0  # passes since it was last in one, while it could have been
 
-    account: Account = field(default_factory=Account)
+    account: RequestLatency = field(default_factory=RequestLatency)
 
     def __post_init__(self) -> None:
         self.account.name = self.request_id
-        self.allowance = self.targets.allowance(self.num_prompt)
-        self.due = self.arrived + self.allowance
+        self.ttft_target = self.targets.ttft_target(self.num_prompt)
+        self.due = self.arrival_time + self.ttft_target
 
     @property
     def place(self) -> tuple[int, float, int]:
@@ -115,7 +115,7 @@ class Request:
         """Tokens that are known or being chosen, and not yet scheduled; none if those in flight already bring its last,
         or if it is to lose its blocks.
         """
-        chosen = len(self.output_token_ids) + self.num_unread
+        chosen = len(self.output_token_ids) + self.num_output_placeholders
         if self.preempt_on_return or chosen >= self.max_tokens:
             return 0
         return len(self.prompt_token_ids) + chosen - self.num_scheduled
@@ -131,34 +131,34 @@ class Request:
         missed, itl = self.account.missed, self.targets.itl
         if self.newest_at is None:
             if now > self.due:
-                missed = Missed(now - self.arrived, self.allowance)
+                missed = SloViolation(now - self.arrival_time, self.ttft_target)
         elif itl is not None:
             gap = now - self.newest_at
             self.longest_gap = max(gap, self.longest_gap)
             average = self.average_gap.add(gap)
             if average > itl:
-                before = missed or Missed()
+                before = missed or SloViolation()
                 average = max(average, before.average_gap or 0.0)
                 missed = replace(before, average_gap=average, longest_gap=self.longest_gap, gap_promised=itl)
         self.account.missed = missed
-        self.is_late = missed is not None
+        self.missed_slo = missed is not None
 
     @property
     def interval(self) -> float | None:
         """Seconds between its tokens that are aimed at."""
         if self.targets.itl is None:
             return None
-        return self.targets.itl * (TIME_FOR_THE_LATE if self.is_late else 1.0)
+        return self.targets.itl * (MISSED_ITL_FACTOR if self.missed_slo else 1.0)
 
     @property
-    def has_promise(self) -> bool:
+    def has_slo(self) -> bool:
         """Whether it was promised anything."""
-        return self.targets != NO_TARGETS
+        return self.targets != NO_SLO
 
     @property
     def on_time(self) -> bool | None:
         """Whether all that was promised was kept so far; None if nothing was."""
-        return not self.is_late if self.has_promise else None
+        return not self.missed_slo if self.has_slo else None
 
     def note_preemption(self) -> None:
         """Its blocks are about to be taken."""
@@ -209,4 +209,4 @@ class RequestOutput:
     retry_after: float | None = None  # it was not taken: seconds after which it may be, infinity for never
     num_cached_tokens: int = 0
     on_time: bool | None = None  # so far; None: nothing was promised
-    spent: Spent | None = None  # with the last
+    spent: LatencyBreakdown | None = None  # with the last

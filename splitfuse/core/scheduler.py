@@ -1,13 +1,13 @@
-"""Dynamic SplitFuse: which tokens of which requests make up the next forward pass.
+"""Dynamic SplitFuse: which tokens of which requests make up the next forward step.
 
 A request is two counters, tokens known and tokens computed; every step lets the second catch up with the first under
 one token budget. Long prompts are split over steps, short ones fused with the running generations, and the budget is
 filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671, section 3).
 
-    order of claims      core/order.py: requests that need only their newest token, then those with more, then those
-                         that wait, each oldest first and the last one cut to fit; or by what was promised
+    order of claims      core/slo/deadline_policy.py: requests that need only their newest token, then those with more,
+    then those that wait, each oldest first and the last one cut to fit; or by what was promised
     no block left        take those of the newest running request; its tokens are kept and computed again later
-    progress             The oldest unfinished request gets at least one token of every pass: one is set aside for it,
+    progress             The oldest unfinished request gets at least one token of every step: one is set aside for it,
                          it may take any other's blocks, and nobody may take its. `add` has made sure that it fits the
                          cache alone. So it finishes; then the next one is the oldest.
     plans in flight      `schedule` may be called before earlier plans have come back. What would take blocks from a
@@ -22,18 +22,18 @@ from bisect import insort
 from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.account import Ledger, Spent
-from splitfuse.core.block_allocator import BlockAllocator
-from splitfuse.core.cost_model import features
-from splitfuse.core.draft import Draft
-from splitfuse.core.forecast import Forecast
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.latency.ledger import LatencyBreakdown, LatencyLedger
+from splitfuse.core.latency.phase_tracker import PhaseTracker
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.order import Rule, make_rule
-from splitfuse.core.outlook import Room, check_on_time
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
-from splitfuse.core.shares import Shares
-from splitfuse.core.standing import Standing
+from splitfuse.core.slo.admission import FreeResources, check_admission
+from splitfuse.core.slo.cost_model import features
+from splitfuse.core.slo.deadline_policy import SchedulingPolicy, make_policy
+from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.step_builder import StepBuilder
 from splitfuse.errors import InvalidRequestError
 
 by_arrival = attrgetter("arrival")
@@ -42,12 +42,14 @@ by_arrival = attrgetter("arrival")
 class Scheduler:
     """Owns every unfinished request and the blocks they hold. One thread: `add`, `schedule`, `update`, `finish`.
 
-    `now` is seconds on any one clock, the same for all calls and for `Request.arrived`; where nothing is promised it
-    may be left out.
+    `now` is seconds on any one clock, the same for all calls and for `Request.arrival_time`; where nothing is promised
+    it may be left out.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator, rule: Rule | None = None) -> None:
-        self._rule = rule or make_rule(config)
+    def __init__(
+        self, config: SchedulerConfig, allocator: BlockAllocator, rule: SchedulingPolicy | None = None
+    ) -> None:
+        self._rule = rule or make_policy(config)
         self._budget = config.max_num_batched_tokens
         self._max_num_seqs = config.max_num_seqs
         self._allocator = allocator
@@ -55,24 +57,24 @@ class Scheduler:
         self._waiting: list[Request] = []  # both in order of arrival
         self._running: list[Request] = []
         self._retired: list[str] = []
-        self._shares = Shares()
-        self._ledger = Ledger()
-        self._standing = Standing(self._rule.forecast, max_num_seqs=self._max_num_seqs)
+        self._shares = FairShare()
+        self._ledger = LatencyLedger()
+        self._standing = PhaseTracker(self._rule.forecast, max_num_seqs=self._max_num_seqs)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_updates = 0
         self._began: dict[int, float] = {}  # when each plan in flight was made
         self._last_update = 0.0
         self.num_preemptions = 0  # of all requests so far
-        self.predicted_seconds = 0.0  # of the last pass that came back; 0: nothing was predicted
+        self.predicted_seconds = 0.0  # of the last step that came back; 0: nothing was predicted
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
     @property
-    def forecast(self) -> Forecast | None:
-        """What passes are predicted by, if they are."""
+    def forecast(self) -> LatencyPredictor | None:
+        """What steps are predicted by, if they are."""
         return self._rule.forecast
 
     @property
@@ -101,8 +103,8 @@ class Scheduler:
         )
         request.arrival = self._num_arrivals
         if request.on_time_only:
-            room = Room(self._max_num_seqs - len(self._running), allocator.num_available, allocator.block_size)
-            check_on_time(request, self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
+            room = FreeResources(self._max_num_seqs - len(self._running), allocator.num_available, allocator.block_size)
+            check_admission(request, self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
         self._num_arrivals += 1
         request.turn = self._shares.turn(request, running=self._running, waiting=self._waiting)
         self._requests[request.request_id] = request
@@ -110,8 +112,8 @@ class Scheduler:
         self._ledger.open(request.account, sent=now if request.sent is None else request.sent, now=now)
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """The next pass, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
-        draft = Draft(self._budget, self._rule.forecast, now=now)
+        """The next step, or None if nothing can run before an `update`. Blocks are taken for everything in it."""
+        draft = StepBuilder(self._budget, self._rule.forecast, now=now)
         self._compose(draft, now)
         plan = self._finalize(draft)
         if plan is not None:
@@ -139,7 +141,7 @@ class Scheduler:
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
             request.num_plans_in_flight -= 1
-            request.num_unread -= chunk.samples
+            request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
                 outputs.append(self._advance(request, chunk, result.results[chunk.request_id], now))
         for chunk in plan.chunks:  # once it is known who has ended, and so who is the oldest
@@ -156,7 +158,7 @@ class Scheduler:
         num_tokens: int | None = None,
         now: float = 0.0,
         ended: float | None = None,
-    ) -> Spent | None:
+    ) -> LatencyBreakdown | None:
         """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given; where its
         time went until `ended`, when it was given up, or until now.
 
@@ -185,13 +187,13 @@ class Scheduler:
         for request in self._requests.values():
             assert request.num_computed <= request.num_scheduled <= len(request.blocks) * self._allocator.block_size
             assert request.num_plans_in_flight or request.num_computed == request.num_scheduled
-            assert 0 <= request.num_unread <= request.num_plans_in_flight
+            assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
 
-    # Composing a pass ------------------------------------------------------------------------------------------------
+    # Composing a step ------------------------------------------------------------------------------------------------
 
-    def _compose(self, draft: Draft, now: float) -> None:
-        """Grant tokens in the order of claims. What core/policies.py overrides."""
+    def _compose(self, draft: StepBuilder, now: float) -> None:
+        """Grant tokens in the order of claims. What core/baselines.py overrides."""
         oldest = self._admit_oldest()
         order = self._rule.order([r for r in self._running if r.num_wanted], self._waiting, now=now)
         if oldest is not None and oldest.num_wanted:
@@ -209,9 +211,9 @@ class Scheduler:
             if not self._can_admit(draft) or not self._admit(draft, request):
                 break
         for request in self._running:
-            request.num_passed_over = 0 if request in draft.granted else request.num_passed_over + 1
+            request.steps_skipped = 0 if request in draft.granted else request.steps_skipped + 1
 
-    def _claim(self, draft: Draft, request: Request, oldest: Request | None) -> None:
+    def _claim(self, draft: StepBuilder, request: Request, oldest: Request | None) -> None:
         """The turn of a running request. The oldest gets a token in any case."""
         if request is oldest:
             draft.release()
@@ -225,9 +227,9 @@ class Scheduler:
             self._start(self._waiting[0])
         return self._running[0] if self._running else None
 
-    def _grant(self, draft: Draft, request: Request, *, at_least: int = 0) -> int:
-        """Give a running request as many tokens as it wants, the pass takes and blocks are found for; how many. The
-        first `at_least` may make the pass longer than it should be.
+    def _grant(self, draft: StepBuilder, request: Request, *, at_least: int = 0) -> int:
+        """Give a running request as many tokens as it wants, the step takes and blocks are found for; how many. The
+        first `at_least` may make the step longer than it should be.
         """
         if request.status is not RequestStatus.RUNNING:  # it has just lost its blocks to another
             return 0
@@ -252,12 +254,12 @@ class Scheduler:
             spare = max(spare - len(self._running) + 1, 0)
         return (len(request.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
-    def _can_admit(self, draft: Draft) -> bool:
+    def _can_admit(self, draft: StepBuilder) -> bool:
         """Whether there is budget, a seat and a block for somebody who waits, and one for each that runs."""
         num_running = len(self._running)
         return draft.left > 0 and num_running < self._max_num_seqs and self._allocator.num_available > num_running
 
-    def _admit(self, draft: Draft, request: Request) -> bool:
+    def _admit(self, draft: StepBuilder, request: Request) -> bool:
         """Start a waiting request with what it finds in the prefix cache and its first chunk; False if no block is
         left.
         """
@@ -265,7 +267,7 @@ class Scheduler:
         while request.blocks and not self._room(request):  # what it found was all there is: compute the end of it anew
             self._allocator.release([request.blocks.pop()])
             request.num_computed = request.num_scheduled = len(request.blocks) * self._allocator.block_size
-        request.num_published = len(request.blocks)
+        request.num_cached_blocks = len(request.blocks)
         if self._grant(draft, request):
             return True
         self._stop(request)
@@ -277,7 +279,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         if request.params.prompt_logprobs is None:  # those are wanted for every position, so all must be computed
             request.blocks = self._allocator.match(request.tokens(0, request.num_known), salt=request.cache_salt)
-        request.num_published = len(request.blocks)
+        request.num_cached_blocks = len(request.blocks)
         request.num_computed = request.num_scheduled = len(request.blocks) * self._allocator.block_size
 
     def _stop(self, request: Request) -> None:
@@ -288,31 +290,31 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self._allocator.release(request.blocks)
         request.blocks = []
-        request.num_published = request.num_computed = request.num_scheduled = 0
+        request.num_cached_blocks = request.num_computed = request.num_scheduled = 0
         request.preempt_on_return = False
 
-    def _preempt(self, *, than: Request, draft: Draft | None = None) -> bool:
+    def _preempt(self, *, than: Request, draft: StepBuilder | None = None) -> bool:
         """Take somebody's blocks for `than`. False if that must wait for an `update`, or if nobody has to give way."""
-        victim = self._rule.victim(self._running, than=than)
-        if victim is None:
+        preemption_victim = self._rule.preemption_victim(self._running, than=than)
+        if preemption_victim is None:
             return False
         if draft is not None:
-            draft.revoke(victim)
-        if victim.num_plans_in_flight:
-            victim.preempt_on_return = True
+            draft.revoke(preemption_victim)
+        if preemption_victim.num_plans_in_flight:
+            preemption_victim.preempt_on_return = True
             return False
-        self._count_preemption(victim)
-        self._stop(victim)
+        self._count_preemption(preemption_victim)
+        self._stop(preemption_victim)
         return True
 
-    def _finalize(self, draft: Draft) -> StepPlan | None:
+    def _finalize(self, draft: StepBuilder) -> StepPlan | None:
         if not draft.granted:
             return None
         chunks, new_requests = [], []
         for request, count in draft.granted.items():
             chunks.append(self._chunk(request, count))
-            if not request.known_to_runner:
-                request.known_to_runner = True
+            if not request.sent_to_runner:
+                request.sent_to_runner = True
                 request.num_cached_tokens = chunks[-1].start
                 new_requests.append(request.introduction())
         retired, self._retired = tuple(self._retired), []
@@ -333,7 +335,7 @@ class Scheduler:
             request.request_id, start, request.tokens(start, end), tuple(request.blocks[:covering]), num_logits, samples
         )
         request.num_scheduled = end
-        request.num_unread += samples
+        request.num_output_placeholders += samples
         request.num_plans_in_flight += 1
         return chunk
 
@@ -358,8 +360,8 @@ class Scheduler:
         size = self._allocator.block_size
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)
-            request.num_published = self._allocator.publish(
-                request.blocks, computed, first=request.num_published, salt=request.cache_salt
+            request.num_cached_blocks = self._allocator.publish(
+                request.blocks, computed, first=request.num_cached_blocks, salt=request.cache_salt
             )
         if tokens and (reason := request.reason_to_finish):
             self._finish(request, reason)
@@ -386,7 +388,7 @@ class Scheduler:
             request.blocks = []
             request.num_computed = request.num_scheduled = 0
             del self._requests[request.request_id]
-            if request.known_to_runner:
+            if request.sent_to_runner:
                 self._retired.append(request.request_id)
         elif request.preempt_on_return and request is self._running[0]:
             request.preempt_on_return = False  # whoever wanted its blocks has ended: now it is the oldest

@@ -7,32 +7,32 @@ import time
 from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.account import Spent
-from splitfuse.core.block_allocator import BlockAllocator
-from splitfuse.core.cost_model import CostModel
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.order import make_rule
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.targets import NO_TARGETS, Targets
-from splitfuse.engine.calibrate import kept_or_new
-from splitfuse.engine.messages import NO_TERMS, Terms
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.engine.messages import DEFAULT_SCHEDULING, SchedulingOptions
+from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
 Observer = Callable[[StepPlan, StepResult], None]
-"""Sees every pass when it is done: for metrics, traces and pictures."""
+"""Sees every step when it is done: for metrics, traces and pictures."""
 
 
 class Engine:
     """Many requests answered together by one model. One thread.
 
     With a cost model it keeps promises. `scheduler` is another class only where policies are compared
-    (core/policies.py).
+    (core/baselines.py).
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Engine:
         self.allocator = BlockAllocator(
             plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
-        self.keeps_promises = cost is not None
-        self._targets = Targets.parse(config.scheduler.ttft, config.scheduler.itl)
-        self.scheduler = scheduler(config.scheduler, self.allocator, make_rule(config.scheduler, cost))
+        self.slo_enabled = cost is not None
+        self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
+        self.scheduler = scheduler(config.scheduler, self.allocator, make_policy(config.scheduler, cost))
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -70,17 +70,17 @@ class Engine:
         scheduler: type[Scheduler] = Scheduler,
     ) -> Engine:
         """An engine for the model that `config` names. If it promises anything, and no cost model is kept for it, its
-        passes are timed first. `on_stage` hears of what comes after loading.
+        steps are timed first. `on_stage` hears of what comes after loading.
 
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
         model = load_model(
             config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
         )
-        if not config.scheduler.keeps_promises:
+        if not config.scheduler.slo_enabled:
             return cls(config, model, scheduler=scheduler)
         on_stage("calibrating")
-        cost = kept_or_new(cls, config, model, progress=progress).cost
+        cost = load_or_profile(cls, config, model, progress=progress).cost
         return cls(config, model, scheduler=scheduler, cost=cost)
 
     @property
@@ -99,7 +99,7 @@ class Engine:
         params: SamplingParams,
         *,
         choice: int = 0,
-        terms: Terms = NO_TERMS,
+        scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
         sent: float | None = None,
     ) -> None:
         """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
@@ -109,10 +109,10 @@ class Engine:
         and cannot be now. Then nothing is changed.
         """
         self.check_request(prompt_token_ids, params)
-        targets = self._targets if terms.targets is None else terms.targets
-        if (terms.targets not in (None, NO_TARGETS) or terms.on_time_only) and not self.keeps_promises:
+        targets = self._targets if scheduling.targets is None else scheduling.targets
+        if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(
-                "this engine keeps no promises: give it ttft, itl or keep_promises", parameter="targets"
+                "this engine keeps no promises: give it ttft, itl or enable_slo", parameter="targets"
             )
         now = time.monotonic()
         self.scheduler.add(
@@ -124,14 +124,14 @@ class Engine:
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
-                cache_salt=terms.cache_salt,
+                cache_salt=scheduling.cache_salt,
                 targets=targets,
-                arrived=now if terms.arrived is None else terms.arrived,
+                arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
                 sent=sent,
-                on_time_only=terms.on_time_only,
-                owner=terms.owner,
-                weight=terms.weight,
-                priority=terms.priority,
+                on_time_only=scheduling.on_time_only,
+                owner=scheduling.owner,
+                weight=scheduling.weight,
+                priority=scheduling.priority,
             ),
             now,
         )
@@ -141,7 +141,7 @@ class Engine:
         self.limits.check(prompt_token_ids, params)
 
     def step(self) -> list[RequestOutput]:
-        """One forward pass for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
+        """One forward step for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
         to do.
         """
         plan = self.scheduler.schedule(time.monotonic())
@@ -152,8 +152,8 @@ class Engine:
             result = self.runner.run(plan)
             if self.observer is not None:
                 self.observer(plan, result)
-        except BaseException as error:  # Ctrl-C too: what the pass left in the cache is unknown, so its requests end
-            failed = ChunkResult(error=f"the forward pass was broken off: {error!r}")
+        except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
+            failed = ChunkResult(error=f"the forward step was broken off: {error!r}")
             self.scheduler.update(
                 plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}), time.monotonic()
             )
@@ -162,7 +162,7 @@ class Engine:
 
     def finish(
         self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None, ended: float | None = None
-    ) -> Spent | None:
+    ) -> LatencyBreakdown | None:
         """End a request, keeping its first `num_tokens` generated tokens; where its time went until `ended`, on the
         monotonic clock, or until now. None if it has ended already.
         """

@@ -13,19 +13,19 @@ import msgspec
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason, Priority, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import Targets
+from splitfuse.core.slo.targets import SloTargets
 
 # To the engine -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Terms:
+class SchedulingOptions:
     """On which a request is taken, beside what is computed for it."""
 
     cache_salt: str = ""
-    targets: Targets | None = None
+    targets: SloTargets | None = None
     """None: what the engine promises to everybody."""
-    arrived: float | None = None
+    arrival_time: float | None = None
     """When it came, on the machine's monotonic clock; None: when the engine gets it."""
     on_time_only: bool = False
     """Not to be taken unless it can be on time."""
@@ -36,7 +36,7 @@ class Terms:
     priority: Priority = Priority.NORMAL
 
 
-NO_TERMS = Terms()
+DEFAULT_SCHEDULING = SchedulingOptions()
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -47,7 +47,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     choice: int = 0
-    terms: Terms = NO_TERMS
+    scheduling: SchedulingOptions = DEFAULT_SCHEDULING
     sent: float | None = None
     """When, on the machine's monotonic clock."""
 
@@ -90,7 +90,7 @@ class EngineInfo:
     max_num_seqs: int
     memory_plan: str
     """As it is printed; its first line says which kernels compute."""
-    keeps_promises: bool = False
+    slo_enabled: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +101,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the engine began, and how things stand after its last pass."""
+    """Counters since the engine began, and how things stand after its last step."""
 
     num_steps: int = 0
     num_running: int = 0
@@ -110,15 +110,15 @@ class EngineStats:
     num_prompt_tokens: int = 0  # of requests that were begun
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_generated_tokens: int = 0
-    num_computed_tokens: int = 0  # of all passes
+    num_computed_tokens: int = 0  # of all steps
     num_preemptions: int = 0
-    pass_tokens: int = 0  # of the last pass
-    pass_seconds: float = 0.0
-    predicted_pass_seconds: float = 0.0  # 0: nothing was predicted
+    step_tokens: int = 0  # of the last step
+    step_seconds: float = 0.0
+    predicted_step_seconds: float = 0.0  # 0: nothing was predicted
 
 
-class Passed(msgspec.Struct, frozen=True, tag=True):
-    """What one pass, or a command between two, changed."""
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """What one step, or a command between two, changed."""
 
     outputs: tuple[RequestOutput, ...]
     stats: EngineStats
@@ -127,8 +127,8 @@ class Passed(msgspec.Struct, frozen=True, tag=True):
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Sent a few times a second by a process, whatever its engine does."""
 
-    seconds_in_pass: float
-    """Since the pass that runs now began; 0 if none runs."""
+    seconds_in_step: float
+    """Since the step that runs now began; 0 if none runs."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -140,7 +140,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Its class, if it is one of errors.py."""
 
 
-Report = Loading | Ready | Passed | Alive | Failed
+Report = Loading | Ready | StepReport | Alive | Failed
 
 _decode_command = msgspec.msgpack.Decoder(Command).decode
 _decode_report = msgspec.msgpack.Decoder(Report).decode

@@ -6,23 +6,23 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from splitfuse.engine.async_engine import EngineClient
-from splitfuse.engine.engine_process import EngineProcess, WeightsFile
+from splitfuse.engine.client import EngineClient
+from splitfuse.engine.remote.supervisor import SubprocessEngine, WeightsFile
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError
 
 
-def make_replicas(settings: Mapping[str, Any], *, replicas: int = 1, pass_timeout: float = 60.0) -> EngineClient:
+def make_replicas(settings: Mapping[str, Any], *, replicas: int = 1, step_timeout: float = 60.0) -> EngineClient:
     """A client of `replicas` engines with `settings` of EngineConfig, not started yet.
 
     Raises ConfigError if there are fewer cores than replicas.
     """
     if replicas == 1:
-        return EngineProcess(settings, pass_timeout=pass_timeout)
+        return SubprocessEngine(settings, step_timeout=step_timeout)
     weights = WeightsFile(replicas) if hasattr(os, "memfd_create") else None
     return Router(
         [
-            EngineProcess(settings, pass_timeout=pass_timeout, cores=cores, weights=weights)
+            SubprocessEngine(settings, step_timeout=step_timeout, cores=cores, weights=weights)
             for cores in divide(sorted(os.sched_getaffinity(0)), replicas)
         ]
     )

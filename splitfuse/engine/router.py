@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
-from splitfuse.engine.async_engine import EngineClient, EngineState, Stream
+from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.errors import EngineDiedError
 
@@ -48,7 +48,7 @@ class Router(EngineClient):
         return sum(replica.outstanding_tokens for replica in self.replicas if replica.state is EngineState.READY)
 
     def open(self, request: Add) -> Stream:
-        hashes = prefix_hashes(request.prompt_token_ids, request.terms.cache_salt)
+        hashes = prefix_hashes(request.prompt_token_ids, request.scheduling.cache_salt)
         if request.params.prompt_logprobs is not None:  # it reads no prefix cache
             hashes = []
         index = choose_replica(

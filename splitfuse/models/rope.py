@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.models.config_json import LARGEST_INTEGER, ConfigJson
+from splitfuse.models.families.config_json import LARGEST_INTEGER, ConfigJson
 from splitfuse.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights, Weight
-from splitfuse.models.checkpoint import Checkpoint, listing, release
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import find_family
+from splitfuse.models.families.families import find_family
+from splitfuse.models.sources.safetensors import Checkpoint, listing, release
 from splitfuse.models.spec import ModelSpec, MoESpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

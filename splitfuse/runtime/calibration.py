@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.cost_model import CostModel, Sample
+from splitfuse.core.slo.cost_model import CostModel, Sample
 from splitfuse.errors import CostModelError
 
 FORMAT = 2
@@ -33,7 +33,7 @@ class Calibration:
     about: dict[str, Any] = field(default_factory=dict)
     """When and how it came about."""
     timed: tuple[Sample, ...] = ()
-    """The passes that it was fitted to, and those that checked it. None of a machine that was not measured."""
+    """The steps that it was fitted to, and those that checked it. None of a machine that was not measured."""
 
 
 def save(calibration: Calibration, path: Path) -> None:
@@ -56,16 +56,16 @@ def load(path: Path) -> Calibration:
 
 
 def identify(config: EngineConfig) -> dict[str, Any]:
-    """What the time of a pass depends on: two engines with equal identities have the same cost model.
+    """What the time of a step depends on: two engines with equal identities have the same cost model.
 
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
-    from splitfuse.models.families import load_spec
-    from splitfuse.models.hub import resolve_model
+    from splitfuse.models.families.families import load_spec
+    from splitfuse.models.sources.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
-    from splitfuse.runtime.kernel_choice import choose_kernels
+    from splitfuse.runtime.backend_choice import choose_kernels
+    from splitfuse.runtime.environment import gpu, processor
     from splitfuse.runtime.loading import parse_device
-    from splitfuse.runtime.machine import gpu, processor
 
     path = resolve_model(config.model.model, config.model.revision)
     spec = load_spec(path)

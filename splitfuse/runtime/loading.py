@@ -10,19 +10,19 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec
-from splitfuse.models.generation_config import read_eos_token_ids
-from splitfuse.models.hub import resolve_model
+from splitfuse.models.families.families import load_spec
 from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.sources.generation_config import read_eos_token_ids
+from splitfuse.models.sources.hub import resolve_model
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
-from splitfuse.runtime.kernel_choice import choose_kernels
+from splitfuse.runtime.backend_choice import choose_kernels
+from splitfuse.runtime.executor import ModelRunner
 from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_memory
-from splitfuse.runtime.model_runner import ModelRunner
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.cpu.quantization import QUANTIZATIONS
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.control_groups import control_groups
-from splitfuse.runtime.model_runner import HEAD_ROWS
+from splitfuse.runtime.executor import HEAD_ROWS
 
 GIB = 2**30
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
@@ -168,7 +168,7 @@ def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype)
 
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """One token at the widest moment of a pass, generously: the MLP's inputs, outputs and gate, or those of each expert
+    """One token at the widest moment of a step, generously: the MLP's inputs, outputs and gate, or those of each expert
     that it visits.
     """
     inner = 4 * spec.intermediate_size

@@ -16,7 +16,7 @@ from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
 
 MEMORY_SECONDS = 10.0
-"""A pass this long ago counts 1/e of one that has just ended, in the measured rate."""
+"""A step this long ago counts 1/e of one that has just ended, in the measured rate."""
 LONGEST_WAIT = 3600.0
 """Seconds: no estimate is good for longer."""
 
@@ -35,7 +35,7 @@ class Admission:
         self._empty = asyncio.Event()
         self._empty.set()
         self._measured_at = clock()
-        self._recent_tokens = self._recent_seconds = 0.0  # of passes, those long ago counting less
+        self._recent_tokens = self._recent_seconds = 0.0  # of steps, those long ago counting less
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -66,8 +66,8 @@ class Admission:
                 self._empty.set()
 
     def progressed(self, num_tokens: int, seconds: float) -> None:
-        """An engine has computed `num_tokens` in a pass of `seconds`. For every pass of every replica."""
-        if num_tokens <= 0 or not 0 < seconds < math.inf:  # no pass, or one too short for the clock
+        """An engine has computed `num_tokens` in a step of `seconds`. For every step of every replica."""
+        if num_tokens <= 0 or not 0 < seconds < math.inf:  # no step, or one too short for the clock
             return
         now = self._clock()
         kept = math.exp(min(self._measured_at - now, 0.0) / MEMORY_SECONDS)

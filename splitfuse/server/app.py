@@ -24,15 +24,17 @@ from starlette.routing import Route
 
 import splitfuse
 from splitfuse.config import ServerConfig
-from splitfuse.core.account import Part
+from splitfuse.core.latency.ledger import LatencyPhase
 from splitfuse.core.limits import check_token_ids
+from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
+from splitfuse.server.auth import ApiKeys
+from splitfuse.server.context import App, Receive, RequestContext, Scope, Send
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
-from splitfuse.server.exchange import App, Exchange, Receive, Scope, Send
-from splitfuse.server.explain import Course, sentence
-from splitfuse.server.generating import Server, chat, completions, record_of
-from splitfuse.server.keys import Keys
+from splitfuse.server.explain import RequestTimeline, sentence
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
+from splitfuse.server.openai.endpoints import Server, chat, completions, record_of
+from splitfuse.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 from splitfuse.server.openapi import (
     Detokenized,
     Health,
@@ -43,9 +45,7 @@ from splitfuse.server.openapi import (
     Version,
     document,
 )
-from splitfuse.server.protocol import DetokenizeRequest, TokenizeRequest
-from splitfuse.server.request_log import RequestLog, RequestRecord
-from splitfuse.text.serving import TextService
+from splitfuse.text.service import TextService
 
 _OPEN = frozenset({"/health", "/ready"})  # no key, no line in the log
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -53,7 +53,7 @@ _CLIENT_GONE = 499  # what servers write down where nobody was left to tell a st
 
 _logger = logging.getLogger("splitfuse.server")
 
-Handler = Callable[[Server, Exchange], Awaitable[None]]
+Handler = Callable[[Server, RequestContext], Awaitable[None]]
 
 
 def make_app(
@@ -61,11 +61,11 @@ def make_app(
 ) -> Starlette:
     """The ASGI application. Raises ConfigError for an api_key_file that cannot be used.
 
-    It starts and ends neither the client nor anything else. Telling `admission` and `metrics` of passes is the
+    It starts and ends neither the client nor anything else. Telling `admission` and `metrics` of steps is the
     caller's.
     """
     server = Server(service, config, admission, metrics, log, int(time.time()))
-    middleware = [Middleware(_Edge, server=server, keys=Keys(config))]
+    middleware = [Middleware(_Edge, server=server, keys=ApiKeys(config))]
     if config.allow_origin:
         cors = Middleware(
             CORSMiddleware,
@@ -78,7 +78,7 @@ def make_app(
     app = Starlette(
         routes=[Route(path, _Endpoint(handler, server), methods=[method]) for method, path, handler in ROUTES],
         middleware=middleware,
-        exception_handlers={HTTPException: _pass_on},
+        exception_handlers={HTTPException: _step_on},
     )
     app.router.redirect_slashes = False
     return app
@@ -87,28 +87,28 @@ def make_app(
 # Routes --------------------------------------------------------------------------------------------------------------
 
 
-async def _health(_: Server, exchange: Exchange) -> None:
+async def _health(_: Server, exchange: RequestContext) -> None:
     await exchange.answer(Health())
 
 
-async def _ready(server: Server, exchange: Exchange) -> None:
+async def _ready(server: Server, exchange: RequestContext) -> None:
     stage, fraction = server.stage
     await exchange.answer(Readiness(stage, fraction), status=200 if stage == "ready" else 503)
 
 
-async def _version(_: Server, exchange: Exchange) -> None:
+async def _version(_: Server, exchange: RequestContext) -> None:
     await exchange.answer(Version(splitfuse.__version__))
 
 
-async def _metrics(server: Server, exchange: Exchange) -> None:
+async def _metrics(server: Server, exchange: RequestContext) -> None:
     await exchange.answer(server.metrics.render(), content_type=CONTENT_TYPE)
 
 
-async def _models(server: Server, exchange: Exchange) -> None:
+async def _models(server: Server, exchange: RequestContext) -> None:
     await exchange.answer(ModelList([_describe(server)]))
 
 
-async def _model(server: Server, exchange: Exchange) -> None:
+async def _model(server: Server, exchange: RequestContext) -> None:
     name: str = exchange.scope["path_params"]["model"]
     if name != server.model:
         raise RefusedError(
@@ -121,7 +121,7 @@ def _describe(server: Server) -> Model:
     return Model(server.model, server.started, server.service.client.info.limits.max_model_len)
 
 
-async def _tokenize(server: Server, exchange: Exchange) -> None:
+async def _tokenize(server: Server, exchange: RequestContext) -> None:
     request = await server.read(exchange, TokenizeRequest)
     request.check()
     service, limit = server.service, server.service.client.info.limits.max_model_len
@@ -139,7 +139,7 @@ async def _tokenize(server: Server, exchange: Exchange) -> None:
     await exchange.answer(Tokenized(len(prompt.token_ids), limit, list(prompt.token_ids)))
 
 
-async def _detokenize(server: Server, exchange: Exchange) -> None:
+async def _detokenize(server: Server, exchange: RequestContext) -> None:
     request = await server.read(exchange, DetokenizeRequest)
     skip = request.skip_special_tokens is not False
     vocab_size, tokenizer = server.service.client.info.limits.vocab_size, server.service.tokenizer
@@ -152,12 +152,12 @@ async def _detokenize(server: Server, exchange: Exchange) -> None:
     await exchange.answer(Detokenized(text))
 
 
-async def _explain(server: Server, exchange: Exchange) -> None:
+async def _explain(server: Server, exchange: RequestContext) -> None:
     wanted: str = exchange.scope["path_params"]["request"]
     await exchange.answer(await server.explanations.find(wanted, key=exchange.owner.name))
 
 
-async def _openapi(server: Server, exchange: Exchange) -> None:
+async def _openapi(server: Server, exchange: RequestContext) -> None:
     await exchange.answer(document(server))
 
 
@@ -193,7 +193,7 @@ class _Endpoint:
         await self._handler(self._server, scope["splitfuse.exchange"])
 
 
-async def _pass_on(_: Request, error: Exception) -> Response:
+async def _step_on(_: Request, error: Exception) -> Response:
     raise error
 
 
@@ -203,7 +203,7 @@ async def _pass_on(_: Request, error: Exception) -> Response:
 class _Edge:
     """Around all routes: gives each request its Exchange, asks for the key, answers errors, writes the record."""
 
-    def __init__(self, app: App, *, server: Server, keys: Keys) -> None:
+    def __init__(self, app: App, *, server: Server, keys: ApiKeys) -> None:
         self._app = app
         self._server = server
         self._keys = keys
@@ -215,7 +215,7 @@ class _Edge:
             await self._app(scope, receive, send)
             return
         unique_id = secrets.token_hex(16)
-        exchange = Exchange(scope, receive, send, request_id=unique_id, unique_id=unique_id)
+        exchange = RequestContext(scope, receive, send, request_id=unique_id, unique_id=unique_id)
         wanted_id = exchange.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
             exchange.request_id = wanted_id.decode()
@@ -231,7 +231,7 @@ class _Edge:
         finally:
             self._record(exchange, failure)
 
-    async def _tell(self, exchange: Exchange, error: Exception) -> None:
+    async def _tell(self, exchange: RequestContext, error: Exception) -> None:
         if isinstance(error, ClientGoneError):
             return
         answer = answer_to(error)
@@ -244,7 +244,7 @@ class _Edge:
         except (OSError, TimeoutError):
             return  # nobody listens any more
 
-    def _record(self, exchange: Exchange, error: Exception | None) -> None:
+    def _record(self, exchange: RequestContext, error: Exception | None) -> None:
         server, route = self._server, _declared(exchange.scope["path"])
         if error is not None and not exchange.admitted and not isinstance(error, ClientGoneError):
             server.metrics.request_refused(answer_to(error).detail.code or "error")
@@ -252,10 +252,10 @@ class _Edge:
             return
         # One that is cancelled with its server has neither a status nor an error.
         status = _CLIENT_GONE if isinstance(error, ClientGoneError) else exchange.status or _CLIENT_GONE
-        exchange.turn(Part.DETOKENIZING)
+        exchange.turn(LatencyPhase.DETOKENIZING)
         record = record_of(exchange, route=route, status=status, error=error)
         server.metrics.request_ended(record)
-        course = Course.of(exchange, record)
+        course = RequestTimeline.of(exchange, record)
         server.explanations.end(exchange, course)
         write = functools.partial(server.log.write, prompt=exchange.prompt, text=exchange.text)
         if course is None or record.on_time is not False:
@@ -265,8 +265,10 @@ class _Edge:
         else:
             self._write_later(write, record, course)
 
-    def _write_later(self, write: Callable[[RequestRecord], None], record: RequestRecord, course: Course) -> None:
-        """When the engine has said where the time went: within a pass or two."""
+    def _write_later(
+        self, write: Callable[[RequestRecord], None], record: RequestRecord, course: RequestTimeline
+    ) -> None:
+        """When the engine has said where the time went: within a step or two."""
 
         async def wait() -> None:
             await asyncio.shield(course.spent)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from splitfuse.core.account import Missed, Part, Spent
+from splitfuse.core.latency.ledger import LatencyBreakdown, LatencyPhase, SloViolation
+from splitfuse.server.access_log import RequestRecord
+from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.exchange import Exchange
-from splitfuse.server.request_log import RequestRecord
 
 KEPT = 1024
 """Requests that have ended, and can be asked about."""
@@ -26,57 +26,57 @@ PATIENCE = 0.5
 """Seconds that a question waits for the end of a request that runs."""
 
 MEANINGS = {
-    Part.READING: "reading the request",
-    Part.TOKENIZING: "checking and tokenizing",
-    Part.TO_ENGINE: "on its way to the engine",
-    Part.JOINING: "until the pass that ran had ended",
-    Part.NO_SEAT: "queued: all seats taken",
-    Part.NO_BLOCKS: "queued: no KV blocks",
-    Part.NO_BUDGET: "queued: passes were full",
-    Part.BEHIND: "queued: behind others' promises",
-    Part.OWN_PROMPT: "its prompt",
-    Part.OWN_GENERATION: "its generation",
-    Part.BESIDE_OTHERS: "beside others' chunks",
-    Part.PACED: "left out: ahead of its promise",
-    Part.LEFT_OUT: "left out: passes were full",
-    Part.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
-    Part.PREEMPTED: "preempted",
-    Part.RECOMPUTED: "computed again",
-    Part.BETWEEN_PASSES: "between passes",
-    Part.FROM_ENGINE: "on its way back",
-    Part.DETOKENIZING: "detokenizing, making the answer",
-    Part.CLIENT: "handing over to the client",
-    Part.FAILED: "in an engine that failed",
+    LatencyPhase.READING: "reading the request",
+    LatencyPhase.TOKENIZING: "checking and tokenizing",
+    LatencyPhase.TO_ENGINE: "on its way to the engine",
+    LatencyPhase.JOINING: "until the step that ran had ended",
+    LatencyPhase.NO_SEAT: "queued: all seats taken",
+    LatencyPhase.NO_BLOCKS: "queued: no KV blocks",
+    LatencyPhase.NO_BUDGET: "queued: steps were full",
+    LatencyPhase.BEHIND: "queued: behind others' promises",
+    LatencyPhase.OWN_PROMPT: "its prompt",
+    LatencyPhase.OWN_GENERATION: "its generation",
+    LatencyPhase.BESIDE_OTHERS: "beside others' chunks",
+    LatencyPhase.PACED: "left out: ahead of its promise",
+    LatencyPhase.LEFT_OUT: "left out: steps were full",
+    LatencyPhase.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
+    LatencyPhase.PREEMPTED: "preempted",
+    LatencyPhase.RECOMPUTED: "computed again",
+    LatencyPhase.BETWEEN_STEPS: "between steps",
+    LatencyPhase.FROM_ENGINE: "on its way back",
+    LatencyPhase.DETOKENIZING: "detokenizing, making the answer",
+    LatencyPhase.CLIENT: "handing over to the client",
+    LatencyPhase.FAILED: "in an engine that failed",
 }
 """Of each part, for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class RequestTimeline:
     """What the front knows of a request that an engine has had; the engine's account may still be on its way. If it had
     several choices, the engine's part is of the one that all waited for.
     """
 
     unique_id: str
     key: str | None
-    front: dict[Part, float]
+    front: dict[LatencyPhase, float]
     handed_over: float
     sent: float
     left: float
-    spent: asyncio.Future[Spent | None]
+    spent: asyncio.Future[LatencyBreakdown | None]
     record: RequestRecord | None
 
     @classmethod
-    def of(cls, exchange: Exchange, record: RequestRecord | None = None) -> Course | None:
+    def of(cls, exchange: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
         """None if no engine has heard of the request."""
         last = exchange.last
         if last is None or last.stream is None or last.sent is None:
             return None
         front = dict(exchange.parts)
-        detokenizing = min(last.detokenizing, front.get(Part.FROM_ENGINE, 0.0))  # while it waited for the text
+        detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
         if detokenizing:
-            front[Part.FROM_ENGINE] -= detokenizing
-            front[Part.DETOKENIZING] = front.get(Part.DETOKENIZING, 0.0) + detokenizing
+            front[LatencyPhase.FROM_ENGINE] -= detokenizing
+            front[LatencyPhase.DETOKENIZING] = front.get(LatencyPhase.DETOKENIZING, 0.0) + detokenizing
         return cls(
             unique_id=exchange.unique_id,
             key=exchange.owner.name,
@@ -88,26 +88,26 @@ class Course:
             record=record,
         )
 
-    def parts(self) -> dict[Part, float]:
+    def parts(self) -> dict[LatencyPhase, float]:
         """Seconds of each part that has any, in the order of a request's life. `spent` must be there."""
         spent = self.spent.result()
         parts = dict(self.front)
 
-        def add(part: Part, seconds: float) -> None:
+        def add(part: LatencyPhase, seconds: float) -> None:
             parts[part] = parts.get(part, 0.0) + seconds
 
-        add(Part.TO_ENGINE, self.sent - self.handed_over)
+        add(LatencyPhase.TO_ENGINE, self.sent - self.handed_over)
         if spent is None:
-            add(Part.FAILED, self.left - self.sent)
+            add(LatencyPhase.FAILED, self.left - self.sent)
         else:
             for part, seconds in spent.parts.items():
                 add(part, seconds)
-            add(Part.FROM_ENGINE, self.left - spent.closed)
-        return {part: parts[part] for part in Part if parts.get(part, 0.0) > 0.0}
+            add(LatencyPhase.FROM_ENGINE, self.left - spent.closed)
+        return {part: parts[part] for part in LatencyPhase if parts.get(part, 0.0) > 0.0}
 
 
 class Neighbour(msgspec.Struct, frozen=True):
-    """A request whose prompt was computed beside, `tokens` of it in the same passes."""
+    """A request whose prompt was computed beside, `tokens` of it in the same steps."""
 
     id: str | None
     """None if it was another key's."""
@@ -122,7 +122,7 @@ class Explanation(msgspec.Struct, frozen=True):
     route: str
     status: int
     seconds: float
-    parts: dict[Part, float]
+    parts: dict[LatencyPhase, float]
     beside: list[Neighbour]
     preemptions: int
     prompt_tokens: int
@@ -130,10 +130,10 @@ class Explanation(msgspec.Struct, frozen=True):
     generated_tokens: int
     finish_reasons: list[str]
     on_time: bool | None
-    missed: Missed | None
+    missed: SloViolation | None
 
     @classmethod
-    def of(cls, course: Course, beside: list[Neighbour]) -> Explanation:
+    def of(cls, course: RequestTimeline, beside: list[Neighbour]) -> Explanation:
         """Of one with its record, and the engine's account there."""
         spent, record = course.spent.result(), course.record
         assert record is not None
@@ -160,17 +160,17 @@ class Explanations:
 
     def __init__(self, most: int = KEPT) -> None:
         self._most = most
-        self._courses: OrderedDict[str, Course] = OrderedDict()  # by our own id, the oldest first
+        self._courses: OrderedDict[str, RequestTimeline] = OrderedDict()  # by our own id, the oldest first
         self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # those that have not ended: whose
         self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: ours of its newest
 
-    def begin(self, exchange: Exchange) -> None:
+    def begin(self, exchange: RequestContext) -> None:
         """A request goes to an engine."""
         key = exchange.owner.name
         self._running[exchange.unique_id] = key, asyncio.Event()
         self._named[key, exchange.request_id] = exchange.unique_id
 
-    def end(self, exchange: Exchange, course: Course | None) -> None:
+    def end(self, exchange: RequestContext, course: RequestTimeline | None) -> None:
         """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
         forgotten.
         """
@@ -220,7 +220,7 @@ class Explanations:
             del self._named[key, name]
 
 
-def sentence(course: Course) -> str:
+def sentence(course: RequestTimeline) -> str:
     """What a request that was late was promised, and what took the longest of it."""
     parts, spent = course.parts(), course.spent.result()
     total = sum(parts.values())
@@ -231,7 +231,7 @@ def sentence(course: Course) -> str:
     return f"{missed}of {total:.3g} s: {', '.join(said)}{beside}"
 
 
-def told(missed: Missed) -> str:
+def told(missed: SloViolation) -> str:
     """`first token after 1.2 s, promised after 1 s; tokens every 0.3 s (moving average), promised every 0.25 s, longest
     gap 0.7 s`.
     """

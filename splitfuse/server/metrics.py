@@ -18,10 +18,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from splitfuse.core.request import FinishReason
-from splitfuse.engine.async_engine import EngineClient, EngineState
-from splitfuse.engine.messages import EngineStats, Passed
+from splitfuse.engine.client import EngineClient, EngineState
+from splitfuse.engine.messages import EngineStats, StepReport
 from splitfuse.errors import EngineDiedError
-from splitfuse.server.request_log import RequestRecord
+from splitfuse.server.access_log import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Of what `Metrics.render` gives."""
@@ -30,14 +30,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _WHOLE = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
-_PASS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
-    "pass_seconds": _PASS,
-    "predicted_pass_seconds": _PASS,
+    "step_seconds": _STEP,
+    "predicted_step_seconds": _STEP,
     "forecast_ratio": (0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.11, 1.25, 1.5, 2.0, 4.0),
-    "pass_share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
-    "pass_tokens": tuple(float(2**power) for power in range(15)),
+    "step_share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
+    "step_tokens": tuple(float(2**power) for power in range(15)),
     "first_token": (*_FIRST, 80.0, 160.0, 640.0, 2560.0),
     "inter_token": (0.001, 0.0025, 0.005, *_GAPS),
     "mean_inter_token": (0.001, 0.0025, 0.005, *_GAPS),
@@ -61,29 +61,29 @@ class Family:
 
 FAMILIES = (
     Family("splitfuse:ready", "gauge", "ready", "1 while an engine is ready, else 0."),
-    Family("splitfuse:num_requests_running", "gauge", "running", "Requests that passes compute."),
-    Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait for room in a pass."),
+    Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
+    Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait for room in a step."),
     Family("splitfuse:outstanding_tokens", "gauge", "outstanding", "Most tokens still to compute for open requests."),
     Family("splitfuse:kv_blocks", "gauge", "blocks", "KV blocks of all engines."),
     Family("splitfuse:kv_blocks_used", "gauge", "used_blocks", "KV blocks held by requests."),
     Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "KV blocks held by requests, of all: 0 to 1."),
-    Family("splitfuse:passes", "counter", "num_steps", "Forward passes."),
-    Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that passes computed."),
+    Family("splitfuse:steps", "counter", "num_steps", "Forward passes."),
+    Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
     Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of requests that were begun."),
     Family("splitfuse:cached_tokens", "counter", "num_cached_tokens", "Prompt tokens found in the prefix cache."),
     Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Tokens that were chosen."),
     Family("splitfuse:preemptions", "counter", "num_preemptions", "Requests that had to give up their KV blocks."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
     Family("splitfuse:choices", "counter", "choices", "Choices that ended, by how.", ("finish_reason",)),
-    Family("splitfuse:promises", "counter", "promises", "Requests that were promised a pace, by whether.", ("kept",)),
+    Family("splitfuse:slo", "counter", "promises", "Requests that were promised a pace, by whether.", ("kept",)),
     Family("splitfuse:errors", "counter", "errors", "Requests that ended by an error, by its kind.", ("kind",)),
     Family("splitfuse:refused", "counter", "refused", "Requests that were refused before any work, by why.", ("kind",)),
-    Family("splitfuse:pass_budget_ratio", "histogram", "pass_share", "Tokens of a pass, of max_num_batched_tokens."),
-    Family("splitfuse:pass_tokens", "histogram", "pass_tokens", "Tokens of a pass."),
-    Family("splitfuse:pass_seconds", "histogram", "pass_seconds", "Time of a pass."),
-    Family("splitfuse:predicted_pass_seconds", "histogram", "predicted_pass_seconds", "What was predicted of a pass."),
+    Family("splitfuse:step_budget_ratio", "histogram", "step_share", "Tokens of a step, of max_num_batched_tokens."),
+    Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
+    Family("splitfuse:step_seconds", "histogram", "step_seconds", "Time of a step."),
+    Family("splitfuse:predicted_step_seconds", "histogram", "predicted_step_seconds", "What was predicted of a step."),
     Family(
-        "splitfuse:pass_forecast_ratio", "histogram", "forecast_ratio", "Predicted time of a pass, of what it took."
+        "splitfuse:step_forecast_ratio", "histogram", "forecast_ratio", "Predicted time of a step, of what it took."
     ),
     Family("splitfuse:queued_seconds", "histogram", "queued", "From a request's arrival until an engine took it up."),
     Family("splitfuse:first_token_seconds", "histogram", "first_token", "From a request's arrival to its first token."),
@@ -100,7 +100,7 @@ FAMILIES = (
     Family("vllm:generation_tokens", "counter", "num_generated_tokens", "As splitfuse:generated_tokens."),
     Family("vllm:num_preemptions", "counter", "num_preemptions", "As splitfuse:preemptions."),
     Family("vllm:request_success", "counter", "choices", "As splitfuse:choices.", ("finished_reason",)),
-    Family("vllm:iteration_tokens_total", "histogram", "pass_tokens", "As splitfuse:pass_tokens."),
+    Family("vllm:iteration_tokens_total", "histogram", "step_tokens", "As splitfuse:step_tokens."),
     Family("vllm:request_queue_time_seconds", "histogram", "queued", "As splitfuse:queued_seconds."),
     Family("vllm:time_to_first_token_seconds", "histogram", "first_token", "As splitfuse:first_token_seconds."),
     Family("vllm:inter_token_latency_seconds", "histogram", "inter_token", "As splitfuse:inter_token_seconds."),
@@ -140,8 +140,8 @@ class Metrics:
         self._model_name = model_name
         self._totals = _Totals()
         self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
-        self._pass_share, self._pass_tokens, self._pass_seconds = (
-            self._histograms[source] for source in ("pass_share", "pass_tokens", "pass_seconds")
+        self._step_share, self._step_tokens, self._step_seconds = (
+            self._histograms[source] for source in ("step_share", "step_tokens", "step_seconds")
         )
         self._counts: dict[str, dict[tuple[str, ...], int]] = {
             "requests": {},
@@ -153,18 +153,18 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(self))
 
-    def passed(self, report: Passed, max_num_batched_tokens: int) -> None:
+    def passed(self, report: StepReport, max_num_batched_tokens: int) -> None:
         """An engine behind the client has reported, and `client.stats` has it already. For every report: those that
-        were no pass are told apart by the count of passes.
+        were no step are told apart by the count of steps.
         """
         if self._totals.update(self._client.stats):
             stats = report.stats
-            self._pass_tokens.observe(stats.pass_tokens)
-            self._pass_share.observe(stats.pass_tokens / max_num_batched_tokens)
-            self._pass_seconds.observe(stats.pass_seconds)
-            if stats.predicted_pass_seconds and stats.pass_seconds:
-                self._histograms["predicted_pass_seconds"].observe(stats.predicted_pass_seconds)
-                self._histograms["forecast_ratio"].observe(stats.predicted_pass_seconds / stats.pass_seconds)
+            self._step_tokens.observe(stats.step_tokens)
+            self._step_share.observe(stats.step_tokens / max_num_batched_tokens)
+            self._step_seconds.observe(stats.step_seconds)
+            if stats.predicted_step_seconds and stats.step_seconds:
+                self._histograms["predicted_step_seconds"].observe(stats.predicted_step_seconds)
+                self._histograms["forecast_ratio"].observe(stats.predicted_step_seconds / stats.step_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         """A request was answered, well or not. Times and sizes are counted for those that an engine began."""
@@ -240,7 +240,7 @@ class Metrics:
         except EngineDiedError:  # it has not been ready yet
             per_engine = outstanding = 0
         blocks = per_engine * len(stats)
-        # An engine that has made no pass has not said how many of its blocks are free: all.
+        # An engine that has made no step has not said how many of its blocks are free: all.
         used = sum(per_engine - engine.num_free_blocks for engine in stats if engine.num_steps)
         return {
             "ready": client.state is EngineState.READY,
@@ -271,7 +271,7 @@ class _Totals:
         self._before = [0] * len(_COUNTERS)  # of those that began again, or are gone
 
     def update(self, engines: Sequence[EngineStats]) -> bool:
-        """Take in how the engines stand; whether any has made a pass since."""
+        """Take in how the engines stand; whether any has made a step since."""
         seen = self._engines
         changed = False
         if len(seen) < len(engines):

@@ -12,11 +12,11 @@ import msgspec
 
 import splitfuse
 from splitfuse.errors import EngineDiedError
-from splitfuse.server.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.errors import ErrorBody
 from splitfuse.server.explain import Explanation
-from splitfuse.server.generating import Server
-from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from splitfuse.server.openai.endpoints import Server
+from splitfuse.server.openai.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -12,13 +12,13 @@ from bench_points import RESULTS, point
 
 from benchmarks import policies
 from splitfuse.bench import sla
-from splitfuse.bench.published import MACHINES
 from splitfuse.bench.results import load
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Lengths
 from splitfuse.config import EngineConfig
-from splitfuse.core.policies import POLICIES
+from splitfuse.core.baselines import POLICIES
 from splitfuse.runtime.loading import load_model
+from splitfuse.simulator.machines import MACHINES
 
 PLAN = policies.Plan(
     clients=(4, 8),

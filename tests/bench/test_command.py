@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from splitfuse.bench.results import load
 from splitfuse.cli import app
-from splitfuse.runtime.machine import without_keys
+from splitfuse.runtime.environment import without_keys
 
 Run = Callable[..., Result]
 FEW = ("--requests", "8")

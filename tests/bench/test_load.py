@@ -153,11 +153,11 @@ def test_an_engine_that_dies_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> N
     async def run() -> None:
         target = EngineTarget({"num_blocks": 400})
         await target.start()
-        passes = itertools.count()
+        steps = itertools.count()
         step = Engine.step
 
         def dying(self: Engine) -> object:
-            if next(passes) > 40:
+            if next(steps) > 40:
                 raise RuntimeError("the machine is on fire")
             return step(self)
 

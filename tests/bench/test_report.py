@@ -11,14 +11,14 @@ from bench_points import RESULTS, point
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.bench.report import write_report
-from splitfuse.bench.style import spaced
+from splitfuse.bench.report.page import write_report
+from splitfuse.bench.report.style import spaced
 from splitfuse.errors import ConfigError
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
 
-from splitfuse.bench import figures
-from splitfuse.bench.pass_picture import PassShown, Piece, draw_passes, save_picture
+from splitfuse.bench.report import figures
+from splitfuse.bench.report.step_timeline import Piece, StepShown, draw_steps, save_picture
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import rows
 
@@ -137,12 +137,12 @@ def test_labels_do_not_overlap_and_move_no_more_than_it_takes(labels: list[tuple
         assert centres == pytest.approx(wished)
 
 
-def test_the_picture_of_passes(tmp_path: Path) -> None:
-    passes = [
-        PassShown([Piece("A", 13, False), Piece("B", 3, False)], 0.01, 0.012),
-        PassShown([Piece("A", 1, True), Piece("B", 1, True)], 0.004, None),
+def test_the_picture_of_steps(tmp_path: Path) -> None:
+    steps = [
+        StepShown([Piece("A", 13, False), Piece("B", 3, False)], 0.01, 0.012),
+        StepShown([Piece("A", 1, True), Piece("B", 1, True)], 0.004, None),
     ]
-    figure = draw_passes(passes, budget=16)
+    figure = draw_steps(steps, budget=16)
     above, below = figure.axes
     assert [bar.get_height() for bar in above.patches] == [13, 3, 1, 1]
     assert [bar.get_y() for bar in above.patches] == [0, 13, 0, 1]

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from splitfuse.bench import sla, virtual_time
+from splitfuse.bench import sla
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Results, load
-from splitfuse.bench.simulate import Deployment, SimulatedTarget, simulate
 from splitfuse.bench.target import Target
-from splitfuse.bench.validate import compare, mean_error, predict, workload_of
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, SharedPrefix, Trace, TraceLine
 from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, Features
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator import virtual_time
+from splitfuse.simulator.simulate import Deployment, SimulatedTarget, simulate
+from splitfuse.simulator.validate import compare, mean_error, predict, workload_of
 
 COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
 CALIBRATION = Calibration(name="by hand", cost=COST, num_blocks=2000, block_size=32, max_model_len=4096)
@@ -67,9 +68,9 @@ def test_waiting_for_what_never_comes_is_an_error() -> None:
         virtual_time.run(main())
 
 
-def test_a_request_alone_takes_the_time_of_its_passes() -> None:
+def test_a_request_alone_takes_the_time_of_its_steps() -> None:
     async def main() -> tuple[float, ...]:
-        target = SimulatedTarget(deployment(pass_overhead=0.001, client_overhead=0.5))
+        target = SimulatedTarget(deployment(step_overhead=0.001, client_overhead=0.5))
         return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
 
     first = COST.seconds(Features().plus(start=0, count=256, rows=0))
@@ -80,17 +81,17 @@ def test_a_request_alone_takes_the_time_of_its_passes() -> None:
     assert virtual_time.run(main()) == pytest.approx((begin, begin + third + 0.001, begin + third + fourth + 0.002))
 
 
-def test_requests_together_share_passes_as_the_scheduler_composes_them() -> None:
+def test_requests_together_share_steps_as_the_scheduler_composes_them() -> None:
     async def main() -> list[tuple[float, ...]]:
         target = SimulatedTarget(deployment(budget=100))
         requests = [LoadRequest("", n, 0, tuple(range(100 * n, 100 * n + 60)), 2) for n in range(2)]
         return [answer.token_times for answer in await asyncio.gather(*map(target.ask, requests))]
 
     def seconds(*chunks: tuple[int, int, int]) -> float:
-        pass_ = Features()
+        step = Features()
         for start, count, rows in chunks:
-            pass_ = pass_.plus(start=start, count=count, rows=rows)
-        return COST.seconds(pass_)
+            step = step.plus(start=start, count=count, rows=rows)
+        return COST.seconds(step)
 
     alone = seconds((0, 60, 1))  # the first begins at once, before the second has come
     both = alone + seconds((60, 1, 1), (0, 60, 1))
@@ -113,8 +114,8 @@ def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
     assert 1.2 * sla.throughput(one) < sla.throughput(four) < 4 * sla.throughput(one)
 
 
-def test_equal_passes_scatter_as_they_were_calibrated_and_alike_each_time() -> None:
-    scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, scatter=0.1)))
+def test_equal_steps_scatter_as_they_were_calibrated_and_alike_each_time() -> None:
+    scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, noise=0.1)))
     steady, first, second = (
         [gap for record in sla.counted(run(each, clients=(1,), requests=40).points[0]) for gap in sla.gaps(record)]
         for each in (deployment(), scattering, scattering)
@@ -135,9 +136,9 @@ def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfu
         (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
         gaps = [gap for record in sla.counted(point) for gap in sla.gaps(record)]
         worst[policy], usual[policy] = sla.percentile(gaps, 99), sla.percentile(gaps, 90)
-    longest_pass = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
-    assert worst["splitfuse"] <= longest_pass
-    assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_pass
+    longest_step = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
+    assert worst["splitfuse"] <= longest_step
+    assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_step
     assert usual["static"] < usual["orca"] / 3, "nobody comes while a batch generates"
 
 
@@ -185,7 +186,7 @@ def test_a_request_that_can_never_fit_fails_alone() -> None:
     [
         ({"replicas": 0}, "at least one replica"),
         ({"policy": "fifo"}, "no policy 'fifo'"),
-        ({"pass_overhead": -1.0}, "pass_overhead must be"),
+        ({"step_overhead": -1.0}, "step_overhead must be"),
         ({"client_overhead": float("nan")}, "client_overhead must be"),
     ],
 )
@@ -208,7 +209,7 @@ def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -
     measured = run(deployment(), clients=(1, 4), repeat=2)
     same = compare(measured, predict(deployment(), measured, about={}))
     assert [error for each in same for error in (each.throughput_error, each.gap_error)] == pytest.approx([0.0] * 4)
-    slower = compare(measured, predict(deployment(pass_overhead=0.01), measured, about={}))
+    slower = compare(measured, predict(deployment(step_overhead=0.01), measured, about={}))
     assert mean_error([each.throughput_error for each in slower]) > 0.1
     assert all(each.gap_error > 0 for each in slower)
     with pytest.raises(ConfigError, match="not of the same loads"):
@@ -268,9 +269,9 @@ def test_the_command_says_what_is_wrong(
 
 
 def test_the_larger_the_share_of_the_late_the_less_they_wait_and_the_fewer_are_on_time() -> None:
-    def answered(late_share: float) -> tuple[float, float]:
+    def answered(tail_share: float) -> tuple[float, float]:
         """Requests a second on time at 4 tokens a second, and the longest latency, where 16 clients are too many."""
-        promised = SchedulerConfig(ttft="62.5ms/token", itl="250ms", late_share=late_share)
+        promised = SchedulerConfig(ttft="62.5ms/token", itl="250ms", tail_share=tail_share)
         slow = replace(CALIBRATION, cost=CostModel(floor=0.078, per_token=0.0, knee=4, per_token_beyond=0.0125))
         results = run(
             Deployment(calibration=slow, scheduler=promised), independent(128, 16), clients=(16,), requests=80

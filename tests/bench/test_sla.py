@@ -51,7 +51,7 @@ def test_the_moving_average_lies_between_the_values(values: list[float]) -> None
 def test_who_keeps_a_promise_keeps_a_lesser_one(values: list[float], one: float, other: float) -> None:
     low, high = sorted((one, other))
     request = record(values)
-    assert sla.keeps_promises(request, low) or not sla.keeps_promises(request, high)
+    assert sla.slo_enabled(request, low) or not sla.slo_enabled(request, high)
 
 
 @given(GAPS)
@@ -75,14 +75,14 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
     ],
 )
 def test_the_promise_of_steady_tokens(gaps: list[float], promise: float, kept: bool) -> None:
-    assert sla.keeps_promises(record(gaps), promise) is kept
+    assert sla.slo_enabled(record(gaps), promise) is kept
 
 
 def test_the_promise_of_the_first_token() -> None:
-    assert sla.keeps_first_promise(record([], first=2.0, prompt=1024))
-    assert not sla.keeps_first_promise(record([], first=2.001, prompt=1024))
-    assert not sla.keeps_promises(RequestRecord(0, 0.0, 1024, ()), 2.0)
-    assert not sla.keeps_promises(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
+    assert sla.meets_ttft(record([], first=2.0, prompt=1024))
+    assert not sla.meets_ttft(record([], first=2.001, prompt=1024))
+    assert not sla.slo_enabled(RequestRecord(0, 0.0, 1024, ()), 2.0)
+    assert not sla.slo_enabled(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
 
 
 def point(*records: RequestRecord, window: tuple[float, float], clients: int | None = 1) -> Point:

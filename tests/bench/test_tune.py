@@ -11,21 +11,21 @@ from typer.testing import CliRunner, Result
 from splitfuse.bench import sla
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import RequestRecord
-from splitfuse.bench.simulate import Deployment, simulate
 from splitfuse.bench.target import Target
-from splitfuse.bench.tune import Tuning, curve, tune
 from splitfuse.bench.workload import Chat, Independent, Lengths, Workload
 from splitfuse.cli import app
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.cost_model import CostModel, Features, FitError, Sample
-from splitfuse.core.targets import Targets
+from splitfuse.core.slo.cost_model import CostModel, Features, FitError, Sample
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.simulator.simulate import Deployment, simulate
+from splitfuse.simulator.tune import Tuning, curve, tune
 
 COST = CostModel(floor=0.009, per_token=0.0, knee=19, per_token_beyond=0.42e-3, error=FitError(0.04, 0.1, 30))
 TIMED = tuple(
-    Sample(pass_, 1.02 * COST.seconds(pass_))
-    for pass_ in (
+    Sample(step, 1.02 * COST.seconds(step))
+    for step in (
         *(Features().plus(start=0, count=count, rows=1) for count in (8, 64, 128)),
         Features().plus(start=512, count=64, rows=0),
         Features(4, 4, 128, 128, 4),
@@ -41,7 +41,7 @@ LIMIT = 1 / (0.42e-3 * (512 + 16))
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last search is of no more requests than those before."""
-    monkeypatch.setattr("splitfuse.bench.tune.REFINED", 1)
+    monkeypatch.setattr("splitfuse.simulator.tune.REFINED", 1)
 
 
 def deployment(calibration: Calibration = CALIBRATION, **targets: str) -> Deployment:
@@ -75,7 +75,7 @@ def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
     tuning = tuned(deployment(**targets), seats=(1, 32), requests=60)
     assert 0.4 * LIMIT < tuning.rate < LIMIT
     promise, age = tuning.budgets[1].rate, tuning.budgets_by_age[1].rate
-    assert age < 0.5 * promise, "passes of 256 tokens take 109 ms, but for the scheduler that knows time"
+    assert age < 0.5 * promise, "steps of 256 tokens take 109 ms, but for the scheduler that knows time"
     assert tuning.seats[0].rate < 0.9 * tuning.seats[1].rate and tuning.chosen.max_num_seqs == 32
     on_time = {}
     for times in (0.8, 2.0):
@@ -91,7 +91,7 @@ def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
             system="",
             about={},
         )
-        on_time[times] = sla.mean([sla.on_time(r, Targets(1.0, 0.06)) for r in sla.counted(results.points[0])])
+        on_time[times] = sla.mean([sla.on_time(r, SloTargets(1.0, 0.06)) for r in sla.counted(results.points[0])])
     assert on_time[0.8] > 0.95 > 0.9 > on_time[2.0]
     assert 2 <= tuning.clients < 64 and 0.5 * tuning.rate < tuning.clients_rate < LIMIT
 
@@ -155,15 +155,15 @@ def test_settings_that_are_none_are_refused(settings: dict[str, Any], said: str)
 def test_on_time_is_who_met_all_targets() -> None:
     record = RequestRecord(0, 1.0, 10, (1.5, 1.6, 1.8))
     for targets, met in (
-        (Targets(0.5, 0.25), True),
-        (Targets(0.4, 0.25), False),
-        (Targets(0.5, 0.15), False),
-        (Targets(0.5, 0.16), True),  # on average 0.153 s
-        (Targets(None, 0.25), True),
-        (Targets(0.5, None), True),
+        (SloTargets(0.5, 0.25), True),
+        (SloTargets(0.4, 0.25), False),
+        (SloTargets(0.5, 0.15), False),
+        (SloTargets(0.5, 0.16), True),  # on average 0.153 s
+        (SloTargets(None, 0.25), True),
+        (SloTargets(0.5, None), True),
     ):
         assert sla.on_time(record, targets) is met
-    assert not sla.on_time(RequestRecord(0, 1.0, 10, (), "failed"), Targets(9.0))
+    assert not sla.on_time(RequestRecord(0, 1.0, 10, (), "failed"), SloTargets(9.0))
 
 
 def command(*arguments: str) -> Result:
@@ -181,7 +181,7 @@ def test_the_command_says_what_it_chose_and_why(tmp_path: Path) -> None:
     )
     assert ended.exit_code == 0, ended.output
     assert re.search(r"64 .* 28\.5 .* 27\.9 .* 22.. .*█", ended.stdout), "the curve"
-    assert "the fit misses passes that were not fitted by 4.0% in the median" in ended.stdout
+    assert "the fit misses steps that were not fitted by 4.0% in the median" in ended.stdout
     written = json.loads(out.read_text())["tuning"]
     budget, seats = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
     assert f"--max-num-batched-tokens {budget}: " in ended.stdout

@@ -7,19 +7,27 @@ from random import Random
 import pytest
 from scheduler_harness import Run, Workload
 
-from splitfuse.core.account import COMPUTING, NAMED, Account, Ledger, Move, Part, Scene
-from splitfuse.core.cost_model import CostModel
-from splitfuse.core.forecast import Forecast
-from splitfuse.core.order import ByPromise
+from splitfuse.core.latency.ledger import (
+    COMPUTING,
+    NAMED,
+    LatencyLedger,
+    LatencyPhase,
+    RequestLatency,
+    StepTransitions,
+    Transition,
+)
 from splitfuse.core.request import FinishReason, Request
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 COST = CostModel(floor=0.01, per_token=0.001)
 
 
-def added_up_pass_by_pass(run: Run, name: str) -> dict[str, Fraction | float]:
-    """The same by another way: each pass and each pause for itself, by tokens."""
+def added_up_step_by_step(run: Run, name: str) -> dict[str, Fraction | float]:
+    """The same by another way: each step and each pause for itself, by tokens."""
     spent = run.spent[name]
     sums: dict[str, Fraction | float] = {"own": 0, "beside": 0, "others": 0}
     ended: float | Fraction = spent.opened
@@ -38,7 +46,7 @@ def added_up_pass_by_pass(run: Run, name: str) -> dict[str, Fraction | float]:
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("promises", [False, True])
 def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) -> None:
-    seen: set[Part] = set()
+    seen: set[LatencyPhase] = set()
     for seed in range(150):
         run = Workload(seed).run(depth, promises=promises, ticks=True)
         for name, spent in run.spent.items():
@@ -49,22 +57,29 @@ def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) ->
                 assert total == pytest.approx(spent.closed - spent.opened)
                 continue
             assert total == spent.closed - spent.opened
-            expected = added_up_pass_by_pass(run, name)
+            expected = added_up_step_by_step(run, name)
             parts = spent.parts
             assert sum(parts.get(part, 0) for part in COMPUTING) == expected["own"]
-            assert parts.get(Part.BESIDE_OTHERS, 0) == expected["beside"]
-            assert parts.get(Part.BETWEEN_PASSES, 0) == expected["between"]
+            assert parts.get(LatencyPhase.BESIDE_OTHERS, 0) == expected["beside"]
+            assert parts.get(LatencyPhase.BETWEEN_STEPS, 0) == expected["between"]
     everything = {
-        *(Part.NO_SEAT, Part.NO_BLOCKS, Part.NO_BUDGET, Part.PREEMPTED, Part.RECOMPUTED, Part.LEFT_OUT),
-        *(Part.OWN_PROMPT, Part.OWN_GENERATION, Part.BESIDE_OTHERS, Part.BETWEEN_PASSES),
+        *(
+            LatencyPhase.NO_SEAT,
+            LatencyPhase.NO_BLOCKS,
+            LatencyPhase.NO_BUDGET,
+            LatencyPhase.PREEMPTED,
+            LatencyPhase.RECOMPUTED,
+            LatencyPhase.LEFT_OUT,
+        ),
+        *(LatencyPhase.OWN_PROMPT, LatencyPhase.OWN_GENERATION, LatencyPhase.BESIDE_OTHERS, LatencyPhase.BETWEEN_STEPS),
     }
-    assert seen >= everything | ({Part.PACED, Part.BEHIND} if promises else set())
+    assert seen >= everything | ({LatencyPhase.PACED, LatencyPhase.BEHIND} if promises else set())
 
 
 # The right part ------------------------------------------------------------------------------------------------------
 
 
-def request(name: str, prompt: int, tokens: int, targets: Targets = NO_TARGETS) -> Request:
+def request(name: str, prompt: int, tokens: int, targets: SloTargets = NO_SLO) -> Request:
     """A prompt like no other."""
     ids = tuple(Random(name).choices(range(16), k=prompt))
     return Request(name, ids, SamplingParams(), tokens, seed=0, targets=targets)
@@ -73,7 +88,7 @@ def request(name: str, prompt: int, tokens: int, targets: Targets = NO_TARGETS) 
 class Timed(Run):
     """Passes of a second each, and pauses of a tenth."""
 
-    def one_pass(self) -> None:
+    def one_step(self) -> None:
         self.now += Fraction(1, 10)
         plan = self.scheduler.schedule(self.now)
         assert plan is not None
@@ -94,7 +109,7 @@ def timed(requests: Sequence[Request], **settings: int) -> Timed:
     return run
 
 
-def parts(run: Run, name: str) -> dict[Part, float]:
+def parts(run: Run, name: str) -> dict[LatencyPhase, float]:
     spent = run.spent[name]
     assert sum(spent.parts.values()) == spent.closed - spent.opened
     return spent.parts
@@ -102,24 +117,28 @@ def parts(run: Run, name: str) -> dict[Part, float]:
 
 def to_the_end(run: Timed) -> None:
     while run.scheduler.has_unfinished:
-        run.one_pass()
+        run.one_step()
 
 
 def test_alone_all_is_its_own() -> None:
     run = timed([request("a", 20, 3)])
     to_the_end(run)
-    assert parts(run, "a") == {Part.OWN_PROMPT: 3, Part.OWN_GENERATION: 2, Part.BETWEEN_PASSES: Fraction(5, 10)}
+    assert parts(run, "a") == {
+        LatencyPhase.OWN_PROMPT: 3,
+        LatencyPhase.OWN_GENERATION: 2,
+        LatencyPhase.BETWEEN_STEPS: Fraction(5, 10),
+    }
     assert run.spent["a"].beside == ()
 
 
-def test_a_pass_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
+def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
     run = timed([request("a", 2, 3), request("b", 14, 1)])
     to_the_end(run)  # aabbbbbb, abbbbbbb, ab
     assert parts(run, "a") == {
-        Part.OWN_PROMPT: Fraction(2, 8),
-        Part.OWN_GENERATION: Fraction(1, 8) + Fraction(1, 2),
-        Part.BESIDE_OTHERS: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
-        Part.BETWEEN_PASSES: Fraction(3, 10),
+        LatencyPhase.OWN_PROMPT: Fraction(2, 8),
+        LatencyPhase.OWN_GENERATION: Fraction(1, 8) + Fraction(1, 2),
+        LatencyPhase.BESIDE_OTHERS: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
+        LatencyPhase.BETWEEN_STEPS: Fraction(3, 10),
     }
     assert run.spent["a"].beside == (("b", 13),)  # a single token more is no chunk of a prompt that anybody waits for
     assert run.spent["b"].beside == (("a", 2),)
@@ -135,66 +154,70 @@ def test_of_many_neighbours_the_largest_are_named() -> None:
 def test_queued_for_a_seat_for_budget_or_for_blocks() -> None:
     run = timed([request("a", 8, 2), request("b", 2, 1)], max_num_seqs=1)
     to_the_end(run)
-    assert parts(run, "b")[Part.NO_SEAT] == 2
+    assert parts(run, "b")[LatencyPhase.NO_SEAT] == 2
     run = timed([request("a", 16, 1), request("b", 2, 1)])
     to_the_end(run)
-    assert parts(run, "b")[Part.NO_BUDGET] == 2
+    assert parts(run, "b")[LatencyPhase.NO_BUDGET] == 2
     run = timed([request("a", 16, 2), request("b", 2, 1)], num_blocks=5, budget=20)
     to_the_end(run)
-    assert parts(run, "b")[Part.NO_BLOCKS] == 2 and Part.NO_BUDGET not in parts(run, "b")
+    assert parts(run, "b")[LatencyPhase.NO_BLOCKS] == 2 and LatencyPhase.NO_BUDGET not in parts(run, "b")
 
 
 def test_preempted_and_computed_again() -> None:
     run = timed([request("a", 7, 14), request("b", 7, 14)], num_blocks=5, budget=16)
     to_the_end(run)
-    assert Part.PREEMPTED not in parts(run, "a")
+    assert LatencyPhase.PREEMPTED not in parts(run, "a")
     found = parts(run, "b")
-    assert (found[Part.LEFT_OUT_NO_BLOCKS], found[Part.PREEMPTED], found[Part.RECOMPUTED]) == (4, 8, 1)
+    assert (found[LatencyPhase.LEFT_OUT_NO_BLOCKS], found[LatencyPhase.PREEMPTED], found[LatencyPhase.RECOMPUTED]) == (
+        4,
+        8,
+        1,
+    )
     assert run.spent["b"].num_preemptions == 1
 
 
 def test_streams_beyond_the_budget_are_left_out() -> None:
     run = timed([request(name, 1, 4) for name in "abc"], budget=2)
     to_the_end(run)
-    assert parts(run, "c")[Part.NO_BUDGET] >= 1
+    assert parts(run, "c")[LatencyPhase.NO_BUDGET] >= 1
     run = timed([request("a", 2, 6), request("b", 2, 3)], budget=4)
-    run.one_pass()
+    run.one_step()
     run.scheduler._budget = 1
-    run.one_pass()
+    run.one_step()
     to_the_end(run)
-    assert parts(run, "b")[Part.LEFT_OUT] >= 1
+    assert parts(run, "b")[LatencyPhase.LEFT_OUT] >= 1
 
 
 def test_paced_and_behind_a_promise() -> None:
-    rule = ByPromise(Forecast(COST), budget=100)
+    rule = DeadlinePolicy(LatencyPredictor(COST), budget=100)
     run = Run.make(num_blocks=1000, block_size=16, budget=100, rule=rule)
-    run.add(request("oldest", 5, 60, Targets(1.0, 0.25)))
-    run.add(request("stream", 5, 60, Targets(1.0, 0.25)))
+    run.add(request("oldest", 5, 60, SloTargets(1.0, 0.25)))
+    run.add(request("stream", 5, 60, SloTargets(1.0, 0.25)))
     for _ in range(3):
         run.step()
     run.add(request("old", 300, 1))
-    run.add(request("urgent", 300, 2, Targets(0.5, 0.25)))  # no time for one pass more
+    run.add(request("urgent", 300, 2, SloTargets(0.5, 0.25)))  # no time for one step more
     while run.scheduler.has_unfinished:
         run.step()
     for spent in run.spent.values():
         assert sum(spent.parts.values()) == pytest.approx(spent.closed - spent.opened)
-    assert run.spent["old"].parts[Part.BEHIND] > 0
-    assert run.spent["stream"].parts[Part.PACED] > 0
-    assert run.spent["stream"].parts[Part.OWN_GENERATION] > 0
+    assert run.spent["old"].parts[LatencyPhase.BEHIND] > 0
+    assert run.spent["stream"].parts[LatencyPhase.PACED] > 0
+    assert run.spent["stream"].parts[LatencyPhase.OWN_GENERATION] > 0
     assert dict(run.spent["stream"].beside).keys() == {"old", "oldest", "urgent"}
 
 
 def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
-    run = Run.make(num_blocks=1000, block_size=16, budget=100, rule=ByPromise(Forecast(COST), budget=100))
+    run = Run.make(num_blocks=1000, block_size=16, budget=100, rule=DeadlinePolicy(LatencyPredictor(COST), budget=100))
     run.add(request("a", 10, 2))
     run.add(request("b", 30, 2))
     while run.scheduler.has_unfinished:
         run.step()
     assert run.spent["a"].parts == pytest.approx(
         {
-            Part.OWN_PROMPT: 0.02,
-            Part.OWN_GENERATION: 0.011,
-            Part.BESIDE_OTHERS: 0.05 - 0.02 + 0.012 - 0.011,
+            LatencyPhase.OWN_PROMPT: 0.02,
+            LatencyPhase.OWN_GENERATION: 0.011,
+            LatencyPhase.BESIDE_OTHERS: 0.05 - 0.02 + 0.012 - 0.011,
         }
     )
 
@@ -202,36 +225,43 @@ def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
 # The ledger alone ----------------------------------------------------------------------------------------------------
 
 
-def test_who_comes_in_the_middle_of_a_pass_joins_when_it_is_over() -> None:
-    ledger, first, second = Ledger(), Account("a"), Account("b")
+def test_who_comes_in_the_middle_of_a_step_joins_when_it_is_over() -> None:
+    ledger, first, second = LatencyLedger(), RequestLatency("a"), RequestLatency("b")
     ledger.open(first, sent=0, now=0)
-    ledger.begin(Scene([Move(first, Part.OWN_GENERATION, 1)], [], 1), 1)
+    ledger.begin(StepTransitions([Transition(first, LatencyPhase.OWN_GENERATION, 1)], [], 1), 1)
     ledger.end(5)
     ledger.open(second, sent=2, now=6)
-    assert ledger.close(second, 8).parts == {Part.TO_ENGINE: 1, Part.JOINING: 3, Part.BETWEEN_PASSES: 2}
+    assert ledger.close(second, 8).parts == {
+        LatencyPhase.TO_ENGINE: 1,
+        LatencyPhase.JOINING: 3,
+        LatencyPhase.BETWEEN_STEPS: 2,
+    }
 
 
 def test_what_nobody_wanted_any_more_does_not_count() -> None:
-    def spent(ended: float) -> dict[Part, float]:
-        ledger, account = Ledger(), Account("a")
+    def spent(ended: float) -> dict[LatencyPhase, float]:
+        ledger, account = LatencyLedger(), RequestLatency("a")
         ledger.open(account, sent=0, now=0)
-        ledger.begin(Scene([Move(account, Part.NO_SEAT)], [], 1), 0)
+        ledger.begin(StepTransitions([Transition(account, LatencyPhase.NO_SEAT)], [], 1), 0)
         ledger.end(4)
-        ledger.begin(Scene([Move(account, Part.OWN_GENERATION, 1)], [], 4), 4)
+        ledger.begin(StepTransitions([Transition(account, LatencyPhase.OWN_GENERATION, 1)], [], 4), 4)
         ledger.end(8)
         closed = ledger.close(account, 8, ended)
         assert closed.closed == ended and sum(closed.parts.values()) == pytest.approx(ended)
         return closed.parts
 
-    assert spent(8) == {Part.NO_SEAT: 4, Part.OWN_GENERATION: 1, Part.BESIDE_OTHERS: 3}
-    assert spent(6) == {Part.NO_SEAT: 4, Part.OWN_GENERATION: 0.5, Part.BESIDE_OTHERS: 1.5}
-    assert spent(3) == {Part.NO_SEAT: 3}
-    assert spent(0) == {Part.NO_SEAT: 0}
+    assert spent(8) == {LatencyPhase.NO_SEAT: 4, LatencyPhase.OWN_GENERATION: 1, LatencyPhase.BESIDE_OTHERS: 3}
+    assert spent(6) == {LatencyPhase.NO_SEAT: 4, LatencyPhase.OWN_GENERATION: 0.5, LatencyPhase.BESIDE_OTHERS: 1.5}
+    assert spent(3) == {LatencyPhase.NO_SEAT: 3}
+    assert spent(0) == {LatencyPhase.NO_SEAT: 0}
 
 
 def test_who_is_ended_from_outside_has_an_account_too() -> None:
     run = timed([request("a", 8, 9)])
-    run.one_pass()
+    run.one_step()
     spent = run.scheduler.finish("a", FinishReason.ABORT, now=run.now + 2)
-    assert spent is not None and spent.parts == {Part.OWN_PROMPT: 1, Part.BETWEEN_PASSES: Fraction(21, 10)}
+    assert spent is not None and spent.parts == {
+        LatencyPhase.OWN_PROMPT: 1,
+        LatencyPhase.BETWEEN_STEPS: Fraction(21, 10),
+    }
     assert run.scheduler.finish("a", FinishReason.ABORT) is None

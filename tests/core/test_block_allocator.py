@@ -2,7 +2,7 @@
 
 import pytest
 
-from splitfuse.core.block_allocator import BlockAllocator
+from splitfuse.core.kv.block_allocator import BlockAllocator
 
 
 def published(allocator: BlockAllocator, tokens: list[int], salt: str = "") -> list[int]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.core.cost_model import MIN_SAMPLES, CostModel, Features, Sample, features, fit
 from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Features, Sample, features, fit
 from splitfuse.errors import CostModelError
 
 TRUE = CostModel(
@@ -33,32 +33,32 @@ MODELS = st.builds(
     per_kv_token=COEFFICIENTS,
     per_request=COEFFICIENTS,
 )
-PASSES = st.builds(Features, *[st.integers(0, 10_000)] * 5)
+STEPS = st.builds(Features, *[st.integers(0, 10_000)] * 5)
 
 
-def random_pass(rng: Random) -> Features:
+def random_step(rng: Random) -> Features:
     """Generations at some contexts, and perhaps chunks of prompts."""
-    pass_ = Features()
+    step = Features()
     for _ in range(rng.choice((0, 1, 2, 4, 8, 16, 32))):
-        pass_ = pass_.plus(start=rng.randrange(2000), count=1, rows=1)
-    for _ in range(rng.choice((0, 1, 1, 2)) or not pass_.tokens):
-        pass_ = pass_.plus(start=rng.choice((0, 0, 512, 1500)), count=rng.randint(2, 512), rows=rng.randrange(2))
-    return pass_
+        step = step.plus(start=rng.randrange(2000), count=1, rows=1)
+    for _ in range(rng.choice((0, 1, 1, 2)) or not step.tokens):
+        step = step.plus(start=rng.choice((0, 0, 512, 1500)), count=rng.randint(2, 512), rows=rng.randrange(2))
+    return step
 
 
 def timed(rng: Random, count: int, *, noise: float, disturbed: float = 0.0, model: CostModel = TRUE) -> list[Sample]:
     """Passes with times that are off by a share of `noise`; a share of `disturbed` took up to four times as long."""
     samples = []
-    for pass_ in (random_pass(rng) for _ in range(count)):
+    for step in (random_step(rng) for _ in range(count)):
         factor = rng.uniform(1.5, 4.0) if rng.random() < disturbed else rng.gauss(1.0, noise)
-        samples.append(Sample(pass_, factor * model.seconds(pass_)))
+        samples.append(Sample(step, factor * model.seconds(step)))
     return samples
 
 
-@given(MODELS, PASSES, st.integers(0, 4), st.integers(1, 1000))
-def test_more_of_anything_never_takes_less(model: CostModel, pass_: Features, which: int, more: int) -> None:
-    larger = pass_._replace(**{Features._fields[which]: pass_[which] + more})
-    assert model.seconds(larger) >= model.seconds(pass_) - 1e-9
+@given(MODELS, STEPS, st.integers(0, 4), st.integers(1, 1000))
+def test_more_of_anything_never_takes_less(model: CostModel, step: Features, which: int, more: int) -> None:
+    larger = step._replace(**{Features._fields[which]: step[which] + more})
+    assert model.seconds(larger) >= model.seconds(step) - 1e-9
 
 
 @given(MODELS, st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
@@ -102,22 +102,22 @@ def test_a_few_disturbed_timings_do_not_bend_it() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_is_negative_whatever_the_timings(seed: int) -> None:
     rng = Random(seed)
-    samples = [Sample(random_pass(rng), rng.uniform(1e-3, 1.0)) for _ in range(60)]
+    samples = [Sample(random_step(rng), rng.uniform(1e-3, 1.0)) for _ in range(60)]
     model = fit(samples, held_out=samples)  # CostModel itself refuses negative coefficients
     assert model.seconds(max(sample.features for sample in samples)) > 0.0
 
 
-def test_passes_that_are_all_alike_are_predicted_by_their_time() -> None:
-    pass_ = Features().plus(start=100, count=1, rows=1)
-    model = fit([Sample(pass_, 0.01)] * MIN_SAMPLES, held_out=[Sample(pass_, 0.01)])
-    assert model.seconds(pass_) == pytest.approx(0.01)
+def test_steps_that_are_all_alike_are_predicted_by_their_time() -> None:
+    step = Features().plus(start=100, count=1, rows=1)
+    model = fit([Sample(step, 0.01)] * MIN_SAMPLES, held_out=[Sample(step, 0.01)])
+    assert model.seconds(step) == pytest.approx(0.01)
 
 
 def test_too_few_timings_are_refused() -> None:
     samples = timed(Random(0), MIN_SAMPLES - 1, noise=0.0)
-    with pytest.raises(CostModelError, match="23 timed passes are too few to fit a cost model: at least 24"):
+    with pytest.raises(CostModelError, match="23 timed steps are too few to fit a cost model: at least 24"):
         fit(samples, held_out=samples)
-    with pytest.raises(CostModelError, match="at least one timed pass"):
+    with pytest.raises(CostModelError, match="at least one timed step"):
         fit([*samples, samples[0]], held_out=[])
 
 
@@ -136,16 +136,16 @@ def test_features_are_those_of_the_plan() -> None:
     assert features(StepPlan(1, 256, chunks)) == expected
 
 
-@given(MODELS, PASSES, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
+@given(MODELS, STEPS, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
 def test_as_many_tokens_fit_as_are_said(
-    model: CostModel, pass_: Features, start: int, most: int, seconds: float
+    model: CostModel, step: Features, start: int, most: int, seconds: float
 ) -> None:
-    count = model.tokens_within(seconds, pass_, start=start, most=most)
+    count = model.tokens_within(seconds, step, start=start, most=most)
     assert 0 <= count <= most
     if count:
-        assert model.seconds(pass_.plus(start=start, count=count, rows=0)) <= seconds
+        assert model.seconds(step.plus(start=start, count=count, rows=0)) <= seconds
     if count < most:
-        assert model.seconds(pass_.plus(start=start, count=count + 1, rows=0)) > seconds
+        assert model.seconds(step.plus(start=start, count=count + 1, rows=0)) > seconds
 
 
 def test_it_is_kept_as_json() -> None:

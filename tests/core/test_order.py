@@ -7,38 +7,38 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.config import LATE_SHARE
-from splitfuse.core.cost_model import CostModel, Features
-from splitfuse.core.demand import Demand
-from splitfuse.core.forecast import LARGEST_MARGIN, Forecast
-from splitfuse.core.order import PATIENCE, ByArrival, ByPromise, Order
-from splitfuse.core.request import TIME_FOR_THE_LATE, Priority, Request, RequestStatus
+from splitfuse.config import TAIL_SHARE
+from splitfuse.core.request import MISSED_ITL_FACTOR, Priority, Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.deadline_policy import PATIENCE, ClaimOrder, DeadlinePolicy, Fcfs
+from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.slo.latency_predictor import LARGEST_MARGIN, LatencyPredictor
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
 BUDGET = 100
 
 
-def request(name: str, prompt: int, targets: Targets = NO_TARGETS, *, arrived: float = 0.0) -> Request:
-    made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, targets=targets, arrived=arrived)
-    made.arrival = int(arrived * 1000)
+def request(name: str, prompt: int, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0) -> Request:
+    made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, targets=targets, arrival_time=arrival_time)
+    made.arrival = int(arrival_time * 1000)
     return made
 
 
-def stream(name: str, interval: float | None, *, token_at: float, arrived: float = 0.0) -> Request:
+def stream(name: str, interval: float | None, *, token_at: float, arrival_time: float = 0.0) -> Request:
     """It has its first token and needs its newest."""
-    made = request(name, 10, Targets(None, interval), arrived=arrived)
+    made = request(name, 10, SloTargets(None, interval), arrival_time=arrival_time)
     made.status, made.output_token_ids, made.num_computed, made.num_scheduled = RequestStatus.RUNNING, [1], 10, 10
     made.note_token(token_at)
     return made
 
 
-def rule() -> ByPromise:
-    return ByPromise(Forecast(COST), budget=BUDGET)
+def rule() -> DeadlinePolicy:
+    return DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET)
 
 
-def names(order: Order) -> tuple[list[str], list[str]]:
+def names(order: ClaimOrder) -> tuple[list[str], list[str]]:
     return [r.request_id for r in order.urgent], [r.request_id for r in order.others]
 
 
@@ -48,21 +48,21 @@ def test_where_nothing_is_promised_promises_change_nothing(seed: int) -> None:
     running = []
     for number in range(rng.randint(1, 12)):
         if rng.random() < 0.5:
-            running.append(stream(f"r{number}", None, token_at=number, arrived=number))
+            running.append(stream(f"r{number}", None, token_at=number, arrival_time=number))
         else:
-            made = request(f"r{number}", rng.randint(2, 90), arrived=number)
+            made = request(f"r{number}", rng.randint(2, 90), arrival_time=number)
             made.status = RequestStatus.RUNNING
             running.append(made)
-    waiting = [request(f"r{n}", rng.randint(1, 90), arrived=n) for n in range(12, 12 + rng.randint(0, 4))]
-    plain = ByArrival().order(running, waiting, now=99.0)
+    waiting = [request(f"r{n}", rng.randint(1, 90), arrival_time=n) for n in range(12, 12 + rng.randint(0, 4))]
+    plain = Fcfs().order(running, waiting, now=99.0)
     promised = rule().order(running, waiting, now=99.0)
     assert promised == plain and promised.seconds == math.inf
     for than in (*running, *waiting):
-        assert ByArrival().victim(running, than=than) is rule().victim(running, than=than)
+        assert Fcfs().preemption_victim(running, than=than) is rule().preemption_victim(running, than=than)
 
 
 def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
-    ahead, prompt = stream("s", 0.25, token_at=1.0), request("p", 80, Targets(2.0))
+    ahead, prompt = stream("s", 0.25, token_at=1.0), request("p", 80, SloTargets(2.0))
     order = rule().order([ahead], [prompt], now=1.0)
     assert names(order) == ([], ["p", "s"])
     assert order.seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
@@ -71,25 +71,25 @@ def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
     assert later.seconds <= 1.25 - 1.06
 
 
-def test_a_pass_ends_well_before_a_token_is_due() -> None:
-    order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, Targets(2.0))], now=1.17)
+def test_a_step_ends_well_before_a_token_is_due() -> None:
+    order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, SloTargets(2.0))], now=1.17)
     assert order.seconds == pytest.approx(LARGEST_MARGIN * (1.25 - 1.17))
 
 
 def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
-    """Nine passes of 100 tokens are left, of which seven eighths must be enough for it."""
+    """Nine steps of 100 tokens are left, of which seven eighths must be enough for it."""
 
-    def hopeful(*, on_time_only: bool) -> list[str]:
-        prompts = [request(f"other{n}", 60, Targets(0.9), arrived=n / 1000) for n in range(5)]
-        prompts.append(request("taken", 590, Targets(1.0), arrived=0.01))
+    def feasible(*, on_time_only: bool) -> list[str]:
+        prompts = [request(f"other{n}", 60, SloTargets(0.9), arrival_time=n / 1000) for n in range(5)]
+        prompts.append(request("taken", 590, SloTargets(1.0), arrival_time=0.01))
         prompts[-1].on_time_only = on_time_only
-        return sorted(each.request_id for each in rule().hopeful(prompts, Demand([]), seconds=0.11, now=0.0))
+        return sorted(each.request_id for each in rule().feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0))
 
-    assert len(hopeful(on_time_only=False)) == 6  # 890 tokens
-    assert [name[:5] for name in hopeful(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
+    assert len(feasible(on_time_only=False)) == 6  # 890 tokens
+    assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
 
 
-def test_a_pass_is_no_longer_than_half_of_the_shortest_interval() -> None:
+def test_a_step_is_no_longer_than_half_of_the_shortest_interval() -> None:
     streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
     assert rule().order(streams, [], now=1.0).seconds == pytest.approx(LARGEST_MARGIN * 0.1 / 2)
 
@@ -98,27 +98,27 @@ WHOLE = pytest.approx(0.11, abs=0.005)
 """What the budget takes."""
 
 
-def test_a_prompt_that_no_stream_waits_beside_has_whole_passes() -> None:
-    tight = request("p", 200, Targets(9.0, 0.05))
+def test_a_prompt_that_no_stream_waits_beside_has_whole_steps() -> None:
+    tight = request("p", 200, SloTargets(9.0, 0.05))
     assert rule().order([], [tight], now=0.0).seconds == WHOLE
     beside = rule().order([stream("s", 0.1, token_at=0.0)], [tight], now=0.0)
     assert beside.seconds < 0.1  # the stream's interval, not the prompt's
 
 
-def test_where_half_of_an_interval_is_short_for_prompts_a_pass_takes_all_of_it() -> None:
-    prompt = request("p", 200, Targets(9.0))
+def test_where_half_of_an_interval_is_short_for_prompts_a_step_takes_all_of_it() -> None:
+    prompt = request("p", 200, SloTargets(9.0))
     order = rule().order([stream("s", 0.03, token_at=0.0)], [prompt], now=0.0)
     assert order.seconds == pytest.approx(LARGEST_MARGIN * 0.03)  # 16 prompt tokens and not 3 in each half
     assert [r.request_id for r in order.urgent] == ["s"]
 
 
-def test_an_interval_that_leaves_prompts_nothing_shortens_no_pass() -> None:
-    prompt, impossible = request("p", 200, Targets(9.0)), stream("s", 1e-6, token_at=0.0)
+def test_an_interval_that_leaves_prompts_nothing_shortens_no_step() -> None:
+    prompt, impossible = request("p", 200, SloTargets(9.0)), stream("s", 1e-6, token_at=0.0)
     assert rule().order([impossible], [prompt], now=0.0).seconds == WHOLE
     late = stream("l", 1e-6, token_at=0.0)
     late.note_token(0.5)
-    late.num_passed_over = PATIENCE
-    assert late.is_late and rule().order([late], [prompt], now=0.5).seconds == WHOLE  # nor once it is late
+    late.steps_skipped = PATIENCE
+    assert late.missed_slo and rule().order([late], [prompt], now=0.5).seconds == WHOLE  # nor once it is late
     other = stream("t", 0.15, token_at=0.0)
     assert rule().order([impossible, other], [prompt], now=0.0).seconds <= LARGEST_MARGIN * 0.15  # who can be kept is
     taken = stream("u", 0.0125, token_at=0.0)
@@ -126,8 +126,8 @@ def test_an_interval_that_leaves_prompts_nothing_shortens_no_pass() -> None:
     assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.0125)
 
 
-def test_a_stream_shortens_no_passes_for_prompts_of_a_higher_class() -> None:
-    low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, Targets(3.0))
+def test_a_stream_shortens_no_steps_for_prompts_of_a_higher_class() -> None:
+    low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
     low.priority = Priority.LOW
     assert rule().order([low], [prompt], now=0.0).seconds == WHOLE
     prompt.priority = Priority.LOW
@@ -135,7 +135,7 @@ def test_a_stream_shortens_no_passes_for_prompts_of_a_higher_class() -> None:
 
 
 def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_promised_nothing() -> None:
-    waiting = [request("pace", 20, Targets(None, 0.25)), request("any", 20, arrived=1.0)]
+    waiting = [request("pace", 20, SloTargets(None, 0.25)), request("any", 20, arrival_time=1.0)]
     ahead = stream("ahead", 0.5, token_at=6.0)
     assert names(rule().order([ahead], waiting, now=6.0)) == ([], ["pace", "any", "ahead"])
 
@@ -143,16 +143,20 @@ def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_p
 def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
     late = stream("late", 0.25, token_at=1.0)
     late.note_token(5.9)
-    running = [late, stream("free", None, token_at=5.0, arrived=1.0), stream("ahead", 0.25, token_at=6.0, arrived=2.0)]
+    running = [
+        late,
+        stream("free", None, token_at=5.0, arrival_time=1.0),
+        stream("ahead", 0.25, token_at=6.0, arrival_time=2.0),
+    ]
     waiting = [
-        request("hopeless", 20, Targets(0.5), arrived=3.0),
-        request("any", 20, arrived=4.0),
-        request("hopeful", 20, Targets(3.0), arrived=5.0),
+        request("hopeless", 20, SloTargets(0.5), arrival_time=3.0),
+        request("any", 20, arrival_time=4.0),
+        request("hopeful", 20, SloTargets(3.0), arrival_time=5.0),
     ]
     order = rule().order(running, waiting, now=6.0)
     assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
-    assert order.kept == LATE_SHARE  # the oldest is late
-    more = ByPromise(Forecast(COST), budget=BUDGET, late_share=0.25)
+    assert order.kept == TAIL_SHARE  # the oldest is late
+    more = DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET, tail_share=0.25)
     assert more.order(running, waiting, now=6.0).kept == 0.25
 
 
@@ -160,36 +164,36 @@ def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
     late = stream("late", 0.25, token_at=1.0)
     late.note_token(5.9)
     assert names(rule().order([late], [], now=6.0)) == ([], ["late"])
-    late.num_passed_over = PATIENCE
+    late.steps_skipped = PATIENCE
     assert names(rule().order([late], [], now=6.0)) == (["late"], [])
 
 
 def test_a_late_stream_is_given_twice_the_time_and_no_more() -> None:
     late = stream("late", 0.25, token_at=1.0)
     late.note_token(5.0)
-    assert late.is_late and late.due == 5.0 + TIME_FOR_THE_LATE * 0.25
-    hopeful = request("p", 80, Targets(9.0), arrived=5.0)
-    assert names(rule().order([late], [hopeful], now=5.2)) == ([], ["p", "late"])
-    assert names(rule().order([late], [hopeful], now=5.4)) == (["late"], ["p"])
+    assert late.missed_slo and late.due == 5.0 + MISSED_ITL_FACTOR * 0.25
+    feasible = request("p", 80, SloTargets(9.0), arrival_time=5.0)
+    assert names(rule().order([late], [feasible], now=5.2)) == ([], ["p", "late"])
+    assert names(rule().order([late], [feasible], now=5.4)) == (["late"], ["p"])
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
     rng = Random(seed)
     prompts = [
-        request(f"p{number}", rng.randint(2, 150), Targets(rng.uniform(0.05, 0.9)), arrived=number / 1000)
+        request(f"p{number}", rng.randint(2, 150), SloTargets(rng.uniform(0.05, 0.9)), arrival_time=number / 1000)
         for number in range(rng.randint(1, 6))
     ]
     order = rule().order([], prompts, now=0.01)
     assert order.kept == 0.0
     seconds = order.seconds
-    per_pass = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
+    per_step = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
 
     def on_time(chosen: tuple[Request, ...]) -> int:
         """How many are, if only those are begun that can be, in this order."""
         work = count = 0
         for each in chosen:
-            if 0.01 + math.ceil((work + each.num_wanted) / per_pass) * seconds <= each.due:
+            if 0.01 + math.ceil((work + each.num_wanted) / per_step) * seconds <= each.due:
                 work, count = work + each.num_wanted, count + 1
         return count
 
@@ -198,28 +202,30 @@ def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
 
 
 def test_of_blocks_the_late_lose_theirs_first_and_those_who_lose_least() -> None:
-    running = [stream(name, 0.25, token_at=1.0, arrived=i) for i, name in enumerate("abcd")]
+    running = [stream(name, 0.25, token_at=1.0, arrival_time=i) for i, name in enumerate("abcd")]
     for each, computed in zip(running, (90, 40, 60, 10), strict=True):
         each.num_computed = computed
     for each in running[:3]:
         each.note_token(9.0)
-    hopeful = request("e", 20, Targets(9.0), arrived=10.0)
-    assert rule().victim(running, than=hopeful) is running[1]  # late, and less to lose than c; a is the oldest of all
-    assert rule().victim(running, than=running[1]) is running[2]  # the late take from those late after them
-    assert rule().victim(running, than=running[2]) is None
-    assert rule().victim(running[:1], than=hopeful) is None
-    assert rule().victim(running, than=running[0]) is running[1]
+    feasible = request("e", 20, SloTargets(9.0), arrival_time=10.0)
+    assert (
+        rule().preemption_victim(running, than=feasible) is running[1]
+    )  # late, and less to lose than c; a is the oldest of all
+    assert rule().preemption_victim(running, than=running[1]) is running[2]  # the late take from those late after them
+    assert rule().preemption_victim(running, than=running[2]) is None
+    assert rule().preemption_victim(running[:1], than=feasible) is None
+    assert rule().preemption_victim(running, than=running[0]) is running[1]
 
 
 def test_a_long_prompt_beside_promised_streams_makes_nobody_late() -> None:
-    forecast = Forecast(COST)
-    run = Run.make(num_blocks=1000, block_size=16, budget=256, rule=ByPromise(forecast, budget=256))
+    forecast = LatencyPredictor(COST)
+    run = Run.make(num_blocks=1000, block_size=16, budget=256, rule=DeadlinePolicy(forecast, budget=256))
     for number in range(8):
-        run.add(request(f"s{number}", 5, Targets(1.0, 0.25)))
+        run.add(request(f"s{number}", 5, SloTargets(1.0, 0.25)))
     times: dict[str, list[float]] = {}
     while run.scheduler.has_unfinished:
         if len(run.plans) == 2:
-            run.add(request("long", 4000, Targets(60.0, 0.25)))
+            run.add(request("long", 4000, SloTargets(60.0, 0.25)))
         for output in run.step():
             times.setdefault(output.request_id, []).extend([run.now] * len(output.token_ids))
     assert all(len(each) == 50 for each in times.values())
@@ -242,7 +248,7 @@ def test_everybody_is_served_under_lasting_overload() -> None:
         while due <= run.now:
             due += rng.expovariate(1.5 / alone)
             if len(begun) < most:
-                made = request(f"r{number}", 200, Targets(0.5, 0.25))
+                made = request(f"r{number}", 200, SloTargets(0.5, 0.25))
                 made.max_tokens, made.prompt_token_ids = 10, tuple(rng.randbytes(200))
                 number += 1
                 run.add(made)
@@ -255,4 +261,4 @@ def test_everybody_is_served_under_lasting_overload() -> None:
         run.plans.clear()
         run.outcomes = {name: run.outcomes[name] for name in begun}
     longest = max(*waits, *(run.now - since for since in begun.values()))
-    assert longest < most * alone / LATE_SHARE * 2
+    assert longest < most * alone / TAIL_SHARE * 2

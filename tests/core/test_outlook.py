@@ -6,12 +6,12 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.core.cost_model import CostModel
-from splitfuse.core.forecast import Forecast
-from splitfuse.core.order import ByPromise
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import InvalidRequestError, LateError
 
 COST = CostModel(floor=0.01, per_token=0.001)
@@ -24,26 +24,26 @@ def make_run(*, num_blocks: int = 2000, max_num_seqs: int = 16) -> Run:
         block_size=16,
         budget=BUDGET,
         max_num_seqs=max_num_seqs,
-        rule=ByPromise(Forecast(COST), budget=BUDGET),
+        rule=DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET),
     )
 
 
 def request(
-    name: str, prompt: int, targets: Targets, *, generate: int = 10, on_time_only: bool = True, now: float = 0.0
+    name: str, prompt: int, targets: SloTargets, *, generate: int = 10, on_time_only: bool = True, now: float = 0.0
 ) -> Request:
     tokens = tuple(Random(name).randbytes(prompt))
     return Request(
-        name, tokens, SamplingParams(), generate, seed=0, targets=targets, arrived=now, on_time_only=on_time_only
+        name, tokens, SamplingParams(), generate, seed=0, targets=targets, arrival_time=now, on_time_only=on_time_only
     )
 
 
 def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cannot() -> None:
     run = make_run()
-    run.add(request("a", 500, Targets(1.0, 0.5)))  # 500 tokens take 0.55 s
+    run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
     with pytest.raises(LateError, match=r"its first token takes 1\.1 s even alone") as never:
-        run.scheduler.add(request("b", 1000, Targets(1.0, 0.5)))
-    with pytest.raises(LateError, match="no pass here is short enough") as neither:
-        run.scheduler.add(request("c", 10, Targets(None, 0.01)))
+        run.scheduler.add(request("b", 1000, SloTargets(1.0, 0.5)))
+    with pytest.raises(LateError, match="no step here is short enough") as neither:
+        run.scheduler.add(request("c", 10, SloTargets(None, 0.01)))
     assert never.value.retry_after == neither.value.retry_after == math.inf
     run.drain()
     assert run.outcomes.keys() == {"a"}
@@ -51,20 +51,20 @@ def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cann
 
 def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
     with pytest.raises(InvalidRequestError, match="needs a promise"):
-        make_run().scheduler.add(request("a", 10, NO_TARGETS))
+        make_run().scheduler.add(request("a", 10, NO_SLO))
     by_age = Run.make(num_blocks=100, block_size=16, budget=BUDGET)
     with pytest.raises(InvalidRequestError, match="needs a promise"):
-        by_age.scheduler.add(request("a", 10, Targets(1.0)))
+        by_age.scheduler.add(request("a", 10, SloTargets(1.0)))
 
 
 def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
     run = make_run()
     for number in range(5):
-        run.add(request(f"r{number}", 400, Targets(2.8, 1.0), generate=2))
+        run.add(request(f"r{number}", 400, SloTargets(2.8, 1.0), generate=2))
     with pytest.raises(LateError, match=r"first token would come after .* s; try again in") as refused:
-        run.scheduler.add(request("late", 400, Targets(0.6, 1.0)), run.now)
+        run.scheduler.add(request("late", 400, SloTargets(0.6, 1.0)), run.now)
     assert 1.0 < refused.value.retry_after < 3.0  # 2000 tokens before it take 2.2 s
-    late, wait = request("late", 400, Targets(0.6, 1.0)), refused.value.retry_after
+    late, wait = request("late", 400, SloTargets(0.6, 1.0)), refused.value.retry_after
     for _ in range(3):  # as a client does that tries again: what it was told may have changed a little
         until = run.now + wait
         while run.now < until and run.scheduler.has_unfinished:
@@ -81,37 +81,37 @@ def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
 def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
     for run in (make_run(max_num_seqs=2), make_run(num_blocks=14)):
         for number in range(2):
-            run.add(request(f"r{number}", 90, Targets(1.0, 0.5), generate=12))
+            run.add(request(f"r{number}", 90, SloTargets(1.0, 0.5), generate=12))
         run.step()
         with pytest.raises(LateError) as refused:
-            run.scheduler.add(request("more", 90, Targets(0.5, 0.5)), run.now)
+            run.scheduler.add(request("more", 90, SloTargets(0.5, 0.5)), run.now)
         assert 0 < refused.value.retry_after < 10.0
-        run.add(request("patient", 90, Targets(100.0, 0.5)))
+        run.add(request("patient", 90, SloTargets(100.0, 0.5)))
         run.drain()
 
 
 def test_streams_that_leave_prompts_nothing_end_some_day() -> None:
     run = make_run()
     for number in range(8):  # each token of the eight takes 18 ms of the 27 that were promised
-        run.add(request(f"r{number}", 1, Targets(9.0, 0.03), generate=100))
+        run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), generate=100))
     run.step()
     with pytest.raises(LateError) as refused:
-        run.scheduler.add(request("more", 90, Targets(0.2, 0.03)), run.now)
+        run.scheduler.add(request("more", 90, SloTargets(0.2, 0.03)), run.now)
     assert 0.0 < refused.value.retry_after < 5.0
 
 
 def test_prompts_that_will_stream_without_a_pause_are_waited_for() -> None:
     run = make_run(max_num_seqs=64)
     for number in range(30):
-        run.add(request(f"r{number}", 1, Targets(9.0, 0.03), on_time_only=False))
+        run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), on_time_only=False))
     with pytest.raises(LateError) as refused:
-        run.scheduler.add(request("more", 90, Targets(0.2, 0.5)), run.now)
+        run.scheduler.add(request("more", 90, SloTargets(0.2, 0.5)), run.now)
     assert 0.0 < refused.value.retry_after < math.inf
 
 
-def test_a_part_of_a_pass_takes_no_whole_one() -> None:
+def test_a_part_of_a_step_takes_no_whole_one() -> None:
     run = make_run()
-    short = request("short", 20, Targets(0.1, 0.5))  # 30 ms; a full pass takes 0.11 s
+    short = request("short", 20, SloTargets(0.1, 0.5))  # 30 ms; a full step takes 0.11 s
     run.add(short)
     run.drain()
     assert short.on_time
@@ -120,12 +120,12 @@ def test_a_part_of_a_pass_takes_no_whole_one() -> None:
 def test_a_wait_is_a_number_whoever_is_ahead() -> None:
     run = make_run(max_num_seqs=2)
     for number in range(6):
-        first = request(f"r{number}", 400, Targets(None, 0.03), on_time_only=False)
+        first = request(f"r{number}", 400, SloTargets(None, 0.03), on_time_only=False)
         first.priority = Priority.HIGH
         run.add(first)
     run.step()
     with pytest.raises(LateError) as refused:
-        run.scheduler.add(request("more", 90, Targets(None, 0.05)), run.now)
+        run.scheduler.add(request("more", 90, SloTargets(None, 0.05)), run.now)
     assert 0.0 < refused.value.retry_after < math.inf
 
 
@@ -144,7 +144,7 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
         while run.now < due and run.scheduler.has_unfinished:
             run.step()
         run.now = max(run.now, due)
-        targets = Targets(rng.uniform(0.3, 3.0), rng.choice((0.25, 0.5, 1.0)))
+        targets = SloTargets(rng.uniform(0.3, 3.0), rng.choice((0.25, 0.5, 1.0)))
         made = request(
             f"r{number}",
             rng.randint(1, 300),

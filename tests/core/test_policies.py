@@ -4,8 +4,8 @@ import pytest
 from scheduler_harness import Run, Workload
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.baselines import POLICIES, scheduler_class
 from splitfuse.core.plan import StepPlan
-from splitfuse.core.policies import POLICIES, scheduler_class
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -18,7 +18,7 @@ def make(name: str, prompt: int, max_tokens: int) -> Request:
     return Request(name, tuple((len(name) + i * i) % 16 for i in range(prompt)), SamplingParams(), max_tokens, seed=0)
 
 
-def passes(run: Run) -> list[dict[str, int]]:
+def steps(run: Run) -> list[dict[str, int]]:
     return [{chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks} for plan in run.plans]
 
 
@@ -56,7 +56,7 @@ def test_prefill_first_runs_whole_prompts_alone_while_generations_wait() -> None
     run.add(make("d", 5, 4))
     for _ in range(3):
         run.step()
-    assert passes(run) == [{"a": 10}, {"a": 1}, {"b": 40}, {"c": 5, "d": 5}, {"a": 1, "b": 1, "c": 1, "d": 1}]
+    assert steps(run) == [{"a": 10}, {"a": 1}, {"b": 40}, {"c": 5, "d": 5}, {"a": 1, "b": 1, "c": 1, "d": 1}]
 
 
 def test_orca_runs_whole_prompts_beside_generations() -> None:
@@ -67,18 +67,18 @@ def test_orca_runs_whole_prompts_beside_generations() -> None:
     run.add(make("c", 5, 4))
     for _ in range(3):
         run.step()
-    assert passes(run) == [{"a": 10}, {"a": 1, "b": 40}, {"a": 1, "b": 1, "c": 5}, {"a": 1, "b": 1, "c": 1}]
+    assert steps(run) == [{"a": 10}, {"a": 1, "b": 40}, {"a": 1, "b": 1, "c": 5}, {"a": 1, "b": 1, "c": 1}]
 
 
 def test_a_static_batch_lets_nobody_in_until_its_longest_has_ended() -> None:
     run = start("static")
     run.add(make("a", 10, 2))
     run.add(make("b", 4, 4))
-    run.add(make("c", 8, 2))  # of the batch, but too long for its first pass
+    run.add(make("c", 8, 2))  # of the batch, but too long for its first step
     run.step()
     run.add(make("late", 3, 1))
     run.drain()
-    assert passes(run) == [{"a": 10, "b": 4}, {"c": 8}, {"a": 1, "b": 1, "c": 1}, {"b": 1}, {"b": 1}, {"late": 3}]
+    assert steps(run) == [{"a": 10, "b": 4}, {"c": 8}, {"a": 1, "b": 1, "c": 1}, {"b": 1}, {"b": 1}, {"late": 3}]
 
 
 def test_a_static_batch_has_seats_and_blocks_for_all_that_it_may_generate() -> None:
@@ -87,7 +87,7 @@ def test_a_static_batch_has_seats_and_blocks_for_all_that_it_may_generate() -> N
         run.add(make(name, 8, max_tokens))
     run.drain()
     assert run.scheduler.num_preemptions == 0
-    assert passes(run)[0] == {"a": 8, "b": 8} and passes(run)[-1] == {"c": 1}
+    assert steps(run)[0] == {"a": 8, "b": 8} and steps(run)[-1] == {"c": 1}
 
 
 def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
@@ -97,7 +97,7 @@ def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
     run.add(make("b", 12, 2))  # 3 blocks, as are left; but a needs one of them to go on
     run.drain()
     assert run.scheduler.num_preemptions == 0
-    assert passes(run)[:2] == [{"a": 12}, {"a": 1}] and passes(run)[-2:] == [{"b": 12}, {"b": 1}]
+    assert steps(run)[:2] == [{"a": 12}, {"a": 1}] and steps(run)[-2:] == [{"b": 12}, {"b": 1}]
 
 
 def test_splitfuse_is_the_scheduler_itself_and_unknown_policies_are_refused() -> None:
@@ -113,7 +113,7 @@ def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
     with pytest.raises(ConfigError, match=f"the policy {policy} keeps no promises"):
         scheduler_class(policy, config)
     with pytest.raises(ConfigError, match=f"the policy {policy} keeps no share for the oldest"):
-        scheduler_class(policy, SchedulerConfig(late_share=0.25))
+        scheduler_class(policy, SchedulerConfig(tail_share=0.25))
 
 
 def test_plans_of_all_policies_say_the_same_budget() -> None:

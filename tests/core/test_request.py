@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from splitfuse.core.account import Missed
-from splitfuse.core.request import TIME_FOR_THE_LATE, Request
+from splitfuse.core.latency.ledger import SloViolation
+from splitfuse.core.request import MISSED_ITL_FACTOR, Request
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import Targets
+from splitfuse.core.slo.targets import SloTargets
 
 ITL = 0.25
 
 
 def request(**targets: float) -> Request:
-    return Request("r", (1,) * 8, SamplingParams(), 64, seed=0, targets=Targets(**targets), arrived=10.0)
+    return Request("r", (1,) * 8, SamplingParams(), 64, seed=0, targets=SloTargets(**targets), arrival_time=10.0)
 
 
 def come(request: Request, *times: float) -> Request:
@@ -25,8 +25,8 @@ def come(request: Request, *times: float) -> Request:
 def test_a_first_token_after_its_time_breaks_the_promise() -> None:
     assert come(request(ttft=1.0), 11.0).on_time is True
     late = come(request(ttft=1.0, itl=ITL), 11.5)
-    assert late.on_time is False and late.account.missed == Missed(first_token=1.5, first_promised=1.0)
-    assert late.interval == TIME_FOR_THE_LATE * ITL and late.due == pytest.approx(11.5 + TIME_FOR_THE_LATE * ITL)
+    assert late.on_time is False and late.account.missed == SloViolation(first_token=1.5, first_promised=1.0)
+    assert late.interval == MISSED_ITL_FACTOR * ITL and late.due == pytest.approx(11.5 + MISSED_ITL_FACTOR * ITL)
 
 
 def test_the_first_gap_has_none_before_it() -> None:

@@ -40,13 +40,13 @@ def test_a_long_prompt_never_stalls_a_stream() -> None:
     run.step()
     run.step()
     run.add(make("long", 1000, 1))
-    passes = 0
+    steps = 0
     while run.outcomes["long"].finish_reason is None:
         outputs = run.step()
-        passes += 1
+        steps += 1
         assert {o.request_id for o in outputs if o.token_ids} >= {f"g{number}" for number in range(8)}
         assert run.plans[-1].num_tokens == 64 or run.outcomes["long"].finish_reason
-    assert passes == -(-1000 // (64 - 8))
+    assert steps == -(-1000 // (64 - 8))
 
 
 def add_as_oldest(run: Run, request: Request) -> None:

@@ -7,13 +7,13 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.core.cost_model import CostModel
-from splitfuse.core.forecast import Forecast
-from splitfuse.core.order import ByPromise, Rule
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.shares import Shares
-from splitfuse.core.targets import NO_TARGETS, Targets
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy, SchedulingPolicy
+from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 COST = CostModel(floor=0.01, per_token=0.001)
 BUDGET = 64
@@ -27,7 +27,7 @@ def request(
     priority: Priority = Priority.NORMAL,
     prompt: int = 60,
     generate: int = 4,
-    targets: Targets = NO_TARGETS,
+    targets: SloTargets = NO_SLO,
 ) -> Request:
     number = next(numbers)
     tokens = tuple(Random(number).randbytes(prompt))
@@ -37,18 +37,20 @@ def request(
 
 
 def make_run(rule: str, *, max_num_seqs: int = 8) -> Run:
-    by_promise: Rule | None = ByPromise(Forecast(COST), budget=BUDGET) if rule == "promise" else None
-    return Run.make(num_blocks=400, block_size=16, budget=BUDGET, max_num_seqs=max_num_seqs, rule=by_promise)
+    deadline_policy: SchedulingPolicy | None = (
+        DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET) if rule == "promise" else None
+    )
+    return Run.make(num_blocks=400, block_size=16, budget=BUDGET, max_num_seqs=max_num_seqs, rule=deadline_policy)
 
 
 RULES = pytest.mark.parametrize(
-    ("rule", "targets"), [("arrival", NO_TARGETS), ("promise", NO_TARGETS), ("promise", Targets(2.0, 0.5))]
+    ("rule", "targets"), [("arrival", NO_SLO), ("promise", NO_SLO), ("promise", SloTargets(2.0, 0.5))]
 )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_with_one_owner_turns_are_in_the_order_of_arrival(seed: int) -> None:
-    rng, shares = Random(seed), Shares()
+    rng, shares = Random(seed), FairShare()
     unfinished: list[Request] = []
     turns = []
     for _ in range(100):
@@ -63,7 +65,7 @@ def test_with_one_owner_turns_are_in_the_order_of_arrival(seed: int) -> None:
 
 
 def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
-    shares, flood = Shares(), [request("flood", prompt=100) for _ in range(10)]
+    shares, flood = FairShare(), [request("flood", prompt=100) for _ in range(10)]
     for number, each in enumerate(flood):
         each.turn = shares.turn(each, running=flood[:1], waiting=flood[1:number])
     assert [each.turn for each in flood] == [100.0 * i for i in range(10)]
@@ -75,7 +77,7 @@ def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
 
 
 def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
-    shares, busy = Shares(), [request("busy", prompt=100) for _ in range(50)]
+    shares, busy = FairShare(), [request("busy", prompt=100) for _ in range(50)]
     starving = [request("third", priority=Priority.LOW, prompt=100) for _ in range(20)]
     for number, each in enumerate(starving):
         each.turn = shares.turn(each, running=[], waiting=starving[:number])
@@ -86,7 +88,7 @@ def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
 
 
 def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
-    shares, other = Shares(), request("other", prompt=10)
+    shares, other = FairShare(), request("other", prompt=10)
     other.turn = shares.turn(other, running=[], waiting=[])
     gone = request("x", prompt=1000)
     gone.turn = shares.turn(gone, running=[other], waiting=[])
@@ -103,7 +105,7 @@ def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
 
 
 @RULES
-def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: Targets) -> None:
+def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: SloTargets) -> None:
     run = make_run(rule)
     for _ in range(40):
         run.add(request("flood", targets=targets))
@@ -122,7 +124,7 @@ def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: Tar
 @RULES
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (5.0, 2.0)])
 def test_tokens_are_shared_by_weight_while_all_want_more(
-    rule: str, targets: Targets, weights: tuple[float, float]
+    rule: str, targets: SloTargets, weights: tuple[float, float]
 ) -> None:
     run = make_run(rule)
     for _ in range(150):
@@ -136,7 +138,7 @@ def test_tokens_are_shared_by_weight_while_all_want_more(
 
 
 @RULES
-def test_a_class_comes_before_those_below_it(rule: str, targets: Targets) -> None:
+def test_a_class_comes_before_those_below_it(rule: str, targets: SloTargets) -> None:
     run = make_run(rule, max_num_seqs=4)
     classes = [Priority.LOW] * 20 + [Priority.HIGH] * 5
     waves = [request("", priority=each, targets=targets) for each in classes]
@@ -150,7 +152,7 @@ def test_a_class_comes_before_those_below_it(rule: str, targets: Targets) -> Non
 
 
 @RULES
-def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, targets: Targets) -> None:
+def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, targets: SloTargets) -> None:
     run = make_run(rule, max_num_seqs=4)
     low = request("", priority=Priority.LOW, prompt=200, generate=10, targets=targets)
     run.add(low)
@@ -160,7 +162,7 @@ def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, ta
         while run.scheduler.num_running + run.scheduler.num_waiting < 8:
             run.add(request("", priority=Priority.HIGH, targets=targets))
         run.step()
-    assert low.is_finished  # its 210 tokens at a sixteenth of 64 in each pass need 53, and one for each of its answer's
+    assert low.is_finished  # its 210 tokens at a sixteenth of 64 in each step need 53, and one for each of its answer's
     run.drain()
 
 
@@ -174,12 +176,12 @@ def test_a_class_loses_its_blocks_to_those_above_it_and_never_the_oldest_of_all(
         for each in (*running, high):
             run.add(each)
         rule_used = run.scheduler._rule
-        assert rule_used.victim(running, than=high) is low
-        assert rule_used.victim([oldest, normal], than=high) is normal
-        assert rule_used.victim([oldest, low], than=normal) is low
-        assert rule_used.victim([oldest], than=high) is None
-        assert rule_used.victim([oldest, normal, high], than=low) is None
-        assert rule_used.victim([oldest, normal, high], than=oldest) is normal
+        assert rule_used.preemption_victim(running, than=high) is low
+        assert rule_used.preemption_victim([oldest, normal], than=high) is normal
+        assert rule_used.preemption_victim([oldest, low], than=normal) is low
+        assert rule_used.preemption_victim([oldest], than=high) is None
+        assert rule_used.preemption_victim([oldest, normal, high], than=low) is None
+        assert rule_used.preemption_victim([oldest, normal, high], than=oldest) is normal
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -195,7 +197,7 @@ def test_nothing_is_lost_whoever_asks(seed: int) -> None:
                 priority=rng.choice(list(Priority)),
                 prompt=rng.randint(1, 200),
                 generate=rng.randint(1, 20),
-                targets=rng.choice((NO_TARGETS, Targets(1.0, 0.2), Targets(None, 0.05))),
+                targets=rng.choice((NO_SLO, SloTargets(1.0, 0.2), SloTargets(None, 0.05))),
             )
             for _ in range(40)
         ]

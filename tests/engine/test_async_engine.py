@@ -21,23 +21,23 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import Targets
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.engine_process import EngineProcess
-from splitfuse.engine.framing import MAX_MESSAGE, frame, receive
 from splitfuse.engine.messages import (
     Add,
     EngineStats,
     Failed,
     Finish,
-    Passed,
+    SchedulingOptions,
+    StepReport,
     Stop,
-    Terms,
     decode_command,
     decode_report,
     encode,
 )
+from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, receive
 from splitfuse.engine.replicas import divide, make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import (
@@ -59,7 +59,7 @@ def in_thread() -> EngineClient:
 
 
 def in_process() -> EngineClient:
-    return EngineProcess(SETTINGS)
+    return SubprocessEngine(SETTINGS)
 
 
 def behind_router() -> EngineClient:
@@ -222,7 +222,7 @@ def test_closing_ends_what_runs_with_an_error(make: Callable[[], EngineClient]) 
 # --- a process --------------------------------------------------------------------------------------------------------
 
 
-async def die_and_come_back(client: EngineProcess, number: signal.Signals) -> None:
+async def die_and_come_back(client: SubprocessEngine, number: signal.Signals) -> None:
     tasks = [asyncio.create_task(answer(client, str(i), PROMPT, LONG)) for i in range(8)]
     await until(lambda: client.stats[0].num_running == 8)
     pid = client.pid
@@ -239,8 +239,8 @@ async def die_and_come_back(client: EngineProcess, number: signal.Signals) -> No
 
 def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
     async def test() -> None:
-        async with running(EngineProcess(SETTINGS)) as client:
-            assert isinstance(client, EngineProcess)
+        async with running(SubprocessEngine(SETTINGS)) as client:
+            assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, signal.SIGKILL)
             assert client.num_restarts == 1
 
@@ -249,8 +249,8 @@ def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
 
 def test_a_process_that_hangs_is_found_and_says_where(capfd: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
-        async with running(EngineProcess(SETTINGS, silence_timeout=1.0)) as client:
-            assert isinstance(client, EngineProcess)
+        async with running(SubprocessEngine(SETTINGS, silence_timeout=1.0)) as client:
+            assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, signal.SIGSTOP)
 
     run(test())
@@ -259,11 +259,11 @@ def test_a_process_that_hangs_is_found_and_says_where(capfd: pytest.CaptureFixtu
     assert "engine_loop.py" in written  # its stacks
 
 
-def test_a_pass_that_does_not_end_is_a_hang() -> None:
+def test_a_step_that_does_not_end_is_a_hang() -> None:
     async def test() -> None:
-        async with running(EngineProcess(SETTINGS, pass_timeout=1e-9)) as client:  # any pass is too long
-            with pytest.raises(EngineDiedError, match="a pass has taken"):
-                while True:  # a heartbeat must fall into a pass
+        async with running(SubprocessEngine(SETTINGS, step_timeout=1e-9)) as client:  # any step is too long
+            with pytest.raises(EngineDiedError, match="a step has taken"):
+                while True:  # a heartbeat must fall into a step
                     await asyncio.gather(*(answer(client, str(i), PROMPT, LONG) for i in range(8)))
 
     run(test())
@@ -281,7 +281,7 @@ def test_what_keeps_an_engine_from_starting_is_said(
     settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     async def test() -> None:
-        client = EngineProcess(settings)
+        client = SubprocessEngine(settings)
         with pytest.raises(error, match=message):
             await client.start()
         assert client.state is EngineState.DEAD
@@ -293,7 +293,7 @@ def test_what_keeps_an_engine_from_starting_is_said(
 def test_a_process_leaves_nothing_behind() -> None:
     async def test() -> None:
         files, tasks = set(Path("/proc/self/fd").iterdir()), len(asyncio.all_tasks())
-        client = EngineProcess(SETTINGS)
+        client = SubprocessEngine(SETTINGS)
         await client.start()
         pid = client.pid
         await client.close()
@@ -307,7 +307,7 @@ def test_a_process_leaves_nothing_behind() -> None:
 
 def test_a_process_that_is_closed_while_it_starts_leaves_no_complaint() -> None:
     async def start_and_close() -> None:
-        client = EngineProcess(SETTINGS)
+        client = SubprocessEngine(SETTINGS)
         starting = asyncio.create_task(client.start())
         await until(lambda: client.pid is not None)
         starting.cancel()
@@ -329,7 +329,7 @@ def test_a_process_that_is_closed_while_it_starts_leaves_no_complaint() -> None:
 
 def test_the_others_go_on_when_a_replica_dies() -> None:
     async def test() -> None:
-        mortal, other = EngineProcess(SETTINGS), in_thread()
+        mortal, other = SubprocessEngine(SETTINGS), in_thread()
         async with running(Router([mortal, other])) as router:
             tasks = [asyncio.create_task(answer(router, str(i), PROMPT[i:], LONG)) for i in range(8)]
             await until(lambda: all(stats.num_running for stats in router.stats))
@@ -350,7 +350,7 @@ def test_the_others_go_on_when_a_replica_dies() -> None:
 
 def test_a_replica_that_says_nothing_is_left_alone() -> None:
     async def test() -> None:
-        stopped, other = EngineProcess(SETTINGS), in_thread()
+        stopped, other = SubprocessEngine(SETTINGS), in_thread()
         async with running(Router([stopped, other])) as router:
             assert stopped.pid is not None
             os.kill(stopped.pid, signal.SIGSTOP)
@@ -392,7 +392,7 @@ def test_replicas_share_their_weights() -> None:
             pytest.skip("two replicas need two cores")
         async with running(make_replicas({**SETTINGS, "quantization": "int8"}, replicas=2)) as router:
             assert isinstance(router, Router)
-            pids = [replica.pid for replica in router.replicas if isinstance(replica, EngineProcess) and replica.pid]
+            pids = [replica.pid for replica in router.replicas if isinstance(replica, SubprocessEngine) and replica.pid]
             assert len(pids) == 2
             assert set.union(*(os.sched_getaffinity(pid) for pid in pids)) == cores
             asked = requests(8)
@@ -425,13 +425,13 @@ def test_cores_are_divided_into_runs_of_neighbours() -> None:
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(max_tokens=3, stop=("a", "\ud7ff"), logit_bias={5: -1.5}, seed=2**64 - 1)
     for command in (
-        Add("x", (1, 2), params, 1, Terms("salt", Targets(1.0, 0.25), 3.5)),
+        Add("x", (1, 2), params, 1, SchedulingOptions("salt", SloTargets(1.0, 0.25), 3.5)),
         Finish("x", FinishReason.STOP, 4),
         Stop(),
     ):
         assert decode_command(encode(command)) == command
     for report in (
-        Passed((RequestOutput("x", (1,), finish_reason=FinishReason.LENGTH),), EngineStats(num_steps=3)),
+        StepReport((RequestOutput("x", (1,), finish_reason=FinishReason.LENGTH),), EngineStats(num_steps=3)),
         Failed("why"),
     ):
         assert decode_report(encode(report)) == report

@@ -1,4 +1,4 @@
-"""A forward pass that is broken off, by Ctrl-C or by an error, costs no block and hangs nobody."""
+"""A forward step that is broken off, by Ctrl-C or by an error, costs no block and hangs nobody."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.ragged_engine import RaggedEngine
+from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 12, "block_size": 16})
@@ -24,7 +24,7 @@ def model() -> LoadedModel:
 
 
 def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseException, after: int) -> None:
-    """Let the pass after `after` good ones end in `error`, in the middle of the network."""
+    """Let the step after `after` good ones end in `error`, in the middle of the network."""
     forward, calls = model.decoder._mlp, [0]
 
     def broken(*arguments: Any) -> torch.Tensor:
@@ -38,7 +38,7 @@ def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseE
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["ctrl-c", "error"])
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_a_broken_pass_gives_every_block_back(
+def test_a_broken_step_gives_every_block_back(
     monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseException, after: int
 ) -> None:
     pipe = splitfuse.Pipeline(Engine(CONFIG, model), splitfuse.pipeline().tokenizer)

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from splitfuse.bench.published import MACHINES
 from splitfuse.config import EngineConfig
-from splitfuse.core.cost_model import CostModel, Features, FitError
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.targets import Targets
-from splitfuse.engine import calibrate
-from splitfuse.engine.calibrate import COARSE, FINE, Case, Grid, Timed, affordable, run_calibration, scatter
+from splitfuse.core.slo.cost_model import CostModel, Features, FitError
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.engine import profile
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Terms
+from splitfuse.engine.messages import SchedulingOptions
+from splitfuse.engine.profile import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, identify, load, load_cost_model, place, save
+from splitfuse.simulator.machines import MACHINES
 
 CALIBRATION = Calibration(
     name="by hand",
@@ -79,7 +79,7 @@ def test_a_real_model_is_timed_and_its_error_is_told() -> None:
 
 @pytest.mark.parametrize("short", [0.05, 0.3])
 @pytest.mark.parametrize("long", [0.05, 0.1])
-def test_the_scatter_of_equal_passes_is_that_of_most_not_of_those_run_most(long: float, short: float) -> None:
+def test_the_scatter_of_equal_steps_is_that_of_most_not_of_those_run_most(long: float, short: float) -> None:
     random = Random(0)
 
     def timed(case: Case, deviation: float, runs: int) -> Timed:
@@ -88,11 +88,11 @@ def test_the_scatter_of_equal_passes_is_that_of_most_not_of_those_run_most(long:
     cases = FINE.fitted
     many = [timed(case, long, 3) for case in [*cases] * 4]
     few = [timed(case, short, 30) for case in cases[:2]]
-    assert scatter(many + few) == pytest.approx(long, rel=0.15)
+    assert noise(many + few) == pytest.approx(long, rel=0.15)
 
 
 @pytest.mark.parametrize("grid", [FINE, COARSE])
-def test_no_pass_is_fitted_and_checked(grid: Grid) -> None:
+def test_no_step_is_fitted_and_checked(grid: Grid) -> None:
     fitted, checking = ({case.features for case in cases} for cases in grid)
     assert not fitted & checking
     assert len(fitted) == len(grid.fitted) and len(checking) == len(grid.checking)
@@ -109,15 +109,15 @@ def test_no_pass_is_fitted_and_checked(grid: Grid) -> None:
         (0.5, 1e-2, COARSE.up_to(64)),
     ],
 )
-def test_a_slow_machine_times_fewer_and_shorter_passes(
+def test_a_slow_machine_times_fewer_and_shorter_steps(
     floor: float, per_token: float, expected: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def seconds(_: object, case: Case) -> float:
         return floor + per_token * case.features.tokens
 
-    monkeypatch.setattr(calibrate._Runs, "__init__", lambda *_: None)
-    monkeypatch.setattr(calibrate._Runs, "seconds", seconds)
-    assert affordable(None, FINE, COARSE, seconds=8.0) == expected  # type: ignore[arg-type]
+    monkeypatch.setattr(profile._Runs, "__init__", lambda *_: None)
+    monkeypatch.setattr(profile._Runs, "seconds", seconds)
+    assert choose_grid(None, FINE, COARSE, seconds=8.0) == expected  # type: ignore[arg-type]
     assert expected.is_enough
 
 
@@ -127,8 +127,8 @@ def test_a_time_that_is_none_is_refused(seconds: float) -> None:
         run_calibration(Engine, config(), seconds=seconds, progress=False)
 
 
-def test_an_engine_too_small_for_different_passes_is_refused() -> None:
-    with pytest.raises(CostModelError, match="different passes fit an engine with 64 tokens a request"):
+def test_an_engine_too_small_for_different_steps_is_refused() -> None:
+    with pytest.raises(CostModelError, match="different steps fit an engine with 64 tokens a request"):
         run_calibration(Engine, config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
 
 
@@ -141,26 +141,26 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     assert throughput(256) > 0.85 * throughput(768) and throughput(32) < 0.3 * throughput(768)
     assert (
         0.015 < cost.seconds(Features().plus(start=100, count=1, rows=1)) < 0.045
-    )  # a token a pass: 22 to 66 a second
+    )  # a token a step: 22 to 66 a second
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 
 
 def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "SECONDS_AT_START", 0.5)
+    monkeypatch.setattr(profile, "SECONDS_AT_START", 0.5)
     stages: list[str] = []
     settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
     first = Engine.load(settings, on_stage=stages.append)
     kept = load_cost_model(settings).cost
     second = Engine.load(settings, on_stage=stages.append)
-    assert first.keeps_promises and second.keeps_promises and stages == ["calibrating"] * 2
+    assert first.slo_enabled and second.slo_enabled and stages == ["calibrating"] * 2
     assert load_cost_model(settings).cost == kept
     place(identify(settings)).write_text("spoilt")
     Engine.load(settings)
     assert load_cost_model(settings).cost.error is not None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
     request = second.scheduler.get("a")
-    assert request is not None and request.targets == Targets(None, 0.25, ttft_per_token=0.002)
-    assert request.due == pytest.approx(request.arrived + 0.2)
+    assert request is not None and request.targets == SloTargets(None, 0.25, ttft_per_token=0.002)
+    assert request.due == pytest.approx(request.arrival_time + 0.2)
     outputs = []
     while second.has_unfinished:
         outputs += second.step()
@@ -170,7 +170,9 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
 def test_an_engine_without_promises_refuses_targets_and_is_not_calibrated() -> None:
     engine = Engine.load(config(num_blocks=200))
     with pytest.raises(InvalidRequestError, match="keeps no promises"):
-        engine.add_request("a", [5], SamplingParams(max_tokens=4), terms=Terms(targets=Targets(1.0, None)))
-    engine.add_request("a", [5], SamplingParams(max_tokens=4), terms=Terms(targets=Targets()))
+        engine.add_request(
+            "a", [5], SamplingParams(max_tokens=4), scheduling=SchedulingOptions(targets=SloTargets(1.0, None))
+        )
+    engine.add_request("a", [5], SamplingParams(max_tokens=4), scheduling=SchedulingOptions(targets=SloTargets()))
     with pytest.raises(CostModelError):
         load_cost_model(config())

@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.core.baselines import POLICIES
 from splitfuse.core.plan import StepPlan, StepResult, TokenLogprob
-from splitfuse.core.policies import POLICIES
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
-from splitfuse.models.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 VOCAB, LIMIT = tiny_models.VOCAB_SIZE, tiny_models.MAX_POSITION
 POISON = 96  # the token whose embedding is made NaN
@@ -194,13 +194,13 @@ def test_an_abort_frees_blocks_at_once_and_leaves_the_others_alone(folder: Path)
     assert rest.tokens.keys() == {"kept"}
 
 
-def test_an_observer_sees_every_pass(folder: Path) -> None:
-    passes: list[tuple[StepPlan, StepResult]] = []
+def test_an_observer_sees_every_step(folder: Path) -> None:
+    steps: list[tuple[StepPlan, StepResult]] = []
     engine = load(folder, max_num_batched_tokens=8)
-    engine.observer = lambda plan, result: passes.append((plan, result))
+    engine.observer = lambda plan, result: steps.append((plan, result))
     generated = generate(engine, [1] * 20, max_tokens=3)
-    assert [plan.num_tokens for plan, _ in passes] == [8, 8, 4, 1, 1]
-    assert [result.results["only"].token_id for _, result in passes] == [None, None, *generated]
+    assert [plan.num_tokens for plan, _ in steps] == [8, 8, 4, 1, 1]
+    assert [result.results["only"].token_id for _, result in steps] == [None, None, *generated]
 
 
 # Together ------------------------------------------------------------------------------------------------------------
@@ -217,12 +217,12 @@ def test_a_prompt_of_1000_tokens_never_makes_a_running_generation_wait() -> None
     while first != running:
         first |= {output.request_id for output in engine.step() if output.token_ids}
     engine.add_request("long", [rng.randrange(6, 2000) for _ in range(1000)], SamplingParams(max_tokens=1))
-    passes = 0
+    steps = 0
     while engine.scheduler.get("long"):
         outputs = engine.step()
-        passes += 1
+        steps += 1
         assert {output.request_id for output in outputs if output.token_ids} >= running
-    assert passes == math.ceil(1000 / (64 - len(running)))
+    assert steps == math.ceil(1000 / (64 - len(running)))
 
 
 def crowd(rng: Random) -> dict[str, tuple[list[int], SamplingParams]]:

@@ -18,17 +18,17 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import NewRequest
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.calibrate import run_calibration
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.engine_process import EngineProcess
 from splitfuse.engine.messages import Add
+from splitfuse.engine.profile import run_calibration
+from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec
+from splitfuse.models.families.families import load_spec
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
-from splitfuse.runtime.sampler import SamplingRow, prompt_logprobs, sample
+from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 
@@ -123,7 +123,7 @@ def test_what_needs_the_cpu_is_refused_there() -> None:
 
 def test_an_engine_in_a_process_of_its_own() -> None:
     async def test() -> None:
-        client = EngineProcess({"device": "cuda", "num_blocks": 64, "dtype": "float32"})
+        client = SubprocessEngine({"device": "cuda", "num_blocks": 64, "dtype": "float32"})
         await client.start()
         try:
             tokens: list[int] = []

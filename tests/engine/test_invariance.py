@@ -80,7 +80,7 @@ def test_budget_block_size_and_prefix_cache_change_nothing(
 def test_a_budget_of_one_token_changes_nothing(
     expected: tuple[list[PreparedRequest], list[tuple[object, ...]]],
 ) -> None:
-    """A pass for each token takes a minute for all requests, which the slow suite spends."""
+    """A step for each token takes a minute for all requests, which the slow suite spends."""
     few = slice(0, 16)
     requests, wanted = (part[few] for part in expected)
     pipe = splitfuse.pipeline(dtype="float32", max_num_batched_tokens=1, block_size=16, num_blocks=1024)

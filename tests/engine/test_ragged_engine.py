@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from splitfuse.config import EngineConfig
-from splitfuse.engine.ragged_engine import RaggedEngine
+from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 
 BUDGET, NUM_BLOCKS, BLOCK_SIZE, LIMIT = 24, 40, 4, tiny_models.MAX_POSITION
@@ -98,13 +98,13 @@ def fill(engine: RaggedEngine, uid: int, count: int) -> None:
     [
         pytest.param([], [], "at least one id is wanted, and tokens for each: there are 0 ids, 0", id="nothing"),
         pytest.param([7, 8], [[1]], "there are 2 ids, 1 token lists", id="fewer-lists-than-ids"),
-        pytest.param([7, 7], [[1], [2]], r"grown once in a pass, but \[7, 7\] repeats an id", id="duplicates"),
+        pytest.param([7, 7], [[1], [2]], r"grown once in a step, but \[7, 7\] repeats an id", id="duplicates"),
         pytest.param([7, 8], [[1], []], "sequence 8: at least one token is wanted, not 0", id="no-token"),
         pytest.param([7], [[97]], "sequence 7 has the token id 97; the model's go from 0 to 96", id="vocabulary"),
         pytest.param([7, 1], [[1], [-1]], "sequence 1 has the token id -1", id="negative-token"),
         pytest.param([7], [[True]], "sequence 7 has the token id True", id="bool"),
         pytest.param([7], [[1.0]], "sequence 7 has the token id 1.0", id="float"),
-        pytest.param([7, 8], [[1] * 12, [1] * 13], "25 tokens in one pass, max_num_batched_tokens is 24", id="budget"),
+        pytest.param([7, 8], [[1] * 12, [1] * 13], "25 tokens in one step, max_num_batched_tokens is 24", id="budget"),
     ],
 )
 def test_a_refused_put_changes_nothing(

@@ -16,9 +16,9 @@ from backends import CPU, pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu import library
-from splitfuse.kernels.cpu.kernels import MOST_HEAD_DIM, PIECE, CpuKernels
-from splitfuse.kernels.cpu.library import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
+from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu.backend import MOST_HEAD_DIM, PIECE, CpuKernels
+from splitfuse.kernels.cpu.bindings import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
 from splitfuse.kernels.reference import LayerWeights, NetworkWeights, Store
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
@@ -281,7 +281,7 @@ def test_a_piece_is_what_the_library_takes_for_one(variant: str) -> None:
     """kernels.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
     library_of = CpuKernels(variant=variant, num_threads=1).library
     shorter, whole = (
-        library_of.store_bytes(ctypes.byref(library.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE)
+        library_of.store_bytes(ctypes.byref(bindings.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE)
     )
     assert shorter == 0 < whole
 
@@ -319,8 +319,8 @@ def other_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
     def name(path: Path) -> None:
         monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", str(path))
-        library._load.cache_clear()
-        monkeypatch.setattr(library, "_load", library._load.__wrapped__)
+        bindings._load.cache_clear()
+        monkeypatch.setattr(bindings, "_load", bindings._load.__wrapped__)
 
     return name
 
@@ -340,14 +340,14 @@ def test_a_file_that_is_no_library(other_library: Callable[[Path], None], tmp_pa
 
 
 def test_a_cpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "supported_variants", lambda: ())
+    monkeypatch.setattr(bindings, "supported_variants", lambda: ())
     with pytest.raises(KernelError, match="this CPU has neither AVX-512"):
         choose_variant()
 
 
 def test_the_best_variant_is_chosen_and_another_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported in (VARIANTS, VARIANTS[1:], VARIANTS[2:]):
-        monkeypatch.setattr(library, "supported_variants", lambda supported=supported: supported)
+        monkeypatch.setattr(bindings, "supported_variants", lambda supported=supported: supported)
         assert choose_variant() == supported[0]
         assert choose_variant("avx2") == "avx2"
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
@@ -370,6 +370,6 @@ def test_bf16_dot_products_come_first_where_they_are_fast(
     cpu = SimpleNamespace(sf_prefers_avx512_bf16=lambda: prefers)
     for variant in VARIANTS:
         setattr(cpu, f"sf_supports_{variant}", lambda variant=variant: int(variant not in missing))
-    monkeypatch.setattr(library, "_load", lambda: cpu)
+    monkeypatch.setattr(bindings, "_load", lambda: cpu)
     assert supported_variants() == expected
     assert choose_variant() == expected[0]

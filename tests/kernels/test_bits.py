@@ -14,7 +14,7 @@ import torch
 from backends import CPU, Backend, Requests, pack_experts, poison, variants
 from torch import Tensor
 
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -197,9 +197,9 @@ def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim
         rng.shuffle(spans)
         ends = [(0, n - 1, n) for n in (1, 511, 512, 513, 1023, 1024, 1025, 1300, 1536, 1537, 1600)]
         # All pieces at once, a few at once, the longest alone, and single tokens, alone and beside others.
-        passes = [spans, *([span] for span in spans[:5]), spans[5:8], *([one] for one in ends), ends]
-        passes += [[(0, 1599, 1600), (1, 529, 530)], [(0, 1590, 1600)], [(2, 44, 45), (3, 0, 1), (0, 1000, 1007)]]
-        for chosen in passes:
+        steps = [spans, *([span] for span in spans[:5]), spans[5:8], *([one] for one in ends), ends]
+        steps += [[(0, 1599, 1600), (1, 529, 530)], [(0, 1590, 1600)], [(2, 44, 45), (3, 0, 1), (0, 1000, 1007)]]
+        for chosen in steps:
             for (request, begin, end), ours in zip(
                 chosen, attend(kernels, q, requests, store, chosen, **options), strict=True
             ):

@@ -15,7 +15,7 @@ from backends import CPU, variants
 from ragged_requests import Chunk, Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.ragged_batch import RaggedBatch
@@ -129,7 +129,7 @@ def prompts(lengths: tuple[int, ...] = (1, 3, 23, 70)) -> list[Request]:
 
 
 def logits(decoder: Decoder, *, block_size: int = 32, seed: int | None = None) -> list[Tensor]:
-    """Logits of every position of the prompts: in one pass, or, given a seed, in random chunks; then some more tokens,
+    """Logits of every position of the prompts: in one step, or, given a seed, in random chunks; then some more tokens,
     each chosen by them.
     """
     requests, runner = prompts(), Runner(decoder, block_size=block_size, num_blocks=16)

@@ -14,7 +14,7 @@ import torch
 from backends import Backend, Requests, attention, poison, variants
 from torch import Tensor
 
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 
 MIXED = [(0, 1), (0, 37), (12, 1), (31, 2), (63, 1), (100, 29), (510, 5), (600, 1), (1030, 20)]
 ATTENTION = 2**-7  # the weights of the softmax are rounded to bf16, times the values' scales; so is the result

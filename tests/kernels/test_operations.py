@@ -14,7 +14,7 @@ import torch
 from backends import CPU, Backend, pack_experts
 from torch import Tensor
 
-from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.onednn import PrepackedKernels
 from splitfuse.kernels.reference import ACTIVATIONS
 
 SHAPES = [  # rows, K, N: nothing; single ones; odd, even and beyond every block, panel and slab of the kernels

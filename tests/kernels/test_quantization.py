@@ -17,8 +17,8 @@ from backends import pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.kernels import CpuKernels
-from splitfuse.kernels.cpu.library import BF16, INT4, INT8
+from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
 from splitfuse.kernels.cpu.quantization import LEVELS, SIXTEEN, choose_format
 
 Floats = npt.NDArray[np.float32]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from backends import variants
 
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
 
 SHAPES = [("qkv", (96, 128)), ("gate_up", (64, 128)), ("head", (300, 70))]

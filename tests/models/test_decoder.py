@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitfuse.kernels.reference import Kernels, Store
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec
+from splitfuse.models.families.families import load_spec
 from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.models.weights import load_decoder
 

@@ -10,8 +10,8 @@ import tiny_models
 from safetensors.torch import load_file
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.models.checkpoint import SINGLE_FILE
-from splitfuse.models.families import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.families.families import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.sources.safetensors import SINGLE_FILE
 from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
 from splitfuse.models.weights import parameters
 

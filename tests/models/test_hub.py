@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 
 from splitfuse.errors import ModelError, ModelNotFoundError
-from splitfuse.models import hub
-from splitfuse.models.families import load_spec
-from splitfuse.models.hub import read_config, resolve_model
+from splitfuse.models.families.families import load_spec
+from splitfuse.models.sources import hub
+from splitfuse.models.sources.hub import read_config, resolve_model
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -7,9 +7,9 @@ import torch
 from backends import variants
 
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.reference import Kernels
-from splitfuse.models.families import spec_from_config
+from splitfuse.models.families.families import spec_from_config
 from splitfuse.models.kv_cache import KVCache, block_bytes
 
 SPEC = spec_from_config(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec
+from splitfuse.models.families.families import load_spec
 from splitfuse.models.moe import mixture
 from splitfuse.models.spec import MoESpec
 from splitfuse.models.weights import load_decoder

@@ -15,10 +15,10 @@ from ragged_requests import Request, Runner
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec
+from splitfuse.models.families.families import load_spec
 from splitfuse.models.weights import load_decoder
 
 PROMPT_LENGTHS = (1, 9, 20, 37)

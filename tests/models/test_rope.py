@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.models.config_json import ConfigJson
+from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.rope import extended_length, read_rope, rope_tables
 from splitfuse.models.spec import RopeSpec
 

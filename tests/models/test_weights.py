@@ -20,11 +20,11 @@ from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.cpu.arguments import PackedWeight
-from splitfuse.kernels.cpu.kernels import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.reference import Kernels, Weight
-from splitfuse.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import load_spec, spec_from_config
+from splitfuse.models.families.families import load_spec, spec_from_config
+from splitfuse.models.sources.safetensors import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")

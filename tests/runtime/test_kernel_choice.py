@@ -14,11 +14,11 @@ import splitfuse
 from splitfuse import config
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu import library, quantization
-from splitfuse.kernels.cpu.kernels import CpuKernels
-from splitfuse.kernels.prepacked import PrepackedKernels
+from splitfuse.kernels.cpu import bindings, quantization
+from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.onednn import PrepackedKernels
 from splitfuse.kernels.reference import Kernels
-from splitfuse.runtime.kernel_choice import choose_kernels, usable_cores
+from splitfuse.runtime.backend_choice import choose_kernels, usable_cores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLY_CPP: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def choose(dtype: torch.dtype = BF16, **settings: Any) -> Kernels:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which there was no compiler."""
     monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", "absent.so")
-    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
+    monkeypatch.setattr(bindings, "_load", bindings._load.__wrapped__)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -58,7 +58,7 @@ def test_the_best_that_the_machine_can_run_is_the_default(variant: str) -> None:
     del variant  # the least of them: if it runs, there is one to choose
     chosen = choose()
     assert isinstance(chosen, CpuKernels)
-    assert chosen.variant == library.supported_variants()[0]
+    assert chosen.variant == bindings.supported_variants()[0]
     assert chosen.num_threads == usable_cores()
 
 
@@ -92,7 +92,7 @@ def test_without_a_compiler_pytorch_computes_and_says_what_is_lost(name: str) ->
 
 @pytest.mark.usefixtures("uncompiled")
 def test_without_a_compiler_named_kernels_are_refused() -> None:
-    for name in library.VARIANTS:
+    for name in bindings.VARIANTS:
         with pytest.raises(KernelError, match=r"not compiled \(absent.so is missing\)"):
             choose(kernels=name)
 
@@ -142,7 +142,7 @@ def test_named_kernels_that_contradict_other_settings(
 
 
 def test_kernels_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "supported_variants", lambda: ("avx2",))
+    monkeypatch.setattr(bindings, "supported_variants", lambda: ("avx2",))
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
         choose(kernels="avx512")
 
@@ -196,7 +196,7 @@ def test_settings_name_what_the_kernels_have() -> None:
     """config.py lists it again, as neither may import the other."""
     assert config.QUANTIZATIONS == quantization.QUANTIZATIONS
     assert set(config.GROUP_SIZES) == {size for sizes in quantization.GROUP_SIZES.values() for size in sizes}
-    assert set(config.KERNELS) == {"auto", *library.VARIANTS, "torch", "reference"}
+    assert set(config.KERNELS) == {"auto", *bindings.VARIANTS, "torch", "reference"}
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

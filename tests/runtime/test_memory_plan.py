@@ -17,7 +17,7 @@ from splitfuse.kernels.cpu.memory import SharedWeights
 from splitfuse.kernels.reference import Kernels
 from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
 from splitfuse.runtime import loading
-from splitfuse.runtime.kernel_choice import choose_kernels
+from splitfuse.runtime.backend_choice import choose_kernels
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
 

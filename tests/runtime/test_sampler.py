@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 from splitfuse.core.plan import ChunkResult, NewRequest
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
-from splitfuse.runtime import sampler
-from splitfuse.runtime.sampler import SamplingRow, prompt_logprobs, sample, uniform
+from splitfuse.runtime.sampling import sampler
+from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample, uniform
 
 EOS = 3
 

@@ -132,7 +132,7 @@ def test_before_anything_was_measured_a_second() -> None:
     admission, _ = make(1, 10**6)
     with admission.admit(10**6):
         assert refused(admission, 10**6).retry_after == 1.0
-        admission.progressed(0, 0.0)  # a report that was no pass
+        admission.progressed(0, 0.0)  # a report that was no step
         assert admission.tokens_per_second is None
         assert refused(admission, 10**6).retry_after == 1.0
 
@@ -140,19 +140,19 @@ def test_before_anything_was_measured_a_second() -> None:
 @given(
     held=st.integers(1, 10**6),
     asked=st.integers(1, 10**6),
-    pass_tokens=st.integers(1, 8192),
-    pass_seconds=st.floats(1e-4, 60),
+    step_tokens=st.integers(1, 8192),
+    step_seconds=st.floats(1e-4, 60),
     replicas=st.integers(1, 8),
 )
 def test_the_wait_is_the_tokens_over_the_bound_by_the_rate(
-    held: int, asked: int, pass_tokens: int, pass_seconds: float, replicas: int
+    held: int, asked: int, step_tokens: int, step_seconds: float, replicas: int
 ) -> None:
     most = max(held, asked, held + asked - 1)
     admission, clock = make(10, most, replicas=replicas)
     for _ in range(20):
-        clock.now += pass_seconds
-        admission.progressed(pass_tokens, pass_seconds)
-    rate = replicas * pass_tokens / pass_seconds
+        clock.now += step_seconds
+        admission.progressed(step_tokens, step_seconds)
+    rate = replicas * step_tokens / step_seconds
     assert admission.tokens_per_second == pytest.approx(rate)
     over = held + asked - most
     with admission.admit(held):

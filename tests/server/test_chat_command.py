@@ -19,8 +19,8 @@ from running_server import PATIENCE, RunningServer
 import splitfuse
 from splitfuse import cli
 from splitfuse.core.request import RequestOutput
-from splitfuse.server import registry
-from splitfuse.server.registry import Deployment
+from splitfuse.deploy import registry
+from splitfuse.deploy.registry import Deployment
 
 FIRST, SECOND = "Erik plays the cello. What does Erik play?", "Who plays the cello?"
 HEED_CTRL_C = (
@@ -218,10 +218,10 @@ def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine waits in the midst of the answer until the server has seen that its client is gone."""
-    broken_off, passes, step = threading.Event(), itertools.count(), server.engine.step
+    broken_off, steps, step = threading.Event(), itertools.count(), server.engine.step
 
     def step_until_broken_off() -> list[RequestOutput]:
-        assert next(passes) < 50 or broken_off.wait(PATIENCE)
+        assert next(steps) < 50 or broken_off.wait(PATIENCE)
         return step()
 
     monkeypatch.setattr(server.engine, "step", step_until_broken_off)

@@ -11,6 +11,8 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
+from splitfuse.client.client import _lines
+from splitfuse.client.wire import error_in, error_of, event, prepare
 from splitfuse.config import ServerConfig
 from splitfuse.errors import (
     DrainingError,
@@ -24,9 +26,7 @@ from splitfuse.errors import (
     ServerError,
     SplitfuseError,
 )
-from splitfuse.server.async_client import _lines
-from splitfuse.server.client_wire import error_in, error_of, event, prepare
-from splitfuse.text.keywords import DEFAULT_MAX_NEW_TOKENS
+from splitfuse.text.kwargs import DEFAULT_MAX_NEW_TOKENS
 
 PROMPT = "Erik plays the cello.\n\nOnce upon a time"
 TURNS = [{"role": "user", "content": "Erik plays the cello.\n\nWhat does Erik play?"}]
@@ -84,7 +84,7 @@ def test_a_length_that_is_left_out_is_a_pipelines(client: splitfuse.Client, pipe
     almost_full = (list(pipe.tokenizer.encode(PROMPT)) * 2048)[:2040]
     responses = client(almost_full, ignore_eos=True)
     assert essence(responses) == essence(pipe(almost_full, ignore_eos=True)) and responses[0].generated_length == 8
-    assert prepare(PROMPT)[0].with_room(10, 4096).params.max_tokens == DEFAULT_MAX_NEW_TOKENS
+    assert prepare(PROMPT)[0].clamp_max_tokens(10, 4096).params.max_tokens == DEFAULT_MAX_NEW_TOKENS
 
 
 def test_token_ids_and_chats_are_those_of_a_pipeline(client: splitfuse.Client, pipe: splitfuse.Pipeline) -> None:
@@ -221,7 +221,7 @@ def test_an_interrupted_call_is_aborted(client: splitfuse.Client, server: Runnin
     assert len(client("Once", max_new_tokens=1)) == 1, "the client is of no use any more"
 
 
-def test_a_deadline_that_passes_fails_the_request_alone(client: splitfuse.Client) -> None:
+def test_a_deadline_that_steps_fails_the_request_alone(client: splitfuse.Client) -> None:
     (response,) = client(PROMPT, deadline=0.001, **LONG)
     assert (response.finish_reason, response.generated_length) == ("error", 0)
     assert response.error is not None and "0.001 s have passed" in response.error

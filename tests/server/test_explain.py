@@ -14,12 +14,12 @@ from running_server import RunningServer, running_server
 
 from splitfuse import cli
 from splitfuse.cli.explain import drawn
+from splitfuse.client.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.core.account import Part
-from splitfuse.core.cost_model import CostModel
+from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, identify, place, save
-from splitfuse.server.client import client
 from splitfuse.server.explain import MEANINGS
 
 COMPLETIONS = "/v1/completions"
@@ -33,7 +33,9 @@ def explain(http: httpx.Client, request: str, headers: dict[str, str] | None = N
     answer = http.get(f"/v1/splitfuse/requests/{request}", headers=headers)
     assert answer.status_code == 200, answer.text
     explanation: dict[str, Any] = answer.json()
-    assert set(explanation["parts"]) <= set(Part) and all(seconds > 0 for seconds in explanation["parts"].values())
+    assert set(explanation["parts"]) <= set(LatencyPhase) and all(
+        seconds > 0 for seconds in explanation["parts"].values()
+    )
     assert sum(explanation["parts"].values()) == pytest.approx(explanation["seconds"], abs=1e-6)
     return explanation
 
@@ -58,8 +60,10 @@ def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
         assert answer.status_code == 200
         found = explain(http, answer.headers["x-request-id"])
     assert found["status"] == 200 and found["route"] == COMPLETIONS and found["on_time"] is None
-    assert {Part.TOKENIZING, Part.OWN_PROMPT, Part.FROM_ENGINE, Part.CLIENT} <= set(found["parts"])
-    assert Part.FAILED not in found["parts"]
+    assert {LatencyPhase.TOKENIZING, LatencyPhase.OWN_PROMPT, LatencyPhase.FROM_ENGINE, LatencyPhase.CLIENT} <= set(
+        found["parts"]
+    )
+    assert LatencyPhase.FAILED not in found["parts"]
     record = server.wait_for_record(request_id=answer.headers["x-request-id"])
     assert record["total_seconds"] == pytest.approx(found["seconds"], abs=1e-6)
 
@@ -81,11 +85,15 @@ def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[
         lines = [line for line in answer.text.splitlines() if "splitfuse_timing" in line]
         parts = json.loads(lines[-1].removeprefix("data: "))["splitfuse_timing"]["parts"]
         later = asked.explain(answer.headers["x-request-id"])["parts"]
-    engine = [p for p in Part if p not in (Part.READING, Part.TOKENIZING, Part.FROM_ENGINE, Part.DETOKENIZING)]
+    engine = [
+        p
+        for p in LatencyPhase
+        if p not in (LatencyPhase.READING, LatencyPhase.TOKENIZING, LatencyPhase.FROM_ENGINE, LatencyPhase.DETOKENIZING)
+    ]
     for part in engine:
-        if part is not Part.CLIENT:
+        if part is not LatencyPhase.CLIENT:
             assert parts.get(part) == later.get(part)
-    assert parts[Part.OWN_PROMPT] > 0
+    assert parts[LatencyPhase.OWN_PROMPT] > 0
 
 
 def test_who_hangs_up_is_accounted_for_until_then(server: RunningServer) -> None:
@@ -115,7 +123,7 @@ def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
         other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
         assert list(lines)
         found = explain(http, stream.headers["x-request-id"])
-    assert found["parts"][Part.BESIDE_OTHERS] > 0
+    assert found["parts"][LatencyPhase.BESIDE_OTHERS] > 0
     assert other in [each["id"] for each in found["beside"]]
 
 
@@ -175,7 +183,7 @@ def test_the_command_draws_it(
         answer = http.post(COMPLETIONS, json=BODY).json()
     assert run(answer["id"]) == 0
     shown = capsys.readouterr().out
-    assert MEANINGS[Part.OWN_GENERATION] in shown and "100.0%  from its arrival" in shown
+    assert MEANINGS[LatencyPhase.OWN_GENERATION] in shown and "100.0%  from its arrival" in shown
     assert "20 generated; preemptions: 0" in shown and "█" in shown
     assert run("nobody") == 1
     assert "there is no request 'nobody'" in capsys.readouterr().err
@@ -183,7 +191,7 @@ def test_the_command_draws_it(
 
 
 def test_every_part_has_its_words() -> None:
-    assert list(MEANINGS) == list(Part)
+    assert list(MEANINGS) == list(LatencyPhase)
     shown = drawn(
         {
             "request_id": "r",
@@ -196,7 +204,7 @@ def test_every_part_has_its_words() -> None:
             "generated_tokens": 0,
             "preemptions": 0,
             "seconds": 2.0,
-            "parts": dict.fromkeys(map(str, Part), 2.0 / len(Part)),
+            "parts": dict.fromkeys(map(str, LatencyPhase), 2.0 / len(LatencyPhase)),
             "beside": [{"id": "other", "tokens": 7}, {"id": None, "tokens": 8}],
             "missed": {
                 "first_token": 0.5,

@@ -240,10 +240,10 @@ def test_bytes_that_are_no_http_harm_nobody(server: RunningServer, http: httpx.C
 def test_timing_is_told_if_it_is_asked_for(http: httpx.Client) -> None:
     body = {**SHORT, "max_tokens": 5, "n": 2, "prompt": PROMPT * 20, "splitfuse_timing": True}
     timing = http.post(COMPLETIONS, json=body).json()["splitfuse_timing"]
-    assert timing.keys() == {"queued", "first_token", "gaps", "passes", "cached_tokens", "on_time", "parts"}
+    assert timing.keys() == {"queued", "first_token", "gaps", "steps", "cached_tokens", "on_time", "parts"}
     assert timing["on_time"] is None
     assert 0 < timing["queued"] <= timing["first_token"] and len(timing["gaps"]) == 8
-    assert all(gap >= 0 for gap in timing["gaps"]) and timing["passes"] >= 10
+    assert all(gap >= 0 for gap in timing["gaps"]) and timing["steps"] >= 10
     events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))
     assert events[-1] == "[DONE]" and events[-2]["choices"] == [] and "usage" not in events[-2]
     again = events[-2]["splitfuse_timing"]
@@ -277,7 +277,7 @@ def test_every_request_has_its_line_in_the_log_without_its_words(server: Running
     http.post(COMPLETIONS, json={**SHORT, "prompt": "a secret", "n": 2}, headers={"x-request-id": "logged"})
     record = server.wait_for_record(request_id="logged")
     assert (record["route"], record["status"], record["generated_tokens"]) == (COMPLETIONS, 200, 8)
-    assert record["finish_reasons"] == ["length", "length"] and record["passes"] >= 8
+    assert record["finish_reasons"] == ["length", "length"] and record["steps"] >= 8
     http.post(COMPLETIONS, json={"prompt": "a secret", "n": -1}, headers={"x-request-id": "refused"})
     record = server.wait_for_record(request_id="refused")
     assert (record["status"], record["error"]) == (400, "invalid_type")

@@ -16,16 +16,16 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.async_engine import AsyncEngine, EngineClient, EngineState, Stream
+from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState, Stream
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, Passed
+from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, StepReport
 from splitfuse.errors import EngineDiedError
+from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.metrics import FAMILIES, Metrics
-from splitfuse.server.request_log import RequestRecord
 
 BUDGET = 32
 COUNTERS = {
-    "num_steps": "splitfuse:passes_total",
+    "num_steps": "splitfuse:steps_total",
     "num_computed_tokens": "splitfuse:computed_tokens_total",
     "num_prompt_tokens": "splitfuse:prompt_tokens_total",
     "num_cached_tokens": "splitfuse:cached_tokens_total",
@@ -121,10 +121,10 @@ class Stated(EngineClient):
         raise NotImplementedError
 
 
-def pass_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
+def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
     """As a client does it: first its stats, then the word to whoever watches."""
     client.engines[place] = stats
-    metrics.passed(Passed((), stats), BUDGET)
+    metrics.passed(StepReport((), stats), BUDGET)
 
 
 # A real engine -------------------------------------------------------------------------------------------------------
@@ -137,18 +137,18 @@ def engine() -> Engine:
     )
 
 
-def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[Passed]], Awaitable[None]]) -> None:
+def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[StepReport]], Awaitable[None]]) -> None:
     """Run `body` in an event loop, with metrics that see every report of a started client."""
 
     async def run() -> None:
         client = AsyncEngine(engine)
         metrics, reports = Metrics(client), []
 
-        def on_passed(report: Passed) -> None:
+        def on_step(report: StepReport) -> None:
             reports.append(report)
             metrics.passed(report, client.info.max_num_batched_tokens)
 
-        client.on_passed = on_passed
+        client.on_step = on_step
         await client.start()
         try:
             await asyncio.wait_for(body(client, metrics, reports), 120)
@@ -175,16 +175,16 @@ async def read(client: AsyncEngine, add: Add) -> int:
 
 
 async def first_token(stream: Stream) -> None:
-    """Those before it are of passes that computed a part of the prompt."""
+    """Those before it are of steps that computed a part of the prompt."""
     while not (await anext(stream)).token_ids:
         pass
 
 
 def test_the_figures_are_those_of_the_engine(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, reports: list[Passed]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, reports: list[StepReport]) -> None:
         adds = [request(f"r{i}", 10 + 40 * i, 5 + i, first=20 + 100 * i) for i in range(3)]
         received = sum(await asyncio.gather(*(read(client, add) for add in adds)))
-        async with client.open(request("gone", 8, 1000, first=400)) as stream:  # ends by a command, not by a pass
+        async with client.open(request("gone", 8, 1000, first=400)) as stream:  # ends by a command, not by a step
             await first_token(stream)
         await until(lambda: reports[-1].stats.num_running == 0)
         figures, stats = Figures(metrics), client.stats[0]
@@ -199,23 +199,23 @@ def test_the_figures_are_those_of_the_engine(engine: Engine) -> None:
             assert figures.get(f"splitfuse:{idle}") == 0, idle
         assert figures.get("splitfuse:kv_blocks") == 64
 
-        passes = {report.stats.num_steps: report.stats for report in reports}  # a report that was no pass repeats
-        assert stats.num_steps == len(passes) < len(reports)
-        for name in ("pass_tokens", "pass_seconds", "pass_budget_ratio"):
-            assert figures.get(f"splitfuse:{name}_count") == len(passes), name
-        tokens = sum(report.pass_tokens for report in passes.values())
-        assert figures.get("splitfuse:pass_tokens_sum") == tokens
-        assert figures.get("splitfuse:pass_budget_ratio_sum") == pytest.approx(tokens / BUDGET)
-        full = sum(report.pass_tokens == BUDGET for report in passes.values())
+        steps = {report.stats.num_steps: report.stats for report in reports}  # a report that was no step repeats
+        assert stats.num_steps == len(steps) < len(reports)
+        for name in ("step_tokens", "step_seconds", "step_budget_ratio"):
+            assert figures.get(f"splitfuse:{name}_count") == len(steps), name
+        tokens = sum(report.step_tokens for report in steps.values())
+        assert figures.get("splitfuse:step_tokens_sum") == tokens
+        assert figures.get("splitfuse:step_budget_ratio_sum") == pytest.approx(tokens / BUDGET)
+        full = sum(report.step_tokens == BUDGET for report in steps.values())
         assert full > 0
-        almost = figures.get("splitfuse:pass_budget_ratio_bucket", le="0.99")
-        assert figures.get("splitfuse:pass_budget_ratio_bucket", le="1.0") - almost == full
+        almost = figures.get("splitfuse:step_budget_ratio_bucket", le="0.99")
+        assert figures.get("splitfuse:step_budget_ratio_bucket", le="1.0") - almost == full
 
     drive(engine, body)
 
 
 def test_gauges_say_how_things_stand_when_they_are_asked(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, _: list[Passed]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
         async with client.open(request("long", 70, 1500)) as stream:
             await first_token(stream)
             figures = Figures(metrics)
@@ -233,7 +233,7 @@ def test_gauges_say_how_things_stand_when_they_are_asked(engine: Engine) -> None
 
 
 def test_a_prompt_seen_before_shows_as_prefix_hits(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, _: list[Passed]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
         await read(client, request("first", 100, 2, first=300))
         before = Figures(metrics)
         await read(client, request("again", 100, 2, first=300))
@@ -260,8 +260,8 @@ def test_before_the_engine_is_ready_there_is_an_answer_too(engine: Engine) -> No
 def test_engines_are_summed() -> None:
     client = Stated(3)
     metrics = Metrics(client)
-    pass_of(client, metrics, 0, EngineStats(5, 2, 7, 90, 30, 10, 4, 34, 1, 12, 0.5))
-    pass_of(client, metrics, 2, EngineStats(1, 1, 0, 60, 3, 0, 1, 3, 0, 3, 0.25))
+    step_of(client, metrics, 0, EngineStats(5, 2, 7, 90, 30, 10, 4, 34, 1, 12, 0.5))
+    step_of(client, metrics, 2, EngineStats(1, 1, 0, 60, 3, 0, 1, 3, 0, 3, 0.25))
     figures = Figures(metrics)
     assert figures.get("splitfuse:num_requests_running") == 3
     assert figures.get("splitfuse:num_requests_waiting") == 7
@@ -270,8 +270,8 @@ def test_engines_are_summed() -> None:
     assert figures.get("splitfuse:kv_cache_usage_ratio") == pytest.approx(50 / 300)
     expected = dict(zip(COUNTERS, (6, 37, 33, 10, 5, 1), strict=True))
     assert {counter: figures.get(name) for counter, name in COUNTERS.items()} == expected
-    assert figures.get("splitfuse:pass_seconds_sum") == 0.75
-    assert figures.get("splitfuse:pass_seconds_count") == 2
+    assert figures.get("splitfuse:step_seconds_sum") == 0.75
+    assert figures.get("splitfuse:step_seconds_count") == 2
 
 
 EVENTS = st.lists(
@@ -292,16 +292,16 @@ def test_counters_never_go_down_and_lose_nothing_that_was_reported(
     client = Stated(3)
     metrics = Metrics(client)
     truth = dict.fromkeys(COUNTERS, 0)
-    num_passes = 0
+    num_steps = 0
     last = Figures(metrics, collected=True)
     for place, what, more, look in events:
         now = client.engines[place]
         if what == "death":
             client.engines[place] = EngineStats()
         elif what == "command":
-            pass_of(client, metrics, place, replace(now, num_free_blocks=more[0]))
+            step_of(client, metrics, place, replace(now, num_free_blocks=more[0]))
         else:
-            # One that is back before anybody heard of its death has made fewer passes than it had, or it is another
+            # One that is back before anybody heard of its death has made fewer steps than it had, or it is another
             # engine with the same past, and nobody can tell.
             quick = what == "quick restart" and now.num_steps > 1
             base = EngineStats() if quick else now
@@ -310,33 +310,33 @@ def test_counters_never_go_down_and_lose_nothing_that_was_reported(
             if what == "unseen pass":  # the client knows, and nobody was told
                 client.engines[place] = new
             else:
-                pass_of(client, metrics, place, new)
-                num_passes += 1
+                step_of(client, metrics, place, new)
+                num_steps += 1
             truth = {counter: truth[counter] + steps[counter] for counter in COUNTERS}
         if look or what in ("death", "unseen pass"):
             figures = Figures(metrics, collected=True)
             for counter, name in COUNTERS.items():
                 assert last.get(name) <= figures.get(name) == truth[counter], name
-            assert figures.get("splitfuse:pass_seconds_count") == num_passes
+            assert figures.get("splitfuse:step_seconds_count") == num_steps
             last = figures
 
 
-def test_the_death_of_one_engine_is_not_taken_for_a_pass_of_another() -> None:
+def test_the_death_of_one_engine_is_not_taken_for_a_step_of_another() -> None:
     client = Stated(2)
     metrics = Metrics(client)
-    alive = EngineStats(num_steps=3, pass_tokens=8)
-    pass_of(client, metrics, 0, alive)
-    pass_of(client, metrics, 1, EngineStats(num_steps=4, pass_tokens=8))
+    alive = EngineStats(num_steps=3, step_tokens=8)
+    step_of(client, metrics, 0, alive)
+    step_of(client, metrics, 1, EngineStats(num_steps=4, step_tokens=8))
     client.engines[1] = EngineStats()
-    pass_of(client, metrics, 0, replace(alive, num_free_blocks=9))  # a command
-    assert Figures(metrics).get("splitfuse:pass_tokens_count") == 2
+    step_of(client, metrics, 0, replace(alive, num_free_blocks=9))  # a command
+    assert Figures(metrics).get("splitfuse:step_tokens_count") == 2
 
 
 def test_an_engine_that_is_no_longer_there_still_counts() -> None:
     client = Stated(2)
     metrics = Metrics(client)
-    pass_of(client, metrics, 0, EngineStats(num_steps=3, num_computed_tokens=30))
-    pass_of(client, metrics, 1, EngineStats(num_steps=4, num_computed_tokens=40))
+    step_of(client, metrics, 0, EngineStats(num_steps=3, num_computed_tokens=30))
+    step_of(client, metrics, 1, EngineStats(num_steps=4, num_computed_tokens=40))
     del client.engines[1]
     assert Figures(metrics).get("splitfuse:computed_tokens_total") == 70
     client.engines.append(EngineStats(num_steps=1, num_computed_tokens=5))
@@ -360,8 +360,8 @@ def test_what_a_request_leaves_behind() -> None:
     for reason, count in {"stop": 1, "length": 1, "abort": 1, "error": 0}.items():
         assert figures.get("splitfuse:choices_total", finish_reason=reason) == count
         assert figures.get("vllm:request_success_total", finished_reason=reason) == count
-    assert figures.get("splitfuse:promises_total", kept="false") == 2
-    assert figures.get("splitfuse:promises_total", kept="true") == 0
+    assert figures.get("splitfuse:slo_total", kept="false") == 2
+    assert figures.get("splitfuse:slo_total", kept="true") == 0
     assert figures.get("splitfuse:errors_total", kind="EngineDiedError") == 1
     assert figures.get("splitfuse:refused_total", kind="overloaded") == 2
     assert figures.get("splitfuse:refused_total", kind="draining") == 1
@@ -441,7 +441,7 @@ def test_every_family_has_a_name_of_its_own_and_a_number_behind_it() -> None:
     metrics = Metrics(client)
     metrics.request_ended(replace(RECORD, error="ServerError"))
     metrics.request_refused("overloaded")
-    pass_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9))
+    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9))
     values = Figures(metrics).values
     ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
     for family in FAMILIES:

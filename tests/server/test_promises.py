@@ -10,14 +10,14 @@ import pytest
 from running_server import RunningServer, running_server
 
 from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
-from splitfuse.core.cost_model import CostModel
+from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, identify, place, save
-from splitfuse.server.keys import Keys
+from splitfuse.server.auth import ApiKeys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
-PASSES = ("pass_seconds", "predicted_pass_seconds", "pass_forecast_ratio")
+STEPS = ("step_seconds", "predicted_step_seconds", "step_forecast_ratio")
 SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
 
 
@@ -53,10 +53,10 @@ def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx
     assert on_time(http, splitfuse_targets={"ttft": None}) is None
     server.wait_for_record(on_time=True)
     metrics = http.get("/metrics").text
-    assert 'splitfuse:promises_total{kept="true",model_name="storyteller"} 2.0' in metrics
-    assert 'splitfuse:promises_total{kept="false",model_name="storyteller"} 2.0' in metrics
-    counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in PASSES]
-    assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each pass was predicted"
+    assert 'splitfuse:slo_total{kept="true",model_name="storyteller"} 2.0' in metrics
+    assert 'splitfuse:slo_total{kept="false",model_name="storyteller"} 2.0' in metrics
+    counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in STEPS]
+    assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
 
 
 def test_on_time_or_not_at_all(http: httpx.Client) -> None:
@@ -85,7 +85,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> It
     del server  # its cost model is used
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text("# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\n")
-    settings = {"keep_promises": True, "num_blocks": 200}
+    settings = {"enable_slo": True, "num_blocks": 200}
     with running_server(ServerConfig(api_key_file=str(file)), **settings) as running, running.http() as http:
         yield http
 
@@ -124,16 +124,16 @@ def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
 def test_what_is_no_key_says_in_which_line(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"good\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        Keys(ServerConfig(api_key=("given",), api_key_file=str(tmp_path / "keys")))
+        ApiKeys(ServerConfig(api_key=("given",), api_key_file=str(tmp_path / "keys")))
     assert "line 2" in str(error.value)
 
 
 def test_keys_are_not_promised_what_the_server_does_not_keep(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("k name=bob itl=100ms\n")
-    keys = Keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    keys = ApiKeys(ServerConfig(api_key_file=str(tmp_path / "keys")))
     with pytest.raises(ConfigError, match="promises something to 'bob', and this server keeps no promises"):
         keys.check(SchedulerConfig())
-    keys.check(SchedulerConfig(keep_promises=True))
+    keys.check(SchedulerConfig(enable_slo=True))
 
 
 @pytest.mark.parametrize("targets", [{"ttft": 0}, {"itl": -1}, {"ttft": "1s"}, {"other": 1}, 3])

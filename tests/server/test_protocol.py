@@ -20,11 +20,11 @@ from splitfuse.errors import (
     PromptTooLongError,
     RequestFailedError,
 )
-from splitfuse.server.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.app import ROUTES
-from splitfuse.server.decoding import decode
 from splitfuse.server.errors import RefusedError, answer_to, without_secrets
-from splitfuse.server.protocol import NEUTRAL, ChatRequest, CompletionRequest
+from splitfuse.server.openai.protocol import NEUTRAL, ChatRequest, CompletionRequest
+from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
+from splitfuse.server.openai.validation import decode
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.server.request_log import RequestLog, RequestRecord
+from splitfuse.server.access_log import RequestLog, RequestRecord
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # lone surrogates too
 ANY_SECONDS = st.none() | st.floats()
@@ -28,7 +28,7 @@ RECORDS = st.builds(
     queued_seconds=ANY_SECONDS,
     first_token_seconds=ANY_SECONDS,
     inter_token_seconds=st.lists(st.floats(), max_size=3).map(tuple),
-    passes=st.integers(0),
+    steps=st.integers(0),
     on_time=st.none() | st.booleans(),
     why_late=st.none() | ANY_TEXT,
 )
@@ -45,7 +45,7 @@ RECORD = RequestRecord(
     queued_seconds=0.25,
     first_token_seconds=0.5,
     inter_token_seconds=(0.1, 0.2, 0.6),
-    passes=4,
+    steps=4,
     on_time=True,
     why_late="of 2.5 s, 2 s went into waiting",
 )
@@ -78,7 +78,7 @@ def test_whatever_is_in_a_record_it_is_one_line_of_json(record: RequestRecord, p
     fields = parse(line)
     assert fields["prompt"] == prompt
     assert fields["text"] == texts
-    for name in ("request_id", "route", "status", "key", "prompt_tokens", "generated_tokens", "error", "passes"):
+    for name in ("request_id", "route", "status", "key", "prompt_tokens", "generated_tokens", "error", "steps"):
         assert fields[name] == getattr(record, name)
     assert fields["finish_reasons"] == list(record.finish_reasons)
 
@@ -100,7 +100,7 @@ def test_what_a_line_says() -> None:
         "inter_token_median_seconds": 0.2,
         "inter_token_max_seconds": 0.6,
         "total_seconds": 2.5,
-        "passes": 4,
+        "steps": 4,
         "on_time": True,
         "why_late": "of 2.5 s, 2 s went into waiting",
     }

@@ -20,13 +20,13 @@ from server_process import PATIENCE, server_process, wait_until
 
 import splitfuse
 from splitfuse import cli
+from splitfuse.client.client import AsyncClient, server_state
 from splitfuse.config import ServerConfig
+from splitfuse.deploy import daemon, registry
+from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.messages import Loading
 from splitfuse.errors import ConfigError, DrainingError, EngineDiedError, ModelNotFoundError, ServerError
-from splitfuse.server import control, registry
-from splitfuse.server.async_client import AsyncClient, server_state
-from splitfuse.server.registry import Deployment
-from splitfuse.server.serve import describe, model_name, run_server
+from splitfuse.server.lifecycle import describe, model_name, run_server
 
 LONG = {"max_new_tokens": 1500, "n": 8, "ignore_eos": True}
 LONG_ENOUGH = {"max_new_tokens": 500, "n": 4, "ignore_eos": True}
@@ -312,9 +312,9 @@ def test_a_detached_server_that_ends_early_is_an_error_with_its_last_lines(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     echo = io.StringIO()
     with pytest.raises(ServerError, match=r"(?s)^the server ended with status 1 .*there is no folder /no/such/folder$"):
-        control.start({"model": "/no/such/folder", "port": 0, "name": "ended"}, wait=True, echo=echo)
+        daemon.start({"model": "/no/such/folder", "port": 0, "name": "ended"}, wait=True, echo=echo)
     assert "there is no folder /no/such/folder" in echo.getvalue()
-    assert registry.deployments() == [] and not control._children
+    assert registry.deployments() == [] and not daemon._children
 
 
 def test_a_setting_that_cannot_be_is_refused_before_anything_is_started() -> None:
@@ -327,7 +327,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_started() -> Non
             splitfuse.serve(deployment_name="refused", **settings)
     with pytest.raises(ConfigError, match="name is called deployment_name here"):
         splitfuse.serve(name="x")
-    assert not control._children
+    assert not daemon._children
 
 
 def test_a_detached_server_has_its_key_from_the_environment_and_ends_when_told(

@@ -12,7 +12,7 @@ from tiny_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
-from splitfuse.text.chat import ChatTemplate
+from splitfuse.text.chat_template import ChatTemplate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 HELLO = [{"role": "user", "content": "Hello <b>\n"}]

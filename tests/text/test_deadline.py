@@ -6,7 +6,7 @@ import weakref
 import pytest
 from threads import wait_for_threads
 
-from splitfuse.text.deadline import within
+from splitfuse.text.timeouts import within
 
 
 def spin(*_: object) -> None:

@@ -12,7 +12,7 @@ import splitfuse
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
-from splitfuse.text.generate import Generation, TextGenerator
+from splitfuse.text.generation import Generation, TextGenerator
 
 
 @pytest.fixture(scope="module")

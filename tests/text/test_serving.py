@@ -13,12 +13,12 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.async_engine import AsyncEngine
+from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import EngineDiedError, InvalidRequestError
-from splitfuse.models.hub import BUNDLED_MODEL
-from splitfuse.text.generate import Prompt
-from splitfuse.text.serving import ServedGeneration, TextService, merged
+from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.text.generation import Prompt
+from splitfuse.text.service import ServedGeneration, TextService, merged
 from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -79,8 +79,8 @@ def test_a_generation_is_what_pipeline_gives(pipe: splitfuse.Pipeline, stop: tup
             assert tuple(generation.logprobs) == response.logprobs
             assert tuple(generation.prompt_logprobs) == response.prompt_logprobs
             assert (generation.finish_reason, generation.stop_string) == (response.finish_reason, response.stop_string)
-            assert generation.num_passes >= len(generation.token_ids)
-            assert generation.first_pass is not None and generation.first_pass <= generation.timings.tokens[0]
+            assert generation.num_steps >= len(generation.token_ids)
+            assert generation.first_step is not None and generation.first_step <= generation.timings.tokens[0]
 
     with_service(work)
 
@@ -97,14 +97,14 @@ def test_a_chat_is_what_pipeline_gives(pipe: splitfuse.Pipeline) -> None:
     with_service(work)
 
 
-def test_a_prompt_in_several_passes_counts_them() -> None:
+def test_a_prompt_in_several_steps_counts_them() -> None:
     async def work(service: TextService) -> None:
         limit = service.client.info.max_num_batched_tokens
         length = 2 * limit + 5
         answers = await read(service.generate(Prompt((7,) * length), SamplingParams(max_tokens=3), request_id="r"))
         (_, generation) = answers[0]
-        assert generation.num_passes == 3 + 2 and generation.first_pass is not None
-        assert generation.first_pass < generation.timings.tokens[0]
+        assert generation.num_steps == 3 + 2 and generation.first_step is not None
+        assert generation.first_step < generation.timings.tokens[0]
 
     with_service(work)
 

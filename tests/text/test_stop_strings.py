@@ -74,7 +74,7 @@ def test_which_match_counts(stop: list[str], text: str, output: str, matched: st
     assert run(stop, list(text)) == (output, matched, len(output))
 
 
-def test_no_stop_strings_pass_everything_through() -> None:
+def test_no_stop_strings_step_everything_through() -> None:
     stops = StopStrings([])
     piece = "any text at all"
     assert stops.push(piece)[0] is piece

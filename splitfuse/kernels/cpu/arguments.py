@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu import library
-from splitfuse.kernels.cpu.library import BROKEN_RULES, Library
+from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu.bindings import BROKEN_RULES, Library
 
 
 @dataclass
 class PackedWeight:
     """A linear weight [rows, columns] in panels, and where it lies."""
 
-    struct: library.Weight
+    struct: bindings.Weight
     memory: Tensor
 
     @property
@@ -53,8 +53,8 @@ class Mixture:
         for first, second in zip(w13, w2, strict=True):
             assert first.struct.gated and (first.rows, first.columns) == (2 * w2[0].columns, self.hidden)
             assert not second.struct.gated and (second.rows, second.columns) == (self.hidden, w2[0].columns)
-        self._arrays = [(library.Weight * len(each))(*(weight.struct for weight in each)) for each in (w13, w2)]
-        self.struct = library.Mixture(
+        self._arrays = [(bindings.Weight * len(each))(*(weight.struct for weight in each)) for each in (w13, w2)]
+        self.struct = bindings.Mixture(
             None if router is None else router.address,
             *(ctypes.addressof(array) for array in self._arrays),
             self.num_experts,
@@ -72,7 +72,7 @@ class Mixture:
 class KVStore:
     """The packed keys and values of one layer."""
 
-    struct: library.Store
+    struct: bindings.Store
     memory: Tensor
 
     @property
@@ -105,18 +105,18 @@ class Step:
         assert block_tables is None or len(block_tables) == requests
         width = 0 if block_tables is None else block_tables.shape[1]
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
-        self.struct = library.Step(num_tokens, requests, width, 0, *pointers)
+        self.struct = bindings.Step(num_tokens, requests, width, 0, *pointers)
 
     @property
     def address(self) -> int:
         return ctypes.addressof(self.struct)
 
-    def check(self, kernels: Library, store: library.Store, *, max_position: int) -> None:
+    def check(self, kernels: Library, store: bindings.Store, *, max_position: int) -> None:
         check_step(kernels, self.struct, store, max_position=max_position, vocabulary=0)
 
 
 def check_step(
-    kernels: Library, step: library.Step, store: library.Store, *, max_position: int, vocabulary: int
+    kernels: Library, step: bindings.Step, store: bindings.Store, *, max_position: int, vocabulary: int
 ) -> None:
     """Raise IndexError if a number of the step would lead a kernel out of the store or a table."""
     broken = kernels.check_step(ctypes.addressof(step), max_position, store.num_blocks, store.block_size, vocabulary)
@@ -147,9 +147,9 @@ def int32(tensor: Tensor) -> Tensor:
 
 def heads_of(
     num_heads: int, cos: Tensor, sin: Tensor, *, eps: float, scale: float = 0.0, softcap: float = 0.0
-) -> library.Heads:
+) -> bindings.Heads:
     """How heads are turned and attended; the caller keeps `cos` and `sin` [max_position, rotary_dim / 2] alive."""
     check(cos, torch.float32)
     check(sin, torch.float32)
     assert cos.shape == sin.shape
-    return library.Heads(num_heads, 2 * cos.shape[1], len(cos), cos.data_ptr(), sin.data_ptr(), eps, scale, softcap)
+    return bindings.Heads(num_heads, 2 * cos.shape[1], len(cos), cos.data_ptr(), sin.data_ptr(), eps, scale, softcap)

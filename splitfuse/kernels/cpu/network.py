@@ -10,9 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu import library
+from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.arguments import KVStore, Mixture, PackedWeight, address, check, check_step
-from splitfuse.kernels.cpu.library import Library
+from splitfuse.kernels.cpu.bindings import Library
 from splitfuse.kernels.reference import LayerWeights, NetworkWeights
 
 
@@ -26,7 +26,7 @@ class FusedNetwork:
         *,
         windows: Sequence[int | None],
         activation: int,
-        heads: library.Heads,
+        heads: bindings.Heads,
         top_k: int,
         renormalize: bool,
     ) -> None:
@@ -35,7 +35,7 @@ class FusedNetwork:
         self._heads = heads
         self._first_store: weakref.ref[KVStore] | None = None  # weak: a cache that its engine gave up is not kept
         self._mixtures: list[Mixture] = []
-        self._layers = (library.Layer * len(weights.layers))()
+        self._layers = (bindings.Layer * len(weights.layers))()
         head_dim = weights.layers[0].o.columns // heads.num_heads
         for entry, layer, window in zip(self._layers, weights.layers, windows, strict=True):
             hidden = layer.qkv.columns
@@ -67,7 +67,7 @@ class FusedNetwork:
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:
             check(weights.embed, torch.bfloat16)
-        self._network = library.Network(
+        self._network = bindings.Network(
             ctypes.addressof(self._layers),
             len(self._layers),
             hidden,
@@ -93,7 +93,7 @@ class FusedNetwork:
         sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)
         addresses = list(accumulate((4 * size for size in sizes), initial=packed.data_ptr()))
         assert addresses[-1] + 4 * num_rows == packed.data_ptr() + packed.nbytes
-        step = library.Step(num_tokens, num_requests, table_width, num_rows, *addresses)
+        step = bindings.Step(num_tokens, num_requests, table_width, num_rows, *addresses)
         check_step(
             self._library,
             step,
@@ -116,7 +116,7 @@ class FusedNetwork:
         return rows
 
 
-def _set_linear(entry: library.Layer, layer: LayerWeights, *names: str) -> None:
+def _set_linear(entry: bindings.Layer, layer: LayerWeights, *names: str) -> None:
     """These weights of the layer, and their biases where it has some."""
     for name in names:
         weight: PackedWeight = getattr(layer, name)

@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.library import BF16, INT4, INT8
+from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
 
 QUANTIZATIONS = ("int8", "int4")  # what loses least first
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}

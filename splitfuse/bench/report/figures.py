@@ -1,0 +1,255 @@
+"""The five figures of the paper, from results. A line joins its points in the order of clients, whatever that shows.
+
+Decides what is drawn; how it looks is style.py's. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from splitfuse.bench.report.style import COLOURS, PALE, SETTINGS, EndLabel, write_end_labels
+from splitfuse.bench.results import Results
+from splitfuse.bench.summary import GAP_PERCENTS, Row, Spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 10.0  # inches
+LABEL_MARGIN = 1.85  # right of a panel with labels
+
+
+@dataclass(frozen=True)
+class Series:
+    """One system under one workload, as it is drawn."""
+
+    results: Results
+    rows: tuple[Row, ...]
+    colour: str
+
+    @property
+    def name(self) -> str:
+        """For a legend."""
+        parts = [self.results.system]
+        if self.results.replicas > 1:
+            parts.append(f"{self.results.replicas} replicas")
+        if self.results.tensor_parallel_size > 1:
+            parts.append(f"on {self.results.tensor_parallel_size} devices")
+        if self.results.simulated:
+            parts.append("simulated")
+        return ", ".join(parts)
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Measured points are full and joined by a line, simulated ones hollow and by dashes."""
+        hollow = self.results.simulated
+        return {
+            "color": self.colour,
+            "linestyle": (0, (4, 2)) if hollow else "-",
+            "marker": "o",
+            "markerfacecolor": "white" if hollow else self.colour,
+            "zorder": 3,
+            "clip_on": False,
+        }
+
+
+def colours(systems: Sequence[str]) -> dict[str, str]:
+    """System -> colour, in the order in which they come."""
+    names = list(dict.fromkeys(systems))
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def throughput_latency(series: Sequence[Series]) -> Figure:
+    """Mean latency of a request against requests a second; numbers are clients, or the rate of arrivals."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, (axes,) = _panels(1, height=4.4)
+        labels = []
+        for each in series:
+            x = [row.throughput.mean for row in each.rows]
+            y = [row.latency for row in each.rows]
+            axes.plot(x, y, **each.style)
+            for row in each.rows:
+                spread = row.throughput
+                axes.plot([spread.low, spread.high], [row.latency] * 2, **_bar(each))
+                axes.annotate(
+                    row.load,
+                    (spread.mean, row.latency),
+                    xytext=(5, -9) if each.results.simulated else (-5, 4),
+                    textcoords="offset points",
+                    ha="left" if each.results.simulated else "right",
+                    fontsize=7,
+                    color=each.colour,
+                )
+            labels.append(EndLabel(x[-1], y[-1], each.name, each.colour))
+        axes.set_yscale("log")
+        axes.set_xlim(left=0)
+        _plain_numbers(axes)
+        axes.set_xlabel("requests a second, by the clock")
+        axes.set_ylabel("mean latency of a request, s")
+        write_end_labels(axes, labels)
+        return figure
+
+
+def effective_throughput(series: Sequence[Series], slas: Sequence[float]) -> Figure:
+    """Requests a second that kept both promises against clients: a panel for each promise."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, panels = _panels(len(slas), height=3.6, sharey=True)
+        labels: list[EndLabel] = []
+        for axes, sla in zip(panels, slas, strict=True):
+            axes.set_title(f"at least {sla:g} tokens a second")
+
+            def value(row: Row, sla: float = sla) -> Spread:
+                return row.effective[sla]
+
+            labels = _against_load(axes, series, value)
+        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel("requests a second that kept both promises")
+        write_end_labels(panels[-1], labels)
+        return figure
+
+
+def token_latency(series: Sequence[Series]) -> Figure:
+    """Seconds between tokens against clients: a panel for each percentile."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, panels = _panels(len(GAP_PERCENTS), height=3.6, sharey=True)
+        panels[0].set_yscale("log")
+        labels: list[EndLabel] = []
+        for axes, percent in zip(panels, GAP_PERCENTS, strict=True):
+            axes.set_title(f"P{percent}")
+
+            def value(row: Row, percent: int = percent) -> Spread:
+                return Spread.of([max(1e3 * row.gaps[percent], 0.01)])  # a logarithm has no zero
+
+            labels = _against_load(axes, series, value)
+        _plain_numbers(panels[0])
+        panels[0].set_ylabel("ms from one token to the next")
+        write_end_labels(panels[-1], labels)
+        return figure
+
+
+def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str, sla: float) -> Figure | None:
+    """Best throughput against replicas or devices, beside what so many times one would be; None if none has several.
+
+    Left all requests, right those that kept both promises at `sla`.
+    """
+    lines = list(_lines(series, size))
+    if not lines:
+        return None
+    with matplotlib.rc_context(SETTINGS):
+        figure, panels = _panels(2, height=3.8, sharey=True)
+        values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.effective[sla])
+        titles = ("all requests", f"those that kept both promises, at {sla:g} tokens/s")
+        for axes, value, title in zip(panels, values, titles, strict=True):
+            axes.set_title(title)
+            labels, sizes = [], set[int]()
+            for line in lines:
+                x = [size(each.results) for each in line]
+                best = [max((value(row) for row in each.rows), key=lambda spread: spread.mean) for each in line]
+                axes.plot(x, [best[0].mean / x[0] * n for n in x], color=PALE, lw=1, ls=":", zorder=1)
+                axes.plot(x, [spread.mean for spread in best], **line[0].style)
+                for n, spread in zip(x, best, strict=True):
+                    axes.plot([n, n], [spread.low, spread.high], **_bar(line[0]))
+                times = best[-1].mean / best[0].mean if best[0].mean else float("nan")
+                name = line[0].results.system + (", simulated" if line[0].results.simulated else "")
+                text = f"{name}\n{times:.3g} times {x[0]}"
+                labels.append(EndLabel(x[-1], best[-1].mean, text, line[0].colour))
+                sizes |= set(x)
+            axes.set_xlim(left=0)
+            _ticks(axes, sorted(sizes), [str(n) for n in sorted(sizes)])
+            axes.set_xlabel(what)
+        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel("requests a second, at the best load")
+        write_end_labels(panels[-1], labels)
+        return figure
+
+
+def smallest(series: Sequence[Series]) -> list[Series]:
+    """Without those that are more replicas or devices of a system that is there with fewer: they are for `scaling`."""
+    more: list[Series] = []
+    for size in (lambda r: r.replicas, lambda r: r.tensor_parallel_size):
+        more += [each for line in _lines(series, size) for each in line[1:]]
+    return [each for each in series if all(each is not other for other in more)]
+
+
+def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator[list[Series]]:
+    """Those that differ in size alone, in its order; only where there are several sizes."""
+
+    def others(each: Series) -> str:
+        about = each.results
+        shape = about.replicas * about.tensor_parallel_size // size(about)  # the dimension that is not `size`
+        return repr((about.system, about.simulated, shape, sorted(about.workload.items())))
+
+    groups: dict[str, dict[int, Series]] = {}
+    for each in series:
+        groups.setdefault(others(each), {}).setdefault(size(each.results), each)
+    for group in groups.values():
+        if len(group) > 1:
+            yield [group[count] for count in sorted(group)]
+
+
+def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A row of panels, with room for labels right of the last."""
+    figure = Figure(figsize=(WIDTH, height))
+    grid = figure.add_gridspec(
+        1,
+        count,
+        left=0.75 / WIDTH,
+        right=1 - LABEL_MARGIN / WIDTH,
+        bottom=0.5 / height,
+        top=1 - 0.35 / height,
+        wspace=0.1,
+    )
+    panels: list[Axes] = []
+    for column in range(count):
+        axes = figure.add_subplot(grid[0, column], sharey=panels[0] if sharey and panels else None)
+        if column:
+            axes.tick_params(labelleft=not sharey)
+        panels.append(axes)
+    return figure, panels
+
+
+def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], Spread]) -> list[EndLabel]:
+    """Lines over clients, or over rates; a pale bar is the spread of repetitions. Their names, to be written last."""
+    loads = sorted({_load(row): row.load for each in series for row in each.rows}.items())
+    labels = []
+    for each in series:
+        x = [_load(row) for row in each.rows]
+        spreads = [value(row) for row in each.rows]
+        axes.plot(x, [spread.mean for spread in spreads], **each.style)
+        for place, spread in zip(x, spreads, strict=True):
+            if spread.count > 1:
+                axes.plot([place, place], [spread.low, spread.high], **_bar(each))
+        labels.append(EndLabel(x[-1], spreads[-1].mean, each.name, each.colour))
+    if all(place > 0 for place, _ in loads):
+        axes.set_xscale("log", base=2)
+    _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
+    axes.set_xlabel("clients" if all(row.clients for each in series for row in each.rows) else "clients, or arrivals")
+    return labels
+
+
+def _bar(each: Series) -> dict[str, Any]:
+    """How the spread of a point is drawn."""
+    return {"color": each.colour, "alpha": 0.3, "linewidth": 4, "solid_capstyle": "butt", "zorder": 2}
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Of an axis that is a logarithm: 10, not a power."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _load(row: Row) -> float:
+    return float(row.clients or row.rate or 0.0)
+
+
+def _ticks(axes: Axes, places: Sequence[float], texts: Sequence[str]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(list(places)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    named = dict(zip(places, texts, strict=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: named.get(value, "")))

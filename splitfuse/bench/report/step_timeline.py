@@ -1,0 +1,121 @@
+"""What each forward step was made of and how long it took, as a picture. Plain lists in: it knows no engine.
+
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from splitfuse.bench.report.style import INK, SETTINGS, require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REQUEST_COLOURS = (
+    *("#4c78a8", "#e4813a", "#5b9f63", "#b5577d", "#c9a227"),
+    *("#3f9c9c", "#8463a9", "#a2704b", "#d16d6a", "#6b7a8f"),
+)
+PALENESS = 0.62
+"""Of a prompt's colour: the share of white in it."""
+LETTER_WIDTH = 0.05
+"""Of the budget: the least height of a chunk that has room for its letter."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A request's part of a step."""
+
+    request: str
+    tokens: int
+    generates: bool
+    """Whether it is one generated token, fed back, and no part of a prompt."""
+
+
+@dataclass(frozen=True)
+class StepShown:
+    """One step."""
+
+    pieces: Sequence[Piece]
+    seconds: float
+    predicted: float | None = None
+    """Seconds that a model of cost foresaw."""
+
+
+def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> Figure:
+    """Above, the tokens of each step by request: pale are prompts, full are generations. Below, its time, and what was
+    predicted if that is known.
+    """
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(max(7.0, min(0.16 * len(steps) + 2.2, 16.0)), 5.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.6])
+        names = list(dict.fromkeys(piece.request for each in steps for piece in each.pieces))
+        colour = {name: REQUEST_COLOURS[i % len(REQUEST_COLOURS)] for i, name in enumerate(names)}
+        pale = {name: [1 - (1 - part) * (1 - PALENESS) for part in to_rgb(colour[name])] for name in names}
+        for number, each in enumerate(steps, start=1):
+            bottom = 0
+            for piece in each.pieces:
+                above.bar(
+                    number,
+                    piece.tokens,
+                    bottom=bottom,
+                    width=1.0,
+                    color=colour[piece.request] if piece.generates else pale[piece.request],
+                    edgecolor="white",
+                    linewidth=0.6,
+                )
+                bottom += piece.tokens
+        for name in names:
+            _write_name(above, name, steps, colour[name], budget)
+        above.axhline(budget, color=INK, lw=0.8, ls=(0, (4, 2)))
+        above.annotate(f"budget {budget}", (1, budget), (0, 3), textcoords="offset points", fontsize=8, color=INK)
+        above.set_ylim(0, 1.12 * max([budget, *(sum(p.tokens for p in each.pieces) for each in steps)]))
+        above.set_ylabel("tokens")
+        above.grid(visible=False, axis="x")
+        above.set_title(title or "What each step was made of: pale prompts, full generations")
+        x = range(1, len(steps) + 1)
+        below.bar(
+            x, [1e3 * each.seconds for each in steps], width=1.0, color="#c6d3e1", edgecolor="white", linewidth=0.6
+        )
+        foreseen = [(n, 1e3 * each.predicted) for n, each in zip(x, steps, strict=True) if each.predicted is not None]
+        if foreseen:
+            numbers, values = zip(*foreseen, strict=True)
+            below.plot(numbers, values, color="#d9480f", lw=1.2, marker="o", markersize=2.5)
+            below.set_title("its time: bars measured, line predicted", fontsize=9)
+        else:
+            below.set_title("its time", fontsize=9)
+        below.set_ylabel("ms")
+        below.set_xlabel("pass")
+        below.grid(visible=False, axis="x")
+        below.set_xlim(0.4, len(steps) + 0.6)
+        return figure
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """As the name's ending says: .png, .svg, .pdf."""
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(path, dpi=160)
+
+
+def _write_name(axes: Axes, name: str, steps: Sequence[StepShown], colour: str, budget: int) -> None:
+    """In the middle of the longest run of its prompt."""
+    best: tuple[int, float, int] | None = None
+    for number, each in enumerate(steps, start=1):
+        bottom = 0
+        for piece in each.pieces:
+            if piece.request == name and not piece.generates and (best is None or piece.tokens > best[2]):
+                best = number, bottom + piece.tokens / 2, piece.tokens
+            bottom += piece.tokens
+    if best is not None and best[2] >= LETTER_WIDTH * budget:
+        axes.text(best[0], best[1], name, ha="center", va="center", fontsize=8, weight="bold", color=colour)

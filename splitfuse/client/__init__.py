@@ -1,0 +1,1 @@
+"""Clients of a splitfuse server, asynchronous and blocking."""

@@ -1,0 +1,300 @@
+"""What `splitfuse.async_client()` gives: prompts in, responses out, from a server instead of a model in this process.
+
+It decides how many requests a call becomes and how their answers come together. It knows no model and no tokenizer, and
+imports neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, Literal, Self, TypeVar, overload
+from urllib.parse import quote, urlsplit
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitfuse.client.wire import (
+    Growing,
+    RemotePiece,
+    RemoteRequest,
+    RemoteResponse,
+    error_in,
+    error_of,
+    event,
+    prepare,
+)
+from splitfuse.deploy import daemon, registry
+from splitfuse.deploy.registry import Deployment
+from splitfuse.errors import InvalidRequestError, RequestFailedError, ServerError
+from splitfuse.text.aiter import merged
+
+MAX_CONNECTIONS = 64  # requests of one client at once; the others wait here
+CONNECT_SECONDS = 10.0
+STATE_SECONDS = 2.0
+
+_Result = TypeVar("_Result")
+
+
+class AsyncClient:
+    """A server, for programs with an event loop. One belongs to one loop; close it, or use it with `async with`."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, deployment: Deployment | None = None) -> None:
+        self.url = url
+        self.deployment = deployment
+        """What is known of it if it runs on this machine and belongs to this user."""
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers=_authorization(api_key),
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+            verify=_trust(deployment),
+            trust_env=deployment is None,  # no proxy between us and this machine
+        )
+        self._max_model_len: int | None = None
+
+    @overload
+    def __call__(
+        self, prompts: Any, *, stream: Literal[False] = False, **keywords: Any
+    ) -> Coroutine[Any, Any, list[RemoteResponse]]: ...
+    @overload
+    def __call__(
+        self, prompts: Any, *, stream: Literal[True], **keywords: Any
+    ) -> AsyncGenerator[RemotePiece, None]: ...
+
+    def __call__(
+        self,
+        prompts: Any,
+        *,
+        stream: bool = False,
+        streaming_fn: Callable[[RemotePiece], object] | None = None,
+        **keywords: Any,
+    ) -> Coroutine[Any, Any, list[RemoteResponse]] | AsyncGenerator[RemotePiece, None]:
+        """Answer one prompt or many, together: `await client(...)`, or `async for piece in client(..., stream=True)`.
+
+        Everything else is as Client in client.py says.
+        """
+        if stream:
+            refuse_both(streaming_fn)
+            return self.pieces(prepare(prompts, **keywords), stream=True)
+        return self.answer(prepare(prompts, **keywords), streaming_fn)
+
+    async def health(self) -> bool:
+        """Whether the server's process answers."""
+        return (await self._send("GET", "/health")).status_code == 200
+
+    async def state(self) -> str:
+        """`ready`, or what keeps it from that: `loading 43 %`, `draining`."""
+        return _state_in(await self._send("GET", "/ready", refused=False))
+
+    async def stats(self) -> dict[str, float]:
+        """The server's own gauges and counters by name, without the `splitfuse:` before it; histograms as sum and
+        count.
+        """
+        return _stats_in((await self._send("GET", "/metrics")).text)
+
+    async def explain(self, request: str) -> dict[str, Any]:
+        """Where the time of a request went that has ended, by an answer's id or its X-Request-Id: `parts` in seconds,
+        which add up to `seconds`. Raises InvalidRequestError for one that the server does not remember.
+        """
+        response = await self._send("GET", f"/v1/splitfuse/requests/{quote(request, safe='')}")
+        explanation: dict[str, Any] = response.json()
+        return explanation
+
+    async def terminate_server(self, *, now: bool = False) -> None:
+        """End the server and wait for that: after its running requests, or with `now` at once. Raises ServerError if it
+        is not a server of this user on this machine.
+        """
+        await asyncio.to_thread(daemon.terminate, own(self.deployment, self.url), now=now)
+
+    async def close(self) -> None:
+        """Close all connections. Answers that are still coming are given up."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # How it is done --------------------------------------------------------------------------------------------------
+
+    async def answer(
+        self, requests: list[RemoteRequest], streaming_fn: Callable[[RemotePiece], object] | None
+    ) -> list[RemoteResponse]:
+        """The responses of all requests, in order."""
+        responses: list[RemoteResponse] = []
+        async with aclosing(self.pieces(requests, stream=streaming_fn is not None)) as pieces:
+            async for piece in pieces:
+                if streaming_fn is not None:
+                    streaming_fn(piece)
+                if piece.response is not None:
+                    responses.append(piece.response)
+        return sorted(responses, key=lambda response: (response.index, response.choice))
+
+    def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[RemotePiece, None]:
+        """What comes for all requests, as it comes. The first error ends them all, and so does closing."""
+        several = len(requests) > 1
+        return merged([self._one(request, stream=stream, several=several) for request in requests])
+
+    async def _one(self, request: RemoteRequest, *, stream: bool, several: bool) -> AsyncGenerator[RemotePiece, None]:
+        """One request, perhaps of several: its pieces, and at its end its responses. If it fails alone, the responses
+        say so.
+        """
+        choices = {choice: Growing(request, choice) for choice in range(request.params.n)}
+        try:
+            usage: dict[str, Any] = {}
+            request = await self._with_room(request)
+            async with aclosing(self._parts(request, stream=stream)) as parts:
+                async for part in parts:
+                    usage = part.get("usage") or usage
+                    for choice in part["choices"]:
+                        if (text := choices[choice["index"]].push(choice)) and stream:
+                            yield RemotePiece(request.index, choice["index"], text)
+            responses = [choice.response(usage) for choice in choices.values()]
+        except RequestFailedError as error:
+            responses = [choice.failed(error) for choice in choices.values()]
+        except InvalidRequestError as error:
+            if several:
+                error.args = (f"prompt {request.index}: {error}",)
+            raise
+        for response in responses:
+            yield RemotePiece(request.index, response.choice, "", response)
+
+    async def _with_room(self, request: RemoteRequest) -> RemoteRequest:
+        """The request with its length settled, for which the server counts the prompt's tokens."""
+        if not request.needs_count:
+            return request
+        if self._max_model_len is None:
+            models = (await self._send("GET", "/v1/models")).json()
+            self._max_model_len = models["data"][0]["max_model_len"]
+        if not request.is_chat and not isinstance(request.prompt, str):
+            return request.clamp_max_tokens(len(request.prompt), self._max_model_len)
+        answer = await self._send("POST", "/tokenize", request.count_body)
+        return request.clamp_max_tokens(answer.json()["count"], self._max_model_len)
+
+    async def _parts(self, request: RemoteRequest, *, stream: bool) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer at once, or its events."""
+        body = request.body(stream=stream)
+        if not stream:
+            yield (await self._send("POST", request.path, body)).json()
+            return
+        with _network_errors(self.url):
+            async with self._http.stream("POST", request.path, json=body) as response:
+                if response.status_code != 200:
+                    raise error_of(response.status_code, await response.aread(), response.headers)
+                async with aclosing(_lines(response.aiter_bytes())) as lines:
+                    async for line in lines:
+                        if (part := event(line)) is not None:
+                            if "error" in part:
+                                raise error_in(part["error"])
+                            yield part
+
+    async def _send(self, method: str, path: str, body: Any = None, *, refused: bool = True) -> httpx.Response:
+        """Raises what the answer says if it is none of success, unless that is wanted too (`refused` False)."""
+        with _network_errors(self.url):
+            response = await self._http.request(method, path, json=body)
+        if refused and response.status_code != 200:
+            raise error_of(response.status_code, response.content, response.headers)
+        return response
+
+
+def connect(name_or_url: str, api_key: str | None) -> tuple[str, str | None, Deployment | None]:
+    """URL, key and deployment of a server, by its name or URL. The key is looked for in SPLITFUSE_API_KEY if none is
+    given. Raises ServerError if there is no deployment of that name.
+    """
+    keys = os.environ.get(daemon.KEY_VARIABLES["api_key"], "").split()
+    api_key = api_key or (keys[0] if keys else None)
+    if "://" not in name_or_url:
+        deployment = registry.find(name_or_url)
+        return deployment.url, api_key, deployment
+    parts = urlsplit(name_or_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ServerError(f"{name_or_url!r} is no URL of a server, such as http://127.0.0.1:8000")
+    url = name_or_url.rstrip("/").removesuffix("/v1")
+    return url, api_key, next((d for d in registry.deployments() if d.url == url), None)
+
+
+def server_state(deployment: Deployment) -> str:
+    """`ready`, or what keeps it from that: `loading 43 %`, `draining`, `unreachable`."""
+    try:
+        with httpx.Client(verify=_trust(deployment), trust_env=False, timeout=STATE_SECONDS) as http:
+            return _state_in(http.get(f"{deployment.url}/ready"))
+    except (httpx.HTTPError, ServerError):
+        return "unreachable"
+
+
+# What it takes -------------------------------------------------------------------------------------------------------
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+
+
+def _trust(deployment: Deployment | None) -> ssl.SSLContext | bool:
+    """Whose certificates are believed: that of our own server, whatever name is in it; else what the system says."""
+    if deployment is None or deployment.tls_certificate is None:
+        return True
+    try:
+        context = ssl.create_default_context(cafile=deployment.tls_certificate)
+    except OSError as error:
+        raise ServerError(f"the server's certificate {deployment.tls_certificate} cannot be read: {error}") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def own(deployment: Deployment | None, url: str) -> Deployment:
+    if deployment is None:
+        raise ServerError(f"{url} is no server of this user on this machine: it can only be ended where it runs")
+    return deployment
+
+
+def refuse_both(streaming_fn: object) -> None:
+    if streaming_fn is not None:
+        raise InvalidRequestError(
+            "stream and streaming_fn are two ways to the same: give one", parameter="streaming_fn"
+        )
+
+
+@contextmanager
+def _network_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.ConnectError as error:
+        raise ServerError(f"no server answers at {url}: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ServerError(f"the connection to {url} was lost: {error or type(error).__name__}") from error
+
+
+async def _lines(data: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """Lines that end with a line feed. (httpx's own also end where Unicode has a line separator, inside of texts.)"""
+    held = b""
+    async for piece in data:
+        *lines, held = (held + piece).split(b"\n")
+        for line in lines:
+            yield line
+
+
+def _state_in(response: httpx.Response) -> str:
+    if response.status_code == 200:
+        return "ready"
+    try:
+        body = response.json()
+        stage, fraction = body["stage"], body.get("fraction") or 0.0
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}"
+    return f"{stage} {int(100 * fraction)} %" if stage == "loading" else str(stage)
+
+
+def _stats_in(text: str) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("splitfuse:") and not sample.name.endswith(("_bucket", "_created")):
+                name = sample.name.removeprefix("splitfuse:")
+                totals[name] = totals.get(name, 0.0) + sample.value
+    return totals

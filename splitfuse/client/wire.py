@@ -1,0 +1,293 @@
+"""What a client says to a server and hears from it, as plain data: keywords -> body, answer -> responses and errors.
+
+It decides how our keywords are spelled on the wire. It opens no connection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from splitfuse.core.request import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.errors import (
+    DrainingError,
+    EngineDiedError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    PromptTooLongError,
+    RequestFailedError,
+    RequestTooLargeError,
+    ServerError,
+    SplitfuseError,
+)
+from splitfuse.text.kwargs import (
+    DEFAULT_MAX_NEW_TOKENS,
+    as_list,
+    check_flag,
+    refuse_unknown,
+    respell,
+    sampling_params,
+    spelled_as_keywords,
+)
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CALL_KEYWORDS = {"stream", "streaming_fn"}
+
+
+@dataclass(frozen=True)
+class RemoteLogprob:
+    """Log-probability of one generated token, and of the most probable ones at its place; tokens as text."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RemoteResponse:
+    """One answer. `str(response)` is its text."""
+
+    generated_text: str
+    prompt_length: int  # tokens
+    generated_length: int  # tokens
+    finish_reason: FinishReason  # a string too: "stop", "length", "error"
+    index: int  # of the prompt in the call
+    choice: int = 0  # which of `n`
+    logprobs: tuple[RemoteLogprob, ...] | None = None  # one for each generated token, if asked for
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    error: str | None = None  # why it failed, where finish_reason is "error"
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+
+@dataclass(frozen=True)
+class RemotePiece:
+    """New text of one answer in a stream; the last of an answer carries the whole `response`."""
+
+    index: int
+    choice: int
+    text: str
+    response: RemoteResponse | None = None
+
+
+@dataclass(frozen=True)
+class RemoteRequest:
+    """One prompt of a call, checked as far as it can be without the model."""
+
+    index: int
+    prompt: Any  # text, token ids or, for a chat, messages
+    is_chat: bool
+    params: SamplingParams
+    max_length: int | None = None
+    prefix: str = ""  # what goes before the generated text
+    deadline: float | None = None
+
+    @property
+    def path(self) -> str:
+        return CHAT if self.is_chat else COMPLETIONS
+
+    @property
+    def needs_count(self) -> bool:
+        """Whether its length depends on the prompt's, which the server knows."""
+        return self.max_length is not None or self.params.max_tokens is None
+
+    @property
+    def count_body(self) -> dict[str, Any]:
+        """Body of a request to /tokenize."""
+        return {"messages": self.prompt} if self.is_chat else {"prompt": self.prompt}
+
+    def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
+        """With its length settled. Raises InvalidRequestError if there is no room for what it asks."""
+        most, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
+        if self.max_length is not None:
+            most, limit = self.params.max_tokens or self.max_length, self.max_length
+            if limit <= num_prompt:
+                raise PromptTooLongError(
+                    f"max_length {limit} leaves nothing to generate after a prompt of {num_prompt} tokens",
+                    parameter="max_length",
+                )
+            if limit > max_model_len:
+                raise InvalidRequestError(
+                    f"max_length {limit} exceeds the model's {max_model_len}", parameter="max_length"
+                )
+        room = max(limit - num_prompt, 1)
+        with spelled_as_keywords():
+            return replace(self, max_length=None, params=replace(self.params, max_tokens=min(most, room)))
+
+    def body(self, *, stream: bool) -> dict[str, Any]:
+        """As the server wants it. What has its default is left out, but for the temperature, whose default differs."""
+        params, defaults = self.params, SamplingParams()
+        body: dict[str, Any] = {"max_tokens": params.max_tokens, "temperature": params.temperature}
+        body["messages" if self.is_chat else "prompt"] = self.prompt
+        for name in (
+            *("min_tokens", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
+            *("repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "n"),
+        ):
+            if (value := getattr(params, name)) != getattr(defaults, name):
+                body[name] = value
+        if params.logit_bias:
+            body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+        if params.logprobs is not None or params.n > 1:  # of several choices, only that tells the number of tokens
+            count = params.logprobs or 0
+            body |= {"logprobs": True, "top_logprobs": count} if self.is_chat else {"logprobs": count}
+        if self.deadline is not None:
+            body["splitfuse_deadline"] = self.deadline
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return body
+
+
+def prepare(
+    prompts: Any,
+    *,
+    max_length: int | None = None,
+    chat: bool = False,
+    return_full_text: bool = False,
+    deadline: float | None = None,
+    **keywords: Any,
+) -> list[RemoteRequest]:
+    """The requests of a call, one for each prompt. Raises InvalidRequestError for a keyword that cannot be honoured."""
+    known = set(sampling_params.__kwdefaults__ or ()) - {"prompt_logprobs"}
+    own = {"max_length", "chat", "return_full_text", "deadline"}
+    refuse_unknown(set(keywords) - known, known | own | CALL_KEYWORDS)
+    check_flag("chat", chat)
+    check_flag("return_full_text", return_full_text)
+    if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
+        raise InvalidRequestError(
+            f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
+        )
+    params = sampling_params(**keywords)
+    requests = []
+    for index, prompt in enumerate(as_list(prompts, chat)):
+        if return_full_text and (chat or not isinstance(prompt, str)):
+            raise InvalidRequestError(
+                "return_full_text is for prompts of text: of others, only the server knows the text",
+                parameter="return_full_text",
+            )
+        if chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prefix = prompt if return_full_text else ""
+        requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline))
+    return requests
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Growing:
+    """One choice, as its pieces come."""
+
+    request: RemoteRequest
+    choice: int
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[RemoteLogprob] = field(default_factory=list)
+
+    def push(self, choice: Mapping[str, Any]) -> str:
+        """Take in a choice of an answer, whole or in part; its new text."""
+        message = choice.get("delta") or choice.get("message")
+        text = choice.get("text", "") if message is None else message.get("content") or ""
+        self.text += text
+        self.logprobs += _logprobs(choice.get("logprobs"), self.request.params.logprobs or 0)
+        if choice.get("finish_reason") is not None:
+            self.finish_reason = FinishReason(choice["finish_reason"])
+        return str(text)
+
+    def failed(self, error: RequestFailedError) -> RemoteResponse:
+        """As far as it had come when the request failed alone."""
+        return RemoteResponse(
+            self.request.prefix + self.text, 0, 0, FinishReason.ERROR, self.request.index, self.choice, error=str(error)
+        )
+
+    def response(self, usage: Mapping[str, Any]) -> RemoteResponse:
+        """The whole. Raises ServerError if the answer has broken off."""
+        if self.finish_reason is None:
+            raise ServerError("the server's answer broke off")
+        details = usage.get("prompt_tokens_details") or {}
+        return RemoteResponse(
+            generated_text=self.request.prefix + self.text,
+            prompt_length=usage["prompt_tokens"],
+            generated_length=len(self.logprobs) if self.request.params.n > 1 else usage["completion_tokens"],
+            finish_reason=self.finish_reason,
+            index=self.request.index,
+            choice=self.choice,
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+            num_cached_tokens=details.get("cached_tokens") or 0,
+        )
+
+
+def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[RemoteLogprob]:
+    if logprobs is None:
+        return []
+    if "content" in logprobs:  # a chat's
+        entries = logprobs["content"]
+        tops = [tuple((top["token"], top["logprob"]) for top in entry["top_logprobs"]) for entry in entries]
+        return [RemoteLogprob(entry["token"], entry["logprob"], top) for entry, top in zip(entries, tops, strict=True)]
+    tokens = logprobs["tokens"]
+    return [
+        RemoteLogprob(token, value, tuple(sorted((top or {}).items(), key=lambda item: -item[1])[:num_top]))
+        for token, value, top in zip(
+            tokens, logprobs["token_logprobs"], logprobs["top_logprobs"] or [None] * len(tokens), strict=True
+        )
+    ]
+
+
+def event(data: bytes) -> Any:
+    """The object of one line of a stream of events; None for a line that carries none, and for its end."""
+    if not data.startswith(b"data:") or data[5:].strip() in (b"", b"[DONE]"):
+        return None
+    return json.loads(data[5:])
+
+
+_KINDS: Mapping[str, type[SplitfuseError]] = {
+    "context_length_exceeded": PromptTooLongError,
+    "request_too_large": RequestTooLargeError,
+    "model_not_found": ModelNotFoundError,
+    "draining": DrainingError,
+    "engine_unavailable": EngineDiedError,
+}
+
+
+def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> SplitfuseError:
+    """The error that an answer tells of."""
+    try:
+        return error_in(json.loads(content)["error"], status, headers)
+    except (ValueError, TypeError, KeyError):
+        text = content.decode(errors="replace")
+        return ServerError(f"the server answered with status {status}, and with what is not its own: {text:.200}")
+
+
+def error_in(
+    error: Mapping[str, Any], status: int | None = None, headers: Mapping[str, str] | None = None
+) -> SplitfuseError:
+    """The error that a body tells of, or an event in a stream, which has no status of its own."""
+    message = str(error["message"])
+    kind = _KINDS.get(error.get("code") or "")
+    if status == 429 or error.get("type") == "rate_limit_error":
+        return OverloadedError(message, retry_after=_seconds((headers or {}).get("retry-after")))
+    if kind is not None and not issubclass(kind, InvalidRequestError):
+        return kind(message)
+    if status in (401, 403):
+        return ServerError(f"{message}; set SPLITFUSE_API_KEY, or give api_key in Python")
+    if kind is not None or error.get("type") == "invalid_request_error":
+        refused = (kind or InvalidRequestError)(message)
+        assert isinstance(refused, InvalidRequestError)
+        refused.parameter = error.get("param")
+        respell(refused)
+        return refused
+    if status == 503:
+        return EngineDiedError(message)
+    return RequestFailedError(message)
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        return max(float(text or 1), 0.0)
+    except ValueError:
+        return 1.0

@@ -1,0 +1,1 @@
+"""KV blocks: which request holds which, and what the prefix cache knows."""

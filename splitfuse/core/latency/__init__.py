@@ -1,0 +1,1 @@
+"""Accounting of where the time of each request went, phase by phase."""

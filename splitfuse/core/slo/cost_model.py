@@ -1,0 +1,257 @@
+"""What a step will take, in seconds, from what its plan says. Fitted to timed steps; owns no clock.
+
+    seconds = floor + per_token T + per_token_beyond max(0, T - knee)
+            + per_row R + per_pair A + per_kv_token K + per_request N
+
+T tokens go through the layers, R rows through the output head. Up to the knee a step waits for the weights to come from
+memory (`floor`), beyond it for arithmetic. A is how many pairs of a query and a key attention multiplies, K how many
+positions' keys and values it reads, N how many requests there are. Nothing is negative, so more of anything never takes
+less, and the time is convex in the tokens: what the scheduler's law calls a saturated pass is one beyond the knee.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from operator import mul
+from statistics import median
+from typing import NamedTuple
+
+from splitfuse.core.plan import StepPlan
+from splitfuse.errors import CostModelError
+
+HUBER = 1.345
+"""Residuals beyond so many standard deviations count by their size, not their square (Huber, 1964)."""
+ITERATIONS = 6
+MOST_KNEES = 24
+MIN_SAMPLES = 24
+"""Three for each coefficient."""
+
+
+class Features(NamedTuple):
+    """What the time of a step depends on."""
+
+    tokens: int = 0
+    rows: int = 0
+    """Tokens whose logits are computed."""
+    pairs: int = 0
+    """Of a query and a key that it attends to."""
+    kv_tokens: int = 0
+    """Positions whose keys and values are read: once for each chunk."""
+    requests: int = 0
+
+    def plus(self, *, start: int, count: int, rows: int) -> Features:
+        """With a chunk of `count` tokens from position `start`, `rows` of which have logits."""
+        return Features(
+            self.tokens + count,
+            self.rows + rows,
+            self.pairs + count * start + count * (count + 1) // 2,
+            self.kv_tokens + start + count,
+            self.requests + 1,
+        )
+
+
+def features(plan: StepPlan) -> Features:
+    """Of a whole step."""
+    total = Features()
+    for chunk in plan.chunks:
+        total = total.plus(start=chunk.start, count=len(chunk.token_ids), rows=chunk.num_logits)
+    return total
+
+
+@dataclass(frozen=True)
+class FitError:
+    """How far predictions are from steps that were not fitted, as shares of the time measured."""
+
+    median: float
+    p95: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """All coefficients in seconds, but `knee` in tokens. `noise` is that of equal steps: the standard deviation of
+    the logarithm of their times. Raises CostModelError unless all are numbers from 0.
+    """
+
+    floor: float
+    per_token: float
+    knee: float = 0.0
+    per_token_beyond: float = 0.0
+    per_row: float = 0.0
+    per_pair: float = 0.0
+    per_kv_token: float = 0.0
+    per_request: float = 0.0
+    noise: float = 0.0
+    error: FitError | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "error" and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise CostModelError(f"{field.name} of a cost model must be a number from 0, not {value!r}")
+
+    def seconds(self, step: Features) -> float:
+        """The predicted time of a step."""
+        tokens, rows, pairs, kv_tokens, requests = step
+        seconds = (
+            self.floor
+            + self.per_token * tokens
+            + self.per_row * rows
+            + self.per_pair * pairs
+            + self.per_kv_token * kv_tokens
+            + self.per_request * requests
+        )
+        return seconds + self.per_token_beyond * (tokens - self.knee) if tokens > self.knee else seconds
+
+    def tokens_within(self, seconds: float, step: Features, *, start: int, most: int, rows: int = 0) -> int:
+        """How many tokens of one more request, from its position `start` and `most` at most, keep a step within
+        `seconds`; 0 if none does. `rows` of them have logits.
+        """
+        low, high = 0, most  # `low` tokens fit, more than `high` do not
+        while low < high:
+            count = (low + high + 1) // 2
+            if self.seconds(step.plus(start=start, count=count, rows=rows)) <= seconds:
+                low = count
+            else:
+                high = count - 1
+        return low
+
+    def slower(self, times: float) -> CostModel:
+        """Of a machine on which every step takes `times` as long."""
+        return self.scaled(lambda: times)
+
+    def scaled(self, times: Callable[[], float]) -> CostModel:
+        """With each coefficient that is in seconds `times` as large, asked anew for each."""
+        names = (field.name for field in fields(self) if field.name not in ("knee", "noise", "error"))
+        return replace(self, **{name: times() * getattr(self, name) for name in names})
+
+    def measure(self, samples: Sequence[Sample]) -> FitError:
+        """How far it is from timed steps. Raises CostModelError without any."""
+        if not samples:
+            raise CostModelError("the error of a cost model needs at least one timed step")
+        misses = sorted(abs(self.seconds(s.features) / s.seconds - 1.0) for s in samples)
+        return FitError(median(misses), misses[math.ceil(0.95 * len(misses)) - 1], len(misses))
+
+    def to_json(self) -> str:
+        """Readable, and read again by `from_json`."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Raises CostModelError for what is no cost model."""
+        try:
+            values = json.loads(text)
+            error = values.pop("error", None)
+            return cls(**values, error=FitError(**error) if error else None)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CostModelError(f"this is no cost model: {error}") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A step and what it took. Raises CostModelError for a time that is none."""
+
+    features: Features
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise CostModelError(f"a step takes a positive number of seconds, not {self.seconds!r}")
+
+
+def fit(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> CostModel:
+    """The model whose relative error over `samples` is least, with its error over `held_out`, which are other steps.
+
+    For each knee that the samples can tell, non-negative least squares, reweighted so that a few disturbed timings do
+    not bend it. Raises CostModelError for fewer than MIN_SAMPLES.
+    """
+    if len(samples) < MIN_SAMPLES:
+        raise CostModelError(
+            f"{len(samples)} timed steps are too few to fit a cost model: at least {MIN_SAMPLES} are needed"
+        )
+    fits = [_fit(samples, knee) for knee in _knees(samples)]
+    model = min(fits, key=lambda each: sum(abs(each.seconds(s.features) / s.seconds - 1.0) for s in samples))
+    return replace(model, error=model.measure(held_out))
+
+
+def _knees(samples: Sequence[Sample]) -> list[float]:
+    """Token counts with samples on both sides: MOST_KNEES of them, evenly chosen, and none at all."""
+    counts = sorted({s.features.tokens for s in samples})[1:-1]
+    step = max(len(counts) / MOST_KNEES, 1.0)
+    return [0.0, *(float(counts[int(i * step)]) for i in range(int(len(counts) / step)))]
+
+
+def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
+    """Iteratively reweighted least squares for one knee. Every row is divided by its time, so that errors are
+    relative and all targets are 1.
+    """
+    rows = []
+    for sample in samples:
+        tokens, *others = sample.features
+        scheduling = (1.0, tokens, max(tokens - knee, 0.0) if knee else 0.0, *others)
+        rows.append([term / sample.seconds for term in scheduling])
+    scales = [math.sqrt(sum(row[j] ** 2 for row in rows)) or 1.0 for j in range(len(rows[0]))]
+    rows = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
+    weights = [1.0] * len(rows)
+    for _ in range(ITERATIONS):
+        solution = _least_squares(rows, weights)
+        misses = [abs(sum(v * x for v, x in zip(row, solution, strict=True)) - 1.0) for row in rows]
+        bound = HUBER * max(1.4826 * median(misses), 1e-6)
+        weights = [1.0 if miss <= bound else bound / miss for miss in misses]
+    floor, per_token, beyond, per_row, per_pair, per_kv_token, per_request = (
+        value / scale for value, scale in zip(solution, scales, strict=True)
+    )
+    return CostModel(
+        floor=floor,
+        per_token=per_token,
+        knee=knee,
+        per_token_beyond=beyond,
+        per_row=per_row,
+        per_pair=per_pair,
+        per_kv_token=per_kv_token,
+        per_request=per_request,
+    )
+
+
+def _least_squares(rows: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """The x >= 0 that brings every row's product with it nearest to 1: Lawson and Hanson's active set (Solving Least
+    Squares Problems, 1974, chapter 23), on the normal equations.
+    """
+    columns = list(zip(*rows, strict=True))
+    weighted = [[w * v for w, v in zip(weights, column, strict=True)] for column in columns]
+    gram = [[sum(map(mul, left, right)) for right in columns] for left in weighted]
+    moment = [sum(column) for column in weighted]
+    size = len(columns)
+    x, free = [0.0] * size, set[int]()
+    for _ in range(10 * size):
+        slopes = {i: moment[i] - sum(gram[i][j] * x[j] for j in free) for i in range(size) if i not in free}
+        steepest = max(slopes, key=slopes.__getitem__, default=None)
+        if steepest is None or slopes[steepest] <= 1e-10 * len(rows):
+            break
+        free.add(steepest)
+        trial = _solve(gram, moment, free)
+        while negative := [i for i in free if trial[i] <= 0.0]:
+            reach = min(x[i] / (x[i] - trial[i]) if x[i] > 0.0 else 0.0 for i in negative)
+            x = [x[i] + reach * (trial[i] - x[i]) if i in free else 0.0 for i in range(size)]
+            free -= {i for i in negative if x[i] <= 1e-12}
+            trial = _solve(gram, moment, free)
+        x = [trial.get(i, 0.0) for i in range(size)]
+    return x
+
+
+def _solve(gram: Sequence[Sequence[float]], moment: Sequence[float], free: set[int]) -> dict[int, float]:
+    """The unconstrained minimum over the `free` variables, the others being 0: Gauss-Jordan elimination. The matrix is
+    positive, and a trace of damping keeps it so where two features never differ in the samples.
+    """
+    order = sorted(free)
+    rows = [[gram[i][j] * (1.0 + 1e-12 * (i == j)) for j in order] + [moment[i]] for i in order]
+    for k, pivot_row in enumerate(rows):
+        pivot_row[:] = [value / pivot_row[k] for value in pivot_row]
+        for row in rows:
+            if row is not pivot_row:
+                factor = row[k]
+                row[:] = [value - factor * pivot for value, pivot in zip(row, pivot_row, strict=True)]
+    return {i: row[-1] for i, row in zip(order, rows, strict=True)}

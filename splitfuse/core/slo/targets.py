@@ -1,0 +1,72 @@
+"""What a request was promised: when its first token comes, and how long it waits for each that follows. And how that is
+judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2), which forgives a long gap after shorter ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from splitfuse.config import PER_TOKEN, parse_seconds
+from splitfuse.errors import InvalidRequestError
+
+SPAN = 16
+"""Of the average of gaps, in the paper."""
+
+
+@dataclass(frozen=True)
+class SloTargets:
+    """Seconds; None promises nothing. A request was on time if its first token was, and if at each token that followed
+    the MovingAverage of the gaps was at most `itl`.
+
+    Raises InvalidRequestError for what is no positive number.
+    """
+
+    ttft: float | None = None
+    """To the first token, from the request's arrival."""
+    itl: float | None = None
+    """From each token to the next. Steps are planned for every gap."""
+    ttft_per_token: float | None = None
+    """To the first token, for each token of the prompt; added to `ttft` if both are given."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise InvalidRequestError(f"{field.name} must be a positive number of seconds, not {value!r}")
+
+    @classmethod
+    def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
+        """As settings say it: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
+        between = None if itl is None else parse_seconds("itl", itl)
+        if ttft is None:
+            return cls(itl=between)
+        first = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
+        return cls(itl=between, ttft_per_token=first) if ttft.endswith(PER_TOKEN) else cls(first, between)
+
+    def ttft_target(self, num_prompt: int) -> float:
+        """From a request's arrival to its first token, if its prompt has so many tokens; infinity without a promise."""
+        if self.ttft is None and self.ttft_per_token is None:
+            return math.inf
+        return (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt
+
+
+NO_SLO = SloTargets()
+
+
+class MovingAverage:
+    """Of values that are added one by one: exponential, as pandas' `ewm(span=span).mean()`. The weight of a value falls
+    by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
+    """
+
+    __slots__ = ("_keep", "_total", "_weight")
+
+    def __init__(self, span: int = SPAN) -> None:
+        self._keep = 1.0 - 2.0 / (span + 1.0)
+        self._total = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The average with it."""
+        self._total = self._total * self._keep + value
+        self._weight = self._weight * self._keep + 1.0
+        return self._total / self._weight

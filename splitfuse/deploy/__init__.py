@@ -1,0 +1,1 @@
+"""Servers as background processes: start, stop, list."""

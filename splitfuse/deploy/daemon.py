@@ -1,0 +1,132 @@
+"""Starting a server as a process of its own, and ending one, from another process of the same user.
+
+It decides when a server counts as started or ended. It knows neither HTTP nor what a server does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.deploy import registry
+from splitfuse.deploy.registry import Deployment
+from splitfuse.errors import ConfigError, ServerError
+
+KEY_VARIABLES = {"api_key": "SPLITFUSE_API_KEY"}
+"""Settings that come from the environment: what is given on a command line, everybody on the machine can read."""
+POLL_SECONDS = 0.05
+SLACK_SECONDS = 30.0  # beyond the drain, for a server to put its engines away
+NOW_SECONDS = 10.0
+LAST_LINES = 20
+READY = b"splitfuse serves "
+"""How the line begins by which a server says that it is ready."""
+
+_children: dict[int, subprocess.Popen[bytes]] = {}  # servers that this process has started, and must bury
+
+
+def start(settings: Mapping[str, Any], *, wait: bool, echo: TextIO) -> Deployment:
+    """Start `splitfuse serve` with settings of EngineConfig and ServerConfig by name, detached from this process.
+
+    Returns when it is ready; without `wait`, as soon as it listens. What it writes goes to a file in
+    ~/.cache/splitfuse/log, and until then to `echo` too. Raises ConfigError for a setting that cannot be, ServerError
+    with its last lines if it ends before. If the caller is interrupted while it waits, the server is killed.
+    """
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    server_names = ServerConfig.__dataclass_fields__
+    config = ServerConfig.from_settings({name: value for name, value in settings.items() if name in server_names})
+    EngineConfig.from_settings({name: value for name, value in settings.items() if name not in server_names})
+    registry.check_free(config.name)
+    log = registry.cache_folder("log") / f"{config.name}.log"
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "splitfuse.cli", "serve", *_flags(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **_key_variables(config)},
+            start_new_session=True,  # Ctrl-C here is not meant for it
+        )
+    _children[child.pid] = child
+    try:
+        with log.open("rb") as said:
+            return _listen(child, said, echo, READY if wait else b"")
+    except BaseException:
+        child.kill()
+        child.wait()
+        del _children[child.pid]
+        raise
+
+
+def terminate(deployment: Deployment, *, now: bool = False) -> None:
+    """End a server of this user, and wait until it has ended: after its requests, or with `now` before.
+
+    Raises ServerError if it does not end in the time it has for that.
+    """
+    limit = time.monotonic() + (NOW_SECONDS if now else deployment.drain_timeout + SLACK_SECONDS)
+    _signal(deployment, signal.SIGINT if now else signal.SIGTERM)
+    while deployment.is_alive:
+        if time.monotonic() > limit:
+            if not now:
+                raise ServerError(
+                    f"process {deployment.pid} of {deployment.name!r} has not ended; this ends it in any case: "
+                    f"splitfuse stop {deployment.name} --now"
+                )
+            _signal(deployment, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    if (child := _children.pop(deployment.pid, None)) is not None:
+        child.wait()
+
+
+def _signal(deployment: Deployment, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        if deployment.is_alive:
+            os.kill(deployment.pid, number)
+
+
+def _listen(child: subprocess.Popen[bytes], said: BinaryIO, echo: TextIO, awaited: bytes) -> Deployment:
+    """Until it is registered and has said what is awaited."""
+    heard = b""
+    while True:
+        status = child.poll()
+        new = said.read()
+        echo.write(new.decode(errors="replace"))
+        echo.flush()
+        heard = (heard + new)[-10_000:]
+        if status is not None:
+            last = "\n".join(heard.decode(errors="replace").splitlines()[-LAST_LINES:])
+            raise ServerError(f"the server ended with status {status} before it was ready. Its last lines:\n{last}")
+        if awaited in heard:
+            for deployment in registry.deployments():
+                if deployment.pid == child.pid:
+                    return deployment
+        time.sleep(POLL_SECONDS)
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags of the command line, but for keys."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if value is None or name in KEY_VARIABLES:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):
+            flags += [f"--{flag}={item}" for item in value]
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
+
+
+def _key_variables(config: ServerConfig) -> dict[str, str]:
+    if any(len(key.split()) != 1 for key in config.api_key):
+        raise ConfigError("api_key must have no white space in it")
+    return {KEY_VARIABLES["api_key"]: " ".join(config.api_key)} if config.api_key else {}

@@ -1,0 +1,127 @@
+"""The loop of an engine that serves others: take commands, run a step, report. One thread; knows no transport."""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
+from splitfuse.errors import InvalidRequestError, LateError
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
+
+
+class EngineLoop:
+    """Owns an engine. Commands come in by `commands`, from any thread; reports go out by `report`, on the loop's
+    thread, which therefore must not wait.
+    """
+
+    def __init__(self, engine: Engine, report: Callable[[Report], None]) -> None:
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._engine = engine
+        self._report = report
+        self._stopped = False
+        self._step_began = 0.0  # 0: none runs
+        self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._num_generated_tokens = self._num_computed_tokens = 0
+        self._step_tokens, self._step_seconds = 0, 0.0
+        engine.observer = self._observe
+
+    @property
+    def info(self) -> EngineInfo:
+        engine = self._engine
+        return EngineInfo(
+            model=engine.model.path.name,
+            limits=engine.limits,
+            max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
+            max_num_seqs=engine.config.scheduler.max_num_seqs,
+            memory_plan=str(engine.model.plan),
+            slo_enabled=engine.slo_enabled,
+        )
+
+    def run(self) -> None:
+        """Until Stop comes. An error of a step goes up; its requests have ended, and nothing else may be done."""
+        while not self._stopped:
+            outputs = self._take_commands()
+            if self._engine.has_unfinished and not self._stopped:
+                self._step_began = time.monotonic()
+                outputs += self._engine.step()
+                self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
+            if outputs:
+                self._report(StepReport(tuple(outputs), self._stats()))
+
+    def alive(self) -> Alive:
+        """For a heartbeat, from another thread."""
+        began = self._step_began
+        return Alive(time.monotonic() - began if began else 0.0)
+
+    def _take_commands(self) -> list[RequestOutput]:
+        """Do what was asked since the last step; wait for something if there is nothing to compute. What ended thereby,
+        and requests that the engine refuses, which its limits should have kept away.
+        """
+        outputs: list[RequestOutput] = []
+        while not self._stopped:
+            try:
+                command = self.commands.get(block=not self._engine.has_unfinished and not outputs)
+            except queue.Empty:
+                break
+            match command:
+                case Add():
+                    try:
+                        self._engine.add_request(
+                            command.request_id,
+                            command.prompt_token_ids,
+                            command.params,
+                            choice=command.choice,
+                            scheduling=command.scheduling,
+                            sent=command.sent,
+                        )
+                    except (InvalidRequestError, LateError) as error:
+                        outputs.append(_refusal(command.request_id, error))
+                case Finish():
+                    spent = self._engine.finish(
+                        command.request_id, command.reason, num_tokens=command.num_tokens, ended=command.ended
+                    )
+                    if spent is not None:
+                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason, spent=spent))
+                case Stop():
+                    self._stopped = True
+        return outputs
+
+    def _observe(self, plan: StepPlan, result: StepResult) -> None:
+        self._num_steps += 1
+        self._step_tokens = plan.num_tokens
+        self._num_computed_tokens += plan.num_tokens
+        self._num_generated_tokens += sum(r.token_id is not None for r in result.results.values())
+        starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
+        for request in plan.new_requests:
+            self._num_prompt_tokens += len(request.prompt_token_ids)
+            self._num_cached_tokens += starts[request.request_id]
+
+    def _stats(self) -> EngineStats:
+        scheduler = self._engine.scheduler
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=self._engine.allocator.num_available,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_computed_tokens=self._num_computed_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            step_tokens=self._step_tokens,
+            step_seconds=self._step_seconds,
+            predicted_step_seconds=scheduler.predicted_seconds,
+        )
+
+
+def _refusal(request_id: str, error: InvalidRequestError | LateError) -> RequestOutput:
+    retry_after = error.retry_after if isinstance(error, LateError) else math.inf
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)

@@ -1,0 +1,331 @@
+"""Times steps of a real model over a grid, and fits the cost model to them. The steps are made up; the runner is the
+engine's, so that what is timed is what a plan takes: tensors built, network, output head, sampling.
+
+Steps come in random order, so that what disturbs the machine for a while disturbs all kinds; of each, the median
+counts. Those that check the fit lie between those that are fitted. What the scheduler takes is timed apart, on a load.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from random import Random
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.plan import Chunk, NewRequest, StepPlan
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, Features, Sample, fit
+from splitfuse.errors import ConfigError, CostModelError
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.runtime.calibration import Calibration, identify, load, place, save
+from splitfuse.runtime.environment import environment_info
+from splitfuse.runtime.loading import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
+
+SECONDS_AT_START = 8.0
+"""Of timing, for an engine that needs a cost model and has none."""
+LEAST_RUNS, MOST_RUNS = 3, 30
+"""Of each step."""
+CACHED_TOKENS = 32_768
+"""KV positions that steps are spread over, if there are so many."""
+SMALL_NUMBER = 0x3C
+"""A byte that makes a small finite number of every dtype: 0.0115 in bf16 and fp32, 1.06 in fp16."""
+PARAMS = SamplingParams(ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to be timed: its chunks as (start, tokens, whether it samples)."""
+
+    name: str
+    chunks: tuple[tuple[int, int, bool], ...]
+
+    @property
+    def features(self) -> Features:
+        total = Features()
+        for start, count, samples in self.chunks:
+            total = total.plus(start=start, count=count, rows=int(samples))
+        return total
+
+    def fits(self, *, room: int, capacity: int, seats: int) -> bool:
+        """Whether an engine of those sizes could be asked for it."""
+        ends = [start + count for start, count, _ in self.chunks]
+        return max(ends) <= room and sum(ends) <= capacity and len(ends) <= seats
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A case and what its runs took, one after the other."""
+
+    case: Case
+    runs: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    @property
+    def sample(self) -> Sample:
+        """The median counts."""
+        return Sample(self.case.features, median(self.runs))
+
+
+MakeEngine = Callable[[EngineConfig, LoadedModel], "Engine"]
+"""The class itself: an engine that keeps promises is made by what is here."""
+
+
+def run_calibration(
+    make_engine: MakeEngine, config: EngineConfig, *, seconds: float, progress: bool
+) -> tuple[Calibration, list[Timed]]:
+    """Load the model, time its steps for about `seconds`, fit. Returns it with the steps that checked it.
+
+    Raises as `load_model` does, ConfigError for a time that is none, CostModelError if the model or its cache is too
+    small for enough different passes.
+    """
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"seconds must be a positive number, not {seconds}")
+    model = load_model(config, progress=progress)
+    return calibrate(make_engine, config, model, seconds=seconds, progress=progress)
+
+
+def load_or_profile(
+    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, progress: bool = False
+) -> Calibration:
+    """What is kept for such an engine on this machine; if there is nothing, it is made now, with a progress bar if
+    asked, and kept.
+
+    Raises as `calibrate` does.
+    """
+    path = place(identify(config))
+    if path.exists():
+        with suppress(CostModelError):  # what somebody spoilt is made anew
+            return load(path)
+    calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START, progress=progress)
+    with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
+        save(calibration, path)
+    return calibration
+
+
+def calibrate(
+    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, seconds: float, progress: bool = False
+) -> tuple[Calibration, list[Timed]]:
+    """As `run_calibration`, of a model that is loaded."""
+    plan = model.plan
+    blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
+    engine = make_engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
+    fill(engine.runner.kv_cache)
+    limits = {
+        "room": plan.max_model_len,
+        "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
+        "seats": config.scheduler.max_num_seqs,
+    }
+    grids = [grid.within(**limits) for grid in (FINE, COARSE)]
+    if not grids[0].is_enough:
+        raise CostModelError(
+            f"only {len(grids[0].fitted)} different steps fit an engine with {limits['room']} tokens a request, "
+            f"{blocks} blocks and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise these"
+        )
+    fitted, checking = choose_grid(engine, *grids, seconds=seconds)
+    timed = time_cases(engine, [*fitted, *checking], seconds=seconds, progress=progress)
+    cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
+    calibration = Calibration(
+        name=f"{model.path.name} ({plan.kernels})",
+        cost=replace(cost, per_request=cost.per_request + scheduling_seconds(engine), noise=noise(timed)),
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        max_model_len=plan.max_model_len,
+        identity=identify(config),
+        about=environment_info(),
+        timed=tuple(each.sample for each in timed),
+    )
+    return calibration, timed[len(fitted) :]
+
+
+def generating(rows: int, context: int) -> Case:
+    """So many requests that get a token each."""
+    return Case(f"{rows} generating at {context}", ((context - 1, 1, True),) * rows)
+
+
+def prompt(count: int, start: int) -> Case:
+    """A chunk of a prompt: all of it if it starts at 0, else one from its middle."""
+    return Case(f"prompt {start}-{start + count}", ((start, count, start == 0),))
+
+
+def mixed(rows: int, context: int, count: int, start: int) -> Case:
+    """Both."""
+    first, second = generating(rows, context), prompt(count, start)
+    return Case(f"{first.name}, {second.name}", first.chunks + second.chunks)
+
+
+class Grid(NamedTuple):
+    """Passes to be timed."""
+
+    fitted: Sequence[Case]
+    """Generations at some contexts, chunks of prompts, and both together."""
+    checking: Sequence[Case]
+    """Others, between those."""
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.fitted) >= MIN_SAMPLES and bool(self.checking)
+
+    def up_to(self, tokens: int) -> Grid:
+        """Those of at most so many tokens."""
+        return Grid(*([case for case in part if case.features.tokens <= tokens] for part in self))
+
+    def within(self, **limits: int) -> Grid:
+        """Those that an engine could be asked for: see `Case.fits`."""
+        return Grid(*([case for case in part if case.fits(**limits)] for part in self))
+
+
+FINE = Grid(
+    [
+        *(generating(rows, context) for rows in (1, 2, 4, 8, 16, 32, 64) for context in (32, 256, 1024, 2048)),
+        *(prompt(count, start) for count in (8, 16, 32, 64, 128, 256, 512) for start in (0, 512, 1536)),
+        *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 128, 240) for start in (0, 512)),
+    ],
+    [
+        *(generating(rows, context) for rows in (3, 6, 12, 24, 48) for context in (128, 512, 1536)),
+        *(prompt(count, start) for count in (12, 48, 96, 192, 384) for start in (0, 768)),
+        *(mixed(rows, 384, count, start) for rows in (8, 20) for count in (64, 200) for start in (0, 900)),
+    ],
+)
+COARSE = Grid(
+    [
+        *(generating(rows, context) for rows in (1, 2, 4, 8, 16, 64) for context in (32, 256, 1024, 2048)),
+        *(prompt(count, start) for count in (16, 64, 256) for start in (0, 512, 1536)),
+        *(mixed(rows, 512, count, start) for rows in (4, 24) for count in (32, 240) for start in (0, 512)),
+    ],
+    [
+        *(generating(rows, context) for rows in (3, 6, 12) for context in (128, 512)),
+        *(prompt(count, 768) for count in (8, 24, 32, 48, 128)),
+        *(mixed(8, 384, count, 900) for count in (24, 64, 200)),
+    ],
+)
+"""For a machine that is too slow for all of those."""
+
+
+def fill(cache: KVCache) -> None:
+    """Put numbers everywhere: memory that was never written is not read as memory is."""
+    for store in cache.layers:
+        memory = store if isinstance(store, Tensor) else store.memory
+        memory.view(torch.uint8).fill_(SMALL_NUMBER)
+
+
+def choose_grid(engine: Engine, fine: Grid, coarse: Grid, *, seconds: float) -> Grid:
+    """The steps that a machine has time for, as many and as long as that allows, but enough. Beyond the longest the
+    fit goes on in a straight line.
+    """
+    runs = _Runs(engine)
+    floor, whole = (min(runs.seconds(case) for _ in range(3)) for case in (generating(1, 32), prompt(64, 0)))
+    per_token = max(whole - floor, 0.0) / 64
+    choices = [*((fine, longest) for longest in (512, 256, 128)), *((coarse, longest) for longest in (256, 128, 64))]
+    best = fine
+    for grid, longest in choices:
+        shorter = grid.up_to(longest)
+        if shorter.is_enough:
+            best = shorter
+            each = (floor + per_token * case.features.tokens for case in (*best.fitted, *best.checking))
+            if LEAST_RUNS * sum(each) <= seconds:
+                break
+    return best
+
+
+def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
+    """Each case in rounds in random order. Every case has an equal share of `seconds`: short steps, whose times
+    scatter most, are run more often.
+    """
+    random, runs = Random(0), _Runs(engine)
+    times: list[list[float]] = [[] for _ in cases]
+    for case in cases[: len(cases) // 8]:  # what is slow once, such as the first touch of memory
+        runs.seconds(case)
+    share = seconds / len(cases)
+    wanting = list(range(len(cases)))
+    with tqdm(total=len(cases), desc="Timing passes", unit="pass", disable=not progress) as bar:
+        while wanting:
+            for index in random.sample(wanting, len(wanting)):
+                times[index].append(runs.seconds(cases[index]))
+                bar.set_postfix_str(f"{cases[index].name}, {1e3 * times[index][-1]:.1f} ms", refresh=False)
+            wanting = [index for index in wanting if _wants_more(times[index], share)]
+            bar.update(len(cases) - len(wanting) - bar.n)
+    return [Timed(case, tuple(each)) for case, each in zip(cases, times, strict=True)]
+
+
+def _wants_more(times: Sequence[float], share: float) -> bool:
+    return len(times) < LEAST_RUNS or (sum(times) < share and len(times) < MOST_RUNS)
+
+
+def noise(timed: Sequence[Timed]) -> float:
+    """The standard deviation of the logarithm of equal steps' times, by how far runs are from those before them: of
+    normal ones 19 of 20 are less than 1.96 times the root of 2 of it apart. Deviations from the median would be too
+    small where there were three runs. More do not count, or short steps would decide, which were run more often.
+    """
+    apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs[:LEAST_RUNS])]
+    return quantiles(apart, n=20, method="inclusive")[-1] / (1.96 * math.sqrt(2.0))
+
+
+class _Runs:
+    """Makes plans of cases and runs them, one after the other."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._runner = engine.runner
+        self._num_blocks, self._block_size = engine.limits.num_blocks, engine.limits.block_size
+        self._vocab_size = engine.limits.vocab_size
+        self._random = Random(1)
+        self._step = 0
+        self._retired: tuple[str, ...] = ()
+
+    def seconds(self, case: Case) -> float:
+        """What it takes this time, with other tokens and other blocks."""
+        self._step += 1
+        plan = self._plan(case)
+        began = time.perf_counter()
+        self._runner.run(plan)
+        seconds = time.perf_counter() - began
+        self._retired = tuple(new.request_id for new in plan.new_requests)
+        return seconds
+
+    def _plan(self, case: Case) -> StepPlan:
+        free = iter(self._random.sample(range(self._num_blocks), self._num_blocks))
+        chunks = tuple(self._chunk(f"{self._step}-{i}", each, free) for i, each in enumerate(case.chunks))
+        new = tuple(NewRequest(chunk.request_id, chunk.token_ids, PARAMS, (), seed=0, choice=0) for chunk in chunks)
+        return StepPlan(self._step, case.features.tokens, chunks, new, self._retired)
+
+    def _chunk(self, request_id: str, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:
+        start, count, samples = chunk
+        tokens = tuple(self._random.randrange(self._vocab_size) for _ in range(count))
+        table = tuple(next(free) for _ in range(-(-(start + count) // self._block_size)))
+        return Chunk(request_id, start, tokens, table, int(samples), samples)
+
+
+def scheduling_seconds(engine: Engine) -> float:
+    """What planning a step and taking in its result costs for each request, while some generate."""
+    count = min(16, engine.config.scheduler.max_num_seqs)
+    length = min(32, engine.max_model_len // 2)
+    random = Random(2)
+    for number in range(count):
+        tokens = [random.randrange(engine.limits.vocab_size) for _ in range(length)]
+        engine.add_request(f"scheduled-{number}", tokens, SamplingParams(max_tokens=length, ignore_eos=True))
+    shares = []
+    while engine.has_unfinished:
+        began = time.perf_counter()
+        plan = engine.scheduler.schedule()
+        assert plan is not None, "unfinished requests, and nothing can run"
+        planned = time.perf_counter()
+        result = engine.runner.run(plan)
+        ran = time.perf_counter()
+        engine.scheduler.update(plan, result)
+        shares.append((time.perf_counter() - ran + planned - began) / len(plan.chunks))
+    return median(shares)

@@ -1,0 +1,135 @@
+"""The model without our scheduler, for people who bring their own: DeepSpeed-Inference v2's four verbs.
+
+The caller decides what goes into a step; KV blocks, positions and the ragged batch are kept here. Nothing is shared
+with an Engine: each has a cache of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.limits import check_token_ids
+from splitfuse.core.plan import Chunk
+from splitfuse.errors import InvalidRequestError, RequestTooLargeError
+from splitfuse.runtime.loading import LoadedModel, load_model
+
+
+@dataclass
+class _Sequence:
+    num_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class RaggedEngine:
+    """Sequences of tokens by caller's id, grown by `put` in pieces of any length. One thread."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        self.config = config
+        self.model = model
+        self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size, enable_prefix_caching=False)
+        self._runner = model.make_runner()
+        self._sequences: dict[int, _Sequence] = {}
+
+    @classmethod
+    def load(cls, config: EngineConfig, *, progress: bool = False) -> RaggedEngine:
+        """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        return cls(config, load_model(config, progress=progress))
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._allocator.num_available
+
+    def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """One forward pass over `tokens[i]` appended to the sequence `uids[i]`; unknown uids begin a new one.
+
+        Returns the logits after the last token of each, fp32 [len(uids), vocabulary]. Raises InvalidRequestError, and
+        nothing is changed, if `can_schedule` would say no or a token is outside the vocabulary.
+        """
+        if reason := self._refusal(uids, [len(ids) for ids in tokens]):
+            raise reason
+        for uid, ids in zip(uids, tokens, strict=True):
+            check_token_ids(f"sequence {uid}", ids, self.model.spec.vocab_size)
+        before = {uid: self._sequences.get(uid, _Sequence()).num_tokens for uid in uids}
+        chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
+        try:
+            with torch.inference_mode():
+                return self._runner.decoder.logits(self._runner.hidden(chunks))
+        except BaseException:  # Ctrl-C too: the tokens count as not put
+            for uid, num_tokens in before.items():
+                self._truncate(uid, num_tokens)
+            raise
+
+    def query(self, uid: int, max_tokens: int, max_blocks: int) -> tuple[int, int]:
+        """How many of `max_tokens` further tokens of a sequence `max_blocks` new blocks would hold, and how many blocks
+        those tokens take.
+        """
+        sequence = self._sequences.get(uid, _Sequence())
+        slots = (len(sequence.blocks) + max_blocks) * self._allocator.block_size
+        count = min(max_tokens, slots - sequence.num_tokens, self.model.plan.max_model_len - sequence.num_tokens)
+        return count, self._missing(sequence, count)
+
+    def can_schedule(self, uids: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether `put` would take so many tokens of each."""
+        return self._refusal(uids, lengths) is None
+
+    def flush(self, uid: int) -> None:
+        """Forget a sequence and free its blocks. Raises InvalidRequestError if there is none of that id."""
+        if uid not in self._sequences:
+            raise InvalidRequestError(f"there is no sequence {uid} to flush")
+        self._allocator.release(self._sequences.pop(uid).blocks)
+
+    def check(self) -> None:
+        """Assert that no block is lost. For tests."""
+        self._allocator.check(sequence.blocks for sequence in self._sequences.values())
+
+    def _append(self, uid: int, token_ids: tuple[int, ...]) -> Chunk:
+        sequence = self._sequences.setdefault(uid, _Sequence())
+        sequence.blocks += self._allocator.allocate(self._missing(sequence, len(token_ids)))
+        start = sequence.num_tokens
+        sequence.num_tokens += len(token_ids)
+        return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False)
+
+    def _truncate(self, uid: int, num_tokens: int) -> None:
+        sequence = self._sequences[uid]
+        kept = self._allocator.blocks_for(num_tokens)
+        self._allocator.release(sequence.blocks[kept:])
+        del sequence.blocks[kept:]
+        sequence.num_tokens = num_tokens
+        if num_tokens == 0:
+            del self._sequences[uid]
+
+    def _missing(self, sequence: _Sequence, count: int) -> int:
+        """New blocks that `count` further tokens take."""
+        return self._allocator.blocks_for(sequence.num_tokens + count) - len(sequence.blocks)
+
+    def _refusal(self, uids: Sequence[int], lengths: Sequence[int]) -> InvalidRequestError | None:
+        if not uids or len(uids) != len(lengths):
+            return InvalidRequestError(
+                f"at least one id is wanted, and tokens for each: there are {len(uids)} ids, {len(lengths)} token lists"
+            )
+        if len(set(uids)) != len(uids):
+            return InvalidRequestError(f"a sequence can be grown once in a step, but {list(uids)} repeats an id")
+        need, budget = 0, self.config.scheduler.max_num_batched_tokens
+        for uid, length in zip(uids, lengths, strict=True):
+            sequence = self._sequences.get(uid, _Sequence())
+            if length < 1:
+                return InvalidRequestError(f"sequence {uid}: at least one token is wanted, not {length}")
+            if sequence.num_tokens + length > self.model.plan.max_model_len:
+                limit = self.model.plan.max_model_len
+                return RequestTooLargeError(
+                    f"sequence {uid}: {sequence.num_tokens + length} tokens, the limit is {limit}"
+                )
+            need += self._missing(sequence, length)
+        if sum(lengths) > budget:
+            return InvalidRequestError(f"{sum(lengths)} tokens in one step, max_num_batched_tokens is {budget}")
+        if need > self.num_free_blocks:
+            return RequestTooLargeError(
+                f"{need} KV blocks are needed, {self.num_free_blocks} are free: flush a sequence"
+            )
+        return None

@@ -1,0 +1,259 @@
+"""An engine in a process of its own.
+
+When it dies, its requests get an error and it is started again; when it hangs, it is found, made to say where, and
+killed. The front and its event loop go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from splitfuse import errors
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.messages import Add, Alive, Failed, Finish, Loading, Ready, Stop, decode_report, encode
+from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
+from splitfuse.errors import EngineDiedError, SplitfuseError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
+STEADY = 60.0  # seconds of life after which a death is a first one again
+TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
+TIME_TO_STOP = 5.0
+LONG_SILENCE = 1.0  # seconds: of several heartbeats
+
+
+class WeightsFile:
+    """Memory for the packed weights of `num_sharers` engines on this machine: the first packs them, the others map
+    them.
+    """
+
+    def __init__(self, num_sharers: int) -> None:
+        self.num_sharers = num_sharers
+        self.fd = os.memfd_create("splitfuse-weights")
+        self.filled = False
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Of SharedWeights, for an engine that inherits the descriptor."""
+        return {"fd": self.fd, "filled": self.filled, "num_sharers": self.num_sharers}
+
+    def close(self) -> None:
+        """Once no engine will be started any more; those that run keep theirs."""
+        os.close(self.fd)
+
+
+class SubprocessEngine(LocalClient):
+    """One engine process, and whoever restarts it. `settings` are those of EngineConfig by name.
+
+    An engine hangs if a step takes longer than `step_timeout` seconds, or if its process says nothing for
+    `silence_timeout` seconds. With `cores` it runs on these alone; `weights` it shares with others.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        step_timeout: float = 60.0,
+        silence_timeout: float = 10.0,
+        cores: Sequence[int] | None = None,
+        weights: WeightsFile | None = None,
+    ) -> None:
+        super().__init__()
+        self._settings = dict(settings)
+        self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
+        self._cores = None if cores is None else list(cores)
+        self._weights = weights
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._failure: Failed | None = None
+        self._last_heard = 0.0
+        self._seconds_in_step = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started: asyncio.Future[None] | None = None
+        self._closing = False
+        self.num_restarts = 0
+
+    @property
+    def silent(self) -> bool:
+        return time.monotonic() - self._last_heard > LONG_SILENCE
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that lives now."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        self._started = asyncio.get_running_loop().create_future()
+        self._tasks = [asyncio.create_task(self._supervise())]
+        await asyncio.wait({self._started})  # who gives up waiting does not end it
+        self._started.result()
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._writer is not None and self._state is EngineState.READY:
+            self._send(Stop())
+        process = self._process
+        if process is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), TIME_TO_STOP if self._state is EngineState.READY else 0.0)
+            _signal(process, signal.SIGKILL)
+            await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disconnect()
+        self._die("it was closed")
+
+    def _send(self, command: Add | Finish | Stop) -> None:
+        assert self._writer is not None
+        self._writer.write(frame(encode(command)))
+
+    async def _supervise(self) -> None:
+        """Start the process, again and again, until it is not wanted any more. If the very first one does not come up,
+        `start` raises and there is no second one: a setting that is wrong stays wrong.
+        """
+        pause = FIRST_PAUSE
+        while not self._closing:
+            began = time.monotonic()
+            try:
+                why = await self._live()
+            except OSError as error:  # no descriptors, no memory, no processes: there may be some later
+                why = f"its process could not be started: {error.strerror}"
+            self._die(why)
+            assert self._started is not None
+            if not self._started.done():
+                self._started.set_exception(_as_error(self._failure, why))
+                self._started.exception()  # whoever waited may have given up: else asyncio would complain
+                return
+            if self._closing:
+                return
+            if time.monotonic() - began > STEADY:
+                pause = FIRST_PAUSE
+            print(f"splitfuse: the engine died: {why}; starting it again in {pause:g} s", file=sys.stderr, flush=True)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            self.num_restarts += 1
+
+    async def _live(self) -> str:
+        """One life of the process; why it ended."""
+        ours, theirs = socket.socketpair()
+        weights = self._weights
+        self._failure, self._seconds_in_step = None, 0.0
+        self._state, self._stage = EngineState.STARTING, Loading("starting")
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "splitfuse.engine.remote.worker",
+                str(theirs.fileno()),
+                json.dumps(
+                    {
+                        "settings": self._settings,
+                        "cores": self._cores,
+                        "weights": weights and weights.arguments,
+                    }
+                ),
+                pass_fds=[theirs.fileno(), *([weights.fd] if weights else [])],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,  # what a library prints must not mix with our own output
+            )
+        finally:
+            theirs.close()
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=2**22)
+        self._last_heard = time.monotonic()
+        watch = asyncio.create_task(self._watch(process))
+        try:
+            why = await self._listen(reader)
+            if self._failure is not None:
+                why = self._failure.error
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), TIME_TO_STOP)
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            self._disconnect()
+            _signal(process, signal.SIGKILL)
+            await process.wait()
+        return why or f"its process ended with {_exit(process.returncode)}"
+
+    async def _listen(self, reader: asyncio.StreamReader) -> str:
+        """Take in reports until there are no more; why, if that is known."""
+        try:
+            while True:
+                report = decode_report(await reader.readexactly(message_length(await reader.readexactly(HEADER_BYTES))))
+                self._last_heard = time.monotonic()
+                match report:
+                    case Alive():
+                        self._seconds_in_step = report.seconds_in_step
+                    case Failed():
+                        self._failure = report
+                        self._die(report.error)
+                    case _:
+                        self._take(report)
+                if isinstance(report, Ready):
+                    if self._weights is not None:
+                        self._weights.filled = True
+                    if self._started is not None and not self._started.done():
+                        self._started.set_result(None)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return ""
+        except (ValueError, msgspec.DecodeError, SplitfuseError) as error:
+            return f"it sent what is no message: {error}"
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill a process that hangs: one that says nothing, or one whose pass does not end."""
+        pause = min(self._silence_timeout, self._step_timeout, 2.0) / 4
+        while True:
+            slept = time.monotonic()
+            await asyncio.sleep(pause)
+            if time.monotonic() - slept > pause + LONG_SILENCE:  # we were stopped: what we did not hear says nothing
+                self._last_heard = time.monotonic()
+            silent = time.monotonic() - self._last_heard
+            if silent > self._silence_timeout:
+                why = f"its process has said nothing for {silent:.0f} s"
+            elif self._seconds_in_step > self._step_timeout:
+                why = f"a step has taken {self._seconds_in_step:.0f} s"
+            else:
+                continue
+            print(f"splitfuse: the engine hangs: {why}; its stacks follow", file=sys.stderr, flush=True)
+            self._failure = Failed(f"it hung: {why}")
+            self._die(self._failure.error)
+            _signal(process, signal.SIGUSR1)
+            _signal(process, signal.SIGCONT)  # whoever stopped it: it can only write when it runs
+            await asyncio.sleep(TIME_TO_DUMP)
+            _signal(process, signal.SIGKILL)
+            return
+
+    def _disconnect(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+def _exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"status {code}"
+
+
+def _as_error(failure: Failed | None, why: str) -> SplitfuseError:
+    """What the engine died of, as the class that it was there."""
+    kind = getattr(errors, failure.kind, None) if failure is not None and failure.kind else None
+    if isinstance(kind, type) and issubclass(kind, SplitfuseError):
+        return kind(why)
+    return EngineDiedError(f"the engine could not be started: {why}")

@@ -1,0 +1,106 @@
+"""The process of one engine: `python -m splitfuse.engine.remote.worker FD SETTINGS`, started by engine_process.py.
+
+FD is a connected socket that it inherits: nobody else can reach it, and when the other end closes, it ends. SETTINGS is
+JSON: the settings of EngineConfig, and the cores to run on. Four threads: the engine's loop, one that receives
+commands, one that sends reports, one whose heartbeat tells an engine that computes from one that hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from splitfuse.config import EngineConfig
+from splitfuse.engine.messages import Alive, Failed, Loading, Ready, Report, decode_command, encode
+from splitfuse.engine.remote.transport import frame, receive
+from splitfuse.errors import SplitfuseError
+
+if TYPE_CHECKING:
+    from splitfuse.engine.loop import EngineLoop
+
+HEARTBEAT = 0.25  # seconds
+
+
+def main() -> None:
+    """Serve until the other side goes or says Stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
+    arguments = json.loads(sys.argv[2])
+    if arguments["cores"] is not None:  # before PyTorch counts them
+        os.sched_setaffinity(0, arguments["cores"])
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run(arguments["settings"], arguments["weights"])
+
+
+class Worker:
+    """Connects an EngineLoop with a socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self._loop: EngineLoop | None = None
+
+    def run(self, settings: dict[str, object], weights: dict[str, Any] | None) -> None:
+        """Load and compute. `weights` are the arguments of SharedWeights. Ends the process."""
+        sender = threading.Thread(target=self._send_all, daemon=True)
+        sender.start()
+        threading.Thread(target=self._beat, daemon=True).start()
+        failed = True
+        try:
+            self._reports.put(Loading("importing"))
+            from splitfuse.engine.engine import Engine
+            from splitfuse.engine.loop import EngineLoop
+            from splitfuse.kernels.cpu.memory import SharedWeights
+
+            self._reports.put(Loading("loading"))
+            engine = Engine.load(
+                EngineConfig.from_settings(settings),
+                announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
+                on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
+                on_stage=lambda stage: self._reports.put(Loading(stage)),
+                shared_weights=None if weights is None else SharedWeights(**weights),
+            )
+            self._loop = EngineLoop(engine, self._reports.put)
+            threading.Thread(target=self._receive_all, daemon=True).start()
+            self._reports.put(Ready(self._loop.info))
+            self._loop.run()
+            failed = False
+        except SplitfuseError as error:
+            self._reports.put(Failed(str(error), type(error).__name__))
+        except BaseException as error:
+            traceback.print_exc()
+            self._reports.put(Failed(repr(error)))
+        self._reports.put(None)
+        sender.join(timeout=5.0)
+        os._exit(failed)  # other threads may sit in a read
+
+    def _send_all(self) -> None:
+        while (report := self._reports.get()) is not None:
+            try:
+                self._connection.sendall(frame(encode(report)))
+            except OSError:
+                os._exit(1)
+
+    def _receive_all(self) -> None:
+        assert self._loop is not None
+        while (message := receive(self._connection)) is not None:
+            self._loop.commands.put(decode_command(message))
+        os._exit(0)  # the front has gone, and nobody waits for what we compute
+
+    def _beat(self) -> None:
+        while True:
+            self._reports.put(self._loop.alive() if self._loop is not None else Alive(0.0))
+            time.sleep(HEARTBEAT)
+
+
+if __name__ == "__main__":
+    main()

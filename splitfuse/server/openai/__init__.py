@@ -1,0 +1,1 @@
+"""OpenAI's API: request types, validation, endpoints, responses."""

@@ -1,0 +1,84 @@
+"""On which terms a request wants to be taken: what it is promised, its class, and when it is given up.
+
+It decides what a key's owner may ask for, and what cannot be asked of a server that keeps no promises. It must not know
+what the request is about.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from splitfuse.core.request import Priority
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.engine.messages import SchedulingOptions
+from splitfuse.errors import InvalidRequestError
+from splitfuse.server.auth import Owner
+from splitfuse.server.errors import RefusedError
+
+MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0  # seconds
+
+_TARGET = Annotated[float, Meta(gt=0, le=MAX_DEADLINE)]
+_DEADLINE = Annotated[
+    float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
+]
+_ON_TIME_ONLY = Annotated[bool, Meta(description="If it cannot be on time: 429 at once, with the predicted wait")]
+
+
+class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """What a request wants to be promised instead of what everybody is: seconds, null for none."""
+
+    ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
+    ttft_per_token: Annotated[_TARGET, Meta(description="Added to it for each token of the prompt")] | None = None
+    itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
+
+
+class SloParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Part of a body. null is a parameter left out."""
+
+    splitfuse_deadline: _DEADLINE | None = None
+    splitfuse_targets: TargetSeconds | None = None
+    splitfuse_on_time_only: _ON_TIME_ONLY | None = None
+    splitfuse_priority: Literal["high", "normal", "low"] | None = None
+
+    def scheduling(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> SchedulingOptions:
+        """Those of its key where it asks for none of its own.
+
+        Raises InvalidRequestError for promises that a server does not keep, RefusedError for a class above the key's.
+        """
+        asked = self.splitfuse_targets
+        targets = None if asked is None else SloTargets(asked.ttft, asked.itl, asked.ttft_per_token)
+        for name, wants in (
+            ("splitfuse_targets", targets not in (None, NO_SLO)),
+            ("splitfuse_on_time_only", self.splitfuse_on_time_only),
+        ):
+            if wants and not slo_enabled:
+                raise InvalidRequestError(
+                    "this server keeps no promises: start it with --ttft, --itl or --keep-promises, or leave "
+                    f"{name} out",
+                    parameter=name,
+                )
+        return SchedulingOptions(
+            cache_salt=owner.cache_salt,
+            targets=owner.targets if targets is None else targets,
+            arrival_time=arrival_time,
+            on_time_only=bool(self.splitfuse_on_time_only),
+            owner=owner.name or "",
+            weight=owner.weight,
+            priority=self._priority(owner),
+        )
+
+    def _priority(self, owner: Owner) -> Priority:
+        if self.splitfuse_priority is None:
+            return owner.priority
+        priority = Priority[self.splitfuse_priority.upper()]
+        if owner.name is not None and priority < owner.priority:
+            raise RefusedError(
+                403,
+                f"this key's requests can be {owner.priority.name.lower()} at most, not {self.splitfuse_priority}",
+                code="priority_not_allowed",
+                parameter="splitfuse_priority",
+            )
+        return priority

@@ -1,0 +1,232 @@
+"""A load on engines that are not there: the same scheduler, blocks and routing on a virtual clock, with a cost model.
+
+It decides nothing itself. Loads drive it as they drive any target (load.py), in the event loop of virtual_time.py;
+what a step contains is the Scheduler's decision, who gets a request that of `choose_replica`, how long a step takes
+the `CostModel`'s prediction. Not simulated is the machine's time for anything but passes, unless it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from splitfuse.bench.measure import Loads, MakeWorkload, measure
+from splitfuse.bench.results import Results
+from splitfuse.bench.target import Answer, Target
+from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.baselines import scheduler_class
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
+from splitfuse.core.request import Request
+from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.slo.cost_model import CostModel, Features, features
+from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator import virtual_time
+
+CHOSEN = ChunkResult(token_id=0)
+NOT_CHOSEN = ChunkResult()
+PARAMS = SamplingParams(ignore_eos=True)
+
+
+class Bytes(TokenIds):
+    """Prompts of random bytes: as distinct as real ones, and drawn a hundred times faster."""
+
+    def draw(self, random: Random, count: int) -> Prompt:
+        """`count` tokens."""
+        return tuple(random.randbytes(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What is simulated: a calibrated model and machine, and how it is run."""
+
+    calibration: Calibration
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    policy: str = "splitfuse"
+    replicas: int = 1
+    enable_prefix_caching: bool = True
+    step_overhead: float = 0.0
+    """Seconds between steps beyond what the cost model says."""
+    client_overhead: float = 0.0
+    """Seconds from a client's sending to the engine's having it."""
+
+    def __post_init__(self) -> None:
+        scheduler_class(self.policy, self.scheduler)
+        if self.replicas < 1:
+            raise ConfigError(f"there must be at least one replica, not {self.replicas}")
+        for name in ("step_overhead", "client_overhead"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By name, for the record."""
+        return {
+            "cost_model": self.calibration.name,
+            "policy": self.policy,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_num_seqs": self.scheduler.max_num_seqs,
+            "num_blocks": self.calibration.num_blocks,
+            "block_size": self.calibration.block_size,
+            "step_overhead": self.step_overhead,
+            "client_overhead": self.client_overhead,
+            "ttft": self.scheduler.ttft,
+            "itl": self.scheduler.itl,
+            "tail_share": self.scheduler.tail_share,
+        }
+
+
+def simulate(
+    deployment: Deployment,
+    make_workload: MakeWorkload,
+    loads: Loads,
+    *,
+    system: str,
+    about: Mapping[str, Any],
+    on_point: Callable[[Results], None] = lambda _: None,
+    progress: bool = False,
+) -> Results:
+    """What `measure` would give for it. Raises what loads and workload raise."""
+    results = virtual_time.run(
+        measure(
+            SimulatedTarget(deployment),
+            make_workload,
+            loads,
+            system=system,
+            replicas=deployment.replicas,
+            about=about,
+            on_point=lambda results: on_point(replace(results, simulated=True)),
+            progress=progress,
+        )
+    )
+    return replace(results, simulated=True)
+
+
+class SimulatedTarget(Target):
+    """Replicas that take the time of their passes and generate zeros. To be driven in `virtual_time.run`."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._replicas = [Replica(deployment, seed) for seed in range(deployment.replicas)]
+        self._numbers = itertools.count()
+        self.vocabulary = self.answer_vocabulary = Bytes(256)
+        calibration = deployment.calibration
+        self.room = min(calibration.max_model_len, calibration.num_blocks * calibration.block_size)
+        self.about = {"simulation": deployment.settings}
+
+    async def start(self) -> None:
+        """Nothing needs to be there."""
+
+    async def ask(self, request: LoadRequest) -> Answer:
+        if isinstance(request.prompt, str):
+            raise ConfigError("the trace has prompts as text: a simulation takes token ids, or their numbers alone")
+        if self._deployment.client_overhead:
+            await asyncio.sleep(self._deployment.client_overhead)
+        length = len(request.prompt)
+        try:
+            times = await self._choose(request.prompt).answer(str(next(self._numbers)), request)
+        except SplitfuseError as error:
+            return Answer(length, error=str(error))
+        return Answer(length, tuple(times), (0,) * len(times))
+
+    async def close(self) -> None:
+        """Nothing was there."""
+
+    def _choose(self, prompt: tuple[int, ...]) -> Replica:
+        """As the router does."""
+        if len(self._replicas) == 1:
+            return self._replicas[0]
+        hashes = prefix_hashes(prompt) if self._deployment.enable_prefix_caching else []
+        index = choose_replica([replica.load(hashes) for replica in self._replicas], len(prompt))
+        assert index is not None, "all replicas accept"
+        self._replicas[index].memory.add(hashes)
+        return self._replicas[index]
+
+
+class Replica:
+    """One engine: passes one after the other, while there is anything to do. The seed is that of their scatter."""
+
+    def __init__(self, deployment: Deployment, seed: int = 0) -> None:
+        calibration = deployment.calibration
+        allocator = BlockAllocator(
+            calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
+        )
+        config = deployment.scheduler
+        rule = make_policy(config, calibration.cost if config.slo_enabled else None)
+        self.scheduler: Scheduler = scheduler_class(deployment.policy, config)(config, allocator, rule)
+        self._targets = SloTargets.parse(config.ttft, config.itl)
+        self._cost: CostModel = calibration.cost
+        self._random = Random(seed)
+        self._step_overhead = deployment.step_overhead
+        self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
+        self._outstanding_tokens = 0
+        self._in_step = False
+        self.memory = PrefixMemory(calibration.num_blocks)
+
+    def load(self, hashes: list[int]) -> ReplicaLoad:
+        """How it stands, for a prompt with these `prefix_hashes`."""
+        return ReplicaLoad(True, self._outstanding_tokens, self.memory.cached_tokens(hashes))
+
+    async def answer(self, request_id: str, request: LoadRequest) -> list[float]:
+        """When each token came. Raises RequestTooLargeError."""
+        assert isinstance(request.prompt, tuple)
+        loop = asyncio.get_running_loop()
+        self.scheduler.add(
+            Request(
+                request_id,
+                request.prompt,
+                PARAMS,
+                request.max_tokens,
+                seed=0,
+                targets=self._targets,
+                arrival_time=loop.time(),
+            ),
+            loop.time(),
+        )
+        tokens = len(request.prompt) + request.max_tokens
+        self._outstanding_tokens += tokens
+        done: asyncio.Future[list[float]] = loop.create_future()
+        self._waiting[request_id] = ([], done)
+        if not self._in_step:
+            self._begin_step()
+        times = await done
+        self._outstanding_tokens -= len(request.prompt)  # its answer's, one by one, with each step
+        return times
+
+    def _begin_step(self) -> None:
+        plan = self.scheduler.schedule(asyncio.get_running_loop().time())
+        if plan is None:
+            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
+            return
+        self._in_step = True
+        asyncio.get_running_loop().call_later(self.step_seconds(features(plan)), self._end_step, plan)
+
+    def step_seconds(self, step: Features) -> float:
+        """What a step takes on a machine that is as it was calibrated: as predicted, but for the scatter."""
+        scattered = self._random.lognormvariate(0.0, self._cost.noise)
+        return self._cost.seconds(step) * scattered + self._step_overhead
+
+    def _end_step(self, plan: StepPlan) -> None:
+        now = asyncio.get_running_loop().time()
+        result = StepResult({chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks})
+        for output in self.scheduler.update(plan, result, now):
+            if output.token_ids:
+                times, done = self._waiting[output.request_id]
+                times.append(now)
+                self._outstanding_tokens -= 1
+                if output.finish_reason is not None:
+                    del self._waiting[output.request_id]
+                    if not done.cancelled():
+                        done.set_result(times)
+        self._in_step = False
+        self._begin_step()

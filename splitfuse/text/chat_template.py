@@ -1,0 +1,168 @@
+"""Chat messages -> the prompt a model was trained on, by the model's own Jinja template.
+
+A template comes with the weights, from anybody: it is untrusted code. It runs in Jinja's immutable sandbox, sees plain
+JSON data only, and has a deadline (`within`). What could spend for ever inside one instruction, where no deadline
+reaches it (huge powers and repetitions), is bounded by the sandbox itself; memory otherwise is not bounded.
+The environment is that of transformers' `apply_chat_template`. It must not know of tokens or requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.text.timeouts import within
+
+_MAX_REPEATED = 1_000_000  # elements of a repeated string or list
+_MAX_POWER_BITS = 4096
+
+
+class ChatTemplate:
+    """One template, compiled once; safe to share between threads."""
+
+    def __init__(
+        self, source: str | None, special_tokens: Mapping[str, str] | None = None, *, deadline: float = 5.0
+    ) -> None:
+        """`special_tokens`, such as `{"bos_token": "<s>"}`, are what the template calls by these names; `deadline` is
+        in seconds. Raises TokenizerError for no template (`source` None), and for one that does not compile in time."""
+        if source is None:
+            raise TokenizerError(
+                "the model has no chat template; use plain prompts, or add a chat_template.jinja to its folder"
+            )
+        self._special_tokens = dict(special_tokens or {})
+        self._deadline = deadline
+        try:
+            self._template = within(deadline, lambda: _environment().from_string(source), "chat template")
+        except TemplateSyntaxError as error:
+            raise TokenizerError(f"the chat template is broken: {error.message} (line {error.lineno})") from error
+        except TimeoutError as error:
+            raise TokenizerError(f"the chat template was {error}") from error
+        except Exception as error:  # whatever jinja2 or the Python compiler says of it
+            raise TokenizerError(f"the chat template cannot be compiled: {error!r}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text, special tokens written out: encode it with `add_special_tokens=False`.
+
+        `variables` are a template's own switches, such as `{"enable_thinking": False}`. Raises InvalidRequestError for
+        messages that are malformed or that the template refuses, TokenizerError for a template that breaks the rules.
+        """
+        arguments = {
+            **self._special_tokens,
+            **_plain(variables or {}, "variables"),
+            "messages": _checked(messages),
+            "tools": _plain(tools, "tools"),
+            "documents": _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return within(self._deadline, lambda: self._template.render(arguments), "chat template")
+        except _RefusedError as error:
+            raise InvalidRequestError(f"the chat template refuses: {error}", parameter="messages") from error
+        except (SecurityError, MemoryError, RecursionError) as error:
+            raise TokenizerError(f"the chat template does what no template may: {error!r}") from error
+        except TimeoutError as error:
+            raise TokenizerError(f"the chat template was {error}") from error
+        except Exception as error:  # as in any program that meets data it was not written for
+            message = f"the chat template cannot render these messages: {error}"
+            raise InvalidRequestError(message, parameter="messages") from error
+
+
+class _RefusedError(TemplateError):
+    """The template called raise_exception."""
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Plain copies of the messages, without the keys whose value is None (templates test for the key)."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise _malformed("messages must be a non-empty list of objects with role and content", messages)
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise _malformed(f"messages[{index}] must be an object with a role, such as 'user'", message)
+        if not isinstance(message.get("content"), str | Sequence | None):
+            raise _malformed(f"messages[{index}].content must be text or a list of parts", message["content"])
+    return [
+        {key: value for key, value in message.items() if value is not None} for message in _plain(messages, "messages")
+    ]
+
+
+def _malformed(wanted: str, found: object) -> InvalidRequestError:
+    return InvalidRequestError(f"{wanted}, not {found!r:.80}", parameter="messages")
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A copy made of JSON types alone: objects of other kinds have methods that the sandbox does not know."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{name} must be plain JSON data: {error}", parameter=name) from error
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with bounds on the operators whose result can be huge. Intercepted ones are not precomputed."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left operator right`, or SecurityError if it would be too large."""
+        for operand, count in ((left, right), (right, left)):
+            if hasattr(operand, "__len__") and isinstance(count, int) and len(operand) * count > _MAX_REPEATED:
+                raise SecurityError(f"a repetition of {len(operand)} x {count} elements")
+        if (
+            operator == "**"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and left.bit_length() * right > _MAX_POWER_BITS
+        ):
+            raise SecurityError(f"a power of more than {_MAX_POWER_BITS} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block's own body, in a scope of its own."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
+    return environment
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as it is: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
