@@ -105,10 +105,10 @@ def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
     }
 
 
-def test_the_table_of_refused_parameters_has_them_with_the_values_that_step() -> None:
+def test_the_table_of_refused_parameters_has_them_with_the_values_that_pass() -> None:
     described = {
         (row[0].strip("`"), row[1]): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
-        for row in rows(SERVER_PAGE, "| parameter | of | values that step, beside null |")
+        for row in rows(SERVER_PAGE, "| parameter | of | values that pass, besides null |")
     }
     assert described == {
         (name, kind): {json.dumps(value) for value in values if value is not None}
@@ -118,7 +118,7 @@ def test_the_table_of_refused_parameters_has_them_with_the_values_that_step() ->
 
 
 def test_the_table_of_errors_has_every_code() -> None:
-    sources = "".join(text_of(path) for path in (ROOT / "splitfuse" / "server").glob("*.py"))
+    sources = "".join(text_of(path) for path in (ROOT / "splitfuse" / "server").rglob("*.py"))
     statuses = dict.fromkeys(re.findall(r'\bcode="(\w+)"', sources), 404)  # of a route, starlette says it
     statuses |= {c: int(s) for s, c in re.findall(r'RefusedError\(\s*(\d+),.*?\bcode="(\w+)"', sources, re.DOTALL)}
     statuses |= {answer.detail.code or "": answer.status for answer in map(answer_to, ERRORS)}
