@@ -109,7 +109,7 @@ def _report(
     for kind in (*sorted({each.kind for each in asked}), "all"):
         names = [e.name for e in asked if kind in (e.kind, "all") and e.name in explained]
         timed = [n for n in names if n in seconds]
-        sums = {name: sum(explained[name]["parts"].values()) for name in names}
+        sums = {name: sum(explained[name]["phases"].values()) for name in names}
         log = [abs(sums[n] / records[n]["total_seconds"] - 1) for n in names]
         own = [abs(sums[n] / seconds[n] - 1) for n in timed]
         beyond = f"{median(own):10.4%} {max(own):11.4%} {sum(d > GOAL for d in own):6}" if own else "-"
@@ -119,15 +119,15 @@ def _report(
     totals = Counter[str]()
     touched = Counter[str]()
     for explanation in explained.values():
-        totals.update(explanation["parts"])
-        touched.update(explanation["parts"].keys())
+        totals.update(explanation["phases"])
+        touched.update(explanation["phases"].keys())
     whole = sum(totals.values())
     print("\nwhere the time of all went")
     for part in LatencyPhase:
         if part in totals:
             print(f"{totals[part] / whole:8.2%}  of {touched[part]:4} requests  {MEANINGS[part]}")
     off = sorted(
-        ((sum(explained[n]["parts"].values()) - seconds[n], n) for n in explained if n in seconds),
+        ((sum(explained[n]["phases"].values()) - seconds[n], n) for n in explained if n in seconds),
         key=lambda x: -abs(x[0]),
     )
     print("\nfarthest from the client's clock, ms: " + ", ".join(f"{1000 * d:.2f}" for d, _ in off[:8]))

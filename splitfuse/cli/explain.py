@@ -38,14 +38,14 @@ def drawn(explanation: dict[str, Any]) -> str:
     from splitfuse.core.latency.ledger import SloViolation
     from splitfuse.server.explain import MEANINGS, told
 
-    total, parts = explanation["seconds"], explanation["parts"]
-    promise = {True: "as promised", False: "late", None: "nothing promised"}[explanation["on_time"]]
+    total, parts = explanation["seconds"], explanation["phases"]
+    promise = {True: "as promised", False: "late", None: "nothing promised"}[explanation["slo_met"]]
     ended = ", ".join(explanation["finish_reasons"]) or "nothing generated"
     lines = [
         f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {promise}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "
         f"{explanation['generated_tokens']} generated; preemptions: {explanation['preemptions']}",
-        *([told(msgspec.convert(missed, SloViolation))] if (missed := explanation["missed"]) else []),
+        *([told(msgspec.convert(missed, SloViolation))] if (missed := explanation["slo_violation"]) else []),
         "",
     ]
     longest = max(parts.values(), default=0.0)
@@ -55,7 +55,7 @@ def drawn(explanation: dict[str, Any]) -> str:
             lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {meaning:34} {bar}")
     whole = "from its arrival to the end of its answer"
     lines.append(f"{1000 * total:11.1f} ms {sum(parts.values()) / total:6.1%}  {whole}")
-    if beside := explanation["beside"]:
+    if beside := explanation["co_scheduled"]:
         named = ", ".join(f"{each['id'] or 'another key'} ({each['tokens']} tokens)" for each in beside)
         lines += ["", f"beside it, prompts of {named}"]
     return "\n".join(lines)

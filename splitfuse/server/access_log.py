@@ -36,17 +36,17 @@ class RequestRecord:
     """Of each choice that an engine began, in order; empty if none was."""
     error: str | None = None
     """The kind: a name of a class of errors.py, or of another exception. No message."""
-    queued_seconds: float | None = None
+    queue_seconds: float | None = None
     """Until an engine took it up."""
-    first_token_seconds: float | None = None
+    time_to_first_token_seconds: float | None = None
     """Until the first token of any choice."""
-    inter_token_seconds: tuple[float, ...] = ()
+    inter_token_latency_seconds: tuple[float, ...] = ()
     """Between each token and the next of the same choice, all choices after each other."""
     steps: int = 0
     """Forward steps that gave it something."""
-    on_time: bool | None = None
+    slo_met: bool | None = None
     """Whether what was promised was kept; None if nothing was."""
-    why_late: str | None = None
+    slo_violation: str | None = None
     """A sentence, if a promise was broken: what took the longest."""
 
 
@@ -63,7 +63,7 @@ class RequestLog:
         """One line. `prompt` (a text, token ids, messages) and `text` (a text, or one a choice) appear in it only with
         log_prompts.
         """
-        gaps = record.inter_token_seconds
+        gaps = record.inter_token_latency_seconds
         fields: dict[str, Any] = {
             "time": datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="milliseconds"),
             "request_id": record.request_id,
@@ -75,14 +75,14 @@ class RequestLog:
             "cached_tokens": record.cached_tokens,
             "finish_reasons": record.finish_reasons,
             "error": record.error,
-            "queued_seconds": _rounded(record.queued_seconds),
-            "first_token_seconds": _rounded(record.first_token_seconds),
-            "inter_token_median_seconds": _rounded(statistics.median(gaps) if gaps else None),
-            "inter_token_max_seconds": _rounded(max(gaps, default=None)),
+            "queue_seconds": _rounded(record.queue_seconds),
+            "time_to_first_token_seconds": _rounded(record.time_to_first_token_seconds),
+            "inter_token_latency_median_seconds": _rounded(statistics.median(gaps) if gaps else None),
+            "inter_token_latency_max_seconds": _rounded(max(gaps, default=None)),
             "total_seconds": _rounded(record.total_seconds),
             "steps": record.steps,
-            "on_time": record.on_time,
-            "why_late": record.why_late,
+            "slo_met": record.slo_met,
+            "slo_violation": record.slo_violation,
         }
         # With all but ASCII escaped, no text can break the line or be more than the stream's encoding can write.
         line = json.dumps(fields)

@@ -33,7 +33,7 @@ from splitfuse.server.context import App, Receive, RequestContext, Scope, Send
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.explain import RequestTimeline, sentence
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
-from splitfuse.server.openai.endpoints import Server, chat, completions, record_of
+from splitfuse.server.openai.endpoints import AppState, chat, completions, record_of
 from splitfuse.server.openai.protocol import DetokenizeRequest, TokenizeRequest
 from splitfuse.server.openapi import (
     Detokenized,
@@ -53,7 +53,7 @@ _CLIENT_GONE = 499  # what servers write down where nobody was left to tell a st
 
 _logger = logging.getLogger("splitfuse.server")
 
-Handler = Callable[[Server, RequestContext], Awaitable[None]]
+Handler = Callable[[AppState, RequestContext], Awaitable[None]]
 
 
 def make_app(
@@ -64,8 +64,8 @@ def make_app(
     It starts and ends neither the client nor anything else. Telling `admission` and `metrics` of steps is the
     caller's.
     """
-    server = Server(service, config, admission, metrics, log, int(time.time()))
-    middleware = [Middleware(_Edge, server=server, keys=ApiKeys(config))]
+    state = AppState(service, config, admission, metrics, log, int(time.time()))
+    middleware = [Middleware(_Middleware, state=state, keys=ApiKeys(config))]
     if config.allow_origin:
         cors = Middleware(
             CORSMiddleware,
@@ -76,7 +76,7 @@ def make_app(
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[Route(path, _Endpoint(handler, server), methods=[method]) for method, path, handler in ROUTES],
+        routes=[Route(path, _Endpoint(handler, state), methods=[method]) for method, path, handler in ROUTES],
         middleware=middleware,
         exception_handlers={HTTPException: _step_on},
     )
@@ -87,44 +87,44 @@ def make_app(
 # Routes --------------------------------------------------------------------------------------------------------------
 
 
-async def _health(_: Server, exchange: RequestContext) -> None:
-    await exchange.answer(Health())
+async def _health(_: AppState, context: RequestContext) -> None:
+    await context.answer(Health())
 
 
-async def _ready(server: Server, exchange: RequestContext) -> None:
-    stage, fraction = server.stage
-    await exchange.answer(Readiness(stage, fraction), status=200 if stage == "ready" else 503)
+async def _ready(state: AppState, context: RequestContext) -> None:
+    stage, fraction = state.stage
+    await context.answer(Readiness(stage, fraction), status=200 if stage == "ready" else 503)
 
 
-async def _version(_: Server, exchange: RequestContext) -> None:
-    await exchange.answer(Version(splitfuse.__version__))
+async def _version(_: AppState, context: RequestContext) -> None:
+    await context.answer(Version(splitfuse.__version__))
 
 
-async def _metrics(server: Server, exchange: RequestContext) -> None:
-    await exchange.answer(server.metrics.render(), content_type=CONTENT_TYPE)
+async def _metrics(state: AppState, context: RequestContext) -> None:
+    await context.answer(state.metrics.render(), content_type=CONTENT_TYPE)
 
 
-async def _models(server: Server, exchange: RequestContext) -> None:
-    await exchange.answer(ModelList([_describe(server)]))
+async def _models(state: AppState, context: RequestContext) -> None:
+    await context.answer(ModelList([_describe(state)]))
 
 
-async def _model(server: Server, exchange: RequestContext) -> None:
-    name: str = exchange.scope["path_params"]["model"]
-    if name != server.model:
+async def _model(state: AppState, context: RequestContext) -> None:
+    name: str = context.scope["path_params"]["model"]
+    if name != state.model:
         raise RefusedError(
-            404, f"there is no model {name!r:.200} here; this server has {server.model!r}", code="model_not_found"
+            404, f"there is no model {name!r:.200} here; this server has {state.model!r}", code="model_not_found"
         )
-    await exchange.answer(_describe(server))
+    await context.answer(_describe(state))
 
 
-def _describe(server: Server) -> Model:
-    return Model(server.model, server.started, server.service.client.info.limits.max_model_len)
+def _describe(state: AppState) -> Model:
+    return Model(state.model, state.started, state.service.client.info.limits.max_model_len)
 
 
-async def _tokenize(server: Server, exchange: RequestContext) -> None:
-    request = await server.read(exchange, TokenizeRequest)
+async def _tokenize(state: AppState, context: RequestContext) -> None:
+    request = await state.read(context, TokenizeRequest)
     request.check()
-    service, limit = server.service, server.service.client.info.limits.max_model_len
+    service, limit = state.service, state.service.client.info.limits.max_model_len
     if request.messages is not None:
         messages = [message.plain(index) for index, message in enumerate(request.messages)]
         adds = request.add_generation_prompt is not False
@@ -132,33 +132,33 @@ async def _tokenize(server: Server, exchange: RequestContext) -> None:
     else:
         text = request.prompt or ""
         if not text:
-            await exchange.answer(Tokenized(0, limit, []))
+            await context.answer(Tokenized(0, limit, []))
             return
         work = service.encode(text, add_special_tokens=request.add_special_tokens is not False)
-    prompt = await exchange.unless_gone(work, deadline=None)
-    await exchange.answer(Tokenized(len(prompt.token_ids), limit, list(prompt.token_ids)))
+    prompt = await context.unless_gone(work, deadline=None)
+    await context.answer(Tokenized(len(prompt.token_ids), limit, list(prompt.token_ids)))
 
 
-async def _detokenize(server: Server, exchange: RequestContext) -> None:
-    request = await server.read(exchange, DetokenizeRequest)
+async def _detokenize(state: AppState, context: RequestContext) -> None:
+    request = await state.read(context, DetokenizeRequest)
     skip = request.skip_special_tokens is not False
-    vocab_size, tokenizer = server.service.client.info.limits.vocab_size, server.service.tokenizer
+    vocab_size, tokenizer = state.service.client.info.limits.vocab_size, state.service.tokenizer
 
     def decoded() -> str:
         check_token_ids("tokens", request.tokens, vocab_size, parameter="tokens")
         return tokenizer.decode(request.tokens, skip_special_tokens=skip)
 
-    text = await exchange.unless_gone(server.service.off_loop(decoded), deadline=None)
-    await exchange.answer(Detokenized(text))
+    text = await context.unless_gone(state.service.off_loop(decoded), deadline=None)
+    await context.answer(Detokenized(text))
 
 
-async def _explain(server: Server, exchange: RequestContext) -> None:
-    wanted: str = exchange.scope["path_params"]["request"]
-    await exchange.answer(await server.explanations.find(wanted, key=exchange.owner.name))
+async def _explain(state: AppState, context: RequestContext) -> None:
+    wanted: str = context.scope["path_params"]["request"]
+    await context.answer(await state.explanations.find(wanted, key=context.owner.name))
 
 
-async def _openapi(server: Server, exchange: RequestContext) -> None:
-    await exchange.answer(document(server))
+async def _openapi(state: AppState, context: RequestContext) -> None:
+    await context.answer(document(state))
 
 
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
@@ -183,14 +183,14 @@ _QUIET = {"/health", "/ready", "/metrics"}  # asked for every few seconds: no li
 class _Endpoint:
     """A route as ASGI."""
 
-    def __init__(self, handler: Handler, server: Server) -> None:
+    def __init__(self, handler: Handler, state: AppState) -> None:
         self._handler = handler
-        self._server = server
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called inside of _Edge."""
-        del receive, send  # the exchange has them
-        await self._handler(self._server, scope["splitfuse.exchange"])
+        """Called inside of _Middleware."""
+        del receive, send  # the context has them
+        await self._handler(self._state, scope["splitfuse.context"])
 
 
 async def _step_on(_: Request, error: Exception) -> Response:
@@ -200,12 +200,12 @@ async def _step_on(_: Request, error: Exception) -> Response:
 # What holds for all of them ------------------------------------------------------------------------------------------
 
 
-class _Edge:
-    """Around all routes: gives each request its Exchange, asks for the key, answers errors, writes the record."""
+class _Middleware:
+    """Around all routes: gives each request its RequestContext, asks for the key, answers errors, writes the record."""
 
-    def __init__(self, app: App, *, server: Server, keys: ApiKeys) -> None:
+    def __init__(self, app: App, *, state: AppState, keys: ApiKeys) -> None:
         self._app = app
-        self._server = server
+        self._state = state
         self._keys = keys
         self._late: set[asyncio.Task[None]] = set()  # lines of the log that wait for an engine's account
 
@@ -215,53 +215,53 @@ class _Edge:
             await self._app(scope, receive, send)
             return
         unique_id = secrets.token_hex(16)
-        exchange = RequestContext(scope, receive, send, request_id=unique_id, unique_id=unique_id)
-        wanted_id = exchange.headers.get(b"x-request-id", b"")
+        context = RequestContext(scope, receive, send, request_id=unique_id, unique_id=unique_id)
+        wanted_id = context.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
-            exchange.request_id = wanted_id.decode()
+            context.request_id = wanted_id.decode()
         failure: Exception | None = None
         try:
             if scope["path"] not in _OPEN:
-                exchange.owner = self._keys.identify(exchange.headers.get(b"authorization"))
-            scope["splitfuse.exchange"] = exchange
-            await self._app(scope, receive, exchange.send)
+                context.owner = self._keys.identify(context.headers.get(b"authorization"))
+            scope["splitfuse.context"] = context
+            await self._app(scope, receive, context.send)
         except Exception as error:
-            failure = _as_ours(error)
-            await self._tell(exchange, failure)
+            failure = to_refused_error(error)
+            await self._tell(context, failure)
         finally:
-            self._record(exchange, failure)
+            self._record(context, failure)
 
-    async def _tell(self, exchange: RequestContext, error: Exception) -> None:
+    async def _tell(self, context: RequestContext, error: Exception) -> None:
         if isinstance(error, ClientGoneError):
             return
         answer = answer_to(error)
         if answer.is_bug:
-            _logger.error("request %s failed", exchange.request_id, exc_info=error)
+            _logger.error("request %s failed", context.request_id, exc_info=error)
         elif answer.status == 500:
-            _logger.error("request %s failed: %s", exchange.request_id, error)
+            _logger.error("request %s failed: %s", context.request_id, error)
         try:
-            await exchange.fail(answer)
+            await context.fail(answer)
         except (OSError, TimeoutError):
             return  # nobody listens any more
 
-    def _record(self, exchange: RequestContext, error: Exception | None) -> None:
-        server, route = self._server, _declared(exchange.scope["path"])
-        if error is not None and not exchange.admitted and not isinstance(error, ClientGoneError):
-            server.metrics.request_refused(answer_to(error).detail.code or "error")
+    def _record(self, context: RequestContext, error: Exception | None) -> None:
+        state, route = self._state, _declared(context.scope["path"])
+        if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
+            state.metrics.request_refused(answer_to(error).detail.code or "error")
         if error is None and route in _QUIET:
             return
         # One that is cancelled with its server has neither a status nor an error.
-        status = _CLIENT_GONE if isinstance(error, ClientGoneError) else exchange.status or _CLIENT_GONE
-        exchange.turn(LatencyPhase.DETOKENIZING)
-        record = record_of(exchange, route=route, status=status, error=error)
-        server.metrics.request_ended(record)
-        course = RequestTimeline.of(exchange, record)
-        server.explanations.end(exchange, course)
-        write = functools.partial(server.log.write, prompt=exchange.prompt, text=exchange.text)
-        if course is None or record.on_time is not False:
+        status = _CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or _CLIENT_GONE
+        context.enter_phase(LatencyPhase.DETOKENIZING)
+        record = record_of(context, route=route, status=status, error=error)
+        state.metrics.request_ended(record)
+        course = RequestTimeline.of(context, record)
+        state.explanations.end(context, course)
+        write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
+        if course is None or record.slo_met is not False:
             write(record)
         elif course.spent.done():
-            write(dataclasses.replace(record, why_late=sentence(course)))
+            write(dataclasses.replace(record, slo_violation=sentence(course)))
         else:
             self._write_later(write, record, course)
 
@@ -272,7 +272,7 @@ class _Edge:
 
         async def wait() -> None:
             await asyncio.shield(course.spent)
-            write(dataclasses.replace(record, why_late=sentence(course)))
+            write(dataclasses.replace(record, slo_violation=sentence(course)))
 
         task = asyncio.create_task(wait())
         self._late.add(task)
@@ -287,7 +287,7 @@ def _declared(path: str) -> str:
     return "unknown"
 
 
-def _as_ours(error: Exception) -> Exception:
+def to_refused_error(error: Exception) -> Exception:
     """Starlette's refusals in our words."""
     if not isinstance(error, HTTPException):
         return error

@@ -38,7 +38,7 @@ class Owner:
     cache_salt: str = ""
 
 
-ANYBODY = Owner()
+ANONYMOUS = Owner()
 
 
 class ApiKeys:
@@ -64,7 +64,7 @@ class ApiKeys:
     def identify(self, authorization: bytes | None) -> Owner:
         """Whose key an Authorization header brings. Raises RefusedError (401)."""
         if not self._owners:
-            return ANYBODY
+            return ANONYMOUS
         scheme, _, key = (authorization or b"").partition(b" ")
         presented = self._digest(key.strip() if scheme.lower() == b"bearer" else b"")
         matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]

@@ -16,7 +16,7 @@ import msgspec
 
 from splitfuse.core.latency.ledger import LatencyPhase
 from splitfuse.core.request import FinishReason
-from splitfuse.server.auth import ANYBODY
+from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
 from splitfuse.text.service import ServedGeneration
 
@@ -40,16 +40,16 @@ class RequestContext:
         self.request_id = request_id  # as the client calls it, if it does
         self.unique_id = unique_id
         self.arrival = time.monotonic()
-        self.owner = ANYBODY  # of the key it brought
+        self.owner = ANONYMOUS  # of the key it brought
         self.status: int | None = None  # of the answer, once it has begun
         self.generations: list[ServedGeneration] = []
         self.admitted = False
         self.shows_output = True  # False: what is generated is dropped
         self.prompt: Any = None  # for the log
-        self.parts: dict[LatencyPhase, float] = {}
-        """Where its time went in this process: while no engine had it, see `turn`."""
+        self.phases: dict[LatencyPhase, float] = {}
+        """Where its time went in this process: while no engine had it, see `enter_phase`."""
         self.handed_over = math.inf  # when the engine's time began
-        self.since = self.arrival  # the last `turn`
+        self.since = self.arrival  # the last `enter_phase`
         self._doing = LatencyPhase.READING
         self._num_left, self._left = 0, 0.0
         self._receive = receive
@@ -81,17 +81,17 @@ class RequestContext:
         """Of the choices that an engine has had, the one that all waited for."""
         return max((g for g in self.generations if g.stream is not None), key=lambda g: g.left, default=None)
 
-    def turn(self, part: LatencyPhase) -> None:
+    def enter_phase(self, part: LatencyPhase) -> None:
         """From now on its time goes into `part`. What has passed counts for the one before, unless an engine had it."""
         now = time.monotonic()
         since = self.since if self.handed_over == math.inf else max(self.since, self.left)
         if now > since:
-            self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - since
+            self.phases[self._doing] = self.phases.get(self._doing, 0.0) + now - since
         self._doing, self.since = part, now
 
     def hand_over(self) -> None:
         """To the engine: its own account says where the time goes until all choices are back."""
-        self.turn(LatencyPhase.FROM_ENGINE)
+        self.enter_phase(LatencyPhase.FROM_ENGINE)
         self.handed_over = self.since
 
     # The body --------------------------------------------------------------------------------------------------------

@@ -67,28 +67,28 @@ class RequestTimeline:
     record: RequestRecord | None
 
     @classmethod
-    def of(cls, exchange: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
+    def of(cls, context: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
         """None if no engine has heard of the request."""
-        last = exchange.last
+        last = context.last
         if last is None or last.stream is None or last.sent is None:
             return None
-        front = dict(exchange.parts)
+        front = dict(context.phases)
         detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
         if detokenizing:
             front[LatencyPhase.FROM_ENGINE] -= detokenizing
             front[LatencyPhase.DETOKENIZING] = front.get(LatencyPhase.DETOKENIZING, 0.0) + detokenizing
         return cls(
-            unique_id=exchange.unique_id,
-            key=exchange.owner.name,
+            unique_id=context.unique_id,
+            key=context.owner.name,
             front=front,
-            handed_over=exchange.handed_over,
+            handed_over=context.handed_over,
             sent=last.sent,
             left=last.left,
             spent=last.stream.spent,
             record=record,
         )
 
-    def parts(self) -> dict[LatencyPhase, float]:
+    def phases(self) -> dict[LatencyPhase, float]:
         """Seconds of each part that has any, in the order of a request's life. `spent` must be there."""
         spent = self.spent.result()
         parts = dict(self.front)
@@ -106,7 +106,7 @@ class RequestTimeline:
         return {part: parts[part] for part in LatencyPhase if parts.get(part, 0.0) > 0.0}
 
 
-class Neighbour(msgspec.Struct, frozen=True):
+class CoScheduled(msgspec.Struct, frozen=True):
     """A request whose prompt was computed beside, `tokens` of it in the same steps."""
 
     id: str | None
@@ -115,25 +115,25 @@ class Neighbour(msgspec.Struct, frozen=True):
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """Where the time of a request went: `parts` add up to `seconds`, from its arrival to the end of its answer."""
+    """Where the time of a request went: `phases` add up to `seconds`, from its arrival to the end of its answer."""
 
     id: str
     request_id: str
     route: str
     status: int
     seconds: float
-    parts: dict[LatencyPhase, float]
-    beside: list[Neighbour]
+    phases: dict[LatencyPhase, float]
+    co_scheduled: list[CoScheduled]
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
     finish_reasons: list[str]
-    on_time: bool | None
-    missed: SloViolation | None
+    slo_met: bool | None
+    slo_violation: SloViolation | None
 
     @classmethod
-    def of(cls, course: RequestTimeline, beside: list[Neighbour]) -> Explanation:
+    def of(cls, course: RequestTimeline, co_scheduled: list[CoScheduled]) -> Explanation:
         """Of one with its record, and the engine's account there."""
         spent, record = course.spent.result(), course.record
         assert record is not None
@@ -143,15 +143,15 @@ class Explanation(msgspec.Struct, frozen=True):
             route=record.route,
             status=record.status,
             seconds=record.total_seconds,
-            parts=course.parts(),
-            beside=beside,
+            phases=course.phases(),
+            co_scheduled=co_scheduled,
             preemptions=0 if spent is None else spent.num_preemptions,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             generated_tokens=record.generated_tokens,
             finish_reasons=list(record.finish_reasons),
-            on_time=record.on_time,
-            missed=None if spent is None else spent.missed,
+            slo_met=record.slo_met,
+            slo_violation=None if spent is None else spent.missed,
         )
 
 
@@ -164,25 +164,25 @@ class Explanations:
         self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # those that have not ended: whose
         self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: ours of its newest
 
-    def begin(self, exchange: RequestContext) -> None:
+    def begin(self, context: RequestContext) -> None:
         """A request goes to an engine."""
-        key = exchange.owner.name
-        self._running[exchange.unique_id] = key, asyncio.Event()
-        self._named[key, exchange.request_id] = exchange.unique_id
+        key = context.owner.name
+        self._running[context.unique_id] = key, asyncio.Event()
+        self._named[key, context.request_id] = context.unique_id
 
-    def end(self, exchange: RequestContext, course: RequestTimeline | None) -> None:
+    def end(self, context: RequestContext, course: RequestTimeline | None) -> None:
         """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
         forgotten.
         """
-        running = self._running.pop(exchange.unique_id, None)
+        running = self._running.pop(context.unique_id, None)
         if running is None:
             return
         key, ended = running
         ended.set()
         if course is None:
-            self._forget_name(key, exchange.request_id, exchange.unique_id)
+            self._forget_name(key, context.request_id, context.unique_id)
             return
-        self._courses[exchange.unique_id] = course
+        self._courses[context.unique_id] = course
         if len(self._courses) > self._most:
             unique_id, oldest = self._courses.popitem(last=False)
             assert oldest.record is not None
@@ -206,7 +206,7 @@ class Explanations:
             )
         spent = await asyncio.shield(course.spent)
         beside = () if spent is None else spent.beside
-        return Explanation.of(course, [Neighbour(self._id_for(key, _plain(name)), tokens) for name, tokens in beside])
+        return Explanation.of(course, [CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in beside])
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
         """None if it is not for that key to know: another's, or nobody knows whose."""
@@ -222,7 +222,7 @@ class Explanations:
 
 def sentence(course: RequestTimeline) -> str:
     """What a request that was late was promised, and what took the longest of it."""
-    parts, spent = course.parts(), course.spent.result()
+    parts, spent = course.phases(), course.spent.result()
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:BIGGEST]
     said = [f"{seconds:.3g} s {MEANINGS[part]} ({seconds / total:.0%})" for part, seconds in largest]

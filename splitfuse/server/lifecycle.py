@@ -113,7 +113,7 @@ async def _live(
 ) -> None:
     """Load, serve, drain."""
     starting = asyncio.create_task(_start(engine_settings, config, client, front))
-    await _first(starting, serving, signals.drain.wait())
+    await wait_first(starting, serving, signals.drain.wait())
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
@@ -125,7 +125,7 @@ async def _live(
     if EngineConfig.from_settings(engine_settings).scheduler.has_targets:
         _say(f"splitfuse promises {', '.join(promised)}")
     _say(f"{daemon.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
-    await _first(serving, signals.drain.wait())
+    await wait_first(serving, signals.drain.wait())
     _check_alive(serving)
     admission.drain()
     if admission.num_requests and not signals.now.is_set():
@@ -133,7 +133,7 @@ async def _live(
             f"splitfuse: draining: {admission.num_requests} requests may end, within {config.drain_timeout:g} s; "
             "a second SIGTERM ends them at once"
         )
-    await _first(admission.wait_empty(), signals.now.wait(), timeout=config.drain_timeout)
+    await wait_first(admission.wait_empty(), signals.now.wait(), timeout=config.drain_timeout)
     if admission.num_requests and not signals.interrupted:
         count = admission.num_requests
         why = "at a second SIGTERM" if signals.now.is_set() else f"after {config.drain_timeout:g} s of draining"
@@ -146,7 +146,7 @@ async def _start(
     """Everything up to the first request. /health and /ready answer meanwhile."""
     show = asyncio.create_task(_show_progress(client))
     try:
-        app, admission = await _apart(lambda: _make_app(engine_settings, config, client))
+        app, admission = await run_in_daemon_thread(lambda: _make_app(engine_settings, config, client))
         front.app = app
         await client.start()
         return admission
@@ -212,7 +212,7 @@ def _check_alive(serving: asyncio.Task[None]) -> None:
         raise ServerError(f"the HTTP server has ended by itself: {serving.exception()!r}")
 
 
-async def _first(*events: Awaitable[Any], timeout: float | None = None) -> None:
+async def wait_first(*events: Awaitable[Any], timeout: float | None = None) -> None:
     """Wait for one of these, or for so many seconds. Tasks go on; what was made for this call is cancelled."""
     tasks = [asyncio.ensure_future(event) for event in events]
     await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -221,7 +221,7 @@ async def _first(*events: Awaitable[Any], timeout: float | None = None) -> None:
             task.cancel()
 
 
-async def _apart(work: Callable[[], _Result]) -> _Result:
+async def run_in_daemon_thread(work: Callable[[], _Result]) -> _Result:
     """The result of `work`, done on a thread that nobody waits for if we are to end before."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()

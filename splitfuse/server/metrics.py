@@ -34,14 +34,14 @@ _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0,
 
 _BOUNDS: dict[str, tuple[float, ...]] = {
     "step_seconds": _STEP,
-    "predicted_step_seconds": _STEP,
-    "forecast_ratio": (0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.11, 1.25, 1.5, 2.0, 4.0),
-    "step_share": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
+    "predicted_step": _STEP,
+    "prediction_ratio": (0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.11, 1.25, 1.5, 2.0, 4.0),
+    "step_budget": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
     "step_tokens": tuple(float(2**power) for power in range(15)),
-    "first_token": (*_FIRST, 80.0, 160.0, 640.0, 2560.0),
-    "inter_token": (0.001, 0.0025, 0.005, *_GAPS),
-    "mean_inter_token": (0.001, 0.0025, 0.005, *_GAPS),
-    "queued": (0.001, 0.005, 0.01, 0.05, 0.1, *_WHOLE, 960.0, 1920.0, 7680.0),
+    "ttft": (*_FIRST, 80.0, 160.0, 640.0, 2560.0),
+    "itl": (0.001, 0.0025, 0.005, *_GAPS),
+    "mean_itl": (0.001, 0.0025, 0.005, *_GAPS),
+    "queue": (0.001, 0.005, 0.01, 0.05, 0.1, *_WHOLE, 960.0, 1920.0, 7680.0),
     "total": (0.01, 0.05, 0.1, 0.2, *_WHOLE, 960.0, 1920.0, 7680.0),
     "request_prompt": tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5)),
     "request_generated": tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5)),
@@ -62,32 +62,32 @@ class Family:
 FAMILIES = (
     Family("splitfuse:ready", "gauge", "ready", "1 while an engine is ready, else 0."),
     Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
-    Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait for room in a step."),
+    Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait to be scheduled."),
     Family("splitfuse:outstanding_tokens", "gauge", "outstanding", "Most tokens still to compute for open requests."),
     Family("splitfuse:kv_blocks", "gauge", "blocks", "KV blocks of all engines."),
     Family("splitfuse:kv_blocks_used", "gauge", "used_blocks", "KV blocks held by requests."),
-    Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "KV blocks held by requests, of all: 0 to 1."),
-    Family("splitfuse:steps", "counter", "num_steps", "Forward passes."),
+    Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "Fraction of KV blocks held by requests, 0 to 1."),
+    Family("splitfuse:steps", "counter", "num_steps", "Forward steps."),
     Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
-    Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of requests that were begun."),
+    Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of scheduled requests."),
     Family("splitfuse:cached_tokens", "counter", "num_cached_tokens", "Prompt tokens found in the prefix cache."),
-    Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Tokens that were chosen."),
-    Family("splitfuse:preemptions", "counter", "num_preemptions", "Requests that had to give up their KV blocks."),
+    Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Generated tokens."),
+    Family("splitfuse:preemptions", "counter", "num_preemptions", "Preempted requests: their KV blocks were taken."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
-    Family("splitfuse:choices", "counter", "choices", "Choices that ended, by how.", ("finish_reason",)),
-    Family("splitfuse:slo", "counter", "promises", "Requests that were promised a pace, by whether.", ("kept",)),
-    Family("splitfuse:errors", "counter", "errors", "Requests that ended by an error, by its kind.", ("kind",)),
-    Family("splitfuse:refused", "counter", "refused", "Requests that were refused before any work, by why.", ("kind",)),
-    Family("splitfuse:step_budget_ratio", "histogram", "step_share", "Tokens of a step, of max_num_batched_tokens."),
+    Family("splitfuse:choices", "counter", "choices", "Finished choices, by finish reason.", ("finish_reason",)),
+    Family("splitfuse:slo", "counter", "slo", "Requests with an SLO, by whether it was met.", ("met",)),
+    Family("splitfuse:errors", "counter", "errors", "Requests that ended with an error, by its kind.", ("kind",)),
+    Family("splitfuse:refused", "counter", "refused", "Requests refused before any work, by the reason.", ("kind",)),
+    Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
-    Family("splitfuse:step_seconds", "histogram", "step_seconds", "Time of a step."),
-    Family("splitfuse:predicted_step_seconds", "histogram", "predicted_step_seconds", "What was predicted of a step."),
+    Family("splitfuse:step_seconds", "histogram", "step_seconds", "Duration of a step."),
+    Family("splitfuse:predicted_step_seconds", "histogram", "predicted_step", "Predicted duration of a step."),
+    Family("splitfuse:step_prediction_ratio", "histogram", "prediction_ratio", "Predicted / measured step duration."),
+    Family("splitfuse:queue_seconds", "histogram", "queue", "From a request's arrival to its first step."),
     Family(
-        "splitfuse:step_forecast_ratio", "histogram", "forecast_ratio", "Predicted time of a step, of what it took."
+        "splitfuse:time_to_first_token_seconds", "histogram", "ttft", "From a request's arrival to its first token."
     ),
-    Family("splitfuse:queued_seconds", "histogram", "queued", "From a request's arrival until an engine took it up."),
-    Family("splitfuse:first_token_seconds", "histogram", "first_token", "From a request's arrival to its first token."),
-    Family("splitfuse:inter_token_seconds", "histogram", "inter_token", "From a token to the next one of its choice."),
+    Family("splitfuse:inter_token_latency_seconds", "histogram", "itl", "From a token to the next one of its choice."),
     Family("splitfuse:request_seconds", "histogram", "total", "From a request's arrival to its end."),
     Family("splitfuse:request_prompt_tokens", "histogram", "request_prompt", "Prompt tokens of a request."),
     Family("splitfuse:request_generated_tokens", "histogram", "request_generated", "Generated tokens of a request."),
@@ -101,15 +101,12 @@ FAMILIES = (
     Family("vllm:num_preemptions", "counter", "num_preemptions", "As splitfuse:preemptions."),
     Family("vllm:request_success", "counter", "choices", "As splitfuse:choices.", ("finished_reason",)),
     Family("vllm:iteration_tokens_total", "histogram", "step_tokens", "As splitfuse:step_tokens."),
-    Family("vllm:request_queue_time_seconds", "histogram", "queued", "As splitfuse:queued_seconds."),
-    Family("vllm:time_to_first_token_seconds", "histogram", "first_token", "As splitfuse:first_token_seconds."),
-    Family("vllm:inter_token_latency_seconds", "histogram", "inter_token", "As splitfuse:inter_token_seconds."),
-    Family("vllm:time_per_output_token_seconds", "histogram", "inter_token", "Older name of the one before."),
+    Family("vllm:request_queue_time_seconds", "histogram", "queue", "As splitfuse:queue_seconds."),
+    Family("vllm:time_to_first_token_seconds", "histogram", "ttft", "As splitfuse:time_to_first_token_seconds."),
+    Family("vllm:inter_token_latency_seconds", "histogram", "itl", "As splitfuse:inter_token_latency_seconds."),
+    Family("vllm:time_per_output_token_seconds", "histogram", "itl", "Older name of vllm:inter_token_latency_seconds."),
     Family(
-        "vllm:request_time_per_output_token_seconds",
-        "histogram",
-        "mean_inter_token",
-        "A request's mean between tokens.",
+        "vllm:request_time_per_output_token_seconds", "histogram", "mean_itl", "Mean inter-token latency of a request."
     ),
     Family("vllm:e2e_request_latency_seconds", "histogram", "total", "As splitfuse:request_seconds."),
     Family("vllm:request_prompt_tokens", "histogram", "request_prompt", "As splitfuse:request_prompt_tokens."),
@@ -140,13 +137,13 @@ class Metrics:
         self._model_name = model_name
         self._totals = _Totals()
         self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
-        self._step_share, self._step_tokens, self._step_seconds = (
-            self._histograms[source] for source in ("step_share", "step_tokens", "step_seconds")
+        self._step_budget, self._step_tokens, self._step_seconds = (
+            self._histograms[source] for source in ("step_budget", "step_tokens", "step_seconds")
         )
         self._counts: dict[str, dict[tuple[str, ...], int]] = {
             "requests": {},
             "choices": {(reason.value,): 0 for reason in FinishReason},
-            "promises": {("true",): 0, ("false",): 0},
+            "slo": {("true",): 0, ("false",): 0},
             "errors": {},
             "refused": {},
         }
@@ -160,11 +157,11 @@ class Metrics:
         if self._totals.update(self._client.stats):
             stats = report.stats
             self._step_tokens.observe(stats.step_tokens)
-            self._step_share.observe(stats.step_tokens / max_num_batched_tokens)
+            self._step_budget.observe(stats.step_tokens / max_num_batched_tokens)
             self._step_seconds.observe(stats.step_seconds)
             if stats.predicted_step_seconds and stats.step_seconds:
-                self._histograms["predicted_step_seconds"].observe(stats.predicted_step_seconds)
-                self._histograms["forecast_ratio"].observe(stats.predicted_step_seconds / stats.step_seconds)
+                self._histograms["predicted_step"].observe(stats.predicted_step_seconds)
+                self._histograms["prediction_ratio"].observe(stats.predicted_step_seconds / stats.step_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         """A request was answered, well or not. Times and sizes are counted for those that an engine began."""
@@ -173,22 +170,22 @@ class Metrics:
             self._count("errors", record.error)
         for reason in record.finish_reasons:
             self._count("choices", reason)
-        if record.on_time is not None:
-            self._count("promises", str(record.on_time).lower())
+        if record.slo_met is not None:
+            self._count("slo", str(record.slo_met).lower())
         if not record.finish_reasons:
             return
-        histograms, gaps = self._histograms, record.inter_token_seconds
+        histograms, gaps = self._histograms, record.inter_token_latency_seconds
         histograms["total"].observe(record.total_seconds)
         histograms["request_prompt"].observe(record.prompt_tokens)
         histograms["request_generated"].observe(record.generated_tokens)
-        if record.queued_seconds is not None:
-            histograms["queued"].observe(record.queued_seconds)
-        if record.first_token_seconds is not None:
-            histograms["first_token"].observe(record.first_token_seconds)
+        if record.queue_seconds is not None:
+            histograms["queue"].observe(record.queue_seconds)
+        if record.time_to_first_token_seconds is not None:
+            histograms["ttft"].observe(record.time_to_first_token_seconds)
         if gaps:
-            histograms["mean_inter_token"].observe(sum(gaps) / len(gaps))
+            histograms["mean_itl"].observe(sum(gaps) / len(gaps))
             for gap in gaps:
-                histograms["inter_token"].observe(gap)
+                histograms["itl"].observe(gap)
 
     def request_refused(self, kind: str) -> None:
         """A request was turned away before any work. `kind` is one of a few fixed words, such as `overloaded`."""

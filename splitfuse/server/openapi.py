@@ -14,7 +14,7 @@ import splitfuse
 from splitfuse.errors import EngineDiedError
 from splitfuse.server.errors import ErrorBody
 from splitfuse.server.explain import Explanation
-from splitfuse.server.openai.endpoints import Server
+from splitfuse.server.openai.endpoints import AppState
 from splitfuse.server.openai.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
 
@@ -77,7 +77,7 @@ _ANSWERS = (
 _PREFIX = "#/components/schemas/"
 
 
-def document(server: Server) -> dict[str, Any]:
+def document(state: AppState) -> dict[str, Any]:
     """OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
@@ -134,7 +134,7 @@ def document(server: Server) -> dict[str, Any]:
             },
         },
         "components": {
-            "schemas": _schemas(server),
+            "schemas": _schemas(state),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
@@ -185,14 +185,14 @@ def _generating(
     return operation
 
 
-def _schemas(server: Server) -> dict[str, Any]:
+def _schemas(state: AppState) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components((*_BODIES, *_ANSWERS), ref_template=_PREFIX + "{name}")
     for kind, neutral in NEUTRAL.items():
         for name, values in neutral.items():
             schemas[kind.__name__]["properties"][name] = {"enum": list(values), "description": "Not supported"}
     token = {"type": "integer", "minimum": 0}
     try:
-        model, limits = server.model, server.service.client.info.limits
+        model, limits = state.model, state.service.client.info.limits
     except EngineDiedError:  # not ready yet
         pass
     else:
@@ -202,7 +202,7 @@ def _schemas(server: Server) -> dict[str, Any]:
         for kind in (CompletionRequest, ChatRequest):
             for name in {"max_tokens", "max_completion_tokens", "min_tokens"} & set(kind.__struct_fields__):
                 schemas[kind.__name__]["properties"][name]["anyOf"][0]["maximum"] = limits.max_model_len - 1
-    _describe_prompts(schemas, token, server.config.max_prompts)
+    _describe_prompts(schemas, token, state.config.max_prompts)
     schemas["TokenizeRequest"] = _either_of_two(schemas["TokenizeRequest"])
     return dict(schemas)
 

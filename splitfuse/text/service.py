@@ -47,7 +47,7 @@ class ServedGeneration(Generation):
         """Of its prompt, in a call with several."""
         self.num_steps = 0
         self.first_step: float | None = None  # on the clock of `timings`
-        self.on_time: bool | None = None
+        self.slo_met: bool | None = None
         """Whether what was promised was kept so far; None if nothing was."""
         self.sent: float | None = None
         """When it went to the engine, on the same clock."""
@@ -67,7 +67,7 @@ class ServedGeneration(Generation):
         """As Generation.push: an output is a step that computed a part of the request."""
         began = time.monotonic()
         self.num_steps += 1
-        self.on_time = output.on_time
+        self.slo_met = output.on_time
         super().push(output)
         if self.left <= began:
             self.detokenizing += time.monotonic() - began

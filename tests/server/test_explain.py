@@ -33,10 +33,10 @@ def explain(http: httpx.Client, request: str, headers: dict[str, str] | None = N
     answer = http.get(f"/v1/splitfuse/requests/{request}", headers=headers)
     assert answer.status_code == 200, answer.text
     explanation: dict[str, Any] = answer.json()
-    assert set(explanation["parts"]) <= set(LatencyPhase) and all(
-        seconds > 0 for seconds in explanation["parts"].values()
+    assert set(explanation["phases"]) <= set(LatencyPhase) and all(
+        seconds > 0 for seconds in explanation["phases"].values()
     )
-    assert sum(explanation["parts"].values()) == pytest.approx(explanation["seconds"], abs=1e-6)
+    assert sum(explanation["phases"].values()) == pytest.approx(explanation["seconds"], abs=1e-6)
     return explanation
 
 
@@ -59,11 +59,11 @@ def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
         answer = http.post(COMPLETIONS, json={**BODY, **more})
         assert answer.status_code == 200
         found = explain(http, answer.headers["x-request-id"])
-    assert found["status"] == 200 and found["route"] == COMPLETIONS and found["on_time"] is None
+    assert found["status"] == 200 and found["route"] == COMPLETIONS and found["slo_met"] is None
     assert {LatencyPhase.TOKENIZING, LatencyPhase.OWN_PROMPT, LatencyPhase.FROM_ENGINE, LatencyPhase.CLIENT} <= set(
-        found["parts"]
+        found["phases"]
     )
-    assert LatencyPhase.FAILED not in found["parts"]
+    assert LatencyPhase.FAILED not in found["phases"]
     record = server.wait_for_record(request_id=answer.headers["x-request-id"])
     assert record["total_seconds"] == pytest.approx(found["seconds"], abs=1e-6)
 
@@ -83,8 +83,8 @@ def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[
     with client(server.url) as asked, server.http() as http:
         answer = http.post(COMPLETIONS, json=body)
         lines = [line for line in answer.text.splitlines() if "splitfuse_timing" in line]
-        parts = json.loads(lines[-1].removeprefix("data: "))["splitfuse_timing"]["parts"]
-        later = asked.explain(answer.headers["x-request-id"])["parts"]
+        parts = json.loads(lines[-1].removeprefix("data: "))["splitfuse_timing"]["phases"]
+        later = asked.explain(answer.headers["x-request-id"])["phases"]
     engine = [
         p
         for p in LatencyPhase
@@ -123,8 +123,8 @@ def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
         other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
         assert list(lines)
         found = explain(http, stream.headers["x-request-id"])
-    assert found["parts"][LatencyPhase.BESIDE_OTHERS] > 0
-    assert other in [each["id"] for each in found["beside"]]
+    assert found["phases"][LatencyPhase.BESIDE_OTHERS] > 0
+    assert other in [each["id"] for each in found["co_scheduled"]]
 
 
 def test_an_unknown_request_is_a_clear_404(server: RunningServer) -> None:
@@ -165,7 +165,7 @@ def test_whose_prompt_it_was_is_not_for_another_key() -> None:
         own = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}, headers=mine).headers["x-request-id"]
         http.post(COMPLETIONS, json={**BODY, "prompt": "Olga " + LONG}, headers=other)
         assert list(lines)
-        beside = explain(http, stream.headers["x-request-id"], mine)["beside"]
+        beside = explain(http, stream.headers["x-request-id"], mine)["co_scheduled"]
     assert {each["id"] for each in beside} == {own, None}
 
 
@@ -198,15 +198,15 @@ def test_every_part_has_its_words() -> None:
             "route": "/x",
             "status": 200,
             "finish_reasons": [],
-            "on_time": False,
+            "slo_met": False,
             "prompt_tokens": 5,
             "cached_tokens": 0,
             "generated_tokens": 0,
             "preemptions": 0,
             "seconds": 2.0,
-            "parts": dict.fromkeys(map(str, LatencyPhase), 2.0 / len(LatencyPhase)),
-            "beside": [{"id": "other", "tokens": 7}, {"id": None, "tokens": 8}],
-            "missed": {
+            "phases": dict.fromkeys(map(str, LatencyPhase), 2.0 / len(LatencyPhase)),
+            "co_scheduled": [{"id": "other", "tokens": 7}, {"id": None, "tokens": 8}],
+            "slo_violation": {
                 "first_token": 0.5,
                 "first_promised": 0.25,
                 "average_gap": 0.06,
@@ -238,9 +238,12 @@ def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: d
     with promising.http() as http:
         late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # promised: within a millisecond
         kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
-        why = promising.wait_for_record(request_id=late)["why_late"]
+        why = promising.wait_for_record(request_id=late)["slo_violation"]
         assert re.match(r"first token after 0\.\d+ s, promised after 0\.001 s; of 0\.\d+ s: .*%", why)
-        assert promising.wait_for_record(request_id=kept)["why_late"] is None
+        assert promising.wait_for_record(request_id=kept)["slo_violation"] is None
         found = explain(http, late)
-        assert found["on_time"] is False and found["missed"]["first_token"] > found["missed"]["first_promised"]
-        assert found["missed"]["average_gap"] is None and explain(http, kept)["missed"] is None
+        assert (
+            found["slo_met"] is False
+            and found["slo_violation"]["first_token"] > found["slo_violation"]["first_promised"]
+        )
+        assert found["slo_violation"]["average_gap"] is None and explain(http, kept)["slo_violation"] is None

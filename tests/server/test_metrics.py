@@ -50,10 +50,10 @@ RECORD = RequestRecord(
     prompt_tokens=30,
     generated_tokens=7,
     finish_reasons=("stop", "length"),
-    queued_seconds=0.02,
-    first_token_seconds=0.5,
-    inter_token_seconds=(0.25, 0.25, 1.0),
-    on_time=False,
+    queue_seconds=0.02,
+    time_to_first_token_seconds=0.5,
+    inter_token_latency_seconds=(0.25, 0.25, 1.0),
+    slo_met=False,
 )
 
 
@@ -360,15 +360,15 @@ def test_what_a_request_leaves_behind() -> None:
     for reason, count in {"stop": 1, "length": 1, "abort": 1, "error": 0}.items():
         assert figures.get("splitfuse:choices_total", finish_reason=reason) == count
         assert figures.get("vllm:request_success_total", finished_reason=reason) == count
-    assert figures.get("splitfuse:slo_total", kept="false") == 2
-    assert figures.get("splitfuse:slo_total", kept="true") == 0
+    assert figures.get("splitfuse:slo_total", met="false") == 2
+    assert figures.get("splitfuse:slo_total", met="true") == 0
     assert figures.get("splitfuse:errors_total", kind="EngineDiedError") == 1
     assert figures.get("splitfuse:refused_total", kind="overloaded") == 2
     assert figures.get("splitfuse:refused_total", kind="draining") == 1
     sums = {
-        "splitfuse:queued_seconds": (2, 0.04),
-        "splitfuse:first_token_seconds": (2, 1.0),
-        "splitfuse:inter_token_seconds": (6, 3.0),
+        "splitfuse:queue_seconds": (2, 0.04),
+        "splitfuse:time_to_first_token_seconds": (2, 1.0),
+        "splitfuse:inter_token_latency_seconds": (6, 3.0),
         "splitfuse:request_seconds": (2, 4.0),
         "splitfuse:request_prompt_tokens": (2, 60),
         "splitfuse:request_generated_tokens": (2, 14),
@@ -389,8 +389,8 @@ def test_any_label_can_be_read_back() -> None:
 
 TIMES = {
     "splitfuse:request_seconds": "total_seconds",
-    "splitfuse:first_token_seconds": "first_token_seconds",
-    "splitfuse:queued_seconds": "queued_seconds",
+    "splitfuse:time_to_first_token_seconds": "time_to_first_token_seconds",
+    "splitfuse:queue_seconds": "queue_seconds",
 }
 
 

@@ -25,12 +25,12 @@ RECORDS = st.builds(
     cached_tokens=st.integers(0),
     finish_reasons=st.lists(ANY_TEXT, max_size=3).map(tuple),
     error=st.none() | ANY_TEXT,
-    queued_seconds=ANY_SECONDS,
-    first_token_seconds=ANY_SECONDS,
-    inter_token_seconds=st.lists(st.floats(), max_size=3).map(tuple),
+    queue_seconds=ANY_SECONDS,
+    time_to_first_token_seconds=ANY_SECONDS,
+    inter_token_latency_seconds=st.lists(st.floats(), max_size=3).map(tuple),
     steps=st.integers(0),
-    on_time=st.none() | st.booleans(),
-    why_late=st.none() | ANY_TEXT,
+    slo_met=st.none() | st.booleans(),
+    slo_violation=st.none() | ANY_TEXT,
 )
 RECORD = RequestRecord(
     request_id="r-1",
@@ -42,12 +42,12 @@ RECORD = RequestRecord(
     generated_tokens=5,
     cached_tokens=8,
     finish_reasons=("stop", "length"),
-    queued_seconds=0.25,
-    first_token_seconds=0.5,
-    inter_token_seconds=(0.1, 0.2, 0.6),
+    queue_seconds=0.25,
+    time_to_first_token_seconds=0.5,
+    inter_token_latency_seconds=(0.1, 0.2, 0.6),
     steps=4,
-    on_time=True,
-    why_late="of 2.5 s, 2 s went into waiting",
+    slo_met=True,
+    slo_violation="of 2.5 s, 2 s went into waiting",
 )
 
 
@@ -95,14 +95,14 @@ def test_what_a_line_says() -> None:
         "cached_tokens": 8,
         "finish_reasons": ["stop", "length"],
         "error": None,
-        "queued_seconds": 0.25,
-        "first_token_seconds": 0.5,
-        "inter_token_median_seconds": 0.2,
-        "inter_token_max_seconds": 0.6,
+        "queue_seconds": 0.25,
+        "time_to_first_token_seconds": 0.5,
+        "inter_token_latency_median_seconds": 0.2,
+        "inter_token_latency_max_seconds": 0.6,
         "total_seconds": 2.5,
         "steps": 4,
-        "on_time": True,
-        "why_late": "of 2.5 s, 2 s went into waiting",
+        "slo_met": True,
+        "slo_violation": "of 2.5 s, 2 s went into waiting",
     }
 
 
@@ -117,8 +117,8 @@ def test_every_field_of_a_record_reaches_the_line() -> None:
 
 def test_a_request_without_tokens_has_no_times_of_tokens() -> None:
     fields = parse(written(RequestRecord(request_id="r", route="/v1/models", status=401, total_seconds=0.001)))
-    assert fields["inter_token_median_seconds"] is fields["inter_token_max_seconds"] is None
-    assert fields["first_token_seconds"] is fields["queued_seconds"] is None
+    assert fields["inter_token_latency_median_seconds"] is fields["inter_token_latency_max_seconds"] is None
+    assert fields["time_to_first_token_seconds"] is fields["queue_seconds"] is None
     assert fields["finish_reasons"] == []
 
 

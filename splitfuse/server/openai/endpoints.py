@@ -53,7 +53,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Server:
+class AppState:
     """What all routes share."""
 
     service: TextService
@@ -75,10 +75,10 @@ class Server:
         """Texts of single tokens."""
         return TokenPieces(self.service.tokenizer)
 
-    async def read(self, exchange: RequestContext, kind: type[_Body]) -> _Body:
+    async def read(self, context: RequestContext, kind: type[_Body]) -> _Body:
         """The request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is ready."""
-        _check_content_type(exchange)
-        body = await exchange.body(int(self.config.max_body_mib * 2**20))
+        _check_content_type(context)
+        body = await context.body(int(self.config.max_body_mib * 2**20))
         if len(body) < _LARGE_BODY:
             request = decode(kind, body)
         else:
@@ -108,95 +108,95 @@ class Server:
         return (client.state.value, 0.0) if stage.stage == "ready" else (stage.stage, stage.fraction)
 
 
-async def completions(server: Server, exchange: RequestContext) -> None:
+async def completions(state: AppState, context: RequestContext) -> None:
     """POST /v1/completions."""
-    request = await server.read(exchange, CompletionRequest)
-    exchange.turn(LatencyPhase.TOKENIZING)
-    prompts, params = request.prompts(server.config.max_prompts), request.params()
-    heading = Heading(f"cmpl-{exchange.unique_id}", int(time.time()), server.model)
-    answer = CompletionAnswer(request, prompts, heading, server.service.tokenizer, server.pieces)
-    exchange.prompt, exchange.shows_output = request.prompt, request.max_tokens != 0
+    request = await state.read(context, CompletionRequest)
+    context.enter_phase(LatencyPhase.TOKENIZING)
+    prompts, params = request.prompts(state.config.max_prompts), request.params()
+    heading = Heading(f"cmpl-{context.unique_id}", int(time.time()), state.model)
+    answer = CompletionAnswer(request, prompts, heading, state.service.tokenizer, state.pieces)
+    context.prompt, context.shows_output = request.prompt, request.max_tokens != 0
 
     async def work() -> None:
-        encoded = [await server.service.encode(prompt) for prompt in prompts]
-        limited = [_limited(server, prompt, params, DEFAULT_MAX_TOKENS) for prompt in encoded]
-        await _generate(server, exchange, request, list(zip(encoded, limited, strict=True)), answer)
+        encoded = [await state.service.encode(prompt) for prompt in prompts]
+        limited = [_limited(state, prompt, params, DEFAULT_MAX_TOKENS) for prompt in encoded]
+        await _generate(state, context, request, list(zip(encoded, limited, strict=True)), answer)
 
-    await exchange.unless_gone(work(), deadline=request.splitfuse_deadline)
+    await context.unless_gone(work(), deadline=request.splitfuse_deadline)
 
 
-async def chat(server: Server, exchange: RequestContext) -> None:
+async def chat(state: AppState, context: RequestContext) -> None:
     """POST /v1/chat/completions."""
-    request = await server.read(exchange, ChatRequest)
-    exchange.turn(LatencyPhase.TOKENIZING)
+    request = await state.read(context, ChatRequest)
+    context.enter_phase(LatencyPhase.TOKENIZING)
     messages, params = request.plain_messages(), request.params()
-    heading = Heading(f"chatcmpl-{exchange.unique_id}", int(time.time()), server.model)
-    answer = ChatAnswer(request, heading, server.service.tokenizer, server.pieces)
-    exchange.prompt = messages
+    heading = Heading(f"chatcmpl-{context.unique_id}", int(time.time()), state.model)
+    answer = ChatAnswer(request, heading, state.service.tokenizer, state.pieces)
+    context.prompt = messages
 
     async def work() -> None:
-        prompt = await server.service.encode_chat(messages, variables=request.chat_template_kwargs)
-        limited = _limited(server, prompt, params, None)
-        await _generate(server, exchange, request, [(prompt, limited)], answer)
+        prompt = await state.service.encode_chat(messages, variables=request.chat_template_kwargs)
+        limited = _limited(state, prompt, params, None)
+        await _generate(state, context, request, [(prompt, limited)], answer)
 
-    await exchange.unless_gone(work(), deadline=request.splitfuse_deadline)
+    await context.unless_gone(work(), deadline=request.splitfuse_deadline)
 
 
-def _limited(server: Server, prompt: Prompt, params: SamplingParams, default: int | None) -> SamplingParams:
+def _limited(state: AppState, prompt: Prompt, params: SamplingParams, default: int | None) -> SamplingParams:
     """`params` with max_tokens settled: left out, `default` or, without one, all that model and cache have room for.
 
     Raises InvalidRequestError for what the model cannot honour.
     """
     if params.max_tokens is None:
-        limits = server.service.client.info.limits
+        limits = state.service.client.info.limits
         limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
         params = clamp_max_tokens(params, prompt, limit if default is None else default, limit)
-    server.service.check(prompt, params)
+    state.service.check(prompt, params)
     return params
 
 
 async def _generate(
-    server: Server,
-    exchange: RequestContext,
+    state: AppState,
+    context: RequestContext,
     request: CompletionRequest | ChatRequest,
     prompts: Sequence[tuple[Prompt, SamplingParams]],
     answer: Answer,
 ) -> None:
-    slo_enabled = server.service.client.info.slo_enabled
-    scheduling = request.scheduling(exchange.owner, arrival_time=exchange.arrival, slo_enabled=slo_enabled)
+    slo_enabled = state.service.client.info.slo_enabled
+    scheduling = request.scheduling(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
     num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
-    with server.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
-        exchange.admitted = True
-        exchange.generations = server.service.begin(prompts, request_id=exchange.unique_id)
+    with state.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
+        context.admitted = True
+        context.generations = state.service.begin(prompts, request_id=context.unique_id)
         is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > _MANY_ENTRIES
-        made = server.service.off_loop if is_large else _at_once
+        made = state.service.off_loop if is_large else _at_once
         each_token = isinstance(request, CompletionRequest) and bool(request.stream and request.return_token_ids)
-        server.explanations.begin(exchange)
-        exchange.hand_over()
-        pieces = server.service.run(exchange.generations, scheduling=scheduling, each_token=each_token)
+        state.explanations.begin(context)
+        context.hand_over()
+        pieces = state.service.run(context.generations, scheduling=scheduling, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise _failure(generation)
                 if request.stream:
-                    exchange.turn(LatencyPhase.DETOKENIZING)
+                    context.enter_phase(LatencyPhase.DETOKENIZING)
                     events = await made(lambda g=generation, t=text: list(answer.events(g, t)))  # type: ignore[misc]
-                    exchange.turn(LatencyPhase.CLIENT)
+                    context.enter_phase(LatencyPhase.CLIENT)
                     for event in events:
-                        await exchange.event(event)
-                    exchange.turn(LatencyPhase.FROM_ENGINE)
-        usage = usage_of(exchange)
-        timing = await _timing_with_parts(exchange) if request.splitfuse_timing else None
-        exchange.turn(LatencyPhase.DETOKENIZING)
+                        await context.event(event)
+                    context.enter_phase(LatencyPhase.FROM_ENGINE)
+        usage = usage_of(context)
+        timing = await _timing_with_phases(context) if request.splitfuse_timing else None
+        context.enter_phase(LatencyPhase.DETOKENIZING)
         if not request.stream:
-            whole = await made(lambda: answer.whole(exchange.generations, usage, timing))
-            exchange.turn(LatencyPhase.CLIENT)
-            await exchange.answer(whole)
+            whole = await made(lambda: answer.whole(context.generations, usage, timing))
+            context.enter_phase(LatencyPhase.CLIENT)
+            await context.answer(whole)
             return
-        exchange.turn(LatencyPhase.CLIENT)
+        context.enter_phase(LatencyPhase.CLIENT)
         if request.include_usage or timing is not None:
-            await exchange.event(answer.last_event(usage if request.include_usage else None, timing))
-        await exchange.end_events()
+            await context.event(answer.last_event(usage if request.include_usage else None, timing))
+        await context.end_events()
 
 
 def _failure(generation: ServedGeneration) -> SplitfuseError:
@@ -220,63 +220,63 @@ async def _at_once(work: Callable[[], _Result]) -> _Result:
     return work()
 
 
-def usage_of(exchange: RequestContext) -> Usage:
+def usage_of(context: RequestContext) -> Usage:
     """Tokens of prompts and answers, so far."""
-    prompt = sum(len(g.prompt.token_ids) for g in exchange.generations if g.choice == 0)
+    prompt = sum(len(g.prompt.token_ids) for g in context.generations if g.choice == 0)
     cached: dict[int, int] = {}
-    for g in exchange.generations:
+    for g in context.generations:
         cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
-    completion = sum(len(g.token_ids) for g in exchange.generations) if exchange.shows_output else 0
+    completion = sum(len(g.token_ids) for g in context.generations) if context.shows_output else 0
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(cached.values())))
 
 
-def timing_of(exchange: RequestContext, parts: dict[LatencyPhase, float] | None = None) -> Timing:
+def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None = None) -> Timing:
     """What all choices of a request took, so far."""
-    begun = exchange.begun
+    begun = context.begun
     first_steps = [g.first_step for g in begun if g.first_step is not None]
     first_tokens = [g.timings.tokens[0] for g in begun if g.timings.tokens]
     gaps = [b - a for g in begun for a, b in zip(g.timings.tokens, g.timings.tokens[1:], strict=False)]
     return Timing(
-        queued=min(first_steps) - exchange.arrival if first_steps else None,
-        first_token=min(first_tokens) - exchange.arrival if first_tokens else None,
+        queued=min(first_steps) - context.arrival if first_steps else None,
+        first_token=min(first_tokens) - context.arrival if first_tokens else None,
         gaps=gaps,
         steps=sum(g.num_steps for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
-        on_time=all(kept) if (kept := [g.on_time for g in begun if g.on_time is not None]) else None,
-        parts=parts or {},
+        slo_met=all(kept) if (kept := [g.slo_met for g in begun if g.slo_met is not None]) else None,
+        phases=phases or {},
     )
 
 
-async def _timing_with_parts(exchange: RequestContext) -> Timing:
+async def _timing_with_phases(context: RequestContext) -> Timing:
     """For an answer that tells of it: once the engine has said where the time went, which after a stop string may be a
     pass later.
     """
-    if exchange.last is not None and exchange.last.stream is not None:
-        await asyncio.shield(exchange.last.stream.spent)
-    exchange.turn(LatencyPhase.FROM_ENGINE)
-    course = RequestTimeline.of(exchange)
-    return timing_of(exchange, {} if course is None else course.parts())
+    if context.last is not None and context.last.stream is not None:
+        await asyncio.shield(context.last.stream.spent)
+    context.enter_phase(LatencyPhase.FROM_ENGINE)
+    course = RequestTimeline.of(context)
+    return timing_of(context, {} if course is None else course.phases())
 
 
-def record_of(exchange: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:
-    """How a request went, when it has ended, which was at its last `turn`."""
-    usage, timing = usage_of(exchange), timing_of(exchange)
+def record_of(context: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:
+    """How a request went, when it has ended, which was at its last `enter_phase`."""
+    usage, timing = usage_of(context), timing_of(context)
     return RequestRecord(
-        request_id=exchange.request_id,
+        request_id=context.request_id,
         route=route,
         status=status,
-        total_seconds=exchange.since - exchange.arrival,
-        key=exchange.owner.name,
+        total_seconds=context.since - context.arrival,
+        key=context.owner.name,
         prompt_tokens=usage.prompt_tokens,
         generated_tokens=usage.completion_tokens,
         cached_tokens=usage.prompt_tokens_details.cached_tokens,
-        finish_reasons=tuple(_reason(g) for g in exchange.begun),
+        finish_reasons=tuple(_reason(g) for g in context.begun),
         error=error.code if isinstance(error, RefusedError) else None if error is None else type(error).__name__,
-        queued_seconds=timing.queued,
-        first_token_seconds=timing.first_token,
-        inter_token_seconds=tuple(timing.gaps),
+        queue_seconds=timing.queued,
+        time_to_first_token_seconds=timing.first_token,
+        inter_token_latency_seconds=tuple(timing.gaps),
         steps=timing.steps,
-        on_time=timing.on_time,
+        slo_met=timing.slo_met,
     )
 
 
@@ -284,10 +284,10 @@ def _reason(generation: ServedGeneration) -> str:
     return (generation.finish_reason or FinishReason.ABORT).value
 
 
-def _check_content_type(exchange: RequestContext) -> None:
+def _check_content_type(context: RequestContext) -> None:
     """A browser sends a page's text to any server without asking it first, unless the text is called JSON."""
-    sent = exchange.headers.get(b"content-type")
-    if sent is None and b"origin" not in exchange.headers:
+    sent = context.headers.get(b"content-type")
+    if sent is None and b"origin" not in context.headers:
         return
     if (sent or b"").partition(b";")[0].strip().lower() != b"application/json":
         raise RefusedError(415, "send JSON, with the header Content-Type: application/json", code="no_json")

@@ -43,15 +43,15 @@ class Usage(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds from the request's arrival. `queued`: until the first step for it was done; `first_token`: of any choice;
     `gaps`: between a token and the next of its choice, all choices after each other; `steps`: that gave it something;
-    `on_time`: whether all choices were as promised; `parts`: where the time went."""
+    `slo_met`: whether all choices were as promised; `phases`: where the time went."""
 
     queued: float | None
     first_token: float | None
     gaps: list[float]
     steps: int
     cached_tokens: int
-    on_time: bool | None
-    parts: dict[LatencyPhase, float]
+    slo_met: bool | None
+    phases: dict[LatencyPhase, float]
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):

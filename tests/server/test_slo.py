@@ -17,7 +17,7 @@ from splitfuse.server.auth import ApiKeys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
-STEPS = ("step_seconds", "predicted_step_seconds", "step_forecast_ratio")
+STEPS = ("step_seconds", "predicted_step_seconds", "step_prediction_ratio")
 SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
 
 
@@ -38,23 +38,23 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
         yield client
 
 
-def on_time(http: httpx.Client, **more: object) -> bool | None:
+def slo_met(http: httpx.Client, **more: object) -> bool | None:
     answer = http.post("/v1/completions", json={**BODY, **more})
     assert answer.status_code == 200, answer.text
-    kept: bool | None = answer.json()["splitfuse_timing"]["on_time"]
+    kept: bool | None = answer.json()["splitfuse_timing"]["slo_met"]
     return kept
 
 
 def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx.Client, server: RunningServer) -> None:
-    assert on_time(http) is False  # no first token comes within a millisecond
-    assert on_time(http, splitfuse_targets=PATIENT) is True
-    assert on_time(http, splitfuse_targets={"ttft": 1000}, n=3) is True
-    assert on_time(http, splitfuse_targets={"itl": 1e-3}, max_tokens=40) is False
-    assert on_time(http, splitfuse_targets={"ttft": None}) is None
-    server.wait_for_record(on_time=True)
+    assert slo_met(http) is False  # no first token comes within a millisecond
+    assert slo_met(http, splitfuse_targets=PATIENT) is True
+    assert slo_met(http, splitfuse_targets={"ttft": 1000}, n=3) is True
+    assert slo_met(http, splitfuse_targets={"itl": 1e-3}, max_tokens=40) is False
+    assert slo_met(http, splitfuse_targets={"ttft": None}) is None
+    server.wait_for_record(slo_met=True)
     metrics = http.get("/metrics").text
-    assert 'splitfuse:slo_total{kept="true",model_name="storyteller"} 2.0' in metrics
-    assert 'splitfuse:slo_total{kept="false",model_name="storyteller"} 2.0' in metrics
+    assert 'splitfuse:slo_total{met="true",model_name="storyteller"} 2.0' in metrics
+    assert 'splitfuse:slo_total{met="false",model_name="storyteller"} 2.0' in metrics
     counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in STEPS]
     assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
 
@@ -62,7 +62,7 @@ def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx
 def test_on_time_or_not_at_all(http: httpx.Client) -> None:
     """The cost model says 2 ms and 0.1 ms a token."""
     body = {**BODY, "splitfuse_on_time_only": True}
-    assert on_time(http, splitfuse_on_time_only=True, splitfuse_targets=PATIENT) is True
+    assert slo_met(http, splitfuse_on_time_only=True, splitfuse_targets=PATIENT) is True
     never = http.post("/v1/completions", json={**body, "splitfuse_targets": {"ttft": 1e-3}})
     assert never.status_code == 400, never.text
     assert never.json()["error"]["param"] == "splitfuse_on_time_only"
@@ -95,7 +95,7 @@ def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
         return keyed.post("/v1/completions", json={**BODY, **more}, headers={"authorization": f"Bearer {key}"})
 
     def kept(key: str, **more: object) -> bool | None:
-        answer: bool | None = ask(key, **more).json()["splitfuse_timing"]["on_time"]
+        answer: bool | None = ask(key, **more).json()["splitfuse_timing"]["slo_met"]
         return answer
 
     assert kept("k1") is False and kept("k2") is None
@@ -151,4 +151,4 @@ def test_a_server_that_promises_nothing_says_so() -> None:
             error["param"] == "splitfuse_targets"
             and "start it with --ttft, --itl or --keep-promises" in error["message"]
         )
-        assert on_time(http, splitfuse_targets={}) is None
+        assert slo_met(http, splitfuse_targets={}) is None
