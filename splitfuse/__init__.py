@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitfuse.api import Pipeline, Response, pipeline
-    from splitfuse.client.client import AsyncClient
-    from splitfuse.client.sync import Client, async_client, client, serve
-    from splitfuse.client.wire import RemotePiece, RemoteResponse
+    from splitfuse.clients.client import AsyncClient
+    from splitfuse.clients.sync import Client, async_client, client, serve
+    from splitfuse.clients.wire import RemotePiece, RemoteResponse
     from splitfuse.config import EngineConfig
     from splitfuse.core.request import FinishReason
     from splitfuse.core.sampling_params import SamplingParams
@@ -78,21 +78,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncClient": "splitfuse.client.client",
-    "Client": "splitfuse.client.sync",
+    "AsyncClient": "splitfuse.clients.client",
+    "Client": "splitfuse.clients.sync",
     "Engine": "splitfuse.engine.engine",
     "EngineConfig": "splitfuse.config",
     "FinishReason": "splitfuse.core.request",
     "Pipeline": "splitfuse.api",
     "RaggedEngine": "splitfuse.engine.ragged",
-    "RemotePiece": "splitfuse.client.wire",
-    "RemoteResponse": "splitfuse.client.wire",
+    "RemotePiece": "splitfuse.clients.wire",
+    "RemoteResponse": "splitfuse.clients.wire",
     "Response": "splitfuse.api",
     "SamplingParams": "splitfuse.core.sampling_params",
-    "async_client": "splitfuse.client.sync",
-    "client": "splitfuse.client.sync",
+    "async_client": "splitfuse.clients.sync",
+    "client": "splitfuse.clients.sync",
     "pipeline": "splitfuse.api",
-    "serve": "splitfuse.client.sync",
+    "serve": "splitfuse.clients.sync",
 }
 
 

@@ -1,5 +1,5 @@
 """The facade: `pipeline()`, with the call of DeepSpeed-MII. Its keywords are in text/kwargs.py; `serve()` and
-`client()` are in client/sync.py.
+`client()` are in clients/sync.py.
 """
 
 from __future__ import annotations

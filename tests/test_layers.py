@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A module imports from its own layer and those below it, but `kernels` and `models` may not use `core`.
 LAYERS = (
     *("errors", "config", "core", "kernels", "models", "runtime", "engine", "text"),
-    *("deploy", "server", "client", "api", "bench", "simulator", "cli"),
+    *("deploy", "server", "clients", "api", "bench", "simulator", "cli"),
 )
 FORBIDDEN = {("kernels", "core"), ("kernels", "config"), ("models", "core")}
 

@@ -15,7 +15,7 @@ from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
 if TYPE_CHECKING:
     from splitfuse.api import Piece
-    from splitfuse.client.wire import RemotePiece
+    from splitfuse.clients.wire import RemotePiece
 
 CHAT_SAMPLING = {
     name: flag for name, flag in SAMPLING_HELP.items() if name not in ("n", "logprobs", "chat", "return_full_text")
@@ -73,7 +73,7 @@ def _partner(
         pipe = pipeline(settings.pop("model"), **given(settings))
         yield lambda messages: pipe(messages, chat=True, stream=True, **keywords)
         return
-    from splitfuse.client.sync import client
+    from splitfuse.clients.sync import client
 
     with client(where) as connected:
         if connected.deployment is not None:

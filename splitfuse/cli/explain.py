@@ -25,7 +25,7 @@ def explain(
     """
     if name is not None and url is not None:
         raise ConfigError("--name and --url are two ways to name a server: give one")
-    from splitfuse.client.sync import client
+    from splitfuse.clients.sync import client
 
     with client(url or name or "splitfuse") as server:
         print(drawn(server.explain(request)))

@@ -41,7 +41,7 @@ def serve(
 @ending_in_a_sentence
 def ps() -> None:
     """List the running deployments of this user on this machine."""
-    from splitfuse.client.client import server_state
+    from splitfuse.clients.client import server_state
     from splitfuse.deploy.registry import deployments
 
     running = deployments()

@@ -11,8 +11,8 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.client.client import _lines
-from splitfuse.client.wire import error_in, error_of, event, prepare
+from splitfuse.clients.client import _lines
+from splitfuse.clients.wire import error_in, error_of, event, prepare
 from splitfuse.config import ServerConfig
 from splitfuse.errors import (
     DrainingError,

@@ -14,7 +14,7 @@ from running_server import RunningServer, running_server
 
 from splitfuse import cli
 from splitfuse.cli.explain import drawn
-from splitfuse.client.sync import client
+from splitfuse.clients.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.ledger import LatencyPhase
 from splitfuse.core.slo.cost_model import CostModel

@@ -20,7 +20,7 @@ from server_process import PATIENCE, server_process, wait_until
 
 import splitfuse
 from splitfuse import cli
-from splitfuse.client.client import AsyncClient, server_state
+from splitfuse.clients.client import AsyncClient, server_state
 from splitfuse.config import ServerConfig
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment

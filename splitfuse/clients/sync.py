@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
-from splitfuse.client.client import AsyncClient, connect, own, refuse_both
-from splitfuse.client.wire import RemotePiece, RemoteRequest, RemoteResponse, prepare
+from splitfuse.clients.client import AsyncClient, connect, own, refuse_both
+from splitfuse.clients.wire import RemotePiece, RemoteRequest, RemoteResponse, prepare
 from splitfuse.deploy import daemon
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import ConfigError, ServerError

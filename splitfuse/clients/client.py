@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from splitfuse.client.wire import (
+from splitfuse.clients.wire import (
     Growing,
     RemotePiece,
     RemoteRequest,
