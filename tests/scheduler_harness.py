@@ -16,6 +16,7 @@ from random import Random
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.request import FinishReason, Request, RequestOutput
@@ -128,7 +129,9 @@ class Run:
         policy: type[Scheduler] = Scheduler,
         rule: SchedulingPolicy | None = None,
     ) -> Run:
-        allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=prefix)
+        allocator = BlockAllocator(
+            num_blocks, block_size, namer=BlockNamer(block_size, key=b"test") if prefix else None
+        )
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         scheduler = policy(config, allocator, rule)
         return cls(scheduler, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs, rule)

@@ -72,6 +72,7 @@ class Request:
     num_prompt_logprobs: int = 0  # given out so far, which a preemption does not repeat
 
     blocks: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list)  # of leading blocks, held or not, as far as computed
     num_cached_blocks: int = 0  # leading blocks that the prefix cache knows
     num_computed: int = 0
     num_scheduled: int = 0

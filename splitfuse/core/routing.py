@@ -1,7 +1,7 @@
-"""Which replica gets a request: a pure function, for the router that does it and for a simulation that predicts it.
+"""Choose the replica for a request: a pure function, used by the router and by the simulator.
 
-A replica is remembered by the beginnings of the prompts it was sent, as hashes: one that has a prompt's beginning in
-its prefix cache need not compute it. That is a guess of what the cache still holds, and costs little when it is wrong.
+For each replica, the names (kv/names.py) of the blocks of the prompts that it was sent are remembered: it need not
+compute a beginning that its prefix cache still holds. That is a guess, and costs little when it is wrong.
 """
 
 from __future__ import annotations
@@ -10,28 +10,26 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PREFIX_TOKENS = 32
-"""Tokens that are remembered together."""
-
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """How a replica stands."""
+    """State of one replica, as far as the choice depends on it."""
 
     accepts: bool
-    """It is alive and not draining."""
+    """Whether it is alive and not draining."""
     outstanding_tokens: int
-    """Still to be computed for what it was given."""
+    """Tokens that it still has to compute for the requests it was given."""
     cached_tokens: int
-    """Of this request's prompt, expected in its prefix cache."""
+    """Tokens of this request's prompt that its prefix cache is expected to hold."""
     silent: bool = False
-    """Nothing has been heard of it for a while: it may be hanging."""
+    """Whether it has sent nothing for a while: it may be hanging."""
 
 
 def choose_replica(loads: Sequence[ReplicaLoad], num_tokens: int) -> int | None:
-    """The index of the replica where a request of `num_tokens` would be done first: the one with the fewest tokens
-    before and with it, those cached not counted; a silent one only if all are. The lowest among equals; None if nobody
-    accepts.
+    """Returns the index of the replica that would finish a prompt of `num_tokens` first, or None if none accepts.
+
+    That is the one with the fewest tokens to compute, this prompt's included and cached ones not counted; the lowest
+    index among equals. A silent replica is chosen only if all are silent.
     """
     best, least = None, (True, 0)
     for index, load in enumerate(loads):
@@ -42,38 +40,22 @@ def choose_replica(loads: Sequence[ReplicaLoad], num_tokens: int) -> int | None:
 
 
 class PrefixMemory:
-    """The beginnings of prompts that one replica was sent lately, `capacity` blocks of them at most."""
+    """Remembers the names of the last `num_blocks` blocks of `block_size` tokens that one replica was sent."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._known: OrderedDict[int, None] = OrderedDict()
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._known: OrderedDict[bytes, None] = OrderedDict()
 
-    def cached_tokens(self, hashes: Sequence[int]) -> int:
-        """Leading tokens that were sent before, of a prompt with these `prefix_hashes`."""
-        count = 0
-        for prefix in hashes:
-            if prefix not in self._known:
-                break
-            count += 1
-        return count * PREFIX_TOKENS
+    def cached_tokens(self, names: Sequence[bytes]) -> int:
+        """Returns how many leading tokens of a prompt whose blocks have these names were sent before."""
+        num_known = next((count for count, name in enumerate(names) if name not in self._known), len(names))
+        return num_known * self._block_size
 
-    def add(self, hashes: Sequence[int]) -> None:
-        """A prompt with these `prefix_hashes` was sent. What was sent longest ago is forgotten first."""
-        for prefix in hashes:
-            self._known[prefix] = None
-            self._known.move_to_end(prefix)
-        while len(self._known) > self._capacity:
+    def add(self, names: Sequence[bytes]) -> None:
+        """Remember a prompt whose blocks have these names; the blocks sent longest ago are forgotten first."""
+        for name in names:
+            self._known[name] = None
+            self._known.move_to_end(name)
+        while len(self._known) > self._num_blocks:
             self._known.popitem(last=False)
-
-    def clear(self) -> None:
-        """The replica has begun anew."""
-        self._known.clear()
-
-
-def prefix_hashes(token_ids: Sequence[int], salt: str = "") -> list[int]:
-    """A hash for each whole run of PREFIX_TOKENS, each of everything up to its end."""
-    hashes, parent = [], hash(salt)
-    for end in range(PREFIX_TOKENS, len(token_ids) + 1, PREFIX_TOKENS):
-        parent = hash((parent, tuple(token_ids[end - PREFIX_TOKENS : end])))
-        hashes.append(parent)
-    return hashes

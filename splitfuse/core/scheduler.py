@@ -278,7 +278,8 @@ class Scheduler:
         insort(self._running, request, key=by_arrival)
         request.status = RequestStatus.RUNNING
         if request.params.prompt_logprobs is None:  # those are wanted for every position, so all must be computed
-            request.blocks = self._allocator.match(request.tokens(0, request.num_known), salt=request.cache_salt)
+            known = request.tokens(0, request.num_known)
+            request.blocks = self._allocator.match(known, request.block_names, salt=request.cache_salt)
         request.num_cached_blocks = len(request.blocks)
         request.num_computed = request.num_scheduled = len(request.blocks) * self._allocator.block_size
 
@@ -361,7 +362,7 @@ class Scheduler:
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)
             request.num_cached_blocks = self._allocator.publish(
-                request.blocks, computed, first=request.num_cached_blocks, salt=request.cache_salt
+                request.blocks, computed, request.block_names, first=request.num_cached_blocks, salt=request.cache_salt
             )
         if tokens and (reason := request.reason_to_finish):
             self._finish(request, reason)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
@@ -49,9 +50,9 @@ class Engine:
         self.runner = model.make_runner()
         self.observer = observer
         plan = model.plan
-        self.allocator = BlockAllocator(
-            plan.num_blocks, plan.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
-        )
+        caching = config.cache.enable_prefix_caching
+        namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
+        self.allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
         self.scheduler = scheduler(config.scheduler, self.allocator, make_policy(config.scheduler, cost))

@@ -32,7 +32,7 @@ class RaggedEngine:
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         self.config = config
         self.model = model
-        self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size, enable_prefix_caching=False)
+        self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size)
         self._runner = model.make_runner()
         self._sequences: dict[int, _Sequence] = {}
 

@@ -1,24 +1,29 @@
-"""Several engines as one: each request goes to the replica where it is done first. The rule is in core/routing.py."""
+"""Serve several engines as one: each request goes to the replica that would finish it first (core/routing.py)."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Sequence
 
-from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
+from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.errors import EngineDiedError
 
 
 class Router(EngineClient):
-    """Replicas of one model. One that is dead or starting gets nothing, one that may be hanging nothing while there is
-    another; the others go on.
+    """Spreads requests over replicas of one model.
+
+    A replica that is dead or starting gets none, one that may be hanging none while another accepts; the others go on.
     """
 
     def __init__(self, replicas: Sequence[EngineClient]) -> None:
         self.replicas = list(replicas)
         self._memories: list[PrefixMemory | None] = [None] * len(self.replicas)
+        self._key = secrets.token_bytes(32)
+        self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
     @property
     def state(self) -> EngineState:
@@ -27,7 +32,7 @@ class Router(EngineClient):
 
     @property
     def stage(self) -> Loading:
-        """Of the replica that has come farthest."""
+        """Returns the stage of the replica that has come farthest."""
         return max((replica.stage for replica in self.replicas), key=_progress)
 
     @property
@@ -48,25 +53,23 @@ class Router(EngineClient):
         return sum(replica.outstanding_tokens for replica in self.replicas if replica.state is EngineState.READY)
 
     def open(self, request: Add) -> Stream:
-        hashes = prefix_hashes(request.prompt_token_ids, request.scheduling.cache_salt)
-        if request.params.prompt_logprobs is not None:  # it reads no prefix cache
-            hashes = []
-        index = choose_replica(
-            [self._load(i, hashes) for i in range(len(self.replicas))], len(request.prompt_token_ids)
-        )
+        names = self._name_blocks(request)
+        loads = [self._load(i, names) for i in range(len(self.replicas))]
+        index = choose_replica(loads, len(request.prompt_token_ids))
         if index is None:
             raise EngineDiedError("no engine is ready")
         stream = self.replicas[index].open(request)
         memory = self._memories[index]
         if memory is None:
             limits = self.replicas[index].info.limits
-            memory = self._memories[index] = PrefixMemory(limits.num_blocks)
-        memory.add(hashes)
+            memory = self._memories[index] = PrefixMemory(limits.num_blocks, limits.block_size)
+        memory.add(names)
         return stream
 
     async def start(self) -> None:
-        """Returns when all are ready; raises what kept the first that failed. The first is started alone: if it packs
-        the weights of all, the others find them.
+        """Return when all replicas are ready; raise the error of the first that failed.
+
+        The first replica is started alone: if it packs weights that all share, the others find them.
         """
         await self.replicas[0].start()
         await asyncio.gather(*(replica.start() for replica in self.replicas[1:]))
@@ -74,12 +77,21 @@ class Router(EngineClient):
     async def close(self) -> None:
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
-    def _load(self, index: int, hashes: Sequence[int]) -> ReplicaLoad:
+    def _name_blocks(self, request: Add) -> list[bytes]:
+        """Returns the names of the prompt's blocks that a prefix cache may hold."""
+        names: list[bytes] = []
+        if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
+            if self._namer is None:
+                self._namer = BlockNamer(self.info.limits.block_size, key=self._key)
+            self._namer.extend(names, request.prompt_token_ids, salt=request.scheduling.cache_salt)
+        return names
+
+    def _load(self, index: int, names: Sequence[bytes]) -> ReplicaLoad:
         replica, memory = self.replicas[index], self._memories[index]
         if replica.state is not EngineState.READY:
             self._memories[index] = None  # when it comes back, its cache is empty
             return ReplicaLoad(accepts=False, outstanding_tokens=0, cached_tokens=0)
-        cached = 0 if memory is None else memory.cached_tokens(hashes)
+        cached = 0 if memory is None else memory.cached_tokens(names)
         return ReplicaLoad(
             accepts=True,
             outstanding_tokens=replica.outstanding_tokens,

@@ -21,9 +21,10 @@ from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.baselines import scheduler_class
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import Request
-from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
+from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, Features, features
@@ -67,6 +68,10 @@ class Deployment:
         for name in ("step_overhead", "client_overhead"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
+
+    def make_namer(self) -> BlockNamer | None:
+        """Returns a namer of blocks; all of them give the same names. None without prefix caching."""
+        return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,6 +122,7 @@ class SimulatedTarget(Target):
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
+        self._namer = deployment.make_namer()
         self._replicas = [Replica(deployment, seed) for seed in range(deployment.replicas)]
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = Bytes(256)
@@ -134,7 +140,8 @@ class SimulatedTarget(Target):
             await asyncio.sleep(self._deployment.client_overhead)
         length = len(request.prompt)
         try:
-            times = await self._choose(request.prompt).answer(str(next(self._numbers)), request)
+            replica, names = self._choose(request.prompt)
+            times = await replica.answer(str(next(self._numbers)), request, names)
         except SplitfuseError as error:
             return Answer(length, error=str(error))
         return Answer(length, tuple(times), (0,) * len(times))
@@ -142,15 +149,17 @@ class SimulatedTarget(Target):
     async def close(self) -> None:
         """Nothing was there."""
 
-    def _choose(self, prompt: tuple[int, ...]) -> Replica:
-        """As the router does."""
+    def _choose(self, prompt: tuple[int, ...]) -> tuple[Replica, list[bytes]]:
+        """Returns the replica that the router would choose, and the names of the prompt's blocks computed for that."""
+        names: list[bytes] = []
         if len(self._replicas) == 1:
-            return self._replicas[0]
-        hashes = prefix_hashes(prompt) if self._deployment.enable_prefix_caching else []
-        index = choose_replica([replica.load(hashes) for replica in self._replicas], len(prompt))
+            return self._replicas[0], names
+        if self._namer is not None:
+            self._namer.extend(names, prompt)
+        index = choose_replica([replica.load(names) for replica in self._replicas], len(prompt))
         assert index is not None, "all replicas accept"
-        self._replicas[index].memory.add(hashes)
-        return self._replicas[index]
+        self._replicas[index].memory.add(names)
+        return self._replicas[index], names
 
 
 class Replica:
@@ -158,9 +167,7 @@ class Replica:
 
     def __init__(self, deployment: Deployment, seed: int = 0) -> None:
         calibration = deployment.calibration
-        allocator = BlockAllocator(
-            calibration.num_blocks, calibration.block_size, enable_prefix_caching=deployment.enable_prefix_caching
-        )
+        allocator = BlockAllocator(calibration.num_blocks, calibration.block_size, namer=deployment.make_namer())
         config = deployment.scheduler
         rule = make_policy(config, calibration.cost if config.slo_enabled else None)
         self.scheduler: Scheduler = scheduler_class(deployment.policy, config)(config, allocator, rule)
@@ -171,14 +178,17 @@ class Replica:
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
         self._outstanding_tokens = 0
         self._in_step = False
-        self.memory = PrefixMemory(calibration.num_blocks)
+        self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
 
-    def load(self, hashes: list[int]) -> ReplicaLoad:
-        """How it stands, for a prompt with these `prefix_hashes`."""
-        return ReplicaLoad(True, self._outstanding_tokens, self.memory.cached_tokens(hashes))
+    def load(self, names: list[bytes]) -> ReplicaLoad:
+        """Returns its state, for a prompt whose blocks have these names."""
+        return ReplicaLoad(True, self._outstanding_tokens, self.memory.cached_tokens(names))
 
-    async def answer(self, request_id: str, request: LoadRequest) -> list[float]:
-        """When each token came. Raises RequestTooLargeError."""
+    async def answer(self, request_id: str, request: LoadRequest, names: list[bytes] | None = None) -> list[float]:
+        """Returns when each token came. `names` are those of the prompt's blocks, if they are known already.
+
+        Raises RequestTooLargeError.
+        """
         assert isinstance(request.prompt, tuple)
         loop = asyncio.get_running_loop()
         self.scheduler.add(
@@ -190,6 +200,7 @@ class Replica:
                 seed=0,
                 targets=self._targets,
                 arrival_time=loop.time(),
+                block_names=[] if names is None else names,
             ),
             loop.time(),
         )

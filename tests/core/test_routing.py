@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.core.routing import PREFIX_TOKENS, PrefixMemory, ReplicaLoad, choose_replica, prefix_hashes
+from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
+
+SIZE = 32
 
 
 def load(outstanding: int, cached: int = 0, *, accepts: bool = True, silent: bool = False) -> ReplicaLoad:
@@ -28,12 +31,12 @@ def load(outstanding: int, cached: int = 0, *, accepts: bool = True, silent: boo
         ([load(9000, silent=True), load(0, accepts=False)], 0),
     ],
 )
-def test_the_replica_where_it_is_done_first(loads: list[ReplicaLoad], expected: int | None) -> None:
+def test_the_replica_that_finishes_first_is_chosen(loads: list[ReplicaLoad], expected: int | None) -> None:
     assert choose_replica(loads, 128) == expected
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1000), st.integers(0, 1000))), st.integers(1, 5000))
-def test_nobody_who_accepts_would_be_done_earlier(states: list[tuple[bool, int, int]], num_tokens: int) -> None:
+def test_no_accepting_replica_would_finish_earlier(states: list[tuple[bool, int, int]], num_tokens: int) -> None:
     loads = [load(outstanding, cached, accepts=accepts) for accepts, outstanding, cached in states]
     chosen = choose_replica(loads, num_tokens)
     accepting = [r.outstanding_tokens - r.cached_tokens for r in loads if r.accepts]
@@ -44,22 +47,27 @@ def test_nobody_who_accepts_would_be_done_earlier(states: list[tuple[bool, int, 
         assert loads[chosen].outstanding_tokens - loads[chosen].cached_tokens == min(accepting)
 
 
-def test_what_was_sent_is_remembered_as_far_as_it_agrees() -> None:
-    memory = PrefixMemory(100)
-    prompt = list(range(5 * PREFIX_TOKENS + 3))
-    memory.add(prefix_hashes(prompt))
-    assert memory.cached_tokens(prefix_hashes(prompt)) == 5 * PREFIX_TOKENS
-    other = [*prompt[: 2 * PREFIX_TOKENS + 1], -1, *prompt[2 * PREFIX_TOKENS + 2 :]]
-    assert memory.cached_tokens(prefix_hashes(other)) == 2 * PREFIX_TOKENS
-    assert memory.cached_tokens(prefix_hashes(prompt, salt="of somebody else")) == 0
-    assert memory.cached_tokens(prefix_hashes(prompt[: PREFIX_TOKENS - 1])) == 0
-    memory.clear()
-    assert memory.cached_tokens(prefix_hashes(prompt)) == 0
+def names(prompt: list[int], salt: str = "") -> list[bytes]:
+    made: list[bytes] = []
+    BlockNamer(SIZE, key=b"test").extend(made, prompt, salt=salt)
+    return made
 
 
-def test_the_oldest_is_forgotten_first() -> None:
-    memory = PrefixMemory(2)
-    prompts = [[number] * PREFIX_TOKENS for number in range(3)]
+def test_a_sent_prompt_is_remembered_as_far_as_it_agrees() -> None:
+    memory = PrefixMemory(100, SIZE)
+    prompt = list(range(5 * SIZE + 3))
+    assert memory.cached_tokens(names(prompt)) == 0
+    memory.add(names(prompt))
+    assert memory.cached_tokens(names(prompt)) == 5 * SIZE
+    other = [*prompt[: 2 * SIZE + 1], -1, *prompt[2 * SIZE + 2 :]]
+    assert memory.cached_tokens(names(other)) == 2 * SIZE
+    assert memory.cached_tokens(names(prompt, salt="another")) == 0
+    assert memory.cached_tokens(names(prompt[: SIZE - 1])) == 0
+
+
+def test_the_block_sent_longest_ago_is_forgotten_first() -> None:
+    memory = PrefixMemory(2, SIZE)
+    prompts = [[number] * SIZE for number in range(3)]
     for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):
-        memory.add(prefix_hashes(prompt))
-    assert [memory.cached_tokens(prefix_hashes(prompt)) > 0 for prompt in prompts] == [True, False, True]
+        memory.add(names(prompt))
+    assert [memory.cached_tokens(names(prompt)) > 0 for prompt in prompts] == [True, False, True]

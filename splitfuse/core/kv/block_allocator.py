@@ -1,65 +1,58 @@
-"""Owner of the KV blocks: who holds which, what is in them, and which to give up first.
+"""Own the KV blocks: which requests hold them, what is in them, which content to give up first.
 
-A block is in exactly one of three states: *held* (reference count above zero), *cached* (nobody holds it, but its
-content is known and may be wanted again; least recently used goes first), or *free* (no known content). It knows ids
-and tokens; it does not know what a key or a value is, nor where a block lies in memory.
+A block is in exactly one of three states: *held* (its reference count is above zero), *cached* (no request holds it,
+but its content is known and may be wanted again; the least recently used goes first), or *free* (no known content).
+The allocator knows ids and tokens. It does not know what a key or a value is, nor where a block lies in memory.
 
-Prefix reuse: the content of a full block is named by a salted hash of its tokens and of what precedes them, so that
-equal beginnings meet in one dictionary. A hash is only a hint: the tokens are compared, and the predecessor is
-compared by an identity that is never reused, so that two different prefixes are never taken for one another.
+Prefix reuse: a full block is published under its name (names.py), so that requests with equal beginnings find it. Its
+tokens are compared on every hit; what precedes it is trusted by the name.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-ROOT = 0  # the identity of the empty prefix
+from splitfuse.core.kv.names import BlockNamer
 
-
-@dataclass(frozen=True)
-class Content:
-    """What a published block holds: `tokens`, preceded by the content `parent`, for requests of one `salt`."""
-
-    identity: int
-    parent: int
-    tokens: tuple[int, ...]
-    salt: str
-    digest: int
+NAMED_TOGETHER = 16
+"""Number of blocks that `match` names at once: few are in vain behind a miss, and a name costs half as much."""
 
 
 class BlockAllocator:
-    """Hands out `num_blocks` blocks of `block_size` tokens. Not thread-safe: one owner, one thread."""
+    """Hands out `num_blocks` blocks of `block_size` tokens; without a `namer`, no content is reused. Not thread-safe.
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    The lists called `names` belong to a request: its blocks' names as far as they have been computed. Methods append
+    what they need, so that each block is hashed once per request, however often it is matched, published or preempted.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, namer: BlockNamer | None = None) -> None:
+        assert namer is None or namer.block_size == block_size
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
-        self._salt = secrets.randbits(64)  # so that no caller can construct prompts whose hashes collide
+        self._namer = namer
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._contents: dict[int, Content] = {}  # block -> what it holds
-        self._index: dict[int, int] = {}  # digest -> block
-        self._last_identity = ROOT
+        self._contents: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # published block -> its name and tokens
+        self._index: dict[bytes, int] = {}  # name -> published block
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give: free ones, and cached ones whose content would be forgotten."""
+        """Returns how many blocks `allocate` can give: free ones, and cached ones, whose content it forgets."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_held(self) -> int:
+        """Returns how many blocks are held."""
         return self.num_blocks - self.num_available
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks `num_tokens` tokens fill."""
+        """Returns how many blocks `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each and no known content. The caller has checked `num_available`."""
+        """Returns `count` blocks with one reference each and no known content. The caller checks `num_available`."""
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
         blocks = []
         for _ in range(count):
@@ -67,13 +60,14 @@ class BlockAllocator:
                 block = self._free.pop()
             else:
                 block, _ = self._cached.popitem(last=False)
-                self._forget(block)
+                name, _ = self._contents.pop(block)
+                del self._index[name]
             self._references[block] = 1
             blocks.append(block)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference of each. The last one goes first, so that a prefix outlives what continues it."""
+        """Give back one reference of each block, the last block first, so that a prefix outlives what continues it."""
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released too often"
             self._references[block] -= 1
@@ -83,51 +77,50 @@ class BlockAllocator:
                 else:
                     self._free.append(block)
 
-    def match(self, token_ids: Sequence[int], *, salt: str = "") -> list[int]:
-        """Blocks that hold the longest known beginning of `token_ids`, one reference taken on each.
+    def match(self, token_ids: Sequence[int], names: list[bytes], *, salt: str = "") -> list[int]:
+        """Returns the published blocks that hold the longest known beginning of `token_ids`, one reference taken on
+        each.
 
-        At least one token is left uncovered: its logits are wanted, so it must be computed.
+        At least one token is left uncovered: it must be computed, since its logits are wanted.
         """
         blocks: list[int] = []
-        if not self.enable_prefix_caching:
+        if self._namer is None:
             return blocks
-        parent = ROOT
-        for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            found = self._find(parent, tuple(token_ids[start : start + self.block_size]), salt)
-            if found is None:
+        limit = (len(token_ids) - 1) // self.block_size
+        for index in range(limit):
+            if index == len(names):
+                self._namer.extend(names, token_ids, min(index + NAMED_TOGETHER, limit), salt=salt)
+            block = self._index.get(names[index])
+            if block is None or self._contents[block][1] != self._tokens(token_ids, index):
                 break
-            blocks.append(found)
-            parent = self._contents[found].identity
+            blocks.append(block)
         for block in blocks:
             self._cached.pop(block, None)
             self._references[block] += 1
         return blocks
 
-    def publish(self, blocks: Sequence[int], token_ids: Sequence[int], *, first: int = 0, salt: str = "") -> int:
-        """Make known that `blocks[i]` holds `token_ids[i * block_size : (i + 1) * block_size]`, for full blocks from
-        `first` on.
+    def publish(
+        self, blocks: Sequence[int], token_ids: Sequence[int], names: list[bytes], *, first: int = 0, salt: str = ""
+    ) -> int:
+        """Publish the full blocks of `token_ids` from `first` on, which are in the same places of `blocks`.
 
-        The earlier ones must have been published, or matched, before. Returns how many leading blocks are now
-        published; it stops short of a block whose content another block already holds.
+        Those before `first` must have been published or matched. Returns how many leading blocks are published now; it
+        stops at a block whose name another block has already.
         """
-        if not self.enable_prefix_caching:
+        if self._namer is None:
             return 0
-        parent = self._contents[blocks[first - 1]].identity if first else ROOT
-        for index in range(first, len(token_ids) // self.block_size):
-            tokens = tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
-            digest = self._digest(parent, tokens, salt)
-            if digest in self._index:  # the same content, or a collision: the older one keeps the place
+        num_full = len(token_ids) // self.block_size
+        self._namer.extend(names, token_ids, num_full, salt=salt)
+        for index in range(first, num_full):
+            if names[index] in self._index:
                 return index
-            block = blocks[index]
-            self._last_identity += 1
-            self._contents[block] = Content(self._last_identity, parent, tokens, salt, digest)
-            self._index[digest] = block
-            parent = self._last_identity
-        return max(first, len(token_ids) // self.block_size)
+            self._contents[blocks[index]] = names[index], self._tokens(token_ids, index)
+            self._index[names[index]] = blocks[index]
+        return max(first, num_full)
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """Assert that every block is in exactly one state and that `holders` (one list of blocks each) hold what is
-        held.
+        """Assert that every block is in exactly one state, and that `holders`, one list of blocks each, hold exactly
+        the blocks that are held.
         """
         held = [0] * self.num_blocks
         for blocks in holders:
@@ -139,18 +132,7 @@ class BlockAllocator:
         assert len(free) == len(self._free) and not free & cached, "a block twice among the free"
         assert {b for b in range(self.num_blocks) if not held[b]} == free | cached, "a block lost or given away twice"
         assert cached <= self._contents.keys() and not free & self._contents.keys(), "content in the wrong state"
-        assert self._index == {content.digest: block for block, content in self._contents.items()}, "index is stale"
+        assert self._index == {name: block for block, (name, _) in self._contents.items()}, "index is stale"
 
-    def _find(self, parent: int, tokens: tuple[int, ...], salt: str) -> int | None:
-        block = self._index.get(self._digest(parent, tokens, salt))
-        if block is None:
-            return None
-        content = self._contents[block]
-        return block if (content.parent, content.tokens, content.salt) == (parent, tokens, salt) else None
-
-    def _digest(self, parent: int, tokens: tuple[int, ...], salt: str) -> int:
-        return hash((self._salt, salt, parent, tokens))
-
-    def _forget(self, block: int) -> None:
-        content = self._contents.pop(block)
-        del self._index[content.digest]
+    def _tokens(self, token_ids: Sequence[int], index: int) -> tuple[int, ...]:
+        return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
