@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.measure import Loads, MakeWorkload, measure
 from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--prompt", type=float, default=512)
     parser.add_argument("--generate", type=float, default=64)
-    parser.add_argument("--prompt-speed", type=float, default=sla.PROMPT_TOKENS_PER_SECOND)
+    parser.add_argument("--prompt-speed", type=float, default=metrics.PROMPT_TOKENS_PER_SECOND)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--simulate", action="store_true", help="drive no engine")
     parser.add_argument("--machine", choices=sorted(MACHINES), help="with --simulate: a published machine")
@@ -159,8 +159,8 @@ def best_budget(plan: Plan, calibration: Calibration, policy: str) -> int:
     kept, gaps = {}, {}
     for budget in plan.budgets:
         table = rows(simulated(replace(plan, repeat=1), calibration, policy, budget))
-        kept[budget] = sla.mean([spread.mean for row in table for spread in row.effective.values()])
-        gaps[budget] = sla.mean([row.gaps[95] for row in table])
+        kept[budget] = metrics.mean([spread.mean for row in table for spread in row.effective.values()])
+        gaps[budget] = metrics.mean([row.gaps[95] for row in table])
     as_good = [budget for budget in plan.budgets if kept[budget] >= (1.0 - AS_GOOD) * max(kept.values())]
     best = min(as_good, key=gaps.__getitem__)
     told = ", ".join(f"{budget}: {kept[budget]:.2f} and {1e3 * gaps[budget]:.0f} ms" for budget in plan.budgets)
@@ -209,7 +209,7 @@ def measured(
             before = results[policy].points if policy in results else ()
             results[policy] = replace(result, points=(*before, *points))
             save(results[policy], out / f"{policy}.json")
-            rate = sla.throughput(points[0])
+            rate = metrics.throughput(points[0])
             print(
                 f"{clients} clients, {label(policy, budgets[policy])}: {rate:.2f} requests/s",
                 file=sys.stderr,
@@ -244,28 +244,28 @@ def tell(results: Mapping[str, Results]) -> None:
     """Every point; the ratios; where the paper's are reached."""
     tables = {policy: rows(result) for policy, result in results.items()}
     print(
-        f"\n{'clients':>7} {'policy':14} {'requests/s':>13}" + "".join(f"{f'kept at {s:g}':>14}" for s in sla.SLAS),
+        f"\n{'clients':>7} {'policy':14} {'requests/s':>13}" + "".join(f"{f'kept at {s:g}':>14}" for s in metrics.SLAS),
         end="",
     )
     print(f"{'latency s':>11}{'token P50 ms':>14}{'P95 ms':>9}")
     for number in range(len(tables[OURS])):
         for policy, table in tables.items():
             row = table[number]
-            kept = "".join(f"{row.effective[s]!s:>14}" for s in sla.SLAS)
+            kept = "".join(f"{row.effective[s]!s:>14}" for s in metrics.SLAS)
             times = f"{row.latency:11.2f}{1e3 * row.gaps[50]:14.1f}{1e3 * row.gaps[95]:9.1f}"
             print(f"{row.load:>7} {policy:14} {row.throughput!s:>13}{kept}{times}")
     found = list(ratios(tables))
     print("\nSplitFuse against each (above 1 it is better)")
     print(
         f"{'clients':>7} {'against':14}"
-        + "".join(f"{f'kept at {s:g}':>12}" for s in sla.SLAS)
+        + "".join(f"{f'kept at {s:g}':>12}" for s in metrics.SLAS)
         + f"{'latency':>12}{'token P95':>12}"
     )
     for row, other in product(tables[OURS], [policy for policy in tables if policy != OURS]):
         own = [each for each in found if each.other == other and each.where.startswith(f"{row.load} clients")]
         print(f"{row.load:>7} {other:14}" + "".join(f"{each.value:12.2f}" for each in own))
     print("\nBest points: the most requests/s kept at any number of clients")
-    for s in sla.SLAS:
+    for s in metrics.SLAS:
         best = {policy: max(row.effective[s].mean for row in table) for policy, table in tables.items()}
         others = ", ".join(f"{quotient(best[OURS], best[p]):.2f} against {p}" for p in best if p != OURS)
         print(f"  at {s:g} tokens/s: {best[OURS]:.2f}; {others}")
@@ -286,7 +286,7 @@ def ratios(tables: Mapping[str, Sequence[Row]]) -> Iterator[Ratio]:
             if policy == OURS:
                 continue
             theirs, where = table[number], f"{ours.load} clients"
-            for s in sla.SLAS:
+            for s in metrics.SLAS:
                 value = quotient(ours.effective[s].mean, theirs.effective[s].mean)
                 yield Ratio("effective", policy, f"{where}, {s:g} tokens/s", value)
             yield Ratio("latency", policy, where, quotient(theirs.latency, ours.latency))

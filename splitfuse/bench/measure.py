@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from splitfuse.bench.load import OnProgress, closed_loop, open_loop
+from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
 from splitfuse.bench.results import Point, Results
-from splitfuse.bench.sla import PROMPT_TOKENS_PER_SECOND
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Trace, Workload, poisson
 from splitfuse.errors import ConfigError

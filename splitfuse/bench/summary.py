@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.results import Point, Results, by_load
 
 LATENCY_PERCENTS = (50, 95)
@@ -24,7 +24,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
-        return cls(sla.mean(values), min(values), max(values), len(values))
+        return cls(metrics.mean(values), min(values), max(values), len(values))
 
     def __str__(self) -> str:
         """`1.43 ±0.05`: the larger distance from the mean. Without repetition, nothing is known of it: `1.43`."""
@@ -60,29 +60,27 @@ class Row:
         return "as it came" if self.rate is None else f"{self.rate:g}/s"
 
 
-def rows(results: Results, slas: Sequence[float] = sla.SLAS) -> list[Row]:
+def rows(results: Results, slas: Sequence[float] = metrics.SLAS) -> list[Row]:
     """In the order of clients or rates."""
     return [_row(points, slas, results.prompt_speed) for points in by_load(results.points)]
 
 
 def _row(points: list[Point], slas: Sequence[float], prompt_speed: float) -> Row:
-    records = [record for point in points for record in sla.answered(point)]
-    num_counted = sum(len(sla.counted(point)) for point in points)
-    first_tokens = [sla.first_token_seconds(record) for record in records]
-    gaps = [gap for record in records for gap in sla.gaps(record)]
-    laws = [law for point in points if (law := sla.littles_law(point)) is not None]
+    records = [record for point in points for record in metrics.answered(point)]
+    num_counted = sum(len(metrics.counted(point)) for point in points)
+    first_tokens = [metrics.first_token_seconds(record) for record in records]
+    gaps = [gap for record in records for gap in metrics.gaps(record)]
+    laws = [law for point in points if (law := metrics.littles_law(point)) is not None]
     return Row(
         clients=points[0].clients,
         rate=points[0].rate,
-        throughput=Spread.of([sla.throughput(point) for point in points]),
-        token_throughput=Spread.of([sla.token_throughput(point) for point in points]),
-        littles_law=sla.mean(laws) if laws else None,
-        effective={
-            each: Spread.of([sla.effective_throughput(point, each, prompt_speed) for point in points]) for each in slas
-        },
-        latency=sla.mean([record.done - record.sent for record in records]),
-        first_token={percent: sla.percentile(first_tokens, percent) for percent in LATENCY_PERCENTS},
-        gaps={percent: sla.percentile(gaps, percent) for percent in GAP_PERCENTS},
+        throughput=Spread.of([metrics.throughput(point) for point in points]),
+        token_throughput=Spread.of([metrics.token_throughput(point) for point in points]),
+        littles_law=metrics.mean(laws) if laws else None,
+        effective={each: Spread.of([metrics.goodput(point, each, prompt_speed) for point in points]) for each in slas},
+        latency=metrics.mean([record.done - record.sent for record in records]),
+        first_token={percent: metrics.percentile(first_tokens, percent) for percent in LATENCY_PERCENTS},
+        gaps={percent: metrics.percentile(gaps, percent) for percent in GAP_PERCENTS},
         num_counted=num_counted,
         num_failed=num_counted - len(records),
     )

@@ -1,9 +1,4 @@
-"""The command line: which commands there are. Their flags are generated from the configurations' fields.
-
-`generate` and `plan-memory` are in generate.py, `serve`, `ps` and `stop` in server.py, `chat` in chat.py,
-`explain` in explain.py, `bench run` and `bench report` in bench.py, `calibrate` and `simulate` in simulate.py, and
-`tune` in tune.py.
-"""
+"""The command line: a module for each command. Flags are generated from the fields of the configurations."""
 
 from __future__ import annotations
 
@@ -12,13 +7,18 @@ from typing import Annotated
 import typer
 
 import splitfuse
-from splitfuse.cli.bench import bench
+from splitfuse.cli.bench_report import bench_report
+from splitfuse.cli.bench_run import bench_run
+from splitfuse.cli.calibrate import calibrate
 from splitfuse.cli.chat import chat
 from splitfuse.cli.explain import explain
 from splitfuse.cli.flags import SAMPLING_HELP
-from splitfuse.cli.generate import generate, plan_memory
-from splitfuse.cli.server import ps, serve, stop
-from splitfuse.cli.simulate import calibrate, simulate
+from splitfuse.cli.generate import generate
+from splitfuse.cli.plan_memory import plan_memory
+from splitfuse.cli.ps import ps
+from splitfuse.cli.serve import serve
+from splitfuse.cli.simulate import simulate
+from splitfuse.cli.stop import stop
 from splitfuse.cli.tune import tune
 
 __all__ = ["SAMPLING_HELP", "main"]
@@ -36,6 +36,9 @@ app.command()(ps)
 app.command()(stop)
 app.command()(explain)
 app.command("plan-memory")(plan_memory)
+bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")
+bench.command("run")(bench_run)
+bench.command("report")(bench_report)
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
 app.command()(simulate)

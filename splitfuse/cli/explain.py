@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import ending_in_a_sentence
+from splitfuse.cli.flags import cli_errors
 from splitfuse.errors import ConfigError
 
 BAR = 32
 """Characters of the longest bar."""
 
 
-@ending_in_a_sentence
+@cli_errors()
 def explain(
     request: Annotated[str, typer.Argument(metavar="ID", help="Of an answer, or its header X-Request-Id.")],
     name: Annotated[str | None, typer.Option(help="Of the deployment that answered it; left out, splitfuse.")] = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import os
 import sys
@@ -60,7 +59,7 @@ def with_flags(
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        run = ending_in_a_sentence(command)
+        run = cli_errors()(command)
         signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
         parameters = [
             parameter.replace(annotation=hints[name])
@@ -94,20 +93,11 @@ def _flag(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
 
-def ending_in_a_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """The command; whatever happens in it, it ends as people expect."""
-
-    @functools.wraps(command)
-    def run(*arguments: Any, **keywords: Any) -> None:
-        with _ending_in_a_sentence():
-            command(*arguments, **keywords)
-
-    return run
-
-
 @contextmanager
-def _ending_in_a_sentence() -> Iterator[None]:
-    """A mistake ends with a sentence and status 1, Ctrl-C with 130, a closed pipe with 141: never with a traceback."""
+def cli_errors() -> Iterator[None]:
+    """End a command without a traceback: an error with its message and status 1, Ctrl-C with 130, a closed pipe with
+    141. A context manager and, as `@cli_errors()`, a decorator.
+    """
     try:
         yield
     except SplitfuseError as error:

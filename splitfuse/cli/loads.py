@@ -117,7 +117,7 @@ def numbers(name: str, text: str | None, kind: Any) -> tuple[Any, ...]:
         raise ConfigError(f"--{name} takes numbers with commas between them, such as 1,2,4, not {text!r}") from None
 
 
-def promises(text: str) -> tuple[float, ...]:
+def parse_slas(text: str) -> tuple[float, ...]:
     slas = numbers("sla", text, float)
     if not all(0 < each < float("inf") for each in slas):
         raise ConfigError(f"--sla takes tokens a second above 0, not {text!r}")

@@ -1,4 +1,4 @@
-"""`splitfuse calibrate` and `splitfuse simulate`: time this machine's passes, and predict loads from them."""
+"""`splitfuse simulate`: predict what a load would give, from a cost model of the machine."""
 
 from __future__ import annotations
 
@@ -10,42 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, given, with_flags
-from splitfuse.cli.loads import LoadFlags, check_writable, print_table, promises, save_results, show
+from splitfuse.cli.loads import LoadFlags, check_writable, parse_slas, print_table, save_results, show
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Results
-    from splitfuse.core.slo.cost_model import CostModel
-    from splitfuse.engine.profile import Timed
     from splitfuse.runtime.calibration import Calibration
     from splitfuse.simulator.simulate import Deployment
-
-
-@with_flags()
-def calibrate(
-    seconds: Annotated[float, typer.Option(help="About how long steps are timed.")] = 20.0,
-    out: Annotated[Path | None, typer.Option(help="Write the cost model there too.")] = None,
-    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
-    **flags: Any,
-) -> None:
-    """Time steps of a model on this machine, and keep the cost model that fits them, for `simulate`.
-
-    It is kept in the cache folder, for this model, machine, and the settings that change the time of a step.
-    """
-    from splitfuse.engine.engine import Engine
-    from splitfuse.engine.profile import run_calibration
-    from splitfuse.runtime.calibration import place, save
-
-    if out is not None:
-        check_writable(out)
-    config = EngineConfig.from_settings(given(flags))
-    shown = not quiet and sys.stderr.isatty()
-    calibration, checked = run_calibration(Engine, config, seconds=seconds, progress=shown)
-    _print_checked(calibration.cost, checked)
-    for path in (place(calibration.identity), *([] if out is None else [out])):
-        save(calibration, path)
-        print(f"splitfuse: the cost model is in {path}", file=sys.stderr)
 
 
 @with_flags(also={"Load": LoadFlags})
@@ -81,7 +53,7 @@ def simulate(
     from splitfuse.simulator.validate import compare, predict
 
     load = LoadFlags.taken_from(flags)
-    slas = promises(load.sla)
+    slas = parse_slas(load.sla)
     if out is not None:
         check_writable(out)
     measured = None if against is None else load_results(against)
@@ -188,38 +160,6 @@ def _label(deployment: Deployment) -> str:
     if deployment.replicas > 1:
         parts.append(f"{deployment.replicas} replicas")
     return ", ".join(parts)
-
-
-def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
-    """Each step that was not fitted, measured and predicted; the coefficients; the error."""
-    from rich.table import Table
-
-    table = Table(title="steps that were not fitted", title_justify="left", header_style="bold")
-    for name in ("pass", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
-        table.add_column(name, justify="left" if name == "pass" else "right")
-    for timed in checked:
-        predicted = cost.seconds(timed.sample.features)
-        table.add_row(
-            timed.name,
-            str(timed.sample.features.tokens),
-            str(timed.sample.features.rows),
-            str(timed.sample.features.kv_tokens),
-            f"{1e3 * timed.sample.seconds:.2f}",
-            f"{1e3 * predicted:.2f}",
-            f"{predicted / timed.sample.seconds - 1.0:+.1%}",
-        )
-    show(table)
-    print(
-        f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
-        f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms a token beyond {cost.knee:.0f},\n"
-        f"{1e6 * cost.per_row:.3g} µs a row of logits, {1e6 * cost.per_request:.3g} µs a request, "
-        f"{1e6 * cost.per_kv_token:.3g} µs a position read, {1e9 * cost.per_pair:.3g} ns a query and key"
-    )
-    if cost.error is not None:
-        print(
-            f"error over {cost.error.num_samples} steps that were not fitted: "
-            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; equal steps scatter by {cost.noise:.1%}"
-        )
 
 
 def _print_comparisons(comparisons: list[Any]) -> None:

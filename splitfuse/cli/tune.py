@@ -259,7 +259,7 @@ def _serve_flags(tuning: Tuning, settings: dict[str, Any]) -> list[str]:
 
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:
     """Drive the engine itself with what it should be able to promise; with less, while that is too much."""
-    from splitfuse.bench import sla
+    from splitfuse.bench import metrics
     from splitfuse.bench.measure import Loads
     from splitfuse.bench.measure import measure as drive
     from splitfuse.bench.target import EngineTarget
@@ -282,8 +282,8 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
             )
         )
         (point,) = results.points
-        records = sla.counted(point)
-        kept = sum(sla.on_time(record, targets) for record in records)
+        records = metrics.counted(point)
+        kept = sum(metrics.meets_slo(record, targets) for record in records)
         print(f"measured at {rate:.3g} requests/s: {kept} of {len(records)} on time", flush=True)
         if kept >= tuning.share * len(records):
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
@@ -155,7 +155,7 @@ def tune(
     lone = trials.closed(largest, 1, LONE_REQUESTS)
     if trials.on_time(lone) < share:
         raise _impossible(trials, largest)
-    least = LEAST * sla.throughput(lone)
+    least = LEAST * metrics.throughput(lone)
 
     def carried(settings: Sequence[Setting], start: float) -> tuple[Carried, ...]:
         """Each search begins where the one before ended."""
@@ -167,7 +167,7 @@ def tune(
         return tuple(found)
 
     usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
-    by_seats = carried([Setting(usual, count) for count in seats], sla.throughput(lone))
+    by_seats = carried([Setting(usual, count) for count in seats], metrics.throughput(lone))
     if not any(each.rate for each in by_seats):
         raise _impossible(trials, largest)
     best = _smallest_of_the_best(by_seats)
@@ -236,7 +236,7 @@ class _Trials:
 
         def carries(clients: int) -> bool:
             point = self.closed(setting, clients, max(self._requests, 8 * clients))
-            rates[clients] = sla.throughput(point)
+            rates[clients] = metrics.throughput(point)
             return self._carries(point)
 
         low, high = 1, 2  # `low` are carried
@@ -260,9 +260,9 @@ class _Trials:
     def on_time(self, point: Point, scheduler: SchedulerConfig | None = None) -> float:
         """The share of its requests that were."""
         config = scheduler or self.scheduler
-        records = sla.counted(point)
+        records = metrics.counted(point)
         targets = SloTargets.parse(config.ttft, config.itl)
-        return sla.mean([sla.on_time(record, targets) for record in records])
+        return metrics.mean([metrics.meets_slo(record, targets) for record in records])
 
     def _open(self, setting: Setting, rate: float, requests: int) -> Point:
         target = self._target(setting)
@@ -277,8 +277,8 @@ class _Trials:
         return virtual_time.run(loop)  # without its rate, which would give each load other requests
 
     def _carries(self, point: Point) -> bool:
-        comes = len(sla.counted(point)) / sla.seconds(point)
-        return self.on_time(point) >= self._share and sla.throughput(point) >= KEEPS_UP * comes
+        comes = len(metrics.counted(point)) / metrics.seconds(point)
+        return self.on_time(point) >= self._share and metrics.throughput(point) >= KEEPS_UP * comes
 
     def _target(self, setting: Setting, scheduler: SchedulerConfig | None = None) -> SimulatedTarget:
         """With as many blocks as an engine would take for its seats."""
@@ -331,9 +331,9 @@ def _largest(carries: Callable[[float], bool], start: float, least: float) -> fl
 
 def _impossible(trials: _Trials, setting: Setting) -> ConfigError:
     """What to say of targets that a request alone does not meet: what it would take, and what could be promised."""
-    alone = sla.counted(trials.closed(replace(setting, deadline_policy=False), 1, LONE_REQUESTS))
-    gap = max((average for record in alone for average in sla.moving_averages(sla.gaps(record))), default=0.0)
-    first = max(map(sla.first_token_seconds, alone))
+    alone = metrics.counted(trials.closed(replace(setting, deadline_policy=False), 1, LONE_REQUESTS))
+    gap = max((average for record in alone for average in metrics.moving_averages(metrics.gaps(record))), default=0.0)
+    first = max(map(metrics.first_token_seconds, alone))
     scheduler = trials.scheduler
     ways = [(1, 0), (0, 1)] if scheduler.ttft and scheduler.itl else []
     possible = [flags for way in (*ways, (1, 1)) if (flags := _least_possible(trials, setting, *way))]

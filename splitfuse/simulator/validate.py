@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Point, Results, by_load
 from splitfuse.bench.summary import Row, rows
@@ -48,7 +48,7 @@ def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any])
         loads = Loads(
             clients=() if same[0].clients is None else (same[0].clients,),
             rates=() if same[0].rate is None else (same[0].rate,),
-            requests=len(sla.counted(same[0])),
+            requests=len(metrics.counted(same[0])),
             repeat=len(same),
             prompt_speed=measured.prompt_speed,
         )
@@ -67,7 +67,7 @@ def compare(measured: Results, predicted: Results) -> list[Comparison]:
 
 def mean_error(errors: Sequence[float]) -> float:
     """Of their sizes."""
-    return sla.mean([abs(error) for error in errors])
+    return metrics.mean([abs(error) for error in errors])
 
 
 def workload_of(results: Results) -> MakeWorkload:

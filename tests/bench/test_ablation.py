@@ -11,7 +11,7 @@ import pytest
 from bench_points import RESULTS, point
 
 from benchmarks import policies
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.results import load
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Lengths
@@ -26,7 +26,7 @@ PLAN = policies.Plan(
     seats=32,
     requests=16,
     repeat=1,
-    prompt_speed=sla.PROMPT_TOKENS_PER_SECOND,
+    prompt_speed=metrics.PROMPT_TOKENS_PER_SECOND,
     lengths=Lengths(1024, 64),
     seed=0,
 )
@@ -39,7 +39,7 @@ def test_the_budget_of_a_policy_is_as_good_as_any_with_the_shortest_gaps(policy:
     kept, gaps = {}, {}
     for budget in PLAN.budgets:
         result = policies.simulated(PLAN, calibration, policy, budget)
-        kept[budget] = sum(sla.effective_throughput(p, s) for p in result.points for s in sla.SLAS)
+        kept[budget] = sum(metrics.goodput(p, s) for p in result.points for s in metrics.SLAS)
         gaps[budget] = sum(row.gaps[95] for row in rows(result))
     assert kept[best] >= (1 - policies.AS_GOOD) * max(kept.values())
     for other in PLAN.budgets:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.load import HOPELESS, closed_loop, open_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import Answer, EngineTarget, Target
@@ -48,7 +48,7 @@ class Ticking(Target):
 
 def check(point: Point, requests: int) -> None:
     """What holds of every closed loop."""
-    assert len(sla.counted(point)) == requests
+    assert len(metrics.counted(point)) == requests
     start, end = point.window
     clients = range(point.clients or 0)
     before = {record.client for record in point.records[1:] if record.done <= start}
@@ -56,10 +56,10 @@ def check(point: Point, requests: int) -> None:
     for client in clients:
         own = [record for record in point.records if record.client == client]
         assert all(a.done <= b.sent for a, b in itertools.pairwise(own) if a.error is None)
-    last = max(record.done for record in sla.counted(point))
+    last = max(record.done for record in metrics.counted(point))
     if point.clients != 1:  # the load stays on until the last that counts is done
         assert {r.client for r in point.records if r.sent >= end or r.done >= last} >= set(clients) - {
-            max(sla.counted(point), key=lambda record: record.done).client
+            max(metrics.counted(point), key=lambda record: record.done).client
         }
 
 
@@ -82,7 +82,7 @@ def test_clients_start_one_after_the_other() -> None:
 
 def test_requests_that_fail_are_counted_and_do_not_end_the_load() -> None:
     point = asyncio.run(closed_loop(Ticking(fails=5), WORKLOAD, clients=3, requests=20))
-    assert len(sla.counted(point)) == 20 and 0 < len(sla.answered(point)) < 20
+    assert len(metrics.counted(point)) == 20 and 0 < len(metrics.answered(point)) < 20
     with pytest.raises(ServerError, match="the first request failed: status 500"):
         asyncio.run(closed_loop(Ticking(fails=1), WORKLOAD, clients=3, requests=20))
 
@@ -104,25 +104,25 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
     target = Ticking(tick=0.01)
     point = asyncio.run(open_loop(target, WORKLOAD, rate=500.0, arrivals=iter(arrivals), requests=40))
     assert point.window == (arrivals[10], arrivals[50])  # a quarter came before
-    assert [record.sent for record in sla.counted(point)] == arrivals[10:50]  # due, whenever they could be sent
+    assert [record.sent for record in metrics.counted(point)] == arrivals[10:50]  # due, whenever they could be sent
     assert target.most_at_once > 5
-    last = max(record.done for record in sla.counted(point))
+    last = max(record.done for record in metrics.counted(point))
     assert max(record.sent for record in point.records) > last - 0.1  # the load stayed on
     assert len(point.records) < 1000
 
 
 def test_arrivals_that_end_all_count() -> None:
     point = asyncio.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=iter([0.0, 0.01, 0.02]), requests=None))
-    assert len(sla.counted(point)) == len(sla.answered(point)) == 3
+    assert len(metrics.counted(point)) == len(metrics.answered(point)) == 3
     assert point.window[0] == 0.0 and point.window[1] >= max(record.done for record in point.records)
-    assert sla.throughput(point) == pytest.approx(3 / point.window[1])
+    assert metrics.throughput(point) == pytest.approx(3 / point.window[1])
 
 
 def test_late_arrivals_are_pending_before_the_window_closes() -> None:
     """All are overdue when the load begins; the last two open and close the window."""
     arrivals = iter([0.0] * 4 + [1e-9 * i for i in range(1, 18)])
     point = asyncio.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=arrivals, requests=16))
-    assert len(sla.answered(point)) == 16
+    assert len(metrics.answered(point)) == 16
 
 
 def test_a_load_of_failures_is_given_up() -> None:

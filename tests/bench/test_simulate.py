@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Results, load
@@ -107,17 +107,21 @@ def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
     assert [(p.clients, p.repetition) for p in results.points] == [(1, 0), (4, 0), (1, 1), (4, 1)]
     for point in results.points:
         clients = point.clients or 0
-        assert 0 <= len(sla.counted(point)) - (4 * clients + 32) < clients  # several may ask at the same moment
-        assert all(record.error is None and record.token_times for record in sla.counted(point))
+        assert 0 <= len(metrics.counted(point)) - (4 * clients + 32) < clients  # several may ask at the same moment
+        assert all(record.error is None and record.token_times for record in metrics.counted(point))
     one, four = results.points[:2]
-    assert sla.throughput(one) == pytest.approx(sla.littles_law(one), rel=0.05)
-    assert 1.2 * sla.throughput(one) < sla.throughput(four) < 4 * sla.throughput(one)
+    assert metrics.throughput(one) == pytest.approx(metrics.littles_law(one), rel=0.05)
+    assert 1.2 * metrics.throughput(one) < metrics.throughput(four) < 4 * metrics.throughput(one)
 
 
 def test_equal_steps_scatter_as_they_were_calibrated_and_alike_each_time() -> None:
     scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, noise=0.1)))
     steady, first, second = (
-        [gap for record in sla.counted(run(each, clients=(1,), requests=40).points[0]) for gap in sla.gaps(record)]
+        [
+            gap
+            for record in metrics.counted(run(each, clients=(1,), requests=40).points[0])
+            for gap in metrics.gaps(record)
+        ]
         for each in (deployment(), scattering, scattering)
     )
     assert first == second
@@ -127,15 +131,15 @@ def test_equal_steps_scatter_as_they_were_calibrated_and_alike_each_time() -> No
 
 def test_an_open_loop_below_the_limit_is_served_at_its_rate() -> None:
     (point,) = run(deployment(), rates=(1.5,), requests=400).points
-    assert sla.throughput(point) == pytest.approx(1.5, rel=0.15)
+    assert metrics.throughput(point) == pytest.approx(1.5, rel=0.15)
 
 
 def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfuse() -> None:
     worst, usual = {}, {}
     for policy, budget in (("splitfuse", 256), ("prefill-first", 4096), ("orca", 4096), ("static", 4096)):
         (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
-        gaps = [gap for record in sla.counted(point) for gap in sla.gaps(record)]
-        worst[policy], usual[policy] = sla.percentile(gaps, 99), sla.percentile(gaps, 90)
+        gaps = [gap for record in metrics.counted(point) for gap in metrics.gaps(record)]
+        worst[policy], usual[policy] = metrics.percentile(gaps, 99), metrics.percentile(gaps, 90)
     longest_step = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
     assert worst["splitfuse"] <= longest_step
     assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_step
@@ -143,8 +147,8 @@ def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfu
 
 
 def test_replicas_share_a_load_by_outstanding_tokens() -> None:
-    one = sla.throughput(run(deployment(), clients=(16,), requests=100).points[0])
-    four = sla.throughput(run(deployment(replicas=4), clients=(64,), requests=400).points[0])
+    one = metrics.throughput(run(deployment(), clients=(16,), requests=100).points[0])
+    four = metrics.throughput(run(deployment(replicas=4), clients=(64,), requests=400).points[0])
     assert 3.6 * one < four < 4.4 * one
 
 
@@ -156,7 +160,9 @@ def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
     first = {}
     for cached in (True, False):
         (point,) = run(deployment(replicas=replicas, enable_prefix_caching=cached), make, clients=(4,)).points
-        first[cached] = sla.percentile([sla.first_token_seconds(record) for record in sla.counted(point)], 50)
+        first[cached] = metrics.percentile(
+            [metrics.first_token_seconds(record) for record in metrics.counted(point)], 50
+        )
     assert first[True] < first[False] / 3
 
 
@@ -277,8 +283,8 @@ def test_the_larger_the_share_of_the_late_the_less_they_wait_and_the_fewer_are_o
             Deployment(calibration=slow, scheduler=promised), independent(128, 16), clients=(16,), requests=80
         )
         [point] = results.points
-        longest = max(record.done - record.sent for record in sla.counted(point))
-        return sla.effective_throughput(point, 4.0, 16.0), longest
+        longest = max(record.done - record.sent for record in metrics.counted(point))
+        return metrics.goodput(point, 4.0, 16.0), longest
 
     (many, long), (few, short) = answered(1 / 16), answered(1 / 4)
     assert many > few > 0 and long > 2 * short

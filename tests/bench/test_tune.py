@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.target import Target
@@ -91,7 +91,9 @@ def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
             system="",
             about={},
         )
-        on_time[times] = sla.mean([sla.on_time(r, SloTargets(1.0, 0.06)) for r in sla.counted(results.points[0])])
+        on_time[times] = metrics.mean(
+            [metrics.meets_slo(r, SloTargets(1.0, 0.06)) for r in metrics.counted(results.points[0])]
+        )
     assert on_time[0.8] > 0.95 > 0.9 > on_time[2.0]
     assert 2 <= tuning.clients < 64 and 0.5 * tuning.rate < tuning.clients_rate < LIMIT
 
@@ -162,8 +164,8 @@ def test_on_time_is_who_met_all_targets() -> None:
         (SloTargets(None, 0.25), True),
         (SloTargets(0.5, None), True),
     ):
-        assert sla.on_time(record, targets) is met
-    assert not sla.on_time(RequestRecord(0, 1.0, 10, (), "failed"), SloTargets(9.0))
+        assert metrics.meets_slo(record, targets) is met
+    assert not metrics.meets_slo(RequestRecord(0, 1.0, 10, (), "failed"), SloTargets(9.0))
 
 
 def command(*arguments: str) -> Result:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.report.style import as_svg, require_matplotlib
 from splitfuse.bench.results import Results, load_order
 from splitfuse.bench.summary import GAP_PERCENTS, LATENCY_PERCENTS, Row, rows
@@ -55,7 +55,7 @@ pre { background: #f6f7f9; padding: .7rem .9rem; overflow-x: auto; border-radius
 
 
 def write_report(
-    results: Sequence[Results], out: Path, *, slas: Sequence[float] = sla.SLAS, title: str = "What a load gave"
+    results: Sequence[Results], out: Path, *, slas: Sequence[float] = metrics.SLAS, title: str = "What a load gave"
 ) -> None:
     """Write the page. Raises ConfigError if matplotlib is missing, if there is nothing to show, or if the file cannot
     be written.

@@ -1,6 +1,6 @@
 """What promises bring, in simulation: the same load with and without, on machines of two lines each.
 
-    python -m benchmarks.promises [--machine int8] [--requests N] [--hours H] [--noise S]
+    python -m benchmarks.slo [--machine int8] [--requests N] [--hours H] [--noise S]
         [--late-share P]
 
 A step costs max(8 ms, 0.42 ms a token) + 1 ms ("int8") or max(15.5, 0.84) + 1 ("bf16"): the limits of two AVX-512 cores
@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.measure import Loads
 from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest
@@ -62,7 +62,7 @@ def papers(tokens_per_second: float | None) -> dict[str, str]:
     """The targets of the paper, if any."""
     if tokens_per_second is None:
         return {}
-    return {"ttft": f"{1 / sla.PROMPT_TOKENS_PER_SECOND}s/token", "itl": f"{1 / tokens_per_second}s"}
+    return {"ttft": f"{1 / metrics.PROMPT_TOKENS_PER_SECOND}s/token", "itl": f"{1 / tokens_per_second}s"}
 
 
 def calibration(name: str, cost: CostModel) -> Calibration:
@@ -79,7 +79,7 @@ def effective(machine: Calibration, requests: int, tail_share: float) -> None:
     print(f"\n{machine.name}: requests/s on time (all requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
-    for speed in sla.SLAS:
+    for speed in metrics.SLAS:
         for promised in (None, speed):
             results = simulate(
                 deployment(machine, papers(promised), tail_share),
@@ -90,9 +90,9 @@ def effective(machine: Calibration, requests: int, tail_share: float) -> None:
             )
             cells = []
             for point in results.points:
-                longest = max(record.done - record.sent for record in sla.counted(point))
-                on_time = sla.effective_throughput(point, speed)
-                cells.append(f"{on_time:10.2f} ({sla.throughput(point):.2f}; {longest:.1f})".rjust(22))
+                longest = max(record.done - record.sent for record in metrics.counted(point))
+                on_time = metrics.goodput(point, speed)
+                cells.append(f"{on_time:10.2f} ({metrics.throughput(point):.2f}; {longest:.1f})".rjust(22))
             print(f"{speed:8g} {'by promise' if promised else 'by age':10}" + "".join(cells))
 
 
@@ -136,7 +136,7 @@ async def overload(machine: Calibration, hours: float, tail_share: float) -> Non
         sent = loop.time()
         times = await replica.answer(str(number), LoadRequest("exam", number, 0, Bytes(256).draw(random, 512), 64))
         latencies.append(times[-1] - sent)
-        on_time += sla.on_time(RequestRecord(number, sent, 512, tuple(times)), targets)
+        on_time += metrics.meets_slo(RequestRecord(number, sent, 512, tuple(times)), targets)
 
     number = 0
     while loop.time() < hours * 3600:

@@ -1,6 +1,6 @@
 """Measure how well step times are predicted while the machine changes, with core/slo/latency_predictor.py and without.
 
-    python -m benchmarks.exams.forecast [--hours 1] [--minutes 0] [--model DIR] [--quantization int8]
+    python -m benchmarks.latency_predictor [--hours 1] [--minutes 0] [--model DIR] [--quantization int8]
 
 In simulation, the machine is not the cost model's: every coefficient is off by up to a tenth, its speed drifts by a
 quarter over the hour, neighbours come for half a minute and take memory or arithmetic, every step scatters by 5 %, and
@@ -21,8 +21,8 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from benchmarks.promises import MACHINES, calibration
-from splitfuse.bench.sla import percentile
+from benchmarks.slo import MACHINES, calibration
+from splitfuse.bench.metrics import percentile
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig

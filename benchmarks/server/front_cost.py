@@ -1,6 +1,6 @@
 """What the front costs an engine: the same requests through `pipeline` and over HTTP as 32 streams, in turns.
 
-    python -m benchmarks.exams.front_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [--turns N] [FLAGS]
+    python -m benchmarks.server.front_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [FLAGS]
 
 Both have the same model and settings (FLAGS, those of an engine, as --name=value); one waits while the other runs. The
 streams are read by this process, on the same cores. Compared are the mean time of a step, by the engine's own clock,
@@ -62,10 +62,10 @@ def parsed(about: str | None, *, prompt: int, generate: int) -> tuple[argparse.N
 
 def main() -> None:
     arguments, flags = parsed(__doc__, prompt=128, generate=64)
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
     with (
         alone(flags) as pipeline,
-        server_process(folder, f"exam-{folder.name}", *flags) as server,
+        server_process(folder, f"bench-{folder.name}", *flags) as server,
         server.client() as client,
         httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http,
     ):
@@ -104,7 +104,7 @@ def make_prompts(turn: int, count: int, length: int) -> list[list[int]]:
 @contextmanager
 def alone(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A process with a pipeline, that waits on its standard input."""
-    command = [sys.executable, "-m", "benchmarks.exams.front_cost", "--alone", *flags]
+    command = [sys.executable, "-m", "benchmarks.server.front_cost", "--alone", *flags]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     try:
         yield process

@@ -1,6 +1,6 @@
 """Two replicas of one core each against one of one core, on the same requests, in turns; and what the second takes.
 
-    python -m benchmarks.exams.two_replicas [--model FOLDER] [--streams N] [--prompt N] [--generate N] [--turns N] [...]
+    python -m benchmarks.server.two_replicas [--model FOLDER] [--streams N] [--prompt N] [--turns N] [FLAGS]
 
 The streams are read by this process, which like the front shares the cores with the engines. Other flags are those of
 `serve`, as --name=value. Memory is that of the engines, once all is done: anonymous, and with what they share
@@ -16,12 +16,12 @@ import httpx
 from server_load import children
 from server_process import server_process
 
-from benchmarks.exams.front_cost import make_prompts, parsed, ratios, stream, told
+from benchmarks.server.front_cost import make_prompts, parsed, ratios, stream, told
 
 
 def main() -> None:
     arguments, flags = parsed(__doc__, prompt=256, generate=32)
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
     with (
         server_process(folder, f"one-{folder.name}", "--num-threads=1", *flags) as single,
         server_process(folder, f"two-{folder.name}", "--replicas=2", *flags) as double,

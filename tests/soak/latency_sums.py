@@ -1,6 +1,6 @@
 """Do the parts of `splitfuse explain` add up to the wall clock? Over mixed requests, against two clocks of others.
 
-    python -m benchmarks.exams.explain [--requests N] [--clients N] [SERVE FLAGS ...]
+    python -m tests.soak.latency_sums [--requests N] [--clients N] [SERVE FLAGS ...]
 
 Some are streams, some have several choices, stop strings or a deadline; some clients read slowly, some hang up. The KV
 cache is small, so some are preempted. The sum of parts is compared with the server's log, which measures a request by
@@ -62,7 +62,7 @@ class Asked:
             body |= {"splitfuse_deadline": random.uniform(0.05, 1.0), "max_tokens": 400}
         if kind == "slow reader":
             body |= {"logprobs": 5, "max_tokens": 300}
-        return cls(f"exam-{number}", kind, body)
+        return cls(f"soak-{number}", kind, body)
 
 
 def main() -> None:
@@ -70,9 +70,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=16)
     arguments, flags = parser.parse_known_args()
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
     with (
-        server_process(folder, f"exam-{folder.name}", *(flags or TIGHT)) as server,
+        server_process(folder, f"soak-{folder.name}", *(flags or TIGHT)) as server,
         server.client() as client,
         httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http,
     ):

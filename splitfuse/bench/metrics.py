@@ -44,7 +44,7 @@ def meets_ttft(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SE
     return first_token_seconds(record) <= record.num_prompt_tokens / prompt_speed
 
 
-def slo_enabled(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+def meets_sla(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Whether the request kept both promises at `sla` tokens a second. One that failed kept none."""
     return (
         record.error is None
@@ -53,7 +53,7 @@ def slo_enabled(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_
     )
 
 
-def on_time(record: RequestRecord, targets: SloTargets) -> bool:
+def meets_slo(record: RequestRecord, targets: SloTargets) -> bool:
     """Whether the request met all of its targets. One that failed did not."""
     return (
         _succeeded(record)
@@ -90,13 +90,13 @@ def token_throughput(point: Point) -> float:
     return sum(start <= time < end for record in point.records for time in record.token_times) / seconds(point)
 
 
-def effective_throughput(point: Point, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
+def goodput(point: Point, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
     """Requests a second that kept both promises, of those sent in the window.
 
     In an open loop more may be sent than are served: there it is the share that kept them, of as many as ended.
     """
     records = counted(point)
-    kept = float(sum(slo_enabled(record, sla, prompt_speed) for record in records))
+    kept = float(sum(meets_sla(record, sla, prompt_speed) for record in records))
     if point.clients is None and records:
         start, end = point.window
         kept *= sum(start <= record.done < end for record in point.records) / len(records)

@@ -1,6 +1,6 @@
 """How much memory a request leaves behind, in the front and in the engine: the slope over 20,000 short requests.
 
-    python -m benchmarks.exams.memory_slope [--requests N] [--warm-up N] [SERVE FLAGS ...]
+    python -m tests.soak.memory_slope [--requests N] [--warm-up N] [SERVE FLAGS ...]
 
 Anonymous resident memory is read at rest, every 500 requests, after a warm-up in which every block of the
 KV cache is written once. Every prompt is a new one; half are
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--warm-up", type=int, default=12_000)
     arguments, flags = parser.parse_known_args()
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
-    with server_process(folder, f"exam-{folder.name}", *flags) as server, server.client() as client:
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    with server_process(folder, f"soak-{folder.name}", *flags) as server, server.client() as client:
         pids = {"front": server.process.pid, "engine": children(server.process.pid)[0]}
         with httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http:
             _examine(http, pids, arguments.warm_up, arguments.requests)

@@ -1,4 +1,4 @@
-"""`splitfuse bench`: drive a server or an engine with a load, and make a report of what came."""
+"""`splitfuse bench run`: drive a server or an engine with a load, and measure it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from splitfuse.cli.flags import ending_in_a_sentence, given, with_flags
-from splitfuse.cli.loads import SLAS, LoadFlags, check_writable, print_table, promises, save_results
+from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.loads import LoadFlags, check_writable, parse_slas, print_table, save_results
 from splitfuse.config import EngineConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import ConfigError
@@ -19,12 +19,9 @@ from splitfuse.errors import ConfigError
 if TYPE_CHECKING:
     from splitfuse.bench.target import Target
 
-bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")
 
-
-@bench.command("run")
 @with_flags(also={"Load": LoadFlags})
-def run(
+def bench_run(
     url: Annotated[
         str | None, typer.Option(help="Drive the server there; left out, an engine is loaded here by the engine flags.")
     ] = None,
@@ -56,7 +53,7 @@ def run(
     from splitfuse.runtime.environment import environment_info
 
     load = LoadFlags.taken_from(flags)
-    loads, slas = load.loads(repeat=repeat), promises(load.sla)
+    loads, slas = load.loads(repeat=repeat), parse_slas(load.sla)
     notes = _notes(about or [])
     make_workload = load.workload_maker()
     keys = (api_key or "").split()
@@ -99,24 +96,6 @@ def run(
     print_table(results, slas)
     if out is not None:
         print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
-
-
-@bench.command("report")
-@ending_in_a_sentence
-def report(
-    files: Annotated[list[Path], typer.Argument(help="Results of `splitfuse bench run` or `splitfuse simulate`.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    sla: Annotated[str, typer.Option(help="Tokens a second that are promised.")] = SLAS,
-    title: Annotated[str, typer.Option(help="Its heading.")] = "What a load gave",
-) -> None:
-    """Make one HTML page of results: the five figures of the paper, tables, settings. It needs no network."""
-    from splitfuse.bench.report.page import write_report
-    from splitfuse.bench.results import load
-
-    slas = promises(sla)
-    check_writable(out)
-    write_report([load(file) for file in files], out, slas=slas, title=title)
-    print(out)
 
 
 def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:

@@ -2,13 +2,15 @@
 
 import math
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.bench import sla
+from splitfuse.bench import metrics
 from splitfuse.bench.results import Point, RequestRecord
+from splitfuse.core.slo.targets import SPAN
 
 SECONDS = st.floats(0.0, 100.0)
 GAPS = st.lists(SECONDS, max_size=60)
@@ -33,17 +35,40 @@ def average_by_definition(values: list[float], span: int) -> list[float]:
 
 @given(GAPS, st.integers(1, 40))
 def test_the_moving_average_is_that_of_its_definition(values: list[float], span: int) -> None:
-    assert sla.moving_averages(values, span=span) == pytest.approx(average_by_definition(values, span), abs=1e-9)
+    assert metrics.moving_averages(values, span=span) == pytest.approx(average_by_definition(values, span), abs=1e-9)
 
 
 def test_the_moving_average_of_known_numbers() -> None:
     # As pandas.Series([1, 0, 0, 4]).ewm(span=3).mean() prints them: weights 1, 1/2, 1/4, 1/8.
-    assert sla.moving_averages([1, 0, 0, 4], span=3) == pytest.approx([1, 1 / 3, 1 / 7, (4 + 1 / 8) / (15 / 8)])
+    assert metrics.moving_averages([1, 0, 0, 4], span=3) == pytest.approx([1, 1 / 3, 1 / 7, (4 + 1 / 8) / (15 / 8)])
+
+
+def random_trace(random: Random) -> RequestRecord:
+    """Lengths from 1, bursts of several tokens in one event, pauses."""
+    times = [random.expovariate(1.0)]
+    scale = math.exp(random.uniform(-4, 0))
+    for _ in range(random.randint(0, 200)):
+        pause = random.expovariate(1 / scale) + (random.random() < 0.03) * random.expovariate(1.0)
+        times.append(times[-1] + pause * (random.random() < 0.8))
+    return RequestRecord(0, 0.0, random.randint(1, 3000), tuple(times))
+
+
+def test_the_moving_average_equals_that_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas", reason="the oracle is pandas, which is not one of our dependencies")
+    random = Random(0)
+    for _ in range(1000):
+        record = random_trace(random)
+        gaps = metrics.gaps(record)
+        expected = pandas.Series(gaps, dtype=float).ewm(span=SPAN).mean()
+        assert metrics.moving_averages(gaps) == pytest.approx(list(expected), abs=1e-9)
+        first_token_in_time = record.token_times[0] <= record.num_prompt_tokens / 512
+        for sla in metrics.SLAS:
+            assert metrics.meets_sla(record, sla) == (first_token_in_time and bool((expected < 1 / sla).all())), record
 
 
 @given(GAPS)
 def test_the_moving_average_lies_between_the_values(values: list[float]) -> None:
-    for end, average in enumerate(sla.moving_averages(values), start=1):
+    for end, average in enumerate(metrics.moving_averages(values), start=1):
         assert min(values[:end]) - 1e-9 <= average <= max(values[:end]) + 1e-9
 
 
@@ -51,13 +76,13 @@ def test_the_moving_average_lies_between_the_values(values: list[float]) -> None
 def test_who_keeps_a_promise_keeps_a_lesser_one(values: list[float], one: float, other: float) -> None:
     low, high = sorted((one, other))
     request = record(values)
-    assert sla.slo_enabled(request, low) or not sla.slo_enabled(request, high)
+    assert metrics.meets_sla(request, low) or not metrics.meets_sla(request, high)
 
 
 @given(GAPS)
 def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
     times = tuple(time for time in record(values).token_times for _ in range(3))
-    gaps = sla.gaps(RequestRecord(0, 0.0, 512, times))
+    gaps = metrics.gaps(RequestRecord(0, 0.0, 512, times))
     one_by_one = [later - earlier for earlier, later in pairwise(record(values).token_times)]
     assert gaps == [0.0, 0.0, *(part for gap in one_by_one for part in (gap, 0.0, 0.0))]
 
@@ -75,14 +100,14 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
     ],
 )
 def test_the_promise_of_steady_tokens(gaps: list[float], promise: float, kept: bool) -> None:
-    assert sla.slo_enabled(record(gaps), promise) is kept
+    assert metrics.meets_sla(record(gaps), promise) is kept
 
 
 def test_the_promise_of_the_first_token() -> None:
-    assert sla.meets_ttft(record([], first=2.0, prompt=1024))
-    assert not sla.meets_ttft(record([], first=2.001, prompt=1024))
-    assert not sla.slo_enabled(RequestRecord(0, 0.0, 1024, ()), 2.0)
-    assert not sla.slo_enabled(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
+    assert metrics.meets_ttft(record([], first=2.0, prompt=1024))
+    assert not metrics.meets_ttft(record([], first=2.001, prompt=1024))
+    assert not metrics.meets_sla(RequestRecord(0, 0.0, 1024, ()), 2.0)
+    assert not metrics.meets_sla(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
 
 
 def point(*records: RequestRecord, window: tuple[float, float], clients: int | None = 1) -> Point:
@@ -106,41 +131,41 @@ def test_a_steady_closed_loop_has_equal_throughput_by_clock_and_by_promises(
     if len(sent) < 2:
         return
     one = point(*records, window=(sent[0], sent[-1]), clients=clients)
-    assert sla.throughput(one) == pytest.approx(len(sla.counted(one)) / sla.seconds(one))
-    assert sla.effective_throughput(one, 2.0) == pytest.approx(sla.throughput(one))
+    assert metrics.throughput(one) == pytest.approx(len(metrics.counted(one)) / metrics.seconds(one))
+    assert metrics.goodput(one, 2.0) == pytest.approx(metrics.throughput(one))
 
 
 def test_throughput_is_by_the_clock_and_littles_law_beside_it() -> None:
     records = [RequestRecord(0, float(i), 512, (i + 0.5, i + 1.0)) for i in range(10)]
     steady = point(*records, window=(2.0, 6.0))
-    assert sla.throughput(steady) == 1.0
-    assert sla.littles_law(steady) == 1.0
-    assert sla.token_throughput(steady) == 2.0
-    assert sla.effective_throughput(steady, 1.0) == 1.0
-    assert sla.effective_throughput(steady, 2.0) == 0.0  # gaps of half a second
+    assert metrics.throughput(steady) == 1.0
+    assert metrics.littles_law(steady) == 1.0
+    assert metrics.token_throughput(steady) == 2.0
+    assert metrics.goodput(steady, 1.0) == 1.0
+    assert metrics.goodput(steady, 2.0) == 0.0  # gaps of half a second
     failed = point(*records[:5], RequestRecord(0, 5.0, 512, (), "status 500"), window=(2.0, 6.0))
-    assert sla.effective_throughput(failed, 1.0) == 0.75
-    assert len(sla.counted(failed)) == 4 and len(sla.answered(failed)) == 3
+    assert metrics.goodput(failed, 1.0) == 0.75
+    assert len(metrics.counted(failed)) == 4 and len(metrics.answered(failed)) == 3
 
 
 def test_an_open_loop_that_falls_behind_is_not_served_at_its_rate() -> None:
     """Ten come in ten seconds, two are done in them: two are served, though in the end all keep their promises."""
     records = [RequestRecord(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
     overloaded = point(*records, window=(0.0, 10.0), clients=None)
-    assert sla.throughput(overloaded) == sla.effective_throughput(overloaded, 2.0) == 0.2
-    assert sla.littles_law(overloaded) is None
+    assert metrics.throughput(overloaded) == metrics.goodput(overloaded, 2.0) == 0.2
+    assert metrics.littles_law(overloaded) is None
 
 
 @given(st.lists(SECONDS, min_size=1), st.floats(0, 100))
 def test_percentiles_are_of_the_values_and_grow(values: list[float], percent: float) -> None:
-    here = sla.percentile(values, percent)
+    here = metrics.percentile(values, percent)
     assert min(values) <= here <= max(values)
-    assert sla.percentile(values, 0) <= here <= sla.percentile(values, 100)
+    assert metrics.percentile(values, 0) <= here <= metrics.percentile(values, 100)
     below = sum(value < here for value in values)
     assert below <= percent / 100 * (len(values) - 1) + 1
 
 
 def test_percentiles_of_known_numbers() -> None:
-    assert sla.percentile([4, 1, 3, 2], 50) == 2.5
-    assert sla.percentile([1, 2, 3, 4, 5], 95) == pytest.approx(4.8)
-    assert math.isnan(sla.percentile([], 50)) and math.isnan(sla.mean([]))
+    assert metrics.percentile([4, 1, 3, 2], 50) == 2.5
+    assert metrics.percentile([1, 2, 3, 4, 5], 95) == pytest.approx(4.8)
+    assert math.isnan(metrics.percentile([], 50)) and math.isnan(metrics.mean([]))

@@ -1,6 +1,6 @@
 """Engines that are killed and engines that hang under load: when clients hear of it, and when all is well again.
 
-    python -m benchmarks.exams.deaths [--replicas N] [SERVE FLAGS ...]
+    python -m tests.soak.engine_deaths [--replicas N] [SERVE FLAGS ...]
 
 Streams run on all engines; then one engine's process gets SIGKILL, later SIGSTOP. Times are from the signal: until the
 streams that it held had an error, until /ready said 503 (with one replica), until a new request was answered, and until
@@ -33,9 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=1)
     arguments, flags = parser.parse_known_args()
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
     own = (f"--replicas={arguments.replicas}", "--num-blocks=2000", *flags)
-    with server_process(folder, f"exam-{folder.name}", *own) as server, server.client() as client:
+    with server_process(folder, f"soak-{folder.name}", *own) as server, server.client() as client:
         for number in signal.SIGKILL, signal.SIGSTOP:
             _Drill(server, client.url, arguments.replicas).hold(number)
         print("the server said:\n" + "\n".join(line for line in server.said.splitlines() if "engine" in line))

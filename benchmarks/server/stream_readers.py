@@ -1,6 +1,6 @@
 """What a streamed event costs the client: our own reader against httpx, in processor time of the client alone.
 
-    python -m benchmarks.exams.stream_readers [--streams 32] [--events 500]
+    python -m benchmarks.server.stream_readers [--streams 32] [--events 500]
 
 A server in another process sends events as our own server does, as fast as they are read.
 """

@@ -1,6 +1,6 @@
 """How fast /health and /ready answer while a prompt of 100,000 tokens is tokenized, and while long ones are computed.
 
-    python -m benchmarks.exams.probes [--seconds S] [SERVE FLAGS ...]
+    python -m benchmarks.server.probes [--seconds S] [SERVE FLAGS ...]
 
 Each probe is a request on a connection that is kept, one after another with a pause of 5 ms, alternating between the
 two routes. The prompt to be tokenized is too long for the model, and is refused when it has been; it is sent again and
@@ -30,9 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="of probing in each state")
     arguments, flags = parser.parse_known_args()
-    folder = Path(tempfile.mkdtemp(prefix="exam-"))
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
     with (
-        server_process(folder, f"exam-{folder.name}", *flags) as server,
+        server_process(folder, f"bench-{folder.name}", *flags) as server,
         server.client() as client,
         httpx.Client(base_url=client.url, timeout=300, trust_env=False) as http,
     ):
