@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from splitfuse.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from splitfuse.api import Pipeline, Response, pipeline
     from splitfuse.clients.client import AsyncClient
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-import splitfuse
 from splitfuse.cli.bench_report import bench_report
 from splitfuse.cli.bench_run import bench_run
 from splitfuse.cli.calibrate import calibrate
@@ -20,6 +19,7 @@ from splitfuse.cli.serve import serve
 from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
 from splitfuse.cli.tune import tune
+from splitfuse.version import __version__
 
 __all__ = ["SAMPLING_HELP", "main"]
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"splitfuse {splitfuse.__version__}")
+        print(f"splitfuse {__version__}")
         raise typer.Exit
 
 

@@ -14,13 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import splitfuse
+from splitfuse.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
 VERSIONS = ("torch", "numpy", "msgspec")
-_ROOT = Path(splitfuse.__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 def environment_info() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def environment_info() -> dict[str, Any]:
     return {
         "command": shlex.join(["splitfuse", *without_keys(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "splitfuse": splitfuse.__version__,
+        "splitfuse": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in VERSIONS},

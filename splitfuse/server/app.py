@@ -22,7 +22,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.ledger import LatencyPhase
 from splitfuse.core.limits import check_token_ids
@@ -46,6 +45,7 @@ from splitfuse.server.openapi import (
     document,
 )
 from splitfuse.text.service import TextService
+from splitfuse.version import __version__
 
 _OPEN = frozenset({"/health", "/ready"})  # no key, no line in the log
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -97,7 +97,7 @@ async def _ready(state: AppState, context: RequestContext) -> None:
 
 
 async def _version(_: AppState, context: RequestContext) -> None:
-    await context.answer(Version(splitfuse.__version__))
+    await context.answer(Version(__version__))
 
 
 async def _metrics(state: AppState, context: RequestContext) -> None:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import msgspec
 
-import splitfuse
 from splitfuse.errors import EngineDiedError
 from splitfuse.server.errors import ErrorBody
 from splitfuse.server.explain import Explanation
 from splitfuse.server.openai.endpoints import AppState
 from splitfuse.server.openai.protocol import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
+from splitfuse.version import __version__
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -81,7 +81,7 @@ def document(state: AppState) -> dict[str, Any]:
     """OpenAPI 3.1."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": "splitfuse", "version": splitfuse.__version__},
+        "info": {"title": "splitfuse", "version": __version__},
         "paths": {
             "/v1/completions": {"post": _generating("Continue prompts", CompletionRequest, Completion, Completion)},
             "/v1/chat/completions": {

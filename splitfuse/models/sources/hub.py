@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import splitfuse
 from splitfuse.errors import ModelError, ModelNotFoundError
 
-BUNDLED_MODEL = Path(splitfuse.__file__).parent / "assets" / "storyteller"
+BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
 
 FETCHED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # never pickles, never code
 
