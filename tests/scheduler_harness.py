@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from random import Random
 
@@ -19,7 +19,7 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
-from splitfuse.core.request import FinishReason, Request, RequestOutput
+from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, features
@@ -46,6 +46,12 @@ def reference(request: Request) -> tuple[list[int], FinishReason]:
             return tokens[request.num_prompt :], FinishReason.STOP
         if count == request.max_tokens:
             return tokens[request.num_prompt :], FinishReason.LENGTH
+
+
+def arrive(request: Request, now: float | Fraction) -> None:
+    """Set the time of arrival of a request that was made earlier."""
+    request.scheduling = replace(request.scheduling, arrival_time=now)
+    request.__post_init__()
 
 
 class FakeExecutor:
@@ -138,8 +144,7 @@ class Run:
 
     def add(self, request: Request) -> None:
         self._tick()
-        request.arrival_time = self.now
-        request.due = self.now + request.ttft_target
+        arrive(request, self.now)
         self.scheduler.add(request, self.now)
         self.outcomes[request.request_id] = Outcome()
         self.scheduler.check()
@@ -256,7 +261,7 @@ class Workload:
         rule = None
         if promises:
             for request in requests:
-                request.targets = self._targets(rng)
+                request.scheduling = replace(request.scheduling, targets=self._targets(rng))
             cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
             rule = DeadlinePolicy(LatencyPredictor(cost), budget=budget)
         largest = max(-(-(r.num_prompt + r.max_tokens - 1) // block_size) for r in requests)
@@ -298,7 +303,10 @@ class Workload:
             )
             eos = (EOS,) if rng.random() < 0.7 else ()
             salt = rng.choice(("", "", "other"))
-            yield Request(f"r{number}", tuple(prompt), params, max_tokens, seed=0, eos_token_ids=eos, cache_salt=salt)
+            options = SchedulingOptions(cache_salt=salt)
+            yield Request(
+                f"r{number}", tuple(prompt), params, max_tokens, seed=0, eos_token_ids=eos, scheduling=options
+            )
 
     @staticmethod
     def _targets(rng: Random) -> SloTargets:

@@ -40,6 +40,33 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True)
+class SchedulingOptions:
+    """How one request is scheduled: its SLO, its share of the machine and its isolation. One value from the HTTP edge
+    to the scheduler.
+
+        SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
+    """
+
+    cache_salt: str = ""
+    """Cached blocks are shared only among requests with the same salt."""
+    targets: SloTargets | None = None
+    """None: the engine's default SLO."""
+    arrival_time: float | None = None
+    """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when it is added."""
+    on_time_only: bool = False
+    """Whether to reject the request when it is added unless its SLO can be met."""
+    owner: str = ""
+    """Tenant whose fair share the request uses."""
+    weight: float = 1.0
+    """Weight of the owner's fair share, relative to other owners."""
+    priority: Priority = Priority.NORMAL
+
+
+DEFAULT_SCHEDULING = SchedulingOptions()
+"""Options of a request which asks for nothing special."""
+
+
 @dataclass(eq=False)
 class Request:
     """One request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
@@ -55,13 +82,7 @@ class Request:
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
-    cache_salt: str = ""  # requests share cached blocks only with requests of the same salt
-    targets: SloTargets = NO_SLO
-    arrival_time: float = 0.0  # on the clock of whoever calls the scheduler; targets count from here
-    on_time_only: bool = False  # not to be taken unless it can be on time
-    owner: str = ""  # whose share of the machine it is
-    weight: float = 1.0  # of that share
-    priority: Priority = Priority.NORMAL
+    scheduling: SchedulingOptions = DEFAULT_SCHEDULING
     sent: float | None = None  # when whoever took it in gave it to the engine
 
     arrival: int = -1  # order of acceptance, given by the scheduler, as is
@@ -96,6 +117,24 @@ class Request:
         self.account.name = self.request_id
         self.ttft_target = self.targets.ttft_target(self.num_prompt)
         self.due = self.arrival_time + self.ttft_target
+
+    @property
+    def targets(self) -> SloTargets:
+        """Its SLO; NO_SLO if it has none."""
+        return self.scheduling.targets or NO_SLO
+
+    @property
+    def arrival_time(self) -> float:
+        """When it arrived, on the caller's clock; its TTFT target counts from here."""
+        return self.scheduling.arrival_time or 0.0
+
+    @property
+    def priority(self) -> Priority:
+        return self.scheduling.priority
+
+    @property
+    def owner(self) -> str:
+        return self.scheduling.owner
 
     @property
     def place(self) -> tuple[int, float, int]:

@@ -102,7 +102,7 @@ class Scheduler:
             request.num_prompt, request.max_tokens, num_blocks=allocator.num_blocks, block_size=allocator.block_size
         )
         request.arrival = self._num_arrivals
-        if request.on_time_only:
+        if request.scheduling.on_time_only:
             room = FreeResources(self._max_num_seqs - len(self._running), allocator.num_available, allocator.block_size)
             check_admission(request, self._rule, running=self._running, waiting=self._waiting, room=room, now=now)
         self._num_arrivals += 1
@@ -279,7 +279,8 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         if request.params.prompt_logprobs is None:  # those are wanted for every position, so all must be computed
             known = request.tokens(0, request.num_known)
-            request.blocks = self._allocator.match(known, request.block_names, salt=request.cache_salt)
+            salt = request.scheduling.cache_salt
+            request.blocks = self._allocator.match(known, request.block_names, salt=salt)
         request.num_cached_blocks = len(request.blocks)
         request.num_computed = request.num_scheduled = len(request.blocks) * self._allocator.block_size
 
@@ -362,7 +363,11 @@ class Scheduler:
         if chunk.end // size > chunk.start // size:
             computed = request.tokens(0, request.num_computed)
             request.num_cached_blocks = self._allocator.publish(
-                request.blocks, computed, request.block_names, first=request.num_cached_blocks, salt=request.cache_salt
+                request.blocks,
+                computed,
+                request.block_names,
+                first=request.num_cached_blocks,
+                salt=request.scheduling.cache_salt,
             )
         if tokens and (reason := request.reason_to_finish):
             self._finish(request, reason)

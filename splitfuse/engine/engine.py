@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
@@ -12,13 +13,12 @@ from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.ledger import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
-from splitfuse.core.request import FinishReason, Request, RequestOutput
+from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.engine.messages import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.cpu.memory import SharedWeights
@@ -110,12 +110,16 @@ class Engine:
         and cannot be now. Then nothing is changed.
         """
         self.check_request(prompt_token_ids, params)
-        targets = self._targets if scheduling.targets is None else scheduling.targets
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(
                 "this engine keeps no promises: give it ttft, itl or enable_slo", parameter="targets"
             )
         now = time.monotonic()
+        scheduling = replace(
+            scheduling,
+            targets=self._targets if scheduling.targets is None else scheduling.targets,
+            arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
+        )
         self.scheduler.add(
             Request(
                 request_id,
@@ -125,14 +129,8 @@ class Engine:
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
-                cache_salt=scheduling.cache_salt,
-                targets=targets,
-                arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
+                scheduling=scheduling,
                 sent=sent,
-                on_time_only=scheduling.on_time_only,
-                owner=scheduling.owner,
-                weight=scheduling.weight,
-                priority=scheduling.priority,
             ),
             now,
         )

@@ -11,32 +11,10 @@ from dataclasses import dataclass
 import msgspec
 
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.request import FinishReason, Priority, RequestOutput
+from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.targets import SloTargets
 
 # To the engine -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SchedulingOptions:
-    """On which a request is taken, beside what is computed for it."""
-
-    cache_salt: str = ""
-    targets: SloTargets | None = None
-    """None: what the engine promises to everybody."""
-    arrival_time: float | None = None
-    """When it came, on the machine's monotonic clock; None: when the engine gets it."""
-    on_time_only: bool = False
-    """Not to be taken unless it can be on time."""
-    owner: str = ""
-    """Whose share of the machine it is."""
-    weight: float = 1.0
-    """Of that share."""
-    priority: Priority = Priority.NORMAL
-
-
-DEFAULT_SCHEDULING = SchedulingOptions()
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

@@ -23,7 +23,7 @@ from splitfuse.core.baselines import scheduler_class
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
-from splitfuse.core.request import Request
+from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -198,8 +198,7 @@ class Replica:
                 PARAMS,
                 request.max_tokens,
                 seed=0,
-                targets=self._targets,
-                arrival_time=loop.time(),
+                scheduling=SchedulingOptions(targets=self._targets, arrival_time=loop.time()),
                 block_names=[] if names is None else names,
             ),
             loop.time(),

@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, Stream
-from splitfuse.engine.messages import DEFAULT_SCHEDULING, Add, SchedulingOptions
+from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.chat_template import ChatTemplate

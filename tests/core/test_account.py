@@ -16,7 +16,7 @@ from splitfuse.core.latency.ledger import (
     StepTransitions,
     Transition,
 )
-from splitfuse.core.request import FinishReason, Request
+from splitfuse.core.request import FinishReason, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
@@ -82,7 +82,7 @@ def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) ->
 def request(name: str, prompt: int, tokens: int, targets: SloTargets = NO_SLO) -> Request:
     """A prompt like no other."""
     ids = tuple(Random(name).choices(range(16), k=prompt))
-    return Request(name, ids, SamplingParams(), tokens, seed=0, targets=targets)
+    return Request(name, ids, SamplingParams(), tokens, seed=0, scheduling=SchedulingOptions(targets=targets))
 
 
 class Timed(Run):

@@ -1,14 +1,16 @@
 """Who claims what first: the rules on hand-made requests, against laws and against every other order."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise, permutations
 from random import Random
+from typing import Any
 
 import pytest
 from scheduler_harness import Run
 
 from splitfuse.config import TAIL_SHARE
-from splitfuse.core.request import MISSED_ITL_FACTOR, Priority, Request, RequestStatus
+from splitfuse.core.request import MISSED_ITL_FACTOR, Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel, Features
 from splitfuse.core.slo.deadline_policy import PATIENCE, ClaimOrder, DeadlinePolicy, Fcfs
@@ -21,9 +23,14 @@ BUDGET = 100
 
 
 def request(name: str, prompt: int, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0) -> Request:
-    made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, targets=targets, arrival_time=arrival_time)
+    scheduling = SchedulingOptions(targets=targets, arrival_time=arrival_time)
+    made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, scheduling=scheduling)
     made.arrival = int(arrival_time * 1000)
     return made
+
+
+def change(request: Request, **options: Any) -> None:
+    request.scheduling = replace(request.scheduling, **options)
 
 
 def stream(name: str, interval: float | None, *, token_at: float, arrival_time: float = 0.0) -> Request:
@@ -82,7 +89,7 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
     def feasible(*, on_time_only: bool) -> list[str]:
         prompts = [request(f"other{n}", 60, SloTargets(0.9), arrival_time=n / 1000) for n in range(5)]
         prompts.append(request("taken", 590, SloTargets(1.0), arrival_time=0.01))
-        prompts[-1].on_time_only = on_time_only
+        change(prompts[-1], on_time_only=on_time_only)
         return sorted(each.request_id for each in rule().feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0))
 
     assert len(feasible(on_time_only=False)) == 6  # 890 tokens
@@ -122,15 +129,15 @@ def test_an_interval_that_leaves_prompts_nothing_shortens_no_step() -> None:
     other = stream("t", 0.15, token_at=0.0)
     assert rule().order([impossible, other], [prompt], now=0.0).seconds <= LARGEST_MARGIN * 0.15  # who can be kept is
     taken = stream("u", 0.0125, token_at=0.0)
-    taken.on_time_only = True  # it was taken on time or not at all
+    change(taken, on_time_only=True)  # it was taken on time or not at all
     assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.0125)
 
 
 def test_a_stream_shortens_no_steps_for_prompts_of_a_higher_class() -> None:
     low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
-    low.priority = Priority.LOW
+    change(low, priority=Priority.LOW)
     assert rule().order([low], [prompt], now=0.0).seconds == WHOLE
-    prompt.priority = Priority.LOW
+    change(prompt, priority=Priority.LOW)
     assert rule().order([low], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.03)
 
 

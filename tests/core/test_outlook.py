@@ -1,12 +1,13 @@
 """On time or not at all: who is taken is on time, whatever comes after; who is refused is told how long to wait."""
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.core.request import Priority, Request
+from splitfuse.core.request import Priority, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
@@ -29,12 +30,18 @@ def make_run(*, num_blocks: int = 2000, max_num_seqs: int = 16) -> Run:
 
 
 def request(
-    name: str, prompt: int, targets: SloTargets, *, generate: int = 10, on_time_only: bool = True, now: float = 0.0
+    name: str,
+    prompt: int,
+    targets: SloTargets,
+    *,
+    generate: int = 10,
+    on_time_only: bool = True,
+    priority: Priority = Priority.NORMAL,
+    now: float = 0.0,
 ) -> Request:
     tokens = tuple(Random(name).randbytes(prompt))
-    return Request(
-        name, tokens, SamplingParams(), generate, seed=0, targets=targets, arrival_time=now, on_time_only=on_time_only
-    )
+    scheduling = SchedulingOptions(targets=targets, arrival_time=now, on_time_only=on_time_only, priority=priority)
+    return Request(name, tokens, SamplingParams(), generate, seed=0, scheduling=scheduling)
 
 
 def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cannot() -> None:
@@ -120,9 +127,7 @@ def test_a_part_of_a_step_takes_no_whole_one() -> None:
 def test_a_wait_is_a_number_whoever_is_ahead() -> None:
     run = make_run(max_num_seqs=2)
     for number in range(6):
-        first = request(f"r{number}", 400, SloTargets(None, 0.03), on_time_only=False)
-        first.priority = Priority.HIGH
-        run.add(first)
+        run.add(request(f"r{number}", 400, SloTargets(None, 0.03), on_time_only=False, priority=Priority.HIGH))
     run.step()
     with pytest.raises(LateError) as refused:
         run.scheduler.add(request("more", 90, SloTargets(None, 0.05)), run.now)
@@ -153,8 +158,8 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
             on_time_only=rng.random() < 0.6,
             now=run.now,
         )
-        if not made.on_time_only and rng.random() < 0.5:
-            made.priority = Priority.LOW
+        if not made.scheduling.on_time_only and rng.random() < 0.5:
+            made.scheduling = replace(made.scheduling, priority=Priority.LOW)
         try:
             run.add(made)
         except LateError:
@@ -162,7 +167,7 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
         else:
             taken.append(made)
     run.drain()
-    strict = [each for each in taken if each.on_time_only]
+    strict = [each for each in taken if each.scheduling.on_time_only]
     assert strict or refused
     late = [each.request_id for each in strict if not each.on_time]
     assert not late

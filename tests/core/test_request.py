@@ -5,7 +5,7 @@ import math
 import pytest
 
 from splitfuse.core.latency.ledger import SloViolation
-from splitfuse.core.request import MISSED_ITL_FACTOR, Request
+from splitfuse.core.request import MISSED_ITL_FACTOR, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.targets import SloTargets
 
@@ -13,7 +13,8 @@ ITL = 0.25
 
 
 def request(**targets: float) -> Request:
-    return Request("r", (1,) * 8, SamplingParams(), 64, seed=0, targets=SloTargets(**targets), arrival_time=10.0)
+    scheduling = SchedulingOptions(targets=SloTargets(**targets), arrival_time=10.0)
+    return Request("r", (1,) * 8, SamplingParams(), 64, seed=0, scheduling=scheduling)
 
 
 def come(request: Request, *times: float) -> Request:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from scheduler_harness import Run, reference
 
-from splitfuse.core.request import FinishReason, Request, RequestStatus
+from splitfuse.core.request import FinishReason, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 
@@ -158,7 +158,7 @@ def test_equal_prefixes_are_computed_once_but_never_shared_across_salts() -> Non
     run = Run.make(num_blocks=100, block_size=4, budget=64)
     prompt = tuple(range(14))
     for name, salt in (("a", ""), ("b", ""), ("c", "other")):
-        run.add(Request(name, prompt, SamplingParams(), 2, seed=0, cache_salt=salt))
+        run.add(Request(name, prompt, SamplingParams(), 2, seed=0, scheduling=SchedulingOptions(cache_salt=salt)))
         run.drain()
     starts = {c.request_id: c.start for plan in run.plans for c in reversed(plan.chunks) if len(c.token_ids) > 1}
     assert starts == {"a": 0, "b": 12, "c": 0}

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.core.request import Priority, Request
+from splitfuse.core.request import Priority, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy, SchedulingPolicy
@@ -31,9 +31,9 @@ def request(
 ) -> Request:
     number = next(numbers)
     tokens = tuple(Random(number).randbytes(prompt))
-    made = Request(f"{owner}-{number}", tokens, SamplingParams(ignore_eos=True), generate, seed=0, targets=targets)
-    made.owner, made.weight, made.priority = owner, weight, priority
-    return made
+    scheduling = SchedulingOptions(targets=targets, owner=owner, weight=weight, priority=priority)
+    params = SamplingParams(ignore_eos=True)
+    return Request(f"{owner}-{number}", tokens, params, generate, seed=0, scheduling=scheduling)
 
 
 def make_run(rule: str, *, max_num_seqs: int = 8) -> Run:

@@ -19,7 +19,7 @@ import pytest
 
 import splitfuse
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
@@ -29,7 +29,6 @@ from splitfuse.engine.messages import (
     EngineStats,
     Failed,
     Finish,
-    SchedulingOptions,
     StepReport,
     Stop,
     decode_command,

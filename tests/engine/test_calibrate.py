@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel, Features, FitError
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine import profile
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import SchedulingOptions
 from splitfuse.engine.profile import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, identify, load, load_cost_model, place, save

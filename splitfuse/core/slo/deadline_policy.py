@@ -214,7 +214,7 @@ class DeadlinePolicy(Fcfs):
         while longest > wanted and 0 < KEPT_PACE * whole_pace <= pace(longest / 2):
             longest /= 2
         margin = self.forecast.margin
-        for interval, gives_way in sorted({(r.interval or math.inf, not r.on_time_only) for r in paced}):
+        for interval, gives_way in sorted({(r.interval or math.inf, not r.scheduling.on_time_only) for r in paced}):
             half, all_of_it = (min(longest, margin * interval / steps) for steps in (2, 1))
             best = all_of_it if pace(all_of_it) >= WORTH * pace(half) else half
             if not gives_way or pace(best) >= LEAST_PACE * whole_pace:
@@ -245,7 +245,7 @@ class DeadlinePolicy(Fcfs):
             for request in sorted((r for r in promised if r.priority == priority), key=lambda r: r.due):
                 chosen.add(request, wanted[request])
                 most = (request.due - now) // seconds * per_step  # tokens until it is due
-                if request.on_time_only:
+                if request.scheduling.on_time_only:
                     while chosen.num_others and above + chosen.work > SHARE_OF_THE_TAKEN * most:
                         chosen.give_up()
                 if above + chosen.work > most:
@@ -288,10 +288,10 @@ class _Chosen:
 
     def add(self, request: Request, wanted: int) -> None:
         owner = request.owner
-        self.num_others += not request.on_time_only
-        heapq.heappush(self._heaps[owner], (request.on_time_only, -wanted, -request.arrival, request))
+        self.num_others += not request.scheduling.on_time_only
+        heapq.heappush(self._heaps[owner], (request.scheduling.on_time_only, -wanted, -request.arrival, request))
         self._first[owner] = min(self._first[owner], request.turn)
-        self._change(owner, wanted, request.weight)
+        self._change(owner, wanted, request.scheduling.weight)
 
     def give_up(self) -> None:
         """The longest of the owner who would have had most; one that was taken on time or not at all only if there is
@@ -302,8 +302,8 @@ class _Chosen:
             if self._numbers[owner] == number:
                 break
         _, negative, _, request = heapq.heappop(self._heaps[owner])
-        self.num_others -= not request.on_time_only
-        self._change(owner, negative, request.weight)
+        self.num_others -= not request.scheduling.on_time_only
+        self._change(owner, negative, request.scheduling.weight)
 
     def _change(self, owner: str, tokens: int, weight: float) -> None:
         self.work += tokens

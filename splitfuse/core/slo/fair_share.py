@@ -34,14 +34,14 @@ class FairShare:
         level = min(levels.values()) if levels else max(had.values(), default=0.0)
         self._levels[its_class] = max(self._levels[its_class], level)
         turn = max(had[owner], self._levels[its_class], max(own, default=0.0))
-        had[owner] = turn + request.num_prompt / request.weight
+        had[owner] = turn + request.num_prompt / request.scheduling.weight
         return turn
 
     def generated(self, request: Request) -> None:
         """One more token of its answer."""
-        self._had[request.owner] += 1.0 / request.weight
+        self._had[request.owner] += 1.0 / request.scheduling.weight
 
     def ended(self, request: Request) -> None:
         """Early, perhaps: what was not computed of its prompt has not been had."""
         computed = max(request.num_scheduled, request.num_lost)
-        self._had[request.owner] -= max(request.num_prompt - computed, 0) / request.weight
+        self._had[request.owner] -= max(request.num_prompt - computed, 0) / request.scheduling.weight

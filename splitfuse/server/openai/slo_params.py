@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from splitfuse.core.request import Priority
+from splitfuse.core.request import Priority, SchedulingOptions
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.engine.messages import SchedulingOptions
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
