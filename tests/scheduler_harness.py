@@ -17,7 +17,7 @@ from random import Random
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.latency.ledger import LatencyBreakdown
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -178,9 +178,9 @@ class Run:
         for output in outputs:
             outcome = self.outcomes[output.request_id]
             assert outcome.finish_reason is None, "an output after the end"
-            assert (output.spent is None) == (output.finish_reason is None)
-            if output.spent is not None:
-                self.spent[output.request_id] = output.spent
+            assert (output.latency_breakdown is None) == (output.finish_reason is None)
+            if output.latency_breakdown is not None:
+                self.spent[output.request_id] = output.latency_breakdown
             outcome.tokens += output.token_ids
             outcome.prompt_logprobs += output.prompt_logprobs
             outcome.finish_reason, outcome.error = output.finish_reason, output.error

@@ -35,7 +35,7 @@ def drawn(explanation: dict[str, Any]) -> str:
     """A table with a bar for each part, which is as long as its share."""
     import msgspec
 
-    from splitfuse.core.latency.ledger import SloViolation
+    from splitfuse.core.slo.targets import SloViolation
     from splitfuse.server.explain import MEANINGS, told
 
     total, parts = explanation["seconds"], explanation["phases"]

@@ -6,10 +6,11 @@ import enum
 import math
 from dataclasses import dataclass, field, replace
 
-from splitfuse.core.latency.ledger import LatencyBreakdown, RequestLatency, SloViolation
+from splitfuse.core.latency.ledger import RequestLatency
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets
+from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets, SloViolation
 
 MISSED_ITL_FACTOR = 2.0
 """Times their interval, that streams are given which are late already."""
@@ -179,7 +180,7 @@ class Request:
             if average > itl:
                 before = missed or SloViolation()
                 average = max(average, before.average_gap or 0.0)
-                missed = replace(before, average_gap=average, longest_gap=self.longest_gap, gap_promised=itl)
+                missed = replace(before, average_gap=average, longest_gap=self.longest_gap, itl_target=itl)
         self.account.missed = missed
         self.missed_slo = missed is not None
 
@@ -196,8 +197,8 @@ class Request:
         return self.targets != NO_SLO
 
     @property
-    def on_time(self) -> bool | None:
-        """Whether all that was promised was kept so far; None if nothing was."""
+    def slo_met(self) -> bool | None:
+        """Whether every target has been met so far; None without an SLO."""
         return not self.missed_slo if self.has_slo else None
 
     def note_preemption(self) -> None:
@@ -248,5 +249,5 @@ class RequestOutput:
     error: str | None = None
     retry_after: float | None = None  # it was not taken: seconds after which it may be, infinity for never
     num_cached_tokens: int = 0
-    on_time: bool | None = None  # so far; None: nothing was promised
-    spent: LatencyBreakdown | None = None  # with the last
+    slo_met: bool | None = None  # so far; None: it has no SLO
+    latency_breakdown: LatencyBreakdown | None = None  # with the last output

@@ -23,8 +23,9 @@ from operator import attrgetter
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.latency.ledger import LatencyBreakdown, LatencyLedger
+from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.latency.phase_tracker import PhaseTracker
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
@@ -347,8 +348,12 @@ class Scheduler:
         """Move a request's counter on by one chunk and append the token it chose."""
         if result.error is not None:
             self._finish(request, FinishReason.ERROR)
-            spent = self._ledger.close(request.account, now)
-            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error, spent=spent)
+            return RequestOutput(
+                request.request_id,
+                finish_reason=FinishReason.ERROR,
+                error=result.error,
+                latency_breakdown=self._ledger.close(request.account, now),
+            )
         request.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens: tuple[int, ...] = ()
@@ -378,8 +383,8 @@ class Scheduler:
             result.prompt_logprobs,
             request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,
-            on_time=request.on_time,
-            spent=self._ledger.close(request.account, now) if request.is_finished else None,
+            slo_met=request.slo_met,
+            latency_breakdown=self._ledger.close(request.account, now) if request.is_finished else None,
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
-from splitfuse.core.latency.ledger import LatencyBreakdown
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.messages import (
@@ -105,7 +105,7 @@ class Stream:
         self.num_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             self._ended = True
-            self.settle(output.spent)
+            self.settle(output.latency_breakdown)
         if not self._released:
             self._outputs.append(output)
             self._news.set()
@@ -265,7 +265,7 @@ class LocalClient(EngineClient):
                     if ending is not None:  # by us: this was on its way, or is the last we hear of it
                         if output.finish_reason is not None:
                             del self._ending[output.request_id]
-                            ending.settle(output.spent)
+                            ending.settle(output.latency_breakdown)
                         continue
                     stream = self._streams.get(output.request_id)
                     if stream is None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.latency.ledger import LatencyBreakdown
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions

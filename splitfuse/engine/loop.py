@@ -85,11 +85,13 @@ class EngineLoop:
                     except (InvalidRequestError, LateError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
-                    spent = self._engine.finish(
+                    breakdown = self._engine.finish(
                         command.request_id, command.reason, num_tokens=command.num_tokens, ended=command.ended
                     )
-                    if spent is not None:
-                        outputs.append(RequestOutput(command.request_id, finish_reason=command.reason, spent=spent))
+                    if breakdown is not None:
+                        outputs.append(
+                            RequestOutput(command.request_id, finish_reason=command.reason, latency_breakdown=breakdown)
+                        )
                 case Stop():
                     self._stopped = True
         return outputs

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from splitfuse.config import ServerConfig
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission

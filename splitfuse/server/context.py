@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from splitfuse.core.latency.ledger import LatencyBreakdown, LatencyPhase, SloViolation
+from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.slo.targets import SloViolation
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
@@ -30,13 +31,13 @@ MEANINGS = {
     LatencyPhase.TOKENIZING: "checking and tokenizing",
     LatencyPhase.TO_ENGINE: "on its way to the engine",
     LatencyPhase.JOINING: "until the step that ran had ended",
-    LatencyPhase.NO_SEAT: "queued: all seats taken",
+    LatencyPhase.NO_SLOT: "queued: all seats taken",
     LatencyPhase.NO_BLOCKS: "queued: no KV blocks",
     LatencyPhase.NO_BUDGET: "queued: steps were full",
-    LatencyPhase.BEHIND: "queued: behind others' promises",
-    LatencyPhase.OWN_PROMPT: "its prompt",
-    LatencyPhase.OWN_GENERATION: "its generation",
-    LatencyPhase.BESIDE_OTHERS: "beside others' chunks",
+    LatencyPhase.OUTRANKED: "queued: behind others' promises",
+    LatencyPhase.PREFILL: "its prompt",
+    LatencyPhase.DECODE: "its generation",
+    LatencyPhase.CO_SCHEDULED: "beside others' chunks",
     LatencyPhase.PACED: "left out: ahead of its promise",
     LatencyPhase.LEFT_OUT: "left out: steps were full",
     LatencyPhase.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
@@ -100,7 +101,7 @@ class RequestTimeline:
         if spent is None:
             add(LatencyPhase.FAILED, self.left - self.sent)
         else:
-            for part, seconds in spent.parts.items():
+            for part, seconds in spent.phases.items():
                 add(part, seconds)
             add(LatencyPhase.FROM_ENGINE, self.left - spent.closed)
         return {part: parts[part] for part in LatencyPhase if parts.get(part, 0.0) > 0.0}
@@ -151,7 +152,7 @@ class Explanation(msgspec.Struct, frozen=True):
             generated_tokens=record.generated_tokens,
             finish_reasons=list(record.finish_reasons),
             slo_met=record.slo_met,
-            slo_violation=None if spent is None else spent.missed,
+            slo_violation=None if spent is None else spent.slo_violation,
         )
 
 
@@ -205,7 +206,7 @@ class Explanations:
                 code="request_not_found",
             )
         spent = await asyncio.shield(course.spent)
-        beside = () if spent is None else spent.beside
+        beside = () if spent is None else spent.co_scheduled
         return Explanation.of(course, [CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in beside])
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
@@ -226,8 +227,12 @@ def sentence(course: RequestTimeline) -> str:
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:BIGGEST]
     said = [f"{seconds:.3g} s {MEANINGS[part]} ({seconds / total:.0%})" for part, seconds in largest]
-    beside = "" if spent is None or not spent.beside else f"; beside it was most of all {_plain(spent.beside[0][0])}"
-    missed = "" if spent is None or spent.missed is None else f"{told(spent.missed)}; "
+    beside = (
+        ""
+        if spent is None or not spent.co_scheduled
+        else f"; beside it was most of all {_plain(spent.co_scheduled[0][0])}"
+    )
+    missed = "" if spent is None or spent.slo_violation is None else f"{told(spent.slo_violation)}; "
     return f"{missed}of {total:.3g} s: {', '.join(said)}{beside}"
 
 
@@ -236,11 +241,11 @@ def told(missed: SloViolation) -> str:
     gap 0.7 s`.
     """
     parts = []
-    if missed.first_token is not None and missed.first_promised is not None:
-        parts.append(f"first token after {missed.first_token:.3g} s, promised after {missed.first_promised:.3g} s")
-    if missed.average_gap is not None and missed.gap_promised is not None:
+    if missed.ttft is not None and missed.ttft_target is not None:
+        parts.append(f"first token after {missed.ttft:.3g} s, promised after {missed.ttft_target:.3g} s")
+    if missed.average_gap is not None and missed.itl_target is not None:
         parts.append(
-            f"tokens every {missed.average_gap:.3g} s (moving average), promised every {missed.gap_promised:.3g} s, "
+            f"tokens every {missed.average_gap:.3g} s (moving average), promised every {missed.itl_target:.3g} s, "
             f"longest gap {missed.longest_gap:.3g} s"
         )
     return "; ".join(parts)

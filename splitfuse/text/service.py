@@ -67,7 +67,7 @@ class ServedGeneration(Generation):
         """As Generation.push: an output is a step that computed a part of the request."""
         began = time.monotonic()
         self.num_steps += 1
-        self.slo_met = output.on_time
+        self.slo_met = output.slo_met
         super().push(output)
         if self.left <= began:
             self.detokenizing += time.monotonic() - began

@@ -50,30 +50,30 @@ def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) ->
     for seed in range(150):
         run = Workload(seed).run(depth, promises=promises, ticks=True)
         for name, spent in run.spent.items():
-            assert all(seconds > 0 for seconds in spent.parts.values())
-            total = sum(spent.parts.values())
-            seen |= set(spent.parts)
+            assert all(seconds > 0 for seconds in spent.phases.values())
+            total = sum(spent.phases.values())
+            seen |= set(spent.phases)
             if promises:  # predictions are no fractions
                 assert total == pytest.approx(spent.closed - spent.opened)
                 continue
             assert total == spent.closed - spent.opened
             expected = added_up_step_by_step(run, name)
-            parts = spent.parts
+            parts = spent.phases
             assert sum(parts.get(part, 0) for part in COMPUTING) == expected["own"]
-            assert parts.get(LatencyPhase.BESIDE_OTHERS, 0) == expected["beside"]
+            assert parts.get(LatencyPhase.CO_SCHEDULED, 0) == expected["beside"]
             assert parts.get(LatencyPhase.BETWEEN_STEPS, 0) == expected["between"]
     everything = {
         *(
-            LatencyPhase.NO_SEAT,
+            LatencyPhase.NO_SLOT,
             LatencyPhase.NO_BLOCKS,
             LatencyPhase.NO_BUDGET,
             LatencyPhase.PREEMPTED,
             LatencyPhase.RECOMPUTED,
             LatencyPhase.LEFT_OUT,
         ),
-        *(LatencyPhase.OWN_PROMPT, LatencyPhase.OWN_GENERATION, LatencyPhase.BESIDE_OTHERS, LatencyPhase.BETWEEN_STEPS),
+        *(LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.CO_SCHEDULED, LatencyPhase.BETWEEN_STEPS),
     }
-    assert seen >= everything | ({LatencyPhase.PACED, LatencyPhase.BEHIND} if promises else set())
+    assert seen >= everything | ({LatencyPhase.PACED, LatencyPhase.OUTRANKED} if promises else set())
 
 
 # The right part ------------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ class Timed(Run):
         self.plans.append(plan)
         self.now += 1
         for output in self.scheduler.update(plan, self.executor.execute(plan), self.now):
-            if output.spent is not None:
-                self.spent[output.request_id] = output.spent
+            if output.latency_breakdown is not None:
+                self.spent[output.request_id] = output.latency_breakdown
 
 
 def timed(requests: Sequence[Request], **settings: int) -> Timed:
@@ -111,8 +111,8 @@ def timed(requests: Sequence[Request], **settings: int) -> Timed:
 
 def parts(run: Run, name: str) -> dict[LatencyPhase, float]:
     spent = run.spent[name]
-    assert sum(spent.parts.values()) == spent.closed - spent.opened
-    return spent.parts
+    assert sum(spent.phases.values()) == spent.closed - spent.opened
+    return spent.phases
 
 
 def to_the_end(run: Timed) -> None:
@@ -124,37 +124,37 @@ def test_alone_all_is_its_own() -> None:
     run = timed([request("a", 20, 3)])
     to_the_end(run)
     assert parts(run, "a") == {
-        LatencyPhase.OWN_PROMPT: 3,
-        LatencyPhase.OWN_GENERATION: 2,
+        LatencyPhase.PREFILL: 3,
+        LatencyPhase.DECODE: 2,
         LatencyPhase.BETWEEN_STEPS: Fraction(5, 10),
     }
-    assert run.spent["a"].beside == ()
+    assert run.spent["a"].co_scheduled == ()
 
 
 def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
     run = timed([request("a", 2, 3), request("b", 14, 1)])
     to_the_end(run)  # aabbbbbb, abbbbbbb, ab
     assert parts(run, "a") == {
-        LatencyPhase.OWN_PROMPT: Fraction(2, 8),
-        LatencyPhase.OWN_GENERATION: Fraction(1, 8) + Fraction(1, 2),
-        LatencyPhase.BESIDE_OTHERS: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
+        LatencyPhase.PREFILL: Fraction(2, 8),
+        LatencyPhase.DECODE: Fraction(1, 8) + Fraction(1, 2),
+        LatencyPhase.CO_SCHEDULED: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
         LatencyPhase.BETWEEN_STEPS: Fraction(3, 10),
     }
-    assert run.spent["a"].beside == (("b", 13),)  # a single token more is no chunk of a prompt that anybody waits for
-    assert run.spent["b"].beside == (("a", 2),)
+    assert run.spent["a"].co_scheduled == (("b", 13),)  # a single token is no prompt chunk
+    assert run.spent["b"].co_scheduled == (("a", 2),)
 
 
 def test_of_many_neighbours_the_largest_are_named() -> None:
     run = timed([request("a", 1, 9), *(request(f"p{n}", n, 1) for n in (2, 9, 5, 7, 3))])
     to_the_end(run)
-    names = [name for name, _ in run.spent["a"].beside]
+    names = [name for name, _ in run.spent["a"].co_scheduled]
     assert names == ["p9", "p7", "p5"] and len(names) == NAMED
 
 
 def test_queued_for_a_seat_for_budget_or_for_blocks() -> None:
     run = timed([request("a", 8, 2), request("b", 2, 1)], max_num_seqs=1)
     to_the_end(run)
-    assert parts(run, "b")[LatencyPhase.NO_SEAT] == 2
+    assert parts(run, "b")[LatencyPhase.NO_SLOT] == 2
     run = timed([request("a", 16, 1), request("b", 2, 1)])
     to_the_end(run)
     assert parts(run, "b")[LatencyPhase.NO_BUDGET] == 2
@@ -200,11 +200,11 @@ def test_paced_and_behind_a_promise() -> None:
     while run.scheduler.has_unfinished:
         run.step()
     for spent in run.spent.values():
-        assert sum(spent.parts.values()) == pytest.approx(spent.closed - spent.opened)
-    assert run.spent["old"].parts[LatencyPhase.BEHIND] > 0
-    assert run.spent["stream"].parts[LatencyPhase.PACED] > 0
-    assert run.spent["stream"].parts[LatencyPhase.OWN_GENERATION] > 0
-    assert dict(run.spent["stream"].beside).keys() == {"old", "oldest", "urgent"}
+        assert sum(spent.phases.values()) == pytest.approx(spent.closed - spent.opened)
+    assert run.spent["old"].phases[LatencyPhase.OUTRANKED] > 0
+    assert run.spent["stream"].phases[LatencyPhase.PACED] > 0
+    assert run.spent["stream"].phases[LatencyPhase.DECODE] > 0
+    assert dict(run.spent["stream"].co_scheduled).keys() == {"old", "oldest", "urgent"}
 
 
 def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
@@ -213,11 +213,11 @@ def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
     run.add(request("b", 30, 2))
     while run.scheduler.has_unfinished:
         run.step()
-    assert run.spent["a"].parts == pytest.approx(
+    assert run.spent["a"].phases == pytest.approx(
         {
-            LatencyPhase.OWN_PROMPT: 0.02,
-            LatencyPhase.OWN_GENERATION: 0.011,
-            LatencyPhase.BESIDE_OTHERS: 0.05 - 0.02 + 0.012 - 0.011,
+            LatencyPhase.PREFILL: 0.02,
+            LatencyPhase.DECODE: 0.011,
+            LatencyPhase.CO_SCHEDULED: 0.05 - 0.02 + 0.012 - 0.011,
         }
     )
 
@@ -228,10 +228,10 @@ def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
 def test_who_comes_in_the_middle_of_a_step_joins_when_it_is_over() -> None:
     ledger, first, second = LatencyLedger(), RequestLatency("a"), RequestLatency("b")
     ledger.open(first, sent=0, now=0)
-    ledger.begin(StepTransitions([Transition(first, LatencyPhase.OWN_GENERATION, 1)], [], 1), 1)
+    ledger.begin(StepTransitions([Transition(first, LatencyPhase.DECODE, 1)], [], 1), 1)
     ledger.end(5)
     ledger.open(second, sent=2, now=6)
-    assert ledger.close(second, 8).parts == {
+    assert ledger.close(second, 8).phases == {
         LatencyPhase.TO_ENGINE: 1,
         LatencyPhase.JOINING: 3,
         LatencyPhase.BETWEEN_STEPS: 2,
@@ -242,26 +242,26 @@ def test_what_nobody_wanted_any_more_does_not_count() -> None:
     def spent(ended: float) -> dict[LatencyPhase, float]:
         ledger, account = LatencyLedger(), RequestLatency("a")
         ledger.open(account, sent=0, now=0)
-        ledger.begin(StepTransitions([Transition(account, LatencyPhase.NO_SEAT)], [], 1), 0)
+        ledger.begin(StepTransitions([Transition(account, LatencyPhase.NO_SLOT)], [], 1), 0)
         ledger.end(4)
-        ledger.begin(StepTransitions([Transition(account, LatencyPhase.OWN_GENERATION, 1)], [], 4), 4)
+        ledger.begin(StepTransitions([Transition(account, LatencyPhase.DECODE, 1)], [], 4), 4)
         ledger.end(8)
         closed = ledger.close(account, 8, ended)
-        assert closed.closed == ended and sum(closed.parts.values()) == pytest.approx(ended)
-        return closed.parts
+        assert closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)
+        return closed.phases
 
-    assert spent(8) == {LatencyPhase.NO_SEAT: 4, LatencyPhase.OWN_GENERATION: 1, LatencyPhase.BESIDE_OTHERS: 3}
-    assert spent(6) == {LatencyPhase.NO_SEAT: 4, LatencyPhase.OWN_GENERATION: 0.5, LatencyPhase.BESIDE_OTHERS: 1.5}
-    assert spent(3) == {LatencyPhase.NO_SEAT: 3}
-    assert spent(0) == {LatencyPhase.NO_SEAT: 0}
+    assert spent(8) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 1, LatencyPhase.CO_SCHEDULED: 3}
+    assert spent(6) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 0.5, LatencyPhase.CO_SCHEDULED: 1.5}
+    assert spent(3) == {LatencyPhase.NO_SLOT: 3}
+    assert spent(0) == {LatencyPhase.NO_SLOT: 0}
 
 
 def test_who_is_ended_from_outside_has_an_account_too() -> None:
     run = timed([request("a", 8, 9)])
     run.one_step()
     spent = run.scheduler.finish("a", FinishReason.ABORT, now=run.now + 2)
-    assert spent is not None and spent.parts == {
-        LatencyPhase.OWN_PROMPT: 1,
+    assert spent is not None and spent.phases == {
+        LatencyPhase.PREFILL: 1,
         LatencyPhase.BETWEEN_STEPS: Fraction(21, 10),
     }
     assert run.scheduler.finish("a", FinishReason.ABORT) is None

@@ -82,7 +82,7 @@ def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
         except LateError as error:
             wait = error.retry_after
     run.drain()
-    assert late.on_time
+    assert late.slo_met
 
 
 def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
@@ -121,7 +121,7 @@ def test_a_part_of_a_step_takes_no_whole_one() -> None:
     short = request("short", 20, SloTargets(0.1, 0.5))  # 30 ms; a full step takes 0.11 s
     run.add(short)
     run.drain()
-    assert short.on_time
+    assert short.slo_met
 
 
 def test_a_wait_is_a_number_whoever_is_ahead() -> None:
@@ -169,5 +169,5 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
     run.drain()
     strict = [each for each in taken if each.scheduling.on_time_only]
     assert strict or refused
-    late = [each.request_id for each in strict if not each.on_time]
+    late = [each.request_id for each in strict if not each.slo_met]
     assert not late

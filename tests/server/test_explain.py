@@ -16,7 +16,7 @@ from splitfuse import cli
 from splitfuse.cli.explain import drawn
 from splitfuse.clients.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, identify, place, save
@@ -60,7 +60,7 @@ def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
         assert answer.status_code == 200
         found = explain(http, answer.headers["x-request-id"])
     assert found["status"] == 200 and found["route"] == COMPLETIONS and found["slo_met"] is None
-    assert {LatencyPhase.TOKENIZING, LatencyPhase.OWN_PROMPT, LatencyPhase.FROM_ENGINE, LatencyPhase.CLIENT} <= set(
+    assert {LatencyPhase.TOKENIZING, LatencyPhase.PREFILL, LatencyPhase.FROM_ENGINE, LatencyPhase.CLIENT} <= set(
         found["phases"]
     )
     assert LatencyPhase.FAILED not in found["phases"]
@@ -93,7 +93,7 @@ def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[
     for part in engine:
         if part is not LatencyPhase.CLIENT:
             assert parts.get(part) == later.get(part)
-    assert parts[LatencyPhase.OWN_PROMPT] > 0
+    assert parts[LatencyPhase.PREFILL] > 0
 
 
 def test_who_hangs_up_is_accounted_for_until_then(server: RunningServer) -> None:
@@ -123,7 +123,7 @@ def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
         other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
         assert list(lines)
         found = explain(http, stream.headers["x-request-id"])
-    assert found["phases"][LatencyPhase.BESIDE_OTHERS] > 0
+    assert found["phases"][LatencyPhase.CO_SCHEDULED] > 0
     assert other in [each["id"] for each in found["co_scheduled"]]
 
 
@@ -183,7 +183,7 @@ def test_the_command_draws_it(
         answer = http.post(COMPLETIONS, json=BODY).json()
     assert run(answer["id"]) == 0
     shown = capsys.readouterr().out
-    assert MEANINGS[LatencyPhase.OWN_GENERATION] in shown and "100.0%  from its arrival" in shown
+    assert MEANINGS[LatencyPhase.DECODE] in shown and "100.0%  from its arrival" in shown
     assert "20 generated; preemptions: 0" in shown and "█" in shown
     assert run("nobody") == 1
     assert "there is no request 'nobody'" in capsys.readouterr().err
@@ -207,11 +207,11 @@ def test_every_part_has_its_words() -> None:
             "phases": dict.fromkeys(map(str, LatencyPhase), 2.0 / len(LatencyPhase)),
             "co_scheduled": [{"id": "other", "tokens": 7}, {"id": None, "tokens": 8}],
             "slo_violation": {
-                "first_token": 0.5,
-                "first_promised": 0.25,
+                "ttft": 0.5,
+                "ttft_target": 0.25,
                 "average_gap": 0.06,
                 "longest_gap": 0.1,
-                "gap_promised": 0.05,
+                "itl_target": 0.05,
             },
         }
     )
@@ -242,8 +242,5 @@ def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: d
         assert re.match(r"first token after 0\.\d+ s, promised after 0\.001 s; of 0\.\d+ s: .*%", why)
         assert promising.wait_for_record(request_id=kept)["slo_violation"] is None
         found = explain(http, late)
-        assert (
-            found["slo_met"] is False
-            and found["slo_violation"]["first_token"] > found["slo_violation"]["first_promised"]
-        )
+        assert found["slo_met"] is False and found["slo_violation"]["ttft"] > found["slo_violation"]["ttft_target"]
         assert found["slo_violation"]["average_gap"] is None and explain(http, kept)["slo_violation"] is None

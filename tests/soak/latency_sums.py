@@ -29,7 +29,7 @@ from server_load import wait_until_idle
 from server_process import server_process, wait_until
 from stories import make_story
 
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.server.explain import MEANINGS
 
 TIGHT = ["--num-blocks", "72", "--max-num-batched-tokens", "128"]

@@ -13,97 +13,18 @@ The times are the caller's; nothing here reads a clock.
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from splitfuse.core.latency.phases import COMPUTING, LatencyBreakdown, LatencyPhase
+from splitfuse.core.slo.targets import SloViolation
 
 NAMED = 3
 """Requests that an account names of those whose prompts it waited beside: those with the most tokens."""
 REMEMBERED = 512
 """Runs of prompt chunks, of one request each, that are remembered to name them."""
-
-
-class LatencyPhase(enum.StrEnum):
-    """A reason for which time passed, in the order of a request's life. The first three and the last four are the
-    front's, the others an engine's.
-    """
-
-    READING = "reading"
-    """The body, from the client."""
-    TOKENIZING = "tokenizing"
-    """Checks, the chat template, text to tokens."""
-    TO_ENGINE = "to_engine"
-    """On its way there."""
-    JOINING = "joining"
-    """The step that ran when it came had to end."""
-    NO_SEAT = "no_seat"
-    """Queued: as many requests ran as may at once."""
-    NO_BLOCKS = "no_blocks"
-    """Queued: others held the KV blocks."""
-    NO_BUDGET = "no_budget"
-    """Queued: steps were full before its turn."""
-    BEHIND = "behind"
-    """Queued: requests that came later had the better claim, or steps were kept short, to keep promises."""
-    OWN_PROMPT = "own_prompt"
-    """Computing chunks of its prompt."""
-    OWN_GENERATION = "own_generation"
-    """Computing its newest tokens."""
-    BESIDE_OTHERS = "beside_others"
-    """In steps that had chunks of others too: their share."""
-    PACED = "paced"
-    """Left out of steps while ahead of its promise."""
-    LEFT_OUT = "left_out"
-    """Left out of steps that were full before its turn."""
-    LEFT_OUT_NO_BLOCKS = "left_out_no_blocks"
-    """Left out of steps for want of a KV block."""
-    PREEMPTED = "preempted"
-    """Waiting again, since another took its blocks."""
-    RECOMPUTED = "recomputed"
-    """Computing again what that had lost."""
-    BETWEEN_STEPS = "between_steps"
-    """The engine's own work between two steps."""
-    FROM_ENGINE = "from_engine"
-    """Results on their way back, and waiting for the front's attention."""
-    DETOKENIZING = "detokenizing"
-    """Tokens to text, text to an answer or events."""
-    CLIENT = "client"
-    """Handing the answer over to the client, who may be slow."""
-    FAILED = "failed"
-    """In an engine that died, or refused it."""
-
-
-COMPUTING = frozenset({LatencyPhase.OWN_PROMPT, LatencyPhase.OWN_GENERATION, LatencyPhase.RECOMPUTED})
-"""A step divides these seconds between them and BESIDE_OTHERS."""
-
-
-@dataclass(frozen=True)
-class SloViolation:
-    """What was promised to a request and not kept, in seconds."""
-
-    first_token: float | None = None
-    """After its arrival; None if it was in time."""
-    first_promised: float | None = None
-    average_gap: float | None = None
-    """Between tokens: the largest moving average; None if it was within what was promised."""
-    longest_gap: float = 0.0
-    """When the average was last beyond."""
-    gap_promised: float | None = None
-
-
-@dataclass(frozen=True)
-class LatencyBreakdown:
-    """The account of a request when it has ended: the seconds of `parts` add up to `closed` - `opened`."""
-
-    opened: float
-    closed: float
-    parts: dict[LatencyPhase, float] = field(default_factory=dict)
-    beside: tuple[tuple[str, int], ...] = ()
-    """Requests whose prompts were computed in the same steps, with how many tokens: the largest, in order."""
-    num_preemptions: int = 0
-    missed: SloViolation | None = None
-    """None: all that was promised was kept."""
 
 
 class RequestLatency:
@@ -247,7 +168,7 @@ class LatencyLedger:
             between, steps, own = between * kept, steps * kept, own * kept
         account._add(LatencyPhase.BETWEEN_STEPS, between)
         account._add(account._part, own)
-        account._add(LatencyPhase.BESIDE_OTHERS, steps - own)
+        account._add(LatencyPhase.CO_SCHEDULED, steps - own)
         if unwanted and (total := sum(account.parts.values())):  # longer than this state: it is all the same to nobody
             for part in account.parts:
                 account.parts[part] *= max(1 - unwanted / total, 0)

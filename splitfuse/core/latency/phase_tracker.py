@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from splitfuse.core.latency.ledger import LatencyPhase, StepTransitions, Transition
+from splitfuse.core.latency.ledger import StepTransitions, Transition
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import Features
@@ -65,7 +66,7 @@ class PhaseTracker:
                 if account.num_preemptions:
                     part = LatencyPhase.PREEMPTED
                 elif request.place < newest:  # of those that were granted something
-                    part = LatencyPhase.BEHIND
+                    part = LatencyPhase.OUTRANKED
                 if account.planned is not part:
                     self._stand(request, part, moves)
         whole = sum(granted.values()) if self._cost is None else self._cost.seconds(draft.features)
@@ -80,11 +81,11 @@ class PhaseTracker:
         weight: float = count
         if self._cost is not None:  # what the step would take with this chunk alone
             weight = self._cost.seconds(Features().plus(start=chunk.start, count=count, rows=1))
-        part = LatencyPhase.OWN_GENERATION
+        part = LatencyPhase.DECODE
         if chunk.start < request.num_lost:
             part = LatencyPhase.RECOMPUTED
         elif chunk.start < request.num_prompt:
-            part = LatencyPhase.OWN_PROMPT
+            part = LatencyPhase.PREFILL
         else:
             self._generating.add(request)
         request.account.planned = part
@@ -98,10 +99,10 @@ class PhaseTracker:
     def _reason(self, draft: StepBuilder, num_running: int, num_blocks: int, *, is_full: bool) -> LatencyPhase:
         """Why those wait that were not begun."""
         if num_running >= self._max_num_seqs:
-            return LatencyPhase.NO_SEAT
+            return LatencyPhase.NO_SLOT
         if num_blocks <= num_running or not is_full:
             return LatencyPhase.NO_BLOCKS
-        return LatencyPhase.NO_BUDGET if draft.left <= 0 else LatencyPhase.BEHIND
+        return LatencyPhase.NO_BUDGET if draft.left <= 0 else LatencyPhase.OUTRANKED
 
 
 def _takes_more(draft: StepBuilder, others: Sequence[Request]) -> bool:

@@ -54,6 +54,20 @@ class SloTargets:
 NO_SLO = SloTargets()
 
 
+@dataclass(frozen=True)
+class SloViolation:
+    """Targets that a request missed, with what was measured, in seconds."""
+
+    ttft: float | None = None
+    """Time to first token; None if that target was met."""
+    ttft_target: float | None = None
+    average_gap: float | None = None
+    """Largest moving average of the gaps between tokens; None if the ITL target was met."""
+    longest_gap: float = 0.0
+    """Longest single gap when the average last exceeded the target."""
+    itl_target: float | None = None
+
+
 class MovingAverage:
     """Of values that are added one by one: exponential, as pandas' `ewm(span=span).mean()`. The weight of a value falls
     by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).

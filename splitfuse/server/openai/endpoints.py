@@ -17,7 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from splitfuse.config import ServerConfig
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineState

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from splitfuse.core.latency.ledger import LatencyPhase
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
 from splitfuse.text.service import ServedGeneration

@@ -1,0 +1,76 @@
+"""The phases that a request's latency is divided into, and the breakdown of one request."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from splitfuse.core.slo.targets import SloViolation
+
+
+class LatencyPhase(enum.StrEnum):
+    """What a request spent time on, in the order of its life.
+
+    The first three and the last four are measured by the front end, the others by an engine.
+    """
+
+    READING = "reading"
+    """Receiving the body from the client."""
+    TOKENIZING = "tokenizing"
+    """Validating the body, applying the chat template, tokenizing."""
+    TO_ENGINE = "to_engine"
+    """In transit to the engine."""
+    JOINING = "joining"
+    """Waiting for the end of the step which was in flight when it arrived."""
+    NO_SLOT = "no_slot"
+    """Queued: `max_num_seqs` requests were running."""
+    NO_BLOCKS = "no_blocks"
+    """Queued: no free KV blocks."""
+    NO_BUDGET = "no_budget"
+    """Queued: requests with an earlier claim used the whole token budget."""
+    OUTRANKED = "outranked"
+    """Queued: newer requests had a better claim, or steps were kept short, to meet SLOs."""
+    PREFILL = "prefill"
+    """Computing chunks of its prompt."""
+    DECODE = "decode"
+    """Computing its newest tokens."""
+    CO_SCHEDULED = "co_scheduled"
+    """Share of other requests' chunks in the steps which computed this request."""
+    PACED = "paced"
+    """Left out of steps because it was ahead of its ITL target."""
+    LEFT_OUT = "left_out"
+    """Left out of steps whose token budget was used up."""
+    LEFT_OUT_NO_BLOCKS = "left_out_no_blocks"
+    """Left out of steps for lack of a KV block."""
+    PREEMPTED = "preempted"
+    """Queued again after its blocks were taken."""
+    RECOMPUTED = "recomputed"
+    """Recomputing tokens whose KV was lost by a preemption."""
+    BETWEEN_STEPS = "between_steps"
+    """Engine overhead between two steps."""
+    FROM_ENGINE = "from_engine"
+    """Results in transit from the engine, and waiting for the front end."""
+    DETOKENIZING = "detokenizing"
+    """Detokenizing, and building the response or its events."""
+    CLIENT = "client"
+    """Sending the response to the client, which may read slowly."""
+    FAILED = "failed"
+    """In an engine which died or rejected the request."""
+
+
+COMPUTING = frozenset({LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.RECOMPUTED})
+"""Phases in which a step computes tokens of the request; the rest of that step counts as CO_SCHEDULED."""
+
+
+@dataclass(frozen=True)
+class LatencyBreakdown:
+    """Where the time of one finished request went: the seconds of `phases` add up to `closed` - `opened`."""
+
+    opened: float
+    closed: float
+    phases: dict[LatencyPhase, float] = field(default_factory=dict)
+    co_scheduled: tuple[tuple[str, int], ...] = ()
+    """Ids of the requests with the most prompt tokens in the same steps, and how many, largest first."""
+    num_preemptions: int = 0
+    slo_violation: SloViolation | None = None
+    """None: every SLO target was met."""
