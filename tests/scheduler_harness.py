@@ -63,8 +63,18 @@ class FakeExecutor:
         self.last_chosen: dict[str, int] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.failing: set[str] = set()
+        self.submitted: deque[tuple[int, StepResult]] = deque()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> int:
+        self.submitted.append((plan.step, self._execute(plan)))
+        return plan.step
+
+    def collect(self, handle: int) -> StepResult:
+        step, result = self.submitted.popleft()
+        assert step == handle, "steps must be collected in the order in which they were submitted"
+        return result
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         for retired in plan.retired_requests:
             del self.prompts[retired]
         for new in plan.new_requests:
@@ -86,7 +96,7 @@ class FakeExecutor:
             return ChunkResult(prompt_logprobs=prompt_logprobs)
         token = next_token(tuple(self.cache[slot] for slot in slots))
         self.last_chosen[chunk.request_id] = token
-        return ChunkResult(token, prompt_logprobs=prompt_logprobs)
+        return ChunkResult((token,), prompt_logprobs=prompt_logprobs)
 
 
 @dataclass
@@ -115,7 +125,7 @@ class Run:
     now: float | Fraction = 0.0
     ticks: Random | None = None
     """Moves the clock on before every call, by exact fractions."""
-    in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
+    in_flight: deque[tuple[StepPlan, int]] = field(default_factory=deque)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
     spent: dict[str, LatencyBreakdown] = field(default_factory=dict)
@@ -161,12 +171,13 @@ class Run:
     def step(self) -> list[RequestOutput]:
         """One turn of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
         while len(self.in_flight) < self.depth and (plan := self._schedule()):
-            self.in_flight.append((plan, self.executor.execute(plan)))
+            self.in_flight.append((plan, self.executor.submit(plan)))
         if not self.in_flight:
             assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
             return []
         running = list(self.scheduler._running)
-        plan, result = self.in_flight.popleft()
+        plan, handle = self.in_flight.popleft()
+        result = self.executor.collect(handle)
         if self.rule is not None and self.rule.forecast is not None:
             self.now += self.rule.forecast.cost.seconds(features(plan))
         self._tick()

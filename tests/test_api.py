@@ -137,7 +137,7 @@ def test_one_request_may_fail_alone(tmp_path: Path) -> None:
     tiny_models.save("llama-gqa", tmp_path)
     pipe = splitfuse.pipeline(tmp_path, tokenizer=str(BUNDLED_MODEL), dtype="float32")
     poisoned = 96
-    pipe.engine.runner.decoder.weights.embed[poisoned] = math.nan
+    pipe.engine.executor.decoder.weights.embed[poisoned] = math.nan
     responses = pipe([[1, 2], [1, poisoned], [3]], max_new_tokens=4, logit_bias={poisoned: -100})
     assert [r.finish_reason for r in responses] == ["length", "error", "length"]
     assert responses[1].error == "the model computed unusable logits: NaN among them"

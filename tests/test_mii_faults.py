@@ -146,5 +146,5 @@ def test_mii_fault_9_what_was_missing_is_there(pipe: splitfuse.Pipeline) -> None
 
 def test_mii_fault_10_tied_embeddings_are_read_as_such(pipe: splitfuse.Pipeline) -> None:
     assert pipe.engine.model.spec.tied_embeddings
-    weights = pipe.engine.runner.decoder.weights
+    weights = pipe.engine.executor.decoder.weights
     assert weights.head.data_ptr() == weights.embed.data_ptr()

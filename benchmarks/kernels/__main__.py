@@ -27,7 +27,7 @@ from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.arguments import Step
 from splitfuse.kernels.cpu.backend import CpuKernels
 from splitfuse.kernels.cpu.bindings import VARIANTS
-from splitfuse.runtime.executor import ModelRunner
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
@@ -198,9 +198,9 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             "max_num_batched_tokens": 1024,
         }
         model = load_model(EngineConfig.from_settings(settings))
-        runner, kernels = model.make_runner(), model.decoder.kernels
+        executor, kernels = model.make_executor(), model.decoder.kernels
         assert isinstance(kernels, CpuKernels)
-        for store in runner.kv_cache.layers:
+        for store in executor.kv_cache.layers:
             store.memory.zero_()
         limits = Limits(kernels)
         spec = model.spec
@@ -218,7 +218,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             attended = 4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers
             operations = 2.0 * (rows * linears + head_rows * spec.hidden_size * spec.vocab_size) + attended
             timing = limits.compare(
-                lambda chunks=chunks: forward(runner, chunks),
+                lambda chunks=chunks: forward(executor, chunks),
                 num_bytes=weights + kv,
                 operations=operations,
                 int8=name != "bf16",
@@ -242,9 +242,9 @@ def make_chunks(rows: int, generating: bool) -> list[Chunk]:
     return [Chunk(str(i), CONTEXT, (i,), tuple(range(i * blocks, (i + 1) * blocks)), 1, True) for i in range(rows)]
 
 
-def forward(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
+def forward(executor: Executor, chunks: list[Chunk]) -> torch.Tensor:
     with torch.inference_mode():
-        return runner.decoder.logits(runner.hidden(chunks))
+        return executor.decoder.logits(executor.hidden(chunks))
 
 
 def guard(arguments: argparse.Namespace) -> Iterator[Row]:

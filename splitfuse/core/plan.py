@@ -1,4 +1,4 @@
-"""Everything that crosses from deciding to doing and back: plain data, printable, recordable, comparable."""
+"""Data between scheduler and executor, both ways: plain, printable, recordable, comparable."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from splitfuse.core.sampling_params import SamplingParams
 
 PLACEHOLDER = -1
-"""Stands in a chunk for the one token that an earlier plan, not yet read back, is choosing for the same request."""
+"""Token id in a chunk for the one token that an earlier plan, not yet read back, is choosing for the same request."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of one request's tokens within one step.
+    """Describes a run of one request's tokens within one step.
 
     `token_ids[i]` has position `start + i`; its keys and values go to slot `block_table[p // block_size] * block_size +
     p % block_size`. `block_table` covers every position below `start + len(token_ids)`. Logits are computed for
-    the last `num_logits` tokens of the chunk and for no others; `samples` says that the last one chooses a token.
+    the last `num_logits` tokens of the chunk and for no others. If `samples`, the last one's logits choose a token.
+
+        Chunk("a", start=8, token_ids=(7, 7, 5), block_table=(3, 0, 9), num_logits=1, samples=True)
     """
 
     request_id: str
@@ -29,40 +31,41 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """One past the position of the last token."""
+        """Returns one past the position of the last token."""
         return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class NewRequest:
-    """What the runner must know of a request before its first chunk."""
+    """Describes a request to the executor, before its first chunk."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    eos_token_ids: tuple[int, ...]  # what min_tokens keeps from being chosen, with params.stop_token_ids
+    eos_token_ids: tuple[int, ...]  # with params.stop_token_ids, the tokens that min_tokens forbids
     seed: int
     choice: int  # which of params.n
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One forward step: the chunks in order, their tokens adding up to at most `token_budget`."""
+    """Describes one forward step: chunks in order, with at most `token_budget` tokens in all."""
 
     step: int
     token_budget: int
     chunks: tuple[Chunk, ...]
     new_requests: tuple[NewRequest, ...] = ()
-    retired_requests: tuple[str, ...] = ()  # finished since the last plan: the runner forgets them
+    retired_requests: tuple[str, ...] = ()  # finished since the last plan: the executor forgets them
 
     @property
     def num_tokens(self) -> int:
+        """Returns how many tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of the token at one position, and of the most probable ones there, best first."""
+    """Holds the log-probability of the token at one position, and of the most probable tokens there, best first."""
 
     token_id: int
     logprob: float
@@ -71,16 +74,20 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What one chunk gave: a token if it sampled, logprobs if they were asked for, or the reason why it failed."""
+    """Holds the result of one chunk: the chosen tokens if it sampled, or why it failed.
 
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    `token_ids` has one token if the chunk sampled. `logprobs` has one entry for each of them if the request asked for
+    logprobs; `prompt_logprobs` one for each prompt token whose logits the chunk computed, if it asked for those.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Request id -> what its chunk gave, for every chunk of the plan."""
+    """Maps the request id of each chunk of a plan to the chunk's result."""
 
     results: Mapping[str, ChunkResult] = field(default_factory=dict)

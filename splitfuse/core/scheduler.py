@@ -356,11 +356,9 @@ class Scheduler:
             )
         request.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
-        tokens: tuple[int, ...] = ()
-        logprobs = () if result.logprob is None else (result.logprob,)
-        if chunk.samples:
-            assert result.token_id is not None
-            tokens = (result.token_id,)
+        tokens = result.token_ids
+        assert len(tokens) == chunk.samples
+        if tokens:
             request.output_token_ids += tokens
             request.note_token(now)
             self._shares.generated(request)
@@ -379,7 +377,7 @@ class Scheduler:
         return RequestOutput(
             request.request_id,
             tokens,
-            logprobs,
+            result.logprobs,
             result.prompt_logprobs,
             request.finish_reason,
             num_cached_tokens=request.num_cached_tokens,

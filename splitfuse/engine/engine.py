@@ -47,7 +47,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.model = model
-        self.runner = model.make_runner()
+        self.executor = model.make_executor()
         self.observer = observer
         plan = model.plan
         caching = config.cache.enable_prefix_caching
@@ -148,7 +148,7 @@ class Engine:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return []
         try:
-            result = self.runner.run(plan)
+            result = self.executor.collect(self.executor.submit(plan))
             if self.observer is not None:
                 self.observer(plan, result)
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end

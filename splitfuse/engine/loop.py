@@ -100,7 +100,7 @@ class EngineLoop:
         self._num_steps += 1
         self._step_tokens = plan.num_tokens
         self._num_computed_tokens += plan.num_tokens
-        self._num_generated_tokens += sum(r.token_id is not None for r in result.results.values())
+        self._num_generated_tokens += sum(len(chunk.token_ids) for chunk in result.results.values())
         starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
         for request in plan.new_requests:
             self._num_prompt_tokens += len(request.prompt_token_ids)

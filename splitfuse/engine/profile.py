@@ -125,7 +125,7 @@ def calibrate(
     plan = model.plan
     blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
     engine = make_engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
-    fill(engine.runner.kv_cache)
+    fill(engine.executor.kv_cache)
     limits = {
         "room": plan.max_model_len,
         "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
@@ -280,7 +280,7 @@ class _Runs:
     """Makes plans of cases and runs them, one after the other."""
 
     def __init__(self, engine: Engine) -> None:
-        self._runner = engine.runner
+        self._executor = engine.executor
         self._num_blocks, self._block_size = engine.limits.num_blocks, engine.limits.block_size
         self._vocab_size = engine.limits.vocab_size
         self._random = Random(1)
@@ -292,7 +292,7 @@ class _Runs:
         self._step += 1
         plan = self._plan(case)
         began = time.perf_counter()
-        self._runner.run(plan)
+        self._executor.collect(self._executor.submit(plan))
         seconds = time.perf_counter() - began
         self._retired = tuple(new.request_id for new in plan.new_requests)
         return seconds
@@ -324,7 +324,7 @@ def scheduling_seconds(engine: Engine) -> float:
         plan = engine.scheduler.schedule()
         assert plan is not None, "unfinished requests, and nothing can run"
         planned = time.perf_counter()
-        result = engine.runner.run(plan)
+        result = engine.executor.collect(engine.executor.submit(plan))
         ran = time.perf_counter()
         engine.scheduler.update(plan, result)
         shares.append((time.perf_counter() - ran + planned - began) / len(plan.chunks))

@@ -33,7 +33,7 @@ class RaggedEngine:
         self.config = config
         self.model = model
         self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size)
-        self._runner = model.make_runner()
+        self._executor = model.make_executor()
         self._sequences: dict[int, _Sequence] = {}
 
     @classmethod
@@ -59,7 +59,7 @@ class RaggedEngine:
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
         try:
             with torch.inference_mode():
-                return self._runner.decoder.logits(self._runner.hidden(chunks))
+                return self._executor.decoder.logits(self._executor.hidden(chunks))
         except BaseException:  # Ctrl-C too: the tokens count as not put
             for uid, num_tokens in before.items():
                 self._truncate(uid, num_tokens)

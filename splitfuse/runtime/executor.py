@@ -1,5 +1,5 @@
-"""Does what a plan says: chunks -> one ragged batch -> logits -> tokens. Decides nothing, knows neither text nor
-blocks' owners.
+"""Execute plans: chunks -> one ragged batch -> logits -> tokens. It decides nothing, and knows neither text nor which
+request holds a block.
 """
 
 from __future__ import annotations
@@ -20,33 +20,65 @@ from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
 
 HEAD_ROWS = 64
-"""Rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
+"""Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
 vocabulary].
 """
 
 
 @dataclass
 class _RequestState:
-    """What the runner remembers of a request from its first chunk on; preemption does not change it."""
+    """State of a request from its first chunk to its retirement; preemption does not change it."""
 
     new: NewRequest
     output_token_ids: list[int] = field(default_factory=list)
 
 
-class ModelRunner:
-    """Runs plans in the order they were scheduled, on one device. Remembers the tokens that it has chosen, so that a
-    plan made before they were read back can refer to them by PLACEHOLDER.
+@dataclass(frozen=True)
+class StepHandle:
+    """Stands for a submitted plan until `Executor.collect` gives its result."""
+
+    number: int
+    result: StepResult
+
+
+class Executor:
+    """Executes plans on one device, in the order in which they were scheduled.
+
+    A plan may be submitted before the results of earlier ones are collected; the engine keeps one in flight. Chosen
+    tokens are remembered, so that a plan made before they were read back can refer to them by PLACEHOLDER.
+
+        handle = executor.submit(plan)
+        outputs = scheduler.update(plan, executor.collect(handle))
     """
 
     def __init__(self, decoder: Decoder, kv_cache: KVCache) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self._states: dict[str, _RequestState] = {}
+        self._num_submitted = 0
+        self._last_collected = 0
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Execute one plan. A chunk whose logits are unusable gets a result with `error`; the others are not
-        touched.
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Start executing a plan. On a CPU, the step is done when this returns."""
+        self._num_submitted += 1
+        return StepHandle(self._num_submitted, self._execute(plan))
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Wait for a submitted plan and return its result; handles are collected in the order of submission.
+
+        A chunk with unusable logits has a result with `error`, and does not affect the others. A handle may be dropped
+        instead, if the plan's requests are ended.
         """
+        assert handle.number > self._last_collected, "steps must be collected in the order in which they were submitted"
+        self._last_collected = handle.number
+        return handle.result
+
+    def hidden(self, chunks: Sequence[ragged_batch.Chunk]) -> Tensor:
+        """Run one forward step. Returns final hidden states [sum of num_logits, hidden], in the order of the chunks."""
+        batch = RaggedBatch.build(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
+        return self.decoder.forward(batch, self.kv_cache)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
         for new in plan.new_requests:
@@ -64,21 +96,16 @@ class ModelRunner:
                 results[chunk.request_id] = result
         return StepResult(results)
 
-    def hidden(self, chunks: Sequence[ragged_batch.Chunk]) -> Tensor:
-        """One forward step: final hidden states [sum of num_logits, hidden], in the order of the chunks."""
-        batch = RaggedBatch.build(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
-        return self.decoder.forward(batch, self.kv_cache)
-
     def _with_known_tokens(self, chunk: Chunk) -> Chunk:
         if PLACEHOLDER not in chunk.token_ids:
             return chunk
         chosen = self._states[chunk.request_id].output_token_ids
-        # A request whose last step failed has chosen nothing; what this one makes of it is dropped.
+        # A request whose last step failed has chosen nothing; the scheduler drops the result of this one.
         newest = chosen[-1] if chosen else 0
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))
 
     def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
-        """Choose a token for each of the chunks at its row of `hidden`."""
+        """Choose a token for each chunk, from its row of `hidden`."""
         results: dict[str, ChunkResult] = {}
         for start in range(0, len(sampling), HEAD_ROWS):
             part = sampling[start : start + HEAD_ROWS]
@@ -89,12 +116,11 @@ class ModelRunner:
             chosen = sample(logits, wanted, argmax=self.decoder.kernels.argmax)
             for state, result in zip(states, chosen, strict=True):
                 results[state.new.request_id] = result
-                if result.token_id is not None:
-                    state.output_token_ids.append(result.token_id)
+                state.output_token_ids += result.token_ids
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:
-        """The result with the logprobs of the prompt tokens that follow the rows of `hidden`."""
+        """Returns `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
         new = self._states[chunk.request_id].new
         first = chunk.end - chunk.num_logits + 1
         targets = new.prompt_token_ids[first : first + len(hidden)]

@@ -21,7 +21,7 @@ from splitfuse.models.sources.hub import resolve_model
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_kernels
-from splitfuse.runtime.executor import ModelRunner
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_memory
 
 
@@ -35,8 +35,11 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     decoder: Decoder
 
-    def make_runner(self) -> ModelRunner:
-        """A runner with a KV cache of its own, as the plan says: one for each engine. Raises MemoryPlanError."""
+    def make_executor(self) -> Executor:
+        """Returns an executor with a KV cache of its own, as large as planned: each engine makes one.
+
+        Raises MemoryPlanError.
+        """
         cache = KVCache(
             self.spec,
             num_blocks=self.plan.num_blocks,
@@ -45,7 +48,7 @@ class LoadedModel:
             device=self.decoder.device,
             kernels=self.decoder.kernels,
         )
-        return ModelRunner(self.decoder, cache)
+        return Executor(self.decoder, cache)
 
 
 def load_model(

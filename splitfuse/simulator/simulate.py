@@ -34,7 +34,7 @@ from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
 
-CHOSEN = ChunkResult(token_id=0)
+CHOSEN = ChunkResult(token_ids=(0,))
 NOT_CHOSEN = ChunkResult()
 PARAMS = SamplingParams(ignore_eos=True)
 

@@ -94,7 +94,8 @@ class Timed(Run):
         assert plan is not None
         self.plans.append(plan)
         self.now += 1
-        for output in self.scheduler.update(plan, self.executor.execute(plan), self.now):
+        handle = self.executor.submit(plan)
+        for output in self.scheduler.update(plan, self.executor.collect(handle), self.now):
             if output.latency_breakdown is not None:
                 self.spent[output.request_id] = output.latency_breakdown
 

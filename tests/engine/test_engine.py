@@ -23,6 +23,7 @@ from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.runtime.executor import StepHandle
 
 VOCAB, LIMIT = tiny_models.VOCAB_SIZE, tiny_models.MAX_POSITION
 POISON = 96  # the token whose embedding is made NaN
@@ -200,7 +201,7 @@ def test_an_observer_sees_every_step(folder: Path) -> None:
     engine.observer = lambda plan, result: steps.append((plan, result))
     generated = generate(engine, [1] * 20, max_tokens=3)
     assert [plan.num_tokens for plan, _ in steps] == [8, 8, 4, 1, 1]
-    assert [result.results["only"].token_id for _, result in steps] == [None, None, *generated]
+    assert [result.results["only"].token_ids for _, result in steps] == [(), (), *((token,) for token in generated)]
 
 
 # Together ------------------------------------------------------------------------------------------------------------
@@ -253,24 +254,36 @@ def test_one_plan_in_flight_gives_the_same_tokens(folder: Path, cached: bool) ->
     engine = load(folder, max_num_batched_tokens=16, num_blocks=40, max_num_seqs=6, enable_prefix_caching=cached)
     add_all(engine, requests)
     scheduler, seen = engine.scheduler, Seen()
-    in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+    in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
     most_in_flight = 0
     while scheduler.has_unfinished or in_flight:
         while len(in_flight) < 2 and (plan := scheduler.schedule()):
-            in_flight.append((plan, engine.runner.run(plan)))
+            in_flight.append((plan, engine.executor.submit(plan)))
         most_in_flight = max(most_in_flight, len(in_flight))
-        seen.take(scheduler.update(*in_flight.popleft()))
+        plan, handle = in_flight.popleft()
+        seen.take(scheduler.update(plan, engine.executor.collect(handle)))
         scheduler.check()
     assert most_in_flight == 2
     assert (seen.tokens, seen.reasons) == (wanted.tokens, wanted.reasons)
     assert engine.allocator.num_held == 0
 
 
+def test_steps_are_collected_in_the_order_of_submission(folder: Path) -> None:
+    engine = load(folder, max_num_batched_tokens=8)
+    engine.add_request("only", [1] * 20, SamplingParams(max_tokens=3))
+    plans = [plan for _ in range(3) if (plan := engine.scheduler.schedule())]
+    first, dropped, last = (engine.executor.submit(plan) for plan in plans)
+    assert engine.executor.collect(first).results["only"].token_ids == ()
+    assert len(engine.executor.collect(last).results["only"].token_ids) == 1
+    with pytest.raises(AssertionError, match="in the order in which they were submitted"):
+        engine.executor.collect(dropped)
+
+
 # NaN -----------------------------------------------------------------------------------------------------------------
 
 
 def poison(engine: Engine) -> None:
-    engine.runner.decoder.weights.embed[POISON] = math.nan
+    engine.executor.decoder.weights.embed[POISON] = math.nan
 
 
 @pytest.mark.parametrize("where", [0, 25, 49], ids=["first-chunk", "middle", "last-token"])
@@ -314,7 +327,7 @@ def test_a_failure_is_met_with_a_plan_in_flight_too(folder: Path) -> None:
     scheduler, seen = engine.scheduler, Seen()
     plans = [plan for _ in range(2) if (plan := scheduler.schedule())]
     for plan in plans:
-        seen.take(scheduler.update(plan, engine.runner.run(plan)))
+        seen.take(scheduler.update(plan, engine.executor.collect(engine.executor.submit(plan))))
         scheduler.check()
     rest = drain(engine)
     assert seen.reasons == {"poisoned": FinishReason.ERROR}

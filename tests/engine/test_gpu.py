@@ -81,11 +81,11 @@ def test_the_sampler_chooses_what_it_chooses_on_the_cpu() -> None:
         )
         rows.append(SamplingRow(NewRequest("r", (1, 2, 3), params, (7,), number, 0), [4, 4, 5]))
     here, there = sample(logits, rows), sample(logits.cuda(), rows)
-    assert sum(a.token_id != b.token_id for a, b in zip(here, there, strict=True)) <= 1
+    assert sum(a.token_ids != b.token_ids for a, b in zip(here, there, strict=True)) <= 1
     for a, b in zip(here, there, strict=True):
-        if a.logprob is not None and b.logprob is not None and a.token_id == b.token_id:
-            assert [token for token, _ in a.logprob.top] == [token for token, _ in b.logprob.top]
-            assert a.logprob.logprob == pytest.approx(b.logprob.logprob, abs=1e-9)
+        if a.logprobs and b.logprobs and a.token_ids == b.token_ids:
+            assert [token for token, _ in a.logprobs[0].top] == [token for token, _ in b.logprobs[0].top]
+            assert a.logprobs[0].logprob == pytest.approx(b.logprobs[0].logprob, abs=1e-9)
     logits[3, 5] = float("nan")
     assert "NaN" in str(sample(logits[:8].cuda(), rows[:8])[3].error)
     found = prompt_logprobs(logits[10:20].cuda(), list(range(10)), 3)
@@ -99,12 +99,12 @@ def test_the_bundled_model_answers_in_a_crowd_as_alone_and_as_on_the_cpu() -> No
     answers = pipe(prompts, max_new_tokens=12)
     assert [answer.generated_text for answer in answers] == [each.generated_text for each in wanted] * 8
     pipe.engine.scheduler.check()
-    assert pipe.engine.runner.decoder.device.type == "cuda"
+    assert pipe.engine.executor.decoder.device.type == "cuda"
 
 
 def test_the_memory_plan_counts_the_memory_of_the_gpu() -> None:
     engine = Engine.load(EngineConfig.from_settings({"device": "cuda", "dtype": "bfloat16"}))
-    cache = sum(store.numel() * store.element_size() for store in engine.runner.kv_cache.layers)
+    cache = sum(store.numel() * store.element_size() for store in engine.executor.kv_cache.layers)
     assert cache == engine.model.plan.num_blocks * engine.model.plan.block
     with pytest.raises(MemoryPlanError, match="does not fit into memory"):
         Engine.load(EngineConfig.from_settings({"device": "cuda", "num_blocks": 10**9}))

@@ -139,7 +139,7 @@ def test_keeps_and_weighs_the_tokens_that_transformers_keeps(
         drawn = iter(numbers)
         monkeypatch.setattr(sampler, "uniform", lambda *_, drawn=drawn: next(drawn))
         results = sample(logits.expand(len(numbers), vocab), [subject] * len(numbers))
-        assert [r.token_id for r in results] == order.tolist() * 2, (case, params)
+        assert [r.token_ids for r in results] == [(token,) for token in order.tolist()] * 2, (case, params)
 
 
 def test_greedy_is_the_largest_after_transformers_processors(model: LlamaForCausalLM) -> None:
@@ -152,8 +152,8 @@ def test_greedy_is_the_largest_after_transformers_processors(model: LlamaForCaus
         )
         probabilities = expected_distribution(model, logits, subject)
         (result,) = sample(logits.unsqueeze(0), [subject])
-        assert result.token_id is not None
-        assert probabilities[result.token_id] == pytest.approx(probabilities.max().item(), rel=1e-12)
+        (token,) = result.token_ids
+        assert probabilities[token] == pytest.approx(probabilities.max().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("count", "vocab"), [(40, 101), (5, 40_001)])
@@ -173,35 +173,35 @@ def test_a_row_alone_and_in_any_company_gives_the_same_bits(count: int, vocab: i
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = torch.zeros(5000)
     logits[[17, 1234, 4999]] = 2.5
-    assert one(logits, SamplingParams()).token_id == 17
-    assert one(torch.zeros(5000), SamplingParams()).token_id == 0
+    assert one(logits, SamplingParams()).token_ids == (17,)
+    assert one(torch.zeros(5000), SamplingParams()).token_ids == (0,)
 
 
 def test_greedy_honours_bias_penalties_and_min_tokens() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 5.0, 4.0, 4.5])
-    assert one(logits, SamplingParams()).token_id == 3
-    assert one(logits, SamplingParams(min_tokens=1)).token_id == 5
-    assert one(logits, SamplingParams(min_tokens=2, stop_token_ids=(5,)), output=(0,)).token_id == 4
-    assert one(logits, SamplingParams(min_tokens=1), output=(0,)).token_id == 3  # enough were generated
-    assert one(logits, SamplingParams(logit_bias={0: 100.0})).token_id == 0
-    assert one(logits, SamplingParams(logit_bias={3: -100.0})).token_id == 5
-    assert one(logits, SamplingParams(repetition_penalty=2.0), prompt=(3, 5)).token_id == 4
-    assert one(logits, SamplingParams(presence_penalty=2.0), output=(3,)).token_id == 5
-    assert one(logits, SamplingParams(presence_penalty=2.0), prompt=(3,)).token_id == 3  # the prompt does not count
-    assert one(logits, SamplingParams(frequency_penalty=0.4), output=(3, 3)).token_id == 5
-    assert one(logits, SamplingParams(frequency_penalty=0.4), output=(3,)).token_id == 3
+    assert one(logits, SamplingParams()).token_ids == (3,)
+    assert one(logits, SamplingParams(min_tokens=1)).token_ids == (5,)
+    assert one(logits, SamplingParams(min_tokens=2, stop_token_ids=(5,)), output=(0,)).token_ids == (4,)
+    assert one(logits, SamplingParams(min_tokens=1), output=(0,)).token_ids == (3,)  # enough were generated
+    assert one(logits, SamplingParams(logit_bias={0: 100.0})).token_ids == (0,)
+    assert one(logits, SamplingParams(logit_bias={3: -100.0})).token_ids == (5,)
+    assert one(logits, SamplingParams(repetition_penalty=2.0), prompt=(3, 5)).token_ids == (4,)
+    assert one(logits, SamplingParams(presence_penalty=2.0), output=(3,)).token_ids == (5,)
+    assert one(logits, SamplingParams(presence_penalty=2.0), prompt=(3,)).token_ids == (3,)  # the prompt does not count
+    assert one(logits, SamplingParams(frequency_penalty=0.4), output=(3, 3)).token_ids == (5,)
+    assert one(logits, SamplingParams(frequency_penalty=0.4), output=(3,)).token_ids == (3,)
 
 
 def test_mii_fault_min_tokens_does_not_count_the_prompt() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 5.0])
-    assert one(logits, SamplingParams(min_tokens=3), prompt=(0,) * 50).token_id == 2
+    assert one(logits, SamplingParams(min_tokens=3), prompt=(0,) * 50).token_ids == (2,)
 
 
 def test_mii_fault_temperature_comes_before_top_p() -> None:
     """At temperature 8 the first token has less than half of the mass, so top_p 0.6 must keep others too."""
     logits = torch.tensor([4.0, 0.0, 0.0, 0.0])
     params = SamplingParams(temperature=8.0, top_p=0.6)
-    assert {one(logits, params, seed=seed).token_id for seed in range(50)} >= {0, 1}
+    assert {one(logits, params, seed=seed).token_ids for seed in range(50)} >= {(0,), (1,)}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_mii_fault_temperature_comes_before_top_p() -> None:
 def test_edge_values(params: SamplingParams, kept: set[int]) -> None:
     logits = torch.tensor([0.15, 0.4, 0.2, 0.2, 0.05]).log()
     rows = [row(params, seed=seed) for seed in range(300)]
-    assert {r.token_id for r in sample(logits.expand(300, 5), rows)} == kept
+    assert {token for r in sample(logits.expand(300, 5), rows) for token in r.token_ids} == kept
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.999])
@@ -232,14 +232,14 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkey
     logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
     for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
         monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
-        assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_id == token
+        assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_ids == (token,)
 
 
 def test_masked_logits_are_never_drawn_and_huge_ones_do_not_overflow() -> None:
     logits = torch.tensor([-math.inf, 3e38, -math.inf, 3e38, -3e38])
     for params in (SamplingParams(temperature=1e-6), SamplingParams(temperature=1e-6, top_k=5, top_p=0.999)):
         results = sample(logits.expand(100, 5), [row(params, seed=seed) for seed in range(100)])
-        assert {r.token_id for r in results} == {1, 3}
+        assert {r.token_ids for r in results} == {(1,), (3,)}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,9 @@ def test_frequencies_follow_the_distribution(params: SamplingParams, model: Llam
     logits = torch.linspace(-1.0, 1.0, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(2))]
     draws = 4000
     found = Counter(
-        r.token_id for r in sample(logits.expand(draws, 12), [row(params, seed=seed) for seed in range(draws)])
+        token
+        for r in sample(logits.expand(draws, 12), [row(params, seed=seed) for seed in range(draws)])
+        for token in r.token_ids
     )
     wanted = expected_distribution(model, logits, row(params)) * draws
     assert all(wanted[token] > 0 for token in found if token is not None)
@@ -278,7 +280,7 @@ def test_seed_choice_and_position_each_change_the_stream() -> None:
     logits = torch.zeros(32, 1000)
 
     def tokens(rows: list[SamplingRow]) -> list[int | None]:
-        return [r.token_id for r in sample(logits, rows)]
+        return [token for r in sample(logits, rows) for token in r.token_ids]
 
     by_position = [row(params, output=(0,) * n) for n in range(32)]
     streams = [
@@ -301,7 +303,7 @@ def test_a_bad_row_fails_alone(value: float, message: str, params: SamplingParam
     logits[1, 7 if value == math.inf or math.isnan(value) else slice(None)] = value
     results = sample(logits, [row(params)] * 3)
     assert (results[0], results[2]) == (good[0], good[2])
-    assert results[1].token_id is None
+    assert results[1].token_ids == ()
     assert re.search(message, results[1].error or "")
     with pytest.raises(RequestFailedError, match=message):
         prompt_logprobs(logits, [0, 0, 0], 1)
@@ -312,15 +314,14 @@ def test_settings_that_forbid_every_token_fail_that_row_alone() -> None:
     results = sample(torch.zeros(2, 6), [row(params), row(SamplingParams())])
     assert results[0].error is not None
     assert "min_tokens" in results[0].error
-    assert results[1].token_id == 0
+    assert results[1].token_ids == (0,)
 
 
 def test_logprobs_are_of_the_raw_distribution_best_first() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0])
     params = SamplingParams(temperature=5.0, logit_bias={4: 100.0}, logprobs=3, repetition_penalty=1.5)
     expected = logits.double().log_softmax(-1)
-    logprob = one(logits, params).logprob
-    assert logprob is not None
+    (logprob,) = one(logits, params).logprobs
     assert logprob.token_id == 4
     assert logprob.logprob == pytest.approx(expected[4].item(), abs=1e-12)
     assert [token for token, _ in logprob.top] == [1, 3, 2]  # 1 and 3 are equal: by id
@@ -329,12 +330,10 @@ def test_logprobs_are_of_the_raw_distribution_best_first() -> None:
 
 def test_logprobs_zero_reports_the_chosen_token_only_and_none_nothing() -> None:
     logits = torch.tensor([1.0, 3.0])
-    only = one(logits, SamplingParams(logprobs=0)).logprob
-    assert only is not None
+    (only,) = one(logits, SamplingParams(logprobs=0)).logprobs
     assert (only.token_id, only.top) == (1, ())
-    assert one(logits, SamplingParams()).logprob is None
-    beyond = one(logits, SamplingParams(logprobs=128)).logprob
-    assert beyond is not None
+    assert one(logits, SamplingParams()).logprobs == ()
+    (beyond,) = one(logits, SamplingParams(logprobs=128)).logprobs
     assert [token for token, _ in beyond.top] == [1, 0]
 
 

@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,16 +359,16 @@ def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
     stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_server() as server, server.http() as http:
-        run, num_left = server.engine.runner.run, 20
+        submit, num_left = server.engine.executor.submit, 20
 
         def broken(plan: Any) -> Any:
             nonlocal num_left
             num_left -= 1
             if not num_left:
                 raise RuntimeError("/home/somebody/weights at 0x7f00deadbeef of 10.1.2.3:80 is gone\nTraceback")
-            return run(plan)
+            return submit(plan)
 
-        monkeypatch.setattr(server.engine.runner, "run", broken)
+        monkeypatch.setattr(server.engine.executor, "submit", broken)
         answer = http.post(COMPLETIONS, json={**LONG, "stream": stream})
         if stream:
             events = events_of(answer)
@@ -386,14 +387,15 @@ def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
 def test_a_request_that_fails_alone_is_told_by_name(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from splitfuse.core.plan import ChunkResult, StepResult
 
-    run = server.engine.runner.run
+    submit = server.engine.executor.submit
 
-    def failing(plan: Any) -> StepResult:
+    def failing(plan: Any) -> Any:
         failed = ChunkResult(error="the logits have NaN")
-        results = dict(run(plan).results)
-        return StepResult(results | {c.request_id: failed for c in plan.chunks if 77 in c.token_ids})
+        handle = submit(plan)
+        bad = {c.request_id: failed for c in plan.chunks if 77 in c.token_ids}
+        return replace(handle, result=StepResult({**handle.result.results, **bad}))
 
-    monkeypatch.setattr(server.engine.runner, "run", failing)
+    monkeypatch.setattr(server.engine.executor, "submit", failing)
     with server.http() as http:
         answer = http.post(COMPLETIONS, json={**SHORT, "prompt": [77]})
         assert (answer.status_code, error_of(answer)["code"]) == (500, "request_failed")

@@ -80,7 +80,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFE
     best, peaks = argmax(logits)
     faults = _faults(peaks)
     if not faults and all(row.is_plain for row in rows):
-        return [ChunkResult(token_id=token) for token in best]
+        return [ChunkResult((token,)) for token in best]
     errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
     tokens: dict[int, int] = {}
     for adjusts in (False, True):
@@ -108,7 +108,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFE
         zip(reported, _logprobs(_take(logits, reported), [tokens[i] for i in reported], counts), strict=True)
     )
     return [
-        ChunkResult(error=errors[i]) if i in errors else ChunkResult(token_id=tokens[i], logprob=logprobs.get(i))
+        ChunkResult(error=errors[i])
+        if i in errors
+        else ChunkResult((tokens[i],), (logprobs[i],) if i in logprobs else ())
         for i in range(len(rows))
     ]
 
