@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from splitfuse.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from splitfuse.api import Pipeline, Response, pipeline
+    from splitfuse.api import Pipeline, pipeline
     from splitfuse.clients.client import AsyncClient
     from splitfuse.clients.sync import Client, async_client, client, serve
-    from splitfuse.clients.wire import RemotePiece, RemoteResponse
     from splitfuse.config import EngineConfig
     from splitfuse.core.request import FinishReason
     from splitfuse.core.sampling_params import SamplingParams
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
+    from splitfuse.text.responses import Piece, Response
 
 __all__ = [
     "AsyncClient",
@@ -57,11 +57,10 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OverloadedError",
+    "Piece",
     "Pipeline",
     "PromptTooLongError",
     "RaggedEngine",
-    "RemotePiece",
-    "RemoteResponse",
     "RequestFailedError",
     "RequestTooLargeError",
     "Response",
@@ -83,11 +82,10 @@ _HOMES = {
     "Engine": "splitfuse.engine.engine",
     "EngineConfig": "splitfuse.config",
     "FinishReason": "splitfuse.core.request",
+    "Piece": "splitfuse.text.responses",
     "Pipeline": "splitfuse.api",
     "RaggedEngine": "splitfuse.engine.ragged",
-    "RemotePiece": "splitfuse.clients.wire",
-    "RemoteResponse": "splitfuse.clients.wire",
-    "Response": "splitfuse.api",
+    "Response": "splitfuse.text.responses",
     "SamplingParams": "splitfuse.core.sampling_params",
     "async_client": "splitfuse.clients.sync",
     "client": "splitfuse.clients.sync",

@@ -13,14 +13,12 @@ from typing import Any, Literal, overload
 from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.plan import TokenLogprob
-from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine, Observer
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.models.sources.hub import resolve_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
-from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, Timings, clamp_max_tokens
+from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, clamp_max_tokens
 from splitfuse.text.kwargs import (
     DEFAULT_MAX_NEW_TOKENS,
     as_list,
@@ -29,6 +27,7 @@ from splitfuse.text.kwargs import (
     sampling_params,
     spelled_as_keywords,
 )
+from splitfuse.text.responses import Piece, Response
 from splitfuse.text.tokenizer import Tokenizer
 
 CALL_KEYWORDS = {"stream", "progress"}
@@ -39,44 +38,12 @@ Prompts = (
 
 
 @dataclass(frozen=True)
-class Response:
-    """One answer. `str(response)` is its text."""
-
-    generated_text: str
-    prompt_length: int  # tokens
-    generated_length: int  # tokens
-    finish_reason: FinishReason  # a string too: "stop", "length", "abort", "error"
-    token_ids: tuple[int, ...]  # the generated ones only
-    logprobs: tuple[TokenLogprob, ...] | None  # one for each generated token, if asked for
-    prompt_logprobs: tuple[TokenLogprob, ...] | None  # one for each prompt token but the first, if asked for
-    timings: Timings
-    index: int  # of the prompt in the call
-    choice: int = 0  # which of `n`
-    stop_string: str | None = None  # the one that ended it
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    error: str | None = None  # why it failed, where finish_reason is "error"
-
-    def __str__(self) -> str:
-        return self.generated_text
-
-
-@dataclass(frozen=True)
 class PreparedRequest:
     """A prompt and its keywords, checked and ready to run."""
 
     prompt: Prompt
     params: SamplingParams
     return_full_text: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New text of one answer in a stream; the last of an answer carries the whole `response`."""
-
-    index: int
-    choice: int
-    text: str
-    response: Response | None = None
 
 
 def pipeline(

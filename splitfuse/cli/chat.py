@@ -14,8 +14,7 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
 if TYPE_CHECKING:
-    from splitfuse.api import Piece
-    from splitfuse.clients.wire import RemotePiece
+    from splitfuse.text.responses import Piece
 
 CHAT_SAMPLING = {
     name: flag for name, flag in SAMPLING_HELP.items() if name not in ("n", "logprobs", "chat", "return_full_text")
@@ -26,7 +25,7 @@ GOES_ON = "\\"
 """At the end of a line."""
 
 Messages = list[dict[str, str]]
-Answer = Callable[[Messages], "Iterator[Piece] | Iterator[RemotePiece]"]
+Answer = Callable[[Messages], "Iterator[Piece]"]
 
 
 @with_flags(sampling=CHAT_SAMPLING)

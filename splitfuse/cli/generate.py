@@ -17,7 +17,8 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
 
 if typing.TYPE_CHECKING:
-    from splitfuse.api import Piece, Pipeline, Response
+    from splitfuse.api import Pipeline
+    from splitfuse.text.responses import Piece, Response
 
 JSONL_KEYWORDS = {*SAMPLING_HELP, "max_length", "do_sample", "stop_token_ids", "logit_bias", "prompt_logprobs"}
 

@@ -17,20 +17,12 @@ from urllib.parse import quote, urlsplit
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from splitfuse.clients.wire import (
-    Growing,
-    RemotePiece,
-    RemoteRequest,
-    RemoteResponse,
-    error_in,
-    error_of,
-    event,
-    prepare,
-)
+from splitfuse.clients.wire import Growing, RemoteRequest, error_in, error_of, event, prepare
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import InvalidRequestError, RequestFailedError, ServerError
 from splitfuse.text.aiter import merged
+from splitfuse.text.responses import Piece, Response
 
 MAX_CONNECTIONS = 64  # requests of one client at once; the others wait here
 CONNECT_SECONDS = 10.0
@@ -59,20 +51,18 @@ class AsyncClient:
     @overload
     def __call__(
         self, prompts: Any, *, stream: Literal[False] = False, **keywords: Any
-    ) -> Coroutine[Any, Any, list[RemoteResponse]]: ...
+    ) -> Coroutine[Any, Any, list[Response]]: ...
     @overload
-    def __call__(
-        self, prompts: Any, *, stream: Literal[True], **keywords: Any
-    ) -> AsyncGenerator[RemotePiece, None]: ...
+    def __call__(self, prompts: Any, *, stream: Literal[True], **keywords: Any) -> AsyncGenerator[Piece, None]: ...
 
     def __call__(
         self,
         prompts: Any,
         *,
         stream: bool = False,
-        streaming_fn: Callable[[RemotePiece], object] | None = None,
+        streaming_fn: Callable[[Piece], object] | None = None,
         **keywords: Any,
-    ) -> Coroutine[Any, Any, list[RemoteResponse]] | AsyncGenerator[RemotePiece, None]:
+    ) -> Coroutine[Any, Any, list[Response]] | AsyncGenerator[Piece, None]:
         """Answer one prompt or many, together: `await client(...)`, or `async for piece in client(..., stream=True)`.
 
         Everything else is as Client in client.py says.
@@ -123,10 +113,10 @@ class AsyncClient:
     # How it is done --------------------------------------------------------------------------------------------------
 
     async def answer(
-        self, requests: list[RemoteRequest], streaming_fn: Callable[[RemotePiece], object] | None
-    ) -> list[RemoteResponse]:
+        self, requests: list[RemoteRequest], streaming_fn: Callable[[Piece], object] | None
+    ) -> list[Response]:
         """The responses of all requests, in order."""
-        responses: list[RemoteResponse] = []
+        responses: list[Response] = []
         async with aclosing(self.pieces(requests, stream=streaming_fn is not None)) as pieces:
             async for piece in pieces:
                 if streaming_fn is not None:
@@ -135,12 +125,12 @@ class AsyncClient:
                     responses.append(piece.response)
         return sorted(responses, key=lambda response: (response.index, response.choice))
 
-    def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[RemotePiece, None]:
+    def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[Piece, None]:
         """What comes for all requests, as it comes. The first error ends them all, and so does closing."""
         several = len(requests) > 1
         return merged([self._one(request, stream=stream, several=several) for request in requests])
 
-    async def _one(self, request: RemoteRequest, *, stream: bool, several: bool) -> AsyncGenerator[RemotePiece, None]:
+    async def _one(self, request: RemoteRequest, *, stream: bool, several: bool) -> AsyncGenerator[Piece, None]:
         """One request, perhaps of several: its pieces, and at its end its responses. If it fails alone, the responses
         say so.
         """
@@ -153,7 +143,7 @@ class AsyncClient:
                     usage = part.get("usage") or usage
                     for choice in part["choices"]:
                         if (text := choices[choice["index"]].push(choice)) and stream:
-                            yield RemotePiece(request.index, choice["index"], text)
+                            yield Piece(request.index, choice["index"], text)
             responses = [choice.response(usage) for choice in choices.values()]
         except RequestFailedError as error:
             responses = [choice.failed(error) for choice in choices.values()]
@@ -162,7 +152,7 @@ class AsyncClient:
                 error.args = (f"prompt {request.index}: {error}",)
             raise
         for response in responses:
-            yield RemotePiece(request.index, response.choice, "", response)
+            yield Piece(request.index, response.choice, "", response)
 
     async def _with_room(self, request: RemoteRequest) -> RemoteRequest:
         """The request with its length settled, for which the server counts the prompt's tokens."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
 from splitfuse.clients.client import AsyncClient, connect, own, refuse_both
-from splitfuse.clients.wire import RemotePiece, RemoteRequest, RemoteResponse, prepare
+from splitfuse.clients.wire import RemoteRequest, prepare
 from splitfuse.deploy import daemon
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import ConfigError, ServerError
+from splitfuse.text.responses import Piece, Response
 
 CANCEL_SECONDS = 5.0  # that what was interrupted has to put itself away
 
@@ -85,21 +86,21 @@ class Client:
         return self._async.deployment
 
     @overload
-    def __call__(self, prompts: Any, *, stream: Literal[False] = False, **keywords: Any) -> list[RemoteResponse]: ...
+    def __call__(self, prompts: Any, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...
     @overload
-    def __call__(self, prompts: Any, *, stream: Literal[True], **keywords: Any) -> Iterator[RemotePiece]: ...
+    def __call__(self, prompts: Any, *, stream: Literal[True], **keywords: Any) -> Iterator[Piece]: ...
 
     def __call__(
         self,
         prompts: Any,
         *,
         stream: bool = False,
-        streaming_fn: Callable[[RemotePiece], object] | None = None,
+        streaming_fn: Callable[[Piece], object] | None = None,
         **keywords: Any,
-    ) -> list[RemoteResponse] | Iterator[RemotePiece]:
+    ) -> list[Response] | Iterator[Piece]:
         """Answer one prompt or many, together.
 
-        Responses come in the order of the prompts, choices side by side; with `stream`, an iterator of RemotePiece
+        Responses come in the order of the prompts, choices side by side; with `stream`, an iterator of Piece
         comes instead; `streaming_fn` is called with each piece as it comes, in this thread. A request that fails alone
         has finish_reason "error" and says why. Raises InvalidRequestError for what cannot be honoured, OverloadedError
         if the server has no room, EngineDiedError, ServerError if it cannot be reached.
@@ -153,7 +154,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self, requests: list[RemoteRequest]) -> Iterator[RemotePiece]:
+    def _stream(self, requests: list[RemoteRequest]) -> Iterator[Piece]:
         pieces = self._async.pieces(requests, stream=True)
         try:
             while (piece := self._run(_next(pieces))) is not None:
@@ -194,7 +195,7 @@ class Client:
             raise
 
 
-async def _next(pieces: AsyncGenerator[RemotePiece, None]) -> RemotePiece | None:
+async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece | None:
     return await anext(pieces, None)
 
 

@@ -33,46 +33,10 @@ from splitfuse.text.kwargs import (
     sampling_params,
     spelled_as_keywords,
 )
+from splitfuse.text.responses import Response, TextLogprob
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CALL_KEYWORDS = {"stream", "streaming_fn"}
-
-
-@dataclass(frozen=True)
-class RemoteLogprob:
-    """Log-probability of one generated token, and of the most probable ones at its place; tokens as text."""
-
-    token: str
-    logprob: float
-    top: tuple[tuple[str, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class RemoteResponse:
-    """One answer. `str(response)` is its text."""
-
-    generated_text: str
-    prompt_length: int  # tokens
-    generated_length: int  # tokens
-    finish_reason: FinishReason  # a string too: "stop", "length", "error"
-    index: int  # of the prompt in the call
-    choice: int = 0  # which of `n`
-    logprobs: tuple[RemoteLogprob, ...] | None = None  # one for each generated token, if asked for
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    error: str | None = None  # why it failed, where finish_reason is "error"
-
-    def __str__(self) -> str:
-        return self.generated_text
-
-
-@dataclass(frozen=True)
-class RemotePiece:
-    """New text of one answer in a stream; the last of an answer carries the whole `response`."""
-
-    index: int
-    choice: int
-    text: str
-    response: RemoteResponse | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +151,7 @@ class Growing:
     choice: int
     text: str = ""
     finish_reason: FinishReason | None = None
-    logprobs: list[RemoteLogprob] = field(default_factory=list)
+    logprobs: list[TextLogprob] = field(default_factory=list)
 
     def push(self, choice: Mapping[str, Any]) -> str:
         """Take in a choice of an answer, whole or in part; its new text."""
@@ -199,18 +163,18 @@ class Growing:
             self.finish_reason = FinishReason(choice["finish_reason"])
         return str(text)
 
-    def failed(self, error: RequestFailedError) -> RemoteResponse:
+    def failed(self, error: RequestFailedError) -> Response:
         """As far as it had come when the request failed alone."""
-        return RemoteResponse(
+        return Response(
             self.request.prefix + self.text, 0, 0, FinishReason.ERROR, self.request.index, self.choice, error=str(error)
         )
 
-    def response(self, usage: Mapping[str, Any]) -> RemoteResponse:
+    def response(self, usage: Mapping[str, Any]) -> Response:
         """The whole. Raises ServerError if the answer has broken off."""
         if self.finish_reason is None:
             raise ServerError("the server's answer broke off")
         details = usage.get("prompt_tokens_details") or {}
-        return RemoteResponse(
+        return Response(
             generated_text=self.request.prefix + self.text,
             prompt_length=usage["prompt_tokens"],
             generated_length=len(self.logprobs) if self.request.params.n > 1 else usage["completion_tokens"],
@@ -222,16 +186,16 @@ class Growing:
         )
 
 
-def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[RemoteLogprob]:
+def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TextLogprob]:
     if logprobs is None:
         return []
     if "content" in logprobs:  # a chat's
         entries = logprobs["content"]
         tops = [tuple((top["token"], top["logprob"]) for top in entry["top_logprobs"]) for entry in entries]
-        return [RemoteLogprob(entry["token"], entry["logprob"], top) for entry, top in zip(entries, tops, strict=True)]
+        return [TextLogprob(entry["token"], entry["logprob"], top) for entry, top in zip(entries, tops, strict=True)]
     tokens = logprobs["tokens"]
     return [
-        RemoteLogprob(token, value, tuple(sorted((top or {}).items(), key=lambda item: -item[1])[:num_top]))
+        TextLogprob(token, value, tuple(sorted((top or {}).items(), key=lambda item: -item[1])[:num_top]))
         for token, value, top in zip(
             tokens, logprobs["token_logprobs"], logprobs["top_logprobs"] or [None] * len(tokens), strict=True
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from splitfuse.core.plan import TokenLogprob
@@ -16,6 +16,7 @@ from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.responses import Timings
 from splitfuse.text.stop_strings import StopStrings
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
@@ -31,25 +32,6 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     continues: bool = True
-
-
-@dataclass
-class Timings:
-    """Moments on a monotonic clock, in seconds. `tokens` has one for each generated token, when its step was done."""
-
-    arrival: float
-    tokens: list[float] = field(default_factory=list)
-    finished: float | None = None
-
-    @property
-    def time_to_first_token(self) -> float | None:
-        """Seconds from arrival to the first token."""
-        return self.tokens[0] - self.arrival if self.tokens else None
-
-    @property
-    def total(self) -> float | None:
-        """Seconds from arrival to the end."""
-        return None if self.finished is None else self.finished - self.arrival
 
 
 class Generation:

@@ -123,7 +123,7 @@ def test_pieces_join_to_the_responses(client: splitfuse.Client, pipe: splitfuse.
     prompts, keywords = [PROMPT, "The market"], {"max_new_tokens": 9, "n": 2, "temperature": 1.0, "seed": 4}
     wanted = essence(pipe(prompts, **keywords))
     pieces = list(client(prompts, stream=True, **keywords))
-    heard: list[splitfuse.RemotePiece] = []
+    heard: list[splitfuse.Piece] = []
     assert essence(client(prompts, streaming_fn=heard.append, **keywords)) == wanted
     for told in (pieces, heard):
         assert len(told) > 20, "it did not come in pieces"
@@ -159,7 +159,7 @@ def test_the_async_twin(server: RunningServer, pipe: splitfuse.Pipeline) -> None
         async with splitfuse.async_client(server.url) as client:
             assert await client.health() and await client.state() == "ready"
             wanted = essence(pipe([PROMPT, "The"], max_new_tokens=4))
-            heard: list[splitfuse.RemotePiece] = []
+            heard: list[splitfuse.Piece] = []
             assert essence(await client([PROMPT, "The"], max_new_tokens=4)) == wanted
             assert essence(await client([PROMPT, "The"], max_new_tokens=4, streaming_fn=heard.append)) == wanted
             streamed = [piece async for piece in client(PROMPT, max_new_tokens=4, stream=True)]

@@ -1,0 +1,92 @@
+"""Answers as a caller of `pipeline()` or of a client receives them: whole, or in pieces.
+
+Plain data without PyTorch or a tokenizer, so that a client of a remote server can import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.request import FinishReason
+
+
+@dataclass
+class Timings:
+    """Moments on a monotonic clock, in seconds. `tokens` has one for each generated token, when its step was done.
+
+    Empty where a server generated the answer: it reports times by `splitfuse_timing`, not on this machine's clock.
+    """
+
+    arrival: float = 0.0
+    tokens: list[float] = field(default_factory=list)
+    finished: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Return the seconds from arrival to the first token, or None before there is one."""
+        return self.tokens[0] - self.arrival if self.tokens else None
+
+    @property
+    def total(self) -> float | None:
+        """Return the seconds from arrival to the end, or None before the end."""
+        return None if self.finished is None else self.finished - self.arrival
+
+
+@dataclass(frozen=True)
+class TextLogprob:
+    """Log-probability of one generated token and of its most probable alternatives, with the tokens as texts.
+
+    A server reports these; a model in this process reports `TokenLogprob`, with the tokens as ids.
+    """
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Response:
+    """Holds one answer. `str(response)` is its text.
+
+    >>> response = splitfuse.pipeline()("Once upon a time", max_new_tokens=20)[0]
+    >>> response.generated_text, response.finish_reason, response.generated_length
+    """
+
+    generated_text: str
+    prompt_length: int
+    """Number of tokens of the prompt."""
+    generated_length: int
+    """Number of generated tokens."""
+    finish_reason: FinishReason
+    """Reason of the end; a string too: "stop", "length", "abort" or "error"."""
+    index: int
+    """Position of the prompt in the call."""
+    choice: int = 0
+    """Number of the answer among the `n` to its prompt."""
+    token_ids: tuple[int, ...] = ()
+    """Generated token ids; empty from a server, which answers in text."""
+    logprobs: tuple[TokenLogprob | TextLogprob, ...] | None = None
+    """One for each generated token, if they were asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each prompt token but the first, if they were asked for."""
+    timings: Timings = field(default_factory=Timings)
+    stop_string: str | None = None
+    """Stop string that ended the answer, where the model ran in this process."""
+    num_cached_tokens: int = 0
+    """Number of prompt tokens found in the prefix cache."""
+    error: str | None = None
+    """Reason of the failure where `finish_reason` is "error"."""
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Holds new text of one answer in a stream; the last piece of an answer carries the whole `response`."""
+
+    index: int
+    choice: int
+    text: str
+    response: Response | None = None
