@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,16 +21,19 @@ from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
 from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, clamp_max_tokens
 from splitfuse.text.kwargs import (
     DEFAULT_MAX_NEW_TOKENS,
+    SAMPLING_KEYWORDS,
     as_list,
     check_flag,
     refuse_unknown,
     sampling_params,
+    sampling_signature,
     spelled_as_keywords,
 )
 from splitfuse.text.responses import Piece, Response
 from splitfuse.text.tokenizer import Tokenizer
 
-CALL_KEYWORDS = {"stream", "progress"}
+OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream", "progress")
+"""Keywords of a call that are no sampling parameters."""
 
 Prompts = (
     str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
@@ -100,70 +103,28 @@ class Pipeline:
         responses = [piece.response for piece in pieces if piece.response is not None]
         return sorted(responses, key=lambda response: (response.index, response.choice))
 
+    @sampling_signature
     def prepare(
         self,
         prompts: Prompts,
         *,
         max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        min_new_tokens: int = 0,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        repetition_penalty: float = 1.0,
-        logit_bias: Mapping[int, float] | None = None,
-        stop: str | Sequence[str] | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        ignore_eos: bool = False,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        n: int = 1,
         chat: bool = False,
         return_full_text: bool = False,
-        **unknown: Any,
+        **keywords: Any,
     ) -> list[PreparedRequest]:
-        """Check prompts and keywords, and run nothing yet. A prompt is a text, a list of token ids or, with `chat`, a
-        user's turn or a list of messages, which goes through the model's chat template.
+        """Check prompts and keywords, and return what `run` takes. Nothing is computed yet.
 
-        max_new_tokens    most tokens to generate (1024, or what the model leaves, if max_length is not given either)
-        max_length        most tokens of prompt and answer together
-        min_new_tokens    generated tokens before which no end is taken; the prompt does not count
-        do_sample         False is greedy; left out, choosing at random follows from temperature, top_p, top_k or min_p
-        n                 answers to each prompt
-        logprobs          alternatives to report with each token: 0 for the token alone
-
-        Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
+        A prompt is a text, a list of token ids or, with `chat`, a user's turn or a list of messages, which goes through
+        the model's chat template. `max_length` bounds the tokens of prompt and answer together; without it and
+        `max_new_tokens`, at most 1024 tokens are generated, or what the model leaves. `do_sample` False is greedy; left
+        out, random choices follow from temperature, top_p, top_k or min_p. With `return_full_text`, the answer begins
+        with the prompt. Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
         """
-        refuse_unknown(
-            unknown, set(Pipeline.prepare.__annotations__) - {"prompts", "unknown", "return"} | CALL_KEYWORDS
-        )
+        refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS})
         for name, flag in (("chat", chat), ("return_full_text", return_full_text)):
             check_flag(name, flag)
-        params = sampling_params(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            repetition_penalty=repetition_penalty,
-            logit_bias=logit_bias,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=n,
-        )
+        params = sampling_params(**keywords)
         listed = as_list(prompts, chat)
         prepared = []
         for index, prompt in enumerate(listed):

@@ -172,7 +172,7 @@ def test_lengths(pipe: splitfuse.Pipeline) -> None:
         ({"min_new_tokens": 9, "max_new_tokens": 4}, r"min_new_tokens must be at most max_new_tokens \(4\), not 9"),
         ({"min_new_tokens": -1}, "min_new_tokens must be a whole number from 0 to"),
         ({"do_sample": False, "top_p": 0.5}, "top_p 0.5 has no effect with do_sample=False"),
-        ({"do_sample": True, "temperature": 0}, "temperature 0 is greedy, do_sample=True is not"),
+        ({"do_sample": True, "temperature": 0}, "temperature 0 is greedy and contradicts do_sample=True"),
         ({"do_sample": "no"}, "do_sample must be True or False, not 'no'"),
         ({"temperature": math.nan}, "temperature must be a number from 0 to 100, not nan"),
         ({"top_p": 0}, "top_p must be a number above 0 up to 1, not 0"),
@@ -231,7 +231,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_right_one() -> None:
     ("prompts", "message"),
     [
         ("", "the prompt is empty: it must have at least one character"),
-        ([], "there is no prompt: the list is empty"),
+        ([], "the list of prompts is empty"),
         ([[]], "the prompt is empty: it must have at least one token"),
         (None, "prompts must be a text or a list, not None"),
         (5, "prompts must be a text or a list, not 5"),

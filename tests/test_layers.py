@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "bench": ("engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),
     "cli": (
-        *("simulator", "bench", "api", "clients", "server", "deploy", "engine", "runtime", "models", "core"),
+        *("simulator", "bench", "api", "clients", "server", "deploy", "text", "engine", "runtime", "models", "core"),
         *("config", "errors", "version"),
     ),
 }

@@ -15,34 +15,32 @@ from typing import Annotated, Any
 import typer
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import SplitfuseError
+from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
-SAMPLING_HELP = {
-    "max_new_tokens": (int | None, "Most tokens to generate; left out, 1024."),
-    "min_new_tokens": (int, "Tokens before which no end is taken."),
-    "temperature": (float | None, "0 is greedy; left out, greedy unless another sampling flag is given."),
-    "top_p": (float | None, "Choose among the most probable tokens of this share together."),
-    "top_k": (int | None, "Choose among this many tokens."),
-    "min_p": (float | None, "Choose among tokens at least this fraction as probable as the best."),
-    "seed": (int | None, "Makes choices at random repeatable."),
-    "presence_penalty": (float, "Taken from the score of tokens already generated, -2 to 2."),
-    "frequency_penalty": (float, "The same for each time they were generated, -2 to 2."),
-    "repetition_penalty": (float, "Divides the score of tokens already in the text."),
-    "stop": (list[str] | None, "A text that ends the answer; may be given several times."),
-    "ignore_eos": (bool, "Go on after the model's end token."),
-    "logprobs": (int | None, "Report log-probabilities, with this many alternatives."),
-    "n": (int, "Answers to each prompt."),
+NO_FLAG = ("logit_bias", "stop_token_ids", "prompt_logprobs")
+"""Sampling parameters that only a line of a .jsonl file can set."""
+
+
+def _flag_of(parameter: Parameter) -> tuple[Any, Any]:
+    """Return the type and the default of the flag for a sampling parameter."""
+    if parameter.is_collection:
+        return list[str] | None, None
+    if parameter.samples or parameter.default is None:
+        return parameter.type | None, None
+    return parameter.type, parameter.default
+
+
+_FLAGS = {keyword: each for keyword, each in SAMPLING_KEYWORDS.items() if each.name not in NO_FLAG}
+SAMPLING_HELP: dict[str, tuple[Any, str]] = {
+    **{keyword: (_flag_of(each)[0], each.description) for keyword, each in _FLAGS.items()},
     "chat": (bool, "Send each prompt through the model's chat template, as a user's turn."),
     "return_full_text": (bool, "Put the prompt before the answer."),
 }
 DEFAULTS: dict[str, Any] = {
-    "min_new_tokens": 0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "ignore_eos": False,
-    "n": 1,
+    **{keyword: _flag_of(each)[1] for keyword, each in _FLAGS.items()},
     "chat": False,
     "return_full_text": False,
 }

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import SAMPLING_HELP, given, with_flags
+from splitfuse.cli.flags import NO_FLAG, SAMPLING_HELP, given, with_flags
 from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
 
@@ -20,7 +20,7 @@ if typing.TYPE_CHECKING:
     from splitfuse.api import Pipeline
     from splitfuse.text.responses import Piece, Response
 
-JSONL_KEYWORDS = {*SAMPLING_HELP, "max_length", "do_sample", "stop_token_ids", "logit_bias", "prompt_logprobs"}
+JSONL_KEYWORDS = {*SAMPLING_HELP, *NO_FLAG, "max_length", "do_sample"}
 
 
 @with_flags(sampling=SAMPLING_HELP)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfuse.core.request import FinishReason
-from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.sampling_params import PARAMETERS, SamplingParams
 from splitfuse.errors import (
     DrainingError,
     EngineDiedError,
@@ -26,6 +26,7 @@ from splitfuse.errors import (
 )
 from splitfuse.text.kwargs import (
     DEFAULT_MAX_NEW_TOKENS,
+    SAMPLING_KEYWORDS,
     as_list,
     check_flag,
     refuse_unknown,
@@ -36,7 +37,10 @@ from splitfuse.text.kwargs import (
 from splitfuse.text.responses import Response, TextLogprob
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-CALL_KEYWORDS = {"stream", "streaming_fn"}
+OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
+"""Keywords of a call that are no sampling parameters."""
+OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs")
+"""Sampling parameters that a body does not hold by the name, form and default that they have here."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +89,11 @@ class RemoteRequest:
 
     def body(self, *, stream: bool) -> dict[str, Any]:
         """As the server wants it. What has its default is left out, but for the temperature, whose default differs."""
-        params, defaults = self.params, SamplingParams()
+        params = self.params
         body: dict[str, Any] = {"max_tokens": params.max_tokens, "temperature": params.temperature}
         body["messages" if self.is_chat else "prompt"] = self.prompt
-        for name in (
-            *("min_tokens", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
-            *("repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "n"),
-        ):
-            if (value := getattr(params, name)) != getattr(defaults, name):
+        for name, parameter in PARAMETERS.items():
+            if name not in OWN_FORM and (value := getattr(params, name)) != parameter.default:
                 body[name] = value
         if params.logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
@@ -116,9 +117,7 @@ def prepare(
     **keywords: Any,
 ) -> list[RemoteRequest]:
     """The requests of a call, one for each prompt. Raises InvalidRequestError for a keyword that cannot be honoured."""
-    known = set(sampling_params.__kwdefaults__ or ()) - {"prompt_logprobs"}
-    own = {"max_length", "chat", "return_full_text", "deadline"}
-    refuse_unknown(set(keywords) - known, known | own | CALL_KEYWORDS)
+    refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
     check_flag("chat", chat)
     check_flag("return_full_text", return_full_text)
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):

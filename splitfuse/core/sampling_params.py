@@ -1,93 +1,232 @@
-"""What a caller may ask of one request's sampling, checked where it is made."""
+"""The sampling parameters of a request, as one table.
+
+Each field of SamplingParams is a row: name, type, default, bounds, OpenAI's default, help. Everything else is derived
+from it: validation here, the keywords of `pipeline()` and `client()` (text/kwargs.py), the flags of the command line
+(cli/flags.py), the fields of OpenAI requests (server/openai/protocol.py) and the table in docs/server.md. A new
+parameter costs two edits: its row here and its effect in runtime/sampling/sampler.py.
+"""
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from splitfuse.errors import InvalidRequestError
 
+MAX_INT = 2**31 - 1
 MAX_LOGPROBS = 128
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**64 - 1
 
 
+def parameter(
+    default: Any,
+    help: str,  # noqa: A002 - the word every command line uses
+    *,
+    minimum: float = 0,
+    maximum: float = MAX_INT,
+    exclusive: bool = False,
+    keyword: str | None = None,
+    openai_default: Any = None,
+    samples: bool = False,
+) -> Any:
+    """Declare a parameter as a dataclass field: see Parameter for what the arguments mean."""
+    attributes = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "exclusive": exclusive,
+        "keyword": keyword,
+        "openai_default": openai_default,
+        "samples": samples,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=attributes)
+    return field(default=default, metadata=attributes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen, and when it ends. Temperature 0 is greedy.
+    """How the tokens of one request are chosen, and when it ends. Temperature 0 is greedy.
 
     The order of processing is that of Hugging Face transformers: logit_bias, penalties, min_tokens, temperature, top_k,
     top_p, min_p. Raises InvalidRequestError, naming the parameter, for any value out of range.
+
+    >>> SamplingParams(max_tokens=64, temperature=0.8, top_p=0.95, seed=1)
     """
 
-    max_tokens: int | None = None  # None: as many as the model and the cache allow
-    min_tokens: int = 0  # generated ones; the prompt does not count
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
-    seed: int | None = None  # None: drawn at the edge and stored, so that a preempted request continues its stream
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # how many alternatives to report beside the chosen token; 0: the chosen one only
-    prompt_logprobs: int | None = None
-    n: int = 1
+    # None in SamplingParams itself: as many as the model and the cache allow
+    max_tokens: int | None = parameter(
+        None, "Most tokens to generate; left out, 1024.", minimum=1, keyword="max_new_tokens"
+    )
+    min_tokens: int = parameter(
+        0, "Generated tokens before which the answer does not end; the prompt does not count.", keyword="min_new_tokens"
+    )
+    temperature: float = parameter(
+        0.0,
+        "Randomness of the choice; 0 is greedy.",
+        maximum=100.0,
+        openai_default=1.0,
+        samples=True,
+    )
+    top_p: float = parameter(
+        1.0,
+        "Choose among the most probable tokens that together have this probability.",
+        maximum=1.0,
+        exclusive=True,
+        samples=True,
+    )
+    top_k: int = parameter(0, "Choose among this many most probable tokens; 0 is all.", samples=True)
+    min_p: float = parameter(
+        0.0, "Choose among tokens at least this fraction as probable as the best.", maximum=1.0, samples=True
+    )
+    seed: int | None = parameter(
+        None, "Makes random choices repeatable; left out, a new one each time.", maximum=MAX_SEED
+    )
+    presence_penalty: float = parameter(
+        0.0, "Subtracted from the score of every token already generated.", minimum=-2.0, maximum=2.0
+    )
+    frequency_penalty: float = parameter(
+        0.0, "Subtracted from the score of a token for each time it was generated.", minimum=-2.0, maximum=2.0
+    )
+    repetition_penalty: float = parameter(
+        1.0, "Divides the score of tokens already in the text.", maximum=100.0, exclusive=True
+    )
+    logit_bias: Mapping[int, float] = parameter(
+        {}, "Added to the scores of tokens by id.", minimum=-100.0, maximum=100.0
+    )
+    stop: tuple[str, ...] = parameter(
+        (), "Text that ends the answer; may be given several times.", maximum=MAX_STOP_STRINGS
+    )
+    stop_token_ids: tuple[int, ...] = parameter((), "Token ids that end the answer.")
+    ignore_eos: bool = parameter(False, "Continue after the model's end token.")
+    logprobs: int | None = parameter(
+        None, "Report log-probabilities with this many alternatives; 0 is the token alone.", maximum=MAX_LOGPROBS
+    )
+    prompt_logprobs: int | None = parameter(
+        None, "Report log-probabilities of the prompt, with this many alternatives.", maximum=MAX_LOGPROBS
+    )
+    n: int = parameter(1, "Answers to each prompt.", minimum=1, maximum=128)
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+        for each in PARAMETERS.values():
+            each.check(getattr(self, each.name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _integer("top_k", self.top_k, 0)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
-        if not isinstance(self.logit_bias, Mapping):
-            raise _refused("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
-        for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0)
-            _number("logit_bias", bias, -100.0, 100.0)
-        if not isinstance(self.stop, tuple | list) or not all(isinstance(s, str) and s for s in self.stop):
-            raise _refused("stop", self.stop, "a list of non-empty strings")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise _refused("stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
-        if not isinstance(self.stop_token_ids, tuple | list):
-            raise _refused("stop_token_ids", self.stop_token_ids, "a list of token ids")
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0)
-        if not isinstance(self.ignore_eos, bool):
-            raise _refused("ignore_eos", self.ignore_eos, "True or False")
-        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if count is not None:
-                _integer(name, count, 0, MAX_LOGPROBS)
-        _integer("n", self.n, 1, 128)
 
 
-def _refused(name: str, value: object, wanted: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {wanted}, not {value!r:.80}", parameter=name)
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """Describes one sampling parameter to every interface that offers it."""
+
+    name: str
+    type: Any
+    """Type of a value, without None."""
+    optional: bool
+    """Whether None is a value of its own."""
+    default: Any
+    help: str
+    minimum: float
+    maximum: float
+    """Bounds of a number, of each element of `logit_bias`, or of the number of stop strings."""
+    exclusive: bool
+    """Whether the minimum itself is refused."""
+    keyword: str
+    """Name of the parameter in `pipeline()`, `client()` and on the command line."""
+    openai_default: Any
+    """Value of a parameter that an OpenAI request leaves out."""
+    samples: bool
+    """Whether giving it in a call asks for random choices, which are otherwise greedy (see `do_sample`)."""
+
+    @property
+    def is_collection(self) -> bool:
+        """Return whether a value is a list or a mapping, so that None in a call means an empty one."""
+        return typing.get_origin(self.type) is not None
+
+    def check(self, value: Any) -> None:
+        """Raise InvalidRequestError, naming the parameter, unless `value` is one of its values."""
+        if value is None and self.optional:
+            return
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise _refused(self.name, value, "True or False")
+        elif self.type is int:
+            self._check_int(value)
+        elif self.type is float:
+            self._check_number(value)
+        elif self.type == tuple[str, ...]:
+            if not isinstance(value, tuple | list) or not all(isinstance(text, str) and text for text in value):
+                raise _refused(self.name, value, "a list of non-empty strings")
+            if len(value) > self.maximum:
+                raise _refused(self.name, f"{len(value)} strings", f"at most {self.maximum} strings")
+        elif self.type == tuple[int, ...]:
+            if not isinstance(value, tuple | list):
+                raise _refused(self.name, value, "a list of token ids")
+            for token in value:
+                self._check_token_id(token)
+        else:
+            if not isinstance(value, Mapping):
+                raise _refused(self.name, value, "a mapping of token ids to numbers")
+            for token, number in value.items():
+                self._check_token_id(token)
+                self._check_number(number)
+
+    def _check_int(self, value: Any) -> None:
+        if not _is_int(value, self.minimum, self.maximum):
+            raise _refused(self.name, value, f"a whole number {self.range}")
+
+    def _check_token_id(self, value: Any) -> None:
+        if not _is_int(value, 0, MAX_INT):
+            raise _refused(self.name, value, f"a whole number from 0 to {MAX_INT}")
+
+    def _check_number(self, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and self.minimum <= value <= self.maximum) or (self.exclusive and value == self.minimum):
+            raise _refused(self.name, value, f"a number {self.range}")
+
+    @property
+    def description(self) -> str:
+        """Return the help with the bounds of the value, where there are any to speak of."""
+        bounded = self.type in (int, float) and (self.minimum, self.maximum) != (0, MAX_INT)
+        return f"{self.help} {self.range[0].upper()}{self.range[1:]}." if bounded else self.help
+
+    @property
+    def range(self) -> str:
+        """Return the bounds in words, such as `from 0 to 1` or `above 0 up to 100`."""
+        low, high = (str(bound) if self.type is int else f"{bound:g}" for bound in (self.minimum, self.maximum))
+        return f"above {low} up to {high}" if self.exclusive else f"from {low} to {high}"
 
 
-def _integer(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise _refused(name, value, f"a whole number from {least} to {most}")
-
-
-def _number(name: str, value: object, least: float, most: float, *, open_below: bool = False) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most  # NaN is not
-    if not valid or (open_below and value == least):
-        raise _refused(
-            name,
-            value,
-            f"a number {'above' if open_below else 'from'} {least:g} {'up ' if open_below else ''}to {most:g}",
+def _table() -> dict[str, Parameter]:
+    hints, instance_fields = typing.get_type_hints(SamplingParams), fields(SamplingParams)
+    table = {}
+    for each in instance_fields:
+        kinds = typing.get_args(hints[each.name]) if isinstance(hints[each.name], types.UnionType) else ()
+        default = {} if callable(each.default_factory) else each.default
+        attributes = dict(each.metadata)
+        attributes["keyword"] = attributes["keyword"] or each.name
+        if attributes["openai_default"] is None:
+            attributes["openai_default"] = default
+        table[each.name] = Parameter(
+            name=each.name,
+            type=kinds[0] if kinds else hints[each.name],
+            optional=types.NoneType in kinds,
+            default=default,
+            **attributes,
         )
+    return table
+
+
+def _is_int(value: Any, minimum: float, maximum: float) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
+
+
+def _refused(name: str, value: object, valid: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} must be {valid}, not {value!r:.80}", parameter=name)
+
+
+PARAMETERS: Mapping[str, Parameter] = _table()
+"""Table of all sampling parameters by their names in SamplingParams."""

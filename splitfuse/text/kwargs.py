@@ -1,103 +1,97 @@
 """The keywords of `pipeline()` and of `client()`, which are DeepSpeed-MII's, as SamplingParams.
 
-It decides what a keyword that was left out means, and that errors speak of the names used here. It must not know of
+It decides what a keyword that was left out means, and that errors use the names of the keywords. It must not know of
 models: what depends on one (lengths, token ids) is checked elsewhere.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
-from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.sampling_params import PARAMETERS, Parameter, SamplingParams
 from splitfuse.errors import InvalidRequestError, did_you_mean
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
+SAMPLING_KEYWORDS: Mapping[str, Parameter] = {each.keyword: each for each in PARAMETERS.values()}
+"""Sampling parameters by their names in a call; `do_sample` is another keyword of `sampling_params`."""
 
-def sampling_params(
-    *,
-    max_new_tokens: int | None = None,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    seed: int | None = None,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    repetition_penalty: float = 1.0,
-    logit_bias: Mapping[int, float] | None = None,
-    stop: str | Sequence[str] | None = None,
-    stop_token_ids: Sequence[int] | None = None,
-    ignore_eos: bool = False,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
-    n: int = 1,
-) -> SamplingParams:
-    """Raises InvalidRequestError, naming the keyword, for a value that cannot be honoured.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-    do_sample    False is greedy; left out, choosing at random follows from temperature, top_p, top_k or min_p
-    logprobs     alternatives to report with each token: 0 for the token alone
+
+def sampling_params(*, do_sample: bool | None = None, **keywords: Any) -> SamplingParams:
+    """Return the parameters that `do_sample` and SAMPLING_KEYWORDS ask for.
+
+    `do_sample` False is greedy; left out, random choices follow from temperature, top_p, top_k or min_p. Raises
+    InvalidRequestError, naming the keyword, for a value that cannot be honoured or a keyword that does not exist.
+
+    >>> sampling_params(max_new_tokens=20, top_p=0.9)
     """
+    refuse_unknown(keywords, SAMPLING_KEYWORDS)
     check_flag("do_sample", do_sample)
+    values = {}
+    for keyword, value in keywords.items():
+        parameter = SAMPLING_KEYWORDS[keyword]
+        if value is not None:
+            values[parameter.name] = _immutable(parameter, value)
+        elif not (parameter.samples or parameter.is_collection):  # of those, None is as if left out
+            values[parameter.name] = None
     with spelled_as_keywords():
-        return SamplingParams(
-            max_tokens=max_new_tokens,
-            min_tokens=min_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else _as_tuple(stop),
-            stop_token_ids=_as_tuple(stop_token_ids),
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            repetition_penalty=repetition_penalty,
-            logit_bias={} if logit_bias is None else copy(logit_bias),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=n,
-            seed=seed,
-            **_randomness(do_sample, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
-        )
+        return SamplingParams(**_randomness(do_sample, values))
+
+
+def sampling_signature(function: _Function) -> _Function:
+    """Show SAMPLING_KEYWORDS in the signature and the docstring of a function that takes them as `**keywords`."""
+    signature = inspect.signature(function)
+    shown = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    for keyword, parameter in SAMPLING_KEYWORDS.items():
+        default = None if parameter.samples or parameter.is_collection else parameter.default
+        shown.append(inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=default))
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    lines = (f"    {keyword:<20}{parameter.description}" for keyword, parameter in SAMPLING_KEYWORDS.items())
+    function.__doc__ = "\n".join((inspect.cleandoc(function.__doc__ or ""), "\nSampling keywords:", *lines))
+    return function
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raises InvalidRequestError unless it is True, False or None."""
+    """Raise InvalidRequestError unless `value` is True, False or None."""
     if not isinstance(value, bool | None):
         raise InvalidRequestError(f"{name} must be True or False, not {value!r}", parameter=name)
 
 
-def refuse_unknown(unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raises InvalidRequestError for the first name, if there is one."""
-    for name in unknown:
-        raise InvalidRequestError(f"unknown keyword {name!r}{did_you_mean(name, known)}", parameter=name)
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InvalidRequestError for the first of `names` that is not known."""
+    known = set(known)
+    for name in names:
+        if name not in known:
+            raise InvalidRequestError(f"unknown keyword {name!r}{did_you_mean(name, known)}", parameter=name)
 
 
-def _randomness(do_sample: bool | None, **given: float | None) -> dict[str, Any]:
-    """temperature, top_p, top_k and min_p as SamplingParams wants them; greedy is temperature 0."""
-    set_ones = {name: value for name, value in given.items() if value is not None}
+def _randomness(do_sample: bool | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with the temperature that random choices take, if they were asked for."""
+    random = {name: value for name, value in values.items() if PARAMETERS[name].samples}
     if do_sample is False:
-        for name, value in set_ones.items():
+        for name, value in random.items():
             if (name, value) != ("temperature", 0):
                 raise InvalidRequestError(
-                    f"{name} {value} has no effect with do_sample=False: leave one out", parameter=name
+                    f"{name} {value} has no effect with do_sample=False: remove one of the two", parameter=name
                 )
-        return {}
-    if do_sample and set_ones.get("temperature") == 0:
+        return values
+    if do_sample and random.get("temperature") == 0:
         raise InvalidRequestError(
-            "temperature 0 is greedy, do_sample=True is not: leave one out", parameter="temperature"
+            "temperature 0 is greedy and contradicts do_sample=True: remove one of the two", parameter="temperature"
         )
-    if do_sample or set_ones:
-        return {"temperature": 1.0, **set_ones}
-    return {}
+    return {"temperature": 1.0, **values} if do_sample or random else values
 
 
 @contextmanager
 def spelled_as_keywords() -> Iterator[None]:
-    """Errors about `max_tokens` and `min_tokens` by the names that they have in a call."""
+    """Make errors raised inside name parameters as a call does: `max_new_tokens`, not `max_tokens`."""
     try:
         yield
     except InvalidRequestError as error:
@@ -106,26 +100,30 @@ def spelled_as_keywords() -> Iterator[None]:
 
 
 def respell(error: InvalidRequestError) -> None:
-    """Change the message and the parameter's name to those of our keywords."""
-    error.args = (re.sub(r"\b(max|min)_tokens\b", r"\1_new_tokens", str(error)),)
-    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "splitfuse_deadline": "deadline"}
+    """Change the parameter names in an error to those of the keywords."""
+    names = {each.name: keyword for keyword, each in SAMPLING_KEYWORDS.items() if each.name != keyword}
+    error.args = (re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error)),)
+    names["splitfuse_deadline"] = "deadline"
     error.parameter = names.get(error.parameter or "", error.parameter)
 
 
-def _as_tuple(value: Any) -> Any:
-    """None is empty, a list becomes a tuple; anything else is left for SamplingParams to refuse."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+def _immutable(parameter: Parameter, value: Any) -> Any:
+    """Return a mapping as a copy, a list as a tuple and a single stop string as a tuple of it; others as they are."""
+    if isinstance(value, Mapping) and parameter.is_collection:
+        return copy(value)
+    if isinstance(value, str) and parameter.type == tuple[str, ...]:
+        return (value,)
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(value) if is_list and parameter.is_collection else value
 
 
 def as_list(prompts: Any, chat: bool) -> list[Any]:
-    """The prompts of a call, one or many, as a list. Raises InvalidRequestError for what is neither."""
+    """Return the prompts of a call, one or many, as a list. Raises InvalidRequestError for anything else."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise InvalidRequestError(f"prompts must be a text or a list, not {prompts!r:.80}", parameter="prompts")
     if not prompts:
-        raise InvalidRequestError("there is no prompt: the list is empty", parameter="prompts")
+        raise InvalidRequestError("the list of prompts is empty: pass at least one prompt", parameter="prompts")
     is_single = isinstance(prompts[0], Mapping) if chat else isinstance(prompts[0], int)
     return [prompts] if is_single else list(prompts)

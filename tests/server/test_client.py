@@ -271,7 +271,7 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(
 
 def test_prompts_that_are_none(client: splitfuse.Client) -> None:
     for prompts, message in (
-        ([], "there is no prompt"),
+        ([], "the list of prompts is empty"),
         ("", "the prompt is empty"),
         ([PROMPT, ""], "prompt 1: the prompt is empty"),
         ([PROMPT, [99999]], "prompt 1: prompt has the token id 99999"),
