@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import KernelError
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
-from splitfuse.kernels.onednn import PrepackedKernels
-from splitfuse.kernels.reference import Kernels, Store, Weight
+from splitfuse.kernels.interface import Backend, Role, Store, Weight
+from splitfuse.kernels.onednn import OneDnnBackend
+from splitfuse.kernels.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Backend:
-    """Kernels, the dtypes that they want, and how near to the exact result they promise to be."""
+class BackendCase:
+    """Backend, the dtypes that they want, and how near to the exact result they promise to be."""
 
-    kernels: Kernels
+    backend: Backend
     narrow: torch.dtype
     """Of weights, norms and biases, and of what products and attention read."""
     wide: torch.dtype
@@ -46,22 +47,22 @@ class Backend:
         assert worst <= 1, f"off by {float(worst):.3g} times what is allowed"
 
 
-def _reference(dtype: torch.dtype, share: float) -> Callable[[], Backend]:
-    return lambda: Backend(Kernels(), dtype, dtype, share, share)
+def _reference(dtype: torch.dtype, share: float) -> Callable[[], BackendCase]:
+    return lambda: BackendCase(ReferenceBackend(), dtype, dtype, share, share)
 
 
-def _prepacked() -> Backend:
+def _prepacked() -> BackendCase:
     # Everything between two operations is rounded to bf16: 2**-9 each time, a few times within one.
-    return Backend(PrepackedKernels(), torch.bfloat16, torch.bfloat16, 2**-6, 2**-7)
+    return BackendCase(OneDnnBackend(), torch.bfloat16, torch.bfloat16, 2**-6, 2**-7)
 
 
-def _compiled(variant: str) -> Backend:
+def _compiled(variant: str) -> BackendCase:
     # fp32 sums of at most a few thousand exact products, 2**-24 for each addition, which cancel; softmax weights are
     # rounded to bf16 (2**-9), and so are the keys that rope_store turned.
-    return Backend(CpuKernels(variant=variant, num_threads=2), torch.bfloat16, torch.float32, 2e-6, 2**-7)
+    return BackendCase(CpuBackend(variant=variant, num_threads=2), torch.bfloat16, torch.float32, 2e-6, 2**-7)
 
 
-MAKERS: dict[str, Callable[[], Backend]] = {
+MAKERS: dict[str, Callable[[], BackendCase]] = {
     "reference-float64": _reference(torch.float64, 1e-13),
     "reference-float32": _reference(torch.float32, 2e-6),
     "torch": _prepacked,
@@ -70,7 +71,7 @@ MAKERS: dict[str, Callable[[], Backend]] = {
 
 
 @functools.cache
-def make_backend(name: str) -> Backend:
+def make_backend(name: str) -> BackendCase:
     """The backend of that name, the same one at every call."""
     return MAKERS[name]()
 
@@ -101,11 +102,11 @@ def _runnable(name: str) -> list[pytest.MarkDecorator]:
 BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
 
 
-def pack_experts(kernels: Kernels, w13: Tensor, w2: Tensor) -> dict[str, list[Weight]]:
-    """w13 [E, 2I, C] and w2 [E, C, I] as `Kernels.experts` takes them."""
+def pack_experts(backend: Backend, w13: Tensor, w2: Tensor) -> dict[str, list[Weight]]:
+    """w13 [E, 2I, C] and w2 [E, C, I] as `Backend.experts` takes them."""
     return {
-        "w13": [kernels.pack(each.chunk(2), role="w13") for each in w13],
-        "w2": [kernels.pack([each], role="w2") for each in w2],
+        "w13": [backend.pack(each.chunk(2), role=Role.W13) for each in w13],
+        "w2": [backend.pack([each], role=Role.W2) for each in w2],
     }
 
 
@@ -146,17 +147,17 @@ class Requests:
         positions = torch.arange(begin, end)
         return self.block_tables[request, positions // self.block_size] * self.block_size + positions % self.block_size
 
-    def store(self, backend: Backend, *, pieces: int = 7) -> Store:
+    def store(self, case: BackendCase, *, pieces: int = 7) -> Store:
         """A store of NaN with these keys and values, written through `rope_store`, unturned, `pieces` of them at first
         and ever more.
         """
         num_kv_heads, head_dim = self.keys[0].shape[1:]
-        store = backend.kernels.allocate_kv(
+        store = case.backend.allocate_kv(
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=backend.narrow,
+            dtype=case.narrow,
             device=CPU,
         )
         poison(store)
@@ -167,8 +168,8 @@ class Requests:
                 begin, step, span = end, 2 * step + 1, slice(begin, end)
                 rows = torch.cat((torch.zeros_like(keys[span]), keys[span], values[span]), dim=1).flatten(1)
                 slots = self.slots(request, span.start, span.stop)
-                backend.kernels.rope_store(
-                    rows.to(backend.wide),
+                case.backend.rope_store(
+                    rows.to(case.wide),
                     positions=torch.zeros(len(rows), dtype=torch.int32),
                     slot_mapping=slots.int(),
                     cos=torch.empty(1, 0),

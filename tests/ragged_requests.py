@@ -50,7 +50,7 @@ class Runner:
             block_size=block_size,
             dtype=decoder.dtype,
             device=decoder.device,
-            kernels=decoder.kernels,
+            backend=decoder.backend,
         )
         for store in self.cache.layers:
             poison(store)

@@ -24,9 +24,9 @@ from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu import bindings
-from splitfuse.kernels.cpu.arguments import Step
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.bindings import VARIANTS, Step
+from splitfuse.kernels.interface import Role
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
@@ -44,12 +44,12 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
     shape: ModelShape = SHAPES[arguments.shape]
     sizes = layer_sizes(shape)
     for name in arguments.formats:
-        kernels = make_kernels(name, arguments.variant, arguments.threads)
-        limits = Limits(kernels)
+        backend = make_backend(name, arguments.variant, arguments.threads)
+        limits = Limits(backend)
         weights = [torch.randn(n, k).mul_(0.02).bfloat16() for n, k in sizes]
-        packed_bytes = sum(kernels.weight_bytes(w.shape, role="qkv", dtype=w.dtype) for w in weights)
+        packed_bytes = sum(backend.weight_bytes(w.shape, role=Role.QKV, dtype=w.dtype) for w in weights)
         copies = max(1, -(-LARGEST_CACHE // packed_bytes))
-        layers = [[kernels.pack([w], role="qkv") for w in weights] for _ in range(copies)]
+        layers = [[backend.pack([w], role=Role.QKV) for w in weights] for _ in range(copies)]
         for rows in arguments.rows or ROWS:
             inputs = {k: torch.randn(rows, k).bfloat16() for _, k in sizes}
             outputs = {n: torch.empty(rows, n) for n, _ in sizes}
@@ -58,7 +58,7 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
                 for layer in layers:
                     for w in layer:
                         x, y = inputs[w.columns].data_ptr(), outputs[w.rows].data_ptr()
-                        kernels.library.linear(w.address, x, rows, None, None, y)
+                        backend.library.linear(w.address, x, rows, None, None, y)
 
             operations = 2.0 * rows * sum(n * k for n, k in sizes) * copies
             timing = limits.compare(
@@ -95,10 +95,10 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
     shape: ModelShape = SHAPES[arguments.shape]
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.hidden_size // shape.num_heads
     for int8 in (False, True):
-        kernels = CpuKernels(variant=arguments.variant, num_threads=arguments.threads, kv_int8=int8)
-        limits = Limits(kernels)
+        backend = CpuBackend(variant=arguments.variant, num_threads=arguments.threads, kv_int8=int8)
+        limits = Limits(backend)
         num_blocks = 2 * 4096
-        store = kernels.allocate_kv(
+        store = backend.allocate_kv(
             num_blocks=num_blocks,
             block_size=32,
             num_kv_heads=kv_heads,
@@ -122,7 +122,7 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
             places = torch.randperm(num_blocks, dtype=torch.int32)
             many = max(1, num_blocks // (requests * per_request)) if rows == 1 else 1
             steps = [
-                Step(
+                Step.from_tensors(
                     query_start=torch.arange(0, requests * rows + 1, rows, dtype=torch.int32),
                     seq_lens=torch.full((requests,), context, dtype=torch.int32),
                     block_tables=places.roll(-i * requests * per_request)[: requests * per_request].view(requests, -1),
@@ -134,7 +134,7 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
 
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
                 for step in steps:
-                    kernels.library.attend(
+                    backend.library.attend(
                         step.address,
                         ctypes.addressof(settings),
                         store.address,
@@ -198,16 +198,17 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             "max_num_batched_tokens": 1024,
         }
         model = load_model(EngineConfig.from_settings(settings))
-        executor, kernels = model.make_executor(), model.decoder.kernels
-        assert isinstance(kernels, CpuKernels)
+        executor, backend = model.make_executor(), model.decoder.backend
+        assert isinstance(backend, CpuBackend)
         for store in executor.kv_cache.layers:
             store.memory.zero_()
-        limits = Limits(kernels)
+        limits = Limits(backend)
         spec = model.spec
         weights = model.plan.weights
         if not spec.tied_embeddings:
             weights -= spec.vocab_size * spec.hidden_size * 2
-        linears = spec.num_layers * sum(n * k for n, k in layer_sizes(shape))
+        attention = spec.layers[0].attention
+        linears = len(spec.layers) * sum(n * k for n, k in layer_sizes(shape))
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
             chunks = make_chunks(rows, generating)
@@ -215,7 +216,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             head_rows = len(chunks)
             kv = head_rows * start * model.plan.block / model.plan.block_size
             pairs = rows * (start + 1) if generating else rows * (rows + 1) // 2
-            attended = 4.0 * pairs * spec.num_heads * spec.head_dim * spec.num_layers
+            attended = 4.0 * pairs * attention.num_heads * attention.head_dim * len(spec.layers)
             operations = 2.0 * (rows * linears + head_rows * spec.hidden_size * spec.vocab_size) + attended
             timing = limits.compare(
                 lambda chunks=chunks: forward(executor, chunks),
@@ -251,17 +252,17 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
     """Full tiles on a weight that stays in the cache: what is missing then is missing in the micro-kernel. One
     thread."""
     for name, least in LEAST_SHARE.items():
-        kernels = make_kernels(name, arguments.variant, 1)
-        rows = 8 * TILES[kernels.variant][0]  # whole tiles
-        weight = kernels.pack([torch.randn(512, 1024).bfloat16()], role="qkv")
+        backend = make_backend(name, arguments.variant, 1)
+        rows = 8 * TILES[backend.variant][0]  # whole tiles
+        weight = backend.pack([torch.randn(512, 1024).bfloat16()], role=Role.QKV)
         x, y = torch.randn(rows, 1024).bfloat16(), torch.empty(rows, 512)
 
-        def run(weight: Any = weight, x: Any = x, y: Any = y, kernels: Any = kernels, rows: int = rows) -> None:
+        def run(weight: Any = weight, x: Any = x, y: Any = y, backend: Any = backend, rows: int = rows) -> None:
             for _ in range(50):
-                kernels.library.linear(weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
+                backend.library.linear(weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
 
         operations = 50 * 2.0 * rows * 512 * 1024
-        timing = Limits(kernels).compare(run, num_bytes=0, operations=operations, int8=name != "bf16", turns=5)
+        timing = Limits(backend).compare(run, num_bytes=0, operations=operations, int8=name != "bf16", turns=5)
         yield {"format": name, "% of dots": timing.share * 100, "least": least * 100, "ok": timing.share >= least}
 
 
@@ -272,9 +273,9 @@ def layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
     return [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
 
 
-def make_kernels(name: str, variant: str | None, threads: int) -> CpuKernels:
+def make_backend(name: str, variant: str | None, threads: int) -> CpuBackend:
     quantization, group = FORMATS[name]
-    return CpuKernels(variant=variant, num_threads=threads, quantization=quantization, group_size=group)
+    return CpuBackend(variant=variant, num_threads=threads, quantization=quantization, group_size=group)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -302,7 +303,7 @@ def main() -> None:
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, commit {commit}")
-    print(CpuKernels(variant=arguments.variant, num_threads=arguments.threads).describe())
+    print(CpuBackend(variant=arguments.variant, num_threads=arguments.threads).describe())
     failed = False
     for part in arguments.parts:
         print(f"\n{part}, {arguments.shape}")

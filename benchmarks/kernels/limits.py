@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.memory import allocate
 
 READ_BYTES = 2**28
@@ -48,23 +48,23 @@ class Timing:
 class Limits:
     """Read bandwidth, and dot products of bf16 or of int8, on as many threads as the kernels have."""
 
-    def __init__(self, kernels: CpuKernels) -> None:
-        self._kernels = kernels
+    def __init__(self, backend: CpuBackend) -> None:
+        self._backend = backend
         self._memory = allocate(READ_BYTES)
         self._memory.fill_(1)
 
     def read(self) -> float:
         """Bytes a second."""
-        library = self._kernels.library
+        library = self._backend.library
         taken = min(seconds(lambda: library.read_all(self._memory.data_ptr(), READ_BYTES)) for _ in range(3))
         return READ_BYTES / taken
 
     def dots(self, *, int8: bool) -> float:
         """Multiplications and additions a second."""
-        kernels = self._kernels
-        taken = min(seconds(lambda: kernels.library.dots_only(int8, DOT_ROUNDS)) for _ in range(3))
-        rows, columns = TILES[kernels.variant]
-        products = DOT_ROUNDS * rows * columns * (4 if int8 else 2) * kernels.num_threads
+        backend = self._backend
+        taken = min(seconds(lambda: backend.library.dots_only(int8, DOT_ROUNDS)) for _ in range(3))
+        rows, columns = TILES[backend.variant]
+        products = DOT_ROUNDS * rows * columns * (4 if int8 else 2) * backend.num_threads
         return 2 * products / taken
 
     def compare(

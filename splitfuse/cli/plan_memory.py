@@ -11,15 +11,15 @@ from splitfuse.config import EngineConfig
 @with_flags()
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
-    from splitfuse.models.families.families import load_spec
+    from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
-    from splitfuse.runtime.backend_choice import choose_kernels
+    from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.loading import parse_device
 
     config = EngineConfig.from_settings(given(flags))
     parse_device(config.model.device)
     spec = load_spec(resolve_model(config.model.model, config.model.revision))
-    kernels = choose_kernels(config, resolve_dtype(config.model.dtype, spec))
-    print(memory_plan.plan_memory(spec, config, kernels=kernels), flush=True)
+    backend = choose_backend(config, resolve_dtype(config.model.dtype, spec))
+    print(memory_plan.plan_memory(spec, config, backend=backend), flush=True)

@@ -21,7 +21,7 @@ from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
-from splitfuse.kernels.cpu.memory import SharedWeights
+from splitfuse.kernels.interface import WeightSharing
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -66,7 +66,7 @@ class Engine:
         progress: bool = False,
         announce: Callable[[MemoryPlan], None] = lambda _: None,
         on_progress: Callable[[float], None] = lambda _: None,
-        shared_weights: SharedWeights | None = None,
+        weight_sharing: WeightSharing | None = None,
         on_stage: Callable[[str], None] = lambda _: None,
         scheduler: type[Scheduler] = Scheduler,
     ) -> Engine:
@@ -76,7 +76,7 @@ class Engine:
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
         model = load_model(
-            config, progress=progress, announce=announce, on_progress=on_progress, shared_weights=shared_weights
+            config, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
         if not config.scheduler.slo_enabled:
             return cls(config, model, scheduler=scheduler)

@@ -1,7 +1,7 @@
-"""The reference with linear weights laid out once for oneDNN, which PyTorch brings along: for a CPU that our C++ cannot
-run on, or was not compiled for.
+"""The reference with linear weights packed once for oneDNN, which PyTorch ships: for a CPU that our C++ cannot run on,
+or an installation without a compiler.
 
-A head is kept twice, as the embedding may be the same. Promises no equal bits.
+A head is kept twice, since the embedding may be tied to it. Guarantees no equal bits.
 """
 
 from __future__ import annotations
@@ -12,27 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels, Weight
+from splitfuse.kernels.interface import Capabilities, Role, Weight
+from splitfuse.kernels.reference import ReferenceBackend
 
 
-class PrepackedKernels(Kernels):
+class OneDnnBackend(ReferenceBackend):
+    """PyTorch operations with oneDNN's prepacked linear layers. CPU only; which dtypes it multiplies, the CPU says."""
+
+    capabilities = Capabilities(name="PyTorch's kernels", devices=("cpu",))
+
     def describe(self) -> str:
         lost = "no quantization, no int8 KV cache, no equal bits, and a fraction of the speed"
         return f"PyTorch kernels with oneDNN linears ({lost})" + (f": {self.why}" if self.why else "")
 
-    def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
-        return super().weight_bytes(shape, role=role, dtype=dtype) * (2 if role == "head" else 1)
+    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        return super().weight_bytes(shape, role=role, dtype=dtype) * (2 if role is Role.HEAD else 1)
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return weight if role == "plain" else _Prepacked(weight, keep=role == "head")
+        return weight if role is Role.PLAIN else _Prepacked(weight, keep=role is Role.HEAD)
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.blocked, bias, "none", [], "")
-        return y if residual is None else y + residual
+        return y
 
 
 class _Prepacked:

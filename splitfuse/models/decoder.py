@@ -1,4 +1,4 @@
-"""The only network: a pre-norm decoder over blocked KV. What differs between families is data in ModelSpec.
+"""The only network: a decoder over blocked KV, layer by layer as its ModelSpec says.
 
 Knows neither where weights come from (weights.py) nor which requests a batch serves.
 """
@@ -8,34 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights, Store
+from splitfuse.kernels.interface import Backend, NetworkPlan, NetworkWeights
+from splitfuse.models import blocks
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.moe import mixture
 from splitfuse.models.ragged_batch import RaggedBatch
-from splitfuse.models.rope import rope_tables
+from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
 
 
 class Decoder:
-    """Hidden states and logits of ragged batches."""
+    """Computes hidden states and logits of ragged batches.
 
-    def __init__(self, spec: ModelSpec, weights: NetworkWeights, kernels: Kernels) -> None:
+    >>> decoder = Decoder(spec, weights, ReferenceBackend())                         # doctest: +SKIP
+    >>> hidden = decoder.forward(batch, kv_cache)     # [rows that need logits, hidden]  # doctest: +SKIP
+    >>> decoder.logits(hidden)                        # [rows, vocabulary], fp32         # doctest: +SKIP
+    """
+
+    def __init__(self, spec: ModelSpec, weights: NetworkWeights, backend: Backend) -> None:
         self.spec = spec
         self.weights = weights
-        self.kernels = kernels
-        self.cos, self.sin = rope_tables(spec.rope, spec.max_position, self.device)
-        self._fused = kernels.fuse(
-            weights,
-            windows=spec.windows,
-            activation=spec.activation,
-            norm_eps=spec.norm_eps,
-            cos=self.cos,
-            sin=self.sin,
-            num_heads=spec.num_heads,
-            scale=spec.attention_scale,
-            softcap=spec.attention_softcap,
-            top_k=spec.moe.top_k if spec.moe else 0,
-            renormalize=spec.moe is not None and spec.moe.renormalize,
+        self.backend = backend
+        self.ropes = tuple(rope_table(rope, spec.max_position, self.device) for rope in spec.ropes)
+        self._fused = backend.fuse(
+            NetworkPlan(layers=spec.layers, weights=weights, ropes=self.ropes, norm_eps=spec.norm_eps)
         )
 
     @property
@@ -45,11 +40,13 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and the KV cache."""
+        """The dtype of weights, activations and the KV cache."""
         return self.weights.norm.dtype
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
-        """Compute the batch and write its keys and values: final hidden states [R, C] of its `logit_rows`, normed."""
+        """Compute the batch and write its keys and values; return the normed hidden states [R, C] of its
+        `logit_rows`.
+        """
         if self._fused is not None:
             return self._fused(
                 kv_cache.layers,
@@ -59,64 +56,26 @@ class Decoder:
                 table_width=batch.table_width,
                 num_rows=batch.num_rows,
             )
-        x = self.kernels.embed(batch.ids, self.weights.embed)  # [tokens, hidden]
-        for layer, window, store in zip(self.weights.layers, self.spec.windows, kv_cache.layers, strict=True):
-            x = self._attention(x, layer, window, batch, store)
-            x = self._mlp(x, layer)
-        rows = self.kernels.gather(x, batch.logit_rows)
-        return self.kernels.norm(rows, self.weights.norm, self.spec.norm_eps)
+        backend, eps = self.backend, self.spec.norm_eps
+        x = backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
+        for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
+            x = x + blocks.attention(
+                backend.norm(x, weights.attn_norm, eps),
+                layer.attention,
+                weights,
+                batch=batch,
+                store=store,
+                rope=self.ropes[layer.attention.rope],
+                norm_eps=eps,
+                backend=backend,
+            )
+            x = x + blocks.mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
+        return backend.norm(x.index_select(0, batch.logit_rows), self.weights.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output head on rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
-        logits = self.kernels.linear(hidden, self.weights.head)
+        """Apply the output head to rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
+        logits = self.backend.linear(hidden, self.weights.head)
         if logits.dtype != torch.float32:
             logits = logits.float()
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _attention(
-        self, x: Tensor, layer: LayerWeights, window: int | None, batch: RaggedBatch, store: Store
-    ) -> Tensor:
-        kernels, spec = self.kernels, self.spec
-        normed = kernels.norm(x, layer.attn_norm, spec.norm_eps)
-        q = kernels.rope_store(
-            kernels.linear(normed, layer.qkv, layer.qkv_bias),
-            positions=batch.positions,
-            slot_mapping=batch.slot_mapping,
-            cos=self.cos,
-            sin=self.sin,
-            store=store,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=spec.norm_eps,
-        )  # [tokens, heads, head_dim]
-        mixed = kernels.attend(
-            q,
-            store,
-            query_start=batch.query_start,
-            seq_lens=batch.seq_lens,
-            block_tables=batch.block_tables,
-            scale=spec.attention_scale,
-            window=window,
-            softcap=spec.attention_softcap,
-        )
-        return kernels.linear(mixed.flatten(1), layer.o, layer.o_bias, residual=x)
-
-    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        kernels, spec = self.kernels, self.spec
-        normed = kernels.norm(x, layer.mlp_norm, spec.norm_eps)
-        if spec.moe is not None and layer.router is not None:
-            return x + mixture(
-                normed,
-                layer.router,
-                layer.w13,
-                layer.w2,
-                moe=spec.moe,
-                activation=spec.activation,
-                kernels=kernels,
-            )
-        gated = kernels.gated(normed, layer.gate_up, layer.gate_up_bias, spec.activation)
-        return kernels.linear(gated, layer.down, layer.down_bias, residual=x)

@@ -1,4 +1,4 @@
-"""The blocked KV cache: one store per layer. Its size is decided here, the layout inside a block by the kernels.
+"""The blocked KV cache: one store per layer. Its size is decided here, the layout inside a block by the backend.
 
 Knows block numbers only as indices: which request owns a block is the allocator's business.
 """
@@ -8,21 +8,27 @@ from __future__ import annotations
 import torch
 
 from splitfuse.errors import MemoryPlanError
-from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.kernels.interface import Backend, Store
 from splitfuse.models.spec import ModelSpec
 
 
-def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, kernels: Kernels) -> int:
-    """Bytes of one block over all layers."""
-    return spec.num_layers * kernels.kv_bytes(
-        block_size=block_size, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=dtype
+def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend: Backend) -> int:
+    """Return the bytes of one block over all layers."""
+    return sum(
+        backend.kv_bytes(block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
+        for num_kv_heads, head_dim in _shapes(spec)
     )
+
+
+def _shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Key/value heads and head size of each layer."""
+    return [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in spec.layers]
 
 
 class KVCache:
     """`num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i.
 
-    Raises ConfigError for a block size that the kernels do not take, MemoryPlanError if the memory is not there.
+    Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """
 
     layers: list[Store]
@@ -35,25 +41,25 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        kernels: Kernels,
+        backend: Backend,
     ) -> None:
-        kernels.check_block_size(block_size)
+        backend.check_block_size(block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
         try:
             self.layers = [
-                kernels.allocate_kv(
+                backend.allocate_kv(
                     num_blocks=num_blocks,
                     block_size=block_size,
-                    num_kv_heads=spec.num_kv_heads,
-                    head_dim=spec.head_dim,
+                    num_kv_heads=num_kv_heads,
+                    head_dim=head_dim,
                     dtype=dtype,
                     device=device,
                 )
-                for _ in range(spec.num_layers)
+                for num_kv_heads, head_dim in _shapes(spec)
             ]
         except RuntimeError as error:  # what torch raises on every device when memory runs out
-            size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, kernels=kernels)
+            size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, backend=backend)
             raise MemoryPlanError(
                 f"no memory for a KV cache of {num_blocks} blocks ({size / 2**30:.1f} GiB): choose a smaller num_blocks"
             ) from error

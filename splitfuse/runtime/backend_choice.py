@@ -1,4 +1,7 @@
-"""Which kernels compute: the best that the settings allow and the machine can run. Must not load a model."""
+"""Chooses the backend: the best that the settings allow and the machine can run. Must not load a model.
+
+The only module above `kernels` that knows which backends there are.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,31 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS
-from splitfuse.kernels.onednn import PrepackedKernels
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.interface import Backend, Capabilities, Role
+from splitfuse.kernels.onednn import OneDnnBackend
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime.control_groups import control_groups
 
 
-def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
-    """Kernels for a model that is computed in `dtype`.
+def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
+    """Return the backend for a model that is computed in `dtype`.
+
+        >>> choose_backend(EngineConfig.from_settings({"kernels": "reference"}), torch.float32).describe()
+        'reference kernels in PyTorch: kernels=reference'
 
     Raises ConfigError for settings that contradict each other or this CPU, KernelError for named kernels that were not
     compiled.
     """
     wanted = config.model.kernels
     if wanted in VARIANTS:
-        if obstacle := _obstacle(config, dtype):
+        if obstacle := _obstacle(CpuBackend.capabilities, config, dtype):
             raise ConfigError(f"kernels={wanted} cannot be used: {obstacle}")
-        return _cpu_kernels(config, wanted)
-    if wanted == "auto" and (why := _obstacle(config, dtype)) is None:
+        return _cpu_backend(config, wanted)
+    if wanted == "auto" and (why := _obstacle(CpuBackend.capabilities, config, dtype)) is None:
         try:
-            return _cpu_kernels(config, None)
+            return _cpu_backend(config, None)
         except KernelError as error:
             why = str(error)
     elif wanted != "auto":
@@ -40,38 +47,39 @@ def choose_kernels(config: EngineConfig, dtype: torch.dtype) -> Kernels:
         ("num_threads", config.model.num_threads),
     ):
         if value not in (None, "auto"):
-            raise ConfigError(f"{name}={value} needs the C++ kernels, which cannot be used: {why}")
+            raise ConfigError(f"{name}={value} needs {CpuBackend.capabilities.name}, which cannot be used: {why}")
     if wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16):
-        return Kernels(str(why))
-    if missing := _onednn_obstacle(config, dtype):
+        return ReferenceBackend(str(why))
+    if obstacle := _obstacle(OneDnnBackend.capabilities, config, dtype) or _onednn_obstacle(dtype):
         if wanted == "torch":
-            raise ConfigError(f"kernels=torch cannot be used: {missing}")
-        return Kernels(str(why))
-    return PrepackedKernels(str(why))
+            raise ConfigError(f"kernels=torch cannot be used: {obstacle}")
+        return ReferenceBackend(str(why))
+    return OneDnnBackend(str(why))
 
 
-def _obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
-    """What in the settings rules the C++ kernels out."""
-    if torch.device(config.model.device).type != "cpu":
-        return f"they run on the CPU, not on {config.model.device}"
-    if dtype != torch.bfloat16:
-        return f"they compute in bfloat16, not in {str(dtype).removeprefix('torch.')}: set dtype=bfloat16"
+def _obstacle(capabilities: Capabilities, config: EngineConfig, dtype: torch.dtype) -> str | None:
+    """Return what in the settings rules a backend out."""
+    device = config.model.device
+    if capabilities.devices is not None and torch.device(device).type not in capabilities.devices:
+        names = ["the CPU" if each == "cpu" else each for each in capabilities.devices]
+        return f"they run on {' or '.join(names)}, not on {device}"
+    if capabilities.dtypes is not None and dtype not in capabilities.dtypes:
+        names = [str(each).removeprefix("torch.") for each in (*capabilities.dtypes, dtype)]
+        return f"they compute in {' or '.join(names[:-1])}, not in {names[-1]}: set dtype={names[0]}"
     return None
 
 
-def _onednn_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
-    """Why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
-    if torch.device(config.model.device).type != "cpu":
-        return f"they run on the CPU, not on {config.model.device}"
+def _onednn_obstacle(dtype: torch.dtype) -> str | None:
+    """Return why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
     try:
-        PrepackedKernels().pack([torch.zeros(1, 1, dtype=dtype)], role="o")
+        OneDnnBackend().pack([torch.zeros(1, 1, dtype=dtype)], role=Role.O)
     except (RuntimeError, AttributeError) as error:
         return f"oneDNN does not multiply {str(dtype).removeprefix('torch.')} here ({str(error).splitlines()[0]})"
     return None
 
 
-def _cpu_kernels(config: EngineConfig, variant: str | None) -> CpuKernels:
-    return CpuKernels(
+def _cpu_backend(config: EngineConfig, variant: str | None) -> CpuBackend:
+    return CpuBackend(
         variant=variant,
         num_threads=config.model.num_threads or usable_cores(),
         quantization=config.model.quantization,
@@ -81,15 +89,15 @@ def _cpu_kernels(config: EngineConfig, variant: str | None) -> CpuKernels:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """The cores this process may keep busy: those it may run on (PyTorch asks for them), and no more than each of its
-    control groups pays for. A thread too many costs more than it brings: all wait for the one that is not running.
-    `root` is where proc and sys are.
+    """Return the number of cores this process may keep busy: those it may run on (PyTorch asks for them), and no more
+    than each of its control groups pays for. A thread too many costs more than it brings: all wait for the one that is
+    not running. `root` is where proc and sys are.
     """
     return min([torch.get_num_threads(), *_paid_cores(root)])
 
 
 def _paid_cores(root: Path) -> Iterator[int]:
-    """Whole cores that each control group pays for, but at least one, where it sets a limit."""
+    """Yield the whole cores that each control group pays for, but at least one, where it sets a limit."""
     for version, group in control_groups("cpu", root):
         try:
             if version == 2:

@@ -60,10 +60,10 @@ def identify(config: EngineConfig) -> dict[str, Any]:
 
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
-    from splitfuse.models.families.families import load_spec
+    from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import resolve_model
     from splitfuse.models.weights import resolve_dtype
-    from splitfuse.runtime.backend_choice import choose_kernels
+    from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.environment import gpu, processor
     from splitfuse.runtime.loading import parse_device
 
@@ -74,7 +74,7 @@ def identify(config: EngineConfig) -> dict[str, Any]:
         "format": FORMAT,
         "model": str(path.resolve()),
         "network": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
-        "kernels": choose_kernels(config, dtype).describe(),
+        "kernels": choose_backend(config, dtype).describe(),
         "dtype": str(dtype).removeprefix("torch."),
         "quantization": config.model.quantization,
         "quantization_group_size": config.model.quantization_group_size,

@@ -113,7 +113,7 @@ class Executor:
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
             wanted = [SamplingRow(state.new, state.output_token_ids) for state in states]
-            chosen = sample(logits, wanted, argmax=self.decoder.kernels.argmax)
+            chosen = sample(logits, wanted, argmax=self.decoder.backend.argmax)
             for state, result in zip(states, chosen, strict=True):
                 results[state.new.request_id] = result
                 state.output_token_ids += result.token_ids

@@ -10,17 +10,15 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.interface import Backend, WeightSharing
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.sources.generation_config import read_eos_token_ids
 from splitfuse.models.sources.hub import resolve_model
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
-from splitfuse.runtime.backend_choice import choose_kernels
+from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_memory
 
@@ -46,7 +44,7 @@ class LoadedModel:
             block_size=self.plan.block_size,
             dtype=self.decoder.dtype,
             device=self.decoder.device,
-            kernels=self.decoder.kernels,
+            backend=self.decoder.backend,
         )
         return Executor(self.decoder, cache)
 
@@ -57,10 +55,11 @@ def load_model(
     progress: bool = False,
     announce: Callable[[MemoryPlan], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
-    shared_weights: SharedWeights | None = None,
+    weight_sharing: WeightSharing | None = None,
 ) -> LoadedModel:
     """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded,
-    `on_progress` with the fraction that is. The C++ kernels pack into `shared_weights`, or find theirs there.
+    `on_progress` with the fraction that is. With `weight_sharing`, processes share one copy of the weights if the
+    backend can.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -68,8 +67,8 @@ def load_model(
     spec = load_spec(path)
     device = parse_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, spec)
-    kernels = choose_kernels(config, dtype)
-    plan = _plan(spec, config, kernels, shared_weights)
+    backend = choose_backend(config, dtype)
+    plan = _plan(spec, config, backend, weight_sharing)
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
@@ -77,30 +76,28 @@ def load_model(
         spec,
         dtype=dtype,
         device=device,
-        kernels=kernels,
+        backend=backend,
         load_format=config.model.load_format,
         progress=progress,
         on_progress=on_progress,
     )
-    if isinstance(kernels, CpuKernels) and kernels.shared_weights is not None:
-        kernels.shared_weights.finish()
+    backend.finish_loading()
     return LoadedModel(path, spec, plan, read_eos_token_ids(path), decoder)
 
 
-def _plan(spec: ModelSpec, config: EngineConfig, kernels: Kernels, shared_weights: SharedWeights | None) -> MemoryPlan:
-    """The memory plan; shared weights are made ready, and those that are there already take nothing any more. What is
-    free besides is divided among those who share them.
+def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: WeightSharing | None) -> MemoryPlan:
+    """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
+    memory; what remains is divided among the processes that share them.
     """
-    if shared_weights is None:
-        return plan_memory(spec, config, kernels=kernels)
-    free, sharers = available_memory(config.model.device), shared_weights.num_sharers
-    if not isinstance(kernels, CpuKernels):  # each has weights of its own
-        return plan_memory(spec, config, kernels=kernels, available=free // sharers)
-    weights = weight_bytes(spec, torch.bfloat16, kernels)
-    besides = free if shared_weights.filled else free - weights
-    plan = plan_memory(spec, config, kernels=kernels, available=weights + besides // sharers)
-    shared_weights.begin(weights + weights // 8 + HUGE_PAGE)  # each begins on a cache line of its own
-    kernels.shared_weights = shared_weights
+    if sharing is None:
+        return plan_memory(spec, config, backend=backend)
+    free = available_memory(config.model.device)
+    if not backend.capabilities.shares_weights:  # each has weights of its own
+        return plan_memory(spec, config, backend=backend, available=free // sharing.num_sharers)
+    weights = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend)
+    remaining = free if sharing.filled else free - weights
+    plan = plan_memory(spec, config, backend=backend, available=weights + remaining // sharing.num_sharers)
+    backend.share_weights(sharing, weights)
     return plan
 
 

@@ -15,9 +15,7 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.cpu.quantization import QUANTIZATIONS
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.interface import Backend, LayerSpec, MlpSpec
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
@@ -71,7 +69,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, available: int | None = None) -> MemoryPlan:
+def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, available: int | None = None) -> MemoryPlan:
     """The plan for one model on one device; `available` bytes are measured if not given.
 
     Raises MemoryPlanError, with the setting that would fit, if weights, activations and cache do not; ConfigError if
@@ -79,27 +77,27 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, kernels: Kernels, avai
     """
     dtype = resolve_dtype(config.model.dtype, spec)
     size = config.cache.block_size
-    kernels.check_block_size(size)
+    backend.check_block_size(size)
     wanted_len = config.model.max_model_len or spec.max_position
     if wanted_len > spec.max_position:
         raise ConfigError(
             f"max_model_len {wanted_len} is more than the {spec.max_position} tokens the model was made for"
         )
     plan = MemoryPlan(
-        weights=weight_bytes(spec, dtype, kernels),
+        weights=weight_bytes(spec, dtype, backend),
         activations=_activation_bytes(spec, config, dtype),
-        block=block_bytes(spec, block_size=size, dtype=dtype, kernels=kernels),
+        block=block_bytes(spec, block_size=size, dtype=dtype, backend=backend),
         block_size=size,
         num_blocks=0,
         max_model_len=wanted_len,
         available=available_memory(config.model.device) if available is None else available,
-        kernels=kernels.describe(),
+        kernels=backend.describe(),
         model_len_lowered=False,
     )
     free = plan.available - plan.need
     if free < plan.block:
         raise MemoryPlanError(
-            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, kernels, plan)}"
+            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, backend, plan)}"
         )
     plan = replace(plan, num_blocks=_num_blocks(config, plan, free))
     if plan.need > plan.available:
@@ -168,14 +166,20 @@ def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype)
 
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """One token at the widest moment of a step, generously: the MLP's inputs, outputs and gate, or those of each expert
-    that it visits.
+    """Return the bytes of one token at the widest moment of a step, generously."""
+    return max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) * max(dtype.itemsize, 4)
+
+
+def _layer_width(layer: LayerSpec, hidden: int) -> int:
+    """Numbers that a token needs in a layer: the MLP's inputs, outputs and gate, or those of each expert that it
+    visits, and its heads.
     """
-    inner = 4 * spec.intermediate_size
-    if spec.moe is not None:
-        inner = max(inner, spec.moe.top_k * 2 * (spec.hidden_size + spec.moe.intermediate_size) + spec.moe.num_experts)
-    widest = 4 * spec.hidden_size + inner + 3 * spec.num_heads * spec.head_dim
-    return widest * max(dtype.itemsize, 4)
+    attention, mlp = layer.attention, layer.mlp
+    if isinstance(mlp, MlpSpec):
+        inner = 4 * mlp.intermediate_size
+    else:
+        inner = mlp.top_k * 2 * (hidden + mlp.intermediate_size) + mlp.num_experts
+    return 4 * hidden + inner + 3 * attention.num_heads * attention.head_dim
 
 
 def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
@@ -188,33 +192,30 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 
-def _smaller_model(spec: ModelSpec, config: EngineConfig, kernels: Kernels, plan: MemoryPlan) -> str:
+def _smaller_model(spec: ModelSpec, config: EngineConfig, backend: Backend, plan: MemoryPlan) -> str:
     """Settings with each of which weights, activations and one KV block fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
     budget = config.scheduler.max_num_batched_tokens - -(-missing // _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
-    if plan.weights - weight_bytes(spec, torch.bfloat16, kernels) >= missing:
+    if plan.weights - weight_bytes(spec, torch.bfloat16, backend) >= missing:
         options.append("dtype=bfloat16")
-    if quantization := _quantization(spec, kernels, plan.weights - missing):
+    if quantization := _quantization(spec, backend, plan.weights - missing):
         options.append(f"quantization={quantization}")
     if not options:
         return "no setting makes it fit: choose a smaller model or a larger machine"
     return f"{' or '.join(options)} would fit"
 
 
-def _quantization(spec: ModelSpec, kernels: Kernels, most: int) -> str | None:
-    """Of what quantizes more than `kernels` do, the one that loses least among those with at most `most` bytes of
-    weights. Only the C++ kernels quantize.
+def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:
+    """Return the quantization that loses least among those that leave at most `most` bytes of weights and are smaller
+    than the backend's own; None if there is none.
     """
-    if not isinstance(kernels, CpuKernels):
-        return None
-    begin = 0 if kernels.quantization is None else QUANTIZATIONS.index(kernels.quantization) + 1
-    for name in QUANTIZATIONS[begin:]:
-        smaller = CpuKernels(variant=kernels.variant, num_threads=1, quantization=name, group_size=kernels.group_size)
-        if weight_bytes(spec, torch.bfloat16, smaller) <= most:
-            return name
-    return None
+    names = list(backend.capabilities.quantizations)
+    begin = 0 if backend.quantization is None else names.index(backend.quantization) + 1
+    return next(
+        (name for name in names[begin:] if weight_bytes(spec, torch.bfloat16, backend.quantized(name)) <= most), None
+    )
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:

@@ -12,6 +12,7 @@ from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
+from splitfuse.models import blocks
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 12, "block_size": 16})
@@ -25,15 +26,15 @@ def model() -> LoadedModel:
 
 def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseException, after: int) -> None:
     """Let the step after `after` good ones end in `error`, in the middle of the network."""
-    forward, calls = model.decoder._mlp, [0]
+    forward, calls = blocks.mlp, [0]
 
     def broken(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] == after * model.spec.num_layers + 2:
+        if calls[0] == after * len(model.spec.layers) + 2:
             raise error
         return forward(*arguments)
 
-    monkeypatch.setattr(model.decoder, "_mlp", broken)
+    monkeypatch.setattr(blocks, "mlp", broken)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["ctrl-c", "error"])

@@ -23,9 +23,9 @@ from splitfuse.engine.messages import Add
 from splitfuse.engine.profile import run_calibration
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
 from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4  # of the largest logit, in fp32
 
 
 def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device(device), kernels=Kernels())
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device(device), backend=ReferenceBackend())
 
 
 @pytest.mark.parametrize("family", tiny_models.VARIANTS)
@@ -94,7 +94,7 @@ def test_the_sampler_chooses_what_it_chooses_on_the_cpu() -> None:
 
 def test_the_bundled_model_answers_in_a_crowd_as_alone_and_as_on_the_cpu() -> None:
     prompts = [f"Mary went to the {place}.\n\nWhere is Mary?" for place in ("kitchen", "garden", "office", "park")] * 8
-    wanted = splitfuse.pipeline(dtype="float32", kernels="reference")(prompts[:4], max_new_tokens=12)
+    wanted = splitfuse.pipeline(dtype="float32", backend="reference")(prompts[:4], max_new_tokens=12)
     pipe = splitfuse.pipeline(dtype="float32", device="cuda", num_blocks=200, block_size=8, max_num_batched_tokens=64)
     answers = pipe(prompts, max_new_tokens=12)
     assert [answer.generated_text for answer in answers] == [each.generated_text for each in wanted] * 8

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import BACKENDS, Backend, make_backend
+from backends import BACKENDS, BackendCase, make_backend
 
 
 @pytest.fixture(autouse=True)
@@ -11,5 +11,5 @@ def seeded() -> None:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def case(request: pytest.FixtureRequest) -> BackendCase:
     return make_backend(request.param)

@@ -17,9 +17,18 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu import bindings
-from splitfuse.kernels.cpu.backend import MOST_HEAD_DIM, PIECE, CpuKernels
+from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
 from splitfuse.kernels.cpu.bindings import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
-from splitfuse.kernels.reference import LayerWeights, NetworkWeights, Store
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    LayerSpec,
+    LayerWeights,
+    MlpSpec,
+    NetworkPlan,
+    NetworkWeights,
+    Role,
+    Store,
+)
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32
@@ -61,40 +70,40 @@ CASES = [
 ]
 
 
-def store_of(kernels: CpuKernels, **changes: Any) -> Store:
+def store_of(backend: CpuBackend, **changes: Any) -> Store:
     shape = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_dim": 16} | changes
-    return kernels.allocate_kv(dtype=torch.bfloat16, device=CPU, **shape)
+    return backend.allocate_kv(dtype=torch.bfloat16, device=CPU, **shape)
 
 
-def network_of(kernels: CpuKernels) -> Callable[..., Tensor]:
+def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
     """One layer of two heads of 16, as one call of a step's parts."""
 
-    def linear(role: str, *rows: int, columns: int) -> Any:
-        return kernels.pack([torch.randn(n, columns) for n in rows], role=role)
+    def linear(role: Role, *rows: int, columns: int) -> Any:
+        return backend.pack([torch.randn(n, columns) for n in rows], role=role)
 
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     layer = LayerWeights(
         attn_norm=ones,
-        qkv=linear("qkv", 32, 16, 16, columns=HIDDEN),
-        o=linear("o", HIDDEN, columns=32),
+        qkv=linear(Role.QKV, 32, 16, 16, columns=HIDDEN),
+        o=linear(Role.O, HIDDEN, columns=32),
         mlp_norm=ones,
-        gate_up=linear("gate_up", 48, 48, columns=HIDDEN),
-        down=linear("down", HIDDEN, columns=48),
+        gate_up=linear(Role.GATE_UP, 48, 48, columns=HIDDEN),
+        down=linear(Role.DOWN, HIDDEN, columns=48),
     )
-    head = linear("head", VOCABULARY, columns=HIDDEN)
-    fused = kernels.fuse(
-        NetworkWeights(embed=head, layers=(layer,), norm=ones, head=head),
-        windows=(None,),
-        activation="silu",
-        norm_eps=1e-5,
-        cos=torch.ones(POSITIONS, 8),
-        sin=torch.zeros(POSITIONS, 8),
-        num_heads=2,
-        scale=1.0,
-        softcap=None,
-        top_k=0,
-        renormalize=False,
+    head = linear(Role.HEAD, VOCABULARY, columns=HIDDEN)
+    spec = LayerSpec(
+        attention=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16),
+        mlp=MlpSpec(intermediate_size=48, activation="silu"),
     )
+    fused = backend.fuse(
+        NetworkPlan(
+            layers=(spec,),
+            weights=NetworkWeights(embed=head, layers=(layer,), norm=ones, head=head),
+            ropes=((torch.ones(POSITIONS, 8), torch.zeros(POSITIONS, 8)),),
+            norm_eps=1e-5,
+        )
+    )
+    assert fused is not None
 
     def compute(store: Store, parts: dict[str, Any]) -> Tensor:
         packed = torch.cat([torch.tensor(part, dtype=torch.int32).flatten() for part in parts.values()])
@@ -104,7 +113,7 @@ def network_of(kernels: CpuKernels) -> Callable[..., Tensor]:
     return compute
 
 
-def rope_store(kernels: CpuKernels, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
+def rope_store(backend: CpuBackend, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
     options: dict[str, Any] = {
         "positions": torch.tensor(parts["positions"]),
         "slot_mapping": torch.tensor(parts["slot_mapping"]),
@@ -115,21 +124,21 @@ def rope_store(kernels: CpuKernels, store: Store, parts: dict[str, Any], **chang
         "num_kv_heads": 1,
         "head_dim": 16,
     }
-    return kernels.rope_store(torch.randn(4, 64), **options | changes)
+    return backend.rope_store(torch.randn(4, 64), **options | changes)
 
 
-def attend(kernels: CpuKernels, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
+def attend(backend: CpuBackend, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
     named = {name: torch.tensor(parts[name]) for name in ("query_start", "seq_lens", "block_tables")}
     options: dict[str, Any] = {"q": torch.randn(4, 2, 16).bfloat16(), "store": store, "scale": 1.0}
-    return kernels.attend(**options | named | changes)
+    return backend.attend(**options | named | changes)
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_good_step_is_computed(variant: str) -> None:
-    kernels = CpuKernels(variant=variant, num_threads=1)
-    store = store_of(kernels)
-    assert rope_store(kernels, store, GOOD).shape == attend(kernels, store, GOOD).shape == (4, 2, 16)
-    assert network_of(kernels)(store, GOOD).shape == (2, HIDDEN)
+    backend = CpuBackend(variant=variant, num_threads=1)
+    store = store_of(backend)
+    assert rope_store(backend, store, GOOD).shape == attend(backend, store, GOOD).shape == (4, 2, 16)
+    assert network_of(backend)(store, GOOD).shape == (2, HIDDEN)
 
 
 def test_every_rule_is_broken_once() -> None:
@@ -141,69 +150,67 @@ def test_a_step_that_leads_out_of_memory_is_refused(
     variant: str, number: int, rule: int, changes: dict[str, Any]
 ) -> None:
     del number
-    kernels = CpuKernels(variant=variant, num_threads=1)
-    store, broken = store_of(kernels), GOOD | changes
+    backend = CpuBackend(variant=variant, num_threads=1)
+    store, broken = store_of(backend), GOOD | changes
     before = store.memory.clone()
     with pytest.raises(IndexError) as refusal:
-        network_of(kernels)(store, broken)
+        network_of(backend)(store, broken)
     assert str(refusal.value) == f"a step that cannot be computed: {BROKEN_RULES[rule]}"
     for operation, rules in ((rope_store, (1, 2)), (attend, (3, 4, 5))):
         if rule in rules:
             with pytest.raises(IndexError) as refusal:
-                operation(kernels, store, broken)
+                operation(backend, store, broken)
             assert str(refusal.value) == f"a step that cannot be computed: {BROKEN_RULES[rule]}"
     assert torch.equal(store.memory, before)
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_blocks_beyond_the_length_of_a_request_may_be_anything(variant: str) -> None:
-    kernels = CpuKernels(variant=variant, num_threads=1)
-    attend(kernels, store_of(kernels), GOOD | {"block_tables": [[2, 0], [3, 10**6]]})
+    backend = CpuBackend(variant=variant, num_threads=1)
+    attend(backend, store_of(backend), GOOD | {"block_tables": [[2, 0], [3, 10**6]]})
 
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("ids", [[0, VOCABULARY], [-1], [2**31 - 1]])
 def test_ids_outside_the_table(variant: str, ids: list[int]) -> None:
-    kernels = CpuKernels(variant=variant, num_threads=1)
+    backend = CpuBackend(variant=variant, num_threads=1)
     table = torch.randn(VOCABULARY, HIDDEN).bfloat16()
-    for each in (table, kernels.pack([table], role="head")):
-        with pytest.raises(IndexError, match="a token id is no row of the embedding"):
-            kernels.embed(torch.tensor(ids), each)
+    for each in (table, backend.pack([table], role=Role.HEAD)):
+        with pytest.raises(IndexError, match="a token id is not below 11, the rows of the embedding table"):
+            backend.embed(torch.tensor(ids), each)
 
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("expert", [-1, 3])
 def test_experts_that_there_are_not(variant: str, expert: int) -> None:
-    kernels = CpuKernels(variant=variant, num_threads=1)
-    packed = pack_experts(kernels, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
+    backend = CpuBackend(variant=variant, num_threads=1)
+    packed = pack_experts(backend, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
-    with pytest.raises(IndexError, match="an expert id is none of 3"):
-        kernels.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, kind="silu")
+    with pytest.raises(IndexError, match="an expert id is not below 3, the number of experts"):
+        backend.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, kind="silu")
 
 
-WRONG: dict[str, Callable[[CpuKernels], object]] = {
-    "linear-of-fp32": lambda k: k.linear(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role="o")),
-    "linear-of-other-width": lambda k: k.linear(torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role="o")),
-    "linear-of-columns": lambda k: k.linear(torch.randn(16, 2).bfloat16().T, k.pack([torch.randn(4, 16)], role="o")),
+WRONG: dict[str, Callable[[CpuBackend], object]] = {
+    "linear-of-fp32": lambda k: k.linear(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.O)),
+    "linear-of-other-width": lambda k: k.linear(
+        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O)
+    ),
+    "linear-of-columns": lambda k: k.linear(torch.randn(16, 2).bfloat16().T, k.pack([torch.randn(4, 16)], role=Role.O)),
     "linear-with-fp32-bias": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), torch.randn(4)
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), torch.randn(4)
     ),
     "linear-with-short-bias": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), torch.randn(3).bfloat16()
-    ),
-    "linear-with-bf16-residual": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, torch.randn(2, 4).bfloat16()
-    ),
-    "linear-with-short-residual": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, torch.randn(1, 4)
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), torch.randn(3).bfloat16()
     ),
     "linear-of-a-gated-weight": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="gate_up")
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.GATE_UP)
     ),
     "gated-of-a-plain-weight": lambda k: k.gated(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role="o"), None, "silu"
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), None, "silu"
     ),
-    "gated-of-fp32": lambda k: k.gated(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role="gate_up"), None, "silu"),
+    "gated-of-fp32": lambda k: k.gated(
+        torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.GATE_UP), None, "silu"
+    ),
     "norm-of-bf16": lambda k: k.norm(torch.randn(2, 16).bfloat16(), torch.ones(16).bfloat16(), 1e-5),
     "norm-with-fp32-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(16), 1e-5),
     "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(15).bfloat16(), 1e-5),
@@ -253,7 +260,7 @@ WRONG: dict[str, Callable[[CpuKernels], object]] = {
     ),
     "rope-store-with-unequal-tables": lambda k: rope_store(k, store_of(k), GOOD, sin=torch.ones(POSITIONS - 1, 8)),
     "rope-store-with-a-short-norm": lambda k: rope_store(k, store_of(k), GOOD, q_norm=torch.ones(8).bfloat16()),
-    "packing-pieces-of-other-widths": lambda k: k.pack([torch.randn(4, 16), torch.randn(4, 15)], role="qkv"),
+    "packing-pieces-of-other-widths": lambda k: k.pack([torch.randn(4, 16), torch.randn(4, 15)], role=Role.QKV),
 }
 
 
@@ -261,25 +268,25 @@ WRONG: dict[str, Callable[[CpuKernels], object]] = {
 @pytest.mark.parametrize("variant", variants())
 def test_tensors_that_are_not_as_promised(variant: str, what: str) -> None:
     with pytest.raises(AssertionError):
-        WRONG[what](CpuKernels(variant=variant, num_threads=1))
+        WRONG[what](CpuBackend(variant=variant, num_threads=1))
 
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("size", [-32, 0, 1, 16, 31, 33, 48, 100])
 def test_block_sizes(variant: str, size: int) -> None:
-    kernels = CpuKernels(variant=variant)
+    backend = CpuBackend(variant=variant)
     for good in (32, 64, 96, 1024):
-        kernels.check_block_size(good)
-    with pytest.raises(ConfigError, match=f"block_size must be a multiple of 32 for the CPU kernels, not {size}"):
-        kernels.check_block_size(size)
+        backend.check_block_size(good)
+    with pytest.raises(ConfigError, match=f"block_size={size} is not a positive multiple of 32"):
+        backend.check_block_size(size)
     with pytest.raises(ConfigError, match="multiple of 32"):
-        store_of(kernels, block_size=size)
+        store_of(backend, block_size=size)
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_piece_is_what_the_library_takes_for_one(variant: str) -> None:
-    """kernels.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
-    library_of = CpuKernels(variant=variant, num_threads=1).library
+    """backend.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
+    library_of = CpuBackend(variant=variant, num_threads=1).library
     shorter, whole = (
         library_of.store_bytes(ctypes.byref(bindings.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE)
     )
@@ -288,16 +295,16 @@ def test_a_piece_is_what_the_library_takes_for_one(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_heads_that_are_too_large(variant: str) -> None:
-    kernels = CpuKernels(variant=variant)
-    store_of(kernels, head_dim=MOST_HEAD_DIM)
-    with pytest.raises(ConfigError, match="heads of 513 are too large for the CPU kernels, which take 512"):
-        store_of(kernels, head_dim=MOST_HEAD_DIM + 1)
+    backend = CpuBackend(variant=variant)
+    store_of(backend, head_dim=MAX_HEAD_DIM)
+    with pytest.raises(ConfigError, match=r"head_dim=513 is too large for the C\+\+ kernels"):
+        store_of(backend, head_dim=MAX_HEAD_DIM + 1)
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_more_memory_than_there_is(variant: str) -> None:
     with pytest.raises(RuntimeError, match="no memory for"):
-        store_of(CpuKernels(variant=variant), num_blocks=10**12)
+        store_of(CpuBackend(variant=variant), num_blocks=10**12)
 
 
 # --- which library, which variant -------------------------------------------------------------------------------------
@@ -306,10 +313,10 @@ def test_more_memory_than_there_is(variant: str) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_kernels_say_what_they_are(variant: str) -> None:
     name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[variant]
-    assert CpuKernels(variant=variant, num_threads=1).describe() == (
+    assert CpuBackend(variant=variant, num_threads=1).describe() == (
         f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
     )
-    described = CpuKernels(variant=variant, num_threads=3, quantization="int4", kv_int8=True).describe()
+    described = CpuBackend(variant=variant, num_threads=3, quantization="int4", kv_int8=True).describe()
     assert described == f"C++ kernels: {name}, 3 threads; weights int4 in groups of 64, KV cache int8"
 
 
@@ -327,7 +334,7 @@ def other_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 def test_no_library(other_library: Callable[[Path], None], tmp_path: Path) -> None:
     other_library(tmp_path / "absent.so")
-    for refused in (supported_variants, choose_variant, CpuKernels):
+    for refused in (supported_variants, choose_variant, CpuBackend):
         with pytest.raises(KernelError, match=r"the C\+\+ kernels were not compiled .*: installing needs a C\+\+ comp"):
             refused()
 
@@ -336,7 +343,7 @@ def test_a_file_that_is_no_library(other_library: Callable[[Path], None], tmp_pa
     (tmp_path / "broken.so").write_bytes(b"\x7fELF nothing")
     other_library(tmp_path / "broken.so")
     with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be loaded"):
-        CpuKernels()
+        CpuBackend()
 
 
 def test_a_cpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, Backend, Requests, attention, poison
+from backends import CPU, BackendCase, Requests, attention, poison
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.kernels.interface import Store
+from splitfuse.kernels.reference import ReferenceBackend
 
 
 def attend(
-    backend: Backend, q: Tensor, store: Store, requests: Requests, chunks: Sequence[tuple[int, int]], **options: Any
+    case: BackendCase, q: Tensor, store: Store, requests: Requests, chunks: Sequence[tuple[int, int]], **options: Any
 ) -> Tensor:
     """`chunks`: (positions before, tokens) of each request; q [all tokens, H, D]."""
-    return backend.kernels.attend(
-        q.to(backend.narrow),
+    return case.backend.attend(
+        q.to(case.narrow),
         store,
         query_start=torch.tensor([0, *accumulate(count for _, count in chunks)], dtype=torch.int32),
         seq_lens=torch.tensor([before + count for before, count in chunks], dtype=torch.int32),
@@ -34,7 +35,7 @@ def attend(
 
 
 def check(
-    backend: Backend,
+    case: BackendCase,
     chunks: Sequence[tuple[int, int]],
     *,
     heads: int = 4,
@@ -48,12 +49,12 @@ def check(
     )
     q = torch.randn(sum(count for _, count in chunks), heads, head_dim).bfloat16().double()
     options.setdefault("scale", 1.3 * head_dim**-0.5)
-    ours = attend(backend, q, requests.store(backend), requests, chunks, **options)
-    assert ours.dtype == backend.narrow
+    ours = attend(case, q, requests.store(case), requests, chunks, **options)
+    assert ours.dtype == case.narrow
     starts = [0, *accumulate(count for _, count in chunks)]
     for (begin, end), keys, values in zip(pairwise(starts), requests.keys, requests.values, strict=True):
         exact, magnitude = attention(q[begin:end], keys, values, **options)
-        backend.near(ours[begin:end], exact, magnitude, share=backend.attention)
+        case.near(ours[begin:end], exact, magnitude, share=case.attention)
 
 
 MIXED = [(0, 1), (0, 37), (12, 1), (31, 2), (63, 1), (100, 29), (510, 5), (600, 1)]
@@ -61,25 +62,25 @@ MIXED = [(0, 1), (0, 37), (12, 1), (31, 2), (63, 1), (100, 29), (510, 5), (600, 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 16, 31, 33, 64, 80, 96, 128])
 @pytest.mark.parametrize("block_size", [32, 64, 96])
-def test_head_sizes(backend: Backend, head_dim: int, block_size: int) -> None:
-    check(backend, MIXED, head_dim=head_dim, block_size=block_size)
+def test_head_sizes(case: BackendCase, head_dim: int, block_size: int) -> None:
+    check(case, MIXED, head_dim=head_dim, block_size=block_size)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3), (7, 1), (14, 2), (8, 1), (20, 1), (32, 4)])
-def test_groups(backend: Backend, heads: int, kv_heads: int) -> None:
-    check(backend, [(0, 9), (40, 1), (3, 2), (500, 20)], heads=heads, kv_heads=kv_heads, head_dim=16)
+def test_groups(case: BackendCase, heads: int, kv_heads: int) -> None:
+    check(case, [(0, 9), (40, 1), (3, 2), (500, 20)], heads=heads, kv_heads=kv_heads, head_dim=16)
 
 
-def test_the_largest_heads(backend: Backend) -> None:
-    check(backend, [(0, 40), (70, 1)], heads=2, kv_heads=1, head_dim=512)
+def test_the_largest_heads(case: BackendCase) -> None:
+    check(case, [(0, 40), (70, 1)], heads=2, kv_heads=1, head_dim=512)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 31, 32, 33, 300, 513, 5000])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_windows_caps_and_sinks(backend: Backend, window: int | None, softcap: float | None, sinks: bool) -> None:
+def test_windows_caps_and_sinks(case: BackendCase, window: int | None, softcap: float | None, sinks: bool) -> None:
     column = torch.tensor([-3.0, 0.0, 2.5, 8.0]) if sinks else None
-    check(backend, MIXED, window=window, softcap=softcap, sinks=column, head_dim=32)
+    check(case, MIXED, window=window, softcap=softcap, sinks=column, head_dim=32)
 
 
 @pytest.mark.parametrize("window", [None, 50, 700])
@@ -95,35 +96,35 @@ def test_windows_caps_and_sinks(backend: Backend, window: int | None, softcap: f
     ]
     + [pytest.param([(1030, 1), (0, 3), (515, 1), (1540, 9), (2, 1)], id="several")],
 )
-def test_long_contexts(backend: Backend, chunks: list[tuple[int, int]], window: int | None) -> None:
-    check(backend, chunks, heads=2, kv_heads=1, head_dim=16, window=window)
+def test_long_contexts(case: BackendCase, chunks: list[tuple[int, int]], window: int | None) -> None:
+    check(case, chunks, heads=2, kv_heads=1, head_dim=16, window=window)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 3.0, 100.0])
-def test_flat_and_sharp_scores(backend: Backend, scale: float) -> None:
+def test_flat_and_sharp_scores(case: BackendCase, scale: float) -> None:
     """With large scores one key takes all, and which one must be right to the last digit of the score."""
     requests = Requests.random([700], block_size=32, num_kv_heads=1, head_dim=32)
     q = (torch.randn(3, 2, 32) * 2).round().double()  # whole numbers: scores of halves are exact everywhere
     for keys in requests.keys:
         keys.copy_((keys * 2).round() / 2)
-    ours = attend(backend, q, requests.store(backend), requests, [(697, 3)], scale=scale)
+    ours = attend(case, q, requests.store(case), requests, [(697, 3)], scale=scale)
     exact, magnitude = attention(q, requests.keys[0], requests.values[0], scale=scale)
-    backend.near(ours, exact, magnitude, share=backend.attention)
+    case.near(ours, exact, magnitude, share=case.attention)
 
 
-def test_no_requests(backend: Backend) -> None:
+def test_no_requests(case: BackendCase) -> None:
     requests = Requests.random([5], block_size=32, num_kv_heads=1, head_dim=8)
     empty = Requests(requests.keys, requests.values, requests.block_tables[:0], 32, requests.num_blocks)
-    assert attend(backend, torch.empty(0, 2, 8), requests.store(backend), empty, [], scale=1.0).shape == (0, 2, 8)
+    assert attend(case, torch.empty(0, 2, 8), requests.store(case), empty, [], scale=1.0).shape == (0, 2, 8)
 
 
-def test_a_request_without_tokens_is_passed_over(backend: Backend) -> None:
+def test_a_request_without_tokens_is_passed_over(case: BackendCase) -> None:
     requests = Requests.random([40, 7, 70], block_size=32, num_kv_heads=1, head_dim=16)
-    q, store = torch.randn(6, 2, 16).bfloat16().double(), requests.store(backend)
-    ours = attend(backend, q, store, requests, [(36, 4), (7, 0), (68, 2)], scale=0.2)
+    q, store = torch.randn(6, 2, 16).bfloat16().double(), requests.store(case)
+    ours = attend(case, q, store, requests, [(36, 4), (7, 0), (68, 2)], scale=0.2)
     for rows, request in ((slice(4), 0), (slice(4, 6), 2)):
         exact, magnitude = attention(q[rows], requests.keys[request], requests.values[request], scale=0.2)
-        backend.near(ours[rows], exact, magnitude, share=backend.attention)
+        case.near(ours[rows], exact, magnitude, share=case.attention)
 
 
 # --- rope_store -------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def turned(x: Tensor, weight: Tensor | None, eps: float, angles: Tensor, dtype: 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_rotated_and_normed(
-    backend: Backend, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, normed: bool, block_size: int
+    case: BackendCase, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, normed: bool, block_size: int
 ) -> None:
     """Queries come back turned; keys go to the store turned, values as they are: seen through `attend`."""
     length, eps = 45, 0.02
@@ -166,19 +167,19 @@ def test_rotated_and_normed(
     angles = torch.rand(100, rotary_dim // 2, dtype=torch.float64) * 6
     q_norm, k_norm = (torch.randn(head_dim).bfloat16().double() for _ in range(2)) if normed else (None, None)
     qkv = torch.randn(length, heads + 2 * kv_heads, head_dim).bfloat16().double()
-    store = backend.kernels.allocate_kv(
+    store = case.backend.allocate_kv(
         num_blocks=requests.num_blocks,
         block_size=block_size,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        dtype=backend.narrow,
+        dtype=case.narrow,
         device=CPU,
     )
     poison(store)
     # The tables are fp32, or kernels in fp64 would get other angles than those of the formula.
-    table = torch.float64 if backend.wide == torch.float64 else torch.float32
-    q = backend.kernels.rope_store(
-        qkv.flatten(1).to(backend.wide),
+    table = torch.float64 if case.wide == torch.float64 else torch.float32
+    q = case.backend.rope_store(
+        qkv.flatten(1).to(case.wide),
         positions=positions.int(),
         slot_mapping=requests.slots(0, 0, length).int(),
         cos=angles.cos().to(table),
@@ -187,19 +188,19 @@ def test_rotated_and_normed(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        q_norm=None if q_norm is None else q_norm.to(backend.narrow),
-        k_norm=None if k_norm is None else k_norm.to(backend.narrow),
+        q_norm=None if q_norm is None else q_norm.to(case.narrow),
+        k_norm=None if k_norm is None else k_norm.to(case.narrow),
         eps=eps,
     )
     q_in, k_in, values = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    exact_q = turned(q_in, q_norm, eps, angles[positions], backend.narrow)
-    assert q.dtype == backend.narrow
+    exact_q = turned(q_in, q_norm, eps, angles[positions], case.narrow)
+    assert q.dtype == case.narrow
     # One rounding is in the last unit; the other, of a norm that rounds the other way, reaches both halves of a pair.
-    backend.near(q, exact_q, exact_q.norm(dim=-1, keepdim=True), share=max(backend.sums, torch.finfo(q.dtype).eps / 2))
-    keys = turned(k_in, k_norm, eps, angles[positions], backend.narrow).to(backend.narrow).double()
-    ours = attend(backend, q, store, requests, [(0, length)], scale=head_dim**-0.5)
+    case.near(q, exact_q, exact_q.norm(dim=-1, keepdim=True), share=max(case.sums, torch.finfo(q.dtype).eps / 2))
+    keys = turned(k_in, k_norm, eps, angles[positions], case.narrow).to(case.narrow).double()
+    ours = attend(case, q, store, requests, [(0, length)], scale=head_dim**-0.5)
     exact, magnitude = attention(q.double(), keys, values, scale=head_dim**-0.5)
-    backend.near(ours, exact, magnitude, share=2 * backend.attention)
+    case.near(ours, exact, magnitude, share=2 * case.attention)
 
 
 def bits(store: Store) -> Tensor:
@@ -208,9 +209,9 @@ def bits(store: Store) -> Tensor:
 
 
 @pytest.mark.parametrize("head_dim", [16, 33, 128])
-def test_slot_minus_one_is_written_nowhere(backend: Backend, head_dim: int) -> None:
+def test_slot_minus_one_is_written_nowhere(case: BackendCase, head_dim: int) -> None:
     requests = Requests.random([50], block_size=32, num_kv_heads=2, head_dim=head_dim)
-    store = requests.store(backend)
+    store = requests.store(case)
     before = bits(store)
     options: dict[str, Any] = {
         "cos": torch.empty(1, 0),
@@ -220,27 +221,27 @@ def test_slot_minus_one_is_written_nowhere(backend: Backend, head_dim: int) -> N
         "num_kv_heads": 2,
         "head_dim": head_dim,
     }
-    rows = torch.randn(9, 7 * head_dim).bfloat16().to(backend.wide)
+    rows = torch.randn(9, 7 * head_dim).bfloat16().to(case.wide)
     nowhere, zeros = torch.full((9,), -1, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
-    q = backend.kernels.rope_store(rows, positions=zeros, slot_mapping=nowhere, **options)
+    q = case.backend.rope_store(rows, positions=zeros, slot_mapping=nowhere, **options)
     assert torch.equal(bits(store), before)
-    assert torch.equal(q.to(backend.wide), rows.view(9, 7, head_dim)[:, :3])
+    assert torch.equal(q.to(case.wide), rows.view(9, 7, head_dim)[:, :3])
     # Some of both: those that are written are as if they were alone.
     slots = torch.tensor([-1, 4, 5, -1, 9, -1, 10, 13, -1], dtype=torch.int32) + 32 * int(requests.block_tables[0, 0])
     slots = torch.where(nowhere.eq(slots.new_tensor([-1, 0, 0, -1, 0, -1, 0, 0, -1])), nowhere, slots)
-    backend.kernels.rope_store(rows, positions=zeros, slot_mapping=slots, **options)
+    case.backend.rope_store(rows, positions=zeros, slot_mapping=slots, **options)
     mixed, written = bits(store), slots >= 0
-    again = requests.store(backend)
-    backend.kernels.rope_store(
+    again = requests.store(case)
+    case.backend.rope_store(
         rows[written], positions=zeros[written], slot_mapping=slots[written], **{**options, "store": again}
     )
     assert not torch.equal(mixed, before)
     q = torch.randn(1, 3 * 2, head_dim)
-    outputs = [attend(backend, q, each, requests, [(49, 1)], scale=0.3) for each in (store, again)]
+    outputs = [attend(case, q, each, requests, [(49, 1)], scale=0.3) for each in (store, again)]
     assert torch.equal(*outputs)
 
 
-def test_writing_again_replaces(backend: Backend) -> None:
+def test_writing_again_replaces(case: BackendCase) -> None:
     """A block comes back from another request: what it holds is replaced position by position."""
     old = Requests.random([64], block_size=32, num_kv_heads=2, head_dim=48)
     new = Requests(
@@ -250,14 +251,14 @@ def test_writing_again_replaces(backend: Backend) -> None:
         32,
         old.num_blocks,
     )
-    store = old.store(backend)
+    store = old.store(case)
     width = 2 * 48
     for begin, end in pairwise([0, 1, 2, 3, 6, 7, 32, 33, 40, 41]):
         span = slice(begin, end)
-        backend.kernels.rope_store(
+        case.backend.rope_store(
             torch.cat(
                 (torch.zeros(end - begin, width), new.keys[0][span].flatten(1), new.values[0][span].flatten(1)), 1
-            ).to(backend.wide),
+            ).to(case.wide),
             positions=torch.zeros(end - begin, dtype=torch.int32),
             slot_mapping=new.slots(0, begin, end).int(),
             cos=torch.empty(1, 0),
@@ -268,17 +269,17 @@ def test_writing_again_replaces(backend: Backend) -> None:
             head_dim=48,
         )
         q = torch.randn(1, 4, 48).bfloat16().double()
-        ours = attend(backend, q, store, new, [(end - 1, 1)], scale=0.2)
+        ours = attend(case, q, store, new, [(end - 1, 1)], scale=0.2)
         exact, magnitude = attention(q, new.keys[0][:end], new.values[0][:end], scale=0.2)
-        backend.near(ours, exact, magnitude, share=backend.attention)
+        case.near(ours, exact, magnitude, share=case.attention)
 
 
-def test_no_tokens_are_written(backend: Backend) -> None:
+def test_no_tokens_are_written(case: BackendCase) -> None:
     requests = Requests.random([3], block_size=32, num_kv_heads=1, head_dim=8)
-    store = requests.store(backend)
+    store = requests.store(case)
     before, none = bits(store), torch.empty(0, dtype=torch.int32)
-    q = backend.kernels.rope_store(
-        torch.empty(0, 4 * 8, dtype=backend.wide),
+    q = case.backend.rope_store(
+        torch.empty(0, 4 * 8, dtype=case.wide),
         positions=none,
         slot_mapping=none,
         cos=torch.ones(3, 4),
@@ -292,8 +293,8 @@ def test_no_tokens_are_written(backend: Backend) -> None:
     assert torch.equal(bits(store), before)
 
 
-def test_only_the_cpu_kernels_are_particular_about_block_sizes(backend: Backend) -> None:
-    backend.kernels.check_block_size(32)
-    backend.kernels.check_block_size(96)
-    if type(backend.kernels) is Kernels:
-        backend.kernels.check_block_size(1)
+def test_only_the_cpu_kernels_are_particular_about_block_sizes(case: BackendCase) -> None:
+    case.backend.check_block_size(32)
+    case.backend.check_block_size(96)
+    if type(case.backend) is ReferenceBackend:
+        case.backend.check_block_size(1)

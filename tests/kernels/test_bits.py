@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, Backend, Requests, pack_experts, poison, variants
+from backends import CPU, BackendCase, Requests, pack_experts, poison, variants
 from torch import Tensor
 
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Role
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -22,8 +23,8 @@ CACHES = [case for kv_int8 in (False, True) for case in variants(kv_int8, id="in
 THREADS = (1, 2, 3)
 
 
-def teams(variant: str, **options: Any) -> list[CpuKernels]:
-    return [CpuKernels(variant=variant, num_threads=threads, **options) for threads in THREADS]
+def teams(variant: str, **options: Any) -> list[CpuBackend]:
+    return [CpuBackend(variant=variant, num_threads=threads, **options) for threads in THREADS]
 
 
 def groups(rows: int, sizes: Sequence[int] = (2, 3, 6, 7, 13, 14, 15, 18, 19, 28, 29)) -> Iterator[list[int]]:
@@ -38,14 +39,14 @@ def groups(rows: int, sizes: Sequence[int] = (2, 3, 6, 7, 13, 14, 15, 18, 19, 28
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_linear(variant: str, quantization: str | None, group: int | None, inputs: int, outputs: int) -> None:
     x, weight = torch.randn(45, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
-    bias, residual = torch.randn(outputs).bfloat16(), torch.randn(45, outputs)
+    bias = torch.randn(outputs).bfloat16()
     alone: Tensor | None = None
-    for kernels in teams(variant, quantization=quantization, group_size=group):
-        packed = kernels.pack([weight], role="o")
+    for backend in teams(variant, quantization=quantization, group_size=group):
+        packed = backend.pack([weight], role=Role.O)
         if alone is None:
-            alone = torch.cat([kernels.linear(x[[r]], packed, bias, residual[[r]]) for r in range(45)])
+            alone = torch.cat([backend.linear(x[[r]], packed, bias) for r in range(45)])
         for rows in groups(45):
-            assert torch.equal(kernels.linear(x[rows], packed, bias, residual[rows]), alone[rows])
+            assert torch.equal(backend.linear(x[rows], packed, bias), alone[rows])
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh"])
@@ -55,12 +56,12 @@ def test_gated(variant: str, quantization: str | None, group: int | None, inputs
     x, halves = torch.randn(33, inputs).bfloat16(), [torch.randn(inner, inputs).bfloat16() / 8 for _ in range(2)]
     bias = torch.randn(2 * inner).bfloat16()
     alone: Tensor | None = None
-    for kernels in teams(variant, quantization=quantization, group_size=group):
-        packed = kernels.pack(halves, role="gate_up")
+    for backend in teams(variant, quantization=quantization, group_size=group):
+        packed = backend.pack(halves, role=Role.GATE_UP)
         if alone is None:
-            alone = torch.cat([kernels.gated(x[[r]], packed, bias, kind) for r in range(33)])
+            alone = torch.cat([backend.gated(x[[r]], packed, bias, kind) for r in range(33)])
         for rows in groups(33):
-            assert torch.equal(kernels.gated(x[rows], packed, bias, kind), alone[rows])
+            assert torch.equal(backend.gated(x[rows], packed, bias, kind), alone[rows])
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
@@ -70,25 +71,25 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
     w13, w2 = torch.randn(6, 2 * 47, 130).bfloat16() / 8, torch.randn(6, 130, 47).bfloat16() / 8
     ids, weights = torch.stack([torch.randperm(6)[:3] for _ in range(40)]), torch.rand(40, 3)
     alone: Tensor | None = None
-    for kernels in teams(variant, quantization=quantization, group_size=group):
-        packed = pack_experts(kernels, w13, w2)
+    for backend in teams(variant, quantization=quantization, group_size=group):
+        packed = pack_experts(backend, w13, w2)
         if alone is None:
-            each = [kernels.experts(x[[r]], ids[[r]], weights[[r]], **packed, kind="silu") for r in range(40)]
+            each = [backend.experts(x[[r]], ids[[r]], weights[[r]], **packed, kind="silu") for r in range(40)]
             alone = torch.cat(each)
         for rows in groups(40):
-            assert torch.equal(kernels.experts(x[rows], ids[rows], weights[rows], **packed, kind="silu"), alone[rows])
+            assert torch.equal(backend.experts(x[rows], ids[rows], weights[rows], **packed, kind="silu"), alone[rows])
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_experts_are_added_in_the_order_of_a_tokens_ids(variant: str) -> None:
     """1e8 - 1e8 + 1 is 1 in fp32, in any other order 0: whichever expert it is that says what."""
     one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
-    for kernels in teams(variant):
-        packed = pack_experts(kernels, torch.tensor([[100.0], [0.01]]).expand(3, 2, 1), torch.ones(3, 1, 1))
-        said = float(kernels.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, kind="silu"))
+    for backend in teams(variant):
+        packed = pack_experts(backend, torch.tensor([[100.0], [0.01]]).expand(3, 2, 1), torch.ones(3, 1, 1))
+        said = float(backend.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, kind="silu"))
         for ids in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
             weights = torch.tensor([[large, -large, 1.0]]) / said
-            ours = kernels.experts(one, torch.tensor([ids]), weights, **packed, kind="silu")
+            ours = backend.experts(one, torch.tensor([ids]), weights, **packed, kind="silu")
             assert float(ours) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -98,12 +99,12 @@ def test_route(variant: str, num_experts: int, top_k: int) -> None:
     scores = torch.randn(40, num_experts).bfloat16().float()  # with some that are equal
     for renormalize in (False, True):
         alone: list[Tensor] | None = None
-        for kernels in teams(variant):
+        for backend in teams(variant):
             if alone is None:
-                each = [kernels.route(scores[[r]], top_k, renormalize) for r in range(40)]
+                each = [backend.route(scores[[r]], top_k, renormalize) for r in range(40)]
                 alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
             for rows in groups(40):
-                found = kernels.route(scores[rows], top_k, renormalize)
+                found = backend.route(scores[rows], top_k, renormalize)
                 assert all(torch.equal(a, b[rows]) for a, b in zip(found, alone, strict=True))
 
 
@@ -112,16 +113,16 @@ def test_route(variant: str, num_experts: int, top_k: int) -> None:
 def test_norm_embed_and_argmax(variant: str, columns: int) -> None:
     x, weight = torch.randn(29, columns), torch.randn(columns).bfloat16()
     found = []
-    for kernels in teams(variant):
-        head = kernels.pack([torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role="head")
+    for backend in teams(variant):
+        head = backend.pack([torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role=Role.HEAD)
         for rows in groups(29):
             assert torch.equal(
-                kernels.norm(x[rows], weight, 1e-5), torch.cat([kernels.norm(x[[r]], weight, 1e-5) for r in rows])
+                backend.norm(x[rows], weight, 1e-5), torch.cat([backend.norm(x[[r]], weight, 1e-5) for r in rows])
             )
         ids = torch.arange(29)
-        best, peaks = kernels.argmax(x)
-        assert kernels.argmax(x[5:6]) == (best[5:6], peaks[5:6])
-        found.append((kernels.norm(x, weight, 1e-5), kernels.embed(ids, head), torch.tensor([*best, *peaks])))
+        best, peaks = backend.argmax(x)
+        assert backend.argmax(x[5:6]) == (best[5:6], peaks[5:6])
+        found.append((backend.norm(x, weight, 1e-5), backend.embed(ids, head), torch.tensor([*best, *peaks])))
     for others in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))
 
@@ -145,7 +146,7 @@ def cut(length: int, rng: random.Random, longest: int) -> list[int]:
 
 
 def attend(
-    kernels: CpuKernels,
+    backend: CpuBackend,
     q: Sequence[Tensor],
     requests: Requests,
     store: Any,
@@ -154,7 +155,7 @@ def attend(
 ) -> list[Tensor]:
     """Rows begin to end - 1 of requests, all in one call: (request, begin, end)."""
     tables = requests.block_tables[[request for request, _, _ in spans]]
-    y = kernels.attend(
+    y = backend.attend(
         torch.cat([q[request][begin:end] for request, begin, end in spans]),
         store,
         query_start=torch.tensor([0, *accumulate(end - begin for _, begin, end in spans)], dtype=torch.int32),
@@ -179,15 +180,15 @@ def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim
     q = [torch.randn(length, heads, head_dim).bfloat16() for length in LENGTHS]
     rng = random.Random(0)
     whole: list[Tensor] = []
-    for kernels, block_size in [(team, size) for team in teams(variant, kv_int8=kv_int8) for size in (32, 64, 96)]:
+    for backend, block_size in [(team, size) for team in teams(variant, kv_int8=kv_int8) for size in (32, 64, 96)]:
         tables = Requests.random(LENGTHS, block_size=block_size, **shape)
         requests = Requests(contents.keys, contents.values, tables.block_tables, block_size, tables.num_blocks)
-        backend = Backend(kernels, torch.bfloat16, torch.float32, 0, 0)
-        store = requests.store(backend, pieces=rng.randint(1, 40))
+        case = BackendCase(backend, torch.bfloat16, torch.float32, 0, 0)
+        store = requests.store(case, pieces=rng.randint(1, 40))
         if not whole:
             for request, length in enumerate(LENGTHS):
-                whole += attend(kernels, q, requests, store, [(request, 0, length)], **options)
-        together = attend(kernels, q, requests, store, [(r, 0, n) for r, n in enumerate(LENGTHS)], **options)
+                whole += attend(backend, q, requests, store, [(request, 0, length)], **options)
+        together = attend(backend, q, requests, store, [(r, 0, n) for r, n in enumerate(LENGTHS)], **options)
         assert all(torch.equal(ours, wanted) for ours, wanted in zip(together, whole, strict=True))
         spans = [
             (request, begin, end)
@@ -201,9 +202,9 @@ def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim
         steps += [[(0, 1599, 1600), (1, 529, 530)], [(0, 1590, 1600)], [(2, 44, 45), (3, 0, 1), (0, 1000, 1007)]]
         for chosen in steps:
             for (request, begin, end), ours in zip(
-                chosen, attend(kernels, q, requests, store, chosen, **options), strict=True
+                chosen, attend(backend, q, requests, store, chosen, **options), strict=True
             ):
-                assert torch.equal(ours, whole[request][begin:end]), (kernels.num_threads, block_size, chosen[:3])
+                assert torch.equal(ours, whole[request][begin:end]), (backend.num_threads, block_size, chosen[:3])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -217,11 +218,11 @@ def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int,
     norms = [torch.randn(head_dim).bfloat16() if normed else None for _ in range(2)]
     rng = random.Random(0)
     found = []
-    for kernels, block_size, longest in [
+    for backend, block_size, longest in [
         (t, s, n) for t in teams(variant, kv_int8=kv_int8) for s in (32, 64) for n in (1, 9, 70)
     ]:
         requests = Requests.random([length], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim)
-        store = kernels.allocate_kv(
+        store = backend.allocate_kv(
             num_blocks=requests.num_blocks,
             block_size=block_size,
             num_kv_heads=kv_heads,
@@ -231,7 +232,7 @@ def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int,
         )
         poison(store)
         q = [
-            kernels.rope_store(
+            backend.rope_store(
                 qkv[begin:end],
                 positions=torch.arange(begin, end),
                 slot_mapping=requests.slots(0, begin, end),
@@ -247,6 +248,6 @@ def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int,
             )
             for begin, end in pairwise(cut(length, rng, longest) if longest < 70 else [0, 70])
         ]
-        found.append((torch.cat(q), *attend(kernels, [torch.cat(q)], requests, store, [(0, 0, length)])))
+        found.append((torch.cat(q), *attend(backend, [torch.cat(q)], requests, store, [(0, 0, length)])))
     for others in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))

@@ -13,49 +13,59 @@ import pytest
 import torch
 from backends import CPU, variants
 from ragged_requests import Chunk, Request, Runner
+from specs import make_spec
 from torch import Tensor
 
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.reference import Kernels, LayerWeights, NetworkWeights
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import (
+    Backend,
+    ExpertsSpec,
+    LayerSpec,
+    LayerWeights,
+    MlpSpec,
+    NetworkPlan,
+    NetworkWeights,
+    Role,
+)
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.ragged_batch import RaggedBatch
-from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
+from splitfuse.models.spec import ModelSpec, RopeSpec
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
-PLAIN = ModelSpec(
-    architecture="LlamaForCausalLM",
-    dtype="bfloat16",
-    vocab_size=70,
-    hidden_size=96,
-    intermediate_size=130,
+SIZES: dict[str, Any] = {
+    "vocab_size": 70,
+    "hidden_size": 96,
+    "intermediate_size": 130,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "max_position": 700,
+}
+PLAIN = make_spec(**SIZES, num_layers=2)
+EVERYTHING = make_spec(
+    **SIZES,
     num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=700,
-    norm_eps=1e-5,
-    activation="silu",
-    rope=RopeSpec(theta=10000.0, rotary_dim=16),
-    windows=(None, None),
+    activation="gelu",
+    mlp_bias=True,
+    windows=(None, 9),
+    attention={"qkv_bias": True, "o_bias": True, "qk_norm": True, "softcap": 5.0},
+    logit_softcap=20.0,
+    tied_embeddings=True,
 )
-EVERYTHING = dataclasses.replace(
-    PLAIN, activation="gelu", windows=(None, 9), attention_softcap=5.0, logit_softcap=20.0, tied_embeddings=True
-)
-ODD = dataclasses.replace(
-    PLAIN,
-    activation="gelu_tanh",
+ODD = make_spec(
+    **SIZES | {"head_dim": 35, "num_kv_heads": 3},
     num_layers=1,
+    activation="gelu_tanh",
     windows=(7,),
-    head_dim=35,
-    num_kv_heads=3,
     rope=RopeSpec(theta=100.0, rotary_dim=20),
 )
-EXPERTS = dataclasses.replace(
-    PLAIN,
+EXPERTS = make_spec(
+    **SIZES,
     num_layers=3,
-    windows=(None,) * 3,
-    moe=MoESpec(num_experts=20, top_k=3, intermediate_size=50, renormalize=True, dense_layers=frozenset({1})),
+    experts=ExpertsSpec(num_experts=20, top_k=3, intermediate_size=50, activation="silu", renormalize=True),
+    dense_layers={1},
 )
 SPECS = [
     pytest.param(PLAIN, id="plain"),
@@ -65,62 +75,63 @@ SPECS = [
 ]
 
 
-class OneByOne(CpuKernels):
+class OneByOne(CpuBackend):
     """The same kernels, an operation at a time."""
 
-    def fuse(self, weights: NetworkWeights, **options: Any) -> None:
-        del weights, options
+    def fuse(self, plan: NetworkPlan) -> None:
+        del plan
 
 
-def random_weights(spec: ModelSpec, kernels: Kernels) -> NetworkWeights:
-    """The same at every call. Only EVERYTHING has biases and norms of heads."""
+def random_weights(spec: ModelSpec, backend: Backend) -> NetworkWeights:
+    """The same at every call."""
     generator = torch.Generator().manual_seed(3)
-    extras = spec is EVERYTHING
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden = spec.hidden_size
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).bfloat16()
 
-    def linear(role: str, *rows: int, columns: int) -> Any:
-        return kernels.pack([normal(n, columns) / columns**0.5 for n in rows], role=role)
+    def linear(role: Role, *rows: int, columns: int) -> Any:
+        return backend.pack([normal(n, columns) / columns**0.5 for n in rows], role=role)
 
-    def mlp(number: int) -> dict[str, Any]:
-        if spec.moe is None or number in spec.moe.dense_layers:
+    def mlp(spec: MlpSpec | ExpertsSpec) -> dict[str, Any]:
+        inner = spec.intermediate_size
+        if isinstance(spec, MlpSpec):
             return {
-                "gate_up": linear("gate_up", inner, inner, columns=hidden),
-                "gate_up_bias": normal(2 * inner) if extras else None,
-                "down": linear("down", hidden, columns=inner),
-                "down_bias": normal(hidden) if extras else None,
+                "gate_up": linear(Role.GATE_UP, inner, inner, columns=hidden),
+                "gate_up_bias": normal(2 * inner) if spec.bias else None,
+                "down": linear(Role.DOWN, hidden, columns=inner),
+                "down_bias": normal(hidden) if spec.bias else None,
             }
-        each, size = range(spec.moe.num_experts), spec.moe.intermediate_size
+        each = range(spec.num_experts)
         return {
-            "router": linear("router", len(each), columns=hidden),
-            "w13": [linear("w13", size, size, columns=hidden) for _ in each],
-            "w2": [linear("w2", hidden, columns=size) for _ in each],
+            "router": linear(Role.ROUTER, len(each), columns=hidden),
+            "w13": [linear(Role.W13, inner, inner, columns=hidden) for _ in each],
+            "w2": [linear(Role.W2, hidden, columns=inner) for _ in each],
         }
 
-    def layer(number: int) -> LayerWeights:
+    def layer(spec: LayerSpec) -> LayerWeights:
+        a = spec.attention
+        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         return LayerWeights(
             attn_norm=normal(hidden),
-            qkv=linear("qkv", q, kv, kv, columns=hidden),
-            qkv_bias=normal(q + 2 * kv) if extras else None,
-            q_norm=normal(spec.head_dim) if extras else None,
-            k_norm=normal(spec.head_dim) if extras else None,
-            o=linear("o", hidden, columns=q),
-            o_bias=normal(hidden) if extras else None,
+            qkv=linear(Role.QKV, q, kv, kv, columns=hidden),
+            qkv_bias=normal(q + 2 * kv) if a.qkv_bias else None,
+            q_norm=normal(a.head_dim) if a.qk_norm else None,
+            k_norm=normal(a.head_dim) if a.qk_norm else None,
+            o=linear(Role.O, hidden, columns=q),
+            o_bias=normal(hidden) if a.o_bias else None,
             mlp_norm=normal(hidden),
-            **mlp(number),
+            **mlp(spec.mlp),
         )
 
-    layers = tuple(layer(number) for number in range(spec.num_layers))
+    layers = tuple(layer(each) for each in spec.layers)
     table = normal(spec.vocab_size, hidden)
-    head = kernels.pack([table], role="head")
+    head = backend.pack([table], role=Role.HEAD)
     return NetworkWeights(embed=head if spec.tied_embeddings else table, layers=layers, norm=normal(hidden), head=head)
 
 
-def decoder_of(kernels: Kernels, spec: ModelSpec = PLAIN) -> Decoder:
-    return Decoder(spec, random_weights(spec, kernels), kernels)
+def decoder_of(backend: Backend, spec: ModelSpec = PLAIN) -> Decoder:
+    return Decoder(spec, random_weights(spec, backend), backend)
 
 
 def prompts(lengths: tuple[int, ...] = (1, 3, 23, 70)) -> list[Request]:
@@ -150,17 +161,36 @@ def test_fused_is_one_by_one(
     settings: dict[str, Any] = {"quantization": quantization, "group_size": group, "kv_int8": kv_int8}
     wanted = logits(decoder_of(OneByOne(variant=variant, num_threads=1, **settings), spec))
     assert all(rows.isfinite().all() and rows.std() > 0.1 for rows in wanted)
-    for kernels in (OneByOne, CpuKernels):
+    for backend in (OneByOne, CpuBackend):
         for threads in (1, 2, 3):
-            decoder = decoder_of(kernels(variant=variant, num_threads=threads, **settings), spec)
+            decoder = decoder_of(backend(variant=variant, num_threads=threads, **settings), spec)
             for block_size, seed in ((32, None), (64, threads), (96, 7 * threads)):
                 ours = logits(decoder, block_size=block_size, seed=seed)
                 assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [{"softcap": 5.0}, {"num_kv_heads": 3}, {"head_dim": 32}, {"rope": 1}],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("variant", variants())
+def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[str, Any]) -> None:
+    """The fused network takes heads and their rotation to be alike in all layers; others are computed nevertheless."""
+    first, second = PLAIN.layers
+    layers = (first, dataclasses.replace(second, attention=dataclasses.replace(second.attention, **attention)))
+    spec = dataclasses.replace(PLAIN, layers=layers, ropes=(*PLAIN.ropes, RopeSpec(theta=100.0, rotary_dim=8)))
+    cpu, reference = CpuBackend(variant=variant, num_threads=2), ReferenceBackend()
+    decoder = decoder_of(cpu, spec)
+    assert cpu.fuse(NetworkPlan(layers=layers, weights=decoder.weights, ropes=decoder.ropes, norm_eps=1e-5)) is None
+    for ours, wanted in zip(logits(decoder), logits(decoder_of(reference, spec)), strict=True):
+        likeness = torch.cosine_similarity(ours, wanted.float(), dim=-1)
+        assert likeness[:-3].min() > 0.995  # of the prompt: a token generated after it may differ, as the two round
+
+
 @pytest.mark.parametrize("variant", variants())
 def test_only_the_rows_that_are_wanted_come_back(variant: str) -> None:
-    decoder = decoder_of(CpuKernels(variant=variant, num_threads=2))
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
 
     def hidden(num_logits: tuple[int, int]) -> Tensor:
         runner = Runner(decoder, block_size=32, num_blocks=4)
@@ -178,7 +208,7 @@ def test_only_the_rows_that_are_wanted_come_back(variant: str) -> None:
 def test_single_tokens_of_a_long_context(variant: str, spec: ModelSpec) -> None:
     """600 positions at once, and the last ones as single tokens: the threads share the tiles of one request."""
     for threads in (1, 2, 3):
-        decoder = decoder_of(CpuKernels(variant=variant, num_threads=threads), spec)
+        decoder = decoder_of(CpuBackend(variant=variant, num_threads=threads), spec)
         whole, split = prompts((600,)) + prompts((600,))
         Runner(decoder, block_size=32).step([(whole, 600)])
         runner = Runner(decoder, block_size=64)
@@ -189,7 +219,7 @@ def test_single_tokens_of_a_long_context(variant: str, spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_step_without_tokens(variant: str) -> None:
-    decoder = decoder_of(CpuKernels(variant=variant, num_threads=2))
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
     runner = Runner(decoder, block_size=32)
     assert decoder.forward(RaggedBatch.build([], block_size=32, device=CPU), runner.cache).shape == (0, 96)
 
@@ -197,7 +227,7 @@ def test_a_step_without_tokens(variant: str) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_two_caches_in_turns(variant: str) -> None:
     """Engines share weights, not caches: each call writes to and reads from the stores that it is given."""
-    decoder = decoder_of(CpuKernels(variant=variant, num_threads=2))
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
     alone = prompts((40, 40))
     for request in alone:
         Runner(decoder, block_size=32).run_split([request], random.Random(1))
@@ -212,7 +242,7 @@ def test_two_caches_in_turns(variant: str) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_two_engines_in_two_threads(variant: str) -> None:
     """They share the kernels' workspace, in which there is room for one call."""
-    decoder = decoder_of(CpuKernels(variant=variant, num_threads=1))
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=1))
 
     def compute(number: int) -> Tensor:
         request = prompts((200,))[0]
@@ -228,7 +258,7 @@ def test_two_engines_in_two_threads(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_cache_that_is_gone_is_not_held(variant: str) -> None:
-    decoder = decoder_of(CpuKernels(variant=variant, num_threads=1))
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=1))
     runner = Runner(decoder, block_size=32)
     runner.step([(request, request.num_pending) for request in prompts()])
     memory = weakref.ref(runner.cache.layers[0].memory)

@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from backends import Backend, Requests, attention, poison, variants
+from backends import BackendCase, Requests, attention, poison, variants
 from torch import Tensor
 
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
 
 MIXED = [(0, 1), (0, 37), (12, 1), (31, 2), (63, 1), (100, 29), (510, 5), (600, 1), (1030, 20)]
 ATTENTION = 2**-7  # the weights of the softmax are rounded to bf16, times the values' scales; so is the result
 
 
-def int8_backend(variant: str) -> Backend:
-    return Backend(CpuKernels(variant=variant, num_threads=2, kv_int8=True), torch.bfloat16, torch.float32, 2e-6, 2**-7)
+def int8_backend(variant: str) -> BackendCase:
+    return BackendCase(
+        CpuBackend(variant=variant, num_threads=2, kv_int8=True), torch.bfloat16, torch.float32, 2e-6, 2**-7
+    )
 
 
 def as_kept(x: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def check(
     spread: float = 1.0,
     **options: Any,
 ) -> None:
-    backend = int8_backend(variant)
+    case = int8_backend(variant)
     lengths = [before + count for before, count in chunks]
     requests = Requests.random(lengths, block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim)
     for x in requests.keys + requests.values:  # tokens of very different sizes in one block
@@ -52,9 +54,9 @@ def check(
     starts = [0, *accumulate(count for _, count in chunks)]
     q = torch.randn(starts[-1], heads, head_dim).bfloat16()
     options.setdefault("scale", head_dim**-0.5 / 4)
-    ours = backend.kernels.attend(
+    ours = case.backend.attend(
         q,
-        requests.store(backend),
+        requests.store(case),
         query_start=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         block_tables=requests.block_tables,
@@ -63,7 +65,7 @@ def check(
     for (begin, end), keys, values in zip(pairwise(starts), requests.keys, requests.values, strict=True):
         kept_keys, kept_values = as_kept(keys), as_kept(values)
         exact, magnitude = attention(q[begin:end].double(), kept_keys, kept_values, **options)
-        backend.near(ours[begin:end], exact, magnitude, share=ATTENTION)
+        case.near(ours[begin:end], exact, magnitude, share=ATTENTION)
         # And against what was put in: a level is at most half a unit off. Values: their share of the largest in a head;
         # keys: what a score is off by, which the softmax passes on at most twice.
         options_off = {k: v for k, v in options.items() if k in ("window", "softcap", "sinks", "scale")}
@@ -106,13 +108,13 @@ def test_long_contexts(variant: str, chunks: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_single_tokens_come_back_as_they_are_kept(variant: str) -> None:
     """A window of one token gives its value: levels and scales of values, exactly, to bf16's rounding."""
-    backend = int8_backend(variant)
+    case = int8_backend(variant)
     requests = Requests.random([45], block_size=32, num_kv_heads=2, head_dim=48)
     requests.values[0][7] = 0
     requests.values[0][8, 1] *= 1e4
-    ours = backend.kernels.attend(
+    ours = case.backend.attend(
         torch.zeros(45, 2, 48, dtype=torch.bfloat16),
-        requests.store(backend),
+        requests.store(case),
         query_start=torch.tensor([0, 45]),
         seq_lens=torch.tensor([45]),
         block_tables=requests.block_tables,
@@ -120,22 +122,22 @@ def test_single_tokens_come_back_as_they_are_kept(variant: str) -> None:
         window=1,
     )
     exact = as_kept(requests.values[0])
-    backend.near(ours, exact, exact.abs(), share=2**-8)  # the scale is rounded to bf16 before the levels are taken
+    case.near(ours, exact, exact.abs(), share=2**-8)  # the scale is rounded to bf16 before the levels are taken
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_token_changes_no_other(variant: str) -> None:
     """Scales are of a token and head: not a bit of what was written before changes when a large one comes beside it."""
-    backend = int8_backend(variant)
+    case = int8_backend(variant)
     requests = Requests.random([40], block_size=32, num_kv_heads=2, head_dim=32)
     requests.keys[0][-1] *= 1000
     requests.values[0][-1] *= 1000
-    store = requests.store(backend)
+    store = requests.store(case)
     without = dataclasses.replace(requests, keys=[requests.keys[0][:-1]], values=[requests.values[0][:-1]])
     q = torch.randn(5, 4, 32).bfloat16()
 
     def attend(store: Any) -> Tensor:
-        return backend.kernels.attend(
+        return case.backend.attend(
             q,
             store,
             query_start=torch.tensor([0, 5]),
@@ -144,16 +146,16 @@ def test_a_token_changes_no_other(variant: str) -> None:
             scale=0.3,
         )
 
-    assert torch.equal(attend(store), attend(without.store(backend)))
+    assert torch.equal(attend(store), attend(without.store(case)))
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_slot_minus_one_is_written_nowhere(variant: str) -> None:
-    backend = int8_backend(variant)
+    case = int8_backend(variant)
     requests = Requests.random([40], block_size=32, num_kv_heads=2, head_dim=33)
-    store = requests.store(backend)
+    store = requests.store(case)
     before = store.memory.clone()
-    backend.kernels.rope_store(
+    case.backend.rope_store(
         torch.randn(3, 7 * 33),
         positions=torch.zeros(3, dtype=torch.int32),
         slot_mapping=torch.full((3,), -1),
@@ -169,12 +171,12 @@ def test_slot_minus_one_is_written_nowhere(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_what_is_no_number_shows_in_its_request_alone(variant: str) -> None:
-    backend = int8_backend(variant)
+    case = int8_backend(variant)
     requests = Requests.random([40, 40], block_size=32, num_kv_heads=1, head_dim=32)
     requests.keys[0][3, 0, 5] = torch.nan
     requests.values[0][20, 0, 5] = torch.inf
-    store = requests.store(backend)
-    ours = backend.kernels.attend(
+    store = requests.store(case)
+    ours = case.backend.attend(
         torch.randn(80, 2, 32).bfloat16(),
         store,
         query_start=torch.tensor([0, 40, 80]),
@@ -187,11 +189,11 @@ def test_what_is_no_number_shows_in_its_request_alone(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_bytes_of_a_block(variant: str) -> None:
-    kernels = int8_backend(variant).kernels
+    backend = int8_backend(variant).backend
     for block_size, heads, head_dim, padded in [(32, 2, 64, 64), (64, 3, 33, 64), (96, 1, 128, 128)]:
         shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": heads, "head_dim": head_dim}
-        size = kernels.kv_bytes(dtype=torch.bfloat16, **shape)
+        size = backend.kv_bytes(dtype=torch.bfloat16, **shape)
         assert size == 2 * block_size * heads * (padded + 4)  # levels, and a scale in fp32
-        store = kernels.allocate_kv(num_blocks=5, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
+        store = backend.allocate_kv(num_blocks=5, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
         poison(store)
         assert store.nbytes == 5 * size

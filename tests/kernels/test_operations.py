@@ -1,6 +1,6 @@
 """What every backend does row by row, against its formula in fp64 on the same inputs, which lie on the grid of bf16.
 
-Sums of products may be off by a share of the sum of their magnitudes (`Backend.sums`), and everything by one rounding
+Sums of products may be off by a share of the sum of their magnitudes (`sums`), and everything by one rounding
 to the dtype it comes in. Quantized weights are in test_quantization.py, attention is in test_attention.py.
 """
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, Backend, pack_experts
+from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
-from splitfuse.kernels.onednn import PrepackedKernels
+from splitfuse.kernels.interface import Role
+from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS
 
 SHAPES = [  # rows, K, N: nothing; single ones; odd, even and beyond every block, panel and slab of the kernels
@@ -41,69 +42,65 @@ def grid(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_linear(backend: Backend, rows: int, inputs: int, outputs: int) -> None:
-    x, weight, bias, residual = grid(rows, inputs), grid(outputs, inputs), grid(outputs), grid(rows, outputs)
-    packed = backend.kernels.pack([weight.to(backend.narrow)], role="o")
+def test_linear(case: BackendCase, rows: int, inputs: int, outputs: int) -> None:
+    x, weight, bias = grid(rows, inputs), grid(outputs, inputs), grid(outputs)
+    packed = case.backend.pack([weight.to(case.narrow)], role=Role.O)
     exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
 
     def linear(*options: Tensor | None) -> Tensor:
-        return backend.kernels.linear(x.to(backend.narrow), packed, *options)
+        return case.backend.linear(x.to(case.narrow), packed, *options)
 
-    added, passed = bias.to(backend.narrow), residual.to(backend.wide)
-    assert linear().dtype == backend.wide
-    backend.near(linear(), exact, magnitude)
-    backend.near(linear(added), exact + bias, magnitude + bias.abs())
-    backend.near(linear(None, passed), exact + residual, magnitude + residual.abs())
-    whole = exact + bias + residual
-    backend.near(linear(added, passed), whole, magnitude + bias.abs() + residual.abs())
+    assert linear().dtype == case.wide
+    case.near(linear(), exact, magnitude)
+    case.near(linear(bias.to(case.narrow)), exact + bias, magnitude + bias.abs())
 
 
-def test_a_weight_is_packed_from_its_pieces_in_their_order(backend: Backend) -> None:
+def test_a_weight_is_packed_from_its_pieces_in_their_order(case: BackendCase) -> None:
     pieces = [grid(rows, 70) for rows in (50, 1, 16, 33)]
     x = grid(3, 70)
     whole = torch.cat(pieces)
-    packed = backend.kernels.pack([piece.to(backend.narrow) for piece in pieces], role="qkv")
-    backend.near(backend.kernels.linear(x.to(backend.narrow), packed), x @ whole.T, x.abs() @ whole.abs().T)
+    packed = case.backend.pack([piece.to(case.narrow) for piece in pieces], role=Role.QKV)
+    case.near(case.backend.linear(x.to(case.narrow), packed), x @ whole.T, x.abs() @ whole.abs().T)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64])
 def test_pieces_need_not_lie_side_by_side_nor_be_in_the_dtype_of_the_kernels(
-    backend: Backend, stored: torch.dtype
+    case: BackendCase, stored: torch.dtype
 ) -> None:
     x, weight = grid(3, 70), grid(40, 140).half().to(stored)[:, ::2]
-    packed = backend.kernels.pack([weight[:33], weight[33:]], role="qkv", dtype=backend.narrow)
-    kept = weight.to(backend.narrow).double()
-    backend.near(backend.kernels.linear(x.to(backend.narrow), packed), x @ kept.T, x.abs() @ kept.abs().T)
+    packed = case.backend.pack([weight[:33], weight[33:]], role=Role.QKV, dtype=case.narrow)
+    kept = weight.to(case.narrow).double()
+    case.near(case.backend.linear(x.to(case.narrow), packed), x @ kept.T, x.abs() @ kept.abs().T)
 
 
-@pytest.mark.parametrize("role", ["qkv", "o", "gate_up", "down", "head", "router"])
+@pytest.mark.parametrize("role", [Role.QKV, Role.O, Role.GATE_UP, Role.DOWN, Role.HEAD, Role.ROUTER])
 @pytest.mark.parametrize("shape", [(2, 1), (64, 96), (66, 127), (130, 1025)])
-def test_weight_bytes_is_what_is_kept(backend: Backend, role: str, shape: tuple[int, int]) -> None:
-    plain = math.prod(shape) * backend.narrow.itemsize
-    packed = backend.kernels.pack([grid(*shape).to(backend.narrow)], role=role)
-    planned = backend.kernels.weight_bytes(shape, role=role, dtype=backend.narrow)
-    if isinstance(backend.kernels, PrepackedKernels):  # what oneDNN keeps cannot be asked for its size
-        assert planned == plain * (2 if role == "head" else 1)
+def test_weight_bytes_is_what_is_kept(case: BackendCase, role: Role, shape: tuple[int, int]) -> None:
+    plain = math.prod(shape) * case.narrow.itemsize
+    packed = case.backend.pack([grid(*shape).to(case.narrow)], role=role)
+    planned = case.backend.weight_bytes(shape, role=role, dtype=case.narrow)
+    if isinstance(case.backend, OneDnnBackend):  # what oneDNN keeps cannot be asked for its size
+        assert planned == plain * (2 if role is Role.HEAD else 1)
     else:
         assert planned == (packed if isinstance(packed, Tensor) else packed.memory).nbytes
         assert planned >= plain
-    assert backend.kernels.weight_bytes(shape, role="plain", dtype=backend.narrow) == plain
+    assert case.backend.weight_bytes(shape, role=Role.PLAIN, dtype=case.narrow) == plain
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "inputs", "inner"), [(0, 8, 8), (1, 1, 1), (1, 64, 33), (6, 65, 15), (17, 130, 48)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gated(backend: Backend, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
+def test_gated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
     x, weight, bias = grid(rows, inputs), grid(2 * inner, inputs) / 4, grid(2 * inner)
-    halves = weight.to(backend.narrow).split(inner)
-    packed = backend.kernels.pack(halves, role="gate_up")
-    ours = backend.kernels.gated(x.to(backend.narrow), packed, bias.to(backend.narrow) if biased else None, kind)
+    halves = weight.to(case.narrow).split(inner)
+    packed = case.backend.pack(halves, role=Role.GATE_UP)
+    ours = case.backend.gated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
     gate, up = (x @ weight.T + biased * bias).chunk(2, dim=-1)
     exact = formula(kind, gate) * up
     # An error of the gate reaches the result with a slope of at most 1.2, one of `up` with that of the gate.
     summed = (x.abs() @ weight.abs().T + biased * bias.abs()).chunk(2, dim=-1)
-    assert ours.dtype == backend.narrow
-    backend.near(ours, exact, 1.2 * summed[0] * up.abs() + gate.abs() * summed[1] + exact.abs() + 1e-3 * up.abs())
+    assert ours.dtype == case.narrow
+    case.near(ours, exact, 1.2 * summed[0] * up.abs() + gate.abs() * summed[1] + exact.abs() + 1e-3 * up.abs())
 
 
 def formula(kind: str, gate: Tensor) -> Tensor:
@@ -116,12 +113,12 @@ def formula(kind: str, gate: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_gates_far_from_zero_are_closed_or_open(backend: Backend, kind: str) -> None:
+def test_gates_far_from_zero_are_closed_or_open(case: BackendCase, kind: str) -> None:
     gates = torch.tensor([-1e30, -3e4, -300.0, -100.0, 100.0, 300.0, 3e4], dtype=torch.float64).bfloat16().double()
-    packed = backend.kernels.pack([torch.ones(1, 1, dtype=backend.narrow)] * 2, role="gate_up")
-    bias = torch.tensor([0.0, 1.0], dtype=backend.narrow)
+    packed = case.backend.pack([torch.ones(1, 1, dtype=case.narrow)] * 2, role=Role.GATE_UP)
+    bias = torch.tensor([0.0, 1.0], dtype=case.narrow)
     x = gates.unsqueeze(1)
-    ours = backend.kernels.gated(x.to(backend.narrow), packed, bias, kind).double()
+    ours = case.backend.gated(x.to(case.narrow), packed, bias, kind).double()
     up = x + 1
     assert (ours[:4].abs() <= 1e-30 * up[:4] ** 2).all()
     torch.testing.assert_close(ours[4:], x[4:] * up[4:], rtol=2**-6, atol=0)
@@ -129,26 +126,25 @@ def test_gates_far_from_zero_are_closed_or_open(backend: Backend, kind: str) -> 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 1), (1, 33), (3, 16), (7, 47), (40, 130)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_norm(backend: Backend, rows: int, columns: int, scale: float) -> None:
+def test_norm(case: BackendCase, rows: int, columns: int, scale: float) -> None:
     x, weight, eps = grid(rows, columns).mul(scale).bfloat16().double(), grid(columns), 1e-5
-    ours = backend.kernels.norm(x.to(backend.wide), weight.to(backend.narrow), eps)
+    ours = case.backend.norm(x.to(case.wide), weight.to(case.narrow), eps)
     exact = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    assert ours.dtype == backend.narrow
-    backend.near(ours, exact, exact.abs())
+    assert ours.dtype == case.narrow
+    case.near(ours, exact, exact.abs())
 
 
-def test_embed_and_gather_pick_rows(backend: Backend) -> None:
+def test_embed_picks_rows(case: BackendCase) -> None:
     for columns in (1, 33, 64):
         table = grid(70, columns)
         ids = torch.tensor([69, 0, 31, 32, 69, 16], dtype=torch.int32)
-        plain = table.to(backend.narrow)
-        head = backend.kernels.pack([plain], role="head")
-        for ours in (backend.kernels.embed(ids, plain), backend.kernels.embed(ids, head)):
-            assert ours.dtype == backend.wide
+        plain = table.to(case.narrow)
+        head = case.backend.pack([plain], role=Role.HEAD)
+        for ours in (case.backend.embed(ids, plain), case.backend.embed(ids, head)):
+            assert ours.dtype == case.wide
             assert torch.equal(ours.double(), table[ids])
-        assert torch.equal(backend.kernels.gather(plain, ids).double(), table[ids])
         none = ids[:0]
-        assert backend.kernels.embed(none, plain).shape == backend.kernels.embed(none, head).shape == (0, columns)
+        assert case.backend.embed(none, plain).shape == case.backend.embed(none, head).shape == (0, columns)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -157,7 +153,7 @@ def test_embed_and_gather_pick_rows(backend: Backend) -> None:
     [(0, 8, 4, 3, 2), (1, 1, 1, 1, 1), (6, 33, 17, 5, 2), (40, 64, 48, 4, 3), (3, 96, 16, 60, 4)],
 )
 def test_experts(
-    backend: Backend, kind: str, tokens: int, hidden: int, inner: int, num_experts: int, top_k: int
+    case: BackendCase, kind: str, tokens: int, hidden: int, inner: int, num_experts: int, top_k: int
 ) -> None:
     x, w13, w2 = grid(tokens, hidden), grid(num_experts, 2 * inner, hidden) / 8, grid(num_experts, hidden, inner) / 8
     ids = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(max(1, tokens))])[:tokens]
@@ -167,37 +163,37 @@ def test_experts(
         for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
             gate, up = (w13[expert] @ x[token]).chunk(2)
             # Between its two products an expert's activations are rounded as the backend says.
-            inside = (formula(kind, gate) * up).to(backend.narrow).double()
+            inside = (formula(kind, gate) * up).to(case.narrow).double()
             exact[token] += weight * (w2[expert] @ inside)
             magnitude[token] += weight * (w2[expert].abs() @ inside.abs())
-    packed = pack_experts(backend.kernels, w13.to(backend.narrow), w2.to(backend.narrow))
-    ours = backend.kernels.experts(x.to(backend.narrow), ids, weights, **packed, kind=kind)
-    assert ours.dtype == backend.wide
+    packed = pack_experts(case.backend, w13.to(case.narrow), w2.to(case.narrow))
+    ours = case.backend.experts(x.to(case.narrow), ids, weights, **packed, kind=kind)
+    assert ours.dtype == case.wide
     # An activation that rounds the other way than ours is off by a unit of its dtype.
-    share = max(20 * backend.sums, torch.finfo(backend.narrow).eps)
-    backend.near(ours, exact, magnitude, share=share)
+    share = max(20 * case.sums, torch.finfo(case.narrow).eps)
+    case.near(ours, exact, magnitude, share=share)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 2), (33, 8), (128, 8), (20, 20)])
-def test_route(backend: Backend, num_experts: int, top_k: int, renormalize: bool) -> None:
+def test_route(case: BackendCase, num_experts: int, top_k: int, renormalize: bool) -> None:
     scores = torch.stack([torch.randperm(num_experts).double() / 8 - 2 for _ in range(9)])
-    ids, weights = backend.kernels.route(scores.to(backend.wide), top_k, renormalize)
+    ids, weights = case.backend.route(scores.to(case.wide), top_k, renormalize)
     assert ids.tolist() == scores.argsort(dim=-1, descending=True)[:, :top_k].tolist()
     exact = scores.softmax(-1).sort(dim=-1, descending=True).values[:, :top_k]
     if renormalize:
         exact = exact / exact.sum(-1, keepdim=True)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
-    assert backend.kernels.route(scores[:0].to(backend.wide), top_k, renormalize)[0].shape == (0, top_k)
+    assert case.backend.route(scores[:0].to(case.wide), top_k, renormalize)[0].shape == (0, top_k)
 
 
-def test_route_of_scores_that_are_no_numbers(backend: Backend) -> None:
+def test_route_of_scores_that_are_no_numbers(case: BackendCase) -> None:
     """The row alone becomes NaN, and its experts are some that there are."""
     scores = torch.randn(3, 20)
     for where, value in ((slice(None), torch.nan), (7, torch.nan), (7, torch.inf)):
         scores[1, where] = value
         for renormalize in (False, True):
-            ids, weights = backend.kernels.route(scores.to(backend.wide), 4, renormalize)
+            ids, weights = case.backend.route(scores.to(case.wide), 4, renormalize)
             assert weights[1].isnan().all()
             assert weights[[0, 2]].isfinite().all()
             assert all(len({*row}) == 4 and set(row) <= {*range(20)} for row in ids.tolist())
@@ -210,7 +206,7 @@ def best(row: list[float]) -> int:
 
 
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 33, 97, 512, 3071])
-def test_argmax(backend: Backend, width: int) -> None:
+def test_argmax(case: BackendCase, width: int) -> None:
     scores = torch.randn(9, width)
     scores[1] = 0.5  # all equal
     scores[2] = -torch.inf
@@ -220,45 +216,45 @@ def test_argmax(backend: Backend, width: int) -> None:
     scores[5, width - 1] = -4.0
     scores[6, width // 2] = -torch.inf
     scores[7] = -3e38
-    ids, peaks = backend.kernels.argmax(scores)
+    ids, peaks = case.backend.argmax(scores)
     assert ids == [best(row) for row in scores.tolist()]
     assert peaks == [max(row) for row in scores.tolist()]
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 97, 512])
-def test_argmax_of_nan_is_nan(backend: Backend, width: int) -> None:
+def test_argmax_of_nan_is_nan(case: BackendCase, width: int) -> None:
     for place in {0, width // 2, width - 1}:
         scores = torch.randn(3, width)
         scores[1, place] = torch.nan
         scores[1, (place + 1) % width] = torch.inf if width > 1 else torch.nan
-        ids, peaks = backend.kernels.argmax(scores)
+        ids, peaks = case.backend.argmax(scores)
         assert [math.isnan(peak) for peak in peaks] == [False, True, False]
         assert 0 <= ids[1] < width
         assert [ids[0], ids[2]] == [best(row) for row in scores[[0, 2]].tolist()]
 
 
-def test_argmax_of_no_rows(backend: Backend) -> None:
-    assert backend.kernels.argmax(torch.empty(0, 7)) == ([], [])
+def test_argmax_of_no_rows(case: BackendCase) -> None:
+    assert case.backend.argmax(torch.empty(0, 7)) == ([], [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_in_its_row(backend: Backend, value: float) -> None:
+def test_what_is_no_number_stays_in_its_row(case: BackendCase, value: float) -> None:
     x, weight = grid(5, 40), grid(33, 40)
     x[2, 7] = value
-    packed = backend.kernels.pack([weight.to(backend.narrow)], role="o")
-    ours = backend.kernels.linear(x.to(backend.narrow), packed)
+    packed = case.backend.pack([weight.to(case.narrow)], role=Role.O)
+    ours = case.backend.linear(x.to(case.narrow), packed)
     assert not ours[2].isfinite().any()
     rest = [0, 1, 3, 4]
-    backend.near(ours[rest], (x @ weight.T)[rest], (x.abs() @ weight.abs().T)[rest])
-    normed = backend.kernels.norm(x.to(backend.wide), torch.ones(40, dtype=backend.narrow), 1e-5)
+    case.near(ours[rest], (x @ weight.T)[rest], (x.abs() @ weight.abs().T)[rest])
+    normed = case.backend.norm(x.to(case.wide), torch.ones(40, dtype=case.narrow), 1e-5)
     assert normed[rest].isfinite().all()
     assert not (normed[2].isfinite().all() and normed[2].abs().sum() > 0)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 96])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(1, 1), (2, 33), (3, 64), (8, 128), (1, 512)])
-def test_kv_bytes_is_what_is_allocated(backend: Backend, block_size: int, num_kv_heads: int, head_dim: int) -> None:
+def test_kv_bytes_is_what_is_allocated(case: BackendCase, block_size: int, num_kv_heads: int, head_dim: int) -> None:
     shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    store = backend.kernels.allocate_kv(num_blocks=7, dtype=backend.narrow, device=CPU, **shape)
-    assert store.nbytes == 7 * backend.kernels.kv_bytes(dtype=backend.narrow, **shape)
-    assert store.nbytes >= 7 * 2 * block_size * num_kv_heads * head_dim * backend.narrow.itemsize
+    store = case.backend.allocate_kv(num_blocks=7, dtype=case.narrow, device=CPU, **shape)
+    assert store.nbytes == 7 * case.backend.kv_bytes(dtype=case.narrow, **shape)
+    assert store.nbytes >= 7 * 2 * block_size * num_kv_heads * head_dim * case.narrow.itemsize

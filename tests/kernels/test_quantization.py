@@ -17,9 +17,10 @@ from backends import pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.backend import CpuKernels
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
-from splitfuse.kernels.cpu.quantization import LEVELS, SIXTEEN, choose_format
+from splitfuse.kernels.cpu.quantization import INT4_QVALUES, QVALUES, choose_format
+from splitfuse.kernels.interface import Role
 
 Floats = npt.NDArray[np.float32]
 MOST_ERROR = 1.5
@@ -28,8 +29,8 @@ FORMATS = [("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
 
 
-def kernels_of(variant: str, quantization: str, group: int | None, num_threads: int = 2) -> CpuKernels:
-    return CpuKernels(variant=variant, num_threads=num_threads, quantization=quantization, group_size=group)
+def kernels_of(variant: str, quantization: str, group: int | None, num_threads: int = 2) -> CpuBackend:
+    return CpuBackend(variant=variant, num_threads=num_threads, quantization=quantization, group_size=group)
 
 
 def bf16(values: Floats) -> Floats:
@@ -66,7 +67,7 @@ def int8(weight: Floats, group: int | None) -> Quantized:
 
 
 def nearest(values: Floats) -> Floats:
-    sixteen = np.array(SIXTEEN, np.float32)
+    sixteen = np.array(INT4_QVALUES, np.float32)
     return sixteen[np.searchsorted((sixteen[1:] + sixteen[:-1]) / 2, values, side="left")]
 
 
@@ -79,10 +80,10 @@ def int4_scales(values: Floats) -> Floats:
     return np.concatenate((-scales, scales))
 
 
-def kept(kernels: CpuKernels, weight: Tensor) -> npt.NDArray[np.float64]:
+def kept(backend: CpuBackend, weight: Tensor) -> npt.NDArray[np.float64]:
     """The weight as it is kept, read column by column with rows of a single 1: right to 2**-22."""
-    packed = kernels.pack([weight.bfloat16()], role="o")
-    return kernels.linear(torch.eye(weight.shape[1]).bfloat16(), packed).T.double().numpy()
+    packed = backend.pack([weight.bfloat16()], role=Role.O)
+    return backend.linear(torch.eye(weight.shape[1]).bfloat16(), packed).T.double().numpy()
 
 
 def int4(weight: Floats, group: int, found: npt.NDArray[np.float64]) -> Quantized:
@@ -111,15 +112,15 @@ def int4(weight: Floats, group: int, found: npt.NDArray[np.float64]) -> Quantize
     return quantized
 
 
-def quantize(kernels: CpuKernels, weight: Tensor) -> Quantized:
+def quantize(backend: CpuBackend, weight: Tensor) -> Quantized:
     """The oracle's levels and scales; asserts that the kernels keep those."""
-    values, found = weight.float().numpy(), kept(kernels, weight)
-    if kernels.quantization == "int8":
-        quantized = int8(values, kernels.group_size)
+    values, found = weight.float().numpy(), kept(backend, weight)
+    if backend.quantization == "int8":
+        quantized = int8(values, backend.group_size)
         np.testing.assert_allclose(found, quantized.weights, rtol=2**-21, atol=0)
         return quantized
-    assert kernels.group_size is not None
-    return int4(values, kernels.group_size, found)
+    assert backend.group_size is not None
+    return int4(values, backend.group_size, found)
 
 
 def product(x: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
@@ -166,34 +167,34 @@ def test_scales_and_levels(variant: str, quantization: str, group: int | None, r
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_linear(variant: str, quantization: str, group: int | None, outputs: int, inputs: int, rows: int) -> None:
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     weight = (torch.randn(outputs, inputs) * torch.rand(outputs, 1)).bfloat16()
     x = (torch.randn(rows, inputs) * 10 ** torch.randn(rows, 1)).bfloat16()
     x[-1] = 0
-    bias, residual = torch.randn(outputs).bfloat16(), torch.randn(rows, outputs)
-    exact, bound = product(x, quantize(kernels, weight))
-    packed = kernels.pack([weight], role="o")
-    assert ((kernels.linear(x, packed) - exact).abs() <= bound + 2**-23 * exact.abs()).all()
-    wanted = exact + bias.double() + residual.double()
-    bound = bound + 2**-22 * (exact.abs() + bias.double().abs() + residual.double().abs())
-    assert ((kernels.linear(x, packed, bias, residual) - wanted).abs() <= bound).all()
+    bias = torch.randn(outputs).bfloat16()
+    exact, bound = product(x, quantize(backend, weight))
+    packed = backend.pack([weight], role=Role.O)
+    assert ((backend.linear(x, packed) - exact).abs() <= bound + 2**-23 * exact.abs()).all()
+    wanted = exact + bias.double()
+    bound = bound + 2**-22 * (exact.abs() + bias.double().abs())
+    assert ((backend.linear(x, packed, bias) - wanted).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_no_sum_overflows(variant: str, quantization: str, group: int | None) -> None:
     """Everything at its largest: also the 16 bits in which AVX2 adds two products."""
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     weight = torch.ones(4, 4096) * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     weight[2:, ::2] *= -1
     x = torch.ones(3, 4096)
     x[1] *= -1
     x[2, ::2] *= -1
     exact = (x @ weight.T).double()
-    ours = kernels.linear(x.bfloat16(), kernels.pack([weight.bfloat16()], role="o"))
+    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=Role.O))
     # int4 has its largest level at one end only: a group of +1 and -1 is not exact.
     share = 2**-7 if quantization == "int8" else 0.2
     assert ((ours - exact).abs() <= share * 4096).all()
-    whole, bound = product(x.bfloat16(), quantize(kernels, weight.bfloat16()))
+    whole, bound = product(x.bfloat16(), quantize(backend, weight.bfloat16()))
     assert ((ours - whole).abs() <= bound).all()
 
 
@@ -202,11 +203,11 @@ def test_no_sum_overflows(variant: str, quantization: str, group: int | None) ->
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_gated(variant: str, quantization: str, group: int | None, inner: int, inputs: int, kind: str) -> None:
     """Equal, bit for bit, to its activation of the product, whose gate and up come as a weight of their own."""
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     weight, bias = torch.randn(2 * inner, inputs).bfloat16() / 8, torch.randn(2 * inner).bfloat16()
     x = torch.randn(5, inputs).bfloat16()
-    ours = kernels.gated(x, kernels.pack(list(weight.split(inner)), role="gate_up"), bias, kind).double()
-    gate, up = kernels.linear(x, kernels.pack([weight], role="o"), bias).double().chunk(2, dim=-1)
+    ours = backend.gated(x, backend.pack(list(weight.split(inner)), role=Role.GATE_UP), bias, kind).double()
+    gate, up = backend.linear(x, backend.pack([weight], role=Role.O), bias).double().chunk(2, dim=-1)
     activation = {
         "silu": gate * torch.sigmoid(gate),
         "gelu": gate * 0.5 * torch.erfc(-gate * 0.5**0.5),
@@ -218,16 +219,16 @@ def test_gated(variant: str, quantization: str, group: int | None, inner: int, i
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_experts(variant: str, quantization: str, group: int | None) -> None:
     """Each expert is quantized by itself: the mixture is the sum of dense networks that are quantized alike."""
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     x, w13, w2 = torch.randn(11, 130).bfloat16(), torch.randn(5, 96, 130) / 8, torch.randn(5, 130, 48) / 8
     ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
-    packed = pack_experts(kernels, w13.bfloat16(), w2.bfloat16())
-    ours = kernels.experts(x, ids, weights, **packed, kind="silu")
+    packed = pack_experts(backend, w13.bfloat16(), w2.bfloat16())
+    ours = backend.experts(x, ids, weights, **packed, kind="silu")
     wanted = torch.zeros(11, 130, dtype=torch.float64)
     for expert in range(5):
-        gate_up = kernels.pack(w13[expert].bfloat16().chunk(2), role="gate_up")
-        down = kernels.pack([w2[expert].bfloat16()], role="down")
-        said = kernels.linear(kernels.gated(x, gate_up, None, "silu"), down)
+        gate_up = backend.pack(w13[expert].bfloat16().chunk(2), role=Role.GATE_UP)
+        down = backend.pack([w2[expert].bfloat16()], role=Role.DOWN)
+        said = backend.linear(backend.gated(x, gate_up, None, "silu"), down)
         wanted += (ids == expert).double().mul(weights).sum(1, keepdim=True) * said
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
 
@@ -237,23 +238,23 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
 def test_a_tied_embedding_is_what_the_head_multiplies(
     variant: str, quantization: str, group: int | None, columns: int
 ) -> None:
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     weight = weights_of_all_kinds(40, columns)
-    head = kernels.pack([weight], role="head")
-    rows = kernels.embed(torch.arange(40), head).double().numpy()
+    head = backend.pack([weight], role=Role.HEAD)
+    rows = backend.embed(torch.arange(40), head).double().numpy()
     # The head of an int4 model is int8, a scale a row.
-    wanted = int8(weight.float().numpy(), kernels.group_size if quantization == "int8" else None)
+    wanted = int8(weight.float().numpy(), backend.group_size if quantization == "int8" else None)
     assert (rows == wanted.weights).all()
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_what_is_no_number_shows(variant: str, quantization: str, group: int | None) -> None:
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     weight, x = torch.randn(40, 300), torch.randn(6, 300)
     weight[3, 5] = torch.nan
     weight[35, 299] = torch.inf
     x[1, 7], x[2, 299] = torch.nan, -torch.inf
-    ours = kernels.linear(x.bfloat16(), kernels.pack([weight.bfloat16()], role="o")).isfinite()
+    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=Role.O)).isfinite()
     assert not ours[1:3].any()
     assert not ours[:, [3, 35]].any()
     assert ours[[0, 3, 4, 5]][:, [c for c in range(40) if c not in (3, 35)]].all()
@@ -264,9 +265,9 @@ def test_what_is_no_number_shows(variant: str, quantization: str, group: int | N
 def test_a_row_too_small_for_its_scale_is_nearly_zero(
     variant: str, quantization: str, group: int | None, magnitude: float
 ) -> None:
-    kernels = kernels_of(variant, quantization, group)
-    packed = kernels.pack([torch.randn(33, 70).bfloat16()], role="o")
-    ours = kernels.linear((torch.randn(3, 70) * magnitude).bfloat16(), packed)
+    backend = kernels_of(variant, quantization, group)
+    packed = backend.pack([torch.randn(33, 70).bfloat16()], role=Role.O)
+    ours = backend.linear((torch.randn(3, 70) * magnitude).bfloat16(), packed)
     assert (ours.abs() <= 1e-25).all()
 
 
@@ -292,36 +293,36 @@ def test_how_far_normal_weights_are_off(variant: str, quantization: str, group: 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -> None:
-    kernels = kernels_of(variant, quantization, group)
+    backend = kernels_of(variant, quantization, group)
     bits = {"int8": 8, "int4": 4}[quantization]
     scales = 1024 // group if group else 1
 
-    def size(role: str) -> int:
-        return kernels.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
+    def size(role: Role) -> int:
+        return backend.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
 
-    for role in ("qkv", "o", "gate_up", "down", "w13", "w2"):
+    for role in set(Role) - {Role.PLAIN, Role.HEAD, Role.ROUTER}:
         assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
     assert size("head") == (size("o") if quantization == "int8" else 512 * 1024 + 512 * 2)
     assert size("router") == size("plain") == 2 * 512 * 1024
 
 
 def test_the_levels_of_int4_rise_and_fit_a_byte() -> None:
-    assert len(SIXTEEN) == 16
-    assert list(SIXTEEN) == sorted(set(SIXTEEN))
-    assert max(map(abs, SIXTEEN)) <= 127  # or AVX2's sums of two products would not fit 16 bits
-    assert list(LEVELS) == [level + 128 for level in SIXTEEN]
+    assert len(INT4_QVALUES) == 16
+    assert list(INT4_QVALUES) == sorted(set(INT4_QVALUES))
+    assert max(map(abs, INT4_QVALUES)) <= 127  # or AVX2's sums of two products would not fit 16 bits
+    assert list(QVALUES) == [level + 128 for level in INT4_QVALUES]
 
 
-@pytest.mark.parametrize("role", ["qkv", "o", "gate_up", "down", "head", "router", "w13", "w2"])
-def test_formats_by_role(role: str) -> None:
+@pytest.mark.parametrize("role", [role for role in Role if role is not Role.PLAIN], ids=str)
+def test_formats_by_role(role: Role) -> None:
     def found(quantization: str | None, group: int | None) -> tuple[int, int | None]:
         chosen = choose_format(role, quantization, group)
         return chosen.number, chosen.group
 
     assert found(None, None) == (BF16, None)
-    layers = role not in ("head", "router")
+    layers = role not in (Role.HEAD, Role.ROUTER)
     for group in (None, 128):
-        assert found("int8", group) == ((BF16, None) if role == "router" else (INT8, group))
+        assert found("int8", group) == ((BF16, None) if role is Role.ROUTER else (INT8, group))
     for group, resolved in ((None, 64), (64, 64), (128, 128)):
         wanted = (INT4, resolved) if layers else (INT8, None) if role == "head" else (BF16, None)
         assert found("int4", group) == wanted

@@ -1,4 +1,4 @@
-"""What the decoder does beyond parity: rows that are asked for, caps, and what it hands to the kernels."""
+"""What the decoder does beyond parity: rows that are asked for, caps, and what it hands to the backend."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 from ragged_requests import Chunk, Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels, Store
+from splitfuse.kernels.interface import Store
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.models.weights import load_decoder
 
 
-class RecordingKernels(Kernels):
+class RecordingBackend(ReferenceBackend):
     """The reference, remembering how each layer asked for attention."""
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class RecordingKernels(Kernels):
 def decoder(tmp_path: Path) -> Decoder:
     tiny_models.save("qwen2-tied-upper-windows", tmp_path)
     spec = load_spec(tmp_path)
-    return load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), kernels=RecordingKernels())
+    return load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), backend=RecordingBackend())
 
 
 def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
@@ -57,22 +58,28 @@ def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
 
 
 def test_logit_softcap(decoder: Decoder) -> None:
-    capped = Decoder(dataclasses.replace(decoder.spec, logit_softcap=0.5), decoder.weights, decoder.kernels)
+    capped = Decoder(dataclasses.replace(decoder.spec, logit_softcap=0.5), decoder.weights, decoder.backend)
     raw = logits(decoder, [5, 6, 7])
     assert raw.abs().max() > 0.5
     torch.testing.assert_close(logits(capped, [5, 6, 7]), 0.5 * torch.tanh(raw / 0.5))
 
 
 def test_each_layer_attends_as_its_spec_says(decoder: Decoder) -> None:
-    kernels = decoder.kernels
-    assert isinstance(kernels, RecordingKernels)
-    spec = dataclasses.replace(decoder.spec, attention_softcap=2.0)
-    logits(Decoder(spec, decoder.weights, kernels), [1, 2])
-    assert kernels.asked == [(8**-0.5, None, 2.0), (8**-0.5, 5, 2.0), (8**-0.5, 5, 2.0)]
+    backend = decoder.backend
+    assert isinstance(backend, RecordingBackend)
+    capped = [
+        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, softcap=2.0))
+        for layer in decoder.spec.layers[:2]
+    ]
+    spec = dataclasses.replace(decoder.spec, layers=(*capped, decoder.spec.layers[2]))
+    logits(Decoder(spec, decoder.weights, backend), [1, 2])
+    assert backend.asked == [(8**-0.5, None, 2.0), (8**-0.5, 5, 2.0), (8**-0.5, 5, None)]
 
 
 def test_logits_are_fp32_in_every_precision(tmp_path: Path) -> None:
     tiny_models.save("llama-gqa", tmp_path)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        half = load_decoder(tmp_path, load_spec(tmp_path), dtype=dtype, device=torch.device("cpu"), kernels=Kernels())
+        half = load_decoder(
+            tmp_path, load_spec(tmp_path), dtype=dtype, device=torch.device("cpu"), backend=ReferenceBackend()
+        )
         assert logits(half, [1, 2, 3]).dtype == torch.float32

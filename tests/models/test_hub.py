@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from splitfuse.errors import ModelError, ModelNotFoundError
-from splitfuse.models.families.families import load_spec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources import hub
 from splitfuse.models.sources.hub import read_config, resolve_model
 

@@ -7,9 +7,10 @@ import torch
 from backends import variants
 
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.reference import Kernels
-from splitfuse.models.families.families import spec_from_config
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models.families.registry import spec_from_config
 from splitfuse.models.kv_cache import KVCache, block_bytes
 
 SPEC = spec_from_config(
@@ -26,19 +27,19 @@ SPEC = spec_from_config(
 )
 
 
-def cache(*, num_blocks: int, block_size: int, kernels: Kernels | None = None) -> KVCache:
+def cache(*, num_blocks: int, block_size: int, backend: Backend | None = None) -> KVCache:
     return KVCache(
         SPEC,
         num_blocks=num_blocks,
         block_size=block_size,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        kernels=kernels or Kernels(),
+        backend=backend or ReferenceBackend(),
     )
 
 
 def test_block_bytes_is_what_is_allocated() -> None:
-    size = block_bytes(SPEC, block_size=16, dtype=torch.bfloat16, kernels=Kernels())
+    size = block_bytes(SPEC, block_size=16, dtype=torch.bfloat16, backend=ReferenceBackend())
     assert size == 5 * 2 * 16 * 3 * 4 * 2
     assert sum(store.nbytes for store in cache(num_blocks=7, block_size=16).layers) == 7 * size
 
@@ -47,10 +48,10 @@ def test_block_bytes_is_what_is_allocated() -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_block_bytes_of_the_cpp_kernels(variant: str, kv_int8: bool) -> None:
     """Heads are filled up to 32 elements; in int8 each token and head has two scales in fp32."""
-    kernels = CpuKernels(variant=variant, kv_int8=kv_int8)
-    size = block_bytes(SPEC, block_size=64, dtype=torch.bfloat16, kernels=kernels)
+    backend = CpuBackend(variant=variant, kv_int8=kv_int8)
+    size = block_bytes(SPEC, block_size=64, dtype=torch.bfloat16, backend=backend)
     assert size == 5 * 2 * 64 * 3 * (32 + 4 if kv_int8 else 32 * 2)
-    stores = cache(num_blocks=7, block_size=64, kernels=kernels).layers
+    stores = cache(num_blocks=7, block_size=64, backend=backend).layers
     assert sum(store.nbytes for store in stores) == 7 * size
 
 
@@ -62,7 +63,7 @@ def test_more_than_the_memory_there_is() -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_more_than_the_memory_there_is_for_the_cpp_kernels(variant: str) -> None:
     with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
-        cache(num_blocks=10**12, block_size=32, kernels=CpuKernels(variant=variant))
+        cache(num_blocks=10**12, block_size=32, backend=CpuBackend(variant=variant))
 
 
 def test_block_size_is_the_kernels_to_refuse() -> None:

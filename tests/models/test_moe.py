@@ -11,17 +11,17 @@ import torch
 from ragged_requests import Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.interface import ExpertsSpec, LayerWeights
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models import blocks
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec
-from splitfuse.models.moe import mixture
-from splitfuse.models.spec import MoESpec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.weights import load_decoder
 
 HIDDEN, INNER = 48, 6
 
 
-def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: MoESpec) -> Tensor:
+def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: ExpertsSpec) -> Tensor:
     """The mixture, one token and one expert at a time."""
     out = torch.zeros_like(x)
     for token, row in enumerate(x):
@@ -34,14 +34,14 @@ def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: MoESpec) -> Te
     return out
 
 
-def make(moe: MoESpec) -> tuple[Tensor, Tensor, Tensor]:
+def make(moe: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(moe.num_experts)
     e = moe.num_experts
     return torch.randn(e, HIDDEN), torch.randn(e, 2 * INNER, HIDDEN) / 7, torch.randn(e, HIDDEN, INNER) / 7
 
 
 MIXTURES = [
-    MoESpec(num_experts=experts, top_k=top_k, intermediate_size=INNER, renormalize=renormalize)
+    ExpertsSpec(num_experts=experts, top_k=top_k, intermediate_size=INNER, activation="silu", renormalize=renormalize)
     for experts, top_k in [(1, 1), (4, 2), (5, 5), (8, 1)]
     for renormalize in (False, True)
 ]
@@ -49,15 +49,17 @@ MIXTURES = [
 
 @pytest.mark.parametrize("moe", MIXTURES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_mixture(moe: MoESpec, tokens: int) -> None:
+def test_mixture(moe: ExpertsSpec, tokens: int) -> None:
     router, w13, w2 = make(moe)
     x = torch.randn(tokens, HIDDEN)
-    ours = mixture(x, router, list(w13), list(w2), moe=moe, activation="silu", kernels=Kernels())
+    unused = torch.ones(HIDDEN)
+    weights = LayerWeights(attn_norm=unused, qkv=None, o=None, mlp_norm=unused, router=router, w13=w13, w2=w2)
+    ours = blocks.mlp(x, moe, weights, ReferenceBackend())
     torch.testing.assert_close(ours, loop(x, router, w13, w2, moe), rtol=1e-4, atol=1e-4)
 
 
 def test_routing_is_best_first_and_in_fp32() -> None:
-    ids, weights = Kernels().route(torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=torch.bfloat16), 2, True)
+    ids, weights = ReferenceBackend().route(torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=torch.bfloat16), 2, True)
     assert ids.tolist() == [[1, 2]]
     assert weights.dtype == torch.float32
     assert float(weights.sum()) == pytest.approx(1)
@@ -66,8 +68,8 @@ def test_routing_is_best_first_and_in_fp32() -> None:
 def test_decoder_with_experts_adds_them_to_the_residual(tmp_path: Path) -> None:
     """One expert that is every layer's MLP makes the dense network again, whatever its router says."""
     tiny_models.save("llama-gqa", tmp_path)
-    spec, kernels = load_spec(tmp_path), Kernels()
-    dense = load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), kernels=kernels)
+    spec, backend = load_spec(tmp_path), ReferenceBackend()
+    dense = load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), backend=backend)
     layers = tuple(
         dataclasses.replace(
             layer,
@@ -79,8 +81,9 @@ def test_decoder_with_experts_adds_them_to_the_residual(tmp_path: Path) -> None:
         )
         for layer in dense.weights.layers
     )
-    moe = MoESpec(num_experts=1, top_k=1, intermediate_size=spec.intermediate_size, renormalize=False)
-    sparse = Decoder(dataclasses.replace(spec, moe=moe), dataclasses.replace(dense.weights, layers=layers), kernels)
+    moe = ExpertsSpec(num_experts=1, top_k=1, intermediate_size=72, activation="silu", renormalize=False)
+    sparse_spec = dataclasses.replace(spec, layers=tuple(dataclasses.replace(each, mlp=moe) for each in spec.layers))
+    sparse = Decoder(sparse_spec, dataclasses.replace(dense.weights, layers=layers), backend)
     requests = [Request(list(range(12))) for _ in range(2)]
     for decoder, request in zip((dense, sparse), requests, strict=True):
         Runner(decoder, block_size=4).step([(request, 12)])

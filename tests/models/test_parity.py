@@ -15,10 +15,11 @@ from ragged_requests import Request, Runner
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Backend, MlpSpec
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec
+from splitfuse.models.families.registry import load_spec
 from splitfuse.models.weights import load_decoder
 
 PROMPT_LENGTHS = (1, 9, 20, 37)
@@ -28,8 +29,8 @@ CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2
 OTHER_EXPERT = 0.15  # where two experts are nearly as good, the other one may be chosen: of few tokens, and so far off
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=kernels or Kernels())
+def load(folder: Path, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Decoder:
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, backend=backend or ReferenceBackend())
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -109,12 +110,16 @@ def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
     model.bfloat16().float()
     if hasattr(model.model, "rotary_emb"):  # its table is no weight, and is fp32 with ours
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2))
+    decoder = load(tmp_path, torch.bfloat16, CpuBackend(variant=variant, num_threads=2))
     whole = [Request(prompt) for prompt in prompts(0)]
     Runner(decoder, block_size=32).step([(request, request.num_pending) for request in whole])
     misses = torch.cat([miss(request, oracle_logits(model, request.token_ids)) for request in whole])
     off = misses[misses > CPP_TOLERANCE]
-    few, far = (0, 0.0) if decoder.spec.moe is None else (len(misses) // 8, OTHER_EXPERT)
+    few, far = (
+        (0, 0.0)
+        if all(isinstance(layer.mlp, MlpSpec) for layer in decoder.spec.layers)
+        else (len(misses) // 8, OTHER_EXPERT)
+    )
     assert len(off) <= few and (off <= far).all()
     for block_size in (32, 64):
         split = [Request(prompt) for prompt in prompts(0)]
@@ -128,7 +133,7 @@ def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
 def test_cpp_kernels_quantized(variant: str, quantization: str, tmp_path: Path) -> None:
     """Random weights are the hardest to quantize, and three layers add up: near means the same network, no more."""
     model = tiny_models.save("qwen3", tmp_path)
-    decoder = load(tmp_path, torch.bfloat16, CpuKernels(variant=variant, num_threads=2, quantization=quantization))
+    decoder = load(tmp_path, torch.bfloat16, CpuBackend(variant=variant, num_threads=2, quantization=quantization))
     request = Request(prompts(0)[3])
     Runner(decoder, block_size=32).run_split([request], random.Random(0))
     ours, oracle = torch.stack(request.logits), oracle_logits(model, request.token_ids)

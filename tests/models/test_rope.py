@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.rope import extended_length, read_rope, rope_tables
+from splitfuse.models.families.rope_config import extended_length, read_rope
+from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import RopeSpec
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def oracle(rope: dict[str, Any], **fields: Any) -> LlamaRotaryEmbedding:
 )
 def test_tables_match_transformers(rope: dict[str, Any]) -> None:
     spec = rope_of(rope)
-    cos, sin = rope_tables(spec, MAX_POSITION, CPU)
+    cos, sin = rope_table(spec, MAX_POSITION, CPU)
     theirs = oracle(rope)(torch.empty(0), torch.arange(MAX_POSITION)[None])
     for ours, oracle_table in zip((cos, sin), theirs, strict=True):
         half = oracle_table.shape[-1] // 2
@@ -77,7 +78,7 @@ def test_tables_match_transformers(rope: dict[str, Any]) -> None:
 def test_dynamic_row_is_what_generation_gives(fields: dict[str, Any]) -> None:
     """Row p of the table is the row transformers uses when p is the newest position, whatever came before."""
     rope = {"rope_type": "dynamic", "factor": 2.0, **fields}
-    cos, sin = rope_tables(rope_of(rope), 2 * MAX_POSITION, CPU)
+    cos, sin = rope_table(rope_of(rope), 2 * MAX_POSITION, CPU)
     embedding = oracle(rope)
     for position in range(2 * MAX_POSITION):
         their_cos, their_sin = embedding(torch.empty(0), torch.tensor([[position]]))
@@ -89,7 +90,7 @@ def test_dynamic_row_is_what_generation_gives(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
 def test_rows_do_not_depend_on_the_length_of_the_table(kind: str) -> None:
     rope = rope_of({**LLAMA3, "rope_type": kind})
-    for long, short in zip(rope_tables(rope, 200, CPU), rope_tables(rope, 70, CPU), strict=True):
+    for long, short in zip(rope_table(rope, 200, CPU), rope_table(rope, 70, CPU), strict=True):
         torch.testing.assert_close(long[:70], short, rtol=0, atol=3e-5)
 
 

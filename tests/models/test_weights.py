@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
-from splitfuse.kernels.cpu.arguments import PackedWeight
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.reference import Kernels, Weight
+from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Role, Weight
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families.families import load_spec, spec_from_config
+from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.safetensors import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 
@@ -59,17 +60,17 @@ def experts(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, kernels=Kernels(), **options)
+    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, backend=ReferenceBackend(), **options)
 
 
-class Packing(Kernels):
+class Packing(ReferenceBackend):
     """Keeps of a weight only what it was told: its role, and the shapes of its pieces."""
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         assert dtype == torch.float32
-        if role == "plain":
+        if role is Role.PLAIN:
             return super().pack(pieces, role=role, dtype=dtype)
-        return role, [tuple(piece.shape) for piece in pieces]
+        return role.value, [tuple(piece.shape) for piece in pieces]
 
 
 def rewrite(folder: Path, changes: dict[str, Tensor | None]) -> None:
@@ -103,7 +104,7 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
 
 
 def test_weights_are_packed_for_their_role(folder: Path) -> None:
-    weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, kernels=Packing()).weights
+    weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, backend=Packing()).weights
     layer = weights.layers[0]
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
     assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
@@ -114,7 +115,7 @@ def test_weights_are_packed_for_their_role(folder: Path) -> None:
 def test_each_expert_is_packed_by_itself(experts: Path) -> None:
     """Nothing larger than one expert is ever gathered."""
     layers = load_decoder(
-        experts, load_spec(experts), dtype=torch.float32, device=CPU, kernels=Packing()
+        experts, load_spec(experts), dtype=torch.float32, device=CPU, backend=Packing()
     ).weights.layers
     for layer in (layers[0], layers[1], layers[2]):
         assert (layer.router, layer.w13, layer.w2) == (None, (), ())
@@ -145,7 +146,7 @@ def test_missing_and_surplus_experts(experts: Path) -> None:
 
 def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
     tiny_models.save("llama-tied-wide-heads", tmp_path)
-    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.float32, device=CPU, kernels=Packing()).weights
+    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.float32, device=CPU, backend=Packing()).weights
     assert weights.embed is weights.head
     assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
 
@@ -189,8 +190,8 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
 def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
     model = tiny_models.save(variant, tmp_path)
     count = sum(weight.numel() for weight in model.parameters())
-    assert weight_bytes(load_spec(tmp_path), torch.float32, Kernels()) == 4 * count
-    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, Kernels()) == 2 * count
+    assert weight_bytes(load_spec(tmp_path), torch.float32, ReferenceBackend()) == 4 * count
+    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, ReferenceBackend()) == 2 * count
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -202,13 +203,13 @@ def test_weight_bytes_is_what_the_cpp_kernels_keep(
     variant: str, family: str, quantization: str | None, tmp_path: Path
 ) -> None:
     tiny_models.save(family, tmp_path)
-    kernels = CpuKernels(variant=variant, num_threads=1, quantization=quantization)
-    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.bfloat16, device=CPU, kernels=kernels).weights
+    backend = CpuBackend(variant=variant, num_threads=1, quantization=quantization)
+    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.bfloat16, device=CPU, backend=backend).weights
     each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
     each += [[*layer.w13, *layer.w2] for layer in weights.layers]
-    kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | PackedWeight)}
+    kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | bindings.Weight)}
     total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
-    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, kernels) == total
+    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, backend) == total
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import splitfuse
 from splitfuse import config
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu import bindings, quantization
-from splitfuse.kernels.cpu.backend import CpuKernels
-from splitfuse.kernels.onednn import PrepackedKernels
-from splitfuse.kernels.reference import Kernels
-from splitfuse.runtime.backend_choice import choose_kernels, usable_cores
+from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.onednn import OneDnnBackend
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.runtime.backend_choice import choose_backend, usable_cores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLY_CPP: list[dict[str, Any]] = [
@@ -30,8 +31,8 @@ ONLY_CPP: list[dict[str, Any]] = [
 NOT_COMPILED = "the C++ kernels were not compiled"
 
 
-def choose(dtype: torch.dtype = BF16, **settings: Any) -> Kernels:
-    return choose_kernels(EngineConfig.from_settings(settings), dtype)
+def choose(dtype: torch.dtype = BF16, **settings: Any) -> Backend:
+    return choose_backend(EngineConfig.from_settings(settings), dtype)
 
 
 @pytest.fixture
@@ -44,12 +45,12 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_named_kernels_get_every_setting(variant: str) -> None:
     plain = choose(kernels=variant)
-    assert isinstance(plain, CpuKernels)
+    assert isinstance(plain, CpuBackend)
     assert (plain.variant, plain.quantization, plain.group_size, plain.kv_int8) == (variant, None, None, False)
     full = choose(
         kernels=variant, quantization="int4", quantization_group_size=128, kv_cache_dtype="int8", num_threads=3
     )
-    assert isinstance(full, CpuKernels)
+    assert isinstance(full, CpuBackend)
     assert (full.num_threads, full.quantization, full.group_size, full.kv_int8) == (3, "int4", 128, True)
 
 
@@ -57,26 +58,26 @@ def test_named_kernels_get_every_setting(variant: str) -> None:
 def test_the_best_that_the_machine_can_run_is_the_default(variant: str) -> None:
     del variant  # the least of them: if it runs, there is one to choose
     chosen = choose()
-    assert isinstance(chosen, CpuKernels)
+    assert isinstance(chosen, CpuBackend)
     assert chosen.variant == bindings.supported_variants()[0]
     assert chosen.num_threads == usable_cores()
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 def test_other_dtypes_are_computed_by_the_reference(dtype: torch.dtype) -> None:
-    assert type(choose(dtype)) is Kernels
-    assert type(choose(dtype, kernels="reference")) is Kernels
-    assert type(choose(BF16, kernels="reference")) is Kernels
+    assert type(choose(dtype)) is ReferenceBackend
+    assert type(choose(dtype, kernels="reference")) is ReferenceBackend
+    assert type(choose(BF16, kernels="reference")) is ReferenceBackend
 
 
 def test_another_device_is_computed_by_the_reference() -> None:
-    assert type(choose(device="cuda")) is Kernels
+    assert type(choose(device="cuda")) is ReferenceBackend
 
 
 @pytest.mark.parametrize("name", [backend for backend in BACKENDS if backend.id == "torch"])
 def test_torch_is_chosen_by_name(name: str) -> None:
     chosen = choose(kernels=name)
-    assert isinstance(chosen, PrepackedKernels)
+    assert isinstance(chosen, OneDnnBackend)
     assert "kernels=torch" in chosen.describe()
 
 
@@ -85,7 +86,7 @@ def test_torch_is_chosen_by_name(name: str) -> None:
 def test_without_a_compiler_pytorch_computes_and_says_what_is_lost(name: str) -> None:
     del name
     chosen = choose()
-    assert isinstance(chosen, PrepackedKernels)
+    assert isinstance(chosen, OneDnnBackend)
     for lost in ("no quantization", "no int8 KV cache", "no equal bits", "the speed", NOT_COMPILED):
         assert lost in chosen.describe()
 
@@ -168,8 +169,8 @@ def test_without_a_compiler_and_without_onednn_the_reference_computes(monkeypatc
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("bf16 path needs another cpu")
 
-    monkeypatch.setattr(PrepackedKernels, "pack", refuse)
-    assert type(choose()) is Kernels
+    monkeypatch.setattr(OneDnnBackend, "pack", refuse)
+    assert type(choose()) is ReferenceBackend
     with pytest.raises(ConfigError, match="oneDNN does not multiply bfloat16 here"):
         choose(kernels="torch")
 
@@ -178,8 +179,11 @@ def test_without_a_compiler_and_without_onednn_the_reference_computes(monkeypatc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantization": "int8", "quantization_group_size": 64}, "quantization_group_size must be 128 for int8"),
-        ({"block_size": 16}, "block_size must be a multiple of 32 for the CPU kernels, not 16"),
+        (
+            {"quantization": "int8", "quantization_group_size": 64},
+            "quantization_group_size=64 .* int8: use 128",
+        ),
+        ({"block_size": 16}, "block_size=16 is not a positive multiple of 32, which the C.. kernels need: use 32"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
@@ -194,8 +198,10 @@ def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
 
 def test_settings_name_what_the_kernels_have() -> None:
     """config.py lists it again, as neither may import the other."""
-    assert config.QUANTIZATIONS == quantization.QUANTIZATIONS
-    assert set(config.GROUP_SIZES) == {size for sizes in quantization.GROUP_SIZES.values() for size in sizes}
+    assert tuple(CpuBackend.capabilities.quantizations) == config.QUANTIZATIONS
+    assert set(config.GROUP_SIZES) == {
+        size for sizes in CpuBackend.capabilities.quantizations.values() for size in sizes
+    }
     assert set(config.KERNELS) == {"auto", *bindings.VARIANTS, "torch", "reference"}
 
 

@@ -10,33 +10,29 @@ from typing import Any
 import pytest
 import torch
 from backends import variants
+from specs import make_spec
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.cpu.memory import SharedWeights
-from splitfuse.kernels.reference import Kernels
-from splitfuse.models.spec import ModelSpec, MoESpec, RopeSpec
+from splitfuse.kernels.interface import ExpertsSpec, WeightSharing
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime import loading
-from splitfuse.runtime.backend_choice import choose_kernels
+from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
 
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    dtype="float32",
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=1000,
-    norm_eps=1e-5,
-    activation="silu",
-    rope=RopeSpec(theta=10000.0, rotary_dim=16),
-    windows=(None, None, None),
-)
+SIZES: dict[str, Any] = {
+    "dtype": "float32",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "max_position": 1000,
+}
+SPEC = make_spec(**SIZES)
 # Embedding, head and norm; then for each layer norms, q, k, v, o, gate, up and down.
 WEIGHTS = 4 * (2 * 100 * 64 + 64 + 3 * (2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96))
 BLOCK = 4 * 3 * 2 * 32 * 2 * 16  # bytes x layers x keys and values x positions x heads x elements
@@ -47,7 +43,7 @@ FIXED = WEIGHTS + ACTIVATIONS
 
 
 def plan(available: int, **settings: Any) -> MemoryPlan:
-    return plan_memory(SPEC, EngineConfig.from_settings(settings), kernels=Kernels(), available=available)
+    return plan_memory(SPEC, EngineConfig.from_settings(settings), backend=ReferenceBackend(), available=available)
 
 
 def refusal(available: int, **settings: Any) -> str:
@@ -76,9 +72,9 @@ def test_sizes_are_those_computed_by_hand() -> None:
 
 
 def test_experts_are_kept_whole_and_their_inputs_and_outputs_planned_for() -> None:
-    moe = MoESpec(num_experts=10, top_k=3, intermediate_size=40, renormalize=True, dense_layers=frozenset({1}))
-    spec = replace(SPEC, architecture="Qwen3MoeForCausalLM", moe=moe)
-    found = plan_memory(spec, EngineConfig.from_settings({}), kernels=Kernels(), available=2**30)
+    experts = ExpertsSpec(num_experts=10, top_k=3, intermediate_size=40, activation="silu", renormalize=True)
+    spec = make_spec(**SIZES, architecture="Qwen3MoeForCausalLM", experts=experts, dense_layers={1})
+    found = plan_memory(spec, EngineConfig.from_settings({}), backend=ReferenceBackend(), available=2**30)
     assert found.weights == WEIGHTS + 4 * 2 * (10 * 64 + 10 * 3 * 64 * 40 - 3 * 64 * 96)
     assert found.activations == 256 * 4 * (4 * 64 + 3 * 2 * (64 + 40) + 10 + 3 * 4 * 16) + HEAD
 
@@ -104,7 +100,7 @@ def test_an_open_length_is_lowered_to_what_the_cache_holds() -> None:
 
 def test_the_plan_prints_need_and_have() -> None:
     lines = str(plan(FIXED + 100 * BLOCK, num_blocks=40)).splitlines()
-    assert lines[0] == Kernels().describe()
+    assert lines[0] == ReferenceBackend().describe()
     assert [line.split()[0] for line in lines[1:]] == ["weights", "activations", "KV", "need", "have", "longest"]
     assert lines[3].endswith("40 blocks of 32: 1280 tokens")
 
@@ -171,7 +167,7 @@ def test_every_value_that_a_refusal_names_does_fit(available: int, settings: dic
 def plan_in_cpp(available: int, **settings: Any) -> MemoryPlan:
     """With C++ kernels, and so small a budget that a smaller one would not help."""
     config = EngineConfig.from_settings({"dtype": "bfloat16", "max_num_batched_tokens": 1, **settings})
-    return plan_memory(SPEC, config, kernels=choose_kernels(config, torch.bfloat16), available=available)
+    return plan_memory(SPEC, config, backend=choose_backend(config, torch.bfloat16), available=available)
 
 
 @pytest.mark.parametrize("variant", variants()[-1:])
@@ -273,12 +269,12 @@ def test_a_machine_that_is_no_linux_has_its_memory(tmp_path: Path) -> None:
 
 def test_the_plan_measures_what_there_is_if_nobody_says() -> None:
     config = EngineConfig.from_settings({"num_blocks": 1})
-    assert plan_memory(SPEC, config, kernels=Kernels()).available > 2**20
+    assert plan_memory(SPEC, config, backend=ReferenceBackend()).available > 2**20
 
 
 def test_a_checkpoint_in_bf16_and_tied_embeddings_are_counted_as_such() -> None:
     spec = replace(SPEC, dtype="bfloat16", tied_embeddings=True)
-    found = plan_memory(spec, EngineConfig(), kernels=Kernels(), available=GIB)
+    found = plan_memory(spec, EngineConfig(), backend=ReferenceBackend(), available=GIB)
     assert found.weights == WEIGHTS // 2 - 2 * 100 * 64
 
 
@@ -293,8 +289,8 @@ def test_what_is_free_besides_shared_weights_is_divided(kernels: str, monkeypatc
     monkeypatch.setattr(loading, "available_memory", lambda _: GIB)
     config = EngineConfig.from_settings({"kernels": kernels, "num_blocks": 100})
     fd = os.memfd_create("test")
-    first = loading.load_model(config, shared_weights=SharedWeights(fd, filled=False, num_sharers=3)).plan
-    second = loading.load_model(config, shared_weights=SharedWeights(fd, filled=True, num_sharers=3)).plan
+    first = loading.load_model(config, weight_sharing=WeightSharing(fd, filled=False, num_sharers=3)).plan
+    second = loading.load_model(config, weight_sharing=WeightSharing(fd, filled=True, num_sharers=3)).plan
     os.close(fd)
     if kernels == "reference":  # each has its own
         assert first.available == second.available == GIB // 3

@@ -44,7 +44,7 @@ class WeightsFile:
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Of SharedWeights, for an engine that inherits the descriptor."""
+        """Arguments of WeightSharing, for an engine that inherits the descriptor."""
         return {"fd": self.fd, "filled": self.filled, "num_sharers": self.num_sharers}
 
     def close(self) -> None:

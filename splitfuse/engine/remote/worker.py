@@ -50,7 +50,7 @@ class Worker:
         self._loop: EngineLoop | None = None
 
     def run(self, settings: dict[str, object], weights: dict[str, Any] | None) -> None:
-        """Load and compute. `weights` are the arguments of SharedWeights. Ends the process."""
+        """Load and compute. `weights` are the arguments of WeightSharing. Ends the process."""
         sender = threading.Thread(target=self._send_all, daemon=True)
         sender.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -59,7 +59,7 @@ class Worker:
             self._reports.put(Loading("importing"))
             from splitfuse.engine.engine import Engine
             from splitfuse.engine.loop import EngineLoop
-            from splitfuse.kernels.cpu.memory import SharedWeights
+            from splitfuse.kernels.interface import WeightSharing
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
@@ -67,7 +67,7 @@ class Worker:
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 on_stage=lambda stage: self._reports.put(Loading(stage)),
-                shared_weights=None if weights is None else SharedWeights(**weights),
+                weight_sharing=None if weights is None else WeightSharing(**weights),
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()

@@ -1,8 +1,7 @@
 """The C++ kernels as a backend: activations in bf16, the residual stream and logits in fp32.
 
 What a row gives depends on nothing but that row and its request, bit for bit: not on the other rows, the chunk, the
-block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between variants. Knows
-no request, model or setting.
+block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between variants.
 """
 
 from __future__ import annotations
@@ -10,32 +9,56 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu import bindings
-from splitfuse.kernels.cpu.arguments import KVStore, Mixture, PackedWeight, Step, address, check, heads_of, int32
-from splitfuse.kernels.cpu.bindings import ACTIVATIONS, Library, choose_variant
+from splitfuse.kernels.cpu.bindings import (
+    ACTIVATIONS,
+    Heads,
+    Library,
+    Mixture,
+    Step,
+    Store,
+    Weight,
+    check,
+    choose_variant,
+    int32,
+    vector_address,
+)
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
-from splitfuse.kernels.cpu.network import FusedNetwork
-from splitfuse.kernels.cpu.quantization import LEVELS, choose_format
-from splitfuse.kernels.reference import Kernels, NetworkWeights
+from splitfuse.kernels.cpu.network import fuse
+from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
+from splitfuse.kernels.interface import Backend, Capabilities, Network, NetworkPlan, Role, WeightSharing
 
 PIECE = 32  # tokens that the KV layout keeps together
-MOST_HEAD_DIM = 512
-"""Both stand in csrc/kv_store.h too."""
+MAX_HEAD_DIM = 512
+"""Largest head size. Both numbers are in csrc/kv_store.h too."""
 
 
-class CpuKernels(Kernels):
+class CpuBackend(Backend):
     """C++ on any x86-64 CPU with AVX2 or better.
 
     `quantization` is None (bf16), "int8" or "int4", `group_size` the columns that share a scale (None: int8 a whole
     row, int4 the default of quantization.py), `kv_int8` whether keys and values are kept in 8 bits. Raises KernelError
-    without a compiled library or such a CPU, ConfigError for settings that cannot be.
+    without a compiled library or such a CPU, ConfigError for settings that contradict each other.
+
+        >>> CpuBackend(variant="avx2", num_threads=2, quantization="int8").describe()
+        'C++ kernels: AVX2, 2 threads; weights int8, KV cache bf16'
     """
+
+    capabilities = Capabilities(
+        name="the C++ kernels",
+        devices=("cpu",),
+        dtypes=(torch.bfloat16,),
+        quantizations=GROUP_SIZES,
+        kv_dtypes=("int8",),
+        block_multiple=PIECE,
+        max_head_dim=MAX_HEAD_DIM,
+        own_threads=True,
+        shares_weights=True,
+    )
 
     def __init__(
         self,
@@ -51,15 +74,13 @@ class CpuKernels(Kernels):
         self.quantization = quantization
         self.group_size = group_size
         self.kv_int8 = kv_int8
-        self.shared_weights: SharedWeights | None = None
-        """Where `pack` puts weights, if not into memory of their own."""
-        self._own_weights = OwnWeights()
-        choose_format("qkv", quantization, group_size)  # raises, if there is none
+        self._weights: OwnWeights | SharedWeights = OwnWeights()  # where `pack` puts them
+        choose_format(Role.QKV, quantization, group_size)  # raises, if there is none
         self.library = Library(self.variant, self.num_threads)
 
     def describe(self) -> str:
         weights = self.quantization or "bf16"
-        if (group := choose_format("qkv", self.quantization, self.group_size).group) is not None:
+        if (group := choose_format(Role.QKV, self.quantization, self.group_size).group) is not None:
             weights += f" in groups of {group}"
         cache = "int8" if self.kv_int8 else "bf16"
         name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[self.variant]
@@ -68,13 +89,9 @@ class CpuKernels(Kernels):
 
     # Keys and values
 
-    def check_block_size(self, block_size: int) -> None:
-        if block_size < PIECE or block_size % PIECE:
-            raise ConfigError(f"block_size must be a multiple of {PIECE} for the CPU kernels, not {block_size}")
-
     def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         del dtype  # what is kept is decided by kv_int8
-        return int(self.library.store_bytes(ctypes.byref(self._store(1, block_size, num_kv_heads, head_dim))))
+        return self._store_bytes(self._store(1, block_size, num_kv_heads, head_dim))
 
     def allocate_kv(
         self,
@@ -85,74 +102,87 @@ class CpuKernels(Kernels):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> KVStore:
+    ) -> Store:
         del dtype, device
-        struct = self._store(num_blocks, block_size, num_kv_heads, head_dim)
-        memory = allocate(int(self.library.store_bytes(ctypes.byref(struct))))
-        struct.data = memory.data_ptr()
-        return KVStore(struct, memory)
+        store = self._store(num_blocks, block_size, num_kv_heads, head_dim)
+        store.memory = allocate(self._store_bytes(store))
+        store.data = store.memory.data_ptr()
+        return store
 
-    def _store(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> bindings.Store:
+    def _store(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Store:
         self.check_block_size(block_size)
-        if head_dim > MOST_HEAD_DIM:
-            raise ConfigError(f"heads of {head_dim} are too large for the CPU kernels, which take {MOST_HEAD_DIM}")
-        return bindings.Store(None, num_blocks, block_size, num_kv_heads, head_dim, self.kv_int8)
+        if head_dim > MAX_HEAD_DIM:
+            raise ConfigError(
+                f"head_dim={head_dim} is too large for the C++ kernels, which take at most {MAX_HEAD_DIM}"
+            )
+        return Store(None, num_blocks, block_size, num_kv_heads, head_dim, self.kv_int8)
+
+    def _store_bytes(self, store: Store) -> int:
+        return int(self.library.store_bytes(store.address))
 
     # Weights
 
-    def weight_bytes(self, shape: Sequence[int], *, role: str, dtype: torch.dtype) -> int:
-        if role == "plain":
-            return super().weight_bytes(shape, role=role, dtype=dtype)
+    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        if role is Role.PLAIN:
+            return math.prod(shape) * dtype.itemsize
         rows, columns = shape
-        return int(self.library.weight_bytes(ctypes.byref(self._weight(rows, columns, role))))
+        return self._weight_bytes(self._weight(rows, columns, role))
 
-    def pack(self, pieces: Sequence[Tensor], *, role: str, dtype: torch.dtype | None = None) -> Any:
-        if role == "plain":
+    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Tensor | Weight:
+        if role is Role.PLAIN:
             return self._keep(pieces, dtype or pieces[0].dtype)
         columns = pieces[0].shape[1]
         assert all(piece.shape[1] == columns for piece in pieces)
-        struct = self._weight(sum(len(piece) for piece in pieces), columns, role)
-        num_bytes, shared = int(self.library.weight_bytes(ctypes.byref(struct))), self.shared_weights
-        memory = (shared or self._own_weights).take(num_bytes)
-        struct.data = memory.data_ptr()
-        if shared is not None and shared.filled:
-            return PackedWeight(struct, memory)
+        weight = self._weight(sum(len(piece) for piece in pieces), columns, role)
+        weight.memory = self._weights.take(self._weight_bytes(weight))
+        weight.data = weight.memory.data_ptr()
+        if self._weights.filled:
+            return weight
         first, rows_at_once = 0, max(1, 2**23 // columns)
         for piece in pieces:
             for begin in range(0, len(piece), rows_at_once):  # what is converted exists twice
                 source = piece[begin : begin + rows_at_once].to(torch.bfloat16).contiguous()
-                self.library.pack(ctypes.byref(struct), source.data_ptr(), first, len(source))
+                self.library.pack(weight.address, source.data_ptr(), first, len(source))
                 first += len(source)
-        return PackedWeight(struct, memory)
+        return weight
 
     def _keep(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """What is not packed, in memory that others share if there is such."""
-        shared = self.shared_weights
-        if shared is None:
-            weight: Tensor = super().pack(pieces, role="plain", dtype=dtype)
-            return weight
+        """Return a copy of what is not packed, in shared memory if there is such."""
+        if isinstance(self._weights, OwnWeights):
+            return torch.cat([piece.to(dtype) for piece in pieces])
         shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
-        kept = shared.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-        if not shared.filled:
-            torch.cat(tuple(piece.to(dtype) for piece in pieces), out=kept)
+        kept = self._weights.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        if not self._weights.filled:
+            torch.cat([piece.to(dtype) for piece in pieces], out=kept)
         return kept
 
-    def _weight(self, rows: int, columns: int, role: str) -> bindings.Weight:
+    def _weight(self, rows: int, columns: int, role: Role) -> Weight:
         chosen = choose_format(role, self.quantization, self.group_size)
-        gated = role in ("gate_up", "w13")
-        return bindings.Weight(chosen.number, gated, rows, columns, chosen.group or 0, None, LEVELS)
+        return Weight(chosen.number, role.gated, rows, columns, chosen.group or 0, None, QVALUES)
+
+    def _weight_bytes(self, weight: Weight) -> int:
+        return int(self.library.weight_bytes(weight.address))
+
+    def quantized(self, quantization: str) -> CpuBackend:
+        return CpuBackend(variant=self.variant, num_threads=1, quantization=quantization, group_size=self.group_size)
+
+    def share_weights(self, sharing: WeightSharing, num_bytes: int) -> None:
+        self._weights = SharedWeights(sharing, num_bytes)
+
+    def finish_loading(self) -> None:
+        self._weights.finish()
 
     # Once a step
 
-    def embed(self, ids: Tensor, table: Tensor | PackedWeight) -> Tensor:
+    def embed(self, ids: Tensor, table: Tensor | Weight) -> Tensor:
         ids = int32(ids)
-        if isinstance(table, PackedWeight):
+        if isinstance(table, Weight):
             rows, columns, plain, packed = table.rows, table.columns, None, table.address
         else:
             check(table, torch.bfloat16)
             (rows, columns), plain, packed = table.shape, table.data_ptr(), None
         if self.library.check_ids(ids.data_ptr(), len(ids), rows):
-            raise IndexError(f"a token id is no row of the embedding table of {rows}")
+            raise IndexError(f"a token id is not below {rows}, the rows of the embedding table")
         out = torch.empty(len(ids), columns)
         self.library.embed(ids.data_ptr(), len(ids), plain, packed, columns, out.data_ptr())
         return out
@@ -175,34 +205,23 @@ class CpuKernels(Kernels):
         self.library.norm(x.data_ptr(), rows, columns, weight.data_ptr(), eps, out.data_ptr())
         return out
 
-    def linear(
-        self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         check(x, torch.bfloat16)
-        assert x.shape[1] == weight.columns and not weight.struct.gated
+        assert x.shape[1] == weight.columns and not weight.gated
         out = torch.empty(len(x), weight.rows)
-        if residual is not None:
-            check(residual, torch.float32)
-            assert residual.shape == out.shape
-        self.library.linear(
-            weight.address,
-            x.data_ptr(),
-            len(x),
-            address(bias, weight.rows),
-            None if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-        )
+        bias_address = vector_address(bias, weight.rows)
+        self.library.linear(weight.address, x.data_ptr(), len(x), bias_address, None, out.data_ptr())
         return out
 
-    def gated(self, x: Tensor, weight: PackedWeight, bias: Tensor | None, kind: str) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
         check(x, torch.bfloat16)
-        assert x.shape[1] == weight.columns and weight.struct.gated
+        assert x.shape[1] == weight.columns and weight.gated
         out = torch.empty(len(x), weight.rows // 2, dtype=torch.bfloat16)
         self.library.gated(
             weight.address,
             x.data_ptr(),
             len(x),
-            address(bias, weight.rows),
+            vector_address(bias, weight.rows),
             ACTIVATIONS[kind],
             out.data_ptr(),
         )
@@ -216,7 +235,7 @@ class CpuKernels(Kernels):
         slot_mapping: Tensor,
         cos: Tensor,
         sin: Tensor,
-        store: KVStore,
+        store: Store,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -227,18 +246,18 @@ class CpuKernels(Kernels):
         check(qkv, torch.float32)
         tokens = len(qkv)
         assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and 2 * cos.shape[1] <= head_dim
-        assert (num_kv_heads, head_dim) == (store.struct.num_kv_heads, store.struct.head_dim)
-        step = Step(positions=positions, slot_mapping=slot_mapping, num_tokens=tokens)
-        step.check(self.library, store.struct, max_position=len(cos))
-        heads = heads_of(num_heads, cos, sin, eps=eps)
+        assert (num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
+        step = Step.from_tensors(positions=positions, slot_mapping=slot_mapping, num_tokens=tokens)
+        step.check(self.library, store, max_position=len(cos))
+        heads = Heads.with_rope(num_heads, cos, sin, eps=eps)
         q = torch.empty(tokens, num_heads, head_dim, dtype=torch.bfloat16)
         self.library.rope_store(
             step.address,
-            ctypes.byref(heads),
+            heads.address,
             store.address,
             qkv.data_ptr(),
-            address(q_norm, head_dim),
-            address(k_norm, head_dim),
+            vector_address(q_norm, head_dim),
+            vector_address(k_norm, head_dim),
             q.data_ptr(),
         )
         return q
@@ -246,7 +265,7 @@ class CpuKernels(Kernels):
     def attend(
         self,
         q: Tensor,
-        store: KVStore,
+        store: Store,
         *,
         query_start: Tensor,
         seq_lens: Tensor,
@@ -258,16 +277,18 @@ class CpuKernels(Kernels):
     ) -> Tensor:
         check(q, torch.bfloat16)
         num_heads = q.shape[1]
-        assert num_heads % store.struct.num_kv_heads == 0 and q.shape[2] == store.struct.head_dim
+        assert num_heads % store.num_kv_heads == 0 and q.shape[2] == store.head_dim
         assert sinks is None or len(sinks) == num_heads
-        step = Step(query_start=query_start, seq_lens=seq_lens, block_tables=block_tables, num_tokens=len(q))
-        step.check(self.library, store.struct, max_position=0)
-        heads = bindings.Heads(num_heads, 0, 0, None, None, 0.0, scale, softcap or 0.0)
+        step = Step.from_tensors(
+            query_start=query_start, seq_lens=seq_lens, block_tables=block_tables, num_tokens=len(q)
+        )
+        step.check(self.library, store, max_position=0)
+        heads = Heads(num_heads, 0, 0, None, None, 0.0, scale, softcap or 0.0)
         wide_sinks = None if sinks is None else sinks.float().contiguous()
         out = torch.empty_like(q)
         self.library.attend(
             step.address,
-            ctypes.byref(heads),
+            heads.address,
             store.address,
             q.data_ptr(),
             None if wide_sinks is None else wide_sinks.data_ptr(),
@@ -292,46 +313,23 @@ class CpuKernels(Kernels):
         expert_ids: Tensor,
         expert_weights: Tensor,
         *,
-        w13: Sequence[PackedWeight],
-        w2: Sequence[PackedWeight],
+        w13: Sequence[Weight],
+        w2: Sequence[Weight],
         kind: str,
     ) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(expert_ids), expert_weights.float().contiguous()
         top_k = ids.shape[1]
-        mixture = Mixture(w13, w2, top_k=top_k, activation=ACTIVATIONS[kind])
-        assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == mixture.hidden
+        mixture = Mixture.of(w13, w2, top_k=top_k, activation=kind)
+        assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == w2[0].rows
         assert all(len(set(each)) == top_k for each in ids.tolist())
         if self.library.check_ids(ids.data_ptr(), ids.numel(), mixture.num_experts):
-            raise IndexError(f"an expert id is none of {mixture.num_experts}")
+            raise IndexError(f"an expert id is not below {mixture.num_experts}, the number of experts")
         out = torch.empty(x.shape)
         self.library.experts(mixture.address, x.data_ptr(), len(x), ids.data_ptr(), weights.data_ptr(), out.data_ptr())
         return out
 
     # All of them in one call
 
-    def fuse(
-        self,
-        weights: NetworkWeights,
-        *,
-        windows: Sequence[int | None],
-        activation: str,
-        norm_eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        num_heads: int,
-        scale: float,
-        softcap: float | None,
-        top_k: int,
-        renormalize: bool,
-    ) -> FusedNetwork:
-        heads = heads_of(num_heads, cos, sin, eps=norm_eps, scale=scale, softcap=softcap or 0.0)
-        return FusedNetwork(
-            self.library,
-            weights,
-            windows=windows,
-            activation=ACTIVATIONS[activation],
-            heads=heads,
-            top_k=top_k,
-            renormalize=renormalize,
-        )
+    def fuse(self, plan: NetworkPlan) -> Network | None:
+        return fuse(self.library, plan)

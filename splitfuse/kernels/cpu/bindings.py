@@ -1,6 +1,7 @@
 """The compiled library as Python sees it: its structs and functions, and which instruction sets this CPU has.
 
-Knows nothing of tensors; csrc/interface.h and csrc/variant.h are the other side of every line here.
+csrc/interface.h and csrc/variant.h are the other side of every line here. A struct borrows the memory that it points
+to: whoever makes one keeps the tensors alive, those in its own attributes excepted.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from splitfuse.errors import ConfigError, KernelError
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
-"""AVX-512 stands for its VNNI part too; AVX2 for FMA too."""
+"""Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
 BF16, INT8, INT4 = range(3)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -29,11 +33,46 @@ BROKEN_RULES = {
     4: "a request has fewer positions than tokens, or more than its block table holds",
     5: "a block table names a block that does not exist",
     6: "a token id is no row of the embedding",
-    7: "a row that is wanted is none of the step's",
+    7: "a row whose hidden state is wanted is none of the step's",
 }
+"""Rules of csrc/cpu.cpp that a step can break, by number."""
 
 
-class Weight(ctypes.Structure):
+def check(tensor: Tensor, dtype: torch.dtype) -> None:
+    """Assert what C++ takes for granted of a tensor whose address it gets."""
+    assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu", (
+        f"the C++ kernels want a contiguous {dtype} on the CPU, not {tensor.dtype} on {tensor.device}"
+    )
+
+
+def vector_address(vector: Tensor | None, length: int) -> int | None:
+    """Return the address of a bias or a norm's weight [length] in bf16, if there is one."""
+    if vector is None:
+        return None
+    check(vector, torch.bfloat16)
+    assert len(vector) == length
+    return vector.data_ptr()
+
+
+def int32(tensor: Tensor) -> Tensor:
+    """Return the numbers as C++ reads them: the tensor itself if it is so already."""
+    return tensor.to(torch.int32).contiguous()
+
+
+class Struct(ctypes.Structure):
+    """A struct of csrc/interface.h. Its address is good for as long as the object lives; attributes that are no fields
+    keep alive what it points to.
+    """
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
+
+
+class Weight(Struct):
+    """A linear weight [rows, columns] in panels, which lie in `memory`."""
+
+    memory: Tensor
     _fields_ = [
         ("format", c_int32),
         ("gated", c_int32),
@@ -41,11 +80,14 @@ class Weight(ctypes.Structure):
         ("columns", c_int64),
         ("group", c_int64),
         ("data", c_void_p),
-        ("levels", c_uint8 * 16),
+        ("qvalues", c_uint8 * 16),
     ]
 
 
-class Store(ctypes.Structure):
+class Store(Struct):
+    """The packed keys and values of one layer, which lie in `memory`."""
+
+    memory: Tensor
     _fields_ = [
         ("data", c_void_p),
         ("num_blocks", c_int64),
@@ -55,8 +97,15 @@ class Store(ctypes.Structure):
         ("int8", c_int32),
     ]
 
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
 
-class Step(ctypes.Structure):
+
+class Step(Struct):
+    """The arrays of a step; null where an operation does not need one."""
+
+    tensors: list[Tensor | None]
     _fields_ = [
         ("tokens", c_int32),
         ("requests", c_int32),
@@ -71,8 +120,41 @@ class Step(ctypes.Structure):
         ("rows", c_void_p),
     ]
 
+    @classmethod
+    def from_tensors(
+        cls,
+        *,
+        positions: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+        query_start: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        block_tables: Tensor | None = None,
+        num_tokens: int,
+    ) -> Step:
+        """Return the step of one operation, which keeps its arrays alive."""
+        given = (None, positions, slot_mapping, query_start, seq_lens, block_tables, None)
+        tensors = [None if tensor is None else int32(tensor) for tensor in given]
+        assert all(tensor is None or len(tensor) == num_tokens for tensor in (positions, slot_mapping))
+        requests = 0 if seq_lens is None else len(seq_lens)
+        assert query_start is None or len(query_start) == requests + 1
+        assert block_tables is None or len(block_tables) == requests
+        width = 0 if block_tables is None else block_tables.shape[1]
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        step = cls(num_tokens, requests, width, 0, *pointers)
+        step.tensors = tensors
+        return step
 
-class Heads(ctypes.Structure):
+    def check(self, library: Library, store: Store, *, max_position: int, vocabulary: int = 0) -> None:
+        """Raise IndexError if a number of the step would lead a kernel out of the store or a table."""
+        broken = library.check_step(self.address, max_position, store.num_blocks, store.block_size, vocabulary)
+        if broken:
+            raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
+
+
+class Heads(Struct):
+    """How heads are rotated and attended."""
+
+    tensors: tuple[Tensor, ...]
     _fields_ = [
         ("num_heads", c_int32),
         ("rotary_dim", c_int32),
@@ -84,8 +166,23 @@ class Heads(ctypes.Structure):
         ("softcap", c_float),
     ]
 
+    @classmethod
+    def with_rope(
+        cls, num_heads: int, cos: Tensor, sin: Tensor, *, eps: float, scale: float = 0.0, softcap: float | None = None
+    ) -> Heads:
+        """Return heads that are rotated by `cos` and `sin` [max_position, rotary_dim / 2], which they keep alive."""
+        check(cos, torch.float32)
+        check(sin, torch.float32)
+        assert cos.shape == sin.shape
+        heads = cls(num_heads, 2 * cos.shape[1], len(cos), cos.data_ptr(), sin.data_ptr(), eps, scale, softcap or 0.0)
+        heads.tensors = (cos, sin)
+        return heads
 
-class Mixture(ctypes.Structure):
+
+class Mixture(Struct):
+    """The experts of a layer, packed alike and side by side."""
+
+    arrays: list[Any]
     _fields_ = [
         ("router", c_void_p),
         ("w13", c_void_p),
@@ -96,8 +193,41 @@ class Mixture(ctypes.Structure):
         ("activation", c_int32),
     ]
 
+    @classmethod
+    def of(
+        cls,
+        w13: Sequence[Weight],
+        w2: Sequence[Weight],
+        *,
+        top_k: int,
+        activation: str,
+        router: Weight | None = None,
+        renormalize: bool = False,
+    ) -> Mixture:
+        """Return the mixture of these experts; the caller keeps the weights alive. Only a whole network reads `router`
+        and `renormalize`.
+        """
+        num_experts, hidden = len(w13), w2[0].rows
+        assert len(w2) == num_experts >= top_k and (router is None or router.rows == num_experts)
+        for first, second in zip(w13, w2, strict=True):
+            assert first.gated and (first.rows, first.columns) == (2 * w2[0].columns, hidden)
+            assert not second.gated and (second.rows, second.columns) == (hidden, w2[0].columns)
+        arrays = [(Weight * num_experts)(*each) for each in (w13, w2)]
+        mixture = cls(
+            None if router is None else router.address,
+            *(ctypes.addressof(array) for array in arrays),
+            num_experts,
+            top_k,
+            renormalize,
+            ACTIVATIONS[activation],
+        )
+        mixture.arrays = arrays
+        return mixture
 
-class Layer(ctypes.Structure):
+
+class Layer(Struct):
+    """One pre-norm decoder layer; null is what it does not have."""
+
     _fields_ = [
         ("attn_norm", c_void_p),
         ("qkv", c_void_p),
@@ -118,7 +248,9 @@ class Layer(ctypes.Structure):
     ]
 
 
-class Network(ctypes.Structure):
+class Network(Struct):
+    """All of a network but its head."""
+
     _fields_ = [
         ("layers", c_void_p),
         ("num_layers", c_int64),
@@ -150,8 +282,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {"linear", "gated", "attend", "network", "experts"}  # what can fail, and says so
-PURE = {"weight_bytes", "store_bytes"}  # what works in no workspace
+NEEDS_MEMORY = {"linear", "gated", "attend", "network", "experts"}  # functions that fail, returning 1, without memory
+PURE = {"weight_bytes", "store_bytes"}  # functions that need no workspace
 
 
 class Library:
@@ -197,7 +329,7 @@ class Library:
 
 
 def supported_variants() -> tuple[str, ...]:
-    """The variants this CPU can run, best first. Raises KernelError if there is no library to ask."""
+    """Return the variants this CPU can run, best first. Raises KernelError if there is no library to ask."""
     shared = _load()
     supported = [variant for variant in VARIANTS if getattr(shared, f"sf_supports_{variant}")()]
     if supported[:2] == ["avx512_bf16", "avx512"] and not shared.sf_prefers_avx512_bf16():
@@ -206,7 +338,10 @@ def supported_variants() -> tuple[str, ...]:
 
 
 def choose_variant(wanted: str | None = None) -> str:
-    """The best variant, or the wanted one. Raises KernelError if this CPU has none, ConfigError if not that one."""
+    """Return the best variant, or the wanted one.
+
+    Raises KernelError if this CPU can run none, ConfigError if it cannot run the wanted one.
+    """
     supported = supported_variants()
     if not supported:
         raise KernelError("this CPU has neither AVX-512 (with VNNI) nor AVX2 (with FMA)")
@@ -223,9 +358,7 @@ def _load() -> ctypes.CDLL:
         raise KernelError(
             f"the C++ kernels were not compiled ({path.name} is missing): installing needs a C++ compiler"
         )
-    import torch  # noqa: F401 - brings its OpenMP along: loaded after it, ours shares its threads
-
-    try:
+    try:  # after torch, whose OpenMP it then shares: see the import above
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(f"the C++ kernels cannot be loaded: {error}") from error

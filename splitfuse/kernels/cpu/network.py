@@ -10,77 +10,99 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu import bindings
-from splitfuse.kernels.cpu.arguments import KVStore, Mixture, PackedWeight, address, check, check_step
-from splitfuse.kernels.cpu.bindings import Library
-from splitfuse.kernels.reference import LayerWeights, NetworkWeights
+from splitfuse.kernels.cpu.bindings import (
+    ACTIVATIONS,
+    Heads,
+    Layer,
+    Library,
+    Mixture,
+    Network,
+    Step,
+    Store,
+    Weight,
+    check,
+    vector_address,
+)
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
+
+
+def fuse(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
+    """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
+    heads = {_heads_of(layer.attention) for layer in plan.layers}
+    return FusedNetwork(library, plan) if len(heads) == 1 else None
+
+
+def _heads_of(attention: AttentionSpec) -> tuple[int, int, int, int, float, float | None]:
+    a = attention
+    return a.num_heads, a.num_kv_heads, a.head_dim, a.rope, a.scale, a.softcap
 
 
 class FusedNetwork:
-    """Embedding, layers and last norm as tables of structs. Gives the same bits as its operations one by one."""
+    """Embedding, layers and last norm as tables of structs. Gives the same bits as the operations one by one."""
 
-    def __init__(
-        self,
-        kernels: Library,
-        weights: NetworkWeights,
-        *,
-        windows: Sequence[int | None],
-        activation: int,
-        heads: bindings.Heads,
-        top_k: int,
-        renormalize: bool,
-    ) -> None:
-        self._library = kernels
+    def __init__(self, library: Library, plan: NetworkPlan) -> None:
+        weights, attention = plan.weights, plan.layers[0].attention
+        self._library = library
         self._weights = weights  # they own the memory
-        self._heads = heads
-        self._first_store: weakref.ref[KVStore] | None = None  # weak: a cache that its engine gave up is not kept
+        self._heads = Heads.with_rope(
+            attention.num_heads,
+            *plan.ropes[attention.rope],
+            eps=plan.norm_eps,
+            scale=attention.scale,
+            softcap=attention.softcap,
+        )
+        self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
         self._mixtures: list[Mixture] = []
-        self._layers = (bindings.Layer * len(weights.layers))()
-        head_dim = weights.layers[0].o.columns // heads.num_heads
-        for entry, layer, window in zip(self._layers, weights.layers, windows, strict=True):
-            hidden = layer.qkv.columns
-            entry.attn_norm = address(layer.attn_norm, hidden)
-            entry.mlp_norm = address(layer.mlp_norm, hidden)
-            entry.q_norm = address(layer.q_norm, head_dim)
-            entry.k_norm = address(layer.k_norm, head_dim)
-            _set_linear(entry, layer, "qkv", "o")
-            assert layer.o.rows == hidden and layer.o.columns == head_dim * heads.num_heads
-            if layer.router is None:
-                _set_linear(entry, layer, "gate_up", "down")
-                assert layer.down.rows == layer.gate_up.columns == hidden
-                assert layer.gate_up.rows == 2 * layer.down.columns
-            else:
-                mixture = Mixture(
-                    layer.w13,
-                    layer.w2,
-                    top_k=top_k,
-                    activation=activation,
-                    router=layer.router,
-                    renormalize=renormalize,
-                )
-                assert mixture.hidden == layer.router.columns == hidden
-                self._mixtures.append(mixture)
-                entry.mixture = mixture.address
-            entry.window = window or 0
-            entry.activation = activation
-        packed = isinstance(weights.embed, PackedWeight)
+        self._layers = (Layer * len(plan.layers))()
+        packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:
             check(weights.embed, torch.bfloat16)
-        self._network = bindings.Network(
+        for entry, spec, layer in zip(self._layers, plan.layers, weights.layers, strict=True):
+            self._set_layer(entry, spec, layer, hidden)
+        self._network = Network(
             ctypes.addressof(self._layers),
             len(self._layers),
             hidden,
             vocabulary,
             None if packed else weights.embed.data_ptr(),
             weights.embed.address if packed else None,
-            address(weights.norm, hidden),
-            heads.eps,
+            vector_address(weights.norm, hidden),
+            plan.norm_eps,
         )
+
+    def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, hidden: int) -> None:
+        attention, mlp = spec.attention, spec.mlp
+        heads_width = attention.num_heads * attention.head_dim
+        entry.attn_norm = vector_address(layer.attn_norm, hidden)
+        entry.q_norm = vector_address(layer.q_norm, attention.head_dim)
+        entry.k_norm = vector_address(layer.k_norm, attention.head_dim)
+        _set_linear(entry, layer, "qkv", columns=hidden)
+        _set_linear(entry, layer, "o", columns=heads_width)
+        assert layer.o.rows == hidden
+        entry.window = attention.window or 0
+        entry.mlp_norm = vector_address(layer.mlp_norm, hidden)
+        entry.activation = ACTIVATIONS[mlp.activation]
+        if not isinstance(mlp, ExpertsSpec):
+            _set_linear(entry, layer, "gate_up", columns=hidden)
+            _set_linear(entry, layer, "down", columns=mlp.intermediate_size)
+            assert layer.down.rows == hidden and layer.gate_up.rows == 2 * mlp.intermediate_size
+            return
+        mixture = Mixture.of(
+            layer.w13,
+            layer.w2,
+            top_k=mlp.top_k,
+            activation=mlp.activation,
+            router=layer.router,
+            renormalize=mlp.renormalize,
+        )
+        assert layer.w2[0].rows == layer.router.columns == hidden
+        self._mixtures.append(mixture)
+        entry.mixture = mixture.address
 
     def __call__(
         self,
-        stores: Sequence[KVStore],
+        stores: Sequence[Store],
         packed: Tensor,
         *,
         num_tokens: int,
@@ -88,37 +110,30 @@ class FusedNetwork:
         table_width: int,
         num_rows: int,
     ) -> Tensor:
-        """The normed hidden states [R, C] of `logit_rows`, in bf16. Raises IndexError for a step that cannot be."""
+        """Return the normed hidden states [R, C] of `logit_rows`, in bf16.
+
+        Raises IndexError for a step that cannot be computed.
+        """
         check(packed, torch.int32)
         sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)
         addresses = list(accumulate((4 * size for size in sizes), initial=packed.data_ptr()))
         assert addresses[-1] + 4 * num_rows == packed.data_ptr() + packed.nbytes
-        step = bindings.Step(num_tokens, num_requests, table_width, num_rows, *addresses)
-        check_step(
-            self._library,
-            step,
-            stores[0].struct,
-            max_position=self._heads.max_position,
-            vocabulary=self._network.vocabulary,
-        )
+        step = Step(num_tokens, num_requests, table_width, num_rows, *addresses)
+        vocabulary = self._network.vocabulary
+        step.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
         rows = torch.empty(num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not stores[0]:
                 for entry, store in zip(self._layers, stores, strict=True):
-                    entry.store = store.struct
+                    entry.store = store
                 self._first_store = weakref.ref(stores[0])
-            self._library.network(
-                ctypes.addressof(step),
-                ctypes.addressof(self._heads),
-                ctypes.addressof(self._network),
-                rows.data_ptr(),
-            )
+            self._library.network(step.address, self._heads.address, self._network.address, rows.data_ptr())
         return rows
 
 
-def _set_linear(entry: bindings.Layer, layer: LayerWeights, *names: str) -> None:
-    """These weights of the layer, and their biases where it has some."""
-    for name in names:
-        weight: PackedWeight = getattr(layer, name)
-        setattr(entry, name, weight.address)
-        setattr(entry, f"{name}_bias", address(getattr(layer, f"{name}_bias"), weight.rows))
+def _set_linear(entry: Layer, layer: LayerWeights, name: str, *, columns: int) -> None:
+    """Give the entry this weight of the layer, and its bias if it has one."""
+    weight: Weight = getattr(layer, name)
+    assert weight.columns == columns
+    setattr(entry, name, weight.address)
+    setattr(entry, f"{name}_bias", vector_address(getattr(layer, f"{name}_bias"), weight.rows))

@@ -23,9 +23,9 @@ from torch import Tensor
 from splitfuse.core.plan import ChunkResult, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
-from splitfuse.kernels.reference import Kernels
+from splitfuse.kernels.reference import ReferenceBackend
 
-REFERENCE = Kernels()
+REFERENCE = ReferenceBackend()
 _LOGPROB_ROWS = 32  # rows of logprobs computed at once: float64 copies of the logits stay small beside the logits
 _MASK = 2**64 - 1
 
@@ -65,7 +65,7 @@ class SamplingRow:
 
 
 Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
-"""`Kernels.argmax`: the lowest index of each row's largest element, and that element."""
+"""`Backend.argmax`: the lowest index of each row's largest element, and that element."""
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFERENCE.argmax) -> list[ChunkResult]:

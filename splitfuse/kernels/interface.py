@@ -1,0 +1,404 @@
+"""What a network and a kernel backend say to each other: layers as plain data, weights, and the abstract `Backend`.
+
+Everything is flat: T tokens of one step, S requests, H query heads, Hk key/value heads, D head size, C hidden size, I
+inner size of an MLP, E experts. What a weight or a KV store looks like inside is the backend's own affair: weights come
+out of `Backend.pack`, stores out of `Backend.allocate_kv`, and only that backend looks into them. `reference.py` gives
+the meaning of every operation in plain PyTorch. Knows no request, no family of models and no setting.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from splitfuse.errors import ConfigError, ModelError
+
+Weight: TypeAlias = Any
+"""A linear weight as `Backend.pack` returns it."""
+Store: TypeAlias = Any
+"""The keys and values of one layer, as `Backend.allocate_kv` returns them."""
+RopeTable: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines [max_position, rotary_dim / 2] in fp32; a row for each position."""
+
+
+# --- layers as data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention of one layer. Its keys and values are [Hk, D] for each token.
+
+    Raises ModelError if the query heads cannot be divided among the key/value heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: int = 0  # index into the network's rope tables
+    window: int | None = None  # positions that a query sees, its own included; None: all before it
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # RMS norms of each head's query and key
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"{self.num_heads} attention heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
+            )
+
+    @property
+    def scale(self) -> float:
+        """The factor of query-key products."""
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSpec:
+    """A gated MLP: `down(activation(gate) * up)`. `activation` is a key of `reference.ACTIVATIONS`."""
+
+    intermediate_size: int
+    activation: str
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """A mixture of experts in place of an MLP: each token visits the `top_k` experts of highest probability.
+
+    Raises ModelError if there are fewer experts than that.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    activation: str
+    renormalize: bool  # whether the chosen probabilities are scaled to add up to 1
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise ModelError(f"a token cannot visit {self.top_k} experts: there are {self.num_experts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One pre-norm decoder layer: `x += attention(norm(x))`, then `x += mlp(norm(x))`."""
+
+    attention: AttentionSpec
+    mlp: MlpSpec | ExpertsSpec
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+class Role(Enum):
+    """What a weight is for: a backend chooses the format by it. Values are fields of LayerWeights and NetworkWeights.
+
+    PLAIN is everything that is looked up or added rather than multiplied: norms, biases, an embedding.
+    """
+
+    PLAIN = "plain"
+    QKV = "qkv"
+    O = "o"  # noqa: E741 - the field's name for the output projection
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    ROUTER = "router"
+    W13 = "w13"
+    W2 = "w2"
+    HEAD = "head"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
+        return self in (Role.GATE_UP, Role.W13)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """The weights of one layer. Linear weights are packed; norms and biases are plain vectors, None where its LayerSpec
+    has none.
+    """
+
+    attn_norm: Tensor
+    qkv: Weight  # [(H + 2 Hk) D, C]
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    o: Weight  # [C, H D]
+    o_bias: Tensor | None = None
+    mlp_norm: Tensor
+    gate_up: Weight = None  # [2I, C]
+    gate_up_bias: Tensor | None = None
+    down: Weight = None  # [C, I]
+    down_bias: Tensor | None = None
+    router: Weight = None  # [E, C]: with w13 and w2 in place of gate_up and down, in a layer with experts
+    w13: Sequence[Weight] = ()  # of each expert [2I, C]
+    w2: Sequence[Weight] = ()  # of each expert [C, I]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkWeights:
+    """All weights of a network."""
+
+    embed: Weight  # [vocabulary, C]: a plain tensor, or the packed head if the two are tied
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: Weight  # [vocabulary, C]
+
+
+@dataclass(frozen=True)
+class WeightSharing:
+    """Memory in which several processes keep one copy of the weights, as plain data that a process can be started with.
+
+    `fd` is the descriptor of a file in memory, inherited. `filled` says that another process has packed all weights
+    there, in the order in which they are loaded. `num_sharers` processes divide the remaining memory.
+    """
+
+    fd: int
+    filled: bool
+    num_sharers: int = 1
+
+
+# --- a network in one call --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """A whole network but its head as plain data: what `Backend.fuse` needs to know."""
+
+    layers: tuple[LayerSpec, ...]
+    weights: NetworkWeights
+    ropes: tuple[RopeTable, ...]
+    norm_eps: float
+
+
+class Network(Protocol):
+    """All of a network but its head in one call; see `Backend.fuse`.
+
+    `packed` is the step as one int32 tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens
+    [S], block_tables [S, table_width], logit_rows [R], one behind the other. Returns normed hidden states [R, C].
+    """
+
+    def __call__(
+        self,
+        stores: Sequence[Store],
+        packed: Tensor,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        table_width: int,
+        num_rows: int,
+    ) -> Tensor: ...
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend can do, as data: the choice of a backend, memory plans and error messages ask it, before anything
+    is loaded.
+    """
+
+    name: str  # in messages: "the C++ kernels"
+    devices: tuple[str, ...] | None = None  # device types; None: all of PyTorch's
+    dtypes: tuple[torch.dtype, ...] | None = None  # of weights and activations; None: all floating-point ones
+    quantizations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Quantization -> its group sizes. The quantization that loses least comes first."""
+    kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype besides "auto"
+    block_multiple: int = 1  # block_size must be a multiple of it
+    max_head_dim: int | None = None
+    own_threads: bool = False  # whether num_threads is honoured
+    shares_weights: bool = False  # whether processes can share one copy of the weights
+
+
+class Backend(ABC):
+    """Computes the operations of a decoder. A backend may subclass `ReferenceBackend` and override what it accelerates.
+
+    Dtypes between the operations are the backend's own: products may be given in fp32 and taken in bf16. Operations of
+    T tokens take any T, 0 included.
+    """
+
+    capabilities: ClassVar[Capabilities]
+    quantization: str | None = None
+    """Quantization of the linear weights: a key of `capabilities.quantizations`, or None."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return one line for the start: which kernels, on what; if they are not the best, what is lost and why."""
+
+    # Keys and values
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise ConfigError, naming a size that would do, unless the backend takes blocks of `block_size` tokens."""
+        multiple = self.capabilities.block_multiple
+        if block_size < 1 or block_size % multiple:
+            valid = max(multiple, -(-block_size // multiple) * multiple)
+            raise ConfigError(
+                f"block_size={block_size} is not a positive multiple of {multiple}, which {self.capabilities.name} "
+                f"need: use {valid}"
+            )
+
+    @abstractmethod
+    def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block of one layer: exactly what `allocate_kv` takes for it."""
+
+    @abstractmethod
+    def allocate_kv(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Store:
+        """Return the store of one layer. What it holds before it is written is never read.
+
+        Raises RuntimeError if there is no memory for it, ConfigError for sizes that the backend does not take.
+        """
+
+    # Weights
+
+    @abstractmethod
+    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        """Return the bytes of a weight of this shape and role as it is kept."""
+
+    @abstractmethod
+    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+        """Return a linear weight [N, K] in the form that `linear`, `gated` or `experts` wants, from the pieces of its
+        rows in their order. Pieces may be maps of files that are given back afterwards: what is kept must be a copy.
+        `dtype` is what to compute in, if that is not the pieces' own.
+
+        A packed HEAD is read by `embed` too, if the two are tied. PLAIN stays a tensor of the pieces' shape.
+        """
+
+    def quantized(self, quantization: str) -> Backend:
+        """Return a backend like this one whose weights are kept in `quantization`: for plans, not for computing."""
+        raise NotImplementedError(f"{self.capabilities.name} have no quantization, so not {quantization} either")
+
+    def share_weights(self, sharing: WeightSharing, num_bytes: int) -> None:
+        """Let `pack` put weights of `num_bytes` in all into shared memory, or find them there if it is filled. Only
+        for a backend whose capabilities say `shares_weights`. Raises RuntimeError if there is no memory.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} cannot share {num_bytes} bytes of weights in {sharing}")
+
+    def finish_loading(self) -> None:  # noqa: B027 - most backends have nothing to do here
+        """Finish what `pack` left to do, once all weights are packed."""
+
+    # Operations, once a step
+
+    @abstractmethod
+    def embed(self, ids: Tensor, table: Weight) -> Tensor:
+        """Return the rows of `table` [vocabulary, C], a tensor or a packed head, for `ids` [T]: [T, C]."""
+
+    @abstractmethod
+    def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
+        """Return for each row of `scores` [R, V] the lowest index of its largest element, and that element; NaN if the
+        row has one, whatever the index.
+        """
+
+    # Operations of a layer
+
+    @abstractmethod
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return the RMS norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467), in fp32 or wider."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """Return `x @ weight.T + bias`: [T, K] -> [T, N]. Adds no residual: the decoder may sum over devices first."""
+
+    @abstractmethod
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+        """Return `activation(gate) * up`, where `linear(x, weight, bias)` is [gate, up]: x [T, K], weight [2I, K] ->
+        [T, I]. `kind` is a key of `reference.ACTIVATIONS`.
+        """
+
+    @abstractmethod
+    def rope_store(
+        self,
+        qkv: Tensor,
+        *,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        store: Store,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Norm the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the store.
+
+        qkv [T, (H + 2 Hk) D], positions [T], slot_mapping [T] -> queries [T, H, D]. Rows of `cos` and `sin`
+        [max_position, rotary_dim / 2] rotate the first rotary_dim elements of a head, element i with element i +
+        rotary_dim / 2 (Su et al., arXiv 2104.09864); the others stay. A token of slot -1 is not written.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        store: Store,
+        *,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Return causal attention of each request's newest tokens to all its tokens, over blocked KV: [T, H, D] ->
+        [T, H, D].
+
+        Request s owns the rows `query_start[s]` to `query_start[s + 1]` of `q`; they are the last of its `seq_lens[s]`
+        positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before
+        it; with a `window`, only p - window + 1 to p. Scores are scaled, then capped: softcap * tanh(score / softcap).
+        `sinks` [H] are scores of a key without a value. What lies beyond the request's positions is never read.
+        """
+
+    @abstractmethod
+    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        """Return for a router's scores [T, E] each token's `top_k` best experts and their weights, both [T, top_k],
+        best first: the softmax over all experts, in fp32 or wider; with `renormalize` scaled to add up to 1.
+
+        Source: Shazeer et al., arXiv 1701.06538; `renormalize` is Mixtral's rule (arXiv 2401.04088).
+        """
+
+    @abstractmethod
+    def experts(
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        *,
+        w13: Sequence[Weight],
+        w2: Sequence[Weight],
+        kind: str,
+    ) -> Tensor:
+        """Return for every token the weighted sum over its k different experts: x [T, C], ids and weights [T, k] ->
+        [T, C].
+
+        Expert e computes `gated(x, w13[e]) @ w2[e].T` with w13[e] [2I, C] and w2[e] [C, I]. The sum over a token's
+        experts runs in the order of its ids, whichever other tokens are in the step.
+        """
+
+    # The network in one call
+
+    def fuse(self, plan: NetworkPlan) -> Network | None:
+        """Return the network as one call, from token ids to the normed rows [R, C] that the head is applied to, which
+        gives what the operations above give one by one. None if the backend does not cover this network.
+        """
+        del plan
+        return None

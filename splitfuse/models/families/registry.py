@@ -1,0 +1,95 @@
+"""The architectures that we load, and the way from a config.json to a ModelSpec.
+
+To add a family: a function from config to spec, a weight-name table if its names are new, a line in FAMILIES. A feature
+of a config that changes the network is honoured or refused, never ignored. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from splitfuse.errors import UnsupportedModelError
+from splitfuse.models.families.common import DECODER_NAMES, Family
+from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
+from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
+from splitfuse.models.sources.hub import read_config
+from splitfuse.models.spec import ModelSpec
+
+# Fields that would make another network of most families: refused by a family that does not honour them.
+FOREIGN_FEATURES = (
+    "quantization_config",
+    "compression_config",
+    "alibi",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_experts",
+    "num_local_experts",
+    "use_mrope",
+)
+EXPERTS = frozenset({"num_experts", "num_local_experts"})
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(llama, DECODER_NAMES),
+    "MistralForCausalLM": Family(mistral, DECODER_NAMES),
+    "MixtralForCausalLM": Family(mixtral, MIXTRAL_NAMES, honours=EXPERTS),
+    "Qwen2ForCausalLM": Family(qwen2, DECODER_NAMES),
+    "Qwen3ForCausalLM": Family(qwen3, DECODER_NAMES),
+    "Qwen3MoeForCausalLM": Family(qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
+}
+
+
+def load_spec(path: Path) -> ModelSpec:
+    """Return the network described by a model folder. Raises as `hub.read_config` and `spec_from_config` do."""
+    return spec_from_config(read_config(path))
+
+
+def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
+    """Return the spec of a parsed config.json.
+
+    Raises UnsupportedModelError for an architecture or a feature we do not know, ModelError for values that make no
+    sense.
+    """
+    architectures = values.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise UnsupportedModelError(
+            'config.json names no architecture: "architectures" should be a list such as ["LlamaForCausalLM"]'
+        )
+    family = find_family(architectures[0])
+    config = ConfigJson(values)
+    for feature in FOREIGN_FEATURES:
+        if config.raw(feature) and feature not in family.honours:
+            raise UnsupportedModelError(f"config.json has {feature}, which is not supported")
+    spec = family.read(config)
+    _check_layer_types(config, spec)
+    return spec
+
+
+def find_family(architecture: str) -> Family:
+    """Return the entry of FAMILIES. Raises UnsupportedModelError that names the known architectures and the nearest.
+
+    >>> find_family("Qwen3ForCausalLM").names["norm"]
+    ('model.norm.weight',)
+    """
+    if architecture in FAMILIES:
+        return FAMILIES[architecture]
+    near = difflib.get_close_matches(architecture, FAMILIES, n=1)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    raise UnsupportedModelError(
+        f"architecture {architecture!r} is not one of those we know: {', '.join(sorted(FAMILIES))}{hint}"
+    )
+
+
+def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
+    """Refuse a config whose layer_types differs from what will be computed."""
+    if "layer_types" not in config:
+        return
+    computed = ["full_attention" if layer.attention.window is None else "sliding_attention" for layer in spec.layers]
+    if config.raw("layer_types") != computed:
+        raise UnsupportedModelError(
+            f"layer_types {config.raw('layer_types')!r:.200} is not supported here: "
+            f"{spec.architecture} with this config computes {computed!r:.200}"
+        )

@@ -1,0 +1,41 @@
+"""Networks described in a few words: layers that are alike but for their windows and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
+from splitfuse.models.spec import ModelSpec, RopeSpec
+
+
+def make_spec(
+    *,
+    num_layers: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    activation: str = "silu",
+    mlp_bias: bool = False,
+    windows: Sequence[int | None] | None = None,
+    experts: ExpertsSpec | None = None,
+    dense_layers: Collection[int] = (),
+    rope: RopeSpec | None = None,
+    attention: dict[str, Any] | None = None,
+    **network: Any,
+) -> ModelSpec:
+    """Return a network; `attention` are further fields of AttentionSpec, `network` those of ModelSpec."""
+    dense = MlpSpec(intermediate_size=intermediate_size, activation=activation, bias=mlp_bias)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim} | (attention or {})
+    layers = tuple(
+        LayerSpec(
+            attention=AttentionSpec(window=window, **heads),
+            mlp=dense if experts is None or number in dense_layers else experts,
+        )
+        for number, window in enumerate(windows or (None,) * num_layers)
+    )
+    assert len(layers) == num_layers
+    defaults = {"architecture": "LlamaForCausalLM", "dtype": "bfloat16", "norm_eps": 1e-5}
+    ropes = (rope or RopeSpec(theta=10000.0, rotary_dim=head_dim),)
+    return ModelSpec(layers=layers, ropes=ropes, **(defaults | network))
