@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# Each worker takes half of the tests in their order, so that tests of a module share its models and servers.
+WORKERS := -n 2 --dist worksteal
 SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
 .PHONY: demo test test-all test-sanitize lint install wheel clean
@@ -11,10 +13,10 @@ demo: $(STAMP)  ## answer questions about stories with the bundled model, and sh
 
 test: $(STAMP) lint  ## style, types, and every test but the slow ones
 	@echo "== tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(WORKERS) --durations=15
 
 test-all: $(STAMP) lint  ## the slow tests too
-	@$(BIN)/python -m pytest -m ""
+	@$(BIN)/python -m pytest -m "" $(WORKERS) --durations=15
 
 test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches addresses and undefined behaviour
 	@rm -rf build/sanitize && SPLITFUSE_SANITIZE=1 $(BIN)/python setup.py -q build_ext \

@@ -255,7 +255,7 @@ def test_a_process_that_hangs_is_found_and_says_where(capfd: pytest.CaptureFixtu
     run(test())
     written = capfd.readouterr().err
     assert "the engine hangs: its process has said nothing for" in written
-    assert "engine_loop.py" in written  # its stacks
+    assert "engine/loop.py" in written  # its stacks
 
 
 def test_a_step_that_does_not_end_is_a_hang() -> None:
