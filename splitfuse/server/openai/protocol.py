@@ -13,17 +13,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from splitfuse.core.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
+from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.openai.slo_params import SloParams
+from splitfuse.server.openai.sampling import SamplingFields, TokenId, sampling_params
 
-MAX_STOP_CHARACTERS = 8192  # of all stop strings together
-
-_MAX_INT = 2**31 - 1
-_STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
-
-TokenId = Annotated[int, Meta(ge=0, le=_MAX_INT)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 
 
@@ -37,24 +31,10 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     include_usage: bool | None = None
 
 
-class _Generate(SloParams, kw_only=True, forbid_unknown_fields=True, frozen=True):
+class _Generate(SamplingFields, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """What both ways to ask for text have in common. null is a parameter left out."""
 
     model: Annotated[str, Meta(max_length=512)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=_MAX_INT)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=_MAX_INT, description="0 and -1: all tokens")] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    seed: Annotated[int, Meta(ge=0, extra_json_schema={"maximum": MAX_SEED})] | None = None
-    stop: _STOP | Annotated[list[_STOP], Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
-    ignore_eos: bool | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
-    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
@@ -67,41 +47,12 @@ class _Generate(SloParams, kw_only=True, forbid_unknown_fields=True, frozen=True
             raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling_params(
-        self, max_tokens: int | None, *, logprobs: int | None, prompt_logprobs: int | None = None
-    ) -> SamplingParams:
-        """OpenAI's defaults where a parameter is left out. Raises InvalidRequestError."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if (length := sum(map(len, stop))) > MAX_STOP_CHARACTERS:
-            raise InvalidRequestError(
-                f"stop has {length} characters in all; at most {MAX_STOP_CHARACTERS} are taken", parameter="stop"
-            )
-        return SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens or 0,
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
-            top_k=max(self.top_k or 0, 0),
-            min_p=_or(self.min_p, 0.0),
-            seed=self.seed,
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            logit_bias=self.logit_bias or {},
-            stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            n=self.n or 1,
-        )
-
 
 class CompletionRequest(_Generate, kw_only=True, frozen=True):
     """POST /v1/completions. A prompt is text or token ids, one or several."""
 
     prompt: str | list[str | int | list[int]]
-    max_tokens: Annotated[int, Meta(ge=0, le=_MAX_INT, description="Left out: 16, or what the model has room for")] | (
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Left out: 16, or what the model has room for")] | (
         None
     ) = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -139,8 +90,9 @@ class CompletionRequest(_Generate, kw_only=True, frozen=True):
             raise InvalidRequestError(
                 f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", parameter="min_tokens"
             )
-        return self.sampling_params(
-            1 if self.max_tokens == 0 else self.max_tokens,
+        return sampling_params(
+            self,
+            max_tokens=1 if self.max_tokens == 0 else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
         )
@@ -190,8 +142,8 @@ class ChatRequest(_Generate, kw_only=True, frozen=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Meta(ge=1, le=_MAX_INT, description="Left out: what there is room for")] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=_MAX_INT)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT, description="Left out: what there is room for")] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: (
@@ -231,7 +183,7 @@ class ChatRequest(_Generate, kw_only=True, frozen=True):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
-        return self.sampling_params(most, logprobs=self.top_logprobs or 0 if self.logprobs else None)
+        return sampling_params(self, max_tokens=most, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
 
 class TokenizeRequest(_Request, kw_only=True, frozen=True):
@@ -313,7 +265,3 @@ def refuse_unless_neutral(body: msgspec.Struct, neutral: Mapping[str, tuple[Any,
                 code="unsupported_parameter",
                 parameter=where + name,
             )
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
