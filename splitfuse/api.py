@@ -16,7 +16,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine, Observer
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
-from splitfuse.models.sources.hub import resolve_model
+from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
 from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, clamp_max_tokens
 from splitfuse.text.kwargs import (
@@ -60,10 +60,10 @@ def pipeline(
     ConfigError, ModelError or MemoryPlanError.
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
-    tokenizer = Tokenizer.from_folder(
-        resolve_model(config.model.tokenizer or config.model.model, config.model.revision)
-    )
-    engine = Engine.load(config, progress=progress, announce=_print_plan if progress else lambda _: None)
+    source = open_model(config.model.model, config.model.revision)
+    other = config.model.tokenizer
+    tokenizer = Tokenizer.from_source(source if other is None else open_model(other, config.model.revision))
+    engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
     engine.observer = observer
     if progress and (resident := resident_memory()) is not None:
         planned = engine.model.plan.weights + engine.model.plan.activations

@@ -14,7 +14,7 @@ import uvicorn
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
-from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.app import make_app
@@ -31,7 +31,7 @@ class RunningServer:
     def __init__(self, config: ServerConfig, **settings: Any) -> None:
         self.engine = Engine.load(EngineConfig.from_settings(settings))
         self.client = AsyncEngine(self.engine)
-        self.service = TextService(self.client, Tokenizer.from_folder(BUNDLED_MODEL))
+        self.service = TextService(self.client, Tokenizer.from_source(open_model(None)))
         self.admission = Admission(config)
         self.metrics = Metrics(self.client)
         self.log = io.StringIO()

@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "models": ("kernels", "errors"),
     "runtime": ("models", "kernels", "core", "config", "errors", "version"),
     "engine": ("runtime", "models", "kernels", "core", "config", "errors"),
-    "text": ("engine", "core", "errors"),
+    "text": ("engine", "models", "core", "errors"),
     "deploy": ("config", "errors"),
     "server": ("deploy", "text", "engine", "models", "core", "config", "errors", "version"),
     "clients": ("deploy", "text", "core", "errors"),

@@ -12,7 +12,7 @@ from splitfuse.config import EngineConfig
 def plan_memory(**flags: Any) -> None:
     """Print the memory a model needs and what there is."""
     from splitfuse.models.families.registry import load_spec
-    from splitfuse.models.sources.hub import resolve_model
+    from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
@@ -20,6 +20,6 @@ def plan_memory(**flags: Any) -> None:
 
     config = EngineConfig.from_settings(given(flags))
     parse_device(config.model.device)
-    spec = load_spec(resolve_model(config.model.model, config.model.revision))
+    spec = load_spec(open_model(config.model.model, config.model.revision))
     backend = choose_backend(config, resolve_dtype(config.model.dtype, spec))
     print(memory_plan.plan_memory(spec, config, backend=backend), flush=True)

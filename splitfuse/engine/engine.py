@@ -22,6 +22,7 @@ from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.interface import WeightSharing
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -62,6 +63,7 @@ class Engine:
     def load(
         cls,
         config: EngineConfig,
+        source: ModelSource | None = None,
         *,
         progress: bool = False,
         announce: Callable[[MemoryPlan], None] = lambda _: None,
@@ -76,7 +78,7 @@ class Engine:
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
         model = load_model(
-            config, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
+            config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
         if not config.scheduler.slo_enabled:
             return cls(config, model, scheduler=scheduler)

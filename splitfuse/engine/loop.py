@@ -37,7 +37,7 @@ class EngineLoop:
     def info(self) -> EngineInfo:
         engine = self._engine
         return EngineInfo(
-            model=engine.model.path.name,
+            model=engine.model.source.name,
             limits=engine.limits,
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             max_num_seqs=engine.config.scheduler.max_num_seqs,

@@ -108,7 +108,7 @@ def load_or_profile(
 
     Raises as `calibrate` does.
     """
-    path = place(identify(config))
+    path = place(identify(config, model.source))
     if path.exists():
         with suppress(CostModelError):  # what somebody spoilt is made anew
             return load(path)
@@ -141,12 +141,12 @@ def calibrate(
     timed = time_cases(engine, [*fitted, *checking], seconds=seconds, progress=progress)
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
     calibration = Calibration(
-        name=f"{model.path.name} ({plan.kernels})",
+        name=f"{model.source.name} ({plan.kernels})",
         cost=replace(cost, per_request=cost.per_request + scheduling_seconds(engine), noise=noise(timed)),
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_model_len=plan.max_model_len,
-        identity=identify(config),
+        identity=identify(config, model.source),
         about=environment_info(),
         timed=tuple(each.sample for each in timed),
     )

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from splitfuse.errors import UnsupportedModelError, WeightsError
+from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import Backend, LayerSpec, LayerWeights, MlpSpec, NetworkWeights, Role, Weight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import find_family
-from splitfuse.models.sources.safetensors import Checkpoint, listing, release
+from splitfuse.models.sources.source import Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")  # computed, not learnt
-DUMMY_SCALE = 0.02
-DUMMY_SEED = 0
 
-Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = dict[str, tuple[Shape, ...]]
 """Name of a weight -> shapes of the pieces that are stacked by rows to make it."""
 
@@ -132,30 +126,30 @@ def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
 
 
 def load_decoder(
-    path: Path,
+    weights: WeightSource,
     spec: ModelSpec,
     *,
     dtype: torch.dtype,
     device: torch.device,
     backend: Backend,
-    load_format: str = "safetensors",
     progress: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Decoder:
-    """Load the model in `path`, with a progress bar on stderr if asked; `on_progress` is called with the fraction that
-    is loaded.
+    """Load a network, with a progress bar on stderr if asked; `on_progress` is called with the fraction that is loaded.
 
-    `load_format` "dummy" reads no weights but makes random ones, the same each time, too small to overflow. Raises
-    WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
+    Raises WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
     """
     plan = parameters(spec)
-    read = _dummy_reader(dtype, device) if load_format == "dummy" else _checkpoint_reader(Checkpoint(path), plan, spec)
+    wanted = dict(piece for parameter in plan for piece in parameter.pieces)
+    unused = find_family(spec.architecture).names["head"] if spec.tied_embeddings else ()
+    weights.check(wanted, architecture=spec.architecture, unused=unused)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in spec.layers]
     for parameter in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
-        with read(parameter) as pieces:
-            weight = backend.pack([piece.to(device) for piece in pieces], role=parameter.role, dtype=dtype)
+        with ExitStack() as stack:
+            pieces = [stack.enter_context(weights.read(name, shape)).to(device) for name, shape in parameter.pieces]
+            weight = backend.pack(pieces, role=parameter.role, dtype=dtype)
         if parameter.expert is None:
             target[parameter.name] = weight
         else:
@@ -163,51 +157,6 @@ def load_decoder(
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]
     return Decoder(spec, NetworkWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), backend)
-
-
-Reader: TypeAlias = Callable[[Parameter], AbstractContextManager[list[Tensor]]]
-"""Function that gives a parameter's pieces for as long as they are being packed."""
-
-
-def _checkpoint_reader(checkpoint: Checkpoint, plan: list[Parameter], spec: ModelSpec) -> Reader:
-    """Return a reader of pieces mapped from files, once every tensor is known to be there."""
-    wanted = dict(piece for parameter in plan for piece in parameter.pieces)
-    if missing := wanted.keys() - checkpoint.names():
-        raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
-    unread = set(find_family(spec.architecture).names["head"]) if spec.tied_embeddings else set()
-    surplus = {name for name in checkpoint.names() - wanted.keys() - unread if not name.endswith(HARMLESS_SUFFIXES)}
-    if surplus:
-        raise WeightsError(
-            f"weights that {spec.architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
-        )
-    for name, shape in wanted.items():
-        checkpoint.check(name, shape)
-
-    @contextmanager
-    def read(parameter: Parameter) -> Iterator[list[Tensor]]:
-        pieces = [checkpoint.read(name) for name, _ in parameter.pieces]
-        yield pieces
-        for piece in pieces:
-            release(piece)
-
-    return read
-
-
-def _dummy_reader(dtype: torch.dtype, device: torch.device) -> Reader:
-    """Return a reader of random pieces: the same at each start."""
-    generator = torch.Generator(device).manual_seed(DUMMY_SEED)
-
-    @contextmanager
-    def read(parameter: Parameter) -> Iterator[list[Tensor]]:
-        pieces = [torch.empty(shape, dtype=dtype, device=device) for _, shape in parameter.pieces]
-        for piece in pieces:
-            if parameter.name.endswith("norm"):
-                piece.fill_(1.0)
-            else:
-                piece.normal_(std=DUMMY_SCALE, generator=generator)
-        yield pieces
-
-    return read
 
 
 def _with_progress(

@@ -13,6 +13,7 @@ import msgspec
 from splitfuse.config import EngineConfig
 from splitfuse.core.slo.cost_model import CostModel, Sample
 from splitfuse.errors import CostModelError
+from splitfuse.models.sources.source import ModelSource
 
 FORMAT = 2
 """Of what is kept: what an older splitfuse has kept is not found, and timed again."""
@@ -55,24 +56,24 @@ def load(path: Path) -> Calibration:
         raise CostModelError(f"{path} holds no cost model: {error}") from error
 
 
-def identify(config: EngineConfig) -> dict[str, Any]:
+def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[str, Any]:
     """What the time of a step depends on: two engines with equal identities have the same cost model.
 
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
     from splitfuse.models.families.registry import load_spec
-    from splitfuse.models.sources.hub import resolve_model
+    from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.environment import gpu, processor
     from splitfuse.runtime.loading import parse_device
 
-    path = resolve_model(config.model.model, config.model.revision)
-    spec = load_spec(path)
+    source = source or open_model(config.model.model, config.model.revision)
+    spec = load_spec(source)
     dtype = resolve_dtype(config.model.dtype, spec)
     identity = {
         "format": FORMAT,
-        "model": str(path.resolve()),
+        "model": str(Path(source.location).resolve()),
         "network": hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
         "kernels": choose_backend(config, dtype).describe(),
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,10 +1,9 @@
-"""From settings to a model that is ready to run: resolve, plan the memory, load."""
+"""Load the model that the settings name: open it, plan its memory, load its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -14,8 +13,9 @@ from splitfuse.kernels.interface import Backend, WeightSharing
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.sources.generation_config import read_eos_token_ids
-from splitfuse.models.sources.hub import resolve_model
+from splitfuse.models.sources.dummy import DummyWeights
+from splitfuse.models.sources.hub import open_model
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
@@ -25,9 +25,9 @@ from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_mem
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights on their device, and what those above must know of the model."""
+    """Holds a model on its device, and what an engine needs to know of it."""
 
-    path: Path
+    source: ModelSource
     spec: ModelSpec
     plan: MemoryPlan
     eos_token_ids: tuple[int, ...]
@@ -51,20 +51,22 @@ class LoadedModel:
 
 def load_model(
     config: EngineConfig,
+    source: ModelSource | None = None,
     *,
     progress: bool = False,
     announce: Callable[[MemoryPlan], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
     weight_sharing: WeightSharing | None = None,
 ) -> LoadedModel:
-    """Load the model that `config` names. `announce` is called with the memory plan before anything is loaded,
-    `on_progress` with the fraction that is. With `weight_sharing`, processes share one copy of the weights if the
-    backend can.
+    """Load the model that `config` names, from `source` if it is open already.
+
+    `announce` is called with the memory plan before anything is loaded, `on_progress` with the fraction that is. With
+    `weight_sharing`, processes share one copy of the weights if the backend can.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
-    path = resolve_model(config.model.model, config.model.revision)
-    spec = load_spec(path)
+    source = source or open_model(config.model.model, config.model.revision)
+    spec = load_spec(source)
     device = parse_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, spec)
     backend = choose_backend(config, dtype)
@@ -72,17 +74,16 @@ def load_model(
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
-        path,
+        DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights(),
         spec,
         dtype=dtype,
         device=device,
         backend=backend,
-        load_format=config.model.load_format,
         progress=progress,
         on_progress=on_progress,
     )
     backend.finish_loading()
-    return LoadedModel(path, spec, plan, read_eos_token_ids(path), decoder)
+    return LoadedModel(source, spec, plan, source.eos_token_ids(), decoder)
 
 
 def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: WeightSharing | None) -> MemoryPlan:
@@ -102,7 +103,7 @@ def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: Weig
 
 
 def parse_device(name: str) -> torch.device:
-    """A torch device that is there. Raises ConfigError."""
+    """Return the torch device of that name. Raises ConfigError if there is none."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -30,7 +30,7 @@ from splitfuse.engine.messages import Loading, StepReport
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, ServerError
-from splitfuse.models.sources.hub import BUNDLED_MODEL, resolve_model
+from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.auth import ApiKeys
 
 if TYPE_CHECKING:
@@ -165,8 +165,10 @@ def _make_app(engine_settings: Mapping[str, Any], config: ServerConfig, client: 
     from splitfuse.text.tokenizer import Tokenizer
 
     model = EngineConfig.from_settings(engine_settings).model
-    resolve_model(model.model, model.revision)  # once, before several engines ask for it
-    tokenizer = Tokenizer.from_folder(resolve_model(model.tokenizer or model.model, model.revision))
+    source = open_model(model.model, model.revision)  # fetched once, before several engines ask for it
+    if model.tokenizer is not None:
+        source = open_model(model.tokenizer, model.revision)
+    tokenizer = Tokenizer.from_source(source)
     admission, metrics = Admission(config), Metrics(client, model_name=config.served_model_name)
     plans: set[str] = set()
     for engine in client.replicas if isinstance(client, Router) else [client]:

@@ -8,17 +8,16 @@ the same files is what this gives. In particular `tokenizer.json` says whether a
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.models.sources.source import ModelSource
 
 _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hugging Face transformers writes one"
 
@@ -44,20 +43,23 @@ class Tokenizer:
         self._byte_ids = _byte_fallback_ids(backend)
 
     @classmethod
-    def from_folder(cls, path: Path) -> Tokenizer:
+    def from_source(cls, source: ModelSource) -> Tokenizer:
         """Read `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`
         where they exist. Raises TokenizerError for a file that is missing, unreadable or hostile."""
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            slow = (path / "tokenizer.model").is_file()
+        with _library_errors(f"{source.location}/tokenizer.json is no tokenizer that can be read"):
+            content = source.read_text("tokenizer.json")
+        if content is None:
+            slow = source.read("tokenizer.model") is not None
             found = (
                 "only a SentencePiece tokenizer.model, which cannot be read as it is" if slow else "no tokenizer.json"
             )
-            raise TokenizerError(f"{path} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
-        config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
-        template = _chat_template(path, config)
-        with _library_errors(f"{file} is no tokenizer that can be read"):
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            raise TokenizerError(f"{source.location} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
+        config: dict[str, Any] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            config |= source.read_json(file, TokenizerError) or {}
+        template = _chat_template(source, config)
+        with _library_errors(f"{source.location}/tokenizer.json is no tokenizer that can be read"):
+            backend = tokenizers.Tokenizer.from_str(content)
             return cls(backend, special_tokens=_special_tokens(config), chat_template=template)
 
     @property
@@ -196,19 +198,6 @@ def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Every `*_token` of the configuration. Its value is the token, or an object with the token as `content`."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
@@ -216,18 +205,19 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None:
     """`chat_template.jinja`, or the configuration's: one template, or a list of named ones with one called default."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{file} cannot be read: {error}") from error
+    try:
+        if (text := source.read_text("chat_template.jinja")) is not None:
+            return text
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{source.location}/chat_template.jinja cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"chat_template in {path / 'tokenizer_config.json'} must be text or a list of named texts")
+        raise TokenizerError(
+            f"chat_template in {source.location}/tokenizer_config.json must be text or a list of named texts"
+        )
     return template

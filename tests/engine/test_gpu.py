@@ -26,6 +26,7 @@ from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
 from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
@@ -36,7 +37,13 @@ TOLERANCE = 1e-4  # of the largest logit, in fp32
 
 
 def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=torch.device(device), backend=ReferenceBackend())
+    return load_decoder(
+        ModelFolder(folder).weights(),
+        load_spec(ModelFolder(folder)),
+        dtype=dtype,
+        device=torch.device(device),
+        backend=ReferenceBackend(),
+    )
 
 
 @pytest.mark.parametrize("family", tiny_models.VARIANTS)

@@ -17,6 +17,7 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 
 
@@ -34,8 +35,14 @@ class RecordingBackend(ReferenceBackend):
 @pytest.fixture
 def decoder(tmp_path: Path) -> Decoder:
     tiny_models.save("qwen2-tied-upper-windows", tmp_path)
-    spec = load_spec(tmp_path)
-    return load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), backend=RecordingBackend())
+    spec = load_spec(ModelFolder(tmp_path))
+    return load_decoder(
+        ModelFolder(tmp_path).weights(),
+        spec,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        backend=RecordingBackend(),
+    )
 
 
 def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
@@ -80,6 +87,10 @@ def test_logits_are_fp32_in_every_precision(tmp_path: Path) -> None:
     tiny_models.save("llama-gqa", tmp_path)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         half = load_decoder(
-            tmp_path, load_spec(tmp_path), dtype=dtype, device=torch.device("cpu"), backend=ReferenceBackend()
+            ModelFolder(tmp_path).weights(),
+            load_spec(ModelFolder(tmp_path)),
+            dtype=dtype,
+            device=torch.device("cpu"),
+            backend=ReferenceBackend(),
         )
         assert logits(half, [1, 2, 3]).dtype == torch.float32

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.safetensors import SINGLE_FILE
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import parameters
@@ -148,7 +149,7 @@ def test_nonsense_about_experts_is_named(fields: dict[str, Any], message: str) -
 def test_weights_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     """Same names, same shapes as in its checkpoints, none more, none fewer."""
     tiny_models.save(variant, tmp_path)
-    ours = dict(piece for parameter in parameters(load_spec(tmp_path)) for piece in parameter.pieces)
+    ours = dict(piece for parameter in parameters(load_spec(ModelFolder(tmp_path))) for piece in parameter.pieces)
     assert ours == {name: tuple(weight.shape) for name, weight in load_file(tmp_path / SINGLE_FILE).items()}
 
 

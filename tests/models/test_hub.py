@@ -13,7 +13,8 @@ import pytest
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources import hub
-from splitfuse.models.sources.hub import read_config, resolve_model
+from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.hub import open_model
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -53,25 +54,25 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) ->
 
 def refused(model: str, revision: str | None = None) -> str:
     with pytest.raises(ModelNotFoundError) as error:
-        resolve_model(model, revision)
+        open_model(model, revision)
     return str(error.value)
 
 
 def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert resolve_model(str(tmp_path)) == tmp_path
-    assert resolve_model("owner/name") == Path("owner/name")
+    assert open_model(str(tmp_path)).location == str(tmp_path)
+    assert open_model("owner/name").location == "owner/name"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_model("~/owner") == tmp_path / "owner"
+    assert open_model("~/owner").location == str(tmp_path / "owner")
 
 
 def test_no_name_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "BUNDLED_MODEL", tmp_path)
-    assert resolve_model(None) == tmp_path
+    assert open_model(None).location == str(tmp_path)
     monkeypatch.setattr(hub, "BUNDLED_MODEL", tmp_path / "gone")
     with pytest.raises(ModelNotFoundError, match="lacks the bundled model"):
-        resolve_model(None)
+        open_model(None)
 
 
 @pytest.mark.parametrize("model", ["./gone", "../gone", "/gone", "~/gone", "a/b/c", "a\\b", "gone/", "~nobody/gone"])
@@ -129,23 +130,23 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
-        read_config(tmp_path)
+        ModelFolder(tmp_path).config()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_config_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as JSON"):
-        load_spec(tmp_path)
+        load_spec(ModelFolder(tmp_path))
 
 
 def test_config_that_is_not_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="must hold a JSON object, not list"):
-        load_spec(tmp_path)
+        load_spec(ModelFolder(tmp_path))
 
 
 def test_config_without_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="names no architecture"):
-        load_spec(tmp_path)
+        load_spec(ModelFolder(tmp_path))

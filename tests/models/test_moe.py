@@ -16,6 +16,7 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models import blocks
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 
 HIDDEN, INNER = 48, 6
@@ -68,8 +69,10 @@ def test_routing_is_best_first_and_in_fp32() -> None:
 def test_decoder_with_experts_adds_them_to_the_residual(tmp_path: Path) -> None:
     """One expert that is every layer's MLP makes the dense network again, whatever its router says."""
     tiny_models.save("llama-gqa", tmp_path)
-    spec, backend = load_spec(tmp_path), ReferenceBackend()
-    dense = load_decoder(tmp_path, spec, dtype=torch.float32, device=torch.device("cpu"), backend=backend)
+    spec, backend = load_spec(ModelFolder(tmp_path)), ReferenceBackend()
+    dense = load_decoder(
+        ModelFolder(tmp_path).weights(), spec, dtype=torch.float32, device=torch.device("cpu"), backend=backend
+    )
     layers = tuple(
         dataclasses.replace(
             layer,

@@ -20,6 +20,7 @@ from splitfuse.kernels.interface import Backend, MlpSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 
 PROMPT_LENGTHS = (1, 9, 20, 37)
@@ -30,7 +31,13 @@ OTHER_EXPERT = 0.15  # where two experts are nearly as good, the other one may b
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, backend=backend or ReferenceBackend())
+    return load_decoder(
+        ModelFolder(folder).weights(),
+        load_spec(ModelFolder(folder)),
+        dtype=dtype,
+        device=CPU,
+        backend=backend or ReferenceBackend(),
+    )
 
 
 def prompts(seed: int) -> list[list[int]]:

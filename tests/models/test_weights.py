@@ -25,7 +25,10 @@ from splitfuse.kernels.interface import Role, Weight
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
+from splitfuse.models.sources.dummy import DummyWeights
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.safetensors import INDEX_FILE, SINGLE_FILE
+from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")
@@ -59,8 +62,10 @@ def experts(tmp_path: Path) -> Path:
     return tmp_path / "experts"
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
-    return load_decoder(folder, load_spec(folder), dtype=dtype, device=CPU, backend=ReferenceBackend(), **options)
+def load(folder: Path, weights: WeightSource | None = None, **options: Any) -> Decoder:
+    source = ModelFolder(folder)
+    options = {"dtype": torch.float32, "device": CPU, "backend": ReferenceBackend(), **options}
+    return load_decoder(source.weights() if weights is None else weights, load_spec(source), **options)
 
 
 class Packing(ReferenceBackend):
@@ -104,7 +109,7 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
 
 
 def test_weights_are_packed_for_their_role(folder: Path) -> None:
-    weights = load_decoder(folder, load_spec(folder), dtype=torch.float32, device=CPU, backend=Packing()).weights
+    weights = load(folder, backend=Packing()).weights
     layer = weights.layers[0]
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
     assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
@@ -114,9 +119,7 @@ def test_weights_are_packed_for_their_role(folder: Path) -> None:
 
 def test_each_expert_is_packed_by_itself(experts: Path) -> None:
     """Nothing larger than one expert is ever gathered."""
-    layers = load_decoder(
-        experts, load_spec(experts), dtype=torch.float32, device=CPU, backend=Packing()
-    ).weights.layers
+    layers = load(experts, backend=Packing()).weights.layers
     for layer in (layers[0], layers[1], layers[2]):
         assert (layer.router, layer.w13, layer.w2) == (None, (), ())
         assert layer.down == ("down", [(48, 72)])
@@ -146,7 +149,7 @@ def test_missing_and_surplus_experts(experts: Path) -> None:
 
 def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) -> None:
     tiny_models.save("llama-tied-wide-heads", tmp_path)
-    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.float32, device=CPU, backend=Packing()).weights
+    weights = load(tmp_path, backend=Packing()).weights
     assert weights.embed is weights.head
     assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
 
@@ -190,8 +193,8 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
 def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
     model = tiny_models.save(variant, tmp_path)
     count = sum(weight.numel() for weight in model.parameters())
-    assert weight_bytes(load_spec(tmp_path), torch.float32, ReferenceBackend()) == 4 * count
-    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, ReferenceBackend()) == 2 * count
+    assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.float32, ReferenceBackend()) == 4 * count
+    assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.bfloat16, ReferenceBackend()) == 2 * count
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -204,12 +207,12 @@ def test_weight_bytes_is_what_the_cpp_kernels_keep(
 ) -> None:
     tiny_models.save(family, tmp_path)
     backend = CpuBackend(variant=variant, num_threads=1, quantization=quantization)
-    weights = load_decoder(tmp_path, load_spec(tmp_path), dtype=torch.bfloat16, device=CPU, backend=backend).weights
+    weights = load(tmp_path, dtype=torch.bfloat16, backend=backend).weights
     each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
     each += [[*layer.w13, *layer.w2] for layer in weights.layers]
     kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | bindings.Weight)}
     total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
-    assert weight_bytes(load_spec(tmp_path), torch.bfloat16, backend) == total
+    assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.bfloat16, backend) == total
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_dummy_weights_need_only_a_config(variant: str, dtype: torch.dtype, tmp_
     logits = []
     for _ in range(2):
         request = Request([1, 2, 3, 4, 5])
-        Runner(load(tmp_path, dtype=dtype, load_format="dummy"), block_size=4).step([(request, 5)])
+        Runner(load(tmp_path, DummyWeights(dtype, CPU), dtype=dtype), block_size=4).step([(request, 5)])
         logits.append(torch.stack(request.logits))
     assert torch.equal(*logits)
     assert logits[0].isfinite().all()
@@ -230,7 +233,7 @@ def test_dummy_weights_need_only_a_config(variant: str, dtype: torch.dtype, tmp_
 
 
 def test_resolve_dtype(saved: Path) -> None:
-    spec = load_spec(saved)
+    spec = load_spec(ModelFolder(saved))
     assert resolve_dtype("auto", spec) == torch.float32
     assert resolve_dtype("bfloat16", spec) == torch.bfloat16
     edited = {**json.loads((saved / "config.json").read_text()), "dtype": "float8_e4m3fn"}

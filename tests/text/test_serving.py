@@ -16,7 +16,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import EngineDiedError, InvalidRequestError
-from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Prompt
 from splitfuse.text.service import ServedGeneration, TextService, merged
 from splitfuse.text.token_text import TokenPieces
@@ -39,7 +39,9 @@ def with_service(work: Callable[[TextService], Awaitable[Any]]) -> Any:
         client = AsyncEngine(engine)
         await client.start()
         try:
-            result = await asyncio.wait_for(work(TextService(client, Tokenizer.from_folder(BUNDLED_MODEL))), PATIENCE)
+            result = await asyncio.wait_for(
+                work(TextService(client, Tokenizer.from_source(open_model(None)))), PATIENCE
+            )
             await wait_until_empty(client, engine)
             assert asyncio.all_tasks() == {asyncio.current_task()}
             return result
@@ -165,7 +167,7 @@ def test_an_engine_that_is_closed_ends_all() -> None:
     async def run() -> None:
         client = AsyncEngine(Engine.load(EngineConfig.from_settings({})))
         await client.start()
-        await asyncio.wait_for(work(TextService(client, Tokenizer.from_folder(BUNDLED_MODEL))), PATIENCE)
+        await asyncio.wait_for(work(TextService(client, Tokenizer.from_source(open_model(None)))), PATIENCE)
 
     asyncio.run(run())
 
@@ -234,7 +236,7 @@ def test_merged_gives_all_and_closes_all() -> None:
 @pytest.mark.parametrize("kind", ["bundled", *tiny_tokenizers.KINDS])
 def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
     made = tiny_tokenizers.KINDS.get(kind)
-    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL) if made is None else Tokenizer(made())
+    tokenizer = Tokenizer.from_source(open_model(None)) if made is None else Tokenizer(made())
     pieces = TokenPieces(tokenizer)
     texts = ["The cat sat on the mat; the dog slept."]
     if kind != "metaspace_unigram":  # which has no letters for these
@@ -253,7 +255,7 @@ def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
 
 
 def test_a_template_that_fails_is_the_requests_mistake() -> None:
-    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
+    tokenizer = Tokenizer.from_source(open_model(None))
     tokenizer.chat_template = "{{ 2 ** 100000 }}"
     service = TextService(cast(AsyncEngine, None), tokenizer)
     with pytest.raises(InvalidRequestError, match="the model's chat template") as refusal:

@@ -15,6 +15,7 @@ from tiny_tokenizers import BOS, EOS, KINDS, random_text
 from transformers import AutoTokenizer
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
@@ -29,7 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(folder)
+    return Tokenizer.from_source(ModelFolder(folder))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_tokenizer_json_alone_decides_about_the_begin_token(
         backend["post_processor"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
     write_config(tmp_path, CONFIG | {"add_bos_token": add_bos_token})
-    token_ids = Tokenizer.from_folder(tmp_path).encode("hello")
+    token_ids = Tokenizer.from_source(ModelFolder(tmp_path)).encode("hello")
     assert list(token_ids) == AutoTokenizer.from_pretrained(tmp_path).encode("hello")
     assert (token_ids[0] == 0) is has_post_processor
 
@@ -101,7 +102,7 @@ def test_special_tokens_may_be_objects_and_may_stand_in_the_legacy_map(tmp_path:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"bos_token": {"content": BOS, "lstrip": False}, "pad_token": None, "add_bos_token": True})
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS, "bos_token": "other"}))
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))
     assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": EOS}
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
@@ -110,7 +111,7 @@ def test_a_named_end_token_of_the_plain_vocabulary_is_special(tmp_path: Path) ->
     """Some checkpoints name an end token in the configuration alone; skipping special tokens must skip it."""
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, CONFIG | {"eos_token": "!"})
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))
     token_ids = tokenizer.encode("a!")
     assert (
         tokenizer.decode(token_ids)
@@ -121,7 +122,7 @@ def test_a_named_end_token_of_the_plain_vocabulary_is_special(tmp_path: Path) ->
 
 def test_without_a_configuration_there_are_no_named_tokens(tmp_path: Path) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template) == (None, None, None)
 
 
@@ -130,7 +131,7 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))
     assert tokenizer.decode(tokenizer.encode("a long text, not cut")) == "a long text, not cut"
 
 
@@ -146,14 +147,14 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
 def test_chat_template_of_the_configuration(tmp_path: Path, template: Any, expected: str | None) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"chat_template": template})
-    assert Tokenizer.from_folder(tmp_path).chat_template == expected
+    assert Tokenizer.from_source(ModelFolder(tmp_path)).chat_template == expected
 
 
 def test_chat_template_file_comes_first(tmp_path: Path) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"chat_template": "old"})
     (tmp_path / "chat_template.jinja").write_text("new 世界", encoding="utf-8")
-    assert Tokenizer.from_folder(tmp_path).chat_template == "new 世界"
+    assert Tokenizer.from_source(ModelFolder(tmp_path)).chat_template == "new 世界"
 
 
 # --- bad files and bad texts ---------------------------------------------------------------------------------------
@@ -161,10 +162,10 @@ def test_chat_template_file_comes_first(tmp_path: Path) -> None:
 
 def test_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json.*save_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_source(ModelFolder(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(TokenizerError, match=r"only a SentencePiece tokenizer\.model.*save_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_source(ModelFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
 def test_hostile_tokenizer_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is no tokenizer"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_source(ModelFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -205,14 +206,14 @@ def test_hostile_tokenizer_config(tmp_path: Path, content: bytes, message: str) 
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=message):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_source(ModelFolder(tmp_path))
 
 
 def test_unreadable_chat_template_file(tmp_path: Path) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read"):
-        Tokenizer.from_folder(tmp_path)
+        Tokenizer.from_source(ModelFolder(tmp_path))
 
 
 def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
@@ -225,7 +226,7 @@ def test_text_that_the_vocabulary_cannot_express(tmp_path: Path) -> None:
     content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "missing"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match="cannot encode this text"):
-        Tokenizer.from_folder(tmp_path).encode("b")
+        Tokenizer.from_source(ModelFolder(tmp_path)).encode("b")
 
 
 def test_decoder_that_panics_is_an_error_like_any_other(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError
@@ -16,7 +15,7 @@ from splitfuse.models.families.common import DECODER_NAMES, Family
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
 from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
-from splitfuse.models.sources.hub import read_config
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
 # Fields that would make another network of most families: refused by a family that does not honour them.
@@ -42,9 +41,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def load_spec(path: Path) -> ModelSpec:
-    """Return the network described by a model folder. Raises as `hub.read_config` and `spec_from_config` do."""
-    return spec_from_config(read_config(path))
+def load_spec(source: ModelSource) -> ModelSpec:
+    """Return the network of a stored model. Raises as `ModelSource.config` and `spec_from_config` do."""
+    return spec_from_config(source.config())
 
 
 def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:

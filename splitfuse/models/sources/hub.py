@@ -1,61 +1,44 @@
-"""Where a model's files are: the bundled model, a folder, or the Hugging Face Hub. Knows no tensors."""
+"""Find a model: the bundled one, a folder, or one of the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from splitfuse.errors import ModelError, ModelNotFoundError
+from splitfuse.errors import ModelNotFoundError
+from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.source import ModelSource
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
 
 FETCHED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # never pickles, never code
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> Path:
-    """The folder of a model: None is the bundled one, a folder is itself, any other name is looked up on the Hub.
+def open_model(model: str | None, revision: str | None = None) -> ModelSource:
+    """Open a model by folder or Hub name; None is the bundled model. Models of the Hub are fetched into its cache.
+
+        open_model("Qwen/Qwen2.5-0.5B-Instruct", revision="main").config()
 
     Raises ModelNotFoundError if there is no such folder or name, or if it cannot be fetched.
     """
     if model is None:
         if not BUNDLED_MODEL.is_dir():
             raise ModelNotFoundError("this installation lacks the bundled model: name a model folder or a Hub name")
-        return BUNDLED_MODEL
+        return ModelFolder(BUNDLED_MODEL)
     try:
         path = Path(model).expanduser()
         if model and path.is_dir():
-            return path
+            return ModelFolder(path)
         if path.is_file():
             raise ModelNotFoundError(f"{model} is a file: name the folder that holds config.json and the weights")
     except (OSError, RuntimeError):
-        pass  # too long for a path, or the home of a user there is not
+        pass  # too long for a path, or the home of a user who does not exist
     if model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
         raise ModelNotFoundError(f"there is no folder {model}")
-    return _download(model, revision)
+    return ModelFolder(_fetch(model, revision))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder.
-
-    Raises ModelNotFoundError if there is none, ModelError if it is not a JSON object.
-    """
-    file = path / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelNotFoundError(
-            f"{path} has no config.json: it is not a model folder in Hugging Face format"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} must hold a JSON object, not {type(values).__name__}")
-    return values
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """A snapshot of a Hub model in the local cache. HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected."""
+def _fetch(model: str, revision: str | None) -> Path:
+    """Returns a snapshot of a Hub model in the local cache. HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected."""
     import huggingface_hub  # only here: most starts need no Hub
     from huggingface_hub import errors
 

@@ -1,7 +1,4 @@
-"""The tensors of a model folder by name, memory-mapped from safetensors files. Never reads pickles.
-
-Whatever is wrong with the files themselves is a WeightsError here; what the names mean is not known here.
-"""
+"""Read tensors by name, memory-mapped from the safetensors files of a folder. Pickles are never read."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ import ctypes
 import json
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfuse.errors import WeightsError
+from splitfuse.models.sources.source import Shape, WeightSource
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Endings of tensors that old checkpoints store although they follow from the config."""
 
 
-class Checkpoint:
-    """The weights in `folder`: one file, or shards named by an index. Raises WeightsError for files it cannot trust."""
+class SafetensorsWeights(WeightSource):
+    """Reads dense tensors of a folder from one file, or from shards named by an index.
+
+    Raises WeightsError for files that cannot be trusted.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}  # tensor name -> the opened file that holds it
@@ -36,12 +40,24 @@ class Checkpoint:
                     raise WeightsError(f"{path} repeats {name}, which another file of the checkpoint holds too")
                 self._files[name] = opened
 
-    def names(self) -> set[str]:
-        """All tensors there are."""
-        return set(self._files)
+    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
+        if missing := wanted.keys() - self._files.keys():
+            raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
+        surplus = self._files.keys() - wanted.keys() - set(unused)
+        if surplus := {name for name in surplus if not name.endswith(COMPUTED_SUFFIXES)}:
+            raise WeightsError(
+                f"weights that {architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
+            )
+        for name, shape in wanted.items():
+            self._check_tensor(name, shape)
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise WeightsError unless the tensor is a floating-point one of this shape."""
+    @contextmanager
+    def read(self, name: str, shape: Shape) -> Iterator[Tensor]:  # noqa: ARG002 - checked before
+        tensor: Tensor = self._files[name].get_tensor(name)  # mapped from its file
+        yield tensor
+        _release(tensor)
+
+    def _check_tensor(self, name: str, shape: Shape) -> None:
         header = self._files[name].get_slice(name)
         if tuple(header.get_shape()) != shape:
             raise WeightsError(f"weight {name} has shape {list(header.get_shape())}, config.json wants {list(shape)}")
@@ -51,22 +67,9 @@ class Checkpoint:
                 "quantized checkpoints are not supported"
             )
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file: copy what is to be kept."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-
-def release(tensor: Tensor) -> None:
-    """Give back the memory of a tensor mapped from a file: its pages can be read again."""
-    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """The first names in order, and how many more there are."""
+    """Returns the first names in order, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
@@ -104,3 +107,11 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file, perhaps cut short: {error}") from error
+
+
+def _release(tensor: Tensor) -> None:
+    """Give back the memory of a tensor mapped from a file: its pages can be read again."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

@@ -1,0 +1,34 @@
+"""Random weights in place of a checkpoint: for measuring a network without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from splitfuse.models.sources.source import Shape, WeightSource
+
+SCALE = 0.02
+SEED = 0
+
+
+class DummyWeights(WeightSource):
+    """Makes every tensor that is asked for: the same at each start, too small to overflow, norms of 1."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator(device).manual_seed(SEED)
+
+    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
+        """Accept everything."""
+
+    @contextmanager
+    def read(self, name: str, shape: Shape) -> Iterator[Tensor]:
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(std=SCALE, generator=self._generator)
+        yield tensor

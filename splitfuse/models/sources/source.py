@@ -1,0 +1,105 @@
+"""Interfaces of a stored model: its files, and its tensors. Code above this package does not know which kind it has."""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from splitfuse.errors import ModelError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class WeightSource(ABC):
+    """Gives the tensors of a model, by the names that its checkpoint uses.
+
+    A format that stores tensors in another form (quantized, transposed, several in one) undoes that in `read`.
+    """
+
+    @abstractmethod
+    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
+        """Raise WeightsError unless the tensors `wanted` are there, in these shapes, and no others but `unused`.
+
+        `architecture` is the network that wants them, for messages.
+        """
+
+    @abstractmethod
+    def read(self, name: str, shape: Shape) -> AbstractContextManager[Tensor]:
+        """Returns a tensor for as long as the context lasts: copy what is to be kept. Call `check` first."""
+
+
+class ModelSource(ABC):
+    """A stored model: config, tokenizer files, chat template, end tokens and tensors.
+
+    source = open_model("Qwen/Qwen2.5-0.5B-Instruct")
+    spec = spec_from_config(source.config())
+    """
+
+    name: str
+    """Name of the model, as a server shows it."""
+    location: str
+    """Place of the model, for messages and as its identity on this machine."""
+
+    @abstractmethod
+    def read(self, file: str) -> bytes | None:
+        """Returns the content of a file such as `tokenizer.json`, or None if the model has none. Raises OSError."""
+
+    @abstractmethod
+    def weights(self) -> WeightSource:
+        """Open the tensors. Raises WeightsError."""
+
+    def read_text(self, file: str) -> str | None:
+        """Returns the text of a file, or None if the model has no such file. Raises OSError and ValueError."""
+        content = self.read(file)
+        return None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+
+    def read_json(self, file: str, error: type[ModelError] = ModelError) -> dict[str, Any] | None:
+        """Returns the object in a JSON file, or None if the model has no such file.
+
+        Raises `error` if the file cannot be read or holds something else.
+        """
+        try:
+            text = self.read_text(file)
+            values = None if text is None else json.loads(text)
+        except (OSError, ValueError, RecursionError) as reason:
+            raise error(f"{self.location}/{file} cannot be read as JSON: {reason}") from reason
+        if text is not None and not isinstance(values, dict):
+            raise error(f"{self.location}/{file} must hold a JSON object, not {type(values).__name__}")
+        return values
+
+    def config(self) -> dict[str, Any]:
+        """Returns config.json. Raises ModelNotFoundError if there is none, ModelError if it is not a JSON object."""
+        values = self.read_json("config.json")
+        if values is None:
+            raise ModelNotFoundError(
+                f"{self.location} has no config.json: it is not a model folder in Hugging Face format"
+            )
+        return values
+
+    def generation_config(self) -> dict[str, Any]:
+        """Returns generation_config.json, the model's defaults for sampling; empty if there is none."""
+        return self.read_json("generation_config.json") or {}
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Returns the tokens that end a text: those of generation_config.json, else of config.json; none is allowed.
+
+        Raises ModelError if the entry is neither a token id nor a list of them.
+        """
+        for file, values in (("generation_config.json", self.generation_config()), ("config.json", self.config())):
+            value = values.get("eos_token_id")
+            if value is None:
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ModelError(
+                    f"eos_token_id in {self.location}/{file} must be a token id or a list of them, not {value!r}"
+                )
+            return tuple(ids)
+        return ()
