@@ -8,8 +8,8 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
 .PHONY: demo test test-all test-sanitize lint install wheel clean
 
-demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every forward pass
-	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/passes.png
+demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
+	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
 
 test: $(STAMP) lint  ## style, types, and every test but the slow ones
 	@echo "== tests"
