@@ -40,7 +40,7 @@ def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
     facts = {
         "version": f"splitfuse {splitfuse.__version__}, torch {torch.__version__}",
         "threads": torch.get_num_threads(),
-        "kernels": type(engine.model.decoder.kernels).__name__,
+        "kernels": type(engine.model.decoder.backend).__name__,
     }
     return run, facts
 

@@ -211,7 +211,7 @@ class Capabilities:
     dtypes: tuple[torch.dtype, ...] | None = None  # of weights and activations; None: all floating-point ones
     quantizations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Quantization -> its group sizes. The quantization that loses least comes first."""
-    kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype besides "auto"
+    kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype other than "auto"
     block_multiple: int = 1  # block_size must be a multiple of it
     max_head_dim: int | None = None
     own_threads: bool = False  # whether num_threads is honoured

@@ -1,8 +1,8 @@
 // Causal attention over blocked keys and values.
 //
 // Keys are taken in tiles of 512 at absolute positions. Each tile gives a row its own maximum, sum and weighted values
-// from nothing; tiles are merged in their order. So a row's bits do not depend on the chunk it came in, on who computed
-// which tile, or on rows beside it. (Merging of partial softmaxes: Milakov and Gimelshein, arXiv 1805.02867.)
+// from scratch; tiles are merged in their order. So a row's bits do not depend on the chunk it came in, on the thread that
+// computed a tile, or on the other rows. (Merging of partial softmaxes: Milakov and Gimelshein, arXiv 1805.02867.)
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-constexpr int TILE = 2 * SLAB_STEPS;            // keys: their weights fill one slab
+constexpr int TILE = 2 * SLAB_STEPS;            // Keys: their weights fill one slab.
 constexpr int TILE_PIECES = TILE / PIECE;
 constexpr int SCORE_STRIDE = TILE + LANES;
-constexpr float NOTHING = -1e30f;               // the maximum of no scores
+constexpr float NOTHING = -1e30f;               // The maximum of no scores.
 
-// Rows of an item: with the small tiles of AVX2 two of them, so that keys and values come from memory for both at once.
+// Rows of an item. With the small tiles of AVX2 an item has two tiles, so that keys and values come from memory once for both.
 constexpr int ITEM_ROWS = MAX_ROWS < 12 ? 2 * MAX_ROWS : MAX_ROWS;
 
 // Rows `first` to first + rows - 1 of one request and kv head, flattened (token, head of the group); tiles begin to end.
@@ -26,10 +26,10 @@ struct Item {
     i32 request, head, rows;
     i64 first;
     i64 begin_tile, end_tile;
-    i64 partial;  // where the tiles' results go, to be merged later; -1: merged at once
+    i64 partial;  // Where the tiles' results go, to be merged later; -1: they are merged at once.
 };
 
-// What one tile, or several merged, gave the rows of an item.
+// The result of one tile, or of several merged, for the rows of an item.
 struct Partial {
     float maximum[ITEM_ROWS], total[ITEM_ROWS];
     float* values;  // [rows, padded]
@@ -43,13 +43,13 @@ struct Attention {
     const float* sinks;         // [H] or null
     i64 window;                 // 0: none
     u16* out;                   // [T, H, D]
-    u8* widened;                // int8 only: room for one tile, of this thread
+    u8* widened;                // int8 only: this thread's buffer for one tile
 
     // Position of the item's request's first row.
     i64 start(const Item& item) const {
         return step.seq_lens[item.request] - (step.query_start[item.request + 1] - step.query_start[item.request]);
     }
-    // The first of the item's tiles that a row sees.
+    // The first of the item's tiles that any row sees.
     i64 first_tile(const Item& item) const {
         if (!window) return item.begin_tile;
         i64 first_seen = start(item) + item.first / (heads.num_heads / store.num_kv_heads) - window + 1;
@@ -57,7 +57,7 @@ struct Attention {
     }
 };
 
-// Items of all requests, longest first; with few of them, long ones in parts. Returns how many tiles get partials.
+// Makes the items of all requests, longest first; if there are few, long ones in parts. Returns how many tiles get partials.
 inline i64 make_items(const Step& step, i64 num_heads, i64 num_kv_heads, int num_threads, std::vector<Item>& items) {
     items.clear();
     i64 group = num_heads / num_kv_heads;
@@ -99,11 +99,11 @@ inline i64 make_items(const Step& step, i64 num_heads, i64 num_kv_heads, int num
     return partials;
 }
 
-SF_INLINE void widen_levels(const u8* levels, i64 count, u16* out) {  // exact: 8 bits hold a level
-    for (i64 i = 0; i < count; i += LANES) store_bf16(out + i, load_i8(reinterpret_cast<const i8*>(levels + i)));
+SF_INLINE void widen_qvalues(const u8* qvalues, i64 count, u16* out) {  // exact: 8 bits hold a qvalue
+    for (i64 i = 0; i < count; i += LANES) store_bf16(out + i, load_i8(reinterpret_cast<const i8*>(qvalues + i)));
 }
 
-// Where the pieces of one tile of an item lie: those from `first` to `end` - 1 have keys that some row sees.
+// Where the pieces of one tile of an item lie. Those from `first` to `end` - 1 have keys that some row sees.
 struct Pieces {
     i64 first, end, keys;  // keys: of the tile, up to the last that any row sees
     const u8* of[TILE_PIECES];
@@ -126,8 +126,8 @@ SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& ite
     return pieces;
 }
 
-// Scores of one row of a tile -> weights for the keys begin to end - 1, zero for the others up to `keys`;
-// their maximum (in powers of two) and total. `scale` takes a score to powers of two.
+// Turns the scores of one row of a tile into weights for the keys begin to end - 1, zero for the others up to `keys`, and
+// gives their maximum (in powers of two) and total. `scale` takes a score to powers of two.
 SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, Element* weights, float& maximum, float& total) {
     i64 first = begin / LANES * LANES, last = end <= begin ? first : ceil_div(end, LANES) * LANES;
     Floats most = broadcast(NOTHING), sums = broadcast(0.0f), zero = broadcast(0.0f);
@@ -170,18 +170,18 @@ SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end,
     }
 }
 
-// One tile for the rows of an item. `queries`: a slab of q. `next`: the pieces that will be read after these.
+// Computes one tile for the rows of an item. `queries` is a slab of q, `next` the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
     alignas(64) float scores[ITEM_ROWS * SCORE_STRIDE];
     alignas(64) u32 weights[ITEM_ROWS * SLAB_STRIDE];
     alignas(64) float key_scales[TILE], value_scales[TILE];
-    const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *fetches[TILE_PIECES];
+    const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *prefetches[TILE_PIECES];
     const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE, start = a.start(item);
     const i64 first = pieces.first, end = pieces.end, half_wide = PIECE * kv.padded * 2;
 
-    // The processor fetches what the next phase reads while this one computes: the values beside their keys, and beside
-    // the values the keys of the next tile.
+    // While one phase computes, the processor prefetches what the next one reads: the values with their keys, and the keys
+    // of the next tile with the values.
     for (i64 p = first; p < end; ++p) {
         keys_of[p] = pieces.of[p];
         values_of[p] = pieces.of[p] + kv.half_bytes;
@@ -189,27 +189,27 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             std::memcpy(key_scales + p * PIECE, kv.scales(pieces.of[p]), PIECE * sizeof(float));
             std::memcpy(value_scales + p * PIECE, kv.scales(pieces.of[p]) + PIECE, PIECE * sizeof(float));
             u8* wide = a.widened + p * 2 * half_wide;
-            widen_levels(pieces.of[p], 2 * PIECE * kv.padded, reinterpret_cast<u16*>(wide));
+            widen_qvalues(pieces.of[p], 2 * PIECE * kv.padded, reinterpret_cast<u16*>(wide));
             keys_of[p] = wide;
             values_of[p] = wide + half_wide;
         }
     }
     const i64 steps = ceil_div(kv.head_dim, 2);
-    // Tiles of rows, each of which fetches its part.
+    // Tiles of rows, each of which prefetches its part.
     const int row_tiles = (item.rows + MAX_ROWS - 1) / MAX_ROWS;
-    const i64 fetch_stride = STEP_BYTES / row_tiles;
+    const i64 prefetch_stride = STEP_BYTES / row_tiles;
     for (int t = 0; t < row_tiles; ++t) {
         const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
-        for (i64 p = first; p < end; ++p) fetches[p] = values_of[p] + t * steps * fetch_stride;
-        const Segments keys{keys_of + first, fetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, fetch_stride};
+        for (i64 p = first; p < end; ++p) prefetches[p] = values_of[p] + t * steps * prefetch_stride;
+        const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, prefetch_stride};
         multiply_each(rows, queries + row * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
     }
 
     const float scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
-    const bool streams = item.rows == group;  // a single token: nobody else has brought its keys and values near
+    const bool streams = item.rows == group;  // a single token: no other item has brought its keys and values near
     for (i32 r = 0; r < item.rows; ++r) {
         if (streams)
-            for (i64 p = next.first + r; p < next.end; p += item.rows) fetch_lines(next.of[p], kv.half_bytes / 2);
+            for (i64 p = next.first + r; p < next.end; p += item.rows) prefetch_lines(next.of[p], kv.half_bytes / 2);
         float* row = scores + r * SCORE_STRIDE;
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
         i64 position = start + (item.first + r) / group;
@@ -221,7 +221,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen, seen_end);
     }
 
-    // Only pairs with a key that exists: what lies behind may be NaN.
+    // Only pairs with a key that exists: what follows may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
     for (i64 column = 0; column < kv.padded;) {
         const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.padded;
@@ -231,10 +231,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
             for (i64 p = first; p < end; ++p) {
                 bool known = p >= next.first && p < next.end;
-                i64 ahead = column / PANEL * (PIECE / 2) * STEP_BYTES + t * (PIECE / 2) * fetch_stride;
-                fetches[p - first] = known ? next.of[p] + ahead : starts[p - first];
+                i64 ahead = column / PANEL * (PIECE / 2) * STEP_BYTES + t * (PIECE / 2) * prefetch_stride;
+                prefetches[p - first] = known ? next.of[p] + ahead : starts[p - first];
             }
-            const Segments values{starts, fetches, PIECE / 2, pairs, kv.padded * 4, fetch_stride};
+            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.padded * 4, prefetch_stride};
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.padded + column;
             if (two) multiply_two(rows, x, values, sums, kv.padded);
@@ -280,16 +280,16 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
     }
 }
 
-// Floats of one tile's result kept for merging.
+// Number of floats of one tile's result that is kept for merging.
 SF_INLINE i64 partial_floats(i64 padded) { return ITEM_ROWS * (2 + padded); }
 
-// The result of a tile that no row sees.
+// Writes the result of a tile that no row sees.
 SF_INLINE void forget(float* place, i64 padded) {
     for (int r = 0; r < ITEM_ROWS; ++r) place[r] = NOTHING;
     std::memset(place + ITEM_ROWS, 0, (partial_floats(padded) - ITEM_ROWS) * sizeof(float));
 }
 
-// Attention of all items, `partials` being room for make_items()'s number of tiles. Ends with everybody done.
+// Computes all items; `partials` has room for the number of tiles that make_items() returned. Returns when all are done.
 inline void attend(Team& team, const Attention& a, const std::vector<Item>& items, float* partials) {
     const Layout kv(a.store);
     const i64 group = a.heads.num_heads / kv.num_kv_heads, stride = partial_floats(kv.padded);
@@ -310,7 +310,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                 if (kv.head_dim % 2) place[kv.head_dim] = 0;
             }
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
-            // Without sinks the first tile, merged with nothing, is what it was.
+            // Without sinks the first tile merged with nothing is itself.
             const bool alone = item.partial < 0 && !a.sinks;
             if (item.partial < 0 && a.sinks) begin_rows(a, item, group, kv.padded, all);
             for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(partials + (item.partial + t) * stride, kv.padded);

@@ -1,4 +1,4 @@
-// AVX2 and FMA. What the standard library inlines is compiled for every CPU, hence the order.
+// AVX2 and FMA. The standard library comes first, so that what it inlines is compiled for every CPU.
 #include <omp.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI. What the standard library inlines is compiled for every CPU, hence the order.
+// AVX-512 with VNNI. The standard library comes first, so that what it inlines is compiled for every CPU.
 #include <omp.h>
 
 #include <algorithm>

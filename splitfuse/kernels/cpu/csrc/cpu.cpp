@@ -1,4 +1,4 @@
-// What this CPU can do, and the check that every step passes before a kernel believes its numbers.
+// What this CPU can do, and the check of every step before a kernel trusts its numbers.
 
 #include "interface.h"
 
@@ -17,14 +17,14 @@ SF_EXPORT int sf_prefers_avx512_bf16() { return !__builtin_cpu_is("intel"); }
 
 SF_EXPORT int sf_supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// 0, or 1 if an id is no row of the table.
+// Returns 0, or 1 if an id is not a row of the table.
 SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int64_t rows) {
     for (std::int64_t i = 0; i < count; ++i)
         if (ids[i] < 0 || ids[i] >= rows) return 1;
     return 0;
 }
 
-// 0, or the number of the rule that the step breaks; library.py has them in words. A step for rope_store has no
+// Returns 0, or the number of the rule that the step breaks; bindings.py has them in words. A step for rope_store has no
 // requests, one for attend no positions.
 SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_position, std::int64_t num_blocks, std::int64_t block_size,
                             std::int64_t vocabulary) {

@@ -1,4 +1,4 @@
-// What is done token by token: norms, embedding rows, the choice of the likeliest token.
+// Operations token by token: norms, embedding rows, the choice of the likeliest token.
 #pragma once
 
 #include "linear.h"
@@ -6,7 +6,7 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// RMS norm of x [columns] in fp32, rounded to bf16 once at the end.
+// Writes the RMS norm of x [columns], computed in fp32 and rounded to bf16 once at the end.
 template <class Load>
 SF_INLINE void norm_row(Load x, i64 columns, const u16* weight, float eps, u16* out) {
     Floats squares = broadcast(0.0f);
@@ -33,7 +33,7 @@ inline void norm(Team& team, const float* x, i64 rows, i64 columns, const u16* w
     });
 }
 
-// Rows of an embedding [vocabulary, columns], as fp32: of a table in bf16, or of the packed head that it is tied to.
+// Writes rows of an embedding [vocabulary, columns] in fp32, from a table in bf16 or from the packed head that it is tied to.
 inline void embed(Team& team, const i32* ids, i64 rows, const u16* table, const Weight* packed, i64 columns, float* out) {
     team.split(rows, [&](i64 begin, i64 end) {
         for (i64 row = begin; row < end; ++row) {
@@ -44,8 +44,8 @@ inline void embed(Team& team, const i32* ids, i64 rows, const u16* table, const 
     });
 }
 
-// For each row of scores [rows, columns] its largest, and the lowest column that has it; NaN and any column if any is
-// NaN.
+// Writes for each row of scores [rows, columns] its largest, and the lowest column that has it; NaN and any column if any
+// of them is NaN.
 inline void argmax(Team& team, const float* scores, i64 rows, i64 columns, i32* ids, float* peaks) {
     team.split(rows, [&](i64 begin, i64 end) {
         for (i64 row = begin; row < end; ++row) {

@@ -1,7 +1,7 @@
-// Mixtures of experts: whom each token visits, and the products of all experts, shared out together.
+// Mixtures of experts: which experts each token visits, and the products of all experts, divided among the threads together.
 //
-// A pair is a token and one of its choices, token * k + choice. Pairs are brought together by expert, so that each
-// weight is read once; which pairs meet there changes no row of any of them.
+// A pair is a token and one of its choices, token * k + choice. Pairs are grouped by expert, so that each weight is read
+// once; which pairs share a group changes no row of any of them.
 #pragma once
 
 #include "workspace.h"
@@ -9,8 +9,8 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// One row of scores [E] -> the k best experts, best first, of equal ones the lower first, and their shares of the
-// softmax over all; with `renormalize`, of that over the k. NaN among the scores makes all shares NaN.
+// Finds in one row of scores [E] the k best experts, best first and of equal ones the lower first, and their shares of the
+// softmax over all experts; with `renormalize`, over the k. A NaN among the scores makes all shares NaN.
 SF_INLINE void route_row(const float* scores, i64 num_experts, i64 k, bool renormalize, i32* ids, float* shares) {
     i64 found = 0;
     for (i64 expert = 0; expert < num_experts; ++expert) {
@@ -37,7 +37,7 @@ SF_INLINE void route_row(const float* scores, i64 num_experts, i64 k, bool renor
         for (i64 choice = 0; choice < k; ++choice) shares[choice] /= chosen;
 }
 
-// Scores [T, E] -> ids and shares [T, k].
+// Routes all tokens: scores [T, E] -> ids and shares [T, k].
 inline void route(Team& team, const float* scores, i64 tokens, i64 num_experts, i64 k, bool renormalize, i32* ids, float* shares) {
     team.split(tokens, [&](i64 begin, i64 end) {
         for (i64 token = begin; token < end; ++token)
@@ -45,22 +45,22 @@ inline void route(Team& team, const float* scores, i64 tokens, i64 num_experts, 
     });
 }
 
-// As many experts as a step of so many pairs can visit.
+// The most experts that a step of so many pairs can visit.
 SF_INLINE i64 most_visits(i64 pairs, i64 num_experts) { return std::min(pairs, num_experts); }
 
-// Room for one mixture; before the parallel region, which does not know yet who visits whom.
+// Reserves buffers for one mixture. This happens before the parallel region, when it is not known which tokens visit which experts.
 inline void reserve_experts(Workspace& work, const Mixture& m, i64 tokens) {
     const i64 pairs = tokens * m.top_k, visits = most_visits(pairs, m.num_experts);
     for (const Weight* w : {m.w13, m.w2}) work.reserve_operand(*w, pairs);
     work.operand.reserve(std::max(operand_bytes(*m.w13, pairs), operand_bytes(*m.w2, pairs)) + visits * VISIT_PADDING);
     work.gated.reserve(pairs * m.w2->columns * 2);
-    work.said.reserve(pairs * m.w2->rows * 4);
+    work.expert_out.reserve(pairs * m.w2->rows * 4);
     work.order.reserve(pairs * 4);
     work.visits.resize(std::max<size_t>(work.visits.size(), visits));
     work.counts.resize(std::max<size_t>(work.counts.size(), m.num_experts));
 }
 
-// Sorts the pairs by expert, and says which of them each expert has and where its operand will lie.
+// Sorts the pairs by expert, and notes which of them each expert has and where its operand will lie.
 inline void gather_visits(Workspace& work, const Mixture& m, i64 pairs, const i32* ids) {
     const i64 most = most_visits(pairs, m.num_experts);
     i32* counts = work.counts.data();
@@ -81,16 +81,16 @@ inline void gather_visits(Workspace& work, const Mixture& m, i64 pairs, const i3
     for (i64 pair = 0; pair < pairs; ++pair) order[counts[ids[pair]]++] = static_cast<i32>(pair);
 }
 
-// The operand of an expert's pairs; a step of one token lays it out once for all experts, each thread for itself.
+// Returns the operand of an expert's pairs. In a step of one token each thread packs it once, for all experts.
 SF_INLINE Operand operand_of(Workspace& work, const Memory& memory, const Weight& w, const Visit& visit, bool own) {
     Operand x = make_operand(w, visit.end - visit.begin, own ? memory.own : work.operand.data() + visit.operand);
     x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
     return x;
 }
 
-// Lays out all pairs, in order, from `source(place in the order)`.
+// Packs the activations of all pairs, in order, from `source(place in the order)`.
 template <class Source>
-SF_INLINE void lay_out_visits(Team& team, Workspace& work, const Weight& w, i64 pairs, Source source) {
+SF_INLINE void pack_visits(Team& team, Workspace& work, const Weight& w, i64 pairs, Source source) {
     const Memory memory = work.memory(team.rank);
     team.split(pairs, [&](i64 begin, i64 end) {
         const Visit* visit = work.visits.data();
@@ -102,13 +102,13 @@ SF_INLINE void lay_out_visits(Team& team, Workspace& work, const Weight& w, i64 
     });
 }
 
-// The products of every expert that is visited with its pairs; what becomes of them, `output_of(visit)` says.
+// Multiplies every visited expert's weight with its pairs. `output_of(visit)` says what becomes of the products.
 template <class OutputOf>
 SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weights, i64 most, bool own, OutputOf output_of) {
     const Shape s = shape_of(weights[0]);
     const Memory memory = work.memory(team.rank);
     const Visit* visits = work.visits.data();
-    bool first_run = true;  // of this thread: what it reads, nobody has fetched
+    bool first_run = true;  // of this thread: no thread has prefetched what it reads
     team.share(most * s.panels, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         auto data_of = [&](i64 unit) -> const u8* {
@@ -117,7 +117,7 @@ SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weight
         };
         for (i64 unit = begin; unit < end;) {
             const Visit& visit = visits[unit / s.panels];
-            if (visit.begin == visit.end) return;  // the others are not visited either
+            if (visit.begin == visit.end) return;  // the remaining ones are not visited either
             const Weight& w = weights[visit.expert];
             const Operand x = operand_of(work, memory, w, visit, own);
             const Output out = output_of(visit);
@@ -132,30 +132,30 @@ SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weight
     });
 }
 
-// x [T, C] in bf16, ids and shares [T, k] -> out [T, C] in fp32: for every token the sum over its experts, in the order
-// of its ids, and after it the residual, if there is one; out may be the residual itself.
+// Computes a mixture: x [T, C] in bf16, ids and shares [T, k] -> out [T, C] in fp32. For every token it sums over its
+// experts in the order of its ids, and adds the residual last, if there is one; out may be the residual itself.
 inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x, i64 tokens, const i32* ids, const float* shares,
                     const float* residual, float* out) {
     const i64 k = m.top_k, pairs = tokens * k, most = most_visits(pairs, m.num_experts);
     const i64 hidden = m.w2->rows, inner = m.w2->columns;
     const i32* order = reinterpret_cast<const i32*>(work.order.data());
     u16* gated = reinterpret_cast<u16*>(work.gated.data());
-    float* said = reinterpret_cast<float*>(work.said.data());
+    float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
     team.split(std::min<i64>(tokens, 1), [&](i64, i64) { gather_visits(work, m, pairs, ids); });
 
     const bool one = tokens == 1;
     if (one) put_row(make_operand(*m.w13, 1, work.memory(team.rank).own), 0, x);
-    else lay_out_visits(team, work, *m.w13, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
+    else pack_visits(team, work, *m.w13, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
     multiply_visits(team, work, m.w13, most, one, [&](const Visit& visit) {
         Output first;
         first.gated = gated + visit.begin * inner;
         first.activation = m.activation;
         return first;
     });
-    lay_out_visits(team, work, *m.w2, pairs, [&](i64 at) { return gated + at * inner; });
+    pack_visits(team, work, *m.w2, pairs, [&](i64 at) { return gated + at * inner; });
     multiply_visits(team, work, m.w2, most, false, [&](const Visit& visit) {
         Output second;
-        second.y = said;
+        second.y = expert_out;
         second.rows = order + visit.begin;
         return second;
     });
@@ -165,7 +165,7 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
                 int count = static_cast<int>(std::min<i64>(hidden - c, LANES));
                 Floats total = broadcast(0.0f);
                 for (i64 pair = token * k; pair < (token + 1) * k; ++pair)
-                    total = fma(load(said + pair * hidden + c, count), broadcast(shares[pair]), total);
+                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(shares[pair]), total);
                 if (residual) total = load(residual + token * hidden + c, count) + total;
                 store(out + token * hidden + c, total, count);
             }

@@ -1,4 +1,4 @@
-// What crosses from Python: plain structs, mirrored in library.py. Pointers are borrowed for the time of a call.
+// The structs that cross from Python, mirrored in bindings.py. Pointers are borrowed for the time of a call.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Weight {
     std::int64_t columns;    // K
     std::int64_t group;      // columns that share a scale; not used in bf16
     std::uint8_t* data;
-    std::uint8_t levels[16];  // int4: what the nibbles stand for, + 128
+    std::uint8_t qvalues[16];  // int4: what the nibbles stand for, + 128
 };
 
 // The keys and values of one layer. See kv_store.h.
@@ -29,7 +29,7 @@ struct Store {
     std::int32_t int8;
 };
 
-// One step: T tokens of S requests, R rows of which are wanted at the end. The arrays are those of RaggedBatch; a kernel
+// One step: T tokens of S requests, whose hidden states are wanted in R rows. The arrays are those of RaggedBatch; a kernel
 // that does not need one may be given null.
 struct Step {
     std::int32_t tokens;

@@ -3,8 +3,8 @@
 // A store is [blocks][kv heads][pieces of 32 tokens]; a piece holds, side by side,
 //   keys    [D / 2 steps][32 tokens] words of two neighbours in D        (a panel of 32 columns = tokens)
 //   values  [16 steps][D] words of the same element of two tokens       (panels of 32 columns = elements)
-// in bf16, D filled up to a multiple of 32. In int8 the same with bytes for bf16 (a word is two bytes), and behind them
-// 32 fp32 scales of the keys, 32 of the values: one for each token and head, so that no token changes another.
+// in bf16, with D padded to a multiple of 32. In int8 bytes take the place of bf16 (a word is two bytes), followed by 32
+// fp32 scales of the keys and 32 of the values: one for each token and head, so that no token changes another.
 #pragma once
 
 #include "elementwise.h"
@@ -16,8 +16,8 @@ constexpr int PIECE = PANEL;         // tokens
 constexpr int MOST_HEAD_DIM = 512;
 
 struct Layout {
-    i64 head_dim, padded;            // D, and D filled up
-    i64 half_bytes;                  // of the keys, or the values, of a piece
+    i64 head_dim, padded;            // D, and D padded
+    i64 half_bytes;                  // of the keys of a piece, or of its values
     i64 piece_bytes, pieces, num_kv_heads, block_size;
     bool int8;
     u8* data;
@@ -29,17 +29,17 @@ struct Layout {
           pieces(store.block_size / PIECE), num_kv_heads(store.num_kv_heads), block_size(store.block_size),
           int8(store.int8), data(store.data) {}
 
-    // The piece with `offset` of a block, of one head.
+    // Returns the piece of one head that has `offset` of a block.
     u8* piece(i64 block, i64 head, i64 offset) const {
         return data + ((block * num_kv_heads + head) * pieces + offset / PIECE) * piece_bytes;
     }
-    // Of an int8 piece: 32 scales of the keys, 32 of the values behind them.
+    // Returns the scales of an int8 piece: 32 of the keys, then 32 of the values.
     float* scales(u8* piece) const { return reinterpret_cast<float*>(piece + 2 * half_bytes); }
     const float* scales(const u8* piece) const { return reinterpret_cast<const float*>(piece + 2 * half_bytes); }
 };
 
-// Levels of x [count] for an int8 store, count a multiple of LANES, and what they are to be multiplied by.
-SF_INLINE float to_levels(const float* x, i64 count, i8* levels) {
+// Writes the quantized values of x [count] for an int8 store, count being a multiple of LANES; returns their scale.
+SF_INLINE float to_qvalues(const float* x, i64 count, i8* qvalues) {
     Floats most = broadcast(0.0f), poison = broadcast(0.0f);
     for (i64 c = 0; c < count; c += LANES) {
         most = max(most, abs(load(x + c)));
@@ -47,25 +47,25 @@ SF_INLINE float to_levels(const float* x, i64 count, i8* levels) {
     }
     float largest = highest(most) + sum(poison);
     Floats inverse = broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
-    for (i64 c = 0; c < count; c += LANES) store_i8(levels + c, round(load(x + c) * inverse));
+    for (i64 c = 0; c < count; c += LANES) store_i8(qvalues + c, round(load(x + c) * inverse));
     return largest * (1.0f / 127.0f);
 }
 
-// Writes one token's key and value of one head, [padded] with zeros behind D, to its place. A value at an even place
-// clears its odd neighbour, unless that is written in the same step: the pair is read together, and what lies there may
+// Writes one token's key and value of one head, [padded] with zeros after D, to its place. A value at an even place
+// clears its odd neighbour, unless that is written in the same step: the pair is read together, and the neighbour may
 // be NaN.
 SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, const float* value, bool clear_next) {
     u8* piece = kv.piece(slot / kv.block_size, head, slot % kv.block_size);
     i64 place = slot % PIECE;
     if (kv.int8) {
-        alignas(64) i8 levels[MOST_HEAD_DIM];
+        alignas(64) i8 qvalues[MOST_HEAD_DIM];
         i8* keys = reinterpret_cast<i8*>(piece);
-        kv.scales(piece)[place] = to_levels(key, kv.padded, levels);
-        for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + (d / 2 * PIECE + place) * 2, levels + d, 2);
+        kv.scales(piece)[place] = to_qvalues(key, kv.padded, qvalues);
+        for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + (d / 2 * PIECE + place) * 2, qvalues + d, 2);
         i8* values = keys + kv.half_bytes + place / 2 * kv.padded * 2;
-        kv.scales(piece)[PIECE + place] = to_levels(value, kv.padded, levels);
-        for (i64 d = 0; d < kv.padded; ++d) values[2 * d + place % 2] = levels[d];
-        return;  // whatever its neighbour holds is a number
+        kv.scales(piece)[PIECE + place] = to_qvalues(value, kv.padded, qvalues);
+        for (i64 d = 0; d < kv.padded; ++d) values[2 * d + place % 2] = qvalues[d];
+        return;  // any byte of its neighbour is a number
     }
     alignas(64) u16 narrowed[MOST_HEAD_DIM];
     for (i64 d = 0; d < kv.padded; d += LANES) store_bf16(narrowed + d, load(key + d));
@@ -82,8 +82,8 @@ SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, co
     }
 }
 
-// x [head_dim], normed if there is a weight, its first rotary_dim elements turned, element i with i + rotary_dim / 2.
-SF_INLINE void turn(const float* x, i64 head_dim, const u16* weight, const Heads& heads, i64 position, float* out) {
+// Norms x [head_dim] if there is a weight, and rotates its first rotary_dim elements, element i with i + rotary_dim / 2.
+SF_INLINE void rotate_head(const float* x, i64 head_dim, const u16* weight, const Heads& heads, i64 position, float* out) {
     alignas(64) float normed[MOST_HEAD_DIM];
     if (weight) {
         alignas(64) u16 narrowed[MOST_HEAD_DIM];
@@ -102,31 +102,31 @@ SF_INLINE void turn(const float* x, i64 head_dim, const u16* weight, const Heads
     for (i64 d = heads.rotary_dim; d < head_dim; ++d) out[d] = x[d];
 }
 
-// qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values to their slots.
+// Rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
 inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv,
                        const u16* q_norm, const u16* k_norm, u16* q) {
     const Layout kv(store);
     const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * kv.num_kv_heads) * dim;
     const i64 per_token = heads.num_heads + kv.num_kv_heads;
-    // By token and head, so that a step of one token has work for everybody.
+    // By token and head, so that a step of one token has work for all threads.
     team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
-        alignas(64) float turned[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
+        alignas(64) float rotated[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
         for (i64 unit = begin; unit < end; ++unit) {
             i64 token = unit / per_token, head = unit % per_token;
             const float* row = qkv + token * width;
             i64 position = step.positions[token], slot = step.slots[token];
             if (head < heads.num_heads) {
-                turn(row + head * dim, dim, q_norm, heads, position, turned);
+                rotate_head(row + head * dim, dim, q_norm, heads, position, rotated);
                 u16* out = q + (token * heads.num_heads + head) * dim;
                 for (i64 d = 0; d < dim; d += LANES) {
-                    if (dim - d < LANES) store_bf16(out + d, load(turned + d), static_cast<int>(dim - d));
-                    else store_bf16(out + d, load(turned + d));
+                    if (dim - d < LANES) store_bf16(out + d, load(rotated + d), static_cast<int>(dim - d));
+                    else store_bf16(out + d, load(rotated + d));
                 }
             } else if (slot >= 0) {
-                turn(row + head * dim, dim, k_norm, heads, position, turned);
+                rotate_head(row + head * dim, dim, k_norm, heads, position, rotated);
                 std::memcpy(value, row + (head + kv.num_kv_heads) * dim, dim * sizeof(float));
                 bool next_too = token + 1 < step.tokens && step.slots[token + 1] == slot + 1;
-                put_kv(kv, slot, head - heads.num_heads, turned, value, slot % 2 == 0 && !next_too);
+                put_kv(kv, slot, head - heads.num_heads, rotated, value, slot % 2 == 0 && !next_too);
             }
         }
     });

@@ -1,5 +1,5 @@
-// A whole network but its head in one parallel region: the same functions as one by one, without a way back to Python
-// between them.
+// A whole network but its head in one parallel region: the functions that Python calls one by one, with no return to
+// Python between them.
 #pragma once
 
 #include "experts.h"
@@ -7,17 +7,17 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Rows of x, normed: what the first product of each half of a layer reads.
-SF_INLINE Operand lay_out_normed(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const u16* norm, float eps) {
+// Packs the normed rows of x, which the first product of each half of a layer reads.
+SF_INLINE Operand pack_normed_activations(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const u16* norm, float eps) {
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    return lay_out(team, w, rows, work.memory(team.rank), [&](i64 row) {
+    return pack_activations(team, w, rows, work.memory(team.rank), [&](i64 row) {
         norm_row(floats_of(x + row * w.columns), w.columns, norm, eps, row_buffer);
         return row_buffer;
     });
 }
 
-// The second half of a layer with experts: x, the residual stream, is normed, routed, and what the experts say added.
-inline void mix(Team& team, Workspace& work, const Layer& layer, i64 tokens, float eps, float* x) {
+// Computes the second half of a layer with experts: norms and routes x, the residual stream, and adds the experts' output.
+inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 tokens, float eps, float* x) {
     const Mixture& m = *layer.mixture;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
     i32* ids = reinterpret_cast<i32*>(work.ids.data());
@@ -30,7 +30,7 @@ inline void mix(Team& team, Workspace& work, const Layer& layer, i64 tokens, flo
     experts(team, work, m, normed, tokens, ids, shares, x, x);
 }
 
-inline void reserve_mix(Workspace& work, const Mixture& m, i64 tokens) {
+inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens) {
     work.reserve_operand(*m.router, tokens);
     reserve_experts(work, m, tokens);
     work.normed.reserve(tokens * m.router->columns * 2);
@@ -39,7 +39,7 @@ inline void reserve_mix(Workspace& work, const Mixture& m, i64 tokens) {
     work.shares.reserve(tokens * m.top_k * 4);
 }
 
-// From token ids to the normed rows [R, C] in bf16 that the head is applied to.
+// Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to.
 inline void run_network(Workspace& work, const Step& step, const Heads& heads, const Network& network, u16* rows) {
     const i64 tokens = step.tokens, hidden = network.hidden, num_layers = network.num_layers;
     const Layer* layers = network.layers;
@@ -50,9 +50,9 @@ inline void run_network(Workspace& work, const Step& step, const Heads& heads, c
         work.reserve_rows(layer.qkv->columns);
         work.qkv.reserve(tokens * layer.qkv->rows * 4);
         work.queries.reserve(tokens * layer.o->columns * 2);
-        work.mixed.reserve(tokens * layer.o->columns * 2);
+        work.attn_out.reserve(tokens * layer.o->columns * 2);
         if (layer.mixture) {
-            reserve_mix(work, *layer.mixture, tokens);
+            reserve_experts_block(work, *layer.mixture, tokens);
             continue;
         }
         for (const Weight* w : {layer.gate_up, layer.down}) work.reserve_operand(*w, tokens);
@@ -63,7 +63,7 @@ inline void run_network(Workspace& work, const Step& step, const Heads& heads, c
     float* x = reinterpret_cast<float*>(work.hidden.data());
     float* qkv = reinterpret_cast<float*>(work.qkv.data());
     u16* queries = reinterpret_cast<u16*>(work.queries.data());
-    u16* mixed = reinterpret_cast<u16*>(work.mixed.data());
+    u16* attn_out = reinterpret_cast<u16*>(work.attn_out.data());
     u16* gated = reinterpret_cast<u16*>(work.gated.data());
     float* partials = reinterpret_cast<float*>(work.partials.data());
 
@@ -75,26 +75,26 @@ inline void run_network(Workspace& work, const Step& step, const Heads& heads, c
             Output out;
             out.y = qkv;
             out.bias = layer.qkv_bias;
-            multiply(team, lay_out_normed(team, work, *layer.qkv, x, tokens, layer.attn_norm, eps), *layer.qkv, out);
+            multiply(team, pack_normed_activations(team, work, *layer.qkv, x, tokens, layer.attn_norm, eps), *layer.qkv, out);
             rope_store(team, step, heads, layer.store, qkv, layer.q_norm, layer.k_norm, queries);
-            Attention attention{step, heads, layer.store, queries, nullptr, layer.window, mixed, work.own[team.rank].tile.data()};
+            Attention attention{step, heads, layer.store, queries, nullptr, layer.window, attn_out, work.own[team.rank].tile.data()};
             attend(team, attention, work.items, partials);
 
             out = Output();
             out.y = x;
             out.residual = x;
             out.bias = layer.o_bias;
-            linear(team, mixed, tokens, *layer.o, memory, out);
+            linear(team, attn_out, tokens, *layer.o, memory, out);
 
             if (layer.mixture) {
-                mix(team, work, layer, tokens, eps, x);
+                experts_block(team, work, layer, tokens, eps, x);
                 continue;
             }
             out = Output();
             out.gated = gated;
             out.bias = layer.gate_up_bias;
             out.activation = layer.activation;
-            multiply(team, lay_out_normed(team, work, *layer.gate_up, x, tokens, layer.mlp_norm, eps), *layer.gate_up, out);
+            multiply(team, pack_normed_activations(team, work, *layer.gate_up, x, tokens, layer.mlp_norm, eps), *layer.gate_up, out);
 
             out = Output();
             out.y = x;

@@ -1,4 +1,4 @@
-// What the machine gives: the limits that every kernel is measured against, taken by the benchmarks.
+// Limits of the machine, which the benchmarks measure every kernel against.
 #pragma once
 
 #include "workspace.h"
@@ -8,13 +8,13 @@ namespace SF_VARIANT {
 
 constexpr i64 READ_RUN = 1 << 16;  // bytes
 
-// Reads all of `data`, `bytes` of it, and does nothing else with it.
+// Reads `bytes` of `data`, and does nothing else with them.
 inline void read_all(Team& team, const u8* data, i64 bytes) {
     team.share(bytes / READ_RUN, [&](i64 begin, i64 end, i64) {
         const float* last = reinterpret_cast<const float*>(data + end * READ_RUN);
         Floats a = broadcast(0.0f), b = a, c = a, d = a;
         for (const float* p = reinterpret_cast<const float*>(data + begin * READ_RUN); p < last; p += 4 * LANES) {
-            for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const u8*>(p) + AHEAD + 64 * line, _MM_HINT_T0);
+            for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const u8*>(p) + PREFETCH_BYTES + 64 * line, _MM_HINT_T0);
             a = max(a, load(p));
             b = max(b, load(p + LANES));
             c = max(c, load(p + 2 * LANES));
@@ -38,14 +38,14 @@ SF_INLINE void dots(Floats (&acc)[ROWS][WIDTH], const Packed (&weights)[WIDTH], 
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void dots(Ints (&acc)[ROWS][WIDTH], const Packed (&weights)[WIDTH], Packed x, std::integer_sequence<int, R...>) {
 #ifdef SF_BYTE_DOTS
-    (add_levels(acc[R], weights, x), ...);
+    (add_qvalues(acc[R], weights, x), ...);
 #else
-    for (int half = 0; half < 2; ++half) (add_levels(acc[R], weights, x), ...);
+    for (int half = 0; half < 2; ++half) (add_qvalues(acc[R], weights, x), ...);
 #endif
 }
 
-// Every thread does `rounds` of a full tile's dot products from registers alone: for each of its lanes two of bf16 or
-// four of levels a round, by the instructions that the micro-kernels use. Returns a number that depends on all of them.
+// Computes in every thread `rounds` of a full tile's dot products from registers alone: in each lane two of bf16 or four
+// of quantized values a round, by the instructions that the micro-kernels use. Returns a number that depends on all.
 template <class Accumulator>
 SF_LEAF float dots_only(i64 rounds) {
     constexpr auto rows = std::make_integer_sequence<int, MAX_ROWS>{};
@@ -55,7 +55,7 @@ SF_LEAF float dots_only(i64 rounds) {
     Packed weights[WIDTH];
     for (int v = 0; v < WIDTH; ++v) weights[v] = two[v];
     Accumulator acc[MAX_ROWS][WIDTH];
-    // Each begins with another number that the compiler does not know, or it would compute one for all.
+    // Each starts from another number that the compiler does not know, or it would compute one for all.
     volatile u8 number = 1;
     for (auto& row : acc)
         for (Accumulator& each : row) std::memset(&each, number++, sizeof each);
@@ -70,8 +70,8 @@ SF_LEAF float dots_only(i64 rounds) {
     return total;
 }
 
-inline float dots_only(bool levels, i64 rounds) {
-    return levels ? dots_only<Ints>(rounds) : dots_only<Floats>(rounds);
+inline float dots_only(bool qvalues, i64 rounds) {
+    return qvalues ? dots_only<Ints>(rounds) : dots_only<Floats>(rounds);
 }
 
 }  // namespace SF_VARIANT

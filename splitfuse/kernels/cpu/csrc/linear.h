@@ -1,4 +1,4 @@
-// Products with packed weights: x is laid out for the micro-kernels once, then every panel meets every block of rows.
+// Products with packed weights: x is packed for the micro-kernels once, then multiplied panel by panel, block by block.
 #pragma once
 
 #include <algorithm>
@@ -8,27 +8,27 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as even as can be; of each block slabs
-// of [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row.
+// The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as equal as possible; a block is slabs of
+// [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row.
 struct Operand {
     u32* words;
     float* scales;   // [rows]
-    i32* sums;       // [rows][spans], for weights read as level + 128
+    i32* sums;       // [rows][spans], for weights read as qvalue + 128
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     bool quantized;
-    float* sums_of_panel;  // [rows, PANEL]: this thread's room, where a panel is widened for all rows; else null
+    float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is widened for all rows; else null
 
     i64 block_begin(i64 block) const { return rows * block / blocks; }
     i64 block_of(i64 row) const { return ceil_div((row + 1) * blocks, rows) - 1; }
     u32* block_words(i64 block) const { return words + block_begin(block) * slabs * SLAB_STRIDE; }
 };
 
-constexpr i64 WIDENED_BLOCKS = 4;  // from so many on it pays to widen a quantized panel, where tiles are small
+constexpr i64 WIDENED_BLOCKS = 4;  // from this number on it pays to widen a quantized panel, if tiles are small
 
 SF_INLINE i64 align_up(i64 bytes) { return ceil_div(bytes, 64) * 64; }
 
-// Bytes of memory that the operand of `rows` rows for this weight needs.
+// Returns the bytes that the operand of `rows` rows for this weight needs.
 SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
     Shape s = shape_of(w);
     return align_up(rows * ceil_div(s.x_steps, SLAB_STEPS) * SLAB_STRIDE * 4) + align_up(rows * 4) +
@@ -53,26 +53,26 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory) {
     return x;
 }
 
-// Levels of `count` values, and their sum.
+// Quantizes `count` values; returns the sum of the quantized ones.
 SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
     Floats total = broadcast(0.0f), scale = broadcast(inverse);  // whole numbers below 2^24: exact
     i64 k = 0;
     for (; k + LANES <= count; k += LANES) {
-        Floats level = round(load_bf16(values + k) * scale);
-        total += level;
-        store_i8(out + k, level);
+        Floats qvalue = round(load_bf16(values + k) * scale);
+        total += qvalue;
+        store_i8(out + k, qvalue);
     }
     if (k < count) {
-        i8 levels[LANES];
-        Floats level = round(load_bf16(values + k, static_cast<int>(count - k)) * scale);
-        total += level;
-        store_i8(levels, level);
-        std::memcpy(out + k, levels, count - k);
+        i8 qvalues[LANES];
+        Floats qvalue = round(load_bf16(values + k, static_cast<int>(count - k)) * scale);
+        total += qvalue;
+        store_i8(qvalues, qvalue);
+        std::memcpy(out + k, qvalues, count - k);
     }
     return static_cast<i32>(sum(total));
 }
 
-// Lays out row t of x, `values` [columns] in bf16. A quantized row is scaled by its largest magnitude.
+// Packs one row of x, `values` [columns] in bf16. A quantized row is scaled by its largest magnitude.
 SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     i64 block = x.block_of(row), begin = x.block_begin(block), rows = x.block_begin(block + 1) - begin;
     u32* place = x.block_words(block) + (row - begin) * SLAB_STRIDE;
@@ -96,17 +96,17 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
             continue;
         }
 #ifdef SF_BYTE_DOTS
-        i8* levels = reinterpret_cast<i8*>(place);
+        i8* qvalues = reinterpret_cast<i8*>(place);
 #else
-        i8 levels[SLAB_STEPS * 4];
+        i8 qvalues[SLAB_STEPS * 4];
 #endif
         for (i64 k = 0; k < count; k += span)
-            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, levels + k);
+            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
 #ifdef SF_BYTE_DOTS
-        std::memset(levels + count, 0, padded - count);
+        std::memset(qvalues + count, 0, padded - count);
 #else
-        std::memset(levels + count, 0, SLAB_STEPS * 4 - count);
-        split_bytes(levels, SLAB_STEPS * 4, place, place + SLAB_STEPS);
+        std::memset(qvalues + count, 0, SLAB_STEPS * 4 - count);
+        split_bytes(qvalues, SLAB_STEPS * 4, place, place + SLAB_STEPS);
 #endif
     }
 }
@@ -123,14 +123,14 @@ SF_INLINE Floats activate(Floats gate, i32 kind) {
     return load(lanes);
 }
 
-// What becomes of a product: y = x w (+ bias) (+ residual) in fp32, or activation(gate) * up in bf16 for a gated weight.
+// Where a product goes: y = x w (+ bias) (+ residual) in fp32, or activation(gate) * up in bf16 for a gated weight.
 struct Output {
     float* y = nullptr;              // [rows, N]; may be the residual itself
     u16* gated = nullptr;            // [rows, N / 2]
     const u16* bias = nullptr;       // [N]
     const float* residual = nullptr; // [rows, N]
     i32 activation = SILU;
-    const i32* rows = nullptr;       // row of y for each row of x, if not the same
+    const i32* rows = nullptr;       // row of y for each row of x; null: the same
 };
 
 SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column, i64 width) {
@@ -160,18 +160,18 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
     else store_bf16(at, value, count);
 }
 
-// What block `index` of the `count` that a panel meets in a row fetches. The only one: its own panel, ahead of use, as it
-// streams from memory. Of several the first, if nobody has fetched this panel: the same. The next two half of the next
-// panel each, or one all of it, as their own is near.
-SF_INLINE Fetch fetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 index, i64 count, bool cold) {
-    if (count == 1 || (cold && index == 0)) return {panel + AHEAD, STEP_BYTES};
-    i64 turn = index - cold, turns = count - cold;
-    if (!next || turn >= 2) return {panel, 0};
-    if (turns == 1) return {next, STEP_BYTES};
-    return {next + turn * (panel_bytes / 2), STEP_BYTES / 2};
+// Chooses what is prefetched while a panel is multiplied with block `index` of `count` in a row. If there is one block, its
+// own panel, ahead of use, as it streams from memory. Of several the first does the same if no thread has prefetched this
+// panel. The next two prefetch half of the next panel each, or one all of it, since their own is near.
+SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 index, i64 count, bool cold) {
+    if (count == 1 || (cold && index == 0)) return {panel + PREFETCH_BYTES, STEP_BYTES};
+    i64 part = index - cold, parts = count - cold;
+    if (!next || part >= 2) return {panel, 0};
+    if (parts == 1) return {next, STEP_BYTES};
+    return {next + part * (panel_bytes / 2), STEP_BYTES / 2};
 }
 
-// Columns of one panel for one block of rows, from their sums [rows, PANEL]: scaled, and put where they belong.
+// Stores the columns of one panel for one block of rows, from their sums [rows, PANEL], scaled.
 SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block, const float* tile, const Output& out) {
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
@@ -192,15 +192,15 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
     }
 }
 
-// One panel and one block of rows.
-SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Fetch fetch, const Output& out) {
+// Multiplies one panel with one block of rows.
+SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Prefetch prefetch, const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
     const u32* words = x.block_words(block);
     if (w.format == BF16) {
-        multiply(rows, words, Segments{&data, &fetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, fetch.stride}, tile, PANEL);
+        multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, prefetch.stride}, tile, PANEL);
     } else {
         const bool whole_rows = s.num_groups == 1;
         const u16* scales = nullptr;
@@ -213,11 +213,11 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
             i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
             i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
             const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            Spans spans{place, data, scales, w.levels, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, fetch, at > 0};
+            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, prefetch, at > 0};
             if (w.format == INT8) multiply<8>(rows, spans, tile);
             else multiply<4>(rows, spans, tile);
             data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
-            fetch.from += steps * fetch.stride;
+            prefetch.from += steps * prefetch.stride;
             at += num_spans * x_steps;
         }
     }
@@ -225,11 +225,11 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
 }
 
 #ifndef SF_BYTE_DOTS
-// One quantized panel and the blocks `first` to last - 1: each span is widened once and, while it lies in the first cache,
-// meets all of them. The first of them fetches what lies AHEAD.
+// Multiplies one quantized panel with the blocks `first` to last - 1. Each span is widened once and multiplied with all of
+// them while it lies in the first cache. The first block prefetches what lies PREFETCH_BYTES ahead.
 SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
     alignas(64) u8 wide[SPAN_STEPS * 2 * STEP_BYTES];
-    const Packed table = load_levels(w.levels);
+    const Packed table = load_qvalues(w.qvalues);
     const u8* data = w.data + panel * s.panel_bytes;
     const u16* scales = nullptr;
     const i64 bytes = w.format == INT4 ? STEP_BYTES / 2 : STEP_BYTES;  // of the panel for a word of x
@@ -241,13 +241,13 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
             data += SCALE_BYTES;
         }
         widen_span(w, table, data, x_steps, wide);
-        Fetch fetch{data + AHEAD, bytes};
-        for (i64 block = first; block < last; ++block, fetch.stride = 0) {
+        Prefetch prefetch{data + PREFETCH_BYTES, bytes};
+        for (i64 block = first; block < last; ++block, prefetch.stride = 0) {
             const i64 begin = x.block_begin(block);
             const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
             const u32* place = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
             const i32* sums = x.sums + begin * s.num_spans + span;
-            multiply_widened(rows, Spans{place, wide, scales, nullptr, 1, x_steps, sums, s.num_spans, fetch, at > 0}, tile_of(block));
+            multiply_widened(rows, Spans{place, wide, scales, nullptr, 1, x_steps, sums, s.num_spans, prefetch, at > 0}, tile_of(block));
         }
         data += x_steps * bytes;
     }
@@ -255,8 +255,8 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 }
 #endif
 
-// One panel and the blocks `first` to last - 1. `next` is the panel that this thread meets then, or null; `cold` says that
-// nobody has fetched this one.
+// Multiplies one panel with the blocks `first` to last - 1. `next` is the panel that this thread multiplies then, or null;
+// `cold` says that no thread has prefetched this one.
 SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                      bool cold, const Output& out) {
 #ifndef SF_BYTE_DOTS
@@ -267,17 +267,17 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
 #endif
     const u8* data = w.data + panel * s.panel_bytes;
     for (i64 block = first; block < last; ++block) {
-        Fetch fetch = fetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
-        multiply_panel(x, w, s, panel, block, fetch, out);
+        Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
+        multiply_panel(x, w, s, panel, block, prefetch, out);
     }
 }
 
-// The product of a laid-out x. Ends with everybody done.
+// Multiplies a packed x with a weight. Returns when all threads are done.
 SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
     Shape s = shape_of(w);
     i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
     if (parts > x.blocks) parts = x.blocks;
-    bool first_run = true;  // of this thread: what it reads, nobody has fetched
+    bool first_run = true;  // of this thread: no thread has prefetched what it reads
     team.share(s.panels * parts, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         for (i64 unit = begin; unit < end; ++unit) {
@@ -292,18 +292,18 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
     });
 }
 
-// Memory for laying x out: shared by the team, or each thread's own for a single row, which all lay out alike rather
-// than wait for one.
+// Memory for packed activations: shared by the team, or each thread's own for a single row, which all threads pack alike
+// rather than wait for one.
 struct Memory {
     u8* shared;
     u8* own;
-    float* sums;  // each thread's own, for all rows of a panel; null where tiles are as wide as panels
+    float* sums;  // each thread's own, for all rows of a panel; null if tiles are as wide as panels
 };
 
-// Lays out all rows of x [rows, columns] in bf16, row i from `source(i, buffer)`, which may fill the buffer or point
-// elsewhere. Ends with everybody done.
+// Packs all rows of x [rows, columns] in bf16, row i from the address that `source(i)` returns. Returns when all threads
+// are done.
 template <class Source>
-SF_INLINE Operand lay_out(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
+SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
     Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared);
     x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
     if (rows == 1) {
@@ -317,7 +317,7 @@ SF_INLINE Operand lay_out(Team& team, const Weight& w, i64 rows, const Memory& m
 }
 
 inline void linear(Team& team, const u16* x, i64 rows, const Weight& w, const Memory& memory, const Output& out) {
-    Operand operand = lay_out(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; });
+    Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; });
     multiply(team, operand, w, out);
 }
 

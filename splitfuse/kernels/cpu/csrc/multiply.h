@@ -1,7 +1,7 @@
 // The one micro-kernel of each weight format: a tile of up to MAX_ROWS rows of x times a panel of 32 columns, or with
 // the few registers of AVX2 times half of one.
 //
-// A row's sums run over K in one order, whatever the number of rows: that is where equal bits come from. The
+// A row's sums run over K in one order, whatever the number of rows: equal bits come from that. The
 // accumulators are arrays indexed by constants only (pack expansions, no loops): GCC keeps them in registers then, and
 // silently spills them otherwise, which costs two to three times.
 #pragma once
@@ -20,47 +20,47 @@ constexpr int VECTOR_BYTES = 4 * LANES;
 constexpr int SLAB_STEPS = 256;           // steps of x kept side by side
 constexpr int PAIR_WORDS = sizeof(Element) / 2;  // of x for a step in bf16
 constexpr int SLAB_STRIDE = SLAB_STEPS * PAIR_WORDS + 16;  // words from row to row; no power of two: rows share no cache set
-constexpr int RUN_STEPS = 64;             // that the halves of a panel take turns at
-constexpr int SPAN_STEPS = WIDE_ROWS == MAX_ROWS ? SLAB_STEPS : RUN_STEPS;  // of x, at most, summed as whole numbers
-constexpr int AHEAD = 128 * STEP_BYTES;   // bytes that weights are fetched ahead of use, where they come from memory
+constexpr int RUN_STEPS = 64;             // steps after which the halves of a panel alternate
+constexpr int SPAN_STEPS = WIDE_ROWS == MAX_ROWS ? SLAB_STEPS : RUN_STEPS;  // most words of x that are summed as whole numbers
+constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
 
 #define SF_LEAF static __attribute__((noinline))
 
-// Vectors of columns in a tile: a panel, or half of one, whose halves are then multiplied one after the other.
+// Vectors of columns in a tile: a panel, or half of a panel, whose halves are then multiplied one after the other.
 constexpr int width_of(int rows) { return rows <= WIDE_ROWS ? 2 : 1; }
 
-// What to bring nearer while a tile is multiplied: as many lines at every step as it is vectors wide, from places that
-// move on by `stride` bytes.
-struct Fetch {
+// What to prefetch while a tile is multiplied: at every step as many lines as it is vectors wide, from addresses that
+// advance by `stride` bytes.
+struct Prefetch {
     const u8* from;
     i64 stride;
 };
 
 template <int WIDTH>
-SF_INLINE void fetch_step(Fetch& fetch) {
-    _mm_prefetch(fetch.from, _MM_HINT_T0);
-    if constexpr (WIDTH == 2) _mm_prefetch(fetch.from + 64, _MM_HINT_T0);
-    fetch.from += fetch.stride;
+SF_INLINE void prefetch_step(Prefetch& prefetch) {
+    _mm_prefetch(prefetch.from, _MM_HINT_T0);
+    if constexpr (WIDTH == 2) _mm_prefetch(prefetch.from + 64, _MM_HINT_T0);
+    prefetch.from += prefetch.stride;
 }
 
-SF_INLINE void fetch_lines(const u8* from, i64 bytes) {
+SF_INLINE void prefetch_lines(const u8* from, i64 bytes) {
     for (i64 at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
 }
 
-// What each half of a panel fetches in a run of steps: one half, then the other.
-SF_INLINE Fetch half_of(const Fetch& fetch, i64 steps, int half) {
-    return {fetch.from + half * steps * (fetch.stride / 2), fetch.stride / 2};
+// Returns what each half of a panel prefetches in a run of steps: one half, then the other.
+SF_INLINE Prefetch half_of(const Prefetch& prefetch, i64 steps, int half) {
+    return {prefetch.from + half * steps * (prefetch.stride / 2), prefetch.stride / 2};
 }
 
-// What a tile multiplies. x: slabs of [rows][SLAB_STRIDE] words of SLAB_STEPS steps; a step is two neighbours in K, bf16
+// The operands of a tile. x: slabs of [rows][SLAB_STRIDE] words of SLAB_STEPS steps; a step is two neighbours in K, bf16
 // in one word or fp32 in two. Panels lie in `segments` of equal length, each of [steps][stride bytes].
 struct Segments {
     const u8* const* starts;
-    const u8* const* fetches;  // what to fetch in each
+    const u8* const* prefetches;  // what to prefetch in each
     int steps;         // of a whole segment; divides SLAB_STEPS, or there is one segment only
     i64 total;         // steps of all; the last segment may be shorter
     i64 stride;        // bytes from step to step
-    i64 fetch_stride;
+    i64 prefetch_stride;
 };
 
 #ifdef SF_BF16_DOTS
@@ -77,9 +77,9 @@ SF_INLINE void add_products(Floats (&acc)[WIDTH], const Floats (&weights)[WIDTH]
 }
 #endif
 template <int WIDTH>
-SF_INLINE void add_levels(Ints (&acc)[WIDTH], const Packed (&levels)[WIDTH], Packed x) {
-    acc[0] = dot_levels(acc[0], levels[0], x);
-    if constexpr (WIDTH == 2) acc[1] = dot_levels(acc[1], levels[1], x);
+SF_INLINE void add_qvalues(Ints (&acc)[WIDTH], const Packed (&qvalues)[WIDTH], Packed x) {
+    acc[0] = dot_qvalues(acc[0], qvalues[0], x);
+    if constexpr (WIDTH == 2) acc[1] = dot_qvalues(acc[1], qvalues[1], x);
 }
 
 template <int ROWS, int WIDTH, int... R>
@@ -117,7 +117,7 @@ SF_INLINE void clear(Floats (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...
     ((acc[R][0] = broadcast(0.0f), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
-// out[r][0..31] = sum over K of x[r][k] * weights[k][0..31], all bf16, summed in fp32.
+// Computes out[r][0..31] = sum over K of x[r][k] * weights[k][0..31], all bf16, summed in fp32.
 template <int ROWS>
 SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -127,7 +127,7 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
     i64 in_slab = 0, segment = 0;
     for (i64 left = segments.total; left > 0; ++segment) {
         const u8* weights = segments.starts[segment];
-        Fetch fetch{segments.fetches[segment], segments.fetch_stride};
+        Prefetch prefetch{segments.prefetches[segment], segments.prefetch_stride};
         i64 here = left < segments.steps ? left : segments.steps;
         left -= here;
         while (here > 0) {
@@ -135,7 +135,7 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
             here -= run;
             in_slab += run;
             for (const u32* end = x + run * PAIR_WORDS; x < end; x += PAIR_WORDS, weights += stride) {
-                fetch_step<2>(fetch);
+                prefetch_step<2>(prefetch);
                 bf16_step(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
@@ -147,8 +147,8 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
     store_tile(acc, out, out_stride, rows);
 }
 
-// The same in tiles half as wide, for more rows than the registers of AVX2 hold sums of a panel for: the halves take
-// turns at runs that stay in the first cache, their sums wait in `out`.
+// Computes the same in tiles half as wide, for more rows than the registers of AVX2 hold sums of a panel for. The halves
+// alternate in runs that stay in the first cache; their sums wait in `out`.
 template <int ROWS>
 SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -156,26 +156,26 @@ SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float*
     bool first = true;
     for (i64 left = segments.total; left > 0; ++segment) {
         const u8* weights = segments.starts[segment];
-        const u8* from = segments.fetches[segment];
+        const u8* from = segments.prefetches[segment];
         i64 here = std::min<i64>(left, segments.steps);
         left -= here;
         while (here > 0) {
             const i64 run = std::min(std::min<i64>(RUN_STEPS, SLAB_STEPS - in_slab), here);
             for (int half = 0; half < 2; ++half) {
-                Fetch fetch = half_of(Fetch{from, segments.fetch_stride}, run, half);
+                Prefetch prefetch = half_of(Prefetch{from, segments.prefetch_stride}, run, half);
                 const u8* at = weights + half * VECTOR_BYTES;
                 Floats acc[ROWS][1];
                 if (first) clear(acc, rows);
                 else load_tile(acc, out + half * LANES, out_stride, rows);
                 for (const u32 *place = x, *end = x + run * PAIR_WORDS; place < end; place += PAIR_WORDS, at += segments.stride) {
-                    fetch_step<1>(fetch);
+                    prefetch_step<1>(prefetch);
                     bf16_step(acc, at, place, rows);
                 }
                 store_tile(acc, out + half * LANES, out_stride, rows);
             }
             first = false;
             weights += run * segments.stride;
-            from += run * segments.fetch_stride;
+            from += run * segments.prefetch_stride;
             x += run * PAIR_WORDS;
             here -= run;
             in_slab += run;
@@ -187,7 +187,7 @@ SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float*
     }
 }
 
-// The same of each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
+// Computes the same for each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
 template <int ROWS>
 SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -196,12 +196,12 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
     for (i64 segment = 0; segment < count; ++segment) {
         for (int part = 0; part < 2; part += WIDTH, out += WIDTH * LANES) {
             const u8* weights = segments.starts[segment] + part * VECTOR_BYTES;
-            Fetch fetch{segments.fetches[segment], segments.fetch_stride};
-            if constexpr (WIDTH == 1) fetch = half_of(fetch, segments.steps, part);
+            Prefetch prefetch{segments.prefetches[segment], segments.prefetch_stride};
+            if constexpr (WIDTH == 1) prefetch = half_of(prefetch, segments.steps, part);
             Floats acc[ROWS][WIDTH];
             clear(acc, rows);
             for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
-                fetch_step<WIDTH>(fetch);
+                prefetch_step<WIDTH>(prefetch);
                 bf16_step(acc, weights, at, rows);
             }
             store_tile(acc, out, out_stride, rows);
@@ -209,8 +209,8 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
     }
 }
 
-// With few rows there are too few sums on their way to keep the units busy, each waiting for its last product. These
-// two do the work of two panels at once; each sum is the same as before.
+// With few rows there are too few independent sums to keep the units busy, since each waits for its last product. This
+// and the next function do the work of two panels at once; each sum is the same as before.
 template <int ROWS>
 SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -218,14 +218,14 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
     for (i64 segment = 0; segment < count; segment += 2, out += 2 * PANEL) {
         i64 other = segment + 1 < count ? segment + 1 : segment;
         const u8 *first = segments.starts[segment], *second = segments.starts[other];
-        Fetch fetch_first{segments.fetches[segment], segments.fetch_stride};
-        Fetch fetch_second{segments.fetches[other], segments.fetch_stride};
+        Prefetch prefetch_first{segments.prefetches[segment], segments.prefetch_stride};
+        Prefetch prefetch_second{segments.prefetches[other], segments.prefetch_stride};
         Floats a[ROWS][2], b[ROWS][2];
         clear(a, rows);
         clear(b, rows);
         for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
-            fetch_step<2>(fetch_first);
-            fetch_step<2>(fetch_second);
+            prefetch_step<2>(prefetch_first);
+            prefetch_step<2>(prefetch_second);
             bf16_step(a, first, at, rows);
             bf16_step(b, second, at, rows);
             first += STEP_BYTES;
@@ -236,8 +236,8 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
     }
 }
 
-// Two panels side by side in memory, of one slab: out[r][0..63]. The second half of a segment's lines to fetch begins
-// `steps` steps behind the first.
+// Multiplies two panels side by side in memory, of one slab: out[r][0..63]. The second half of a segment's lines to
+// prefetch begins `steps` steps after the first.
 template <int ROWS>
 SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -247,12 +247,12 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
     i64 segment = 0;
     for (i64 left = segments.total; left > 0; left -= segments.steps, ++segment) {
         const u8* weights = segments.starts[segment];
-        Fetch fetch_first{segments.fetches[segment], segments.fetch_stride};
-        Fetch fetch_second{segments.fetches[segment] + segments.steps * segments.fetch_stride, segments.fetch_stride};
+        Prefetch prefetch_first{segments.prefetches[segment], segments.prefetch_stride};
+        Prefetch prefetch_second{segments.prefetches[segment] + segments.steps * segments.prefetch_stride, segments.prefetch_stride};
         const u32* end = x + std::min<i64>(left, segments.steps) * PAIR_WORDS;
         for (; x < end; x += PAIR_WORDS, weights += segments.stride) {
-            fetch_step<2>(fetch_first);
-            fetch_step<2>(fetch_second);
+            prefetch_step<2>(prefetch_first);
+            prefetch_step<2>(prefetch_second);
             bf16_step(a, weights, x, rows);
             bf16_step(b, weights + STEP_BYTES, x, rows);
         }
@@ -263,44 +263,44 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
 
 constexpr int SCALE_BYTES = 2 * PANEL;   // of a group of a quantized panel: 32 bf16
 
-// Spans of a quantized panel, whose x lies in one slab. A span is a group, or where a whole row shares its scales
-// SPAN_STEPS of it.
+// Spans of a quantized panel, whose x lies in one slab. A span is a group, or SPAN_STEPS of a row whose columns all share
+// their scales.
 struct Spans {
     const u32* x;          // of the first row
     const u8* weights;
     const u16* scales;     // [32] bf16 of all spans; null: each span begins with its own
-    const u8* levels;      // int4: the 16 levels + 128
+    const u8* qvalues;      // int4: the 16 quantized values, + 128
     i64 count;
     i64 x_steps;           // of each
     const i32* sums;       // [rows, sums_stride]: the sum of each span of x
     i64 sums_stride;
-    Fetch fetch;
-    bool adds;             // to what earlier spans left in the tile; the first one does not
+    Prefetch prefetch;
+    bool adds;             // to the sums of earlier spans in the tile; the first span does not
 };
 
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void start_span(Ints (&acc)[ROWS][WIDTH], const i32* sums, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = broadcast(-LEVEL_BIAS * sums[R * stride]), acc[R][WIDTH - 1] = acc[R][0]), ...);
+    ((acc[R][0] = broadcast(-QVALUE_BIAS * sums[R * stride]), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
-// Adds to each row its word of x times a vector or two of levels.
+// Adds to each row its word of x times a vector or two of quantized values.
 template <int ROWS, int WIDTH, int... R>
-SF_INLINE void add_levels_of_rows(Ints (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
+SF_INLINE void add_qvalues_of_rows(Ints (&acc)[ROWS][WIDTH], const Packed (&qvalues)[WIDTH], const u32* x,
                                   std::integer_sequence<int, R...>) {
-    (add_levels(acc[R], levels, broadcast_packed(x[R * SLAB_STRIDE])), ...);
+    (add_qvalues(acc[R], qvalues, broadcast_packed(x[R * SLAB_STRIDE])), ...);
 }
 
 template <int ROWS, int WIDTH, int... R>
-SF_INLINE void levels_step(Ints (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
+SF_INLINE void qvalues_step(Ints (&acc)[ROWS][WIDTH], const Packed (&qvalues)[WIDTH], const u32* x,
                            std::integer_sequence<int, R...> rows) {
 #ifdef SF_BYTE_DOTS
-    add_levels_of_rows(acc, levels, x, rows);
+    add_qvalues_of_rows(acc, qvalues, x, rows);
 #else
     Packed each[WIDTH];
-    for (int v = 0; v < WIDTH; ++v) each[v] = even_bytes(levels[v]);
-    add_levels_of_rows(acc, each, x, rows);
-    for (int v = 0; v < WIDTH; ++v) each[v] = odd_bytes(levels[v]);
-    add_levels_of_rows(acc, each, x + SLAB_STEPS, rows);
+    for (int v = 0; v < WIDTH; ++v) each[v] = even_bytes(qvalues[v]);
+    add_qvalues_of_rows(acc, each, x, rows);
+    for (int v = 0; v < WIDTH; ++v) each[v] = odd_bytes(qvalues[v]);
+    add_qvalues_of_rows(acc, each, x + SLAB_STEPS, rows);
 #endif
 }
 
@@ -321,17 +321,17 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float
     }
 }
 
-// out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * level[k][0..31].
-// BITS is 8 (a byte of a panel is a level + 128) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
-// the high ones the next four; a nibble is looked up in `levels`).
+// Computes out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31].
+// BITS is 8 (a byte of a panel is a quantized value + 128) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
+// the high ones the next four; a nibble is looked up in `qvalues`).
 template <int BITS, int ROWS>
-SF_LEAF void multiply_levels(const Spans& spans, float* out) {
+SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS);
-    const Packed table = BITS == 4 ? load_levels(spans.levels) : Packed{};
+    const Packed table = BITS == 4 ? load_qvalues(spans.qvalues) : Packed{};
     const u8* weights = spans.weights;
     const u32* x = spans.x;
-    Fetch fetch = spans.fetch;
+    Prefetch prefetch = spans.prefetch;
     for (i64 span = 0; span < spans.count; ++span) {
         const u16* scales = spans.scales;
         if (!scales) {
@@ -341,49 +341,49 @@ SF_LEAF void multiply_levels(const Spans& spans, float* out) {
         const i64 steps = BITS == 8 ? spans.x_steps : spans.x_steps / 2;
         for (int part = 0; part < 2; part += WIDTH) {
             const u8* at = weights + part * VECTOR_BYTES;
-            Fetch lines = WIDTH == 2 ? fetch : half_of(fetch, steps, part);
+            Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
             start_span(acc, spans.sums + span, spans.sums_stride, rows);
             for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
-                fetch_step<WIDTH>(lines);
-                Packed words[WIDTH], levels[WIDTH];
+                prefetch_step<WIDTH>(lines);
+                Packed words[WIDTH], qvalues[WIDTH];
                 for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
                 if constexpr (BITS == 8) {
-                    levels_step(acc, words, place, rows);
+                    qvalues_step(acc, words, place, rows);
                     place += 1;
                 } else {
-                    for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, low_nibbles(words[v]));
-                    levels_step(acc, levels, place, rows);
-                    for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, high_nibbles(words[v]));
-                    levels_step(acc, levels, place + 1, rows);
+                    for (int v = 0; v < WIDTH; ++v) qvalues[v] = look_up(table, low_nibbles(words[v]));
+                    qvalues_step(acc, qvalues, place, rows);
+                    for (int v = 0; v < WIDTH; ++v) qvalues[v] = look_up(table, high_nibbles(words[v]));
+                    qvalues_step(acc, qvalues, place + 1, rows);
                     place += 2;
                 }
             }
             if (span || spans.adds) end_span<true>(acc, scales + part * LANES, out + part * LANES, rows);
             else end_span<false>(acc, scales + part * LANES, out + part * LANES, rows);
-            asm volatile("" ::: "memory");  // or GCC would keep the tile in registers it does not have
+            asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
         }
         x += spans.x_steps;
         weights += steps * STEP_BYTES;
-        fetch.from += steps * fetch.stride;
+        prefetch.from += steps * prefetch.stride;
     }
 }
 
 #ifndef SF_BYTE_DOTS
-// The same of one span that was widened, in tiles half as wide. `weights` are 16 bits a level: of each half of the panel
-// [x_steps][even, odd][16 columns] words of two levels.
+// Computes the same for one span that was widened, in tiles half as wide. `weights` are 16 bits a quantized value: for each
+// half of the panel [x_steps][even, odd][16 columns] words of two of them.
 template <int ROWS>
 SF_LEAF void multiply_widened(const Spans& spans, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     const u8* weights = spans.weights;
     for (int half = 0; half < 2; ++half, out += LANES) {
-        Fetch fetch = half_of(spans.fetch, spans.x_steps, half);
+        Prefetch prefetch = half_of(spans.prefetch, spans.x_steps, half);
         Ints acc[ROWS][1];
         start_span(acc, spans.sums, spans.sums_stride, rows);
         for (const u32 *x = spans.x, *end = x + spans.x_steps; x < end; ++x, weights += 2 * VECTOR_BYTES) {
-            fetch_step<1>(fetch);
-            add_levels_of_rows(acc, {load_packed(weights)}, x, rows);
-            add_levels_of_rows(acc, {load_packed(weights + VECTOR_BYTES)}, x + SLAB_STEPS, rows);
+            prefetch_step<1>(prefetch);
+            add_qvalues_of_rows(acc, {load_packed(weights)}, x, rows);
+            add_qvalues_of_rows(acc, {load_packed(weights + VECTOR_BYTES)}, x + SLAB_STEPS, rows);
         }
         if (spans.adds) end_span<true>(acc, spans.scales + half * LANES, out, rows);
         else end_span<false>(acc, spans.scales + half * LANES, out, rows);
@@ -392,7 +392,7 @@ SF_LEAF void multiply_widened(const Spans& spans, float* out) {
 #endif
 
 using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
-using MultiplyLevels = void (*)(const Spans&, float*);
+using MultiplyQValues = void (*)(const Spans&, float*);
 
 constexpr auto ALL_ROWS = std::make_integer_sequence<int, MAX_ROWS>{};
 constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
@@ -430,18 +430,18 @@ SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, f
     choose_each(rows, many, FEW)(x, segments, out, out_stride);
 }
 template <int BITS, int... R>
-SF_INLINE MultiplyLevels choose_levels(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyLevels table[] = {multiply_levels<BITS, R + 1>...};
+SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, R + 1>...};
     return table[rows - 1];
 }
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
-    choose_levels<BITS>(rows, ALL_ROWS)(spans, out);
+    choose_qvalues<BITS>(rows, ALL_ROWS)(spans, out);
 }
 #ifndef SF_BYTE_DOTS
 template <int... R>
-SF_INLINE MultiplyLevels choose_widened(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyLevels table[] = {multiply_widened<R + 1>...};
+SF_INLINE MultiplyQValues choose_widened(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyQValues table[] = {multiply_widened<R + 1>...};
     return table[rows - 1];
 }
 SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) { choose_widened(rows, ALL_ROWS)(spans, out); }

@@ -1,6 +1,6 @@
-// The threads of one parallel region: who they are, how they share work, how they meet.
+// The threads of one parallel region: how they divide work, and how they wait for each other.
 //
-// Who computes a unit of work, and when, never changes what is computed.
+// Which thread computes a unit of work, and when, never changes the result.
 #pragma once
 
 #include <omp.h>
@@ -13,9 +13,8 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// How far a team has come. Sharings are numbered from 0; one ends when all its units are done, whoever did them: a thread
-// that its core has left for another process holds up nobody but for what it has claimed, and passes by what ended without
-// it.
+// How far a team has come. Sharings are numbered from 0; one ends when all its units are done, by whichever threads. A
+// thread that was descheduled holds up the others only for what it has claimed, and skips sharings that ended without it.
 struct Progress {
     alignas(64) std::atomic<i64> claimed{0};  // number of the current sharing << 32 | units of it that are claimed
     alignas(64) std::atomic<i64> done{0};     // units of it that are done
@@ -28,9 +27,9 @@ class Team {
     const int rank;
     const int size;
 
-    // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by whoever is free: long runs
-    // first, single units at the end. A run is claimed one ahead, so that `next`, its first unit, can be fetched
-    // meanwhile; -1: there is none. Returns when all units are done.
+    // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by a free thread: long runs
+    // first, single units at the end. A run is claimed one ahead, so that `next`, its first unit, can be
+    // prefetched meanwhile; -1: there is none. Returns when all units are done.
     template <class Body>
     void share(i64 units, Body body) {
         if (size == 1) {
@@ -40,7 +39,7 @@ class Team {
         run_all(units, 3 * size, true, body);
     }
 
-    // The same in equal parts, for work too small to claim often.
+    // Divides the units into equal parts, for work too small to claim often.
     template <class Body>
     void split(i64 units, Body body) {
         if (size == 1) {
@@ -68,15 +67,15 @@ class Team {
             progress_.done.store(0, std::memory_order_relaxed);
             progress_.claimed.store(next, std::memory_order_release);
         } else {
-            for (int turn = 0; progress_.claimed.load(std::memory_order_acquire) < next; ++turn) {
-                if (turn < PATIENCE) _mm_pause();
-                else sched_yield();  // whoever we wait for may be waiting for this core
+            for (int spins = 0; progress_.claimed.load(std::memory_order_acquire) < next; ++spins) {
+                if (spins < PATIENCE) _mm_pause();
+                else sched_yield();  // the thread that we wait for may be waiting for this core
             }
         }
         ++number_;
     }
 
-    // Of what is left, one part in `divisor`; 0: of the whole, one part for each thread. Nothing if the sharing is over.
+    // Claims one part in `divisor` of what is left; 0: of the whole, one part for each thread. Nothing if the sharing is over.
     Run claim(i64 units, i64 divisor) const {
         i64 word = progress_.claimed.load(std::memory_order_acquire), begin, end;
         do {
@@ -90,10 +89,10 @@ class Team {
         return {begin, end};
     }
 
-    static constexpr int PATIENCE = 2000;  // turns of waiting, some tens of microseconds
+    static constexpr int PATIENCE = 2000;  // spins before yielding the core: some tens of microseconds
 
     Progress& progress_;
-    i64 number_ = 0;  // of the next sharing of this thread
+    i64 number_ = 0;  // number of this thread's next sharing
 };
 
 template <class Body>

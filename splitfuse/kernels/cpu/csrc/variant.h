@@ -1,4 +1,4 @@
-// The functions of one variant, under names that end in it: what Python calls. Arguments are checked there.
+// The functions of one variant that Python calls, under names that end in it. Python checks their arguments.
 #pragma once
 
 #include "layers.h"
@@ -11,7 +11,7 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Runs what may need more memory than there is: 0, or 1 if it was not to be had. No exception crosses into Python.
+// Runs what may need more memory than there is. Returns 0, or 1 if there was not enough. No exception crosses into Python.
 template <class Body>
 i32 guarded(Body body) {
     try {
@@ -108,9 +108,9 @@ SF_EXPORT(void, read_all)(Workspace* work, const u8* data, i64 bytes) {
     parallel(work->num_threads, [&](Team& team) { read_all(team, data, bytes); });
 }
 
-SF_EXPORT(float, dots_only)(Workspace* work, i32 levels, i64 rounds) {
+SF_EXPORT(float, dots_only)(Workspace* work, i32 qvalues, i64 rounds) {
     std::vector<float> totals(work->num_threads);
-    parallel(work->num_threads, [&](Team& team) { totals[team.rank] = dots_only(levels, rounds); });
+    parallel(work->num_threads, [&](Team& team) { totals[team.rank] = dots_only(qvalues, rounds); });
     return totals[0];
 }
 

@@ -1,7 +1,7 @@
 // Sixteen lanes at a time, in the instructions of one variant: the only file that knows AVX-512 from AVX2.
 //
-// Every function is exact or rounds as its comment says; none depends on anything but its arguments, so that whatever
-// is built from them in a fixed order gives the same bits each time.
+// Every function is exact or rounds as its comment says; none depends on anything but its arguments, so that code
+// built from them in a fixed order gives the same bits each time.
 #pragma once
 
 #include <immintrin.h>
@@ -23,7 +23,7 @@ using i64 = std::int64_t;
 
 constexpr int LANES = 16;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr i32 LEVEL_BIAS = 128;    // weights of int8 and int4 are read as level + 128, without a sign: one shift less
+constexpr i32 QVALUE_BIAS = 128;    // weights of int8 and int4 are read as quantized value + 128, unsigned: one shift less
 
 #ifdef SF_AVX512
 
@@ -63,15 +63,15 @@ SF_INLINE Floats fraction(Floats a) {  // a - floor(a)
 }
 SF_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 SF_INLINE float highest(Floats a) { return _mm512_reduce_max_ps(a.v); }
-// The lanes from `begin` to `end` - 1 of a, the others from b.
+// Returns the lanes from `begin` to `end` - 1 of a, the others of b.
 SF_INLINE Floats between(int begin, int end, Floats a, Floats b) {
     return {_mm512_mask_blend_ps(lane_mask(end) & ~lane_mask(begin), b.v, a.v)};
 }
-// `yes` where a > b, else `no`.
+// Returns `yes` where a > b, else `no`.
 SF_INLINE Floats above(Floats a, Floats b, Floats yes, Floats no) {
     return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), yes.v)};
 }
-// a times 2 to the power of floor(power).
+// Returns a times 2 to the power of floor(power).
 SF_INLINE Floats scale_by_power(Floats a, Floats power) { return {_mm512_scalef_ps(a.v, power.v)}; }
 
 SF_INLINE Floats load_bf16(const u16* p) {
@@ -109,14 +109,14 @@ SF_INLINE Packed load_packed(const void* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Packed broadcast_packed(u32 a) { return {_mm512_set1_epi32(static_cast<i32>(a))}; }
 SF_INLINE Packed low_nibbles(Packed a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 SF_INLINE Packed high_nibbles(Packed a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
-// 16 levels, each + LEVEL_BIAS, to look nibbles up in.
-SF_INLINE Packed load_levels(const u8* levels) {
-    return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)levels))};
+// Loads 16 quantized values, each + QVALUE_BIAS, to look nibbles up in.
+SF_INLINE Packed load_qvalues(const u8* qvalues) {
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)qvalues))};
 }
-SF_INLINE Packed look_up(Packed levels, Packed nibbles) { return {_mm512_shuffle_epi8(levels.v, nibbles.v)}; }
+SF_INLINE Packed look_up(Packed qvalues, Packed nibbles) { return {_mm512_shuffle_epi8(qvalues.v, nibbles.v)}; }
 
 #ifdef SF_BF16_DOTS
-// a + the products of each lane's two bf16: vdpbf16ps, which takes subnormals for zero.
+// Returns a + the products of each lane's two bf16, by vdpbf16ps, which takes subnormals for zero.
 SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
     return {_mm512_dpbf16_ps(a.v, (__m512bh)weights.v, (__m512bh)x.v)};
 }
@@ -127,16 +127,16 @@ SF_INLINE Floats second_of_pairs(Packed a) {
     return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<i32>(0xffff0000))))};
 }
 SF_INLINE Floats as_floats(Packed a) { return {_mm512_castsi512_ps(a.v)}; }
-// a + weights * x, rounded once. Not the intrinsic: GCC 12 moves the sums to and fro until one has no register.
+// Returns a + weights * x, rounded once. Not by the intrinsic: GCC 12 moves the sums to and fro until one has no register.
 SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
     asm("vfmadd231ps %2, %1, %0" : "+v"(a.v) : "v"(weights.v), "v"(x.v));
     return a;
 }
 #endif
-// a + the products of each lane's four levels, + LEVEL_BIAS each, with four int8.
-// Not the intrinsic: around it GCC 12 keeps every accumulator twice, as two vector types, and spills them.
-SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(levels.v), "v"(x.v));
+// Returns a + the products of each lane's four quantized values, + QVALUE_BIAS each, with four int8.
+// Not by the intrinsic: around it GCC 12 keeps every accumulator twice, as two vector types, and spills them.
+SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(qvalues.v), "v"(x.v));
     return a;
 }
 
@@ -271,12 +271,12 @@ SF_INLINE Packed low_nibbles(Packed a) {
 SF_INLINE Packed high_nibbles(Packed a) {
     return low_nibbles({_mm256_srli_epi16(a.lo, 4), _mm256_srli_epi16(a.hi, 4)});
 }
-SF_INLINE Packed load_levels(const u8* levels) {
-    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)levels));
+SF_INLINE Packed load_qvalues(const u8* qvalues) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)qvalues));
     return {both, both};
 }
-SF_INLINE Packed look_up(Packed levels, Packed nibbles) {
-    return {_mm256_shuffle_epi8(levels.lo, nibbles.lo), _mm256_shuffle_epi8(levels.hi, nibbles.hi)};
+SF_INLINE Packed look_up(Packed qvalues, Packed nibbles) {
+    return {_mm256_shuffle_epi8(qvalues.lo, nibbles.lo), _mm256_shuffle_epi8(qvalues.hi, nibbles.hi)};
 }
 SF_INLINE Floats first_of_pairs(Packed a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
@@ -291,13 +291,13 @@ SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {  // not the i
     asm("vfmadd231ps %2, %1, %0" : "+x"(a.hi) : "x"(weights.hi), "x"(x.hi));
     return a;
 }
-// The first and third, and the second and fourth byte of each lane, as 16 bits each.
+// Return the first and third, and the second and fourth byte of each lane, as 16 bits each.
 SF_INLINE Packed even_bytes(Packed a) {
     __m256i mask = _mm256_set1_epi16(255);
     return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
 }
 SF_INLINE Packed odd_bytes(Packed a) { return {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}; }
-// The same of `count` int8, a multiple of 32: even ones, and odd ones.
+// Does the same for `count` int8, a multiple of 32: even ones, and odd ones.
 SF_INLINE void split_bytes(const i8* bytes, i64 count, u32* even, u32* odd) {
     for (i64 i = 0; i < count; i += 32) {
         __m256i both = _mm256_loadu_si256((const __m256i*)(bytes + i));
@@ -305,22 +305,22 @@ SF_INLINE void split_bytes(const i8* bytes, i64 count, u32* even, u32* odd) {
         _mm256_storeu_si256((__m256i*)(odd + i / 4), _mm256_srai_epi16(both, 8));
     }
 }
-// a + the products of each lane's two levels, + LEVEL_BIAS each, with two whole numbers, of 16 bits: exact. (vpmaddubsw
+// Returns a + the products of each lane's two quantized values, + QVALUE_BIAS each, with two integers of 16 bits: exact. (vpmaddubsw
 // multiplies bytes, but its sums of two stop at 16 bits.) Inline assembly: one register for the product, no more.
-SF_INLINE __m256i dot_levels_8(__m256i a, __m256i levels, __m256i x) {
+SF_INLINE __m256i dot_qvalues_8(__m256i a, __m256i qvalues, __m256i x) {
     __m256i products;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(products) : "x"(levels), "x"(x));
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(products) : "x"(qvalues), "x"(x));
     return a;
 }
-SF_INLINE Ints dot_levels(Ints a, Packed levels, Packed x) {
-    return {dot_levels_8(a.lo, levels.lo, x.lo), dot_levels_8(a.hi, levels.hi, x.hi)};
+SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
+    return {dot_qvalues_8(a.lo, qvalues.lo, x.lo), dot_qvalues_8(a.hi, qvalues.hi, x.hi)};
 }
 
 #endif
 
 SF_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
 
-// x as it meets weights in bf16: pairs of bf16 for processors that multiply those, else fp32.
+// x as it is multiplied with weights in bf16: pairs of bf16 for processors that multiply those, else fp32.
 SF_INLINE Floats load_elements(const u16* p) { return load_bf16(p); }
 SF_INLINE Floats load_elements(const float* p) { return load(p); }
 SF_INLINE void store_elements(u16* p, Floats a) { store_bf16(p, a); }
@@ -332,7 +332,7 @@ SF_INLINE void copy_elements(float* to, const u16* from, i64 count) {
     if (k < count) store(to + k, load_bf16(from + k, static_cast<int>(count - k)), static_cast<int>(count - k));
 }
 
-// 2 to the power of a, for a from -126 on (less is taken for -126), to about 2 units in the last place; 2^0 is exactly 1.
+// Returns 2 to the power of a, for a from -126 on (less is taken for -126), to about 2 units in the last place; 2^0 is 1.
 // Reduction to [-0.5, 0.5] (Cody and Waite, "Software Manual for the Elementary Functions", 1980), then Taylor's series.
 SF_INLINE Floats exp2(Floats a) {
     a = max(broadcast(-126.0f), min(broadcast(127.0f), a));  // in this order NaN stays NaN
@@ -348,8 +348,8 @@ SF_INLINE Floats exp2(Floats a) {
     return scale_by_power(p, whole);
 }
 
-// The same to 3 parts in a million, for the weights of attention, which are rounded to bf16: less than -126 may give 0.
-// 2^0 is exactly 1.
+// Returns the same to 3 parts in a million, for the weights of attention, which are rounded to bf16: less than -126 may
+// give 0; 2^0 is exactly 1.
 SF_INLINE Floats exp2_weight(Floats a) {
     Floats rest = fraction(a);
     Floats p = broadcast(0.013426694f);

@@ -2,10 +2,11 @@
 //
 // A panel holds 32 rows of the weight [N, K] (columns of the product), 64-byte lines of one word for each of 16 rows:
 //   bf16   [steps][32 rows] words of two neighbours in K
-//   int8   for each group [32 bf16 scales][steps][32 rows] words of four levels, each + 128
+//   int8   for each group [32 bf16 scales][steps][32 rows] words of four quantized values, each + 128
 //   int4   for each group [32 bf16 scales][steps][32 rows] words of eight nibbles: the low ones four neighbours in K,
-//          the high ones the next four; a nibble names one of 16 levels
-// A weight is scale * level. What fills up the last panel and the last step meets zeros of x, or is never stored.
+//          the high ones the next four; a nibble names one of 16 quantized values
+// A weight is scale * quantized value. Padding of the last panel and the last step is multiplied with zeros of x, or its
+// products are never stored.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +50,7 @@ SF_INLINE Shape shape_of(const Weight& w) {
     return s;
 }
 
-// Where row n of the weight lies: the panel, and the place in it.
+// Where a row of the weight lies: the panel, and the column in it.
 struct Place { i64 panel; int column; };
 
 SF_INLINE Place place_of(const Weight& w, i64 row) {
@@ -58,7 +59,7 @@ SF_INLINE Place place_of(const Weight& w, i64 row) {
     return {unit / LANES, static_cast<int>(unit % LANES) + (row < half ? 0 : LANES)};
 }
 
-// Columns `begin` to `end` - 1 of a row; `begin` is even.
+// Packs columns `begin` to `end` - 1 of a row; `begin` is even.
 SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 begin, i64 end) {
     for (i64 k = begin; k + 1 < end; k += 2) {
         u32 pair;
@@ -68,7 +69,7 @@ SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 begin, 
     if (end % 2) panel[end / 2 * PANEL + column] = row[end - 1];
 }
 
-// The largest magnitude; NaN if any is NaN or infinite.
+// Returns the largest magnitude; NaN if any value is NaN or infinite.
 SF_INLINE float largest(const u16* row, i64 count) {
     Floats most = broadcast(0.0f), poison = broadcast(0.0f);
     for (i64 k = 0; k < count; k += LANES) {
@@ -79,7 +80,7 @@ SF_INLINE float largest(const u16* row, i64 count) {
     return highest(most) + sum(poison);
 }
 
-// The smallest bf16 that is not below a positive `value`, so that nothing is cut off at the last level.
+// Returns the smallest bf16 that is not below a positive `value`, so that nothing is clipped at the last quantized value.
 SF_INLINE u16 narrow_up(float value) {
     u16 narrowed = narrow(value);
     return widen(narrowed) < value ? static_cast<u16>(narrowed + 1) : narrowed;
@@ -87,31 +88,31 @@ SF_INLINE u16 narrow_up(float value) {
 
 SF_INLINE int rounded(float value, int most) {
     if (std::isnan(value)) return 0;  // its scale is NaN already
-    int level = static_cast<int>(std::nearbyint(value));
-    return level > most ? most : level < -most ? -most : level;
+    int qvalue = static_cast<int>(std::nearbyint(value));
+    return qvalue > most ? most : qvalue < -most ? -most : qvalue;
 }
 
 SF_INLINE u16 int8_group(u8* steps, int column, const u16* values, i64 count) {
     u16 scale = narrow_up(largest(values, count) / 127.0f);
     float inverse = widen(scale) > 0.0f ? 1.0f / widen(scale) : 0.0f;
     for (i64 k = 0; k < ceil_div(count, 4) * 4; ++k) {
-        int level = k < count ? rounded(widen(values[k]) * inverse, 127) : 0;
-        steps[k / 4 * STEP_BYTES + column * 4 + k % 4] = static_cast<u8>(level + 128);
+        int qvalue = k < count ? rounded(widen(values[k]) * inverse, 127) : 0;
+        steps[k / 4 * STEP_BYTES + column * 4 + k % 4] = static_cast<u8>(qvalue + 128);
     }
     return scale;
 }
 
-// The 16 levels of int4, rising, and what lies halfway between neighbours.
-struct Levels {
-    float level[16], middle[16];  // middle[i] between i - 1 and i
+// The 16 quantized values of int4, rising, and the points halfway between neighbours.
+struct QValues {
+    float qvalue[16], middle[16];  // middle[i] between i - 1 and i
 
-    explicit Levels(const u8* biased) {
-        for (int i = 0; i < 16; ++i) level[i] = static_cast<float>(biased[i] - 128);
-        for (int i = 1; i < 16; ++i) middle[i] = 0.5f * (level[i - 1] + level[i]);
+    explicit QValues(const u8* biased) {
+        for (int i = 0; i < 16; ++i) qvalue[i] = static_cast<float>(biased[i] - 128);
+        for (int i = 1; i < 16; ++i) middle[i] = 0.5f * (qvalue[i - 1] + qvalue[i]);
     }
     Floats nearest(Floats value) const {
-        Floats found = broadcast(level[0]);
-        for (int i = 1; i < 16; ++i) found = above(value, broadcast(middle[i]), broadcast(level[i]), found);
+        Floats found = broadcast(qvalue[0]);
+        for (int i = 1; i < 16; ++i) found = above(value, broadcast(middle[i]), broadcast(qvalue[i]), found);
         return found;
     }
     u8 index(float value) const {
@@ -121,77 +122,77 @@ struct Levels {
     }
 };
 
-// Squared error of `values` under a scale; on the way the scale that would fit the same levels best.
-SF_INLINE float int4_error(const Levels& levels, const u16* values, i64 count, float scale, float& better) {
+// Returns the squared error of `values` under a scale, and in `better` the scale that fits the same quantized values best.
+SF_INLINE float int4_error(const QValues& qvalues, const u16* values, i64 count, float scale, float& better) {
     Floats inverse = broadcast(1.0f / scale), minus = broadcast(-scale);
     Floats error = broadcast(0.0f), product = error, square = error;
     for (i64 k = 0; k < count; k += LANES) {
         int here = count - k < LANES ? static_cast<int>(count - k) : LANES;
         Floats value = here < LANES ? load_bf16(values + k, here) : load_bf16(values + k);
-        Floats level = levels.nearest(value * inverse);
-        if (here < LANES) level = between(0, here, level, broadcast(0.0f));
-        Floats rest = fma(level, minus, value);
+        Floats qvalue = qvalues.nearest(value * inverse);
+        if (here < LANES) qvalue = between(0, here, qvalue, broadcast(0.0f));
+        Floats rest = fma(qvalue, minus, value);
         error = fma(rest, rest, error);
-        product = fma(value, level, product);
-        square = fma(level, level, square);
+        product = fma(value, qvalue, product);
+        square = fma(qvalue, qvalue, square);
     }
     better = sum(product) / sum(square);
     return sum(error);
 }
 
-// The scale of a group: of a few that put its largest magnitude at or beyond the last level on the denser side, so that
-// the sign of a scale is part of it, the one of least squared error; then fitted once to the levels it chose. No data
-// but the weights themselves. Figures: docs/decisions/0010-quantization.md.
-SF_INLINE u16 int4_scale(const Levels& levels, const u16* values, i64 count) {
+// Chooses the scale of a group. Candidates put its largest magnitude at or beyond the last quantized value on the denser
+// side, so that a scale has a sign; the one of least squared error is fitted once to the quantized values it gives. Uses no
+// data but the weights themselves. Figures: docs/decisions/0010-quantization.md.
+SF_INLINE u16 int4_scale(const QValues& qvalues, const u16* values, i64 count) {
     constexpr float ENDS[] = {-108, -123, -140, -165};
     float largest_value = 0.0f;
     for (i64 k = 0; k < count; ++k)
         if (std::fabs(widen(values[k])) > std::fabs(largest_value)) largest_value = widen(values[k]);
-    if (std::isnan(largest(values, count))) return narrow(NAN);  // no number in, none out
+    if (std::isnan(largest(values, count))) return narrow(NAN);  // NaN in, NaN out
     if (largest_value == 0.0f) return 0;
     u16 best = narrow(largest_value / ENDS[1]);
     float least = INFINITY, better = 0.0f, refit = 0.0f;
     for (float end : ENDS) {
         u16 scale = narrow(largest_value / end);
         if (widen(scale) == 0.0f) continue;
-        float error = int4_error(levels, values, count, widen(scale), better);
+        float error = int4_error(qvalues, values, count, widen(scale), better);
         if (error < least) least = error, best = scale, refit = better;
     }
     u16 fitted = narrow(refit);
-    if (widen(fitted) != 0.0f && int4_error(levels, values, count, widen(fitted), better) < least) best = fitted;
+    if (widen(fitted) != 0.0f && int4_error(qvalues, values, count, widen(fitted), better) < least) best = fitted;
     return best;
 }
 
-SF_INLINE u16 int4_group(u8* steps, int column, const u16* values, i64 count, const Levels& levels) {
-    u16 scale = int4_scale(levels, values, count);
+SF_INLINE u16 int4_group(u8* steps, int column, const u16* values, i64 count, const QValues& qvalues) {
+    u16 scale = int4_scale(qvalues, values, count);
     float inverse = widen(scale) != 0.0f ? 1.0f / widen(scale) : 0.0f;
     for (i64 k = 0; k < ceil_div(count, 8) * 8; k += 4) {
         u8* word = steps + k / 8 * STEP_BYTES + column * 4;
         for (i64 j = 0; j < 4; ++j) {
-            u8 nibble = levels.index(k + j < count ? widen(values[k + j]) * inverse : 0.0f);
+            u8 nibble = qvalues.index(k + j < count ? widen(values[k + j]) * inverse : 0.0f);
             word[j] = k / 4 % 2 ? static_cast<u8>(word[j] | nibble << 4) : nibble;
         }
     }
     return scale;
 }
 
-SF_INLINE void pack_levels_row(const Weight& w, const Shape& s, const Levels& levels, u8* panel, int column, const u16* values) {
+SF_INLINE void pack_qvalues_row(const Weight& w, const Shape& s, const QValues& qvalues, u8* panel, int column, const u16* values) {
     i64 group = w.group ? w.group : w.columns;
     for (i64 k = 0; k < w.columns; k += group) {
         i64 count = w.columns - k < group ? w.columns - k : group;
         u8* steps = panel + SCALE_BYTES;
         u16 scale = w.format == INT8 ? int8_group(steps, column, values + k, count)
-                                     : int4_group(steps, column, values + k, count, levels);
+                                     : int4_group(steps, column, values + k, count, qvalues);
         reinterpret_cast<u16*>(panel)[column] = scale;
         panel = steps + s.group_steps / (w.format == INT4 ? 2 : 1) * STEP_BYTES;
     }
 }
 
-// Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The data is zero before.
+// Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The panels must be zero before.
 inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
-    constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: their part of it stays in the first cache
+    constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: this part of the panel stays in the first cache
     const Shape s = shape_of(w);
-    const Levels levels(w.levels);
+    const QValues qvalues(w.qvalues);
     // By panels: neighbours in a panel share its lines, and no two threads write the same.
     i64 begin_panel = place_of(w, first).panel, end_panel = place_of(w, first + count - 1).panel + 1;
     if (w.gated) begin_panel = 0, end_panel = s.panels;
@@ -213,19 +214,19 @@ inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 
                             pack_bf16_row(reinterpret_cast<u32*>(data), column, rows[column], k, std::min(k + AT_ONCE, w.columns));
             } else {
                 for (int column = 0; column < PANEL; ++column)
-                    if (rows[column]) pack_levels_row(w, s, levels, data, column, rows[column]);
+                    if (rows[column]) pack_qvalues_row(w, s, qvalues, data, column, rows[column]);
             }
         }
     });
 }
 
 #ifndef SF_BYTE_DOTS
-// Levels + 128 of `x_steps` words of x from a quantized panel, in 16 bits each, as multiply_widened() reads them.
+// Widens quantized values + 128 of `x_steps` words of x from a quantized panel, in 16 bits each, as multiply_widened() reads them.
 SF_INLINE void widen_span(const Weight& w, Packed table, const u8* steps, i64 x_steps, u8* out) {
     const i64 half_bytes = x_steps * 2 * VECTOR_BYTES;
-    auto widen = [&](Packed levels, u8* place) {
-        store_packed(place, even_bytes(levels));
-        store_packed(place + VECTOR_BYTES, odd_bytes(levels));
+    auto widen = [&](Packed qvalues, u8* place) {
+        store_packed(place, even_bytes(qvalues));
+        store_packed(place + VECTOR_BYTES, odd_bytes(qvalues));
     };
     for (u8* end = out + half_bytes; out < end; steps += STEP_BYTES) {
         Packed left = load_packed(steps), right = load_packed(steps + VECTOR_BYTES);
@@ -242,7 +243,7 @@ SF_INLINE void widen_span(const Weight& w, Packed table, const u8* steps, i64 x_
 }
 #endif
 
-// Row n of the weight, as numbers [columns]: what an embedding reads from a packed head.
+// Writes one row of the weight as fp32 [columns]: an embedding reads it from a packed head.
 inline void unpack_row(const Weight& w, i64 row, float* out) {
     Shape s = shape_of(w);
     Place place = place_of(w, row);
@@ -258,14 +259,14 @@ inline void unpack_row(const Weight& w, i64 row, float* out) {
         const u8* steps = panel + SCALE_BYTES;
         i64 count = w.columns - first < group ? w.columns - first : group;
         for (i64 k = 0; k < count; ++k) {
-            int level;
+            int qvalue;
             if (w.format == INT8) {
-                level = steps[k / 4 * STEP_BYTES + place.column * 4 + k % 4] - 128;
+                qvalue = steps[k / 4 * STEP_BYTES + place.column * 4 + k % 4] - 128;
             } else {
                 u8 byte = steps[k / 8 * STEP_BYTES + place.column * 4 + k % 4];
-                level = w.levels[k / 4 % 2 ? byte >> 4 : byte & 15] - 128;
+                qvalue = w.qvalues[k / 4 % 2 ? byte >> 4 : byte & 15] - 128;
             }
-            out[first + k] = scale * level;
+            out[first + k] = scale * qvalue;
         }
         panel = steps + s.group_steps / (w.format == INT4 ? 2 : 1) * STEP_BYTES;
     }

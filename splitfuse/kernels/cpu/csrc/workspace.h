@@ -1,4 +1,4 @@
-// Memory between the operations of a step: grown when a step needs more, never given back before the end.
+// Buffers between the operations of a step. They grow when a step needs more, and are freed with the workspace.
 #pragma once
 
 #include <cstdlib>
@@ -40,7 +40,7 @@ struct Visit {
     i64 operand;
 };
 
-constexpr i64 VISIT_PADDING = 256;  // bytes by which the operands of several visits are more than one of all their rows
+constexpr i64 VISIT_PADDING = 256;  // most bytes that the operand of a visit needs in addition to its share of one operand of all rows
 
 struct Workspace {
     struct Own { Buffer operand, row, tile, sums; };  // of one thread
@@ -48,8 +48,8 @@ struct Workspace {
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
-    Buffer operand, hidden, qkv, queries, mixed, gated, partials;
-    Buffer normed, scores, ids, shares, order, said;  // of mixtures of experts
+    Buffer operand, hidden, qkv, queries, attn_out, gated, partials;
+    Buffer normed, scores, ids, shares, order, expert_out;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<Item> items;
     std::vector<Visit> visits;
