@@ -12,12 +12,12 @@ from torch import Tensor
 
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.runtime.batch import build_batch
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What RaggedBatch.build takes."""
+    """What build_batch takes."""
 
     start: int
     token_ids: Sequence[int]
@@ -66,7 +66,7 @@ class Runner:
                 request.blocks.append(self.free.pop())
             ids = request.token_ids[request.num_computed : end]
             chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length))
-        batch = RaggedBatch.build(chunks, block_size=self.cache.block_size, device=self.decoder.device)
+        batch = build_batch(chunks, block_size=self.cache.block_size, device=self.decoder.device)
         rows = self.decoder.logits(self.decoder.forward(batch, self.cache))
         for (request, length), part in zip(lengths, rows.split([length for _, length in lengths]), strict=True):
             request.logits.extend(part)

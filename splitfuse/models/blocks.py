@@ -13,7 +13,7 @@ from splitfuse.kernels.interface import (
     RopeTable,
     Store,
 )
-from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.models.batch import RaggedBatch
 
 
 def attention(

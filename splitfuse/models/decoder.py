@@ -10,8 +10,8 @@ from torch import Tensor
 
 from splitfuse.kernels.interface import Backend, NetworkPlan, NetworkWeights
 from splitfuse.models import blocks
+from splitfuse.models.batch import RaggedBatch
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, NewRequest, StepPlan, StepResult, TokenLogprob
 from splitfuse.errors import RequestFailedError
-from splitfuse.models import ragged_batch
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.runtime.batch import build_batch
 from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
 
 HEAD_ROWS = 64
@@ -73,9 +72,9 @@ class Executor:
         self._last_collected = handle.number
         return handle.result
 
-    def hidden(self, chunks: Sequence[ragged_batch.Chunk]) -> Tensor:
+    def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step. Returns final hidden states [sum of num_logits, hidden], in the order of the chunks."""
-        batch = RaggedBatch.build(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
+        batch = build_batch(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
         return self.decoder.forward(batch, self.kv_cache)
 
     def _execute(self, plan: StepPlan) -> StepResult:

@@ -29,8 +29,8 @@ from splitfuse.kernels.interface import (
 )
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.ragged_batch import RaggedBatch
 from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.runtime.batch import build_batch
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -195,7 +195,7 @@ def test_only_the_rows_that_are_wanted_come_back(variant: str) -> None:
     def hidden(num_logits: tuple[int, int]) -> Tensor:
         runner = Runner(decoder, block_size=32, num_blocks=4)
         chunks = [Chunk(0, range(20), (1,), num_logits[0]), Chunk(0, range(3), (3,), num_logits[1])]
-        return decoder.forward(RaggedBatch.build(chunks, block_size=32, device=CPU), runner.cache)
+        return decoder.forward(build_batch(chunks, block_size=32, device=CPU), runner.cache)
 
     every = hidden((20, 3))
     assert every.shape == (23, PLAIN.hidden_size)
@@ -221,7 +221,7 @@ def test_single_tokens_of_a_long_context(variant: str, spec: ModelSpec) -> None:
 def test_a_step_without_tokens(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
     runner = Runner(decoder, block_size=32)
-    assert decoder.forward(RaggedBatch.build([], block_size=32, device=CPU), runner.cache).shape == (0, 96)
+    assert decoder.forward(build_batch([], block_size=32, device=CPU), runner.cache).shape == (0, 96)
 
 
 @pytest.mark.parametrize("variant", variants())

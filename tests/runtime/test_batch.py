@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from ragged_requests import Chunk
 
-from splitfuse.models.ragged_batch import RaggedBatch
+from splitfuse.runtime.batch import build_batch
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def test_tensors_of_a_mixed_step() -> None:
         Chunk(start=5, token_ids=(20,), block_table=(7, 0, 3), num_logits=1),
         Chunk(start=1, token_ids=(30, 31), block_table=(5, 6), num_logits=2),
     ]
-    batch = RaggedBatch.build(chunks, block_size=2, device=CPU)
+    batch = build_batch(chunks, block_size=2, device=CPU)
     assert batch.ids.tolist() == [10, 11, 12, 20, 30, 31]
     assert batch.positions.tolist() == [0, 1, 2, 5, 1, 2]
     assert batch.slot_mapping.tolist() == [8, 9, 4, 7, 11, 12]
@@ -32,7 +32,7 @@ def test_tensors_of_a_mixed_step() -> None:
 
 
 def test_a_step_is_one_tensor_with_its_parts_in_their_order() -> None:
-    batch = RaggedBatch.build([Chunk(2, (10, 11), (4, 2), 1), Chunk(0, (9,), (7,), 1)], block_size=2, device=CPU)
+    batch = build_batch([Chunk(2, (10, 11), (4, 2), 1), Chunk(0, (9,), (7,), 1)], block_size=2, device=CPU)
     parts = (
         *(batch.ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens),
         *(batch.block_tables, batch.logit_rows),
@@ -43,7 +43,7 @@ def test_a_step_is_one_tensor_with_its_parts_in_their_order() -> None:
 
 
 def test_an_empty_step() -> None:
-    batch = RaggedBatch.build([], block_size=2, device=CPU)
+    batch = build_batch([], block_size=2, device=CPU)
     assert batch.query_start.tolist() == [0]
     for tensor in (
         batch.ids,
