@@ -16,7 +16,8 @@ from splitfuse.errors import RequestFailedError
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
-from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
+from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 HEAD_ROWS = 64
 """Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,

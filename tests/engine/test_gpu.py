@@ -29,7 +29,8 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
-from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample
+from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 

@@ -17,8 +17,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 from splitfuse.core.plan import ChunkResult, NewRequest
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
-from splitfuse.runtime.sampling import sampler
-from splitfuse.runtime.sampling.sampler import SamplingRow, prompt_logprobs, sample, uniform
+from splitfuse.runtime.sampling import rows as sampling_rows
+from splitfuse.runtime.sampling.rows import SamplingRow, uniform
+from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 EOS = 3
 
@@ -137,7 +138,7 @@ def test_keeps_and_weighs_the_tokens_that_transformers_keeps(
         numbers = [*(starts + inset).tolist(), *(ends - inset).tolist()]
 
         drawn = iter(numbers)
-        monkeypatch.setattr(sampler, "uniform", lambda *_, drawn=drawn: next(drawn))
+        monkeypatch.setattr(sampling_rows, "uniform", lambda *_, drawn=drawn: next(drawn))
         results = sample(logits.expand(len(numbers), vocab), [subject] * len(numbers))
         assert [r.token_ids for r in results] == [(token,) for token in order.tolist()] * 2, (case, params)
 
@@ -231,7 +232,7 @@ def test_edge_values(params: SamplingParams, kept: set[int]) -> None:
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
     for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
-        monkeypatch.setattr(sampler, "uniform", lambda *_, number=number: number)
+        monkeypatch.setattr(sampling_rows, "uniform", lambda *_, number=number: number)
         assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_ids == (token,)
 
 

@@ -1,0 +1,44 @@
+"""Report log-probabilities: of the distribution as the model gave it, before bias, penalties and filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from splitfuse.core.plan import TokenLogprob
+
+ROWS = 32
+"""Number of rows that are computed at once: float64 copies of the logits stay small next to the logits."""
+
+
+def report_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """Returns logprobs of `token_ids[i]` and of the `counts[i]` most probable tokens, for each row of logits."""
+    reported: list[TokenLogprob] = []
+    for start in range(0, len(token_ids), ROWS):
+        block = slice(start, start + ROWS)
+        shifted = logits[block].double()
+        shifted -= shifted.amax(-1, keepdim=True)
+        logprobs = shifted - shifted.exp().cumsum(-1)[:, -1:].log()
+        index = torch.tensor(token_ids[block], device=logits.device).unsqueeze(1)
+        chosen: list[float] = logprobs.gather(1, index).flatten().tolist()
+        tops = _best(logprobs, counts[block])
+        reported += [TokenLogprob(*entry) for entry in zip(token_ids[block], chosen, tops, strict=True)]
+    return reported
+
+
+def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Returns the `counts[i]` most probable (token, logprob) of row i, best first, equal ones by id."""
+    found: list[list[tuple[float, int]]] = [[] for _ in counts]
+    if any(counts):
+        vocab = logprobs.shape[1]
+        largest = logprobs.topk(min(max(counts), vocab)).values
+        last = largest.gather(1, torch.tensor([[min(max(n, 1), vocab) - 1] for n in counts], device=logprobs.device))
+        candidates = logprobs >= last  # topk alone may take any of those equal to the last
+        for (row, token), value in zip(candidates.nonzero().tolist(), logprobs[candidates].tolist(), strict=True):
+            found[row].append((-value, token))
+    return [
+        tuple((token, -negated) for negated, token in sorted(row)[:count])
+        for row, count in zip(found, counts, strict=True)
+    ]

@@ -1,0 +1,44 @@
+"""One row of logits to choose a token from, and the random number that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitfuse.core.plan import NewRequest
+from splitfuse.core.sampling_params import SamplingParams
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """Names the request that a row of logits belongs to, and the tokens it has generated so far."""
+
+    request: NewRequest
+    output_token_ids: Sequence[int]
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def uniform(self) -> float:
+        """Returns the random number in [0, 1) that decides this row's token."""
+        position = len(self.request.prompt_token_ids) + len(self.output_token_ids)
+        return uniform(self.request.seed, self.request.choice, position)
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """Returns a number in [0, 1) that is a pure function of its three keys.
+
+    Counter-based: each key is a jump ahead in the SplitMix64 sequence that starts where the one before led (Steele,
+    Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.
+    """
+    state = 0
+    for key in (seed, choice, position):
+        state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
