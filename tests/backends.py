@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class BackendCase:
-    """Backend, the dtypes that they want, and how near to the exact result they promise to be."""
+    """A backend, the dtypes that it wants, and how near to the exact result it must be."""
 
     backend: Backend
     narrow: torch.dtype
@@ -71,7 +71,7 @@ MAKERS: dict[str, Callable[[], BackendCase]] = {
 
 
 @functools.cache
-def make_backend(name: str) -> BackendCase:
+def make_case(name: str) -> BackendCase:
     """The backend of that name, the same one at every call."""
     return MAKERS[name]()
 

@@ -1,4 +1,4 @@
-"""Requests that feed a decoder without a scheduler: any chunks in any company, blocks in shuffled order."""
+"""Requests that feed a decoder without a scheduler: any chunks in any batch, blocks in shuffled order."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import BACKENDS, BackendCase, make_backend
+from backends import BACKENDS, BackendCase, make_case
 
 
 @pytest.fixture(autouse=True)
@@ -12,4 +12,4 @@ def seeded() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def case(request: pytest.FixtureRequest) -> BackendCase:
-    return make_backend(request.param)
+    return make_case(request.param)

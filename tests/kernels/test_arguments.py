@@ -1,5 +1,5 @@
 """What the C++ kernels are not made to compute: every number that could lead them out of their memory is refused, and
-tensors that are not what an address promises are our own bugs.
+tensors that are not what the C++ functions take for granted are our own bugs.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def test_a_good_step_is_computed(variant: str) -> None:
     assert network_of(backend)(store, GOOD).shape == (2, HIDDEN)
 
 
-def test_every_rule_is_broken_once() -> None:
+def test_every_rule_has_a_case() -> None:
     assert {rule for rule, _ in BROKEN} == set(BROKEN_RULES)
 
 
@@ -172,7 +172,7 @@ def test_blocks_beyond_the_length_of_a_request_may_be_anything(variant: str) -> 
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("ids", [[0, VOCABULARY], [-1], [2**31 - 1]])
-def test_ids_outside_the_table(variant: str, ids: list[int]) -> None:
+def test_ids_outside_the_table_are_refused(variant: str, ids: list[int]) -> None:
     backend = CpuBackend(variant=variant, num_threads=1)
     table = torch.randn(VOCABULARY, HIDDEN).bfloat16()
     for each in (table, backend.pack([table], role=Role.HEAD)):
@@ -182,7 +182,7 @@ def test_ids_outside_the_table(variant: str, ids: list[int]) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("expert", [-1, 3])
-def test_experts_that_there_are_not(variant: str, expert: int) -> None:
+def test_unknown_experts_are_refused(variant: str, expert: int) -> None:
     backend = CpuBackend(variant=variant, num_threads=1)
     packed = pack_experts(backend, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
@@ -266,7 +266,7 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("variant", variants())
-def test_tensors_that_are_not_as_promised(variant: str, what: str) -> None:
+def test_wrong_tensors_fail_an_assertion(variant: str, what: str) -> None:
     with pytest.raises(AssertionError):
         WRONG[what](CpuBackend(variant=variant, num_threads=1))
 
@@ -284,7 +284,7 @@ def test_block_sizes(variant: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_a_piece_is_what_the_library_takes_for_one(variant: str) -> None:
+def test_piece_length_is_the_same_in_cpp(variant: str) -> None:
     """backend.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
     library_of = CpuBackend(variant=variant, num_threads=1).library
     shorter, whole = (
@@ -302,7 +302,7 @@ def test_heads_that_are_too_large(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_more_memory_than_there_is(variant: str) -> None:
+def test_out_of_memory(variant: str) -> None:
     with pytest.raises(RuntimeError, match="no memory for"):
         store_of(CpuBackend(variant=variant), num_blocks=10**12)
 
@@ -311,7 +311,7 @@ def test_more_memory_than_there_is(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_kernels_say_what_they_are(variant: str) -> None:
+def test_describe(variant: str) -> None:
     name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[variant]
     assert CpuBackend(variant=variant, num_threads=1).describe() == (
         f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
@@ -339,20 +339,20 @@ def test_no_library(other_library: Callable[[Path], None], tmp_path: Path) -> No
             refused()
 
 
-def test_a_file_that_is_no_library(other_library: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library(other_library: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "broken.so").write_bytes(b"\x7fELF nothing")
     other_library(tmp_path / "broken.so")
     with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be loaded"):
         CpuBackend()
 
 
-def test_a_cpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "supported_variants", lambda: ())
     with pytest.raises(KernelError, match="this CPU has neither AVX-512"):
         choose_variant()
 
 
-def test_the_best_variant_is_chosen_and_another_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_variant_by_default_and_only_supported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported in (VARIANTS, VARIANTS[1:], VARIANTS[2:]):
         monkeypatch.setattr(bindings, "supported_variants", lambda supported=supported: supported)
         assert choose_variant() == supported[0]
@@ -371,7 +371,7 @@ def test_the_best_variant_is_chosen_and_another_must_be_there(monkeypatch: pytes
         (("avx512_bf16", "avx512"), 0, ("avx2",)),
     ],
 )
-def test_bf16_dot_products_come_first_where_they_are_fast(
+def test_bf16_dot_products_come_first_where_fast(
     monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], prefers: int, expected: tuple[str, ...]
 ) -> None:
     cpu = SimpleNamespace(sf_prefers_avx512_bf16=lambda: prefers)

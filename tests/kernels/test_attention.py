@@ -118,7 +118,7 @@ def test_no_requests(case: BackendCase) -> None:
     assert attend(case, torch.empty(0, 2, 8), requests.store(case), empty, [], scale=1.0).shape == (0, 2, 8)
 
 
-def test_a_request_without_tokens_is_passed_over(case: BackendCase) -> None:
+def test_a_request_without_tokens_is_skipped(case: BackendCase) -> None:
     requests = Requests.random([40, 7, 70], block_size=32, num_kv_heads=1, head_dim=16)
     q, store = torch.randn(6, 2, 16).bfloat16().double(), requests.store(case)
     ours = attend(case, q, store, requests, [(36, 4), (7, 0), (68, 2)], scale=0.2)
@@ -209,7 +209,7 @@ def bits(store: Store) -> Tensor:
 
 
 @pytest.mark.parametrize("head_dim", [16, 33, 128])
-def test_slot_minus_one_is_written_nowhere(case: BackendCase, head_dim: int) -> None:
+def test_slot_minus_one_is_not_written(case: BackendCase, head_dim: int) -> None:
     requests = Requests.random([50], block_size=32, num_kv_heads=2, head_dim=head_dim)
     store = requests.store(case)
     before = bits(store)
@@ -293,7 +293,7 @@ def test_no_tokens_are_written(case: BackendCase) -> None:
     assert torch.equal(bits(store), before)
 
 
-def test_only_the_cpu_kernels_are_particular_about_block_sizes(case: BackendCase) -> None:
+def test_block_sizes_that_each_backend_takes(case: BackendCase) -> None:
     case.backend.check_block_size(32)
     case.backend.check_block_size(96)
     if type(case.backend) is ReferenceBackend:

@@ -1,4 +1,4 @@
-"""What the C++ kernels promise: a row gives the same bits alone and in any company, however its request is cut, in
+"""What the C++ kernels guarantee: a row gives the same bits alone and in any batch, however its request is cut, in
 whatever blocks it lies and however many threads compute; and all layers in one call give those of one call each.
 """
 
@@ -81,7 +81,7 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_experts_are_added_in_the_order_of_a_tokens_ids(variant: str) -> None:
+def test_experts_are_summed_in_the_order_of_ids(variant: str) -> None:
     """1e8 - 1e8 + 1 is 1 in fp32, in any other order 0: whichever expert it is that says what."""
     one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
     for backend in teams(variant):
@@ -197,7 +197,7 @@ def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim
         ]
         rng.shuffle(spans)
         ends = [(0, n - 1, n) for n in (1, 511, 512, 513, 1023, 1024, 1025, 1300, 1536, 1537, 1600)]
-        # All pieces at once, a few at once, the longest alone, and single tokens, alone and beside others.
+        # All pieces at once, a few at once, the longest alone, and single tokens, alone and with others.
         steps = [spans, *([span] for span in spans[:5]), spans[5:8], *([one] for one in ends), ends]
         steps += [[(0, 1599, 1600), (1, 529, 530)], [(0, 1590, 1600)], [(2, 44, 45), (3, 0, 1), (0, 1000, 1007)]]
         for chosen in steps:

@@ -155,7 +155,7 @@ def logits(decoder: Decoder, *, block_size: int = 32, seed: int | None = None) -
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kv_int8", [False, True])
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
-def test_fused_is_one_by_one(
+def test_fused_equals_one_by_one(
     variant: str, quantization: str | None, group: int | None, kv_int8: bool, spec: ModelSpec
 ) -> None:
     settings: dict[str, Any] = {"quantization": quantization, "group_size": group, "kv_int8": kv_int8}
@@ -189,7 +189,7 @@ def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_only_the_rows_that_are_wanted_come_back(variant: str) -> None:
+def test_only_wanted_rows_come_back(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
 
     def hidden(num_logits: tuple[int, int]) -> Tensor:
@@ -257,7 +257,7 @@ def test_two_engines_in_two_threads(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_a_cache_that_is_gone_is_not_held(variant: str) -> None:
+def test_a_deleted_cache_is_freed(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=1))
     runner = Runner(decoder, block_size=32)
     runner.step([(request, request.num_pending) for request in prompts()])

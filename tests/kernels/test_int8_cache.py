@@ -67,7 +67,7 @@ def check(
         exact, magnitude = attention(q[begin:end].double(), kept_keys, kept_values, **options)
         case.near(ours[begin:end], exact, magnitude, share=ATTENTION)
         # And against what was put in: a level is at most half a unit off. Values: their share of the largest in a head;
-        # keys: what a score is off by, which the softmax passes on at most twice.
+        # keys: what a score is off by, which the softmax at most doubles.
         options_off = {k: v for k, v in options.items() if k in ("window", "softcap", "sinks", "scale")}
         wanted, size = attention(q[begin:end].double(), keys, values, **options_off)
         unit = values.abs().amax() / 254
@@ -107,7 +107,7 @@ def test_long_contexts(variant: str, chunks: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_single_tokens_come_back_as_they_are_kept(variant: str) -> None:
-    """A window of one token gives its value: levels and scales of values, exactly, to bf16's rounding."""
+    """A window of one token gives its value: quantized values and their scales, exactly, to bf16's rounding."""
     case = int8_backend(variant)
     requests = Requests.random([45], block_size=32, num_kv_heads=2, head_dim=48)
     requests.values[0][7] = 0
@@ -122,12 +122,12 @@ def test_single_tokens_come_back_as_they_are_kept(variant: str) -> None:
         window=1,
     )
     exact = as_kept(requests.values[0])
-    case.near(ours, exact, exact.abs(), share=2**-8)  # the scale is rounded to bf16 before the levels are taken
+    case.near(ours, exact, exact.abs(), share=2**-8)  # the scale is rounded to bf16 before values are quantized
 
 
 @pytest.mark.parametrize("variant", variants())
 def test_a_token_changes_no_other(variant: str) -> None:
-    """Scales are of a token and head: not a bit of what was written before changes when a large one comes beside it."""
+    """Scales are of a token and head: writing a large neighbour changes no bit of what was written before."""
     case = int8_backend(variant)
     requests = Requests.random([40], block_size=32, num_kv_heads=2, head_dim=32)
     requests.keys[0][-1] *= 1000
@@ -150,7 +150,7 @@ def test_a_token_changes_no_other(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_slot_minus_one_is_written_nowhere(variant: str) -> None:
+def test_slot_minus_one_is_not_written(variant: str) -> None:
     case = int8_backend(variant)
     requests = Requests.random([40], block_size=32, num_kv_heads=2, head_dim=33)
     store = requests.store(case)
@@ -170,7 +170,7 @@ def test_slot_minus_one_is_written_nowhere(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_what_is_no_number_shows_in_its_request_alone(variant: str) -> None:
+def test_nan_stays_in_its_request(variant: str) -> None:
     case = int8_backend(variant)
     requests = Requests.random([40, 40], block_size=32, num_kv_heads=1, head_dim=32)
     requests.keys[0][3, 0, 5] = torch.nan
@@ -193,7 +193,7 @@ def test_bytes_of_a_block(variant: str) -> None:
     for block_size, heads, head_dim, padded in [(32, 2, 64, 64), (64, 3, 33, 64), (96, 1, 128, 128)]:
         shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": heads, "head_dim": head_dim}
         size = backend.kv_bytes(dtype=torch.bfloat16, **shape)
-        assert size == 2 * block_size * heads * (padded + 4)  # levels, and a scale in fp32
+        assert size == 2 * block_size * heads * (padded + 4)  # quantized values, and a scale in fp32
         store = backend.allocate_kv(num_blocks=5, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
         poison(store)
         assert store.nbytes == 5 * size

@@ -55,7 +55,7 @@ def test_linear(case: BackendCase, rows: int, inputs: int, outputs: int) -> None
     case.near(linear(bias.to(case.narrow)), exact + bias, magnitude + bias.abs())
 
 
-def test_a_weight_is_packed_from_its_pieces_in_their_order(case: BackendCase) -> None:
+def test_pieces_are_packed_in_order(case: BackendCase) -> None:
     pieces = [grid(rows, 70) for rows in (50, 1, 16, 33)]
     x = grid(3, 70)
     whole = torch.cat(pieces)
@@ -64,9 +64,7 @@ def test_a_weight_is_packed_from_its_pieces_in_their_order(case: BackendCase) ->
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64])
-def test_pieces_need_not_lie_side_by_side_nor_be_in_the_dtype_of_the_kernels(
-    case: BackendCase, stored: torch.dtype
-) -> None:
+def test_pieces_may_be_strided_and_of_another_dtype(case: BackendCase, stored: torch.dtype) -> None:
     x, weight = grid(3, 70), grid(40, 140).half().to(stored)[:, ::2]
     packed = case.backend.pack([weight[:33], weight[33:]], role=Role.QKV, dtype=case.narrow)
     kept = weight.to(case.narrow).double()
@@ -113,7 +111,7 @@ def formula(kind: str, gate: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_gates_far_from_zero_are_closed_or_open(case: BackendCase, kind: str) -> None:
+def test_gates_far_from_zero(case: BackendCase, kind: str) -> None:
     gates = torch.tensor([-1e30, -3e4, -300.0, -100.0, 100.0, 300.0, 3e4], dtype=torch.float64).bfloat16().double()
     packed = case.backend.pack([torch.ones(1, 1, dtype=case.narrow)] * 2, role=Role.GATE_UP)
     bias = torch.tensor([0.0, 1.0], dtype=case.narrow)
@@ -187,7 +185,7 @@ def test_route(case: BackendCase, num_experts: int, top_k: int, renormalize: boo
     assert case.backend.route(scores[:0].to(case.wide), top_k, renormalize)[0].shape == (0, top_k)
 
 
-def test_route_of_scores_that_are_no_numbers(case: BackendCase) -> None:
+def test_route_of_nan(case: BackendCase) -> None:
     """The row alone becomes NaN, and its experts are some that there are."""
     scores = torch.randn(3, 20)
     for where, value in ((slice(None), torch.nan), (7, torch.nan), (7, torch.inf)):
@@ -238,7 +236,7 @@ def test_argmax_of_no_rows(case: BackendCase) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_stays_in_its_row(case: BackendCase, value: float) -> None:
+def test_nan_stays_in_its_row(case: BackendCase, value: float) -> None:
     x, weight = grid(5, 40), grid(33, 40)
     x[2, 7] = value
     packed = case.backend.pack([weight.to(case.narrow)], role=Role.O)

@@ -1,7 +1,7 @@
-"""Weights in int8 and int4: the scales and levels that they must have, computed here with numpy, and products that
-equal those of the levels up to fp32's rounding, not just roughly those of the weights.
+"""Weights in int8 and int4: the scales and quantized values that they must have, computed here with numpy, and products
+that equal those of the quantized values up to fp32's rounding, not just roughly those of the weights.
 
-A weight is scale * level, the scale in bf16 and one for `group` columns. Activations become whole numbers from -127 to
+A weight is scale * qvalue, the scale in bf16 and one for `group` columns. Activations become whole numbers from -127 to
 127 with one scale for each row, its largest magnitude / 127. The whole numbers are multiplied and added exactly.
 """
 
@@ -39,15 +39,15 @@ def bf16(values: Floats) -> Floats:
 
 @dataclass
 class Quantized:
-    """Levels [N, K] of a weight, and their scales [N, K], equal within a group."""
+    """Quantized values [N, K] of a weight, and their scales [N, K], equal within a group."""
 
-    levels: Floats
+    qvalues: Floats
     scales: Floats
     group: int
 
     @property
     def weights(self) -> npt.NDArray[np.float64]:
-        return self.levels.astype(np.float64) * self.scales
+        return self.qvalues.astype(np.float64) * self.scales
 
 
 def int8(weight: Floats, group: int | None) -> Quantized:
@@ -60,8 +60,8 @@ def int8(weight: Floats, group: int | None) -> Quantized:
         up = np.nextafter(exact, np.float32(np.inf)) * np.float32(1 + 2**-8)  # the next bf16, if rounding went down
         scale = np.where(scale < exact, bf16(up), scale)
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-        levels = np.clip(np.rint(part * inverse[:, None]), -127, 127)
-        quantized.levels[:, begin : begin + group] = levels
+        qvalues = np.clip(np.rint(part * inverse[:, None]), -127, 127)
+        quantized.qvalues[:, begin : begin + group] = qvalues
         quantized.scales[:, begin : begin + group] = scale[:, None]
     return quantized
 
@@ -72,7 +72,7 @@ def nearest(values: Floats) -> Floats:
 
 
 def int4_scales(values: Floats) -> Floats:
-    """All bf16 numbers that the largest of a group may be scaled by, so that it comes to lie around the last level."""
+    """All bf16 numbers that the largest of a group may be scaled by, so that it comes to lie around the last qvalue."""
     largest = values[np.abs(values).argmax()]
     least = torch.tensor([float(largest) / 300]).bfloat16().view(torch.int16)
     scales = (least + torch.arange(300, dtype=torch.int16)).view(torch.bfloat16).float().numpy()
@@ -87,7 +87,7 @@ def kept(backend: CpuBackend, weight: Tensor) -> npt.NDArray[np.float64]:
 
 
 def int4(weight: Floats, group: int, found: npt.NDArray[np.float64]) -> Quantized:
-    """The levels and scales that give the weight as it is `found`: each level must be the nearest one under its scale,
+    """The quantized values and scales of a weight as it is `found`: each must be the nearest one under its scale,
     and no scale may have much less of a squared error.
     """
     quantized = Quantized(np.zeros_like(weight), np.zeros_like(weight), group)
@@ -99,21 +99,23 @@ def int4(weight: Floats, group: int, found: npt.NDArray[np.float64]) -> Quantize
                 assert not found[row, span].any()
                 continue
             scales = int4_scales(values)[:, None]
-            levels = nearest(values * (np.float32(1) / scales))
-            weights = levels.astype(np.float64) * scales
+            qvalues = nearest(values * (np.float32(1) / scales))
+            weights = qvalues.astype(np.float64) * scales
             errors = np.square(values - weights).sum(axis=1)
             fitting = np.flatnonzero(np.isclose(weights, found[row, span], 2**-21, 0).all(axis=1))
-            assert len(fitting), f"row {row}, columns from {begin}: under no scale are these the nearest levels"
+            assert len(fitting), (
+                f"row {row}, columns from {begin}: these are the nearest quantized values under no scale"
+            )
             best = fitting[errors[fitting].argmin()]
             least = errors.min() + np.square(values).sum() * 1e-5  # what fits exactly allows no share of its error
             if len(values) >= 32:  # a few values can be fitted by chance
                 assert errors[best] <= MOST_ERROR * least, f"row {row}, columns from {begin}: not the best scale"
-            quantized.levels[row, span], quantized.scales[row, span] = levels[best], scales[best]
+            quantized.qvalues[row, span], quantized.scales[row, span] = qvalues[best], scales[best]
     return quantized
 
 
 def quantize(backend: CpuBackend, weight: Tensor) -> Quantized:
-    """The oracle's levels and scales; asserts that the kernels keep those."""
+    """The oracle's quantized values and scales; asserts that the kernels keep those."""
     values, found = weight.float().numpy(), kept(backend, weight)
     if backend.quantization == "int8":
         quantized = int8(values, backend.group_size)
@@ -124,14 +126,14 @@ def quantize(backend: CpuBackend, weight: Tensor) -> Quantized:
 
 
 def product(x: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """x [T, K] in bf16 by the levels, in fp64, and what its fp32 additions may be off by."""
+    """x [T, K] in bf16 by the quantized values, in fp64, and what its fp32 additions may be off by."""
     values = x.float().numpy()
     most = np.abs(values).max(axis=1)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    levels = np.rint(values * inverse[:, None]).astype(np.float64)
+    qvalues = np.rint(values * inverse[:, None]).astype(np.float64)
     scales = (most * (np.float32(1) / np.float32(127))).astype(np.float64)[:, None]
-    exact = levels @ quantized.weights.T * scales
-    magnitude = np.abs(levels) @ np.abs(quantized.weights).T * scales
+    exact = qvalues @ quantized.weights.T * scales
+    magnitude = np.abs(qvalues) @ np.abs(quantized.weights).T * scales
     spans = -(-values.shape[1] // min(quantized.group, 1024))  # each is added in fp32, 1024 columns at most
     return torch.from_numpy(exact), torch.from_numpy(magnitude) * (spans + 3) * 2**-24
 
@@ -159,7 +161,9 @@ SHAPES = [(1, 1), (3, 7), (40, 63), (17, 64), (33, 65), (9, 129), (8, 256), (12,
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
-def test_scales_and_levels(variant: str, quantization: str, group: int | None, rows: int, columns: int) -> None:
+def test_scales_and_quantized_values(
+    variant: str, quantization: str, group: int | None, rows: int, columns: int
+) -> None:
     quantize(kernels_of(variant, quantization, group), weights_of_all_kinds(rows, columns))
 
 
@@ -191,7 +195,7 @@ def test_no_sum_overflows(variant: str, quantization: str, group: int | None) ->
     x[2, ::2] *= -1
     exact = (x @ weight.T).double()
     ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=Role.O))
-    # int4 has its largest level at one end only: a group of +1 and -1 is not exact.
+    # int4 has its largest qvalue at one end only: a group of +1 and -1 is not exact.
     share = 2**-7 if quantization == "int8" else 0.2
     assert ((ours - exact).abs() <= share * 4096).all()
     whole, bound = product(x.bfloat16(), quantize(backend, weight.bfloat16()))
@@ -235,9 +239,7 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
 
 @pytest.mark.parametrize("columns", [1, 33, 256, 1100])
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
-def test_a_tied_embedding_is_what_the_head_multiplies(
-    variant: str, quantization: str, group: int | None, columns: int
-) -> None:
+def test_tied_embedding_reads_the_packed_head(variant: str, quantization: str, group: int | None, columns: int) -> None:
     backend = kernels_of(variant, quantization, group)
     weight = weights_of_all_kinds(40, columns)
     head = backend.pack([weight], role=Role.HEAD)
@@ -248,7 +250,7 @@ def test_a_tied_embedding_is_what_the_head_multiplies(
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
-def test_what_is_no_number_shows(variant: str, quantization: str, group: int | None) -> None:
+def test_nan_is_not_hidden_by_quantization(variant: str, quantization: str, group: int | None) -> None:
     backend = kernels_of(variant, quantization, group)
     weight, x = torch.randn(40, 300), torch.randn(6, 300)
     weight[3, 5] = torch.nan
@@ -282,8 +284,8 @@ def test_weights_whose_squares_fp32_cannot_hold(
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
-def test_how_far_normal_weights_are_off(variant: str, quantization: str, group: int | None) -> None:
-    """int8: half a level of 127 for the largest of a few hundred, about 3.3 sigma. int4: 16 levels fitted to what is
+def test_error_of_normal_weights(variant: str, quantization: str, group: int | None) -> None:
+    """int8: half a step of 127 for the largest of a few hundred, about 3.3 sigma. int4: 16 values fitted to what is
     normal leave about a tenth of it.
     """
     weight = torch.randn(64, 512).bfloat16()
@@ -302,15 +304,15 @@ def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -
 
     for role in set(Role) - {Role.PLAIN, Role.HEAD, Role.ROUTER}:
         assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
-    assert size("head") == (size("o") if quantization == "int8" else 512 * 1024 + 512 * 2)
-    assert size("router") == size("plain") == 2 * 512 * 1024
+    assert size(Role.HEAD) == (size(Role.O) if quantization == "int8" else 512 * 1024 + 512 * 2)
+    assert size(Role.ROUTER) == size(Role.PLAIN) == 2 * 512 * 1024
 
 
-def test_the_levels_of_int4_rise_and_fit_a_byte() -> None:
+def test_int4_values_rise_and_fit_a_byte() -> None:
     assert len(INT4_QVALUES) == 16
     assert list(INT4_QVALUES) == sorted(set(INT4_QVALUES))
     assert max(map(abs, INT4_QVALUES)) <= 127  # or AVX2's sums of two products would not fit 16 bits
-    assert list(QVALUES) == [level + 128 for level in INT4_QVALUES]
+    assert list(QVALUES) == [qvalue + 128 for qvalue in INT4_QVALUES]
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.PLAIN], ids=str)
@@ -324,19 +326,19 @@ def test_formats_by_role(role: Role) -> None:
     for group in (None, 128):
         assert found("int8", group) == ((BF16, None) if role is Role.ROUTER else (INT8, group))
     for group, resolved in ((None, 64), (64, 64), (128, 128)):
-        wanted = (INT4, resolved) if layers else (INT8, None) if role == "head" else (BF16, None)
+        wanted = (INT4, resolved) if layers else (INT8, None) if role is Role.HEAD else (BF16, None)
         assert found("int4", group) == wanted
 
 
 @pytest.mark.parametrize(
     ("quantization", "group", "message"),
     [
-        ("int8", 64, "quantization_group_size must be 128 for int8, not 64"),
-        ("int4", 32, "quantization_group_size must be 64 or 128 for int4, not 32"),
-        ("int2", None, "quantization must be one of int8, int4, not 'int2'"),
+        ("int8", 64, "quantization_group_size=64 is not supported for int8: use 128"),
+        ("int4", 32, "quantization_group_size=32 is not supported for int4: use 64 or 128"),
+        ("int2", None, "quantization='int2' is unknown: use int8 or int4"),
     ],
 )
-def test_formats_that_there_are_not(quantization: str, group: int | None, message: str) -> None:
+def test_unknown_formats_are_refused(quantization: str, group: int | None, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        choose_format("o", quantization, group)
+        choose_format(Role.O, quantization, group)
     assert str(refusal.value) == message

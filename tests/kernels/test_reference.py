@@ -279,7 +279,7 @@ def test_attend_in_tiles(window: int | None, limit: tuple[str, int], monkeypatch
     check_attention([(0, 10), (7, 1), (2, 8)], window=window)
 
 
-def test_attend_no_requests_and_rows_of_nobody() -> None:
+def test_attend_no_requests_and_unowned_rows() -> None:
     kv = blocked([2], block_size=2, kv_heads=1, head_dim=4, dtype=torch.float32)
     for starts, lengths, tables, rows in [([0], [], kv.block_tables[:0], 0), ([0, 0], [0], kv.block_tables, 3)]:
         out = backend.attend(

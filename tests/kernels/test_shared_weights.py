@@ -30,7 +30,7 @@ def pieces(role: Role, shape: tuple[int, int]) -> list[torch.Tensor]:
     return [torch.randn(*shape).bfloat16()]
 
 
-def test_what_is_not_packed_is_shared_too(file: int) -> None:
+def test_plain_weights_are_shared_too(file: int) -> None:
     table, norm = torch.randn(300, 70), [torch.randn(5), torch.randn(3)]
     own, first, second = (CpuBackend(num_threads=1) for _ in range(3))
     first.share_weights(WeightSharing(file, filled=False), 2**20)
@@ -61,14 +61,14 @@ def test_another_process_finds_what_was_packed(variant: str, quantization: str |
         assert found.data == found.memory.data_ptr() != ours.data
 
 
-def test_no_more_is_taken_than_was_asked_for(file: int) -> None:
+def test_taking_more_than_planned_fails(file: int) -> None:
     weights = SharedWeights(WeightSharing(file, filled=False), 3)
     assert weights.take(2 * HUGE_PAGE).data_ptr() % HUGE_PAGE == 0  # room for 3 bytes, and what pages add
     with pytest.raises(AssertionError, match="more weights than were planned"):
         weights.take(1)
 
 
-def test_weights_that_were_found_cannot_be_changed(file: int) -> None:
+def test_filled_weights_are_read_only(file: int) -> None:
     weights = SharedWeights(WeightSharing(file, filled=False), 100)
     weights.take(100).fill_(7)
     code = (
@@ -85,6 +85,6 @@ def test_weights_that_were_found_cannot_be_changed(file: int) -> None:
     assert ended.returncode == -11  # SIGSEGV
 
 
-def test_more_than_there_is(file: int) -> None:
+def test_more_than_the_machine_has(file: int) -> None:
     with pytest.raises((RuntimeError, OSError)):
         SharedWeights(WeightSharing(file, filled=False), 2**62)

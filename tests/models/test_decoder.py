@@ -71,7 +71,7 @@ def test_logit_softcap(decoder: Decoder) -> None:
     torch.testing.assert_close(logits(capped, [5, 6, 7]), 0.5 * torch.tanh(raw / 0.5))
 
 
-def test_each_layer_attends_as_its_spec_says(decoder: Decoder) -> None:
+def test_each_layer_attends_by_its_spec(decoder: Decoder) -> None:
     backend = decoder.backend
     assert isinstance(backend, RecordingBackend)
     capped = [

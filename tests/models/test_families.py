@@ -31,7 +31,7 @@ def spec_of(architecture: str, **fields: Any) -> ModelSpec:
     return spec_from_config({"architectures": [architecture], **SIZES, **fields})
 
 
-def test_llama_2_as_its_files_say_it() -> None:
+def test_llama_2_from_its_config() -> None:
     spec = spec_of("LlamaForCausalLM", rms_norm_eps=1e-5, torch_dtype="float16", rope_scaling=None, hidden_act="silu")
     assert spec == ModelSpec(
         architecture="LlamaForCausalLM",
@@ -61,7 +61,7 @@ def windows_of(spec: ModelSpec) -> tuple[int | None, ...]:
     return tuple(layer.attention.window for layer in spec.layers)
 
 
-def test_what_the_families_add() -> None:
+def test_family_defaults() -> None:
     llama = spec_of("LlamaForCausalLM", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=10)
     assert (first(llama).qkv_bias, first(llama).o_bias, llama.tied_embeddings) == (True, True, True)
     assert llama.layers[0].mlp == MlpSpec(intermediate_size=160, activation="silu", bias=True)
@@ -100,7 +100,7 @@ def test_qwen_windows(architecture: str, fields: dict[str, Any], windows: tuple[
     assert windows_of(spec_of(architecture, **fields)) == windows
 
 
-def test_what_families_with_experts_add() -> None:
+def test_family_defaults_with_experts() -> None:
     mixtral = spec_of("MixtralForCausalLM")
     experts = ExpertsSpec(num_experts=8, top_k=2, intermediate_size=160, activation="silu", renormalize=True)
     assert [layer.mlp for layer in mixtral.layers] == [experts] * 3
@@ -140,7 +140,7 @@ def test_layers_without_experts(fields: dict[str, Any], dense: set[int]) -> None
         ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true or false"),
     ],
 )
-def test_nonsense_about_experts_is_named(fields: dict[str, Any], message: str) -> None:
+def test_invalid_experts_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         spec_of("Qwen3MoeForCausalLM", **fields)
 
@@ -239,6 +239,6 @@ def test_features_switched_off_are_accepted() -> None:
         ),
     ],
 )
-def test_nonsense_is_named(fields: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         spec_of("Qwen2ForCausalLM", **fields)

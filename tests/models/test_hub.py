@@ -67,7 +67,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert open_model("~/owner").location == str(tmp_path / "owner")
 
 
-def test_no_name_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_means_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "BUNDLED_MODEL", tmp_path)
     assert open_model(None).location == str(tmp_path)
     monkeypatch.setattr(hub, "BUNDLED_MODEL", tmp_path / "gone")
@@ -76,9 +76,7 @@ def test_no_name_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("model", ["./gone", "../gone", "/gone", "~/gone", "a/b/c", "a\\b", "gone/", "~nobody/gone"])
-def test_what_looks_like_a_path_never_goes_to_the_hub(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_never_go_to_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: object, **__: object) -> str:
         raise AssertionError("the Hub was asked")
 
@@ -109,7 +107,7 @@ def test_malformed_name(model: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("online")
-def test_what_the_hub_refuses(model: str, revision: str | None, message: str) -> None:
+def test_errors_of_the_hub(model: str, revision: str | None, message: str) -> None:
     said = refused(model, revision)
     assert said.startswith(model)
     assert message in said

@@ -55,17 +55,17 @@ def test_block_bytes_of_the_cpp_kernels(variant: str, kv_int8: bool) -> None:
     assert sum(store.nbytes for store in stores) == 7 * size
 
 
-def test_more_than_the_memory_there_is() -> None:
+def test_out_of_memory() -> None:
     with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
         cache(num_blocks=10**12, block_size=16)
 
 
 @pytest.mark.parametrize("variant", variants())
-def test_more_than_the_memory_there_is_for_the_cpp_kernels(variant: str) -> None:
+def test_out_of_memory_in_cpp(variant: str) -> None:
     with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
         cache(num_blocks=10**12, block_size=32, backend=CpuBackend(variant=variant))
 
 
-def test_block_size_is_the_kernels_to_refuse() -> None:
+def test_block_size_is_checked_by_the_backend() -> None:
     with pytest.raises(ConfigError, match="block_size"):
         cache(num_blocks=1, block_size=0)

@@ -66,7 +66,7 @@ def test_routing_is_best_first_and_in_fp32() -> None:
     assert float(weights.sum()) == pytest.approx(1)
 
 
-def test_decoder_with_experts_adds_them_to_the_residual(tmp_path: Path) -> None:
+def test_decoder_adds_experts_to_the_residual(tmp_path: Path) -> None:
     """One expert that is every layer's MLP makes the dense network again, whatever its router says."""
     tiny_models.save("llama-gqa", tmp_path)
     spec, backend = load_spec(ModelFolder(tmp_path)), ReferenceBackend()

@@ -75,7 +75,7 @@ def test_tables_match_transformers(rope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"partial_rotary_factor": 0.5}])
-def test_dynamic_row_is_what_generation_gives(fields: dict[str, Any]) -> None:
+def test_dynamic_rows_equal_those_of_generation(fields: dict[str, Any]) -> None:
     """Row p of the table is the row transformers uses when p is the newest position, whatever came before."""
     rope = {"rope_type": "dynamic", "factor": 2.0, **fields}
     cos, sin = rope_table(rope_of(rope), 2 * MAX_POSITION, CPU)
@@ -103,7 +103,7 @@ def test_rows_do_not_depend_on_the_length_of_the_table(kind: str) -> None:
         (None, {"rope_type": "default"}),
     ],
 )
-def test_fields_of_before_transformers_5(scaling: dict[str, Any] | None, same: dict[str, Any]) -> None:
+def test_fields_before_transformers_5(scaling: dict[str, Any] | None, same: dict[str, Any]) -> None:
     old = {"max_position_embeddings": MAX_POSITION, "rope_theta": 777.0, "rope_scaling": scaling}
     assert read_rope(ConfigJson(old), head_dim=HEAD_DIM) == rope_of({**same, "rope_theta": 777.0})
 
@@ -113,7 +113,7 @@ def test_defaults() -> None:
     assert rope == RopeSpec(theta=10000.0, rotary_dim=HEAD_DIM)
 
 
-def test_original_length_of_the_config_outranks_that_of_the_rope() -> None:
+def test_original_length_of_the_config_outranks_the_ropes() -> None:
     assert rope_of(YARN, original_max_position_embeddings=8) == rope_of({**YARN, "original_max_position_embeddings": 8})
     assert rope_of({**YARN, "original_max_position_embeddings": None}) == rope_of(
         {**YARN, "original_max_position_embeddings": MAX_POSITION}
@@ -166,7 +166,7 @@ def test_unknown_setting_is_refused(rope: dict[str, Any]) -> None:
         ({"rope_type": 7}, "rope_type must be a string"),
     ],
 )
-def test_nonsense_is_named(rope: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_named(rope: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         rope_of(rope)
 

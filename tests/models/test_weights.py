@@ -348,7 +348,7 @@ def test_index_that_points_elsewhere(sharded: Path, file: Any) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": [1]}}', "[" * 9999]
 )
-def test_index_that_is_none(sharded: Path, content: str) -> None:
+def test_index_that_is_not_an_index(sharded: Path, content: str) -> None:
     (sharded / INDEX_FILE).write_text(content)
     assert "is not a weight index" in refused(sharded)
 

@@ -71,7 +71,7 @@ def test_sizes_are_those_computed_by_hand() -> None:
     assert (half.weights, half.block) == (WEIGHTS // 2, BLOCK // 2)
 
 
-def test_experts_are_kept_whole_and_their_inputs_and_outputs_planned_for() -> None:
+def test_experts_and_their_activations_are_planned() -> None:
     experts = ExpertsSpec(num_experts=10, top_k=3, intermediate_size=40, activation="silu", renormalize=True)
     spec = make_spec(**SIZES, architecture="Qwen3MoeForCausalLM", experts=experts, dense_layers={1})
     found = plan_memory(spec, EngineConfig.from_settings({}), backend=ReferenceBackend(), available=2**30)
@@ -79,7 +79,7 @@ def test_experts_are_kept_whole_and_their_inputs_and_outputs_planned_for() -> No
     assert found.activations == 256 * 4 * (4 * 64 + 3 * 2 * (64 + 40) + 10 + 3 * 4 * 16) + HEAD
 
 
-def test_an_open_cache_is_large_enough_for_all_but_takes_at_most_half_of_what_is_free() -> None:
+def test_open_cache_takes_at_most_half_of_free_memory() -> None:
     per_request = -(-1000 // 32)
     assert plan(FIXED + 10_000 * BLOCK).num_blocks == 64 * per_request
     assert plan(FIXED + 10_000 * BLOCK, max_num_seqs=3).num_blocks == 3 * per_request
@@ -90,7 +90,7 @@ def test_a_cache_given_in_gib_is_whole_blocks() -> None:
     assert plan(FIXED + 100 * BLOCK, kv_cache_memory_gib=45.9 * BLOCK / GIB).num_blocks == 45
 
 
-def test_an_open_length_is_lowered_to_what_the_cache_holds() -> None:
+def test_open_length_is_lowered_to_the_cache() -> None:
     found = plan(FIXED + 100 * BLOCK, num_blocks=3)
     assert (found.max_model_len, found.model_len_lowered) == (3 * 32 + 1, True)
     assert "longest request: 97 tokens (the model allows more" in str(found)
@@ -115,7 +115,7 @@ def test_resident_memory_is_what_the_system_says(tmp_path: Path) -> None:
         assert resident_memory(tmp_path) == found
 
 
-def test_a_length_that_the_model_does_not_have_is_refused() -> None:
+def test_length_beyond_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_model_len 1001 is more than the 1000 tokens the model was made for"):
         plan(FIXED + 100 * BLOCK, max_model_len=1001)
 
@@ -153,7 +153,7 @@ def test_a_length_that_the_model_does_not_have_is_refused() -> None:
         ),
     ],
 )
-def test_every_value_that_a_refusal_names_does_fit(available: int, settings: dict[str, Any], names: set[str]) -> None:
+def test_every_value_that_a_refusal_names_fits(available: int, settings: dict[str, Any], names: set[str]) -> None:
     named = offers(refusal(available, **settings))
     assert {name for offer in named for name in offer} == names
     for offer in named:
@@ -189,7 +189,7 @@ def plan_in_cpp(available: int, **settings: Any) -> MemoryPlan:
         pytest.param({"quantization": "int4"}, {"quantization": "int4"}, -1, None, id="none-is-left"),
     ],
 )
-def test_quantization_is_offered_where_it_alone_makes_the_model_fit(
+def test_quantization_is_offered_if_it_alone_fits(
     variant: str, settings: dict[str, Any], room_for: dict[str, Any], spare: int, offer: str | None
 ) -> None:
     least = plan_in_cpp(GIB, kernels=variant, num_blocks=1, **room_for).need + spare
@@ -203,7 +203,7 @@ def test_quantization_is_offered_where_it_alone_makes_the_model_fit(
     assert plan_in_cpp(least, kernels=variant, **{**settings, "quantization": offer}).need <= least
 
 
-def test_where_nothing_helps_the_refusal_says_so() -> None:
+def test_refusal_says_when_nothing_fits() -> None:
     assert "no setting makes it fit: choose a smaller model" in refusal(WEIGHTS // 2)
 
 
@@ -263,16 +263,16 @@ def test_the_tightest_control_group_counts(
     assert machine(tmp_path, cgroup=cgroup, groups=groups) == have
 
 
-def test_a_machine_that_is_no_linux_has_its_memory(tmp_path: Path) -> None:
+def test_memory_without_linux(tmp_path: Path) -> None:
     assert available_memory("cpu", root=tmp_path) > 2**20
 
 
-def test_the_plan_measures_what_there_is_if_nobody_says() -> None:
+def test_available_memory_is_measured_by_default() -> None:
     config = EngineConfig.from_settings({"num_blocks": 1})
     assert plan_memory(SPEC, config, backend=ReferenceBackend()).available > 2**20
 
 
-def test_a_checkpoint_in_bf16_and_tied_embeddings_are_counted_as_such() -> None:
+def test_bf16_checkpoint_and_tied_embeddings_are_counted() -> None:
     spec = replace(SPEC, dtype="bfloat16", tied_embeddings=True)
     found = plan_memory(spec, EngineConfig(), backend=ReferenceBackend(), available=GIB)
     assert found.weights == WEIGHTS // 2 - 2 * 100 * 64
@@ -285,7 +285,7 @@ def test_a_device_that_cannot_be_used_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", [*variants()[-1:], "reference"])
-def test_what_is_free_besides_shared_weights_is_divided(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_left_by_shared_weights_is_divided(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "available_memory", lambda _: GIB)
     config = EngineConfig.from_settings({"kernels": kernels, "num_blocks": 100})
     fd = os.memfd_create("test")

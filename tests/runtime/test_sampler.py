@@ -1,4 +1,4 @@
-"""The sampler against transformers' own processors, against statistics, and against itself in other company."""
+"""The sampler against transformers' own processors, against statistics, and against itself in other batches."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: Sa
     return processors(torch.tensor([[*prompt, *output]]), logits.double().unsqueeze(0))[0].softmax(-1)
 
 
-def test_keeps_and_weighs_the_tokens_that_transformers_keeps(
-    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_tokens_and_weights_equal_transformers(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers just inside both ends of a token's interval give that token: it pins set, weights and order."""
     rng = random.Random(7)
     for case in range(200):
@@ -143,7 +141,7 @@ def test_keeps_and_weighs_the_tokens_that_transformers_keeps(
         assert [r.token_ids for r in results] == [(token,) for token in order.tolist()] * 2, (case, params)
 
 
-def test_greedy_is_the_largest_after_transformers_processors(model: LlamaForCausalLM) -> None:
+def test_greedy_is_the_largest_after_processors(model: LlamaForCausalLM) -> None:
     rng = random.Random(8)
     for case in range(60):
         logits = random_logits(1, 50, case)[0]
@@ -158,7 +156,7 @@ def test_greedy_is_the_largest_after_transformers_processors(model: LlamaForCaus
 
 
 @pytest.mark.parametrize(("count", "vocab"), [(40, 101), (5, 40_001)])
-def test_a_row_alone_and_in_any_company_gives_the_same_bits(count: int, vocab: int) -> None:
+def test_a_row_gives_the_same_bits_alone_and_batched(count: int, vocab: int) -> None:
     """Odd vocabularies, so that rows begin at every alignment; a large one, so that threads share a row's work."""
     rng = random.Random(9)
     logits = random_logits(count, vocab, 1)
@@ -167,8 +165,8 @@ def test_a_row_alone_and_in_any_company_gives_the_same_bits(count: int, vocab: i
     alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(count)]
     assert sample(logits, rows) == alone
     for _ in range(10):
-        company = rng.sample(range(count), rng.randint(2, count))
-        assert sample(logits[company], [rows[i] for i in company]) == [alone[i] for i in company]
+        batch = rng.sample(range(count), rng.randint(2, count))
+        assert sample(logits[batch], [rows[i] for i in batch]) == [alone[i] for i in batch]
 
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
@@ -229,14 +227,14 @@ def test_edge_values(params: SamplingParams, kept: set[int]) -> None:
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.999])
-def test_the_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
     for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
         monkeypatch.setattr(sampling_rows, "uniform", lambda *_, number=number: number)
         assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_ids == (token,)
 
 
-def test_masked_logits_are_never_drawn_and_huge_ones_do_not_overflow() -> None:
+def test_masked_logits_are_not_drawn_and_huge_ones_are_finite() -> None:
     logits = torch.tensor([-math.inf, 3e38, -math.inf, 3e38, -3e38])
     for params in (SamplingParams(temperature=1e-6), SamplingParams(temperature=1e-6, top_k=5, top_p=0.999)):
         results = sample(logits.expand(100, 5), [row(params, seed=seed) for seed in range(100)])
@@ -310,7 +308,7 @@ def test_a_bad_row_fails_alone(value: float, message: str, params: SamplingParam
         prompt_logprobs(logits, [0, 0, 0], 1)
 
 
-def test_settings_that_forbid_every_token_fail_that_row_alone() -> None:
+def test_forbidding_every_token_fails_that_row_alone() -> None:
     params = SamplingParams(min_tokens=1, stop_token_ids=tuple(range(6)), temperature=1.0)
     results = sample(torch.zeros(2, 6), [row(params), row(SamplingParams())])
     assert results[0].error is not None
@@ -318,7 +316,7 @@ def test_settings_that_forbid_every_token_fail_that_row_alone() -> None:
     assert results[1].token_ids == (0,)
 
 
-def test_logprobs_are_of_the_raw_distribution_best_first() -> None:
+def test_logprobs_are_raw_and_best_first() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0])
     params = SamplingParams(temperature=5.0, logit_bias={4: 100.0}, logprobs=3, repetition_penalty=1.5)
     expected = logits.double().log_softmax(-1)
@@ -329,7 +327,7 @@ def test_logprobs_are_of_the_raw_distribution_best_first() -> None:
     assert [value for _, value in logprob.top] == pytest.approx(expected[[1, 3, 2]].tolist(), abs=1e-12)
 
 
-def test_logprobs_zero_reports_the_chosen_token_only_and_none_nothing() -> None:
+def test_logprobs_zero_and_none() -> None:
     logits = torch.tensor([1.0, 3.0])
     (only,) = one(logits, SamplingParams(logprobs=0)).logprobs
     assert (only.token_id, only.top) == (1, ())
@@ -338,7 +336,7 @@ def test_logprobs_zero_reports_the_chosen_token_only_and_none_nothing() -> None:
     assert [token for token, _ in beyond.top] == [1, 0]
 
 
-def test_prompt_logprobs_report_the_targets_in_blocks_of_any_size() -> None:
+def test_prompt_logprobs_in_blocks_of_any_size() -> None:
     logits = random_logits(70, 33, 5)
     targets = [n % 33 for n in range(70)]
     reported = prompt_logprobs(logits, targets, 2)

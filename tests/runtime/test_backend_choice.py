@@ -55,7 +55,7 @@ def test_named_kernels_get_every_setting(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", variants()[-1:])
-def test_the_best_that_the_machine_can_run_is_the_default(variant: str) -> None:
+def test_best_supported_variant_is_the_default(variant: str) -> None:
     del variant  # the least of them: if it runs, there is one to choose
     chosen = choose()
     assert isinstance(chosen, CpuBackend)
@@ -83,7 +83,7 @@ def test_torch_is_chosen_by_name(name: str) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", [backend for backend in BACKENDS if backend.id == "torch"])
-def test_without_a_compiler_pytorch_computes_and_says_what_is_lost(name: str) -> None:
+def test_without_a_compiler_pytorch_computes_and_says_so(name: str) -> None:
     del name
     chosen = choose()
     assert isinstance(chosen, OneDnnBackend)
@@ -109,7 +109,7 @@ def test_without_a_compiler_named_kernels_are_refused() -> None:
         (BF16, {"kernels": "torch"}, "kernels=torch"),
     ],
 )
-def test_settings_of_the_cpp_kernels_need_them(
+def test_cpp_settings_need_cpp_kernels(
     dtype: torch.dtype, settings: dict[str, Any], why: str, setting: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -120,7 +120,7 @@ def test_settings_of_the_cpp_kernels_need_them(
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("setting", ONLY_CPP)
-def test_settings_of_the_cpp_kernels_without_a_compiler(setting: dict[str, Any]) -> None:
+def test_cpp_settings_without_a_compiler(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"needs the C\+\+ kernels, which cannot be used: .*not compiled"):
         choose(**setting)
 
@@ -134,7 +134,7 @@ def test_settings_of_the_cpp_kernels_without_a_compiler(setting: dict[str, Any])
         (BF16, {"device": "cuda:1"}, "they run on the CPU, not on cuda:1"),
     ],
 )
-def test_named_kernels_that_contradict_other_settings(
+def test_named_kernels_contradict_other_settings(
     kernels: str, dtype: torch.dtype, settings: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -142,7 +142,7 @@ def test_named_kernels_that_contradict_other_settings(
     assert str(refusal.value) == f"kernels={kernels} cannot be used: {why}"
 
 
-def test_kernels_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variant_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bindings, "supported_variants", lambda: ("avx2",))
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
         choose(kernels="avx512")
@@ -165,7 +165,7 @@ def test_pytorch_kernels_compute_or_say_why_not(dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_without_a_compiler_and_without_onednn_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_compiler_and_onednn_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("bf16 path needs another cpu")
 
@@ -186,9 +186,7 @@ def test_without_a_compiler_and_without_onednn_the_reference_computes(monkeypatc
         ({"block_size": 16}, "block_size=16 is not a positive multiple of 32, which the C.. kernels need: use 32"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
-    variant: str, settings: dict[str, Any], message: str
-) -> None:
+def test_unsupported_settings_fail_before_loading(variant: str, settings: dict[str, Any], message: str) -> None:
     announced: list[object] = []
     wanted = EngineConfig.from_settings({"kernels": variant, **settings})
     with pytest.raises(ConfigError, match=message):
@@ -196,7 +194,7 @@ def test_what_the_kernels_do_not_take_is_said_before_anything_is_loaded(
     assert announced == []
 
 
-def test_settings_name_what_the_kernels_have() -> None:
+def test_config_lists_what_the_kernels_support() -> None:
     """config.py lists it again, as neither may import the other."""
     assert tuple(CpuBackend.capabilities.quantizations) == config.QUANTIZATIONS
     assert set(config.GROUP_SIZES) == {
