@@ -10,7 +10,7 @@ from splitfuse.cli.flags import cli_errors
 from splitfuse.errors import ConfigError
 
 BAR = 32
-"""Characters of the longest bar."""
+"""Length of the longest bar, in characters."""
 
 
 @cli_errors()
@@ -19,7 +19,7 @@ def explain(
     name: Annotated[str | None, typer.Option(help="Of the deployment that answered it; left out, splitfuse.")] = None,
     url: Annotated[str | None, typer.Option(help="Of the server instead, such as http://127.0.0.1:8000.")] = None,
 ) -> None:
-    """Tell where the time of a request went: every part, adding up to all of it.
+    """Show where the time of a request went: its phases, which add up to all of it.
 
     A server remembers the last 1,024 requests that have ended. Its key is looked for in SPLITFUSE_API_KEY.
     """
@@ -32,30 +32,31 @@ def explain(
 
 
 def drawn(explanation: dict[str, Any]) -> str:
-    """A table with a bar for each part, which is as long as its share."""
+    """Returns a table with a bar for each phase, as long as its share of the whole."""
     import msgspec
 
     from splitfuse.core.slo.targets import SloViolation
-    from splitfuse.server.explain import MEANINGS, told
+    from splitfuse.server.explain import MEANINGS, describe_violation
 
-    total, parts = explanation["seconds"], explanation["phases"]
-    promise = {True: "as promised", False: "late", None: "nothing promised"}[explanation["slo_met"]]
+    total, phases = explanation["seconds"], explanation["phases"]
+    slo = {True: "SLO met", False: "SLO missed", None: "no SLO"}[explanation["slo_met"]]
     ended = ", ".join(explanation["finish_reasons"]) or "nothing generated"
     lines = [
-        f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {promise}",
+        f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {slo}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "
         f"{explanation['generated_tokens']} generated; preemptions: {explanation['preemptions']}",
-        *([told(msgspec.convert(missed, SloViolation))] if (missed := explanation["slo_violation"]) else []),
-        "",
     ]
-    longest = max(parts.values(), default=0.0)
-    for part, meaning in MEANINGS.items():
-        if seconds := parts.get(part.value):
+    if violation := explanation["slo_violation"]:
+        lines.append(describe_violation(msgspec.convert(violation, SloViolation)))
+    lines.append("")
+    longest = max(phases.values(), default=0.0)
+    for phase, meaning in MEANINGS.items():
+        if seconds := phases.get(phase.value):
             bar = "█" * round(BAR * seconds / longest) or "▏"
             lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {meaning:34} {bar}")
     whole = "from its arrival to the end of its answer"
-    lines.append(f"{1000 * total:11.1f} ms {sum(parts.values()) / total:6.1%}  {whole}")
-    if beside := explanation["co_scheduled"]:
-        named = ", ".join(f"{each['id'] or 'another key'} ({each['tokens']} tokens)" for each in beside)
-        lines += ["", f"beside it, prompts of {named}"]
+    lines.append(f"{1000 * total:11.1f} ms {sum(phases.values()) / total:6.1%}  {whole}")
+    if others := explanation["co_scheduled"]:
+        named = ", ".join(f"{each['id'] or 'another key'} ({each['tokens']} tokens)" for each in others)
+        lines += ["", f"prompts computed in the same steps: {named}"]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""The routes of a server, and what holds for all of them: keys, request ids, errors, logs.
+"""The application of a server: its route table, and what holds for all routes: keys, request ids, errors, records.
 
-It decides which path does what, and who may. What a route says is decided elsewhere. Over any EngineClient.
+Decides which path does what. What a dialect's routes do is decided in its package. Over any EngineClient.
 """
 
 from __future__ import annotations
@@ -12,57 +12,47 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from typing import Literal
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route as StarletteRoute
 
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.limits import check_token_ids
+from splitfuse.core.request import FinishReason
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import App, Receive, RequestContext, Scope, Send
+from splitfuse.server.dialect import Route
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
-from splitfuse.server.explain import RequestTimeline, sentence
+from splitfuse.server.explain import Explanation, RequestTimeline, describe_timeline, timing_of
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
-from splitfuse.server.openai.endpoints import AppState, chat, completions, record_of
-from splitfuse.server.openai.protocol import DetokenizeRequest, TokenizeRequest
-from splitfuse.server.openapi import (
-    Detokenized,
-    Health,
-    Model,
-    ModelList,
-    Readiness,
-    Tokenized,
-    Version,
-    document,
-)
+from splitfuse.server.openai import endpoints as openai
+from splitfuse.server.openapi import document
+from splitfuse.server.state import AppState
 from splitfuse.text.service import TextService
 from splitfuse.version import __version__
 
-_OPEN = frozenset({"/health", "/ready"})  # no key, no line in the log
+CLIENT_GONE = 499
+"""Status in the log where the client has disconnected before there was one, as other servers write it."""
+
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_CLIENT_GONE = 499  # what servers write down where nobody was left to tell a status to
-
-_logger = logging.getLogger("splitfuse.server")
-
-Handler = Callable[[AppState, RequestContext], Awaitable[None]]
+_logger = logging.getLogger(__name__)
 
 
 def make_app(
     service: TextService, config: ServerConfig, *, admission: Admission, metrics: Metrics, log: RequestLog
 ) -> Starlette:
-    """The ASGI application. Raises ConfigError for an api_key_file that cannot be used.
+    """Returns the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
 
-    It starts and ends neither the client nor anything else. Telling `admission` and `metrics` of steps is the
-    caller's.
+    It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
     state = AppState(service, config, admission, metrics, log, int(time.time()))
     middleware = [Middleware(_Middleware, state=state, keys=ApiKeys(config))]
@@ -76,15 +66,34 @@ def make_app(
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[Route(path, _Endpoint(handler, state), methods=[method]) for method, path, handler in ROUTES],
+        routes=[StarletteRoute(route.path, _Endpoint(route, state), methods=[route.method]) for route in ROUTES],
         middleware=middleware,
-        exception_handlers={HTTPException: _step_on},
+        exception_handlers={HTTPException: _reraise},
     )
     app.router.redirect_slashes = False
     return app
 
 
 # Routes --------------------------------------------------------------------------------------------------------------
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Whether the process lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """`ready`, or the stage of start-up, of which a `fraction` (0 to 1) is done."""
+
+    stage: str
+    fraction: float
+
+
+class Version(msgspec.Struct, frozen=True):
+    """Version of the server's software."""
+
+    version: str
 
 
 async def _health(_: AppState, context: RequestContext) -> None:
@@ -104,96 +113,76 @@ async def _metrics(state: AppState, context: RequestContext) -> None:
     await context.answer(state.metrics.render(), content_type=CONTENT_TYPE)
 
 
-async def _models(state: AppState, context: RequestContext) -> None:
-    await context.answer(ModelList([_describe(state)]))
-
-
-async def _model(state: AppState, context: RequestContext) -> None:
-    name: str = context.scope["path_params"]["model"]
-    if name != state.model:
-        raise RefusedError(
-            404, f"there is no model {name!r:.200} here; this server has {state.model!r}", code="model_not_found"
-        )
-    await context.answer(_describe(state))
-
-
-def _describe(state: AppState) -> Model:
-    return Model(state.model, state.started, state.service.client.info.limits.max_model_len)
-
-
-async def _tokenize(state: AppState, context: RequestContext) -> None:
-    request = await state.read(context, TokenizeRequest)
-    request.check()
-    service, limit = state.service, state.service.client.info.limits.max_model_len
-    if request.messages is not None:
-        messages = [message.plain(index) for index, message in enumerate(request.messages)]
-        adds = request.add_generation_prompt is not False
-        work = service.encode_chat(messages, add_generation_prompt=adds, variables=request.chat_template_kwargs)
-    else:
-        text = request.prompt or ""
-        if not text:
-            await context.answer(Tokenized(0, limit, []))
-            return
-        work = service.encode(text, add_special_tokens=request.add_special_tokens is not False)
-    prompt = await context.unless_gone(work, deadline=None)
-    await context.answer(Tokenized(len(prompt.token_ids), limit, list(prompt.token_ids)))
-
-
-async def _detokenize(state: AppState, context: RequestContext) -> None:
-    request = await state.read(context, DetokenizeRequest)
-    skip = request.skip_special_tokens is not False
-    vocab_size, tokenizer = state.service.client.info.limits.vocab_size, state.service.tokenizer
-
-    def decoded() -> str:
-        check_token_ids("tokens", request.tokens, vocab_size, parameter="tokens")
-        return tokenizer.decode(request.tokens, skip_special_tokens=skip)
-
-    text = await context.unless_gone(state.service.off_loop(decoded), deadline=None)
-    await context.answer(Detokenized(text))
-
-
 async def _explain(state: AppState, context: RequestContext) -> None:
     wanted: str = context.scope["path_params"]["request"]
     await context.answer(await state.explanations.find(wanted, key=context.owner.name))
 
 
 async def _openapi(state: AppState, context: RequestContext) -> None:
-    await context.answer(document(state))
+    await context.answer(document(ROUTES, state.schema_bounds))
 
 
-ROUTES: tuple[tuple[str, str, Handler], ...] = (
-    ("POST", "/v1/completions", completions),
-    ("POST", "/v1/chat/completions", chat),
-    ("GET", "/v1/models", _models),
-    ("GET", "/v1/models/{model:path}", _model),
-    ("GET", "/v1/splitfuse/requests/{request}", _explain),
-    ("POST", "/tokenize", _tokenize),
-    ("POST", "/detokenize", _detokenize),
-    ("GET", "/health", _health),
-    ("GET", "/ready", _ready),
-    ("GET", "/metrics", _metrics),
-    ("GET", "/version", _version),
-    ("GET", "/openapi.json", _openapi),
+ROUTES: tuple[Route, ...] = (
+    *openai.ROUTES,
+    Route(
+        method="GET",
+        path="/v1/splitfuse/requests/{request}",
+        handler=_explain,
+        summary="Where the time of a finished request went",
+        answers={200: Explanation},
+        errors=(404,),
+    ),
+    Route(
+        method="GET",
+        path="/health",
+        handler=_health,
+        summary="Whether the process lives",
+        answers={200: Health},
+        needs_key=False,
+        is_logged=False,
+    ),
+    Route(
+        method="GET",
+        path="/ready",
+        handler=_ready,
+        summary="Whether requests are accepted",
+        answers={200: Readiness, 503: Readiness},
+        needs_key=False,
+        is_logged=False,
+    ),
+    Route(
+        method="GET",
+        path="/metrics",
+        handler=_metrics,
+        summary="Metrics for Prometheus",
+        answers={200: None},
+        media_type="text/plain",
+        is_logged=False,
+    ),
+    Route(method="GET", path="/version", handler=_version, summary="Version of the server", answers={200: Version}),
+    Route(method="GET", path="/openapi.json", handler=_openapi, summary="This document", answers={200: None}),
 )
-"""Method, path, and what it does."""
-
-_QUIET = {"/health", "/ready", "/metrics"}  # asked for every few seconds: no line in the log while all is well
+"""Route table of the server: each dialect's routes, and its own."""
 
 
 class _Endpoint:
-    """A route as ASGI."""
+    """Makes an ASGI application of a route."""
 
-    def __init__(self, handler: Handler, state: AppState) -> None:
-        self._handler = handler
+    def __init__(self, route: Route, state: AppState) -> None:
+        self._route = route
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Called inside of _Middleware."""
         del receive, send  # the context has them
-        await self._handler(self._state, scope["splitfuse.context"])
+        context: RequestContext = scope["splitfuse.context"]
+        if self._route.body is None:
+            await self._route.handler(self._state, context)
+        else:
+            await self._route.handler(self._state, context, await self._state.read(context, self._route.body))
 
 
-async def _step_on(_: Request, error: Exception) -> Response:
+async def _reraise(_: Request, error: Exception) -> Response:
     raise error
 
 
@@ -201,13 +190,13 @@ async def _step_on(_: Request, error: Exception) -> Response:
 
 
 class _Middleware:
-    """Around all routes: gives each request its RequestContext, asks for the key, answers errors, writes the record."""
+    """Gives each request its RequestContext, checks its key, answers errors, writes its record."""
 
     def __init__(self, app: App, *, state: AppState, keys: ApiKeys) -> None:
         self._app = app
         self._state = state
         self._keys = keys
-        self._late: set[asyncio.Task[None]] = set()  # lines of the log that wait for an engine's account
+        self._writing: set[asyncio.Task[None]] = set()  # records that wait for an engine's account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -216,22 +205,26 @@ class _Middleware:
             return
         unique_id = secrets.token_hex(16)
         context = RequestContext(scope, receive, send, request_id=unique_id, unique_id=unique_id)
+        route = next((route for route in ROUTES if route.matches(scope["path"])), None)
         wanted_id = context.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
             context.request_id = wanted_id.decode()
+        if route is not None:
+            context.dialect = route.dialect
         failure: Exception | None = None
         try:
-            if scope["path"] not in _OPEN:
+            if route is None or route.needs_key:
                 context.owner = self._keys.identify(context.headers.get(b"authorization"))
             scope["splitfuse.context"] = context
             await self._app(scope, receive, context.send)
         except Exception as error:
             failure = to_refused_error(error)
-            await self._tell(context, failure)
+            await self._answer_error(context, failure)
         finally:
-            self._record(context, failure)
+            if failure is not None or route is None or route.is_logged:
+                self._record(context, failure, "unknown" if route is None else route.path)
 
-    async def _tell(self, context: RequestContext, error: Exception) -> None:
+    async def _answer_error(self, context: RequestContext, error: Exception) -> None:
         if isinstance(error, ClientGoneError):
             return
         answer = answer_to(error)
@@ -242,53 +235,63 @@ class _Middleware:
         try:
             await context.fail(answer)
         except (OSError, TimeoutError):
-            return  # nobody listens any more
+            return  # the client no longer reads
 
-    def _record(self, context: RequestContext, error: Exception | None) -> None:
-        state, route = self._state, _declared(context.scope["path"])
+    def _record(self, context: RequestContext, error: Exception | None, path: str) -> None:
+        state = self._state
         if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
             state.metrics.request_refused(answer_to(error).detail.code or "error")
-        if error is None and route in _QUIET:
-            return
         # One that is cancelled with its server has neither a status nor an error.
-        status = _CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or _CLIENT_GONE
+        status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
         context.enter_phase(LatencyPhase.DETOKENIZING)
-        record = record_of(context, route=route, status=status, error=error)
+        record = record_of(context, route=path, status=status, error=error)
         state.metrics.request_ended(record)
-        course = RequestTimeline.of(context, record)
-        state.explanations.end(context, course)
+        timeline = RequestTimeline.of(context, record)
+        state.explanations.end(context, timeline)
         write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
-        if course is None or record.slo_met is not False:
+        if timeline is None or record.slo_met is not False:
             write(record)
-        elif course.spent.done():
-            write(dataclasses.replace(record, slo_violation=sentence(course)))
-        else:
-            self._write_later(write, record, course)
+            return
 
-    def _write_later(
-        self, write: Callable[[RequestRecord], None], record: RequestRecord, course: RequestTimeline
-    ) -> None:
-        """When the engine has said where the time went: within a step or two."""
+        def write_violation() -> None:
+            write(dataclasses.replace(record, slo_violation=describe_timeline(timeline)))
 
         async def wait() -> None:
-            await asyncio.shield(course.spent)
-            write(dataclasses.replace(record, slo_violation=sentence(course)))
+            await asyncio.shield(timeline.breakdown)
+            write_violation()
 
-        task = asyncio.create_task(wait())
-        self._late.add(task)
-        task.add_done_callback(self._late.discard)
+        if timeline.breakdown.done():
+            write_violation()
+        else:  # the engine tells where the time went within a step or two
+            task = asyncio.create_task(wait())
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
 
 
-def _declared(path: str) -> str:
-    """The route of a path as it is declared: what a client makes up must not become a label of a metric."""
-    for _, route, _ in ROUTES:
-        if path == route or ("{" in route and path.startswith(route.partition("{")[0])):
-            return route
-    return "unknown"
+def record_of(context: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:
+    """Returns the record of a request that ended at its last `enter_phase`."""
+    counts, timing = context.num_tokens, timing_of(context)
+    return RequestRecord(
+        request_id=context.request_id,
+        route=route,
+        status=status,
+        total_seconds=context.since - context.arrival,
+        key=context.owner.name,
+        prompt_tokens=counts.prompt,
+        generated_tokens=counts.generated,
+        cached_tokens=counts.cached,
+        finish_reasons=tuple((g.finish_reason or FinishReason.ABORT).value for g in context.begun),
+        error=error.code if isinstance(error, RefusedError) else None if error is None else type(error).__name__,
+        queue_seconds=timing.queued,
+        time_to_first_token_seconds=timing.first_token,
+        inter_token_latency_seconds=tuple(timing.gaps),
+        steps=timing.steps,
+        slo_met=timing.slo_met,
+    )
 
 
 def to_refused_error(error: Exception) -> Exception:
-    """Starlette's refusals in our words."""
+    """Returns our own error for Starlette's; another error is returned as it is."""
     if not isinstance(error, HTTPException):
         return error
     if error.status_code == 405:

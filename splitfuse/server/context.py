@@ -1,7 +1,7 @@
 """One HTTP request and its answer, on the raw ASGI interface.
 
-It decides how much of a body is read, how an answer or a stream of events is sent, and notices when the client goes. It
-must not know what is asked.
+It decides how much of a body is read and how an answer or a stream of events is sent, and notices when the client
+disconnects. It does not know what is requested.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -25,32 +26,72 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_FAREWELL_SECONDS = 5.0  # to get an error to a client that may not be reading
+_FAREWELL_SECONDS = 5.0
+"""Time to send an error to a client that may not be reading."""
 
 _Result = TypeVar("_Result")
 
 encode_json = msgspec.json.Encoder().encode
 
 
+def sse_event(content: Any) -> bytes:
+    """Returns a server-sent event whose data is JSON."""
+    return b"data: " + encode_json(content) + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How an API writes errors and the events of a stream. The defaults are OpenAI's."""
+
+    error: Callable[[ErrorAnswer], Any] = ErrorAnswer.body
+    """Returns the body of an error, which is also the last event of a stream that breaks off."""
+    event: Callable[[Any], bytes] = sse_event
+    """Returns the bytes of an event."""
+    end: bytes = b"data: [DONE]\n\n"
+    """Bytes after the last event."""
+    stream_type: str = "text/event-stream; charset=utf-8"
+    """Content type of a stream."""
+
+
+OPENAI = Dialect()
+
+
+class TokenCounts(NamedTuple):
+    """Numbers of tokens of a request. A prompt counts once, however many choices it has."""
+
+    prompt: int
+    generated: int
+    cached: int
+    """Tokens of the prompts which every choice found in the prefix cache."""
+
+
 class RequestContext:
-    """One request: who asks, what came, and how far its answer is. One task at a time sends."""
+    """One request: its owner, its body, and how far its answer is. Only one task at a time may send."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, unique_id: str) -> None:
         self.scope = scope
-        self.request_id = request_id  # as the client calls it, if it does
+        self.request_id = request_id
+        """Name that the client gave it, or ours."""
         self.unique_id = unique_id
+        self.dialect = OPENAI
         self.arrival = time.monotonic()
-        self.owner = ANONYMOUS  # of the key it brought
-        self.status: int | None = None  # of the answer, once it has begun
+        self.owner = ANONYMOUS
+        """Owner of the key that it brought."""
+        self.status: int | None = None
+        """HTTP status of the answer, once that has begun."""
         self.generations: list[ServedGeneration] = []
         self.admitted = False
-        self.shows_output = True  # False: what is generated is dropped
-        self.prompt: Any = None  # for the log
+        self.shows_output = True
+        """False: the generated text is not part of the answer."""
+        self.prompt: Any = None
+        """Prompt for the log."""
         self.phases: dict[LatencyPhase, float] = {}
-        """Where its time went in this process: while no engine had it, see `enter_phase`."""
-        self.handed_over = math.inf  # when the engine's time began
-        self.since = self.arrival  # the last `enter_phase`
-        self._doing = LatencyPhase.READING
+        """Seconds in this process, while no engine had the request: see `enter_phase`."""
+        self.handed_over = math.inf
+        """Time at which the engine's account begins."""
+        self.since = self.arrival
+        """Time of the last `enter_phase`."""
+        self._phase = LatencyPhase.READING
         self._num_left, self._left = 0, 0.0
         self._receive = receive
         self._send = send
@@ -58,19 +99,36 @@ class RequestContext:
 
     @property
     def headers(self) -> dict[bytes, bytes]:
-        """By name in small letters; of several with one name, the last."""
+        """Returns the headers by lower-case name; of several with one name, the last."""
         return dict(self.scope["headers"])
 
     @property
     def text(self) -> list[str]:
-        """Of each choice, as far as it has come: for the log."""
+        """Returns the text of each choice so far, for the log."""
         return [generation.text for generation in self.generations if self.shows_output]
+
+    @property
+    def begun(self) -> list[ServedGeneration]:
+        """Returns the choices that an engine has begun."""
+        return [g for g in self.generations if g.first_step is not None or g.finish_reason is FinishReason.ERROR]
+
+    @property
+    def num_tokens(self) -> TokenCounts:
+        """Returns the numbers of tokens so far."""
+        cached: dict[int, int] = {}
+        for g in self.generations:
+            cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
+        return TokenCounts(
+            prompt=sum(len(g.prompt.token_ids) for g in self.generations if g.choice == 0),
+            generated=sum(len(g.token_ids) for g in self.generations) if self.shows_output else 0,
+            cached=sum(cached.values()),
+        )
 
     # Where the time goes ---------------------------------------------------------------------------------------------
 
     @property
     def left(self) -> float:
-        """When the last choice came back from its engine; infinity until then."""
+        """Returns the time at which the last choice came back from its engine; infinity until then."""
         while self._num_left < len(self.generations) and self.generations[self._num_left].left < math.inf:
             self._left = max(self._left, self.generations[self._num_left].left)
             self._num_left += 1
@@ -78,26 +136,28 @@ class RequestContext:
 
     @property
     def last(self) -> ServedGeneration | None:
-        """Of the choices that an engine has had, the one that all waited for."""
+        """Returns, of the choices that an engine has had, the one that ended last."""
         return max((g for g in self.generations if g.stream is not None), key=lambda g: g.left, default=None)
 
-    def enter_phase(self, part: LatencyPhase) -> None:
-        """From now on its time goes into `part`. What has passed counts for the one before, unless an engine had it."""
+    def enter_phase(self, phase: LatencyPhase) -> None:
+        """Count the time from now on for `phase`. The time since the last call counts for the phase before, but for the
+        time that an engine had the request, of which its own account tells.
+        """
         now = time.monotonic()
         since = self.since if self.handed_over == math.inf else max(self.since, self.left)
         if now > since:
-            self.phases[self._doing] = self.phases.get(self._doing, 0.0) + now - since
-        self._doing, self.since = part, now
+            self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - since
+        self._phase, self.since = phase, now
 
     def hand_over(self) -> None:
-        """To the engine: its own account says where the time goes until all choices are back."""
+        """Let the engine's account count the time until all choices are back."""
         self.enter_phase(LatencyPhase.FROM_ENGINE)
         self.handed_over = self.since
 
     # The body --------------------------------------------------------------------------------------------------------
 
     async def body(self, limit: int) -> bytes:
-        """All of the body, at most `limit` bytes. Raises RefusedError (413) if it is larger, ClientGoneError."""
+        """Returns the whole body, at most `limit` bytes. Raises RefusedError (413) if it is larger, ClientGoneError."""
         declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
             raise _too_large(limit)
@@ -115,8 +175,8 @@ class RequestContext:
                 return b"".join(pieces)
 
     async def unless_gone(self, work: Coroutine[Any, Any, _Result], *, deadline: float | None) -> _Result:
-        """The result of `work`, which is cancelled when the client goes (ClientGoneError) or when `deadline` seconds
-        have passed since the request arrived (RefusedError, 408). The body must have been read.
+        """Returns the result of `work`, which is cancelled when the client disconnects (ClientGoneError) or `deadline`
+        seconds after the request arrived (RefusedError, 408). The body must have been read.
         """
         timeout = None if deadline is None else max(self.arrival + deadline - time.monotonic(), 0)
         task, gone = asyncio.create_task(work), asyncio.create_task(self._gone())
@@ -160,35 +220,38 @@ class RequestContext:
         headers: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> None:
-        """The whole answer: bytes, or what becomes JSON."""
+        """Send the whole answer: bytes, or an object for JSON."""
         body = content if isinstance(content, bytes) else encode_json(content)
         await self._begin(status, content_type, {"content-length": str(len(body)), **(headers or {})})
         await self.send({"type": "http.response.body", "body": body})
 
-    async def event(self, content: Any) -> None:
-        """One server-sent event; the first one begins the answer."""
-        await self._write_event(encode_json(content))
+    async def send_events(self, events: Iterable[Any]) -> None:
+        """Send events of a stream. The first one begins the answer."""
+        self.enter_phase(LatencyPhase.CLIENT)
+        for event in events:
+            await self._write(self.dialect.event(event))
 
     async def end_events(self) -> None:
-        """The events are complete."""
-        await self._write_event(b"[DONE]")
+        """End the stream: all events are sent."""
+        await self._write(self.dialect.end)
         await self.send({"type": "http.response.body", "body": b""})
 
     async def fail(self, answer: ErrorAnswer) -> None:
-        """Tell of an error: as the answer, or as the last event if the answer has begun."""
+        """Send an error: as the answer, or as the last event of a stream that has begun."""
+        body = self.dialect.error(answer)
         if self.status is None:
-            await self.answer(answer.body, status=answer.status, headers=answer.headers)
+            await self.answer(body, status=answer.status, headers=answer.headers)
         elif self._is_stream:
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                await self.event(answer.body)
+                await self._write(self.dialect.event(body))
                 await self.send({"type": "http.response.body", "body": b""})
 
-    async def _write_event(self, data: bytes) -> None:
+    async def _write(self, data: bytes) -> None:
         if self.status is None:
             self._is_stream = True
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            await self._begin(200, "text/event-stream; charset=utf-8", headers)
-        await self.send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            await self._begin(200, self.dialect.stream_type, headers)
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         named = {"content-type": content_type, **headers}
@@ -199,13 +262,6 @@ class RequestContext:
                 "headers": [(name.encode(), value.encode()) for name, value in named.items()],
             }
         )
-
-    # What it took ----------------------------------------------------------------------------------------------------
-
-    @property
-    def begun(self) -> list[ServedGeneration]:
-        """The choices that an engine has heard of."""
-        return [g for g in self.generations if g.first_step is not None or g.finish_reason is FinishReason.ERROR]
 
 
 def _too_large(limit: int) -> RefusedError:

@@ -1,7 +1,6 @@
-"""Errors as people's clients know them: OpenAI's shape, a status, and words that may leave the machine.
+"""Errors as a client sees them: an HTTP status, a type, a code, and a message that may leave the machine.
 
-It decides what of an error is told: a client's mistake in full, a failure of ours by its kind, without paths,
-addresses or tracebacks. It must not know of requests.
+A client's mistake is told in full, a failure of ours by its kind, without paths, addresses or tracebacks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from splitfuse.errors import (
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """What went wrong: `param` is the parameter that caused it, if one did."""
+    """Details of an error, in OpenAI's shape. `param` is the parameter that caused it, if one did."""
 
     message: str
     type: str
@@ -35,13 +34,13 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """Body of every answer that is no success, and an event in a stream that breaks off."""
+    """Body of every answer that is no success, and the last event of a stream that breaks off."""
 
     error: ErrorDetail
 
 
 class RefusedError(SplitfuseError):
-    """A request that HTTP itself or its rules refuse: `status`, and OpenAI's `type`, `code` and `param`."""
+    """A request that is refused before an engine sees it: an HTTP `status`, and OpenAI's `type`, `code` and `param`."""
 
     def __init__(
         self,
@@ -59,25 +58,25 @@ class RefusedError(SplitfuseError):
 
 
 class ClientGoneError(Exception):
-    """Nobody is there to answer."""
+    """The client has disconnected: there is no one to answer."""
 
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """How an error is answered. `is_bug` says that somebody should read its traceback."""
+    """How an error is answered. `is_bug` says that its traceback belongs in the log."""
 
     status: int
     detail: ErrorDetail
     headers: Mapping[str, str] = field(default_factory=dict)
     is_bug: bool = False
 
-    @property
     def body(self) -> ErrorBody:
+        """Returns the body in OpenAI's shape."""
         return ErrorBody(self.detail)
 
 
 def answer_to(error: Exception) -> ErrorAnswer:
-    """The answer that an error deserves."""
+    """Returns the answer to an error."""
     match error:
         case RefusedError():
             detail = ErrorDetail(str(error), error.type, error.parameter, error.code)
@@ -97,9 +96,7 @@ def answer_to(error: Exception) -> ErrorAnswer:
             detail = ErrorDetail(without_secrets(str(error)), "server_error", None, "request_failed")
             return ErrorAnswer(500, detail)
         case _:
-            message = (
-                "the server failed at this request by a fault of its own; its log says more under the request's id"
-            )
+            message = "internal error; the server's log has its traceback under the request's id"
             return ErrorAnswer(500, ErrorDetail(message, "server_error", None, "internal_error"), is_bug=True)
 
 
@@ -107,7 +104,7 @@ _CODES = {PromptTooLongError: "context_length_exceeded", RequestTooLargeError: "
 
 _SECRETS = re.compile(
     r"""0x[0-9a-fA-F]+                  # a memory address
-    | (?<![\w.])/[^\s'"(),:;/]+/[^\s'"(),:]*   # a path from the root, of two steps at least: one is a route of ours
+    | (?<![\w.])/[^\s'"(),:;/]+/[^\s'"(),:]*   # a path from the root, of two parts at least: one is a route of ours
     | [\w+.-]+(?:/[^\s/'"(),:]+){2,}    # any other path
     | (?:\d{1,3}\.){3}\d{1,3}(?::\d+)?  # an IP address
     """,
@@ -116,5 +113,5 @@ _SECRETS = re.compile(
 
 
 def without_secrets(message: str) -> str:
-    """A failure's message without paths and addresses, and without what follows its first line, shown or quoted."""
+    """Returns the first line of a failure's message without paths and addresses."""
     return _SECRETS.sub("...", re.split(r"\n|\\n", message, maxsplit=1)[0])

@@ -1,7 +1,7 @@
-"""Where the time of requests went that have ended: their whole course, from the first byte to the last.
+"""Where the time of a request went, from the first byte of its body to the last of its answer.
 
-It puts together what the front has measured and what an engine has accounted, keeps the last of them, and finds the
-words. It must not know of HTTP.
+Joins the phases that the front has measured with the engine's account, keeps those of the last requests, and describes
+them in words. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import msgspec
 
@@ -20,98 +21,134 @@ from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 
 KEPT = 1024
-"""Requests that have ended, and can be asked about."""
+"""Number of finished requests that are kept."""
 BIGGEST = 3
-"""Parts that a sentence names."""
+"""Number of phases that a sentence names."""
 PATIENCE = 0.5
-"""Seconds that a question waits for the end of a request that runs."""
+"""Seconds to wait for the end of a running request: its client may have read all of its answer already."""
 
 MEANINGS = {
     LatencyPhase.READING: "reading the request",
     LatencyPhase.TOKENIZING: "checking and tokenizing",
-    LatencyPhase.TO_ENGINE: "on its way to the engine",
-    LatencyPhase.JOINING: "until the step that ran had ended",
-    LatencyPhase.NO_SLOT: "queued: all seats taken",
+    LatencyPhase.TO_ENGINE: "to the engine",
+    LatencyPhase.JOINING: "waiting for the step in flight",
+    LatencyPhase.NO_SLOT: "queued: max_num_seqs reached",
     LatencyPhase.NO_BLOCKS: "queued: no KV blocks",
     LatencyPhase.NO_BUDGET: "queued: steps were full",
-    LatencyPhase.OUTRANKED: "queued: behind others' promises",
-    LatencyPhase.PREFILL: "its prompt",
-    LatencyPhase.DECODE: "its generation",
-    LatencyPhase.CO_SCHEDULED: "beside others' chunks",
-    LatencyPhase.PACED: "left out: ahead of its promise",
+    LatencyPhase.OUTRANKED: "queued: behind other requests' SLOs",
+    LatencyPhase.PREFILL: "prefill",
+    LatencyPhase.DECODE: "decode",
+    LatencyPhase.CO_SCHEDULED: "in steps with others' chunks",
+    LatencyPhase.PACED: "paced: ahead of its SLO",
     LatencyPhase.LEFT_OUT: "left out: steps were full",
     LatencyPhase.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
     LatencyPhase.PREEMPTED: "preempted",
-    LatencyPhase.RECOMPUTED: "computed again",
+    LatencyPhase.RECOMPUTED: "recomputed",
     LatencyPhase.BETWEEN_STEPS: "between steps",
-    LatencyPhase.FROM_ENGINE: "on its way back",
-    LatencyPhase.DETOKENIZING: "detokenizing, making the answer",
-    LatencyPhase.CLIENT: "handing over to the client",
+    LatencyPhase.FROM_ENGINE: "results from the engine",
+    LatencyPhase.DETOKENIZING: "detokenizing, writing the answer",
+    LatencyPhase.CLIENT: "sending to the client",
     LatencyPhase.FAILED: "in an engine that failed",
 }
-"""Of each part, for people."""
+"""Descriptions of the phases."""
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Times of a request in an answer, in seconds.
+
+    queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
+    gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
+    computed a part of it; slo_met: whether all choices met their SLO, null without one; phases: where the time went.
+    """
+
+    queued: float | None
+    first_token: float | None
+    gaps: list[float]
+    steps: int
+    cached_tokens: int
+    slo_met: bool | None
+    phases: dict[LatencyPhase, float]
+
+
+def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None = None) -> Timing:
+    """Returns the times of a request so far."""
+    begun = context.begun
+    first_steps = [g.first_step for g in begun if g.first_step is not None]
+    first_tokens = [g.timings.tokens[0] for g in begun if g.timings.tokens]
+    return Timing(
+        queued=min(first_steps) - context.arrival if first_steps else None,
+        first_token=min(first_tokens) - context.arrival if first_tokens else None,
+        gaps=[b - a for g in begun for a, b in pairwise(g.timings.tokens)],
+        steps=sum(g.num_steps for g in begun),
+        cached_tokens=sum(g.num_cached_tokens for g in begun),
+        slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,
+        phases=phases or {},
+    )
+
+
+async def timing_with_phases(context: RequestContext) -> Timing:
+    """Returns the times of a request once its engine has told where they went, which may be a step after its end."""
+    if context.last is not None and context.last.stream is not None:
+        await asyncio.shield(context.last.stream.spent)
+    context.enter_phase(LatencyPhase.FROM_ENGINE)
+    timeline = RequestTimeline.of(context)
+    return timing_of(context, None if timeline is None else timeline.phases())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTimeline:
-    """What the front knows of a request that an engine has had; the engine's account may still be on its way. If it had
-    several choices, the engine's part is of the one that all waited for.
+    """Phases of a request that an engine has had, whose own account (`breakdown`) may still be on its way. Of several
+    choices, the engine's phases are those of the choice that ended last.
     """
 
     unique_id: str
     key: str | None
     front: dict[LatencyPhase, float]
-    handed_over: float
     sent: float
     left: float
-    spent: asyncio.Future[LatencyBreakdown | None]
+    breakdown: asyncio.Future[LatencyBreakdown | None]
     record: RequestRecord | None
 
     @classmethod
     def of(cls, context: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
-        """None if no engine has heard of the request."""
+        """Returns the timeline of a request; None if no engine has had it."""
         last = context.last
         if last is None or last.stream is None or last.sent is None:
             return None
-        front = dict(context.phases)
+        front = {**context.phases, LatencyPhase.TO_ENGINE: last.sent - context.handed_over}
         detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
-        if detokenizing:
-            front[LatencyPhase.FROM_ENGINE] -= detokenizing
-            front[LatencyPhase.DETOKENIZING] = front.get(LatencyPhase.DETOKENIZING, 0.0) + detokenizing
+        _add(front, LatencyPhase.FROM_ENGINE, -detokenizing)
+        _add(front, LatencyPhase.DETOKENIZING, detokenizing)
         return cls(
             unique_id=context.unique_id,
             key=context.owner.name,
             front=front,
-            handed_over=context.handed_over,
             sent=last.sent,
             left=last.left,
-            spent=last.stream.spent,
+            breakdown=last.stream.spent,
             record=record,
         )
 
     def phases(self) -> dict[LatencyPhase, float]:
-        """Seconds of each part that has any, in the order of a request's life. `spent` must be there."""
-        spent = self.spent.result()
-        parts = dict(self.front)
-
-        def add(part: LatencyPhase, seconds: float) -> None:
-            parts[part] = parts.get(part, 0.0) + seconds
-
-        add(LatencyPhase.TO_ENGINE, self.sent - self.handed_over)
-        if spent is None:
-            add(LatencyPhase.FAILED, self.left - self.sent)
+        """Returns the seconds of each phase that has any, in order. `breakdown` must be done."""
+        breakdown, phases = self.breakdown.result(), dict(self.front)
+        if breakdown is None:
+            _add(phases, LatencyPhase.FAILED, self.left - self.sent)
         else:
-            for part, seconds in spent.phases.items():
-                add(part, seconds)
-            add(LatencyPhase.FROM_ENGINE, self.left - spent.closed)
-        return {part: parts[part] for part in LatencyPhase if parts.get(part, 0.0) > 0.0}
+            for phase, seconds in breakdown.phases.items():
+                _add(phases, phase, seconds)
+            _add(phases, LatencyPhase.FROM_ENGINE, self.left - breakdown.closed)
+        return {phase: phases[phase] for phase in LatencyPhase if phases.get(phase, 0.0) > 0.0}
+
+
+def _add(phases: dict[LatencyPhase, float], phase: LatencyPhase, seconds: float) -> None:
+    phases[phase] = phases.get(phase, 0.0) + seconds
 
 
 class CoScheduled(msgspec.Struct, frozen=True):
-    """A request whose prompt was computed beside, `tokens` of it in the same steps."""
+    """A request with `tokens` of its prompt computed in the same steps. `id` is null if it was another key's."""
 
     id: str | None
-    """None if it was another key's."""
     tokens: int
 
 
@@ -133,124 +170,117 @@ class Explanation(msgspec.Struct, frozen=True):
     slo_met: bool | None
     slo_violation: SloViolation | None
 
-    @classmethod
-    def of(cls, course: RequestTimeline, co_scheduled: list[CoScheduled]) -> Explanation:
-        """Of one with its record, and the engine's account there."""
-        spent, record = course.spent.result(), course.record
-        assert record is not None
-        return cls(
-            id=course.unique_id,
-            request_id=record.request_id,
-            route=record.route,
-            status=record.status,
-            seconds=record.total_seconds,
-            phases=course.phases(),
-            co_scheduled=co_scheduled,
-            preemptions=0 if spent is None else spent.num_preemptions,
-            prompt_tokens=record.prompt_tokens,
-            cached_tokens=record.cached_tokens,
-            generated_tokens=record.generated_tokens,
-            finish_reasons=list(record.finish_reasons),
-            slo_met=record.slo_met,
-            slo_violation=None if spent is None else spent.slo_violation,
-        )
-
 
 class Explanations:
-    """The courses of the last requests that have ended, by their ids. One thread: the event loop's."""
+    """Timelines of the last finished requests, by their ids. Belongs to the event loop's thread."""
 
     def __init__(self, most: int = KEPT) -> None:
         self._most = most
-        self._courses: OrderedDict[str, RequestTimeline] = OrderedDict()  # by our own id, the oldest first
-        self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # those that have not ended: whose
-        self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: ours of its newest
+        self._timelines: OrderedDict[str, RequestTimeline] = OrderedDict()  # by our own id, the oldest first
+        self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # by our own id: key, and its end
+        self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: our id of the newest
 
     def begin(self, context: RequestContext) -> None:
-        """A request goes to an engine."""
+        """Note a request that goes to an engine."""
         key = context.owner.name
         self._running[context.unique_id] = key, asyncio.Event()
         self._named[key, context.request_id] = context.unique_id
 
-    def end(self, context: RequestContext, course: RequestTimeline | None) -> None:
-        """It has ended: its course, with its record, if an engine had it. If there are too many, the oldest is
-        forgotten.
+    def end(self, context: RequestContext, timeline: RequestTimeline | None) -> None:
+        """Keep the timeline of a request that has ended, with its record, and forget the oldest if there are too many.
+        None for a request that no engine had.
         """
         running = self._running.pop(context.unique_id, None)
         if running is None:
             return
         key, ended = running
         ended.set()
-        if course is None:
+        if timeline is None:
             self._forget_name(key, context.request_id, context.unique_id)
             return
-        self._courses[context.unique_id] = course
-        if len(self._courses) > self._most:
-            unique_id, oldest = self._courses.popitem(last=False)
+        self._timelines[context.unique_id] = timeline
+        if len(self._timelines) > self._most:
+            unique_id, oldest = self._timelines.popitem(last=False)
             assert oldest.record is not None
             self._forget_name(oldest.key, oldest.record.request_id, unique_id)
 
     async def find(self, wanted: str, *, key: str | None) -> Explanation:
-        """By the X-Request-Id or an answer's id, when the engine's account of it is there. With keys, everybody is told
-        of their own requests only. Raises RefusedError (404).
+        """Returns the explanation of a request of that key, by its X-Request-Id or its answer's id, once the engine's
+        account is there. Raises RefusedError (404).
         """
         unique_id = self._named.get((key, wanted), _plain(wanted))
-        if (running := self._running.get(unique_id)) is not None:  # its client may have all of it already
+        if (running := self._running.get(unique_id)) is not None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(running[1].wait(), PATIENCE)
-        course = self._courses.get(unique_id)
-        if course is None or course.key != key:
+        timeline = self._timelines.get(unique_id)
+        if timeline is None or timeline.key != key:
             raise RefusedError(
                 404,
-                f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; ids are those "
-                "of answers, or of the header X-Request-Id",
+                f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; give the id of "
+                "an answer, or its header X-Request-Id",
                 code="request_not_found",
             )
-        spent = await asyncio.shield(course.spent)
-        beside = () if spent is None else spent.co_scheduled
-        return Explanation.of(course, [CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in beside])
+        breakdown, record = await asyncio.shield(timeline.breakdown), timeline.record
+        assert record is not None
+        beside = () if breakdown is None else breakdown.co_scheduled
+        return Explanation(
+            id=unique_id,
+            request_id=record.request_id,
+            route=record.route,
+            status=record.status,
+            seconds=record.total_seconds,
+            phases=timeline.phases(),
+            co_scheduled=[CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in beside],
+            preemptions=0 if breakdown is None else breakdown.num_preemptions,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            generated_tokens=record.generated_tokens,
+            finish_reasons=list(record.finish_reasons),
+            slo_met=record.slo_met,
+            slo_violation=None if breakdown is None else breakdown.slo_violation,
+        )
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
-        """None if it is not for that key to know: another's, or nobody knows whose."""
+        """Returns the id of a request if that key may know it: not another key's, nor one whose key is forgotten."""
         if (running := self._running.get(unique_id)) is not None:
             return unique_id if running[0] == key else None
-        course = self._courses.get(unique_id)
-        return unique_id if key is None or (course is not None and course.key == key) else None
+        timeline = self._timelines.get(unique_id)
+        return unique_id if key is None or (timeline is not None and timeline.key == key) else None
 
     def _forget_name(self, key: str | None, name: str, unique_id: str) -> None:
         if self._named.get((key, name)) == unique_id:
             del self._named[key, name]
 
 
-def sentence(course: RequestTimeline) -> str:
-    """What a request that was late was promised, and what took the longest of it."""
-    parts, spent = course.phases(), course.spent.result()
-    total = sum(parts.values())
-    largest = sorted(parts.items(), key=lambda item: -item[1])[:BIGGEST]
-    said = [f"{seconds:.3g} s {MEANINGS[part]} ({seconds / total:.0%})" for part, seconds in largest]
-    beside = (
-        ""
-        if spent is None or not spent.co_scheduled
-        else f"; beside it was most of all {_plain(spent.co_scheduled[0][0])}"
-    )
-    missed = "" if spent is None or spent.slo_violation is None else f"{told(spent.slo_violation)}; "
-    return f"{missed}of {total:.3g} s: {', '.join(said)}{beside}"
+def describe_timeline(timeline: RequestTimeline) -> str:
+    """Returns a sentence about a request that missed its SLO: what it missed, and its longest phases."""
+    phases, breakdown = timeline.phases(), timeline.breakdown.result()
+    total = sum(phases.values())
+    largest = sorted(phases.items(), key=lambda item: -item[1])[:BIGGEST]
+    told = ", ".join(f"{seconds:.3g} s {MEANINGS[phase]} ({seconds / total:.0%})" for phase, seconds in largest)
+    if breakdown is None:
+        return f"of {total:.3g} s: {told}"
+    missed = f"{describe_violation(breakdown.slo_violation)}; " if breakdown.slo_violation is not None else ""
+    beside = f"; mostly together with {_plain(breakdown.co_scheduled[0][0])}" if breakdown.co_scheduled else ""
+    return f"{missed}of {total:.3g} s: {told}{beside}"
 
 
-def told(missed: SloViolation) -> str:
-    """`first token after 1.2 s, promised after 1 s; tokens every 0.3 s (moving average), promised every 0.25 s, longest
-    gap 0.7 s`.
+def describe_violation(violation: SloViolation) -> str:
+    """Returns what was missed, and by how much.
+
+    `first token after 1.2 s (target 1 s); tokens every 0.3 s (moving average; target 0.25 s), longest gap 0.7 s`
     """
-    parts = []
-    if missed.ttft is not None and missed.ttft_target is not None:
-        parts.append(f"first token after {missed.ttft:.3g} s, promised after {missed.ttft_target:.3g} s")
-    if missed.average_gap is not None and missed.itl_target is not None:
-        parts.append(
-            f"tokens every {missed.average_gap:.3g} s (moving average), promised every {missed.itl_target:.3g} s, "
-            f"longest gap {missed.longest_gap:.3g} s"
+    told = []
+    if violation.ttft is not None and violation.ttft_target is not None:
+        told.append(f"first token after {violation.ttft:.3g} s (target {violation.ttft_target:.3g} s)")
+    if violation.average_gap is not None and violation.itl_target is not None:
+        told.append(
+            f"tokens every {violation.average_gap:.3g} s (moving average; target {violation.itl_target:.3g} s), "
+            f"longest gap {violation.longest_gap:.3g} s"
         )
-    return "; ".join(parts)
+    return "; ".join(told)
 
 
 def _plain(name: str) -> str:
-    """Our own id of a request, in an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
+    """Returns our own id of a request, from an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
     return name.removeprefix("cmpl-").removeprefix("chatcmpl-").partition("-")[0]

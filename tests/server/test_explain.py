@@ -215,10 +215,12 @@ def test_every_part_has_its_words() -> None:
             },
         }
     )
-    assert "first token after 0.5 s, promised after 0.25 s; tokens every 0.06 s (moving average)" in shown
-    assert "promised every 0.05 s, longest gap 0.1 s" in shown
+    assert "first token after 0.5 s (target 0.25 s); tokens every 0.06 s (moving average; target 0.05 s)" in shown
+    assert "longest gap 0.1 s" in shown
     assert "another key (8 tokens)" in shown
-    assert all(meaning in shown for meaning in MEANINGS.values()) and "other (7 tokens)" in shown and "late" in shown
+    assert (
+        all(meaning in shown for meaning in MEANINGS.values()) and "other (7 tokens)" in shown and "SLO missed" in shown
+    )
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: d
         late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # promised: within a millisecond
         kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
         why = promising.wait_for_record(request_id=late)["slo_violation"]
-        assert re.match(r"first token after 0\.\d+ s, promised after 0\.001 s; of 0\.\d+ s: .*%", why)
+        assert re.match(r"first token after 0\.\d+ s \(target 0\.001 s\); of 0\.\d+ s: .*%", why)
         assert promising.wait_for_record(request_id=kept)["slo_violation"] is None
         found = explain(http, late)
         assert found["slo_met"] is False and found["slo_violation"]["ttft"] > found["slo_violation"]["ttft_target"]

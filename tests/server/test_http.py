@@ -422,7 +422,8 @@ def test_a_fault_of_our_own_shows_nothing_and_is_logged(
 
 def test_every_route_but_two_asks_for_a_key() -> None:
     with running_server(ServerConfig(api_key=("right key",))) as server, server.http() as http:
-        for method, path, _ in (*ROUTES, ("GET", "/nowhere", None), ("GET", "/health/../v1/models", None)):
+        routes = [(route.method, route.path) for route in ROUTES]
+        for method, path in (*routes, ("GET", "/nowhere"), ("GET", "/health/../v1/models")):
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right key"}):
                 answer = http.request(method, path.replace("{model:path}", "storyteller"), headers=headers)
                 if path in ("/health", "/ready"):

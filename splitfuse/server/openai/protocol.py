@@ -1,38 +1,38 @@
-"""What requests say: OpenAI's parameters, and those that vLLM's users know, as types that decode strictly.
+"""Requests of OpenAI's dialect: its parameters, and those that vLLM's users know, as types that decode strictly.
 
-It decides what is honoured, what is refused, and what a parameter left out means. Nothing is ignored: an unknown
-parameter is refused, and so is a known one that we do not honour, unless its value asks for nothing. It must not know
-of engines or sockets.
+They decide what is supported, what is refused, and what a parameter left out means. Nothing is ignored: an unknown
+parameter is refused, and so is a known one that is not supported, unless its value requests nothing. They know neither
+engines nor sockets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-import msgspec
 from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from splitfuse.errors import InvalidRequestError
-from splitfuse.server.errors import RefusedError
+from splitfuse.server.auth import Owner
+from splitfuse.server.dialect import GenerationRequest
 from splitfuse.server.openai.sampling import SamplingFields, TokenId, sampling_params
+from splitfuse.server.validation import Body, SchemaBounds
 
-TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
-
-
-class _Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """An object in a body."""
+DEFAULT_MAX_TOKENS = 16
+"""Value of a completion's max_tokens that is left out, as OpenAI's."""
 
 
-class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """`include_usage`: a last event with the numbers of tokens."""
+class StreamOptions(Body, kw_only=True, frozen=True):
+    """Options of a stream. `include_usage` adds a last event with the numbers of tokens."""
 
     include_usage: bool | None = None
 
 
-class _Generate(SamplingFields, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """What both ways to ask for text have in common. null is a parameter left out."""
+class GenerateBody(SamplingFields, kw_only=True, frozen=True):
+    """Parameters that both routes for generating text share. null is a parameter left out."""
+
+    PATH: ClassVar[str]
 
     model: Annotated[str, Meta(max_length=512)] | None = None
     stream: bool | None = None
@@ -47,9 +47,32 @@ class _Generate(SamplingFields, kw_only=True, forbid_unknown_fields=True, frozen
             raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @classmethod
+    def suggest(cls, field: str) -> str:
+        """See Body: a field of the other route is told as such."""
+        for other in GenerateBody.__subclasses__():
+            if other is not cls and field in other.supported():
+                return f"; it is one of {other.PATH}, and this is {cls.PATH}"
+        return super().suggest(field)
 
-class CompletionRequest(_Generate, kw_only=True, frozen=True):
-    """POST /v1/completions. A prompt is text or token ids, one or several."""
+    @classmethod
+    def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
+        """See Body: lengths within the model's, token ids within its vocabulary."""
+        properties = super().refine_schema(schema, bounds)["properties"]
+        properties["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^(0|[1-9][0-9]*)$"}
+        properties["stop_token_ids"]["anyOf"][0]["items"] = bounds.token
+        if bounds.max_model_len is not None:
+            for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+                if name in properties:
+                    properties[name]["anyOf"][0]["maximum"] = bounds.max_model_len - 1
+        return schema
+
+
+class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
+    """Body of POST /v1/completions. A prompt is text or token ids, one or several."""
+
+    PATH: ClassVar[str] = "/v1/completions"
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (None, 1), "suffix": (None, "")}
 
     prompt: str | list[str | int | list[int]]
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Left out: 16, or what the model has room for")] | (
@@ -61,8 +84,38 @@ class CompletionRequest(_Generate, kw_only=True, frozen=True):
     best_of: Any = None
     suffix: Any = None
 
+    def neutral(self) -> Mapping[str, tuple[Any, ...]]:
+        """See Body: the best n of n choices are all of them."""
+        return self.NEUTRAL if self.n is None else {**self.NEUTRAL, "best_of": (None, self.n)}
+
+    @classmethod
+    def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
+        """See Body: a list of prompts has one kind of them."""
+        text, tokens = {"type": "string", "minLength": 1}, {"type": "array", "items": bounds.token, "minItems": 1}
+        several = {"type": "array", "minItems": 1, "maxItems": bounds.max_prompts}
+        super().refine_schema(schema, bounds)["properties"]["prompt"] = {
+            "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}]
+        }
+        return schema
+
+    def to_generation(
+        self, owner: Owner, *, arrival_time: float, slo_enabled: bool, max_prompts: int
+    ) -> GenerationRequest:
+        """Returns the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        return GenerationRequest(
+            prompts=self.prompts(max_prompts),
+            params=self.params(),
+            scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+            deadline=self.splitfuse_deadline,
+            stream=bool(self.stream),
+            include_timing=bool(self.splitfuse_timing),
+            include_output=self.max_tokens != 0,
+            each_token=bool(self.return_token_ids),
+        )
+
     def prompts(self, most: int) -> list[str | list[int]]:
-        """One or more, at most `most`. Raises InvalidRequestError for a list of mixed kinds."""
+        """Returns one prompt or more, at most `most`. Raises InvalidRequestError for a list of mixed kinds."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -85,7 +138,7 @@ class CompletionRequest(_Generate, kw_only=True, frozen=True):
         return prompt  # type: ignore[return-value]
 
     def params(self) -> SamplingParams:
-        """max_tokens 0 becomes 1, of which nothing is to be shown; left out it stays open."""
+        """Returns the parameters of sampling. max_tokens 0 becomes 1, whose token is not shown; left out, open."""
         if self.max_tokens == 0 and self.min_tokens:
             raise InvalidRequestError(
                 f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", parameter="min_tokens"
@@ -98,15 +151,28 @@ class CompletionRequest(_Generate, kw_only=True, frozen=True):
         )
 
 
-class ContentPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """A piece of a message's text."""
+class ContentPart(Body, kw_only=True, frozen=True):
+    """Part of a message: a text."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("image_url", "input_audio", "file"), "messages are text, and parts of them have the type text"
+    )
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str
 
 
-class ChatMessage(_Request, kw_only=True, frozen=True):
-    """One turn. Several parts of text are joined by line ends."""
+class ChatMessage(Body, kw_only=True, frozen=True):
+    """One turn of a conversation. Several parts of text are joined by line ends."""
+
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "refusal": (None,),
+        "annotations": (None, []),
+        "audio": (None,),
+        "function_call": (None,),
+        "tool_calls": (None, []),
+        "tool_call_id": (None,),
+    }
 
     role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
     content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)]
@@ -119,14 +185,17 @@ class ChatMessage(_Request, kw_only=True, frozen=True):
     tool_call_id: Any = None
 
     def plain(self, index: int) -> dict[str, Any]:
-        """For a template. Raises InvalidRequestError, naming the place, for what a template would pass over."""
+        """Returns the message for a chat template.
+
+        Raises InvalidRequestError or RefusedError, naming the place, for what a template would ignore.
+        """
         where = f"messages[{index}]"
         if self.role not in ("system", "developer", "user", "assistant"):
             raise InvalidRequestError(
                 f"{where}.role must be system, developer, user or assistant, not {self.role!r:.80}",
                 parameter=f"{where}.role",
             )
-        refuse_unless_neutral(self, _NEUTRAL_IN_MESSAGE, where + ".")
+        self.check_neutral(where + ".")
         content = self.content
         if not isinstance(content, str):
             for number, part in enumerate(content):
@@ -138,8 +207,31 @@ class ChatMessage(_Request, kw_only=True, frozen=True):
         return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
-class ChatRequest(_Generate, kw_only=True, frozen=True):
-    """POST /v1/chat/completions."""
+class ChatRequest(GenerateBody, kw_only=True, frozen=True):
+    """Body of POST /v1/chat/completions."""
+
+    PATH: ClassVar[str] = "/v1/chat/completions"
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "audio": (None,),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "metadata": (None, {}),
+        "modalities": (None, ["text"]),
+        "moderation": (None,),
+        "parallel_tool_calls": (None, True, False),  # of no tools
+        "prediction": (None,),
+        "prompt_cache_key": (None,),
+        "prompt_cache_retention": (None,),
+        "reasoning_effort": (None,),
+        "response_format": (None, {"type": "text"}),
+        "safety_identifier": (None,),
+        "service_tier": (None, "auto", "default"),
+        "store": (None, False),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    }
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT, description="Left out: what there is room for")] | None = None
@@ -169,12 +261,24 @@ class ChatRequest(_Generate, kw_only=True, frozen=True):
     verbosity: Any = None
     web_search_options: Any = None
 
+    def to_generation(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> GenerationRequest:
+        """Returns the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        return GenerationRequest(
+            messages=self.plain_messages(),
+            chat_template_kwargs=self.chat_template_kwargs,
+            params=self.params(),
+            scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
+            deadline=self.splitfuse_deadline,
+            stream=bool(self.stream),
+            include_timing=bool(self.splitfuse_timing),
+        )
+
     def plain_messages(self) -> list[dict[str, Any]]:
-        """For a template. Raises InvalidRequestError."""
+        """Returns the messages for a chat template. Raises InvalidRequestError."""
         return [message.plain(index) for index, message in enumerate(self.messages)]
 
     def params(self) -> SamplingParams:
-        """max_tokens stays open if it is left out. Raises InvalidRequestError."""
+        """Returns the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if self.max_tokens not in (None, most):
             raise InvalidRequestError(
@@ -186,8 +290,8 @@ class ChatRequest(_Generate, kw_only=True, frozen=True):
         return sampling_params(self, max_tokens=most, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
 
-class TokenizeRequest(_Request, kw_only=True, frozen=True):
-    """POST /tokenize: a prompt, or messages as a chat would read them."""
+class TokenizeRequest(Body, kw_only=True, frozen=True):
+    """Body of POST /tokenize: a prompt, or messages as a chat would read them."""
 
     model: Annotated[str, Meta(max_length=512)] | None = None
     prompt: str | None = None
@@ -196,72 +300,39 @@ class TokenizeRequest(_Request, kw_only=True, frozen=True):
     add_generation_prompt: Annotated[bool, Meta(description="For messages; left out: true")] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
 
+    @classmethod
+    def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
+        """See Body: the two alternatives of `check`."""
+        properties, kinds = super().refine_schema(schema, bounds)["properties"], []
+        for needed, others in _TOKENIZE.items():
+            own = {name: properties[name] for name in ("model", needed, *others)}
+            own[needed] = next(option for option in own[needed]["anyOf"] if option != {"type": "null"})
+            kinds.append({"type": "object", "properties": own, "required": [needed], "additionalProperties": False})
+        return {"title": schema["title"], "description": schema["description"], "oneOf": kinds}
+
     def check(self) -> None:
-        """Raises InvalidRequestError unless it has one of the two, and nothing that is for the other."""
+        """Raise InvalidRequestError unless it has either a prompt or messages, and only parameters that go with it."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("give either prompt or messages", parameter="prompt")
-        others = ("add_generation_prompt", "chat_template_kwargs") if self.messages is None else ("add_special_tokens",)
-        for name in others:
+        other = "messages" if self.messages is None else "prompt"
+        for name in _TOKENIZE[other]:
             if getattr(self, name) is not None:
-                owner = "messages" if self.messages is None else "a prompt"
-                raise InvalidRequestError(f"{name} is for {owner} only: leave it out", parameter=name)
+                raise InvalidRequestError(f"{name} needs {other}: leave it out", parameter=name)
 
 
-class DetokenizeRequest(_Request, kw_only=True, frozen=True):
-    """POST /detokenize."""
+_TOKENIZE = {"prompt": ("add_special_tokens",), "messages": ("add_generation_prompt", "chat_template_kwargs")}
+"""Parameters of TokenizeRequest that go with a prompt, and with messages."""
+
+
+class DetokenizeRequest(Body, kw_only=True, frozen=True):
+    """Body of POST /detokenize."""
 
     tokens: list[TokenId]
     model: Annotated[str, Meta(max_length=512)] | None = None
     skip_special_tokens: Annotated[bool, Meta(description="Left out: true")] | None = None
 
-
-# Known, and not honoured ---------------------------------------------------------------------------------------------
-
-_NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "refusal": (None,),
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
-}
-
-NEUTRAL: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
-    CompletionRequest: {"best_of": (None, 1), "suffix": (None, "")},
-    ChatRequest: {
-        "audio": (None,),
-        "function_call": (None, "none"),
-        "functions": (None, []),
-        "metadata": (None, {}),
-        "modalities": (None, ["text"]),
-        "moderation": (None,),
-        "parallel_tool_calls": (None, True, False),  # of no tools
-        "prediction": (None,),
-        "prompt_cache_key": (None,),
-        "prompt_cache_retention": (None,),
-        "reasoning_effort": (None,),
-        "response_format": (None, {"type": "text"}),
-        "safety_identifier": (None,),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
-        "verbosity": (None,),
-        "web_search_options": (None,),
-    },
-    ChatMessage: _NEUTRAL_IN_MESSAGE,
-}
-"""Parameters that are known and not honoured, with the values by which they ask for nothing."""
-
-
-def refuse_unless_neutral(body: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
-    """Raise RefusedError (400) for a parameter of `neutral` with a value that asks for something."""
-    for name, values in neutral.items():
-        value = getattr(body, name)
-        if not any(type(value) is type(allowed) and value == allowed for allowed in values):
-            raise RefusedError(
-                400,
-                f"{where}{name} is not supported: leave it out",
-                code="unsupported_parameter",
-                parameter=where + name,
-            )
+    @classmethod
+    def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
+        """See Body: token ids within the model's vocabulary."""
+        super().refine_schema(schema, bounds)["properties"]["tokens"]["items"] = bounds.token
+        return schema

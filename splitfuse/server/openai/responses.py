@@ -1,61 +1,56 @@
-"""Generations as OpenAI's clients read them: whole answers, and the events of a stream.
+"""Answers in OpenAI's dialect: whole ones, and the events of a stream.
 
-It decides what each field of an answer says. It must not know of engines, sockets or errors.
+Decides what each field of an answer says. Knows neither engines, sockets nor errors.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import TokenLogprob
+from splitfuse.server.context import TokenCounts
+from splitfuse.server.dialect import Responder
+from splitfuse.server.explain import Timing
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
 from splitfuse.text.service import ServedGeneration
-from splitfuse.text.token_text import TokenPieces
+from splitfuse.text.token_text import TokenPiece, TokenPieces
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
-LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON has no number for; OpenAI's does the same
+LOWEST_LOGPROB = -9999.0
+"""Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
 
 EndedBy = Literal["stop", "length"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """`cached_tokens`: of the prompts, found in the prefix cache by every choice."""
+    """`cached_tokens`: tokens of the prompts that every choice found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """A prompt counts once, whatever n is."""
+    """Numbers of tokens. A prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
-
-class Timing(msgspec.Struct, frozen=True):
-    """Seconds from the request's arrival. `queued`: until the first step for it was done; `first_token`: of any choice;
-    `gaps`: between a token and the next of its choice, all choices after each other; `steps`: that gave it something;
-    `slo_met`: whether all choices were as promised; `phases`: where the time went."""
-
-    queued: float | None
-    first_token: float | None
-    gaps: list[float]
-    steps: int
-    cached_tokens: int
-    slo_met: bool | None
-    phases: dict[LatencyPhase, float]
+    @classmethod
+    def of(cls, counts: TokenCounts) -> Usage:
+        """Returns the numbers of tokens in OpenAI's shape."""
+        total = counts.prompt + counts.generated
+        return cls(counts.prompt, counts.generated, total, PromptTokensDetails(counts.cached))
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """An entry for each token; the first token of a prompt has no probability."""
+    """Log-probabilities: an entry for each token. The first token of a prompt has none."""
 
     text_offset: list[int]
     tokens: list[str]
@@ -64,7 +59,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """One answer, or its next piece."""
+    """One choice, or its next piece."""
 
     index: int
     text: str
@@ -74,7 +69,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """An answer of /v1/completions, and an event of its stream: there, `usage` is null but in the last."""
+    """Answer of /v1/completions, and event of its stream, whose `usage` is null except in the last."""
 
     id: str
     created: int
@@ -86,7 +81,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A token that could have been chosen."""
+    """Token that could have been chosen."""
 
     token: str
     logprob: float
@@ -94,7 +89,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprob(msgspec.Struct, frozen=True):
-    """A token that was chosen."""
+    """Token that was chosen."""
 
     token: str
     logprob: float
@@ -103,14 +98,14 @@ class ChatLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """An entry for each token."""
+    """Log-probabilities: an entry for each token."""
 
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """The answer's turn."""
+    """Turn of the assistant."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -118,7 +113,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """One answer."""
+    """One choice."""
 
     index: int
     message: AssistantMessage
@@ -127,7 +122,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
-    """An answer of /v1/chat/completions."""
+    """Answer of /v1/chat/completions."""
 
     id: str
     created: int
@@ -146,7 +141,7 @@ class Delta(msgspec.Struct, frozen=True):
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
-    """One answer's next piece."""
+    """The next piece of a choice."""
 
     index: int
     delta: Delta
@@ -155,7 +150,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
-    """An event of a stream of /v1/chat/completions; `usage` is null but in the last."""
+    """Event of a stream of /v1/chat/completions, whose `usage` is null except in the last."""
 
     id: str
     created: int
@@ -168,62 +163,73 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Heading:
-    """What all events of an answer begin with."""
+    """Fields that an answer and each event of its stream begin with."""
 
     id: str
     created: int
     model: str
 
 
-class Answer(ABC):
-    """One request's answer, whole or in events."""
+class OpenAIResponder(Responder):
+    """What the answers of both routes have in common."""
 
-    def __init__(self, heading: Heading, tokenizer: Tokenizer, pieces: TokenPieces, *, n: int, include_usage: bool):
-        self.heading = heading
+    whole_type: type[Any]
+    event_type: type[Any]
+
+    def __init__(
+        self, request: CompletionRequest | ChatRequest, heading: Heading, tokenizer: Tokenizer, pieces: TokenPieces
+    ) -> None:
+        self._heading = heading
         self._tokenizer = tokenizer
         self._piece = pieces.of
-        self._n = n
-        self._include_usage = include_usage
+        self._n = request.n or 1
+        self._include_usage = request.include_usage
         self._num_told: dict[ServedGeneration, int] = {}  # tokens whose logprobs are out
 
-    @abstractmethod
-    def whole(self, generations: Sequence[ServedGeneration], usage: Usage, timing: Timing | None) -> Any:
-        """The answer at once; `generations` in the order of prompts and choices, all ended."""
+    def whole(self, generations: Sequence[ServedGeneration], counts: TokenCounts, timing: Timing | None) -> Any:
+        """See Responder."""
+        return self._make(self.whole_type, list(map(self._whole_choice, generations)), Usage.of(counts), timing)
+
+    def last_events(self, counts: TokenCounts, timing: Timing | None) -> Iterable[Any]:
+        """See Responder: one event without choices, with usage and timing, if either is wanted."""
+        if self._include_usage or timing is not None:
+            yield self._make(self.event_type, [], Usage.of(counts) if self._include_usage else UNSET, timing)
 
     @abstractmethod
-    def events(self, generation: ServedGeneration, text: str) -> Iterator[Any]:
-        """What `text`, new in a generation, or its end, is told by."""
+    def _whole_choice(self, generation: ServedGeneration) -> Any:
+        """Returns a choice that has ended."""
 
-    @abstractmethod
-    def last_event(self, usage: Usage | None, timing: Timing | None) -> Any:
-        """The one without choices, in which numbers come."""
+    def _event(self, choice: Any) -> Any:
+        return self._make(self.event_type, [choice], None if self._include_usage else UNSET, None)
+
+    def _make(self, kind: type[Any], choices: list[Any], usage: Usage | UnsetType | None, timing: Timing | None) -> Any:
+        head, told = self._heading, UNSET if timing is None else timing
+        return kind(head.id, head.created, head.model, choices, usage=usage, splitfuse_timing=told)
 
     def _index(self, generation: ServedGeneration) -> int:
         return generation.index * self._n + generation.choice
 
     def _untold(self, generation: ServedGeneration) -> range:
-        """The tokens, by number, that are certain now and were not told of yet. From here on they are."""
+        """Returns the tokens, by number, that are final and were not told yet, and marks them as told."""
         start = self._num_told.get(generation, 0)
         self._num_told[generation] = max(start, generation.num_released)
         return range(start, self._num_told[generation])
 
-    @property
-    def _usage_of_events(self) -> UnsetType | None:
-        return None if self._include_usage else UNSET
 
+class CompletionResponder(OpenAIResponder):
+    """Writes answers of /v1/completions. `prompts` are as they were sent."""
 
-class CompletionAnswer(Answer):
-    """Of /v1/completions. `prompts` are as they were sent."""
+    whole_type = event_type = Completion
 
     def __init__(
         self,
         request: CompletionRequest,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         heading: Heading,
         tokenizer: Tokenizer,
         pieces: TokenPieces,
     ) -> None:
-        super().__init__(heading, tokenizer, pieces, n=request.n or 1, include_usage=request.include_usage)
+        super().__init__(request, heading, tokenizer, pieces)
         self._echo = bool(request.echo)
         self._logprobs = request.logprobs
         self._hides_output = request.max_tokens == 0
@@ -231,33 +237,14 @@ class CompletionAnswer(Answer):
         self._prompts = prompts
         self._echoed: dict[ServedGeneration, str] = {}
 
-    def whole(self, generations: Sequence[ServedGeneration], usage: Usage, timing: Timing | None) -> Completion:
-        """See Answer."""
-        choices = [self._choice(generation, generation.text) for generation in generations]
-        return self._make(choices, usage, timing)
-
-    def events(self, generation: ServedGeneration, text: str) -> Iterator[Completion]:
-        """See Answer."""
+    def events(self, generation: ServedGeneration, text: str) -> Iterable[Completion]:
+        """See Responder."""
         choice = self._choice(generation, text)
         if choice.text or choice.finish_reason or choice.token_ids:
-            yield self._make([choice], self._usage_of_events, None)
+            yield self._event(choice)
 
-    def last_event(self, usage: Usage | None, timing: Timing | None) -> Completion:
-        """See Answer."""
-        return self._make([], UNSET if usage is None else usage, timing)
-
-    def _make(
-        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, timing: Timing | None
-    ) -> Completion:
-        head = self.heading
-        return Completion(
-            head.id,
-            head.created,
-            head.model,
-            choices,
-            usage=usage,
-            splitfuse_timing=UNSET if timing is None else timing,
-        )
+    def _whole_choice(self, generation: ServedGeneration) -> CompletionChoice:
+        return self._choice(generation, generation.text)
 
     def _choice(self, generation: ServedGeneration, text: str) -> CompletionChoice:
         before, entries = "", _Entries(self._piece, self._logprobs or 0)
@@ -294,9 +281,9 @@ class CompletionAnswer(Answer):
 
 
 class _Entries:
-    """The columns of CompletionLogprobs, as they grow."""
+    """Columns of CompletionLogprobs, as they grow."""
 
-    def __init__(self, piece: Any, num_top: int) -> None:
+    def __init__(self, piece: Callable[[int], TokenPiece], num_top: int) -> None:
         self._piece = piece
         self._num_top = num_top
         self._offsets: list[int] = []
@@ -326,51 +313,32 @@ class _Entries:
         return CompletionLogprobs(self._offsets, self._tokens, self._values, tops)
 
 
-class ChatAnswer(Answer):
-    """Of /v1/chat/completions."""
+class ChatResponder(OpenAIResponder):
+    """Writes answers of /v1/chat/completions."""
+
+    whole_type, event_type = ChatCompletion, ChatCompletionChunk
 
     def __init__(self, request: ChatRequest, heading: Heading, tokenizer: Tokenizer, pieces: TokenPieces) -> None:
-        super().__init__(heading, tokenizer, pieces, n=request.n or 1, include_usage=request.include_usage)
+        super().__init__(request, heading, tokenizer, pieces)
         self._logprobs = bool(request.logprobs)
         self._num_top = request.top_logprobs or 0
 
-    def whole(self, generations: Sequence[ServedGeneration], usage: Usage, timing: Timing | None) -> ChatCompletion:
-        """See Answer."""
-        choices = []
-        for generation in generations:
-            ended_by = _ended_by(generation)
-            assert ended_by is not None
-            message = AssistantMessage(generation.text)
-            choices.append(ChatChoice(self._index(generation), message, self._new_logprobs(generation), ended_by))
-        head, told = self.heading, UNSET if timing is None else timing
-        return ChatCompletion(head.id, head.created, head.model, choices, usage, splitfuse_timing=told)
-
-    def events(self, generation: ServedGeneration, text: str) -> Iterator[ChatCompletionChunk]:
-        """See Answer."""
+    def events(self, generation: ServedGeneration, text: str) -> Iterable[ChatCompletionChunk]:
+        """See Responder."""
         index = self._index(generation)
         if generation not in self._num_told:
-            yield self._chunk(ChatChunkChoice(index, Delta(role="assistant", content="")))
+            yield self._event(ChatChunkChoice(index, Delta(role="assistant", content="")))
         logprobs = self._new_logprobs(generation)
         if text or (logprobs and logprobs.content):
-            yield self._chunk(ChatChunkChoice(index, Delta(content=text), logprobs))
+            yield self._event(ChatChunkChoice(index, Delta(content=text), logprobs))
         if ended_by := _ended_by(generation):
-            yield self._chunk(ChatChunkChoice(index, Delta(), None, ended_by))
+            yield self._event(ChatChunkChoice(index, Delta(), None, ended_by))
 
-    def last_event(self, usage: Usage | None, timing: Timing | None) -> ChatCompletionChunk:
-        """See Answer."""
-        head = self.heading
-        return ChatCompletionChunk(
-            head.id,
-            head.created,
-            head.model,
-            [],
-            usage=UNSET if usage is None else usage,
-            splitfuse_timing=UNSET if timing is None else timing,
-        )
-
-    def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
-        head = self.heading
-        return ChatCompletionChunk(head.id, head.created, head.model, [choice], usage=self._usage_of_events)
+    def _whole_choice(self, generation: ServedGeneration) -> ChatChoice:
+        ended_by = _ended_by(generation)
+        assert ended_by is not None
+        message = AssistantMessage(generation.text)
+        return ChatChoice(self._index(generation), message, self._new_logprobs(generation), ended_by)
 
     def _new_logprobs(self, generation: ServedGeneration) -> ChatLogprobs | None:
         told = self._untold(generation)
@@ -389,7 +357,7 @@ class ChatAnswer(Answer):
 
 
 def _ended_by(generation: ServedGeneration) -> EndedBy | None:
-    """Of a generation that has not failed."""
+    """Returns how a generation that has not failed has ended, if it has."""
     if generation.finish_reason is None:
         return None
     return "stop" if generation.finish_reason == "stop" else "length"

@@ -50,7 +50,7 @@ def _json_type(parameter: Parameter) -> Any:
 
 if TYPE_CHECKING:
 
-    class SamplingFields(SloParams, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    class SamplingFields(SloParams, kw_only=True, frozen=True):
         """Stands in for the derived class, of whose fields a type checker cannot know."""
 
         def __getattr__(self, name: str) -> Any: ...

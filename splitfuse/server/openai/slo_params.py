@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from splitfuse.core.request import Priority, SchedulingOptions
@@ -16,6 +15,7 @@ from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
+from splitfuse.server.validation import Body
 
 MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0  # seconds
 
@@ -26,7 +26,7 @@ _DEADLINE = Annotated[
 _ON_TIME_ONLY = Annotated[bool, Meta(description="If it cannot be on time: 429 at once, with the predicted wait")]
 
 
-class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+class TargetSeconds(Body, kw_only=True, frozen=True):
     """What a request wants to be promised instead of what everybody is: seconds, null for none."""
 
     ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
@@ -34,7 +34,7 @@ class TargetSeconds(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, fr
     itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
 
 
-class SloParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+class SloParams(Body, kw_only=True, frozen=True):
     """Part of a body. null is a parameter left out."""
 
     splitfuse_deadline: _DEADLINE | None = None

@@ -1,0 +1,183 @@
+"""The seam of dialects, such as OpenAI's: what they have in common, and what a new one has to bring.
+
+A dialect is a package with its types of bodies, whose `to_generation()` returns a `GenerationRequest`; a `Responder`,
+which writes an answer whole or in events; a `Dialect`, which frames events and writes errors; and a tuple of `Route`s.
+`generate` does the rest: encode, check, admit, run, answer. It does not know how an answer looks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.request import FinishReason, SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.errors import InvalidRequestError, LateError, RequestFailedError, SplitfuseError
+from splitfuse.server.context import OPENAI, Dialect, RequestContext, TokenCounts
+from splitfuse.server.explain import Timing, timing_with_phases
+from splitfuse.server.state import AppState
+from splitfuse.server.validation import Body
+from splitfuse.text.generation import Message, Prompt, clamp_max_tokens
+from splitfuse.text.service import ServedGeneration, TextService
+
+MANY_ENTRIES = 4096
+"""Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One line of the route table, which requests are routed by and the OpenAPI document is made from.
+
+    `handler` gets the state, the context and, where there is a `body`, the decoded body. `answers` has the type of the
+    answer for each status of success (None where it is no JSON of a type), `event` that of the events of a stream,
+    `errors` the other statuses.
+    """
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[None]]
+    summary: str
+    answers: Mapping[int, type[msgspec.Struct] | None]
+    body: type[Body] | None = None
+    event: type[msgspec.Struct] | None = None
+    errors: tuple[int, ...] = ()
+    media_type: str = "application/json"
+    dialect: Dialect = OPENAI
+    needs_key: bool = True
+    is_logged: bool = True
+    """False: only if it fails, since it is called every few seconds."""
+
+    @property
+    def template(self) -> str:
+        """Returns the path as OpenAPI writes it: `/v1/models/{model}`."""
+        return self.path.replace(":path}", "}")
+
+    def matches(self, path: str) -> bool:
+        """Whether a path may be this route's."""
+        return path == self.path or ("{" in self.path and path.startswith(self.path.partition("{")[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What a request asks to generate: plain or tokenized prompts, or messages for the chat template, and how."""
+
+    params: SamplingParams
+    scheduling: SchedulingOptions
+    prompts: Sequence[str | Sequence[int]] = ()
+    messages: Sequence[Message] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    default_max_tokens: int | None = None
+    """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
+    deadline: float | None = None
+    """Seconds after its arrival at which the request is given up."""
+    stream: bool = False
+    each_token: bool = False
+    """Whether the responder is told of each token of a stream, even one whose text is held back."""
+    include_timing: bool = False
+    include_output: bool = True
+    """Whether the generated text is a part of the answer."""
+
+    async def encode(self, service: TextService) -> list[Prompt]:
+        """Returns the prompts as token ids. Raises InvalidRequestError."""
+        if self.messages is not None:
+            return [await service.encode_chat(self.messages, variables=self.chat_template_kwargs)]
+        return [await service.encode(prompt) for prompt in self.prompts]
+
+
+class Responder(ABC):
+    """Writes the answer to one request: `whole`, or as `events` and `last_events`. Each event is an object for JSON."""
+
+    @abstractmethod
+    def whole(self, generations: Sequence[ServedGeneration], counts: TokenCounts, timing: Timing | None) -> Any:
+        """Returns the answer; `generations` have ended and come in the order of prompts and choices."""
+
+    @abstractmethod
+    def events(self, generation: ServedGeneration, text: str) -> Iterable[Any]:
+        """Yield the events for `text`, which is new in a generation, or for its end."""
+
+    @abstractmethod
+    def last_events(self, counts: TokenCounts, timing: Timing | None) -> Iterable[Any]:
+        """Yield the events that follow the end of all generations."""
+
+
+async def generate(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
+    """Run a request and answer it. Raises what `Responder`s cannot answer: InvalidRequestError, OverloadedError, ..."""
+    context.shows_output = request.include_output
+    await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
+
+
+async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
+    service = state.service
+    encoded = await request.encode(service)
+    prompts = [(prompt, _with_length(state, prompt, request)) for prompt in encoded]
+    num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
+    with state.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
+        context.admitted = True
+        context.generations = service.begin(prompts, request_id=context.unique_id)
+        is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > MANY_ENTRIES
+        made = service.off_loop if is_large else _at_once
+        each_token = request.stream and request.each_token
+        state.explanations.begin(context)
+        context.hand_over()
+        pieces = service.run(context.generations, scheduling=request.scheduling, each_token=each_token)
+        async with aclosing(pieces):
+            async for generation, text in pieces:
+                if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise _failure(generation)
+                if request.stream:
+                    context.enter_phase(LatencyPhase.DETOKENIZING)
+                    events = await made(lambda g=generation, t=text: list(responder.events(g, t)))  # type: ignore[misc]
+                    await context.send_events(events)
+                    context.enter_phase(LatencyPhase.FROM_ENGINE)
+        timing = await timing_with_phases(context) if request.include_timing else None
+        context.enter_phase(LatencyPhase.DETOKENIZING)
+        if request.stream:
+            await context.send_events(responder.last_events(context.num_tokens, timing))
+            await context.end_events()
+        else:
+            counts = context.num_tokens
+            whole = await made(lambda: responder.whole(context.generations, counts, timing))
+            context.enter_phase(LatencyPhase.CLIENT)
+            await context.answer(whole)
+
+
+def _with_length(state: AppState, prompt: Prompt, request: GenerationRequest) -> SamplingParams:
+    """Returns the parameters with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
+    params = request.params
+    if params.max_tokens is None:
+        limits = state.service.client.info.limits
+        limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+        most = limit if request.default_max_tokens is None else request.default_max_tokens
+        params = clamp_max_tokens(params, prompt, most, limit)
+    state.service.check(prompt, params)
+    return params
+
+
+def _failure(generation: ServedGeneration) -> SplitfuseError:
+    """Returns the reason why a generation has failed."""
+    reason, retry_after = generation.error or "it was ended", generation.retry_after
+    if retry_after is None:
+        return RequestFailedError(f"the request failed while it ran: {reason}")
+    if retry_after == math.inf:
+        return InvalidRequestError(reason, parameter="splitfuse_on_time_only")
+    return LateError(reason, retry_after=retry_after)
+
+
+def _num_entries(prompt: Prompt, params: SamplingParams) -> int:
+    """Returns the most log-probabilities that an answer can have."""
+    generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)
+    echoed = 0 if params.prompt_logprobs is None else len(prompt.token_ids) * (params.prompt_logprobs + 1)
+    return (generated + echoed) * params.n
+
+
+async def _at_once(work: Callable[[], _Result]) -> _Result:
+    return work()

@@ -1,0 +1,106 @@
+"""What all routes of a server share, and how a body becomes a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from splitfuse.config import ServerConfig
+from splitfuse.engine.client import EngineState
+from splitfuse.errors import EngineDiedError
+from splitfuse.server.access_log import RequestLog
+from splitfuse.server.admission import Admission
+from splitfuse.server.context import RequestContext
+from splitfuse.server.errors import RefusedError
+from splitfuse.server.explain import Explanations
+from splitfuse.server.metrics import Metrics
+from splitfuse.server.validation import Body, SchemaBounds, decode
+from splitfuse.text.service import TextService
+from splitfuse.text.token_text import TokenPieces
+
+LARGE_BODY = 65536
+"""Bytes from which on a body is decoded off the event loop, which it would hold up."""
+
+_Body = TypeVar("_Body", bound=Body)
+
+
+@dataclass(frozen=True)
+class AppState:
+    """What all routes of a server share."""
+
+    service: TextService
+    config: ServerConfig
+    admission: Admission
+    metrics: Metrics
+    log: RequestLog
+    started: int
+    """Unix time."""
+    explanations: Explanations = field(default_factory=Explanations)
+
+    @property
+    def model(self) -> str:
+        """Returns the name by which requests call the model. Raises EngineDiedError if that is an engine's, and none
+        was ever ready.
+        """
+        return self.config.served_model_name or self.service.client.info.model
+
+    @cached_property
+    def pieces(self) -> TokenPieces:
+        """Returns the texts of single tokens."""
+        return TokenPieces(self.service.tokenizer)
+
+    @property
+    def stage(self) -> tuple[str, float]:
+        """Returns `ready` if requests are accepted, else what the server waits for, and the fraction that is done."""
+        client = self.service.client
+        if self.admission.draining:
+            return "draining", 0.0
+        if client.state is EngineState.READY:
+            return "ready", 1.0
+        stage = client.stage
+        return (client.state.value, 0.0) if stage.stage == "ready" else (stage.stage, stage.fraction)
+
+    @property
+    def schema_bounds(self) -> SchemaBounds:
+        """Returns the bounds for the OpenAPI document."""
+        try:
+            model, limits = self.model, self.service.client.info.limits
+        except EngineDiedError:  # not ready yet
+            return SchemaBounds(self.config.max_prompts)
+        return SchemaBounds(self.config.max_prompts, model, limits.vocab_size, limits.max_model_len)
+
+    def check_model(self, name: str, *, parameter: str | None = None) -> None:
+        """Raise RefusedError (404) unless it is the name of the model."""
+        if name != self.model:
+            raise RefusedError(
+                404,
+                f"there is no model {name!r:.200} here; this server has {self.model!r}",
+                code="model_not_found",
+                parameter=parameter,
+            )
+
+    async def read(self, context: RequestContext, kind: type[_Body]) -> _Body:
+        """Returns the request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is
+        ready.
+        """
+        _check_content_type(context)
+        body = await context.body(int(self.config.max_body_mib * 2**20))
+        if len(body) < LARGE_BODY:
+            request = decode(kind, body)
+        else:
+            request = await self.service.off_loop(lambda: decode(kind, body))
+        if self.service.client.state is not EngineState.READY:
+            raise EngineDiedError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
+        if (model := getattr(request, "model", None)) is not None:
+            self.check_model(model, parameter="model")
+        return request
+
+
+def _check_content_type(context: RequestContext) -> None:
+    """Refuse what a web page can send to any server without asking it first: all but bodies declared as JSON."""
+    sent = context.headers.get(b"content-type")
+    if sent is None and b"origin" not in context.headers:
+        return
+    if (sent or b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise RefusedError(415, "send JSON, with the header Content-Type: application/json", code="no_json")

@@ -1,0 +1,261 @@
+"""JSON bodies to typed requests, and what is wrong with a body that is not one: the place, the value, a valid one.
+
+A `Body` declares the fields of a request. `decode` lets msgspec decode it; only if that fails does it walk the JSON
+along the type, to find the first mismatch. Every dialect uses it; it knows no route.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from splitfuse.errors import nearest
+from splitfuse.server.errors import RefusedError
+
+MAX_DIGITS = 1000
+"""Number of digits from which on an integer is treated as infinite. JSON has no bound of its own."""
+
+
+@dataclass(frozen=True)
+class SchemaBounds:
+    """Bounds that the types do not know: those of the loaded model (None before it is ready) and of the server."""
+
+    max_prompts: int
+    model: str | None = None
+    vocab_size: int | None = None
+    max_model_len: int | None = None
+
+    @property
+    def token(self) -> dict[str, Any]:
+        """Returns the schema of a token id."""
+        return {
+            "type": "integer",
+            "minimum": 0,
+            **({} if self.vocab_size is None else {"maximum": self.vocab_size - 1}),
+        }
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
+    """Base of JSON objects that clients send. Unknown fields are refused; null means that a field is left out."""
+
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Parameters that are known but not supported, with the values that request nothing and are accepted."""
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+    """Fields that other servers know, with the reason why they are refused here."""
+
+    def neutral(self) -> Mapping[str, tuple[Any, ...]]:
+        """Returns NEUTRAL, extended by values that are neutral next to the other fields of this body."""
+        return self.NEUTRAL
+
+    def check_neutral(self, where: str = "") -> None:
+        """Raise RefusedError (400) for an unsupported parameter with a value that requests something."""
+        for name, values in self.neutral().items():
+            value = getattr(self, name)
+            if not any(type(value) is type(allowed) and value == allowed for allowed in values):
+                raise _refused(f"{where}{name} is not supported: leave it out", "unsupported_parameter", where + name)
+
+    @classmethod
+    def supported(cls) -> list[str]:
+        """Returns the names of the supported fields."""
+        return sorted(set(cls.__struct_fields__) - set(cls.NEUTRAL))
+
+    @classmethod
+    def suggest(cls, field: str) -> str:
+        """Returns what an unknown field may have been meant to be, to end an error message with; or nothing."""
+        return nearest(field, cls.supported())
+
+    @classmethod
+    def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
+        """Returns the JSON schema of this type with what the type alone does not say."""
+        properties = schema["properties"]
+        for name, values in cls.NEUTRAL.items():
+            properties[name] = {"enum": list(values), "description": "Not supported"}
+        if bounds.model is not None and "model" in properties:
+            properties["model"] = {"enum": [bounds.model, None]}
+        return schema
+
+
+_Body = TypeVar("_Body", bound=Body)
+
+
+def decode(kind: type[_Body], body: bytes) -> _Body:
+    """Returns the request in a body of JSON.
+
+    Raises RefusedError (400) for invalid JSON, for a value of another type or out of bounds (naming its place, such as
+    `messages[0].content`), for an unknown field, and for a field that is known but not supported.
+    """
+    try:
+        try:
+            request = msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError:
+            request = _convert(kind, _plain_json(body))
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RefusedError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+    except RecursionError as error:
+        raise RefusedError(400, "the body is nested too deeply", code="invalid_json") from error
+    request.check_neutral()
+    return request
+
+
+def _plain_json(body: bytes) -> Any:
+    """Returns the JSON as plain objects, with 3.0 as 3: JSON has one kind of numbers only."""
+
+    def real(digits: str) -> float:
+        number = float(digits)
+        return int(number) if number.is_integer() else number
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    def whole(digits: str) -> float:
+        return int(digits) if len(digits) < MAX_DIGITS else math.inf
+
+    return json.loads(body, parse_float=real, parse_int=whole, parse_constant=refuse)
+
+
+def _convert(kind: type[_Body], value: Any) -> _Body:
+    _check(inspect.type_info(kind), value, "")
+    try:
+        return msgspec.convert(value, kind, str_keys=True)
+    except msgspec.ValidationError as error:  # one that `_check` does not know
+        raise _refused("the body does not match its schema in /openapi.json", "invalid_type", None) from error
+
+
+# What is wrong -------------------------------------------------------------------------------------------------------
+
+
+def _refused(message: str, code: str, parameter: str | None) -> RefusedError:
+    return RefusedError(400, message, code=code, parameter=parameter or None)
+
+
+def _check(expected: inspect.Type, value: Any, place: str) -> None:
+    """Raise RefusedError at the first value that is not of the expected type."""
+    options = [option for option in _options(expected) if _is_of_kind(option, value)]
+    if not options:
+        wanted = " or ".join(dict.fromkeys(_kind(option) for option in _options(expected)))
+        raise _refused(f"{place or 'the body'} must be {wanted}, not {_kind_of(value)}", "invalid_type", place)
+    match options[0]:
+        case inspect.StructType() as struct:
+            _check_object(struct, value, place)
+        case inspect.ListType(item_type=item, min_length=least, max_length=most):
+            for index, each in enumerate(value):
+                _check(item, each, f"{place}[{index}]")
+            _check_length(value, place, "items", least, most)
+        case inspect.DictType(key_type=key_type, value_type=value_type, min_length=least, max_length=most):
+            for key, each in value.items():
+                _check_key(key_type, key, place)
+                _check(value_type, each, f"{place}[...]")
+            _check_length(value, place, "entries", least, most)
+        case inspect.StrType(min_length=least, max_length=most):
+            _check_length(value, place, "characters", least, most)
+        case inspect.LiteralType(values=values) if value not in values:
+            *others, last = map(str, values)
+            wanted = f"{', '.join(others)} or {last}" if others else last
+            raise _refused(f"{place} must be {wanted}, not {value!r:.80}", "invalid_type", place)
+        case inspect.IntType() | inspect.FloatType() as number:
+            _check_bounds(number, value, place)
+        case inspect.AnyType():
+            _check_finite(value, place)
+
+
+def _check_object(expected: inspect.StructType, value: Mapping[str, Any], place: str) -> None:
+    fields = {field.encode_name: field for field in expected.fields}
+    before = f"{place}." if place else ""
+    for name, each in value.items():
+        if name not in fields:
+            raise _unknown(expected.cls, before, name)
+        _check(fields[name].type, each, before + name)
+    for name, field in fields.items():
+        if field.required and name not in value:
+            raise _refused(f"{before}{name} is missing", "missing_parameter", before + name)
+
+
+def _unknown(kind: type[Any], before: str, field: str) -> RefusedError:
+    name = before + field
+    if reason := kind.REFUSED.get(field):
+        return _refused(f"{name} is not supported: {reason}", "unsupported_parameter", name)
+    hint = kind.suggest(field) if not before and len(field) < 80 else ""
+    return _refused(f"unknown parameter {name!r:.200}{hint}", "unknown_parameter", name[:200])
+
+
+def _check_key(expected: inspect.Type, key: str, place: str) -> None:
+    """Keys are strings in JSON; those of a mapping of whole numbers must be written as such."""
+    if isinstance(expected, inspect.IntType):
+        try:
+            number = int(key) if key.isascii() and len(key) < MAX_DIGITS else None
+        except ValueError:
+            number = None
+        if number is None or str(number) != key:
+            raise _refused(f"a key of {place} must be a whole number, not {key!r:.80}", "invalid_type", place)
+        _check_bounds(expected, number, f"a key of {place}", parameter=place)
+
+
+def _check_length(value: Any, place: str, unit: str, least: int | None, most: int | None) -> None:
+    if least and not value:
+        raise _refused(f"{place} must not be empty", "invalid_type", place)
+    if most is not None and len(value) > most:
+        raise _refused(f"{place} must have at most {most} {unit}, not {len(value)}", "invalid_type", place)
+
+
+def _check_bounds(
+    expected: inspect.IntType | inspect.FloatType, value: float, place: str, parameter: str | None = None
+) -> None:
+    least, above, most = expected.ge, expected.gt, expected.le
+    too_small = (least is not None and value < least) or (above is not None and value <= above)
+    if too_small or (most is not None and value > most) or not math.isfinite(value):
+        low = f" above {above:g} up" if above is not None else "" if least is None else f" from {least:g}"
+        high = " up" if most is None else f" to {int(most) if float(most).is_integer() else most}"
+        raise _refused(
+            f"{place} must be {_kind(expected)}{low}{high}, not {value!r:.80}", "invalid_type", parameter or place
+        )
+
+
+def _check_finite(value: Any, place: str) -> None:
+    """Refuse numbers that only JSON can write, such as 1e999, wherever they are."""
+    if isinstance(value, dict):
+        for each in value.values():
+            _check_finite(each, f"{place}[...]")
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            _check_finite(each, f"{place}[{index}]")
+    elif value in (math.inf, -math.inf):
+        raise _refused(f"{place} is a number out of range", "invalid_type", place)
+
+
+_KINDS: Mapping[type[inspect.Type], tuple[str, tuple[type, ...]]] = {
+    inspect.IntType: ("a whole number", (int,)),
+    inspect.FloatType: ("a number", (float, int)),
+    inspect.StrType: ("a string", (str,)),
+    inspect.LiteralType: ("a string", (str,)),
+    inspect.BoolType: ("true or false", (bool,)),
+    inspect.NoneType: ("null", (type(None),)),
+    inspect.ListType: ("an array", (list,)),
+    inspect.DictType: ("an object", (dict,)),
+    inspect.StructType: ("an object", (dict,)),
+    inspect.AnyType: ("anything", (object,)),
+}
+"""JSON's words for the types of msgspec, with the types of Python that such a value has."""
+
+
+def _options(expected: inspect.Type) -> Iterable[inspect.Type]:
+    """Yield the types that a value may have, without their annotations."""
+    for option in expected.types if isinstance(expected, inspect.UnionType) else (expected,):
+        yield option.type if isinstance(option, inspect.Metadata) else option
+
+
+def _kind(expected: inspect.Type) -> str:
+    return _KINDS[type(expected)][0]
+
+
+def _is_of_kind(expected: inspect.Type, value: Any) -> bool:
+    return isinstance(expected, inspect.AnyType) or type(value) in _KINDS[type(expected)][1]
+
+
+def _kind_of(value: Any) -> str:
+    return next(name for name, types in _KINDS.values() if type(value) in types)
