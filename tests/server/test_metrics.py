@@ -395,7 +395,7 @@ TIMES = {
 
 
 @pytest.mark.parametrize(("name", "field"), TIMES.items())
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(0, 1e5) | st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0, 480.0, 7680.0]), max_size=20))
 def test_histograms_count_as_the_library_does(name: str, field: str, values: list[float]) -> None:
     metrics = Metrics(Stated(1))
