@@ -58,7 +58,9 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
         for name, values in self.neutral().items():
             value = getattr(self, name)
             if not any(type(value) is type(allowed) and value == allowed for allowed in values):
-                raise _refused(f"{where}{name} is not supported: leave it out", "unsupported_parameter", where + name)
+                name = where + name
+                message = f"{name} is not supported: leave it out"
+                raise RefusedError(400, message, code="unsupported_parameter", parameter=name)
 
     @classmethod
     def supported(cls) -> list[str]:
@@ -124,14 +126,14 @@ def _convert(kind: type[_Body], value: Any) -> _Body:
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:  # one that `_check` does not know
-        raise _refused("the body does not match its schema in /openapi.json", "invalid_type", None) from error
+        raise _wrong("", "does not match its schema in /openapi.json") from error
 
 
 # What is wrong -------------------------------------------------------------------------------------------------------
 
 
-def _refused(message: str, code: str, parameter: str | None) -> RefusedError:
-    return RefusedError(400, message, code=code, parameter=parameter or None)
+def _wrong(place: str, problem: str) -> RefusedError:
+    return RefusedError(400, f"{place or 'the body'} {problem}", code="invalid_type", parameter=place or None)
 
 
 def _check(expected: inspect.Type, value: Any, place: str) -> None:
@@ -139,7 +141,7 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
     options = [option for option in _options(expected) if _is_of_kind(option, value)]
     if not options:
         wanted = " or ".join(dict.fromkeys(_kind(option) for option in _options(expected)))
-        raise _refused(f"{place or 'the body'} must be {wanted}, not {_kind_of(value)}", "invalid_type", place)
+        raise _wrong(place, f"must be {wanted}, not {_kind_of(value)}")
     match options[0]:
         case inspect.StructType() as struct:
             _check_object(struct, value, place)
@@ -157,7 +159,7 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
         case inspect.LiteralType(values=values) if value not in values:
             *others, last = map(str, values)
             wanted = f"{', '.join(others)} or {last}" if others else last
-            raise _refused(f"{place} must be {wanted}, not {value!r:.80}", "invalid_type", place)
+            raise _wrong(place, f"must be {wanted}, not {value!r:.80}")
         case inspect.IntType() | inspect.FloatType() as number:
             _check_bounds(number, value, place)
         case inspect.AnyType():
@@ -173,15 +175,18 @@ def _check_object(expected: inspect.StructType, value: Mapping[str, Any], place:
         _check(fields[name].type, each, before + name)
     for name, field in fields.items():
         if field.required and name not in value:
-            raise _refused(f"{before}{name} is missing", "missing_parameter", before + name)
+            name = before + name
+            raise RefusedError(400, f"{name} is missing", code="missing_parameter", parameter=name)
 
 
 def _unknown(kind: type[Any], before: str, field: str) -> RefusedError:
     name = before + field
     if reason := kind.REFUSED.get(field):
-        return _refused(f"{name} is not supported: {reason}", "unsupported_parameter", name)
+        message = f"{name} is not supported: {reason}"
+        return RefusedError(400, message, code="unsupported_parameter", parameter=name)
     hint = kind.suggest(field) if not before and len(field) < 80 else ""
-    return _refused(f"unknown parameter {name!r:.200}{hint}", "unknown_parameter", name[:200])
+    message = f"unknown parameter {name!r:.200}{hint}"
+    return RefusedError(400, message, code="unknown_parameter", parameter=name[:200])
 
 
 def _check_key(expected: inspect.Type, key: str, place: str) -> None:
@@ -192,28 +197,24 @@ def _check_key(expected: inspect.Type, key: str, place: str) -> None:
         except ValueError:
             number = None
         if number is None or str(number) != key:
-            raise _refused(f"a key of {place} must be a whole number, not {key!r:.80}", "invalid_type", place)
-        _check_bounds(expected, number, f"a key of {place}", parameter=place)
+            raise _wrong(place, f"must have whole numbers as keys, not {key!r:.80}")
+        _check_bounds(expected, number, place, verb="have as key")
 
 
 def _check_length(value: Any, place: str, unit: str, least: int | None, most: int | None) -> None:
     if least and not value:
-        raise _refused(f"{place} must not be empty", "invalid_type", place)
+        raise _wrong(place, "must not be empty")
     if most is not None and len(value) > most:
-        raise _refused(f"{place} must have at most {most} {unit}, not {len(value)}", "invalid_type", place)
+        raise _wrong(place, f"must have at most {most} {unit}, not {len(value)}")
 
 
-def _check_bounds(
-    expected: inspect.IntType | inspect.FloatType, value: float, place: str, parameter: str | None = None
-) -> None:
+def _check_bounds(expected: inspect.IntType | inspect.FloatType, value: float, place: str, verb: str = "be") -> None:
     least, above, most = expected.ge, expected.gt, expected.le
     too_small = (least is not None and value < least) or (above is not None and value <= above)
     if too_small or (most is not None and value > most) or not math.isfinite(value):
         low = f" above {above:g} up" if above is not None else "" if least is None else f" from {least:g}"
         high = " up" if most is None else f" to {int(most) if float(most).is_integer() else most}"
-        raise _refused(
-            f"{place} must be {_kind(expected)}{low}{high}, not {value!r:.80}", "invalid_type", parameter or place
-        )
+        raise _wrong(place, f"must {verb} {_kind(expected)}{low}{high}, not {value!r:.80}")
 
 
 def _check_finite(value: Any, place: str) -> None:
@@ -225,7 +226,7 @@ def _check_finite(value: Any, place: str) -> None:
         for index, each in enumerate(value):
             _check_finite(each, f"{place}[{index}]")
     elif value in (math.inf, -math.inf):
-        raise _refused(f"{place} is a number out of range", "invalid_type", place)
+        raise _wrong(place, "is a number out of range")
 
 
 _KINDS: Mapping[type[inspect.Type], tuple[str, tuple[type, ...]]] = {

@@ -120,7 +120,7 @@ def test_whole_numbers_may_be_written_with_a_point() -> None:
         (completion, {"temperature": "x"}, "temperature must be a number or null, not a string"),
         (completion, {"max_tokens": -1}, "max_tokens must be a whole number from 0 to 2147483647, not -1"),
         (completion, {"splitfuse_priority": "urgent"}, "splitfuse_priority must be high, low or normal, not 'urgent'"),
-        (completion, {"logit_bias": {"x": 1}}, "a key of logit_bias must be a whole number, not 'x'"),
+        (completion, {"logit_bias": {"x": 1}}, "logit_bias must have whole numbers as keys, not 'x'"),
         (completion, {"prompt": {}}, "prompt must be a string or an array, not an object"),
         (completion, {"tempature": 1}, "unknown parameter 'tempature'; did you mean 'temperature'?"),
         (completion, {"messages": []}, "'messages'; it is one of /v1/chat/completions, and this is /v1/completions"),
