@@ -1,12 +1,12 @@
-"""Measure how well step times are predicted while the machine changes, with core/slo/latency_predictor.py and without.
+"""Measure how well step times are predicted on a changing machine, with core/slo/latency_predictor.py and without.
 
     python -m benchmarks.latency_predictor [--hours 1] [--minutes 0] [--model DIR] [--quantization int8]
 
-In simulation, the machine is not the cost model's: every coefficient is off by up to a tenth, its speed drifts by a
-quarter over the hour, neighbours come for half a minute and take memory or arithmetic, every step scatters by 5 %, and
-one in a hundred is held up. With `--minutes`, a real engine (the bundled model's, if no other is named) under the same
+In simulation, the machine differs from the cost model: every coefficient is off by up to a tenth, its speed drifts by
+a quarter over the hour, neighbours take memory bandwidth or arithmetic for half a minute, every step has noise of 5 %,
+and one in a hundred is delayed. `--minutes` measures a real engine (by default, of the bundled model) under the same
 kind of load: conversations, long prompts, short questions at random. Errors are |predicted / actual - 1|. Both columns
-are of the same steps: the plans were made with the correction.
+are of the same steps, whose plans were made with the correction.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from splitfuse.simulator import virtual_time
 from splitfuse.simulator.simulate import Deployment, Replica, SimulatedTarget
 
 TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
-SPREAD = 0.05
-HELD_UP, HELD_UP_SECONDS = 0.01, 0.1
+NOISE = 0.05
+DELAYED, DELAY_SECONDS = 0.01, 0.1
 ALONE_SECONDS, NEIGHBOUR_SECONDS = 90.0, 30.0
 CHATTERS, READERS, QUESTIONS_PER_SECOND = 6, 1, 0.2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=1.0, help="in simulation; 0 leaves it out")
-    parser.add_argument("--minutes", type=float, default=0.0, help="of a real engine")
-    parser.add_argument("--model", help="its model; left out, the bundled one")
+    parser.add_argument("--hours", type=float, default=1.0, help="hours of simulation; 0 skips it")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minutes of a real engine")
+    parser.add_argument("--model", help="its model (default: the bundled one)")
     parser.add_argument("--quantization")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -58,18 +58,18 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """In seconds."""
+    """Times of a step in seconds."""
 
     uncorrected: float
     corrected: float
     actual: float
 
 
-class Witness:
-    """Notes what a forecast says of each step before it hears what that took."""
+class Recorder:
+    """Records each step's predictions before the predictor observes its time."""
 
     def __init__(self, forecast: LatencyPredictor | None) -> None:
-        assert forecast is not None, "an engine that promises nothing predicts nothing"
+        assert forecast is not None, "an engine without SLO scheduling predicts nothing"
         self.steps: list[Step] = []
         observe = forecast.observe
 
@@ -82,7 +82,7 @@ class Witness:
 
 
 def step_response() -> None:
-    """A machine that is suddenly slower, or faster again, without noise."""
+    """Print the response to a machine that is suddenly slower or faster, without noise."""
     cost, step = CostModel(floor=0.1, per_token=0.0), Features(tokens=1)
     for times in (2.0, 0.5):
         forecast, factors = LatencyPredictor(cost), []
@@ -91,14 +91,14 @@ def step_response() -> None:
             factors.append(forecast.seconds(step) / cost.floor)
         within = next(n for n, factor in enumerate(factors, start=1) if abs(factor / times - 1.0) < 0.1)
         overshoot = max((factor / times if times > 1.0 else times / factor) for factor in factors) - 1.0
-        print(f"passes {times:g} times as long: within 10 % after {within} passes, overshoot {max(overshoot, 0.0):.1%}")
+        print(f"steps {times:g} times as long: within 10 % after {within} steps, overshoot {max(overshoot, 0.0):.1%}")
 
 
 # The simulated machine -----------------------------------------------------------------------------------------------
 
 
 class Changing:
-    """A machine that is not as it was calibrated. Asked in the order of time."""
+    """A machine that differs from its calibration. Call `seconds` in the order of time."""
 
     def __init__(self, cost: CostModel, seed: int) -> None:
         self._random = Random(seed)
@@ -109,28 +109,28 @@ class Changing:
         self.noise: list[float] = []
 
     def seconds(self, step: Features, now: float) -> float:
-        """What a step that begins now takes."""
+        """Return the time of a step that begins now."""
         random = self._random
         while now >= self._until:
             self._neighbour = not self._neighbour and self._until > 0.0
             self._until += random.expovariate(1 / (NEIGHBOUR_SECONDS if self._neighbour else ALONE_SECONDS))
             self._now_cost = self._off(self._cost, 1.0, 2.0) if self._neighbour else self._cost
         drift = 1.0 + 0.25 * math.sin(2 * math.pi * now / 3600)
-        noise = random.lognormvariate(0.0, SPREAD)
+        noise = random.lognormvariate(0.0, NOISE)
         steady = drift * self._now_cost.seconds(step)
         actual = steady * noise
-        if random.random() < HELD_UP:
-            actual += random.expovariate(1 / HELD_UP_SECONDS)
+        if random.random() < DELAYED:
+            actual += random.expovariate(1 / DELAY_SECONDS)
         self.noise.append(abs(steady / actual - 1.0))
         return actual
 
     def _off(self, cost: CostModel, low: float, high: float) -> CostModel:
-        """Every coefficient times something between the two."""
+        """Return the cost model with each coefficient times a random factor."""
         return cost.scaled(lambda: self._random.uniform(low, high))
 
 
 class ChangingReplica(Replica):
-    """On such a machine."""
+    """A simulated engine on a changing machine."""
 
     def __init__(self, deployment: Deployment, machine: Changing) -> None:
         super().__init__(deployment)
@@ -141,13 +141,13 @@ class ChangingReplica(Replica):
 
 
 class ChangingTarget(SimulatedTarget):
-    """One replica of these."""
+    """A target with one such engine."""
 
     def __init__(self, deployment: Deployment, machine: Changing) -> None:
         super().__init__(deployment)
         replica = ChangingReplica(deployment, machine)
         self._replicas = [replica]
-        self.witness = Witness(replica.scheduler.forecast)
+        self.recorder = Recorder(replica.scheduler.forecast)
 
 
 def simulated(name: str, hours: float, seed: int) -> None:
@@ -157,27 +157,27 @@ def simulated(name: str, hours: float, seed: int) -> None:
         Deployment(calibration=calibration(name, cost), scheduler=SchedulerConfig(**TARGETS)), machine
     )
     virtual_time.run(drive(target, 3600 * hours, seed))
-    tell(f"{name}, {hours:g} h simulated", target.witness.steps)
+    print_errors(f"{name}, {hours:g} h simulated", target.recorder.steps)
     print(f"  of the noise alone: P50 {percentile(machine.noise, 50):.1%}, P95 {percentile(machine.noise, 95):.1%}")
 
 
-# The real one --------------------------------------------------------------------------------------------------------
+# A real engine -------------------------------------------------------------------------------------------------------
 
 
-class WitnessedTarget(EngineTarget):
-    """Our engine, whose forecast is watched."""
+class RecordedTarget(EngineTarget):
+    """Our engine, with its predictions recorded."""
 
-    witness: Witness
+    recorder: Recorder
 
     def _make_client(self) -> EngineClient:
         engine = Engine.load(EngineConfig.from_settings(self._settings))
-        self.witness = Witness(engine.scheduler.forecast)
+        self.recorder = Recorder(engine.scheduler.forecast)
         return AsyncEngine(engine)
 
 
 def real(minutes: float, settings: dict[str, Any], seed: int) -> None:
-    async def run() -> WitnessedTarget:
-        target = WitnessedTarget({**settings, **TARGETS})
+    async def run() -> RecordedTarget:
+        target = RecordedTarget({**settings, **TARGETS})
         try:
             await target.start()
             await drive(target, 60 * minutes, seed)
@@ -186,14 +186,14 @@ def real(minutes: float, settings: dict[str, Any], seed: int) -> None:
         return target
 
     target = asyncio.run(run())
-    tell(f"{target.about['model']}, {minutes:g} min for real", target.witness.steps)
+    print_errors(f"{target.about['model']}, {minutes:g} min for real", target.recorder.steps)
 
 
-# The load and what is told -------------------------------------------------------------------------------------------
+# Load and output ----------------------------------------------------------------------------------------------------
 
 
 async def drive(target: Target, seconds: float, seed: int) -> None:
-    """Conversations with pauses, prompts of half of what fits, and questions at random, for so long."""
+    """Send conversations with pauses, prompts of half the context, and questions at random, for so many seconds."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     chat = Chat(Lengths(min(100, target.room / 12), 64, room=target.room), target.answer_vocabulary, 5, seed)
@@ -232,13 +232,14 @@ async def drive(target: Target, seconds: float, seed: int) -> None:
         group.create_task(question(group))
 
 
-def tell(name: str, steps: Sequence[Step]) -> None:
-    """Errors with and without the correction, of all steps and of the long ones, which are most of the time; and
-    whether it swings: then misses would take turns above and below.
+def print_errors(name: str, steps: Sequence[Step]) -> None:
+    """Print the errors with and without the correction, of all steps and of the long ones, which take most of the time.
+
+    A negative autocorrelation would show that the correction oscillates.
     """
     middle = median(each.uncorrected for each in steps)
     long = [each for each in steps if each.uncorrected > 2 * middle]
-    print(f"\n{name}: {len(steps)} passes, median {1e3 * median(each.actual for each in steps):.3g} ms")
+    print(f"\n{name}: {len(steps)} steps, median {1e3 * median(each.actual for each in steps):.3g} ms")
     for kind, some in (("all", steps), (f"{len(long)} long", long)):
         for which in ("uncorrected", "corrected"):
             misses = [math.log(getattr(each, which) / each.actual) for each in some]
@@ -246,13 +247,14 @@ def tell(name: str, steps: Sequence[Step]) -> None:
             total = sum(getattr(each, which) for each in some) / sum(each.actual for each in some) - 1.0
             print(
                 f"  {kind:12} {which:11} P50 {percentile(errors, 50):6.1%}, P95 {percentile(errors, 95):6.1%}; "
-                f"together {total:+6.1%}; a miss and the next correlate by {autocorrelation(misses):+.2f}"
+                f"sum {total:+6.1%}; autocorrelation {autocorrelation(misses):+.2f}"
             )
 
 
 def autocorrelation(misses: Sequence[float]) -> float:
-    """Of each miss with the next one: below 0 if they take turns above and below, as they do if a correction swings.
-    The largest misses are left at what 95 of 100 stay within: a step that was held up says nothing of swinging.
+    """Return the correlation of each error with the next one; negative if the correction oscillates.
+
+    The largest errors are clipped at P95: a delayed step says nothing about oscillation.
     """
     bound = percentile([abs(miss) for miss in misses], 95)
     clipped = [max(-bound, min(bound, miss)) for miss in misses]

@@ -1,8 +1,8 @@
-"""The simulator beside the headline figures of DeepSpeed-FastGen (arXiv 2401.08671): `python -m benchmarks.paper`.
+"""Simulate the headline figures of DeepSpeed-FastGen (arXiv 2401.08671): `python -m benchmarks.paper`.
 
 Llama-2 70B on four A100-80GB (splitfuse/simulator/machines.py), prompts of 2600 tokens, answers of 60, closed loops of
-1 to 32 clients. Its vLLM twice: prefill-first on the same machine, where nothing differs but the policy; and with the
-attention kernel and the loop of vLLM 0.2. Nothing was fitted to the paper's figures.
+1 to 32 clients. vLLM is simulated twice: as prefill-first on the same machine, where only the policy differs, and with
+the attention kernel and the loop of vLLM 0.2. Nothing was fitted to the paper's figures.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from splitfuse.simulator.simulate import Deployment, simulate
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 PROMPT, GENERATE = 2600, 60
-BUDGET = 512  # where the paper's engine saturates
-WHOLE_PROMPTS = 4096  # vLLM's of 2023: what the model holds
-SEATS = 256
+BUDGET = 512  # at which the paper's engine saturates
+WHOLE_PROMPTS = 4096  # vLLM's of 2023: the context length
+MAX_NUM_SEQS = 256
 SLA = 4.0
 REPLICAS = 16
 TOKEN_CLIENTS = (4, 8, 16)
-"""The paper does not say to us at how many its token latencies were read."""
+"""Numbers of clients for token latencies; the paper does not state its own."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the paper, and the same from the simulator."""
+    """A figure of the paper, and the same from the simulator."""
 
     name: str
     paper: float
@@ -47,11 +47,11 @@ class Figure:
 
 
 def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], replicas: int = 1) -> list[Row]:
-    """The rows of a closed loop, for each number of clients."""
+    """Return the rows of a closed loop, for each number of clients."""
     budget = BUDGET if policy == "splitfuse" else WHOLE_PROMPTS
     deployment = Deployment(
         calibration=calibration,
-        scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=SEATS),
+        scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS),
         policy=policy,
         replicas=replicas,
         enable_prefix_caching=False,
@@ -68,12 +68,12 @@ def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], repl
 
 
 def throughput_at(latency: float, curve: Sequence[Row]) -> float:
-    """Requests a second where the curve first reaches a mean latency, in proportion between two points."""
+    """Return the requests/s at which the curve first reaches a mean latency, by linear interpolation."""
     return _where(latency, curve, lambda row: row.latency, lambda row: row.throughput.mean)
 
 
 def latency_at(throughput: float, curve: Sequence[Row]) -> float:
-    """Mean latency where the curve first reaches a throughput; the last point's if it never does."""
+    """Return the mean latency at which the curve first reaches a throughput; of the last point if it never does."""
     return _where(throughput, curve, lambda row: row.throughput.mean, lambda row: row.latency)
 
 
@@ -86,10 +86,10 @@ def _where(wanted: float, curve: Sequence[Row], of: Callable[[Row], float], give
 
 
 def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
-    """The paper's headline figures of its engine and of vLLM."""
+    """Return the paper's headline figures of its engine and of vLLM."""
 
     def best(curve: Sequence[Row]) -> float:
-        return max(row.effective[SLA].mean for row in curve)
+        return max(row.goodput[SLA].mean for row in curve)
 
     return [
         Figure("requests/s at 9 s, SplitFuse", 1.36, throughput_at(9.0, ours)),
@@ -102,12 +102,12 @@ def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
 
 
 def token_latencies(clients: int, ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
-    """Percentiles of the gaps between tokens, at one number of clients."""
+    """Return percentiles of the inter-token latency, at one number of clients."""
     made = []
     for name, curve, paper in (("SplitFuse", ours, (0.072, 0.186, 0.188)), ("vLLM", theirs, (0.077, 0.385, 0.695))):
         row = next(row for row in curve if row.clients == clients)
         made += [
-            Figure(f"P{percent}, {name}, s", figure, row.gaps[percent])
+            Figure(f"P{percent}, {name}, s", figure, row.itl[percent])
             for percent, figure in zip((50, 90, 95), paper, strict=True)
         ]
     return [
@@ -117,7 +117,7 @@ def token_latencies(clients: int, ours: Sequence[Row], theirs: Sequence[Row]) ->
 
 
 def ratios(made: Sequence[Figure]) -> list[Figure]:
-    """SplitFuse against vLLM, in the paper and here."""
+    """Return the ratios of SplitFuse to vLLM, in the paper and here."""
     pairs = (("requests/s at 9 s", 0, 1), ("latency at 1.2 requests/s", 2, 3), ("effective throughput at SLA 4", 4, 5))
     return [
         Figure(f"{name}, SplitFuse / vLLM", made[a].paper / made[b].paper, made[a].simulated / made[b].simulated)
@@ -126,7 +126,7 @@ def ratios(made: Sequence[Figure]) -> list[Figure]:
 
 
 def print_table(title: str, made: Sequence[Figure]) -> None:
-    """Each figure, the simulated one, and their ratio; * where it is beyond a factor of 1.5."""
+    """Print each figure, the simulated one, and their ratio; * if it is beyond a factor of 1.5."""
     print(f"\n{title}\n{'':50} {'paper':>8} {'simulated':>10} {'ratio':>7}")
     for figure in made:
         far = "" if 1 / 1.5 <= figure.ratio <= 1.5 else " *"

@@ -198,12 +198,12 @@ class Server:
 
     def _tell(self) -> None:
         row = next(r for r in rows(self.measured()) if r.clients == self.measured().points[-1].clients)
-        kept = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.effective.items())
+        kept = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.goodput.items())
         size = self._group.resident_bytes() / 1e9
         print(
             f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, kept {kept}; first token P50 "
-            f"{row.first_token[50]:.2f} P95 {row.first_token[95]:.2f} s; gaps P50 {1e3 * row.gaps[50]:.0f} P95 "
-            f"{1e3 * row.gaps[95]:.0f} P99 {1e3 * row.gaps[99]:.0f} ms; {row.num_failed} failed; {size:.2f} GB",
+            f"{row.ttft[50]:.2f} P95 {row.ttft[95]:.2f} s; gaps P50 {1e3 * row.itl[50]:.0f} P95 "
+            f"{1e3 * row.itl[95]:.0f} P99 {1e3 * row.itl[99]:.0f} ms; {row.num_failed} failed; {size:.2f} GB",
             file=sys.stderr,
             flush=True,
         )

@@ -1,1 +1,1 @@
-"""Measuring: loads, clocks, the arithmetic of promises, reports, and a simulator of the same."""
+"""Benchmarks: workloads, loads, targets, goodput and latency metrics, reports."""

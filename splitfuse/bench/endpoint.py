@@ -1,6 +1,6 @@
-"""An endpoint of OpenAI's API as a target: asked what it takes, then driven by streams of /v1/completions.
+"""An endpoint of OpenAI's API as a target: probed once, then driven by streams of /v1/completions.
 
-Decides how tokens are counted: from ids, or from the server's own count, never from text. Bytes are http_stream.py's.
+Tokens are counted from their ids or by the server's own count, never from text. http_stream.py does the HTTP.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from splitfuse.errors import ConfigError, InvalidRequestError, RequestFailedErro
 from splitfuse.runtime.environment import resident_bytes
 
 MODEST_VOCABULARY = 1000
-"""Token ids that any model has: what random prompts are made of if nobody says how many there are."""
+"""Number of token ids that any model has: the range of random prompts if the vocabulary size is unknown."""
 PROBE_TOKENS = 8
+"""Tokens that a probe generates."""
 PROBE_WORDS = 64
+"""Words whose tokens are counted."""
 
 
 class _Usage(msgspec.Struct):
@@ -30,7 +32,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Timings(msgspec.Struct):
-    """llama.cpp's."""
+    """llama.cpp's counts."""
 
     predicted_n: int | None = None
     prompt_n: int | None = None
@@ -44,7 +46,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """What matters of an event of a stream."""
+    """The fields of a stream's event that matter here."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -60,10 +62,10 @@ class _Reading:
     """A stream as it is read."""
 
     event_times: list[float] = field(default_factory=list)
-    """Of events with a piece of the answer."""
+    """Arrival times of the events with a part of the answer."""
     token_ids: list[int] = field(default_factory=list)
     counts: list[tuple[float, int]] = field(default_factory=list)
-    """When the server had generated how many, as far as it said so."""
+    """Times and numbers of generated tokens, as the server counts them."""
     texts: list[str] = field(default_factory=list)
     usage: _Usage | None = None
     timings: _Timings | None = None
@@ -71,7 +73,7 @@ class _Reading:
     error: str | None = None
 
     def take(self, data: bytes, now: float) -> None:
-        """One event."""
+        """Add one event."""
         event = _decode_event(data)
         if event.error is not None:
             self.error = error_text(event.error)
@@ -94,7 +96,7 @@ class _Reading:
             self.counts.append((now, count))
 
     def token_times(self, told: str) -> list[float]:
-        """When each token came; `told` says how the server tells of them."""
+        """Return the arrival time of each token, by the server's way `told` of reporting them."""
         if told == "token_ids":
             return self.id_times
         if told == "usage at the end":
@@ -107,8 +109,10 @@ class _Reading:
 
 
 def spread(num_tokens: int, event_times: list[float]) -> list[float]:
-    """Times for tokens of which only the number is known: each event with a piece of the answer brought equally many.
-    The first token came with the first event, the last with the last.
+    """Spread tokens of which only the number is known evenly over the events, the first and the last on the outer ones.
+
+    >>> spread(3, [1.0, 2.0, 3.0, 4.0])
+    [1.0, 2.0, 4.0]
     """
     if not event_times or num_tokens < 1:
         return []
@@ -118,16 +122,16 @@ def spread(num_tokens: int, event_times: list[float]) -> list[float]:
 
 
 def error_text(error: Any) -> str:
-    """What an error says, in whatever shape it comes."""
+    """Return the message of an error, whichever shape the server gives it."""
     if isinstance(error, Mapping):
         return str(error.get("message") or error.get("detail") or error)
     return str(error)
 
 
 class Endpoint(Target):
-    """A server at a URL: with a path (`http://host:8000/v3`), that is where the routes are; without, `/v1`.
+    """A server at a URL. Its routes are below the path of the URL (`http://host:8000/v3`), by default below `/v1`.
 
-    `timeout`: seconds for a whole answer. `pid`: of the server's process, if its memory is wanted.
+    `timeout`: seconds for a whole answer. `pid`: process of the server, to report its memory.
     """
 
     def __init__(
@@ -145,18 +149,18 @@ class Endpoint(Target):
         try:
             self._address = Address.of(url, api_key)
         except ValueError:
-            raise ConfigError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000") from None
+            raise ConfigError(f"invalid server URL {url!r}: use one such as http://127.0.0.1:8000") from None
         self._base = urlsplit(url).path.rstrip("/") or "/v1"
         self._model, self._ignore_eos, self._vocab_size = model, ignore_eos, vocab_size
         self._timeout, self._pid = timeout, pid
-        self._extra: dict[str, Any] = {}  # parameters that the server honours
+        self._extra: dict[str, Any] = {}  # parameters that the server accepts
         self._told = ""
         self.vocabulary: Vocabulary = TokenIds(MODEST_VOCABULARY if vocab_size is None else vocab_size)
         self.answer_vocabulary: Vocabulary = self.vocabulary
         self.about = {}
 
     async def start(self) -> None:
-        room = await self._choose_model()
+        max_model_len = await self._choose_model()
         takes_ids = await self._probe()
         self.answer_vocabulary = self.vocabulary
         if not takes_ids or self._told != "token_ids":
@@ -166,7 +170,7 @@ class Endpoint(Target):
         self.about = {
             "url": self.url,
             "model": self._model,
-            "room": room,
+            "room": max_model_len,
             "prompts": f"token ids below {self.vocabulary.size}" if isinstance(self.vocabulary, TokenIds) else "text",
             "token_times": self._told,
             "ignores_eos": "ignore_eos" in self._extra,
@@ -174,38 +178,38 @@ class Endpoint(Target):
         }
 
     async def _choose_model(self) -> int | None:
-        """Which model it is; its room, if the server says it."""
+        """Choose the model; return its context length, if the server reports it."""
         status, body = await get(self._address, f"{self._base}/models", timeout=self._timeout)
         if status in (401, 403):
-            raise ServerError(f"{self.url} wants a key: give --api-key, or set SPLITFUSE_API_KEY")
+            raise ServerError(f"{self.url} requires an API key: give --api-key, or set SPLITFUSE_API_KEY")
         try:
             models = msgspec.json.decode(body)["data"]
             names = [str(model["id"]) for model in models]
         except (msgspec.MsgspecError, KeyError, TypeError):
             raise ServerError(
-                f"{self._base}/models at {self.url} gives no list of models (status {status}): is it a server of "
-                "OpenAI's API?"
+                f"{self._base}/models at {self.url} returned no list of models (status {status}): does the server have "
+                "OpenAI's API there?"
             ) from None
         if not names:
-            raise ServerError(f"{self.url} has no model")
+            raise ServerError(f"{self.url} serves no model")
         if self._model is None:
             self._model = names[0]
         elif self._model not in names:
-            raise ServerError(f"{self.url} has no model {self._model!r}; it has {', '.join(names)}")
+            raise ServerError(f"{self.url} does not serve model {self._model!r}, only {', '.join(names)}")
         entry = models[names.index(self._model)]
         meta = entry.get("meta") or {}  # llama.cpp's
-        room = entry.get("max_model_len")
-        if room is None and meta:
-            room = await self._slot_length()
-        room = None if room is None else int(room)
-        if room:
-            self.room = room
+        max_model_len = entry.get("max_model_len")
+        if max_model_len is None and meta:
+            max_model_len = await self._slot_length()
+        max_model_len = None if max_model_len is None else int(max_model_len)
+        if max_model_len:
+            self.room = max_model_len
         if self._vocab_size is None and meta.get("n_vocab"):
             self.vocabulary = TokenIds(int(meta["n_vocab"]))
-        return room
+        return max_model_len
 
     async def _slot_length(self) -> int | None:
-        """llama.cpp divides its context among slots."""
+        """Return the context of a slot: llama.cpp divides its context among slots."""
         status, body = await get(self._address, "/props", timeout=self._timeout)
         try:
             return int(msgspec.json.decode(body)["default_generation_settings"]["n_ctx"]) if status == 200 else None
@@ -213,7 +217,7 @@ class Endpoint(Target):
             return None
 
     async def _probe(self) -> bool:
-        """Find out by asking: which parameters it takes, how it tells of tokens; whether it takes ids."""
+        """Find out which parameters the server accepts and how it reports tokens; return whether it takes token ids."""
         usage = {"stream_options": {"include_usage": True}}
         ids: Any = list(range(PROBE_TOKENS, 2 * PROBE_TOKENS))
         refusals = []
@@ -226,7 +230,7 @@ class Endpoint(Target):
             self._extra = dict(extra)
             break
         else:
-            raise ServerError(f"{self.url} refuses the simplest streams of completions: {refusals[0]}")
+            raise ServerError(f"{self.url} rejects even the simplest stream of completions: {refusals[0]}")
         if self._ignore_eos:
             await self._try(prompt, {"ignore_eos": True}, lambda reading: not reading.error)
         continuous = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
@@ -240,19 +244,19 @@ class Endpoint(Target):
                 return not isinstance(prompt, str)
         reading = await self._stream(prompt, PROBE_TOKENS, self._extra)
         if not reading.counts:
-            raise ServerError(f"{self.url} tells nowhere how many tokens it generates: neither ids nor usage")
+            raise ServerError(f"{self.url} reports neither token ids nor usage: its tokens cannot be counted")
         self._told = "usage at the end"
         return not isinstance(prompt, str)
 
     @staticmethod
     def _tells(reading: _Reading, told: str) -> bool:
-        """Whether the probe's tokens were told of one by one, or nearly."""
+        """Return whether the probe's tokens were reported one by one, or nearly."""
         if told == "token_ids":
             return bool(reading.token_ids)
         return len({time for time, _ in reading.counts}) > 1 or (len(reading.counts) > 1 and reading.counts[0][1] == 1)
 
     async def _try(self, prompt: Any, parameters: dict[str, Any], works: Any) -> bool:
-        """Keep the parameters if the server takes them and they do something."""
+        """Keep the parameters if the server accepts them and they take effect."""
         extra = {**self._extra, **parameters}
         try:
             reading = await self._stream(prompt, PROBE_TOKENS, extra)
@@ -264,7 +268,7 @@ class Endpoint(Target):
         return False
 
     async def _words(self) -> Words:
-        """Prompts as text, knowing how many tokens the server makes of a word."""
+        """Return a vocabulary of words, with the server's tokens per word."""
         reading = await self._stream(" ".join(WORDS[:PROBE_WORDS]), 1, self._extra)
         tokens = reading.usage.prompt_tokens if reading.usage else None
         return Words(tokens / PROBE_WORDS if tokens else 1.0)
@@ -282,12 +286,12 @@ class Endpoint(Target):
         times = reading.token_times(self._told)
         fault = reading.error
         if fault is None and "ignore_eos" in self._extra and len(times) != request.max_tokens:
-            fault = f"{len(times)} tokens came, not {request.max_tokens}"
+            fault = f"{len(times)} tokens arrived instead of {request.max_tokens}"
         tokens = "".join(reading.texts) if isinstance(request.prompt, str) else tuple(reading.token_ids)
         return Answer(length, tuple(times), tokens, fault)
 
     async def _stream(self, prompt: Any, max_tokens: int, extra: Mapping[str, Any]) -> _Reading:
-        """One request to its end. Raises InvalidRequestError with what the server says if it refuses."""
+        """Read one stream to its end. Raises InvalidRequestError with the server's message if it is rejected."""
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -301,13 +305,13 @@ class Endpoint(Target):
         try:
             status, refusal = await post_stream(self._address, path, content, reading.take, timeout=self._timeout)
         except msgspec.MsgspecError as error:
-            raise RequestFailedError(f"the stream has an event that is none of completions: {error}") from error
+            raise RequestFailedError(f"malformed event in the stream of completions: {error}") from error
         if status != 200:
             raise InvalidRequestError(f"status {status}: {_refusal(refusal)}")
         return reading
 
     async def close(self) -> None:
-        """Every request had a connection of its own: there is nothing to let go of."""
+        """Do nothing: every request had a connection of its own."""
 
     def resident_bytes(self) -> int | None:
         return None if self._pid is None else resident_bytes(self._pid)
@@ -315,9 +319,9 @@ class Endpoint(Target):
 
 def _refusal(body: bytes) -> str:
     try:
-        said = msgspec.json.decode(body)
+        error = msgspec.json.decode(body)
     except msgspec.MsgspecError:
         return body[:300].decode("utf-8", "replace")
-    if isinstance(said, Mapping):
-        said = said.get("error", said)
-    return error_text(said)[:300]
+    if isinstance(error, Mapping):
+        error = error.get("error", error)
+    return error_text(error)[:300]

@@ -1,7 +1,7 @@
-"""HTTP/1.1 as lean as a load generator needs it, which shares the cores with what it measures: a connection for each
-request, streams of events as they come. Knows nothing of what is in an event.
+"""A lean HTTP/1.1 client for a load generator, which shares the cores with the server that it measures.
 
-One event costs a fraction of what a client library takes for it (docs/bench.md has the figures).
+A connection for each request; streams of server-sent events, handed over as they arrive. An event costs a fraction of
+the processor time that a client library takes (docs/bench.md has the figures).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _HEAD_LIMIT = 2**20
 _PIECE = 2**16
 
 TakeEvent = Callable[[bytes, float], None]
-"""Gets the data of an event, and when it came."""
+"""Callback with the data of an event and its arrival time."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and what opens it."""
+    """The address of a server, and its API key."""
 
     host: str
     port: int
@@ -36,7 +36,7 @@ class Address:
 
     @classmethod
     def of(cls, url: str, api_key: str | None = None) -> Address:
-        """From a URL. Raises ValueError if it is none of HTTP."""
+        """Return the address of an HTTP URL. Raises ValueError for any other."""
         parts = urlsplit(url)
         secure = parts.scheme == "https"
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -46,7 +46,7 @@ class Address:
         return cls(parts.hostname, port, authority, ssl.create_default_context() if secure else None, api_key)
 
     def head(self, method: str, path: str, length: int) -> bytes:
-        """A request's first lines."""
+        """Return the head of a request."""
         key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         return (
             f"{method} {path} HTTP/1.1\r\nhost: {self.authority}\r\nconnection: close\r\n{key}"
@@ -55,7 +55,10 @@ class Address:
 
 
 async def get(address: Address, path: str, *, timeout: float) -> tuple[int, bytes]:
-    """Status and body. Raises ServerError if nobody answers, RequestFailedError if the answer breaks off."""
+    """Return status and body.
+
+    Raises ServerError if the server is unreachable, RequestFailedError if the answer breaks off.
+    """
     async with _exchange(address, address.head("GET", path, 0), timeout) as (status, pieces):
         return status, b"".join([piece async for piece in pieces])
 
@@ -63,8 +66,9 @@ async def get(address: Address, path: str, *, timeout: float) -> tuple[int, byte
 async def post_stream(
     address: Address, path: str, body: bytes, take: TakeEvent, *, timeout: float
 ) -> tuple[int, bytes]:
-    """Post JSON, and hand over each event of the stream that comes until `[DONE]`. The status, and the body if that is
-    no 200. Raises ServerError if nobody answers, RequestFailedError if the stream breaks off.
+    """Post JSON, and pass each event of the stream to `take` until `[DONE]`; return status, and body if not 200.
+
+    Raises ServerError if the server is unreachable, RequestFailedError if the stream breaks off.
     """
     async with _exchange(address, address.head("POST", path, len(body)) + body, timeout) as (status, pieces):
         if status != 200:
@@ -86,7 +90,7 @@ async def post_stream(
 async def _exchange(
     address: Address, request: bytes, timeout: float
 ) -> AsyncGenerator[tuple[int, AsyncGenerator[bytes, None]], None]:
-    """One request on a connection of its own: the status, and the body as it comes."""
+    """Send one request on a connection of its own; yield the status and the body as it arrives."""
     where = f"{address.host}:{address.port}"
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
@@ -94,14 +98,14 @@ async def _exchange(
                 address.host, address.port, ssl=address.tls, limit=_HEAD_LIMIT
             )
     except (OSError, TimeoutError) as error:
-        raise ServerError(f"no server answers at {where}: {error or 'it takes no connection'}") from error
+        raise ServerError(f"no server answers at {where}: {error or 'connecting timed out'}") from error
     try:
         async with asyncio.timeout(timeout):
             writer.write(request)
             status, headers = await _read_head(reader)
             yield status, _body(reader, headers)
     except TimeoutError as error:
-        raise RequestFailedError(f"no whole answer came from {where} within {timeout:g} s") from error
+        raise RequestFailedError(f"the answer from {where} took longer than {timeout:g} s") from error
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
         raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
     finally:
@@ -113,19 +117,19 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, byt
     first, *lines = head[:-4].split(b"\r\n")
     words = first.split(b" ", 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-        raise RequestFailedError(f"what answers speaks no HTTP/1.1: {first[:80]!r}")
+        raise RequestFailedError(f"not an HTTP/1.1 answer: {first[:80]!r}")
     fields = (line.partition(b":") for line in lines)
     return int(words[1]), {name.strip().lower(): value.strip().lower() for name, _, value in fields}
 
 
 async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncGenerator[bytes, None]:
-    """The body in pieces: of its stated length, chunked, or until the connection ends."""
+    """Yield the body in pieces: of its stated length, chunked, or until the connection ends."""
     if headers.get(b"transfer-encoding") == b"chunked":
         chunks = Chunks()
         while not chunks.ended:
             data = await reader.read(_PIECE)
             if not data:
-                raise ConnectionError("it ended within an answer")
+                raise ConnectionError("it closed within an answer")
             if piece := chunks.feed(data):
                 yield piece
         return
@@ -134,14 +138,14 @@ async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> As
         data = await reader.read(_PIECE if left is None else min(left, _PIECE))
         if not data:
             if left:
-                raise ConnectionError("it ended within an answer")
+                raise ConnectionError("it closed within an answer")
             return
         left = None if left is None else left - len(data)
         yield data
 
 
 class Chunks:
-    """Takes the lengths out of a body in HTTP's chunks (RFC 9112, section 7.1), however the pieces are cut."""
+    """Decoder of the chunked transfer coding (RFC 9112, section 7.1), for pieces of any length."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -149,7 +153,7 @@ class Chunks:
         self._left = 0  # bytes of the chunk that has begun, its line end among them
 
     def feed(self, data: bytes) -> bytes:
-        """What of the body is in the next piece. Raises ConnectionError for what is no chunk."""
+        """Return the part of the body in the next piece. Raises ConnectionError for a malformed chunk."""
         data, place, out = self._held + data, 0, []
         while place < len(data) and not self.ended:
             if self._left:
@@ -164,7 +168,7 @@ class Chunks:
             try:
                 size = int(data[place:end].partition(b";")[0], 16)
             except ValueError:
-                raise ConnectionError(f"{data[place:end][:40]!r} is no length of a chunk") from None
+                raise ConnectionError(f"malformed chunk length {data[place:end][:40]!r}") from None
             place = end + 2
             self.ended = size == 0
             self._left = size + 2

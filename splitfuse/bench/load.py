@@ -1,7 +1,8 @@
-"""Loads: who asks when, and what of it counts. A closed loop of clients, or an open one of due times.
+"""Loads: when requests are sent, and which of them count. A closed loop of clients, or an open loop of arrivals.
 
-Clients begin one after the other, and what they get until each has been answered once is not counted: a common start
-decides every tail. The load stays on until the last request that counts is done, so that those see the same company.
+Clients start one after the other, and nothing counts until each has been answered once: a common start would decide
+every tail latency. The load stays on until the last request that counts is done, so that it runs at the same
+concurrency as the others.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from splitfuse.bench.workload import LoadRequest, Workload
 from splitfuse.errors import ConfigError, ServerError
 
 SPACING = 0.25
-"""Between the starts of two clients, as a share of what a request alone takes."""
+"""Time between the starts of two clients, as a fraction of the latency of a lone request."""
 WARM_UP = 0.25
-"""Arrivals of an open loop before those that count, as a share of these."""
-PAUSE_AFTER_ERROR = 0.5  # seconds
-HOPELESS = 8  # failures without a single success
+"""Arrivals of an open loop before the window, as a fraction of those that count."""
+PAUSE_AFTER_ERROR = 0.5
+"""Seconds that a client waits after a failed request."""
+MAX_FAILURES = 8
+"""Failures without a success after which a load is given up."""
 
 OnProgress = Callable[[str, int], None]
-"""Gets what is being done, and how many requests that count are done."""
+"""Callback with the current activity, and the number of requests done which count."""
 
 
 class _Load:
-    """One point as it is driven."""
+    """One point while it is driven."""
 
     def __init__(self, target: Target, workload: Workload, stream: str, on_progress: OnProgress) -> None:
         self.target, self.workload, self.stream, self.on_progress = target, workload, stream, on_progress
@@ -37,7 +40,7 @@ class _Load:
         self.records: list[RequestRecord] = []
         self.opened = self.closed = math.inf  # the window
         self.counted = asyncio.Event()
-        """Set when the window is closed and all that was sent in it is done."""
+        """Set when the window is closed and all requests sent in it are done."""
         self._next = 0
         self._pending = self._num_done = self._num_failed = 0
 
@@ -46,12 +49,12 @@ class _Load:
         return asyncio.get_running_loop().time() - self.began
 
     def begin_session(self) -> LoadRequest:
-        """The first request of the next session."""
+        """Return the first request of the next session."""
         self._next += 1
         return self.workload.first(self.stream, self._next - 1)
 
     async def ask(self, client: int, request: LoadRequest, *, due: float | None = None) -> Answer:
-        """Send it now; its time begins now, or when it was due."""
+        """Send a request now and record it; its latency counts from now, or from when it was due."""
         sent = self.now if due is None else due
         counts = self.opened <= sent < self.closed
         self._pending += counts
@@ -60,8 +63,8 @@ class _Load:
         self.records.append(RequestRecord(client, sent, answer.num_prompt_tokens, times, answer.error))
         if answer.error is not None:
             self._num_failed += 1
-            if self._num_failed == len(self.records) >= HOPELESS:
-                raise ServerError(f"all requests fail: {answer.error}")
+            if self._num_failed == len(self.records) >= MAX_FAILURES:
+                raise ServerError(f"all requests failed, the last with: {answer.error}")
         if counts:
             self._pending -= 1
             self._num_done += 1
@@ -70,7 +73,7 @@ class _Load:
         return answer
 
     async def ask_session(self, client: int, *, due: float | None = None) -> None:
-        """All requests of the next session, one after the other, while the load is on."""
+        """Send the requests of the next session, one after the other, while the load is on."""
         request: LoadRequest | None = self.begin_session()
         while request is not None:
             answer = await self.ask(client, request, due=due)
@@ -79,7 +82,7 @@ class _Load:
             request, due = self.workload.successor(request, answer.tokens), None
 
     def check_end(self) -> None:
-        """Whether all that counts is done."""
+        """Set `counted` once the window is closed and its requests are done."""
         if self.closed < math.inf and not self._pending:
             self.counted.set()
 
@@ -98,10 +101,10 @@ async def closed_loop(
     repetition: int = 0,
     on_progress: OnProgress = lambda *_: None,
 ) -> Point:
-    """`clients` clients, each of which asks again as soon as it is answered, until `requests` requests have counted.
+    """Run clients that send again as soon as they are answered, until `requests` requests have counted.
 
-    They start `spacing` seconds apart; left out, a quarter of what a request alone takes, which is tried first. Raises
-    ServerError if there is no server any more, or if all requests fail.
+    They start `spacing` seconds apart; by default, a quarter of the latency of a lone request, which is sent first.
+    Raises ServerError if the server is gone, or if all requests fail.
     """
     if clients < 1 or requests < 1:
         raise ConfigError(f"clients and requests must be at least 1, not {clients} and {requests}")
@@ -154,14 +157,14 @@ async def open_loop(
     repetition: int = 0,
     on_progress: OnProgress = lambda *_: None,
 ) -> Point:
-    """Sessions that come at the times of `arrivals`, in seconds from the beginning, whether or not others are answered.
+    """Start sessions at the times of `arrivals`, in seconds from the beginning, whether or not others are answered.
 
-    A quarter of `requests` more come before those that count, and others after them until these are done. If the
-    arrivals end, all that came counts, until the last of it is done. Raises as `closed_loop` does.
+    A quarter of `requests` more arrive before those that count, and others after them until these are done. If the
+    arrivals end, everything counts until the last request is done. Raises what `closed_loop` raises.
     """
     if requests is not None and requests < 1:
         raise ConfigError(f"requests must be at least 1, not {requests}")
-    name = f"rate {rate:g}" if rate is not None else "as it came"
+    name = f"rate {rate:g}" if rate is not None else "as it came"  # it seeds the prompts of this point
     load = _Load(target, workload, f"{name} repetition {repetition}", on_progress)
     warm_up = 0 if requests is None else math.ceil(WARM_UP * requests)
 
@@ -180,20 +183,20 @@ async def open_loop(
             group.create_task(load.ask_session(number, due=due))
             await asyncio.sleep(0)  # so that it has begun, and is pending, before the window may close
             if number < warm_up:
-                on_progress(f"warming up, {number + 1} of {warm_up} have come", 0)
+                on_progress(f"warming up, {number + 1} of {warm_up} arrived", 0)
 
     async with _together() as group:
         group.create_task(arrive())
     if load.closed == math.inf:
         load.closed = load.now
     if load.opened == math.inf:
-        raise ConfigError("the arrivals ended before any request counted: lower --requests")
+        raise ConfigError("the arrivals ended during the warm-up: lower --requests")
     return load.point(clients=None, rate=rate, repetition=repetition)
 
 
 @asynccontextmanager
 async def _together() -> AsyncIterator[asyncio.TaskGroup]:
-    """Tasks of which the first error ends the others, and comes out as itself."""
+    """A task group that raises the first error itself, not in an exception group."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group
@@ -202,7 +205,7 @@ async def _together() -> AsyncIterator[asyncio.TaskGroup]:
 
 
 async def _either(*work: Coroutine[Any, Any, Any]) -> None:
-    """Until one of them is done."""
+    """Wait until one of them is done; cancel the others."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -20,40 +20,42 @@ from splitfuse.bench.workload import Trace, Workload, poisson
 from splitfuse.errors import ConfigError
 
 OPEN_REQUESTS = 100
-"""That count in an open loop if nobody says how many."""
+"""Number of requests that count in an open loop by default."""
 
 MakeWorkload = Callable[[Target], Workload]
-"""A workload of what the target takes, once that is known."""
+"""Makes the workload once the target has started and its limits are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """Which loads, and how often. Without clients and rates: a trace as it came."""
+    """Loads and repetitions. Without clients and rates: a trace at its recorded times."""
 
     clients: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
     requests: int | None = None
-    """That count at each; left out, 4 for each client and 32 more, as in the original's code, or 100 at a rate."""
+    """Number that counts at each load; by default 4 per client and 32 more, as in the original, or 100 at a rate."""
     repeat: int = 2
     spacing: float | None = None
-    """Seconds between the starts of two clients; left out, a quarter of what a request alone takes."""
+    """Seconds between the starts of two clients; by default, a quarter of the latency of a lone request."""
 
     prompt_speed: float = PROMPT_TOKENS_PER_SECOND
-    """Prompt tokens a second, by which a first token counts as promised."""
+    """Prompt speed in tokens/s, from which the TTFT target of the SLA follows."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_speed < float("inf"):
-            raise ConfigError(f"prompt-speed must be a number of tokens a second above 0, not {self.prompt_speed}")
+            raise ConfigError(f"--prompt-speed {self.prompt_speed} must be a positive number of tokens/s, such as 512")
         if self.clients and self.rates:
-            raise ConfigError("clients ask when they are answered, a rate does not heed answers: give one of the two")
+            raise ConfigError("--clients (closed loop) and --rate (open loop) are mutually exclusive")
         if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rates):
-            raise ConfigError("clients must be whole numbers from 1, rates numbers above 0")
+            raise ConfigError(
+                "--clients takes positive integers and --rate positive numbers, such as --clients 1,8 or --rate 0.5"
+            )
         if self.spacing is not None and not self.clients:
-            raise ConfigError("spacing is that of clients: leave it out, or give clients")
+            raise ConfigError("--spacing applies to --clients only: leave it out, or give --clients")
         if self.repeat < 1 or (self.requests is not None and self.requests < 1):
-            raise ConfigError("repeat and requests must be at least 1")
+            raise ConfigError(f"--repeat and --requests must be at least 1, not {self.repeat} and {self.requests}")
         if self.spacing is not None and not 0 <= self.spacing < float("inf"):
-            raise ConfigError(f"spacing must be a number of seconds from 0, not {self.spacing}")
+            raise ConfigError(f"--spacing {self.spacing} must be a number of seconds, at least 0")
 
 
 async def measure(
@@ -68,9 +70,10 @@ async def measure(
     on_point: Callable[[Results], None] = lambda _: None,
     progress: bool = False,
 ) -> Results:
-    """Drive all loads. `on_start` sees the target when it has started, `on_point` all results so far after each point.
+    """Drive all loads and return their results.
 
-    Raises what target, workload and loads raise; what came before is in the last call of `on_point`.
+    `on_start` is called with the started target, `on_point` with all results so far after each point: if target,
+    workload or load raises, the points before are in the last call of `on_point`.
     """
     try:
         await target.start()
@@ -97,7 +100,7 @@ async def measure(
                 results = _with(results, point, target)
                 on_point(results)
             for rate in loads.rates or ([] if loads.clients else [None]):
-                name = "as it came" if rate is None else f"{rate:g} a second"
+                name = "as recorded" if rate is None else f"{rate:g} requests/s"
                 wanted = OPEN_REQUESTS if rate is not None and loads.requests is None else loads.requests
                 with _bar(name, repetition, loads.repeat, wanted, shown=progress) as on_progress:
                     point = await _open(target, workload, rate, wanted, repetition, on_progress)
@@ -122,7 +125,7 @@ async def _open(
     elif isinstance(workload, Trace):
         arrivals = workload.arrivals()
     else:
-        raise ConfigError("say when requests come: clients, a rate, or a trace with times")
+        raise ConfigError("no arrival times: give --clients, --rate, or a --trace with times (at)")
     return await open_loop(
         target,
         workload,

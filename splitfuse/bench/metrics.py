@@ -1,8 +1,8 @@
-"""The arithmetic of a benchmark: gaps, promises kept, throughput by the clock, percentiles. Pure functions.
+"""The arithmetic of a benchmark: inter-token latencies, SLO attainment, goodput, throughput, percentiles.
 
-The promises are those of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token comes within
-`prompt tokens / 512` seconds (or another speed: slower machines promise less), and at every token the exponential
-moving average of the gaps between tokens stays below `1 / SLA` seconds.
+Pure functions. The SLA is that of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token arrives within
+`prompt tokens / 512` seconds (a slower machine sets a lower prompt speed), and at every token the exponential moving
+average of the inter-token latency is below `1 / SLA` seconds.
 """
 
 from __future__ import annotations
@@ -18,34 +18,38 @@ if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
 
 PROMPT_TOKENS_PER_SECOND = 512.0
+"""Prompt speed of the SLA, from which the TTFT target follows."""
 SLAS = (2.0, 4.0, 6.0)
-"""Tokens a second that a reader is promised."""
+"""Generation speeds of the SLA, in tokens/s."""
 
 
 def gaps(record: RequestRecord) -> list[float]:
-    """Seconds between each token and the next. k tokens that came in one event are one gap and k - 1 zeros."""
-    times = record.token_times
-    return [later - earlier for earlier, later in pairwise(times)]
+    """Return the inter-token latencies in seconds; k tokens of one event are one gap and k - 1 zeros.
+
+    >>> gaps(RequestRecord(0, 0.0, 8, (1.0, 1.5, 1.5)))
+    [0.5, 0.0]
+    """
+    return [later - earlier for earlier, later in pairwise(record.token_times)]
 
 
 def moving_averages(values: Iterable[float], *, span: int = SPAN) -> list[float]:
-    """The exponential moving average after each value."""
+    """Return the exponential moving average after each value, as pandas' `ewm(span=span).mean()`."""
     average = MovingAverage(span)
     return [average.add(value) for value in values]
 
 
-def first_token_seconds(record: RequestRecord) -> float:
-    """From sending to the first token; infinite if none came."""
+def ttft(record: RequestRecord) -> float:
+    """Return the time to first token (TTFT) in seconds; infinite if no token arrived."""
     return record.token_times[0] - record.sent if record.token_times else math.inf
 
 
 def meets_ttft(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
-    """Whether the first token came within `prompt tokens / prompt_speed` seconds."""
-    return first_token_seconds(record) <= record.num_prompt_tokens / prompt_speed
+    """Return whether the first token arrived within `prompt tokens / prompt_speed` seconds."""
+    return ttft(record) <= record.num_prompt_tokens / prompt_speed
 
 
 def meets_sla(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
-    """Whether the request kept both promises at `sla` tokens a second. One that failed kept none."""
+    """Return whether the request met the SLA at `sla` tokens/s; a failed request did not."""
     return (
         record.error is None
         and meets_ttft(record, prompt_speed)
@@ -54,58 +58,59 @@ def meets_sla(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TO
 
 
 def meets_slo(record: RequestRecord, targets: SloTargets) -> bool:
-    """Whether the request met all of its targets. One that failed did not."""
+    """Return whether the request met all of these targets; a failed request did not."""
     return (
         _succeeded(record)
-        and first_token_seconds(record) <= targets.ttft_target(record.num_prompt_tokens)
+        and ttft(record) <= targets.ttft_target(record.num_prompt_tokens)
         and (targets.itl is None or all(average <= targets.itl for average in moving_averages(gaps(record))))
     )
 
 
 def seconds(point: Point) -> float:
-    """Length of the window."""
+    """Return the length of the window in seconds."""
     return point.window[1] - point.window[0]
 
 
 def counted(point: Point) -> list[RequestRecord]:
-    """The requests that were sent in the window, those that failed among them."""
+    """Return the requests sent in the window, including those which failed."""
     start, end = point.window
     return [record for record in point.records if start <= record.sent < end]
 
 
 def answered(point: Point) -> list[RequestRecord]:
-    """Those of them that did not fail."""
+    """Return the requests sent in the window which succeeded."""
     return [record for record in counted(point) if _succeeded(record)]
 
 
 def throughput(point: Point) -> float:
-    """Requests a second by the clock: those whose last token came in the window, whenever they were sent."""
+    """Return requests/s by the clock: those whose last token arrived in the window, whenever they were sent."""
     start, end = point.window
     return sum(_succeeded(record) and start <= record.done < end for record in point.records) / seconds(point)
 
 
 def token_throughput(point: Point) -> float:
-    """Generated tokens a second: those that came in the window."""
+    """Return generated tokens/s: the tokens that arrived in the window."""
     start, end = point.window
     return sum(start <= time < end for record in point.records for time in record.token_times) / seconds(point)
 
 
 def goodput(point: Point, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
-    """Requests a second that kept both promises, of those sent in the window.
+    """Return the requests/s, of those sent in the window, which met the SLA (the paper's effective throughput).
 
-    In an open loop more may be sent than are served: there it is the share that kept them, of as many as ended.
+    In an open loop more requests may arrive than are served: goodput is then SLA attainment times throughput.
     """
     records = counted(point)
-    kept = float(sum(meets_sla(record, sla, prompt_speed) for record in records))
+    met = float(sum(meets_sla(record, sla, prompt_speed) for record in records))
     if point.clients is None and records:
         start, end = point.window
-        kept *= sum(start <= record.done < end for record in point.records) / len(records)
-    return kept / seconds(point)
+        met *= sum(start <= record.done < end for record in point.records) / len(records)
+    return met / seconds(point)
 
 
 def littles_law(point: Point) -> float | None:
-    """Requests a second as clients / mean latency, which the original reports as throughput; None in an open loop, or
-    if nothing was answered. It agrees with the clock if the load was steady and nothing failed.
+    """Return requests/s as clients / mean latency, which the original reports as throughput.
+
+    None in an open loop, or if no request succeeded. Agrees with the clock if the load is steady and nothing failed.
     """
     records = answered(point)
     if point.clients is None or not records:
@@ -118,12 +123,12 @@ def _succeeded(record: RequestRecord) -> bool:
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN for none."""
+    """Return the mean; NaN of no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Between the two nearest values in proportion, as numpy's default; NaN for none."""
+    """Return a percentile, interpolated linearly between the two nearest values as numpy does; NaN of no values."""
     if not values:
         return math.nan
     ordered = sorted(values)

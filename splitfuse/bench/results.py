@@ -1,6 +1,6 @@
-"""What a load gave, measured or simulated: plain data, kept as JSON. Knows neither how it came about nor what it means.
+"""Results of a load, measured or simulated, as plain data that is stored as JSON.
 
-Times are seconds since the point began, by one monotonic clock.
+Times are seconds since the point began, by one monotonic clock. metrics.py interprets them.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from splitfuse.errors import ConfigError
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One request as its client saw it."""
+    """One request, as its client measured it."""
 
     client: int
-    """Which client of a closed loop sent it; in an open loop, its place in the order of arrival."""
+    """Number of the client that sent it (closed loop), or position in the order of arrival (open loop)."""
     sent: float
-    """When it was sent; in an open loop, when it was due."""
+    """Time at which it was sent, or at which it was due (open loop)."""
     num_prompt_tokens: int
     token_times: tuple[float, ...]
-    """When each generated token came. Those that came in one event have equal times."""
+    """Arrival time of each generated token; tokens of one event have equal times."""
     error: str | None = None
 
     @property
     def done(self) -> float:
-        """When its last token came; when it was sent, if none did."""
+        """Time of its last token; the time it was sent if no token arrived."""
         return self.token_times[-1] if self.token_times else self.sent
 
 
 @dataclass(frozen=True)
 class Point:
-    """One load on one system. Counted are the requests sent in `window`; those outside warmed it up or ran it out."""
+    """One load on one system. Requests sent in `window` count; those before warm up, those after keep the load on."""
 
     clients: int | None
-    """Of a closed loop; None for an open one."""
+    """Number of clients of a closed loop; None for an open loop."""
     rate: float | None
-    """Requests a second that were due in an open loop; None for a closed one."""
+    """Arrival rate of an open loop in requests/s; None for a closed loop."""
     window: tuple[float, float]
     records: tuple[RequestRecord, ...]
     repetition: int = 0
@@ -49,31 +49,31 @@ class Point:
 
 @dataclass(frozen=True)
 class Results:
-    """Every point of one system under one kind of load."""
+    """All points of one system under one workload."""
 
     system: str
-    """What was measured, in words for a legend: `splitfuse int8`, `vLLM 0.32 W8A8, budget 256`."""
+    """Name of the system, for legends: `splitfuse int8`, `vLLM 0.32 W8A8, budget 256`."""
     workload: dict[str, Any]
-    """The settings of the load, by name."""
+    """Settings of the workload, by name."""
     points: tuple[Point, ...]
     simulated: bool = False
     replicas: int = 1
-    """Engines that shared the load, each with a whole model."""
+    """Number of engines that share the load, each with a whole model."""
     tensor_parallel_size: int = 1
-    """Devices that shared each engine's model."""
+    """Number of devices that share each engine's model."""
     prompt_speed: float = 512.0
-    """Prompt tokens a second, by which a first token counts as promised."""
+    """Prompt speed in tokens/s, from which the TTFT target of the SLA follows."""
     about: dict[str, Any] = field(default_factory=dict)
-    """The command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat it."""
+    """Command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat the run."""
 
 
 def load_order(clients: int | None, rate: float | None) -> tuple[float, float]:
-    """By which loads are sorted: closed ones by their clients, open ones by their rate."""
+    """Return the key that sorts loads: closed loops by their clients, open loops by their rate."""
     return (clients or 0, rate or 0.0)
 
 
 def by_load(points: Iterable[Point]) -> list[list[Point]]:
-    """The repetitions of each load together, loads in their order."""
+    """Return the repetitions of each load together, sorted by load."""
     loads: dict[tuple[float, float], list[Point]] = {}
     for point in points:
         loads.setdefault(load_order(point.clients, point.rate), []).append(point)
@@ -81,17 +81,17 @@ def by_load(points: Iterable[Point]) -> list[list[Point]]:
 
 
 def save(results: Results, path: Path) -> None:
-    """As JSON. Whoever is interrupted leaves the old file or the new one, whole."""
+    """Write results as JSON, atomically: an interruption leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
     part.replace(path)
 
 
 def load(path: Path) -> Results:
-    """Raises ConfigError for a file that cannot be read or holds something else."""
+    """Read results. Raises ConfigError for a file that cannot be read or does not hold results."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Results)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path} does not hold results of a benchmark: {error}") from error
+        raise ConfigError(f"{path} is not a file of benchmark results: {error}") from error

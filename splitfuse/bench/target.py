@@ -1,6 +1,6 @@
-"""What is driven: anything that takes a request and says when each token of its answer came. And our own engine so.
+"""Targets of a load: the interface, and our own engine as a target. endpoint.py has the one over HTTP.
 
-Knows nothing of loads. The other one, an endpoint over HTTP, is in endpoint.py.
+A target answers a request with the time at which each token arrived; it knows nothing of loads.
 """
 
 from __future__ import annotations
@@ -26,50 +26,51 @@ from splitfuse.runtime.environment import resident_bytes
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request gave. Times are those of the event loop: of `time.monotonic`, unless it is a virtual one."""
+    """The answer to one request. Times are those of the event loop: `time.monotonic`, unless its clock is virtual."""
 
     num_prompt_tokens: int
     token_times: tuple[float, ...] = ()
     tokens: Prompt = ()
-    """The answer itself, as it may stand in a later prompt."""
+    """Generated text or token ids, as a later prompt of the conversation contains them."""
     error: str | None = None
 
 
 class Target(ABC):
-    """Something that answers. Open it with `start`, close it with `close`, in one event loop."""
+    """A system under load. Call `start`, `ask` and `close` in one event loop."""
 
     vocabulary: Vocabulary
-    """What prompts are made of."""
+    """Vocabulary of prompts."""
     answer_vocabulary: Vocabulary
-    """The same for prompts that hold answers to earlier ones: of the kind that answers come in."""
+    """Vocabulary of prompts which contain earlier answers: of the kind in which answers arrive."""
     room: int = UNLIMITED
-    """Tokens of prompt and answer together that it takes, as far as it says."""
+    """Maximum number of tokens of prompt and answer together, if known."""
     about: dict[str, Any]
-    """What is known of it once it has started, for the record: startup_seconds and settings among it."""
+    """Facts for the record, once it has started: startup_seconds, settings and more."""
 
     @abstractmethod
     async def start(self) -> None:
-        """Be ready to answer. Raises a SplitfuseError that says why it cannot be."""
+        """Make it ready to answer. Raises a SplitfuseError if that fails."""
 
     @abstractmethod
     async def ask(self, request: LoadRequest) -> Answer:
-        """Greedily `request.max_tokens` tokens. Fewer are an error, unless ends of texts are heeded; an error of this
-        request is in the answer. Raises ServerError if there is nobody left to ask.
+        """Generate `request.max_tokens` tokens, greedily. Fewer are an error, unless end tokens are honoured.
+
+        A failure of this request alone is in the answer. Raises ServerError if the target is gone.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Let go of it."""
+        """Release it."""
 
     def resident_bytes(self) -> int | None:
-        """Memory of its processes now, shared pages counted once; None if they are not known."""
+        """Return the memory of its processes now, shared pages counted once; None if they are unknown."""
         return None
 
 
 class EngineTarget(Target):
-    """Our engine: in a thread of this process, or with several replicas each in a process of its own.
+    """Our engine: in a thread of this process, or several replicas, each in a process of its own.
 
-    `settings` are those of EngineConfig by name; `policy` says how steps are composed (core/baselines.py).
+    `settings` are those of EngineConfig by name; `policy` is the name of a scheduling policy (core/baselines.py).
     """
 
     def __init__(
@@ -78,9 +79,9 @@ class EngineTarget(Target):
         config = EngineConfig.from_settings(settings)
         self._policy, self._scheduler = policy, scheduler_class(policy, config.scheduler)
         if replicas > 1 and self._scheduler is not Scheduler:
-            raise ConfigError(f"the policy {policy} is for one engine in this process, not for {replicas} replicas")
+            raise ConfigError(f"policy {policy} runs on one engine in this process, not on {replicas} replicas")
         if replicas < 1:
-            raise ConfigError(f"there must be at least one replica, not {replicas}")
+            raise ConfigError(f"--replicas {replicas} must be at least 1")
         self._settings, self._replicas, self._ignore_eos = dict(settings), replicas, ignore_eos
         self._client: EngineClient | None = None
         self._numbers = itertools.count()
@@ -116,7 +117,7 @@ class EngineTarget(Target):
         assert self._client is not None
         if isinstance(request.prompt, str):
             raise ConfigError(
-                "the trace has prompts as text, and the engine alone takes token ids: serve it, and give --url"
+                "the trace contains text, but an engine without a server takes token ids: serve it and give --url"
             )
         params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=self._ignore_eos)
         times: list[float] = []
@@ -128,10 +129,10 @@ class EngineTarget(Target):
                     tokens += output.token_ids
                     times += [time.monotonic()] * len(output.token_ids)
                     if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                        error = output.error or "it was ended"
+                        error = output.error or "the request was aborted"
         except SplitfuseError as failure:
             if self._client.state is EngineState.DEAD:
-                raise ServerError(f"the engine is gone: {failure}") from failure
+                raise ServerError(f"the engine has died: {failure}") from failure
             error = str(failure)
         return Answer(len(request.prompt), tuple(times), tuple(tokens), error)
 

@@ -1,14 +1,14 @@
-"""The requests of a load, as data: seeded, distinct, the same for every system. Knows no clock and no server.
+"""Workloads: the requests of a load as data, seeded, distinct, and equal for every system.
 
-A workload is an endless row of sessions, of which the n-th is a function of the seed, the stream and n alone, whoever
-asks for it and when. Most sessions are one request; in a conversation the next request depends on the answer to the
-last one, so a workload is asked for a request's successor.
+A workload is an endless sequence of sessions. The n-th session is a function of the seed, the stream and n alone. Most
+sessions are one request; in a conversation the next request depends on the previous answer, so a workload makes a
+request's successor from it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -19,9 +19,11 @@ import msgspec
 from splitfuse.errors import ConfigError
 
 Prompt: TypeAlias = tuple[int, ...] | str
-DEVIATION = 0.3  # of lengths, as a share of their mean: the paper's
+DEVIATION = 0.3
+"""Standard deviation of lengths as a fraction of their mean, as in the paper."""
 UNLIMITED = 2**31 - 1
-FIRST_TOKEN_ID = 10  # those before it are often special
+FIRST_TOKEN_ID = 10
+"""Lowest token id of random prompts: those below are often special tokens."""
 WORDS = (  # noqa: SIM905
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work number night point home water room mother area money "
@@ -32,37 +34,38 @@ WORDS = (  # noqa: SIM905
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """One request of a load."""
+    """A request of a load."""
 
     stream: str
-    """Names the point and repetition it belongs to, so that no two share a prompt."""
+    """Name of its point and repetition, so that no two points share a prompt."""
     number: int
-    """Of its session."""
+    """Number of its session."""
     turn: int
     prompt: Prompt
     max_tokens: int
-    prefix: int = 0  # tokens at the beginning that other sessions share
+    prefix: int = 0
+    """Number of tokens at the beginning that earlier requests may have had, too."""
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Prompts as token ids: random ones below `size`."""
+    """Random token ids below `size`."""
 
     size: int
 
     def draw(self, random: Random, count: int) -> Prompt:
-        """`count` tokens."""
+        """Return `count` tokens."""
         return tuple(random.choices(range(min(FIRST_TOKEN_ID, self.size - 1), self.size), k=count))
 
 
 @dataclass(frozen=True)
 class Words:
-    """Prompts as text, for servers that take no ids: random English words, about `count` tokens of them."""
+    """Random English words, for servers that do not take token ids."""
 
     tokens_per_word: float = 1.0
 
     def draw(self, random: Random, count: int) -> Prompt:
-        """About `count` tokens; the server says how many they are."""
+        """Return text of about `count` tokens; the server counts them exactly."""
         return " ".join(random.choices(WORDS, k=max(round(count / self.tokens_per_word), 1)))
 
 
@@ -70,34 +73,36 @@ Vocabulary: TypeAlias = TokenIds | Words
 
 
 def joined(first: Prompt, second: Prompt) -> Prompt:
-    """One prompt after the other. Ids go with ids, text with text."""
+    """Return one prompt after the other. Raises ConfigError for text and token ids."""
     if isinstance(first, str) or isinstance(second, str):
         if not isinstance(first, str) or not isinstance(second, str):
-            raise ConfigError("a conversation mixes text and token ids: the trace must have one kind")
+            raise ConfigError("a conversation mixes text and token ids: use one kind of prompt")
         return f"{first} {second}"
     return first + second
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of prompts and answers, in tokens: Normal(mean, deviation * mean), from 1 to what the model has room for."""
+    """Lengths in tokens of prompts and answers: Normal(mean, deviation * mean), clipped to 1 and to `room`."""
 
     prompt: float
     generate: float
     deviation: float = DEVIATION
     room: int = UNLIMITED
-    """Tokens of prompt and answer together."""
+    """Maximum of prompt and answer together."""
 
     def __post_init__(self) -> None:
         if not (self.prompt >= 1 and self.generate >= 1):
-            raise ConfigError(f"lengths must be at least 1, not {self.prompt:g} and {self.generate:g}")
+            raise ConfigError(f"--prompt {self.prompt:g} and --generate {self.generate:g} must be at least 1")
         if not 0 <= self.deviation < 10:
-            raise ConfigError(f"the deviation is a share of the mean, from 0 to 10, not {self.deviation:g}")
+            raise ConfigError(
+                f"--deviation {self.deviation:g} must be a fraction of the mean, from 0 to 10, such as 0.3"
+            )
         if self.room < 2:
-            raise ConfigError(f"a model that holds {self.room} tokens has no room for a prompt and an answer")
+            raise ConfigError(f"a context of {self.room} tokens is too short for a prompt and an answer")
 
     def draw(self, random: Random, *, before: int = 0) -> tuple[int, int]:
-        """Tokens of a prompt, and of its answer, that come after `before` others."""
+        """Return the lengths of a prompt and its answer that follow `before` other tokens."""
         prompt = _clipped(random.gauss(self.prompt, self.deviation * self.prompt), self.room - before - 1)
         generate = _clipped(random.gauss(self.generate, self.deviation * self.generate), self.room - before - prompt)
         return prompt, generate
@@ -108,25 +113,25 @@ def _clipped(value: float, most: int) -> int:
 
 
 class Workload(ABC):
-    """What is asked, in what order."""
+    """An endless sequence of sessions."""
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """By name, for the record."""
+        """Settings by name, for the record; `workload_from` makes the workload of them again."""
 
     @abstractmethod
     def first(self, stream: str, number: int) -> LoadRequest:
-        """The first request of session `number`, from 0."""
+        """Return the first request of session `number`, from 0."""
 
     def successor(self, request: LoadRequest, answer: Prompt) -> LoadRequest | None:  # noqa: ARG002
-        """What its session asks when it has the answer; None if that was all."""
+        """Return the next request of its session after this answer; None at its end."""
         return None
 
 
 @dataclass(frozen=True)
 class Independent(Workload):
-    """The paper's: requests that have nothing to do with each other."""
+    """Unrelated requests, as in the paper."""
 
     lengths: Lengths
     vocabulary: Vocabulary
@@ -134,7 +139,7 @@ class Independent(Workload):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "independent", **_said(self.lengths), "seed": self.seed}
+        return {"kind": "independent", **_lengths_settings(self.lengths), "seed": self.seed}
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number}")
@@ -144,10 +149,10 @@ class Independent(Workload):
 
 @dataclass(frozen=True)
 class SharedPrefix(Workload):
-    """Requests that begin with one of a few long prefixes, such as a system prompt, and differ after it."""
+    """Requests that start with one of a few long prefixes, such as a system prompt, and differ after it."""
 
     lengths: Lengths
-    """Of what comes after the prefix."""
+    """Lengths of the prompt after the prefix, and of the answer."""
     vocabulary: Vocabulary
     prefix: int
     num_prefixes: int = 1
@@ -155,14 +160,16 @@ class SharedPrefix(Workload):
 
     def __post_init__(self) -> None:
         if not 1 <= self.prefix <= self.lengths.room - 2:
-            raise ConfigError(f"a prefix of {self.prefix} tokens leaves no room in {self.lengths.room}")
+            raise ConfigError(
+                f"--prefix {self.prefix} must be between 1 and {self.lengths.room - 2}, to leave room for a request"
+            )
         if self.num_prefixes < 1:
-            raise ConfigError(f"there must be at least one prefix, not {self.num_prefixes}")
+            raise ConfigError(f"--prefixes {self.num_prefixes} must be at least 1")
 
     @property
     def settings(self) -> dict[str, Any]:
         own = {"prefix": self.prefix, "prefixes": self.num_prefixes}
-        return {"kind": "prefix", **_said(self.lengths), **own, "seed": self.seed}
+        return {"kind": "prefix", **_lengths_settings(self.lengths), **own, "seed": self.seed}
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number}")
@@ -175,24 +182,24 @@ class SharedPrefix(Workload):
 
 @dataclass(frozen=True)
 class Chat(Workload):
-    """Conversations: the prompt of a turn is all that was said before, the last answer, and something new.
+    """Conversations: the prompt of a turn is the whole conversation so far and something new.
 
-    A conversation ends after `turns` turns, or when the model has no room for another.
+    A conversation ends after `turns` turns, or when the context has no room for another.
     """
 
     lengths: Lengths
-    """Of what is new in a turn, and of an answer."""
+    """Lengths of the new part of a turn, and of an answer."""
     vocabulary: Vocabulary
     turns: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.turns < 1:
-            raise ConfigError(f"a conversation has at least one turn, not {self.turns}")
+            raise ConfigError(f"--turns {self.turns} must be at least 1")
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "chat", **_said(self.lengths), "turns": self.turns, "seed": self.seed}
+        return {"kind": "chat", **_lengths_settings(self.lengths), "turns": self.turns, "seed": self.seed}
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number} 0")
@@ -200,29 +207,29 @@ class Chat(Workload):
         return LoadRequest(stream, number, 0, self.vocabulary.draw(random, prompt), generate)
 
     def successor(self, request: LoadRequest, answer: Prompt) -> LoadRequest | None:
-        said = joined(request.prompt, answer)
-        before = 0 if isinstance(said, str) else len(said)
+        history = joined(request.prompt, answer)
+        before = 0 if isinstance(history, str) else len(history)
         if request.turn + 1 >= self.turns or before + 2 > self.lengths.room:
             return None
         random = Random(f"{self.seed} {request.stream} {request.number} {request.turn + 1}")
         new, generate = self.lengths.draw(random, before=before)
-        prompt = joined(said, self.vocabulary.draw(random, new))
+        prompt = joined(history, self.vocabulary.draw(random, new))
         return replace(request, turn=request.turn + 1, prompt=prompt, max_tokens=generate, prefix=before)
 
 
 class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of a trace: `prompt` itself, as text or token ids, or only its length in `prompt_tokens`."""
+    """A line of a trace: either `prompt`, as text or token ids, or its length in `prompt_tokens`."""
 
     generate: int
     prompt_tokens: int | None = None
     prompt: str | tuple[int, ...] | None = None
     at: float | None = None
-    """Seconds after the beginning at which it comes."""
+    """Arrival time in seconds, from any origin."""
 
 
 @dataclass(frozen=True)
 class Trace(Workload):
-    """What others once asked, again. In a closed loop, its times are not heeded, and it begins anew at its end."""
+    """Recorded requests. A closed loop ignores their times, and repeats the trace at its end."""
 
     lines: tuple[TraceLine, ...]
     vocabulary: Vocabulary
@@ -232,7 +239,7 @@ class Trace(Workload):
 
     @classmethod
     def read(cls, path: Path, vocabulary: Vocabulary, *, seed: int = 0, room: int = UNLIMITED) -> Trace:
-        """Raises ConfigError, naming the line, for what is no trace."""
+        """Read a trace. Raises ConfigError, naming the line, for an invalid one."""
         try:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -248,9 +255,9 @@ class Trace(Workload):
                     raise ConfigError(f"{path}, line {number}: {fault}")
                 lines.append(line)
         if not lines:
-            raise ConfigError(f"{path} has no line")
+            raise ConfigError(f"{path} is empty: a trace has one JSON object per line")
         if len({line.at is None for line in lines}) > 1:
-            raise ConfigError(f"{path}: some lines say when (`at`), some do not")
+            raise ConfigError(f"{path}: either all lines have a time (at) or none")
         return cls(tuple(sorted(lines, key=lambda line: line.at or 0.0)), vocabulary, path.name, seed, room)
 
     @property
@@ -259,13 +266,13 @@ class Trace(Workload):
 
     @property
     def is_timed(self) -> bool:
-        """Whether it says when its requests come."""
+        """Whether its lines have times."""
         return self.lines[0].at is not None
 
     def arrivals(self) -> Iterator[float]:
-        """When its requests come, in seconds after the first. Raises ConfigError if it does not say."""
+        """Return its arrival times in seconds after the first. Raises ConfigError if its lines have no times."""
         if not self.is_timed:
-            raise ConfigError(f"{self.name} does not say when its requests come: give --clients or --rate")
+            raise ConfigError(f"{self.name} has no times (at): give --clients or --rate")
         return ((line.at or 0.0) - (self.lines[0].at or 0.0) for line in self.lines)
 
     def first(self, stream: str, number: int) -> LoadRequest:
@@ -277,26 +284,41 @@ class Trace(Workload):
 
 
 def _fault(line: TraceLine, room: int) -> str | None:
-    """What is wrong with it."""
+    """Return what is wrong with a line; None if it is valid."""
     if (line.prompt is None) == (line.prompt_tokens is None):
-        return "give either prompt or prompt_tokens"
+        return "give exactly one of prompt and prompt_tokens"
     length = line.prompt_tokens if line.prompt is None else len(line.prompt)
     if line.generate < 1 or not length or length < 1:
-        return "prompt and generate must have at least one token"
+        return "prompt and generate must be at least one token each"
     if line.at is not None and not 0 <= line.at < float("inf"):
-        return f"at must be a number of seconds from 0, not {line.at}"
+        return f"at {line.at} must be a number of seconds, at least 0"
     if not isinstance(line.prompt, str) and length + line.generate > room:
-        return f"{length} tokens of prompt and {line.generate} to generate exceed the {room} that the model holds"
+        return f"{length} prompt tokens and {line.generate} to generate exceed the context of {room} tokens"
     return None
 
 
 def poisson(rate: float, *, seed: int, stream: str) -> Iterator[float]:
-    """The arrival times, in seconds, of a Poisson process of `rate` a second: without end."""
+    """Yield the arrival times, in seconds, of a Poisson process of `rate` requests/s, without end."""
     random, time = Random(f"{seed} arrivals {stream}"), 0.0
     while True:
         time += random.expovariate(rate)
         yield time
 
 
-def _said(lengths: Lengths) -> dict[str, Any]:
+def workload_from(
+    settings: Mapping[str, Any], lengths: Lengths, vocabulary: Vocabulary, answers: Vocabulary
+) -> Workload:
+    """Return the workload of these settings: without a trace, `prefix` or `turns`, requests are independent.
+
+    Settings of None count as missing. `answers` is the vocabulary of prompts which contain answers.
+    """
+    seed = settings["seed"]
+    if (turns := settings.get("turns")) is not None:
+        return Chat(lengths, answers, turns, seed)
+    if (prefix := settings.get("prefix")) is not None:
+        return SharedPrefix(lengths, vocabulary, prefix, settings.get("prefixes") or 1, seed)
+    return Independent(lengths, vocabulary, seed)
+
+
+def _lengths_settings(lengths: Lengths) -> dict[str, Any]:
     return {"prompt": lengths.prompt, "generate": lengths.generate, "deviation": lengths.deviation}

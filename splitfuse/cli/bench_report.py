@@ -1,4 +1,4 @@
-"""`splitfuse bench report`: one HTML page from the results of measurements and simulations."""
+"""`splitfuse bench report`: an HTML report of measured and simulated results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from splitfuse.cli.loads import SLAS, check_writable, parse_slas
 @cli_errors()
 def bench_report(
     files: Annotated[list[Path], typer.Argument(help="Results of `splitfuse bench run` or `splitfuse simulate`.")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    sla: Annotated[str, typer.Option(help="Tokens a second that are promised.")] = SLAS,
-    title: Annotated[str, typer.Option(help="Its heading.")] = "What a load gave",
+    out: Annotated[Path, typer.Option(help="File of the report.")] = Path("report.html"),
+    sla: Annotated[str, typer.Option(help="SLAs in tokens/s for which goodput is shown.")] = SLAS,
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Benchmark results",
 ) -> None:
-    """Make one HTML page of results: the five figures of the paper, tables, settings. It needs no network."""
+    """Write a self-contained HTML report: the five figures of the paper, tables and settings."""
     from splitfuse.bench.report.page import write_report
     from splitfuse.bench.results import load
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.flags import flag_of, given, with_flags
 from splitfuse.cli.loads import LoadFlags, check_writable, parse_slas, print_table, save_results
 from splitfuse.config import EngineConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
@@ -23,31 +23,34 @@ if TYPE_CHECKING:
 @with_flags(also={"Load": LoadFlags})
 def bench_run(
     url: Annotated[
-        str | None, typer.Option(help="Drive the server there; left out, an engine is loaded here by the engine flags.")
+        str | None,
+        typer.Option(help="Server to measure (default: an engine in this process, by the engine flags)."),
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="For --url.", envvar=KEY_VARIABLES["api_key"])] = None,
-    replicas: Annotated[int, typer.Option(help="Engines here, a process each, which share the cores.")] = 1,
+    api_key: Annotated[str | None, typer.Option(help="API key of --url.", envvar=KEY_VARIABLES["api_key"])] = None,
+    replicas: Annotated[int, typer.Option(help="Engines that share the cores, each in its own process.")] = 1,
     policy: Annotated[
-        str, typer.Option(help="How an engine here composes passes: splitfuse, prefill-first, orca or static.")
+        str,
+        typer.Option(help="Policy of an engine in this process: splitfuse, prefill-first, orca or static."),
     ] = "splitfuse",
-    repeat: Annotated[int, typer.Option(help="Times that each load is measured: the spread is told.")] = 2,
-    ignore_eos: Annotated[bool, typer.Option(help="Generate on after the model's end token.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, after each load.")] = None,
-    label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
+    repeat: Annotated[int, typer.Option(help="Repetitions of each load; the table shows their spread.")] = 2,
+    ignore_eos: Annotated[bool, typer.Option(help="Continue after the model's end token.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file, after each load.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name in legends.")] = None,
     about: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE to keep with the results; may be given several times.")
+        list[str] | None, typer.Option(help="NAME=VALUE to store with the results; may be repeated.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="With --url: prompts are of token ids below this, if the server does not say.")
+        int | None,
+        typer.Option(help="With --url: number of token ids, if the server does not report it."),
     ] = None,
-    pid: Annotated[int | None, typer.Option(help="With --url: the server's process here, for its memory.")] = None,
-    timeout: Annotated[float, typer.Option(help="With --url: seconds that an answer may take.")] = 600.0,
+    pid: Annotated[int | None, typer.Option(help="With --url: process of the server, to report its memory.")] = None,
+    timeout: Annotated[float, typer.Option(help="With --url: maximum seconds of an answer.")] = 600.0,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Drive a load and tell what came: by the clock, with steady clients, warm-up dropped.
+    """Measure throughput, goodput and latency under a load: with steady clients, by the clock, without the warm-up.
 
-    Prompts are random and all different, lengths normal, answers greedy. docs/bench.md says what each figure means.
+    Prompts are random and distinct, lengths normally distributed, answers greedy. docs/bench.md explains each figure.
     """
     from splitfuse.bench.measure import measure
     from splitfuse.runtime.environment import environment_info
@@ -74,9 +77,9 @@ def bench_run(
     else:
         from splitfuse.bench.target import EngineTarget
 
-        for name, value in (("vocab-size", vocab_size), ("pid", pid)):
+        for name, value in (("vocab_size", vocab_size), ("pid", pid)):
             if value is not None:
-                raise ConfigError(f"--{name} is for --url: leave it out")
+                raise ConfigError(f"{flag_of(name)} requires --url")
         target = EngineTarget(given(flags), policy=policy, replicas=replicas, ignore_eos=ignore_eos)
     if out is not None:
         check_writable(out)
@@ -88,28 +91,28 @@ def bench_run(
             system=label or _default_label(url, flags, policy),
             replicas=replicas,
             about={**environment_info(), **notes},
-            on_start=_tell_target,
+            on_start=_print_target,
             on_point=lambda results: None if out is None else save_results(results, out),
             progress=not quiet and sys.stderr.isatty(),
         )
     )
     print_table(results, slas)
     if out is not None:
-        print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
+        print(f"splitfuse: results written to {out}", file=sys.stderr)
 
 
 def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:
     for name, (_, field) in EngineConfig.setting_fields().items():
         if name != "model" and flags[name] != field.default:
-            raise ConfigError(f"--{name.replace('_', '-')} is for an engine loaded here: leave it out, or --url")
+            raise ConfigError(f"{flag_of(name)} and --url are mutually exclusive: it configures an engine here")
     if replicas != 1:
-        raise ConfigError("--replicas is for engines here: leave it out, or --url")
+        raise ConfigError("--replicas and --url are mutually exclusive")
     if policy != "splitfuse":
-        raise ConfigError("--policy is for an engine here: leave it out, or --url")
+        raise ConfigError("--policy and --url are mutually exclusive")
 
 
 def _own_pid(url: str) -> int | None:
-    """Of the server, if it is one of ours on this machine."""
+    """Return the process of the server, if it is one of this user's deployments."""
     from splitfuse.deploy.registry import deployments
 
     address = url.rstrip("/").removesuffix("/v1")
@@ -119,18 +122,18 @@ def _own_pid(url: str) -> int | None:
 def _default_label(url: str | None, flags: dict[str, Any], policy: str) -> str:
     if url is not None:
         return urlsplit(url).netloc
-    budget, usual = flags["max_num_batched_tokens"], EngineConfig().scheduler.max_num_batched_tokens
+    budget, default = flags["max_num_batched_tokens"], EngineConfig().scheduler.max_num_batched_tokens
     parts = [policy if flags["quantization"] is None else f"{policy} {flags['quantization']}"]
-    return ", ".join(parts if budget == usual else [*parts, f"budget {budget}"])
+    return ", ".join(parts if budget == default else [*parts, f"budget {budget}"])
 
 
 def _notes(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE; a value that reads as a number is one."""
+    """Parse NAME=VALUE pairs; numeric values become numbers."""
     notes: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--about takes NAME=VALUE, not {pair!r}")
+            raise ConfigError(f"--about {pair!r} must be NAME=VALUE, such as price=3")
         try:
             notes[name] = float(value)
         except ValueError:
@@ -138,9 +141,9 @@ def _notes(pairs: list[str]) -> dict[str, Any]:
     return notes
 
 
-def _tell_target(target: Target) -> None:
-    """What was found out about it, before the load begins."""
-    said = {name: value for name, value in target.about.items() if name not in ("memory_plan", "engine") and value}
-    if "startup_seconds" in said:
-        said["startup_seconds"] = round(said["startup_seconds"], 2)
-    print("\n".join(f"{name:<16} {value}" for name, value in said.items()), file=sys.stderr, flush=True)
+def _print_target(target: Target) -> None:
+    """Print the facts about the target, before the load begins."""
+    facts = {name: value for name, value in target.about.items() if name not in ("memory_plan", "engine") and value}
+    if "startup_seconds" in facts:
+        facts["startup_seconds"] = round(facts["startup_seconds"], 2)
+    print("\n".join(f"{name:<16} {value}" for name, value in facts.items()), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`splitfuse calibrate`: time steps of a model on this machine, and keep the cost model that fits them."""
+"""`splitfuse calibrate`: time steps of a model on this machine, and store the cost model that fits them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @with_flags()
 def calibrate(
-    seconds: Annotated[float, typer.Option(help="About how long steps are timed.")] = 20.0,
-    out: Annotated[Path | None, typer.Option(help="Write the cost model there too.")] = None,
+    seconds: Annotated[float, typer.Option(help="Approximate duration of the timing.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Write the cost model to this file, too.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Time steps of a model on this machine, and keep the cost model that fits them, for `simulate`.
+    """Time steps of a model on this machine, fit a cost model, and store it for `simulate`, `tune` and SLO scheduling.
 
-    It is kept in the cache folder, for this model, machine, and the settings that change the time of a step.
+    It is stored in the cache folder, by model, machine, and the settings that change the time of a step.
     """
     from splitfuse.engine.engine import Engine
     from splitfuse.engine.profile import run_calibration
@@ -40,16 +40,16 @@ def calibrate(
     _print_checked(calibration.cost, checked)
     for path in (place(calibration.identity), *([] if out is None else [out])):
         save(calibration, path)
-        print(f"splitfuse: the cost model is in {path}", file=sys.stderr)
+        print(f"splitfuse: cost model written to {path}", file=sys.stderr)
 
 
 def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
-    """Each step that was not fitted, measured and predicted; the coefficients; the error."""
+    """Print the held-out steps, measured and predicted, the coefficients and the error."""
     from rich.table import Table
 
-    table = Table(title="steps that were not fitted", title_justify="left", header_style="bold")
-    for name in ("pass", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
-        table.add_column(name, justify="left" if name == "pass" else "right")
+    table = Table(title="held-out steps", title_justify="left", header_style="bold")
+    for name in ("step", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
+        table.add_column(name, justify="left" if name == "step" else "right")
     for timed in checked:
         predicted = cost.seconds(timed.sample.features)
         table.add_row(
@@ -63,13 +63,13 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
         )
     show(table)
     print(
-        f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms a token, "
-        f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms a token beyond {cost.knee:.0f},\n"
-        f"{1e6 * cost.per_row:.3g} µs a row of logits, {1e6 * cost.per_request:.3g} µs a request, "
-        f"{1e6 * cost.per_kv_token:.3g} µs a position read, {1e9 * cost.per_pair:.3g} ns a query and key"
+        f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms/token, "
+        f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms/token beyond {cost.knee:.0f},\n"
+        f"{1e6 * cost.per_row:.3g} µs/row of logits, {1e6 * cost.per_request:.3g} µs/request, "
+        f"{1e6 * cost.per_kv_token:.3g} µs/position read, {1e9 * cost.per_pair:.3g} ns/pair of query and key"
     )
     if cost.error is not None:
         print(
-            f"error over {cost.error.num_samples} steps that were not fitted: "
-            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; equal steps scatter by {cost.noise:.1%}"
+            f"error over {cost.error.num_samples} held-out steps: "
+            f"median {cost.error.median:.1%}, P95 {cost.error.p95:.1%}; noise of equal steps {cost.noise:.1%}"
         )

@@ -1,4 +1,4 @@
-"""What all commands share: flags generated from the fields of the configurations, and ends without tracebacks."""
+"""Flags generated from the fields of the configurations, and errors without tracebacks, for all commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -49,11 +49,15 @@ NOTHING_ELSE: Mapping[str, type[Any]] = types.MappingProxyType({})
 
 
 def with_flags(
-    *, sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING, also: Mapping[str, type[Any]] = NOTHING_ELSE
+    *,
+    sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING,
+    also: Mapping[str, type[Any]] = NOTHING_ELSE,
+    without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every engine setting, and for sampling keywords (name -> type and help) and the fields of other
-    dataclasses (by a heading) if wanted, to a command that takes them as `**flags`; and see to it that it ends with a
-    sentence, whatever happens.
+    """Decorate a command that takes `**flags`: add a flag for every engine setting, and report errors as `cli_errors`.
+
+    `sampling` adds sampling keywords (name -> type and help), `also` the fields of other dataclasses (by heading),
+    `without` leaves engine settings out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,6 +75,7 @@ def with_flags(
         parameters += [
             _setting(field, typing.get_type_hints(part)[name], "Engine")
             for name, (part, field) in EngineConfig.setting_fields().items()
+            if name not in without
         ]
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -93,8 +98,9 @@ def _flag(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """End a command without a traceback: an error with its message and status 1, Ctrl-C with 130, a closed pipe with
-    141. A context manager and, as `@cli_errors()`, a decorator.
+    """End a command without a traceback: status 1 and the message for an error, 130 for Ctrl-C, 141 for a closed pipe.
+
+    Use it in a `with` statement or, as `@cli_errors()`, as a decorator.
     """
     try:
         yield
@@ -109,12 +115,17 @@ def cli_errors() -> Iterator[None]:
         raise typer.Exit(141) from error
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: `--num-blocks` of `num_blocks`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that have a value."""
+    """Return the flags that have a value."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def changed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Engine settings that differ from their defaults."""
+    """Return the engine settings that differ from their defaults."""
     known = EngineConfig.setting_fields()
     return {name: value for name, value in settings.items() if value != known[name][1].default}

@@ -1,4 +1,4 @@
-"""`splitfuse simulate`: predict what a load would give, from a cost model of the machine."""
+"""`splitfuse simulate`: predict the results of a load from a cost model of the machine."""
 
 from __future__ import annotations
 
@@ -22,30 +22,32 @@ if TYPE_CHECKING:
 
 @with_flags(also={"Load": LoadFlags})
 def simulate(
-    model_of_cost: Annotated[
-        Path | None, typer.Option(help="A cost model; left out, what `calibrate` has kept for the engine flags.")
+    cost_model: Annotated[
+        Path | None,
+        typer.Option(help="Cost model file (default: the one `calibrate` stored for the engine flags)."),
     ] = None,
     machine: Annotated[
-        str | None, typer.Option(help="Or a published machine: a100-70b is Llama-2 70B on four A100-80GB.")
+        str | None,
+        typer.Option(help="Published machine instead: a100-70b is Llama-2 70B on four A100-80GB."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Measured results: predict the same loads, and tell the errors.")
+        Path | None, typer.Option(help="Results of `bench run`: simulate the same loads and report the errors.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="How steps are composed: splitfuse, prefill-first, orca or static.")
+        str | None, typer.Option(help="Scheduling policy: splitfuse, prefill-first, orca or static.")
     ] = None,
-    replicas: Annotated[int | None, typer.Option(help="Engines that share the load.")] = None,
-    repeat: Annotated[int, typer.Option(help="Times that each load is simulated, with other requests.")] = 1,
-    step_overhead: Annotated[float, typer.Option(help="Seconds between steps beyond the cost model's.")] = 0.0,
-    client_overhead: Annotated[float, typer.Option(help="Seconds until a request has reached the engine.")] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="Write everything there, as JSON, as `bench run` does.")] = None,
-    label: Annotated[str | None, typer.Option(help="What to call it in legends.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Number of engines that share the load.")] = None,
+    repeat: Annotated[int, typer.Option(help="Repetitions of each load, with other requests.")] = 1,
+    step_overhead: Annotated[float, typer.Option(help="Seconds between steps, in addition to the cost model.")] = 0.0,
+    client_overhead: Annotated[float, typer.Option(help="Seconds from a client to the engine.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file, as `bench run` does.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name in legends.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Predict what a load would give: our scheduler and routing on a virtual clock, with a cost model.
+    """Predict the results of a load: the scheduler and routing on a virtual clock, with a cost model.
 
-    The table and the results are those of `bench run`. docs/simulator.md says what is simulated and what is not.
+    Table and results have the format of `bench run`. docs/simulator.md describes what is simulated and what is not.
     """
     from splitfuse.bench.results import load as load_results
     from splitfuse.runtime.environment import environment_info
@@ -62,7 +64,7 @@ def simulate(
         settings = {**_measured_settings(measured), **changed(settings)}
     config = EngineConfig.from_settings(settings)
     simulated = deployment(
-        known_calibration(config, model_of_cost, machine),
+        known_calibration(config, cost_model, machine),
         config,
         policy=policy or _measured_policy(measured),
         replicas=replicas or (1 if measured is None else measured.replicas),
@@ -71,7 +73,7 @@ def simulate(
     )
     if measured is not None:
         if (load.clients, load.rate, load.trace) != (None, None, None):
-            raise ConfigError("--against says which loads: leave --clients, --rate and --trace out")
+            raise ConfigError("--against takes its loads from the results: leave out --clients, --rate and --trace")
         results = predict(simulated, measured, about=environment_info())
         print_table(results, slas)
         _print_comparisons(compare(measured, results))
@@ -87,16 +89,19 @@ def simulate(
         print_table(results, slas)
     if out is not None:
         save_results(results, out)
-        print(f"splitfuse: {out} has every request's timings", file=sys.stderr)
+        print(f"splitfuse: results written to {out}", file=sys.stderr)
 
 
 def known_calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
-    """Of a file, a published machine, or the one that is kept for the engine. Raises ConfigError or CostModelError."""
+    """Return the cost model of a file, a published machine, or the one stored for the engine.
+
+    Raises ConfigError or CostModelError.
+    """
     from splitfuse.runtime.calibration import load, load_cost_model
     from splitfuse.simulator.machines import MACHINES
 
     if file is not None and machine is not None:
-        raise ConfigError("--model-of-cost and --machine are two cost models: give one")
+        raise ConfigError("--cost-model and --machine are mutually exclusive")
     if file is not None:
         return load(file)
     if machine is None:
@@ -104,15 +109,16 @@ def known_calibration(config: EngineConfig, file: Path | None, machine: str | No
         print(f"splitfuse: {_provenance(kept)}", file=sys.stderr)
         return kept
     if machine not in MACHINES:
-        raise ConfigError(f"there is no published machine {machine!r}{did_you_mean(machine, MACHINES)}")
+        known = did_you_mean(machine, MACHINES) or f"; use {' or '.join(MACHINES)}"
+        raise ConfigError(f"unknown machine {machine!r}{known}")
     return MACHINES[machine]
 
 
 def _provenance(calibration: Calibration) -> str:
-    """When steps were timed and how well they fit: what else is predicted stands on that."""
+    """Return when steps were timed and how well they fit, which all predictions depend on."""
     about, error = calibration.about, calibration.cost.error
-    fit = "" if error is None else f", off by {error.median:.1%} in the median and {error.p95:.1%} at P95"
-    return f"with the cost model of {about.get('date', 'some day')}{fit}; `splitfuse calibrate` times passes again"
+    fit = "" if error is None else f", with errors of {error.median:.1%} (median) and {error.p95:.1%} (P95)"
+    return f"cost model of {about.get('date', 'an unknown date')}{fit}; `splitfuse calibrate` times steps again"
 
 
 def deployment(
@@ -124,7 +130,7 @@ def deployment(
     step_overhead: float = 0.0,
     client_overhead: float = 0.0,
 ) -> Deployment:
-    """What the engine flags change of the calibrated engine."""
+    """Return the calibrated engine with the changes of the engine flags."""
     from splitfuse.simulator.simulate import Deployment
 
     calibration = replace(
@@ -144,7 +150,7 @@ def deployment(
 
 
 def _measured_settings(measured: Results) -> dict[str, Any]:
-    """The engine's, if it was ours in one process with the load."""
+    """Return the engine settings, if it was our engine in the process of the load."""
     settings = measured.about.get("engine", {})
     known = EngineConfig.setting_fields()
     return {name: value for name, value in settings.items() if name in known}
@@ -168,7 +174,7 @@ def _print_comparisons(comparisons: list[Any]) -> None:
     from splitfuse.simulator.validate import mean_error
 
     table = Table(title="measured and predicted", title_justify="left", header_style="bold")
-    for name in ("load", "requests/s", "predicted", "error", "token P95 ms", "predicted", "error"):
+    for name in ("load", "requests/s", "predicted", "error", "ITL P95 ms", "predicted", "error"):
         table.add_column(name, justify="right")
     for each in comparisons:
         table.add_row(
@@ -176,13 +182,13 @@ def _print_comparisons(comparisons: list[Any]) -> None:
             f"{each.measured.throughput.mean:.3g}",
             f"{each.predicted.throughput.mean:.3g}",
             f"{each.throughput_error:+.1%}",
-            f"{1e3 * each.measured.gaps[95]:.3g}",
-            f"{1e3 * each.predicted.gaps[95]:.3g}",
-            f"{each.gap_error:+.1%}",
+            f"{1e3 * each.measured.itl[95]:.3g}",
+            f"{1e3 * each.predicted.itl[95]:.3g}",
+            f"{each.itl_error:+.1%}",
         )
     show(table)
     print(
         f"mean error over {len(comparisons)} loads: "
         f"throughput {mean_error([each.throughput_error for each in comparisons]):.1%}, "
-        f"P95 token latency {mean_error([each.gap_error for each in comparisons]):.1%}"
+        f"P95 ITL {mean_error([each.itl_error for each in comparisons]):.1%}"
     )

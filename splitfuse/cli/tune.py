@@ -1,4 +1,4 @@
-"""`splitfuse tune`: what load this machine can promise, with which settings, and why."""
+"""`splitfuse tune`: the largest load that meets an SLO on this machine, and the settings for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import changed, given, with_flags
+from splitfuse.cli.flags import changed, flag_of, given, with_flags
 from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers, show
 from splitfuse.cli.simulate import deployment, known_calibration
 from splitfuse.config import EngineConfig
@@ -21,94 +21,90 @@ from splitfuse.errors import ConfigError, CostModelError
 if TYPE_CHECKING:
     from splitfuse.bench.measure import MakeWorkload
     from splitfuse.runtime.calibration import Calibration
-    from splitfuse.simulator.tune import Carried, CurvePoint, Tuning
+    from splitfuse.simulator.tune import CurvePoint, Sustained, Tuning
 
-BAR = 32  # characters
+BAR = 32
+"""Characters of the longest bar."""
 CHOSEN = ("max_num_batched_tokens", "max_num_seqs")
+"""Settings that are searched."""
 MEASUREMENTS, LESS = 4, 0.8
-"""Loads that are driven at most, each as a share of the one before."""
+"""Maximum number of loads that are measured, and each as a fraction of the one before."""
 SAME = 0.03
-"""Loads that differ by less are called the same."""
+"""Relative difference of loads below which they are called equal."""
 
 
-@with_flags(also={"Load": WorkloadFlags})
+@with_flags(also={"Load": WorkloadFlags}, without=CHOSEN)
 def tune(
-    context: typer.Context,
-    on_time: Annotated[float, typer.Option(help="Share of the requests that is to be on time.")] = 0.99,
-    headroom: Annotated[
-        float, typer.Option(help="Steps are taken to be longer than they were timed, by this share.")
-    ] = 0.1,
-    budgets: Annotated[str | None, typer.Option(help="Token budgets to try; left out, 32 to 1024.")] = None,
-    seats: Annotated[str | None, typer.Option(help="Values of max-num-seqs to try; left out, 8 to 64.")] = None,
-    requests: Annotated[
-        int, typer.Option(help="That count at each simulated load; at the last, four times as many.")
-    ] = 200,
-    model_of_cost: Annotated[
-        Path | None, typer.Option(help="A cost model; left out, that of this machine, which is timed if need be.")
+    slo_attainment: Annotated[float, typer.Option(help="Fraction of requests that must meet the targets.")] = 0.99,
+    headroom: Annotated[float, typer.Option(help="Margin on the timed steps, as a fraction of their time.")] = 0.1,
+    max_num_batched_tokens: Annotated[
+        str | None, typer.Option(help="Candidates, such as 64,128 (default: 32 to 1024).")
     ] = None,
-    machine: Annotated[str | None, typer.Option(help="Or a published machine, such as a100-70b.")] = None,
-    measure: Annotated[bool, typer.Option(help="Drive the engine with the load that was found, and tell.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write all that was tried there, as JSON.")] = None,
+    max_num_seqs: Annotated[str | None, typer.Option(help="Candidates, such as 16,32 (default: 8 to 64).")] = None,
+    requests: Annotated[
+        int, typer.Option(help="Requests that count at each simulated load; four times as many at the last.")
+    ] = 200,
+    cost_model: Annotated[
+        Path | None, typer.Option(help="Cost model file (default: this machine's, which is timed if necessary).")
+    ] = None,
+    machine: Annotated[str | None, typer.Option(help="Published machine instead, such as a100-70b.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure the result on the engine, too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Find what load this machine can promise with --ttft and --itl, and the settings for it; say why.
+    """Find the largest load that meets --ttft and --itl on this machine, and the settings for it.
 
     Steps are timed once (as `calibrate` does), loads are simulated. docs/slo.md has an example.
     """
     import msgspec
     from tqdm import tqdm
 
-    from splitfuse.simulator.tune import BUDGETS, SEATS, curve
+    from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
 
     load = WorkloadFlags.taken_from(flags)
     make_workload = load.workload_maker()
     settings = given(flags)
-    for name in CHOSEN:
-        if name in changed(settings) or getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-            other = "budgets" if name == CHOSEN[0] else "seats"
-            raise ConfigError(f"--{name.replace('_', '-')} is what is looked for: --{other} says among which")
     if not 0 <= headroom < float("inf"):
-        raise ConfigError(f"headroom must be a share from 0, such as 0.1, not {headroom}")
-    if measure and (machine is not None or model_of_cost is not None):
-        raise ConfigError("--measure drives the engine here: leave --machine and --model-of-cost out")
-    tried = numbers("budgets", budgets, int) or BUDGETS
-    tried_seats = numbers("seats", seats, int) or SEATS
+        raise ConfigError(f"--headroom {headroom} must be a fraction, at least 0, such as 0.1")
+    if measure and (machine is not None or cost_model is not None):
+        raise ConfigError("--measure runs on this machine: leave out --machine and --cost-model")
+    budgets = numbers("max-num-batched-tokens", max_num_batched_tokens, int) or BUDGETS
     if out is not None:
         check_writable(out)
     config = EngineConfig.from_settings(settings)
     if not config.scheduler.has_targets:
-        raise ConfigError("say what is to be promised: --ttft, such as 1s or 2ms/token, or --itl, such as 250ms")
+        raise ConfigError(NO_TARGETS)
     shown = not quiet and sys.stderr.isatty()
-    if model_of_cost is None and machine is None:
-        calibration = _kept_or_timed(config, progress=shown)
+    if cost_model is None and machine is None:
+        calibration = _stored_or_timed(config, progress=shown)
     else:
-        calibration = known_calibration(config, model_of_cost, machine)
-    measured = curve(calibration, tried)
+        calibration = known_calibration(config, cost_model, machine)
+    measured = curve(calibration, budgets)
     _print_curve(calibration, measured)
     slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
     with tqdm(desc="simulated loads", unit="load", disable=not shown) as bar:
         tuning = find(
             deployment(slower, config),
             make_workload,
-            share=on_time,
+            attainment=slo_attainment,
             requests=requests,
-            budgets=tried,
-            seats=tried_seats,
+            budgets=budgets,
+            max_num_seqs=numbers("max-num-seqs", max_num_seqs, int) or MAX_NUM_SEQS,
             on_trial=lambda: bar.update() and None,
         )
-    _print_tried(tuning)
+    _print_candidates(tuning)
     _print_chosen(tuning, calibration, settings, load, headroom)
     if out is not None:
         out.write_bytes(msgspec.json.format(msgspec.json.encode({"curve": measured, "tuning": tuning}), indent=1))
-        print(f"splitfuse: {out} has all that was tried", file=sys.stderr)
+        print(f"splitfuse: results written to {out}", file=sys.stderr)
     if measure:
         _measure(tuning, settings, make_workload, progress=shown)
 
 
-def _kept_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
-    """What is kept of this machine with the steps that were timed; else they are timed now, and kept."""
+def _stored_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
+    """Return the cost model stored for this machine, with its timed steps; time them now if there is none."""
     from splitfuse.engine.engine import Engine
     from splitfuse.engine.profile import run_calibration
     from splitfuse.runtime.calibration import load_cost_model, place, save
@@ -117,7 +113,7 @@ def _kept_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
         kept = load_cost_model(config)
         if kept.timed:
             return kept
-    print("splitfuse: steps are timed, for about 20 s", file=sys.stderr)
+    print("splitfuse: timing steps for about 20 s", file=sys.stderr)
     calibration, _ = run_calibration(Engine, config, seconds=20.0, progress=progress)
     save(calibration, place(calibration.identity))
     return calibration
@@ -141,30 +137,30 @@ def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
         )
     show(table)
     if (error := calibration.cost.error) is not None:
-        print(f"the fit misses steps that were not fitted by {error.median:.1%} in the median, {error.p95:.1%} at P95")
+        print(f"error of the fit over held-out steps: median {error.median:.1%}, P95 {error.p95:.1%}")
 
 
-def _print_tried(tuning: Tuning) -> None:
+def _print_candidates(tuning: Tuning) -> None:
     from rich.table import Table
 
-    title = f"requests/s of which {100 * tuning.share:.4g} % are on time"
+    title = f"requests/s at {100 * tuning.attainment:.4g} % SLO attainment"
     table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("max-num-batched-tokens", "max-num-seqs", "by promise", "by age"):
+    for name in ("max-num-batched-tokens", "max-num-seqs", "SLO scheduling", "FCFS"):
         table.add_column(name, justify="right")
     chosen = tuning.chosen
 
-    def row(each: Carried, age: str) -> None:
+    def row(each: Sustained, fcfs: str) -> None:
         setting = each.setting
         style = "bold" if setting == chosen else None
         table.add_row(
-            str(setting.max_num_batched_tokens), str(setting.max_num_seqs), f"{each.rate:.3g}", age, style=style
+            str(setting.max_num_batched_tokens), str(setting.max_num_seqs), f"{each.rate:.3g}", fcfs, style=style
         )
 
-    for each in tuning.seats:
+    for each in tuning.max_num_seqs:
         row(each, "")
     table.add_section()
-    for each, by_age in zip(tuning.budgets, tuning.budgets_by_age, strict=True):
-        row(each, f"{by_age.rate:.3g}")
+    for each, fcfs in zip(tuning.budgets, tuning.budgets_fcfs, strict=True):
+        row(each, f"{fcfs.rate:.3g}")
     show(table)
 
 
@@ -175,27 +171,27 @@ def _print_chosen(
         print(reason)
     flags = _serve_flags(tuning, settings)
     print(f"\nsplitfuse serve {shlex.join(flags)}")
-    again = ""
+    closed = ""
     if tuning.clients:
-        again = f"or {tuning.clients} clients that ask again at once ({tuning.clients_rate:.3g} requests/s), "
-    what, whose = ("conversations", "turns") if load.turns is not None else ("requests", "requests")
+        closed = f"or {tuning.clients} clients in a closed loop ({tuning.clients_rate:.3g} requests/s), "
+    what = "conversations" if load.turns is not None else "requests"
     print(
-        f"can promise {tuning.rate:.3g} {what}/s at random, {again}with {_load(load)}:\n"
-        f"{100 * tuning.share:.4g} % of the {whose} are on time, if steps take at most {100 * headroom:.3g} % longer "
-        "than they were timed, and scatter as they did"
+        f"sustains {tuning.rate:.3g} {what}/s (Poisson), {closed}with {_load(load)}\n"
+        f"at {100 * tuning.attainment:.4g} % SLO attainment, if steps take at most {100 * headroom:.3g} % longer than "
+        "they were timed, with the same noise"
     )
 
 
 def _load(load: WorkloadFlags) -> str:
     if load.trace is not None:
         return f"the prompts and answers of {load.trace.name}"
-    beginning = "" if load.prefix is None else f"{load.prefix} tokens that others share and "
-    new = "new text of about" if load.turns is not None else "prompts of about"
-    return f"{beginning}{new} {load.prompt or 512:.6g} tokens and answers of {load.generate or 64:.6g}"
+    prefix = "" if load.prefix is None else f"a shared prefix of {load.prefix} tokens and "
+    new = "turns of about" if load.turns is not None else "prompts of about"
+    return f"{prefix}{new} {load.prompt or 512:.6g} tokens and answers of {load.generate or 64:.6g}"
 
 
 def reasons(tuning: Tuning, calibration: Calibration) -> list[str]:
-    """Why these settings, in sentences: what smaller and larger ones would give."""
+    """Return the reasons for these settings: what smaller and larger ones would sustain."""
     from splitfuse.simulator.tune import step_seconds
 
     def speed(tokens: int) -> float:
@@ -214,51 +210,51 @@ def reasons(tuning: Tuning, calibration: Calibration) -> list[str]:
     if more is not None:
         compared = _compared(speed(more), speed(budget))
         takes = f"take {1e3 * step_seconds(calibration, more):.3g} ms"
-        promised = "" if tuning.itl is None else f" of the {tuning.itl} promised"
+        target = "" if tuning.itl is None else f" of the ITL target of {tuning.itl}"
         worth = _worth(by_budget[more], own)
-        parts.append(f"steps of {more} compute {compared}, {takes}{promised} and {worth}")
-    said = [f"--max-num-batched-tokens {budget}: {'; '.join(parts) or 'no other was tried'}"]
-    by_seats = {each.setting.max_num_seqs: each.rate for each in tuning.seats}
+        parts.append(f"steps of {more} compute {compared}, {takes}{target} and {worth}")
+    found = [f"--max-num-batched-tokens {budget}: {'; '.join(parts) or 'the only candidate'}"]
+    by_seqs = {each.setting.max_num_seqs: each.rate for each in tuning.max_num_seqs}
     count = chosen.max_num_seqs
     neighbours = (
-        max((n for n in by_seats if n < count), default=0),
-        min((n for n in by_seats if n > count), default=0),
+        max((n for n in by_seqs if n < count), default=0),
+        min((n for n in by_seqs if n > count), default=0),
     )
-    parts = [f"{other} {_worth(by_seats[other], by_seats[count])}" for other in neighbours if other]
-    said.append(f"--max-num-seqs {count}: {', '.join(parts) or 'no other was tried'}")
-    best = max(tuning.budgets_by_age, key=lambda each: each.rate)
-    said.append(
-        f"by age, without promises, at most {best.rate:.3g} requests/s would be on time "
+    parts = [f"{other} {_worth(by_seqs[other], by_seqs[count])}" for other in neighbours if other]
+    found.append(f"--max-num-seqs {count}: {', '.join(parts) or 'the only candidate'}")
+    best = max(tuning.budgets_fcfs, key=lambda each: each.rate)
+    found.append(
+        f"first-come first-served, without SLO scheduling: at most {best.rate:.3g} requests/s "
         f"(--max-num-batched-tokens {best.setting.max_num_batched_tokens})"
     )
-    return said
+    return found
 
 
 def _compared(speed: float, own: float) -> str:
-    """Of tokens a second."""
+    """Compare a speed with that of the chosen budget."""
     percent = round(100 * (speed / own - 1.0))
     if not percent:
-        return "as many tokens a second"
-    return f"{abs(percent)} % {'more' if percent > 0 else 'fewer'} tokens a second"
+        return "equally many tokens/s"
+    return f"{abs(percent)} % {'more' if percent > 0 else 'fewer'} tokens/s"
 
 
 def _worth(rate: float, own: float) -> str:
-    """What a setting that was not chosen would carry."""
-    return "carry as much" if abs(rate - own) <= SAME * own else f"carry {rate:.3g} requests/s, not {own:.3g}"
+    """Compare the sustained load of another candidate with that of the chosen one."""
+    return "sustain as much" if abs(rate - own) <= SAME * own else f"sustain {rate:.3g} requests/s, not {own:.3g}"
 
 
 def _serve_flags(tuning: Tuning, settings: dict[str, Any]) -> list[str]:
-    """The model, what was given, what was chosen."""
+    """Return the flags of `serve`: the model, the given settings and the chosen ones."""
     own = changed(settings) | {name: getattr(tuning.chosen, name) for name in CHOSEN}
     flags = [str(model)] if (model := own.pop("model", None)) else []
     for name, value in own.items():
-        flag = name.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        flag = flag_of(name)
+        flags += [flag if value else f"--no{flag[1:]}"] if isinstance(value, bool) else [flag, str(value)]
     return flags
 
 
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:
-    """Drive the engine itself with what it should be able to promise; with less, while that is too much."""
+    """Measure the engine with the load that was found; with smaller ones while SLO attainment is too low."""
     from splitfuse.bench import metrics
     from splitfuse.bench.measure import Loads
     from splitfuse.bench.measure import measure as drive
@@ -267,8 +263,8 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
     from splitfuse.runtime.environment import environment_info
 
     settings = {**settings, **{name: getattr(tuning.chosen, name) for name in CHOSEN}}
-    promised = EngineConfig.from_settings(settings).scheduler
-    targets = SloTargets.parse(promised.ttft, promised.itl)
+    scheduler = EngineConfig.from_settings(settings).scheduler
+    targets = SloTargets.parse(scheduler.ttft, scheduler.itl)
     rate = tuning.rate
     for _ in range(MEASUREMENTS):
         results = asyncio.run(
@@ -283,10 +279,10 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
         )
         (point,) = results.points
         records = metrics.counted(point)
-        kept = sum(metrics.meets_slo(record, targets) for record in records)
-        print(f"measured at {rate:.3g} requests/s: {kept} of {len(records)} on time", flush=True)
-        if kept >= tuning.share * len(records):
+        met = sum(metrics.meets_slo(record, targets) for record in records)
+        print(f"measured at {rate:.3g} requests/s: {met} of {len(records)} met the SLO", flush=True)
+        if met >= tuning.attainment * len(records):
             return
         rate *= LESS
-    print("the machine is slower than its cost model, or has other users: calibrate and measure it alone")
+    print("the machine is slower than its cost model, or busy: calibrate and measure it while idle")
     raise typer.Exit(1)

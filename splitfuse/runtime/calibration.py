@@ -104,6 +104,6 @@ def load_cost_model(config: EngineConfig) -> Calibration:
     if not path.exists():
         raise CostModelError(
             f"no cost model is kept for {identity['model']} with these settings on this machine: run "
-            "`splitfuse calibrate` with the same engine flags, or give --model-of-cost or --machine"
+            "`splitfuse calibrate` with the same engine flags, or give --cost-model or --machine"
         )
     return load(path)

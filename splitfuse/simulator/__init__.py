@@ -1,1 +1,1 @@
-"""A simulator of loads on a virtual clock, with the engine's own scheduler and routing."""
+"""Simulation of loads on a virtual clock, with the engine's own scheduler and routing."""

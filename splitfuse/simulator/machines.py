@@ -1,8 +1,8 @@
-"""Machines that we do not have, from what is published of them: for simulations beside the figures of a paper.
+"""Cost models of machines from published figures, for comparing simulations with a paper.
 
-A100-70B is Llama-2 70B in fp16 on four A100-80GB SXM, tensor parallel: the large model of DeepSpeed-FastGen's
-evaluation. Public facts, and three shares that are free (UTILISATION, BANDWIDTH, ATTENTION) and were not fitted to the
-paper's results; docs/decisions/0013-cost-model.md has the derivation in words.
+a100-70b is Llama-2 70B in fp16 on four A100-80GB SXM, tensor parallel: the large model of DeepSpeed-FastGen's
+evaluation. It follows from public facts and three free efficiencies (UTILISATION, BANDWIDTH, ATTENTION), which were not
+fitted to the paper's results. docs/decisions/0013-cost-model.md has the derivation.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ NVLINK = 600e9 / 2  # bytes a second from each GPU
 ALL_REDUCE_SECONDS = 20e-6  # of a small message among four GPUs over NVLink: two in each layer
 
 UTILISATION = 0.5
-"""Of the arithmetic in large matrix products. Free: 0.4 to 0.6 is what serving systems of 2023 report."""
+"""Fraction of peak arithmetic in large matrix products. Free: serving systems of 2023 report 0.4 to 0.6."""
 BANDWIDTH = 0.8
-"""Of the memory while weights are streamed. Free: 0.7 to 0.85 is usual."""
+"""Fraction of peak bandwidth while weights are read. Free: 0.7 to 0.85 is usual."""
 ATTENTION = 0.3
-"""Of the arithmetic in attention over blocks, and of the bandwidth in reading them. Free."""
+"""Fraction of peak arithmetic and bandwidth in paged attention. Free."""
 HOST_SECONDS = 5e-3
-"""Between passes: Python plans a step and launches its kernels. Free."""
+"""Time between steps, in which Python plans a step and launches its kernels. Free."""
 
 VLLM_HOST_SECONDS = 13e-3
-"""vLLM's between steps: the GPU waits 5 to 13 ms for Python (vLLM's issue 6854, on multi-step scheduling)."""
+"""Time between vLLM's steps: the GPU waits 5 to 13 ms for Python (vLLM's issue 6854, on multi-step scheduling)."""
 VLLM_KV_READS = HEADS // KV_HEADS
-"""Times that the attention kernel of vLLM 0.2 reads each key and value: once for each query head that shares it. Free:
-no source that measured it."""
+"""Number of times that vLLM 0.2's attention kernel reads each key and value: once per query head that shares it.
+
+Free: there is no source that measured it.
+"""
 
 
 def _a100_70b() -> Calibration:
@@ -69,7 +71,7 @@ def _a100_70b() -> Calibration:
 
 
 def _vllm_2023(ours: Calibration) -> Calibration:
-    """The same machine with the attention kernel and the loop of vLLM 0.2."""
+    """Return the same machine with the attention kernel and the host time of vLLM 0.2."""
     cost = replace(
         ours.cost,
         floor=ours.cost.floor - HOST_SECONDS + VLLM_HOST_SECONDS,

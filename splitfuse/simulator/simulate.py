@@ -1,8 +1,8 @@
-"""A load on engines that are not there: the same scheduler, blocks and routing on a virtual clock, with a cost model.
+"""Simulated engines: the real scheduler, block allocator and routing on a virtual clock, with a cost model.
 
-It decides nothing itself. Loads drive it as they drive any target (load.py), in the event loop of virtual_time.py;
-what a step contains is the Scheduler's decision, who gets a request that of `choose_replica`, how long a step takes
-the `CostModel`'s prediction. Not simulated is the machine's time for anything but passes, unless it is given.
+Loads drive them as any target (bench/load.py), in the event loop of virtual_time.py. The Scheduler composes steps,
+`choose_replica` routes requests, and the CostModel predicts the time of a step. Other time of the machine counts only
+as far as `step_overhead` and `client_overhead` add it.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ PARAMS = SamplingParams(ignore_eos=True)
 
 
 class Bytes(TokenIds):
-    """Prompts of random bytes: as distinct as real ones, and drawn a hundred times faster."""
+    """Prompts of random bytes: as distinct as random token ids, and drawn a hundred times faster."""
 
     def draw(self, random: Random, count: int) -> Prompt:
-        """`count` tokens."""
+        """Return `count` tokens."""
         return tuple(random.randbytes(count))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What is simulated: a calibrated model and machine, and how it is run."""
+    """A calibrated model and machine, and how it is run."""
 
     calibration: Calibration
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -57,17 +57,18 @@ class Deployment:
     replicas: int = 1
     enable_prefix_caching: bool = True
     step_overhead: float = 0.0
-    """Seconds between steps beyond what the cost model says."""
+    """Seconds between steps, in addition to the cost model."""
     client_overhead: float = 0.0
-    """Seconds from a client's sending to the engine's having it."""
+    """Seconds from a client to the engine."""
 
     def __post_init__(self) -> None:
         scheduler_class(self.policy, self.scheduler)
         if self.replicas < 1:
-            raise ConfigError(f"there must be at least one replica, not {self.replicas}")
+            raise ConfigError(f"--replicas {self.replicas} must be at least 1")
         for name in ("step_overhead", "client_overhead"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a number of seconds from 0, not {getattr(self, name)}")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of seconds, at least 0")
 
     def make_namer(self) -> BlockNamer | None:
         """Returns a namer of blocks; all of them give the same names. None without prefix caching."""
@@ -75,7 +76,7 @@ class Deployment:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By name, for the record."""
+        """Settings by name, for the record."""
         return {
             "cost_model": self.calibration.name,
             "policy": self.policy,
@@ -101,7 +102,7 @@ def simulate(
     on_point: Callable[[Results], None] = lambda _: None,
     progress: bool = False,
 ) -> Results:
-    """What `measure` would give for it. Raises what loads and workload raise."""
+    """Return the results that `measure` would have. Raises what loads and workload raise."""
     results = virtual_time.run(
         measure(
             SimulatedTarget(deployment),
@@ -118,7 +119,7 @@ def simulate(
 
 
 class SimulatedTarget(Target):
-    """Replicas that take the time of their passes and generate zeros. To be driven in `virtual_time.run`."""
+    """Simulated replicas, which generate zeros. Drive it in `virtual_time.run`."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -131,23 +132,21 @@ class SimulatedTarget(Target):
         self.about = {"simulation": deployment.settings}
 
     async def start(self) -> None:
-        """Nothing needs to be there."""
+        """Do nothing: there is nothing to load."""
 
     async def ask(self, request: LoadRequest) -> Answer:
-        if isinstance(request.prompt, str):
-            raise ConfigError("the trace has prompts as text: a simulation takes token ids, or their numbers alone")
+        prompt = prompt_ids(request)
         if self._deployment.client_overhead:
             await asyncio.sleep(self._deployment.client_overhead)
-        length = len(request.prompt)
         try:
-            replica, names = self._choose(request.prompt)
+            replica, names = self._choose(prompt)
             times = await replica.answer(str(next(self._numbers)), request, names)
         except SplitfuseError as error:
-            return Answer(length, error=str(error))
-        return Answer(length, tuple(times), (0,) * len(times))
+            return Answer(len(prompt), error=str(error))
+        return Answer(len(prompt), tuple(times), (0,) * len(times))
 
     async def close(self) -> None:
-        """Nothing was there."""
+        """Do nothing: there is nothing to release."""
 
     def _choose(self, prompt: tuple[int, ...]) -> tuple[Replica, list[bytes]]:
         """Returns the replica that the router would choose, and the names of the prompt's blocks computed for that."""
@@ -162,8 +161,15 @@ class SimulatedTarget(Target):
         return self._replicas[index], names
 
 
+def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
+    """Return the token ids of a prompt. Raises ConfigError for text."""
+    if isinstance(request.prompt, str):
+        raise ConfigError("the trace contains text: a simulation requires token ids or prompt_tokens")
+    return request.prompt
+
+
 class Replica:
-    """One engine: passes one after the other, while there is anything to do. The seed is that of their scatter."""
+    """A simulated engine: steps one after the other while there is work. `seed` is that of their noise."""
 
     def __init__(self, deployment: Deployment, seed: int = 0) -> None:
         calibration = deployment.calibration
@@ -222,7 +228,7 @@ class Replica:
         asyncio.get_running_loop().call_later(self.step_seconds(features(plan)), self._end_step, plan)
 
     def step_seconds(self, step: Features) -> float:
-        """What a step takes on a machine that is as it was calibrated: as predicted, but for the scatter."""
+        """Return the time of a step: as predicted, times noise as in the calibration."""
         scattered = self._random.lognormvariate(0.0, self._cost.noise)
         return self._cost.seconds(step) * scattered + self._step_overhead
 

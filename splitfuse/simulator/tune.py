@@ -1,8 +1,8 @@
-"""What load a machine can promise, and with which settings: every one is tried in simulation.
+"""Find the largest load that meets an SLO, and the settings for it, by simulating every candidate.
 
-A load is carried if nearly all of its requests are on time, and if answers end as fast as requests come. The largest
-load that a setting carries is searched among arrivals at random; the settings with the largest are chosen, of those
-that are as good the smallest. All loads are the same requests in the same order, only nearer to each other.
+A load is sustained if its SLO attainment is high enough and if requests finish as fast as they arrive. For each setting
+the largest sustained Poisson rate is searched; the settings with the largest rate are chosen, and of equally good ones
+the smallest. All loads consist of the same requests in the same order, only at other distances.
 """
 
 from __future__ import annotations
@@ -16,57 +16,65 @@ from splitfuse.bench import metrics
 from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
-from splitfuse.bench.workload import LoadRequest, Workload, poisson
+from splitfuse.bench.workload import Workload, poisson
 from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
 from splitfuse.core.slo.cost_model import Features
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Deployment, SimulatedTarget
+from splitfuse.simulator.simulate import Deployment, SimulatedTarget, prompt_ids
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
-SEATS = (8, 16, 32, 64)
+"""Candidates for max_num_batched_tokens."""
+MAX_NUM_SEQS = (8, 16, 32, 64)
+"""Candidates for max_num_seqs."""
 USUAL_BUDGET = 256
-"""Or the largest below, with which seats are tried."""
+"""Token budget, or else the largest candidate below it, with which max_num_seqs is chosen."""
 PRECISION = 1.03
-"""Between a load that is carried and one that is not; settings whose loads differ by less are as good."""
+"""Ratio of loads, the one sustained and the other not, at which a search ends; settings within it are equally good."""
 FIRST_STEP, LAST_STEP = 1.06, 2.0
+"""Factors between successive loads of a search."""
 LEAST = 1 / 64
-"""Of what one client gets alone, is the smallest load that is tried."""
+"""Smallest load that is tried, as a fraction of the throughput of a lone client."""
 KEEPS_UP = 0.95
-"""Of the requests that came in the window, so many must have ended in it: a queue that grows is not carried."""
-PROMISES_LONG = 20
-"""Times the time to the first token, that a load goes on: one a twentieth too large has been late by then."""
+"""Fraction of the arrivals in the window that must finish in it: a growing queue is not sustained."""
+TTFTS_LONG = 20
+"""Duration of a load in TTFT targets: a load that is a twentieth too large has missed them by then."""
 LONGER_AT_MOST = 5
-"""Times the wanted number of requests."""
+"""Maximum number of requests of a load, as a multiple of the wanted number."""
 REFINED = 4
-"""Times as many requests for the settings that were chosen."""
+"""Multiple of the number of requests for the final load."""
 LONE_REQUESTS = 64
+"""Number of requests of a lone client."""
 MOST_CLIENTS = 1024
 SPARE = 1.1
-"""Times as long as what a request alone has just met, are the targets that are called possible."""
+"""Ratio of the targets that are called feasible to those that a lone request just meets."""
 FAR = 2.0**20
-"""Times longer than what was asked: promises that help nobody are not looked for."""
+"""Maximum ratio of feasible targets to the requested ones in the search."""
+
+
+NO_TARGETS = "tune requires an SLO: give --ttft, such as 1s or 2ms/token, or --itl, such as 250ms"
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A chunk of a prompt from its beginning, alone in a step."""
+    """A step of one chunk of a prompt, from its beginning."""
 
     tokens: int
     predicted: float
     """Seconds."""
     measured: float | None
-    """None where no such step was timed."""
+    """Seconds; None if no such step was timed."""
 
     @property
     def tokens_per_second(self) -> float:
+        """Speed as measured, or else as predicted."""
         return self.tokens / (self.predicted if self.measured is None else self.measured)
 
 
 def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[CurvePoint]:
-    """Time of a step against its tokens: each that was timed, and each budget."""
+    """Return step time against tokens, for each step that was timed and each budget."""
     timed = {
         sample.features.tokens: sample.seconds
         for sample in calibration.timed
@@ -79,101 +87,102 @@ def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[Cu
 
 
 def step_seconds(calibration: Calibration, tokens: int) -> float:
-    """Predicted, for a prompt of so many."""
+    """Return the predicted time of a step of one prompt of so many tokens."""
     return calibration.cost.seconds(Features().plus(start=0, count=tokens, rows=1))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is chosen."""
+    """A candidate."""
 
     max_num_batched_tokens: int
     max_num_seqs: int
-    deadline_policy: bool = True
-    """Or by age."""
+    enable_slo: bool = True
+    """Whether the targets are scheduled for; otherwise first-come first-served."""
 
 
 @dataclass(frozen=True)
-class Carried:
-    """The largest load that a setting carries."""
+class Sustained:
+    """The largest load that a setting sustains."""
 
     setting: Setting
     rate: float
-    """Requests a second, or conversations; 0 if none is carried."""
+    """Arrival rate in requests/s, or conversations/s; 0 if none is sustained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was tried, what was chosen, and what it can promise."""
+    """Results of all candidates, the chosen one, and the load that it sustains."""
 
     ttft: str | None
     itl: str | None
-    share: float
-    """Of the requests, that is to be on time."""
-    budgets: tuple[Carried, ...]
-    """With the seats that were chosen, by promise."""
-    budgets_by_age: tuple[Carried, ...]
-    """With the most seats."""
-    seats: tuple[Carried, ...]
-    """With a usual budget."""
+    attainment: float
+    """Required SLO attainment."""
+    budgets: tuple[Sustained, ...]
+    """Token budgets with the chosen max_num_seqs and SLO scheduling."""
+    budgets_fcfs: tuple[Sustained, ...]
+    """Token budgets with the largest max_num_seqs, first-come first-served."""
+    max_num_seqs: tuple[Sustained, ...]
+    """Values of max_num_seqs with a usual token budget and SLO scheduling."""
     chosen: Setting
     rate: float
-    """What it carries of arrivals at random."""
+    """Poisson rate in requests/s that it sustains."""
     clients: int
-    """Of a closed loop, that it carries: clients that ask again as soon as they are answered. 0: not even one."""
+    """Clients of a closed loop that it sustains; 0 if not even one."""
     clients_rate: float
-    """Requests a second of these."""
+    """Throughput of these clients in requests/s."""
 
 
 def tune(
     deployment: Deployment,
     make_workload: MakeWorkload,
     *,
-    share: float = 0.99,
+    attainment: float = 0.99,
     requests: int = 200,
     budgets: Sequence[int] = BUDGETS,
-    seats: Sequence[int] = SEATS,
+    max_num_seqs: Sequence[int] = MAX_NUM_SEQS,
     on_trial: Callable[[], None] = lambda: None,
 ) -> Tuning:
-    """Try `seats` with a usual budget, then `budgets` with the best of them. The targets are those of the
-    deployment's scheduler; `requests` count at each load, of which the `share` must be on time. `on_trial` hears of
-    each load that was simulated.
+    """Choose among `max_num_seqs` with a usual budget, then among `budgets` with the best of them.
 
-    Raises ConfigError if nothing is promised, or if what is promised cannot be kept for a request alone: it then says
-    what could.
+    The targets are those of the deployment's scheduler. `requests` count at each load, `attainment` is the fraction of
+    them that must meet the targets. `on_trial` is called for each simulated load.
+
+    Raises ConfigError if there are no targets, or if even a lone request misses them: the message has feasible ones.
     """
     if not deployment.scheduler.has_targets:
-        raise ConfigError("say what is to be promised: ttft, such as 1s or 2ms/token, or itl, such as 250ms")
-    if not 0 < share <= 1:
-        raise ConfigError(f"the share that is to be on time must be above 0 and at most 1, not {share}")
-    for name, values in (("budgets", budgets), ("seats", seats), ("requests", (requests,))):
+        raise ConfigError(NO_TARGETS)
+    if not 0 < attainment <= 1:
+        raise ConfigError(f"--slo-attainment {attainment} must be above 0 and at most 1, such as 0.99")
+    candidates = {"max-num-batched-tokens": budgets, "max-num-seqs": max_num_seqs, "requests": (requests,)}
+    for name, values in candidates.items():
         if not values or min(values) < 1:
-            raise ConfigError(f"{name} must be whole numbers from 1")
-    trials = _Trials(deployment, make_workload, share, requests, on_trial)
-    budgets, seats = sorted(set(budgets)), sorted(set(seats))
-    largest = Setting(budgets[-1], seats[-1])  # an upper bound for what is composed by promise
+            raise ConfigError(f"--{name} must be positive integers, not {','.join(map(str, values)) or 'none'}")
+    trials = _Trials(deployment, make_workload, attainment, requests, on_trial)
+    budgets, max_num_seqs = sorted(set(budgets)), sorted(set(max_num_seqs))
+    largest = Setting(budgets[-1], max_num_seqs[-1])  # SLO scheduling shortens its steps as needed
     lone = trials.closed(largest, 1, LONE_REQUESTS)
-    if trials.on_time(lone) < share:
-        raise _impossible(trials, largest)
+    if trials.attainment(lone) < attainment:
+        raise _infeasible(trials, largest)
     least = LEAST * metrics.throughput(lone)
 
-    def carried(settings: Sequence[Setting], start: float) -> tuple[Carried, ...]:
-        """Each search begins where the one before ended."""
-        found: list[Carried] = []
+    def sustained(settings: Sequence[Setting], start: float) -> tuple[Sustained, ...]:
+        """Each search starts from the result of the one before."""
+        found: list[Sustained] = []
         for setting in settings:
             rate = trials.largest_rate(setting, start=start, least=least)
-            found.append(Carried(setting, rate))
+            found.append(Sustained(setting, rate))
             start = rate or start
         return tuple(found)
 
     usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
-    by_seats = carried([Setting(usual, count) for count in seats], metrics.throughput(lone))
-    if not any(each.rate for each in by_seats):
-        raise _impossible(trials, largest)
-    best = _smallest_of_the_best(by_seats)
+    by_seqs = sustained([Setting(usual, count) for count in max_num_seqs], metrics.throughput(lone))
+    if not any(each.rate for each in by_seqs):
+        raise _infeasible(trials, largest)
+    best = _smallest_of_the_best(by_seqs)
     count = best.setting.max_num_seqs
-    by_budget = carried([Setting(budget, count) for budget in budgets], best.rate)
-    by_age = carried([Setting(budget, seats[-1], deadline_policy=False) for budget in budgets], best.rate)
+    by_budget = sustained([Setting(budget, count) for budget in budgets], best.rate)
+    fcfs = sustained([Setting(budget, max_num_seqs[-1], enable_slo=False) for budget in budgets], best.rate)
     best = _smallest_of_the_best(by_budget)
     chosen = best.setting
     rate = trials.largest_rate(chosen, start=best.rate, least=least, refined=True)
@@ -181,10 +190,10 @@ def tune(
     return Tuning(
         ttft=deployment.scheduler.ttft,
         itl=deployment.scheduler.itl,
-        share=share,
+        attainment=attainment,
         budgets=by_budget,
-        budgets_by_age=by_age,
-        seats=by_seats,
+        budgets_fcfs=fcfs,
+        max_num_seqs=by_seqs,
         chosen=chosen,
         rate=rate,
         clients=clients,
@@ -192,73 +201,74 @@ def tune(
     )
 
 
-def _smallest_of_the_best(carried: Sequence[Carried]) -> Carried:
-    """The first that is as good as any; smaller settings come first."""
-    most = max(each.rate for each in carried)
-    return next(each for each in carried if each.rate * PRECISION >= most)
+def _smallest_of_the_best(candidates: Sequence[Sustained]) -> Sustained:
+    """Return the first that is as good as any; smaller settings come first."""
+    most = max(each.rate for each in candidates)
+    return next(each for each in candidates if each.rate * PRECISION >= most)
 
 
 class _Trials:
-    """Simulates loads on settings, and judges them."""
+    """Simulations of loads, and whether they are sustained."""
 
     def __init__(
         self,
         deployment: Deployment,
         make_workload: MakeWorkload,
-        share: float,
+        required: float,
         requests: int,
         on_trial: Callable[[], None],
     ) -> None:
         self.scheduler = deployment.scheduler
         self._deployment = deployment
         self._make_workload = make_workload
-        self._share, self._requests, self._on_trial = share, requests, on_trial
+        self._required, self._requests, self._on_trial = required, requests, on_trial
 
     def largest_rate(self, setting: Setting, *, start: float, least: float, refined: bool = False) -> float:
-        """Requests a second at random that it carries; 0 if it is less than `least`."""
+        """Return the largest Poisson rate that a setting sustains; 0 if it is below `least`."""
         requests = self._requests * (REFINED if refined else 1)
         target = self._target(setting)
         workload = self._make_workload(target)
         ttft = self._longest_ttft(workload)
 
-        def carries(rate: float) -> bool:
-            lasting = min(math.ceil(PROMISES_LONG * rate * ttft), LONGER_AT_MOST * requests)
-            return self._carries(self._open(setting, rate, max(requests, lasting)))
+        def is_sustained(rate: float) -> bool:
+            lasting = min(math.ceil(TTFTS_LONG * rate * ttft), LONGER_AT_MOST * requests)
+            return self._is_sustained(self._open(setting, rate, max(requests, lasting)))
 
-        return _largest(carries, start, least)
+        return _largest(is_sustained, start, least)
 
     def most_clients(self, setting: Setting) -> tuple[int, float]:
-        """Clients that it carries, and the requests a second that they send. Where no first token is promised, nobody
-        could be late in the queue: there are as many as seats then.
+        """Return the number of clients that a setting sustains, and their throughput.
+
+        Without a TTFT target no request misses its target in the queue: max_num_seqs is the limit then.
         """
         rates: dict[int, float] = {}
         most = setting.max_num_seqs if self.scheduler.ttft is None else MOST_CLIENTS
 
-        def carries(clients: int) -> bool:
+        def is_sustained(clients: int) -> bool:
             point = self.closed(setting, clients, max(self._requests, 8 * clients))
             rates[clients] = metrics.throughput(point)
-            return self._carries(point)
+            return self._is_sustained(point)
 
-        low, high = 1, 2  # `low` are carried
-        while high <= most and carries(high):
+        low, high = 1, 2  # `low` are sustained
+        while high <= most and is_sustained(high):
             low, high = high, 2 * high
         high = min(high, most + 1)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if carries(middle) else (low, middle)
-        if low not in rates and not carries(low):
+            low, high = (middle, high) if is_sustained(middle) else (low, middle)
+        if low not in rates and not is_sustained(low):
             return 0, 0.0
         return low, rates[low]
 
     def closed(self, setting: Setting, clients: int, requests: int, scheduler: SchedulerConfig | None = None) -> Point:
-        """A closed loop; of another scheduler's targets, if they are given."""
+        """Simulate a closed loop, with the targets of another scheduler if one is given."""
         target = self._target(setting, scheduler)
         self._on_trial()
         loop = closed_loop(target, self._make_workload(target), clients=clients, requests=requests)
         return virtual_time.run(loop)
 
-    def on_time(self, point: Point, scheduler: SchedulerConfig | None = None) -> float:
-        """The share of its requests that were."""
+    def attainment(self, point: Point, scheduler: SchedulerConfig | None = None) -> float:
+        """Return the SLO attainment: the fraction of the requests that met the targets."""
         config = scheduler or self.scheduler
         records = metrics.counted(point)
         targets = SloTargets.parse(config.ttft, config.itl)
@@ -276,18 +286,18 @@ class _Trials:
         loop = open_loop(target, workload, rate=None, arrivals=arrivals, requests=requests)
         return virtual_time.run(loop)  # without its rate, which would give each load other requests
 
-    def _carries(self, point: Point) -> bool:
+    def _is_sustained(self, point: Point) -> bool:
         comes = len(metrics.counted(point)) / metrics.seconds(point)
-        return self.on_time(point) >= self._share and metrics.throughput(point) >= KEEPS_UP * comes
+        return self.attainment(point) >= self._required and metrics.throughput(point) >= KEEPS_UP * comes
 
     def _target(self, setting: Setting, scheduler: SchedulerConfig | None = None) -> SimulatedTarget:
-        """With as many blocks as an engine would take for its seats."""
+        """Return a simulated engine with as many blocks as max_num_seqs can use."""
         config = replace(
             scheduler or self.scheduler,
             max_num_batched_tokens=setting.max_num_batched_tokens,
             max_num_seqs=setting.max_num_seqs,
         )
-        if not setting.deadline_policy:
+        if not setting.enable_slo:
             config = replace(config, ttft=None, itl=None)
         calibration = self._deployment.calibration
         useful = setting.max_num_seqs * -(-calibration.max_model_len // calibration.block_size)
@@ -295,57 +305,52 @@ class _Trials:
         return SimulatedTarget(replace(self._deployment, scheduler=config, calibration=calibration))
 
     def _longest_ttft(self, workload: Workload) -> float:
-        """That is promised to anybody, in seconds; 0 without a promise."""
+        """Return the longest TTFT target in seconds among some requests; 0 without one."""
         if self.scheduler.ttft is None:
             return 0.0
         targets = SloTargets.parse(self.scheduler.ttft, None)
         some = (workload.first("lengths", number) for number in range(32))
-        return max(targets.ttft_target(_length(request)) for request in some)
+        return max(targets.ttft_target(len(prompt_ids(request))) for request in some)
 
 
-def _length(request: LoadRequest) -> int:
-    if isinstance(request.prompt, str):
-        raise ConfigError("the trace has prompts as text: a simulation takes token ids, or their numbers alone")
-    return len(request.prompt)
+def _largest(is_sustained: Callable[[float], bool], start: float, least: float) -> float:
+    """Return the largest sustained load, to PRECISION; 0 if it is below `least`.
 
-
-def _largest(carries: Callable[[float], bool], start: float, least: float) -> float:
-    """The largest load that is carried, to PRECISION; 0 if it is less than `least`. Steps away from `start` grow, until
-    there is a load that is carried and a larger one that is not; then the two approach each other.
+    The search moves away from `start` in growing steps until it has bounds, then bisects.
     """
     low = high = start
     step = FIRST_STEP
-    if carries(start):
-        while carries(high := low * step):
+    if is_sustained(start):
+        while is_sustained(high := low * step):
             low, step = high, min(step**2, LAST_STEP)
     else:
-        while not carries(low := high / step):
+        while not is_sustained(low := high / step):
             high, step = low, min(step**2, LAST_STEP)
             if high < least:
                 return 0.0
     while high > low * PRECISION:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if carries(middle) else (low, middle)
+        low, high = (middle, high) if is_sustained(middle) else (low, middle)
     return low
 
 
-def _impossible(trials: _Trials, setting: Setting) -> ConfigError:
-    """What to say of targets that a request alone does not meet: what it would take, and what could be promised."""
-    alone = metrics.counted(trials.closed(replace(setting, deadline_policy=False), 1, LONE_REQUESTS))
+def _infeasible(trials: _Trials, setting: Setting) -> ConfigError:
+    """Return the error for targets that even a lone request misses, with its latencies and feasible targets."""
+    alone = metrics.counted(trials.closed(replace(setting, enable_slo=False), 1, LONE_REQUESTS))
     gap = max((average for record in alone for average in metrics.moving_averages(metrics.gaps(record))), default=0.0)
-    first = max(map(metrics.first_token_seconds, alone))
+    first = max(map(metrics.ttft, alone))
     scheduler = trials.scheduler
     ways = [(1, 0), (0, 1)] if scheduler.ttft and scheduler.itl else []
-    possible = [flags for way in (*ways, (1, 1)) if (flags := _least_possible(trials, setting, *way))]
+    feasible = [flags for way in (*ways, (1, 1)) if (flags := _least_feasible(trials, setting, *way))]
     return ConfigError(
-        f"{_flags(scheduler)} can be promised to nobody here: even a request alone is late, whose tokens come up to "
-        f"{1e3 * gap:.3g} ms apart, and the first after up to {first:.3g} s; possible would be "
-        f"{' or '.join(possible[:2]) or 'nothing like it'}"
+        f"{_flags(scheduler)} cannot be met here: even a lone request has an inter-token latency of up to "
+        f"{1e3 * gap:.3g} ms and a TTFT of up to {first:.3g} s; feasible targets: "
+        f"{' or '.join(feasible[:2]) or 'none of this kind'}"
     )
 
 
-def _least_possible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> str | None:
-    """The shortest targets, of those that are asked for the first or both made longer, that a request alone meets."""
+def _least_feasible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> str | None:
+    """Return the shortest targets that a lone request meets, with `ttft`, `itl` or both longer than requested."""
 
     def longer(times: float) -> SchedulerConfig:
         config = trials.scheduler
@@ -356,7 +361,7 @@ def _least_possible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> s
         )
 
     def holds(config: SchedulerConfig) -> bool:
-        return trials.on_time(trials.closed(setting, 1, LONE_REQUESTS, config), config) == 1.0
+        return trials.attainment(trials.closed(setting, 1, LONE_REQUESTS, config), config) == 1.0
 
     low, high = 1.0, 2.0
     while not holds(longer(high)):
@@ -370,7 +375,7 @@ def _least_possible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> s
 
 
 def _longer(target: str | None, times: float) -> str | None:
-    """A target, so many times as long, in two digits."""
+    """Return a target multiplied by `times`, rounded up to two digits."""
     if target is None:
         return None
     seconds = times * parse_seconds("target", target.removesuffix(PER_TOKEN))
@@ -380,5 +385,5 @@ def _longer(target: str | None, times: float) -> str | None:
 
 
 def _flags(config: SchedulerConfig) -> str:
-    """Its targets, as they are given to a server."""
+    """Return the targets as flags of a server."""
     return " ".join(f"--{name} {value}" for name in ("ttft", "itl") if (value := getattr(config, name)))

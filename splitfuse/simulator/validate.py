@@ -1,4 +1,4 @@
-"""A simulation beside the measurement that it should have predicted, load by load, with the error of each figure."""
+"""Compare a simulation with the measurement that it predicts, load by load."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from splitfuse.bench.measure import Loads, MakeWorkload
 from splitfuse.bench.results import Point, Results, by_load
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Chat, Independent, Lengths, SharedPrefix, Workload
+from splitfuse.bench.workload import Lengths, Workload, workload_from
 from splitfuse.errors import ConfigError
 from splitfuse.simulator.simulate import Deployment, simulate
 
 TOKEN_PERCENT = 95
-"""The percentile of gaps between tokens whose prediction is judged."""
+"""Percentile of the inter-token latency whose prediction is judged."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,19 @@ class Comparison:
 
     @property
     def throughput_error(self) -> float:
-        """As a share of what was measured; below 0, less was predicted."""
+        """Relative error of the predicted throughput; negative if less was predicted than measured."""
         return self.predicted.throughput.mean / self.measured.throughput.mean - 1.0
 
     @property
-    def gap_error(self) -> float:
-        """Of the P95 gap between tokens."""
-        return self.predicted.gaps[TOKEN_PERCENT] / self.measured.gaps[TOKEN_PERCENT] - 1.0
+    def itl_error(self) -> float:
+        """Relative error of the predicted P95 inter-token latency."""
+        return self.predicted.itl[TOKEN_PERCENT] / self.measured.itl[TOKEN_PERCENT] - 1.0
 
 
 def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any]) -> Results:
-    """The same loads, as often, with the same requests. Raises ConfigError for a workload that results do not describe
-    in full: a trace.
+    """Simulate the measured loads with the same requests and repetitions.
+
+    Raises ConfigError for a trace: results do not contain its requests.
     """
     make_workload = workload_of(measured)
     points: tuple[Point, ...] = ()
@@ -58,31 +59,27 @@ def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any])
 
 
 def compare(measured: Results, predicted: Results) -> list[Comparison]:
-    """Load by load. Raises ConfigError if they are not of the same loads."""
+    """Return the comparisons, load by load. Raises ConfigError if their loads differ."""
     left, right = rows(measured), rows(predicted)
     if [row.load for row in left] != [row.load for row in right]:
-        raise ConfigError("measurement and simulation are not of the same loads")
+        raise ConfigError("measurement and simulation have different loads")
     return [Comparison(*pair) for pair in zip(left, right, strict=True)]
 
 
 def mean_error(errors: Sequence[float]) -> float:
-    """Of their sizes."""
+    """Return the mean of the absolute errors."""
     return metrics.mean([abs(error) for error in errors])
 
 
 def workload_of(results: Results) -> MakeWorkload:
-    """The workload that the settings in results describe. Raises ConfigError for one they do not describe in full."""
+    """Return a maker of the measured workload. Raises ConfigError for a trace, which results do not contain."""
     settings = results.workload
     kind = settings.get("kind")
     if kind not in ("independent", "prefix", "chat"):
-        raise ConfigError(f"a simulation cannot repeat a workload of the kind {kind!r} from its results alone")
+        raise ConfigError(f"a workload of kind {kind!r} cannot be repeated from its results alone")
 
     def make(target: Target) -> Workload:
         lengths = Lengths(settings["prompt"], settings["generate"], settings["deviation"], target.room)
-        if kind == "prefix":
-            return SharedPrefix(lengths, target.vocabulary, settings["prefix"], settings["prefixes"], settings["seed"])
-        if kind == "chat":
-            return Chat(lengths, target.answer_vocabulary, settings["turns"], settings["seed"])
-        return Independent(lengths, target.vocabulary, settings["seed"])
+        return workload_from(settings, lengths, target.vocabulary, target.answer_vocabulary)
 
     return make

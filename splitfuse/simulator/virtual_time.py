@@ -1,7 +1,6 @@
-"""An event loop whose clock is virtual: where every task waits, the clock goes on to when the first is due.
+"""An event loop with a virtual clock: while all tasks wait, the clock advances to the next due time.
 
-What runs in it is the same code that runs in real time, as long as it asks the loop for the time. It must wait for
-nothing but the loop: no sockets, no threads.
+Code that asks the loop for the time runs unchanged. It must not wait for anything else: no sockets, no threads.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ Result = TypeVar("Result")
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """Run it to its end, as `asyncio.run` does, in virtual time, which begins at 0. Raises RuntimeError if all that is
-    left waits for something that never comes.
+    """Run a coroutine as `asyncio.run` does, in virtual time from 0.
+
+    Raises RuntimeError if all remaining tasks wait for something that will never happen.
     """
     with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
         return runner.run(main)
@@ -33,7 +33,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Clock(selectors.DefaultSelector):
-    """What the loop waits with: it does not wait, but lets the time pass."""
+    """A selector that advances the clock instead of waiting."""
 
     now = 0.0
 
@@ -41,6 +41,6 @@ class _Clock(selectors.DefaultSelector):
         ready = super().select(0)  # Ctrl-C comes through a socket
         if not ready:
             if timeout is None:
-                raise RuntimeError("nothing is due any more, and not all is done")
+                raise RuntimeError("deadlock in virtual time: no event is due, but tasks remain")
             self.now = math.nextafter(self.now + timeout, math.inf)  # the loop runs what is due before now, not at it
         return ready

@@ -28,7 +28,7 @@ def test_an_engine_here_and_its_page(run: Run, tmp_path: Path) -> None:
     flags = ("--num-blocks", 400, "--max-num-batched-tokens", 128, "--about", "price=3")
     ended = run("run", "--clients", "1,3", *SMALL, "--sla", "2", *flags, "--out", out)
     assert ended.exit_code == 0, ended.output
-    assert re.search(r"requests/s .*kept at 2", ended.stdout) and "kept at 4" not in ended.stdout
+    assert re.search(r"goodput.*\n.*requests/s .* at 2 ", ended.stdout) and "at 4 " not in ended.stdout
     results = load(out)
     assert (results.system, results.simulated, results.replicas) == ("splitfuse, budget 128", False, 1)
     assert [(point.clients, point.repetition) for point in results.points] == [(1, 0), (3, 0), (1, 1), (3, 1)]
@@ -73,25 +73,25 @@ def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (("--url", "http://127.0.0.1:1"), "no server answers at 127.0.0.1:1"),
-        (("--url", "http://127.0.0.1:1", "--block-size", 64), "--block-size is for an engine loaded here"),
-        (("--url", "http://127.0.0.1:1", "--replicas", 2), "--replicas is for engines here"),
-        (("--clients", "1,x"), "--clients takes numbers with commas between them"),
-        (("--clients", "0"), "whole numbers from 1"),
-        (("--clients", "1", "--rate", "1"), "give one of the two"),
-        (("--rate", "0"), "above 0"),
-        (("--turns", 2, "--prefix", 3), "two workloads"),
+        (("--url", "http://127.0.0.1:1", "--block-size", 64), "--block-size and --url are mutually exclusive"),
+        (("--url", "http://127.0.0.1:1", "--replicas", 2), "--replicas and --url are mutually exclusive"),
+        (("--clients", "1,x"), "--clients '1,x' must be comma-separated numbers"),
+        (("--clients", "0"), "positive integers"),
+        (("--clients", "1", "--rate", "1"), "--clients (closed loop) and --rate (open loop) are mutually exclusive"),
+        (("--rate", "0"), "positive numbers"),
+        (("--turns", 2, "--prefix", 3), "--turns and --prefix are mutually exclusive workloads"),
         (("--prompt", 0), "at least 1"),
-        (("--sla", "0"), "above 0"),
+        (("--sla", "0"), "must be positive speeds"),
         (("--about", "price"), "NAME=VALUE"),
-        (("--vocab-size", 10), "is for --url"),
+        (("--vocab-size", 10), "--vocab-size requires --url"),
         (("--trace", "none.jsonl"), "none.jsonl cannot be read"),
         (("--out", "none/x.json"), "none/x.json cannot be written"),
         (("--repeat", 0), "at least 1"),
-        (("--prefixes", 2), "give that too"),
-        (("--trace", __file__, "--clients", 1, "--generate", 5), "is in the trace's lines"),
-        (("--rate", 1, "--spacing", 1), "that of clients"),
+        (("--prefixes", 2), "--prefixes requires --prefix"),
+        (("--trace", __file__, "--clients", 1, "--generate", 5), "--generate and --trace are mutually exclusive"),
+        (("--rate", 1, "--spacing", 1), "--spacing applies to --clients only"),
         (("--dtype", "int3"), "dtype must be one of"),
-        (("--prefix", 3000, "--num-blocks", 400), "leaves no room in 2048"),
+        (("--prefix", 3000, "--num-blocks", 400), "--prefix 3000 must be between 1 and 2046"),
     ],
 )
 def test_mistakes_end_in_a_sentence(run: Run, flags: tuple[object, ...], sentence: str) -> None:
@@ -108,6 +108,9 @@ def test_keys_are_not_kept() -> None:
 def test_reports_of_nothing(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text("{}", encoding="utf-8")
-    for flags, sentence in (((file,), "does not hold results"), ((tmp_path / "none",), "cannot be read: No such file")):
+    for flags, sentence in (
+        ((file,), "is not a file of benchmark results"),
+        ((tmp_path / "none",), "cannot be read: No such file"),
+    ):
         ended = run("report", *flags)
         assert ended.exit_code == 1 and sentence in ended.stderr

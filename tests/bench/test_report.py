@@ -77,7 +77,7 @@ def test_replicas_are_in_their_own_picture() -> None:
 def test_panels_have_room_for_all_lines() -> None:
     """They share a scale, which is that of the highest, whichever panel it is in."""
     series = [figures.Series(RESULTS, tuple(rows(RESULTS, (6.0, 1.0))), "#000000")]
-    panels = figures.effective_throughput(series, (6.0, 1.0)).axes
+    panels = figures.goodput(series, (6.0, 1.0)).axes
     highest = max(y for axes in panels for line in axes.lines for y in line.get_ydata())
     assert highest > 1 and all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > highest for axes in panels)
 

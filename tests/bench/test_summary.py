@@ -22,8 +22,8 @@ def test_repetitions_are_one_row_in_the_order_of_clients() -> None:
     assert two.throughput == Spread(2.0, 2.0, 2.0, 2)
     assert eight.throughput == Spread(3.0, 2.0, 4.0, 2) and str(eight.throughput) == "3 ±1"
     assert two.littles_law == pytest.approx(2 / 0.99)
-    assert two.effective[6.0].mean == 0.0 and two.first_token[50] == 0.25
-    assert two.gaps[95] == pytest.approx(0.74)
+    assert two.goodput[6.0].mean == 0.0 and two.ttft[50] == 0.25
+    assert two.itl[95] == pytest.approx(0.74)
     assert (two.num_counted, two.num_failed) == (24, 0)
 
 
@@ -42,7 +42,7 @@ def test_a_table_too_wide_for_a_terminal_is_printed_as_two(
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert printed.count("clients") == num_tables
-    assert all(head in printed for head in ("kept at 6", "P99", "failed", "3 ±1"))
+    assert all(head in printed for head in ("goodput", "at 6", "P99", "failed", "3 ±1"))
     assert "…" not in printed
 
 
@@ -63,7 +63,7 @@ def test_a_file_gives_back_what_was_saved(
 def test_what_is_no_file_of_results(tmp_path: Path) -> None:
     for content in (b"{", b'{"system": 1}', b"[]"):
         (tmp_path / "x.json").write_bytes(content)
-        with pytest.raises(ConfigError, match="does not hold results"):
+        with pytest.raises(ConfigError, match="is not a file of benchmark results"):
             load(tmp_path / "x.json")
     with pytest.raises(ConfigError, match=r"none.json cannot be read: No such file"):
         load(tmp_path / "none.json")

@@ -57,7 +57,7 @@ def short(target: Target) -> Workload:
 
 
 def tuned(of: Deployment, make: MakeWorkload = independent, **settings: Any) -> Tuning:
-    return tune(of, make, **{"budgets": (64, 256), "seats": (32,), "requests": 30, **settings})
+    return tune(of, make, **{"budgets": (64, 256), "max_num_seqs": (32,), "requests": 30, **settings})
 
 
 def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
@@ -72,11 +72,11 @@ def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
 @pytest.mark.slow
 def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
     targets = {"ttft": "1s", "itl": "60ms"}
-    tuning = tuned(deployment(**targets), seats=(1, 32), requests=60)
+    tuning = tuned(deployment(**targets), max_num_seqs=(1, 32), requests=60)
     assert 0.4 * LIMIT < tuning.rate < LIMIT
-    promise, age = tuning.budgets[1].rate, tuning.budgets_by_age[1].rate
+    promise, age = tuning.budgets[1].rate, tuning.budgets_fcfs[1].rate
     assert age < 0.5 * promise, "steps of 256 tokens take 109 ms, but for the scheduler that knows time"
-    assert tuning.seats[0].rate < 0.9 * tuning.seats[1].rate and tuning.chosen.max_num_seqs == 32
+    assert tuning.max_num_seqs[0].rate < 0.9 * tuning.max_num_seqs[1].rate and tuning.chosen.max_num_seqs == 32
     on_time = {}
     for times in (0.8, 2.0):
         scheduler = SchedulerConfig(
@@ -122,10 +122,10 @@ def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> N
 )
 def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict[str, str]) -> None:
     slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
-    with pytest.raises(ConfigError, match="can be promised to nobody here") as refused:
+    with pytest.raises(ConfigError, match="cannot be met here") as refused:
         tuned(deployment(slow, **targets), short, budgets=(128,))
     assert " ".join(f"--{name} {value}" for name, value in targets.items()) in str(refused.value)
-    possible = str(refused.value).partition("possible would be ")[2].split(" or ")[0]
+    possible = str(refused.value).partition("feasible targets: ")[2].split(" or ")[0]
     longer = dict(re.findall(r"--(\w+) (\S+)", possible))
     assert tuned(deployment(slow, **longer), short, budgets=(128,), requests=10).clients >= 1
 
@@ -136,17 +136,17 @@ def test_conversations_are_a_load_too() -> None:
     def make(target: Target) -> Workload:
         return Chat(Lengths(100, 20, room=target.room), target.answer_vocabulary, 2)
 
-    tuning = tune(deployment(ttft="1s", itl="250ms"), make, budgets=(128,), seats=(32,), requests=20)
+    tuning = tune(deployment(ttft="1s", itl="250ms"), make, budgets=(128,), max_num_seqs=(32,), requests=20)
     assert 0 < tuning.rate < tuning.clients_rate  # each is two requests
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"share": 0.0}, "share that is to be on time"),
-        ({"budgets": (0,)}, "budgets must be"),
-        ({"seats": ()}, "seats must be"),
-        ({"requests": 0}, "requests must be"),
+        ({"attainment": 0.0}, "--slo-attainment 0.0 must be above 0"),
+        ({"budgets": (0,)}, "--max-num-batched-tokens must be positive integers, not 0"),
+        ({"max_num_seqs": ()}, "--max-num-seqs must be positive integers, not none"),
+        ({"requests": 0}, "--requests must be positive"),
     ],
 )
 def test_settings_that_are_none_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -178,20 +178,20 @@ def test_the_command_says_what_it_chose_and_why(tmp_path: Path) -> None:
     save(CALIBRATION, cost)
     ended = command(
         *("--ttft", "2ms/token", "--itl", "250ms", "--generate", "8"),
-        *("--budgets", "64,256", "--seats", "32", "--requests", "20"),
-        *("--model-of-cost", str(cost), "--quantization", "int8", "--no-enable-prefix-caching", "--out", str(out)),
+        *("--max-num-batched-tokens", "64,256", "--max-num-seqs", "32", "--requests", "20"),
+        *("--cost-model", str(cost), "--quantization", "int8", "--no-enable-prefix-caching", "--out", str(out)),
     )
     assert ended.exit_code == 0, ended.output
     assert re.search(r"64 .* 28\.5 .* 27\.9 .* 22.. .*█", ended.stdout), "the curve"
-    assert "the fit misses steps that were not fitted by 4.0% in the median" in ended.stdout
+    assert "error of the fit over held-out steps: median 4.0%" in ended.stdout
     written = json.loads(out.read_text())["tuning"]
-    budget, seats = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
+    budget, count = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
     assert f"--max-num-batched-tokens {budget}: " in ended.stdout
     assert (
         "splitfuse serve --quantization int8 --ttft 2ms/token --itl 250ms --no-enable-prefix-caching "
-        f"--max-num-batched-tokens {budget} --max-num-seqs {seats}\n"
+        f"--max-num-batched-tokens {budget} --max-num-seqs {count}\n"
     ) in ended.stdout
-    assert (f"can promise {written['rate']:.3g} requests/s at random, or {written['clients']} clients") in ended.stdout
+    assert (f"sustains {written['rate']:.3g} requests/s (Poisson), or {written['clients']} clients") in ended.stdout
     assert "prompts of about 512 tokens and answers of 8" in ended.stdout
 
 
@@ -205,23 +205,22 @@ def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: py
     )  # fmt: skip
     save(kept, place(kept.identity))
     ended = command(
-        *("--ttft", "1s", "--itl", "1s", "--budgets", "64", "--seats", "16", "--requests", "20"),
+        *("--ttft", "1s", "--itl", "1s", "--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--requests", "20"),
         *("--prompt", "24", "--generate", "4", "--measure"),
     )
     assert ended.exit_code == 0, ended.output
-    assert re.search(r"measured at \S+ requests/s: \d+ of 100 on time", ended.stdout)
+    assert re.search(r"measured at \S+ requests/s: \d+ of 100 met the SLO", ended.stdout)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "say what is to be promised: --ttft"),
-        (("--itl", "250ms", "--max-num-batched-tokens", "64"), "--budgets says among which"),
-        (("--itl", "250ms", "--max-num-seqs", "2"), "--seats says among which"),
-        (("--itl", "250ms", "--headroom", "-1"), "headroom must be a share"),
-        (("--itl", "250ms", "--machine", "a100-70b", "--measure"), "--measure drives the engine here"),
-        (("--itl", "250ms", "--budgets", "x"), "--budgets takes numbers"),
-        (("--itl", "1ms", "--machine", "a100-70b", "--prompt", "40"), "--itl 1ms can be promised to"),
+        ((), "tune requires an SLO: give --ttft"),
+        (("--itl", "250ms", "--headroom", "-1"), "--headroom -1.0 must be a fraction"),
+        (("--itl", "250ms", "--machine", "a100-70b", "--measure"), "--measure runs on this machine"),
+        (("--itl", "250ms", "--max-num-batched-tokens", "x"), "--max-num-batched-tokens 'x' must be comma-separated"),
+        (("--itl", "250ms", "--max-num-seqs", "8,0", "--machine", "a100-70b"), "--max-num-seqs must be positive"),
+        (("--itl", "1ms", "--machine", "a100-70b", "--prompt", "40"), "--itl 1ms cannot be met here"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments: tuple[str, ...], said: str) -> None:

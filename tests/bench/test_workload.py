@@ -119,7 +119,7 @@ def test_a_trace_is_repeated(tmp_path: Path) -> None:
     assert (requests[0].prompt, requests[1].prompt, len(requests[2].prompt)) == ((5, 6, 7), "Once upon a time", 30)
     assert requests[2].prompt != requests[5].prompt
     without = Trace.read(trace(tmp_path, '{"prompt_tokens": 3, "generate": 1}'), IDS)
-    with pytest.raises(ConfigError, match="does not say when"):
+    with pytest.raises(ConfigError, match="has no times"):
         without.arrivals()
 
 
@@ -127,15 +127,18 @@ def test_a_trace_is_repeated(tmp_path: Path) -> None:
     ("line", "why"),
     [
         ("{", "line 1"),
-        ('{"generate": 4}', "either prompt or prompt_tokens"),
-        ('{"generate": 4, "prompt": "a", "prompt_tokens": 2}', "either prompt or prompt_tokens"),
+        ('{"generate": 4}', "exactly one of prompt and prompt_tokens"),
+        ('{"generate": 4, "prompt": "a", "prompt_tokens": 2}', "exactly one of prompt and prompt_tokens"),
         ('{"generate": 0, "prompt_tokens": 2}', "at least one token"),
         ('{"generate": 1, "prompt": []}', "at least one token"),
-        ('{"generate": 1, "prompt_tokens": 2, "at": -1}', "from 0"),
+        ('{"generate": 1, "prompt_tokens": 2, "at": -1}', "at least 0"),
         ('{"generate": 1, "prompt_tokens": 2, "when": 1}', "when"),
-        ('{"generate": 1000, "prompt_tokens": 2000}', "exceed the 2048"),
-        ('{"generate": 1, "prompt_tokens": 2, "at": 1}\n{"generate": 1, "prompt_tokens": 2}', "some do not"),
-        ("", "no line"),
+        ('{"generate": 1000, "prompt_tokens": 2000}', "exceed the context of 2048"),
+        (
+            '{"generate": 1, "prompt_tokens": 2, "at": 1}\n{"generate": 1, "prompt_tokens": 2}',
+            "either all lines have a time",
+        ),
+        ("", "is empty"),
     ],
 )
 def test_what_is_no_trace(tmp_path: Path, line: str, why: str) -> None:

@@ -1,6 +1,6 @@
-"""The five figures of the paper, from results. A line joins its points in the order of clients, whatever that shows.
+"""The five figures of the paper, from results. Lines join their points in the order of clients.
 
-Decides what is drawn; how it looks is style.py's. Needs matplotlib.
+style.py has their looks. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from splitfuse.bench.report.style import COLOURS, PALE, SETTINGS, EndLabel, write_end_labels
 from splitfuse.bench.results import Results
-from splitfuse.bench.summary import GAP_PERCENTS, Row, Spread
+from splitfuse.bench.summary import ITL_PERCENTS, Row, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        """For a legend."""
+        """Name for legends."""
         parts = [self.results.system]
         if self.results.replicas > 1:
             parts.append(f"{self.results.replicas} replicas")
@@ -46,7 +46,7 @@ class Series:
 
     @property
     def style(self) -> dict[str, Any]:
-        """Measured points are full and joined by a line, simulated ones hollow and by dashes."""
+        """Style of its points and lines: filled and solid if measured, hollow and dashed if simulated."""
         hollow = self.results.simulated
         return {
             "color": self.colour,
@@ -59,13 +59,13 @@ class Series:
 
 
 def colours(systems: Sequence[str]) -> dict[str, str]:
-    """System -> colour, in the order in which they come."""
+    """Return a colour for each system, in their order."""
     names = list(dict.fromkeys(systems))
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def throughput_latency(series: Sequence[Series]) -> Figure:
-    """Mean latency of a request against requests a second; numbers are clients, or the rate of arrivals."""
+    """Draw the mean latency of a request against requests/s; points are labelled with clients or arrival rate."""
     with matplotlib.rc_context(SETTINGS):
         figure, (axes,) = _panels(1, height=4.4)
         labels = []
@@ -89,61 +89,61 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
         axes.set_yscale("log")
         axes.set_xlim(left=0)
         _plain_numbers(axes)
-        axes.set_xlabel("requests a second, by the clock")
+        axes.set_xlabel("requests/s")
         axes.set_ylabel("mean latency of a request, s")
         write_end_labels(axes, labels)
         return figure
 
 
-def effective_throughput(series: Sequence[Series], slas: Sequence[float]) -> Figure:
-    """Requests a second that kept both promises against clients: a panel for each promise."""
+def goodput(series: Sequence[Series], slas: Sequence[float]) -> Figure:
+    """Draw goodput against clients: a panel for each SLA."""
     with matplotlib.rc_context(SETTINGS):
         figure, panels = _panels(len(slas), height=3.6, sharey=True)
         labels: list[EndLabel] = []
         for axes, sla in zip(panels, slas, strict=True):
-            axes.set_title(f"at least {sla:g} tokens a second")
+            axes.set_title(f"SLA of {sla:g} tokens/s")
 
             def value(row: Row, sla: float = sla) -> Spread:
-                return row.effective[sla]
+                return row.goodput[sla]
 
             labels = _against_load(axes, series, value)
         panels[0].set_ylim(bottom=0)
-        panels[0].set_ylabel("requests a second that kept both promises")
+        panels[0].set_ylabel("goodput (requests/s)")
         write_end_labels(panels[-1], labels)
         return figure
 
 
 def token_latency(series: Sequence[Series]) -> Figure:
-    """Seconds between tokens against clients: a panel for each percentile."""
+    """Draw the inter-token latency against clients: a panel for each percentile."""
     with matplotlib.rc_context(SETTINGS):
-        figure, panels = _panels(len(GAP_PERCENTS), height=3.6, sharey=True)
+        figure, panels = _panels(len(ITL_PERCENTS), height=3.6, sharey=True)
         panels[0].set_yscale("log")
         labels: list[EndLabel] = []
-        for axes, percent in zip(panels, GAP_PERCENTS, strict=True):
+        for axes, percent in zip(panels, ITL_PERCENTS, strict=True):
             axes.set_title(f"P{percent}")
 
             def value(row: Row, percent: int = percent) -> Spread:
-                return Spread.of([max(1e3 * row.gaps[percent], 0.01)])  # a logarithm has no zero
+                return Spread.of([max(1e3 * row.itl[percent], 0.01)])  # a logarithm has no zero
 
             labels = _against_load(axes, series, value)
         _plain_numbers(panels[0])
-        panels[0].set_ylabel("ms from one token to the next")
+        panels[0].set_ylabel("inter-token latency, ms")
         write_end_labels(panels[-1], labels)
         return figure
 
 
 def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str, sla: float) -> Figure | None:
-    """Best throughput against replicas or devices, beside what so many times one would be; None if none has several.
+    """Draw the best throughput and goodput at `sla` against replicas or devices, with linear scaling.
 
-    Left all requests, right those that kept both promises at `sla`.
+    None if no system has more than one size.
     """
     lines = list(_lines(series, size))
     if not lines:
         return None
     with matplotlib.rc_context(SETTINGS):
         figure, panels = _panels(2, height=3.8, sharey=True)
-        values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.effective[sla])
-        titles = ("all requests", f"those that kept both promises, at {sla:g} tokens/s")
+        values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.goodput[sla])
+        titles = ("throughput", f"goodput at {sla:g} tokens/s")
         for axes, value, title in zip(panels, values, titles, strict=True):
             axes.set_title(title)
             labels, sizes = [], set[int]()
@@ -163,13 +163,13 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
             _ticks(axes, sorted(sizes), [str(n) for n in sorted(sizes)])
             axes.set_xlabel(what)
         panels[0].set_ylim(bottom=0)
-        panels[0].set_ylabel("requests a second, at the best load")
+        panels[0].set_ylabel("requests/s, at the best load")
         write_end_labels(panels[-1], labels)
         return figure
 
 
 def smallest(series: Sequence[Series]) -> list[Series]:
-    """Without those that are more replicas or devices of a system that is there with fewer: they are for `scaling`."""
+    """Return each system with its fewest replicas and devices: larger sizes are for `scaling`."""
     more: list[Series] = []
     for size in (lambda r: r.replicas, lambda r: r.tensor_parallel_size):
         more += [each for line in _lines(series, size) for each in line[1:]]
@@ -177,7 +177,7 @@ def smallest(series: Sequence[Series]) -> list[Series]:
 
 
 def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator[list[Series]]:
-    """Those that differ in size alone, in its order; only where there are several sizes."""
+    """Yield the series that differ in size alone, sorted by size; only where there are several sizes."""
 
     def others(each: Series) -> str:
         about = each.results
@@ -193,7 +193,7 @@ def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator
 
 
 def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A row of panels, with room for labels right of the last."""
+    """Return a row of panels, with a margin for labels right of the last."""
     figure = Figure(figsize=(WIDTH, height))
     grid = figure.add_gridspec(
         1,
@@ -214,7 +214,7 @@ def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure,
 
 
 def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], Spread]) -> list[EndLabel]:
-    """Lines over clients, or over rates; a pale bar is the spread of repetitions. Their names, to be written last."""
+    """Draw lines against clients or rates, with pale bars for the spread of repetitions; return their labels."""
     loads = sorted({_load(row): row.load for each in series for row in each.rows}.items())
     labels = []
     for each in series:
@@ -228,17 +228,19 @@ def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], S
     if all(place > 0 for place, _ in loads):
         axes.set_xscale("log", base=2)
     _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
-    axes.set_xlabel("clients" if all(row.clients for each in series for row in each.rows) else "clients, or arrivals")
+    axes.set_xlabel(
+        "clients" if all(row.clients for each in series for row in each.rows) else "clients, or arrival rate"
+    )
     return labels
 
 
 def _bar(each: Series) -> dict[str, Any]:
-    """How the spread of a point is drawn."""
+    """Return the style of a point's spread."""
     return {"color": each.colour, "alpha": 0.3, "linewidth": 4, "solid_capstyle": "butt", "zorder": 2}
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """Of an axis that is a logarithm: 10, not a power."""
+    """Label a logarithmic axis with plain numbers instead of powers."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

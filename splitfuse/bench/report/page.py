@@ -1,4 +1,4 @@
-"""One HTML page of results, whole in itself: pictures as SVG, tables, what each system was given. Needs matplotlib."""
+"""A self-contained HTML report of results: figures as SVG, tables, settings of each system. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from splitfuse.bench import metrics
 from splitfuse.bench.report.style import as_svg, require_matplotlib
 from splitfuse.bench.results import Results, load_order
-from splitfuse.bench.summary import GAP_PERCENTS, LATENCY_PERCENTS, Row, rows
+from splitfuse.bench.summary import ITL_PERCENTS, TTFT_PERCENTS, Row, rows
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from splitfuse.bench.report.figures import Series
 
 SCALING_SLA = 4.0
-UNTOLD = ("startup_seconds", "idle_resident_bytes", "resident_bytes", "command", "memory_plan", "engine", "parameters")
-"""Of `about`: what has a column or a line of its own."""
+"""SLA in tokens/s of the figures of scaling."""
+OWN_LINES = (
+    "startup_seconds",
+    "idle_resident_bytes",
+    "resident_bytes",
+    "command",
+    "memory_plan",
+    "engine",
+    "parameters",
+)
+"""Entries of `about` that have a line of their own."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -55,15 +64,16 @@ pre { background: #f6f7f9; padding: .7rem .9rem; overflow-x: auto; border-radius
 
 
 def write_report(
-    results: Sequence[Results], out: Path, *, slas: Sequence[float] = metrics.SLAS, title: str = "What a load gave"
+    results: Sequence[Results], out: Path, *, slas: Sequence[float] = metrics.SLAS, title: str = "Benchmark results"
 ) -> None:
-    """Write the page. Raises ConfigError if matplotlib is missing, if there is nothing to show, or if the file cannot
-    be written.
+    """Write the page.
+
+    Raises ConfigError if matplotlib is missing, if there is nothing to show, or if the file cannot be written.
     """
     require_matplotlib()
     results = [each for each in results if each.points]
     if not results or not slas:
-        raise ConfigError("there is nothing to report: no file has a point, or no promise is named")
+        raise ConfigError("there is nothing to report: no file has a point, or --sla is empty")
     page = "".join(_page(results, slas, title))
     try:
         out.write_text(page, encoding="utf-8")
@@ -83,11 +93,11 @@ def _page(results: Sequence[Results], slas: Sequence[float], title: str) -> Iter
     yield f'<p class="lead">{escape(_lead(results))}</p>\n'
     speeds = " or ".join(f"{speed:g}" for speed in sorted({each.prompt_speed for each in results}))
     yield (
-        "<p>A request keeps its <b>promises</b> if its first token comes within prompt&nbsp;tokens&nbsp;/&nbsp;"
-        f"{speeds} "
-        "seconds, and if at every token the moving average (span 16) of the time between tokens stays below one second "
-        "divided by the tokens a second promised. Requests a second are counted by the clock, over a window in which "
-        "the load is steady. Pale bars, and ± in tables, are the spread of repetitions.</p>\n"
+        "<p><b>Goodput</b> is the requests/s which meet the SLA: the first token arrives within "
+        f"prompt&nbsp;tokens&nbsp;/&nbsp;{speeds} seconds, and at every token the exponential moving average (span 16) "
+        "of the inter-token latency is below 1&nbsp;/&nbsp;SLA seconds, for an SLA in tokens/s. Requests/s are counted "
+        "by the clock, over a window in which the load is steady. Pale bars, and ± in tables, are the spread of "
+        "repetitions.</p>\n"
     )
     for workload, same in _by_workload(series):
         yield from _workload(workload, same, slas)
@@ -97,9 +107,9 @@ def _page(results: Sequence[Results], slas: Sequence[float], title: str) -> Iter
     ):
         figure = figures.scaling(series, size, what, SCALING_SLA)
         if figure is not None:
-            yield f"<h2>{heading}</h2>\n<p>Dotted: as many times one.</p>\n"
+            yield f"<h2>{heading}</h2>\n<p>Dotted: linear scaling.</p>\n"
             yield _figure(figure, f"Throughput against {what}.")
-    yield "<h2>What each was given</h2>\n"
+    yield "<h2>Settings of each system</h2>\n"
     for each in series:
         yield from _settings(each)
     yield f'<p class="note">Written by splitfuse, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>\n</body>\n</html>\n'
@@ -134,12 +144,12 @@ def _workload(workload: Mapping[str, Any], series: list[Series], slas: Sequence[
     yield f"<h2>{escape(describe(workload))}</h2>\n"
     yield f'<p class="note">{escape(", ".join(f"{name} {_plain(value)}" for name, value in workload.items()))}</p>\n'
     drawn = figures.smallest(series)
-    yield "<h3>Throughput and latency</h3>\n<p>Further right and further down is better. Numbers are clients.</p>\n"
-    yield _figure(figures.throughput_latency(drawn), "Mean latency of a request against requests a second.")
-    yield "<h3>Effective throughput</h3>\n"
-    yield _figure(figures.effective_throughput(drawn, slas), "Requests a second that kept both promises.")
-    yield "<h3>Time between tokens</h3>\n"
-    yield _figure(figures.token_latency(drawn), "Percentiles of the time between two tokens.")
+    yield "<h3>Throughput and latency</h3>\n<p>Further right and down is better. Labels are numbers of clients.</p>\n"
+    yield _figure(figures.throughput_latency(drawn), "Mean latency of a request against requests/s.")
+    yield "<h3>Goodput (effective throughput)</h3>\n"
+    yield _figure(figures.goodput(drawn, slas), "Goodput against clients.")
+    yield "<h3>Inter-token latency</h3>\n"
+    yield _figure(figures.token_latency(drawn), "Percentiles of the inter-token latency.")
     yield from _table(series, slas)
 
 
@@ -148,8 +158,8 @@ def _plain(value: Any) -> str:
 
 
 def describe(workload: Mapping[str, Any]) -> str:
-    """A workload as a heading."""
-    kinds = {"chat": "Conversations", "prefix": "Prompts with a shared beginning", "trace": "A trace"}
+    """Return a heading for a workload."""
+    kinds = {"chat": "Conversations", "prefix": "Shared prefixes", "trace": "A trace"}
     if "prompt" not in workload or "generate" not in workload:
         return kinds.get(str(workload.get("kind")), "A load")
     lengths = f"prompts of {workload['prompt']:g} tokens, answers of {workload['generate']:g}"
@@ -162,10 +172,10 @@ def _figure(figure: Figure, alternative: str) -> str:
 
 
 def _table(series: Sequence[Series], slas: Sequence[float]) -> Iterator[str]:
-    """Loads, and under each the systems."""
-    heads = ["requests/s", "Little", *(f"kept at {each:g}" for each in slas), "latency, s"]
-    heads += [f"first token<br>P{percent}, s" for percent in LATENCY_PERCENTS]
-    heads += [f"token<br>P{percent}, ms" for percent in GAP_PERCENTS]
+    """Yield the table: loads, and below each the systems."""
+    heads = ["requests/s", "Little", *(f"goodput<br>at {each:g} tokens/s" for each in slas), "latency, s"]
+    heads += [f"TTFT<br>P{percent}, s" for percent in TTFT_PERCENTS]
+    heads += [f"ITL<br>P{percent}, ms" for percent in ITL_PERCENTS]
     yield '<div class="scroll"><table>\n<tr><th>clients</th><th class="name">system</th>'
     yield "".join(f"<th>{head}</th>" for head in (*heads, "tokens/s", "counted", "failed")) + "</tr>\n"
     loads = sorted({load_order(row.clients, row.rate) for each in series for row in each.rows})
@@ -178,17 +188,17 @@ def _table(series: Sequence[Series], slas: Sequence[float]) -> Iterator[str]:
                     first = False
     yield "</table></div>\n"
     yield (
-        '<p class="note">Little: clients divided by the mean latency, which the original reports as throughput; in a '
-        "steady load it agrees with the clock. Kept: requests a second that kept both promises, at so many tokens a "
-        "second. Percentiles are of all repetitions together.</p>\n"
+        '<p class="note">Little: clients divided by the mean latency, which the original reports as throughput; under '
+        "a steady load it agrees with the clock. TTFT: time to first token. ITL: inter-token latency. Percentiles are "
+        "over all repetitions together.</p>\n"
     )
 
 
 def _line(each: Series, row: Row, slas: Sequence[float], *, first: bool) -> str:
     numbers = [str(row.throughput), "" if row.littles_law is None else f"{row.littles_law:.3g}"]
-    numbers += [str(row.effective[sla]) for sla in slas]
-    numbers += [f"{row.latency:.3g}", *(f"{row.first_token[percent]:.3g}" for percent in LATENCY_PERCENTS)]
-    numbers += [f"{1e3 * row.gaps[percent]:.3g}" for percent in GAP_PERCENTS]
+    numbers += [str(row.goodput[sla]) for sla in slas]
+    numbers += [f"{row.latency:.3g}", *(f"{row.ttft[percent]:.3g}" for percent in TTFT_PERCENTS)]
+    numbers += [f"{1e3 * row.itl[percent]:.3g}" for percent in ITL_PERCENTS]
     numbers += [f"{row.token_throughput.mean:.0f}", str(row.num_counted), str(row.num_failed or "")]
     cells = "".join(f"<td>{_pale_spread(number)}</td>" for number in numbers)
     load = f"<td>{escape(row.load) if first else ''}</td>"
@@ -218,7 +228,7 @@ def _settings(each: Series) -> Iterator[str]:
         if isinstance(about.get(name), Mapping):
             lines[name] = ", ".join(f"{key} {value}" for key, value in about[name].items() if value is not None)
     for name, value in about.items():
-        if name not in UNTOLD and value is not None:
+        if name not in OWN_LINES and value is not None:
             if name == "machine":
                 text = _machine(value)
             elif isinstance(value, Mapping):

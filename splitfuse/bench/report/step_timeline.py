@@ -1,7 +1,4 @@
-"""What each forward step was made of and how long it took, as a picture. Plain lists in: it knows no engine.
-
-Needs matplotlib.
-"""
+"""A timeline of forward steps as a picture: the composition and the time of each. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -21,35 +18,33 @@ REQUEST_COLOURS = (
     *("#3f9c9c", "#8463a9", "#a2704b", "#d16d6a", "#6b7a8f"),
 )
 PALENESS = 0.62
-"""Of a prompt's colour: the share of white in it."""
+"""Fraction of white in the colour of a prefill."""
 LETTER_WIDTH = 0.05
-"""Of the budget: the least height of a chunk that has room for its letter."""
+"""Height of the lowest chunk that is labelled, as a fraction of the token budget."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A request's part of a step."""
+    """The tokens of one request in a step."""
 
     request: str
     tokens: int
-    generates: bool
-    """Whether it is one generated token, fed back, and no part of a prompt."""
+    is_decode: bool
+    """Whether it is a decode: one generated token, fed back."""
 
 
 @dataclass(frozen=True)
 class StepShown:
-    """One step."""
+    """One step, as it is drawn."""
 
     pieces: Sequence[Piece]
     seconds: float
     predicted: float | None = None
-    """Seconds that a model of cost foresaw."""
+    """Time in seconds that the cost model predicted."""
 
 
 def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> Figure:
-    """Above, the tokens of each step by request: pale are prompts, full are generations. Below, its time, and what was
-    predicted if that is known.
-    """
+    """Draw the tokens of each step by request (prefill pale, decode full); below, its time and prediction, if any."""
     require_matplotlib()
     import matplotlib
     from matplotlib.colors import to_rgb
@@ -69,7 +64,7 @@ def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> F
                     piece.tokens,
                     bottom=bottom,
                     width=1.0,
-                    color=colour[piece.request] if piece.generates else pale[piece.request],
+                    color=colour[piece.request] if piece.is_decode else pale[piece.request],
                     edgecolor="white",
                     linewidth=0.6,
                 )
@@ -77,31 +72,31 @@ def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> F
         for name in names:
             _write_name(above, name, steps, colour[name], budget)
         above.axhline(budget, color=INK, lw=0.8, ls=(0, (4, 2)))
-        above.annotate(f"budget {budget}", (1, budget), (0, 3), textcoords="offset points", fontsize=8, color=INK)
+        above.annotate(f"token budget {budget}", (1, budget), (0, 3), textcoords="offset points", fontsize=8, color=INK)
         above.set_ylim(0, 1.12 * max([budget, *(sum(p.tokens for p in each.pieces) for each in steps)]))
         above.set_ylabel("tokens")
         above.grid(visible=False, axis="x")
-        above.set_title(title or "What each step was made of: pale prompts, full generations")
+        above.set_title(title or "Tokens of each step: prefill pale, decode full")
         x = range(1, len(steps) + 1)
         below.bar(
             x, [1e3 * each.seconds for each in steps], width=1.0, color="#c6d3e1", edgecolor="white", linewidth=0.6
         )
-        foreseen = [(n, 1e3 * each.predicted) for n, each in zip(x, steps, strict=True) if each.predicted is not None]
-        if foreseen:
-            numbers, values = zip(*foreseen, strict=True)
+        predicted = [(n, 1e3 * each.predicted) for n, each in zip(x, steps, strict=True) if each.predicted is not None]
+        if predicted:
+            numbers, values = zip(*predicted, strict=True)
             below.plot(numbers, values, color="#d9480f", lw=1.2, marker="o", markersize=2.5)
-            below.set_title("its time: bars measured, line predicted", fontsize=9)
+            below.set_title("step time: bars measured, line predicted", fontsize=9)
         else:
-            below.set_title("its time", fontsize=9)
+            below.set_title("step time", fontsize=9)
         below.set_ylabel("ms")
-        below.set_xlabel("pass")
+        below.set_xlabel("step")
         below.grid(visible=False, axis="x")
         below.set_xlim(0.4, len(steps) + 0.6)
         return figure
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """As the name's ending says: .png, .svg, .pdf."""
+    """Save the figure in the format of the file's suffix: .png, .svg or .pdf."""
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):
@@ -109,12 +104,12 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 def _write_name(axes: Axes, name: str, steps: Sequence[StepShown], colour: str, budget: int) -> None:
-    """In the middle of the longest run of its prompt."""
+    """Write the name of a request in its largest chunk of prefill."""
     best: tuple[int, float, int] | None = None
     for number, each in enumerate(steps, start=1):
         bottom = 0
         for piece in each.pieces:
-            if piece.request == name and not piece.generates and (best is None or piece.tokens > best[2]):
+            if piece.request == name and not piece.is_decode and (best is None or piece.tokens > best[2]):
                 best = number, bottom + piece.tokens / 2, piece.tokens
             bottom += piece.tokens
     if best is not None and best[2] >= LETTER_WIDTH * budget:

@@ -1,6 +1,6 @@
-"""How our pictures look: colours that are told apart in print and by the colour-blind, a light grid, labels at lines.
+"""The look of all figures: colours for print and the colour-blind, a light grid, labels at the ends of lines.
 
-Needs matplotlib, which is the extra `bench`; whoever draws asks `require_matplotlib` first.
+Needs matplotlib, which is the extra `bench`: call `require_matplotlib` first.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ SETTINGS: Any = {
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError that names the extra if it is missing."""
+    """Raise a ConfigError that names the extra if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError('pictures need matplotlib, which is not installed: pip install "splitfuse[bench]"')
+        raise ConfigError('matplotlib is not installed: pip install "splitfuse[bench]"')
 
 
 def as_svg(figure: Figure) -> str:
-    """For a page: an element without the declarations of a file."""
+    """Return the figure as an SVG element to embed in a page."""
     import matplotlib
 
     file = io.StringIO()
@@ -68,7 +68,7 @@ def as_svg(figure: Figure) -> str:
 
 @dataclass(frozen=True)
 class EndLabel:
-    """A name to be written right of the end of a line."""
+    """A label to the right of the end of a line."""
 
     x: float
     y: float
@@ -77,7 +77,7 @@ class EndLabel:
 
 
 def write_end_labels(axes: Axes, labels: Sequence[EndLabel]) -> None:
-    """Each at the height of its end, or as near to it as the others let it. After the axes' limits are settled."""
+    """Write each label at the height of its line's end, or as near as possible. Call it once the limits are set."""
     figure = axes.get_figure()
     assert figure is not None
     line_height = LINE_SPACING * LABEL_SIZE / (axes.get_window_extent().height * 72.0 / figure.dpi)  # of the axes
@@ -102,8 +102,12 @@ def write_end_labels(axes: Axes, labels: Sequence[EndLabel]) -> None:
 
 
 def spaced(wished: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Centres of things of these sizes that do not overlap, in the same order, near to the wished ones, which ascend:
-    those that would touch are stacked, and the stack is centred on what its members wished.
+    """Return centres of labels of these sizes which do not overlap, near the ascending wished ones, in the same order.
+
+    Labels that would touch are stacked, and the stack is centred on the mean of their wishes.
+
+    >>> spaced([0.0, 0.0], [1.0, 1.0])
+    [-0.5, 0.5]
     """
     stacks: list[list[int]] = []
 
