@@ -1,1 +1,1 @@
-"""DOING the plan on devices: load, run, sample."""
+"""Executing plans on a device: load, plan memory, run, sample."""

@@ -1,4 +1,4 @@
-"""The control groups this process is in: where Linux keeps what it may take of memory and of cores."""
+"""Find the control groups of this process, in which Linux limits its memory and cores."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ MOUNT = "sys/fs/cgroup"
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[int, Path]]:
-    """The folder of each group that `controller` ("memory" or "cpu") may limit us in: ours and all that it lies in, of
-    version 2 and of version 1, with the version. Which of them exist, and set a limit, is the reader's to find out.
-    `root` is where proc and sys are.
+    """Yield version and folder of each group in which `controller` ("memory" or "cpu") may limit this process: its own
+    group and all that contain it, of versions 1 and 2. A folder may be absent or set no limit.
+
+    `root` is the folder of `proc` and `sys`.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for line in lines:  # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
         _, controllers, path = line.split(":", 2)

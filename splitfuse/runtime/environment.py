@@ -1,4 +1,4 @@
-"""What it takes to repeat a measurement: command, versions, commit, machine, and memory as Linux counts it."""
+"""Describe what a measurement depends on: command, versions, commit, machine; and measure memory as Linux counts it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def environment_info() -> dict[str, Any]:
-    """This machine, these versions, this command, now."""
+    """Returns command, date, versions and machine, as recorded with every measurement."""
     return {
         "command": shlex.join(["splitfuse", *without_keys(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -42,13 +42,20 @@ def environment_info() -> dict[str, Any]:
 
 
 def without_keys(arguments: Sequence[str]) -> list[str]:
-    """Of a command line: `--api-key` keeps its place, not its value."""
+    """Returns a command line with the value of each `--api-key` replaced by dots.
+
+    >>> without_keys(["serve", "--api-key", "secret"])
+    ['serve', '--api-key', '...']
+    """
     shown = [re.sub(r"^(--api-key)=.*", r"\1=...", argument, flags=re.DOTALL) for argument in arguments]
     return ["..." if i and shown[i - 1] == "--api-key" else argument for i, argument in enumerate(shown)]
 
 
 def commit() -> str | None:
-    """Of the working tree that splitfuse is imported from, with `+changes` if it has some; None if it is installed."""
+    """Returns the commit of the working tree that splitfuse is imported from, with `+changes` if files were changed.
+
+    None if splitfuse is installed.
+    """
     if not (_ROOT / ".git").exists():
         return None
     try:
@@ -64,7 +71,7 @@ def _git(*arguments: str) -> str:
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells."""
+    """Returns the name of the CPU, with family and model on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -75,7 +82,7 @@ def processor() -> str:
 
 
 def gpu(device: torch.device) -> str | None:
-    """The GPU's name; None of the CPU."""
+    """Returns the name of a GPU; None for the CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -89,9 +96,9 @@ def _memory_bytes() -> int:
 
 
 def resident_bytes(pid: int | None = None) -> int | None:
-    """Memory of a process and all that it has started, shared pages counted once (PSS); None where it cannot be read.
+    """Returns the memory of a process, by default this one, and of all that it started; None where it cannot be read.
 
-    Left out, this process.
+    Shared pages are counted once (PSS).
     """
     try:
         return sum(proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid))
@@ -107,6 +114,6 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def proportional_bytes(pid: int) -> int:
-    """PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
+    """Returns the PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -111,5 +111,5 @@ def parse_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used: {reason}; cpu always can") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} cannot be used: it must be cpu, cuda or one of several, such as cuda:1")
+        raise ConfigError(f"device {name!r} cannot be used: choose cpu, cuda, or one GPU such as cuda:1")
     return device

@@ -1,6 +1,6 @@
-"""What a model will need, and what there is, before a byte of it is loaded.
+"""Plan memory before anything is loaded: what a model needs, and what the machine has.
 
-Decides `max_model_len` and `num_blocks` where they were left open. Must not load anything.
+The plan settles `max_model_len` and `num_blocks` where they were left open.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from splitfuse.runtime.executor import HEAD_ROWS
 
 GIB = 2**30
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
-CGROUP_FILES = {  # by version: the limit, and what is used of it
+CGROUP_FILES = {  # by version: the limit, and the bytes in use
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     2: ("memory.max", "memory.current"),
 }
 LARGEST_KV_SHARE = 0.5
-"""Of what is free after weights and activations, for a KV cache whose size nobody gave: the machine has other users."""
+"""Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Need and have, in bytes, and the sizes that follow."""
+    """Holds what is needed and available, in bytes, and the sizes that follow. `str(plan)` is a table."""
 
     weights: int
     activations: int
@@ -44,14 +44,16 @@ class MemoryPlan:
     max_model_len: int
     available: int
     kernels: str  # in a line
-    model_len_lowered: bool  # the model could read more, the cache could not hold it
+    model_len_lowered: bool  # the model allows longer requests, the cache cannot hold them
 
     @property
     def kv_cache(self) -> int:
+        """Returns the size of the KV cache in bytes."""
         return self.num_blocks * self.block
 
     @property
     def need(self) -> int:
+        """Returns the sum of all that is needed, in bytes."""
         return self.weights + self.activations + self.kv_cache
 
     def __str__(self) -> str:
@@ -70,10 +72,10 @@ class MemoryPlan:
 
 
 def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, available: int | None = None) -> MemoryPlan:
-    """The plan for one model on one device; `available` bytes are measured if not given.
+    """Returns the plan for one model on one device; `available` bytes are measured if not given.
 
-    Raises MemoryPlanError, with the setting that would fit, if weights, activations and cache do not; ConfigError if
-    `max_model_len` is more than the model allows.
+    Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
+    `max_model_len` exceeds what the model allows.
     """
     dtype = resolve_dtype(config.model.dtype, spec)
     size = config.cache.block_size
@@ -81,7 +83,7 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
     wanted_len = config.model.max_model_len or spec.max_position
     if wanted_len > spec.max_position:
         raise ConfigError(
-            f"max_model_len {wanted_len} is more than the {spec.max_position} tokens the model was made for"
+            f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
     plan = MemoryPlan(
         weights=weight_bytes(spec, dtype, backend),
@@ -114,8 +116,9 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
 
 
 def resident_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process alone fills, files that it maps not counted. None where the system does not
-    say. `root` is where proc is.
+    """Returns the bytes of memory that this process alone fills, mapped files not counted; None off Linux.
+
+    `root` is the folder of `proc`.
     """
     try:
         fields = dict(line.split(":", 1) for line in (root / "proc/self/status").read_text().splitlines())
@@ -125,8 +128,9 @@ def resident_memory(root: Path = Path("/")) -> int | None:
 
 
 def available_memory(device: str, *, root: Path = Path("/")) -> int:
-    """Bytes that can still be taken: on CPU what the machine and our control groups leave, on others what is free.
-    `root` is where proc and sys are.
+    """Returns the bytes that can still be allocated: on a CPU, the least that machine and control groups leave.
+
+    `root` is the folder of `proc` and `sys`.
     """
     if torch.device(device).type != "cpu":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
@@ -137,19 +141,19 @@ def _machine_memory(root: Path) -> int:
     try:
         fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # no Linux: all there is
+    except (OSError, KeyError):  # not Linux: all memory of the machine
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroup_headroom(root: Path) -> Iterator[int]:
-    """What each control group that we are in leaves, where it sets a limit."""
+    """Yield the bytes left by each control group of this process that sets a limit."""
     for version, group in control_groups("memory", root):
         if (headroom := _headroom(group, *CGROUP_FILES[version])) is not None:
             yield headroom
 
 
 def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
-    """What one group leaves; files kept in memory count as used, but are given up first. None: it sets no limit."""
+    """Returns the bytes that one group leaves, or None if it sets no limit. Cached files count as free."""
     try:
         limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -171,8 +175,8 @@ def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def _layer_width(layer: LayerSpec, hidden: int) -> int:
-    """Numbers that a token needs in a layer: the MLP's inputs, outputs and gate, or those of each expert that it
-    visits, and its heads.
+    """Returns how many numbers one token takes in a layer at most: its heads, and inputs, outputs and gate of the MLP
+    or of each expert it is routed to.
     """
     attention, mlp = layer.attention, layer.mlp
     if isinstance(mlp, MlpSpec):
@@ -193,7 +197,7 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
 
 
 def _smaller_model(spec: ModelSpec, config: EngineConfig, backend: Backend, plan: MemoryPlan) -> str:
-    """Settings with each of which weights, activations and one KV block fit."""
+    """Returns settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
     budget = config.scheduler.max_num_batched_tokens - -(-missing // _token_bytes(spec, dtype))
@@ -219,7 +223,7 @@ def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:
-    """What lets the longest request in: a shorter one, or a larger cache."""
+    """Returns settings with which the longest request would fit: a lower limit, or a larger cache."""
     longest = plan.num_blocks * plan.block_size + 1
     wanted, most = -(-(plan.max_model_len - 1) // plan.block_size), free // plan.block
     options = [f"max_model_len={longest}"] if longest >= SHORTEST_MODEL_LEN else []

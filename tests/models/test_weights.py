@@ -268,7 +268,7 @@ def test_surplus_weight(folder: Path) -> None:
 @pytest.mark.parametrize("shape", [(48, 47), (47, 48), (48,), (1, 48, 48), (0, 48)])
 def test_wrong_shape(folder: Path, shape: tuple[int, ...]) -> None:
     rewrite(folder, {Q_PROJ: torch.zeros(shape)})
-    assert refused(folder) == f"weight {Q_PROJ} has shape {list(shape)}, config.json wants [48, 48]"
+    assert refused(folder) == f"weight {Q_PROJ} has shape {list(shape)}, but config.json implies [48, 48]"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])

@@ -116,7 +116,7 @@ def test_resident_memory_is_what_the_system_says(tmp_path: Path) -> None:
 
 
 def test_length_beyond_the_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_model_len 1001 is more than the 1000 tokens the model was made for"):
+    with pytest.raises(ConfigError, match="max_model_len is 1001, but the model has 1000 positions: use at most that"):
         plan(FIXED + 100 * BLOCK, max_model_len=1001)
 
 

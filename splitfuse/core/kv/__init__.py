@@ -1,1 +1,1 @@
-"""KV blocks: which request holds which, and what the prefix cache knows."""
+"""KV blocks: their names, the requests that hold them, and the prefix cache."""

@@ -1,1 +1,1 @@
-"""Where a model's files come from and how they are read: folder, Hub, safetensors."""
+"""Stored models: where they are found (folder, Hub, bundled), and how their files and tensors are read."""

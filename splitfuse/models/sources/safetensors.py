@@ -60,7 +60,9 @@ class SafetensorsWeights(WeightSource):
     def _check_tensor(self, name: str, shape: Shape) -> None:
         header = self._files[name].get_slice(name)
         if tuple(header.get_shape()) != shape:
-            raise WeightsError(f"weight {name} has shape {list(header.get_shape())}, config.json wants {list(shape)}")
+            raise WeightsError(
+                f"weight {name} has shape {list(header.get_shape())}, but config.json implies {list(shape)}"
+            )
         if header.get_dtype() not in FLOAT_DTYPES:
             raise WeightsError(
                 f"weight {name} is stored as {header.get_dtype()}, but must be one of {', '.join(FLOAT_DTYPES)}: "
