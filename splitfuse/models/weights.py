@@ -19,7 +19,7 @@ from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import Backend, LayerSpec, LayerWeights, MlpSpec, NetworkWeights, Role, Weight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import find_family
-from splitfuse.models.sources.source import Shape, WeightSource
+from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -36,12 +36,12 @@ class Parameter:
     role: Role
     layer: int | None
     expert: int | None
-    pieces: tuple[tuple[str, Shape], ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def shape(self) -> Shape:
         """The shape of the whole."""
-        shapes = [shape for _, shape in self.pieces]
+        shapes = [piece.shape for piece in self.pieces]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -52,7 +52,9 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     def named(shapes: Shapes, layer: int | None = None, expert: int | None = None) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
             full = (piece.format(layer=layer, expert=expert) for piece in names[name])
-            yield Parameter(name, _role(name, spec), layer, expert, tuple(zip(full, pieces, strict=True)))
+            yield Parameter(
+                name, _role(name, spec), layer, expert, tuple(map(Piece._make, zip(full, pieces, strict=True)))
+            )
 
     found = list(named(_outer_shapes(spec)))
     for number, layer in enumerate(spec.layers):
@@ -140,7 +142,7 @@ def load_decoder(
     Raises WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
     """
     plan = parameters(spec)
-    wanted = dict(piece for parameter in plan for piece in parameter.pieces)
+    wanted = [piece for parameter in plan for piece in parameter.pieces]
     unused = find_family(spec.architecture).names["head"] if spec.tied_embeddings else ()
     weights.check(wanted, architecture=spec.architecture, unused=unused)
     outer: dict[str, Weight] = {}
@@ -148,7 +150,7 @@ def load_decoder(
     for parameter in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
-            pieces = [stack.enter_context(weights.read(name, shape)).to(device) for name, shape in parameter.pieces]
+            pieces = [stack.enter_context(weights.read(piece)).to(device) for piece in parameter.pieces]
             weight = backend.pack(pieces, role=parameter.role, dtype=dtype)
         if parameter.expert is None:
             target[parameter.name] = weight

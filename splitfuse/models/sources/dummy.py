@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from splitfuse.models.sources.source import Shape, WeightSource
+from splitfuse.models.sources.source import Piece, WeightSource
 
 SCALE = 0.02
 SEED = 0
@@ -21,13 +21,13 @@ class DummyWeights(WeightSource):
         self._dtype, self._device = dtype, device
         self._generator = torch.Generator(device).manual_seed(SEED)
 
-    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
+    def check(self, wanted: Collection[Piece], *, architecture: str, unused: Collection[str] = ()) -> None:
         """Accept everything."""
 
     @contextmanager
-    def read(self, name: str, shape: Shape) -> Iterator[Tensor]:
-        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-        if name.endswith("norm.weight"):
+    def read(self, piece: Piece) -> Iterator[Tensor]:
+        tensor = torch.empty(piece.shape, dtype=self._dtype, device=self._device)
+        if piece.name.endswith("norm.weight"):
             tensor.fill_(1.0)
         else:
             tensor.normal_(std=SCALE, generator=self._generator)

@@ -6,7 +6,7 @@ import ctypes
 import json
 import mmap
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from splitfuse.errors import WeightsError
-from splitfuse.models.sources.source import Shape, WeightSource
+from splitfuse.models.sources.source import Piece, WeightSource
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,24 +40,26 @@ class SafetensorsWeights(WeightSource):
                     raise WeightsError(f"{path} repeats {name}, which another file of the checkpoint holds too")
                 self._files[name] = opened
 
-    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
-        if missing := wanted.keys() - self._files.keys():
+    def check(self, wanted: Collection[Piece], *, architecture: str, unused: Collection[str] = ()) -> None:
+        names = {piece.name for piece in wanted}
+        if missing := names - self._files.keys():
             raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
-        surplus = self._files.keys() - wanted.keys() - set(unused)
+        surplus = self._files.keys() - names - set(unused)
         if surplus := {name for name in surplus if not name.endswith(COMPUTED_SUFFIXES)}:
             raise WeightsError(
                 f"weights that {architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
             )
-        for name, shape in wanted.items():
-            self._check_tensor(name, shape)
+        for piece in wanted:
+            self._check_tensor(piece)
 
     @contextmanager
-    def read(self, name: str, shape: Shape) -> Iterator[Tensor]:  # noqa: ARG002 - checked before
-        tensor: Tensor = self._files[name].get_tensor(name)  # mapped from its file
+    def read(self, piece: Piece) -> Iterator[Tensor]:
+        tensor: Tensor = self._files[piece.name].get_tensor(piece.name)  # mapped from its file
         yield tensor
         _release(tensor)
 
-    def _check_tensor(self, name: str, shape: Shape) -> None:
+    def _check_tensor(self, piece: Piece) -> None:
+        name, shape = piece
         header = self._files[name].get_slice(name)
         if tuple(header.get_shape()) != shape:
             raise WeightsError(

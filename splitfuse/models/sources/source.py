@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from splitfuse.errors import ModelError, ModelNotFoundError
 
@@ -17,21 +17,31 @@ if TYPE_CHECKING:
 Shape: TypeAlias = tuple[int, ...]
 
 
-class WeightSource(ABC):
-    """Gives the tensors of a model, by the names that its checkpoint uses.
+class Piece(NamedTuple):
+    """Names a stored tensor that a weight is made of, by its name in the checkpoint, and the shape it must have.
 
-    A format that stores tensors in another form (quantized, transposed, several in one) undoes that in `read`.
+        Piece("model.layers.0.self_attn.q_proj.weight", (896, 896))
+
+    Where a family or a format needs part of a tensor, or another order of it (rows, transposed, permuted), that becomes
+    a field here.
     """
 
+    name: str
+    shape: Shape
+
+
+class WeightSource(ABC):
+    """Gives the tensors of a model. Formats (safetensors, GGUF, quantized ones) differ in how they store them."""
+
     @abstractmethod
-    def check(self, wanted: Mapping[str, Shape], *, architecture: str, unused: Collection[str] = ()) -> None:
-        """Raise WeightsError unless the tensors `wanted` are there, in these shapes, and no others but `unused`.
+    def check(self, wanted: Collection[Piece], *, architecture: str, unused: Collection[str] = ()) -> None:
+        """Raise WeightsError unless all of `wanted` is there, and no other tensor but those named in `unused`.
 
         `architecture` is the network that wants them, for messages.
         """
 
     @abstractmethod
-    def read(self, name: str, shape: Shape) -> AbstractContextManager[Tensor]:
+    def read(self, piece: Piece) -> AbstractContextManager[Tensor]:
         """Returns a tensor for as long as the context lasts: copy what is to be kept. Call `check` first."""
 
 
