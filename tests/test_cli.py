@@ -18,6 +18,7 @@ from readable_answers import PROMPT
 
 import splitfuse
 from splitfuse import cli
+from splitfuse.cli.flags import SAMPLING_FLAGS
 from splitfuse.config import EngineConfig
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 
@@ -181,7 +182,7 @@ def test_bad_lines_are_told_in_their_place_and_the_others_answered(run: Run, pip
 def test_help_lists_every_setting_and_every_sampling_flag(run: Run) -> None:
     shown = run("generate", "--help")
     assert shown.status == 0
-    for name in [*EngineConfig.setting_fields(), *cli.SAMPLING_HELP]:
+    for name in [*EngineConfig.setting_fields(), *SAMPLING_FLAGS]:
         assert f"--{name.replace('_', '-')} " in shown.out
     shown = run("plan-memory", "--help")
     for name in EngineConfig.setting_fields():
@@ -209,7 +210,7 @@ def test_a_flag_that_is_none_ends_with_status_2(run: Run, arguments: list[str], 
 
 def test_prompts_that_are_missing_double_or_unreadable(run: Run, tmp_path: Path) -> None:
     run("generate").assert_mistake("no prompt: standard input is empty")
-    run("generate", "hi", "--input", "x.txt").assert_mistake("given twice: as arguments and with --input")
+    run("generate", "hi", "--input", "x.txt").assert_mistake("prompts as arguments and --input are mutually exclusive")
     run("generate", "--input", tmp_path / "no.txt").assert_mistake("no.txt cannot be read: ")
     run("generate", "--input", tmp_path).assert_mistake("cannot be read: ")
     (tmp_path / "latin").write_bytes(b"caf\xe9")

@@ -11,7 +11,6 @@ from splitfuse.cli.bench_run import bench_run
 from splitfuse.cli.calibrate import calibrate
 from splitfuse.cli.chat import chat
 from splitfuse.cli.explain import explain
-from splitfuse.cli.flags import SAMPLING_HELP
 from splitfuse.cli.generate import generate
 from splitfuse.cli.plan_memory import plan_memory
 from splitfuse.cli.ps import ps
@@ -20,8 +19,6 @@ from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
 from splitfuse.cli.tune import tune
 from splitfuse.version import __version__
-
-__all__ = ["SAMPLING_HELP", "main"]
 
 app = typer.Typer(
     add_completion=False,
@@ -46,7 +43,7 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Run the command line. A flag that is none ends it with status 2."""
+    """Run the command line. An unknown flag ends it with status 2."""
     app()
 
 

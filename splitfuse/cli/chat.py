@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import SAMPLING_HELP, changed, given, with_flags
+from splitfuse.cli.flags import SAMPLING_FLAGS, changed, flag_of, given, with_flags
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from splitfuse.text.responses import Piece
 
 CHAT_SAMPLING = {
-    name: flag for name, flag in SAMPLING_HELP.items() if name not in ("n", "logprobs", "chat", "return_full_text")
+    name: flag for name, flag in SAMPLING_FLAGS.items() if name not in ("n", "logprobs", "chat", "return_full_text")
 }
-HELP = "a \\ at the end of a line: it goes on in the next; /reset begins anew, /exit or Ctrl-D ends, Ctrl-C breaks off"
+HELP = "\\ at the end of a line continues it; /reset starts over, /exit or Ctrl-D ends, Ctrl-C interrupts an answer"
 
-GOES_ON = "\\"
-"""At the end of a line."""
+CONTINUED = "\\"
+"""Last character of a line that continues in the next."""
 
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], "Iterator[Piece]"]
@@ -30,34 +30,36 @@ Answer = Callable[[Messages], "Iterator[Piece]"]
 
 @with_flags(sampling=CHAT_SAMPLING)
 def chat(
-    name: Annotated[str | None, typer.Option(help="Talk with the deployment of that name.")] = None,
-    url: Annotated[str | None, typer.Option(help="Talk with the server there, such as http://127.0.0.1:8000.")] = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of a deployment to talk to.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a server to talk to, such as http://127.0.0.1:8000.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     **flags: Any,
 ) -> None:
-    """Talk with a model: that of a server, or one loaded here.
+    """Chat with the model of a server, or with one loaded in this process.
 
     Without --name, --url and engine flags: the deployment named splitfuse if it runs, else the bundled model. Each line
-    is a turn; one that ends in a backslash goes on in the next. In a conversation, /reset begins anew, /exit or Ctrl-D
-    ends, and Ctrl-C breaks an answer off.
+    is a turn; one that ends in a backslash continues in the next. In a conversation, /reset starts over, /exit or
+    Ctrl-D ends, and Ctrl-C interrupts an answer.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
-    with closing(_partner(name, url, settings, list(changed(settings)), given(flags))) as partner:
-        conversation = _Conversation(next(partner), system)
-        ended_well = conversation.on_terminal() if sys.stdin.isatty() else conversation.through_pipe()
-    if not ended_well:
+    with _model(name, url, settings, list(changed(settings)), given(flags)) as answer:
+        conversation = _Conversation(answer, system)
+        succeeded = conversation.on_terminal() if sys.stdin.isatty() else conversation.through_pipe()
+    if not succeeded:
         raise typer.Exit(1)
 
 
-def _partner(
+@contextmanager
+def _model(
     name: str | None, url: str | None, settings: dict[str, Any], engine_flags: list[str], keywords: dict[str, Any]
-) -> Generator[Answer, None, None]:
-    """What answers; closing it lets go of the server."""
+) -> Iterator[Answer]:
+    """Open a server, or load a model; yield the function that answers."""
     if name is not None and url is not None:
-        raise ConfigError("--name and --url both name a server: give one")
+        raise ConfigError("--name and --url are mutually exclusive")
     if (name or url) and engine_flags:
+        server = "--name" if name else "--url"
         raise ConfigError(
-            f"--{engine_flags[0].replace('_', '-')} is for a model loaded here: leave it out, or the server"
+            f"{flag_of(engine_flags[0])} and {server} are mutually exclusive: it configures an engine here"
         )
     where = name or url
     if where is None and not engine_flags:
@@ -68,7 +70,7 @@ def _partner(
     if where is None:
         from splitfuse.api import pipeline
 
-        _say("loading the model here")
+        _say("loading the model")
         pipe = pipeline(settings.pop("model"), **given(settings))
         yield lambda messages: pipe(messages, chat=True, stream=True, **keywords)
         return
@@ -76,12 +78,12 @@ def _partner(
 
     with client(where) as connected:
         if connected.deployment is not None:
-            _say(f"talking with {connected.deployment.model} at {connected.url}")
+            _say(f"chatting with {connected.deployment.model} at {connected.url}")
         yield lambda messages: connected(messages, chat=True, stream=True, **keywords)
 
 
 class _Conversation:
-    """The turns so far, and how the next one comes about."""
+    """The turns so far, and the next one."""
 
     def __init__(self, answer: Answer, system: str | None) -> None:
         self._answer = answer
@@ -90,34 +92,34 @@ class _Conversation:
         self._reset()
 
     def on_terminal(self) -> bool:
-        """Until somebody has had enough. True."""
+        """Read turns until /exit or Ctrl-D; always successful."""
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and a history for input()
         _say(HELP)
         while True:
             try:
                 line = input("> ")
-                while line.endswith(GOES_ON):
-                    line = line.removesuffix(GOES_ON) + "\n" + input(". ")
+                while line.endswith(CONTINUED):
+                    line = line.removesuffix(CONTINUED) + "\n" + input(". ")
             except EOFError:
                 print()
                 return True
-            except KeyboardInterrupt:  # what was typed is taken back
+            except KeyboardInterrupt:  # discards the line
                 print()
                 continue
             if line.strip() == "/exit":
                 return True
             if line.strip() == "/reset":
                 self._reset()
-                _say("the conversation begins anew")
+                _say("starting over")
             elif line.strip() == "/help":
                 _say(HELP)
             elif line.strip():
-                self._turn(line, breaks_off=True)
+                self._turn(line, interruptible=True)
 
     def through_pipe(self) -> bool:
-        """A turn for each line of standard input, with those it goes on in; whether all were answered."""
-        ended_well = True
+        """Read a turn from each (continued) line of standard input; return whether all were answered."""
+        succeeded = True
         for line in _joined(sys.stdin):
             command = line.strip()
             if command == "/exit":
@@ -125,14 +127,14 @@ class _Conversation:
             if command == "/reset":
                 self._reset()
             elif command:
-                ended_well &= self._turn(line, breaks_off=False)
-        return ended_well
+                succeeded &= self._turn(line, interruptible=False)
+        return succeeded
 
     def _reset(self) -> None:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def _turn(self, line: str, *, breaks_off: bool) -> bool:
-        """Ask, and print the answer as it comes. A turn that fails is as if it had not been."""
+    def _turn(self, line: str, *, interruptible: bool) -> bool:
+        """Send a turn and print the answer as it is generated; a failed turn leaves the conversation as it was."""
         messages = [*self._messages, {"role": "user", "content": line}]
         text, error = "", None
         try:
@@ -143,7 +145,7 @@ class _Conversation:
                     if piece.response is not None:
                         error = piece.response.error
         except KeyboardInterrupt:
-            if not breaks_off:
+            if not interruptible:
                 raise
         except SplitfuseError as refusal:
             error = str(refusal)
@@ -158,16 +160,16 @@ class _Conversation:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Without their ends, each with those that it goes on in."""
-    begun = ""
+    """Yield lines without their ends, joined with the lines that continue them."""
+    pending = ""
     for line in lines:
-        whole = begun + line.rstrip("\r\n")
-        goes_on = whole.endswith(GOES_ON)
-        begun = whole.removesuffix(GOES_ON) + "\n" if goes_on else ""
-        if not goes_on:
+        whole = pending + line.rstrip("\r\n")
+        continues = whole.endswith(CONTINUED)
+        pending = whole.removesuffix(CONTINUED) + "\n" if continues else ""
+        if not continues:
             yield whole
-    if begun:
-        yield begun.rstrip("\n")
+    if pending:
+        yield pending.rstrip("\n")
 
 
 def _say(line: str) -> None:

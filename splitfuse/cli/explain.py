@@ -1,4 +1,4 @@
-"""`splitfuse explain`: where the time of a request went, asked of the server that answered it."""
+"""`splitfuse explain`: the latency breakdown of a request, from the server that answered it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ BAR = 32
 
 @cli_errors()
 def explain(
-    request: Annotated[str, typer.Argument(metavar="ID", help="Of an answer, or its header X-Request-Id.")],
-    name: Annotated[str | None, typer.Option(help="Of the deployment that answered it; left out, splitfuse.")] = None,
-    url: Annotated[str | None, typer.Option(help="Of the server instead, such as http://127.0.0.1:8000.")] = None,
+    request: Annotated[str, typer.Argument(metavar="ID", help="Id of the answer, or its header X-Request-Id.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the deployment that answered it (default: splitfuse).")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="URL of the server, such as http://127.0.0.1:8000.")] = None,
 ) -> None:
-    """Show where the time of a request went: its phases, which add up to all of it.
+    """Show the latency breakdown of a request, in phases that add up to its latency.
 
-    A server remembers the last 1,024 requests that have ended. Its key is looked for in SPLITFUSE_API_KEY.
+    A server keeps the last 1,024 finished requests. The API key is read from SPLITFUSE_API_KEY.
     """
     if name is not None and url is not None:
-        raise ConfigError("--name and --url are two ways to name a server: give one")
+        raise ConfigError("--name and --url are mutually exclusive")
     from splitfuse.clients.sync import client
 
     with client(url or name or "splitfuse") as server:
-        print(drawn(server.explain(request)))
+        print(format_breakdown(server.explain(request)))
 
 
-def drawn(explanation: dict[str, Any]) -> str:
-    """Returns a table with a bar for each phase, as long as its share of the whole."""
+def format_breakdown(explanation: dict[str, Any]) -> str:
+    """Return a table with a bar for each phase, proportional to its time."""
     import msgspec
 
     from splitfuse.core.slo.targets import SloViolation

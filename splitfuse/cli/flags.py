@@ -20,44 +20,46 @@ from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import SplitfuseError
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
-NO_FLAG = ("logit_bias", "stop_token_ids", "prompt_logprobs")
-"""Sampling parameters that only a line of a .jsonl file can set."""
+JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs")
+"""Sampling parameters without a flag, which a line of a .jsonl file can set."""
 
 
-def _flag_of(parameter: Parameter) -> tuple[Any, Any]:
-    """Return the type and the default of the flag for a sampling parameter."""
-    if parameter.is_collection:
-        return list[str] | None, None
-    if parameter.samples or parameter.default is None:
-        return parameter.type | None, None
-    return parameter.type, parameter.default
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag's type, default and help text."""
+
+    type: Any
+    default: Any
+    help: str
+
+    @classmethod
+    def of(cls, parameter: Parameter) -> Flag:
+        """Return the flag of a sampling parameter; without a value where the model's own default applies."""
+        if parameter.is_collection:
+            return cls(list[str] | None, None, parameter.description)
+        if parameter.samples or parameter.default is None:
+            return cls(parameter.type | None, None, parameter.description)
+        return cls(parameter.type, parameter.default, parameter.description)
 
 
-_FLAGS = {keyword: each for keyword, each in SAMPLING_KEYWORDS.items() if each.name not in NO_FLAG}
-SAMPLING_HELP: dict[str, tuple[Any, str]] = {
-    **{keyword: (_flag_of(each)[0], each.description) for keyword, each in _FLAGS.items()},
-    "chat": (bool, "Send each prompt through the model's chat template, as a user's turn."),
-    "return_full_text": (bool, "Put the prompt before the answer."),
+SAMPLING_FLAGS: dict[str, Flag] = {
+    **{keyword: Flag.of(each) for keyword, each in SAMPLING_KEYWORDS.items() if each.name not in JSONL_ONLY},
+    "chat": Flag(bool, False, "Send each prompt through the model's chat template, as a user's turn."),
+    "return_full_text": Flag(bool, False, "Put the prompt before the answer."),
 }
-DEFAULTS: dict[str, Any] = {
-    **{keyword: _flag_of(each)[1] for keyword, each in _FLAGS.items()},
-    "chat": False,
-    "return_full_text": False,
-}
-NO_SAMPLING: Mapping[str, tuple[Any, str]] = types.MappingProxyType({})
-NOTHING_ELSE: Mapping[str, type[Any]] = types.MappingProxyType({})
+NO_FLAGS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def with_flags(
     *,
-    sampling: Mapping[str, tuple[Any, str]] = NO_SAMPLING,
-    also: Mapping[str, type[Any]] = NOTHING_ELSE,
+    sampling: Mapping[str, Flag] = NO_FLAGS,
+    also: Mapping[str, type[Any]] = NO_FLAGS,
     without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command that takes `**flags`: add a flag for every engine setting, and report errors as `cli_errors`.
 
-    `sampling` adds sampling keywords (name -> type and help), `also` the fields of other dataclasses (by heading),
-    `without` leaves engine settings out.
+    `sampling` adds flags of sampling keywords, `also` the fields of other dataclasses (by heading), `without` leaves
+    engine settings out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +70,7 @@ def with_flags(
             for name, parameter in signature.parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        parameters += [_flag(n, hint, DEFAULTS.get(n), text, "Sampling") for n, (hint, text) in sampling.items()]
+        parameters += [_parameter(name, flag, "Sampling") for name, flag in sampling.items()]
         for heading, part in also.items():
             types_of = typing.get_type_hints(part)
             parameters += [_setting(field, types_of[field.name], heading) for field in dataclasses.fields(part)]
@@ -88,12 +90,13 @@ def _setting(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Pa
     default = field.default
     if hint == tuple[str, ...]:
         hint, default = list[str], []
-    return _flag(field.name, hint, default, field.metadata["help"], panel)
+    return _parameter(field.name, Flag(hint, default, field.metadata["help"]), panel)
 
 
-def _flag(name: str, hint: Any, default: Any, text: str, panel: str) -> inspect.Parameter:
-    option = typer.Option(help=text, rich_help_panel=panel, envvar=KEY_VARIABLES.get(name))
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
+def _parameter(name: str, flag: Flag, panel: str) -> inspect.Parameter:
+    option = typer.Option(help=flag.help, rich_help_panel=panel, envvar=KEY_VARIABLES.get(name))
+    annotation: Any = Annotated[flag.type, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=annotation)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import NO_FLAG, SAMPLING_HELP, given, with_flags
+from splitfuse.cli.flags import JSONL_ONLY, SAMPLING_FLAGS, given, with_flags
 from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
 
@@ -20,28 +20,30 @@ if typing.TYPE_CHECKING:
     from splitfuse.api import Pipeline
     from splitfuse.text.responses import Piece, Response
 
-JSONL_KEYWORDS = {*SAMPLING_HELP, *NO_FLAG, "max_length", "do_sample"}
+JSONL_KEYWORDS = {*SAMPLING_FLAGS, *JSONL_ONLY, "max_length", "do_sample"}
 
 
-@with_flags(sampling=SAMPLING_HELP)
+@with_flags(sampling=SAMPLING_FLAGS)
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; left out, they come from --input or standard input.")
+        list[str] | None, typer.Argument(help="Prompts (default: from --input or standard input).")
     ] = None,
     input: Annotated[  # noqa: A002 - the flag's name
         str | None,
-        typer.Option(help="A .jsonl file with a request a line, or a text that is one prompt; - is standard input."),
+        typer.Option(
+            help="A .jsonl file with a request per line, or a text file with one prompt; - is standard input."
+        ),
     ] = None,
-    lines: Annotated[bool, typer.Option(help="Take each line of a text as a prompt of its own.")] = False,
-    jsonl: Annotated[bool, typer.Option(help="Print JSON lines even to a terminal.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No memory plan, no progress bar.")] = False,
+    lines: Annotated[bool, typer.Option(help="Treat each line of a text as a prompt.")] = False,
+    jsonl: Annotated[bool, typer.Option(help="Print JSON lines to a terminal, too.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print no memory plan and no progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Answer prompts. Streams to a terminal; prints a JSON object per answer to a file or a pipe.
+    """Generate answers: streamed to a terminal, as one JSON object per answer to a file or a pipe.
 
     A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name,
-    and max_length, do_sample, stop_token_ids, logit_bias and prompt_logprobs. The index of an answer counts prompts, or
-    lines of the input, from 0; refused ones come first.
+    and max_length, do_sample, stop_token_ids, logit_bias and prompt_logprobs. The index of an answer is that of its
+    prompt or input line, from 0; rejected requests come first.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
     requests = _requests(prompts or [], input, lines=lines)
@@ -60,19 +62,20 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """One prompt with the keywords of its own; or, with `error`, a line that was none."""
+    """A prompt with its own keywords, or the error of an invalid line."""
 
     prompt: Any = None
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: str | None = None
-    place: int = 0  # among the prompts or lines given
+    index: int = 0
+    """Position among the prompts or input lines."""
 
 
 def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_Request]:
     if prompts and source is not None:
-        raise InvalidRequestError("prompts are given twice: as arguments and with --input")
+        raise InvalidRequestError("prompts as arguments and --input are mutually exclusive")
     if prompts:
-        return [_Request(prompt, place=place) for place, prompt in enumerate(prompts)]
+        return [_Request(prompt, index=index) for index, prompt in enumerate(prompts)]
     if source is None and sys.stdin.isatty():
         raise InvalidRequestError("no prompt: give one as an argument, with --input FILE, or on standard input")
     text = _read(source or "-")
@@ -81,9 +84,9 @@ def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_R
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     is_jsonl = source is not None and source.endswith(".jsonl")
     if is_jsonl or (source in (None, "-") and not lines and text.lstrip().startswith("{")):
-        return [dataclasses.replace(_parse(line, number), place=number - 1) for number, line in numbered]
+        return [dataclasses.replace(_parse(line, number), index=number - 1) for number, line in numbered]
     if lines:
-        return [_Request(line, place=number - 1) for number, line in numbered]
+        return [_Request(line, index=number - 1) for number, line in numbered]
     return [_Request(text.removesuffix("\n"))]
 
 
@@ -95,7 +98,7 @@ def _read(source: str) -> str:
 
 
 def _parse(line: str, number: int) -> _Request:
-    """One line of a .jsonl file; what is wrong with it is said in its place, and the other lines go on."""
+    """Parse a line of a .jsonl file; an error is reported for this line alone."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -115,34 +118,34 @@ def _parse(line: str, number: int) -> _Request:
     return _Request(fields.pop("prompt"), fields)
 
 
-def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Refusal]:
-    """The refusals first, then the pieces of all others, run together; both by their place in the input."""
-    places, prepared = [], []
+def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Rejection]:
+    """Yield the rejections first, then the pieces of all other answers, which run together, with their input index."""
+    indices, prepared = [], []
     for request in requests:
         try:
             if request.error is not None:
                 raise InvalidRequestError(request.error)
             prepared += pipe.prepare([request.prompt], **{**keywords, **request.keywords})
-            places.append(request.place)
+            indices.append(request.index)
         except SplitfuseError as error:
-            yield _Refusal(request.place, str(error))
+            yield _Rejection(request.index, str(error))
     for piece in pipe.run(prepared):
-        yield dataclasses.replace(piece, index=places[piece.index])
+        yield dataclasses.replace(piece, index=indices[piece.index])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refusal:
-    """A request that was not begun, and why."""
+class _Rejection:
+    """A request that was not started, and its error."""
 
     index: int
     error: str
 
 
-def _print_jsonl(answers: Iterator[Piece | _Refusal]) -> bool:
-    """A line for every answer as soon as it is whole; whether any failed."""
+def _print_jsonl(answers: Iterator[Piece | _Rejection]) -> bool:
+    """Print a line for each answer when it is complete; return whether any failed."""
     failed = False
     for answer in answers:
-        if isinstance(answer, _Refusal):
+        if isinstance(answer, _Rejection):
             failed = True
             line: dict[str, Any] = {"index": answer.index, "error": answer.error}
         elif answer.response is not None:
@@ -154,12 +157,12 @@ def _print_jsonl(answers: Iterator[Piece | _Refusal]) -> bool:
     return failed
 
 
-def _print_text(answers: Iterator[Piece | _Refusal], *, several: bool) -> bool:
-    """One answer as it grows; several, each under its number when it is whole. Whether any failed."""
+def _print_text(answers: Iterator[Piece | _Rejection], *, several: bool) -> bool:
+    """Print one answer as it is generated, or several by number when complete; return whether any failed."""
     failed = False
     for answer in answers:
-        error = answer.error if isinstance(answer, _Refusal) else answer.response and answer.response.error
-        if isinstance(answer, _Refusal):
+        error = answer.error if isinstance(answer, _Rejection) else answer.response and answer.response.error
+        if isinstance(answer, _Rejection):
             pass
         elif not several:
             print(answer.text, end="" if answer.response is None else "\n", flush=True)

@@ -10,7 +10,7 @@ from splitfuse.config import EngineConfig
 
 @with_flags()
 def plan_memory(**flags: Any) -> None:
-    """Print the memory a model needs and what there is."""
+    """Print the memory that a model needs, and what is available."""
     from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype

@@ -19,14 +19,14 @@ def serve(
     ] = None,
     **flags: Any,
 ) -> None:
-    """Serve a model over HTTP, in the manner of OpenAI, until SIGTERM or Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until SIGTERM or Ctrl-C.
 
-    SIGTERM drains: requests that run may end, new ones are refused; a second one, or Ctrl-C, ends at once. Keys are
-    better given in the environment or a file than here, where everybody on the machine can read them.
+    SIGTERM drains: running requests may finish, new ones are rejected; a second SIGTERM, or Ctrl-C, ends at once. Give
+    API keys in the environment or in a file: all users of the machine can read command lines.
     """
     if model_argument is not None:
         if flags["model"] is not None:
-            raise ConfigError(f"two models are given: {model_argument} and --model {flags['model']}")
+            raise ConfigError(f"MODEL {model_argument} and --model {flags['model']} are mutually exclusive")
         flags["model"] = model_argument
     engine_settings = given({name: flags.pop(name) for name in EngineConfig.setting_fields()})
     config = ServerConfig.from_settings(given(flags))

@@ -1,4 +1,4 @@
-"""`splitfuse stop`: end a deployment."""
+"""`splitfuse stop`: stop a deployment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from splitfuse.cli.flags import cli_errors
 @cli_errors()
 def stop(
     name: Annotated[str, typer.Argument(help="Name of the deployment, as ps shows it.")],
-    now: Annotated[bool, typer.Option("--now", help="Do not wait for the requests that run.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Abort running requests.")] = False,
 ) -> None:
-    """End a running deployment. Its running requests may end first, unless --now is given."""
+    """Stop a deployment. Its running requests may finish first, unless --now is given."""
     from splitfuse.deploy.daemon import terminate
     from splitfuse.deploy.registry import find
 

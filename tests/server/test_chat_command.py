@@ -77,7 +77,7 @@ def test_a_line_is_a_turn_and_a_reset_forgets(run: Run, pipe: splitfuse.Pipeline
     wanted = "\n".join([*turns, *afresh]) + "\n"
     assert run("--url", server.url, stdin=lines) == (0, wanted, "")
     status, out, err = run("--model", Path(splitfuse.__file__).parent / "assets" / "storyteller", stdin=lines)
-    assert (status, out, err) == (0, wanted, "(loading the model here)\n")
+    assert (status, out, err) == (0, wanted, "(loading the model)\n")
 
 
 def test_a_turn_goes_on_behind_a_backslash(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
@@ -109,7 +109,7 @@ def test_a_deployment_is_called_by_its_name_and_the_default_one_is_found(
         finally:
             registry.unregister(deployment)
         assert (status, [out]) == (0, [answer + "\n" for answer in conversation(pipe, FIRST)])
-        assert err == f"(talking with storyteller at {server.url})\n"
+        assert err == f"(chatting with storyteller at {server.url})\n"
 
 
 def test_a_turn_that_cannot_be_answered_is_told_and_the_rest_goes_on(
@@ -122,8 +122,8 @@ def test_a_turn_that_cannot_be_answered_is_told_and_the_rest_goes_on(
 
 def test_flags_that_do_not_go_together(run: Run) -> None:
     for flags, message in (
-        (["--name", "a", "--url", "http://b"], "--name and --url both name a server"),
-        (["--name", "a", "--num-blocks", 5], "--num-blocks is for a model loaded here"),
+        (["--name", "a", "--url", "http://b"], "--name and --url are mutually exclusive"),
+        (["--name", "a", "--num-blocks", 5], "--num-blocks and --name are mutually exclusive"),
         (["--name", "nobody"], "there is no deployment named 'nobody'"),
         (["--url", "http://127.0.0.1:9"], "no server answers at"),
         (
@@ -187,7 +187,7 @@ def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningS
     first, second = conversation(pipe, FIRST, SECOND)
     terminal = Terminal("--url", server.url, *SHORT)
     try:
-        assert "/reset begins anew" in terminal.read_until("> ")
+        assert "/reset starts over" in terminal.read_until("> ")
         terminal.type(FIRST + "\n")
         terminal.read_until(FIRST + "\n")
         assert terminal.read_until("\n> ").strip() == first
@@ -195,7 +195,7 @@ def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningS
         terminal.read_until(SECOND + "\n")
         assert terminal.read_until("\n> ").strip() == second
         terminal.type("/reset\n")
-        terminal.read_until("(the conversation begins anew)\n")
+        terminal.read_until("(starting over)\n")
         terminal.read_until("> ")
         terminal.type("/help\n")
         terminal.read_until("Ctrl-D ends")

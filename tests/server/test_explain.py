@@ -13,7 +13,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 from splitfuse import cli
-from splitfuse.cli.explain import drawn
+from splitfuse.cli.explain import format_breakdown
 from splitfuse.clients.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
@@ -192,7 +192,7 @@ def test_the_command_draws_it(
 
 def test_every_part_has_its_words() -> None:
     assert list(MEANINGS) == list(LatencyPhase)
-    shown = drawn(
+    shown = format_breakdown(
         {
             "request_id": "r",
             "route": "/x",

@@ -197,7 +197,7 @@ def test_settings_that_cannot_be_honoured(run: Run, tmp_path: Path) -> None:
     assert "max_num_seqs must be at least 1, not 0" in refused("--max-num-seqs", 0)
     assert "port must be from 0 to 65535" in refused("--port", 70000)
     assert "name must be made of letters" in refused("--name", "../x")
-    assert "two models are given: a and --model b" in refused("a", "--model", "b")
+    assert "MODEL a and --model b are mutually exclusive" in refused("a", "--model", "b")
     assert "tls_certificate and tls_key go together" in refused("--tls-key", "x")
     nothing = tmp_path / "nothing"
     assert "cannot be used: " in refused("--port", 0, "--tls-certificate", nothing, "--tls-key", nothing)
