@@ -147,7 +147,7 @@ class ChangingTarget(SimulatedTarget):
         super().__init__(deployment)
         replica = ChangingReplica(deployment, machine)
         self._replicas = [replica]
-        self.recorder = Recorder(replica.scheduler.forecast)
+        self.recorder = Recorder(replica.scheduler.policy.predictor)
 
 
 def simulated(name: str, hours: float, seed: int) -> None:
@@ -171,7 +171,7 @@ class RecordedTarget(EngineTarget):
 
     def _make_client(self) -> EngineClient:
         engine = Engine.load(EngineConfig.from_settings(self._settings))
-        self.recorder = Recorder(engine.scheduler.forecast)
+        self.recorder = Recorder(engine.scheduler.policy.predictor)
         return AsyncEngine(engine)
 
 

@@ -29,7 +29,7 @@ from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.baselines import POLICIES, scheduler_class
+from splitfuse.core.baselines import POLICIES, make_baseline
 from splitfuse.engine.client import AsyncEngine, EngineClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.profile import load_or_profile
@@ -181,7 +181,7 @@ class LoadedTarget(EngineTarget):
 
     def _make_client(self) -> EngineClient:
         config = EngineConfig.from_settings(self._settings)
-        return AsyncEngine(Engine(config, self._model, scheduler=scheduler_class(self._policy, config.scheduler)))
+        return AsyncEngine(Engine(config, self._model, policy=make_baseline(self._policy, config.scheduler)))
 
 
 def measured(

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -23,9 +22,8 @@ from rich.text import Text
 import splitfuse
 from splitfuse.bench.report.step_timeline import Piece, StepShown, draw_steps, save_picture
 from splitfuse.bench.report.style import require_matplotlib
+from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import Chunk, StepPlan
-from splitfuse.core.request import RequestOutput
-from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -39,42 +37,16 @@ COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step was made of, the seconds it took, and those predicted of it just before, if any were."""
-
-    plan: StepPlan
-    seconds: float
-    predicted: float | None
-
-
-def watch(engine: Engine) -> list[Step]:
-    """The steps of an engine, as they come."""
-    steps: list[Step] = []
-    plans: list[StepPlan] = []
-    engine.observer = lambda plan, _: plans.append(plan)
-    step = engine.step
-
-    def timed_step() -> list[RequestOutput]:
-        started = time.perf_counter()
-        outputs = step()
-        if plans:
-            predicted = engine.scheduler.predicted_seconds or None
-            steps.append(Step(plans.pop(), time.perf_counter() - started, predicted))
-        return outputs
-
-    engine.step = timed_step  # type: ignore[method-assign]
-    return steps
-
-
 def main(picture: Path | None) -> None:
     if picture is not None:
         require_matplotlib()
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
     # Engines that keep promises predict passes; the first start times some, with a bar
-    pipe = splitfuse.pipeline(progress=True, max_num_batched_tokens=BUDGET, enable_slo=picture is not None)
-    steps = watch(pipe.engine)
+    steps: list[StepRecord] = []
+    pipe = splitfuse.pipeline(
+        progress=True, observer=steps.append, max_num_batched_tokens=BUDGET, enable_slo=picture is not None
+    )
     seconds, right = answer(pipe, problems)
     plans = [each.plan for each in steps]
     draw(plans)
@@ -138,7 +110,7 @@ def draw(plans: list[StepPlan]) -> None:
     console.print()
 
 
-def save(steps: list[Step], file: Path) -> None:
+def save(steps: list[StepRecord], file: Path) -> None:
     """The same with the time of each step and its prediction, as a picture."""
     names: dict[str, str] = {}
     shown = [
@@ -147,8 +119,8 @@ def save(steps: list[Step], file: Path) -> None:
                 Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_generation(c))
                 for c in each.plan.chunks
             ],
-            each.seconds,
-            each.predicted,
+            each.measured_seconds,
+            each.predicted_seconds or None,
         )
         for each in steps
     ]

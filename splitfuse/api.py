@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -13,8 +13,9 @@ from typing import Any, Literal, overload
 from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.engine import Engine, Observer
+from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
@@ -50,21 +51,26 @@ class PreparedRequest:
 
 
 def pipeline(
-    model: str | Path | None = None, *, progress: bool = False, observer: Observer | None = None, **settings: Any
+    model: str | Path | None = None,
+    *,
+    progress: bool = False,
+    observer: Callable[[StepRecord], object] | None = None,
+    **settings: Any,
 ) -> Pipeline:
     """Load a model and answer with it in this process.
 
     `model` is a folder or a Hugging Face Hub name; left out, the small bundled model. `settings` are those of
     EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With `progress`,
-    the memory plan and a bar while loading go to standard error; `observer` sees every forward step. Raises
-    ConfigError, ModelError or MemoryPlanError.
+    the memory plan and a bar while loading go to standard error; `observer` is called with the StepRecord of every
+    forward step. Raises ConfigError, ModelError or MemoryPlanError.
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
     source = open_model(config.model.model, config.model.revision)
     other = config.model.tokenizer
     tokenizer = Tokenizer.from_source(source if other is None else open_model(other, config.model.revision))
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
-    engine.observer = observer
+    if observer is not None:
+        engine.events.subscribe(StepRecord, observer)
     if progress and (resident := resident_memory()) is not None:
         planned = engine.model.plan.weights + engine.model.plan.activations
         print(

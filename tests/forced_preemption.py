@@ -15,7 +15,10 @@ def force_preemptions(engine: Engine) -> None:
         nonlocal steps
         steps += 1
         if steps % EVERY == 0 and scheduler.num_running > 1:
-            assert scheduler._preempt(than=scheduler._running[0])
+            queue = scheduler._queue
+            victim = scheduler.policy.preemption_victim(queue.running, than=queue.running[0])
+            assert victim is not None and not victim.num_plans_in_flight
+            queue.preempt(victim)
         return step()
 
     engine.step = step_and_preempt  # type: ignore[method-assign]

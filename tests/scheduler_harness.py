@@ -15,15 +15,18 @@ from fractions import Fraction
 from random import Random
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.baselines import BASELINES
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.latency.phase_tracker import PhaseTracker
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, features
-from splitfuse.core.slo.deadline_policy import DeadlinePolicy, SchedulingPolicy
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import SloTargets
 
@@ -41,11 +44,11 @@ def reference(request: Request) -> tuple[list[int], FinishReason]:
     tokens = list(request.prompt_token_ids)
     while True:
         tokens.append(next_token(tuple(tokens)))
-        count = len(tokens) - request.num_prompt
+        count = len(tokens) - request.num_prompt_tokens
         if tokens[-1] in request.eos_token_ids and count > request.params.min_tokens:
-            return tokens[request.num_prompt :], FinishReason.STOP
+            return tokens[request.num_prompt_tokens :], FinishReason.STOP
         if count == request.max_tokens:
-            return tokens[request.num_prompt :], FinishReason.LENGTH
+            return tokens[request.num_prompt_tokens :], FinishReason.LENGTH
 
 
 def arrive(request: Request, now: float | Fraction) -> None:
@@ -116,19 +119,19 @@ class Run:
     """
 
     scheduler: Scheduler
+    latencies: PhaseTracker
     allocator: BlockAllocator
     executor: FakeExecutor
     depth: int
     budget: int
     max_num_seqs: int
-    rule: SchedulingPolicy | None = None
     now: float | Fraction = 0.0
     ticks: Random | None = None
     """Moves the clock on before every call, by exact fractions."""
     in_flight: deque[tuple[StepPlan, int]] = field(default_factory=deque)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
-    spent: dict[str, LatencyBreakdown] = field(default_factory=dict)
+    breakdowns: dict[str, LatencyBreakdown] = field(default_factory=dict)
     began: list[float | Fraction] = field(default_factory=list)  # when each plan was made
     ended: list[float | Fraction] = field(default_factory=list)  # when it was back
 
@@ -142,15 +145,16 @@ class Run:
         max_num_seqs: int = 64,
         depth: int = 1,
         prefix: bool = True,
-        policy: type[Scheduler] = Scheduler,
-        rule: SchedulingPolicy | None = None,
+        policy: SchedulingPolicy | None = None,
     ) -> Run:
         allocator = BlockAllocator(
             num_blocks, block_size, namer=BlockNamer(block_size, key=b"test") if prefix else None
         )
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        scheduler = policy(config, allocator, rule)
-        return cls(scheduler, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs, rule)
+        scheduler = Scheduler(config, allocator, policy)
+        cost = None if policy is None or policy.predictor is None else policy.predictor.cost
+        latencies = PhaseTracker(scheduler.events, max_num_seqs=max_num_seqs, cost=cost)
+        return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:
         self._tick()
@@ -161,8 +165,8 @@ class Run:
 
     def finish(self, request_id: str, reason: FinishReason, num_tokens: int | None = None) -> None:
         self._tick()
-        if spent := self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=self.now):
-            self.spent[request_id] = spent
+        if self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=self.now):
+            self.note_breakdown(request_id)
             outcome = self.outcomes[request_id]
             outcome.finish_reason = reason
             del outcome.tokens[num_tokens if num_tokens is not None else len(outcome.tokens) :]
@@ -175,23 +179,22 @@ class Run:
         if not self.in_flight:
             assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
             return []
-        running = list(self.scheduler._running)
+        running = list(self.running)
         plan, handle = self.in_flight.popleft()
         result = self.executor.collect(handle)
-        if self.rule is not None and self.rule.forecast is not None:
-            self.now += self.rule.forecast.cost.seconds(features(plan))
+        if (predictor := self.scheduler.policy.predictor) is not None:
+            self.now += predictor.cost.seconds(features(plan))
         self._tick()
         self.ended.append(self.now)
         outputs = self.scheduler.update(plan, result, self.now)
-        if self.scheduler._waiting and not self.scheduler._running:
-            assert self.scheduler._waiting[0] not in running, "the oldest request was preempted"
+        if self.waiting and not self.running:
+            assert self.waiting[0] not in running, "the oldest request was preempted"
         self.scheduler.check()
         for output in outputs:
             outcome = self.outcomes[output.request_id]
             assert outcome.finish_reason is None, "an output after the end"
-            assert (output.latency_breakdown is None) == (output.finish_reason is None)
-            if output.latency_breakdown is not None:
-                self.spent[output.request_id] = output.latency_breakdown
+            if output.finish_reason is not None:
+                self.note_breakdown(output.request_id)
             outcome.tokens += output.token_ids
             outcome.prompt_logprobs += output.prompt_logprobs
             outcome.finish_reason, outcome.error = output.finish_reason, output.error
@@ -205,14 +208,27 @@ class Run:
         self.scheduler.check()
         assert self.allocator.num_held == 0
 
+    @property
+    def waiting(self) -> list[Request]:
+        return self.scheduler._queue.waiting
+
+    @property
+    def running(self) -> list[Request]:
+        return self.scheduler._queue.running
+
+    def note_breakdown(self, request_id: str) -> None:
+        breakdown = self.latencies.pop(request_id)
+        assert breakdown is not None, "a request that has ended has a breakdown"
+        self.breakdowns[request_id] = breakdown
+
     def _tick(self) -> None:
         if self.ticks is not None:
             self.now = self.now + Fraction(self.ticks.choice((0, 1, 2, 7, 50)), 1000)
 
     def _schedule(self) -> StepPlan | None:
-        waiting, running = list(self.scheduler._waiting), list(self.scheduler._running)
-        oldest = min(waiting + running, key=lambda r: r.arrival, default=None)
-        oldest_wants = oldest is not None and oldest.num_wanted > 0
+        waiting, running = list(self.waiting), list(self.running)
+        oldest = min(waiting + running, key=lambda r: r.sequence_number, default=None)
+        oldest_wants = oldest is not None and oldest.num_unscheduled > 0
         self._tick()
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
@@ -224,13 +240,14 @@ class Run:
         assert len(chosen) == len(plan.chunks) <= self.max_num_seqs
         self.plans.append(plan)
         self.began.append(self.now)
-        if type(self.scheduler) is not Scheduler:
+        policy = self.scheduler.policy
+        if type(policy) in BASELINES.values():
             self._check_whole(plan)
             return plan
         assert plan.num_tokens <= self.budget
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
-        if plan.num_tokens < self.budget and not self.in_flight and self.rule is None:
+        if plan.num_tokens < self.budget and not self.in_flight and type(policy) is Fcfs:
             self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
         return plan
 
@@ -244,13 +261,13 @@ class Run:
         """A budget may stay unfilled only when nobody can use more of it, or no block is left but one for each that
         runs.
         """
-        if self.allocator.num_available <= len(self.scheduler._running):
+        if self.allocator.num_available <= len(self.running):
             return
-        for request in self.scheduler._running:
-            assert request.request_id in sampling or not request.num_wanted, (
+        for request in self.running:
+            assert request.request_id in sampling or not request.num_unscheduled, (
                 "runnable work, a block and budget, and yet not filled"
             )
-        assert not self.scheduler._waiting or len(self.scheduler._running) == self.max_num_seqs
+        assert not self.waiting or len(self.running) == self.max_num_seqs
 
 
 @dataclass(frozen=True)
@@ -259,23 +276,20 @@ class Workload:
 
     seed: int
 
-    def run(
-        self, depth: int, *, policy: type[Scheduler] = Scheduler, promises: bool = False, ticks: bool = False
-    ) -> Run:
-        """Drive the workload to its end and compare every outcome with the reference. With `promises`, requests have
-        targets, or some have, and the scheduler keeps them as well as it can. With `ticks` time passes at every call.
+    def run(self, depth: int, *, policy: SchedulingPolicy | None = None, slo: bool = False, ticks: bool = False) -> Run:
+        """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
+        targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
         requests = list(self._requests(rng))
         budget = rng.choice((1, 2, 3, 5, 8, 16, 64))
-        rule = None
-        if promises:
+        if slo:
             for request in requests:
                 request.scheduling = replace(request.scheduling, targets=self._targets(rng))
             cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
-            rule = DeadlinePolicy(LatencyPredictor(cost), budget=budget)
-        largest = max(-(-(r.num_prompt + r.max_tokens - 1) // block_size) for r in requests)
+            policy = DeadlinePolicy(LatencyPredictor(cost), token_budget=budget)
+        largest = max(-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
             block_size=block_size,
@@ -284,7 +298,6 @@ class Workload:
             depth=depth,
             prefix=rng.random() < 0.7,
             policy=policy,
-            rule=rule,
         )
         if ticks:
             run.now, run.ticks = Fraction(0), Random(self.seed)
@@ -352,4 +365,6 @@ class Workload:
         assert (outcome.tokens, outcome.finish_reason) == (tokens, reason)
         if request.params.prompt_logprobs is not None:
             assert [p.token_id for p in outcome.prompt_logprobs] == list(request.prompt_token_ids[1:])
-            assert [p.logprob for p in outcome.prompt_logprobs] == [-float(p) for p in range(request.num_prompt - 1)]
+            assert [p.logprob for p in outcome.prompt_logprobs] == [
+                -float(p) for p in range(request.num_prompt_tokens - 1)
+            ]

@@ -11,7 +11,7 @@ import tiny_models
 from readable_answers import PROMPT, READABLE, texts
 
 import splitfuse
-from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
@@ -24,11 +24,11 @@ def pipe() -> splitfuse.Pipeline:
 
 def refusal(pipe: splitfuse.Pipeline, prompts: Any = PROMPT, **keywords: Any) -> InvalidRequestError:
     """The error of a call in which nothing may have run."""
-    steps: list[StepPlan] = []
-    pipe.engine.observer = lambda plan, _: steps.append(plan)
+    steps: list[StepRecord] = []
+    unsubscribe = pipe.engine.events.subscribe(StepRecord, steps.append)
     with pytest.raises(InvalidRequestError) as error:
         pipe(prompts, **keywords)
-    pipe.engine.observer = None
+    unsubscribe()
     assert not steps and not pipe.engine.has_unfinished
     return error.value
 
@@ -307,16 +307,16 @@ def test_stop_token_ids_and_one_stop_string_as_text(pipe: splitfuse.Pipeline) ->
 
 
 def test_an_observer_sees_every_step_and_settings_reach_the_engine() -> None:
-    steps: list[tuple[StepPlan, StepResult]] = []
+    steps: list[StepRecord] = []
     pipe = splitfuse.pipeline(
         dtype="float32",
         max_num_batched_tokens=8,
         block_size=16,
         num_blocks=130,
-        observer=lambda plan, result: steps.append((plan, result)),
+        observer=steps.append,
     )
     pipe(PROMPT, max_new_tokens=1)
-    assert steps[0][0].num_tokens == steps[0][0].token_budget == 8
+    assert steps[0].plan.num_tokens == steps[0].plan.token_budget == 8 and steps[0].measured_seconds > 0.0
     assert (pipe.engine.allocator.block_size, pipe.engine.allocator.num_blocks) == (16, 130)
 
 

@@ -12,7 +12,8 @@ from readable_answers import PROMPT, READABLE, texts
 
 import splitfuse
 from splitfuse.api import PreparedRequest
-from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.events import StepRecord
+from splitfuse.core.plan import StepPlan
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.text.generation import Prompt
 
@@ -29,8 +30,8 @@ def test_mii_fault_1_preemption_loses_no_text() -> None:
     starts: dict[str, int] = {}
     preempted: set[str] = set()
 
-    def watch(plan: StepPlan, _: StepResult) -> None:
-        for chunk in plan.chunks:
+    def watch(step: StepRecord) -> None:
+        for chunk in step.plan.chunks:
             if chunk.start < starts.get(chunk.request_id, 0):
                 preempted.add(chunk.request_id)
             starts[chunk.request_id] = chunk.end
@@ -124,7 +125,7 @@ def test_mii_fault_7_a_long_prompt_begins_before_there_is_room_for_all_of_it() -
         max_num_batched_tokens=64,
         block_size=size,
         num_blocks=-(-(length + 8) // size),
-        observer=lambda plan, _: steps.append(plan),
+        observer=lambda step: steps.append(step.plan),
     )
     long = [7 + i % 900 for i in range(length)]
     stream = pipe([PROMPT, long, PROMPT], stream=True, ignore_eos=True, max_new_tokens=8)
@@ -137,9 +138,9 @@ def test_mii_fault_9_what_was_missing_is_there(pipe: splitfuse.Pipeline) -> None
     ids = pipe.tokenizer.encode(PROMPT * 10)
     keywords = {"temperature": 1.0, "seed": 3, "presence_penalty": 0.5, "logprobs": 1, "max_new_tokens": 5}
     computed: list[int] = []
-    pipe.engine.observer = lambda plan, _: computed.append(plan.num_tokens)
+    unsubscribe = pipe.engine.events.subscribe(StepRecord, lambda step: computed.append(step.plan.num_tokens))
     first, second = pipe(ids, **keywords), pipe(ids, **keywords)
-    pipe.engine.observer = None
+    unsubscribe()
     assert first[0].token_ids == second[0].token_ids and first[0].logprobs is not None
     assert sum(computed) < 2 * len(ids), "the second prompt was computed anew"
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
 from splitfuse.config import EngineConfig
-from splitfuse.core.baselines import scheduler_class
+from splitfuse.core.baselines import make_baseline
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
@@ -77,8 +76,8 @@ class EngineTarget(Target):
         self, settings: Mapping[str, Any], *, policy: str = "splitfuse", replicas: int = 1, ignore_eos: bool = True
     ) -> None:
         config = EngineConfig.from_settings(settings)
-        self._policy, self._scheduler = policy, scheduler_class(policy, config.scheduler)
-        if replicas > 1 and self._scheduler is not Scheduler:
+        self._policy = policy
+        if make_baseline(policy, config.scheduler) is not None and replicas > 1:
             raise ConfigError(f"policy {policy} runs on one engine in this process, not on {replicas} replicas")
         if replicas < 1:
             raise ConfigError(f"--replicas {replicas} must be at least 1")
@@ -111,7 +110,8 @@ class EngineTarget(Target):
             return make_replicas(self._settings, replicas=self._replicas)
         from splitfuse.engine.engine import Engine
 
-        return AsyncEngine(Engine.load(EngineConfig.from_settings(self._settings), scheduler=self._scheduler))
+        config = EngineConfig.from_settings(self._settings)
+        return AsyncEngine(Engine.load(config, policy=make_baseline(self._policy, config.scheduler)))
 
     async def ask(self, request: LoadRequest) -> Answer:
         assert self._client is not None

@@ -1,14 +1,13 @@
-"""Other ways to compose a step, for comparison with Dynamic SplitFuse on the same engine; nothing serves with them.
+"""Other ways to compose a step, to compare Dynamic SplitFuse with on the same engine; nothing serves with them.
 
-    splitfuse       core/scheduler.py: prompts are split, and fused with the generations, to fill the budget
-    prefill-first   vLLM of 2023: waiting prompts run first, whole and among themselves; generations when none can
-                    start (Kwon et al., SOSP 2023, and vLLM 0.2's scheduler)
-    orca            whole prompts beside the generations (Yu et al., Orca, OSDI 2022)
-    static          a batch is admitted together, and nobody else until its longest has ended (FasterTransformer)
+    splitfuse       core/policy.py: prompts are split, and fused with the decodes, to fill the budget
+    prefill-first   vLLM of 2023: waiting prompts run first, whole and among themselves; decodes when none can start
+                    (Kwon et al., SOSP 2023, and vLLM 0.2's scheduler)
+    orca            whole prompts together with the decodes (Yu et al., Orca, OSDI 2022)
+    static          a batch is admitted together, and no other request until its longest has ended (FasterTransformer)
 
-They override what a step is composed of and nothing else: blocks, preemption, results and the progress of the oldest
-request stay those of the `Scheduler`. Where prompts are never split, the budget bounds how many are put together; one
-alone may exceed it.
+They compose otherwise and nothing else: blocks, preemption and the progress of the oldest request are the same. Where
+prompts are never split, the budget bounds how many are put together; one alone may exceed it.
 """
 
 from __future__ import annotations
@@ -16,116 +15,124 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
-from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import Request, RequestStatus
-from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.slo.deadline_policy import SchedulingPolicy
 from splitfuse.core.step_builder import StepBuilder
 from splitfuse.errors import ConfigError, did_you_mean
 
 
-class _WholePrompts(Scheduler):
-    """What the others have in common: a prompt runs in one step or not at all."""
+class PrefillFirst(Fcfs):
+    """Prompts stall the decodes: whenever one can start, a step has prompts alone."""
 
-    def _compose_prompts(self, draft: StepBuilder) -> None:
-        """As many prompts as the budget takes, oldest first, until one finds no place."""
-        running = [request for request in self._running if request.num_wanted > 1]
-        alone = True
-        for request in (*running, *self._waiting):
-            if request.status is RequestStatus.WAITING and not self._can_admit(draft):
-                return
-            if not self._grant_whole(draft, request, alone=alone):
-                return
-            alone = False
-
-    def _compose_generations(self, draft: StepBuilder) -> None:
-        for request in [request for request in self._running if request.num_wanted == 1]:
-            self._grant(draft, request)
-
-    def _grant_whole(self, draft: StepBuilder, request: Request, *, alone: bool) -> bool:
-        """Give a request everything that it wants, starting it if it waits; or nothing, and False. One that is `alone`
-        may exceed what the budget leaves.
-        """
-        waited = request.status is RequestStatus.WAITING
-        if waited:
-            self._start(request)
-        wanted = request.num_wanted
-        if request is self._running[0]:  # the oldest may take everybody's blocks
-            while self._room(request) < wanted and self._preempt(than=request, draft=draft):
-                pass
-        if self._room(request) >= wanted and (wanted <= draft.left or alone):
-            draft.left = max(draft.left, wanted)
-            return self._grant(draft, request) == wanted
-        if waited:
-            self._stop(request)
-        return False
+    def compose(self, step: StepBuilder) -> None:
+        """See SchedulingPolicy."""
+        step.admit_oldest()
+        grant_prompts(step)
+        if not step.granted:
+            grant_decodes(step)
 
 
-class PrefillFirst(_WholePrompts):
-    """Prompts stall the generations: whenever one can start, a step has prompts alone."""
+class Orca(Fcfs):
+    """Every step has all decodes, and the prompts that can start: it is as long as these make it."""
 
-    def _compose(self, draft: StepBuilder, now: float) -> None:  # noqa: ARG002 - they know no time
-        self._admit_oldest()
-        self._compose_prompts(draft)
-        if not draft.granted:
-            self._compose_generations(draft)
-
-
-class Orca(_WholePrompts):
-    """Every step has all generations, and the prompts that can start: it is as long as these make it."""
-
-    def _compose(self, draft: StepBuilder, now: float) -> None:  # noqa: ARG002 - they know no time
-        self._admit_oldest()
-        self._compose_generations(draft)
-        self._compose_prompts(draft)
+    def compose(self, step: StepBuilder) -> None:
+        """See SchedulingPolicy."""
+        step.admit_oldest()
+        grant_decodes(step)
+        grant_prompts(step)
 
 
-class Static(_WholePrompts):
-    """Who comes while a batch runs waits for the end of its longest.
+class Static(Fcfs):
+    """A request which arrives while a batch runs waits for the end of its longest.
 
-    A batch is as many waiting requests as there are seats, and blocks for all that they may generate; so nobody in it
-    is ever preempted. Those that have ended are not computed on, which real static batches do: this is their best case.
+    A batch is as many waiting requests as there are sequence slots, and blocks for all that they may generate; so none
+    of it is ever preempted. Requests that have ended are not computed on, which real static batches do: this is their
+    best case.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, allocator: BlockAllocator, rule: SchedulingPolicy | None = None
-    ) -> None:
-        super().__init__(config, allocator, rule)
+    def __init__(self) -> None:
+        super().__init__()
         self._batch: list[Request] = []  # chosen, and not started yet
 
-    def _compose(self, draft: StepBuilder, now: float) -> None:  # noqa: ARG002 - they know no time
-        if not self._running:
-            self._batch = list(self._next_batch())
+    def compose(self, step: StepBuilder) -> None:
+        """See SchedulingPolicy."""
+        if not step.running:
+            self._batch = list(_next_batch(step))
         self._batch = [request for request in self._batch if request.status is RequestStatus.WAITING]
         for number, request in enumerate(self._batch):
-            if not self._grant_whole(draft, request, alone=number == 0):
+            if not grant_whole(step, request, alone=number == 0):
                 break
-        if not draft.granted:
-            self._compose_generations(draft)
-
-    def _next_batch(self) -> Iterator[Request]:
-        left = self._allocator.num_available
-        for request in self._waiting[: self._max_num_seqs]:
-            left -= self._allocator.blocks_for(request.num_prompt + request.max_tokens - 1)
-            if left < 0:
-                return
-            yield request
+        if not step.granted:
+            grant_decodes(step)
 
 
-POLICIES: dict[str, type[Scheduler]] = {
-    "splitfuse": Scheduler,
+def grant_prompts(step: StepBuilder) -> None:
+    """Grant as many whole prompts as the budget takes, oldest first, until one does not fit."""
+    prefills = [request for request in step.running if request.num_unscheduled > 1]
+    alone = True
+    for request in (*prefills, *step.waiting):
+        if request.status is RequestStatus.WAITING and not step.can_admit():
+            return
+        if not grant_whole(step, request, alone=alone):
+            return
+        alone = False
+
+
+def grant_decodes(step: StepBuilder) -> None:
+    """Grant every decode its token."""
+    for request in [request for request in step.running if request.num_unscheduled == 1]:
+        step.grant(request)
+
+
+def grant_whole(step: StepBuilder, request: Request, *, alone: bool) -> bool:
+    """Grant a request everything that it needs, starting it if it waits; or nothing, and return False. One which is
+    `alone` may exceed what is left of the budget.
+    """
+    waited = request.status is RequestStatus.WAITING
+    if waited:
+        step.start(request)
+    needed = request.num_unscheduled
+    if request is step.running[0]:  # the oldest may take the blocks of any other
+        while step.available_slots(request) < needed and step.preempt(than=request):
+            pass
+    if step.available_slots(request) >= needed and (needed <= step.tokens_left or alone):
+        step.tokens_left = max(step.tokens_left, needed)
+        return step.grant(request) == needed
+    if waited:
+        step.stop(request)
+    return False
+
+
+def _next_batch(step: StepBuilder) -> Iterator[Request]:
+    free = step.free
+    blocks = free.blocks
+    for request in step.waiting[: free.sequence_slots]:
+        blocks -= -(-(request.num_prompt_tokens + request.max_tokens - 1) // free.block_size)
+        if blocks < 0:
+            return
+        yield request
+
+
+BASELINES: dict[str, type[PrefillFirst | Orca | Static]] = {
     "prefill-first": PrefillFirst,
     "orca": Orca,
     "static": Static,
 }
+POLICIES = ("splitfuse", *BASELINES)
 
 
-def scheduler_class(policy: str, config: SchedulerConfig) -> type[Scheduler]:
-    """The scheduler of a policy, by its name on the command line, for such a config. Raises ConfigError."""
+def make_baseline(policy: str, config: SchedulerConfig) -> SchedulingPolicy | None:
+    """Returns a new policy by its name on the command line; None for splitfuse, whose order of claims depends on the
+    engine's SLOs (`make_policy`).
+
+    Raises ConfigError for an unknown name, and for settings that the policy would not heed.
+    """
     if policy not in POLICIES:
         raise ConfigError(f"there is no policy {policy!r}{did_you_mean(policy, POLICIES)}")
-    if config.slo_enabled and policy != "splitfuse":
-        raise ConfigError(f"the policy {policy} keeps no promises: leave ttft, itl and enable_slo out")
-    if config.tail_share != TAIL_SHARE and policy != "splitfuse":
-        raise ConfigError(f"the policy {policy} keeps no share for the oldest: leave tail_share out")
-    return POLICIES[policy]
+    if policy == "splitfuse":
+        return None
+    if config.slo_enabled:
+        raise ConfigError(f"the policy {policy} meets no SLOs: leave ttft, itl and enable_slo out")
+    if config.tail_share != TAIL_SHARE:
+        raise ConfigError(f"the policy {policy} reserves nothing for the oldest request: leave tail_share out")
+    return BASELINES[policy]()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from splitfuse.core.latency.ledger import RequestLatency
+from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets, SloViolation
-
-MISSED_ITL_FACTOR = 2.0
-"""Times their interval, that streams are given which are late already."""
+from splitfuse.core.slo.request_slo import RequestSlo
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 
 class RequestStatus(enum.StrEnum):
@@ -72,8 +69,8 @@ DEFAULT_SCHEDULING = SchedulingOptions()
 class Request:
     """One request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
 
-    Positions below `num_computed` have their KV written; those below `num_scheduled` will have when the plans in
-    flight come back. A request that is not in flight has both equal.
+    A request is two counters, tokens known (`num_tokens`) and tokens scheduled. Positions below `kv.num_computed` have
+    their keys and values written; those below `num_scheduled` will have when the plans in flight are back.
     """
 
     request_id: str
@@ -84,50 +81,31 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
     scheduling: SchedulingOptions = DEFAULT_SCHEDULING
-    sent: float | None = None  # when whoever took it in gave it to the engine
 
-    arrival: int = -1  # order of acceptance, given by the scheduler, as is
-    turn: float = 0.0  # what its owner had had by then (shares.py)
+    sequence_number: int = -1
+    """Order of acceptance, given by the scheduler."""
+    fair_share_key: float = 0.0
+    """Tokens over weight that its owner had used when the request was accepted (core/slo/fair_share.py)."""
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     output_token_ids: list[int] = field(default_factory=list)
-    num_prompt_logprobs: int = 0  # given out so far, which a preemption does not repeat
-
-    blocks: list[int] = field(default_factory=list)
-    block_names: list[bytes] = field(default_factory=list)  # of leading blocks, held or not, as far as computed
-    num_cached_blocks: int = 0  # leading blocks that the prefix cache knows
-    num_computed: int = 0
+    num_prompt_logprobs: int = 0
+    """Prompt logprobs given out so far; a preemption does not repeat them."""
     num_scheduled: int = 0
-    num_output_placeholders: int = 0  # tokens being chosen by plans in flight
+    num_output_placeholders: int = 0
+    """Tokens being chosen by plans in flight."""
     num_plans_in_flight: int = 0
-    preempt_on_return: bool = False
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     sent_to_runner: bool = False
-    due: float = math.inf  # when its next token must be there; infinity: nothing was promised
-    ttft_target: float = math.inf  # seconds that were promised from its arrival to its first token
-    missed_slo: bool = False  # a promise was broken
-    newest_at: float | None = None  # when its newest token was read back
-    average_gap: MovingAverage = field(default_factory=MovingAverage)
-    longest_gap: float = 0.0  # seconds
-    num_lost: int = 0  # tokens from the first that were computed before its blocks were taken
-    steps_skipped: int = 0  # passes since it was last in one, while it could have been
-
-    account: RequestLatency = field(default_factory=RequestLatency)
+    kv: RequestKv = field(default_factory=RequestKv)
+    slo: RequestSlo = field(init=False)
 
     def __post_init__(self) -> None:
-        self.account.name = self.request_id
-        self.ttft_target = self.targets.ttft_target(self.num_prompt)
-        self.due = self.arrival_time + self.ttft_target
-
-    @property
-    def targets(self) -> SloTargets:
-        """Its SLO; NO_SLO if it has none."""
-        return self.scheduling.targets or NO_SLO
-
-    @property
-    def arrival_time(self) -> float:
-        """When it arrived, on the caller's clock; its TTFT target counts from here."""
-        return self.scheduling.arrival_time or 0.0
+        options = self.scheduling
+        self.slo = RequestSlo(
+            options.targets or NO_SLO,
+            arrival_time=options.arrival_time or 0.0,
+            num_prompt_tokens=len(self.prompt_token_ids),
+        )
 
     @property
     def priority(self) -> Priority:
@@ -138,81 +116,38 @@ class Request:
         return self.scheduling.owner
 
     @property
-    def place(self) -> tuple[int, float, int]:
-        """Among all that are unfinished: by class, by turn, by age."""
-        return self.priority, self.turn, self.arrival
+    def on_time_only(self) -> bool:
+        return self.scheduling.on_time_only
 
     @property
-    def num_prompt(self) -> int:
+    def queue_key(self) -> tuple[int, float, int]:
+        """Position among all unfinished requests: by priority, by fair share, by age."""
+        return self.scheduling.priority, self.fair_share_key, self.sequence_number
+
+    @property
+    def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
     @property
-    def num_known(self) -> int:
-        """Tokens read back so far, prompt included."""
+    def num_tokens(self) -> int:
+        """Tokens known so far: the prompt, and the generated ones that have been read back."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def num_wanted(self) -> int:
-        """Tokens that are known or being chosen, and not yet scheduled; none if those in flight already bring its last,
-        or if it is to lose its blocks.
+    def num_unscheduled(self) -> int:
+        """Tokens that are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its last token,
+        or if it is about to lose its blocks.
         """
-        chosen = len(self.output_token_ids) + self.num_output_placeholders
-        if self.preempt_on_return or chosen >= self.max_tokens:
+        generated = len(self.output_token_ids) + self.num_output_placeholders
+        if self.kv.preempt_on_return or generated >= self.max_tokens:
             return 0
-        return len(self.prompt_token_ids) + chosen - self.num_scheduled
-
-    def note_token(self, now: float) -> None:
-        """A token has been read back: in time or not, the next one is due. The late are given more time."""
-        self._note_if_missed(now)
-        self.newest_at = now
-        interval = self.interval
-        self.due = math.inf if interval is None else now + interval
-
-    def _note_if_missed(self, now: float) -> None:
-        missed, itl = self.account.missed, self.targets.itl
-        if self.newest_at is None:
-            if now > self.due:
-                missed = SloViolation(now - self.arrival_time, self.ttft_target)
-        elif itl is not None:
-            gap = now - self.newest_at
-            self.longest_gap = max(gap, self.longest_gap)
-            average = self.average_gap.add(gap)
-            if average > itl:
-                before = missed or SloViolation()
-                average = max(average, before.average_gap or 0.0)
-                missed = replace(before, average_gap=average, longest_gap=self.longest_gap, itl_target=itl)
-        self.account.missed = missed
-        self.missed_slo = missed is not None
-
-    @property
-    def interval(self) -> float | None:
-        """Seconds between its tokens that are aimed at."""
-        if self.targets.itl is None:
-            return None
-        return self.targets.itl * (MISSED_ITL_FACTOR if self.missed_slo else 1.0)
-
-    @property
-    def has_slo(self) -> bool:
-        """Whether it was promised anything."""
-        return self.targets != NO_SLO
-
-    @property
-    def slo_met(self) -> bool | None:
-        """Whether every target has been met so far; None without an SLO."""
-        return not self.missed_slo if self.has_slo else None
-
-    def note_preemption(self) -> None:
-        """Its blocks are about to be taken."""
-        self.account.num_preemptions += 1
-        self.num_lost = max(self.num_lost, self.num_computed)
-
-    @property
-    def num_preemptions(self) -> int:
-        return self.account.num_preemptions
+        return len(self.prompt_token_ids) + generated - self.num_scheduled
 
     @property
     def reason_to_finish(self) -> FinishReason | None:
-        """Whether its newest token is its last. An end token within the first `min_tokens` does not count."""
+        """Why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does not
+        count.
+        """
         newest, count = self.output_token_ids[-1], len(self.output_token_ids)
         if count > self.params.min_tokens and (newest in self.eos_token_ids or newest in self.params.stop_token_ids):
             return FinishReason.STOP
@@ -223,15 +158,15 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
+        """Returns the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
         prompt_part = self.prompt_token_ids[start:end]
-        first = max(start - self.num_prompt, 0)
-        output_part = self.output_token_ids[first : max(end - self.num_prompt, 0)]
+        first = max(start - self.num_prompt_tokens, 0)
+        output_part = self.output_token_ids[first : max(end - self.num_prompt_tokens, 0)]
         missing = end - start - len(prompt_part) - len(output_part)
         return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
 
     def introduction(self) -> NewRequest:
-        """What the runner hears of it first."""
+        """Returns what the runner must know of it before its first chunk."""
         return NewRequest(
             self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
         )

@@ -1,75 +1,290 @@
-"""A step that is being composed: who was granted what, and how much more it takes."""
+"""A step being composed: which requests run, how many tokens each is granted, and the blocks behind them.
+
+`RequestQueue` holds the requests between steps; a `StepBuilder` lives for one step. Policies (core/policy.py) decide,
+and call its methods in their order.
+"""
 
 from __future__ import annotations
 
 import math
+from bisect import insort
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
-from splitfuse.core.request import Request
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.slo.cost_model import Features
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 ALIGNMENT = 16
-"""Tokens: chunks that are cut evenly are multiples of it, as the tiles of kernels are."""
+"""Number of tokens of which evenly cut chunks are a multiple: the height of the kernels' tiles."""
+
+by_sequence_number = attrgetter("sequence_number")
+
+
+class FreeResources(NamedTuple):
+    """Resources left for further requests."""
+
+    sequence_slots: int
+    blocks: int
+    block_size: int
+
+    def fit(self, requests: Sequence[Request], *, num_running: int) -> bool:
+        """Returns whether the prompts of `requests` fit, with a block left for each running request."""
+        blocks = sum(-(-request.num_tokens // self.block_size) for request in requests)
+        return len(requests) <= self.sequence_slots and blocks + num_running <= self.blocks
+
+    def after(self, request: Request) -> FreeResources:
+        """Returns what is free once a running request has ended."""
+        return FreeResources(self.sequence_slots + 1, self.blocks + len(request.kv.blocks), self.block_size)
+
+
+class RequestQueue:
+    """The unfinished requests, waiting or running, each list in order of acceptance. Running ones may hold blocks."""
+
+    def __init__(self, allocator: BlockAllocator, on_preempt: Callable[[Request], None] = lambda _: None) -> None:
+        """`on_preempt` is called with each request that is about to lose its blocks."""
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._allocator = allocator
+        self._on_preempt = on_preempt
+
+    def start(self, request: Request) -> None:
+        """Let a waiting request run, with the blocks that the prefix cache has for it."""
+        self.waiting.remove(request)
+        insort(self.running, request, key=by_sequence_number)
+        request.status = RequestStatus.RUNNING
+        if request.params.prompt_logprobs is None:  # these need the logits of every position, so all are computed
+            tokens = request.tokens(0, request.num_tokens)
+            request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
+        request.num_scheduled = request.kv.num_computed
+
+    def stop(self, request: Request) -> None:
+        """Send a running request back to waiting: it keeps its tokens and gives its blocks back."""
+        assert request.num_plans_in_flight == 0
+        self.running.remove(request)
+        insort(self.waiting, request, key=by_sequence_number)
+        request.status = RequestStatus.WAITING
+        request.kv.release(self._allocator)
+        request.num_scheduled = 0
+
+    def preempt(self, request: Request) -> None:
+        """Take the blocks of a running request, which will be computed again later."""
+        self._on_preempt(request)
+        request.kv.note_preemption()
+        self.num_preemptions += 1
+        self.stop(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request which has finished."""
+        (self.waiting if request.status is RequestStatus.WAITING else self.running).remove(request)
 
 
 class StepBuilder:
-    """Tokens granted so far, in the order of the claims, and what is left of two budgets: tokens, and with a forecast
-    the seconds that a step may take.
+    """The tokens granted so far, in the order of the claims, and what is left of two budgets: tokens and, with a
+    predictor, seconds.
     """
 
-    def __init__(self, budget: int, forecast: LatencyPredictor | None = None, *, now: float = 0.0) -> None:
-        self.left = budget
-        self.seconds = math.inf
-        self._now = now
+    def __init__(
+        self,
+        queue: RequestQueue,
+        allocator: BlockAllocator,
+        *,
+        token_budget: int,
+        max_num_seqs: int,
+        choose_victim: Callable[..., Request | None],
+        predictor: LatencyPredictor | None = None,
+        now: float = 0.0,
+    ) -> None:
+        """`choose_victim` is `SchedulingPolicy.preemption_victim`."""
+        self.now = now
         self.granted: dict[Request, int] = {}
-        self._budget = budget
-        self._forecast = forecast
+        self.tokens_left = token_budget
+        self.max_seconds = math.inf
+        """Longest that the step may take; what is granted from here on keeps it within that."""
+        self._queue = queue
+        self._allocator = allocator
+        self._token_budget = token_budget
+        self._max_num_seqs = max_num_seqs
+        self._choose_victim = choose_victim
+        self._predictor = predictor
         self._features = Features()
-        self._kept_tokens = 0
-        self._kept_share = 0.0
+        self._oldest: Request | None = None
+        self._reserved_tokens = 0
+        self._reserved_share = 0.0
 
-    def keep(self, share: float, *, most: int) -> None:
-        """Hold back a share of both, `most` tokens at most and one at least, until `release`."""
-        self._kept_share, self._kept_tokens = share, min(max(1, int(share * self._budget)), most)
-        self.left -= self._kept_tokens
+    @property
+    def running(self) -> Sequence[Request]:
+        return self._queue.running
 
-    def release(self) -> None:
-        """Give back what was held."""
-        self.left += self._kept_tokens
-        self._kept_tokens, self._kept_share = 0, 0.0
+    @property
+    def waiting(self) -> Sequence[Request]:
+        return self._queue.waiting
 
-    def takes(self, request: Request, *, at_least: int = 0) -> int:
-        """How many tokens of a request the step takes, `at_least` of them whatever time they need."""
-        most = min(request.num_wanted, max(self.left, 0))
-        if self._forecast is None or self.seconds == math.inf:
-            return most
-        seconds, start = self.seconds * (1.0 - self._kept_share), request.num_scheduled
-        fitting = self._forecast.tokens_within(seconds, self._features, start=start, most=most, rows=1)
-        return min(most, max(self._evenly(request, fitting), at_least))
-
-    def _evenly(self, request: Request, most: int) -> int:
-        """A prompt that needs several steps of `most` tokens gets as many equal chunks instead, unless it would be
-        late if one more were needed: their steps are shorter, and no crumb waits for the weights all alone.
-        """
-        if not 0 < most < request.num_wanted:
-            return most
-        steps = math.ceil(request.num_wanted / most)
-        if self._now + (steps + 1) * self.seconds > request.due:
-            return most
-        return min(most, math.ceil(request.num_wanted / steps / ALIGNMENT) * ALIGNMENT)
-
-    def grant(self, request: Request, count: int) -> None:
-        self.granted[request] = count
-        self.left -= count
-        self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
+    @property
+    def free(self) -> FreeResources:
+        """What is free for further requests."""
+        slots = self._max_num_seqs - len(self._queue.running)
+        return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
 
     @property
     def features(self) -> Features:
-        """Of all that is granted."""
+        """What the cost of the step depends on, of all that is granted."""
         return self._features
 
-    def revoke(self, request: Request) -> None:
-        self.left += self.granted.pop(request, 0)
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def admit_oldest(self) -> Request | None:
+        """Make sure that the oldest unfinished request runs, preempting another if need be. Returns it; None if there
+        is none, or if it must wait for plans in flight.
+        """
+        running, waiting = self._queue.running, self._queue.waiting
+        if waiting and (not running or waiting[0].sequence_number < running[0].sequence_number):
+            if len(running) >= self._max_num_seqs and not self.preempt(than=waiting[0]):
+                return None
+            self._queue.start(waiting[0])
+        self._oldest = running[0] if running else None
+        return self._oldest
+
+    def can_admit(self) -> bool:
+        """Returns whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
+        num_running = len(self._queue.running)
+        has_block = self._allocator.num_available > num_running
+        return self.tokens_left > 0 and num_running < self._max_num_seqs and has_block
+
+    def admit(self, request: Request) -> bool:
+        """Start a waiting request with its cached prefix and a first chunk. Returns False if it must go on waiting."""
+        if not self.can_admit():
+            return False
+        self._queue.start(request)
+        while request.kv.blocks and not self.available_slots(request):  # its prefix took all blocks: recompute its end
+            request.kv.drop_last_block(self._allocator)
+            request.num_scheduled = request.kv.num_computed
+        if self.grant(request):
+            return True
+        self._queue.stop(request)
+        return False
+
+    def start(self, request: Request) -> None:
+        """Let a waiting request run, without a chunk yet."""
+        self._queue.start(request)
+
+    def stop(self, request: Request) -> None:
+        """Undo `start`."""
+        self._queue.stop(request)
+
+    def preempt(self, *, than: Request) -> bool:
+        """Take the blocks of the policy's victim for `than`. Returns False if there is none, or if its plans in flight
+        must come back first.
+        """
+        victim = self._choose_victim(self._queue.running, than=than)
+        if victim is None:
+            return False
+        self._revoke(victim)
+        if victim.num_plans_in_flight:
+            victim.kv.preempt_on_return = True
+            return False
+        self._queue.preempt(victim)
+        return True
+
+    # Tokens and blocks ------------------------------------------------------------------------------------------------
+
+    def reserve(self, share: float, *, at_most: int) -> None:
+        """Hold a share of both budgets back for the oldest request until its `grant`: one token at least, `at_most`
+        at most.
+        """
+        self._reserved_share = share
+        self._reserved_tokens = min(max(1, int(share * self._token_budget)), at_most)
+        self.tokens_left -= self._reserved_tokens
+
+    def grant(self, request: Request) -> int:
+        """Grant a running request as many tokens as it needs, the budgets allow and blocks are found for, preempting
+        others if there is no block at all. Returns how many.
+
+        The oldest request gets a token even if that makes the step longer than it should be.
+        """
+        is_oldest = request is self._oldest
+        if is_oldest:  # what was reserved is for it
+            self.tokens_left += self._reserved_tokens
+            self._reserved_tokens, self._reserved_share = 0, 0.0
+        if request.status is not RequestStatus.RUNNING:  # it was preempted in this step
+            return 0
+        fitting = self.fitting_tokens(request, at_least=int(is_oldest))
+        if fitting == 0:
+            return 0
+        while not (available := self.available_slots(request)) and self.preempt(than=request):
+            fitting = self.fitting_tokens(request, at_least=int(is_oldest))
+        count = min(fitting, available)
+        if count:
+            request.kv.grow(self._allocator, request.num_scheduled + count)
+            self.granted[request] = count
+            self.tokens_left -= count
+            self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
+        return count
+
+    def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
+        """Returns how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
+        most = min(request.num_unscheduled, max(self.tokens_left, 0))
+        if self._predictor is None or self.max_seconds == math.inf:
+            return most
+        seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
+        fitting = self._predictor.tokens_within(seconds, self._features, start=start, most=most, rows=1)
+        return min(most, max(self._even_chunk(request, fitting), at_least))
+
+    def available_slots(self, request: Request) -> int:
+        """Returns the KV slots for further tokens of a running request, in its own blocks and in those not held.
+
+        A prefill leaves a block for each of the other running requests, whose decodes would preempt it soon otherwise;
+        the oldest request need not.
+        """
+        spare = self._allocator.num_available
+        if request.num_unscheduled > 1 and request is not self._queue.running[0]:
+            spare = max(spare - len(self._queue.running) + 1, 0)
+        return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
+
+    def _even_chunk(self, request: Request, most: int) -> int:
+        """Returns the chunk of a prompt that needs several steps of `most` tokens: as many equal chunks, so that no
+        small remainder pays for a whole step; unless one step more would miss its deadline.
+        """
+        if not 0 < most < request.num_unscheduled:
+            return most
+        steps = math.ceil(request.num_unscheduled / most)
+        if self.now + (steps + 1) * self.max_seconds > request.slo.deadline:
+            return most
+        return min(most, math.ceil(request.num_unscheduled / steps / ALIGNMENT) * ALIGNMENT)
+
+    def _revoke(self, request: Request) -> None:
+        self.tokens_left += self.granted.pop(request, 0)
         self._features = Features()
         for other, count in self.granted.items():
             self._features = self._features.plus(start=other.num_scheduled, count=count, rows=1)
+
+    # The plan ---------------------------------------------------------------------------------------------------------
+
+    def build(self, step: int, retired_requests: tuple[str, ...]) -> StepPlan:
+        """Turn the grants into the plan of step number `step`. Its chunks are in flight from here on."""
+        chunks, new_requests = [], []
+        for request, count in self.granted.items():
+            chunks.append(self._chunk(request, count))
+            if not request.sent_to_runner:
+                request.sent_to_runner = True
+                request.kv.num_cached_tokens = chunks[-1].start
+                new_requests.append(request.introduction())
+        return StepPlan(step, self._token_budget, tuple(chunks), tuple(new_requests), retired_requests)
+
+    def _chunk(self, request: Request, count: int) -> Chunk:
+        start, end = request.num_scheduled, request.num_scheduled + count
+        samples = count == request.num_unscheduled
+        num_logits = int(samples)
+        if request.params.prompt_logprobs is not None:
+            first_wanted = max(start, request.num_prompt_logprobs)
+            if first_wanted < request.num_prompt_tokens - 1:
+                num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
+        blocks = request.kv.blocks[: self._allocator.blocks_for(end)]
+        request.num_scheduled = end
+        request.num_output_placeholders += samples
+        request.num_plans_in_flight += 1
+        return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples)

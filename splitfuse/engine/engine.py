@@ -10,9 +10,11 @@ from dataclasses import replace
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.latency.phase_tracker import PhaseTracker
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
+from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -26,15 +28,18 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
-Observer = Callable[[StepPlan, StepResult], None]
-"""Sees every step when it is done: for metrics, traces and pictures."""
-
 
 class Engine:
-    """Many requests answered together by one model. One thread.
+    """Generates for many requests together with one model. One thread.
 
-    With a cost model it keeps promises. `scheduler` is another class only where policies are compared
-    (core/baselines.py).
+        engine = Engine.load(EngineConfig.from_settings({"model": "path/to/model"}))
+        engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=8))
+        while engine.has_unfinished:
+            for output in engine.step():
+                print(output.token_ids)
+
+    With a cost model it schedules by SLO. `events` tells listeners of every step and request. `policy` is given only
+    where policies are compared (core/baselines.py).
     """
 
     def __init__(
@@ -42,21 +47,21 @@ class Engine:
         config: EngineConfig,
         model: LoadedModel,
         *,
-        observer: Observer | None = None,
-        scheduler: type[Scheduler] = Scheduler,
+        policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.executor = model.make_executor()
-        self.observer = observer
         plan = model.plan
         caching = config.cache.enable_prefix_caching
         namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
         self.allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
-        self.scheduler = scheduler(config.scheduler, self.allocator, make_policy(config.scheduler, cost))
+        self.scheduler = Scheduler(config.scheduler, self.allocator, policy or make_policy(config.scheduler, cost))
+        self.events = self.scheduler.events
+        self._latencies = PhaseTracker(self.events, max_num_seqs=config.scheduler.max_num_seqs, cost=cost)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -70,10 +75,10 @@ class Engine:
         on_progress: Callable[[float], None] = lambda _: None,
         weight_sharing: WeightSharing | None = None,
         on_stage: Callable[[str], None] = lambda _: None,
-        scheduler: type[Scheduler] = Scheduler,
+        policy: SchedulingPolicy | None = None,
     ) -> Engine:
-        """An engine for the model that `config` names. If it promises anything, and no cost model is kept for it, its
-        steps are timed first. `on_stage` hears of what comes after loading.
+        """Load the model that `config` names. With SLOs, its steps are timed first unless a cost model is kept for it.
+        `on_stage` is called with the name of each stage after loading.
 
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
@@ -81,10 +86,10 @@ class Engine:
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
         if not config.scheduler.slo_enabled:
-            return cls(config, model, scheduler=scheduler)
+            return cls(config, model, policy=policy)
         on_stage("calibrating")
         cost = load_or_profile(cls, config, model, progress=progress).cost
-        return cls(config, model, scheduler=scheduler, cost=cost)
+        return cls(config, model, policy=policy, cost=cost)
 
     @property
     def max_model_len(self) -> int:
@@ -105,16 +110,16 @@ class Engine:
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
         sent: float | None = None,
     ) -> None:
-        """Accept one request; what it generates comes out of `step`. `params.n` is the caller's business: a choice a
-        call. `sent` is when it was, on the monotonic clock, if that is longer ago than now.
+        """Accept one request, whose output comes out of `step`. `params.n` is ignored: each choice is a request.
+        `sent` is when it was sent here, on the monotonic clock; None: now.
 
-        Raises InvalidRequestError if the request cannot be honoured, LateError if it wants to be on time or not at all,
-        and cannot be now. Then nothing is changed.
+        Raises InvalidRequestError if the request cannot be served, LateError if it has `on_time_only` and cannot meet
+        its SLO now. Then nothing is changed.
         """
         self.check_request(prompt_token_ids, params)
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(
-                "this engine keeps no promises: give it ttft, itl or enable_slo", parameter="targets"
+                "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo", parameter="targets"
             )
         now = time.monotonic()
         scheduling = replace(
@@ -132,9 +137,9 @@ class Engine:
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,
                 scheduling=scheduling,
-                sent=sent,
             ),
             now,
+            sent_time=sent,
         )
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -142,38 +147,48 @@ class Engine:
         self.limits.check(prompt_token_ids, params)
 
     def step(self) -> list[RequestOutput]:
-        """One forward step for everybody who can use it: the new tokens, and who has ended. Empty if there is nothing
-        to do.
-        """
+        """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do."""
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return []
         try:
             result = self.executor.collect(self.executor.submit(plan))
-            if self.observer is not None:
-                self.observer(plan, result)
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
             failed = ChunkResult(error=f"the forward step was broken off: {error!r}")
-            self.scheduler.update(
-                plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}), time.monotonic()
-            )
+            self._update(plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}))
             raise
-        return self.scheduler.update(plan, result, time.monotonic())
+        return self._update(plan, result)
 
     def finish(
-        self, request_id: str, reason: FinishReason, *, num_tokens: int | None = None, ended: float | None = None
+        self,
+        request_id: str,
+        reason: FinishReason,
+        *,
+        num_tokens: int | None = None,
+        wanted_until: float | None = None,
     ) -> LatencyBreakdown | None:
-        """End a request, keeping its first `num_tokens` generated tokens; where its time went until `ended`, on the
-        monotonic clock, or until now. None if it has ended already.
+        """End a request, keeping its first `num_tokens` generated tokens. Returns where its time went until
+        `wanted_until`, on the monotonic clock, or until now; None if it has ended already.
         """
-        return self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=time.monotonic(), ended=ended)
+        now = time.monotonic()
+        if not self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=now, wanted_until=wanted_until):
+            return None
+        return self._latencies.pop(request_id)
 
     def is_unfinished(self, request_id: str) -> bool:
-        """Whether a request of that id is waiting or running."""
+        """Returns whether a request of that id is waiting or running."""
         request = self.scheduler.get(request_id)
         return request is not None and not request.is_finished
 
     def abort(self, request_id: str) -> bool:
-        """End a request that nobody waits for any more."""
+        """End a request whose output is not wanted any more. Returns False if it has ended already."""
         return self.finish(request_id, FinishReason.ABORT) is not None
+
+    def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take in the result of a step, and add to the last output of each request where its time went."""
+        outputs = self.scheduler.update(plan, result, time.monotonic())
+        for index, output in enumerate(outputs):
+            if output.finish_reason is not None:
+                outputs[index] = replace(output, latency_breakdown=self._latencies.pop(output.request_id))
+        return outputs

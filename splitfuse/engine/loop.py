@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
 from splitfuse.errors import InvalidRequestError, LateError
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class EngineLoop:
-    """Owns an engine. Commands come in by `commands`, from any thread; reports go out by `report`, on the loop's
-    thread, which therefore must not wait.
+    """Owns an engine. Commands come in through `commands`, from any thread; reports go out through `report`, which runs
+    on the loop's thread and must not block.
     """
 
     def __init__(self, engine: Engine, report: Callable[[Report], None]) -> None:
@@ -30,8 +30,9 @@ class EngineLoop:
         self._step_began = 0.0  # 0: none runs
         self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = 0
         self._num_generated_tokens = self._num_computed_tokens = 0
-        self._step_tokens, self._step_seconds = 0, 0.0
-        engine.observer = self._observe
+        self._step_tokens = 0
+        self._step_seconds = self._predicted_step_seconds = 0.0
+        engine.events.subscribe(StepRecord, self._count)
 
     @property
     def info(self) -> EngineInfo:
@@ -46,7 +47,7 @@ class EngineLoop:
         )
 
     def run(self) -> None:
-        """Until Stop comes. An error of a step goes up; its requests have ended, and nothing else may be done."""
+        """Run until Stop comes. An error of a step is raised: its requests have ended, and the loop must not go on."""
         while not self._stopped:
             outputs = self._take_commands()
             if self._engine.has_unfinished and not self._stopped:
@@ -57,13 +58,13 @@ class EngineLoop:
                 self._report(StepReport(tuple(outputs), self._stats()))
 
     def alive(self) -> Alive:
-        """For a heartbeat, from another thread."""
+        """Returns a heartbeat. May be called from another thread."""
         began = self._step_began
         return Alive(time.monotonic() - began if began else 0.0)
 
     def _take_commands(self) -> list[RequestOutput]:
-        """Do what was asked since the last step; wait for something if there is nothing to compute. What ended thereby,
-        and requests that the engine refuses, which its limits should have kept away.
+        """Execute the commands since the last step; wait for one if there is nothing to compute. Returns the outputs of
+        requests which ended thereby, or which the engine refuses: its limits should have kept those away.
         """
         outputs: list[RequestOutput] = []
         while not self._stopped:
@@ -86,7 +87,10 @@ class EngineLoop:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
                     breakdown = self._engine.finish(
-                        command.request_id, command.reason, num_tokens=command.num_tokens, ended=command.ended
+                        command.request_id,
+                        command.reason,
+                        num_tokens=command.num_tokens,
+                        wanted_until=command.ended,
                     )
                     if breakdown is not None:
                         outputs.append(
@@ -96,11 +100,13 @@ class EngineLoop:
                     self._stopped = True
         return outputs
 
-    def _observe(self, plan: StepPlan, result: StepResult) -> None:
+    def _count(self, step: StepRecord) -> None:
+        plan = step.plan
         self._num_steps += 1
+        self._predicted_step_seconds = step.predicted_seconds
         self._step_tokens = plan.num_tokens
         self._num_computed_tokens += plan.num_tokens
-        self._num_generated_tokens += sum(len(chunk.token_ids) for chunk in result.results.values())
+        self._num_generated_tokens += sum(len(chunk.token_ids) for chunk in step.result.results.values())
         starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
         for request in plan.new_requests:
             self._num_prompt_tokens += len(request.prompt_token_ids)
@@ -120,7 +126,7 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
-            predicted_step_seconds=scheduler.predicted_seconds,
+            predicted_step_seconds=self._predicted_step_seconds,
         )
 
 

@@ -19,9 +19,10 @@ from splitfuse.bench.results import Results
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.baselines import scheduler_class
+from splitfuse.core.baselines import make_baseline
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
@@ -62,7 +63,7 @@ class Deployment:
     """Seconds from a client to the engine."""
 
     def __post_init__(self) -> None:
-        scheduler_class(self.policy, self.scheduler)
+        make_baseline(self.policy, self.scheduler)
         if self.replicas < 1:
             raise ConfigError(f"--replicas {self.replicas} must be at least 1")
         for name in ("step_overhead", "client_overhead"):
@@ -175,8 +176,9 @@ class Replica:
         calibration = deployment.calibration
         allocator = BlockAllocator(calibration.num_blocks, calibration.block_size, namer=deployment.make_namer())
         config = deployment.scheduler
-        rule = make_policy(config, calibration.cost if config.slo_enabled else None)
-        self.scheduler: Scheduler = scheduler_class(deployment.policy, config)(config, allocator, rule)
+        cost = calibration.cost if config.slo_enabled else None
+        policy = make_baseline(deployment.policy, config) or make_policy(config, cost)
+        self.scheduler = Scheduler(config, allocator, policy)
         self._targets = SloTargets.parse(config.ttft, config.itl)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)
@@ -205,7 +207,7 @@ class Replica:
                 request.max_tokens,
                 seed=0,
                 scheduling=SchedulingOptions(targets=self._targets, arrival_time=loop.time()),
-                block_names=[] if names is None else names,
+                kv=RequestKv(block_names=[] if names is None else names),
             ),
             loop.time(),
         )

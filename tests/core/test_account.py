@@ -8,14 +8,13 @@ import pytest
 from scheduler_harness import Run, Workload
 
 from splitfuse.core.latency.ledger import (
-    COMPUTING,
-    NAMED,
+    MAX_CO_SCHEDULED,
     LatencyLedger,
-    LatencyPhase,
     RequestLatency,
     StepTransitions,
     Transition,
 )
+from splitfuse.core.latency.phases import COMPUTING, LatencyPhase
 from splitfuse.core.request import FinishReason, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
@@ -28,7 +27,7 @@ COST = CostModel(floor=0.01, per_token=0.001)
 
 def added_up_step_by_step(run: Run, name: str) -> dict[str, Fraction | float]:
     """The same by another way: each step and each pause for itself, by tokens."""
-    spent = run.spent[name]
+    spent = run.breakdowns[name]
     sums: dict[str, Fraction | float] = {"own": 0, "beside": 0, "others": 0}
     ended: float | Fraction = spent.opened
     for plan, planned, end in zip(run.plans, run.began, run.ended, strict=True):
@@ -48,8 +47,8 @@ def added_up_step_by_step(run: Run, name: str) -> dict[str, Fraction | float]:
 def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) -> None:
     seen: set[LatencyPhase] = set()
     for seed in range(150):
-        run = Workload(seed).run(depth, promises=promises, ticks=True)
-        for name, spent in run.spent.items():
+        run = Workload(seed).run(depth, slo=promises, ticks=True)
+        for name, spent in run.breakdowns.items():
             assert all(seconds > 0 for seconds in spent.phases.values())
             total = sum(spent.phases.values())
             seen |= set(spent.phases)
@@ -96,8 +95,8 @@ class Timed(Run):
         self.now += 1
         handle = self.executor.submit(plan)
         for output in self.scheduler.update(plan, self.executor.collect(handle), self.now):
-            if output.latency_breakdown is not None:
-                self.spent[output.request_id] = output.latency_breakdown
+            if output.finish_reason is not None:
+                self.note_breakdown(output.request_id)
 
 
 def timed(requests: Sequence[Request], **settings: int) -> Timed:
@@ -111,7 +110,7 @@ def timed(requests: Sequence[Request], **settings: int) -> Timed:
 
 
 def parts(run: Run, name: str) -> dict[LatencyPhase, float]:
-    spent = run.spent[name]
+    spent = run.breakdowns[name]
     assert sum(spent.phases.values()) == spent.closed - spent.opened
     return spent.phases
 
@@ -129,7 +128,7 @@ def test_alone_all_is_its_own() -> None:
         LatencyPhase.DECODE: 2,
         LatencyPhase.BETWEEN_STEPS: Fraction(5, 10),
     }
-    assert run.spent["a"].co_scheduled == ()
+    assert run.breakdowns["a"].co_scheduled == ()
 
 
 def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
@@ -141,15 +140,15 @@ def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
         LatencyPhase.CO_SCHEDULED: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
         LatencyPhase.BETWEEN_STEPS: Fraction(3, 10),
     }
-    assert run.spent["a"].co_scheduled == (("b", 13),)  # a single token is no prompt chunk
-    assert run.spent["b"].co_scheduled == (("a", 2),)
+    assert run.breakdowns["a"].co_scheduled == (("b", 13),)  # a single token is no prompt chunk
+    assert run.breakdowns["b"].co_scheduled == (("a", 2),)
 
 
 def test_of_many_neighbours_the_largest_are_named() -> None:
     run = timed([request("a", 1, 9), *(request(f"p{n}", n, 1) for n in (2, 9, 5, 7, 3))])
     to_the_end(run)
-    names = [name for name, _ in run.spent["a"].co_scheduled]
-    assert names == ["p9", "p7", "p5"] and len(names) == NAMED
+    names = [name for name, _ in run.breakdowns["a"].co_scheduled]
+    assert names == ["p9", "p7", "p5"] and len(names) == MAX_CO_SCHEDULED
 
 
 def test_queued_for_a_seat_for_budget_or_for_blocks() -> None:
@@ -174,7 +173,7 @@ def test_preempted_and_computed_again() -> None:
         8,
         1,
     )
-    assert run.spent["b"].num_preemptions == 1
+    assert run.breakdowns["b"].num_preemptions == 1
 
 
 def test_streams_beyond_the_budget_are_left_out() -> None:
@@ -183,15 +182,15 @@ def test_streams_beyond_the_budget_are_left_out() -> None:
     assert parts(run, "c")[LatencyPhase.NO_BUDGET] >= 1
     run = timed([request("a", 2, 6), request("b", 2, 3)], budget=4)
     run.one_step()
-    run.scheduler._budget = 1
+    run.scheduler._token_budget = 1
     run.one_step()
     to_the_end(run)
     assert parts(run, "b")[LatencyPhase.LEFT_OUT] >= 1
 
 
 def test_paced_and_behind_a_promise() -> None:
-    rule = DeadlinePolicy(LatencyPredictor(COST), budget=100)
-    run = Run.make(num_blocks=1000, block_size=16, budget=100, rule=rule)
+    rule = DeadlinePolicy(LatencyPredictor(COST), token_budget=100)
+    run = Run.make(num_blocks=1000, block_size=16, budget=100, policy=rule)
     run.add(request("oldest", 5, 60, SloTargets(1.0, 0.25)))
     run.add(request("stream", 5, 60, SloTargets(1.0, 0.25)))
     for _ in range(3):
@@ -200,21 +199,23 @@ def test_paced_and_behind_a_promise() -> None:
     run.add(request("urgent", 300, 2, SloTargets(0.5, 0.25)))  # no time for one step more
     while run.scheduler.has_unfinished:
         run.step()
-    for spent in run.spent.values():
+    for spent in run.breakdowns.values():
         assert sum(spent.phases.values()) == pytest.approx(spent.closed - spent.opened)
-    assert run.spent["old"].phases[LatencyPhase.OUTRANKED] > 0
-    assert run.spent["stream"].phases[LatencyPhase.PACED] > 0
-    assert run.spent["stream"].phases[LatencyPhase.DECODE] > 0
-    assert dict(run.spent["stream"].co_scheduled).keys() == {"old", "oldest", "urgent"}
+    assert run.breakdowns["old"].phases[LatencyPhase.OUTRANKED] > 0
+    assert run.breakdowns["stream"].phases[LatencyPhase.PACED] > 0
+    assert run.breakdowns["stream"].phases[LatencyPhase.DECODE] > 0
+    assert dict(run.breakdowns["stream"].co_scheduled).keys() == {"old", "oldest", "urgent"}
 
 
 def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
-    run = Run.make(num_blocks=1000, block_size=16, budget=100, rule=DeadlinePolicy(LatencyPredictor(COST), budget=100))
+    run = Run.make(
+        num_blocks=1000, block_size=16, budget=100, policy=DeadlinePolicy(LatencyPredictor(COST), token_budget=100)
+    )
     run.add(request("a", 10, 2))
     run.add(request("b", 30, 2))
     while run.scheduler.has_unfinished:
         run.step()
-    assert run.spent["a"].phases == pytest.approx(
+    assert run.breakdowns["a"].phases == pytest.approx(
         {
             LatencyPhase.PREFILL: 0.02,
             LatencyPhase.DECODE: 0.011,
@@ -247,7 +248,7 @@ def test_what_nobody_wanted_any_more_does_not_count() -> None:
         ledger.end(4)
         ledger.begin(StepTransitions([Transition(account, LatencyPhase.DECODE, 1)], [], 4), 4)
         ledger.end(8)
-        closed = ledger.close(account, 8, ended)
+        closed = ledger.close(account, 8, wanted_until=ended)
         assert closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)
         return closed.phases
 
@@ -260,9 +261,10 @@ def test_what_nobody_wanted_any_more_does_not_count() -> None:
 def test_who_is_ended_from_outside_has_an_account_too() -> None:
     run = timed([request("a", 8, 9)])
     run.one_step()
-    spent = run.scheduler.finish("a", FinishReason.ABORT, now=run.now + 2)
-    assert spent is not None and spent.phases == {
+    assert run.scheduler.finish("a", FinishReason.ABORT, now=run.now + 2)
+    breakdown = run.latencies.pop("a")
+    assert breakdown is not None and breakdown.phases == {
         LatencyPhase.PREFILL: 1,
         LatencyPhase.BETWEEN_STEPS: Fraction(21, 10),
     }
-    assert run.scheduler.finish("a", FinishReason.ABORT) is None
+    assert not run.scheduler.finish("a", FinishReason.ABORT) and run.latencies.pop("a") is None

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from splitfuse.core.slo.cost_model import CostModel, Features
-from splitfuse.core.slo.latency_predictor import IN_TIME, LARGEST_MARGIN, SMALLEST_MARGIN, LatencyPredictor
+from splitfuse.core.slo.latency_predictor import IN_TIME, MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR, LatencyPredictor
 
 COST = CostModel(floor=0.01, per_token=0.001)
 STEP = Features(tokens=90)  # 0.1 s
@@ -87,30 +87,30 @@ def test_steps_planned_with_the_margin_end_in_time(noise: float) -> None:
     late = []
     for _ in range(20_000):
         taken = COST.seconds(STEP) * rng.lognormvariate(0.0, noise)
-        late.append(taken > forecast.seconds(STEP) / forecast.margin)
+        late.append(taken > forecast.seconds(STEP) / forecast.safety_factor)
         forecast.observe(STEP, taken)
     assert sum(late[2000:]) / len(late[2000:]) == pytest.approx(1.0 - IN_TIME, abs=0.004)
 
 
 def test_the_margin_begins_with_the_scatter_that_was_calibrated() -> None:
-    assert LatencyPredictor(COST).margin == pytest.approx(LARGEST_MARGIN)
+    assert LatencyPredictor(COST).safety_factor == pytest.approx(MAX_SAFETY_FACTOR)
     scattering = LatencyPredictor(replace(COST, noise=0.1))
-    assert scattering.margin == pytest.approx(math.exp(-2.326 * 0.1), rel=1e-3)
-    assert LatencyPredictor(replace(COST, noise=9.0)).margin == pytest.approx(SMALLEST_MARGIN)
+    assert scattering.safety_factor == pytest.approx(math.exp(-2.326 * 0.1), rel=1e-3)
+    assert LatencyPredictor(replace(COST, noise=9.0)).safety_factor == pytest.approx(MIN_SAFETY_FACTOR)
 
 
 def test_the_margin_returns_after_a_disturbance() -> None:
     forecast = LatencyPredictor(COST)
     for _ in range(100):
         forecast.observe(STEP, 2.0 * forecast.seconds(STEP))
-    assert forecast.margin == pytest.approx(SMALLEST_MARGIN)
+    assert forecast.safety_factor == pytest.approx(MIN_SAFETY_FACTOR)
     for _ in range(2500):
         forecast.observe(STEP, forecast.seconds(STEP))
-    assert forecast.margin == pytest.approx(LARGEST_MARGIN)
+    assert forecast.safety_factor == pytest.approx(MAX_SAFETY_FACTOR)
 
 
 def test_short_steps_say_little_of_the_margin() -> None:
     forecast = LatencyPredictor(COST)
     for _ in range(10):
         forecast.observe(SHORT, 1.5 * forecast.seconds(SHORT))
-    assert forecast.margin > 0.88
+    assert forecast.safety_factor > 0.88

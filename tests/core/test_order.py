@@ -10,12 +10,13 @@ import pytest
 from scheduler_harness import Run
 
 from splitfuse.config import TAIL_SHARE
-from splitfuse.core.request import MISSED_ITL_FACTOR, Priority, Request, RequestStatus, SchedulingOptions
+from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel, Features
-from splitfuse.core.slo.deadline_policy import PATIENCE, ClaimOrder, DeadlinePolicy, Fcfs
+from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.decode_load import DecodeLoad
-from splitfuse.core.slo.latency_predictor import LARGEST_MARGIN, LatencyPredictor
+from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
+from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
@@ -25,7 +26,7 @@ BUDGET = 100
 def request(name: str, prompt: int, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0) -> Request:
     scheduling = SchedulingOptions(targets=targets, arrival_time=arrival_time)
     made = Request(name, (1,) * prompt, SamplingParams(), 50, seed=0, scheduling=scheduling)
-    made.arrival = int(arrival_time * 1000)
+    made.sequence_number = int(arrival_time * 1000)
     return made
 
 
@@ -36,13 +37,13 @@ def change(request: Request, **options: Any) -> None:
 def stream(name: str, interval: float | None, *, token_at: float, arrival_time: float = 0.0) -> Request:
     """It has its first token and needs its newest."""
     made = request(name, 10, SloTargets(None, interval), arrival_time=arrival_time)
-    made.status, made.output_token_ids, made.num_computed, made.num_scheduled = RequestStatus.RUNNING, [1], 10, 10
-    made.note_token(token_at)
+    made.status, made.output_token_ids, made.kv.num_computed, made.num_scheduled = RequestStatus.RUNNING, [1], 10, 10
+    made.slo.observe_token(token_at)
     return made
 
 
 def rule() -> DeadlinePolicy:
-    return DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET)
+    return DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET)
 
 
 def names(order: ClaimOrder) -> tuple[list[str], list[str]]:
@@ -63,7 +64,7 @@ def test_where_nothing_is_promised_promises_change_nothing(seed: int) -> None:
     waiting = [request(f"r{n}", rng.randint(1, 90), arrival_time=n) for n in range(12, 12 + rng.randint(0, 4))]
     plain = Fcfs().order(running, waiting, now=99.0)
     promised = rule().order(running, waiting, now=99.0)
-    assert promised == plain and promised.seconds == math.inf
+    assert promised == plain and promised.max_seconds == math.inf
     for than in (*running, *waiting):
         assert Fcfs().preemption_victim(running, than=than) is rule().preemption_victim(running, than=than)
 
@@ -72,15 +73,15 @@ def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
     ahead, prompt = stream("s", 0.25, token_at=1.0), request("p", 80, SloTargets(2.0))
     order = rule().order([ahead], [prompt], now=1.0)
     assert names(order) == ([], ["p", "s"])
-    assert order.seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
+    assert order.max_seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
     later = rule().order([ahead], [prompt], now=1.06)
     assert names(later) == (["s"], ["p"])
-    assert later.seconds <= 1.25 - 1.06
+    assert later.max_seconds <= 1.25 - 1.06
 
 
 def test_a_step_ends_well_before_a_token_is_due() -> None:
     order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, SloTargets(2.0))], now=1.17)
-    assert order.seconds == pytest.approx(LARGEST_MARGIN * (1.25 - 1.17))
+    assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * (1.25 - 1.17))
 
 
 def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
@@ -90,7 +91,9 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
         prompts = [request(f"other{n}", 60, SloTargets(0.9), arrival_time=n / 1000) for n in range(5)]
         prompts.append(request("taken", 590, SloTargets(1.0), arrival_time=0.01))
         change(prompts[-1], on_time_only=on_time_only)
-        return sorted(each.request_id for each in rule().feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0))
+        return sorted(
+            each.request_id for each in rule().planner.feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0)
+        )
 
     assert len(feasible(on_time_only=False)) == 6  # 890 tokens
     assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
@@ -98,7 +101,7 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
 
 def test_a_step_is_no_longer_than_half_of_the_shortest_interval() -> None:
     streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
-    assert rule().order(streams, [], now=1.0).seconds == pytest.approx(LARGEST_MARGIN * 0.1 / 2)
+    assert rule().order(streams, [], now=1.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.1 / 2)
 
 
 WHOLE = pytest.approx(0.11, abs=0.005)
@@ -107,38 +110,40 @@ WHOLE = pytest.approx(0.11, abs=0.005)
 
 def test_a_prompt_that_no_stream_waits_beside_has_whole_steps() -> None:
     tight = request("p", 200, SloTargets(9.0, 0.05))
-    assert rule().order([], [tight], now=0.0).seconds == WHOLE
+    assert rule().order([], [tight], now=0.0).max_seconds == WHOLE
     beside = rule().order([stream("s", 0.1, token_at=0.0)], [tight], now=0.0)
-    assert beside.seconds < 0.1  # the stream's interval, not the prompt's
+    assert beside.max_seconds < 0.1  # the stream's interval, not the prompt's
 
 
 def test_where_half_of_an_interval_is_short_for_prompts_a_step_takes_all_of_it() -> None:
     prompt = request("p", 200, SloTargets(9.0))
     order = rule().order([stream("s", 0.03, token_at=0.0)], [prompt], now=0.0)
-    assert order.seconds == pytest.approx(LARGEST_MARGIN * 0.03)  # 16 prompt tokens and not 3 in each half
+    assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)  # 16 prompt tokens and not 3 in each half
     assert [r.request_id for r in order.urgent] == ["s"]
 
 
 def test_an_interval_that_leaves_prompts_nothing_shortens_no_step() -> None:
     prompt, impossible = request("p", 200, SloTargets(9.0)), stream("s", 1e-6, token_at=0.0)
-    assert rule().order([impossible], [prompt], now=0.0).seconds == WHOLE
+    assert rule().order([impossible], [prompt], now=0.0).max_seconds == WHOLE
     late = stream("l", 1e-6, token_at=0.0)
-    late.note_token(0.5)
-    late.steps_skipped = PATIENCE
-    assert late.missed_slo and rule().order([late], [prompt], now=0.5).seconds == WHOLE  # nor once it is late
+    late.slo.observe_token(0.5)
+    late.slo.steps_skipped = MAX_SKIPPED_STEPS
+    assert late.slo.missed and rule().order([late], [prompt], now=0.5).max_seconds == WHOLE  # nor once it is late
     other = stream("t", 0.15, token_at=0.0)
-    assert rule().order([impossible, other], [prompt], now=0.0).seconds <= LARGEST_MARGIN * 0.15  # who can be kept is
+    assert (
+        rule().order([impossible, other], [prompt], now=0.0).max_seconds <= MAX_SAFETY_FACTOR * 0.15
+    )  # who can be kept is
     taken = stream("u", 0.0125, token_at=0.0)
     change(taken, on_time_only=True)  # it was taken on time or not at all
-    assert rule().order([taken], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.0125)
+    assert rule().order([taken], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.0125)
 
 
 def test_a_stream_shortens_no_steps_for_prompts_of_a_higher_class() -> None:
     low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
     change(low, priority=Priority.LOW)
-    assert rule().order([low], [prompt], now=0.0).seconds == WHOLE
+    assert rule().order([low], [prompt], now=0.0).max_seconds == WHOLE
     change(prompt, priority=Priority.LOW)
-    assert rule().order([low], [prompt], now=0.0).seconds == pytest.approx(LARGEST_MARGIN * 0.03)
+    assert rule().order([low], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)
 
 
 def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_promised_nothing() -> None:
@@ -149,7 +154,7 @@ def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_p
 
 def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
     late = stream("late", 0.25, token_at=1.0)
-    late.note_token(5.9)
+    late.slo.observe_token(5.9)
     running = [
         late,
         stream("free", None, token_at=5.0, arrival_time=1.0),
@@ -162,23 +167,23 @@ def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> N
     ]
     order = rule().order(running, waiting, now=6.0)
     assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
-    assert order.kept == TAIL_SHARE  # the oldest is late
-    more = DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET, tail_share=0.25)
-    assert more.order(running, waiting, now=6.0).kept == 0.25
+    assert order.tail_share == TAIL_SHARE  # the oldest is late
+    more = DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET, tail_share=0.25)
+    assert more.order(running, waiting, now=6.0).tail_share == 0.25
 
 
 def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
     late = stream("late", 0.25, token_at=1.0)
-    late.note_token(5.9)
+    late.slo.observe_token(5.9)
     assert names(rule().order([late], [], now=6.0)) == ([], ["late"])
-    late.steps_skipped = PATIENCE
+    late.slo.steps_skipped = MAX_SKIPPED_STEPS
     assert names(rule().order([late], [], now=6.0)) == (["late"], [])
 
 
 def test_a_late_stream_is_given_twice_the_time_and_no_more() -> None:
     late = stream("late", 0.25, token_at=1.0)
-    late.note_token(5.0)
-    assert late.missed_slo and late.due == 5.0 + MISSED_ITL_FACTOR * 0.25
+    late.slo.observe_token(5.0)
+    assert late.slo.missed and late.slo.deadline == 5.0 + MISSED_ITL_FACTOR * 0.25
     feasible = request("p", 80, SloTargets(9.0), arrival_time=5.0)
     assert names(rule().order([late], [feasible], now=5.2)) == ([], ["p", "late"])
     assert names(rule().order([late], [feasible], now=5.4)) == (["late"], ["p"])
@@ -192,16 +197,16 @@ def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
         for number in range(rng.randint(1, 6))
     ]
     order = rule().order([], prompts, now=0.01)
-    assert order.kept == 0.0
-    seconds = order.seconds
+    assert order.tail_share == 0.0
+    seconds = order.max_seconds
     per_step = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
 
     def on_time(chosen: tuple[Request, ...]) -> int:
         """How many are, if only those are begun that can be, in this order."""
         work = count = 0
         for each in chosen:
-            if 0.01 + math.ceil((work + each.num_wanted) / per_step) * seconds <= each.due:
-                work, count = work + each.num_wanted, count + 1
+            if 0.01 + math.ceil((work + each.num_unscheduled) / per_step) * seconds <= each.slo.deadline:
+                work, count = work + each.num_unscheduled, count + 1
         return count
 
     best = max(on_time(chosen) for chosen in permutations(prompts))
@@ -211,9 +216,9 @@ def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
 def test_of_blocks_the_late_lose_theirs_first_and_those_who_lose_least() -> None:
     running = [stream(name, 0.25, token_at=1.0, arrival_time=i) for i, name in enumerate("abcd")]
     for each, computed in zip(running, (90, 40, 60, 10), strict=True):
-        each.num_computed = computed
+        each.kv.num_computed = computed
     for each in running[:3]:
-        each.note_token(9.0)
+        each.slo.observe_token(9.0)
     feasible = request("e", 20, SloTargets(9.0), arrival_time=10.0)
     assert (
         rule().preemption_victim(running, than=feasible) is running[1]
@@ -226,7 +231,7 @@ def test_of_blocks_the_late_lose_theirs_first_and_those_who_lose_least() -> None
 
 def test_a_long_prompt_beside_promised_streams_makes_nobody_late() -> None:
     forecast = LatencyPredictor(COST)
-    run = Run.make(num_blocks=1000, block_size=16, budget=256, rule=DeadlinePolicy(forecast, budget=256))
+    run = Run.make(num_blocks=1000, block_size=16, budget=256, policy=DeadlinePolicy(forecast, token_budget=256))
     for number in range(8):
         run.add(request(f"s{number}", 5, SloTargets(1.0, 0.25)))
     times: dict[str, list[float]] = {}
@@ -245,7 +250,7 @@ def test_everybody_is_served_under_lasting_overload() -> None:
     so nobody waits longer than all that are before it take at the share that is kept for the late.
     """
     rng = Random(1)
-    run = Run.make(num_blocks=250, block_size=16, budget=100, max_num_seqs=16, rule=rule())
+    run = Run.make(num_blocks=250, block_size=16, budget=100, max_num_seqs=16, policy=rule())
     alone = 2 * 0.11 + 10 * 0.011  # of a request of 200 tokens that generates 10: seconds of the machine
     due, most = 0.0, 40
     waits: list[float] = []

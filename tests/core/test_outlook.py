@@ -25,7 +25,7 @@ def make_run(*, num_blocks: int = 2000, max_num_seqs: int = 16) -> Run:
         block_size=16,
         budget=BUDGET,
         max_num_seqs=max_num_seqs,
-        rule=DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET),
+        policy=DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET),
     )
 
 
@@ -47,9 +47,9 @@ def request(
 def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cannot() -> None:
     run = make_run()
     run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
-    with pytest.raises(LateError, match=r"its first token takes 1\.1 s even alone") as never:
+    with pytest.raises(LateError, match=r"its first token takes 1\.1 s even on an idle engine") as never:
         run.scheduler.add(request("b", 1000, SloTargets(1.0, 0.5)))
-    with pytest.raises(LateError, match="no step here is short enough") as neither:
+    with pytest.raises(LateError, match="no step of this engine is short enough") as neither:
         run.scheduler.add(request("c", 10, SloTargets(None, 0.01)))
     assert never.value.retry_after == neither.value.retry_after == math.inf
     run.drain()
@@ -57,10 +57,10 @@ def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cann
 
 
 def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
-    with pytest.raises(InvalidRequestError, match="needs a promise"):
+    with pytest.raises(InvalidRequestError, match="requires an SLO"):
         make_run().scheduler.add(request("a", 10, NO_SLO))
     by_age = Run.make(num_blocks=100, block_size=16, budget=BUDGET)
-    with pytest.raises(InvalidRequestError, match="needs a promise"):
+    with pytest.raises(InvalidRequestError, match="requires an SLO"):
         by_age.scheduler.add(request("a", 10, SloTargets(1.0)))
 
 
@@ -82,7 +82,7 @@ def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
         except LateError as error:
             wait = error.retry_after
     run.drain()
-    assert late.slo_met
+    assert late.slo.met
 
 
 def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
@@ -121,7 +121,7 @@ def test_a_part_of_a_step_takes_no_whole_one() -> None:
     short = request("short", 20, SloTargets(0.1, 0.5))  # 30 ms; a full step takes 0.11 s
     run.add(short)
     run.drain()
-    assert short.slo_met
+    assert short.slo.met
 
 
 def test_a_wait_is_a_number_whoever_is_ahead() -> None:
@@ -169,5 +169,5 @@ def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
     run.drain()
     strict = [each for each in taken if each.scheduling.on_time_only]
     assert strict or refused
-    late = [each.request_id for each in strict if not each.slo_met]
+    late = [each.request_id for each in strict if not each.slo.met]
     assert not late

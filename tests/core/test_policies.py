@@ -4,14 +4,13 @@ import pytest
 from scheduler_harness import Run, Workload
 
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.baselines import POLICIES, scheduler_class
+from splitfuse.core.baselines import BASELINES, POLICIES, make_baseline
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduler import Scheduler
 from splitfuse.errors import ConfigError
 
-OTHERS = [name for name in POLICIES if name != "splitfuse"]
+OTHERS = list(BASELINES)
 
 
 def make(name: str, prompt: int, max_tokens: int) -> Request:
@@ -29,7 +28,7 @@ def start(policy: str, *, budget: int = 16, num_blocks: int = 1000, max_num_seqs
         budget=budget,
         max_num_seqs=max_num_seqs,
         prefix=False,
-        policy=POLICIES[policy],
+        policy=make_baseline(policy, SchedulerConfig()),
     )
 
 
@@ -39,7 +38,7 @@ def test_every_workload_ends_as_if_each_request_were_alone(policy: str, depth: i
     preemptions = 0
     for seed in range(250):
         try:
-            run = Workload(seed).run(depth, policy=POLICIES[policy])
+            run = Workload(seed).run(depth, policy=BASELINES[policy]())
         except AssertionError as error:
             raise AssertionError(f"Workload({seed}).run({depth}) under {policy}: {error}") from error
         preemptions += run.scheduler.num_preemptions
@@ -101,19 +100,19 @@ def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
 
 
 def test_splitfuse_is_the_scheduler_itself_and_unknown_policies_are_refused() -> None:
-    assert scheduler_class("splitfuse", SchedulerConfig()) is Scheduler
+    assert make_baseline("splitfuse", SchedulerConfig()) is None
     with pytest.raises(ConfigError, match="no policy 'orka'; did you mean 'orca'"):
-        scheduler_class("orka", SchedulerConfig())
+        make_baseline("orka", SchedulerConfig())
 
 
 @pytest.mark.parametrize("policy", OTHERS)
 def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
     config = SchedulerConfig(ttft="2s")
-    assert scheduler_class("splitfuse", config) is Scheduler
-    with pytest.raises(ConfigError, match=f"the policy {policy} keeps no promises"):
-        scheduler_class(policy, config)
-    with pytest.raises(ConfigError, match=f"the policy {policy} keeps no share for the oldest"):
-        scheduler_class(policy, SchedulerConfig(tail_share=0.25))
+    assert make_baseline("splitfuse", config) is None
+    with pytest.raises(ConfigError, match=f"the policy {policy} meets no SLOs"):
+        make_baseline(policy, config)
+    with pytest.raises(ConfigError, match=f"the policy {policy} reserves nothing for the oldest request"):
+        make_baseline(policy, SchedulerConfig(tail_share=0.25))
 
 
 def test_plans_of_all_policies_say_the_same_budget() -> None:

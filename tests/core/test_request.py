@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from splitfuse.core.request import MISSED_ITL_FACTOR, Request, SchedulingOptions
+from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import SloTargets, SloViolation
 
 ITL = 0.25
@@ -18,35 +19,37 @@ def request(**targets: float) -> Request:
 
 def come(request: Request, *times: float) -> Request:
     for time in times:
-        request.note_token(time)
+        request.slo.observe_token(time)
     return request
 
 
 def test_a_first_token_after_its_time_breaks_the_promise() -> None:
-    assert come(request(ttft=1.0), 11.0).slo_met is True
+    assert come(request(ttft=1.0), 11.0).slo.met is True
     late = come(request(ttft=1.0, itl=ITL), 11.5)
-    assert late.slo_met is False and late.account.missed == SloViolation(ttft=1.5, ttft_target=1.0)
-    assert late.interval == MISSED_ITL_FACTOR * ITL and late.due == pytest.approx(11.5 + MISSED_ITL_FACTOR * ITL)
+    assert late.slo.met is False and late.slo.violation == SloViolation(ttft=1.5, ttft_target=1.0)
+    assert late.slo.itl_target == MISSED_ITL_FACTOR * ITL and late.slo.deadline == pytest.approx(
+        11.5 + MISSED_ITL_FACTOR * ITL
+    )
 
 
 def test_the_first_gap_has_none_before_it() -> None:
-    assert come(request(itl=ITL), 11.0, 11.24).slo_met is True
-    assert come(request(itl=ITL), 11.0, 11.26).slo_met is False
+    assert come(request(itl=ITL), 11.0, 11.24).slo.met is True
+    assert come(request(itl=ITL), 11.0, 11.26).slo.met is False
 
 
 def test_a_long_gap_after_shorter_ones_is_forgiven_and_a_row_of_them_is_not() -> None:
     stream = come(request(itl=ITL), 11.0, 11.1, 11.2, 11.3, 11.8)  # on average 0.2 s
-    assert stream.slo_met is True and stream.account.missed is None and stream.due == pytest.approx(11.8 + ITL)
+    assert stream.slo.met is True and stream.slo.violation is None and stream.slo.deadline == pytest.approx(11.8 + ITL)
     come(stream, 12.3, 12.8)
-    missed = stream.account.missed
-    assert stream.slo_met is False and missed is not None and missed.ttft is None
+    missed = stream.slo.violation
+    assert stream.slo.met is False and missed is not None and missed.ttft is None
     assert missed.average_gap is not None
     assert missed.itl_target == ITL < missed.average_gap < missed.longest_gap == pytest.approx(0.5)
     come(stream, *(12.8 + 0.01 * n for n in range(1, 40)))  # what was broken stays so
-    assert stream.slo_met is False and stream.account.missed == missed
+    assert stream.slo.met is False and stream.slo.violation == missed
 
 
 def test_nothing_promised_is_nothing_broken() -> None:
     free = come(request(), 50.0, 90.0)
-    assert free.slo_met is None and free.due == math.inf and free.account.missed is None
-    assert come(request(ttft=100.0), 50.0, 90.0).slo_met is True
+    assert free.slo.met is None and free.slo.deadline == math.inf and free.slo.violation is None
+    assert come(request(ttft=100.0), 50.0, 90.0).slo.met is True

@@ -52,8 +52,8 @@ def test_a_long_prompt_never_stalls_a_stream() -> None:
 def add_as_oldest(run: Run, request: Request) -> None:
     """What a policy other than order of arrival may bring about: the oldest comes when the others are running."""
     run.add(request)
-    request.arrival = -1
-    run.scheduler._waiting.sort(key=lambda r: r.arrival)
+    request.sequence_number = -1
+    run.waiting.sort(key=lambda r: r.sequence_number)
 
 
 def test_the_oldest_prompt_moves_even_when_generations_could_take_the_whole_budget() -> None:
@@ -82,7 +82,7 @@ def test_the_oldest_request_takes_the_seat_of_the_newest() -> None:
     run.step()
     assert sizes(run) == {"g0": 1, "first": 4}
     run.drain()
-    assert [request.num_preemptions for request in requests] == [0, 1]
+    assert [request.kv.num_preemptions for request in requests] == [0, 1]
 
 
 def test_of_several_newer_requests_the_newest_gives_way() -> None:
@@ -90,9 +90,9 @@ def test_of_several_newer_requests_the_newest_gives_way() -> None:
     requests = [make(name, 3, 10) for name in ("old", "middle", "newest")]
     for request in requests:
         run.add(request)
-    while not any(request.num_preemptions for request in requests):
+    while not any(request.kv.num_preemptions for request in requests):
         run.step()
-    assert [request.num_preemptions for request in requests] == [0, 0, 1]
+    assert [request.kv.num_preemptions for request in requests] == [0, 0, 1]
     run.drain()
 
 
@@ -114,8 +114,8 @@ def test_preemption_takes_the_newest_and_loses_nothing_fault_1() -> None:
     preempted = 0
     while run.scheduler.has_unfinished:
         run.step()
-        preempted = max(preempted, new.num_preemptions)
-        assert old.num_preemptions == 0
+        preempted = max(preempted, new.kv.num_preemptions)
+        assert old.kv.num_preemptions == 0
     assert preempted > 0
     for request in (old, new):
         assert run.outcomes[request.request_id].tokens == reference(request)[0]
@@ -203,7 +203,7 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_finish_of_an_unknown_request_changes_nothing() -> None:
     run = Run.make(num_blocks=10, block_size=2, budget=4)
-    assert run.scheduler.finish("nobody", FinishReason.ABORT) is None
+    assert not run.scheduler.finish("unknown", FinishReason.ABORT)
     waiting = make("a", 2, 2)
     run.add(waiting)
     assert run.scheduler.finish("a", FinishReason.ABORT) and waiting.status is RequestStatus.FINISHED

@@ -7,15 +7,15 @@ PARTS = [pytest.param(part, marks=() if part < 2 else pytest.mark.slow) for part
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("promises", [False, True])
+@pytest.mark.parametrize("slo", [False, True])
 @pytest.mark.parametrize("part", PARTS)
-def test_every_workload_ends_as_if_each_request_were_alone(depth: int, part: int, promises: bool) -> None:
+def test_every_workload_ends_as_if_each_request_were_alone(depth: int, part: int, slo: bool) -> None:
     preemptions = cached = 0
     for seed in range(part * 500, (part + 1) * 500):
         try:
-            run = Workload(seed).run(depth, promises=promises)
+            run = Workload(seed).run(depth, slo=slo)
         except AssertionError as error:
-            raise AssertionError(f"Workload({seed}).run({depth}, promises={promises}): {error}") from error
+            raise AssertionError(f"Workload({seed}).run({depth}, slo={slo}): {error}") from error
         starts = [(chunk.request_id, chunk.start) for plan in run.plans for chunk in plan.chunks]
         first_starts: dict[str, int] = {}
         for name, start in starts:

@@ -7,10 +7,11 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
+from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import Priority, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.deadline_policy import DeadlinePolicy, SchedulingPolicy
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -38,9 +39,9 @@ def request(
 
 def make_run(rule: str, *, max_num_seqs: int = 8) -> Run:
     deadline_policy: SchedulingPolicy | None = (
-        DeadlinePolicy(LatencyPredictor(COST), budget=BUDGET) if rule == "promise" else None
+        DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET) if rule == "promise" else None
     )
-    return Run.make(num_blocks=400, block_size=16, budget=BUDGET, max_num_seqs=max_num_seqs, rule=deadline_policy)
+    return Run.make(num_blocks=400, block_size=16, budget=BUDGET, max_num_seqs=max_num_seqs, policy=deadline_policy)
 
 
 RULES = pytest.mark.parametrize(
@@ -55,11 +56,11 @@ def test_with_one_owner_turns_are_in_the_order_of_arrival(seed: int) -> None:
     turns = []
     for _ in range(100):
         made = request(prompt=rng.randint(1, 50))
-        made.turn = shares.turn(made, running=unfinished[:4], waiting=unfinished[4:])
-        turns.append(made.turn)
+        made.fair_share_key = shares.key(made, running=unfinished[:4], waiting=unfinished[4:])
+        turns.append(made.fair_share_key)
         unfinished.append(made)
         while unfinished and rng.random() < 0.5:
-            shares.generated(unfinished[0])
+            shares.charge_token(unfinished[0])
             unfinished.pop(0)
     assert turns == sorted(turns)
 
@@ -67,41 +68,43 @@ def test_with_one_owner_turns_are_in_the_order_of_arrival(seed: int) -> None:
 def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
     shares, flood = FairShare(), [request("flood", prompt=100) for _ in range(10)]
     for number, each in enumerate(flood):
-        each.turn = shares.turn(each, running=flood[:1], waiting=flood[1:number])
-    assert [each.turn for each in flood] == [100.0 * i for i in range(10)]
+        each.fair_share_key = shares.key(each, running=flood[:1], waiting=flood[1:number])
+    assert [each.fair_share_key for each in flood] == [100.0 * i for i in range(10)]
     late = request("rare", prompt=100)
-    late.turn = shares.turn(late, running=flood[5:6], waiting=flood[6:])
-    assert late.turn == 600.0  # with the next of the flood: before its others, and with no credit for having been away
+    late.fair_share_key = shares.key(late, running=flood[5:6], waiting=flood[6:])
+    assert (
+        late.fair_share_key == 600.0
+    )  # with the next of the flood: before its others, and with no credit for having been away
     second = request("rare", prompt=100)
-    assert shares.turn(second, running=flood[5:6], waiting=[*flood[6:], late]) == 700.0
+    assert shares.key(second, running=flood[5:6], waiting=[*flood[6:], late]) == 700.0
 
 
 def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
     shares, busy = FairShare(), [request("busy", prompt=100) for _ in range(50)]
     starving = [request("third", priority=Priority.LOW, prompt=100) for _ in range(20)]
     for number, each in enumerate(starving):
-        each.turn = shares.turn(each, running=[], waiting=starving[:number])
+        each.fair_share_key = shares.key(each, running=[], waiting=starving[:number])
     for each in busy:  # one after the other: each has ended when the next one comes
-        each.turn = shares.turn(each, running=[], waiting=starving)
+        each.fair_share_key = shares.key(each, running=[], waiting=starving)
     rare = request("rare", prompt=100)
-    assert shares.turn(rare, running=busy[-1:], waiting=starving) >= 4900.0  # not 0, as the starving have had
+    assert shares.key(rare, running=busy[-1:], waiting=starving) >= 4900.0  # not 0, as the starving have had
 
 
 def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
     shares, other = FairShare(), request("other", prompt=10)
-    other.turn = shares.turn(other, running=[], waiting=[])
+    other.fair_share_key = shares.key(other, running=[], waiting=[])
     gone = request("x", prompt=1000)
-    gone.turn = shares.turn(gone, running=[other], waiting=[])
+    gone.fair_share_key = shares.key(gone, running=[other], waiting=[])
     gone.num_scheduled = 300
-    shares.ended(gone)
+    shares.refund(gone)
     again = request("x", prompt=10)
-    assert shares.turn(again, running=[other], waiting=[]) == gone.turn + 300.0
+    assert shares.key(again, running=[other], waiting=[]) == gone.fair_share_key + 300.0
     own = request("x", prompt=1000)  # while a later one of its own waits, the order stays that of arrival
-    own.turn = shares.turn(own, running=[other], waiting=[])
+    own.fair_share_key = shares.key(own, running=[other], waiting=[])
     later = request("x", prompt=1000)
-    later.turn = shares.turn(later, running=[other], waiting=[own])
-    shares.ended(own)
-    assert shares.turn(request("x"), running=[other], waiting=[later]) == later.turn
+    later.fair_share_key = shares.key(later, running=[other], waiting=[own])
+    shares.refund(own)
+    assert shares.key(request("x"), running=[other], waiting=[later]) == later.fair_share_key
 
 
 @RULES
@@ -116,8 +119,8 @@ def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: Slo
     ended: list[str] = []
     while mine.request_id not in ended:
         ended += [output.request_id for output in run.step() if output.finish_reason is not None]
-    assert mine.slo_met or len(ended) <= 12  # on time where that is promised; else after those that ran, and few more
-    assert mine.slo_met is not False
+    assert mine.slo.met or len(ended) <= 12  # on time where that is promised; else after those that ran, and few more
+    assert mine.slo.met is not False
     run.drain()
 
 
@@ -175,7 +178,7 @@ def test_a_class_loses_its_blocks_to_those_above_it_and_never_the_oldest_of_all(
         running = [oldest, low, normal]
         for each in (*running, high):
             run.add(each)
-        rule_used = run.scheduler._rule
+        rule_used = run.scheduler.policy
         assert rule_used.preemption_victim(running, than=high) is low
         assert rule_used.preemption_victim([oldest, normal], than=high) is normal
         assert rule_used.preemption_victim([oldest, low], than=normal) is low

@@ -8,7 +8,7 @@ import torch
 
 import splitfuse
 from splitfuse.config import EngineConfig
-from splitfuse.core.plan import StepPlan, StepResult
+from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
@@ -55,15 +55,22 @@ def test_a_broken_step_gives_every_block_back(
         break_once(monkeypatch, model, error, after)
 
 
-def test_an_observer_that_fails_loses_no_block(model: LoadedModel) -> None:
-    def observer(_: StepPlan, __: StepResult) -> None:
-        raise ValueError("a bug in the observer")
+def test_a_listener_that_fails_is_logged_and_fails_no_step(
+    model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: StepRecord) -> None:
+        raise ValueError("a bug in the listener")
 
-    engine = Engine(CONFIG, model, observer=observer)
-    engine.add_request("a", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
-    with pytest.raises(ValueError, match="a bug in the observer"):
-        engine.step()
+    steps: list[StepRecord] = []
+    engine = Engine(CONFIG, model)
+    engine.events.subscribe(StepRecord, broken)
+    engine.events.subscribe(StepRecord, steps.append)
+    engine.add_request("a", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3, ignore_eos=True))
+    outputs = [output for _ in range(3) for output in engine.step()]
+    assert [len(output.token_ids) for output in outputs] == [1, 1, 1] and len(steps) == 3
+    assert outputs[-1].finish_reason is FinishReason.LENGTH and outputs[-1].latency_breakdown is not None
     assert engine.allocator.num_held == 0 and not engine.has_unfinished
+    assert "a bug in the listener" in caplog.text and len(caplog.records) == 3
 
 
 def test_a_broken_put_leaves_the_sequence_as_it_was(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:

@@ -169,7 +169,7 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
 
 def test_an_engine_without_promises_refuses_targets_and_is_not_calibrated() -> None:
     engine = Engine.load(config(num_blocks=200))
-    with pytest.raises(InvalidRequestError, match="keeps no promises"):
+    with pytest.raises(InvalidRequestError, match="SLO scheduling is disabled"):
         engine.add_request(
             "a", [5], SamplingParams(max_tokens=4), scheduling=SchedulingOptions(targets=SloTargets(1.0, None))
         )

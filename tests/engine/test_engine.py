@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.baselines import POLICIES
-from splitfuse.core.plan import StepPlan, StepResult, TokenLogprob
+from splitfuse.core.baselines import make_baseline
+from splitfuse.core.events import StepRecord
+from splitfuse.core.plan import StepPlan, TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduler import Scheduler
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
@@ -196,12 +196,12 @@ def test_an_abort_frees_blocks_at_once_and_leaves_the_others_alone(folder: Path)
 
 
 def test_an_observer_sees_every_step(folder: Path) -> None:
-    steps: list[tuple[StepPlan, StepResult]] = []
+    steps: list[StepRecord] = []
     engine = load(folder, max_num_batched_tokens=8)
-    engine.observer = lambda plan, result: steps.append((plan, result))
+    engine.events.subscribe(StepRecord, steps.append)
     generated = generate(engine, [1] * 20, max_tokens=3)
-    assert [plan.num_tokens for plan, _ in steps] == [8, 8, 4, 1, 1]
-    assert [result.results["only"].token_ids for _, result in steps] == [(), (), *((token,) for token in generated)]
+    assert [step.plan.num_tokens for step in steps] == [8, 8, 4, 1, 1]
+    assert [step.result.results["only"].token_ids for step in steps] == [(), (), *((token,) for token in generated)]
 
 
 # Together ------------------------------------------------------------------------------------------------------------
@@ -370,10 +370,10 @@ def test_other_policies_generate_the_same(folder: Path, policy: str) -> None:
     rng = Random(0)
     prompts = [[rng.randrange(1, VOCAB - 10) for _ in range(rng.randint(1, 30))] for _ in range(6)]
 
-    def generate(scheduler: type[Scheduler]) -> dict[str, list[int]]:
+    def generate(policy: str) -> dict[str, list[int]]:
         config = EngineConfig.from_settings({"model": str(folder), "dtype": "float32", "block_size": 4})
         config = replace(config, scheduler=SchedulerConfig(max_num_batched_tokens=8))
-        engine = Engine.load(config, scheduler=scheduler)
+        engine = Engine.load(config, policy=make_baseline(policy, config.scheduler))
         outputs: dict[str, list[int]] = {}
         for number, prompt in enumerate(prompts):
             engine.add_request(str(number), prompt, SamplingParams(max_tokens=6, ignore_eos=True))
@@ -384,4 +384,4 @@ def test_other_policies_generate_the_same(folder: Path, policy: str) -> None:
                 outputs.setdefault(output.request_id, []).extend(output.token_ids)
         return outputs
 
-    assert generate(POLICIES[policy]) == generate(Scheduler)
+    assert generate(policy) == generate("splitfuse")

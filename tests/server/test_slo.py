@@ -68,7 +68,7 @@ def test_on_time_or_not_at_all(http: httpx.Client) -> None:
     assert never.json()["error"]["param"] == "splitfuse_on_time_only"
     assert "its first token takes" in never.json()["error"]["message"]
     neither = http.post("/v1/completions", json={**body, "splitfuse_targets": {}})
-    assert neither.status_code == 400 and "needs a promise" in neither.json()["error"]["message"]
+    assert neither.status_code == 400 and "requires an SLO" in neither.json()["error"]["message"]
     long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_targets": {"ttft": 1000}, "stream": True}
     with http.stream("POST", "/v1/completions", json=long) as crowd:  # 12,000 tokens: 1.2 s and more
         prompt = {"prompt": [6] * 1000, "splitfuse_targets": {"ttft": 0.5}}  # each takes 0.1 s or so, all 1.2 s

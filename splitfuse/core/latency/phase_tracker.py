@@ -1,7 +1,7 @@
-"""Where every request stands in a step that has been composed: computed, left out or waiting, and why.
+"""Tracks the phase of every request from step to step, and keeps the ledger by it. Listens to an engine's events.
 
-It looks at what came out, and decides nothing. Only who stands otherwise than in the step before is told of; streams
-that go on are not even looked at.
+It looks at what a step became, and decides nothing. Only requests whose phase changes are touched; decodes which go on
+are not even looked at.
 """
 
 from __future__ import annotations
@@ -9,115 +9,149 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from splitfuse.core.latency.ledger import StepTransitions, Transition
-from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.events import (
+    EngineEvents,
+    RequestAdded,
+    RequestFinished,
+    RequestPreempted,
+    StepRecord,
+    StepScheduled,
+)
+from splitfuse.core.latency.ledger import LatencyLedger, RequestLatency, StepTransitions, Transition
+from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.plan import Chunk
 from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import Features
-from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.cost_model import CostModel, Features
 from splitfuse.core.step_builder import StepBuilder
 
-STRETCH = 64
-"""Passes after which it is looked at again what the tokens of streams cost."""
+REFRESH_STEPS = 64
+"""Number of steps after which the cost of running decodes is looked at again."""
 
 
 class PhaseTracker:
-    """From pass to pass, of one scheduler. A step is divided by what `forecast` predicts; without one, by tokens."""
+    """Accounts for the latency of one scheduler's requests.
 
-    def __init__(self, forecast: LatencyPredictor | None, *, max_num_seqs: int) -> None:
-        self._cost = None if forecast is None else forecast.cost
+        tracker = PhaseTracker(scheduler.events, max_num_seqs=64)
+        ...                                # the request finishes
+        tracker.pop("a").phases            # {LatencyPhase.PREFILL: 0.8, LatencyPhase.DECODE: 1.2, ...}
+
+    A step is divided by what the cost model predicts of its chunks; without one, by tokens.
+    """
+
+    def __init__(self, events: EngineEvents, *, max_num_seqs: int, cost: CostModel | None = None) -> None:
+        self._ledger = LatencyLedger()
+        self._cost = cost
         self._max_num_seqs = max_num_seqs
-        self._generating: set[Request] = set()  # those that did in the last step, and some that have ended
-        self._num_scenes = 0
+        self._latencies: dict[str, RequestLatency] = {}  # of unfinished requests
+        self._breakdowns: dict[str, LatencyBreakdown] = {}  # of finished ones, until `pop`
+        self._decoding: set[Request] = set()  # the decodes of the last step, and some that have finished
+        self._num_steps = 0
+        events.subscribe(RequestAdded, self._open)
+        events.subscribe(StepScheduled, self._begin_step)
+        events.subscribe(StepRecord, self._end_step)
+        events.subscribe(RequestPreempted, self._preempted)
+        events.subscribe(RequestFinished, self._close)
 
-    def scene(
-        self,
-        plan: StepPlan,
-        draft: StepBuilder,
-        *,
-        running: Sequence[Request],
-        waiting: Sequence[Request],
-        num_blocks: int,
-        now: float,
-    ) -> StepTransitions:
-        """Of the step that a draft has become, which leaves `num_blocks` to others."""
-        self._num_scenes += 1
-        if self._num_scenes % STRETCH == 0:
-            self._generating.clear()
-        granted, generating = draft.granted, self._generating
-        moves: list[Transition] = []
+    def pop(self, request_id: str) -> LatencyBreakdown | None:
+        """Returns the breakdown of a finished request, and forgets it."""
+        return self._breakdowns.pop(request_id, None)
+
+    def _open(self, event: RequestAdded) -> None:
+        latency = self._latencies[event.request.request_id] = RequestLatency(event.request.request_id)
+        self._ledger.open(latency, sent=event.sent_time, now=event.time)
+
+    def _close(self, event: RequestFinished) -> None:
+        request = event.request
+        self._breakdowns[request.request_id] = self._ledger.close(
+            self._latencies.pop(request.request_id),
+            event.time,
+            wanted_until=event.wanted_until,
+            num_preemptions=request.kv.num_preemptions,
+            slo_violation=request.slo.violation,
+        )
+
+    def _preempted(self, event: RequestPreempted) -> None:
+        self._decoding.discard(event.request)
+
+    def _end_step(self, step: StepRecord) -> None:
+        self._ledger.end(step.end_time)
+
+    def _begin_step(self, step: StepScheduled) -> None:
+        """Find the requests whose phase changes with a step."""
+        self._num_steps += 1
+        if self._num_steps % REFRESH_STEPS == 0:
+            self._decoding.clear()
+        builder, running, waiting = step.builder, step.running, step.waiting
+        granted = builder.granted
+        transitions: list[Transition] = []
         prompts: list[tuple[str, int]] = []
-        for number, request in [(n, request) for n, request in enumerate(granted) if request not in generating]:
-            chunk = plan.chunks[number]
-            moves.append(self._computed(request, chunk))
+        for index, request in [(n, request) for n, request in enumerate(granted) if request not in self._decoding]:
+            chunk = step.plan.chunks[index]
+            transitions.append(self._computed(request, chunk))
             if len(chunk.token_ids) > 1:
                 prompts.append((request.request_id, len(chunk.token_ids)))
         left_out = [r for r in running if r not in granted] if len(granted) < len(running) else []
-        is_full = draft.left <= 0 or not _takes_more(draft, (*left_out, *waiting[:1]))
+        is_full = builder.tokens_left <= 0 or not _takes_more(builder, (*left_out, *waiting[:1]))
         for request in left_out:
-            part = _left_out(request, is_full=is_full, now=now)
-            if request.account.planned is not part:
-                self._stand(request, part, moves)
+            self._change(request, self._left_out(request, is_full=is_full, now=step.time), transitions)
         if waiting:
-            reason = self._reason(draft, len(running), num_blocks, is_full=is_full)
-            newest = max(request.place for request in granted) if reason is LatencyPhase.NO_BUDGET else ()
+            reason = self._reason_to_wait(step, is_full=is_full)
+            last_granted = max(request.queue_key for request in granted) if reason is LatencyPhase.NO_BUDGET else ()
             for request in waiting:
-                account, part = request.account, reason
-                if account.num_preemptions:
-                    part = LatencyPhase.PREEMPTED
-                elif request.place < newest:  # of those that were granted something
-                    part = LatencyPhase.OUTRANKED
-                if account.planned is not part:
-                    self._stand(request, part, moves)
-        whole = sum(granted.values()) if self._cost is None else self._cost.seconds(draft.features)
-        return StepTransitions(moves, prompts, whole or 1)
-
-    def forget(self, request: Request) -> None:
-        """It is to be looked at again: it has lost its blocks."""
-        self._generating.discard(request)
+                phase = reason
+                if request.kv.num_preemptions:
+                    phase = LatencyPhase.PREEMPTED
+                elif request.queue_key < last_granted:
+                    phase = LatencyPhase.OUTRANKED
+                self._change(request, phase, transitions)
+        cost = sum(granted.values()) if self._cost is None else self._cost.seconds(builder.features)
+        self._ledger.begin(StepTransitions(transitions, prompts, cost or 1), step.time)
 
     def _computed(self, request: Request, chunk: Chunk) -> Transition:
         count = len(chunk.token_ids)
         weight: float = count
         if self._cost is not None:  # what the step would take with this chunk alone
             weight = self._cost.seconds(Features().plus(start=chunk.start, count=count, rows=1))
-        part = LatencyPhase.DECODE
-        if chunk.start < request.num_lost:
-            part = LatencyPhase.RECOMPUTED
-        elif chunk.start < request.num_prompt:
-            part = LatencyPhase.PREFILL
+        phase = LatencyPhase.DECODE
+        if chunk.start < request.kv.num_lost:
+            phase = LatencyPhase.RECOMPUTED
+        elif chunk.start < request.num_prompt_tokens:
+            phase = LatencyPhase.PREFILL
         else:
-            self._generating.add(request)
-        request.account.planned = part
-        return Transition(request.account, part, weight)
+            self._decoding.add(request)
+        latency = self._latencies[request.request_id]
+        latency.planned = phase
+        return Transition(latency, phase, weight)
 
-    def _stand(self, request: Request, part: LatencyPhase, moves: list[Transition]) -> None:
-        request.account.planned = part
-        moves.append(Transition(request.account, part))
-        self._generating.discard(request)
+    def _change(self, request: Request, phase: LatencyPhase, transitions: list[Transition]) -> None:
+        latency = self._latencies[request.request_id]
+        if latency.planned is not phase:
+            latency.planned = phase
+            transitions.append(Transition(latency, phase))
+            self._decoding.discard(request)
 
-    def _reason(self, draft: StepBuilder, num_running: int, num_blocks: int, *, is_full: bool) -> LatencyPhase:
-        """Why those wait that were not begun."""
+    def _reason_to_wait(self, step: StepScheduled, *, is_full: bool) -> LatencyPhase:
+        """Returns why no more waiting requests were admitted."""
+        num_running = len(step.running)
         if num_running >= self._max_num_seqs:
             return LatencyPhase.NO_SLOT
-        if num_blocks <= num_running or not is_full:
+        if step.num_free_blocks <= num_running or not is_full:
             return LatencyPhase.NO_BLOCKS
-        return LatencyPhase.NO_BUDGET if draft.left <= 0 else LatencyPhase.OUTRANKED
+        return LatencyPhase.NO_BUDGET if step.builder.tokens_left <= 0 else LatencyPhase.OUTRANKED
+
+    def _left_out(self, request: Request, *, is_full: bool, now: float) -> LatencyPhase:
+        """Returns why a running request is not in the step."""
+        if request.kv.preempt_on_return:
+            return LatencyPhase.PREEMPTED
+        if not request.num_unscheduled:  # the step in flight brings its last token
+            return self._latencies[request.request_id].planned
+        is_ahead = now < request.slo.deadline < math.inf and not request.slo.missed
+        if request.num_unscheduled == 1 and request.output_token_ids and is_ahead:
+            return LatencyPhase.PACED
+        return LatencyPhase.LEFT_OUT if is_full else LatencyPhase.LEFT_OUT_NO_BLOCKS
 
 
-def _takes_more(draft: StepBuilder, others: Sequence[Request]) -> bool:
-    """Whether the step has tokens and time for one more of those that are not in it."""
-    wanting = next((request for request in others if request.num_wanted), None)
-    return wanting is not None and draft.takes(wanting) > 0
-
-
-def _left_out(request: Request, *, is_full: bool, now: float) -> LatencyPhase:
-    """Why one that runs is not in the step."""
-    if request.preempt_on_return:
-        return LatencyPhase.PREEMPTED
-    if not request.num_wanted:  # the step in flight brings its last token
-        return request.account.planned
-    is_ahead = now < request.due < math.inf and not request.missed_slo
-    if request.num_wanted == 1 and request.output_token_ids and is_ahead:
-        return LatencyPhase.PACED
-    return LatencyPhase.LEFT_OUT if is_full else LatencyPhase.LEFT_OUT_NO_BLOCKS
+def _takes_more(builder: StepBuilder, others: Sequence[Request]) -> bool:
+    """Returns whether the budgets have room for one of the requests which are not in the step."""
+    needing = next((request for request in others if request.num_unscheduled), None)
+    return needing is not None and builder.fitting_tokens(needing) > 0

@@ -1,6 +1,6 @@
-"""What those who generate need of steps, whatever length these have.
+"""What running decodes need of a step, whatever its length.
 
-Streams with the same interval count together, so that many lengths can be tried for one look at the streams.
+Decodes with the same ITL target count together, so that many lengths can be tried for one look at the requests.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from splitfuse.core.slo.cost_model import Features
 
 
 class DecodeLoad:
-    """Of streams that were promised an interval: how many there are of each, and how many tokens they read."""
+    """The decodes with an ITL target: how many there are with each, and how many tokens they attend to."""
 
-    def __init__(self, streams: Iterable[Request]) -> None:
-        self._streams: dict[float, int] = {}
-        self._known: dict[float, int] = {}
-        for stream in streams:
-            if interval := stream.interval:
-                self._streams[interval] = self._streams.get(interval, 0) + 1
-                self._known[interval] = self._known.get(interval, 0) + stream.num_known
+    def __init__(self, decodes: Iterable[Request]) -> None:
+        self._num_decodes: dict[float, int] = {}
+        self._num_tokens: dict[float, int] = {}
+        for decode in decodes:
+            if interval := decode.slo.itl_target:
+                self._num_decodes[interval] = self._num_decodes.get(interval, 0) + 1
+                self._num_tokens[interval] = self._num_tokens.get(interval, 0) + decode.num_tokens
 
-    def within(self, seconds: float, *, margin: float) -> Features:
-        """What a step of `seconds` must have for them, if it may take the part `margin` of an interval."""
-        shares = {interval: min(1.0, seconds / (margin * interval)) for interval in self._streams}
-        served = math.ceil(sum(share * self._streams[interval] for interval, share in shares.items()))
-        read = int(sum(share * self._known[interval] for interval, share in shares.items()))
+    def within(self, seconds: float, *, safety_factor: float) -> Features:
+        """Returns what a step of `seconds` must compute for them, if it may take the fraction `safety_factor` of an ITL
+        target.
+        """
+        shares = {interval: min(1.0, seconds / (safety_factor * interval)) for interval in self._num_decodes}
+        served = math.ceil(sum(share * self._num_decodes[interval] for interval, share in shares.items()))
+        read = int(sum(share * self._num_tokens[interval] for interval, share in shares.items()))
         return Features(served, served, read, read, served)

@@ -1,17 +1,17 @@
-"""A cost model that follows the machine: what steps take today, by what they took just now.
+"""A cost model that follows the machine: what steps take today, judged by the steps just measured.
 
-A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go, and some take memory, others
+A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go, and some use memory, others
 arithmetic. So there are two factors, one for the floor of a step, where it waits for the weights, and one for all that
-it takes beyond. After each step both are corrected by a small part of what it was off, on a logarithmic scale, each by
-its share in the step and a little of the other's: what is learned of short steps is mostly, not only, theirs.
+it takes beyond. After each step both are corrected by a small part of the error, on a logarithmic scale, each by its
+share of the step and a little of the other's: what is learned from short steps is mostly, not only, theirs.
 
-The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the next step
-of the same kind is off by 1 - GAIN of what this one was. So a lasting change is followed within some dozens of steps,
-a single disturbed pass moves little, and nothing swings.
+The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the error of
+the next step of the same kind is 1 - GAIN of this one's. So a lasting change is followed within some dozens of steps, a
+single disturbed step moves little, and nothing oscillates.
 
-What is left of a miss is chance. How much of it there is decides how near to a due time a step may be planned:
-`margin` follows the quantile IN_TIME of the misses, a step up for each step beyond it, a small one down for each within
-(Robbins and Monro, 1951).
+What remains of the error is chance. How large it is decides how close to a deadline a step may be planned:
+`safety_factor` follows the quantile IN_TIME of the errors, a step down for each one beyond it, a small step up for each
+one within (Robbins and Monro, 1951).
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from statistics import NormalDist
 from splitfuse.core.slo.cost_model import CostModel, Features
 
 GAIN = 1 / 16
-"""Of the miss, that a step corrects."""
+"""Fraction of the error which one step corrects."""
 COMMON = 1 / 4
-"""What both factors move together, beside their shares in the step."""
-MOST = math.log(1.5)
-"""A single miss counts as no larger: a step that the system held up says little about the next."""
-BOUND = math.log(32.0)
-"""The factors and their inverses stay within this: beyond it the model is of another machine."""
+"""Weight that both factors move together with, in addition to their shares of the step."""
+MAX_ERROR = math.log(1.5)
+"""Bound on the logarithm of a single error: a step held up by the system says little about the next."""
+MAX_FACTOR = math.log(32.0)
+"""Bound on the logarithms of the factors: beyond it the cost model is of another machine."""
 IN_TIME = 0.99
-"""Of the steps, that are to end within the time they were planned for."""
-LARGEST_MARGIN, SMALLEST_MARGIN = 0.9, 0.7
-"""Bounds of `LatencyPredictor.margin`. Where passes scatter more than the lower one allows, it is better to break a
-promise now and then than to make all steps still shorter.
+"""Fraction of the steps which are to end within the time they were planned for."""
+MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR = 0.9, 0.7
+"""Bounds of `LatencyPredictor.safety_factor`. Where the noise asks for less than the lower one, missing a deadline now
+and then is better than making all steps still shorter.
 """
-MARGIN_GAIN = 1 / 64
-"""How far a step that took longer than allowed moves the margin, on a logarithmic scale. One that did not moves it back
-by a hundredth of that: some 1,600 passes from the smallest margin to the largest. A machine that has become slower
-counts too, until the correction has followed.
+SAFETY_GAIN = 1 / 64
+"""Change of the safety factor, on a logarithmic scale, by a step which took longer than allowed. One which did not
+moves it back by a hundredth of that: some 1,600 steps from the smallest factor to the largest. A machine that has
+become slower counts too, until the correction has followed.
 """
 
 
 class LatencyPredictor:
-    """Predicted seconds, corrected as it goes."""
+    """Predicts the seconds of steps, and corrects itself by their measured times."""
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._log_floor = self._log_beyond = 0.0
-        self._log_over = _within_margins(NormalDist().inv_cdf(IN_TIME) * cost.noise)  # longer than predicted
+        self._log_over = _within_bounds(NormalDist().inv_cdf(IN_TIME) * cost.noise)  # how much longer than predicted
 
     @property
     def factors(self) -> tuple[float, float]:
-        """How many times longer the floor of a step takes than the cost model says, and what it takes beyond."""
+        """How many times longer than the cost model says the floor of a step takes, and what it takes beyond."""
         return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     @property
-    def margin(self) -> float:
-        """Of the time until a step must have ended, the part that it may be predicted to take."""
+    def safety_factor(self) -> float:
+        """Fraction of the time until a deadline which a step may be predicted to take."""
         return math.exp(-self._log_over)
 
     def seconds(self, features: Features) -> float:
-        """The time of a step."""
+        """Returns the predicted time of a step."""
         floor, beyond = self.factors
         return floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
 
@@ -72,24 +72,24 @@ class LatencyPredictor:
         return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
 
     def observe(self, features: Features, seconds: float) -> float:
-        """A step has taken so long. What was predicted of it, before it was known."""
+        """Learn from the measured time of a step. Returns what was predicted of it before."""
         predicted = self.seconds(features)
         if seconds <= 0.0 or predicted <= 0.0:
             return predicted
-        miss = math.log(seconds / predicted)
+        error = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor
-        step = GAIN * _clamped(miss, -MOST, MOST) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
-        self._log_floor = _clamped(self._log_floor + step * (floor + COMMON), -BOUND, BOUND)
-        self._log_beyond = _clamped(self._log_beyond + step * (beyond + COMMON), -BOUND, BOUND)
-        # Passes of little but the floor are short, and planned far from any due time.
-        change = MARGIN_GAIN * beyond * (IN_TIME if miss > self._log_over else IN_TIME - 1.0)
-        self._log_over = _within_margins(self._log_over + change)
+        gain = GAIN * _clamped(error, -MAX_ERROR, MAX_ERROR) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
+        self._log_floor = _clamped(self._log_floor + gain * (floor + COMMON), -MAX_FACTOR, MAX_FACTOR)
+        self._log_beyond = _clamped(self._log_beyond + gain * (beyond + COMMON), -MAX_FACTOR, MAX_FACTOR)
+        # Steps of little but the floor are short, and planned far from any deadline.
+        change = SAFETY_GAIN * beyond * (IN_TIME if error > self._log_over else IN_TIME - 1.0)
+        self._log_over = _within_bounds(self._log_over + change)
         return predicted
 
 
-def _within_margins(log_over: float) -> float:
-    return _clamped(log_over, -math.log(LARGEST_MARGIN), -math.log(SMALLEST_MARGIN))
+def _within_bounds(log_over: float) -> float:
+    return _clamped(log_over, -math.log(MAX_SAFETY_FACTOR), -math.log(MIN_SAFETY_FACTOR))
 
 
 def _clamped(value: float, low: float, high: float) -> float:

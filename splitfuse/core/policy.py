@@ -1,0 +1,138 @@
+"""Scheduling policies: which requests claim tokens of the next step, and in which order.
+
+`SchedulingPolicy.compose` is Dynamic SplitFuse; what distinguishes policies of it is the order of claims and the choice
+of whom to preempt. `Fcfs` is the default; `DeadlinePolicy` (core/slo/deadline_policy.py) meets SLOs; core/baselines.py
+has other ways to compose a step, for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from splitfuse.config import TAIL_SHARE
+from splitfuse.core.request import Request
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.step_builder import FreeResources, StepBuilder
+from splitfuse.errors import InvalidRequestError
+
+_by_priority = attrgetter("priority")
+_by_queue_key = attrgetter("queue_key")
+
+
+@dataclass(frozen=True)
+class ClaimOrder:
+    """The claims on one step. `urgent` ones are bound by the token budget alone; `others` come after them, and get what
+    keeps the step within `max_seconds`.
+    """
+
+    urgent: Sequence[Request]
+    others: Sequence[Request]
+    max_seconds: float = math.inf
+    tail_share: float = 0.0
+    """Fraction of the step reserved for the oldest request until its claim; one token is reserved at least."""
+
+
+class SchedulingPolicy(ABC):
+    """Decides about steps, requests and blocks. A subclass gives the order of claims and the preemption victim."""
+
+    predictor: LatencyPredictor | None = None
+    """Predicts the time of steps; None: steps are bound by the token budget alone."""
+
+    def compose(self, step: StepBuilder) -> None:
+        """Compose a step by Dynamic SplitFuse: grant each claim in order as many tokens as fit, until a budget or the
+        blocks run out. Requests are admitted in the order of their claims, until one of them does not fit.
+        """
+        oldest = step.admit_oldest()
+        order = self.order([r for r in step.running if r.num_unscheduled], step.waiting, now=step.now)
+        if oldest is not None and oldest.num_unscheduled:
+            step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
+        for request in order.urgent:
+            step.grant(request)
+        step.max_seconds = order.max_seconds
+        waiting, admits = set(step.waiting), True
+        for request in order.others:
+            if request not in waiting:
+                step.grant(request)
+            elif admits:
+                admits = step.admit(request)
+        for request in [each for each in step.waiting if each not in waiting]:  # preempted in this step
+            if not step.admit(request):
+                break
+        for request in step.running:
+            request.slo.steps_skipped = 0 if request in step.granted else request.slo.steps_skipped + 1
+
+    @abstractmethod
+    def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
+        """Returns the claims on the next step. Both lists are in order of acceptance; each running request needs at
+        least one token. Nothing is changed.
+        """
+
+    @abstractmethod
+    def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
+        """Returns the request which loses its blocks to `than`; None if none has to. Never the oldest of all."""
+
+    def check_admission(
+        self,
+        request: Request,
+        *,
+        running: Sequence[Request],
+        waiting: Sequence[Request],
+        free: FreeResources,
+        now: float,
+    ) -> None:
+        """Raise LateError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if it has none
+        that this policy heeds.
+        """
+        del request, running, waiting, free, now
+        raise InvalidRequestError("on_time_only requires an SLO: set targets.ttft or targets.itl", parameter="targets")
+
+
+class Fcfs(SchedulingPolicy):
+    """First come, first served within each priority and fair share: decodes, then prefills in progress, then waiting
+    requests.
+    """
+
+    def __init__(self, *, tail_share: float = TAIL_SHARE) -> None:
+        """`tail_share` is the fraction of a step reserved for the oldest request once others come before it."""
+        self.tail_share = tail_share
+
+    def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
+        """See SchedulingPolicy."""
+        del now
+        decodes, prefills = split_running(running)
+        claims = [each for part in (decodes, prefills, waiting) for each in sorted(part, key=_by_queue_key)]
+        claims.sort(key=_by_priority)
+        return ClaimOrder([], claims, tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
+
+    def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
+        """Returns the newest request of the lowest priority, if it comes after `than`; the oldest request of all may
+        take the blocks of any other.
+        """
+        oldest = oldest_number(running, than)
+        is_oldest = than.sequence_number == oldest
+        after = (r for r in running if r.sequence_number != oldest and (is_oldest or age(r) > age(than)))
+        return max(after, key=age, default=None)
+
+
+def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+    """Returns the decodes, which need only their newest token, and the prefills, which need more."""
+    return [r for r in running if r.num_unscheduled == 1], [r for r in running if r.num_unscheduled > 1]
+
+
+def is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
+    """Returns whether any claim comes before the oldest running request, by priority or fair share."""
+    return bool(running) and min(claims, key=_by_queue_key, default=running[0]).queue_key < running[0].queue_key
+
+
+def oldest_number(running: Sequence[Request], than: Request) -> int:
+    """Returns the sequence number of the oldest of all."""
+    return min(than.sequence_number, running[0].sequence_number) if running else than.sequence_number
+
+
+def age(request: Request) -> tuple[int, int]:
+    """Returns a key which is largest for the request that is preempted first."""
+    return request.priority, request.sequence_number

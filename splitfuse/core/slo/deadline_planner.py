@@ -1,0 +1,177 @@
+"""What fits before deadlines: how long steps may be, how many prompt tokens they take, and which prompts are in time.
+
+`DeadlinePolicy` asks it for each step, and admission (admission.py) for a request that may be rejected. It looks, and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+from splitfuse.core.request import Priority, Request
+from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+
+STEP_PER_TTFT = 1 / 16
+"""Longest step, as a fraction of the median TTFT target: a new request waits for the step in flight."""
+KEPT_THROUGHPUT = 0.9
+"""Minimum prefill throughput to keep when steps are shortened to STEP_PER_TTFT, relative to full-budget steps."""
+ON_TIME_ONLY_SHARE = 7 / 8
+"""Fraction of the prefill capacity left before its deadline within which an `on_time_only` prompt must finish, as long
+as others can yield to it: the rest is for requests which arrive, or start to decode, meanwhile.
+"""
+WHOLE_INTERVAL_GAIN = 1.25
+"""Minimum gain in prefill throughput for which a step takes a whole ITL target instead of half of it."""
+MIN_THROUGHPUT = 1 / 4
+"""Minimum prefill throughput which an ITL target must leave to shorten steps, relative to full-budget steps."""
+
+
+class StepLimit(NamedTuple):
+    """How long a step may be, and whose deadlines bound it."""
+
+    seconds: float
+    priority: Priority
+    """The highest priority which has prefills; lower decodes do not bound steps."""
+    shortest_interval: float = 0.0
+    """Shortest ITL target that is met together with them; infinity if none can be."""
+
+    def heeds(self, decode: Request) -> bool:
+        """Returns whether the deadline of a decode bounds the step: it is not late, not of a lower priority, and its
+        ITL target can be met.
+        """
+        slo = decode.slo
+        return not slo.missed and decode.priority <= self.priority and (slo.itl_target or 0.0) >= self.shortest_interval
+
+
+class DeadlinePlanner:
+    """Plans with predicted times. Decodes are running requests which need only their newest token; prefills need more,
+    waiting ones included.
+    """
+
+    def __init__(self, predictor: LatencyPredictor, *, token_budget: int) -> None:
+        self.predictor = predictor
+        self._token_budget = token_budget
+
+    def step_limit(
+        self, decodes: Sequence[Request], prefills: Sequence[Request], *, arriving: Sequence[Request] = ()
+    ) -> StepLimit:
+        """Returns how long a step may be: half of the shortest ITL target of a decode, or of a request that is
+        `arriving`, so that a decode left out of one step is in time with the next; all of it if that is better for
+        prefills; at most what the token budget takes, and about STEP_PER_TTFT of the median TTFT target as far as
+        prefills keep KEPT_THROUGHPUT.
+
+        Decodes of a priority below the highest of `prefills` do not count, nor do those that are late, nor an ITL
+        target that would leave prefills less than MIN_THROUGHPUT, unless its request is `on_time_only`.
+        """
+        num_rows = len(decodes) + 1
+        full_step = Features(self._token_budget, num_rows, 0, sum(r.num_tokens for r in decodes), num_rows)
+        longest = self.predictor.seconds(full_step)
+        priority = min((r.priority for r in prefills), default=Priority.LOW)
+        any_interval = StepLimit(longest, priority)
+        paced = [r for r in (*decodes, *arriving) if r.slo.itl_target and any_interval.heeds(r)]
+        load = DecodeLoad(decodes)
+
+        def throughput(seconds: float) -> float:
+            return self.prefill_tokens(load, seconds) / seconds
+
+        full_throughput = throughput(longest)
+        ttft_targets = [r.slo.ttft_target for r in (*decodes, *prefills) if r.slo.ttft_target < math.inf]
+        wanted = STEP_PER_TTFT * median(ttft_targets) if ttft_targets else math.inf
+        while longest > wanted and 0 < KEPT_THROUGHPUT * full_throughput <= throughput(longest / 2):
+            longest /= 2
+        safety_factor = self.predictor.safety_factor
+        for interval, can_yield in sorted({(r.slo.itl_target or math.inf, not r.on_time_only) for r in paced}):
+            half, whole = (min(longest, safety_factor * interval / steps) for steps in (2, 1))
+            best = whole if throughput(whole) >= WHOLE_INTERVAL_GAIN * throughput(half) else half
+            if not can_yield or throughput(best) >= MIN_THROUGHPUT * full_throughput:
+                return StepLimit(best, priority, interval)
+        return StepLimit(longest, priority, math.inf if paced else 0.0)
+
+    def prefill_tokens(self, load: DecodeLoad, seconds: float) -> int:
+        """Returns the prompt tokens that fit a step of `seconds` together with the decodes that it must serve."""
+        decodes = load.within(seconds, safety_factor=self.predictor.safety_factor)
+        most = max(self._token_budget - decodes.tokens, 0)
+        return self.predictor.tokens_within(seconds, decodes, start=0, most=most, rows=1)
+
+    def feasible(
+        self, prefills: Sequence[Request], load: DecodeLoad, *, seconds: float, now: float, share: float = 1.0
+    ) -> set[Request]:
+        """Returns the prefills that can meet their deadlines, if steps take `seconds`, decodes meet their ITL targets,
+        and prefills get a `share` of what is left.
+
+        By the rule of Moore and Hodgson (Management Science, 1968), which leaves as few late as possible: take them in
+        the order of their deadlines, and whenever one would be late drop the longest; among several owners', that of
+        the owner that would have had most.
+        """
+        candidates = [r for r in prefills if now < r.slo.deadline < math.inf and not r.slo.missed]
+        if not candidates:
+            return set()
+        per_step = share * self.prefill_tokens(load, seconds)
+        found: set[Request] = set()
+        tokens = {r: r.num_unscheduled for r in prefills}
+        above = 0  # tokens of prefills of higher priorities, which come first in any case
+        for priority in sorted({r.priority for r in prefills}):
+            chosen = _Chosen()
+            of_priority = (r for r in candidates if r.priority == priority)
+            for request in sorted(of_priority, key=lambda r: r.slo.deadline):
+                chosen.add(request, tokens[request])
+                capacity = (request.slo.deadline - now) // seconds * per_step
+                if request.on_time_only:
+                    while chosen.num_yielding and above + chosen.tokens > ON_TIME_ONLY_SHARE * capacity:
+                        chosen.drop()
+                if above + chosen.tokens > capacity:
+                    chosen.drop()
+            found |= chosen.requests
+            above += sum(count for r, count in tokens.items() if r.priority == priority)
+        return found
+
+
+class _Chosen:
+    """The prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the longest first."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.num_yielding = 0
+        """Number of requests which are not `on_time_only`."""
+        self._heaps: defaultdict[str, list[tuple[bool, int, int, Request]]] = defaultdict(list)
+        self._first_key: defaultdict[str, float] = defaultdict(lambda: math.inf)
+        self._shares: defaultdict[str, float] = defaultdict(float)
+        self._owners: list[tuple[bool, float, int, str]] = []  # a heap, the first to drop first; with outdated entries
+        self._versions: dict[str, int] = {}  # of each owner's valid entry
+
+    @property
+    def requests(self) -> set[Request]:
+        return {request for heap in self._heaps.values() for *_, request in heap}
+
+    def add(self, request: Request, count: int) -> None:
+        owner, on_time_only = request.owner, request.on_time_only
+        self.num_yielding += not on_time_only
+        heapq.heappush(self._heaps[owner], (on_time_only, -count, -request.sequence_number, request))
+        self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
+        self._change(owner, count, request.scheduling.weight)
+
+    def drop(self) -> None:
+        """Drop the longest prefill of the owner that would have had most; an `on_time_only` one only if there is no
+        other.
+        """
+        while True:
+            *_, version, owner = heapq.heappop(self._owners)
+            if self._versions[owner] == version:
+                break
+        _, negative, _, request = heapq.heappop(self._heaps[owner])
+        self.num_yielding -= not request.on_time_only
+        self._change(owner, negative, request.scheduling.weight)
+
+    def _change(self, owner: str, count: int, weight: float) -> None:
+        self.tokens += count
+        self._shares[owner] += count / weight
+        self._versions[owner] = self._versions.get(owner, 0) + 1
+        if heap := self._heaps[owner]:
+            would_have = self._first_key[owner] + self._shares[owner]
+            heapq.heappush(self._owners, (heap[0][0], -would_have, self._versions[owner], owner))

@@ -1,0 +1,94 @@
+"""The SLO of one request: its targets, its next deadline, and how well it has been met so far."""
+
+from __future__ import annotations
+
+import math
+
+from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets, SloViolation
+
+MISSED_ITL_FACTOR = 2.0
+"""Factor by which the ITL target of a request is relaxed once it has missed its SLO."""
+
+
+class RequestSlo:
+    """Tracks the SLO of one request. All times are on the scheduler's clock.
+
+    slo = RequestSlo(SloTargets(ttft=1.0, itl=0.1), arrival_time=10.0, num_prompt_tokens=512)
+    slo.deadline           # 11.0: the first token's
+    slo.observe_token(10.8)
+    slo.deadline           # 10.9: the second token's
+    """
+
+    __slots__ = (
+        "_average_gap",
+        "_longest_gap",
+        "_newest_token_time",
+        "arrival_time",
+        "deadline",
+        "missed",
+        "steps_skipped",
+        "targets",
+        "ttft_target",
+        "violation",
+    )
+
+    def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:
+        self.targets = targets
+        self.arrival_time = arrival_time
+        self.ttft_target = targets.ttft_target(num_prompt_tokens)
+        """Seconds from arrival to the first token; infinity without a TTFT target."""
+        self.deadline = arrival_time + self.ttft_target
+        """When its next token is due; infinity without a target for it."""
+        self.missed = False
+        """Whether any target has been missed."""
+        self.violation: SloViolation | None = None
+        """Which targets were missed, and by how much."""
+        self.steps_skipped = 0
+        """Steps since the last one that computed tokens of the request."""
+        self._newest_token_time: float | None = None
+        self._average_gap = MovingAverage()
+        self._longest_gap = 0.0
+
+    @property
+    def exists(self) -> bool:
+        """Whether the request has any target."""
+        return self.targets != NO_SLO
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every target has been met so far; None without a target."""
+        return not self.missed if self.exists else None
+
+    @property
+    def itl_target(self) -> float | None:
+        """Seconds between tokens to aim at; None without an ITL target. Relaxed once the SLO is missed."""
+        if self.targets.itl is None:
+            return None
+        return self.targets.itl * (MISSED_ITL_FACTOR if self.missed else 1.0)
+
+    def observe_token(self, now: float) -> None:
+        """Record that a token has been generated: compare it with its target, and set the deadline of the next one."""
+        self._check(now)
+        self._newest_token_time = now
+        interval = self.itl_target
+        self.deadline = math.inf if interval is None else now + interval
+
+    def _check(self, now: float) -> None:
+        itl = self.targets.itl
+        if self._newest_token_time is None:
+            if now > self.deadline:
+                self.violation = SloViolation(now - self.arrival_time, self.ttft_target)
+        elif itl is not None:
+            gap = now - self._newest_token_time
+            self._longest_gap = max(gap, self._longest_gap)
+            average = self._average_gap.add(gap)
+            if average > itl:
+                before = self.violation or SloViolation()
+                self.violation = SloViolation(
+                    before.ttft,
+                    before.ttft_target,
+                    max(average, before.average_gap or 0.0),
+                    self._longest_gap,
+                    itl,
+                )
+        self.missed = self.violation is not None
