@@ -1,4 +1,4 @@
-"""Data between scheduler and executor, both ways: plain, printable, recordable, comparable."""
+"""Describe steps and their results: plain data between scheduler and executor, printable, recordable, comparable."""
 
 from __future__ import annotations
 

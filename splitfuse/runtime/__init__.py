@@ -1,1 +1,1 @@
-"""Executing plans on a device: load, plan memory, run, sample."""
+"""Execute plans on a device: plan its memory, load a model, run steps, sample."""

@@ -1,1 +1,1 @@
-"""KV blocks: their names, the requests that hold them, and the prefix cache."""
+"""Manage KV blocks: name them, give them to requests, and reuse them by prefix."""

@@ -1,1 +1,1 @@
-"""Stored models: where they are found (folder, Hub, bundled), and how their files and tensors are read."""
+"""Find stored models (folder, Hub, bundled), and read their files and tensors."""

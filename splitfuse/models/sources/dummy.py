@@ -1,4 +1,4 @@
-"""Random weights in place of a checkpoint: for measuring a network without its weights."""
+"""Make random weights in place of a checkpoint, for measuring a network without its weights."""
 
 from __future__ import annotations
 

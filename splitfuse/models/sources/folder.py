@@ -1,4 +1,4 @@
-"""A model in a folder, in Hugging Face format: config.json, tokenizer.json, safetensors files."""
+"""Read a model from a folder in Hugging Face format: config.json, tokenizer.json, safetensors files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interfaces of a stored model: its files, and its tensors. Code above this package does not know which kind it has."""
+"""Define the interfaces of a stored model, ModelSource and WeightSource: code above does not know which kind it has."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WeightSource(ABC):
 
 
 class ModelSource(ABC):
-    """A stored model: config, tokenizer files, chat template, end tokens and tensors.
+    """Gives access to a stored model: config, tokenizer files, chat template, end tokens and tensors.
 
     source = open_model("Qwen/Qwen2.5-0.5B-Instruct")
     spec = spec_from_config(source.config())

@@ -1,4 +1,4 @@
-"""One row of logits to choose a token from, and the random number that belongs to it."""
+"""Describe the row of logits that a token is chosen from, and compute its random number."""
 
 from __future__ import annotations
 
