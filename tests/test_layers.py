@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "server": ("deploy", "text", "engine", "models", "core", "config", "errors", "version"),
     "clients": ("deploy", "text", "core", "errors"),
     "api": ("text", "engine", "runtime", "models", "core", "config", "errors"),
-    "bench": ("engine", "runtime", "core", "config", "errors"),
+    "bench": ("clients", "engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),
     "cli": (
         *("simulator", "bench", "api", "clients", "server", "deploy", "text", "engine", "runtime", "models", "core"),

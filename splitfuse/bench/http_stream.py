@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.errors import RequestFailedError, ServerError
 
 CONNECT_SECONDS = 10.0
@@ -73,16 +74,13 @@ async def post_stream(
     async with _exchange(address, address.head("POST", path, len(body)) + body, timeout) as (status, pieces):
         if status != 200:
             return status, b"".join([piece async for piece in pieces])
-        held = b""
+        parser = EventParser()
         async for piece in pieces:
             now = time.monotonic()
-            *lines, held = (held + piece).split(b"\n")
-            for line in lines:
-                if line.startswith(b"data:"):
-                    data = line[5:].strip()
-                    if data == b"[DONE]":
-                        return status, b""
-                    take(data, now)
+            for data in parser.feed(piece):
+                if data == DONE:
+                    return status, b""
+                take(data, now)
         return status, b""
 
 

@@ -1,43 +1,51 @@
-"""What `splitfuse.async_client()` gives: prompts in, responses out, from a server instead of a model in this process.
+"""`splitfuse.async_client()`: prompts in, responses out, from a server instead of a model in this process.
 
-It decides how many requests a call becomes and how their answers come together. It knows no model and no tokenizer, and
-imports neither.
+Decides how many requests a call becomes and how their answers come together. Imports neither models nor tokenizers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, overload
 from urllib.parse import quote, urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from splitfuse.clients.wire import Growing, RemoteRequest, error_in, error_of, event, prepare
+from splitfuse.clients.sse import DONE, EventParser
+from splitfuse.clients.wire import PartialResponse, RemoteRequest, error_in, error_of, prepare
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import InvalidRequestError, RequestFailedError, ServerError
 from splitfuse.text.aiter import merged
-from splitfuse.text.responses import Piece, Response
+from splitfuse.text.responses import Piece, Response, in_order
 
-MAX_CONNECTIONS = 64  # requests of one client at once; the others wait here
+MAX_CONNECTIONS = 64
+"""Number of requests that one client sends at once; the others wait in it."""
 CONNECT_SECONDS = 10.0
+"""Time to establish a connection."""
 STATE_SECONDS = 2.0
-
-_Result = TypeVar("_Result")
+"""Time in which a server tells its state."""
 
 
 class AsyncClient:
-    """A server, for programs with an event loop. One belongs to one loop; close it, or use it with `async with`."""
+    """A server, for programs with an event loop. It belongs to one loop; close it, or use it with `async with`.
+
+    >>> async with splitfuse.async_client() as client:
+    ...     responses = await client(["Once upon a time", "In a hole"], max_new_tokens=20)
+    ...     async for piece in client("Once upon a time", stream=True):
+    ...         print(piece.text, end="")
+    """
 
     def __init__(self, url: str, *, api_key: str | None = None, deployment: Deployment | None = None) -> None:
         self.url = url
         self.deployment = deployment
-        """What is known of it if it runs on this machine and belongs to this user."""
+        """What is known of the server if it runs on this machine and belongs to this user."""
         self._http = httpx.AsyncClient(
             base_url=url,
             headers=_authorization(api_key),
@@ -65,38 +73,40 @@ class AsyncClient:
     ) -> Coroutine[Any, Any, list[Response]] | AsyncGenerator[Piece, None]:
         """Answer one prompt or many, together: `await client(...)`, or `async for piece in client(..., stream=True)`.
 
-        Everything else is as Client in client.py says.
+        Keywords, responses and errors are those of Client.
         """
+        requests = prepare(prompts, **keywords)
         if stream:
             refuse_both(streaming_fn)
-            return self.pieces(prepare(prompts, **keywords), stream=True)
-        return self.answer(prepare(prompts, **keywords), streaming_fn)
+            return self._pieces(requests, stream=True)
+        return self._responses(requests, streaming_fn)
 
     async def health(self) -> bool:
-        """Whether the server's process answers."""
+        """Return whether the server's process answers."""
         return (await self._send("GET", "/health")).status_code == 200
 
     async def state(self) -> str:
-        """`ready`, or what keeps it from that: `loading 43 %`, `draining`."""
+        """Return `ready`, or the stage that the server is in: `loading 43 %`, `draining`."""
         return _state_in(await self._send("GET", "/ready", refused=False))
 
     async def stats(self) -> dict[str, float]:
-        """The server's own gauges and counters by name, without the `splitfuse:` before it; histograms as sum and
-        count.
-        """
+        """Return the server's own metrics by name, without the prefix `splitfuse:`; histograms as sum and count."""
         return _stats_in((await self._send("GET", "/metrics")).text)
 
     async def explain(self, request: str) -> dict[str, Any]:
-        """Where the time of a request went that has ended, by an answer's id or its X-Request-Id: `parts` in seconds,
-        which add up to `seconds`. Raises InvalidRequestError for one that the server does not remember.
+        """Return where the time of a finished request went, by its answer's id or its X-Request-Id.
+
+        Its `phases`, in seconds, add up to `seconds`. Raises InvalidRequestError for a request that the server does not
+        remember.
         """
         response = await self._send("GET", f"/v1/splitfuse/requests/{quote(request, safe='')}")
         explanation: dict[str, Any] = response.json()
         return explanation
 
     async def terminate_server(self, *, now: bool = False) -> None:
-        """End the server and wait for that: after its running requests, or with `now` at once. Raises ServerError if it
-        is not a server of this user on this machine.
+        """End the server and wait until it has ended: after its running requests, or with `now` at once.
+
+        Raises ServerError if it is not a server of this user on this machine.
         """
         await asyncio.to_thread(daemon.terminate, own(self.deployment, self.url), now=now)
 
@@ -112,32 +122,28 @@ class AsyncClient:
 
     # How it is done --------------------------------------------------------------------------------------------------
 
-    async def answer(
+    async def _responses(
         self, requests: list[RemoteRequest], streaming_fn: Callable[[Piece], object] | None
     ) -> list[Response]:
-        """The responses of all requests, in order."""
-        responses: list[Response] = []
-        async with aclosing(self.pieces(requests, stream=streaming_fn is not None)) as pieces:
+        told = []
+        async with aclosing(self._pieces(requests, stream=streaming_fn is not None)) as pieces:
             async for piece in pieces:
                 if streaming_fn is not None:
                     streaming_fn(piece)
-                if piece.response is not None:
-                    responses.append(piece.response)
-        return sorted(responses, key=lambda response: (response.index, response.choice))
+                told.append(piece)
+        return in_order(told)
 
-    def pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[Piece, None]:
-        """What comes for all requests, as it comes. The first error ends them all, and so does closing."""
+    def _pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[Piece, None]:
+        """Yield what comes for all requests, as it comes. The first error ends them all, and so does closing."""
         several = len(requests) > 1
         return merged([self._one(request, stream=stream, several=several) for request in requests])
 
     async def _one(self, request: RemoteRequest, *, stream: bool, several: bool) -> AsyncGenerator[Piece, None]:
-        """One request, perhaps of several: its pieces, and at its end its responses. If it fails alone, the responses
-        say so.
-        """
-        choices = {choice: Growing(request, choice) for choice in range(request.params.n)}
+        """Yield the pieces of one request and, at its end, its responses. If it fails alone, its responses say so."""
+        choices = {choice: PartialResponse(request, choice) for choice in range(request.params.n)}
         try:
             usage: dict[str, Any] = {}
-            request = await self._with_room(request)
+            request = await self._with_length(request)
             async with aclosing(self._parts(request, stream=stream)) as parts:
                 async for part in parts:
                     usage = part.get("usage") or usage
@@ -154,8 +160,8 @@ class AsyncClient:
         for response in responses:
             yield Piece(request.index, response.choice, "", response)
 
-    async def _with_room(self, request: RemoteRequest) -> RemoteRequest:
-        """The request with its length settled, for which the server counts the prompt's tokens."""
+    async def _with_length(self, request: RemoteRequest) -> RemoteRequest:
+        """Return the request with max_tokens resolved, for which the server counts the prompt's tokens if need be."""
         if not request.needs_count:
             return request
         if self._max_model_len is None:
@@ -167,7 +173,7 @@ class AsyncClient:
         return request.clamp_max_tokens(answer.json()["count"], self._max_model_len)
 
     async def _parts(self, request: RemoteRequest, *, stream: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer at once, or its events."""
+        """Yield the whole answer, or its events."""
         body = request.body(stream=stream)
         if not stream:
             yield (await self._send("POST", request.path, body)).json()
@@ -176,15 +182,17 @@ class AsyncClient:
             async with self._http.stream("POST", request.path, json=body) as response:
                 if response.status_code != 200:
                     raise error_of(response.status_code, await response.aread(), response.headers)
-                async with aclosing(_lines(response.aiter_bytes())) as lines:
-                    async for line in lines:
-                        if (part := event(line)) is not None:
+                parser = EventParser()
+                async for received in response.aiter_bytes():
+                    for data in parser.feed(received):
+                        if data and data != DONE:
+                            part = json.loads(data)
                             if "error" in part:
                                 raise error_in(part["error"])
                             yield part
 
     async def _send(self, method: str, path: str, body: Any = None, *, refused: bool = True) -> httpx.Response:
-        """Raises what the answer says if it is none of success, unless that is wanted too (`refused` False)."""
+        """Return the answer. Unless `refused` is False, raise the error that it tells of, if it is no success."""
         with _network_errors(self.url):
             response = await self._http.request(method, path, json=body)
         if refused and response.status_code != 200:
@@ -193,8 +201,9 @@ class AsyncClient:
 
 
 def connect(name_or_url: str, api_key: str | None) -> tuple[str, str | None, Deployment | None]:
-    """URL, key and deployment of a server, by its name or URL. The key is looked for in SPLITFUSE_API_KEY if none is
-    given. Raises ServerError if there is no deployment of that name.
+    """Return the URL, key and deployment of a server, by its name or URL.
+
+    Without `api_key`, the key is the first one in SPLITFUSE_API_KEY. Raises ServerError if no deployment has that name.
     """
     keys = os.environ.get(daemon.KEY_VARIABLES["api_key"], "").split()
     api_key = api_key or (keys[0] if keys else None)
@@ -203,13 +212,13 @@ def connect(name_or_url: str, api_key: str | None) -> tuple[str, str | None, Dep
         return deployment.url, api_key, deployment
     parts = urlsplit(name_or_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ServerError(f"{name_or_url!r} is no URL of a server, such as http://127.0.0.1:8000")
+        raise ServerError(f"{name_or_url!r} is not the URL of a server: write one such as http://127.0.0.1:8000")
     url = name_or_url.rstrip("/").removesuffix("/v1")
     return url, api_key, next((d for d in registry.deployments() if d.url == url), None)
 
 
 def server_state(deployment: Deployment) -> str:
-    """`ready`, or what keeps it from that: `loading 43 %`, `draining`, `unreachable`."""
+    """Return `ready`, or the stage that a server is in: `loading 43 %`, `draining`, `unreachable`."""
     try:
         with httpx.Client(verify=_trust(deployment), trust_env=False, timeout=STATE_SECONDS) as http:
             return _state_in(http.get(f"{deployment.url}/ready"))
@@ -225,7 +234,7 @@ def _authorization(api_key: str | None) -> dict[str, str]:
 
 
 def _trust(deployment: Deployment | None) -> ssl.SSLContext | bool:
-    """Whose certificates are believed: that of our own server, whatever name is in it; else what the system says."""
+    """Return which certificates to trust: that of a server of our own, whatever name is in it; else the system's."""
     if deployment is None or deployment.tls_certificate is None:
         return True
     try:
@@ -238,15 +247,17 @@ def _trust(deployment: Deployment | None) -> ssl.SSLContext | bool:
 
 
 def own(deployment: Deployment | None, url: str) -> Deployment:
+    """Return the deployment. Raises ServerError if there is none: the server is not this user's on this machine."""
     if deployment is None:
-        raise ServerError(f"{url} is no server of this user on this machine: it can only be ended where it runs")
+        raise ServerError(f"{url} is not a server of this user on this machine: it can only be ended where it runs")
     return deployment
 
 
 def refuse_both(streaming_fn: object) -> None:
+    """Raise InvalidRequestError if streaming_fn is given together with stream."""
     if streaming_fn is not None:
         raise InvalidRequestError(
-            "stream and streaming_fn are two ways to the same: give one", parameter="streaming_fn"
+            "stream and streaming_fn exclude each other: give one of the two", parameter="streaming_fn"
         )
 
 
@@ -258,15 +269,6 @@ def _network_errors(url: str) -> Iterator[None]:
         raise ServerError(f"no server answers at {url}: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"the connection to {url} was lost: {error or type(error).__name__}") from error
-
-
-async def _lines(data: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Lines that end with a line feed. (httpx's own also end where Unicode has a line separator, inside of texts.)"""
-    held = b""
-    async for piece in data:
-        *lines, held = (held + piece).split(b"\n")
-        for line in lines:
-            yield line
 
 
 def _state_in(response: httpx.Response) -> str:

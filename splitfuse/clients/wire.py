@@ -1,6 +1,6 @@
-"""What a client says to a server and hears from it, as plain data: keywords -> body, answer -> responses and errors.
+"""What a client sends to a server and receives from it, as plain data: keywords -> body, answer -> response, error.
 
-It decides how our keywords are spelled on the wire. It opens no connection.
+Decides how the keywords of a call are written in a body. Opens no connection.
 """
 
 from __future__ import annotations
@@ -38,39 +38,42 @@ from splitfuse.text.responses import Response, TextLogprob
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
-"""Keywords of a call that are no sampling parameters."""
+"""Keywords of a call that are not sampling parameters."""
 OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs")
-"""Sampling parameters that a body does not hold by the name, form and default that they have here."""
+"""Sampling parameters with another name, form or default in a body than in a call."""
 
 
 @dataclass(frozen=True)
 class RemoteRequest:
-    """One prompt of a call, checked as far as it can be without the model."""
+    """One prompt of a call, checked as far as that is possible without the model."""
 
     index: int
-    prompt: Any  # text, token ids or, for a chat, messages
+    prompt: Any
+    """Text, token ids or, for a chat, messages."""
     is_chat: bool
     params: SamplingParams
     max_length: int | None = None
-    prefix: str = ""  # what goes before the generated text
+    prefix: str = ""
+    """Text that a response has before the generated one."""
     deadline: float | None = None
 
     @property
     def path(self) -> str:
+        """Return the route that answers it."""
         return CHAT if self.is_chat else COMPLETIONS
 
     @property
     def needs_count(self) -> bool:
-        """Whether its length depends on the prompt's, which the server knows."""
+        """Return whether its length depends on that of the prompt in tokens, which the server knows."""
         return self.max_length is not None or self.params.max_tokens is None
 
     @property
     def count_body(self) -> dict[str, Any]:
-        """Body of a request to /tokenize."""
+        """Return the body of a request to /tokenize."""
         return {"messages": self.prompt} if self.is_chat else {"prompt": self.prompt}
 
     def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
-        """With its length settled. Raises InvalidRequestError if there is no room for what it asks."""
+        """Return the request with max_tokens resolved. Raises InvalidRequestError if max_length leaves no room."""
         most, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
         if self.max_length is not None:
             most, limit = self.params.max_tokens or self.max_length, self.max_length
@@ -88,7 +91,7 @@ class RemoteRequest:
             return replace(self, max_length=None, params=replace(self.params, max_tokens=min(most, room)))
 
     def body(self, *, stream: bool) -> dict[str, Any]:
-        """As the server wants it. What has its default is left out, but for the temperature, whose default differs."""
+        """Return the body that a server expects, without what has its default."""
         params = self.params
         body: dict[str, Any] = {"max_tokens": params.max_tokens, "temperature": params.temperature}
         body["messages" if self.is_chat else "prompt"] = self.prompt
@@ -116,7 +119,7 @@ def prepare(
     deadline: float | None = None,
     **keywords: Any,
 ) -> list[RemoteRequest]:
-    """The requests of a call, one for each prompt. Raises InvalidRequestError for a keyword that cannot be honoured."""
+    """Return the requests of a call, one for each prompt. Raises InvalidRequestError for what cannot be honoured."""
     refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
     check_flag("chat", chat)
     check_flag("return_full_text", return_full_text)
@@ -129,7 +132,7 @@ def prepare(
     for index, prompt in enumerate(as_list(prompts, chat)):
         if return_full_text and (chat or not isinstance(prompt, str)):
             raise InvalidRequestError(
-                "return_full_text is for prompts of text: of others, only the server knows the text",
+                "return_full_text needs prompts of text: of others, only the server knows the text",
                 parameter="return_full_text",
             )
         if chat and isinstance(prompt, str):
@@ -143,8 +146,8 @@ def prepare(
 
 
 @dataclass
-class Growing:
-    """One choice, as its pieces come."""
+class PartialResponse:
+    """One choice of an answer, as it arrives."""
 
     request: RemoteRequest
     choice: int
@@ -153,7 +156,7 @@ class Growing:
     logprobs: list[TextLogprob] = field(default_factory=list)
 
     def push(self, choice: Mapping[str, Any]) -> str:
-        """Take in a choice of an answer, whole or in part; its new text."""
+        """Take in a choice of an answer, whole or in part, and return its new text."""
         message = choice.get("delta") or choice.get("message")
         text = choice.get("text", "") if message is None else message.get("content") or ""
         self.text += text
@@ -163,13 +166,13 @@ class Growing:
         return str(text)
 
     def failed(self, error: RequestFailedError) -> Response:
-        """As far as it had come when the request failed alone."""
+        """Return the response as far as it had come when the request failed."""
         return Response(
             self.request.prefix + self.text, 0, 0, FinishReason.ERROR, self.request.index, self.choice, error=str(error)
         )
 
     def response(self, usage: Mapping[str, Any]) -> Response:
-        """The whole. Raises ServerError if the answer has broken off."""
+        """Return the whole response. Raises ServerError if the answer has broken off."""
         if self.finish_reason is None:
             raise ServerError("the server's answer broke off")
         details = usage.get("prompt_tokens_details") or {}
@@ -201,13 +204,6 @@ def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TextLogp
     ]
 
 
-def event(data: bytes) -> Any:
-    """The object of one line of a stream of events; None for a line that carries none, and for its end."""
-    if not data.startswith(b"data:") or data[5:].strip() in (b"", b"[DONE]"):
-        return None
-    return json.loads(data[5:])
-
-
 _KINDS: Mapping[str, type[SplitfuseError]] = {
     "context_length_exceeded": PromptTooLongError,
     "request_too_large": RequestTooLargeError,
@@ -218,18 +214,20 @@ _KINDS: Mapping[str, type[SplitfuseError]] = {
 
 
 def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> SplitfuseError:
-    """The error that an answer tells of."""
+    """Return the error that an answer tells of."""
     try:
         return error_in(json.loads(content)["error"], status, headers)
     except (ValueError, TypeError, KeyError):
         text = content.decode(errors="replace")
-        return ServerError(f"the server answered with status {status}, and with what is not its own: {text:.200}")
+        return ServerError(
+            f"the server answered with status {status} and a body that is not an error of splitfuse: {text:.200}"
+        )
 
 
 def error_in(
     error: Mapping[str, Any], status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> SplitfuseError:
-    """The error that a body tells of, or an event in a stream, which has no status of its own."""
+    """Return the error that a body tells of, or an event of a stream, which has no status of its own."""
     message = str(error["message"])
     kind = _KINDS.get(error.get("code") or "")
     if status == 429 or error.get("type") == "rate_limit_error":

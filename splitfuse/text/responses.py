@@ -5,6 +5,7 @@ Plain data without PyTorch or a tokenizer, so that a client of a remote server c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from splitfuse.core.plan import TokenLogprob
@@ -90,3 +91,9 @@ class Piece:
     choice: int
     text: str
     response: Response | None = None
+
+
+def in_order(pieces: Iterable[Piece]) -> list[Response]:
+    """Return the responses that pieces carry, in the order of prompts and choices."""
+    responses = [piece.response for piece in pieces if piece.response is not None]
+    return sorted(responses, key=lambda response: (response.index, response.choice))

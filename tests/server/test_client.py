@@ -1,8 +1,9 @@
 """Our own client over a real socket: what it reads is what a pipeline gives, and errors are those of a pipeline."""
 
 import asyncio
+import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.clients.client import _lines
-from splitfuse.clients.wire import error_in, error_of, event, prepare
+from splitfuse.clients.sse import DONE, EventParser
+from splitfuse.clients.wire import error_in, error_of, prepare
 from splitfuse.config import ServerConfig
 from splitfuse.errors import (
     DrainingError,
@@ -204,7 +205,7 @@ def test_a_stream_that_is_closed_is_aborted(client: splitfuse.Client, server: Ru
     before = server.client.stats[0].num_generated_tokens
     pieces = client([PROMPT, "The"], stream=True, **LONG)
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     server.assert_idle()
     assert server.client.stats[0].num_generated_tokens - before < 2 * 1500
 
@@ -255,8 +256,8 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
         ),
         ({"logit_bias": {99999: 1}}, InvalidRequestError, "logit_bias has the token id 99999"),
         ({"chat": 1}, InvalidRequestError, "chat must be True or False"),
-        ({"chat": True, "return_full_text": True}, InvalidRequestError, "return_full_text is for prompts of text"),
-        ({"stream": True, "streaming_fn": print}, InvalidRequestError, "stream and streaming_fn are two ways"),
+        ({"chat": True, "return_full_text": True}, InvalidRequestError, "return_full_text needs prompts of text"),
+        ({"stream": True, "streaming_fn": print}, InvalidRequestError, "stream and streaming_fn exclude each other"),
         ({"deadline": -1}, InvalidRequestError, "splitfuse_deadline"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -299,13 +300,13 @@ def test_a_full_server_says_when_to_try_again() -> None:
         assert client.state() == "draining"
         with pytest.raises(DrainingError):
             client(PROMPT)
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
 
 
 def test_servers_that_are_not_there() -> None:
     with pytest.raises(ServerError, match=r"there is no deployment named 'nobody' .*; none is running"):
         splitfuse.client("nobody")
-    with pytest.raises(ServerError, match="is no URL of a server"):
+    with pytest.raises(ServerError, match="is not the URL of a server"):
         splitfuse.client("ftp://127.0.0.1")
     with splitfuse.client("http://127.0.0.1:9") as client, pytest.raises(ServerError, match="no server answers at"):
         client("hello")
@@ -346,15 +347,11 @@ def test_what_is_no_answer_of_ours() -> None:
         assert isinstance(error, ServerError) and "status 502" in str(error)
 
 
-def test_lines_end_at_line_feeds_alone_however_they_are_cut() -> None:
+def test_events_end_at_line_feeds_alone_wherever_they_are_cut() -> None:
     text = 'data: {"text": "a\u2028b\x85c"}\n\ndata: {"text": "\u00e9\U0001f600"}\n\ndata: [DONE]\n\n'.encode()
 
-    async def read(size: int) -> list[Any]:
-        async def cut() -> AsyncIterator[bytes]:
-            for start in range(0, len(text), size):
-                yield text[start : start + size]
-
-        return [found async for line in _lines(cut()) if (found := event(line)) is not None]
-
     for size in range(1, len(text) + 1):
-        assert asyncio.run(read(size)) == [{"text": "a\u2028b\x85c"}, {"text": "\u00e9\U0001f600"}]
+        parser = EventParser()
+        found = [data for start in range(0, len(text), size) for data in parser.feed(text[start : start + size])]
+        assert found.pop() == DONE
+        assert list(map(json.loads, found)) == [{"text": "a\u2028b\x85c"}, {"text": "\u00e9\U0001f600"}]
