@@ -16,7 +16,7 @@ from torch import Tensor
 from splitfuse.errors import KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
-from splitfuse.kernels.interface import Backend, Role, Store, Weight
+from splitfuse.kernels.interface import AttentionSpec, Backend, Role, Store, Weight
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 
@@ -113,6 +113,72 @@ def pack_experts(backend: Backend, w13: Tensor, w2: Tensor) -> dict[str, list[We
 # --- blocked keys and values ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of a step, as far as an operation needs them."""
+
+    positions: Any = None
+    slot_mapping: Any = None
+    query_start: Any = None
+    seq_lens: Any = None
+    block_tables: Any = None
+
+
+def kv_spec(num_kv_heads: int, head_dim: int) -> AttentionSpec:
+    """Attention whose keys and values are of this shape."""
+    return AttentionSpec(num_heads=num_kv_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def allocate_kv(backend: Backend, *, num_kv_heads: int, head_dim: int, **options: Any) -> Store:
+    """`Backend.allocate_kv` by the numbers."""
+    return backend.allocate_kv(kv_spec(num_kv_heads, head_dim), **options)
+
+
+def kv_bytes(backend: Backend, *, num_kv_heads: int, head_dim: int, **options: Any) -> int:
+    """`Backend.kv_bytes` by the numbers."""
+    return backend.kv_bytes(kv_spec(num_kv_heads, head_dim), **options)
+
+
+def rope_store(
+    backend: Backend,
+    qkv: Tensor,
+    *,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    store: Store,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    **norms: Any,
+) -> Tensor:
+    """`Backend.rope_store` by the numbers and arrays."""
+    spec = AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    arrays = Arrays(positions=positions, slot_mapping=slot_mapping)
+    return backend.rope_store(qkv, store, spec, arrays, (cos, sin), **norms)
+
+
+def attend(
+    backend: Backend,
+    q: Tensor,
+    store: Store,
+    *,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    num_kv_heads: int | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`Backend.attend` by the numbers and arrays; `options` are fields of AttentionSpec."""
+    if num_kv_heads is None:
+        num_kv_heads = store.shape[3] if isinstance(store, Tensor) else store.num_kv_heads
+    spec = AttentionSpec(num_heads=q.shape[1], num_kv_heads=num_kv_heads, head_dim=q.shape[2], **options)
+    arrays = Arrays(query_start=query_start, seq_lens=seq_lens, block_tables=block_tables)
+    return backend.attend(q, store, spec, arrays, sinks)
+
+
 def poison(store: Store) -> None:
     """Fill a store with NaN: in every format that there is, bytes of ones are NaN or a number that stands out."""
     memory = store if isinstance(store, Tensor) else store.memory
@@ -152,7 +218,8 @@ class Requests:
         and ever more.
         """
         num_kv_heads, head_dim = self.keys[0].shape[1:]
-        store = case.backend.allocate_kv(
+        store = allocate_kv(
+            case.backend,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             num_kv_heads=num_kv_heads,
@@ -168,7 +235,8 @@ class Requests:
                 begin, step, span = end, 2 * step + 1, slice(begin, end)
                 rows = torch.cat((torch.zeros_like(keys[span]), keys[span], values[span]), dim=1).flatten(1)
                 slots = self.slots(request, span.start, span.stop)
-                case.backend.rope_store(
+                rope_store(
+                    case.backend,
                     rows.to(case.wide),
                     positions=torch.zeros(len(rows), dtype=torch.int32),
                     slot_mapping=slots.int(),

@@ -7,7 +7,6 @@ products in registers, as they do when the compiler spills their accumulators. N
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import subprocess
@@ -23,10 +22,9 @@ from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
-from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import VARIANTS, Step
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.cpu.bindings import VARIANTS, Heads, Step
+from splitfuse.kernels.interface import AttentionSpec, Role
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
@@ -98,13 +96,9 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
         backend = CpuBackend(variant=arguments.variant, num_threads=arguments.threads, kv_int8=int8)
         limits = Limits(backend)
         num_blocks = 2 * 4096
+        spec = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
         store = backend.allocate_kv(
-            num_blocks=num_blocks,
-            block_size=32,
-            num_kv_heads=kv_heads,
-            head_dim=dim,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
+            spec, num_blocks=num_blocks, block_size=32, dtype=torch.bfloat16, device=torch.device("cpu")
         )
         store.memory.zero_()
         for requests, rows, context in [
@@ -122,21 +116,21 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
             places = torch.randperm(num_blocks, dtype=torch.int32)
             many = max(1, num_blocks // (requests * per_request)) if rows == 1 else 1
             steps = [
-                Step.from_tensors(
+                Step.of(
+                    requests * rows,
                     query_start=torch.arange(0, requests * rows + 1, rows, dtype=torch.int32),
                     seq_lens=torch.full((requests,), context, dtype=torch.int32),
                     block_tables=places.roll(-i * requests * per_request)[: requests * per_request].view(requests, -1),
-                    num_tokens=requests * rows,
                 )
                 for i in range(many)
             ]
-            settings = bindings.Heads(heads, 0, 0, None, None, 0.0, dim**-0.5, 0.0)
+            settings = Heads.of(spec)
 
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
                 for step in steps:
                     backend.library.attend(
                         step.address,
-                        ctypes.addressof(settings),
+                        settings.address,
                         store.address,
                         q.data_ptr(),
                         None,

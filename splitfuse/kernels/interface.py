@@ -45,7 +45,8 @@ class AttentionSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # RMS norms of each head's query and key
-    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    scale: float | None = None  # factor of query-key products; None: head_dim ** -0.5
+    softcap: float | None = None  # scores, scaled, become softcap * tanh(score / softcap)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -54,9 +55,9 @@ class AttentionSpec:
             )
 
     @property
-    def scale(self) -> float:
+    def score_scale(self) -> float:
         """The factor of query-key products."""
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,21 @@ class WeightSharing:
     num_sharers: int = 1
 
 
+class StepArrays(Protocol):
+    """The arrays of a step that attention reads, int32: see `RaggedBatch` in models/batch.py."""
+
+    @property
+    def positions(self) -> Tensor: ...  # [T]
+    @property
+    def slot_mapping(self) -> Tensor: ...  # [T]
+    @property
+    def query_start(self) -> Tensor: ...  # [S + 1]
+    @property
+    def seq_lens(self) -> Tensor: ...  # [S]
+    @property
+    def block_tables(self) -> Tensor: ...  # [S, width]
+
+
 # --- a network in one call --------------------------------------------------------------------------------------------
 
 
@@ -246,19 +262,12 @@ class Backend(ABC):
             )
 
     @abstractmethod
-    def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def kv_bytes(self, spec: AttentionSpec, *, block_size: int, dtype: torch.dtype) -> int:
         """Return the bytes of one block of one layer: exactly what `allocate_kv` takes for it."""
 
     @abstractmethod
     def allocate_kv(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, spec: AttentionSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
         """Return the store of one layer. What it holds before it is written is never read.
 
@@ -325,47 +334,32 @@ class Backend(ABC):
     def rope_store(
         self,
         qkv: Tensor,
-        *,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         store: Store,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        spec: AttentionSpec,
+        step: StepArrays,
+        rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
         """Norm the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the store.
 
-        qkv [T, (H + 2 Hk) D], positions [T], slot_mapping [T] -> queries [T, H, D]. Rows of `cos` and `sin`
-        [max_position, rotary_dim / 2] rotate the first rotary_dim elements of a head, element i with element i +
-        rotary_dim / 2 (Su et al., arXiv 2104.09864); the others stay. A token of slot -1 is not written.
+        qkv [T, (H + 2 Hk) D] -> queries [T, H, D]. Rows of `rope`, [max_position, rotary_dim / 2], rotate the first
+        rotary_dim elements of a head, element i with element i + rotary_dim / 2 (Su et al., arXiv 2104.09864); the
+        others stay. A token of slot -1 is not written.
         """
 
     @abstractmethod
     def attend(
-        self,
-        q: Tensor,
-        store: Store,
-        *,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
     ) -> Tensor:
         """Return causal attention of each request's newest tokens to all its tokens, over blocked KV: [T, H, D] ->
         [T, H, D].
 
         Request s owns the rows `query_start[s]` to `query_start[s + 1]` of `q`; they are the last of its `seq_lens[s]`
         positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before
-        it; with a `window`, only p - window + 1 to p. Scores are scaled, then capped: softcap * tanh(score / softcap).
-        `sinks` [H] are scores of a key without a value. What lies beyond the request's positions is never read.
+        it; with a window, only p - window + 1 to p. `sinks` [H] are scores of a key without a value. What is beyond the
+        request's positions is never read.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitfuse.kernels.interface import Backend, Capabilities, Role, Store, Weight
+from splitfuse.kernels.interface import AttentionSpec, Backend, Capabilities, Role, RopeTable, StepArrays, Store, Weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -39,20 +39,14 @@ class ReferenceBackend(Backend):
     def describe(self) -> str:
         return "reference kernels in PyTorch" + (f": {self.why}" if self.why else "")
 
-    def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+    def kv_bytes(self, spec: AttentionSpec, *, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
     def allocate_kv(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, spec: AttentionSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
-        return torch.empty(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         del role
@@ -87,55 +81,40 @@ class ReferenceBackend(Backend):
     def rope_store(
         self,
         qkv: Tensor,
-        *,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         store: Store,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        spec: AttentionSpec,
+        step: StepArrays,
+        rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = qkv.view(-1, sum(sizes), spec.head_dim).split_with_sizes(sizes, dim=1)
         if q_norm is not None:
             q = self.norm(q, q_norm, eps)
         if k_norm is not None:
             k = self.norm(k, k_norm, eps)
-        cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [tokens, 1, rotary_dim / 2]
-        written = slot_mapping >= 0
-        slots: Tensor = store.view(2, -1, num_kv_heads, head_dim)
-        slots[:, slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
+        cos, sin = (table[step.positions].unsqueeze(1) for table in rope)  # [tokens, 1, rotary_dim / 2]
+        written = step.slot_mapping >= 0
+        slots: Tensor = store.view(2, -1, spec.num_kv_heads, spec.head_dim)
+        slots[:, step.slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
         return _rotate(q, cos, sin)
 
     def attend(
-        self,
-        q: Tensor,
-        store: Store,
-        *,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
     ) -> Tensor:
         out = torch.zeros_like(q)
         for request, (seq_len, (begin, end)) in enumerate(
-            zip(seq_lens.tolist(), pairwise(query_start.tolist()), strict=True)
+            zip(step.seq_lens.tolist(), pairwise(step.query_start.tolist()), strict=True)
         ):
             tile = max(1, min(QUERY_TILE, MAX_SCORES // max(1, q.shape[1] * seq_len)))
             for first in range(begin, end, tile):
                 last = min(first + tile, end)
                 key_end = seq_len - (end - last)
-                key_begin = 0 if window is None else max(0, key_end - (last - first) - window + 1)
-                keys, values = _read_kv(store, block_tables[request], key_begin, key_end)
-                out[first:last] = _attend_last(q[first:last], keys, values, scale, window, softcap, sinks)
+                key_begin = 0 if spec.window is None else max(0, key_end - (last - first) - spec.window + 1)
+                keys, values = _read_kv(store, step.block_tables[request], key_begin, key_end)
+                out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks)
         return out
 
     def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -186,29 +165,21 @@ def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[
     return keys, values
 
 
-def _attend_last(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend_last(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
     """Attention of queries [n, H, D] at the last n of the L positions of keys and values [L, Hk, D]: [n, H, D]."""
     rows, num_heads, head_dim = q.shape
     length, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
     wide = _wide(q.dtype)
     grouped = q.view(rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, head_dim)
-    scores = grouped.to(wide) @ keys.to(wide).permute(1, 2, 0) * scale  # [Hk, group x n, L]
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = grouped.to(wide) @ keys.to(wide).permute(1, 2, 0) * spec.score_scale  # [Hk, group x n, L]
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.view(num_kv_heads, group, rows, length)
     if rows > 1:  # a single row sees every key that was read
         visible = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        if window is not None:
-            visible = visible.triu(length - rows - window + 1)
+        if spec.window is not None:
+            visible = visible.triu(length - rows - spec.window + 1)
         scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         column = sinks.to(wide).view(num_kv_heads, group, 1, 1).expand(-1, -1, rows, 1)

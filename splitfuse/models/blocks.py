@@ -28,31 +28,9 @@ def attention(
     backend: Backend,
 ) -> Tensor:
     """Return the attention of x [T, C] over its requests' tokens: [T, C]. Writes keys and values to the store."""
-    cos, sin = rope
-    q = backend.rope_store(
-        backend.linear(x, weights.qkv, weights.qkv_bias),
-        positions=batch.positions,
-        slot_mapping=batch.slot_mapping,
-        cos=cos,
-        sin=sin,
-        store=store,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        q_norm=weights.q_norm,
-        k_norm=weights.k_norm,
-        eps=norm_eps,
-    )  # [T, H, D]
-    out = backend.attend(
-        q,
-        store,
-        query_start=batch.query_start,
-        seq_lens=batch.seq_lens,
-        block_tables=batch.block_tables,
-        scale=spec.scale,
-        window=spec.window,
-        softcap=spec.softcap,
-    )
+    qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
+    q = backend.rope_store(qkv, store, spec, batch, rope, weights.q_norm, weights.k_norm, norm_eps)  # [T, H, D]
+    out = backend.attend(q, store, spec, batch)
     return backend.linear(out.flatten(1), weights.o, weights.o_bias)
 
 

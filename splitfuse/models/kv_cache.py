@@ -14,15 +14,7 @@ from splitfuse.models.spec import ModelSpec
 
 def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend: Backend) -> int:
     """Return the bytes of one block over all layers."""
-    return sum(
-        backend.kv_bytes(block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype)
-        for num_kv_heads, head_dim in _shapes(spec)
-    )
-
-
-def _shapes(spec: ModelSpec) -> list[tuple[int, int]]:
-    """Key/value heads and head size of each layer."""
-    return [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in spec.layers]
+    return sum(backend.kv_bytes(layer.attention, block_size=block_size, dtype=dtype) for layer in spec.layers)
 
 
 class KVCache:
@@ -49,14 +41,9 @@ class KVCache:
         try:
             self.layers = [
                 backend.allocate_kv(
-                    num_blocks=num_blocks,
-                    block_size=block_size,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    dtype=dtype,
-                    device=device,
+                    layer.attention, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
-                for num_kv_heads, head_dim in _shapes(spec)
+                for layer in spec.layers
             ]
         except RuntimeError as error:  # what torch raises on every device when memory runs out
             size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, backend=backend)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import backends
 import pytest
 import torch
 from backends import CPU, pack_experts, variants
@@ -72,7 +73,7 @@ CASES = [
 
 def store_of(backend: CpuBackend, **changes: Any) -> Store:
     shape = {"num_blocks": BLOCKS, "block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_dim": 16} | changes
-    return backend.allocate_kv(dtype=torch.bfloat16, device=CPU, **shape)
+    return backends.allocate_kv(backend, dtype=torch.bfloat16, device=CPU, **shape)
 
 
 def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
@@ -124,13 +125,13 @@ def rope_store(backend: CpuBackend, store: Store, parts: dict[str, Any], **chang
         "num_kv_heads": 1,
         "head_dim": 16,
     }
-    return backend.rope_store(torch.randn(4, 64), **options | changes)
+    return backends.rope_store(backend, torch.randn(4, 64), **options | changes)
 
 
 def attend(backend: CpuBackend, store: Store, parts: dict[str, Any], **changes: Any) -> Tensor:
     named = {name: torch.tensor(parts[name]) for name in ("query_start", "seq_lens", "block_tables")}
-    options: dict[str, Any] = {"q": torch.randn(4, 2, 16).bfloat16(), "store": store, "scale": 1.0}
-    return backend.attend(**options | named | changes)
+    options: dict[str, Any] = {"q": torch.randn(4, 2, 16).bfloat16(), "store": store, "num_kv_heads": 1, "scale": 1.0}
+    return backends.attend(backend, **options | named | changes)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -242,7 +243,7 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "route-to-more-than-there-are": lambda k: k.route(torch.randn(1, 4), 5, True),
     "attend-of-fp32": lambda k: attend(k, store_of(k), GOOD, q=torch.randn(4, 2, 16)),
     "attend-of-other-heads": lambda k: attend(k, store_of(k, head_dim=32), GOOD),
-    "attend-of-heads-that-are-not-shared-evenly": lambda k: attend(k, store_of(k, num_kv_heads=3), GOOD),
+    "attend-of-other-kv-heads": lambda k: attend(k, store_of(k, num_kv_heads=3), GOOD),
     "attend-with-too-few-sinks": lambda k: attend(k, store_of(k), GOOD, sinks=torch.zeros(1)),
     "attend-with-other-requests": lambda k: attend(k, store_of(k), GOOD, seq_lens=torch.tensor([35, 32, 1])),
     "attend-with-fewer-tables": lambda k: attend(k, store_of(k), GOOD, block_tables=torch.tensor([[2, 0]])),

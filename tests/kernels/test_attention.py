@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import backends
 import pytest
 import torch
 from backends import CPU, BackendCase, Requests, attention, poison
@@ -24,7 +25,8 @@ def attend(
     case: BackendCase, q: Tensor, store: Store, requests: Requests, chunks: Sequence[tuple[int, int]], **options: Any
 ) -> Tensor:
     """`chunks`: (positions before, tokens) of each request; q [all tokens, H, D]."""
-    return case.backend.attend(
+    return backends.attend(
+        case.backend,
         q.to(case.narrow),
         store,
         query_start=torch.tensor([0, *accumulate(count for _, count in chunks)], dtype=torch.int32),
@@ -167,7 +169,8 @@ def test_rotated_and_normed(
     angles = torch.rand(100, rotary_dim // 2, dtype=torch.float64) * 6
     q_norm, k_norm = (torch.randn(head_dim).bfloat16().double() for _ in range(2)) if normed else (None, None)
     qkv = torch.randn(length, heads + 2 * kv_heads, head_dim).bfloat16().double()
-    store = case.backend.allocate_kv(
+    store = backends.allocate_kv(
+        case.backend,
         num_blocks=requests.num_blocks,
         block_size=block_size,
         num_kv_heads=kv_heads,
@@ -178,7 +181,8 @@ def test_rotated_and_normed(
     poison(store)
     # The tables are fp32, or kernels in fp64 would get other angles than those of the formula.
     table = torch.float64 if case.wide == torch.float64 else torch.float32
-    q = case.backend.rope_store(
+    q = backends.rope_store(
+        case.backend,
         qkv.flatten(1).to(case.wide),
         positions=positions.int(),
         slot_mapping=requests.slots(0, 0, length).int(),
@@ -217,23 +221,27 @@ def test_slot_minus_one_is_not_written(case: BackendCase, head_dim: int) -> None
         "cos": torch.empty(1, 0),
         "sin": torch.empty(1, 0),
         "store": store,
-        "num_heads": 3,
+        "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": head_dim,
     }
-    rows = torch.randn(9, 7 * head_dim).bfloat16().to(case.wide)
+    rows = torch.randn(9, 8 * head_dim).bfloat16().to(case.wide)
     nowhere, zeros = torch.full((9,), -1, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
-    q = case.backend.rope_store(rows, positions=zeros, slot_mapping=nowhere, **options)
+    q = backends.rope_store(case.backend, rows, positions=zeros, slot_mapping=nowhere, **options)
     assert torch.equal(bits(store), before)
-    assert torch.equal(q.to(case.wide), rows.view(9, 7, head_dim)[:, :3])
+    assert torch.equal(q.to(case.wide), rows.view(9, 8, head_dim)[:, :4])
     # Some of both: those that are written are as if they were alone.
     slots = torch.tensor([-1, 4, 5, -1, 9, -1, 10, 13, -1], dtype=torch.int32) + 32 * int(requests.block_tables[0, 0])
     slots = torch.where(nowhere.eq(slots.new_tensor([-1, 0, 0, -1, 0, -1, 0, 0, -1])), nowhere, slots)
-    case.backend.rope_store(rows, positions=zeros, slot_mapping=slots, **options)
+    backends.rope_store(case.backend, rows, positions=zeros, slot_mapping=slots, **options)
     mixed, written = bits(store), slots >= 0
     again = requests.store(case)
-    case.backend.rope_store(
-        rows[written], positions=zeros[written], slot_mapping=slots[written], **{**options, "store": again}
+    backends.rope_store(
+        case.backend,
+        rows[written],
+        positions=zeros[written],
+        slot_mapping=slots[written],
+        **{**options, "store": again},
     )
     assert not torch.equal(mixed, before)
     q = torch.randn(1, 3 * 2, head_dim)
@@ -255,7 +263,8 @@ def test_writing_again_replaces(case: BackendCase) -> None:
     width = 2 * 48
     for begin, end in pairwise([0, 1, 2, 3, 6, 7, 32, 33, 40, 41]):
         span = slice(begin, end)
-        case.backend.rope_store(
+        backends.rope_store(
+            case.backend,
             torch.cat(
                 (torch.zeros(end - begin, width), new.keys[0][span].flatten(1), new.values[0][span].flatten(1)), 1
             ).to(case.wide),
@@ -278,7 +287,8 @@ def test_no_tokens_are_written(case: BackendCase) -> None:
     requests = Requests.random([3], block_size=32, num_kv_heads=1, head_dim=8)
     store = requests.store(case)
     before, none = bits(store), torch.empty(0, dtype=torch.int32)
-    q = case.backend.rope_store(
+    q = backends.rope_store(
+        case.backend,
         torch.empty(0, 4 * 8, dtype=case.wide),
         positions=none,
         slot_mapping=none,

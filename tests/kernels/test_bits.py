@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import backends
 import pytest
 import torch
 from backends import CPU, BackendCase, Requests, pack_experts, poison, variants
@@ -155,7 +156,8 @@ def attend(
 ) -> list[Tensor]:
     """Rows begin to end - 1 of requests, all in one call: (request, begin, end)."""
     tables = requests.block_tables[[request for request, _, _ in spans]]
-    y = backend.attend(
+    y = backends.attend(
+        backend,
         torch.cat([q[request][begin:end] for request, begin, end in spans]),
         store,
         query_start=torch.tensor([0, *accumulate(end - begin for _, begin, end in spans)], dtype=torch.int32),
@@ -222,7 +224,8 @@ def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int,
         (t, s, n) for t in teams(variant, kv_int8=kv_int8) for s in (32, 64) for n in (1, 9, 70)
     ]:
         requests = Requests.random([length], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim)
-        store = backend.allocate_kv(
+        store = backends.allocate_kv(
+            backend,
             num_blocks=requests.num_blocks,
             block_size=block_size,
             num_kv_heads=kv_heads,
@@ -232,7 +235,8 @@ def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int,
         )
         poison(store)
         q = [
-            backend.rope_store(
+            backends.rope_store(
+                backend,
                 qkv[begin:end],
                 positions=torch.arange(begin, end),
                 slot_mapping=requests.slots(0, begin, end),

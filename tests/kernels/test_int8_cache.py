@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
+import backends
 import pytest
 import torch
 from backends import BackendCase, Requests, attention, poison, variants
@@ -54,7 +55,8 @@ def check(
     starts = [0, *accumulate(count for _, count in chunks)]
     q = torch.randn(starts[-1], heads, head_dim).bfloat16()
     options.setdefault("scale", head_dim**-0.5 / 4)
-    ours = case.backend.attend(
+    ours = backends.attend(
+        case.backend,
         q,
         requests.store(case),
         query_start=torch.tensor(starts, dtype=torch.int32),
@@ -112,7 +114,8 @@ def test_single_tokens_come_back_as_they_are_kept(variant: str) -> None:
     requests = Requests.random([45], block_size=32, num_kv_heads=2, head_dim=48)
     requests.values[0][7] = 0
     requests.values[0][8, 1] *= 1e4
-    ours = case.backend.attend(
+    ours = backends.attend(
+        case.backend,
         torch.zeros(45, 2, 48, dtype=torch.bfloat16),
         requests.store(case),
         query_start=torch.tensor([0, 45]),
@@ -137,7 +140,8 @@ def test_a_token_changes_no_other(variant: str) -> None:
     q = torch.randn(5, 4, 32).bfloat16()
 
     def attend(store: Any) -> Tensor:
-        return case.backend.attend(
+        return backends.attend(
+            case.backend,
             q,
             store,
             query_start=torch.tensor([0, 5]),
@@ -155,14 +159,15 @@ def test_slot_minus_one_is_not_written(variant: str) -> None:
     requests = Requests.random([40], block_size=32, num_kv_heads=2, head_dim=33)
     store = requests.store(case)
     before = store.memory.clone()
-    case.backend.rope_store(
-        torch.randn(3, 7 * 33),
+    backends.rope_store(
+        case.backend,
+        torch.randn(3, 8 * 33),
         positions=torch.zeros(3, dtype=torch.int32),
         slot_mapping=torch.full((3,), -1),
         cos=torch.ones(1, 16),
         sin=torch.zeros(1, 16),
         store=store,
-        num_heads=3,
+        num_heads=4,
         num_kv_heads=2,
         head_dim=33,
     )
@@ -176,7 +181,8 @@ def test_nan_stays_in_its_request(variant: str) -> None:
     requests.keys[0][3, 0, 5] = torch.nan
     requests.values[0][20, 0, 5] = torch.inf
     store = requests.store(case)
-    ours = case.backend.attend(
+    ours = backends.attend(
+        case.backend,
         torch.randn(80, 2, 32).bfloat16(),
         store,
         query_start=torch.tensor([0, 40, 80]),
@@ -192,8 +198,8 @@ def test_bytes_of_a_block(variant: str) -> None:
     backend = int8_backend(variant).backend
     for block_size, heads, head_dim, padded in [(32, 2, 64, 64), (64, 3, 33, 64), (96, 1, 128, 128)]:
         shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": heads, "head_dim": head_dim}
-        size = backend.kv_bytes(dtype=torch.bfloat16, **shape)
+        size = backends.kv_bytes(backend, dtype=torch.bfloat16, **shape)
         assert size == 2 * block_size * heads * (padded + 4)  # quantized values, and a scale in fp32
-        store = backend.allocate_kv(num_blocks=5, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
+        store = backends.allocate_kv(backend, num_blocks=5, dtype=torch.bfloat16, device=torch.device("cpu"), **shape)
         poison(store)
         assert store.nbytes == 5 * size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import backends
 import pytest
 import torch
 from backends import CPU, BackendCase, pack_experts
@@ -253,6 +254,6 @@ def test_nan_stays_in_its_row(case: BackendCase, value: float) -> None:
 @pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(1, 1), (2, 33), (3, 64), (8, 128), (1, 512)])
 def test_kv_bytes_is_what_is_allocated(case: BackendCase, block_size: int, num_kv_heads: int, head_dim: int) -> None:
     shape: dict[str, Any] = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    store = case.backend.allocate_kv(num_blocks=7, dtype=case.narrow, device=CPU, **shape)
-    assert store.nbytes == 7 * case.backend.kv_bytes(dtype=case.narrow, **shape)
+    store = backends.allocate_kv(case.backend, num_blocks=7, dtype=case.narrow, device=CPU, **shape)
+    assert store.nbytes == 7 * backends.kv_bytes(case.backend, dtype=case.narrow, **shape)
     assert store.nbytes >= 7 * 2 * block_size * num_kv_heads * head_dim * case.narrow.itemsize

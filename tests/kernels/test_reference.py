@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import backends
 import pytest
 import torch
 from backends import pack_experts
@@ -152,7 +153,8 @@ def blocked(lengths: Sequence[int], *, block_size: int, kv_heads: int, head_dim:
     free = list(range(sum(num_blocks) + 3))
     random.Random(0).shuffle(free)
     tables = [[free.pop() for _ in range(count)] for count in num_blocks]
-    store = backend.allocate_kv(
+    store = backends.allocate_kv(
+        backend,
         num_blocks=sum(num_blocks) + 3,
         block_size=block_size,
         num_kv_heads=kv_heads,
@@ -217,7 +219,8 @@ def check_attention(
         starts.append(starts[-1] + count)
     q = torch.randn(starts[-1], heads, head_dim, dtype=dtype)
     scale = 1.3 * head_dim**-0.5
-    ours = backend.attend(
+    ours = backends.attend(
+        backend,
         q,
         kv.store,
         query_start=torch.tensor(starts, dtype=torch.int32),
@@ -282,7 +285,8 @@ def test_attend_in_tiles(window: int | None, limit: tuple[str, int], monkeypatch
 def test_attend_no_requests_and_unowned_rows() -> None:
     kv = blocked([2], block_size=2, kv_heads=1, head_dim=4, dtype=torch.float32)
     for starts, lengths, tables, rows in [([0], [], kv.block_tables[:0], 0), ([0, 0], [0], kv.block_tables, 3)]:
-        out = backend.attend(
+        out = backends.attend(
+            backend,
             torch.randn(rows, 1, 4),
             kv.store,
             query_start=torch.tensor(starts),
@@ -308,11 +312,12 @@ def test_rope_store(
     angles = torch.rand(10, rotary_dim // 2) * 6
     qkv = torch.randn(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     q_norm, k_norm = (torch.randn(head_dim, dtype=dtype) for _ in range(2)) if normed else (None, None)
-    store = backend.allocate_kv(
-        num_blocks=4, block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=CPU
+    store = backends.allocate_kv(
+        backend, num_blocks=4, block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=CPU
     )
     store.fill_(-77)
-    q = backend.rope_store(
+    q = backends.rope_store(
+        backend,
         qkv,
         positions=positions,
         slot_mapping=torch.tensor(slots),
@@ -361,7 +366,8 @@ def test_rope_store(
 def test_rope_store_without_tokens() -> None:
     store = torch.zeros(2, 1, 1, 1, 2)
     none = torch.tensor([], dtype=torch.int64)
-    q = backend.rope_store(
+    q = backends.rope_store(
+        backend,
         torch.empty(0, 8),
         positions=none,
         slot_mapping=none,
@@ -379,8 +385,8 @@ def test_rope_store_without_tokens() -> None:
 def test_kv_bytes_is_what_is_allocated() -> None:
     for dtype in DTYPES:
         shape = {"block_size": 3, "num_kv_heads": 2, "head_dim": 5, "dtype": dtype}
-        store = backend.allocate_kv(num_blocks=7, device=CPU, **shape)
-        assert store.nbytes == 7 * backend.kv_bytes(**shape)
+        store = backends.allocate_kv(backend, num_blocks=7, device=CPU, **shape)
+        assert store.nbytes == 7 * backends.kv_bytes(backend, **shape)
 
 
 def test_block_size_is_checked() -> None:

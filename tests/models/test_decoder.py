@@ -12,7 +12,7 @@ import torch
 from ragged_requests import Chunk, Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.interface import Store
+from splitfuse.kernels.interface import AttentionSpec, Store
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
@@ -27,9 +27,9 @@ class RecordingBackend(ReferenceBackend):
     def __init__(self) -> None:
         self.asked: list[tuple[float, int | None, float | None]] = []
 
-    def attend(self, q: Tensor, store: Store, **options: Any) -> Tensor:
-        self.asked.append((options["scale"], options["window"], options["softcap"]))
-        return super().attend(q, store, **options)
+    def attend(self, q: Tensor, store: Store, spec: AttentionSpec, *others: Any) -> Tensor:
+        self.asked.append((spec.score_scale, spec.window, spec.softcap))
+        return super().attend(q, store, spec, *others)
 
 
 @pytest.fixture

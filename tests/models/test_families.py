@@ -49,7 +49,7 @@ def test_llama_2_from_its_config() -> None:
         )
         * 3,
     )
-    assert spec.layers[0].attention.scale == 8**-0.5
+    assert spec.layers[0].attention.score_scale == 8**-0.5
 
 
 def first(spec: ModelSpec) -> AttentionSpec:

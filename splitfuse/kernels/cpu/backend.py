@@ -30,7 +30,17 @@ from splitfuse.kernels.cpu.bindings import (
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
 from splitfuse.kernels.cpu.network import fuse
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
-from splitfuse.kernels.interface import Backend, Capabilities, Network, NetworkPlan, Role, WeightSharing
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    Backend,
+    Capabilities,
+    Network,
+    NetworkPlan,
+    Role,
+    RopeTable,
+    StepArrays,
+    WeightSharing,
+)
 
 PIECE = 32  # tokens that the KV layout keeps together
 MAX_HEAD_DIM = 512
@@ -89,33 +99,26 @@ class CpuBackend(Backend):
 
     # Keys and values
 
-    def kv_bytes(self, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def kv_bytes(self, spec: AttentionSpec, *, block_size: int, dtype: torch.dtype) -> int:
         del dtype  # what is kept is decided by kv_int8
-        return self._store_bytes(self._store(1, block_size, num_kv_heads, head_dim))
+        return self._store_bytes(self._store(spec, 1, block_size))
 
     def allocate_kv(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, spec: AttentionSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
         del dtype, device
-        store = self._store(num_blocks, block_size, num_kv_heads, head_dim)
+        store = self._store(spec, num_blocks, block_size)
         store.memory = allocate(self._store_bytes(store))
         store.data = store.memory.data_ptr()
         return store
 
-    def _store(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> Store:
+    def _store(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> Store:
         self.check_block_size(block_size)
-        if head_dim > MAX_HEAD_DIM:
+        if spec.head_dim > MAX_HEAD_DIM:
             raise ConfigError(
-                f"head_dim={head_dim} is too large for the C++ kernels, which take at most {MAX_HEAD_DIM}"
+                f"head_dim={spec.head_dim} is too large for the C++ kernels, which take at most {MAX_HEAD_DIM}"
             )
-        return Store(None, num_blocks, block_size, num_kv_heads, head_dim, self.kv_int8)
+        return Store(None, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_int8)
 
     def _store_bytes(self, store: Store) -> int:
         return int(self.library.store_bytes(store.address))
@@ -230,29 +233,25 @@ class CpuBackend(Backend):
     def rope_store(
         self,
         qkv: Tensor,
-        *,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         store: Store,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        spec: AttentionSpec,
+        step: StepArrays,
+        rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
         check(qkv, torch.float32)
-        tokens = len(qkv)
-        assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and 2 * cos.shape[1] <= head_dim
-        assert (num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
-        step = Step.from_tensors(positions=positions, slot_mapping=slot_mapping, num_tokens=tokens)
-        step.check(self.library, store, max_position=len(cos))
-        heads = Heads.with_rope(num_heads, cos, sin, eps=eps)
-        q = torch.empty(tokens, num_heads, head_dim, dtype=torch.bfloat16)
+        tokens, head_dim = len(qkv), spec.head_dim
+        assert qkv.shape[1] == (spec.num_heads + 2 * spec.num_kv_heads) * head_dim
+        assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
+        heads = Heads.of(spec, rope, eps)
+        assert heads.rotary_dim <= head_dim
+        arrays = Step.of(tokens, positions=step.positions, slot_mapping=step.slot_mapping)
+        arrays.check(self.library, store, max_position=heads.max_position)
+        q = torch.empty(tokens, spec.num_heads, head_dim, dtype=torch.bfloat16)
         self.library.rope_store(
-            step.address,
+            arrays.address,
             heads.address,
             store.address,
             qkv.data_ptr(),
@@ -263,36 +262,24 @@ class CpuBackend(Backend):
         return q
 
     def attend(
-        self,
-        q: Tensor,
-        store: Store,
-        *,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
     ) -> Tensor:
         check(q, torch.bfloat16)
-        num_heads = q.shape[1]
-        assert num_heads % store.num_kv_heads == 0 and q.shape[2] == store.head_dim
-        assert sinks is None or len(sinks) == num_heads
-        step = Step.from_tensors(
-            query_start=query_start, seq_lens=seq_lens, block_tables=block_tables, num_tokens=len(q)
-        )
-        step.check(self.library, store, max_position=0)
-        heads = Heads(num_heads, 0, 0, None, None, 0.0, scale, softcap or 0.0)
+        assert q.shape[1:] == (spec.num_heads, spec.head_dim)
+        assert (spec.num_kv_heads, spec.head_dim) == (store.num_kv_heads, store.head_dim)
+        assert sinks is None or len(sinks) == spec.num_heads
+        arrays = Step.of(len(q), query_start=step.query_start, seq_lens=step.seq_lens, block_tables=step.block_tables)
+        arrays.check(self.library, store, max_position=0)
+        heads = Heads.of(spec)
         wide_sinks = None if sinks is None else sinks.float().contiguous()
         out = torch.empty_like(q)
         self.library.attend(
-            step.address,
+            arrays.address,
             heads.address,
             store.address,
             q.data_ptr(),
             None if wide_sinks is None else wide_sinks.data_ptr(),
-            window or 0,
+            spec.window or 0,
             out.data_ptr(),
         )
         return out

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
+from splitfuse.kernels.interface import AttentionSpec, RopeTable
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
@@ -121,26 +122,19 @@ class Step(Struct):
     ]
 
     @classmethod
-    def from_tensors(
-        cls,
-        *,
-        positions: Tensor | None = None,
-        slot_mapping: Tensor | None = None,
-        query_start: Tensor | None = None,
-        seq_lens: Tensor | None = None,
-        block_tables: Tensor | None = None,
-        num_tokens: int,
-    ) -> Step:
-        """Return the step of one operation, which keeps its arrays alive."""
-        given = (None, positions, slot_mapping, query_start, seq_lens, block_tables, None)
-        tensors = [None if tensor is None else int32(tensor) for tensor in given]
-        assert all(tensor is None or len(tensor) == num_tokens for tensor in (positions, slot_mapping))
-        requests = 0 if seq_lens is None else len(seq_lens)
-        assert query_start is None or len(query_start) == requests + 1
-        assert block_tables is None or len(block_tables) == requests
-        width = 0 if block_tables is None else block_tables.shape[1]
+    def of(cls, num_tokens: int, **arrays: Tensor) -> Step:
+        """Return the step of one operation with the arrays that it needs, by their names in StepArrays; it keeps them
+        alive.
+        """
+        names = (None, "positions", "slot_mapping", "query_start", "seq_lens", "block_tables", None)
+        tensors = [int32(arrays[name]) if name in arrays else None for name in names]
+        _, positions, slots, query_start, seq_lens, tables, _ = tensors
+        assert all(len(each) == num_tokens for each in (positions, slots) if each is not None)
+        num_requests, width = (0, 0) if tables is None else tables.shape
+        assert query_start is None or len(query_start) == num_requests + 1
+        assert seq_lens is None or len(seq_lens) == num_requests
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        step = cls(num_tokens, requests, width, 0, *pointers)
+        step = cls(num_tokens, num_requests, width, 0, *pointers)
         step.tensors = tensors
         return step
 
@@ -154,7 +148,7 @@ class Step(Struct):
 class Heads(Struct):
     """How heads are rotated and attended."""
 
-    tensors: tuple[Tensor, ...]
+    rope: RopeTable
     _fields_ = [
         ("num_heads", c_int32),
         ("rotary_dim", c_int32),
@@ -167,15 +161,17 @@ class Heads(Struct):
     ]
 
     @classmethod
-    def with_rope(
-        cls, num_heads: int, cos: Tensor, sin: Tensor, *, eps: float, scale: float = 0.0, softcap: float | None = None
-    ) -> Heads:
-        """Return heads that are rotated by `cos` and `sin` [max_position, rotary_dim / 2], which they keep alive."""
-        check(cos, torch.float32)
-        check(sin, torch.float32)
-        assert cos.shape == sin.shape
-        heads = cls(num_heads, 2 * cos.shape[1], len(cos), cos.data_ptr(), sin.data_ptr(), eps, scale, softcap or 0.0)
-        heads.tensors = (cos, sin)
+    def of(cls, spec: AttentionSpec, rope: RopeTable | None = None, eps: float = 0.0) -> Heads:
+        """Return the heads of a layer, which keep the rope table alive that rotates them, if one does."""
+        heads = cls(spec.num_heads, 0, 0, None, None, eps, spec.score_scale, spec.softcap or 0.0)
+        if rope is not None:
+            cos, sin = rope
+            check(cos, torch.float32)
+            check(sin, torch.float32)
+            assert cos.shape == sin.shape
+            heads.max_position, heads.rotary_dim = len(cos), 2 * cos.shape[1]
+            heads.cos, heads.sin = cos.data_ptr(), sin.data_ptr()
+            heads.rope = rope
         return heads
 
 

@@ -34,7 +34,7 @@ def fuse(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
 
 def _heads_of(attention: AttentionSpec) -> tuple[int, int, int, int, float, float | None]:
     a = attention
-    return a.num_heads, a.num_kv_heads, a.head_dim, a.rope, a.scale, a.softcap
+    return a.num_heads, a.num_kv_heads, a.head_dim, a.rope, a.score_scale, a.softcap
 
 
 class FusedNetwork:
@@ -44,13 +44,7 @@ class FusedNetwork:
         weights, attention = plan.weights, plan.layers[0].attention
         self._library = library
         self._weights = weights  # they own the memory
-        self._heads = Heads.with_rope(
-            attention.num_heads,
-            *plan.ropes[attention.rope],
-            eps=plan.norm_eps,
-            scale=attention.scale,
-            softcap=attention.softcap,
-        )
+        self._heads = Heads.of(attention, plan.ropes[attention.rope], plan.norm_eps)
         self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
         self._mixtures: list[Mixture] = []
         self._layers = (Layer * len(plan.layers))()
