@@ -170,14 +170,14 @@ class RecordedTarget(EngineTarget):
     recorder: Recorder
 
     def _make_client(self) -> EngineClient:
-        engine = Engine.load(EngineConfig.from_settings(self._settings))
+        engine = Engine.load(self._config)
         self.recorder = Recorder(engine.scheduler.policy.predictor)
         return AsyncEngine(engine)
 
 
 def real(minutes: float, settings: dict[str, Any], seed: int) -> None:
     async def run() -> RecordedTarget:
-        target = RecordedTarget({**settings, **TARGETS})
+        target = RecordedTarget(EngineConfig.from_settings({**settings, **TARGETS}))
         try:
             await target.start()
             await drive(target, 60 * minutes, seed)

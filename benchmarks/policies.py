@@ -175,13 +175,14 @@ def label(policy: str, budget: int) -> str:
 class LoadedTarget(EngineTarget):
     """Our engine, with a model that is already loaded."""
 
-    def __init__(self, settings: Mapping[str, Any], model: LoadedModel, policy: str) -> None:
-        super().__init__(settings, policy=policy)
+    def __init__(self, config: EngineConfig, model: LoadedModel, policy: str) -> None:
+        super().__init__(config, policy=policy)
         self._model = model
 
     def _make_client(self) -> EngineClient:
-        config = EngineConfig.from_settings(self._settings)
-        return AsyncEngine(Engine(config, self._model, policy=make_baseline(self._policy, config.scheduler)))
+        return AsyncEngine(
+            Engine(self._config, self._model, policy=make_baseline(self._policy, self._config.scheduler))
+        )
 
 
 def measured(
@@ -192,7 +193,8 @@ def measured(
     results: dict[str, Results] = {}
     for repetition, clients, policies in _turns(plan):
         for policy in policies:
-            target = LoadedTarget({**settings, "max_num_batched_tokens": budgets[policy]}, model, policy)
+            config = EngineConfig.from_settings({**settings, "max_num_batched_tokens": budgets[policy]})
+            target = LoadedTarget(config, model, policy)
             result = asyncio.run(
                 measure(
                     target,

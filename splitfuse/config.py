@@ -163,9 +163,15 @@ class EngineConfig:
         }
         return cls(**parts)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that have a value, flat, as `from_settings` takes them."""
+        parts = [getattr(self, name) for name in PARTS]
+        return {name: value for part in parts for name, value in vars(part).items() if value is not None}
+
     @classmethod
     def setting_fields(cls) -> dict[str, tuple[type[Any], dataclasses.Field[Any]]]:
-        """Flat setting name -> (the part it belongs to, its field)."""
+        """Return, for each flat setting name, the part that it belongs to and its field."""
         return {f.name: (part, f) for part in PARTS.values() for f in dataclasses.fields(part)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,19 +68,18 @@ class Target(ABC):
 class EngineTarget(Target):
     """Our engine: in a thread of this process, or several replicas, each in a process of its own.
 
-    `settings` are those of EngineConfig by name; `policy` is the name of a scheduling policy (core/baselines.py).
+    `policy` is the name of a scheduling policy (core/baselines.py).
     """
 
     def __init__(
-        self, settings: Mapping[str, Any], *, policy: str = "splitfuse", replicas: int = 1, ignore_eos: bool = True
+        self, config: EngineConfig, *, policy: str = "splitfuse", replicas: int = 1, ignore_eos: bool = True
     ) -> None:
-        config = EngineConfig.from_settings(settings)
         self._policy = policy
         if make_baseline(policy, config.scheduler) is not None and replicas > 1:
             raise ConfigError(f"policy {policy} runs on one engine in this process, not on {replicas} replicas")
         if replicas < 1:
             raise ConfigError(f"--replicas {replicas} must be at least 1")
-        self._settings, self._replicas, self._ignore_eos = dict(settings), replicas, ignore_eos
+        self._config, self._replicas, self._ignore_eos = config, replicas, ignore_eos
         self._client: EngineClient | None = None
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = TokenIds(0)
@@ -97,7 +95,7 @@ class EngineTarget(Target):
         self.about = {
             "startup_seconds": time.monotonic() - began,
             "model": info.model,
-            "engine": self._settings,
+            "engine": self._config.settings,
             "policy": self._policy,
             "memory_plan": info.memory_plan,
             "token_times": "the engine's outputs",
@@ -107,11 +105,10 @@ class EngineTarget(Target):
         if self._replicas > 1:
             from splitfuse.engine.replicas import make_replicas
 
-            return make_replicas(self._settings, replicas=self._replicas)
+            return make_replicas(self._config, replicas=self._replicas)
         from splitfuse.engine.engine import Engine
 
-        config = EngineConfig.from_settings(self._settings)
-        return AsyncEngine(Engine.load(config, policy=make_baseline(self._policy, config.scheduler)))
+        return AsyncEngine(Engine.load(self._config, policy=make_baseline(self._policy, self._config.scheduler)))
 
     async def ask(self, request: LoadRequest) -> Answer:
         assert self._client is not None

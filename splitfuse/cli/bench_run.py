@@ -80,7 +80,8 @@ def bench_run(
         for name, value in (("vocab_size", vocab_size), ("pid", pid)):
             if value is not None:
                 raise ConfigError(f"{flag_of(name)} requires --url")
-        target = EngineTarget(given(flags), policy=policy, replicas=replicas, ignore_eos=ignore_eos)
+        config = EngineConfig.from_settings(given(flags))
+        target = EngineTarget(config, policy=policy, replicas=replicas, ignore_eos=ignore_eos)
     if out is not None:
         check_writable(out)
     results = asyncio.run(

@@ -29,8 +29,7 @@ def serve(
             raise ConfigError(f"MODEL {model_argument} and --model {flags['model']} are mutually exclusive")
         flags["model"] = model_argument
     engine_settings = given({name: flags.pop(name) for name in EngineConfig.setting_fields()})
-    config = ServerConfig.from_settings(given(flags))
-    EngineConfig.from_settings(engine_settings)
+    config, engine = ServerConfig.from_settings(given(flags)), EngineConfig.from_settings(engine_settings)
     from splitfuse.server.lifecycle import run_server
 
-    asyncio.run(run_server(engine_settings, config))
+    asyncio.run(run_server(engine, config))

@@ -263,13 +263,13 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
     from splitfuse.runtime.environment import environment_info
 
     settings = {**settings, **{name: getattr(tuning.chosen, name) for name in CHOSEN}}
-    scheduler = EngineConfig.from_settings(settings).scheduler
-    targets = SloTargets.parse(scheduler.ttft, scheduler.itl)
+    config = EngineConfig.from_settings(settings)
+    targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
     rate = tuning.rate
     for _ in range(MEASUREMENTS):
         results = asyncio.run(
             drive(
-                EngineTarget(settings),
+                EngineTarget(config),
                 make_workload,
                 Loads(rates=(rate,), repeat=1),
                 system="measured",

@@ -14,7 +14,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,15 +48,15 @@ BACKLOG = 2048
 _Result = TypeVar("_Result")
 
 
-async def run_server(engine_settings: Mapping[str, Any], config: ServerConfig) -> None:
-    """Serve until a signal ends it. `engine_settings` are those of EngineConfig by name.
+async def run_server(engine: EngineConfig, config: ServerConfig) -> None:
+    """Serve until a signal ends it.
 
     SIGTERM drains: requests that run may end, new ones are refused. A second one, or SIGINT, ends at once. Returns
     after a drain; raises ServerError if requests were cut off, KeyboardInterrupt after SIGINT. Raises ConfigError,
     ModelError, MemoryPlanError or ServerError for what keeps it from serving.
     """
-    ApiKeys(config).check(EngineConfig.from_settings(engine_settings).scheduler)
-    model = model_name(engine_settings.get("model"))
+    ApiKeys(config).check(engine.scheduler)
+    model = model_name(engine.model.model)
     config = replace(config, served_model_name=config.served_model_name or model)
     signals = _Signals()
     with signals.handled(), _listen(config.host, config.port, config.client_timeout) as listener:
@@ -77,21 +77,16 @@ async def run_server(engine_settings: Mapping[str, Any], config: ServerConfig) -
         if not deployment.needs_key and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             _say(f"splitfuse: whoever reaches {address} may use this server: it asks for no key; --api-key sets one")
         try:
-            client = make_client(engine_settings, config)
+            client = make_replicas(engine, replicas=config.replicas, step_timeout=config.step_timeout)
             serving = asyncio.create_task(server.serve([listener]))
             try:
-                await _live(engine_settings, config, client, front, deployment, signals, serving)
+                await _live(engine, config, client, front, deployment, signals, serving)
             finally:
                 await _end(client, server, serving, at_once=signals.now.is_set())
         finally:
             registry.unregister(deployment)
     if signals.interrupted:
         raise KeyboardInterrupt
-
-
-def make_client(engine_settings: Mapping[str, Any], config: ServerConfig) -> EngineClient:
-    """The engine processes that this server speaks to, not yet started."""
-    return make_replicas(engine_settings, replicas=config.replicas, step_timeout=config.step_timeout)
 
 
 def model_name(model: str | None) -> str:
@@ -103,7 +98,7 @@ def model_name(model: str | None) -> str:
 
 
 async def _live(
-    engine_settings: Mapping[str, Any],
+    engine: EngineConfig,
     config: ServerConfig,
     client: EngineClient,
     front: _Front,
@@ -112,7 +107,7 @@ async def _live(
     serving: asyncio.Task[None],
 ) -> None:
     """Load, serve, drain."""
-    starting = asyncio.create_task(_start(engine_settings, config, client, front))
+    starting = asyncio.create_task(_start(engine, config, client, front))
     await wait_first(starting, serving, signals.drain.wait())
     if not starting.done():
         starting.cancel()
@@ -121,8 +116,8 @@ async def _live(
         return
     admission = starting.result()
     names = ("ttft", "itl", "tail_share")
-    promised = [f"{name} {value}" for name in names if (value := engine_settings.get(name)) is not None]
-    if EngineConfig.from_settings(engine_settings).scheduler.has_targets:
+    promised = [f"{name} {value}" for name in names if (value := getattr(engine.scheduler, name)) is not None]
+    if engine.scheduler.has_targets:
         _say(f"splitfuse promises {', '.join(promised)}")
     _say(f"{daemon.READY.decode()}{deployment.model} on {deployment.url} (name {deployment.name})")
     await wait_first(serving, signals.drain.wait())
@@ -140,13 +135,11 @@ async def _live(
         raise ServerError(f"{count} requests were cut off {why}")
 
 
-async def _start(
-    engine_settings: Mapping[str, Any], config: ServerConfig, client: EngineClient, front: _Front
-) -> Admission:
+async def _start(engine: EngineConfig, config: ServerConfig, client: EngineClient, front: _Front) -> Admission:
     """Everything up to the first request. /health and /ready answer meanwhile."""
     show = asyncio.create_task(_show_progress(client))
     try:
-        app, admission = await run_in_daemon_thread(lambda: _make_app(engine_settings, config, client))
+        app, admission = await run_in_daemon_thread(lambda: _make_app(engine, config, client))
         front.app = app
         await client.start()
         return admission
@@ -155,7 +148,7 @@ async def _start(
         await asyncio.gather(show, return_exceptions=True)
 
 
-def _make_app(engine_settings: Mapping[str, Any], config: ServerConfig, client: EngineClient) -> tuple[App, Admission]:
+def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) -> tuple[App, Admission]:
     """On a thread of its own: the imports take a second, fetching a model from the Hub takes as long as it takes."""
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
@@ -164,17 +157,17 @@ def _make_app(engine_settings: Mapping[str, Any], config: ServerConfig, client: 
     from splitfuse.text.service import TextService
     from splitfuse.text.tokenizer import Tokenizer
 
-    model = EngineConfig.from_settings(engine_settings).model
+    model = engine.model
     source = open_model(model.model, model.revision)  # fetched once, before several engines ask for it
     if model.tokenizer is not None:
         source = open_model(model.tokenizer, model.revision)
     tokenizer = Tokenizer.from_source(source)
     admission, metrics = Admission(config), Metrics(client, model_name=config.served_model_name)
     plans: set[str] = set()
-    for engine in client.replicas if isinstance(client, Router) else [client]:
-        if isinstance(engine, LocalClient):
-            engine.on_step = _Watch(engine, admission, metrics)
-            engine.on_planned = lambda plan: _say_plan(plan, plans)
+    for each in client.replicas if isinstance(client, Router) else [client]:
+        if isinstance(each, LocalClient):
+            each.on_step = _Watch(each, admission, metrics)
+            each.on_planned = lambda plan: _say_plan(plan, plans)
     log = RequestLog(sys.stdout, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
     return make_app(service, config, admission=admission, metrics=metrics, log=log), admission

@@ -11,6 +11,7 @@ from splitfuse.bench.load import MAX_FAILURES, closed_loop, open_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import Answer, EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, TokenIds
+from splitfuse.config import EngineConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ServerError
 
@@ -134,7 +135,7 @@ def test_a_load_of_failures_is_given_up() -> None:
 
 def test_our_engine_in_this_process() -> None:
     async def run() -> Point:
-        target = EngineTarget({"num_blocks": 400})
+        target = EngineTarget(EngineConfig.from_settings({"num_blocks": 400}))
         await target.start()
         try:
             assert target.room == 2048 and target.vocabulary.size == 3072  # type: ignore[union-attr]
@@ -151,7 +152,7 @@ def test_our_engine_in_this_process() -> None:
 
 def test_an_engine_that_dies_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        target = EngineTarget({"num_blocks": 400})
+        target = EngineTarget(EngineConfig.from_settings({"num_blocks": 400}))
         await target.start()
         steps = itertools.count()
         step = Engine.step

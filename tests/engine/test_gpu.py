@@ -131,7 +131,7 @@ def test_what_needs_the_cpu_is_refused_there() -> None:
 
 def test_an_engine_in_a_process_of_its_own() -> None:
     async def test() -> None:
-        client = SubprocessEngine({"device": "cuda", "num_blocks": 64, "dtype": "float32"})
+        client = SubprocessEngine(EngineConfig.from_settings({"device": "cuda", "num_blocks": 64, "dtype": "float32"}))
         await client.start()
         try:
             tokens: list[int] = []

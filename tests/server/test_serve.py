@@ -21,7 +21,7 @@ from server_process import PATIENCE, server_process, wait_until
 import splitfuse
 from splitfuse import cli
 from splitfuse.clients.client import AsyncClient, server_state
-from splitfuse.config import ServerConfig
+from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.messages import Loading
@@ -79,7 +79,7 @@ def test_a_server_says_how_it_starts_is_seen_by_others_and_drains(folder: Path, 
         assert re.fullmatch(rf"drained +storyteller +{client.url} +{pid} +\d+-\d+-\d+ \d+:\d+:\d+ +ready", row)
 
         with pytest.raises(ServerError, match=r"^the name 'drained' is in use: process \d+ serves storyteller at http"):
-            asyncio.run(run_server({}, ServerConfig(name="drained", port=0)))
+            asyncio.run(run_server(EngineConfig(), ServerConfig(name="drained", port=0)))
         status, out, err = run("serve", "--port", client.url.rpartition(":")[2], "--name", "other")
         assert (status, out) == (1, "")
         assert re.match(r"splitfuse: port \d+ of 127.0.0.1 is in use by another program: choose another", err)
@@ -111,7 +111,7 @@ def test_who_asks_for_no_key_is_told_who_can_reach_it(
 ) -> None:
     config = ServerConfig(name="open", host=host, port=0, api_key=keys)
     with pytest.raises(ModelNotFoundError):
-        asyncio.run(run_server({"model": "/nowhere/at/all"}, config))
+        asyncio.run(run_server(EngineConfig.from_settings({"model": "/nowhere/at/all"}), config))
     assert ("whoever reaches 0.0.0.0 may use this server" in capsys.readouterr().err) is warned
 
 
@@ -212,7 +212,7 @@ def test_a_port_in_use_is_found_in_ipv6_too() -> None:
     except OSError:
         pytest.skip("no IPv6 here")
     with taken, pytest.raises(ServerError, match=r"^port \d+ of ::1 is in use"):
-        asyncio.run(run_server({}, ServerConfig(host="::1", port=taken.getsockname()[1])))
+        asyncio.run(run_server(EngineConfig(), ServerConfig(host="::1", port=taken.getsockname()[1])))
 
 
 def test_help_lists_every_setting(run: Run) -> None:

@@ -7,21 +7,18 @@ killed. The front and its event loop go on meanwhile.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 
 from splitfuse import errors
+from splitfuse.config import EngineConfig
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, Failed, Finish, Loading, Ready, Stop, decode_report, encode
+from splitfuse.engine.remote.launcher import WeightsFile, launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.errors import EngineDiedError, SplitfuseError
 
@@ -32,47 +29,26 @@ TIME_TO_STOP = 5.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
 
 
-class WeightsFile:
-    """Memory for the packed weights of `num_sharers` engines on this machine: the first packs them, the others map
-    them.
-    """
-
-    def __init__(self, num_sharers: int) -> None:
-        self.num_sharers = num_sharers
-        self.fd = os.memfd_create("splitfuse-weights")
-        self.filled = False
-
-    @property
-    def arguments(self) -> dict[str, int]:
-        """Arguments of WeightSharing, for an engine that inherits the descriptor."""
-        return {"fd": self.fd, "filled": self.filled, "num_sharers": self.num_sharers}
-
-    def close(self) -> None:
-        """Once no engine will be started any more; those that run keep theirs."""
-        os.close(self.fd)
-
-
 class SubprocessEngine(LocalClient):
-    """One engine process, and whoever restarts it. `settings` are those of EngineConfig by name.
+    """Runs one engine in a process of its own, and starts it again when it dies.
 
     An engine hangs if a step takes longer than `step_timeout` seconds, or if its process says nothing for
-    `silence_timeout` seconds. With `cores` it runs on these alone; `weights` it shares with others.
+    `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights` with other engines.
     """
 
     def __init__(
         self,
-        settings: Mapping[str, Any],
+        config: EngineConfig,
         *,
         step_timeout: float = 60.0,
         silence_timeout: float = 10.0,
-        cores: Sequence[int] | None = None,
+        cores: tuple[int, ...] | None = None,
         weights: WeightsFile | None = None,
     ) -> None:
         super().__init__()
-        self._settings = dict(settings)
+        self._config = config
         self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
-        self._cores = None if cores is None else list(cores)
-        self._weights = weights
+        self._cores, self._weights = cores, weights
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Failed | None = None
@@ -146,30 +122,11 @@ class SubprocessEngine(LocalClient):
 
     async def _live(self) -> str:
         """One life of the process; why it ended."""
-        ours, theirs = socket.socketpair()
-        weights = self._weights
         self._failure, self._seconds_in_step = None, 0.0
         self._state, self._stage = EngineState.STARTING, Loading("starting")
-        try:
-            self._process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "splitfuse.engine.remote.worker",
-                str(theirs.fileno()),
-                json.dumps(
-                    {
-                        "settings": self._settings,
-                        "cores": self._cores,
-                        "weights": weights and weights.arguments,
-                    }
-                ),
-                pass_fds=[theirs.fileno(), *([weights.fd] if weights else [])],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # what a library prints must not mix with our own output
-            )
-        finally:
-            theirs.close()
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=2**22)
+        process, connection = await launch(self._config, cores=self._cores, weights=self._weights)
+        self._process = process
+        reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=2**22)
         self._last_heard = time.monotonic()
         watch = asyncio.create_task(self._watch(process))
         try:

@@ -1,14 +1,13 @@
-"""The process of one engine: `python -m splitfuse.engine.remote.worker FD SETTINGS`, started by engine_process.py.
+"""The process of one engine: `python -m splitfuse.engine.remote.worker FD SPEC`, started by launcher.py.
 
-FD is a connected socket that it inherits: nobody else can reach it, and when the other end closes, it ends. SETTINGS is
-JSON: the settings of EngineConfig, and the cores to run on. Four threads: the engine's loop, one that receives
-commands, one that sends reports, one whose heartbeat tells an engine that computes from one that hangs.
+FD is a connected socket that it inherits: no other process can reach it, and the engine ends when the other end closes.
+SPEC is a WorkerSpec in JSON. Four threads: the engine's loop, one that receives commands, one that sends reports, and
+one whose heartbeat tells an engine that computes from one that hangs.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import queue
 import signal
@@ -17,10 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from splitfuse.config import EngineConfig
+import msgspec
+
 from splitfuse.engine.messages import Alive, Failed, Loading, Ready, Report, decode_command, encode
+from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
 
@@ -31,26 +32,26 @@ HEARTBEAT = 0.25  # seconds
 
 
 def main() -> None:
-    """Serve until the other side goes or says Stop."""
+    """Serve until the other side closes the connection or sends Stop."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
-    arguments = json.loads(sys.argv[2])
-    if arguments["cores"] is not None:  # before PyTorch counts them
-        os.sched_setaffinity(0, arguments["cores"])
-    Worker(socket.socket(fileno=int(sys.argv[1]))).run(arguments["settings"], arguments["weights"])
+    spec = msgspec.json.decode(sys.argv[2], type=WorkerSpec)
+    if spec.cores is not None:  # before PyTorch counts them
+        os.sched_setaffinity(0, spec.cores)
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run(spec)
 
 
 class Worker:
-    """Connects an EngineLoop with a socket."""
+    """Connects an EngineLoop to a socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._loop: EngineLoop | None = None
 
-    def run(self, settings: dict[str, object], weights: dict[str, Any] | None) -> None:
-        """Load and compute. `weights` are the arguments of WeightSharing. Ends the process."""
+    def run(self, spec: WorkerSpec) -> None:
+        """Load the model and serve its engine until Stop or an error, then end the process."""
         sender = threading.Thread(target=self._send_all, daemon=True)
         sender.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -63,11 +64,11 @@ class Worker:
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
-                EngineConfig.from_settings(settings),
+                spec.config,
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 on_stage=lambda stage: self._reports.put(Loading(stage)),
-                weight_sharing=None if weights is None else WeightSharing(**weights),
+                weight_sharing=None if spec.weights is None else WeightSharing(**spec.weights),
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()
