@@ -28,8 +28,9 @@ from splitfuse.bench.workload import Chat, Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, Features
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.engine.client import AsyncEngine, EngineClient
+from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.simulate import Deployment, Replica, SimulatedTarget
 

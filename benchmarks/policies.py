@@ -30,9 +30,10 @@ from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.baselines import POLICIES, make_baseline
-from splitfuse.engine.client import AsyncEngine, EngineClient
+from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.profile import load_or_profile
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import Calibration, load
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.loading import LoadedModel, load_model

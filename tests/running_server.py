@@ -12,8 +12,8 @@ import httpx
 import uvicorn
 
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission

@@ -182,7 +182,7 @@ def test_lengths(pipe: splitfuse.Pipeline) -> None:
         ({"presence_penalty": 3}, "presence_penalty must be a number from -2 to 2"),
         ({"frequency_penalty": math.inf}, "frequency_penalty must be a number from -2 to 2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0 up to 100"),
-        ({"logit_bias": {3072: 1}}, "logit_bias has the token id 3072; the model's go from 0 to 3071"),
+        ({"logit_bias": {3072: 1}}, "logit_bias has the token id 3072, but the model's are from 0 to 3071"),
         ({"logit_bias": [1]}, "logit_bias must be a mapping of token ids to numbers"),
         ({"stop": ["a", ""]}, "stop must be a list of non-empty strings"),
         ({"stop": 5}, "stop must be a list of non-empty strings, not 5"),
@@ -239,7 +239,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_right_one() -> None:
         ([1, "a"], "a prompt is a text or a list of token ids, not"),
         ([True], "a prompt is a text or a list of token ids, not"),
         ([3072], "prompt has the token id 3072"),
-        ("a" * 20_000, r"the prompt has \d+ tokens; with at least one to generate, the limit is 2047"),
+        ("a" * 20_000, r"the prompt has \d+ tokens, but the model takes at most 2047"),
     ],
     ids=range(10),
 )

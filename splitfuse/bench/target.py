@@ -16,7 +16,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.baselines import make_baseline
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
+from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 from splitfuse.runtime.environment import resident_bytes
@@ -107,6 +107,7 @@ class EngineTarget(Target):
 
             return make_replicas(self._config, replicas=self._replicas)
         from splitfuse.engine.engine import Engine
+        from splitfuse.engine.thread import AsyncEngine
 
         return AsyncEngine(Engine.load(self._config, policy=make_baseline(self._policy, self._config.scheduler)))
 

@@ -1,6 +1,7 @@
-"""What a request must keep to so that an engine can honour it.
+"""What a request must keep to so that an engine can serve it.
 
-Whoever speaks to people checks it before anything is sent to an engine, which may be another process.
+A request is checked once, where it enters (a pipeline, a server, `Engine.add_request`); behind that door its sizes are
+only asserted. The engine may be in another process.
 """
 
 from __future__ import annotations
@@ -14,19 +15,29 @@ from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestToo
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """The sizes of a loaded model and its KV cache, in tokens and blocks."""
+    """Sizes of a loaded model and its KV cache, in tokens and blocks.
+
+    >>> limits = EngineLimits(max_model_len=2048, vocab_size=32000, num_blocks=512, block_size=32)
+    >>> limits.check([1, 15, 7], SamplingParams(max_tokens=16))
+    """
 
     max_model_len: int
     vocab_size: int
     num_blocks: int
     block_size: int
 
-    def room(self, num_prompt: int, params: SamplingParams) -> int:
-        """Most tokens to generate after a prompt of `num_prompt` tokens."""
+    def max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
+        """Return the most tokens to generate after a prompt of `num_prompt` tokens."""
         return self.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
 
+    def fits(self, num_prompt: int, params: SamplingParams) -> bool:
+        """Return whether a request of this size keeps to the limits, for assertions behind `check`."""
+        most = self.max_new_tokens(num_prompt, params)
+        blocks = -(-(num_prompt + most - 1) // self.block_size)
+        return num_prompt > 0 and num_prompt + max(most, 1) <= self.max_model_len and blocks <= self.num_blocks
+
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise InvalidRequestError if the model cannot honour the request, RequestTooLargeError if the KV cache could
+        """Raise InvalidRequestError if the model cannot serve the request, RequestTooLargeError if the KV cache could
         not hold it even alone.
         """
         limit, length = self.max_model_len, len(prompt_token_ids)
@@ -34,18 +45,19 @@ class EngineLimits:
             raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")
         if length >= limit:
             raise PromptTooLongError(
-                f"the prompt has {length} tokens; with at least one to generate, the limit is {limit - 1}",
+                f"the prompt has {length} tokens, but the model takes at most {limit - 1}, with one left to generate",
                 parameter="prompt",
             )
         if params.max_tokens is not None and length + params.max_tokens > limit:
             raise InvalidRequestError(
-                f"max_tokens {params.max_tokens} and a prompt of {length} tokens exceed the model's {limit}; "
+                f"max_tokens {params.max_tokens} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
                 f"max_tokens can be at most {limit - length}",
                 parameter="max_tokens",
             )
         if params.min_tokens > limit - length:
             raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} and a prompt of {length} tokens exceed the model's {limit}",
+                f"min_tokens {params.min_tokens} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
+                f"min_tokens can be at most {limit - length}",
                 parameter="min_tokens",
             )
         for name, ids in (
@@ -54,7 +66,9 @@ class EngineLimits:
             ("stop_token_ids", params.stop_token_ids),
         ):
             check_token_ids(name, ids, self.vocab_size, parameter=name)
-        check_blocks(length, self.room(length, params), num_blocks=self.num_blocks, block_size=self.block_size)
+        check_blocks(
+            length, self.max_new_tokens(length, params), num_blocks=self.num_blocks, block_size=self.block_size
+        )
 
 
 def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, parameter: str | None = None) -> None:
@@ -62,16 +76,17 @@ def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, paramete
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InvalidRequestError(
-                f"{owner} has the token id {token!r}; the model's go from 0 to {vocab_size - 1}", parameter=parameter
+                f"{owner} has the token id {token!r}, but the model's are from 0 to {vocab_size - 1}",
+                parameter=parameter,
             )
 
 
 def check_blocks(num_prompt: int, most: int, *, num_blocks: int, block_size: int) -> None:
     """Raise RequestTooLargeError unless a prompt and the `most` tokens it may generate fit the whole KV cache."""
-    need = -(-(num_prompt + most - 1) // block_size)  # the last token's KV is not wanted
+    need = -(-(num_prompt + most - 1) // block_size)  # the last token's KV is never read
     if need > num_blocks:
         raise RequestTooLargeError(
-            f"the request needs {need} KV blocks for {num_prompt} prompt and up to {most} generated tokens, and the "
+            f"the request needs {need} KV blocks for {num_prompt} prompt and up to {most} generated tokens, but the "
             f"whole cache has {num_blocks} blocks of {block_size} tokens; shorten the prompt, lower max_tokens to at "
             f"most {max(num_blocks * block_size + 1 - num_prompt, 0)}, or give the cache more memory",
             parameter="max_tokens",

@@ -132,7 +132,7 @@ class Engine:
                 request_id,
                 tuple(prompt_token_ids),
                 params,
-                max_tokens=self.limits.room(len(prompt_token_ids), params),
+                max_tokens=self.limits.max_new_tokens(len(prompt_token_ids), params),
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=choice,

@@ -1,7 +1,7 @@
-"""Everything that an engine and whoever uses it from another thread or process say to each other.
+"""Messages between an engine and its client in another thread or process.
 
-Plain data, encoded as MessagePack: nothing in a message can be more than a number, a text or a list. The same types
-cross between threads, unencoded.
+Plain data, encoded as MessagePack: a message consists of numbers, texts and lists. The same types cross between threads
+unencoded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from splitfuse.core.sampling_params import SamplingParams
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """A request, checked against the engine's limits already. `params.n` is not the engine's business: a choice a
-    message."""
+    """Adds a request that keeps to the engine's limits. `params.n` is ignored: each choice is a message of its own."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -27,21 +26,21 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     choice: int = 0
     scheduling: SchedulingOptions = DEFAULT_SCHEDULING
     sent: float | None = None
-    """When, on the machine's monotonic clock."""
+    """Time at which it was sent, on the machine's monotonic clock."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """Nobody wants more of a request: keep its first `num_tokens` tokens, or all."""
+    """Ends a request of which no more is wanted, keeping its first `num_tokens` tokens, or all."""
 
     request_id: str
     reason: FinishReason
     num_tokens: int | None = None
     ended: float | None = None
-    """Since when, on the machine's monotonic clock; None: since the engine hears of it."""
+    """Time since when, on the machine's monotonic clock; None: since the engine hears of it."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """End, whatever is unfinished."""
+    """Ends the engine, whatever is unfinished."""
 
 
 Command = Add | Finish | Stop
@@ -50,36 +49,36 @@ Command = Add | Finish | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Start-up has come so far: `fraction` of `stage`, 0 to 1."""
+    """Reports that start-up has completed `fraction` of `stage`, from 0 to 1."""
 
     stage: str
     fraction: float = 0.0
     memory_plan: str = ""
-    """Said once, before anything is loaded."""
+    """Memory plan as it is printed; sent once, before anything is loaded."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What does not change while an engine lives."""
+    """Holds what does not change while an engine lives."""
 
     model: str
     limits: EngineLimits
     max_num_batched_tokens: int
     max_num_seqs: int
     memory_plan: str
-    """As it is printed; its first line says which kernels compute."""
+    """Memory plan as it is printed; its first line names the kernels."""
     slo_enabled: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded."""
+    """Reports that the model is loaded."""
 
     info: EngineInfo
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the engine began, and how things stand after its last step."""
+    """Counts what happened since the engine began, and describes the state after its last step."""
 
     num_steps: int = 0
     num_running: int = 0
@@ -92,30 +91,30 @@ class EngineStats:
     num_preemptions: int = 0
     step_tokens: int = 0  # of the last step
     step_seconds: float = 0.0
-    predicted_step_seconds: float = 0.0  # 0: nothing was predicted
+    predicted_step_seconds: float = 0.0  # 0: there was no prediction
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
-    """What one step, or a command between two, changed."""
+    """Reports what one step, or a command between two steps, changed."""
 
     outputs: tuple[RequestOutput, ...]
     stats: EngineStats
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """Sent a few times a second by a process, whatever its engine does."""
+    """Reports a few times a second that the process lives, whatever its engine does."""
 
     seconds_in_step: float
-    """Since the step that runs now began; 0 if none runs."""
+    """Seconds since the current step began; 0 if none runs."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The engine has ended by an error."""
+    """Reports that the engine has ended with an error."""
 
     error: str
-    """For people: no traceback, which went to standard error."""
+    """Message of the error; its traceback went to standard error."""
     kind: str = ""
-    """Its class, if it is one of errors.py."""
+    """Name of its class, if it is one of errors.py."""
 
 
 Report = Loading | Ready | StepReport | Alive | Failed
@@ -126,17 +125,17 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def encode(message: Command | Report) -> bytes:
-    """One message as MessagePack."""
+    """Return a message as MessagePack."""
     return _encode(message)
 
 
 def decode_command(data: bytes) -> Command:
-    """Raises msgspec.DecodeError for what is none."""
+    """Return a command from its bytes. Raises msgspec.DecodeError for anything else."""
     command: Command = _decode_command(data)
     return command
 
 
 def decode_report(data: bytes) -> Report:
-    """Raises msgspec.DecodeError for what is none."""
+    """Return a report from its bytes. Raises msgspec.DecodeError for anything else."""
     report: Report = _decode_report(data)
     return report

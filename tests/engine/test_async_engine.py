@@ -22,7 +22,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState
+from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
     Add,
@@ -39,6 +39,7 @@ from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, receive
 from splitfuse.engine.replicas import divide, make_replicas
 from splitfuse.engine.router import Router
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import (
     ConfigError,
     EngineDiedError,
@@ -171,19 +172,23 @@ def test_a_stop_string_ends_the_request(make: Callable[[], EngineClient]) -> Non
 
 
 @pytest.mark.parametrize("make", CLIENTS)
-def test_what_cannot_be_honoured_is_refused_at_once(make: Callable[[], EngineClient]) -> None:
+def test_a_client_tells_the_limits_and_opens_only_while_ready(make: Callable[[], EngineClient]) -> None:
     async def test() -> None:
         client = make()
         with pytest.raises(EngineDiedError):
             client.open(Add("early", PROMPT, LONG))
         async with running(client):
             limits = client.info.limits
-            with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+            refused = [
+                ((), InvalidRequestError, "the prompt is empty"),
+                ((1,) * limits.max_model_len, PromptTooLongError, "the model takes at most"),
+                ((limits.vocab_size,), InvalidRequestError, "token id"),
+            ]
+            for prompt, error, message in refused:
+                with pytest.raises(error, match=message):
+                    limits.check(prompt, SamplingParams())
+            with pytest.raises(AssertionError, match="not checked"):
                 client.open(Add("a", (), SamplingParams()))
-            with pytest.raises(PromptTooLongError):
-                client.open(Add("a", (1,) * limits.max_model_len, SamplingParams()))
-            with pytest.raises(InvalidRequestError, match="token id"):
-                client.open(Add("a", (limits.vocab_size,), SamplingParams()))
             assert len(await answer(client, "a", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
         with pytest.raises(EngineDiedError):
             client.open(Add("late", PROMPT, LONG))
@@ -247,16 +252,17 @@ def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
     run(test())
 
 
-def test_a_process_that_hangs_is_found_and_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_hangs_is_found_and_says_where(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     async def test() -> None:
         async with running(SubprocessEngine(CONFIG, silence_timeout=1.0)) as client:
             assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, signal.SIGSTOP)
 
     run(test())
-    written = capfd.readouterr().err
-    assert "the engine hangs: its process has said nothing for" in written
-    assert "engine/loop.py" in written  # its stacks
+    assert "the engine hangs: its process has been silent for" in caplog.text
+    assert "engine/loop.py" in capfd.readouterr().err  # its stacks
 
 
 def test_a_step_that_does_not_end_is_a_hang() -> None:
@@ -455,7 +461,7 @@ def test_frames() -> None:
             ours.sendall(frame(message))
             assert receive(theirs) == message
         ours.sendall((MAX_MESSAGE + 1).to_bytes(4, "big"))
-        with pytest.raises(ValueError, match="a message of"):
+        with pytest.raises(ValueError, match="the message has"):
             receive(theirs)
         ours.close()
         assert receive(theirs) is None

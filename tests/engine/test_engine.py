@@ -79,12 +79,12 @@ def generate(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
     ("prompt", "params", "parameter", "message"),
     [
         pytest.param([], {}, "prompt", "the prompt is empty", id="empty"),
-        pytest.param([1] * LIMIT, {}, "prompt", f"has {LIMIT} tokens; .* the limit is {LIMIT - 1}", id="too-long"),
+        pytest.param([1] * LIMIT, {}, "prompt", f"has {LIMIT} tokens, .* at most {LIMIT - 1}", id="too-long"),
         pytest.param(
             [1] * 100,
             {"max_tokens": 29},
             "max_tokens",
-            "exceed the model's 128; max_tokens can be at most 28",
+            "exceeds the model's 128 tokens; max_tokens can be at most 28",
             id="max",
         ),
         pytest.param(

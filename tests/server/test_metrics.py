@@ -16,9 +16,10 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import AsyncEngine, EngineClient, EngineState, Stream
+from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, StepReport
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineDiedError
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.metrics import FAMILIES, Metrics

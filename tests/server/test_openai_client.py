@@ -335,7 +335,7 @@ def test_an_asynchronous_call_that_is_cancelled_ends_its_request(server: Running
         ({"temperature": -1}, "temperature", "temperature"),
         ({"n": 0}, "n", "n must be a whole number"),
         ({"n": 1000}, "n", "n must be a whole number"),
-        ({"max_tokens": 2048}, "max_tokens", "exceed the model's 2048; max_tokens can be at most 2037"),
+        ({"max_tokens": 2048}, "max_tokens", "exceeds the model's 2048 tokens; max_tokens can be at most 2037"),
         ({"max_tokens": "5"}, "max_tokens", "max_tokens must be a whole number or null, not a string"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "token id 99999"),
         ({"stop": ["a"] * 65}, "stop", "stop"),
@@ -417,7 +417,7 @@ def test_another_model_is_not_found(ai: openai.OpenAI) -> None:
 
 
 def test_a_prompt_that_is_too_long_says_so(ai: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="the limit is 2047") as refusal:
+    with pytest.raises(openai.BadRequestError, match="the model takes at most 2047") as refusal:
         ai.completions.create(model=MODEL, prompt=[7] * 2048)
     assert refusal.value.code == "context_length_exceeded"
 

@@ -201,7 +201,7 @@ def test_settings_that_cannot_be_honoured(run: Run, tmp_path: Path) -> None:
     assert "tls_certificate and tls_key go together" in refused("--tls-key", "x")
     nothing = tmp_path / "nothing"
     assert "cannot be used: " in refused("--port", 0, "--tls-certificate", nothing, "--tls-key", nothing)
-    assert "10000 replicas need 10000 cores" in refused("--port", 0, "--replicas", 10_000)
+    assert "replicas is 10000, but this process may use" in refused("--port", 0, "--replicas", 10_000)
     assert "203.0.113.7" in refused("--host", "203.0.113.7")
     assert registry.deployments() == []
 

@@ -13,8 +13,8 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import AsyncEngine
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineDiedError, InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Prompt

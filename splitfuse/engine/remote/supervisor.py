@@ -1,14 +1,14 @@
-"""An engine in a process of its own.
+"""Runs an engine in a process of its own.
 
-When it dies, its requests get an error and it is started again; when it hangs, it is found, made to say where, and
-killed. The front and its event loop go on meanwhile.
+When it dies, its requests fail and it is started again. When it hangs, it is made to write its stacks, and killed. The
+front and its event loop continue meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
-import sys
 import time
 from contextlib import suppress
 
@@ -27,6 +27,8 @@ STEADY = 60.0  # seconds of life after which a death is a first one again
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
+
+_logger = logging.getLogger(__name__)
 
 
 class SubprocessEngine(LocalClient):
@@ -65,13 +67,13 @@ class SubprocessEngine(LocalClient):
 
     @property
     def pid(self) -> int | None:
-        """Of the process that lives now."""
+        """Return the id of the current process."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
         self._started = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._supervise())]
-        await asyncio.wait({self._started})  # who gives up waiting does not end it
+        await asyncio.wait({self._started})  # cancelling the wait does not end the start
         self._started.result()
 
     async def close(self) -> None:
@@ -95,33 +97,33 @@ class SubprocessEngine(LocalClient):
         self._writer.write(frame(encode(command)))
 
     async def _supervise(self) -> None:
-        """Start the process, again and again, until it is not wanted any more. If the very first one does not come up,
-        `start` raises and there is no second one: a setting that is wrong stays wrong.
+        """Start the process again and again until the client is closed. If the very first one does not come up, `start`
+        raises and there is no second one: a wrong setting stays wrong.
         """
         pause = FIRST_PAUSE
         while not self._closing:
             began = time.monotonic()
             try:
                 why = await self._live()
-            except OSError as error:  # no descriptors, no memory, no processes: there may be some later
+            except OSError as error:  # no descriptors, memory or processes now: there may be later
                 why = f"its process could not be started: {error.strerror}"
             self._die(why)
             assert self._started is not None
             if not self._started.done():
                 self._started.set_exception(_as_error(self._failure, why))
-                self._started.exception()  # whoever waited may have given up: else asyncio would complain
+                self._started.exception()  # the waiting caller may be gone: else asyncio would complain
                 return
             if self._closing:
                 return
             if time.monotonic() - began > STEADY:
                 pause = FIRST_PAUSE
-            print(f"splitfuse: the engine died: {why}; starting it again in {pause:g} s", file=sys.stderr, flush=True)
+            _logger.error("the engine died: %s; starting it again in %g s", why, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             self.num_restarts += 1
 
     async def _live(self) -> str:
-        """One life of the process; why it ended."""
+        """Run the process once; return why it ended."""
         self._failure, self._seconds_in_step = None, 0.0
         self._state, self._stage = EngineState.STARTING, Loading("starting")
         process, connection = await launch(self._config, cores=self._cores, weights=self._weights)
@@ -144,7 +146,7 @@ class SubprocessEngine(LocalClient):
         return why or f"its process ended with {_exit(process.returncode)}"
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
-        """Take in reports until there are no more; why, if that is known."""
+        """Process reports until there are no more; return the reason if it is known."""
         try:
             while True:
                 report = decode_report(await reader.readexactly(message_length(await reader.readexactly(HEADER_BYTES))))
@@ -165,28 +167,28 @@ class SubprocessEngine(LocalClient):
         except (asyncio.IncompleteReadError, ConnectionError):
             return ""
         except (ValueError, msgspec.DecodeError, SplitfuseError) as error:
-            return f"it sent what is no message: {error}"
+            return f"malformed message from the engine process: {error}"
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Kill a process that hangs: one that says nothing, or one whose pass does not end."""
+        """Kill a process that hangs: one that is silent, or one whose step does not end."""
         pause = min(self._silence_timeout, self._step_timeout, 2.0) / 4
         while True:
             slept = time.monotonic()
             await asyncio.sleep(pause)
-            if time.monotonic() - slept > pause + LONG_SILENCE:  # we were stopped: what we did not hear says nothing
+            if time.monotonic() - slept > pause + LONG_SILENCE:  # we were stopped ourselves, so silence means nothing
                 self._last_heard = time.monotonic()
             silent = time.monotonic() - self._last_heard
             if silent > self._silence_timeout:
-                why = f"its process has said nothing for {silent:.0f} s"
+                why = f"its process has been silent for {silent:.0f} s"
             elif self._seconds_in_step > self._step_timeout:
                 why = f"a step has taken {self._seconds_in_step:.0f} s"
             else:
                 continue
-            print(f"splitfuse: the engine hangs: {why}; its stacks follow", file=sys.stderr, flush=True)
+            _logger.error("the engine hangs: %s; its stacks follow", why)
             self._failure = Failed(f"it hung: {why}")
             self._die(self._failure.error)
             _signal(process, signal.SIGUSR1)
-            _signal(process, signal.SIGCONT)  # whoever stopped it: it can only write when it runs
+            _signal(process, signal.SIGCONT)  # it can only write when it runs
             await asyncio.sleep(TIME_TO_DUMP)
             _signal(process, signal.SIGKILL)
             return
@@ -209,7 +211,7 @@ def _exit(code: int | None) -> str:
 
 
 def _as_error(failure: Failed | None, why: str) -> SplitfuseError:
-    """What the engine died of, as the class that it was there."""
+    """Return the error that the engine died of, of the class that it had there."""
     kind = getattr(errors, failure.kind, None) if failure is not None and failure.kind else None
     if isinstance(kind, type) and issubclass(kind, SplitfuseError):
         return kind(why)

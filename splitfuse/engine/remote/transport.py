@@ -1,4 +1,4 @@
-"""Messages on a stream of bytes between two processes: a length of four bytes, and that many bytes of MessagePack."""
+"""Frames messages on a stream of bytes between two processes: a length of four bytes, then that many of MessagePack."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import struct
 _LENGTH = struct.Struct(">I")
 HEADER_BYTES = _LENGTH.size
 MAX_MESSAGE = 2**28
-"""Bytes. A prompt of a million tokens takes five million."""
+"""Most bytes of a message. A prompt of a million tokens takes five million."""
 
 
 def frame(message: bytes) -> bytes:
-    """A message as it goes over the wire."""
+    """Return a message as it goes over the wire."""
     return _LENGTH.pack(len(message)) + message
 
 
 def message_length(header: bytes) -> int:
-    """Of the message behind this header. Raises ValueError if no message is as long."""
+    """Return the length of the message behind this header. Raises ValueError if it is longer than any message."""
     length: int = _LENGTH.unpack(header)[0]
     if length > MAX_MESSAGE:
-        raise ValueError(f"a message of {length} bytes, of at most {MAX_MESSAGE}")
+        raise ValueError(f"the message has {length} bytes, more than the {MAX_MESSAGE} allowed")
     return length
 
 
 def receive(connection: socket.socket) -> bytes | None:
-    """The next message, waiting for it; None if the other side has gone. Raises ValueError for what is none."""
+    """Wait for the next message; return None if the other side has closed. Raises ValueError for a malformed header."""
     header = _receive_exactly(connection, HEADER_BYTES)
     return None if header is None else _receive_exactly(connection, message_length(header))
 
