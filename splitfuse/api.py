@@ -1,4 +1,4 @@
-"""The facade: `pipeline()`, with the call of DeepSpeed-MII. Its keywords are in text/kwargs.py; `serve()` and
+"""`pipeline()`: a model in this process, called as DeepSpeed-MII's. Its keywords are in text/kwargs.py; `serve()` and
 `client()` are in clients/sync.py.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
-from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
-from splitfuse.text.generation import Generation, Message, Prompt, TextGenerator, clamp_max_tokens
+from splitfuse.text.generation import Generation
+from splitfuse.text.generator import TextGenerator
 from splitfuse.text.kwargs import (
     DEFAULT_MAX_NEW_TOKENS,
     SAMPLING_KEYWORDS,
@@ -30,6 +30,7 @@ from splitfuse.text.kwargs import (
     sampling_signature,
     spelled_as_keywords,
 )
+from splitfuse.text.prompts import Message, PreparedRequest, PromptEncoder
 from splitfuse.text.responses import Piece, Response
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -39,15 +40,6 @@ OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream
 Prompts = (
     str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
 )
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A prompt and its keywords, checked and ready to run."""
-
-    prompt: Prompt
-    params: SamplingParams
-    return_full_text: bool = False
 
 
 def pipeline(
@@ -82,12 +74,19 @@ def pipeline(
 
 
 class Pipeline:
-    """Prompts in, responses out. Call it as often as you like; one thread at a time."""
+    """Answers prompts with a model in this process. Call it as often as you like, from one thread at a time.
+
+    >>> pipe = splitfuse.pipeline()
+    >>> first, second = pipe(["Once upon a time", "In a hole in the ground"], max_new_tokens=20)
+    >>> for piece in pipe("Once upon a time", stream=True):
+    ...     print(piece.text, end="")
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.generator = TextGenerator(engine, tokenizer)
+        self._encoder = PromptEncoder(tokenizer)
 
     @overload
     def __call__(self, prompts: Prompts, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...
@@ -135,47 +134,44 @@ class Pipeline:
         prepared = []
         for index, prompt in enumerate(listed):
             try:
-                encoded = self.generator.encode_chat(prompt) if chat else self.generator.encode(prompt)
+                encode = self._encoder.encode_chat if chat else self._encoder.encode
+                request = replace(encode(prompt, params), return_full_text=return_full_text)
                 with spelled_as_keywords():
-                    limited = self._with_length(params, encoded, max_length)
-                    self.generator.check(encoded, limited)
+                    request = self._with_length(request, max_length)
+                    request.check(self.engine.limits)
             except InvalidRequestError as error:
                 if len(listed) > 1:
                     error.args = (f"prompt {index}: {error}",)
                 raise
-            prepared.append(PreparedRequest(encoded, limited, return_full_text))
+            prepared.append(request)
         return prepared
 
     def run(self, requests: Sequence[PreparedRequest], *, progress: bool = False) -> Iterator[Piece]:
-        """Run prepared requests together and give their text as it comes; `Piece.index` counts `requests`.
+        """Run prepared requests together and yield their text as it comes; `Piece.index` counts `requests`.
 
-        If the caller stops listening, what is unfinished is aborted. Raises InvalidRequestError, before anything runs,
-        for a request that this model cannot honour: one prepared for another, for example.
+        If the caller stops iterating, what is unfinished is aborted. Raises InvalidRequestError, before anything runs,
+        for a request that this model cannot serve: one prepared for another, for example.
         """
         generations: list[Generation] = []
-        indices: dict[str, int] = {}
         try:
             for index, request in enumerate(requests):
-                choices = self.generator.add(request.prompt, request.params)
-                generations += choices
-                indices |= {generation.request_id: index for generation in choices}
+                generations += self.generator.add(request, index=index)
             with tqdm(total=len(generations), disable=not progress, unit="answer", file=sys.stderr) as bar:
                 for generation, text in self.generator.stream(generations):
-                    index = indices[generation.request_id]
                     response = None
                     if generation.finish_reason is not None:
                         bar.update()
-                        response = self._response(generation, index, requests[index].return_full_text)
-                    yield Piece(index, generation.choice, text, response)
+                        response = self._response(generation)
+                    yield Piece(generation.index, generation.choice, text, response)
         finally:
             for generation in generations:
                 self.generator.abort(generation)
 
-    def _with_length(self, params: SamplingParams, prompt: Prompt, max_length: int | None) -> SamplingParams:
-        """`params` with its length settled: `max_length` counts the prompt, `max_new_tokens` does not; both hold."""
-        limit, length = self.engine.max_model_len, len(prompt.token_ids)
+    def _with_length(self, request: PreparedRequest, max_length: int | None) -> PreparedRequest:
+        """Return the request with max_tokens resolved: `max_length` counts the prompt, `max_new_tokens` does not."""
+        limit, length, params = self.engine.max_model_len, len(request.token_ids), request.params
         if max_length is None:
-            return params if params.max_tokens else clamp_max_tokens(params, prompt, DEFAULT_MAX_NEW_TOKENS, limit)
+            return request if params.max_tokens else request.with_max_tokens(DEFAULT_MAX_NEW_TOKENS, limit)
         if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
             raise InvalidRequestError(
                 f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
@@ -193,22 +189,22 @@ class Pipeline:
                 f"{max_length - length} after a prompt of {length} tokens",
                 parameter="min_new_tokens",
             )
-        return clamp_max_tokens(params, prompt, params.max_tokens or max_length, max_length)
+        return request.with_max_tokens(params.max_tokens or max_length, max_length)
 
-    def _response(self, generation: Generation, index: int, return_full_text: bool) -> Response:
+    def _response(self, generation: Generation) -> Response:
         assert generation.finish_reason is not None
-        prompt, params = generation.prompt, generation.params
-        before = self.tokenizer.decode(prompt.token_ids) if return_full_text else ""
+        request, params = generation.request, generation.request.params
+        before = self.tokenizer.decode(request.token_ids) if request.return_full_text else ""
         return Response(
             generated_text=before + generation.text,
-            prompt_length=len(prompt.token_ids),
+            prompt_length=len(request.token_ids),
             generated_length=len(generation.token_ids),
             finish_reason=generation.finish_reason,
             token_ids=tuple(generation.token_ids),
             logprobs=None if params.logprobs is None else tuple(generation.logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(generation.prompt_logprobs),
             timings=generation.timings,
-            index=index,
+            index=generation.index,
             choice=generation.choice,
             stop_string=generation.stop_string,
             num_cached_tokens=generation.num_cached_tokens,

@@ -11,11 +11,10 @@ import pytest
 from readable_answers import PROMPT, READABLE, texts
 
 import splitfuse
-from splitfuse.api import PreparedRequest
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import StepPlan
 from splitfuse.errors import InvalidRequestError, PromptTooLongError
-from splitfuse.text.generation import Prompt
+from splitfuse.text.prompts import PreparedRequest
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def test_mii_fault_3_settings_may_be_mixed_in_a_batch(pipe: splitfuse.Pipeline) 
 
 def test_mii_fault_3_one_bad_request_does_not_hang_the_others(pipe: splitfuse.Pipeline) -> None:
     good, bad = pipe.prepare(PROMPT, max_new_tokens=2), pipe.prepare(PROMPT, max_new_tokens=2)
-    bad[0] = replace(bad[0], prompt=Prompt((1, 99_999)))
+    bad[0] = replace(bad[0], token_ids=(1, 99_999))
     with pytest.raises(InvalidRequestError, match="token id 99999"):
         list(pipe.run(good + bad))
     assert not pipe.engine.has_unfinished

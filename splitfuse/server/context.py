@@ -19,7 +19,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
-from splitfuse.text.service import ServedGeneration
+from splitfuse.text.generation import Generation
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -79,7 +79,7 @@ class RequestContext:
         """Owner of the key that it brought."""
         self.status: int | None = None
         """HTTP status of the answer, once that has begun."""
-        self.generations: list[ServedGeneration] = []
+        self.generations: list[Generation] = []
         self.admitted = False
         self.shows_output = True
         """False: the generated text is not part of the answer."""
@@ -108,7 +108,7 @@ class RequestContext:
         return [generation.text for generation in self.generations if self.shows_output]
 
     @property
-    def begun(self) -> list[ServedGeneration]:
+    def begun(self) -> list[Generation]:
         """Returns the choices that an engine has begun."""
         return [g for g in self.generations if g.first_step is not None or g.finish_reason is FinishReason.ERROR]
 
@@ -119,7 +119,7 @@ class RequestContext:
         for g in self.generations:
             cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
         return TokenCounts(
-            prompt=sum(len(g.prompt.token_ids) for g in self.generations if g.choice == 0),
+            prompt=sum(len(g.request.token_ids) for g in self.generations if g.choice == 0),
             generated=sum(len(g.token_ids) for g in self.generations) if self.shows_output else 0,
             cached=sum(cached.values()),
         )
@@ -135,7 +135,7 @@ class RequestContext:
         return self._left if 0 < len(self.generations) == self._num_left else math.inf
 
     @property
-    def last(self) -> ServedGeneration | None:
+    def last(self) -> Generation | None:
         """Returns, of the choices that an engine has had, the one that ended last."""
         return max((g for g in self.generations if g.stream is not None), key=lambda g: g.left, default=None)
 

@@ -24,8 +24,9 @@ from splitfuse.server.context import OPENAI, Dialect, RequestContext, TokenCount
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.server.validation import Body
-from splitfuse.text.generation import Message, Prompt, clamp_max_tokens
-from splitfuse.text.service import ServedGeneration, TextService
+from splitfuse.text.generation import Generation
+from splitfuse.text.prompts import Message, PreparedRequest
+from splitfuse.text.service import TextService
 
 MANY_ENTRIES = 4096
 """Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
@@ -86,22 +87,22 @@ class GenerationRequest:
     include_output: bool = True
     """Whether the generated text is a part of the answer."""
 
-    async def encode(self, service: TextService) -> list[Prompt]:
-        """Returns the prompts as token ids. Raises InvalidRequestError."""
+    async def encode(self, service: TextService) -> list[PreparedRequest]:
+        """Returns a request for each prompt. Raises InvalidRequestError."""
         if self.messages is not None:
-            return [await service.encode_chat(self.messages, variables=self.chat_template_kwargs)]
-        return [await service.encode(prompt) for prompt in self.prompts]
+            return [await service.encode_chat(self.messages, self.params, variables=self.chat_template_kwargs)]
+        return [await service.encode(prompt, self.params) for prompt in self.prompts]
 
 
 class Responder(ABC):
     """Writes the answer to one request: `whole`, or as `events` and `last_events`. Each event is an object for JSON."""
 
     @abstractmethod
-    def whole(self, generations: Sequence[ServedGeneration], counts: TokenCounts, timing: Timing | None) -> Any:
+    def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
         """Returns the answer; `generations` have ended and come in the order of prompts and choices."""
 
     @abstractmethod
-    def events(self, generation: ServedGeneration, text: str) -> Iterable[Any]:
+    def events(self, generation: Generation, text: str) -> Iterable[Any]:
         """Yield the events for `text`, which is new in a generation, or for its end."""
 
     @abstractmethod
@@ -117,13 +118,13 @@ async def generate(state: AppState, context: RequestContext, request: Generation
 
 async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
     service = state.service
-    encoded = await request.encode(service)
-    prompts = [(prompt, _with_length(state, prompt, request)) for prompt in encoded]
-    num_tokens = sum((len(prompt.token_ids) + (params.max_tokens or 0)) * params.n for prompt, params in prompts)
-    with state.admission.admit(num_tokens, sum(params.n for _, params in prompts)):
+    prepared = [_checked(state, each, request.default_max_tokens) for each in await request.encode(service)]
+    n = request.params.n
+    num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
+    with state.admission.admit(num_tokens, len(prepared) * n):
         context.admitted = True
-        context.generations = service.begin(prompts, request_id=context.unique_id)
-        is_large = sum(_num_entries(prompt, params) for prompt, params in prompts) > MANY_ENTRIES
+        context.generations = service.begin(prepared, request_id=context.unique_id)
+        is_large = sum(map(_num_entries, prepared)) > MANY_ENTRIES
         made = service.off_loop if is_large else _at_once
         each_token = request.stream and request.each_token
         state.explanations.begin(context)
@@ -150,19 +151,17 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
             await context.answer(whole)
 
 
-def _with_length(state: AppState, prompt: Prompt, request: GenerationRequest) -> SamplingParams:
-    """Returns the parameters with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
-    params = request.params
-    if params.max_tokens is None:
-        limits = state.service.client.info.limits
+def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
+    """Returns a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
+    limits = state.service.client.info.limits
+    if prepared.params.max_tokens is None:
         limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
-        most = limit if request.default_max_tokens is None else request.default_max_tokens
-        params = clamp_max_tokens(params, prompt, most, limit)
-    state.service.check(prompt, params)
-    return params
+        prepared = prepared.with_max_tokens(limit if default_max_tokens is None else default_max_tokens, limit)
+    prepared.check(limits)
+    return prepared
 
 
-def _failure(generation: ServedGeneration) -> SplitfuseError:
+def _failure(generation: Generation) -> SplitfuseError:
     """Returns the reason why a generation has failed."""
     reason, retry_after = generation.error or "it was ended", generation.retry_after
     if retry_after is None:
@@ -172,10 +171,11 @@ def _failure(generation: ServedGeneration) -> SplitfuseError:
     return LateError(reason, retry_after=retry_after)
 
 
-def _num_entries(prompt: Prompt, params: SamplingParams) -> int:
+def _num_entries(prepared: PreparedRequest) -> int:
     """Returns the most log-probabilities that an answer can have."""
+    params = prepared.params
     generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)
-    echoed = 0 if params.prompt_logprobs is None else len(prompt.token_ids) * (params.prompt_logprobs + 1)
+    echoed = 0 if params.prompt_logprobs is None else len(prepared.token_ids) * (params.prompt_logprobs + 1)
     return (generated + echoed) * params.n
 
 

@@ -1,54 +1,39 @@
-"""Text in, text out over an engine: encode, run, detokenize, watch for stop strings, account.
+"""The text of one answer as its tokens come: detokenize, watch for stop strings, keep times.
 
-Every text a person reads comes from here, whether through a pipeline, the command line or a server. One Generation per
-choice keeps all state of its text: nothing is shared between requests.
+Every text that a caller reads comes from here, whether through a pipeline, the command line or a server. One Generation
+per choice holds all state of its text: requests share nothing.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.errors import InvalidRequestError
-from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.engine.client import Stream
+from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Timings
 from splitfuse.text.stop_strings import StopStrings
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
-if TYPE_CHECKING:
-    from splitfuse.engine.engine import Engine
-
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What goes into the engine, and whether the answer continues the prompt's text or stands alone (as in a chat)."""
-
-    token_ids: tuple[int, ...]
-    continues: bool = True
-
 
 class Generation:
-    """One choice of one request, as it grows: the text that may be shown, the tokens behind it, and how it ended."""
+    """Grows one choice of a request: the text that may be shown, the tokens behind it, and how it ended."""
 
     def __init__(
         self,
         request_id: str,
-        prompt: Prompt,
-        params: SamplingParams,
+        request: PreparedRequest,
         tokenizer: Tokenizer,
         *,
+        index: int = 0,
         choice: int = 0,
     ) -> None:
         self.request_id = request_id
-        self.prompt = prompt
-        self.params = params
+        self.request = request
+        self.index = index
+        """Position of the prompt in a call with several."""
         self.choice = choice
         self.text = ""
         self.token_ids: list[int] = []
@@ -57,20 +42,44 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
         self.error: str | None = None
-        self.retry_after: float | None = None  # it was not taken: seconds after which it may be
-        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache
+        self.retry_after: float | None = None
+        """Seconds after which a request that was refused may be accepted; infinity for never."""
+        self.num_cached_tokens = 0
+        """Number of prompt tokens found in the prefix cache."""
+        self.num_steps = 0
+        """Number of steps that computed a part of the request."""
+        self.slo_met: bool | None = None
+        """Whether the SLO was met so far; None without an SLO."""
         self.timings = Timings(time.monotonic())
-        context = prompt.token_ids if prompt.continues else ()
+        self.sent: float | None = None
+        """Time at which it went to the engine, on the clock of `timings`."""
+        self.first_step: float | None = None
+        """Time at which its first step began, on the same clock."""
+        self.stream: Stream | None = None
+        """Stream of its outputs, if the engine is behind an EngineClient."""
+        self.detokenizing = 0.0
+        """Seconds spent on its text since the engine ended it."""
+        context = request.token_ids if request.continues else ()
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context)
-        self._stop_strings = StopStrings(params.stop)
-        self._num_taken = 0  # characters of `text` that `take` has given out
+        self._stop_strings = StopStrings(request.params.stop)
+        self._num_taken = 0  # characters of `text` that `take` has returned
+        self._num_ids_taken = 0  # tokens that `take_ids` has returned
         self._unwatched = 0  # characters of the first min_tokens tokens, in which stop strings do not count
 
+    @property
+    def left(self) -> float:
+        """Return the time at which nothing more was to come from the engine, or was wanted; infinity until then."""
+        if self.stream is not None:
+            return self.stream.left
+        return math.inf if self.timings.finished is None else self.timings.finished
+
     def push(self, output: RequestOutput) -> None:
-        """Take in what a step gave. If a stop string is now complete, `finish_reason` is set to STOP here, and
-        `token_ids`, `logprobs` and `timings` end with the token that completed the text before it.
+        """Process the output of a step. If it completes a stop string, `finish_reason` becomes STOP, and `token_ids`,
+        `logprobs` and `timings` end with the token that completed the text before it.
         """
         now = time.monotonic()
+        self.num_steps += 1
+        self.slo_met = output.slo_met
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
@@ -83,22 +92,44 @@ class Generation:
             self.text += self._rest()
         if self.finish_reason is not None:
             self.timings.finished = now
+        if self.stream is not None and self.stream.left <= now:
+            self.detokenizing += time.monotonic() - now
 
     def end(self, reason: FinishReason) -> None:
-        """The request was ended from outside: add what was still held back."""
+        """End it with the text that was held back, after its request was ended from outside."""
         self.finish_reason, self.timings.finished = reason, time.monotonic()
         self.text += self._rest()
 
     def take(self) -> str:
-        """The text that has come since the last call."""
+        """Return the text that has come since the last call."""
         new = self.text[self._num_taken :]
         self._num_taken = len(self.text)
         return new
 
+    @property
+    def num_released(self) -> int:
+        """Return the number of tokens that surely are part of the answer: those behind its text, at the end all."""
+        if self.finish_reason is not None:
+            return len(self.token_ids)
+        return min(self._detokenizer.num_tokens(len(self.text)), len(self.token_ids))
+
+    def take_ids(self) -> list[int]:
+        """Return the tokens that have become part of the answer since the last call; the text of the last ones may
+        still be held back.
+        """
+        start = self._num_ids_taken
+        self._num_ids_taken = self.num_released if self.request.params.stop else len(self.token_ids)
+        return self.token_ids[start : self._num_ids_taken]
+
+    def offsets(self, start: int, end: int) -> list[int]:
+        """Return, for tokens `start` to `end` - 1, the number of characters of the answer before each."""
+        lengths = self._detokenizer.lengths
+        return [lengths[i - 1] if i else 0 for i in range(start, end)]
+
     def _watch(self, token_id: int) -> str:
-        """The text that one more token releases."""
+        """Return the text that one more token releases."""
         text = self._detokenizer.push([token_id])
-        if len(self._detokenizer.lengths) <= self.params.min_tokens:
+        if len(self._detokenizer.lengths) <= self.request.params.min_tokens:
             self._unwatched += len(text)
             return text
         released, self.stop_string = self._stop_strings.push(text)
@@ -117,117 +148,9 @@ class Generation:
         return released + self._stop_strings.finish()
 
     def _stop(self) -> None:
-        """End with the text before the stop string, and with the tokens that it takes."""
+        """End with the text before the stop string and the tokens that make it."""
         self.finish_reason = FinishReason.STOP
         count = self._detokenizer.num_tokens(self._unwatched + self._stop_strings.length)
-        count = max(count, self.params.min_tokens)
+        count = max(count, self.request.params.min_tokens)
         for items in (self.token_ids, self.logprobs, self.timings.tokens):
             del items[count:]
-
-
-class TextGenerator:
-    """Prompts to generations over one engine, many at once. One thread."""
-
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self._generations: dict[str, Generation] = {}  # unfinished
-        self._news: dict[str, Generation] = {}  # those with something to tell to whoever streams them
-        self._num_requests = 0
-
-    def encode(self, prompt: str | Sequence[int]) -> Prompt:
-        """A prompt of text or of token ids. Raises InvalidRequestError if it is neither, or empty."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequestError(
-                    "the prompt is empty: it must have at least one character", parameter="prompt"
-                )
-            return Prompt(self.tokenizer.encode(prompt))
-        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
-        if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-            return Prompt(tuple(prompt))
-        raise InvalidRequestError(f"a prompt is a text or a list of token ids, not {prompt!r:.80}", parameter="prompt")
-
-    def encode_chat(self, messages: str | Sequence[Message]) -> Prompt:
-        """A conversation, or a single user's turn, through the model's chat template. Raises InvalidRequestError."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        template = ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
-        return Prompt(self.tokenizer.encode(template.render(messages), add_special_tokens=False), continues=False)
-
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """Raise InvalidRequestError if `add` would."""
-        self.engine.check_request(prompt.token_ids, params)
-
-    def add(self, prompt: Prompt, params: SamplingParams) -> list[Generation]:
-        """Accept a request: one Generation for each of its `params.n` choices. Raises InvalidRequestError, and
-        nothing is changed, if it cannot be honoured.
-        """
-        generations: list[Generation] = []
-        number, self._num_requests = self._num_requests, self._num_requests + 1
-        try:
-            for choice in range(params.n):
-                request_id = f"text-{number}.{choice}"
-                self.engine.add_request(request_id, prompt.token_ids, params, choice=choice)
-                generations.append(Generation(request_id, prompt, params, self.tokenizer, choice=choice))
-        except InvalidRequestError:
-            for generation in generations:
-                self.engine.abort(generation.request_id)
-            raise
-        self._generations |= {generation.request_id: generation for generation in generations}
-        return generations
-
-    def stream(self, generations: Iterable[Generation]) -> Iterator[tuple[Generation, str]]:
-        """Run until all of these have ended: each with its new text, step by step; a last one when it ends, perhaps
-        empty. Several streams may take turns: a step for one is a step for all.
-
-        If the caller stops listening, by an error or Ctrl-C too, what is unfinished is aborted and its blocks are free.
-        """
-        awaited = {
-            g.request_id: g for g in generations if g.request_id in self._generations or g.request_id in self._news
-        }
-        try:
-            while awaited:
-                for request_id in [name for name in self._news if name in awaited]:
-                    generation = self._news.pop(request_id)
-                    if generation.finish_reason is not None:
-                        del awaited[request_id]
-                    yield generation, generation.take()
-                if awaited:
-                    self._step()
-        finally:
-            for generation in awaited.values():
-                self.abort(generation)
-
-    def _step(self) -> None:
-        for output in self.engine.step():
-            generation = self._generations.get(output.request_id)
-            if generation is None:
-                continue
-            length = len(generation.text)
-            generation.push(output)
-            if generation.finish_reason is not None:
-                del self._generations[generation.request_id]
-                if output.finish_reason is None:  # a stop string: only we can see it
-                    count = len(generation.token_ids)
-                    self.engine.finish(generation.request_id, FinishReason.STOP, num_tokens=count)
-            if len(generation.text) > length or generation.finish_reason is not None:
-                self._news[generation.request_id] = generation
-        for request_id in [name for name in self._generations if not self.engine.is_unfinished(name)]:
-            generation = self._news[request_id] = self._generations.pop(request_id)
-            generation.end(FinishReason.ABORT)  # by somebody who spoke to the engine directly
-
-    def abort(self, generation: Generation) -> None:
-        """End a generation that nobody waits for any more. One that has ended is left as it is."""
-        self.engine.abort(generation.request_id)
-        self._news.pop(generation.request_id, None)
-        if self._generations.pop(generation.request_id, None):
-            generation.end(FinishReason.ABORT)
-
-
-def clamp_max_tokens(params: SamplingParams, prompt: Prompt, most: int, limit: int) -> SamplingParams:
-    """`params` with max_tokens set to `most`, or to what a model of `limit` tokens leaves after the prompt if that is
-    less.
-    """
-    room = max(limit - len(prompt.token_ids), 1)
-    return replace(params, max_tokens=max(min(most, room), params.min_tokens))

@@ -121,5 +121,5 @@ def test_a_stream_of_what_has_ended_ends(model: LoadedModel) -> None:
 
 
 def test_more_min_tokens_than_there_is_room_for_are_refused(model: LoadedModel) -> None:
-    with pytest.raises(splitfuse.InvalidRequestError, match="min_tokens 500 and a prompt of 3 tokens"):
+    with pytest.raises(splitfuse.InvalidRequestError, match="min_tokens 500 with a prompt of 3 tokens"):
         Engine(CONFIG, model).add_request("a", [1, 2, 3], splitfuse.SamplingParams(min_tokens=500))

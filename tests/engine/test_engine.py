@@ -88,7 +88,7 @@ def generate(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
             id="max",
         ),
         pytest.param(
-            [1, VOCAB], {}, "prompt", f"prompt has the token id {VOCAB}; .* from 0 to {VOCAB - 1}", id="vocab"
+            [1, VOCAB], {}, "prompt", f"prompt has the token id {VOCAB}, .* from 0 to {VOCAB - 1}", id="vocab"
         ),
         pytest.param([-1], {}, "prompt", "prompt has the token id -1", id="negative"),
         pytest.param([True], {}, "prompt", "prompt has the token id True", id="bool"),

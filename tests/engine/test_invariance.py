@@ -12,7 +12,7 @@ from forced_preemption import force_preemptions
 from stories import make_story
 
 import splitfuse
-from splitfuse.api import PreparedRequest
+from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
 
 NUM_REQUESTS = 200

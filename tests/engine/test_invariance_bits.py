@@ -21,7 +21,7 @@ from stories import make_story
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import splitfuse
-from splitfuse.api import PreparedRequest
+from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
 
 MANY, SOME, FEW = 500, 100, 20

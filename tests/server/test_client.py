@@ -245,7 +245,7 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
         ({"max_new_token": 1}, InvalidRequestError, "did you mean 'max_new_tokens'"),
         ({"prompt_logprobs": 1}, InvalidRequestError, "unknown keyword 'prompt_logprobs'"),
         ({"temperature": -1}, InvalidRequestError, "temperature must be a number from 0"),
-        ({"max_new_tokens": 5000}, InvalidRequestError, "max_new_tokens 5000 and a prompt of .* max_new_tokens can be"),
+        ({"max_new_tokens": 5000}, InvalidRequestError, "max_new_tokens 5000 with .* max_new_tokens can be"),
         ({"max_length": 2}, PromptTooLongError, "max_length 2 leaves nothing"),
         ({"max_length": 5000}, InvalidRequestError, "max_length 5000 exceeds the model's 2048"),
         ({"max_length": 0}, InvalidRequestError, "max_length must be a whole number"),

@@ -12,7 +12,9 @@ import splitfuse
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
-from splitfuse.text.generation import Generation, TextGenerator
+from splitfuse.text.generation import Generation
+from splitfuse.text.generator import TextGenerator
+from splitfuse.text.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def params(**changes: Any) -> SamplingParams:
 
 
 def add(generator: TextGenerator, **changes: Any) -> list[Generation]:
-    return generator.add(generator.encode(PROMPT), params(**changes))
+    return generator.add(PromptEncoder(generator.tokenizer).encode(PROMPT, params(**changes)))
 
 
 def run(generator: TextGenerator, **changes: Any) -> Generation:
@@ -239,7 +241,7 @@ def test_leaving_one_stream_does_not_touch_another(generator: TextGenerator, fre
 @pytest.mark.parametrize("prompt", ["", 5, None, [1, "a"], [True], [1.0], {"role": "user"}, b"text"])
 def test_what_is_no_prompt_is_refused(generator: TextGenerator, prompt: Any) -> None:
     with pytest.raises(InvalidRequestError, match="prompt") as refusal:
-        generator.encode(prompt)
+        PromptEncoder(generator.tokenizer).encode(prompt)
     assert refusal.value.parameter == "prompt"
 
 
@@ -249,8 +251,9 @@ def test_a_refused_request_leaves_nothing_behind(generator: TextGenerator) -> No
 
 
 def test_a_conversation_goes_through_the_models_template(generator: TextGenerator) -> None:
-    turn = generator.encode_chat("Hello")
-    assert turn == generator.encode_chat([{"role": "user", "content": "Hello"}])
-    assert not turn.continues and turn.token_ids != generator.encode("Hello").token_ids
+    encoder = PromptEncoder(generator.tokenizer)
+    turn = encoder.encode_chat("Hello")
+    assert turn == encoder.encode_chat([{"role": "user", "content": "Hello"}])
+    assert not turn.continues and turn.token_ids != encoder.encode("Hello").token_ids
     with pytest.raises(InvalidRequestError, match="the roles of this model are"):
-        generator.encode_chat([{"role": "nobody", "content": "Hello"}])
+        encoder.encode_chat([{"role": "nobody", "content": "Hello"}])

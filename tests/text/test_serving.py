@@ -17,8 +17,9 @@ from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineDiedError, InvalidRequestError
 from splitfuse.models.sources.hub import open_model
-from splitfuse.text.generation import Prompt
-from splitfuse.text.service import ServedGeneration, TextService, merged
+from splitfuse.text.generation import Generation
+from splitfuse.text.prompts import PreparedRequest
+from splitfuse.text.service import TextService, merged
 from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -57,9 +58,13 @@ async def wait_until_empty(client: AsyncEngine, engine: Engine) -> None:
             await asyncio.sleep(0.002)
 
 
-async def read(pieces: AsyncGenerator[tuple[ServedGeneration, str], None]) -> dict[int, tuple[str, ServedGeneration]]:
+def generate(service: TextService, request: PreparedRequest) -> AsyncGenerator[tuple[Generation, str], None]:
+    return service.run(service.begin([request], request_id="r"))
+
+
+async def read(pieces: AsyncGenerator[tuple[Generation, str], None]) -> dict[int, tuple[str, Generation]]:
     """Of each choice the text of all pieces, and the generation."""
-    texts: dict[int, tuple[str, ServedGeneration]] = {}
+    texts: dict[int, tuple[str, Generation]] = {}
     async for generation, text in pieces:
         texts[generation.choice] = (texts.get(generation.choice, ("",))[0] + text, generation)
     return texts
@@ -70,9 +75,7 @@ def test_a_generation_is_what_pipeline_gives(pipe: splitfuse.Pipeline, stop: tup
     params = SamplingParams(max_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
 
     async def work(service: TextService) -> None:
-        prompt = await service.encode(PROMPT)
-        service.check(prompt, params)
-        answers = await read(service.generate(prompt, params, request_id="r"))
+        answers = await read(generate(service, await service.encode(PROMPT, params)))
         alone = pipe(PROMPT, max_new_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
         for response in alone:
             text, generation = answers[response.choice]
@@ -91,8 +94,8 @@ def test_a_chat_is_what_pipeline_gives(pipe: splitfuse.Pipeline) -> None:
     messages = [{"role": "user", "content": "Tell me of Anna."}]
 
     async def work(service: TextService) -> None:
-        prompt = await service.encode_chat(messages)
-        answers = await read(service.generate(prompt, SamplingParams(max_tokens=20), request_id="r"))
+        prompt = await service.encode_chat(messages, SamplingParams(max_tokens=20))
+        answers = await read(generate(service, prompt))
         (alone,) = pipe([messages], chat=True, max_new_tokens=20)
         assert answers[0][0] == alone.generated_text and len(prompt.token_ids) == alone.prompt_length
 
@@ -103,7 +106,7 @@ def test_a_prompt_in_several_steps_counts_them() -> None:
     async def work(service: TextService) -> None:
         limit = service.client.info.max_num_batched_tokens
         length = 2 * limit + 5
-        answers = await read(service.generate(Prompt((7,) * length), SamplingParams(max_tokens=3), request_id="r"))
+        answers = await read(generate(service, PreparedRequest((7,) * length, SamplingParams(max_tokens=3))))
         (_, generation) = answers[0]
         assert generation.num_steps == 3 + 2 and generation.first_step is not None
         assert generation.first_step < generation.timings.tokens[0]
@@ -115,7 +118,7 @@ def test_a_prompt_in_several_steps_counts_them() -> None:
 def test_closing_aborts_every_choice(n: int) -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=n, temperature=1.0)
-        generations = service.begin([(await service.encode(PROMPT), params)], request_id="r")
+        generations = service.begin([await service.encode(PROMPT, params)], request_id="r")
         async with aclosing(service.run(generations)) as pieces:
             async for _ in pieces:
                 break
@@ -130,7 +133,7 @@ def test_cancelling_aborts_too() -> None:
         started = asyncio.Event()
 
         async def reading() -> None:
-            async with aclosing(service.generate(await service.encode(PROMPT), params, request_id="r")) as pieces:
+            async with aclosing(generate(service, await service.encode(PROMPT, params))) as pieces:
                 async for _ in pieces:
                     started.set()
 
@@ -145,11 +148,11 @@ def test_cancelling_aborts_too() -> None:
 
 def test_a_refused_choice_ends_the_others() -> None:
     async def work(service: TextService) -> None:
-        good, bad = Prompt((7,) * 10), Prompt((7,) * 3000)
         params = SamplingParams(max_tokens=1900, ignore_eos=True)
+        good, bad = PreparedRequest((7,) * 10, params), PreparedRequest((7,) * 3000, params)
         with pytest.raises(InvalidRequestError):
-            service.check(bad, params)
-        generations = service.begin([(good, params), (bad, params)], request_id="r")
+            bad.check(service.client.info.limits)
+        generations = service.begin([good, bad], request_id="r")
         with pytest.raises(InvalidRequestError, match="the prompt has 3000 tokens"):
             async for _ in service.run(generations):
                 pass
@@ -161,7 +164,7 @@ def test_an_engine_that_is_closed_ends_all() -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
         with pytest.raises(EngineDiedError):
-            async for _ in service.generate(await service.encode(PROMPT), params, request_id="r"):
+            async for _ in generate(service, await service.encode(PROMPT, params)):
                 await service.client.close()
 
     async def run() -> None:

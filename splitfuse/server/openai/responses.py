@@ -18,7 +18,7 @@ from splitfuse.server.context import TokenCounts
 from splitfuse.server.dialect import Responder
 from splitfuse.server.explain import Timing
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
-from splitfuse.text.service import ServedGeneration
+from splitfuse.text.generation import Generation
 from splitfuse.text.token_text import TokenPiece, TokenPieces
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
@@ -184,9 +184,9 @@ class OpenAIResponder(Responder):
         self._piece = pieces.of
         self._n = request.n or 1
         self._include_usage = request.include_usage
-        self._num_told: dict[ServedGeneration, int] = {}  # tokens whose logprobs are out
+        self._num_told: dict[Generation, int] = {}  # tokens whose logprobs are out
 
-    def whole(self, generations: Sequence[ServedGeneration], counts: TokenCounts, timing: Timing | None) -> Any:
+    def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
         """See Responder."""
         return self._make(self.whole_type, list(map(self._whole_choice, generations)), Usage.of(counts), timing)
 
@@ -196,7 +196,7 @@ class OpenAIResponder(Responder):
             yield self._make(self.event_type, [], Usage.of(counts) if self._include_usage else UNSET, timing)
 
     @abstractmethod
-    def _whole_choice(self, generation: ServedGeneration) -> Any:
+    def _whole_choice(self, generation: Generation) -> Any:
         """Returns a choice that has ended."""
 
     def _event(self, choice: Any) -> Any:
@@ -206,10 +206,10 @@ class OpenAIResponder(Responder):
         head, told = self._heading, UNSET if timing is None else timing
         return kind(head.id, head.created, head.model, choices, usage=usage, splitfuse_timing=told)
 
-    def _index(self, generation: ServedGeneration) -> int:
+    def _index(self, generation: Generation) -> int:
         return generation.index * self._n + generation.choice
 
-    def _untold(self, generation: ServedGeneration) -> range:
+    def _untold(self, generation: Generation) -> range:
         """Returns the tokens, by number, that are final and were not told yet, and marks them as told."""
         start = self._num_told.get(generation, 0)
         self._num_told[generation] = max(start, generation.num_released)
@@ -235,18 +235,18 @@ class CompletionResponder(OpenAIResponder):
         self._hides_output = request.max_tokens == 0
         self._returns_ids = bool(request.return_token_ids)
         self._prompts = prompts
-        self._echoed: dict[ServedGeneration, str] = {}
+        self._echoed: dict[Generation, str] = {}
 
-    def events(self, generation: ServedGeneration, text: str) -> Iterable[Completion]:
+    def events(self, generation: Generation, text: str) -> Iterable[Completion]:
         """See Responder."""
         choice = self._choice(generation, text)
         if choice.text or choice.finish_reason or choice.token_ids:
             yield self._event(choice)
 
-    def _whole_choice(self, generation: ServedGeneration) -> CompletionChoice:
+    def _whole_choice(self, generation: Generation) -> CompletionChoice:
         return self._choice(generation, generation.text)
 
-    def _choice(self, generation: ServedGeneration, text: str) -> CompletionChoice:
+    def _choice(self, generation: Generation, text: str) -> CompletionChoice:
         before, entries = "", _Entries(self._piece, self._logprobs or 0)
         is_first = generation not in self._num_told
         told = self._untold(generation)
@@ -266,12 +266,12 @@ class CompletionResponder(OpenAIResponder):
             ids = [] if self._hides_output else generation.take_ids()
         return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation), ids)
 
-    def _prompt_text(self, generation: ServedGeneration) -> str:
+    def _prompt_text(self, generation: Generation) -> str:
         prompt = self._prompts[generation.index]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _add_prompt(self, entries: _Entries, generation: ServedGeneration) -> None:
-        token_ids = generation.prompt.token_ids
+    def _add_prompt(self, entries: _Entries, generation: Generation) -> None:
+        token_ids = generation.request.token_ids
         detokenizer = Detokenizer(self._tokenizer)
         detokenizer.push(token_ids)
         offsets = [0, *detokenizer.lengths]
@@ -323,7 +323,7 @@ class ChatResponder(OpenAIResponder):
         self._logprobs = bool(request.logprobs)
         self._num_top = request.top_logprobs or 0
 
-    def events(self, generation: ServedGeneration, text: str) -> Iterable[ChatCompletionChunk]:
+    def events(self, generation: Generation, text: str) -> Iterable[ChatCompletionChunk]:
         """See Responder."""
         index = self._index(generation)
         if generation not in self._num_told:
@@ -334,13 +334,13 @@ class ChatResponder(OpenAIResponder):
         if ended_by := _ended_by(generation):
             yield self._event(ChatChunkChoice(index, Delta(), None, ended_by))
 
-    def _whole_choice(self, generation: ServedGeneration) -> ChatChoice:
+    def _whole_choice(self, generation: Generation) -> ChatChoice:
         ended_by = _ended_by(generation)
         assert ended_by is not None
         message = AssistantMessage(generation.text)
         return ChatChoice(self._index(generation), message, self._new_logprobs(generation), ended_by)
 
-    def _new_logprobs(self, generation: ServedGeneration) -> ChatLogprobs | None:
+    def _new_logprobs(self, generation: Generation) -> ChatLogprobs | None:
         told = self._untold(generation)
         if not self._logprobs:
             return None
@@ -356,7 +356,7 @@ class ChatResponder(OpenAIResponder):
         return TopLogprob(piece.text, _finite(logprob), list(piece.utf8))
 
 
-def _ended_by(generation: ServedGeneration) -> EndedBy | None:
+def _ended_by(generation: Generation) -> EndedBy | None:
     """Returns how a generation that has not failed has ended, if it has."""
     if generation.finish_reason is None:
         return None
