@@ -159,8 +159,8 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
     assert load_cost_model(settings).cost.error is not None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
     request = second.scheduler.get("a")
-    assert request is not None and request.targets == SloTargets(None, 0.25, ttft_per_token=0.002)
-    assert request.due == pytest.approx(request.arrival_time + 0.2)
+    assert request is not None and request.slo.targets == SloTargets(None, 0.25, ttft_per_token=0.002)
+    assert request.slo.deadline == pytest.approx(request.slo.arrival_time + 0.2)
     outputs = []
     while second.has_unfinished:
         outputs += second.step()
