@@ -1,1 +1,1 @@
-"""WHAT to compute: requests, plans, blocks and the scheduler. No torch, no I/O, no clock."""
+"""Decides what to compute: requests, policies, plans, KV blocks, SLOs. Needs the standard library alone."""

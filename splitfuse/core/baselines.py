@@ -1,4 +1,4 @@
-"""Other ways to compose a step, to compare Dynamic SplitFuse with on the same engine; nothing serves with them.
+"""Composes steps in other ways, to compare Dynamic SplitFuse with on the same engine; nothing serves with them.
 
     splitfuse       core/policy.py: prompts are split, and fused with the decodes, to fill the budget
     prefill-first   vLLM of 2023: waiting prompts run first, whole and among themselves; decodes when none can start
@@ -22,7 +22,7 @@ from splitfuse.errors import ConfigError, did_you_mean
 
 
 class PrefillFirst(Fcfs):
-    """Prompts stall the decodes: whenever one can start, a step has prompts alone."""
+    """Stalls decodes for prompts: whenever one can start, a step has prompts alone."""
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
@@ -33,7 +33,7 @@ class PrefillFirst(Fcfs):
 
 
 class Orca(Fcfs):
-    """Every step has all decodes, and the prompts that can start: it is as long as these make it."""
+    """Gives every step all decodes, and the prompts that can start: it is as long as these make it."""
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
@@ -43,7 +43,7 @@ class Orca(Fcfs):
 
 
 class Static(Fcfs):
-    """A request which arrives while a batch runs waits for the end of its longest.
+    """Lets a request which arrives while a batch runs wait for the end of its longest.
 
     A batch is as many waiting requests as there are sequence slots, and blocks for all that they may generate; so none
     of it is ever preempted. Requests that have ended are not computed on, which real static batches do: this is their

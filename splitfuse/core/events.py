@@ -1,4 +1,4 @@
-"""Events of an engine: what each step was, and what became of each request. For metrics, traces, latency accounting.
+"""Tells listeners what each step was and what became of each request: for metrics, traces, latency accounting.
 
     def on_step(step: StepRecord) -> None:
         print(step.plan.num_tokens, "tokens in", step.measured_seconds, "s")
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step whose results are back. All times are seconds on the clock of the scheduler's caller."""
+    """Records one step whose results are back. All times are seconds on the clock of the scheduler's caller."""
 
     plan: StepPlan
     result: StepResult
@@ -40,11 +40,12 @@ class StepRecord:
 
     @property
     def measured_seconds(self) -> float:
+        """Returns how long the step took."""
         return self.end_time - self.start_time
 
 
 class StepScheduled(NamedTuple):
-    """A step has been composed, and will run when those in flight have ended."""
+    """Tells that a step has been composed; it will run when those in flight have ended."""
 
     plan: StepPlan
     builder: StepBuilder
@@ -56,7 +57,7 @@ class StepScheduled(NamedTuple):
 
 
 class RequestAdded(NamedTuple):
-    """The scheduler has accepted a request."""
+    """Tells that the scheduler has accepted a request."""
 
     request: Request
     sent_time: float
@@ -65,20 +66,20 @@ class RequestAdded(NamedTuple):
 
 
 class RequestStarted(NamedTuple):
-    """The first chunk of a request has been scheduled."""
+    """Tells that the first chunk of a request has been scheduled."""
 
     request: Request
     time: float
 
 
 class RequestPreempted(NamedTuple):
-    """A request is about to lose its blocks and wait again."""
+    """Tells that a request is about to lose its blocks and wait again."""
 
     request: Request
 
 
 class RequestFinished(NamedTuple):
-    """A request has ended, for `request.finish_reason`."""
+    """Tells that a request has ended, for `request.finish_reason`."""
 
     request: Request
     time: float

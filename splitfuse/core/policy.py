@@ -1,7 +1,7 @@
-"""Scheduling policies: which requests claim tokens of the next step, and in which order.
+"""Decides which requests claim tokens of the next step, and in which order.
 
-`SchedulingPolicy.compose` is Dynamic SplitFuse; what distinguishes policies of it is the order of claims and the choice
-of whom to preempt. `Fcfs` is the default; `DeadlinePolicy` (core/slo/deadline_policy.py) meets SLOs; core/baselines.py
+`SchedulingPolicy.compose` is Dynamic SplitFuse; its policies differ in the order of claims and in the choice of the
+request to preempt. `Fcfs` is the default; `DeadlinePolicy` (core/slo/deadline_policy.py) meets SLOs; core/baselines.py
 has other ways to compose a step, for comparison.
 """
 
@@ -25,8 +25,8 @@ _by_queue_key = attrgetter("queue_key")
 
 @dataclass(frozen=True)
 class ClaimOrder:
-    """The claims on one step. `urgent` ones are bound by the token budget alone; `others` come after them, and get what
-    keeps the step within `max_seconds`.
+    """Lists the claims on one step. `urgent` ones are bound by the token budget alone; `others` come after them, and
+    get what keeps the step within `max_seconds`.
     """
 
     urgent: Sequence[Request]
@@ -73,7 +73,7 @@ class SchedulingPolicy(ABC):
 
     @abstractmethod
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Returns the request which loses its blocks to `than`; None if none has to. Never the oldest of all."""
+        """Returns the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
 
     def check_admission(
         self,
@@ -92,8 +92,8 @@ class SchedulingPolicy(ABC):
 
 
 class Fcfs(SchedulingPolicy):
-    """First come, first served within each priority and fair share: decodes, then prefills in progress, then waiting
-    requests.
+    """Serves first come, first served within each priority and fair share: decodes, then prefills in progress, then
+    waiting requests.
     """
 
     def __init__(self, *, tail_share: float = TAIL_SHARE) -> None:

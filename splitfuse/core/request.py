@@ -1,4 +1,4 @@
-"""A request: the tokens known, and how many of them are computed. There are no phases."""
+"""Represents a request by two counters: tokens known, and tokens scheduled. There is no prefill or decode mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 
 class RequestStatus(enum.StrEnum):
-    """WAITING -> RUNNING -> FINISHED; preemption is a step back to WAITING."""
+    """Follows WAITING -> RUNNING -> FINISHED; a preemption leads back to WAITING."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -22,7 +22,7 @@ class RequestStatus(enum.StrEnum):
 
 
 class Priority(enum.IntEnum):
-    """A class comes before all those with larger numbers."""
+    """Orders requests before fair shares and age: all of a smaller number come first."""
 
     HIGH = 0
     NORMAL = 1
@@ -30,7 +30,7 @@ class Priority(enum.IntEnum):
 
 
 class FinishReason(enum.StrEnum):
-    """Why a request ended."""
+    """Says why a request ended."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -40,8 +40,8 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SchedulingOptions:
-    """How one request is scheduled: its SLO, its share of the machine and its isolation. One value from the HTTP edge
-    to the scheduler.
+    """Says how one request is scheduled: its SLO, its share of the machine, its isolation. One value travels from the
+    HTTP edge to the scheduler.
 
         SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
     """
@@ -67,7 +67,7 @@ DEFAULT_SCHEDULING = SchedulingOptions()
 
 @dataclass(eq=False)
 class Request:
-    """One request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
+    """Holds one request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
 
     A request is two counters, tokens known (`num_tokens`) and tokens scheduled. Positions below `kv.num_computed` have
     their keys and values written; those below `num_scheduled` will have when the plans in flight are back.
@@ -121,7 +121,7 @@ class Request:
 
     @property
     def queue_key(self) -> tuple[int, float, int]:
-        """Position among all unfinished requests: by priority, by fair share, by age."""
+        """Returns its position among all unfinished requests: by priority, by fair share, by age."""
         return self.scheduling.priority, self.fair_share_key, self.sequence_number
 
     @property
@@ -130,13 +130,13 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far: the prompt, and the generated ones that have been read back."""
+        """Returns how many tokens are known: the prompt, and the generated ones that have been read back."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_unscheduled(self) -> int:
-        """Tokens that are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its last token,
-        or if it is about to lose its blocks.
+        """Returns how many tokens are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its
+        last token, or if it is about to lose its blocks.
         """
         generated = len(self.output_token_ids) + self.num_output_placeholders
         if self.kv.preempt_on_return or generated >= self.max_tokens:
@@ -145,8 +145,8 @@ class Request:
 
     @property
     def reason_to_finish(self) -> FinishReason | None:
-        """Why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does not
-        count.
+        """Returns why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does
+        not count.
         """
         newest, count = self.output_token_ids[-1], len(self.output_token_ids)
         if count > self.params.min_tokens and (newest in self.eos_token_ids or newest in self.params.stop_token_ids):
@@ -174,7 +174,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step, or an abort, changed for one request: tokens are new since the last output."""
+    """Says what one step, or an abort, changed for one request: tokens are new since the last output."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

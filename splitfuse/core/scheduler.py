@@ -1,4 +1,4 @@
-"""Dynamic SplitFuse: which tokens of which requests make up the next forward step.
+"""Schedules by Dynamic SplitFuse: decides which tokens of which requests make up the next forward step.
 
 A request is two counters, tokens known and tokens scheduled; every step lets the second catch up with the first under
 one token budget. Long prompts are split over steps, short ones fused with the running decodes, and the budget is filled
@@ -81,7 +81,7 @@ class Scheduler:
 
     @property
     def num_preemptions(self) -> int:
-        """Preemptions of all requests so far."""
+        """Returns how often requests have been preempted so far."""
         return self._queue.num_preemptions
 
     def get(self, request_id: str) -> Request | None:

@@ -1,4 +1,4 @@
-"""A step being composed: which requests run, how many tokens each is granted, and the blocks behind them.
+"""Builds a step: which requests run, how many tokens each is granted, and the blocks that hold them.
 
 `RequestQueue` holds the requests between steps; a `StepBuilder` lives for one step. Policies (core/policy.py) decide,
 and call its methods in their order.
@@ -25,7 +25,7 @@ by_sequence_number = attrgetter("sequence_number")
 
 
 class FreeResources(NamedTuple):
-    """Resources left for further requests."""
+    """Counts the resources left for further requests."""
 
     sequence_slots: int
     blocks: int
@@ -42,7 +42,9 @@ class FreeResources(NamedTuple):
 
 
 class RequestQueue:
-    """The unfinished requests, waiting or running, each list in order of acceptance. Running ones may hold blocks."""
+    """Holds the unfinished requests, waiting or running, each list in order of acceptance. Only running ones hold
+    blocks.
+    """
 
     def __init__(self, allocator: BlockAllocator, on_preempt: Callable[[Request], None] = lambda _: None) -> None:
         """`on_preempt` is called with each request that is about to lose its blocks."""
@@ -84,7 +86,7 @@ class RequestQueue:
 
 
 class StepBuilder:
-    """The tokens granted so far, in the order of the claims, and what is left of two budgets: tokens and, with a
+    """Holds the tokens granted so far, in the order of the claims, and what is left of two budgets: tokens and, with a
     predictor, seconds.
     """
 
@@ -126,13 +128,13 @@ class StepBuilder:
 
     @property
     def free(self) -> FreeResources:
-        """What is free for further requests."""
+        """Returns what is free for further requests."""
         slots = self._max_num_seqs - len(self._queue.running)
         return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
 
     @property
     def features(self) -> Features:
-        """What the cost of the step depends on, of all that is granted."""
+        """Returns what the cost of the step depends on, of all that is granted."""
         return self._features
 
     # Requests ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The loop around the scheduler and the model: token ids in, token ids out. Knows no text."""
+"""Joins the scheduler and the model: token ids in, token ids out. Knows no text."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of prompt and output together."""
+        """Returns how many tokens prompt and output may have together."""
         return self.model.plan.max_model_len
 
     @property
@@ -143,7 +143,7 @@ class Engine:
         )
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise InvalidRequestError if the model cannot honour the request."""
+        """Raise InvalidRequestError if the model cannot serve the request."""
         self.limits.check(prompt_token_ids, params)
 
     def step(self) -> list[RequestOutput]:

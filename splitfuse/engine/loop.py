@@ -1,4 +1,4 @@
-"""The loop of an engine that serves others: take commands, run a step, report. One thread; knows no transport."""
+"""Runs an engine that serves others: take commands, run a step, report. One thread; knows no transport."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV cache state of one request: the blocks it holds, and the positions computed in them."""
+"""Holds the KV cache state of one request: its blocks, and the positions computed in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 
 @dataclass(slots=True)
 class RequestKv:
-    """Block table of one request. Every block in `blocks` is a reference held at the allocator."""
+    """Holds the block table of one request. Every block in `blocks` is a reference held at the allocator."""
 
     blocks: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)

@@ -1,1 +1,1 @@
-"""Accounting of where the time of each request went, phase by phase."""
+"""Accounts for the latency of each request, phase by phase."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from splitfuse.core.latency.phases import COMPUTING, LatencyBreakdown, LatencyPhase
@@ -27,36 +27,22 @@ MAX_PROMPT_RUNS = 512
 """Number of runs of prompt chunks, of one request each, which are remembered in order to name them."""
 
 
+@dataclass(slots=True, eq=False)
 class RequestLatency:
-    """The state of one request in the ledger."""
+    """Holds the state of one request in the ledger."""
 
-    __slots__ = (
-        "_at_between",
-        "_at_prompt_tokens",
-        "_at_shares",
-        "_at_steps",
-        "_phase",
-        "_weight",
-        "co_scheduled",
-        "opened",
-        "phases",
-        "planned",
-        "request_id",
-    )
-
-    def __init__(self, request_id: str = "") -> None:
-        self.request_id = request_id
-        self.planned = LatencyPhase.JOINING
-        """Its phase in the newest step which was composed."""
-        self.opened: float = 0
-        self.phases: dict[LatencyPhase, float] = {}
-        self.co_scheduled: dict[str, int] = {}
-        self._phase = LatencyPhase.JOINING
-        self._weight: float = 0
-        self._at_steps: float = 0
-        self._at_between: float = 0
-        self._at_shares: float = 0
-        self._at_prompt_tokens = 0
+    request_id: str = ""
+    planned: LatencyPhase = LatencyPhase.JOINING
+    """Its phase in the newest step which was composed."""
+    opened: float = 0
+    phases: dict[LatencyPhase, float] = field(default_factory=dict)
+    co_scheduled: dict[str, int] = field(default_factory=dict)
+    _phase: LatencyPhase = LatencyPhase.JOINING
+    _weight: float = 0
+    _at_steps: float = 0
+    _at_between: float = 0
+    _at_shares: float = 0
+    _at_prompt_tokens: int = 0
 
     def _add(self, phase: LatencyPhase, seconds: float) -> None:
         if seconds:
@@ -64,7 +50,7 @@ class RequestLatency:
 
 
 class Transition(NamedTuple):
-    """A change of phase. `weight` is the cost of the request's chunk, in the unit of the whole step's."""
+    """Describes a change of phase. `weight` is the cost of the request's chunk, in the unit of the whole step's."""
 
     latency: RequestLatency
     phase: LatencyPhase
@@ -73,7 +59,7 @@ class Transition(NamedTuple):
 
 @dataclass(frozen=True)
 class StepTransitions:
-    """What a step changes for all requests."""
+    """Describes what a step changes for all requests."""
 
     transitions: Sequence[Transition]
     prompts: Sequence[tuple[str, int]]
@@ -83,7 +69,7 @@ class StepTransitions:
 
 
 class LatencyLedger:
-    """The counters that every request's latency is read from. All times are on one clock and never go back."""
+    """Keeps the counters that every request's latency is read from. All times are on one clock and never go back."""
 
     def __init__(self) -> None:
         self._now: float = 0

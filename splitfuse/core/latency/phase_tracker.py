@@ -29,7 +29,7 @@ REFRESH_STEPS = 64
 
 
 class PhaseTracker:
-    """Accounts for the latency of one scheduler's requests.
+    """Accounts for the latency of one scheduler's requests, as a listener of its events.
 
         tracker = PhaseTracker(scheduler.events, max_num_seqs=64)
         ...                                # the request finishes
@@ -101,7 +101,7 @@ class PhaseTracker:
                 phase = reason
                 if request.kv.num_preemptions:
                     phase = LatencyPhase.PREEMPTED
-                elif request.queue_key < last_granted:
+                elif reason is LatencyPhase.NO_BUDGET and request.queue_key < last_granted:
                     phase = LatencyPhase.OUTRANKED
                 self._change(request, phase, transitions)
         cost = sum(granted.values()) if self._cost is None else self._cost.seconds(builder.features)

@@ -1,4 +1,4 @@
-"""The phases that a request's latency is divided into, and the breakdown of one request."""
+"""Names the phases that the latency of a request is divided into."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from splitfuse.core.slo.targets import SloViolation
 
 
 class LatencyPhase(enum.StrEnum):
-    """What a request spent time on, in the order of its life.
+    """Names what a request spent time on, in the order of its life.
 
     The first three and the last four are measured by the front end, the others by an engine.
     """
@@ -64,7 +64,7 @@ COMPUTING = frozenset({LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.R
 
 @dataclass(frozen=True)
 class LatencyBreakdown:
-    """Where the time of one finished request went: the seconds of `phases` add up to `closed` - `opened`."""
+    """Says where the time of one finished request went: the seconds of `phases` add up to `closed` - `opened`."""
 
     opened: float
     closed: float

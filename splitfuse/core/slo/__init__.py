@@ -1,1 +1,1 @@
-"""Scheduling for latency targets: predict the time of a step, order requests by deadline, admit or refuse."""
+"""Schedules by SLO: predicts the time of steps, orders requests by deadline, admits or rejects."""

@@ -1,4 +1,4 @@
-"""Admission of `on_time_only` requests: whether a new request can meet its SLO, and when it could if not now.
+"""Admits `on_time_only` requests: says whether a new request can meet its SLO, and when it could if not now.
 
 It can if its prefill is feasible and makes no other infeasible, if the decodes leave it enough of each step, and if a
 sequence slot and blocks are free for it or will be: it is known when running requests end at the latest.
@@ -16,12 +16,11 @@ from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import FreeResources
-from splitfuse.errors import LateError
 
 
 @dataclass(frozen=True)
 class AdmissionForecast:
-    """What would become of a request if it were admitted now."""
+    """Forecasts what would become of a request if it were admitted now."""
 
     ttft: float
     """Seconds until its first token, after all that come before it; at the latest."""
@@ -34,30 +33,12 @@ class AdmissionForecast:
 
     @property
     def reason(self) -> str:
-        """Why it cannot meet its SLO."""
+        """Returns why it cannot meet its SLO."""
         if self.ttft == math.inf:
             return "no step of this engine is short enough for its targets"
         if self.wait == math.inf:
             return f"its first token takes {self.ttft:.3g} s even on an idle engine"
         return f"its first token would come after {self.ttft:.3g} s; try again in {self.wait:.3g} s"
-
-
-def check_admission(
-    request: Request,
-    planner: DeadlinePlanner,
-    *,
-    running: Sequence[Request],
-    waiting: Sequence[Request],
-    free: FreeResources,
-    tail_share: float,
-    now: float,
-) -> None:
-    """Raise LateError unless a new request, which is not in `waiting`, can meet its SLO and makes no other late."""
-    forecast = forecast_admission(
-        request, planner, running=running, waiting=waiting, free=free, tail_share=tail_share, now=now
-    )
-    if not forecast.meets_slo:
-        raise LateError(f"the request cannot meet its SLO: {forecast.reason}", retry_after=forecast.wait)
 
 
 def forecast_admission(

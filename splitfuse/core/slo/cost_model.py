@@ -1,4 +1,4 @@
-"""What a step will take, in seconds, from what its plan says. Fitted to timed steps; owns no clock.
+"""Predicts the seconds of a step from its plan. Fitted to timed steps; reads no clock.
 
     seconds = floor + per_token T + per_token_beyond max(0, T - knee)
             + per_row R + per_pair A + per_kv_token K + per_request N
@@ -6,7 +6,7 @@
 T tokens go through the layers, R rows through the output head. Up to the knee a step waits for the weights to come from
 memory (`floor`), beyond it for arithmetic. A is how many pairs of a query and a key attention multiplies, K how many
 positions' keys and values it reads, N how many requests there are. Nothing is negative, so more of anything never takes
-less, and the time is convex in the tokens: what the scheduler's law calls a saturated pass is one beyond the knee.
+less, and the time is convex in the tokens: what the scheduler's law calls a saturated step is one beyond the knee.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from splitfuse.core.plan import StepPlan
 from splitfuse.errors import CostModelError
 
 HUBER = 1.345
-"""Residuals beyond so many standard deviations count by their size, not their square (Huber, 1964)."""
+"""Number of standard deviations beyond which residuals count by their size, not their square (Huber, 1964)."""
 ITERATIONS = 6
+"""Number of reweighted least-squares fits for each knee."""
 MOST_KNEES = 24
+"""Number of knees which are tried at most."""
 MIN_SAMPLES = 24
-"""Three for each coefficient."""
+"""Number of timed steps that a fit needs: three for each coefficient."""
 
 
 class Features(NamedTuple):
-    """What the time of a step depends on."""
+    """Counts what the time of a step depends on."""
 
     tokens: int = 0
     rows: int = 0
-    """Tokens whose logits are computed."""
+    """Number of tokens whose logits are computed."""
     pairs: int = 0
-    """Of a query and a key that it attends to."""
+    """Number of pairs of a query and a key that it attends to."""
     kv_tokens: int = 0
-    """Positions whose keys and values are read: once for each chunk."""
+    """Number of positions whose keys and values are read, once for each chunk."""
     requests: int = 0
 
     def plus(self, *, start: int, count: int, rows: int) -> Features:
-        """With a chunk of `count` tokens from position `start`, `rows` of which have logits."""
+        """Returns these with a chunk of `count` tokens from position `start` added, `rows` of which have logits."""
         return Features(
             self.tokens + count,
             self.rows + rows,
@@ -54,7 +56,7 @@ class Features(NamedTuple):
 
 
 def features(plan: StepPlan) -> Features:
-    """Of a whole step."""
+    """Returns the features of a whole step."""
     total = Features()
     for chunk in plan.chunks:
         total = total.plus(start=chunk.start, count=len(chunk.token_ids), rows=chunk.num_logits)
@@ -63,7 +65,7 @@ def features(plan: StepPlan) -> Features:
 
 @dataclass(frozen=True)
 class FitError:
-    """How far predictions are from steps that were not fitted, as shares of the time measured."""
+    """Says how far predictions are from steps that were not fitted, as fractions of the measured time."""
 
     median: float
     p95: float
@@ -72,8 +74,8 @@ class FitError:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """All coefficients in seconds, but `knee` in tokens. `noise` is that of equal steps: the standard deviation of
-    the logarithm of their times. Raises CostModelError unless all are numbers from 0.
+    """Holds the coefficients, all in seconds but `knee`, which is in tokens. `noise` is the standard deviation of the
+    logarithm of the times of equal steps. Raises CostModelError unless all are numbers from 0.
     """
 
     floor: float
@@ -94,7 +96,7 @@ class CostModel:
                 raise CostModelError(f"{field.name} of a cost model must be a number from 0, not {value!r}")
 
     def seconds(self, step: Features) -> float:
-        """The predicted time of a step."""
+        """Returns the predicted time of a step."""
         tokens, rows, pairs, kv_tokens, requests = step
         seconds = (
             self.floor
@@ -107,7 +109,7 @@ class CostModel:
         return seconds + self.per_token_beyond * (tokens - self.knee) if tokens > self.knee else seconds
 
     def tokens_within(self, seconds: float, step: Features, *, start: int, most: int, rows: int = 0) -> int:
-        """How many tokens of one more request, from its position `start` and `most` at most, keep a step within
+        """Returns how many tokens of one more request, from its position `start` and `most` at most, keep a step within
         `seconds`; 0 if none does. `rows` of them have logits.
         """
         low, high = 0, most  # `low` tokens fit, more than `high` do not
@@ -120,39 +122,39 @@ class CostModel:
         return low
 
     def slower(self, times: float) -> CostModel:
-        """Of a machine on which every step takes `times` as long."""
+        """Returns the model of a machine on which every step takes `times` as long."""
         return self.scaled(lambda: times)
 
     def scaled(self, times: Callable[[], float]) -> CostModel:
-        """With each coefficient that is in seconds `times` as large, asked anew for each."""
+        """Returns the model with each coefficient in seconds `times()` as large, called anew for each."""
         names = (field.name for field in fields(self) if field.name not in ("knee", "noise", "error"))
         return replace(self, **{name: times() * getattr(self, name) for name in names})
 
     def measure(self, samples: Sequence[Sample]) -> FitError:
-        """How far it is from timed steps. Raises CostModelError without any."""
+        """Returns how far it is from timed steps. Raises CostModelError without any."""
         if not samples:
             raise CostModelError("the error of a cost model needs at least one timed step")
         misses = sorted(abs(self.seconds(s.features) / s.seconds - 1.0) for s in samples)
         return FitError(median(misses), misses[math.ceil(0.95 * len(misses)) - 1], len(misses))
 
     def to_json(self) -> str:
-        """Readable, and read again by `from_json`."""
+        """Returns it as JSON, for `from_json`."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> CostModel:
-        """Raises CostModelError for what is no cost model."""
+        """Parse what `to_json` returned. Raises CostModelError for anything else."""
         try:
             values = json.loads(text)
             error = values.pop("error", None)
             return cls(**values, error=FitError(**error) if error else None)
         except (ValueError, TypeError, AttributeError) as error:
-            raise CostModelError(f"this is no cost model: {error}") from error
+            raise CostModelError(f"this is not a cost model: {error}") from error
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A step and what it took. Raises CostModelError for a time that is none."""
+    """Pairs a step with its measured time. Raises CostModelError unless that is a positive number."""
 
     features: Features
     seconds: float
@@ -163,7 +165,7 @@ class Sample:
 
 
 def fit(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> CostModel:
-    """The model whose relative error over `samples` is least, with its error over `held_out`, which are other steps.
+    """Returns the model whose relative error over `samples` is least, with its error over `held_out`, other steps.
 
     For each knee that the samples can tell, non-negative least squares, reweighted so that a few disturbed timings do
     not bend it. Raises CostModelError for fewer than MIN_SAMPLES.

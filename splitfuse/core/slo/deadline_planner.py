@@ -1,4 +1,4 @@
-"""What fits before deadlines: how long steps may be, how many prompt tokens they take, and which prompts are in time.
+"""Plans before deadlines: how long steps may be, how many prompt tokens they take, and which prompts are in time.
 
 `DeadlinePolicy` asks it for each step, and admission (admission.py) for a request that may be rejected. It looks, and
 changes nothing.
@@ -33,7 +33,7 @@ MIN_THROUGHPUT = 1 / 4
 
 
 class StepLimit(NamedTuple):
-    """How long a step may be, and whose deadlines bound it."""
+    """Limits how long a step may be, and says whose deadlines bound it."""
 
     seconds: float
     priority: Priority

@@ -1,4 +1,4 @@
-"""The scheduling policy which meets SLOs: as many requests as possible, the others when there is time.
+"""Meets SLOs: those of as many requests as possible, the others when there is time.
 
 A decode with an ITL target of 250 ms needs no token earlier: the time that it lends lets prefills meet their TTFT
 targets, and what is left over goes back to the decodes. Without any SLO the order is that of `Fcfs`.
@@ -21,19 +21,20 @@ from splitfuse.core.policy import (
     split_running,
 )
 from splitfuse.core.request import Priority, Request
-from splitfuse.core.slo.admission import check_admission
+from splitfuse.core.slo.admission import forecast_admission
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.step_builder import FreeResources
+from splitfuse.errors import LateError
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
 
 
 class Rank(IntEnum):
-    """The order of claims that are not urgent, within a priority."""
+    """Orders the claims of a priority that are not urgent."""
 
     FEASIBLE = 1
     """Prefills which can meet their TTFT target."""
@@ -123,7 +124,7 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         if not request.slo.exists:
             super().check_admission(request, running=running, waiting=waiting, free=free, now=now)
-        check_admission(
+        forecast = forecast_admission(
             request,
             self.planner,
             running=running,
@@ -132,6 +133,8 @@ class DeadlinePolicy(Fcfs):
             tail_share=self.tail_share,
             now=now,
         )
+        if not forecast.meets_slo:
+            raise LateError(f"the request cannot meet its SLO: {forecast.reason}", retry_after=forecast.wait)
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:

@@ -1,4 +1,4 @@
-"""What running decodes need of a step, whatever its length.
+"""Tells what running decodes need of a step, whatever its length.
 
 Decodes with the same ITL target count together, so that many lengths can be tried for one look at the requests.
 """
@@ -13,7 +13,7 @@ from splitfuse.core.slo.cost_model import Features
 
 
 class DecodeLoad:
-    """The decodes with an ITL target: how many there are with each, and how many tokens they attend to."""
+    """Counts the decodes with an ITL target: how many there are with each, and how many tokens they attend to."""
 
     def __init__(self, decodes: Iterable[Request]) -> None:
         self._num_decodes: dict[float, int] = {}

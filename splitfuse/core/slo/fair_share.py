@@ -1,4 +1,4 @@
-"""Fair shares of the machine among owners, within each priority.
+"""Shares the machine fairly among owners, within each priority.
 
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) in the currency of Sheng et al., Fairness in Serving Large
 Language Models (OSDI 2024): tokens of prompts and outputs, divided by the owner's weight. The key of a request is what

@@ -1,4 +1,4 @@
-"""A cost model that follows the machine: what steps take today, judged by the steps just measured.
+"""Predicts what steps take today: a cost model that follows the machine by the steps just measured.
 
 A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go, and some use memory, others
 arithmetic. So there are two factors, one for the floor of a step, where it waits for the weights, and one for all that
@@ -52,12 +52,12 @@ class LatencyPredictor:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """How many times longer than the cost model says the floor of a step takes, and what it takes beyond."""
+        """Returns how many times longer than the cost model says the floor of a step takes, and the rest of it."""
         return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     @property
     def safety_factor(self) -> float:
-        """Fraction of the time until a deadline which a step may be predicted to take."""
+        """Returns the fraction of the time until a deadline which a step may be predicted to take."""
         return math.exp(-self._log_over)
 
     def seconds(self, features: Features) -> float:

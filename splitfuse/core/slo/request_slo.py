@@ -1,8 +1,9 @@
-"""The SLO of one request: its targets, its next deadline, and how well it has been met so far."""
+"""Tracks the SLO of one request: its targets, its next deadline, and how well it has been met so far."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets, SloViolation
 
@@ -18,19 +19,6 @@ class RequestSlo:
     slo.observe_token(10.8)
     slo.deadline           # 10.9: the second token's
     """
-
-    __slots__ = (
-        "_average_gap",
-        "_longest_gap",
-        "_newest_token_time",
-        "arrival_time",
-        "deadline",
-        "missed",
-        "steps_skipped",
-        "targets",
-        "ttft_target",
-        "violation",
-    )
 
     def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:
         self.targets = targets
@@ -51,44 +39,37 @@ class RequestSlo:
 
     @property
     def exists(self) -> bool:
-        """Whether the request has any target."""
+        """Returns whether the request has any target."""
         return self.targets != NO_SLO
 
     @property
     def met(self) -> bool | None:
-        """Whether every target has been met so far; None without a target."""
+        """Returns whether every target has been met so far; None without a target."""
         return not self.missed if self.exists else None
 
     @property
     def itl_target(self) -> float | None:
-        """Seconds between tokens to aim at; None without an ITL target. Relaxed once the SLO is missed."""
+        """Returns the seconds between tokens to aim at, relaxed once the SLO is missed; None without an ITL target."""
         if self.targets.itl is None:
             return None
         return self.targets.itl * (MISSED_ITL_FACTOR if self.missed else 1.0)
 
     def observe_token(self, now: float) -> None:
         """Record that a token has been generated: compare it with its target, and set the deadline of the next one."""
-        self._check(now)
+        if self._newest_token_time is None:
+            if now > self.deadline:
+                self.violation = SloViolation(now - self.arrival_time, self.ttft_target)
+        elif self.targets.itl is not None:
+            self._observe_gap(now - self._newest_token_time, self.targets.itl)
+        self.missed = self.violation is not None
         self._newest_token_time = now
         interval = self.itl_target
         self.deadline = math.inf if interval is None else now + interval
 
-    def _check(self, now: float) -> None:
-        itl = self.targets.itl
-        if self._newest_token_time is None:
-            if now > self.deadline:
-                self.violation = SloViolation(now - self.arrival_time, self.ttft_target)
-        elif itl is not None:
-            gap = now - self._newest_token_time
-            self._longest_gap = max(gap, self._longest_gap)
-            average = self._average_gap.add(gap)
-            if average > itl:
-                before = self.violation or SloViolation()
-                self.violation = SloViolation(
-                    before.ttft,
-                    before.ttft_target,
-                    max(average, before.average_gap or 0.0),
-                    self._longest_gap,
-                    itl,
-                )
-        self.missed = self.violation is not None
+    def _observe_gap(self, gap: float, itl: float) -> None:
+        self._longest_gap = max(gap, self._longest_gap)
+        average = self._average_gap.add(gap)
+        if average > itl:
+            before = self.violation or SloViolation()
+            largest = max(average, before.average_gap or 0.0)
+            self.violation = replace(before, average_gap=largest, longest_gap=self._longest_gap, itl_target=itl)

@@ -1,5 +1,5 @@
-"""What a request was promised: when its first token comes, and how long it waits for each that follows. And how that is
-judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2), which forgives a long gap after shorter ones.
+"""States the SLO of a request, and how it is judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2),
+which forgives a long gap after shorter ones.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from splitfuse.config import PER_TOKEN, parse_seconds
 from splitfuse.errors import InvalidRequestError
 
 SPAN = 16
-"""Of the average of gaps, in the paper."""
+"""Span of the moving average of gaps, in tokens, as in the paper."""
 
 
 @dataclass(frozen=True)
 class SloTargets:
-    """Seconds; None promises nothing. A request was on time if its first token was, and if at each token that followed
-    the MovingAverage of the gaps was at most `itl`.
+    """States the latency targets of a request, in seconds; None is no target. They are met if the first token comes in
+    time, and if at each token after it the MovingAverage of the gaps is at most `itl`.
 
-    Raises InvalidRequestError for what is no positive number.
+        SloTargets(ttft=1.0, itl=0.1)
+
+    Raises InvalidRequestError for a target which is not a positive number.
     """
 
     ttft: float | None = None
-    """To the first token, from the request's arrival."""
+    """Time from arrival to the first token."""
     itl: float | None = None
-    """From each token to the next. Steps are planned for every gap."""
+    """Time from each token to the next. Steps are planned for every gap."""
     ttft_per_token: float | None = None
-    """To the first token, for each token of the prompt; added to `ttft` if both are given."""
+    """Time to the first token for each token of the prompt; added to `ttft` if both are given."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -37,7 +39,7 @@ class SloTargets:
 
     @classmethod
     def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
-        """As settings say it: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
+        """Parse targets as settings write them: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
         between = None if itl is None else parse_seconds("itl", itl)
         if ttft is None:
             return cls(itl=between)
@@ -45,7 +47,7 @@ class SloTargets:
         return cls(itl=between, ttft_per_token=first) if ttft.endswith(PER_TOKEN) else cls(first, between)
 
     def ttft_target(self, num_prompt: int) -> float:
-        """From a request's arrival to its first token, if its prompt has so many tokens; infinity without a promise."""
+        """Returns the seconds from arrival to the first token of a prompt of that length; infinity without a target."""
         if self.ttft is None and self.ttft_per_token is None:
             return math.inf
         return (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt
@@ -56,7 +58,7 @@ NO_SLO = SloTargets()
 
 @dataclass(frozen=True)
 class SloViolation:
-    """Targets that a request missed, with what was measured, in seconds."""
+    """Holds the targets that a request missed, with what was measured, in seconds."""
 
     ttft: float | None = None
     """Time to first token; None if that target was met."""
@@ -69,8 +71,8 @@ class SloViolation:
 
 
 class MovingAverage:
-    """Of values that are added one by one: exponential, as pandas' `ewm(span=span).mean()`. The weight of a value falls
-    by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
+    """Averages values that are added one by one: exponentially, as pandas' `ewm(span=span).mean()`. The weight of a
+    value falls by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
     """
 
     __slots__ = ("_keep", "_total", "_weight")
@@ -80,7 +82,7 @@ class MovingAverage:
         self._total = self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """The average with it."""
+        """Add a value. Returns the average with it."""
         self._total = self._total * self._keep + value
         self._weight = self._weight * self._keep + 1.0
         return self._total / self._weight
