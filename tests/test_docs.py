@@ -31,6 +31,10 @@ from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+GLOSSARY = ROOT / "docs" / "glossary.md"
+TODAY = [page for page in PAGES if page.parent.name != "decisions" and page.name not in ("CHANGELOG.md", "log.md")]
+"""Pages that describe the code as it is; the others are history."""
+FILES = sorted(f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.*") if ".venv" not in path.parts)
 BEGIN = "<!-- flags: python tests/test_docs.py writes this table -->\n"
 END = "<!-- end of flags -->\n"
 
@@ -133,6 +137,30 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(r"`([\w/.-]+\.(?:py|h|cpp|md))`", text_of(page)):
+        assert any(file.endswith(f"/{name}") for file in FILES), f"{page.name}: {name}"
+
+
+def test_functions_that_the_architecture_names_exist() -> None:
+    text = text_of(ROOT / "docs" / "architecture.md")
+    sources = "".join(text_of(path) for path in (ROOT / "splitfuse").rglob("*.py"))
+    tables = re.findall(r"^\| where \| function \|.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    names = re.findall(r"^\|[^|]*\| (`[^|]+`) \|", "".join(tables), re.MULTILINE)
+    assert len(tables) == 2 and len(names) > 20
+    for name in re.findall(r"`[\w.]*?(\w+)`", "".join(names)):
+        assert re.search(rf"\b(def|class) {name}\b", sources), name
+
+
+def test_the_glossary_has_our_flags_and_classes() -> None:
+    flags = {flag for row in rows(GLOSSARY, "| ours | vLLM |") for flag in re.findall(r"`(--[\w-]+)`", row[0])}
+    assert flags <= set(re.findall(r"`(--[\w-]+)`", flag_table()))
+    sources = "".join(text_of(path) for path in (ROOT / "splitfuse").rglob("*.py"))
+    names = [name for row in rows(GLOSSARY, "| here | what it is | vLLM |") for name in re.findall(r"`(\w+)`", row[0])]
+    assert [name for name in names if not re.search(rf"^(class )?{name}\b", sources, re.MULTILINE)] == []
 
 
 def anchors(page: Path) -> set[str]:
