@@ -167,8 +167,22 @@ class WeightSharing:
 
 
 class StepArrays(Protocol):
-    """The arrays of a step that attention reads, int32: see `RaggedBatch` in models/batch.py."""
+    """The numbers of a step in int32, as `RaggedBatch` in models/batch.py has them.
 
+    `packed` is all of them in one tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens [S],
+    block_tables [S, table_width], logit_rows [R], one behind the other.
+    """
+
+    @property
+    def packed(self) -> Tensor: ...
+    @property
+    def num_tokens(self) -> int: ...  # T
+    @property
+    def num_requests(self) -> int: ...  # S
+    @property
+    def table_width(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...  # R
     @property
     def positions(self) -> Tensor: ...  # [T]
     @property
@@ -195,22 +209,9 @@ class NetworkPlan:
 
 
 class Network(Protocol):
-    """All of a network but its head in one call; see `Backend.fuse`.
+    """All of a network but its head in one call; see `Backend.fuse`. Returns normed hidden states [R, C]."""
 
-    `packed` is the step as one int32 tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens
-    [S], block_tables [S, table_width], logit_rows [R], one behind the other. Returns normed hidden states [R, C].
-    """
-
-    def __call__(
-        self,
-        stores: Sequence[Store],
-        packed: Tensor,
-        *,
-        num_tokens: int,
-        num_requests: int,
-        table_width: int,
-        num_rows: int,
-    ) -> Tensor: ...
+    def __call__(self, stores: Sequence[Store], step: StepArrays) -> Tensor: ...
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where batches and caches must be."""
+        """The device of the weights, where batches and caches must be too."""
         return self.weights.norm.device
 
     @property
@@ -48,14 +48,7 @@ class Decoder:
         `logit_rows`.
         """
         if self._fused is not None:
-            return self._fused(
-                kv_cache.layers,
-                batch.packed,
-                num_tokens=batch.num_tokens,
-                num_requests=batch.num_requests,
-                table_width=batch.table_width,
-                num_rows=batch.num_rows,
-            )
+            return self._fused(kv_cache.layers, batch)
         backend, eps = self.backend, self.spec.norm_eps
         x = backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
         for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):

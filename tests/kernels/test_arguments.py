@@ -30,6 +30,7 @@ from splitfuse.kernels.interface import (
     Role,
     Store,
 )
+from splitfuse.models.batch import RaggedBatch
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32
@@ -108,8 +109,7 @@ def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
 
     def compute(store: Store, parts: dict[str, Any]) -> Tensor:
         packed = torch.cat([torch.tensor(part, dtype=torch.int32).flatten() for part in parts.values()])
-        sizes = {"num_tokens": 4, "num_requests": 2, "table_width": 2, "num_rows": len(parts["logit_rows"])}
-        return fused([store], packed, **sizes)
+        return fused([store], RaggedBatch(packed, 4, 2, 2, num_rows=len(parts["logit_rows"])))
 
     return compute
 

@@ -23,7 +23,7 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     vector_address,
 )
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan, StepArrays
 
 
 def fuse(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
@@ -94,34 +94,26 @@ class FusedNetwork:
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 
-    def __call__(
-        self,
-        stores: Sequence[Store],
-        packed: Tensor,
-        *,
-        num_tokens: int,
-        num_requests: int,
-        table_width: int,
-        num_rows: int,
-    ) -> Tensor:
+    def __call__(self, stores: Sequence[Store], step: StepArrays) -> Tensor:
         """Return the normed hidden states [R, C] of `logit_rows`, in bf16.
 
         Raises IndexError for a step that cannot be computed.
         """
-        check(packed, torch.int32)
-        sizes = (num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_requests * table_width)
-        addresses = list(accumulate((4 * size for size in sizes), initial=packed.data_ptr()))
-        assert addresses[-1] + 4 * num_rows == packed.data_ptr() + packed.nbytes
-        step = Step(num_tokens, num_requests, table_width, num_rows, *addresses)
+        check(step.packed, torch.int32)
+        tokens, requests, width, num_rows = step.num_tokens, step.num_requests, step.table_width, step.num_rows
+        sizes = (tokens, tokens, tokens, requests + 1, requests, requests * width)
+        addresses = list(accumulate((4 * size for size in sizes), initial=step.packed.data_ptr()))
+        assert addresses[-1] + 4 * num_rows == step.packed.data_ptr() + step.packed.nbytes
+        arrays = Step(tokens, requests, width, num_rows, *addresses)
         vocabulary = self._network.vocabulary
-        step.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
+        arrays.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
         rows = torch.empty(num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not stores[0]:
                 for entry, store in zip(self._layers, stores, strict=True):
                     entry.store = store
                 self._first_store = weakref.ref(stores[0])
-            self._library.network(step.address, self._heads.address, self._network.address, rows.data_ptr())
+            self._library.network(arrays.address, self._heads.address, self._network.address, rows.data_ptr())
         return rows
 
 
