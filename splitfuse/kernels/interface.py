@@ -32,7 +32,7 @@ RopeTable: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Attention of one layer. Its keys and values are [Hk, D] for each token.
+    """Describes the attention of one layer. Its keys and values are [Hk, D] for each token.
 
     Raises ModelError if the query heads cannot be divided among the key/value heads.
     """
@@ -56,13 +56,13 @@ class AttentionSpec:
 
     @property
     def score_scale(self) -> float:
-        """The factor of query-key products."""
+        """Returns the factor of query-key products."""
         return float(self.head_dim**-0.5) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlpSpec:
-    """A gated MLP: `down(activation(gate) * up)`. `activation` is a key of `reference.ACTIVATIONS`."""
+    """Describes a gated MLP: `down(activation(gate) * up)`. `activation` is a key of `reference.ACTIVATIONS`."""
 
     intermediate_size: int
     activation: str
@@ -71,7 +71,7 @@ class MlpSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsSpec:
-    """A mixture of experts in place of an MLP: each token visits the `top_k` experts of highest probability.
+    """Describes a mixture of experts in place of an MLP: each token visits the `top_k` experts of highest probability.
 
     Raises ModelError if there are fewer experts than that.
     """
@@ -89,7 +89,7 @@ class ExpertsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One pre-norm decoder layer: `x += attention(norm(x))`, then `x += mlp(norm(x))`."""
+    """Describes a pre-norm decoder layer: `x += attention(norm(x))`, then `x += mlp(norm(x))`."""
 
     attention: AttentionSpec
     mlp: MlpSpec | ExpertsSpec
@@ -99,7 +99,7 @@ class LayerSpec:
 
 
 class Role(Enum):
-    """What a weight is for: a backend chooses the format by it. Values are fields of LayerWeights and NetworkWeights.
+    """Says what a weight is for: a backend chooses the format by it. Values are fields of LayerWeights, or "head".
 
     PLAIN is everything that is looked up or added rather than multiplied: norms, biases, an embedding.
     """
@@ -116,14 +116,14 @@ class Role(Enum):
 
     @property
     def gated(self) -> bool:
-        """Whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
+        """Returns whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
         return self in (Role.GATE_UP, Role.W13)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """The weights of one layer. Linear weights are packed; norms and biases are plain vectors, None where its LayerSpec
-    has none.
+    """Holds the weights of one layer. Linear weights are packed; norms and biases are plain vectors, None where
+    its LayerSpec has none.
     """
 
     attn_norm: Tensor
@@ -145,7 +145,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkWeights:
-    """All weights of a network."""
+    """Holds all weights of a network."""
 
     embed: Weight  # [vocabulary, C]: a plain tensor, or the packed head if the two are tied
     layers: tuple[LayerWeights, ...]
@@ -155,7 +155,7 @@ class NetworkWeights:
 
 @dataclass(frozen=True)
 class WeightSharing:
-    """Memory in which several processes keep one copy of the weights, as plain data that a process can be started with.
+    """Names memory in which several processes keep one copy of the weights. A process can be started with it.
 
     `fd` is the descriptor of a file in memory, inherited. `filled` says that another process has packed all weights
     there, in the order in which they are loaded. `num_sharers` processes divide the remaining memory.
@@ -167,7 +167,7 @@ class WeightSharing:
 
 
 class StepArrays(Protocol):
-    """The numbers of a step in int32, as `RaggedBatch` in models/batch.py has them.
+    """Gives the numbers of a step in int32, as `RaggedBatch` in models/batch.py has them.
 
     `packed` is all of them in one tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens [S],
     block_tables [S, table_width], logit_rows [R], one behind the other.
@@ -200,7 +200,7 @@ class StepArrays(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPlan:
-    """A whole network but its head as plain data: what `Backend.fuse` needs to know."""
+    """Describes a whole network but its head as plain data, for `Backend.fuse`."""
 
     layers: tuple[LayerSpec, ...]
     weights: NetworkWeights
@@ -209,7 +209,7 @@ class NetworkPlan:
 
 
 class Network(Protocol):
-    """All of a network but its head in one call; see `Backend.fuse`. Returns normed hidden states [R, C]."""
+    """Computes all of a network but its head in one call; see `Backend.fuse`. Returns normed hidden states [R, C]."""
 
     def __call__(self, stores: Sequence[Store], step: StepArrays) -> Tensor: ...
 
@@ -219,8 +219,8 @@ class Network(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a backend can do, as data: the choice of a backend, memory plans and error messages ask it, before anything
-    is loaded.
+    """Says what a backend can do, as data: the choice of a backend, memory plans and error messages ask it, before
+    anything is loaded.
     """
 
     name: str  # in messages: "the C++ kernels"

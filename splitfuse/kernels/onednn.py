@@ -41,7 +41,7 @@ class OneDnnBackend(ReferenceBackend):
 
 
 class _Prepacked:
-    """A weight as oneDNN lays it out; a head, which may be the embedding too, also as it was."""
+    """Keeps a weight as oneDNN lays it out; a head, which may be the embedding too, also as it was."""
 
     def __init__(self, weight: Tensor, *, keep: bool) -> None:
         self.plain = weight if keep else None

@@ -144,7 +144,7 @@ class ReferenceBackend(Backend):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and exponentials are computed in: fp32, or fp64 for fp64."""
+    """Return the dtype of sums and exponentials: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -156,7 +156,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [end - begin, Hk, D] of a request's positions begin to end - 1."""
+    """Return keys and values [end - begin, Hk, D] of a request's positions begin to end - 1."""
     block_size = store.shape[2]
     first_block = begin // block_size
     blocks = store[:, block_table[first_block : -(-end // block_size)]]  # [2, blocks, block_size, Hk, D]
@@ -166,7 +166,7 @@ def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[
 
 
 def _attend_last(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
-    """Attention of queries [n, H, D] at the last n of the L positions of keys and values [L, Hk, D]: [n, H, D]."""
+    """Return attention of queries [n, H, D] at the last n of L positions to keys and values [L, Hk, D]: [n, H, D]."""
     rows, num_heads, head_dim = q.shape
     length, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads

@@ -18,7 +18,7 @@ def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend
 
 
 class KVCache:
-    """`num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i.
+    """Holds `num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i.
 
     Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """

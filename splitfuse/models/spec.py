@@ -41,7 +41,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """NTK by parts and a factor on queries and keys (YaRN: Peng et al., arXiv 2309.00071).
+    """Scales NTK by parts, with a factor on queries and keys (YaRN: Peng et al., arXiv 2309.00071).
 
     A pair of elements that turns more than `beta_fast` times over `original_max_position` keeps its frequency, one that
     turns less than `beta_slow` times has it divided by `factor`; `truncate` rounds the borders outward to whole pairs.
@@ -60,7 +60,7 @@ RopeScaling: TypeAlias = LinearScaling | DynamicScaling | Llama3Scaling | YarnSc
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding over the first `rotary_dim` elements of every head."""
+    """Describes rotary position embedding over the first `rotary_dim` elements of every head."""
 
     theta: float
     rotary_dim: int
@@ -69,8 +69,9 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One decoder-only network: an embedding, layers, a last norm and a head. Raises ModelError where sizes contradict
-    each other.
+    """Describes one decoder-only network: an embedding, layers, a last norm and a head.
+
+    Raises ModelError where sizes contradict each other.
     """
 
     architecture: str  # as config.json names it: the key of the weight-name table, and for messages

@@ -30,7 +30,7 @@ Shapes: TypeAlias = dict[str, tuple[Shape, ...]]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
+    """Names one weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
 
     name: str  # a field of LayerWeights, or of NetworkWeights where layer is None
     role: Role
@@ -40,7 +40,7 @@ class Parameter:
 
     @property
     def shape(self) -> Shape:
-        """The shape of the whole."""
+        """Returns the shape of the whole."""
         shapes = [piece.shape for piece in self.pieces]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 

@@ -61,8 +61,8 @@ def int32(tensor: Tensor) -> Tensor:
 
 
 class Struct(ctypes.Structure):
-    """A struct of csrc/interface.h. Its address is good for as long as the object lives; attributes that are no fields
-    keep alive what it points to.
+    """Mirrors a struct of csrc/interface.h. Its address is good while the object lives; attributes that are no
+    fields keep alive what it points to.
     """
 
     @property
@@ -71,7 +71,7 @@ class Struct(ctypes.Structure):
 
 
 class Weight(Struct):
-    """A linear weight [rows, columns] in panels, which lie in `memory`."""
+    """Describes a linear weight [rows, columns] in panels, which lie in `memory`."""
 
     memory: Tensor
     _fields_ = [
@@ -86,7 +86,7 @@ class Weight(Struct):
 
 
 class Store(Struct):
-    """The packed keys and values of one layer, which lie in `memory`."""
+    """Describes the packed keys and values of one layer, which lie in `memory`."""
 
     memory: Tensor
     _fields_ = [
@@ -104,7 +104,7 @@ class Store(Struct):
 
 
 class Step(Struct):
-    """The arrays of a step; null where an operation does not need one."""
+    """Points to the arrays of a step; null where an operation does not need one."""
 
     tensors: list[Tensor | None]
     _fields_ = [
@@ -146,7 +146,7 @@ class Step(Struct):
 
 
 class Heads(Struct):
-    """How heads are rotated and attended."""
+    """Says how heads are rotated and attended."""
 
     rope: RopeTable
     _fields_ = [
@@ -176,7 +176,7 @@ class Heads(Struct):
 
 
 class Mixture(Struct):
-    """The experts of a layer, packed alike and side by side."""
+    """Lists the experts of a layer, packed alike and side by side."""
 
     arrays: list[Any]
     _fields_ = [
@@ -222,7 +222,7 @@ class Mixture(Struct):
 
 
 class Layer(Struct):
-    """One pre-norm decoder layer; null is what it does not have."""
+    """Describes a pre-norm decoder layer; what it does not have is null."""
 
     _fields_ = [
         ("attn_norm", c_void_p),
@@ -245,7 +245,7 @@ class Layer(Struct):
 
 
 class Network(Struct):
-    """All of a network but its head."""
+    """Describes all of a network but its head."""
 
     _fields_ = [
         ("layers", c_void_p),
@@ -283,7 +283,7 @@ PURE = {"weight_bytes", "store_bytes"}  # functions that need no workspace
 
 
 class Library:
-    """The functions of one variant, `library.linear(...)` and so on, as csrc/variant.h declares them, without the
+    """Calls the functions of one variant, `library.linear(...)` and so on, as csrc/variant.h declares them, without the
     workspace that is their first argument: it belongs to this object, and serves one call at a time.
     """
 

@@ -1,4 +1,4 @@
-"""Memory for what is kept: weights, keys and values, of one process or shared by several.
+"""Memory for weights, keys and values, of one process or shared by several.
 
 In huge pages where the system has them: a page of 2 MiB instead of 512 of 4 KiB spares the processor most of its
 address translations. Memory costs nothing until it is written.
@@ -46,7 +46,7 @@ def allocate(num_bytes: int) -> Tensor:
 
 
 class OwnWeights:
-    """Weights of this process alone, side by side: the many small ones of experts share huge pages."""
+    """Allocates weights of this process alone, side by side: the many small ones of experts share huge pages."""
 
     filled = False
 
@@ -65,7 +65,7 @@ class OwnWeights:
 
 
 class SharedWeights:
-    """Weights that several processes map and one has packed, in a file in memory that is gone with the last of them.
+    """Maps weights of several processes, one of which packs them, in a file in memory that goes with the last of them.
 
     The file has room for `num_bytes` of weights, each on a cache line of its own. Where `sharing.filled` says that
     another process has packed them, they are mapped for reading only. They stay mapped while the process lives. Raises

@@ -38,7 +38,7 @@ def _heads_of(attention: AttentionSpec) -> tuple[int, int, int, int, float, floa
 
 
 class FusedNetwork:
-    """Embedding, layers and last norm as tables of structs. Gives the same bits as the operations one by one."""
+    """Runs embedding, layers and last norm from tables of structs. Gives the same bits as the operations one by one."""
 
     def __init__(self, library: Library, plan: NetworkPlan) -> None:
         weights, attention = plan.weights, plan.layers[0].attention

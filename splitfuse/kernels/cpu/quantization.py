@@ -17,12 +17,12 @@ INT4_QVALUES = (-127, -98, -77, -60, -46, -33, -21, -10, 1, 12, 24, 36, 50, 65, 
 largest of a group on the negative end (docs/decisions/0010-quantization.md).
 """
 QVALUES = (ctypes.c_uint8 * 16)(*(value + 128 for value in INT4_QVALUES))
-"""The same as C++ reads them, + 128."""
+"""Values of the nibbles as C++ reads them, + 128."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A format's number in bindings.py, and how many columns share a scale (None: a whole row)."""
+    """Holds a format's number in bindings.py, and how many columns share a scale (None: a whole row)."""
 
     number: int
     group: int | None = None

@@ -23,7 +23,7 @@ Windows: TypeAlias = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: its config reader, its weight names, and which of FOREIGN_FEATURES its reader honours."""
+    """Describes an architecture: its config reader, its weight names, which of FOREIGN_FEATURES its reader honours."""
 
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
