@@ -1,6 +1,6 @@
 """Starting a server as a process of its own, and ending one, from another process of the same user.
 
-It decides when a server counts as started or ended. It knows neither HTTP nor what a server does.
+Decides when a server counts as started or ended, by its entry in the registry. Knows neither HTTP nor what it does.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import ConfigError, ServerError
 
 KEY_VARIABLES = {"api_key": "SPLITFUSE_API_KEY"}
-"""Settings that come from the environment: what is given on a command line, everybody on the machine can read."""
+"""Settings that go through the environment: all users of a machine can read command lines."""
 POLL_SECONDS = 0.05
-SLACK_SECONDS = 30.0  # beyond the drain, for a server to put its engines away
+SLACK_SECONDS = 30.0
+"""Time to end the engines, after the drain."""
 NOW_SECONDS = 10.0
+"""Time to end without a drain, after which the server is killed."""
 LAST_LINES = 20
+"""Number of lines of the log that an error shows."""
 READY = b"splitfuse serves "
 """How the line begins by which a server says that it is ready."""
 
-_children: dict[int, subprocess.Popen[bytes]] = {}  # servers that this process has started, and must bury
+_children: dict[int, subprocess.Popen[bytes]] = {}  # servers that this process has started, and must wait for
 
 
 def start(settings: Mapping[str, Any], *, wait: bool, echo: TextIO) -> Deployment:

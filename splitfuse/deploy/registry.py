@@ -1,6 +1,6 @@
-"""The running deployments of this user, by name: a JSON file each, in a folder that nobody else can read.
+"""The running deployments of this user, by name: one JSON file each, in a folder that only this user can read.
 
-It decides where the files are and which of them still mean a living process. It knows no HTTP. An entry holds no key.
+Decides where the files are and which of them belong to a living process. Knows no HTTP. An entry has no API key.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import msgspec
 from splitfuse.errors import ServerError
 
 WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Addresses that a server listens on and nobody can call, and how it is called from the same machine."""
+"""Addresses to listen on that are not addresses to call, with the one to call from the same machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """One running server; made in the process it describes. `process_start` tells that process from a later one of the
-    same number, `started` is Unix time.
+    """One running server, made in its own process. `process_start` tells that process from a later one of the same
+    number; `started` is Unix time.
     """
 
     name: str
@@ -45,24 +45,22 @@ class Deployment:
 
     @property
     def url(self) -> str:
-        """Where to reach it from this machine, without a slash at the end."""
+        """Return its URL on this machine, without a slash at the end."""
         return url_of(self.scheme, WILDCARDS.get(self.host, self.host), self.port)
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process still runs."""
+        """Return whether its process still runs."""
         return self.process_start is not None and process_start(self.pid) == self.process_start
 
 
 def url_of(scheme: str, host: str, port: int) -> str:
-    """`http://127.0.0.1:8000`; an IPv6 address gets its brackets."""
+    """Return `http://127.0.0.1:8000`; an IPv6 address gets its brackets."""
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def process_start(pid: int) -> str | None:
-    """When the process of that number began, in a form good only for comparing; None if there is none, or only what its
-    parent has not yet looked after.
-    """
+    """Return when the process of that number began, for comparing only; None if there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -73,18 +71,18 @@ def process_start(pid: int) -> str | None:
 
 
 def _exists(pid: int) -> str | None:
-    """Where there is no /proc: whether the process is there is all we can tell."""
+    """Return the same where there is no /proc: only whether the process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # somebody else's: not one of ours
+    except PermissionError:  # of another user
         return None
     return "unknown"
 
 
 def register(deployment: Deployment) -> None:
-    """Raises ServerError if the name belongs to a server that lives, or if the folder cannot be used."""
+    """Add a deployment. Raises ServerError if its name belongs to a running server, or if the folder cannot be used."""
     folder = _folder()
     with _locked(folder):
         _check_free(folder, deployment.name)
@@ -95,7 +93,7 @@ def register(deployment: Deployment) -> None:
 
 
 def check_free(name: str) -> None:
-    """Raises ServerError if the name belongs to a server that lives."""
+    """Raise ServerError if the name belongs to a running server."""
     folder = _folder()
     with _locked(folder):
         _check_free(folder, name)
@@ -111,7 +109,7 @@ def _check_free(folder: Path, name: str) -> None:
 
 
 def unregister(deployment: Deployment) -> None:
-    """Forget a deployment; another that has taken its name meanwhile stays."""
+    """Remove a deployment; another one that has taken its name meanwhile stays."""
     folder = _folder()
     with _locked(folder):
         file = folder / f"{deployment.name}.json"
@@ -120,7 +118,7 @@ def unregister(deployment: Deployment) -> None:
 
 
 def deployments() -> list[Deployment]:
-    """All that live, by name. What the dead have left behind is removed."""
+    """Return all running deployments, by name. Entries of dead processes are removed."""
     folder = _folder()
     living = []
     with _locked(folder):
@@ -134,7 +132,7 @@ def deployments() -> list[Deployment]:
 
 
 def find(name: str) -> Deployment:
-    """The living deployment of that name. Raises ServerError, with the names there are, if there is none."""
+    """Return the running deployment of that name. Raises ServerError, with the names there are, if there is none."""
     living = deployments()
     for deployment in living:
         if deployment.name == name:
@@ -144,8 +142,8 @@ def find(name: str) -> Deployment:
 
 
 def _folder() -> Path:
-    """$XDG_RUNTIME_DIR/splitfuse; without one, a folder of this machine's name in the cache, which several machines may
-    share. Made if need be.
+    """Return $XDG_RUNTIME_DIR/splitfuse or, without it, a folder named after this machine in the cache, which several
+    machines may share. It is created if necessary.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK | os.X_OK):
@@ -154,11 +152,11 @@ def _folder() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """`~/.cache/splitfuse/NAME`, or where XDG_CACHE_HOME says; only this user can look into it. Raises ServerError."""
+    """Return `~/.cache/splitfuse/NAME`, or that in XDG_CACHE_HOME, readable by this user only. Raises ServerError."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
-        raise ServerError("there is no home folder to note deployments in: set XDG_RUNTIME_DIR") from error
+        raise ServerError("no home folder for the list of deployments: set XDG_RUNTIME_DIR") from error
     return _private(home / "splitfuse" / name)
 
 
@@ -168,29 +166,28 @@ def _private(folder: Path) -> Path:
         status = folder.stat()
         if status.st_uid != os.getuid():
             raise ServerError(
-                f"{folder} belongs to another user: remove it, or set XDG_RUNTIME_DIR to a folder of yours"
+                f"{folder} belongs to another user: remove it, or set XDG_RUNTIME_DIR to a folder of your own"
             )
         if stat.S_IMODE(status.st_mode) != 0o700:
             folder.chmod(0o700)
     except OSError as error:
         reason = error.strerror or error
         raise ServerError(
-            f"running deployments cannot be noted in {folder}: {reason}; set XDG_RUNTIME_DIR to a folder that can be "
-            "written"
+            f"the list of deployments in {folder} cannot be written: {reason}; set XDG_RUNTIME_DIR to a writable folder"
         ) from error
     return folder
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with whoever holds it."""
+    """Let one process at a time in; the lock ends with the process that holds it."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _read(file: Path) -> Deployment | None:
-    """None if the file is not there, or is none of ours."""
+    """Return the entry in a file; None if the file does not exist or has no entry."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Deployment)
     except (OSError, msgspec.DecodeError):

@@ -1,6 +1,6 @@
 """One line of JSON for each request that a server has answered, and the record that it is made from.
 
-Decides what is written about a request. It must not know HTTP or the engine, and sees keys by their name only.
+Decides what is written about a request. Knows neither HTTP nor the engine, and keys by their names only.
 """
 
 from __future__ import annotations
@@ -17,50 +17,51 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRecord:
-    """What is known of one HTTP request when its answer has ended. Counts are sums over its prompts and choices;
-    times are in seconds, from the request's arrival unless they say otherwise.
+    """Facts about one HTTP request whose answer has ended. Counts are sums over its prompts and choices; times are in
+    seconds, from the request's arrival unless said otherwise.
     """
 
     request_id: str
     route: str
-    """The path as it is declared, such as /v1/completions: never what a client sent."""
+    """Path as the route table has it, such as /v1/completions: never what a client sent."""
     status: int
     total_seconds: float
     key: str | None = None
-    """Which key it brought, by name or place in the list: never the key."""
+    """Name of the key that it brought, never the key."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompts, found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     finish_reasons: tuple[str, ...] = ()
-    """Of each choice that an engine began, in order; empty if none was."""
+    """Finish reason of each choice that an engine began, in order."""
     error: str | None = None
-    """The kind: a name of a class of errors.py, or of another exception. No message."""
+    """Kind of error: the name of a class of errors.py or of another exception, without its message."""
     queue_seconds: float | None = None
-    """Until an engine took it up."""
+    """Time until its first step."""
     time_to_first_token_seconds: float | None = None
-    """Until the first token of any choice."""
+    """Time until the first token of any choice."""
     inter_token_latency_seconds: tuple[float, ...] = ()
-    """Between each token and the next of the same choice, all choices after each other."""
+    """Times between each token and the next of the same choice, all choices one after the other."""
     steps: int = 0
-    """Forward steps that gave it something."""
+    """Number of forward steps that computed a part of it."""
     slo_met: bool | None = None
-    """Whether what was promised was kept; None if nothing was."""
+    """Whether its SLO was met; None without one."""
     slo_violation: str | None = None
-    """A sentence, if a promise was broken: what took the longest."""
+    """Sentence about a missed SLO: what was missed, and the longest phases."""
 
 
 class RequestLog:
-    """Writes records to a stream, flushed line by line. A stream that fails loses lines, and harms no request."""
+    """Writes records to a stream, line by line. A stream that fails loses lines but fails no request."""
 
     def __init__(self, stream: TextIO, *, log_prompts: bool, now: Callable[[], float] = time.time) -> None:
-        self.num_lost = 0  # lines that the stream did not take
+        self.num_lost = 0
+        """Number of lines that the stream refused."""
         self._stream = stream
         self._log_prompts = log_prompts
         self._now = now
 
     def write(self, record: RequestRecord, prompt: Any = None, text: Any = None) -> None:
-        """One line. `prompt` (a text, token ids, messages) and `text` (a text, or one a choice) appear in it only with
+        """Write one line. `prompt` (a text, token ids, messages) and `text` (of each choice) are in it only with
         log_prompts.
         """
         gaps = record.inter_token_latency_seconds
@@ -96,12 +97,12 @@ class RequestLog:
 
 
 def _rounded(seconds: float | None) -> float | None:
-    """To microseconds; None for what JSON has no number for."""
+    """Return seconds rounded to microseconds; None for what JSON has no number for."""
     return None if seconds is None or not math.isfinite(seconds) else round(seconds, 6)
 
 
 def _encoded(value: Any) -> str:
-    """As JSON; what JSON cannot hold, as the text that Python shows."""
+    """Return a value as JSON; if JSON cannot hold it, its repr."""
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""Decides whether a server takes one more request, and when another attempt is worth it if not.
+"""Decides whether a server accepts one more request and, if not, when to try again.
 
-Arithmetic on numbers and a clock that is passed in: it must not know HTTP, the engine, or what is in a request. One
-thread: the event loop's.
+Arithmetic on numbers and a clock that is passed in: knows neither HTTP nor the engine nor what is in a request. Belongs
+to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
 
 MEMORY_SECONDS = 10.0
-"""A step this long ago counts 1/e of one that has just ended, in the measured rate."""
-LONGEST_WAIT = 3600.0
-"""Seconds: no estimate is good for longer."""
+"""Age at which a step counts 1/e of one that has just ended, in the measured rate."""
+MAX_WAIT = 3600.0
+"""Longest wait that is estimated, in seconds."""
 
 
 class Admission:
-    """Keeps the requests that are open, and the tokens they may come to, within the bounds of a ServerConfig."""
+    """Keeps the open requests, and the tokens they may come to, within the bounds of a ServerConfig."""
 
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_requests = 0
@@ -39,7 +39,7 @@ class Admission:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """What all replicas together compute, in tokens a second of work, by recent passes; None before the first."""
+        """Return what all replicas together compute, in tokens a second, by recent steps; None before the first one."""
         if not self._recent_seconds:
             return None
         rate = self._replicas * (self._recent_tokens / self._recent_seconds)
@@ -47,11 +47,11 @@ class Admission:
 
     @contextmanager
     def admit(self, num_tokens: int, num_requests: int = 1) -> Iterator[None]:
-        """Hold room for `num_requests` requests (prompts times choices) that come to `num_tokens` tokens at most,
-        prompts and what they may generate, while the context lasts.
+        """Count `num_requests` requests (prompts times choices) as open while the context lasts. They come to at most
+        `num_tokens` tokens, of prompts and of what they may generate.
 
-        Raises on entering: DrainingError after `drain`, OverloadedError if there is no room now, InvalidRequestError
-        if there never will be.
+        Entering it raises DrainingError after `drain`, OverloadedError if there is no room now, InvalidRequestError if
+        there never will be.
         """
         self._check(num_tokens, num_requests)
         self.num_requests += num_requests
@@ -66,7 +66,7 @@ class Admission:
                 self._empty.set()
 
     def progressed(self, num_tokens: int, seconds: float) -> None:
-        """An engine has computed `num_tokens` in a step of `seconds`. For every step of every replica."""
+        """Note that an engine has computed `num_tokens` in a step of `seconds`."""
         if num_tokens <= 0 or not 0 < seconds < math.inf:  # no step, or one too short for the clock
             return
         now = self._clock()
@@ -76,27 +76,27 @@ class Admission:
         self._recent_seconds = self._recent_seconds * kept + seconds
 
     def drain(self) -> None:
-        """Take no more requests, ever. Those that are open go on."""
+        """Refuse all requests from now on. Those that are open continue."""
         self.draining = True
 
     async def wait_empty(self) -> None:
-        """Until no request is open."""
+        """Wait until no request is open."""
         await self._empty.wait()
 
     def _check(self, num_tokens: int, num_requests: int) -> None:
         if num_tokens < 0 or num_requests < 1:
             raise ValueError(f"room for {num_requests} requests of {num_tokens} tokens makes no sense")
         if self.draining:
-            raise DrainingError("the server is ending and takes no new requests")
+            raise DrainingError("the server is shutting down and accepts no new requests")
         if num_requests > self._most_requests:
             raise InvalidRequestError(
-                f"prompts times n come to {num_requests} requests, and this server takes at most "
-                f"{self._most_requests} at once: send fewer prompts, or a lower n",
+                f"prompts times n are {num_requests} requests, but this server accepts at most {self._most_requests} "
+                "at once: send fewer prompts, or a lower n",
                 parameter="n",
             )
         if num_tokens > self._most_tokens:
             raise InvalidRequestError(
-                f"prompts and what may be generated come to {num_tokens} tokens, and this server takes at most "
+                f"prompts and max_tokens come to {num_tokens} tokens, but this server accepts at most "
                 f"{self._most_tokens} at once: lower max_tokens or n, or send fewer prompts",
                 parameter="max_tokens",
             )
@@ -106,16 +106,16 @@ class Admission:
             wait = self._wait(requests_over, tokens_over)
             what = f"{self.num_requests} requests" if requests_over > 0 else f"requests of {self.num_tokens} tokens"
             raise OverloadedError(
-                f"the server has no room for this request now, as it works on {what}; try again in {wait:.0f} s",
+                f"the server is full: it works on {what}; try again in {wait:.0f} s",
                 retry_after=wait,
             )
 
     def _wait(self, requests_over: int, tokens_over: int) -> float:
-        """Seconds until that much has been worked off, at least 1. A request is taken to be of the mean size of those
+        """Return the seconds until that much is done, at least 1. Requests are assumed to have the mean size of those
         that are open.
         """
         rate = self.tokens_per_second
         if rate is None:
             return 1.0
         tokens = max(tokens_over, self.num_tokens / max(self.num_requests, 1) * requests_over)
-        return min(max(tokens / rate, 1.0), LONGEST_WAIT)
+        return min(max(tokens / rate, 1.0), MAX_WAIT)

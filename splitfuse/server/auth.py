@@ -1,7 +1,7 @@
-"""Who may ask, and on which terms: API keys, from settings and a file, compared in constant time.
+"""API keys, from settings and a file, compared in constant time; and what their owners get.
 
-It decides whose request a key makes it, what its owner is promised and which share of the machine is his, and what
-keeps the cached prompts of one key from being felt by another. It must not know of routes.
+An owner has a weight (of fair sharing), a priority and an SLO, and a salt, which keeps the cached prompts of one key
+from being noticed by another. Knows no routes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from splitfuse.errors import ConfigError, did_you_mean
 from splitfuse.server.errors import RefusedError
 
 OPTIONS = ("name", "weight", "priority", "ttft", "itl")
-LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
-"""Beyond, one request would count for more than all that others will ever ask."""
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
+"""Bounds of a weight, beyond which a single request would count for more than all that others ever send."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Of a key. `name` is for the log and metrics; None where no keys are wanted."""
+    """Owner of a key. `name` is for the log; None where no key is required."""
 
     name: str | None = None
     weight: float = 1.0
-    """Of its share of the machine."""
+    """Weight of its share of the machine."""
     priority: Priority = Priority.NORMAL
-    """The highest class that its requests can have, and theirs if they ask for none."""
+    """Highest priority of its requests, and that of requests without one."""
     targets: SloTargets | None = None
-    """None: what everybody is promised."""
+    """SLO of its requests; None: the server's."""
     cache_salt: str = ""
 
 
@@ -42,10 +42,10 @@ ANONYMOUS = Owner()
 
 
 class ApiKeys:
-    """The keys of a server. Without any, everybody may ask."""
+    """Keys of a server. Without any, no request needs one."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError for a file that cannot be read, has no key in it, or a line that is no key."""
+        """Read the keys. Raises ConfigError for a file that cannot be read or has no key, and for a malformed line."""
         self._secret = secrets.token_bytes(32)
         owners = {key.strip(): Owner(f"key {number}") for number, key in enumerate(config.api_key, 1)}
         if config.api_key_file is not None:
@@ -53,35 +53,35 @@ class ApiKeys:
         self._owners = [(self._digest(key.encode()), owner) for key, owner in owners.items()]
 
     def check(self, scheduler: SchedulerConfig) -> None:
-        """Raise ConfigError if a key is promised what engines of that config would not keep."""
-        promised = next((owner for _, owner in self._owners if owner.targets is not None), None)
-        if promised is not None and not scheduler.slo_enabled:
+        """Raise ConfigError if a key has an SLO that engines of that config would ignore."""
+        owner = next((owner for _, owner in self._owners if owner.targets is not None), None)
+        if owner is not None and not scheduler.slo_enabled:
             raise ConfigError(
-                f"api_key_file promises something to {promised.name!r}, and this server keeps no promises: start it "
-                "with --keep-promises, --ttft or --itl"
+                f"api_key_file gives {owner.name!r} an SLO, but SLO scheduling is disabled: start the server with "
+                "--enable-slo, --ttft or --itl"
             )
 
     def identify(self, authorization: bytes | None) -> Owner:
-        """Whose key an Authorization header brings. Raises RefusedError (401)."""
+        """Return the owner of the key in an Authorization header. Raises RefusedError (401)."""
         if not self._owners:
             return ANONYMOUS
         scheme, _, key = (authorization or b"").partition(b" ")
         presented = self._digest(key.strip() if scheme.lower() == b"bearer" else b"")
         matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
         if not any(matches):
-            what = "this API key is not valid" if key else "an API key is needed: send Authorization: Bearer KEY"
+            what = "this API key is not valid" if key else "an API key is required: send Authorization: Bearer KEY"
             raise RefusedError(
                 401, what, code="invalid_api_key", type="authentication_error", headers={"www-authenticate": "Bearer"}
             )
         return replace(self._owners[matches.index(True)][1], cache_salt=presented.hex())
 
     def _digest(self, key: bytes) -> bytes:
-        """Under a secret of this process: of no use to whoever should come to see it."""
+        """Return a digest under a secret of this process, which is of no use outside of it."""
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
 
 
 def _read(path: str, owners: dict[str, Owner]) -> None:
-    """Add the keys in a file, a line each, with what comes behind them; those without a name are numbered."""
+    """Add the keys in a file, one a line with its options; keys without a name are numbered."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -104,12 +104,12 @@ def _read(path: str, owners: dict[str, Owner]) -> None:
 
 
 def _owner(options: list[str], *, name: str) -> Owner:
-    """From `weight=2 priority=high ttft=1s`. Raises ConfigError."""
+    """Return the owner that options such as `weight=2 priority=high ttft=1s` describe. Raises ConfigError."""
     given: dict[str, str] = {}
     for option in options:
         word, equals, value = option.partition("=")
         if word not in OPTIONS:
-            raise ConfigError(f"{option!r} after a key is no option{did_you_mean(word, OPTIONS)}; write NAME=VALUE")
+            raise ConfigError(f"unknown option {option!r} after a key{did_you_mean(word, OPTIONS)}; write NAME=VALUE")
         if not equals or not value:
             raise ConfigError(f"{option!r} after a key has no value: write {word}=VALUE, without spaces")
         if word in given:
@@ -129,8 +129,8 @@ def _weight(text: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
-        raise ConfigError(f"weight must be a number from {LEAST_WEIGHT} to {MOST_WEIGHT}, not {text!r}")
+    if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise ConfigError(f"weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT}, not {text!r}")
     return weight
 
 

@@ -188,7 +188,7 @@ class _Watch:
         self._num_steps = 0
 
     def __call__(self, report: StepReport) -> None:
-        self._metrics.passed(report, self._engine.info.max_num_batched_tokens)
+        self._metrics.step_ended(report, self._engine.info.max_num_batched_tokens)
         if report.stats.num_steps != self._num_steps:  # else it tells of requests that ended between two steps
             self._num_steps = report.stats.num_steps
             self._admission.progressed(report.stats.step_tokens, report.stats.step_seconds)

@@ -1,8 +1,8 @@
-"""What a server tells Prometheus: how its engines stand, what they have done, and how requests fared.
+"""Metrics for Prometheus: the state of the engines, what they have done, and how requests ended.
 
-Decides names, meanings and buckets. It must not know HTTP or the scheduler: it reads EngineStats, Passed and
-RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the boards, routers and autoscalers that know
-them. One thread: the event loop's.
+Decides names, meanings and buckets. Knows neither HTTP nor the scheduler: it reads EngineStats, StepReport and
+RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the dashboards, routers and autoscalers that know
+them. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from splitfuse.errors import EngineDiedError
 from splitfuse.server.access_log import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Of what `Metrics.render` gives."""
+"""Content type of what `Metrics.render` returns."""
 
 # vLLM's bounds are among these, so that a query for one of its `le` finds it.
 _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -50,9 +50,10 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One metric: what it is called, and which of our numbers it shows. Labelled by model_name and `labels`."""
+    """One metric: its name, and which number it shows. Labelled by model_name and `labels`."""
 
-    name: str  # a counter's has no _total, which is added to what is rendered
+    name: str
+    """Name, which is rendered with `_total` if it is a counter's."""
     kind: Literal["gauge", "counter", "histogram"]
     source: str
     help: str
@@ -114,7 +115,7 @@ FAMILIES = (
         "vllm:request_generation_tokens", "histogram", "request_generated", "As splitfuse:request_generated_tokens."
     ),
 )
-"""Every metric there is, ours first."""
+"""All metrics, ours first."""
 
 _COUNTERS = (
     "num_steps",
@@ -128,8 +129,8 @@ _read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS
 
 
 class Metrics:
-    """Counts what it is told, and reads the client when asked. `model_name` is the label; left out, the engine's
-    name of the model, once it is ready.
+    """Counts steps and requests, and reads the engine client when it renders. `model_name` is the label; left out, the
+    engine's name of the model, once it is ready.
     """
 
     def __init__(self, client: EngineClient, *, model_name: str | None = None) -> None:
@@ -150,10 +151,8 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(self))
 
-    def passed(self, report: StepReport, max_num_batched_tokens: int) -> None:
-        """An engine behind the client has reported, and `client.stats` has it already. For every report: those that
-        were no step are told apart by the count of steps.
-        """
+    def step_ended(self, report: StepReport, max_num_batched_tokens: int) -> None:
+        """Count a report of an engine, which `client.stats` has already. Reports of no step are ignored."""
         if self._totals.update(self._client.stats):
             stats = report.stats
             self._step_tokens.observe(stats.step_tokens)
@@ -164,7 +163,7 @@ class Metrics:
                 self._histograms["prediction_ratio"].observe(stats.predicted_step_seconds / stats.step_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
-        """A request was answered, well or not. Times and sizes are counted for those that an engine began."""
+        """Count a request that was answered, or has failed. Times and sizes count for those that an engine began."""
         self._count("requests", record.route, str(record.status))
         if record.error is not None:
             self._count("errors", record.error)
@@ -188,15 +187,15 @@ class Metrics:
                 histograms["itl"].observe(gap)
 
     def request_refused(self, kind: str) -> None:
-        """A request was turned away before any work. `kind` is one of a few fixed words, such as `overloaded`."""
+        """Count a request that was refused before any work. `kind` is one of a few words, such as `overloaded`."""
         self._count("refused", kind)
 
     def render(self) -> bytes:
-        """Everything, in Prometheus' text format, read from the client now."""
+        """Return all metrics in Prometheus' text format, read from the client now."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Every family with its samples."""
+        """Yield every family with its samples."""
         self._totals.update(self._client.stats)
         gauges, model_name = self._gauges(), self._label()
         for family in FAMILIES:
@@ -259,8 +258,9 @@ class _Families(Collector):
 
 
 class _Totals:
-    """Sums of the counters of several engines, which never go down: an engine that begins again adds to what it had.
-    An engine is known by its place in the list.
+    """Sums of the counters of several engines, which never go down: a restarted engine adds to what it had.
+
+    An engine is identified by its position in the list.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ class _Totals:
         self._before = [0] * len(_COUNTERS)  # of those that began again, or are gone
 
     def update(self, engines: Sequence[EngineStats]) -> bool:
-        """Take in how the engines stand; whether any has made a step since."""
+        """Take in the newest counters. Return whether any engine has made a step since."""
         seen = self._engines
         changed = False
         if len(seen) < len(engines):
@@ -294,7 +294,7 @@ class _Totals:
 
 
 class _Histogram:
-    """Cheaper by far than the library's, which takes a lock and walks the buckets at each observation."""
+    """Histogram that is cheaper than the library's, which takes a lock and walks the buckets at each observation."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.sum = 0.0
@@ -306,7 +306,7 @@ class _Histogram:
         self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, observations up to it), the last bound infinite."""
+        """Return pairs of an upper bound and the observations up to it; the last bound is infinite."""
         total, pairs = 0, []
         for bound, count in zip((*map(repr, self._bounds), "+Inf"), self._counts, strict=True):
             total += count

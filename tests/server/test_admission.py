@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
-from splitfuse.server.admission import LONGEST_WAIT, MEMORY_SECONDS, Admission
+from splitfuse.server.admission import MAX_WAIT, MEMORY_SECONDS, Admission
 
 
 class Clock:
@@ -65,7 +65,7 @@ def test_never_more_than_the_bounds_and_every_ticket_comes_back_once(
                 assert tokens > most_tokens or requests > most_requests
             except OverloadedError as error:
                 assert held[0] + tokens > most_tokens or held[1] + requests > most_requests
-                assert 1 <= error.retry_after <= LONGEST_WAIT
+                assert 1 <= error.retry_after <= MAX_WAIT
             else:
                 tickets.append((stack, tokens, requests))
         elif what == "release" and tickets:
@@ -89,9 +89,9 @@ def test_never_more_than_the_bounds_and_every_ticket_comes_back_once(
 def test_the_last_request_and_the_last_token_that_fit_are_let_in() -> None:
     admission, _ = make(2, 100)
     with admission.admit(60), admission.admit(40):
-        assert "as it works on 2 requests" in str(refused(admission, 0))
+        assert "it works on 2 requests" in str(refused(admission, 0))
     with admission.admit(61):
-        assert "as it works on requests of 61 tokens" in str(refused(admission, 40))
+        assert "it works on requests of 61 tokens" in str(refused(admission, 40))
         with admission.admit(39):
             pass
     assert admission.num_requests == 0
@@ -102,7 +102,7 @@ def test_a_request_that_will_never_fit_is_told_so_and_not_to_come_back() -> None
     with pytest.raises(InvalidRequestError, match=r"come to 101 tokens, .* at most 100 at once") as tokens:
         admission.admit(101).__enter__()
     assert tokens.value.parameter == "max_tokens"
-    with pytest.raises(InvalidRequestError, match=r"come to 5 requests, .* at most 4 at once") as requests:
+    with pytest.raises(InvalidRequestError, match=r"are 5 requests, .* at most 4 at once") as requests:
         admission.admit(5, 5).__enter__()
     assert requests.value.parameter == "n"
     with admission.admit(100, 4):
@@ -157,7 +157,7 @@ def test_the_wait_is_the_tokens_over_the_bound_by_the_rate(
     over = held + asked - most
     with admission.admit(held):
         if over > 0:
-            expected = min(max(over / rate, 1.0), LONGEST_WAIT)
+            expected = min(max(over / rate, 1.0), MAX_WAIT)
             assert refused(admission, asked).retry_after == pytest.approx(expected)
 
 
@@ -166,7 +166,7 @@ def test_no_wait_is_longer_than_anybody_can_foresee(seconds: float) -> None:
     admission, _ = make(2, 10**6)
     admission.progressed(1, seconds)
     with admission.admit(10**6):
-        assert refused(admission, 10**6).retry_after == LONGEST_WAIT
+        assert refused(admission, 10**6).retry_after == MAX_WAIT
 
 
 def test_for_a_place_the_wait_is_that_of_a_request_of_mean_size() -> None:
@@ -220,7 +220,7 @@ def test_a_draining_server_takes_nothing_and_says_when_it_is_empty() -> None:
         first.enter_context(admission.admit(10))
         second.enter_context(admission.admit(10, 2))
         admission.drain()
-        with pytest.raises(DrainingError, match="takes no new requests") as caught, admission.admit(1):
+        with pytest.raises(DrainingError, match="accepts no new requests") as caught, admission.admit(1):
             pass
         assert caught.value.status == 503
         waiting = asyncio.create_task(admission.wait_empty())

@@ -125,7 +125,7 @@ class Stated(EngineClient):
 def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
     """As a client does it: first its stats, then the word to whoever watches."""
     client.engines[place] = stats
-    metrics.passed(StepReport((), stats), BUDGET)
+    metrics.step_ended(StepReport((), stats), BUDGET)
 
 
 # A real engine -------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[StepReport]
 
         def on_step(report: StepReport) -> None:
             reports.append(report)
-            metrics.passed(report, client.info.max_num_batched_tokens)
+            metrics.step_ended(report, client.info.max_num_batched_tokens)
 
         client.on_step = on_step
         await client.start()

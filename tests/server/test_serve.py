@@ -90,7 +90,7 @@ def test_a_server_says_how_it_starts_is_seen_by_others_and_drains(folder: Path, 
         stop = threading.Thread(target=lambda: stopped.append(_stop("drained")))
         stop.start()
         wait_until(lambda: client.state() == "draining")
-        with pytest.raises(DrainingError, match="takes no new requests"):
+        with pytest.raises(DrainingError, match="accepts no new requests"):
             client("hello", max_new_tokens=1)
         assert not stopped, "stop did not wait for what ran"
         rest = list(pieces)
@@ -299,7 +299,7 @@ def test_without_a_runtime_folder_the_cache_is_used(tmp_path: Path, monkeypatch:
     assert registry.find("fake").pid == os.getpid()
     (tmp_path / "splitfuse2").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "splitfuse2"))
-    with pytest.raises(ServerError, match="set XDG_RUNTIME_DIR to a folder that can be written"):
+    with pytest.raises(ServerError, match="set XDG_RUNTIME_DIR to a writable folder"):
         registry.deployments()
 
 

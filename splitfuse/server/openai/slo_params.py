@@ -1,7 +1,6 @@
-"""On which terms a request wants to be taken: what it is promised, its class, and when it is given up.
+"""How a request wants to be scheduled: its SLO, its priority, and its deadline.
 
-It decides what a key's owner may ask for, and what cannot be asked of a server that keeps no promises. It must not know
-what the request is about.
+Decides what the owner of a key may request, and what a server without SLO scheduling refuses. Knows nothing of prompts.
 """
 
 from __future__ import annotations
@@ -17,25 +16,26 @@ from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body
 
-MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0  # seconds
+MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0
+"""Bounds of a deadline, in seconds."""
 
 _TARGET = Annotated[float, Meta(gt=0, le=MAX_DEADLINE)]
 _DEADLINE = Annotated[
     float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
 ]
-_ON_TIME_ONLY = Annotated[bool, Meta(description="If it cannot be on time: 429 at once, with the predicted wait")]
+_ON_TIME_ONLY = Annotated[bool, Meta(description="If its SLO cannot be met: 429 at once, with the predicted wait")]
 
 
 class TargetSeconds(Body, kw_only=True, frozen=True):
-    """What a request wants to be promised instead of what everybody is: seconds, null for none."""
+    """SLO of a request in place of its key's or the server's, in seconds; null for none."""
 
     ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
-    ttft_per_token: Annotated[_TARGET, Meta(description="Added to it for each token of the prompt")] | None = None
+    ttft_per_token: Annotated[_TARGET, Meta(description="Added to it for each prompt token")] | None = None
     itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
 
 
 class SloParams(Body, kw_only=True, frozen=True):
-    """Part of a body. null is a parameter left out."""
+    """Scheduling parameters of a body. null is a parameter left out."""
 
     splitfuse_deadline: _DEADLINE | None = None
     splitfuse_targets: TargetSeconds | None = None
@@ -43,9 +43,10 @@ class SloParams(Body, kw_only=True, frozen=True):
     splitfuse_priority: Literal["high", "normal", "low"] | None = None
 
     def scheduling(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> SchedulingOptions:
-        """Those of its key where it asks for none of its own.
+        """Return the options for the scheduler: the key's where the request has none of its own.
 
-        Raises InvalidRequestError for promises that a server does not keep, RefusedError for a class above the key's.
+        Raises InvalidRequestError for an SLO where SLO scheduling is disabled, RefusedError (403) for a priority above
+        the key's.
         """
         asked = self.splitfuse_targets
         targets = None if asked is None else SloTargets(asked.ttft, asked.itl, asked.ttft_per_token)
@@ -55,7 +56,7 @@ class SloParams(Body, kw_only=True, frozen=True):
         ):
             if wants and not slo_enabled:
                 raise InvalidRequestError(
-                    "this server keeps no promises: start it with --ttft, --itl or --keep-promises, or leave "
+                    "SLO scheduling is disabled: start the server with --ttft, --itl or --enable-slo, or leave "
                     f"{name} out",
                     parameter=name,
                 )
@@ -76,7 +77,7 @@ class SloParams(Body, kw_only=True, frozen=True):
         if owner.name is not None and priority < owner.priority:
             raise RefusedError(
                 403,
-                f"this key's requests can be {owner.priority.name.lower()} at most, not {self.splitfuse_priority}",
+                f"this key's requests have at most priority {owner.priority.name.lower()}, not {self.splitfuse_priority}",
                 code="priority_not_allowed",
                 parameter="splitfuse_priority",
             )
