@@ -77,7 +77,7 @@ class SloParams(Body, kw_only=True, frozen=True):
         if owner.name is not None and priority < owner.priority:
             raise RefusedError(
                 403,
-                f"this key's requests have at most priority {owner.priority.name.lower()}, not {self.splitfuse_priority}",
+                f"this key allows at most priority {owner.priority.name.lower()}, not {self.splitfuse_priority}",
                 code="priority_not_allowed",
                 parameter="splitfuse_priority",
             )
