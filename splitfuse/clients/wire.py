@@ -219,9 +219,7 @@ def error_of(status: int, content: bytes, headers: Mapping[str, str]) -> Splitfu
         return error_in(json.loads(content)["error"], status, headers)
     except (ValueError, TypeError, KeyError):
         text = content.decode(errors="replace")
-        return ServerError(
-            f"the server answered with status {status} and a body that is not an error of splitfuse: {text:.200}"
-        )
+        return ServerError(f"status {status}, but the body is not an error of a splitfuse server: {text:.200}")
 
 
 def error_in(

@@ -29,8 +29,6 @@ NOW_SECONDS = 10.0
 """Time to end without a drain, after which the server is killed."""
 LAST_LINES = 20
 """Number of lines of the log that an error shows."""
-READY = b"splitfuse serves "
-"""How the line begins by which a server says that it is ready."""
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # servers that this process has started, and must wait for
 
@@ -59,8 +57,8 @@ def start(settings: Mapping[str, Any], *, wait: bool, echo: TextIO) -> Deploymen
         )
     _children[child.pid] = child
     try:
-        with log.open("rb") as said:
-            return _listen(child, said, echo, READY if wait else b"")
+        with log.open("rb") as lines:
+            return _wait_for(child, lines, echo, ready=wait)
     except BaseException:
         child.kill()
         child.wait()
@@ -94,22 +92,26 @@ def _signal(deployment: Deployment, number: signal.Signals) -> None:
             os.kill(deployment.pid, number)
 
 
-def _listen(child: subprocess.Popen[bytes], said: BinaryIO, echo: TextIO, awaited: bytes) -> Deployment:
-    """Until it is registered and has said what is awaited."""
-    heard = b""
-    while True:
-        status = child.poll()
-        new = said.read()
+def _wait_for(child: subprocess.Popen[bytes], log: BinaryIO, echo: TextIO, *, ready: bool) -> Deployment:
+    """Return the deployment of a child when it is registered, or `ready`. Its log is copied to `echo` meanwhile."""
+    logged = b""
+
+    def copy_log() -> None:
+        nonlocal logged
+        new = log.read()
         echo.write(new.decode(errors="replace"))
         echo.flush()
-        heard = (heard + new)[-10_000:]
+        logged = (logged + new)[-10_000:]
+
+    while True:
+        status = child.poll()
+        found = next((each for each in registry.deployments() if each.pid == child.pid), None)
+        copy_log()
         if status is not None:
-            last = "\n".join(heard.decode(errors="replace").splitlines()[-LAST_LINES:])
+            last = "\n".join(logged.decode(errors="replace").splitlines()[-LAST_LINES:])
             raise ServerError(f"the server ended with status {status} before it was ready. Its last lines:\n{last}")
-        if awaited in heard:
-            for deployment in registry.deployments():
-                if deployment.pid == child.pid:
-                    return deployment
+        if found is not None and (found.ready or not ready):
+            return found
         time.sleep(POLL_SECONDS)
 
 

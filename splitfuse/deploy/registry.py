@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -42,6 +42,8 @@ class Deployment:
     pid: int = field(default_factory=os.getpid)
     process_start: str | None = field(default_factory=lambda: process_start(os.getpid()))
     started: float = field(default_factory=time.time)
+    ready: bool = False
+    """Whether it has begun to accept requests."""
 
     @property
     def url(self) -> str:
@@ -86,10 +88,21 @@ def register(deployment: Deployment) -> None:
     folder = _folder()
     with _locked(folder):
         _check_free(folder, deployment.name)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")  # mode 0600
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(deployment), file)
-        Path(temporary).replace(folder / f"{deployment.name}.json")
+        _write(folder, deployment)
+
+
+def mark_ready(deployment: Deployment) -> None:
+    """Note that a registered deployment accepts requests."""
+    folder = _folder()
+    with _locked(folder):
+        _write(folder, replace(deployment, ready=True))
+
+
+def _write(folder: Path, deployment: Deployment) -> None:
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")  # mode 0600
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(asdict(deployment), file)
+    Path(temporary).replace(folder / f"{deployment.name}.json")
 
 
 def check_free(name: str) -> None:
@@ -113,7 +126,8 @@ def unregister(deployment: Deployment) -> None:
     folder = _folder()
     with _locked(folder):
         file = folder / f"{deployment.name}.json"
-        if _read(file) == deployment:
+        entry = _read(file)
+        if entry is not None and replace(entry, ready=deployment.ready) == deployment:
             file.unlink(missing_ok=True)
 
 

@@ -1,0 +1,108 @@
+"""The socket of a server and the HTTP on it, which answers before there is an application: it is still starting."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from splitfuse.config import ServerConfig
+from splitfuse.errors import ConfigError, ServerError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+FLUSH_TIMEOUT = 2
+"""Seconds that connections have to take what was written to them, when the server ends."""
+BACKLOG = 2048
+"""Number of connections that the system keeps until they are accepted."""
+
+
+@contextmanager
+def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[socket.socket]:
+    """Yield a listening socket. Raises ServerError if there can be none, with the remedy."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except socket.gaierror as error:
+        raise ServerError(f"host {host!r} is not an address of this machine: {error.strerror}") from error
+    except PermissionError as error:
+        raise ServerError(f"port {port} is reserved for the system: take one from 1024 with --port") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServerError(
+                f"port {port} of {host} is in use by another program: choose another with --port; 0 takes a free one"
+            ) from error
+        raise ServerError(f"cannot listen on {host!r}, port {port}: {error.strerror}") from error
+    with listener:
+        # Each connection inherits these. asyncio sets the first only on sockets made with the protocol's number, which
+        # this is not; without it, every second write of an answer waits 40 ms for the client's delayed acknowledgement.
+        # By the second the system closes a connection whose other end accepts nothing.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * client_timeout))
+        yield listener
+
+
+class HttpServer(uvicorn.Server):
+    """HTTP for an application that may come later. Leaves signals to its owner."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Raises ConfigError for a TLS certificate or key that cannot be used."""
+        self.app: App | None = None
+        made = uvicorn.Config(
+            self._answer,
+            interface="asgi3",
+            log_config=None,
+            log_level="error",  # malformed requests are no news
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT,
+            ssl_certfile=config.tls_certificate,
+            ssl_keyfile=config.tls_key,
+        )
+        try:
+            made.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"tls_certificate {config.tls_certificate} and tls_key {config.tls_key} cannot be used: {error}; they "
+                "must be a certificate and its private key, in PEM files"
+            ) from error
+        super().__init__(made)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none: see lifecycle.py."""
+        yield
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await _answer_starting(scope["path"], send)
+
+
+async def _answer_starting(path: str, send: Send) -> None:
+    status, body = 503, {"stage": "starting", "fraction": 0.0}
+    if path == "/health":
+        status, body = 200, {"status": "ok"}
+    elif path != "/ready":
+        message = "the server is starting: /ready says how far it is"
+        error = {"message": message, "type": "server_error", "param": None, "code": "engine_unavailable"}
+        body = {"error": error}
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
