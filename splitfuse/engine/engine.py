@@ -77,8 +77,8 @@ class Engine:
         on_stage: Callable[[str], None] = lambda _: None,
         policy: SchedulingPolicy | None = None,
     ) -> Engine:
-        """Load the model that `config` names. With SLOs, its steps are timed first unless a cost model is kept for it.
-        `on_stage` is called with the name of each stage after loading.
+        """Load the model that `config` names, from `source` if it is open already. With SLOs, its steps are timed first
+        unless a cost model is kept for it. `on_stage` is called with the name of each stage after loading.
 
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
