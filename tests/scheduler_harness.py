@@ -173,7 +173,7 @@ class Run:
         self.scheduler.check()
 
     def step(self) -> list[RequestOutput]:
-        """One turn of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
+        """One cycle of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
         while len(self.in_flight) < self.depth and (plan := self._schedule()):
             self.in_flight.append((plan, self.executor.submit(plan)))
         if not self.in_flight:
@@ -252,13 +252,13 @@ class Run:
         return plan
 
     def _check_whole(self, plan: StepPlan) -> None:
-        """The other policies never split a prompt; only one that is alone, beside generations, exceeds the budget."""
+        """The baselines never split a prompt; only one that is alone, apart from decodes, exceeds the budget."""
         assert all(chunk.samples for chunk in plan.chunks), "a prompt was split"
         prompts = [len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1]
         assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
     def _explain_unfilled(self, sampling: set[str]) -> None:
-        """A budget may stay unfilled only when nobody can use more of it, or no block is left but one for each that
+        """A budget may stay unfilled only when no request can use more of it, or no block is left but one for each that
         runs.
         """
         if self.allocator.num_available <= len(self.running):
@@ -340,7 +340,7 @@ class Workload:
 
     @staticmethod
     def _meddle(rng: Random, run: Run) -> dict[str, int]:
-        """Abort somebody, or end it at one of its tokens, as a stop string does."""
+        """Abort a request, or end it at one of its tokens, as a stop string does."""
         alive = [name for name, outcome in run.outcomes.items() if outcome.finish_reason is None]
         if not alive:
             return {}

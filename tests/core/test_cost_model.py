@@ -1,4 +1,4 @@
-"""The cost model: what it promises of its shape, and that it finds the coefficients that made the timings."""
+"""The cost model: the shape that it guarantees, and that a fit finds the coefficients that made the timings."""
 
 import json
 from random import Random
@@ -47,7 +47,7 @@ def random_step(rng: Random) -> Features:
 
 
 def timed(rng: Random, count: int, *, noise: float, disturbed: float = 0.0, model: CostModel = TRUE) -> list[Sample]:
-    """Passes with times that are off by a share of `noise`; a share of `disturbed` took up to four times as long."""
+    """Returns steps with times that are off by `noise`; a fraction `disturbed` took up to four times as long."""
     samples = []
     for step in (random_step(rng) for _ in range(count)):
         factor = rng.uniform(1.5, 4.0) if rng.random() < disturbed else rng.gauss(1.0, noise)
@@ -122,7 +122,7 @@ def test_too_few_timings_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+def test_a_time_which_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(CostModelError, match="a positive number of seconds"):
         Sample(Features(1), seconds)
 
@@ -137,7 +137,7 @@ def test_features_are_those_of_the_plan() -> None:
 
 
 @given(MODELS, STEPS, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
-def test_as_many_tokens_fit_as_are_said(
+def test_tokens_within_is_the_largest_count_that_fits(
     model: CostModel, step: Features, start: int, most: int, seconds: float
 ) -> None:
     count = model.tokens_within(seconds, step, start=start, most=most)
@@ -159,6 +159,6 @@ def test_it_is_kept_as_json() -> None:
     "text",
     ["", "[]", "3", "{}", json.dumps({"floor": -1, "per_token": 0}), json.dumps({"floor": 1, "per_token": 0, "x": 1})],
 )
-def test_what_is_no_cost_model_is_refused(text: str) -> None:
+def test_json_of_anything_else_is_refused(text: str) -> None:
     with pytest.raises(CostModelError):
         CostModel.from_json(text)

@@ -1,4 +1,4 @@
-"""The scheduler's law, one sentence a test. The faults are those of DeepSpeed-MII that led to the rule."""
+"""The scheduler's law, one sentence a test. The faults are those of DeepSpeed-MII that led to the law."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def sizes(run: Run, number: int = -1) -> dict[str, int]:
     return {chunk.request_id: len(chunk.token_ids) for chunk in run.plans[number].chunks}
 
 
-def test_a_prompt_is_split_and_short_ones_fused_to_fill_the_budget_exactly() -> None:
+def test_prompts_are_split_and_fused_to_fill_the_budget_exactly() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=8)
     for name, prompt in (("a", 13), ("bb", 2), ("ccc", 30)):
         run.add(make(name, prompt, 4))
@@ -33,7 +33,7 @@ def test_a_prompt_is_split_and_short_ones_fused_to_fill_the_budget_exactly() -> 
     assert not run.plans[0].chunks[0].samples and run.plans[1].chunks[0].samples
 
 
-def test_a_long_prompt_never_stalls_a_stream() -> None:
+def test_a_long_prompt_never_stalls_a_decode() -> None:
     run = Run.make(num_blocks=1000, block_size=16, budget=64)
     for number in range(8):
         run.add(make(f"g{number}", 5, 100))
@@ -56,7 +56,7 @@ def add_as_oldest(run: Run, request: Request) -> None:
     run.waiting.sort(key=lambda r: r.sequence_number)
 
 
-def test_the_oldest_prompt_moves_even_when_generations_could_take_the_whole_budget() -> None:
+def test_the_oldest_prompt_moves_even_when_decodes_fill_the_budget() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=3, max_num_seqs=4)
     for number in range(3):
         run.add(make(f"g{number}", 1, 30))
@@ -72,7 +72,7 @@ def test_the_oldest_prompt_moves_even_when_generations_could_take_the_whole_budg
     run.drain()
 
 
-def test_the_oldest_request_takes_the_seat_of_the_newest() -> None:
+def test_the_oldest_request_takes_the_slot_of_the_newest() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=8, max_num_seqs=2)
     requests = [make("g0", 1, 9), make("g1", 1, 9)]
     for request in requests:
@@ -96,7 +96,7 @@ def test_of_several_newer_requests_the_newest_gives_way() -> None:
     run.drain()
 
 
-def test_what_was_generated_is_found_by_the_next_turn() -> None:
+def test_generated_tokens_are_cached_for_the_next_turn() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=64)
     run.add(make("a", 5, 9))
     run.drain()
@@ -122,7 +122,7 @@ def test_preemption_takes_the_newest_and_loses_nothing_fault_1() -> None:
         assert len(request.prompt_token_ids) == 3
 
 
-def test_a_request_that_can_never_fit_is_refused_with_need_and_have_fault_2() -> None:
+def test_a_request_that_can_never_fit_is_refused_fault_2() -> None:
     run = Run.make(num_blocks=4, block_size=4, budget=8)
     with pytest.raises(RequestTooLargeError, match=r"needs 5 KV blocks .* whole cache has 4 blocks .* at most 7"):
         run.add(make("big", 10, 8))
@@ -140,7 +140,7 @@ def test_a_prompt_starts_with_the_blocks_there_are_fault_7() -> None:
     run.drain()
 
 
-def test_a_large_waiting_prompt_neither_blocks_small_ones_for_ever_nor_is_passed_for_ever() -> None:
+def test_a_large_waiting_prompt_and_small_ones_all_get_through() -> None:
     run = Run.make(num_blocks=8, block_size=4, budget=8, max_num_seqs=2)
     run.add(make("old", 8, 20))
     run.add(make("large", 28, 2))
@@ -154,7 +154,7 @@ def test_a_large_waiting_prompt_neither_blocks_small_ones_for_ever_nor_is_passed
     assert set(order) == {"old", "large", *small}
 
 
-def test_equal_prefixes_are_computed_once_but_never_shared_across_salts() -> None:
+def test_equal_prefixes_are_computed_once_for_each_salt() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=64)
     prompt = tuple(range(14))
     for name, salt in (("a", ""), ("b", ""), ("c", "other")):
@@ -173,7 +173,7 @@ def test_the_cached_share_of_a_prompt_is_reported() -> None:
     assert [output.num_cached_tokens for output in outputs] == [0, 12]
 
 
-def test_prompt_logprobs_read_no_prefix_cache_and_cover_every_prompt_token() -> None:
+def test_prompt_logprobs_cover_every_token_despite_the_prefix_cache() -> None:
     run = Run.make(num_blocks=100, block_size=4, budget=5)
     run.add(make("a", 14, 2))
     run.drain()

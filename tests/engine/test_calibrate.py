@@ -122,7 +122,7 @@ def test_a_slow_machine_times_fewer_and_shorter_steps(
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
-def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+def test_a_time_which_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="seconds must be"):
         run_calibration(Engine, config(), seconds=seconds, progress=False)
 

@@ -1,4 +1,4 @@
-"""On time or not at all: who is taken is on time, whatever comes after; who is refused is told how long to wait."""
+"""Admission with `on_time_only`: admitted requests meet their SLO, rejected ones are told how long to wait."""
 
 import math
 from dataclasses import replace
@@ -44,7 +44,7 @@ def request(
     return Request(name, tokens, SamplingParams(), generate, seed=0, scheduling=scheduling)
 
 
-def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cannot() -> None:
+def test_an_idle_engine_rejects_only_what_it_can_never_meet() -> None:
     run = make_run()
     run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
     with pytest.raises(LateError, match=r"its first token takes 1\.1 s even on an idle engine") as never:
@@ -56,7 +56,7 @@ def test_an_empty_machine_takes_what_it_can_do_and_refuses_for_ever_what_it_cann
     assert run.outcomes.keys() == {"a"}
 
 
-def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
+def test_on_time_only_requires_an_slo() -> None:
     with pytest.raises(InvalidRequestError, match="requires an SLO"):
         make_run().scheduler.add(request("a", 10, NO_SLO))
     by_age = Run.make(num_blocks=100, block_size=16, budget=BUDGET)
@@ -64,7 +64,7 @@ def test_nothing_promised_is_nothing_to_be_on_time_for() -> None:
         by_age.scheduler.add(request("a", 10, SloTargets(1.0)))
 
 
-def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
+def test_a_rejected_request_is_admitted_after_the_wait_it_was_told() -> None:
     run = make_run()
     for number in range(5):
         run.add(request(f"r{number}", 400, SloTargets(2.8, 1.0), generate=2))
@@ -85,7 +85,7 @@ def test_who_is_refused_is_told_how_long_to_wait_and_is_taken_then() -> None:
     assert late.slo.met
 
 
-def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
+def test_missing_slots_and_blocks_are_reasons_to_wait() -> None:
     for run in (make_run(max_num_seqs=2), make_run(num_blocks=14)):
         for number in range(2):
             run.add(request(f"r{number}", 90, SloTargets(1.0, 0.5), generate=12))
@@ -97,9 +97,9 @@ def test_no_seat_and_no_block_are_reasons_to_wait() -> None:
         run.drain()
 
 
-def test_streams_that_leave_prompts_nothing_end_some_day() -> None:
+def test_decodes_which_leave_no_time_are_waited_for() -> None:
     run = make_run()
-    for number in range(8):  # each token of the eight takes 18 ms of the 27 that were promised
+    for number in range(8):  # each token of the eight takes 18 ms of the 27 of its target
         run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), generate=100))
     run.step()
     with pytest.raises(LateError) as refused:
@@ -107,7 +107,7 @@ def test_streams_that_leave_prompts_nothing_end_some_day() -> None:
     assert 0.0 < refused.value.retry_after < 5.0
 
 
-def test_prompts_that_will_stream_without_a_pause_are_waited_for() -> None:
+def test_prefills_which_will_leave_no_time_are_waited_for() -> None:
     run = make_run(max_num_seqs=64)
     for number in range(30):
         run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), on_time_only=False))
@@ -116,7 +116,7 @@ def test_prompts_that_will_stream_without_a_pause_are_waited_for() -> None:
     assert 0.0 < refused.value.retry_after < math.inf
 
 
-def test_a_part_of_a_step_takes_no_whole_one() -> None:
+def test_a_short_prompt_takes_less_than_a_full_step() -> None:
     run = make_run()
     short = request("short", 20, SloTargets(0.1, 0.5))  # 30 ms; a full step takes 0.11 s
     run.add(short)
@@ -124,7 +124,7 @@ def test_a_part_of_a_step_takes_no_whole_one() -> None:
     assert short.slo.met
 
 
-def test_a_wait_is_a_number_whoever_is_ahead() -> None:
+def test_the_wait_is_finite_behind_a_higher_priority() -> None:
     run = make_run(max_num_seqs=2)
     for number in range(6):
         run.add(request(f"r{number}", 400, SloTargets(None, 0.03), on_time_only=False, priority=Priority.HIGH))
@@ -135,7 +135,7 @@ def test_a_wait_is_a_number_whoever_is_ahead() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_who_is_taken_is_on_time_whatever_comes_after(seed: int) -> None:
+def test_admitted_requests_meet_their_slo_whatever_arrives_later(seed: int) -> None:
     """Random loads at all intensities, some of them wanting on time or nothing, others on time or later, or of a class
     below.
     """

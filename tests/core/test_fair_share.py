@@ -1,4 +1,4 @@
-"""Fair shares and classes: the law of turns alone, and what it does to loads through the real scheduler."""
+"""Fair shares and priorities: the law of keys alone, and what it does to loads through the real scheduler."""
 
 from collections import Counter
 from itertools import count
@@ -37,35 +37,35 @@ def request(
     return Request(f"{owner}-{number}", tokens, params, generate, seed=0, scheduling=scheduling)
 
 
-def make_run(rule: str, *, max_num_seqs: int = 8) -> Run:
+def make_run(policy: str, *, max_num_seqs: int = 8) -> Run:
     deadline_policy: SchedulingPolicy | None = (
-        DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET) if rule == "promise" else None
+        DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET) if policy == "deadline" else None
     )
     return Run.make(num_blocks=400, block_size=16, budget=BUDGET, max_num_seqs=max_num_seqs, policy=deadline_policy)
 
 
-RULES = pytest.mark.parametrize(
-    ("rule", "targets"), [("arrival", NO_SLO), ("promise", NO_SLO), ("promise", SloTargets(2.0, 0.5))]
+POLICIES = pytest.mark.parametrize(
+    ("policy", "targets"), [("fcfs", NO_SLO), ("deadline", NO_SLO), ("deadline", SloTargets(2.0, 0.5))]
 )
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_with_one_owner_turns_are_in_the_order_of_arrival(seed: int) -> None:
+def test_with_one_owner_keys_are_in_the_order_of_arrival(seed: int) -> None:
     rng, shares = Random(seed), FairShare()
     unfinished: list[Request] = []
-    turns = []
+    keys = []
     for _ in range(100):
         made = request(prompt=rng.randint(1, 50))
         made.fair_share_key = shares.key(made, running=unfinished[:4], waiting=unfinished[4:])
-        turns.append(made.fair_share_key)
+        keys.append(made.fair_share_key)
         unfinished.append(made)
         while unfinished and rng.random() < 0.5:
             shares.charge_token(unfinished[0])
             unfinished.pop(0)
-    assert turns == sorted(turns)
+    assert keys == sorted(keys)
 
 
-def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
+def test_a_rare_owner_is_next_without_accumulated_credit() -> None:
     shares, flood = FairShare(), [request("flood", prompt=100) for _ in range(10)]
     for number, each in enumerate(flood):
         each.fair_share_key = shares.key(each, running=flood[:1], waiting=flood[1:number])
@@ -79,7 +79,7 @@ def test_who_comes_rarely_is_next_and_has_saved_nothing() -> None:
     assert shares.key(second, running=flood[5:6], waiting=[*flood[6:], late]) == 700.0
 
 
-def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
+def test_a_starving_priority_gives_no_credit_in_another() -> None:
     shares, busy = FairShare(), [request("busy", prompt=100) for _ in range(50)]
     starving = [request("third", priority=Priority.LOW, prompt=100) for _ in range(20)]
     for number, each in enumerate(starving):
@@ -90,7 +90,7 @@ def test_a_class_that_starves_gives_nobody_credit_in_another() -> None:
     assert shares.key(rare, running=busy[-1:], waiting=starving) >= 4900.0  # not 0, as the starving have had
 
 
-def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
+def test_an_aborted_request_is_refunded_what_was_not_computed() -> None:
     shares, other = FairShare(), request("other", prompt=10)
     other.fair_share_key = shares.key(other, running=[], waiting=[])
     gone = request("x", prompt=1000)
@@ -107,9 +107,9 @@ def test_who_gives_up_has_not_had_what_was_not_computed() -> None:
     assert shares.key(request("x"), running=[other], waiting=[later]) == later.fair_share_key
 
 
-@RULES
-def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: SloTargets) -> None:
-    run = make_run(rule)
+@POLICIES
+def test_a_flood_does_not_hold_up_another_owner(policy: str, targets: SloTargets) -> None:
+    run = make_run(policy)
     for _ in range(40):
         run.add(request("flood", targets=targets))
     for _ in range(5):
@@ -119,17 +119,17 @@ def test_a_flood_does_not_hold_up_somebody_elses_request(rule: str, targets: Slo
     ended: list[str] = []
     while mine.request_id not in ended:
         ended += [output.request_id for output in run.step() if output.finish_reason is not None]
-    assert mine.slo.met or len(ended) <= 12  # on time where that is promised; else after those that ran, and few more
+    assert mine.slo.met or len(ended) <= 12  # within its SLO; else after those that ran, and few more
     assert mine.slo.met is not False
     run.drain()
 
 
-@RULES
+@POLICIES
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (5.0, 2.0)])
 def test_tokens_are_shared_by_weight_while_all_want_more(
-    rule: str, targets: SloTargets, weights: tuple[float, float]
+    policy: str, targets: SloTargets, weights: tuple[float, float]
 ) -> None:
-    run = make_run(rule)
+    run = make_run(policy)
     for _ in range(150):
         for owner, weight in zip("ab", weights, strict=True):
             run.add(request(owner, weight=weight, targets=targets))
@@ -140,9 +140,9 @@ def test_tokens_are_shared_by_weight_while_all_want_more(
     run.drain()
 
 
-@RULES
-def test_a_class_comes_before_those_below_it(rule: str, targets: SloTargets) -> None:
-    run = make_run(rule, max_num_seqs=4)
+@POLICIES
+def test_a_priority_comes_before_those_below_it(policy: str, targets: SloTargets) -> None:
+    run = make_run(policy, max_num_seqs=4)
     classes = [Priority.LOW] * 20 + [Priority.HIGH] * 5
     waves = [request("", priority=each, targets=targets) for each in classes]
     for each in waves:
@@ -154,9 +154,9 @@ def test_a_class_comes_before_those_below_it(rule: str, targets: SloTargets) -> 
     assert max(high) <= 5  # all of them, and at most the oldest, which always moves, before the last
 
 
-@RULES
-def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, targets: SloTargets) -> None:
-    run = make_run(rule, max_num_seqs=4)
+@POLICIES
+def test_the_oldest_ends_under_an_endless_load_of_higher_priority(policy: str, targets: SloTargets) -> None:
+    run = make_run(policy, max_num_seqs=4)
     low = request("", priority=Priority.LOW, prompt=200, generate=10, targets=targets)
     run.add(low)
     for _ in range(400):
@@ -169,30 +169,30 @@ def test_the_oldest_ends_under_an_endless_stream_of_higher_classes(rule: str, ta
     run.drain()
 
 
-def test_a_class_loses_its_blocks_to_those_above_it_and_never_the_oldest_of_all() -> None:
-    for rule in ("arrival", "promise"):
-        run = make_run(rule)
+def test_higher_priorities_preempt_lower_ones_but_not_the_oldest() -> None:
+    for policy in ("fcfs", "deadline"):
+        run = make_run(policy)
         oldest, low, normal, high = (
             request("", priority=p) for p in (Priority.LOW, Priority.LOW, Priority.NORMAL, Priority.HIGH)
         )
         running = [oldest, low, normal]
         for each in (*running, high):
             run.add(each)
-        rule_used = run.scheduler.policy
-        assert rule_used.preemption_victim(running, than=high) is low
-        assert rule_used.preemption_victim([oldest, normal], than=high) is normal
-        assert rule_used.preemption_victim([oldest, low], than=normal) is low
-        assert rule_used.preemption_victim([oldest], than=high) is None
-        assert rule_used.preemption_victim([oldest, normal, high], than=low) is None
-        assert rule_used.preemption_victim([oldest, normal, high], than=oldest) is normal
+        used = run.scheduler.policy
+        assert used.preemption_victim(running, than=high) is low
+        assert used.preemption_victim([oldest, normal], than=high) is normal
+        assert used.preemption_victim([oldest, low], than=normal) is low
+        assert used.preemption_victim([oldest], than=high) is None
+        assert used.preemption_victim([oldest, normal, high], than=low) is None
+        assert used.preemption_victim([oldest, normal, high], than=oldest) is normal
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_lost_whoever_asks(seed: int) -> None:
+def test_no_output_is_lost_with_owners_weights_and_priorities(seed: int) -> None:
     """The random loads of the scheduler's law, with owners, weights and classes in them."""
     rng = Random(seed)
-    for rule in ("arrival", "promise"):
-        run = make_run(rule, max_num_seqs=rng.randint(1, 6))
+    for policy in ("fcfs", "deadline"):
+        run = make_run(policy, max_num_seqs=rng.randint(1, 6))
         made = [
             request(
                 rng.choice("abc"),

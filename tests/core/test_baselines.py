@@ -1,4 +1,4 @@
-"""The policies for comparison: each composes as its model did, and everything ends as if each request were alone."""
+"""The baselines: each composes as its model did, and every request ends as if it were alone."""
 
 import pytest
 from scheduler_harness import Run, Workload
@@ -45,7 +45,7 @@ def test_every_workload_ends_as_if_each_request_were_alone(policy: str, depth: i
     assert (preemptions == 0) == (policy == "static"), "the workloads are too tame to prove anything"
 
 
-def test_prefill_first_runs_whole_prompts_alone_while_generations_wait() -> None:
+def test_prefill_first_runs_whole_prompts_while_decodes_wait() -> None:
     run = start("prefill-first")
     run.add(make("a", 10, 4))
     run.step()
@@ -58,7 +58,7 @@ def test_prefill_first_runs_whole_prompts_alone_while_generations_wait() -> None
     assert steps(run) == [{"a": 10}, {"a": 1}, {"b": 40}, {"c": 5, "d": 5}, {"a": 1, "b": 1, "c": 1, "d": 1}]
 
 
-def test_orca_runs_whole_prompts_beside_generations() -> None:
+def test_orca_runs_whole_prompts_together_with_decodes() -> None:
     run = start("orca")
     run.add(make("a", 10, 4))
     run.step()
@@ -69,7 +69,7 @@ def test_orca_runs_whole_prompts_beside_generations() -> None:
     assert steps(run) == [{"a": 10}, {"a": 1, "b": 40}, {"a": 1, "b": 1, "c": 5}, {"a": 1, "b": 1, "c": 1}]
 
 
-def test_a_static_batch_lets_nobody_in_until_its_longest_has_ended() -> None:
+def test_a_static_batch_admits_none_until_its_longest_has_ended() -> None:
     run = start("static")
     run.add(make("a", 10, 2))
     run.add(make("b", 4, 4))
@@ -80,7 +80,7 @@ def test_a_static_batch_lets_nobody_in_until_its_longest_has_ended() -> None:
     assert steps(run) == [{"a": 10, "b": 4}, {"c": 8}, {"a": 1, "b": 1, "c": 1}, {"b": 1}, {"b": 1}, {"late": 3}]
 
 
-def test_a_static_batch_has_seats_and_blocks_for_all_that_it_may_generate() -> None:
+def test_a_static_batch_has_slots_and_blocks_for_its_whole_output() -> None:
     run = start("static", num_blocks=10, max_num_seqs=2)
     for name, max_tokens in (("a", 9), ("b", 9), ("c", 9)):  # 4 blocks each
         run.add(make(name, 8, max_tokens))
@@ -99,14 +99,14 @@ def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
     assert steps(run)[:2] == [{"a": 12}, {"a": 1}] and steps(run)[-2:] == [{"b": 12}, {"b": 1}]
 
 
-def test_splitfuse_is_the_scheduler_itself_and_unknown_policies_are_refused() -> None:
+def test_unknown_policies_are_refused() -> None:
     assert make_baseline("splitfuse", SchedulerConfig()) is None
     with pytest.raises(ConfigError, match="no policy 'orka'; did you mean 'orca'"):
         make_baseline("orka", SchedulerConfig())
 
 
 @pytest.mark.parametrize("policy", OTHERS)
-def test_targets_are_refused_where_no_policy_heeds_them(policy: str) -> None:
+def test_slo_settings_are_refused_for_baselines(policy: str) -> None:
     config = SchedulerConfig(ttft="2s")
     assert make_baseline("splitfuse", config) is None
     with pytest.raises(ConfigError, match=f"the policy {policy} meets no SLOs"):

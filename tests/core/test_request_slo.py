@@ -1,4 +1,4 @@
-"""Promises of a request, as its tokens come."""
+"""The SLO of a request, as its tokens come."""
 
 import math
 
@@ -23,7 +23,7 @@ def come(request: Request, *times: float) -> Request:
     return request
 
 
-def test_a_first_token_after_its_time_breaks_the_promise() -> None:
+def test_a_first_token_after_its_deadline_misses_the_slo() -> None:
     assert come(request(ttft=1.0), 11.0).slo.met is True
     late = come(request(ttft=1.0, itl=ITL), 11.5)
     assert late.slo.met is False and late.slo.violation == SloViolation(ttft=1.5, ttft_target=1.0)
@@ -32,12 +32,12 @@ def test_a_first_token_after_its_time_breaks_the_promise() -> None:
     )
 
 
-def test_the_first_gap_has_none_before_it() -> None:
+def test_the_first_gap_is_its_own_average() -> None:
     assert come(request(itl=ITL), 11.0, 11.24).slo.met is True
     assert come(request(itl=ITL), 11.0, 11.26).slo.met is False
 
 
-def test_a_long_gap_after_shorter_ones_is_forgiven_and_a_row_of_them_is_not() -> None:
+def test_a_long_gap_is_forgiven_and_a_row_of_them_is_not() -> None:
     stream = come(request(itl=ITL), 11.0, 11.1, 11.2, 11.3, 11.8)  # on average 0.2 s
     assert stream.slo.met is True and stream.slo.violation is None and stream.slo.deadline == pytest.approx(11.8 + ITL)
     come(stream, 12.3, 12.8)
@@ -49,7 +49,7 @@ def test_a_long_gap_after_shorter_ones_is_forgiven_and_a_row_of_them_is_not() ->
     assert stream.slo.met is False and stream.slo.violation == missed
 
 
-def test_nothing_promised_is_nothing_broken() -> None:
+def test_without_targets_nothing_is_missed() -> None:
     free = come(request(), 50.0, 90.0)
     assert free.slo.met is None and free.slo.deadline == math.inf and free.slo.violation is None
     assert come(request(ttft=100.0), 50.0, 90.0).slo.met is True

@@ -1,4 +1,4 @@
-"""Who claims what first: the rules on hand-made requests, against laws and against every other order."""
+"""The order of claims under SLOs: on hand-made requests, against laws and against every other order."""
 
 import math
 from dataclasses import replace
@@ -34,15 +34,15 @@ def change(request: Request, **options: Any) -> None:
     request.scheduling = replace(request.scheduling, **options)
 
 
-def stream(name: str, interval: float | None, *, token_at: float, arrival_time: float = 0.0) -> Request:
+def decode(name: str, itl: float | None, *, token_at: float, arrival_time: float = 0.0) -> Request:
     """It has its first token and needs its newest."""
-    made = request(name, 10, SloTargets(None, interval), arrival_time=arrival_time)
+    made = request(name, 10, SloTargets(None, itl), arrival_time=arrival_time)
     made.status, made.output_token_ids, made.kv.num_computed, made.num_scheduled = RequestStatus.RUNNING, [1], 10, 10
     made.slo.observe_token(token_at)
     return made
 
 
-def rule() -> DeadlinePolicy:
+def make_policy() -> DeadlinePolicy:
     return DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET)
 
 
@@ -51,40 +51,40 @@ def names(order: ClaimOrder) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_where_nothing_is_promised_promises_change_nothing(seed: int) -> None:
+def test_without_slos_the_order_is_first_come_first_served(seed: int) -> None:
     rng = Random(seed)
     running = []
     for number in range(rng.randint(1, 12)):
         if rng.random() < 0.5:
-            running.append(stream(f"r{number}", None, token_at=number, arrival_time=number))
+            running.append(decode(f"r{number}", None, token_at=number, arrival_time=number))
         else:
             made = request(f"r{number}", rng.randint(2, 90), arrival_time=number)
             made.status = RequestStatus.RUNNING
             running.append(made)
     waiting = [request(f"r{n}", rng.randint(1, 90), arrival_time=n) for n in range(12, 12 + rng.randint(0, 4))]
     plain = Fcfs().order(running, waiting, now=99.0)
-    promised = rule().order(running, waiting, now=99.0)
-    assert promised == plain and promised.max_seconds == math.inf
+    ordered = make_policy().order(running, waiting, now=99.0)
+    assert ordered == plain and ordered.max_seconds == math.inf
     for than in (*running, *waiting):
-        assert Fcfs().preemption_victim(running, than=than) is rule().preemption_victim(running, than=than)
+        assert Fcfs().preemption_victim(running, than=than) is make_policy().preemption_victim(running, than=than)
 
 
-def test_a_stream_lends_its_time_to_a_prompt_until_it_is_due() -> None:
-    ahead, prompt = stream("s", 0.25, token_at=1.0), request("p", 80, SloTargets(2.0))
-    order = rule().order([ahead], [prompt], now=1.0)
+def test_a_decode_lends_its_time_to_a_prefill_until_its_deadline() -> None:
+    ahead, prompt = decode("s", 0.25, token_at=1.0), request("p", 80, SloTargets(2.0))
+    order = make_policy().order([ahead], [prompt], now=1.0)
     assert names(order) == ([], ["p", "s"])
     assert order.max_seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
-    later = rule().order([ahead], [prompt], now=1.06)
+    later = make_policy().order([ahead], [prompt], now=1.06)
     assert names(later) == (["s"], ["p"])
     assert later.max_seconds <= 1.25 - 1.06
 
 
-def test_a_step_ends_well_before_a_token_is_due() -> None:
-    order = rule().order([stream("s", 0.25, token_at=1.0)], [request("p", 80, SloTargets(2.0))], now=1.17)
+def test_a_step_ends_well_before_the_next_deadline() -> None:
+    order = make_policy().order([decode("s", 0.25, token_at=1.0)], [request("p", 80, SloTargets(2.0))], now=1.17)
     assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * (1.25 - 1.17))
 
 
-def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
+def test_others_yield_to_on_time_only_requests() -> None:
     """Nine steps of 100 tokens are left, of which seven eighths must be enough for it."""
 
     def feasible(*, on_time_only: bool) -> list[str]:
@@ -92,111 +92,112 @@ def test_others_give_way_to_who_was_taken_on_time_or_not_at_all() -> None:
         prompts.append(request("taken", 590, SloTargets(1.0), arrival_time=0.01))
         change(prompts[-1], on_time_only=on_time_only)
         return sorted(
-            each.request_id for each in rule().planner.feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0)
+            each.request_id for each in make_policy().planner.feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0)
         )
 
     assert len(feasible(on_time_only=False)) == 6  # 890 tokens
     assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
 
 
-def test_a_step_is_no_longer_than_half_of_the_shortest_interval() -> None:
-    streams = [stream("a", 0.5, token_at=1.0), stream("b", 0.1, token_at=1.0)]
-    assert rule().order(streams, [], now=1.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.1 / 2)
+def test_a_step_takes_at_most_half_of_the_shortest_itl_target() -> None:
+    decodes = [decode("a", 0.5, token_at=1.0), decode("b", 0.1, token_at=1.0)]
+    assert make_policy().order(decodes, [], now=1.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.1 / 2)
 
 
 WHOLE = pytest.approx(0.11, abs=0.005)
 """What the budget takes."""
 
 
-def test_a_prompt_that_no_stream_waits_beside_has_whole_steps() -> None:
+def test_an_itl_target_without_decodes_shortens_no_step() -> None:
     tight = request("p", 200, SloTargets(9.0, 0.05))
-    assert rule().order([], [tight], now=0.0).max_seconds == WHOLE
-    beside = rule().order([stream("s", 0.1, token_at=0.0)], [tight], now=0.0)
-    assert beside.max_seconds < 0.1  # the stream's interval, not the prompt's
+    assert make_policy().order([], [tight], now=0.0).max_seconds == WHOLE
+    together = make_policy().order([decode("s", 0.1, token_at=0.0)], [tight], now=0.0)
+    assert together.max_seconds < 0.1  # the decode's target, not the prompt's
 
 
-def test_where_half_of_an_interval_is_short_for_prompts_a_step_takes_all_of_it() -> None:
+def test_a_short_itl_target_is_used_whole() -> None:
     prompt = request("p", 200, SloTargets(9.0))
-    order = rule().order([stream("s", 0.03, token_at=0.0)], [prompt], now=0.0)
+    order = make_policy().order([decode("s", 0.03, token_at=0.0)], [prompt], now=0.0)
     assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)  # 16 prompt tokens and not 3 in each half
     assert [r.request_id for r in order.urgent] == ["s"]
 
 
-def test_an_interval_that_leaves_prompts_nothing_shortens_no_step() -> None:
-    prompt, impossible = request("p", 200, SloTargets(9.0)), stream("s", 1e-6, token_at=0.0)
-    assert rule().order([impossible], [prompt], now=0.0).max_seconds == WHOLE
-    late = stream("l", 1e-6, token_at=0.0)
+def test_an_impossible_itl_target_shortens_no_step() -> None:
+    prompt, impossible = request("p", 200, SloTargets(9.0)), decode("s", 1e-6, token_at=0.0)
+    assert make_policy().order([impossible], [prompt], now=0.0).max_seconds == WHOLE
+    late = decode("l", 1e-6, token_at=0.0)
     late.slo.observe_token(0.5)
     late.slo.steps_skipped = MAX_SKIPPED_STEPS
-    assert late.slo.missed and rule().order([late], [prompt], now=0.5).max_seconds == WHOLE  # nor once it is late
-    other = stream("t", 0.15, token_at=0.0)
     assert (
-        rule().order([impossible, other], [prompt], now=0.0).max_seconds <= MAX_SAFETY_FACTOR * 0.15
-    )  # who can be kept is
-    taken = stream("u", 0.0125, token_at=0.0)
-    change(taken, on_time_only=True)  # it was taken on time or not at all
-    assert rule().order([taken], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.0125)
+        late.slo.missed and make_policy().order([late], [prompt], now=0.5).max_seconds == WHOLE
+    )  # nor once it is late
+    other = decode("t", 0.15, token_at=0.0)
+    both = make_policy().order([impossible, other], [prompt], now=0.0)
+    assert both.max_seconds <= MAX_SAFETY_FACTOR * 0.15  # the target that can be met is
+    taken = decode("u", 0.0125, token_at=0.0)
+    change(taken, on_time_only=True)
+    assert make_policy().order([taken], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.0125)
 
 
-def test_a_stream_shortens_no_steps_for_prompts_of_a_higher_class() -> None:
-    low, prompt = stream("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
+def test_a_decode_of_lower_priority_shortens_no_step() -> None:
+    low, prompt = decode("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
     change(low, priority=Priority.LOW)
-    assert rule().order([low], [prompt], now=0.0).max_seconds == WHOLE
+    assert make_policy().order([low], [prompt], now=0.0).max_seconds == WHOLE
     change(prompt, priority=Priority.LOW)
-    assert rule().order([low], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)
+    assert make_policy().order([low], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)
 
 
-def test_who_was_promised_intervals_alone_waits_for_a_first_token_like_who_was_promised_nothing() -> None:
+def test_an_itl_target_alone_does_not_advance_a_prefill() -> None:
     waiting = [request("pace", 20, SloTargets(None, 0.25)), request("any", 20, arrival_time=1.0)]
-    ahead = stream("ahead", 0.5, token_at=6.0)
-    assert names(rule().order([ahead], waiting, now=6.0)) == ([], ["pace", "any", "ahead"])
+    ahead = decode("ahead", 0.5, token_at=6.0)
+    assert names(make_policy().order([ahead], waiting, now=6.0)) == ([], ["pace", "any", "ahead"])
 
 
-def test_who_was_promised_comes_before_who_was_not_and_the_late_come_last() -> None:
-    late = stream("late", 0.25, token_at=1.0)
+def test_feasible_prefills_come_first_and_late_ones_last() -> None:
+    late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.9)
     running = [
         late,
-        stream("free", None, token_at=5.0, arrival_time=1.0),
-        stream("ahead", 0.25, token_at=6.0, arrival_time=2.0),
+        decode("free", None, token_at=5.0, arrival_time=1.0),
+        decode("ahead", 0.25, token_at=6.0, arrival_time=2.0),
     ]
     waiting = [
         request("hopeless", 20, SloTargets(0.5), arrival_time=3.0),
         request("any", 20, arrival_time=4.0),
         request("hopeful", 20, SloTargets(3.0), arrival_time=5.0),
     ]
-    order = rule().order(running, waiting, now=6.0)
+    order = make_policy().order(running, waiting, now=6.0)
     assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
     assert order.tail_share == TAIL_SHARE  # the oldest is late
     more = DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET, tail_share=0.25)
     assert more.order(running, waiting, now=6.0).tail_share == 0.25
 
 
-def test_a_stream_that_was_passed_over_often_is_urgent() -> None:
-    late = stream("late", 0.25, token_at=1.0)
+def test_a_decode_skipped_too_often_is_urgent() -> None:
+    late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.9)
-    assert names(rule().order([late], [], now=6.0)) == ([], ["late"])
+    assert names(make_policy().order([late], [], now=6.0)) == ([], ["late"])
     late.slo.steps_skipped = MAX_SKIPPED_STEPS
-    assert names(rule().order([late], [], now=6.0)) == (["late"], [])
+    assert names(make_policy().order([late], [], now=6.0)) == (["late"], [])
 
 
-def test_a_late_stream_is_given_twice_the_time_and_no_more() -> None:
-    late = stream("late", 0.25, token_at=1.0)
+def test_a_late_decode_gets_twice_the_itl_target() -> None:
+    late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.0)
     assert late.slo.missed and late.slo.deadline == 5.0 + MISSED_ITL_FACTOR * 0.25
     feasible = request("p", 80, SloTargets(9.0), arrival_time=5.0)
-    assert names(rule().order([late], [feasible], now=5.2)) == ([], ["p", "late"])
-    assert names(rule().order([late], [feasible], now=5.4)) == (["late"], ["p"])
+    assert names(make_policy().order([late], [feasible], now=5.2)) == ([], ["p", "late"])
+    assert names(make_policy().order([late], [feasible], now=5.4)) == (["late"], ["p"])
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
+def test_no_other_order_meets_more_ttft_targets(seed: int) -> None:
     rng = Random(seed)
     prompts = [
         request(f"p{number}", rng.randint(2, 150), SloTargets(rng.uniform(0.05, 0.9)), arrival_time=number / 1000)
         for number in range(rng.randint(1, 6))
     ]
-    order = rule().order([], prompts, now=0.01)
+    order = make_policy().order([], prompts, now=0.01)
     assert order.tail_share == 0.0
     seconds = order.max_seconds
     per_step = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
@@ -213,23 +214,23 @@ def test_no_other_order_brings_more_prompts_in_on_time(seed: int) -> None:
     assert on_time(tuple(order.others)) == best
 
 
-def test_of_blocks_the_late_lose_theirs_first_and_those_who_lose_least() -> None:
-    running = [stream(name, 0.25, token_at=1.0, arrival_time=i) for i, name in enumerate("abcd")]
+def test_the_late_request_with_the_least_to_lose_is_preempted() -> None:
+    running = [decode(name, 0.25, token_at=1.0, arrival_time=i) for i, name in enumerate("abcd")]
     for each, computed in zip(running, (90, 40, 60, 10), strict=True):
         each.kv.num_computed = computed
     for each in running[:3]:
         each.slo.observe_token(9.0)
     feasible = request("e", 20, SloTargets(9.0), arrival_time=10.0)
     assert (
-        rule().preemption_victim(running, than=feasible) is running[1]
+        make_policy().preemption_victim(running, than=feasible) is running[1]
     )  # late, and less to lose than c; a is the oldest of all
-    assert rule().preemption_victim(running, than=running[1]) is running[2]  # the late take from those late after them
-    assert rule().preemption_victim(running, than=running[2]) is None
-    assert rule().preemption_victim(running[:1], than=feasible) is None
-    assert rule().preemption_victim(running, than=running[0]) is running[1]
+    assert make_policy().preemption_victim(running, than=running[1]) is running[2]  # from a late one after it
+    assert make_policy().preemption_victim(running, than=running[2]) is None
+    assert make_policy().preemption_victim(running[:1], than=feasible) is None
+    assert make_policy().preemption_victim(running, than=running[0]) is running[1]
 
 
-def test_a_long_prompt_beside_promised_streams_makes_nobody_late() -> None:
+def test_a_long_prompt_makes_no_decode_late() -> None:
     forecast = LatencyPredictor(COST)
     run = Run.make(num_blocks=1000, block_size=16, budget=256, policy=DeadlinePolicy(forecast, token_budget=256))
     for number in range(8):
@@ -245,12 +246,12 @@ def test_a_long_prompt_beside_promised_streams_makes_nobody_late() -> None:
     assert max(gaps) <= 0.25
 
 
-def test_everybody_is_served_under_lasting_overload() -> None:
+def test_every_request_is_served_under_lasting_overload() -> None:
     """One and a half times what can be done, for some hours, with a bound on those that wait: the oldest always moves,
-    so nobody waits longer than all that are before it take at the share that is kept for the late.
+    so none waits longer than all that are before it take at the share reserved for the late.
     """
     rng = Random(1)
-    run = Run.make(num_blocks=250, block_size=16, budget=100, max_num_seqs=16, policy=rule())
+    run = Run.make(num_blocks=250, block_size=16, budget=100, max_num_seqs=16, policy=make_policy())
     alone = 2 * 0.11 + 10 * 0.011  # of a request of 200 tokens that generates 10: seconds of the machine
     due, most = 0.0, 40
     waits: list[float] = []

@@ -1,4 +1,4 @@
-"""Every second of a request belongs to one part: exactly, on random loads; to the right one, in cases made for it."""
+"""Every second of a request belongs to one phase: exactly, on random loads; to the right one, in hand-made cases."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -27,40 +27,40 @@ COST = CostModel(floor=0.01, per_token=0.001)
 
 def added_up_step_by_step(run: Run, name: str) -> dict[str, Fraction | float]:
     """The same by another way: each step and each pause for itself, by tokens."""
-    spent = run.breakdowns[name]
-    sums: dict[str, Fraction | float] = {"own": 0, "beside": 0, "others": 0}
-    ended: float | Fraction = spent.opened
+    breakdown = run.breakdowns[name]
+    sums: dict[str, Fraction | float] = {"own": 0, "co_scheduled": 0, "others": 0}
+    ended: float | Fraction = breakdown.opened
     for plan, planned, end in zip(run.plans, run.began, run.ended, strict=True):
         began = max(planned, ended)  # one that was in flight behind another began when that ended
         ended = max(end, ended)
-        seconds = max(min(end, spent.closed) - max(began, spent.opened), 0)
+        seconds = max(min(end, breakdown.closed) - max(began, breakdown.opened), 0)
         mine = sum(len(chunk.token_ids) for chunk in plan.chunks if chunk.request_id == name)
         share = seconds * Fraction(mine, plan.num_tokens)
         sums["own"] += share
-        sums["beside" if mine else "others"] += seconds - share
-    sums["between"] = spent.closed - spent.opened - sum(sums.values())
+        sums["co_scheduled" if mine else "others"] += seconds - share
+    sums["between"] = breakdown.closed - breakdown.opened - sum(sums.values())
     return sums
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("promises", [False, True])
-def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) -> None:
+@pytest.mark.parametrize("slo", [False, True])
+def test_phases_of_random_workloads_add_up_exactly(depth: int, slo: bool) -> None:
     seen: set[LatencyPhase] = set()
     for seed in range(150):
-        run = Workload(seed).run(depth, slo=promises, ticks=True)
-        for name, spent in run.breakdowns.items():
-            assert all(seconds > 0 for seconds in spent.phases.values())
-            total = sum(spent.phases.values())
-            seen |= set(spent.phases)
-            if promises:  # predictions are no fractions
-                assert total == pytest.approx(spent.closed - spent.opened)
+        run = Workload(seed).run(depth, slo=slo, ticks=True)
+        for name, breakdown in run.breakdowns.items():
+            assert all(seconds > 0 for seconds in breakdown.phases.values())
+            total = sum(breakdown.phases.values())
+            seen |= set(breakdown.phases)
+            if slo:  # predictions are no fractions
+                assert total == pytest.approx(breakdown.closed - breakdown.opened)
                 continue
-            assert total == spent.closed - spent.opened
+            assert total == breakdown.closed - breakdown.opened
             expected = added_up_step_by_step(run, name)
-            parts = spent.phases
-            assert sum(parts.get(part, 0) for part in COMPUTING) == expected["own"]
-            assert parts.get(LatencyPhase.CO_SCHEDULED, 0) == expected["beside"]
-            assert parts.get(LatencyPhase.BETWEEN_STEPS, 0) == expected["between"]
+            phases = breakdown.phases
+            assert sum(phases.get(part, 0) for part in COMPUTING) == expected["own"]
+            assert phases.get(LatencyPhase.CO_SCHEDULED, 0) == expected["co_scheduled"]
+            assert phases.get(LatencyPhase.BETWEEN_STEPS, 0) == expected["between"]
     everything = {
         *(
             LatencyPhase.NO_SLOT,
@@ -72,7 +72,7 @@ def test_on_random_loads_the_parts_add_up_exactly(depth: int, promises: bool) ->
         ),
         *(LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.CO_SCHEDULED, LatencyPhase.BETWEEN_STEPS),
     }
-    assert seen >= everything | ({LatencyPhase.PACED, LatencyPhase.OUTRANKED} if promises else set())
+    assert seen >= everything | ({LatencyPhase.PACED, LatencyPhase.OUTRANKED} if slo else set())
 
 
 # The right part ------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def request(name: str, prompt: int, tokens: int, targets: SloTargets = NO_SLO) -
 
 
 class Timed(Run):
-    """Passes of a second each, and pauses of a tenth."""
+    """Runs steps of a second each, with pauses of a tenth."""
 
     def one_step(self) -> None:
         self.now += Fraction(1, 10)
@@ -109,10 +109,10 @@ def timed(requests: Sequence[Request], **settings: int) -> Timed:
     return run
 
 
-def parts(run: Run, name: str) -> dict[LatencyPhase, float]:
-    spent = run.breakdowns[name]
-    assert sum(spent.phases.values()) == spent.closed - spent.opened
-    return spent.phases
+def phases_of(run: Run, name: str) -> dict[LatencyPhase, float]:
+    breakdown = run.breakdowns[name]
+    assert sum(breakdown.phases.values()) == breakdown.closed - breakdown.opened
+    return breakdown.phases
 
 
 def to_the_end(run: Timed) -> None:
@@ -120,10 +120,10 @@ def to_the_end(run: Timed) -> None:
         run.one_step()
 
 
-def test_alone_all_is_its_own() -> None:
+def test_a_request_alone_only_prefills_and_decodes() -> None:
     run = timed([request("a", 20, 3)])
     to_the_end(run)
-    assert parts(run, "a") == {
+    assert phases_of(run, "a") == {
         LatencyPhase.PREFILL: 3,
         LatencyPhase.DECODE: 2,
         LatencyPhase.BETWEEN_STEPS: Fraction(5, 10),
@@ -131,10 +131,10 @@ def test_alone_all_is_its_own() -> None:
     assert run.breakdowns["a"].co_scheduled == ()
 
 
-def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
+def test_a_step_is_divided_by_tokens() -> None:
     run = timed([request("a", 2, 3), request("b", 14, 1)])
     to_the_end(run)  # aabbbbbb, abbbbbbb, ab
-    assert parts(run, "a") == {
+    assert phases_of(run, "a") == {
         LatencyPhase.PREFILL: Fraction(2, 8),
         LatencyPhase.DECODE: Fraction(1, 8) + Fraction(1, 2),
         LatencyPhase.CO_SCHEDULED: Fraction(6, 8) + Fraction(7, 8) + Fraction(1, 2),
@@ -144,30 +144,30 @@ def test_a_step_is_divided_by_tokens_and_whose_they_were_is_told() -> None:
     assert run.breakdowns["b"].co_scheduled == (("a", 2),)
 
 
-def test_of_many_neighbours_the_largest_are_named() -> None:
+def test_the_largest_co_scheduled_prompts_are_named() -> None:
     run = timed([request("a", 1, 9), *(request(f"p{n}", n, 1) for n in (2, 9, 5, 7, 3))])
     to_the_end(run)
     names = [name for name, _ in run.breakdowns["a"].co_scheduled]
     assert names == ["p9", "p7", "p5"] and len(names) == MAX_CO_SCHEDULED
 
 
-def test_queued_for_a_seat_for_budget_or_for_blocks() -> None:
+def test_queued_for_a_slot_for_budget_or_for_blocks() -> None:
     run = timed([request("a", 8, 2), request("b", 2, 1)], max_num_seqs=1)
     to_the_end(run)
-    assert parts(run, "b")[LatencyPhase.NO_SLOT] == 2
+    assert phases_of(run, "b")[LatencyPhase.NO_SLOT] == 2
     run = timed([request("a", 16, 1), request("b", 2, 1)])
     to_the_end(run)
-    assert parts(run, "b")[LatencyPhase.NO_BUDGET] == 2
+    assert phases_of(run, "b")[LatencyPhase.NO_BUDGET] == 2
     run = timed([request("a", 16, 2), request("b", 2, 1)], num_blocks=5, budget=20)
     to_the_end(run)
-    assert parts(run, "b")[LatencyPhase.NO_BLOCKS] == 2 and LatencyPhase.NO_BUDGET not in parts(run, "b")
+    assert phases_of(run, "b")[LatencyPhase.NO_BLOCKS] == 2 and LatencyPhase.NO_BUDGET not in phases_of(run, "b")
 
 
-def test_preempted_and_computed_again() -> None:
+def test_preempted_and_recomputed() -> None:
     run = timed([request("a", 7, 14), request("b", 7, 14)], num_blocks=5, budget=16)
     to_the_end(run)
-    assert LatencyPhase.PREEMPTED not in parts(run, "a")
-    found = parts(run, "b")
+    assert LatencyPhase.PREEMPTED not in phases_of(run, "a")
+    found = phases_of(run, "b")
     assert (found[LatencyPhase.LEFT_OUT_NO_BLOCKS], found[LatencyPhase.PREEMPTED], found[LatencyPhase.RECOMPUTED]) == (
         4,
         8,
@@ -176,21 +176,21 @@ def test_preempted_and_computed_again() -> None:
     assert run.breakdowns["b"].num_preemptions == 1
 
 
-def test_streams_beyond_the_budget_are_left_out() -> None:
+def test_decodes_beyond_the_budget_are_left_out() -> None:
     run = timed([request(name, 1, 4) for name in "abc"], budget=2)
     to_the_end(run)
-    assert parts(run, "c")[LatencyPhase.NO_BUDGET] >= 1
+    assert phases_of(run, "c")[LatencyPhase.NO_BUDGET] >= 1
     run = timed([request("a", 2, 6), request("b", 2, 3)], budget=4)
     run.one_step()
     run.scheduler._token_budget = 1
     run.one_step()
     to_the_end(run)
-    assert parts(run, "b")[LatencyPhase.LEFT_OUT] >= 1
+    assert phases_of(run, "b")[LatencyPhase.LEFT_OUT] >= 1
 
 
-def test_paced_and_behind_a_promise() -> None:
-    rule = DeadlinePolicy(LatencyPredictor(COST), token_budget=100)
-    run = Run.make(num_blocks=1000, block_size=16, budget=100, policy=rule)
+def test_paced_and_outranked_under_slos() -> None:
+    policy = DeadlinePolicy(LatencyPredictor(COST), token_budget=100)
+    run = Run.make(num_blocks=1000, block_size=16, budget=100, policy=policy)
     run.add(request("oldest", 5, 60, SloTargets(1.0, 0.25)))
     run.add(request("stream", 5, 60, SloTargets(1.0, 0.25)))
     for _ in range(3):
@@ -199,15 +199,15 @@ def test_paced_and_behind_a_promise() -> None:
     run.add(request("urgent", 300, 2, SloTargets(0.5, 0.25)))  # no time for one step more
     while run.scheduler.has_unfinished:
         run.step()
-    for spent in run.breakdowns.values():
-        assert sum(spent.phases.values()) == pytest.approx(spent.closed - spent.opened)
+    for breakdown in run.breakdowns.values():
+        assert sum(breakdown.phases.values()) == pytest.approx(breakdown.closed - breakdown.opened)
     assert run.breakdowns["old"].phases[LatencyPhase.OUTRANKED] > 0
     assert run.breakdowns["stream"].phases[LatencyPhase.PACED] > 0
     assert run.breakdowns["stream"].phases[LatencyPhase.DECODE] > 0
     assert dict(run.breakdowns["stream"].co_scheduled).keys() == {"old", "oldest", "urgent"}
 
 
-def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
+def test_with_a_cost_model_a_share_is_the_cost_of_its_chunk() -> None:
     run = Run.make(
         num_blocks=1000, block_size=16, budget=100, policy=DeadlinePolicy(LatencyPredictor(COST), token_budget=100)
     )
@@ -227,7 +227,7 @@ def test_with_predictions_its_own_share_is_what_it_would_take_alone() -> None:
 # The ledger alone ----------------------------------------------------------------------------------------------------
 
 
-def test_who_comes_in_the_middle_of_a_step_joins_when_it_is_over() -> None:
+def test_a_request_joins_when_the_step_in_flight_ends() -> None:
     ledger, first, second = LatencyLedger(), RequestLatency("a"), RequestLatency("b")
     ledger.open(first, sent=0, now=0)
     ledger.begin(StepTransitions([Transition(first, LatencyPhase.DECODE, 1)], [], 1), 1)
@@ -240,25 +240,25 @@ def test_who_comes_in_the_middle_of_a_step_joins_when_it_is_over() -> None:
     }
 
 
-def test_what_nobody_wanted_any_more_does_not_count() -> None:
-    def spent(ended: float) -> dict[LatencyPhase, float]:
-        ledger, account = LatencyLedger(), RequestLatency("a")
-        ledger.open(account, sent=0, now=0)
-        ledger.begin(StepTransitions([Transition(account, LatencyPhase.NO_SLOT)], [], 1), 0)
+def test_seconds_after_a_request_was_given_up_do_not_count() -> None:
+    def breakdown(ended: float) -> dict[LatencyPhase, float]:
+        ledger, latency = LatencyLedger(), RequestLatency("a")
+        ledger.open(latency, sent=0, now=0)
+        ledger.begin(StepTransitions([Transition(latency, LatencyPhase.NO_SLOT)], [], 1), 0)
         ledger.end(4)
-        ledger.begin(StepTransitions([Transition(account, LatencyPhase.DECODE, 1)], [], 4), 4)
+        ledger.begin(StepTransitions([Transition(latency, LatencyPhase.DECODE, 1)], [], 4), 4)
         ledger.end(8)
-        closed = ledger.close(account, 8, wanted_until=ended)
+        closed = ledger.close(latency, 8, wanted_until=ended)
         assert closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)
         return closed.phases
 
-    assert spent(8) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 1, LatencyPhase.CO_SCHEDULED: 3}
-    assert spent(6) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 0.5, LatencyPhase.CO_SCHEDULED: 1.5}
-    assert spent(3) == {LatencyPhase.NO_SLOT: 3}
-    assert spent(0) == {LatencyPhase.NO_SLOT: 0}
+    assert breakdown(8) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 1, LatencyPhase.CO_SCHEDULED: 3}
+    assert breakdown(6) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 0.5, LatencyPhase.CO_SCHEDULED: 1.5}
+    assert breakdown(3) == {LatencyPhase.NO_SLOT: 3}
+    assert breakdown(0) == {LatencyPhase.NO_SLOT: 0}
 
 
-def test_who_is_ended_from_outside_has_an_account_too() -> None:
+def test_an_aborted_request_has_a_breakdown() -> None:
     run = timed([request("a", 8, 9)])
     run.one_step()
     assert run.scheduler.finish("a", FinishReason.ABORT, now=run.now + 2)
