@@ -56,7 +56,7 @@ class Static(Fcfs):
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
-        if not step.running:
+        if not step.queue.running:
             self._batch = list(_next_batch(step))
         self._batch = [request for request in self._batch if request.status is RequestStatus.WAITING]
         for number, request in enumerate(self._batch):
@@ -68,9 +68,9 @@ class Static(Fcfs):
 
 def grant_prompts(step: StepBuilder) -> None:
     """Grant as many whole prompts as the budget takes, oldest first, until one does not fit."""
-    prefills = [request for request in step.running if request.num_unscheduled > 1]
+    prefills = [request for request in step.queue.running if request.num_unscheduled > 1]
     alone = True
-    for request in (*prefills, *step.waiting):
+    for request in (*prefills, *step.queue.waiting):
         if request.status is RequestStatus.WAITING and not step.can_admit():
             return
         if not grant_whole(step, request, alone=alone):
@@ -80,7 +80,7 @@ def grant_prompts(step: StepBuilder) -> None:
 
 def grant_decodes(step: StepBuilder) -> None:
     """Grant every decode its token."""
-    for request in [request for request in step.running if request.num_unscheduled == 1]:
+    for request in [request for request in step.queue.running if request.num_unscheduled == 1]:
         step.grant(request)
 
 
@@ -90,23 +90,23 @@ def grant_whole(step: StepBuilder, request: Request, *, alone: bool) -> bool:
     """
     waited = request.status is RequestStatus.WAITING
     if waited:
-        step.start(request)
+        step.queue.start(request)
     needed = request.num_unscheduled
-    if request is step.running[0]:  # the oldest may take the blocks of any other
+    if request is step.queue.running[0]:  # the oldest may take the blocks of any other
         while step.available_slots(request) < needed and step.preempt(than=request):
             pass
     if step.available_slots(request) >= needed and (needed <= step.tokens_left or alone):
         step.tokens_left = max(step.tokens_left, needed)
         return step.grant(request) == needed
     if waited:
-        step.stop(request)
+        step.queue.stop(request)
     return False
 
 
 def _next_batch(step: StepBuilder) -> Iterator[Request]:
     free = step.free
     blocks = free.blocks
-    for request in step.waiting[: free.sequence_slots]:
+    for request in step.queue.waiting[: free.sequence_slots]:
         blocks -= -(-(request.num_prompt_tokens + request.max_tokens - 1) // free.block_size)
         if blocks < 0:
             return

@@ -16,7 +16,7 @@ from operator import attrgetter
 from splitfuse.config import TAIL_SHARE
 from splitfuse.core.request import Request
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.core.step_builder import FreeResources, StepBuilder
+from splitfuse.core.step_builder import FreeResources, RequestQueue, StepBuilder
 from splitfuse.errors import InvalidRequestError
 
 _by_priority = attrgetter("priority")
@@ -47,22 +47,22 @@ class SchedulingPolicy(ABC):
         blocks run out. Requests are admitted in the order of their claims, until one of them does not fit.
         """
         oldest = step.admit_oldest()
-        order = self.order([r for r in step.running if r.num_unscheduled], step.waiting, now=step.now)
+        order = self.order([r for r in step.queue.running if r.num_unscheduled], step.queue.waiting, now=step.now)
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
         for request in order.urgent:
             step.grant(request)
         step.max_seconds = order.max_seconds
-        waiting, admits = set(step.waiting), True
+        waiting, admits = set(step.queue.waiting), True
         for request in order.others:
             if request not in waiting:
                 step.grant(request)
             elif admits:
                 admits = step.admit(request)
-        for request in [each for each in step.waiting if each not in waiting]:  # preempted in this step
+        for request in [each for each in step.queue.waiting if each not in waiting]:  # preempted in this step
             if not step.admit(request):
                 break
-        for request in step.running:
+        for request in step.queue.running:
             request.slo.steps_skipped = 0 if request in step.granted else request.slo.steps_skipped + 1
 
     @abstractmethod
@@ -75,19 +75,11 @@ class SchedulingPolicy(ABC):
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """Returns the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
 
-    def check_admission(
-        self,
-        request: Request,
-        *,
-        running: Sequence[Request],
-        waiting: Sequence[Request],
-        free: FreeResources,
-        now: float,
-    ) -> None:
+    def check_admission(self, request: Request, queue: RequestQueue, free: FreeResources, *, now: float) -> None:
         """Raise LateError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if it has none
         that this policy heeds.
         """
-        del request, running, waiting, free, now
+        del request, queue, free, now
         raise InvalidRequestError("on_time_only requires an SLO: set targets.ttft or targets.itl", parameter="targets")
 
 

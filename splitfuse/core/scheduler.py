@@ -106,7 +106,7 @@ class Scheduler:
         request.sequence_number = self._num_accepted
         if request.on_time_only:
             free = FreeResources(self._max_num_seqs - self.num_running, allocator.num_available, allocator.block_size)
-            self.policy.check_admission(request, running=queue.running, waiting=queue.waiting, free=free, now=now)
+            self.policy.check_admission(request, queue, free, now=now)
         self._num_accepted += 1
         request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=queue.waiting)
         self._requests[request.request_id] = request

@@ -102,12 +102,12 @@ class StepBuilder:
         now: float = 0.0,
     ) -> None:
         """`choose_victim` is `SchedulingPolicy.preemption_victim`."""
+        self.queue = queue
         self.now = now
         self.granted: dict[Request, int] = {}
         self.tokens_left = token_budget
         self.max_seconds = math.inf
         """Longest that the step may take; what is granted from here on keeps it within that."""
-        self._queue = queue
         self._allocator = allocator
         self._token_budget = token_budget
         self._max_num_seqs = max_num_seqs
@@ -119,17 +119,9 @@ class StepBuilder:
         self._reserved_share = 0.0
 
     @property
-    def running(self) -> Sequence[Request]:
-        return self._queue.running
-
-    @property
-    def waiting(self) -> Sequence[Request]:
-        return self._queue.waiting
-
-    @property
     def free(self) -> FreeResources:
         """Returns what is free for further requests."""
-        slots = self._max_num_seqs - len(self._queue.running)
+        slots = self._max_num_seqs - len(self.queue.running)
         return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
 
     @property
@@ -143,17 +135,17 @@ class StepBuilder:
         """Make sure that the oldest unfinished request runs, preempting another if need be. Returns it; None if there
         is none, or if it must wait for plans in flight.
         """
-        running, waiting = self._queue.running, self._queue.waiting
+        running, waiting = self.queue.running, self.queue.waiting
         if waiting and (not running or waiting[0].sequence_number < running[0].sequence_number):
             if len(running) >= self._max_num_seqs and not self.preempt(than=waiting[0]):
                 return None
-            self._queue.start(waiting[0])
+            self.queue.start(waiting[0])
         self._oldest = running[0] if running else None
         return self._oldest
 
     def can_admit(self) -> bool:
         """Returns whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
-        num_running = len(self._queue.running)
+        num_running = len(self.queue.running)
         has_block = self._allocator.num_available > num_running
         return self.tokens_left > 0 and num_running < self._max_num_seqs and has_block
 
@@ -161,35 +153,27 @@ class StepBuilder:
         """Start a waiting request with its cached prefix and a first chunk. Returns False if it must go on waiting."""
         if not self.can_admit():
             return False
-        self._queue.start(request)
+        self.queue.start(request)
         while request.kv.blocks and not self.available_slots(request):  # its prefix took all blocks: recompute its end
             request.kv.drop_last_block(self._allocator)
             request.num_scheduled = request.kv.num_computed
         if self.grant(request):
             return True
-        self._queue.stop(request)
+        self.queue.stop(request)
         return False
-
-    def start(self, request: Request) -> None:
-        """Let a waiting request run, without a chunk yet."""
-        self._queue.start(request)
-
-    def stop(self, request: Request) -> None:
-        """Undo `start`."""
-        self._queue.stop(request)
 
     def preempt(self, *, than: Request) -> bool:
         """Take the blocks of the policy's victim for `than`. Returns False if there is none, or if its plans in flight
         must come back first.
         """
-        victim = self._choose_victim(self._queue.running, than=than)
+        victim = self._choose_victim(self.queue.running, than=than)
         if victim is None:
             return False
         self._revoke(victim)
         if victim.num_plans_in_flight:
             victim.kv.preempt_on_return = True
             return False
-        self._queue.preempt(victim)
+        self.queue.preempt(victim)
         return True
 
     # Tokens and blocks ------------------------------------------------------------------------------------------------
@@ -243,8 +227,8 @@ class StepBuilder:
         the oldest request need not.
         """
         spare = self._allocator.num_available
-        if request.num_unscheduled > 1 and request is not self._queue.running[0]:
-            spare = max(spare - len(self._queue.running) + 1, 0)
+        if request.num_unscheduled > 1 and request is not self.queue.running[0]:
+            spare = max(spare - len(self.queue.running) + 1, 0)
         return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
     def _even_chunk(self, request: Request, most: int) -> int:

@@ -15,7 +15,7 @@ from splitfuse.core.slo.cost_model import Features
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
-from splitfuse.core.step_builder import FreeResources
+from splitfuse.core.step_builder import FreeResources, RequestQueue
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class AdmissionForecast:
 def forecast_admission(
     request: Request,
     planner: DeadlinePlanner,
-    *,
-    running: Sequence[Request],
-    waiting: Sequence[Request],
+    queue: RequestQueue,
     free: FreeResources,
+    *,
     tail_share: float,
     now: float,
 ) -> AdmissionForecast:
-    """Returns the forecast of a new request, which is not in `waiting`."""
+    """Returns the forecast of a new request, which is not in the queue."""
+    running, waiting = queue.running, queue.waiting
     decodes = [r for r in running if r.output_token_ids]
     prefills = [*(r for r in running if not r.output_token_ids), *waiting]
     seconds = planner.step_limit(decodes, prefills, arriving=[*prefills, request]).seconds
@@ -62,7 +62,7 @@ def forecast_admission(
     per_step = share * planner.prefill_tokens(load, seconds)
     ahead = [r for r in prefills if r in before or r.priority < request.priority]
     arriving = [*(r for r in ahead if r in waiting), request]
-    start, is_certain = _wait_for_resources(arriving, planner, running=running, free=free, seconds=seconds)
+    start, is_certain = _wait_for_resources(arriving, planner, running, free, seconds)
 
     def prefill_time(tokens: int) -> float:
         return math.ceil(tokens / per_step) * seconds if per_step else math.inf
@@ -117,7 +117,6 @@ def _latest_ends(request: Request, running: Sequence[Request], seconds: float) -
 def _wait_for_resources(
     arriving: Sequence[Request],
     planner: DeadlinePlanner,
-    *,
     running: Sequence[Request],
     free: FreeResources,
     seconds: float,

@@ -26,7 +26,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.core.step_builder import FreeResources
+from splitfuse.core.step_builder import FreeResources, RequestQueue
 from splitfuse.errors import LateError
 
 MAX_SKIPPED_STEPS = 32
@@ -112,27 +112,11 @@ class DeadlinePolicy(Fcfs):
             return super().preemption_victim(running, than=than)
         return min(late, key=lambda r: (-r.priority, r.kv.num_computed, -r.sequence_number), default=None)
 
-    def check_admission(
-        self,
-        request: Request,
-        *,
-        running: Sequence[Request],
-        waiting: Sequence[Request],
-        free: FreeResources,
-        now: float,
-    ) -> None:
+    def check_admission(self, request: Request, queue: RequestQueue, free: FreeResources, *, now: float) -> None:
         """See SchedulingPolicy."""
         if not request.slo.exists:
-            super().check_admission(request, running=running, waiting=waiting, free=free, now=now)
-        forecast = forecast_admission(
-            request,
-            self.planner,
-            running=running,
-            waiting=waiting,
-            free=free,
-            tail_share=self.tail_share,
-            now=now,
-        )
+            super().check_admission(request, queue, free, now=now)
+        forecast = forecast_admission(request, self.planner, queue, free, tail_share=self.tail_share, now=now)
         if not forecast.meets_slo:
             raise LateError(f"the request cannot meet its SLO: {forecast.reason}", retry_after=forecast.wait)
 
