@@ -137,7 +137,7 @@ def cost_model(
         return load(file)
     assert model is not None
     print("timing steps, unless a cost model is stored", file=sys.stderr, flush=True)
-    return load_or_profile(Engine, EngineConfig.from_settings(settings), model)
+    return load_or_profile(EngineConfig.from_settings(settings), model)
 
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:

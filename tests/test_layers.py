@@ -42,7 +42,7 @@ CPU_KERNELS = "splitfuse.kernels.cpu"
 MAY_IMPORT_CPU_KERNELS = {"splitfuse.runtime.backend_choice"}
 
 # Open exceptions, to be removed with the seam that makes them needless. A stale one fails too.
-CYCLES: set[frozenset[str]] = {frozenset({"splitfuse.engine.engine", "splitfuse.engine.profile"})}
+CYCLES: set[frozenset[str]] = set()
 
 
 def name_of(path: Path) -> str:

@@ -28,17 +28,16 @@ def calibrate(
 
     It is stored in the cache folder, by model, machine, and the settings that change the time of a step.
     """
-    from splitfuse.engine.engine import Engine
     from splitfuse.engine.profile import run_calibration
-    from splitfuse.runtime.calibration import place, save
+    from splitfuse.runtime.calibration import cache_path, save
 
     if out is not None:
         check_writable(out)
     config = EngineConfig.from_settings(given(flags))
     shown = not quiet and sys.stderr.isatty()
-    calibration, checked = run_calibration(Engine, config, seconds=seconds, progress=shown)
+    calibration, checked = run_calibration(config, seconds=seconds, progress=shown)
     _print_checked(calibration.cost, checked)
-    for path in (place(calibration.identity), *([] if out is None else [out])):
+    for path in (cache_path(calibration.identity), *([] if out is None else [out])):
         save(calibration, path)
         print(f"splitfuse: cost model written to {path}", file=sys.stderr)
 

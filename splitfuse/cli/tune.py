@@ -105,17 +105,16 @@ def tune(
 
 def _stored_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
     """Return the cost model stored for this machine, with its timed steps; time them now if there is none."""
-    from splitfuse.engine.engine import Engine
     from splitfuse.engine.profile import run_calibration
-    from splitfuse.runtime.calibration import load_cost_model, place, save
+    from splitfuse.runtime.calibration import cache_path, load_cost_model, save
 
     with suppress(CostModelError):
         kept = load_cost_model(config)
         if kept.timed:
             return kept
     print("splitfuse: timing steps for about 20 s", file=sys.stderr)
-    calibration, _ = run_calibration(Engine, config, seconds=20.0, progress=progress)
-    save(calibration, place(calibration.identity))
+    calibration, _ = run_calibration(config, seconds=20.0, progress=progress)
+    save(calibration, cache_path(calibration.identity))
     return calibration
 
 

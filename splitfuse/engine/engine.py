@@ -8,19 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.latency.phase_tracker import PhaseTracker
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.engine.build import build_scheduler
+from splitfuse.engine.messages import Add
 from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.interface import WeightSharing
@@ -54,14 +51,10 @@ class Engine:
         self.model = model
         self.executor = model.make_executor()
         plan = model.plan
-        caching = config.cache.enable_prefix_caching
-        namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
-        self.allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
-        self.scheduler = Scheduler(config.scheduler, self.allocator, policy or make_policy(config.scheduler, cost))
+        self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
-        self._latencies = PhaseTracker(self.events, max_num_seqs=config.scheduler.max_num_seqs, cost=cost)
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -88,7 +81,7 @@ class Engine:
         if not config.scheduler.slo_enabled:
             return cls(config, model, policy=policy)
         on_stage("calibrating")
-        cost = load_or_profile(cls, config, model, progress=progress).cost
+        cost = load_or_profile(config, model, progress=progress).cost
         return cls(config, model, policy=policy, cost=cost)
 
     @property
@@ -110,13 +103,22 @@ class Engine:
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
         sent: float | None = None,
     ) -> None:
-        """Accept one request, whose output comes out of `step`. `params.n` is ignored: each choice is a request.
-        `sent` is when it was sent here, on the monotonic clock; None: now.
+        """Check a request against `limits` and accept it: see `add`. `sent` is when it was sent here; None: now.
 
-        Raises InvalidRequestError if the request cannot be served, LateError if it has `on_time_only` and cannot meet
-        its SLO now. Then nothing is changed.
+        Raises InvalidRequestError, and changes nothing, if the model or the cache cannot serve it.
         """
-        self.check_request(prompt_token_ids, params)
+        self.limits.check(prompt_token_ids, params)
+        self.add(Add(request_id, tuple(prompt_token_ids), params, choice, scheduling, sent))
+
+    def add(self, request: Add) -> None:
+        """Accept a request that was checked against `limits`; its output comes out of `step`. `params.n` is ignored:
+        each choice is a request.
+
+        Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, LateError if it has
+        `on_time_only` and cannot meet its SLO now. Then nothing is changed.
+        """
+        num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
+        assert self.limits.fits(num_prompt, params), "not checked where it entered"
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(
                 "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo", parameter="targets"
@@ -129,22 +131,18 @@ class Engine:
         )
         self.scheduler.add(
             Request(
-                request_id,
-                tuple(prompt_token_ids),
+                request.request_id,
+                request.prompt_token_ids,
                 params,
-                max_tokens=self.limits.max_new_tokens(len(prompt_token_ids), params),
+                max_tokens=self.limits.max_new_tokens(num_prompt, params),
                 seed=secrets.randbits(64) if params.seed is None else params.seed,
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
-                choice=choice,
+                choice=request.choice,
                 scheduling=scheduling,
             ),
             now,
-            sent_time=sent,
+            sent_time=request.sent,
         )
-
-    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise InvalidRequestError if the model cannot serve the request."""
-        self.limits.check(prompt_token_ids, params)
 
     def step(self) -> list[RequestOutput]:
         """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do."""

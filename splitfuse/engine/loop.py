@@ -6,15 +6,12 @@ import math
 import queue
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
 from splitfuse.errors import InvalidRequestError, LateError
-
-if TYPE_CHECKING:
-    from splitfuse.engine.engine import Engine
 
 
 class EngineLoop:
@@ -75,14 +72,7 @@ class EngineLoop:
             match command:
                 case Add():
                     try:
-                        self._engine.add_request(
-                            command.request_id,
-                            command.prompt_token_ids,
-                            command.params,
-                            choice=command.choice,
-                            scheduling=command.scheduling,
-                            sent=command.sent,
-                        )
+                        self._engine.add(command)
                     except (InvalidRequestError, LateError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():

@@ -1,21 +1,21 @@
-"""Times steps of a real model over a grid, and fits the cost model to them. The steps are made up; the runner is the
-engine's, so that what is timed is what a plan takes: tensors built, network, output head, sampling.
+"""Times steps of a real model over a grid, and fits the cost model to them. The steps are synthetic; the executor is an
+engine's, so that what is timed is what a plan takes: building tensors, network, output head, sampling.
 
-Steps come in random order, so that what disturbs the machine for a while disturbs all kinds; of each, the median
-counts. Those that check the fit lie between those that are fitted. What the scheduler takes is timed apart, on a load.
+Steps run in random order, so that a disturbance of the machine affects all kinds alike; the median of each counts.
+Steps that check the fit lie between those that are fitted. The scheduler's own cost is timed separately, on a load.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,126 +23,124 @@ from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
+from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, Features, Sample, fit
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.engine.build import build_scheduler
 from splitfuse.errors import ConfigError, CostModelError
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.runtime.calibration import Calibration, identify, load, place, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, save
 from splitfuse.runtime.environment import environment_info
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model
 
-if TYPE_CHECKING:
-    from splitfuse.engine.engine import Engine
-
 SECONDS_AT_START = 8.0
-"""Of timing, for an engine that needs a cost model and has none."""
+"""Seconds of timing for an engine that needs a cost model and has none."""
 LEAST_RUNS, MOST_RUNS = 3, 30
-"""Of each step."""
+"""Numbers of runs of each step."""
 CACHED_TOKENS = 32_768
-"""KV positions that steps are spread over, if there are so many."""
+"""Number of KV positions that steps are spread over, if there are so many."""
 SMALL_NUMBER = 0x3C
-"""A byte that makes a small finite number of every dtype: 0.0115 in bf16 and fp32, 1.06 in fp16."""
+"""Byte that makes a small finite number of every dtype: 0.0115 in bf16 and fp32, 1.06 in fp16."""
 PARAMS = SamplingParams(ignore_eos=True)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step to be timed: its chunks as (start, tokens, whether it samples)."""
+    """Describes a step to be timed by its chunks, each as (start, tokens, whether it samples)."""
 
     name: str
     chunks: tuple[tuple[int, int, bool], ...]
 
     @property
     def features(self) -> Features:
+        """Return what the cost model predicts the step's time from."""
         total = Features()
         for start, count, samples in self.chunks:
             total = total.plus(start=start, count=count, rows=int(samples))
         return total
 
-    def fits(self, *, room: int, capacity: int, seats: int) -> bool:
-        """Whether an engine of those sizes could be asked for it."""
+    def fits(self, *, max_model_len: int, capacity: int, max_num_seqs: int) -> bool:
+        """Return whether an engine of those sizes could run it; `capacity` is in KV positions."""
         ends = [start + count for start, count, _ in self.chunks]
-        return max(ends) <= room and sum(ends) <= capacity and len(ends) <= seats
+        return max(ends) <= max_model_len and sum(ends) <= capacity and len(ends) <= max_num_seqs
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A case and what its runs took, one after the other."""
+    """Holds a case and the seconds of its runs, in order."""
 
     case: Case
     runs: tuple[float, ...]
 
     @property
     def name(self) -> str:
+        """Return the name of the case."""
         return self.case.name
 
     @property
     def sample(self) -> Sample:
-        """The median counts."""
+        """Return the case's features with the median of its runs."""
         return Sample(self.case.features, median(self.runs))
 
 
-MakeEngine = Callable[[EngineConfig, LoadedModel], "Engine"]
-"""The class itself: an engine that keeps promises is made by what is here."""
+def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> tuple[Calibration, list[Timed]]:
+    """Load the model, time its steps for about `seconds` and fit a cost model. Returns it with the held-out steps.
 
-
-def run_calibration(
-    make_engine: MakeEngine, config: EngineConfig, *, seconds: float, progress: bool
-) -> tuple[Calibration, list[Timed]]:
-    """Load the model, time its steps for about `seconds`, fit. Returns it with the steps that checked it.
-
-    Raises as `load_model` does, ConfigError for a time that is none, CostModelError if the model or its cache is too
-    small for enough different passes.
+    Raises as `load_model` does, ConfigError for a duration that is not positive, CostModelError if the model or its
+    cache is too small for enough different steps.
     """
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"seconds must be a positive number, not {seconds}")
-    model = load_model(config, progress=progress)
-    return calibrate(make_engine, config, model, seconds=seconds, progress=progress)
+    return calibrate(config, load_model(config, progress=progress), seconds=seconds, progress=progress)
 
 
-def load_or_profile(
-    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, progress: bool = False
-) -> Calibration:
-    """What is kept for such an engine on this machine; if there is nothing, it is made now, with a progress bar if
-    asked, and kept.
+def load_or_profile(config: EngineConfig, model: LoadedModel, *, progress: bool = False) -> Calibration:
+    """Return the calibration that is stored for such an engine on this machine; if there is none, make and store it.
 
     Raises as `calibrate` does.
     """
-    path = place(identify(config, model.source))
+    path = cache_path(identify(config, model.source))
     if path.exists():
-        with suppress(CostModelError):  # what somebody spoilt is made anew
+        with suppress(CostModelError):  # a damaged file is made anew
             return load(path)
-    calibration, _ = calibrate(make_engine, config, model, seconds=SECONDS_AT_START, progress=progress)
-    with suppress(CostModelError):  # a home that cannot be written costs these seconds at each start
+    calibration, _ = calibrate(config, model, seconds=SECONDS_AT_START, progress=progress)
+    with suppress(CostModelError):  # without a writable home, each start takes these seconds
         save(calibration, path)
     return calibration
 
 
 def calibrate(
-    make_engine: MakeEngine, config: EngineConfig, model: LoadedModel, *, seconds: float, progress: bool = False
+    config: EngineConfig, model: LoadedModel, *, seconds: float, progress: bool = False
 ) -> tuple[Calibration, list[Timed]]:
-    """As `run_calibration`, of a model that is loaded."""
+    """Do as `run_calibration` with a model that is loaded."""
     plan = model.plan
     blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
-    engine = make_engine(config, replace(model, plan=replace(plan, num_blocks=blocks)))
-    fill(engine.executor.kv_cache)
+    model = replace(model, plan=replace(plan, num_blocks=blocks))
+    executor = model.make_executor()
+    fill(executor.kv_cache)
     limits = {
-        "room": plan.max_model_len,
+        "max_model_len": plan.max_model_len,
         "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
-        "seats": config.scheduler.max_num_seqs,
+        "max_num_seqs": config.scheduler.max_num_seqs,
     }
     grids = [grid.within(**limits) for grid in (FINE, COARSE)]
     if not grids[0].is_enough:
         raise CostModelError(
-            f"only {len(grids[0].fitted)} different steps fit an engine with {limits['room']} tokens a request, "
-            f"{blocks} blocks and max_num_seqs {limits['seats']}; at least {MIN_SAMPLES} are needed: raise these"
+            f"only {len(grids[0].fitted)} different steps fit an engine with {plan.max_model_len} tokens a request, "
+            f"{blocks} blocks and max_num_seqs {config.scheduler.max_num_seqs}; at least {MIN_SAMPLES} are needed: "
+            "raise these"
         )
-    fitted, checking = choose_grid(engine, *grids, seconds=seconds)
-    timed = time_cases(engine, [*fitted, *checking], seconds=seconds, progress=progress)
+    vocab_size = model.spec.vocab_size
+    runs = _Runs(executor, num_blocks=blocks, block_size=plan.block_size, vocab_size=vocab_size)
+    fitted, checking = choose_grid(runs, *grids, seconds=seconds)
+    timed = time_cases(runs, [*fitted, *checking], seconds=seconds, progress=progress)
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
+    per_request = cost.per_request + scheduling_seconds(config, model, executor)
     calibration = Calibration(
         name=f"{model.source.name} ({plan.kernels})",
-        cost=replace(cost, per_request=cost.per_request + scheduling_seconds(engine), noise=noise(timed)),
+        cost=replace(cost, per_request=per_request, noise=noise(timed)),
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_model_len=plan.max_model_len,
@@ -154,39 +152,40 @@ def calibrate(
 
 
 def generating(rows: int, context: int) -> Case:
-    """So many requests that get a token each."""
+    """Return a step of `rows` requests that get a token each."""
     return Case(f"{rows} generating at {context}", ((context - 1, 1, True),) * rows)
 
 
 def prompt(count: int, start: int) -> Case:
-    """A chunk of a prompt: all of it if it starts at 0, else one from its middle."""
+    """Return a step of one chunk of a prompt: all of it if it starts at 0, else one from its middle."""
     return Case(f"prompt {start}-{start + count}", ((start, count, start == 0),))
 
 
 def mixed(rows: int, context: int, count: int, start: int) -> Case:
-    """Both."""
+    """Return a step of both."""
     first, second = generating(rows, context), prompt(count, start)
     return Case(f"{first.name}, {second.name}", first.chunks + second.chunks)
 
 
 class Grid(NamedTuple):
-    """Passes to be timed."""
+    """Lists steps to be timed."""
 
     fitted: Sequence[Case]
-    """Generations at some contexts, chunks of prompts, and both together."""
+    """Decodes at some contexts, chunks of prompts, and both together."""
     checking: Sequence[Case]
-    """Others, between those."""
+    """Other steps, between those."""
 
     @property
     def is_enough(self) -> bool:
+        """Return whether a cost model can be fitted to it, and checked."""
         return len(self.fitted) >= MIN_SAMPLES and bool(self.checking)
 
     def up_to(self, tokens: int) -> Grid:
-        """Those of at most so many tokens."""
+        """Return the steps of at most so many tokens."""
         return Grid(*([case for case in part if case.features.tokens <= tokens] for part in self))
 
     def within(self, **limits: int) -> Grid:
-        """Those that an engine could be asked for: see `Case.fits`."""
+        """Return the steps that an engine can run: see `Case.fits`."""
         return Grid(*([case for case in part if case.fits(**limits)] for part in self))
 
 
@@ -214,21 +213,20 @@ COARSE = Grid(
         *(mixed(8, 384, count, 900) for count in (24, 64, 200)),
     ],
 )
-"""For a machine that is too slow for all of those."""
+"""Grid for a machine that is too slow for all of FINE."""
 
 
 def fill(cache: KVCache) -> None:
-    """Put numbers everywhere: memory that was never written is not read as memory is."""
+    """Write numbers everywhere: memory that was never written is not read as memory is."""
     for store in cache.layers:
         memory = store if isinstance(store, Tensor) else store.memory
         memory.view(torch.uint8).fill_(SMALL_NUMBER)
 
 
-def choose_grid(engine: Engine, fine: Grid, coarse: Grid, *, seconds: float) -> Grid:
-    """The steps that a machine has time for, as many and as long as that allows, but enough. Beyond the longest the
-    fit goes on in a straight line.
+def choose_grid(runs: _Runs, fine: Grid, coarse: Grid, *, seconds: float) -> Grid:
+    """Return the most and longest steps that a machine has time for, but always enough. Beyond the longest, the fit is
+    extrapolated in a straight line.
     """
-    runs = _Runs(engine)
     floor, whole = (min(runs.seconds(case) for _ in range(3)) for case in (generating(1, 32), prompt(64, 0)))
     per_token = max(whole - floor, 0.0) / 64
     choices = [*((fine, longest) for longest in (512, 256, 128)), *((coarse, longest) for longest in (256, 128, 64))]
@@ -243,17 +241,17 @@ def choose_grid(engine: Engine, fine: Grid, coarse: Grid, *, seconds: float) -> 
     return best
 
 
-def time_cases(engine: Engine, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
-    """Each case in rounds in random order. Every case has an equal share of `seconds`: short steps, whose times
-    scatter most, are run more often.
+def time_cases(runs: _Runs, cases: Sequence[Case], *, seconds: float, progress: bool) -> list[Timed]:
+    """Time each case, in rounds in random order. Every case has an equal share of `seconds`: short steps, whose times
+    vary most, run more often.
     """
-    random, runs = Random(0), _Runs(engine)
+    random = Random(0)
     times: list[list[float]] = [[] for _ in cases]
     for case in cases[: len(cases) // 8]:  # what is slow once, such as the first touch of memory
         runs.seconds(case)
     share = seconds / len(cases)
     wanting = list(range(len(cases)))
-    with tqdm(total=len(cases), desc="Timing passes", unit="pass", disable=not progress) as bar:
+    with tqdm(total=len(cases), desc="Timing steps", unit="step", disable=not progress) as bar:
         while wanting:
             for index in random.sample(wanting, len(wanting)):
                 times[index].append(runs.seconds(cases[index]))
@@ -268,9 +266,10 @@ def _wants_more(times: Sequence[float], share: float) -> bool:
 
 
 def noise(timed: Sequence[Timed]) -> float:
-    """The standard deviation of the logarithm of equal steps' times, by how far runs are from those before them: of
-    normal ones 19 of 20 are less than 1.96 times the root of 2 of it apart. Deviations from the median would be too
-    small where there were three runs. More do not count, or short steps would decide, which were run more often.
+    """Return the standard deviation of the logarithm of equal steps' times, from the distance of each run to the one
+    before it: 19 of 20 normal ones are less than 1.96 times its root of 2 apart. Deviations from the median would be
+    too small where there were three runs. Further runs do not count, or short steps, which run more often, would
+    decide.
     """
     apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs[:LEAST_RUNS])]
     return quantiles(apart, n=20, method="inclusive")[-1] / (1.96 * math.sqrt(2.0))
@@ -279,16 +278,15 @@ def noise(timed: Sequence[Timed]) -> float:
 class _Runs:
     """Makes plans of cases and runs them, one after the other."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._executor = engine.executor
-        self._num_blocks, self._block_size = engine.limits.num_blocks, engine.limits.block_size
-        self._vocab_size = engine.limits.vocab_size
+    def __init__(self, executor: Executor, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
+        self._executor = executor
+        self._num_blocks, self._block_size, self._vocab_size = num_blocks, block_size, vocab_size
         self._random = Random(1)
         self._step = 0
         self._retired: tuple[str, ...] = ()
 
     def seconds(self, case: Case) -> float:
-        """What it takes this time, with other tokens and other blocks."""
+        """Return the seconds that it takes this time, with other tokens and other blocks than before."""
         self._step += 1
         plan = self._plan(case)
         began = time.perf_counter()
@@ -310,22 +308,27 @@ class _Runs:
         return Chunk(request_id, start, tokens, table, int(samples), samples)
 
 
-def scheduling_seconds(engine: Engine) -> float:
-    """What planning a step and taking in its result costs for each request, while some generate."""
-    count = min(16, engine.config.scheduler.max_num_seqs)
-    length = min(32, engine.max_model_len // 2)
+def scheduling_seconds(config: EngineConfig, model: LoadedModel, executor: Executor) -> float:
+    """Return the seconds per request that planning a step and processing its result cost, while some requests run."""
+    scheduler = build_scheduler(config, model.plan).scheduler
+    count = min(16, config.scheduler.max_num_seqs)
+    length = min(32, model.plan.max_model_len // 2)
+    targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
     random = Random(2)
     for number in range(count):
-        tokens = [random.randrange(engine.limits.vocab_size) for _ in range(length)]
-        engine.add_request(f"scheduled-{number}", tokens, SamplingParams(max_tokens=length, ignore_eos=True))
+        tokens = tuple(random.randrange(model.spec.vocab_size) for _ in range(length))
+        now = time.monotonic()
+        scheduling = SchedulingOptions(targets=targets, arrival_time=now)
+        request = Request(f"scheduled-{number}", tokens, PARAMS, max_tokens=length, seed=0, scheduling=scheduling)
+        scheduler.add(request, now)
     shares = []
-    while engine.has_unfinished:
+    while scheduler.has_unfinished:
         began = time.perf_counter()
-        plan = engine.scheduler.schedule()
+        plan = scheduler.schedule()
         assert plan is not None, "unfinished requests, and nothing can run"
         planned = time.perf_counter()
-        result = engine.executor.collect(engine.executor.submit(plan))
+        result = executor.collect(executor.submit(plan))
         ran = time.perf_counter()
-        engine.scheduler.update(plan, result)
+        scheduler.update(plan, result)
         shares.append((time.perf_counter() - ran + planned - began) / len(plan.chunks))
     return median(shares)

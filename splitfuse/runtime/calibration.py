@@ -1,4 +1,4 @@
-"""What is known of a model on a machine: its cost model and sizes, as a file. Where calibrations are kept and found."""
+"""Calibrations: the cost model and sizes of an engine on a machine, as a file, and where such files are stored."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from splitfuse.errors import CostModelError
 from splitfuse.models.sources.source import ModelSource
 
 FORMAT = 2
-"""Of what is kept: what an older splitfuse has kept is not found, and timed again."""
+"""Version of the stored form: a calibration of another version is not found, and made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A cost model with what else a simulation must know of the engine it was made from."""
+    """Holds a cost model and what else a simulation needs to know of the engine it was made from."""
 
     name: str
     cost: CostModel
     num_blocks: int
-    """Of the KV cache."""
+    """Number of blocks of the KV cache."""
     block_size: int
     max_model_len: int
     identity: dict[str, Any] = field(default_factory=dict)
-    """The model, machine and settings that the times depend on."""
+    """Model, machine and settings that the times depend on."""
     about: dict[str, Any] = field(default_factory=dict)
-    """When and how it came about."""
+    """Time and environment of its making."""
     timed: tuple[Sample, ...] = ()
-    """The steps that it was fitted to, and those that checked it. None of a machine that was not measured."""
+    """Steps that it was fitted to, then those that checked it; empty for a machine that was not measured."""
 
 
 def save(calibration: Calibration, path: Path) -> None:
-    """As JSON; its folder is made."""
+    """Write a calibration as JSON, making its folder. Raises CostModelError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=1))
@@ -47,7 +47,7 @@ def save(calibration: Calibration, path: Path) -> None:
 
 
 def load(path: Path) -> Calibration:
-    """Raises CostModelError for a file that cannot be read or holds something else."""
+    """Return the calibration in a file. Raises CostModelError for one that cannot be read or holds something else."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Calibration)
     except OSError as error:
@@ -57,7 +57,7 @@ def load(path: Path) -> Calibration:
 
 
 def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[str, Any]:
-    """What the time of a step depends on: two engines with equal identities have the same cost model.
+    """Return what the time of a step depends on: engines with equal identities have the same cost model.
 
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
@@ -90,20 +90,20 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     return identity if name is None else identity | {"gpu": name}
 
 
-def place(identity: dict[str, Any]) -> Path:
-    """Where the calibration of an engine is kept: in the user's cache folder, `XDG_CACHE_HOME` or `~/.cache`."""
+def cache_path(identity: dict[str, Any]) -> Path:
+    """Return the file for the calibration of an engine, in the user's cache folder: `XDG_CACHE_HOME` or `~/.cache`."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitfuse" / "cost-models"
     digest = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]
     return folder / f"{Path(identity['model']).name}-{digest}.json"
 
 
 def load_cost_model(config: EngineConfig) -> Calibration:
-    """What `splitfuse calibrate` has kept for such an engine on this machine. Raises CostModelError without any."""
+    """Return the calibration that is stored for such an engine on this machine. Raises CostModelError if none is."""
     identity = identify(config)
-    path = place(identity)
+    path = cache_path(identity)
     if not path.exists():
         raise CostModelError(
-            f"no cost model is kept for {identity['model']} with these settings on this machine: run "
-            "`splitfuse calibrate` with the same engine flags, or give --cost-model or --machine"
+            f"no cost model is stored for {identity['model']} with these settings on this machine: run "
+            "`splitfuse calibrate` with the same engine flags, or pass --cost-model or --machine"
         )
     return load(path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class TextGenerator:
             for choice in range(request.params.n)
         ]
         for generation in generations:
-            self.engine.add_request(generation.request_id, request.token_ids, request.params, choice=generation.choice)
+            self.engine.add(Add(generation.request_id, request.token_ids, request.params, generation.choice))
         self._generations |= {generation.request_id: generation for generation in generations}
         return generations
 

@@ -18,7 +18,7 @@ from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, Features, FitError, Sample
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
-from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.simulator.simulate import Deployment, simulate
 from splitfuse.simulator.tune import Tuning, curve, tune
 
@@ -203,7 +203,7 @@ def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: py
         name="bundled", cost=CostModel(floor=0.01, per_token=1e-3), num_blocks=400, block_size=32, max_model_len=1024,
         timed=TIMED, identity=identify(EngineConfig()),
     )  # fmt: skip
-    save(kept, place(kept.identity))
+    save(kept, cache_path(kept.identity))
     ended = command(
         *("--ttft", "1s", "--itl", "1s", "--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--requests", "20"),
         *("--prompt", "24", "--generate", "4", "--measure"),

@@ -15,7 +15,7 @@ from splitfuse.engine import profile
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.profile import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
-from splitfuse.runtime.calibration import Calibration, identify, load, load_cost_model, place, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, load_cost_model, save
 from splitfuse.simulator.machines import MACHINES
 
 CALIBRATION = Calibration(
@@ -45,13 +45,13 @@ def test_a_device_that_is_not_there_has_no_identity() -> None:
 
 def test_it_is_kept_for_the_settings_that_matter_and_found_again(cache: Path) -> None:
     identity = identify(config())
-    assert place(identity).is_relative_to(cache / "splitfuse")
-    save(CALIBRATION, place(identity))
+    assert cache_path(identity).is_relative_to(cache / "splitfuse")
+    save(CALIBRATION, cache_path(identity))
     assert load_cost_model(config()) == CALIBRATION
     same = config(max_num_batched_tokens=64, max_num_seqs=4, num_blocks=1000, enable_prefix_caching=False)
     assert load_cost_model(same) == CALIBRATION
     for other in (config(dtype="float32"), config(kernels="reference"), config(block_size=64)):
-        with pytest.raises(CostModelError, match=r"no cost model is kept for .*storyteller.*splitfuse calibrate"):
+        with pytest.raises(CostModelError, match=r"no cost model is stored for .*storyteller.*splitfuse calibrate"):
             load_cost_model(other)
 
 
@@ -64,7 +64,7 @@ def test_a_file_with_something_else_is_refused(text: str, tmp_path: Path) -> Non
 
 
 def test_a_real_model_is_timed_and_its_error_is_told() -> None:
-    calibration, checked = run_calibration(Engine, config(), seconds=0.5, progress=False)
+    calibration, checked = run_calibration(config(), seconds=0.5, progress=False)
     cost = calibration.cost
     assert cost.error is not None and cost.error.num_samples == len(checked) > 10
     assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
@@ -73,7 +73,7 @@ def test_a_real_model_is_timed_and_its_error_is_told() -> None:
     assert {timed.sample for timed in checked} < set(calibration.timed)
     assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
     assert {timed.name for timed in checked}.isdisjoint(case.name for case in FINE.fitted)
-    save(calibration, place(calibration.identity))
+    save(calibration, cache_path(calibration.identity))
     assert load_cost_model(config()) == calibration
 
 
@@ -109,27 +109,26 @@ def test_no_step_is_fitted_and_checked(grid: Grid) -> None:
         (0.5, 1e-2, COARSE.up_to(64)),
     ],
 )
-def test_a_slow_machine_times_fewer_and_shorter_steps(
-    floor: float, per_token: float, expected: Grid, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def seconds(_: object, case: Case) -> float:
-        return floor + per_token * case.features.tokens
+def test_a_slow_machine_times_fewer_and_shorter_steps(floor: float, per_token: float, expected: Grid) -> None:
+    class Runs:
+        """Stands in for a machine whose steps take a fixed time."""
 
-    monkeypatch.setattr(profile._Runs, "__init__", lambda *_: None)
-    monkeypatch.setattr(profile._Runs, "seconds", seconds)
-    assert choose_grid(None, FINE, COARSE, seconds=8.0) == expected  # type: ignore[arg-type]
+        def seconds(self, case: Case) -> float:
+            return floor + per_token * case.features.tokens
+
+    assert choose_grid(Runs(), FINE, COARSE, seconds=8.0) == expected  # type: ignore[arg-type]
     assert expected.is_enough
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_a_time_which_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="seconds must be"):
-        run_calibration(Engine, config(), seconds=seconds, progress=False)
+        run_calibration(config(), seconds=seconds, progress=False)
 
 
 def test_an_engine_too_small_for_different_steps_is_refused() -> None:
     with pytest.raises(CostModelError, match="different steps fit an engine with 64 tokens a request"):
-        run_calibration(Engine, config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
+        run_calibration(config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
 
 
 def test_the_published_machine_saturates_where_the_paper_says() -> None:
@@ -154,7 +153,7 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
     second = Engine.load(settings, on_stage=stages.append)
     assert first.slo_enabled and second.slo_enabled and stages == ["calibrating"] * 2
     assert load_cost_model(settings).cost == kept
-    place(identify(settings)).write_text("spoilt")
+    cache_path(identify(settings)).write_text("spoilt")
     Engine.load(settings)
     assert load_cost_model(settings).cost.error is not None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))

@@ -149,6 +149,6 @@ def test_an_engine_in_a_process_of_its_own() -> None:
 def test_a_calibration_is_kept_by_the_name_of_the_gpu() -> None:
     config = EngineConfig.from_settings({"device": "cuda", "dtype": "float32", "num_blocks": 512})
     assert identify(config)["gpu"] == torch.cuda.get_device_name()
-    calibration, checked = run_calibration(Engine, config, seconds=5, progress=False)
+    calibration, checked = run_calibration(config, seconds=5, progress=False)
     assert calibration.cost.floor > 0
     assert checked

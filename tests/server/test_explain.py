@@ -19,7 +19,7 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import InvalidRequestError
-from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.server.explain import MEANINGS
 
 COMPLETIONS = "/v1/completions"
@@ -230,7 +230,7 @@ def promising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServe
         patch.setenv("XDG_CACHE_HOME", str(folder))
         cost = CostModel(floor=0.002, per_token=1e-4)  # as if it had been calibrated
         kept = Calibration(name="test", cost=cost, num_blocks=200, block_size=32, max_model_len=2048)
-        save(kept, place(identify(EngineConfig.from_settings(SETTINGS))))
+        save(kept, cache_path(identify(EngineConfig.from_settings(SETTINGS))))
         with running_server(**SETTINGS) as running:
             yield running
 

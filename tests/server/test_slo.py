@@ -12,7 +12,7 @@ from running_server import RunningServer, running_server
 from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import ConfigError
-from splitfuse.runtime.calibration import Calibration, identify, place, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.server.auth import ApiKeys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         cost = CostModel(floor=0.002, per_token=1e-4)  # as if it had been calibrated
         kept = Calibration(name="test", cost=cost, num_blocks=200, block_size=32, max_model_len=2048)
-        save(kept, place(identify(EngineConfig.from_settings(SETTINGS))))
+        save(kept, cache_path(identify(EngineConfig.from_settings(SETTINGS))))
         with running_server(**SETTINGS) as running:
             yield running
 

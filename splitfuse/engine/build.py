@@ -1,0 +1,36 @@
+"""Builds the scheduler of an engine, with its blocks and its latency accounting, from the configuration."""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.latency.phase_tracker import PhaseTracker
+from splitfuse.core.policy import SchedulingPolicy
+from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.runtime.memory_plan import MemoryPlan
+
+
+class SchedulerParts(NamedTuple):
+    """A scheduler, the allocator that it takes blocks from, and the listener that accounts for latencies."""
+
+    scheduler: Scheduler
+    allocator: BlockAllocator
+    latencies: PhaseTracker
+
+
+def build_scheduler(
+    config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
+) -> SchedulerParts:
+    """Return the scheduler for a model with that memory plan. With a cost model, and no other policy, it keeps SLOs."""
+    caching = config.cache.enable_prefix_caching
+    namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
+    allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
+    scheduler = Scheduler(config.scheduler, allocator, policy or make_policy(config.scheduler, cost))
+    latencies = PhaseTracker(scheduler.events, max_num_seqs=config.scheduler.max_num_seqs, cost=cost)
+    return SchedulerParts(scheduler, allocator, latencies)
