@@ -373,14 +373,7 @@ class Backend(ABC):
 
     @abstractmethod
     def experts(
-        self,
-        x: Tensor,
-        expert_ids: Tensor,
-        expert_weights: Tensor,
-        *,
-        w13: Sequence[Weight],
-        w2: Sequence[Weight],
-        kind: str,
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
     ) -> Tensor:
         """Return for every token the weighted sum over its k different experts: x [T, C], ids and weights [T, k] ->
         [T, C].

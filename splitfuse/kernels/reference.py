@@ -125,21 +125,14 @@ class ReferenceBackend(Backend):
         return expert_ids, weights
 
     def experts(
-        self,
-        x: Tensor,
-        expert_ids: Tensor,
-        expert_weights: Tensor,
-        *,
-        w13: Sequence[Weight],
-        w2: Sequence[Weight],
-        kind: str,
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
     ) -> Tensor:
-        k = expert_ids.shape[1]
-        outputs = x.new_empty(expert_ids.numel(), x.shape[1])  # [tokens x k, hidden]
-        for expert in sorted(set(expert_ids.flatten().tolist())):
-            pairs = (expert_ids.flatten() == expert).nonzero().squeeze(1)
+        k = ids.shape[1]
+        outputs = x.new_empty(ids.numel(), x.shape[1])  # [tokens x k, hidden]
+        for expert in sorted(set(ids.flatten().tolist())):
+            pairs = (ids.flatten() == expert).nonzero().squeeze(1)
             outputs[pairs] = self.linear(self.gated(x[pairs // k], w13[expert], None, kind), w2[expert])
-        weighted = outputs.view(-1, k, x.shape[1]) * expert_weights.to(_wide(x.dtype)).unsqueeze(-1)
+        weighted = outputs.view(-1, k, x.shape[1]) * weights.to(_wide(x.dtype)).unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 
 

@@ -221,12 +221,7 @@ class CpuBackend(Backend):
         assert x.shape[1] == weight.columns and weight.gated
         out = torch.empty(len(x), weight.rows // 2, dtype=torch.bfloat16)
         self.library.gated(
-            weight.address,
-            x.data_ptr(),
-            len(x),
-            vector_address(bias, weight.rows),
-            ACTIVATIONS[kind],
-            out.data_ptr(),
+            weight.address, x.data_ptr(), len(x), vector_address(bias, weight.rows), ACTIVATIONS[kind], out.data_ptr()
         )
         return out
 
@@ -295,17 +290,10 @@ class CpuBackend(Backend):
         return ids, weights
 
     def experts(
-        self,
-        x: Tensor,
-        expert_ids: Tensor,
-        expert_weights: Tensor,
-        *,
-        w13: Sequence[Weight],
-        w2: Sequence[Weight],
-        kind: str,
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
     ) -> Tensor:
         check(x, torch.bfloat16)
-        ids, weights = int32(expert_ids), expert_weights.float().contiguous()
+        ids, weights = int32(ids), weights.float().contiguous()
         top_k = ids.shape[1]
         mixture = Mixture.of(w13, w2, top_k=top_k, activation=kind)
         assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == w2[0].rows

@@ -60,6 +60,11 @@ def int32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int32).contiguous()
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    """Return fields of one type."""
+    return [(name, kind) for name in names]
+
+
 class Struct(ctypes.Structure):
     """Mirrors a struct of csrc/interface.h. Its address is good while the object lives; attributes that are no
     fields keep alive what it points to.
@@ -75,11 +80,8 @@ class Weight(Struct):
 
     memory: Tensor
     _fields_ = [
-        ("format", c_int32),
-        ("gated", c_int32),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("group", c_int64),
+        *_fields(c_int32, "format", "gated"),
+        *_fields(c_int64, "rows", "columns", "group"),
         ("data", c_void_p),
         ("qvalues", c_uint8 * 16),
     ]
@@ -92,10 +94,7 @@ class Store(Struct):
     _fields_ = [
         ("data", c_void_p),
         ("num_blocks", c_int64),
-        ("block_size", c_int32),
-        ("num_kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("int8", c_int32),
+        *_fields(c_int32, "block_size", "num_kv_heads", "head_dim", "int8"),
     ]
 
     @property
@@ -108,17 +107,8 @@ class Step(Struct):
 
     tensors: list[Tensor | None]
     _fields_ = [
-        ("tokens", c_int32),
-        ("requests", c_int32),
-        ("table_width", c_int32),
-        ("num_rows", c_int32),
-        ("ids", c_void_p),
-        ("positions", c_void_p),
-        ("slots", c_void_p),
-        ("query_start", c_void_p),
-        ("seq_lens", c_void_p),
-        ("tables", c_void_p),
-        ("rows", c_void_p),
+        *_fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
+        *_fields(c_void_p, "ids", "positions", "slots", "query_start", "seq_lens", "tables", "rows"),
     ]
 
     @classmethod
@@ -150,14 +140,10 @@ class Heads(Struct):
 
     rope: RopeTable
     _fields_ = [
-        ("num_heads", c_int32),
-        ("rotary_dim", c_int32),
+        *_fields(c_int32, "num_heads", "rotary_dim"),
         ("max_position", c_int64),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("eps", c_float),
-        ("scale", c_float),
-        ("softcap", c_float),
+        *_fields(c_void_p, "cos", "sin"),
+        *_fields(c_float, "eps", "scale", "softcap"),
     ]
 
     @classmethod
@@ -180,13 +166,8 @@ class Mixture(Struct):
 
     arrays: list[Any]
     _fields_ = [
-        ("router", c_void_p),
-        ("w13", c_void_p),
-        ("w2", c_void_p),
-        ("num_experts", c_int32),
-        ("top_k", c_int32),
-        ("renormalize", c_int32),
-        ("activation", c_int32),
+        *_fields(c_void_p, "router", "w13", "w2"),
+        *_fields(c_int32, "num_experts", "top_k", "renormalize", "activation"),
     ]
 
     @classmethod
@@ -225,22 +206,10 @@ class Layer(Struct):
     """Describes a pre-norm decoder layer; what it does not have is null."""
 
     _fields_ = [
-        ("attn_norm", c_void_p),
-        ("qkv", c_void_p),
-        ("qkv_bias", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("o", c_void_p),
-        ("o_bias", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("gate_up", c_void_p),
-        ("gate_up_bias", c_void_p),
-        ("down", c_void_p),
-        ("down_bias", c_void_p),
-        ("mixture", c_void_p),
+        *_fields(c_void_p, "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
+        *_fields(c_void_p, "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "mixture"),
         ("store", Store),
-        ("window", c_int32),
-        ("activation", c_int32),
+        *_fields(c_int32, "window", "activation"),
     ]
 
 
@@ -249,12 +218,8 @@ class Network(Struct):
 
     _fields_ = [
         ("layers", c_void_p),
-        ("num_layers", c_int64),
-        ("hidden", c_int64),
-        ("vocabulary", c_int64),
-        ("table", c_void_p),
-        ("packed_table", c_void_p),
-        ("norm", c_void_p),
+        *_fields(c_int64, "num_layers", "hidden", "vocabulary"),
+        *_fields(c_void_p, "table", "packed_table", "norm"),
         ("eps", c_float),
     ]
 
