@@ -55,7 +55,7 @@ def format_breakdown(explanation: dict[str, Any]) -> str:
     for phase, meaning in MEANINGS.items():
         if seconds := phases.get(phase.value):
             bar = "█" * round(BAR * seconds / longest) or "▏"
-            lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {meaning:34} {bar}")
+            lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {meaning:36} {bar}")
     whole = "from its arrival to the end of its answer"
     lines.append(f"{1000 * total:11.1f} ms {sum(phases.values()) / total:6.1%}  {whole}")
     if others := explanation["co_scheduled"]:
