@@ -1,7 +1,9 @@
-"""All settings of an engine, frozen and checked once, at the edge. Standard library only: dtypes are strings.
+"""Settings of engines and servers: frozen, parsed and checked once. Standard library only: dtypes are strings.
 
-Every field's metadata holds the sentence that `--help` shows; the command line and `pipeline()` take their names from
-here. A field left at None is resolved when the model is known (`max_model_len`, `num_blocks`).
+The metadata of a field holds its help text. Flags, keywords of `pipeline()` and the table in docs/server.md are derived
+from the fields. A field left at None is resolved when the model is known (`max_model_len`, `num_blocks`).
+
+    config = EngineConfig.from_settings({"model": "Qwen/Qwen2.5-0.5B-Instruct", "itl": "100ms"})
 """
 
 from __future__ import annotations
@@ -27,36 +29,36 @@ TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
-    """A dataclass field with its help text."""
+    """Return a dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and in what form."""
+    """The model, its numeric formats and its backend."""
 
-    model: str | None = setting(None, "A folder or a Hugging Face Hub name; left out, the small bundled model.")
-    revision: str | None = setting(None, "Hub branch, tag or commit.")
-    tokenizer: str | None = setting(None, "A folder or Hub name to take the tokenizer from, if not the model's.")
+    model: str | None = setting(None, "Model folder or Hugging Face Hub name (default: the bundled model).")
+    revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
+    tokenizer: str | None = setting(None, "Folder or Hub name of another tokenizer (default: the model's).")
     dtype: str = setting(
-        "auto", "Weights and activations: auto (as the checkpoint says), bfloat16, float16 or float32."
+        "auto", "Dtype of weights and activations: auto (the checkpoint's), bfloat16, float16 or float32."
     )
-    quantization: str | None = setting(
-        None, "int8 or int4: weights are quantized while they are loaded (CPU kernels); left out, they are not."
-    )
+    quantization: str | None = setting(None, "Quantize weights while loading, to int8 or int4 (C++ kernels only).")
     quantization_group_size: int | None = setting(
-        None, "Columns that share a scale: 128 for int8, 64 or 128 for int4; left out, a whole row and 64."
+        None, "Columns per scale: 128 for int8, 64 or 128 for int4 (default: a whole row for int8, 64 for int4)."
     )
     kernels: str = setting(
         "auto",
-        "auto (the best this machine can run), avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with oneDNN), "
+        "Backend: auto (the fastest available), avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with oneDNN) or "
         "reference (PyTorch).",
     )
-    num_threads: int | None = setting(None, "Threads of the CPU kernels; left out, the cores this process may use.")
-    device: str = setting("cpu", "A torch device, such as cpu or cuda:0.")
-    load_format: str = setting("safetensors", "safetensors, or dummy: random weights made from the config alone.")
+    num_threads: int | None = setting(
+        None, "Threads of the C++ kernels (default: the cores available to this process)."
+    )
+    device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
+    load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
     max_model_len: int | None = setting(
-        None, "Most tokens of prompt and output together; left out, what the model allows."
+        None, "Maximum number of prompt and output tokens of a request (default: the model's limit)."
     )
 
     def __post_init__(self) -> None:
@@ -75,21 +77,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """How forward steps are composed."""
+    """Composition of steps: token budget, concurrency and SLOs."""
 
-    max_num_batched_tokens: int = setting(256, "The token budget of one forward step.")
-    max_num_seqs: int = setting(64, "Most requests running at once.")
-    ttft: str | None = setting(
-        None, "Time to the first token that requests are promised: 1s, or 2ms/token for each token of the prompt."
-    )
-    itl: str | None = setting(None, "Time between tokens that requests are promised, such as 250ms.")
-    enable_slo: bool = setting(
-        False, "Keep what keys and requests ask to be promised, even if nothing is promised to everybody."
-    )
+    max_num_batched_tokens: int = setting(256, "Token budget of a step.")
+    max_num_seqs: int = setting(64, "Maximum number of running requests.")
+    ttft: str | None = setting(None, "SLO for the time to first token (TTFT): 1s, or 2ms/token for each prompt token.")
+    itl: str | None = setting(None, "SLO for the inter-token latency (ITL), such as 250ms.")
+    enable_slo: bool = setting(False, "Schedule for the SLOs of keys and requests even without ttft and itl.")
     tail_share: float = setting(
         TAIL_SHARE,
-        "Part of each step for the oldest request if it is late or others come first, at most 0.25: more shortens the "
-        "longest wait, and leaves fewer on time.",
+        "Fraction of each step reserved for the oldest request once it has missed its SLO or others overtake it (at "
+        "most 0.25). Higher cuts tail latency and lowers goodput.",
     )
 
     def __post_init__(self) -> None:
@@ -104,27 +102,29 @@ class SchedulerConfig:
 
     @property
     def has_targets(self) -> bool:
-        """Whether anything is promised to everybody."""
+        """Return whether all requests have an SLO by default."""
         return self.ttft is not None or self.itl is not None
 
     @property
     def slo_enabled(self) -> bool:
-        """Whether anything is promised, or may be."""
+        """Return whether requests have, or may have, SLOs."""
         return self.enable_slo or self.has_targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The blocked KV cache."""
+    """The paged KV cache."""
 
-    block_size: int = setting(32, "Tokens in one KV block.")
-    num_blocks: int | None = setting(None, "KV blocks in all; left out, as many as kv_cache_memory_gib holds.")
+    block_size: int = setting(32, "Tokens per KV block.")
+    num_blocks: int | None = setting(None, "Number of KV blocks (default: as many as fit kv_cache_memory_gib).")
     kv_cache_memory_gib: float | None = setting(
         None,
-        "Memory for the KV cache, in GiB; left out, enough for max_num_seqs requests, at most half of what is free.",
+        "Memory for the KV cache in GiB (default: enough for max_num_seqs requests, at most half of the free memory).",
     )
-    kv_cache_dtype: str = setting("auto", "auto (that of the activations) or int8: half the memory (CPU kernels).")
-    enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt beginnings.")
+    kv_cache_dtype: str = setting(
+        "auto", "Dtype of the KV cache: auto (the activations') or int8 (half the memory, C++ kernels only)."
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse KV blocks of prompts that begin alike.")
 
     def __post_init__(self) -> None:
         _at_least("block_size", self.block_size, 1)
@@ -138,7 +138,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine needs to know: the sum of the parts."""
+    """All settings of an engine."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -177,28 +177,30 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """How a server meets its clients. Nothing here changes what is generated."""
+    """Settings of a server. None of them changes what is generated."""
 
-    host: str = setting("127.0.0.1", "Address to listen on: this machine only, unless another is given.")
-    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
+    port: int = setting(8000, "Port to listen on; 0 picks a free one.")
     name: str = setting("splitfuse", "Name of the deployment, for client(), ps and stop.")
-    replicas: int = setting(1, "Engine processes on this machine, which share its cores.")
-    api_key: tuple[str, ...] = setting((), "A key that requests must bring; may be given several times.")
+    replicas: int = setting(1, "Number of engine processes, which divide the cores of this machine.")
+    api_key: tuple[str, ...] = setting((), "API key that requests must send; may be repeated.")
     api_key_file: str | None = setting(
-        None, "A file with a key in each line, and name, weight, priority, ttft or itl of its owner behind it."
+        None, "File with an API key per line, optionally followed by name, weight, priority, ttft and itl."
     )
-    allow_origin: tuple[str, ...] = setting((), "A web origin that browsers may call from; * is any.")
-    tls_certificate: str | None = setting(None, "A PEM file; with tls_key, the server speaks HTTPS.")
-    tls_key: str | None = setting(None, "A PEM file.")
-    served_model_name: str | None = setting(None, "Name of the model in requests and answers.")
-    max_queued_requests: int = setting(1024, "Most requests at once, running and waiting; then 429.")
-    max_queued_tokens: int = setting(4_194_304, "Most tokens at once, prompts and what they may generate; then 429.")
-    max_body_mib: float = setting(16.0, "Largest body of a request, in MiB.")
-    max_prompts: int = setting(256, "Most prompts in one request.")
-    step_timeout: float = setting(60.0, "Seconds after which an engine that finishes no step is restarted.")
-    drain_timeout: float = setting(60.0, "Seconds that running requests have to end after SIGTERM.")
-    client_timeout: float = setting(60.0, "Seconds that a client may take nothing of its answer; then it has gone.")
-    log_prompts: bool = setting(False, "Write prompts and answers to the log.")
+    allow_origin: tuple[str, ...] = setting((), "Web origin allowed by CORS; * allows any. May be repeated.")
+    tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, enables HTTPS.")
+    tls_key: str | None = setting(None, "PEM key file.")
+    served_model_name: str | None = setting(None, "Name of the model in the API.")
+    max_queued_requests: int = setting(1024, "Maximum number of running and waiting requests; beyond it, 429.")
+    max_queued_tokens: int = setting(
+        4_194_304, "Maximum number of prompt and max_tokens tokens of all requests; beyond it, 429."
+    )
+    max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
+    max_prompts: int = setting(256, "Maximum number of prompts in a request.")
+    step_timeout: float = setting(60.0, "Seconds after which an engine stuck in a step is restarted.")
+    drain_timeout: float = setting(60.0, "Seconds that running requests may take to finish after SIGTERM.")
+    client_timeout: float = setting(60.0, "Seconds without reading after which a client is disconnected.")
+    log_prompts: bool = setting(False, "Include prompts and answers in the log.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -217,7 +219,7 @@ class ServerConfig:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
-        """From flat settings. Raises ConfigError for a name it does not have or a value of the wrong type."""
+        """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
         hints = _hints(cls)
         values = dict(settings)
         for name, value in values.items():
@@ -233,7 +235,7 @@ class ServerConfig:
 
 
 def parse_seconds(name: str, text: str) -> float:
-    """`1s` or `250ms` in seconds. Raises ConfigError, naming the setting, for anything else, such as no unit."""
+    """Return a duration such as `1s` or `250ms` in seconds. Raises ConfigError, naming the setting, without a unit."""
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
     unit = text.strip()[len(number) :].strip()
     try:

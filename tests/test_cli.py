@@ -158,7 +158,7 @@ BAD_LINES = {
     '{"prompt": "a", "max_new_tokens": -1}': "max_new_tokens must be a whole number from 1",
     '{"prompt": "a", "temperature": NaN}': "temperature must be a number from 0 to 100, not nan",
     '{"prompt": "a", "temperature": null, "n": null}': "n must be a whole number",
-    '{"prompt": ["a", "b"]}': "a prompt is a text or a list of token ids",
+    '{"prompt": ["a", "b"]}': "a prompt must be a text or a list of token ids",
     '{"prompt": ""}': "the prompt is empty",
     '{"prompt": [99999]}': "token id 99999",
     '{"prompt": "\\ud800"}': "no valid Unicode",
