@@ -1,7 +1,7 @@
-"""Writes model folders of the shapes we measure, with random weights: real files, which every engine can load.
+"""Write model folders of the shapes we measure, with random weights, which every engine can load.
 
-`python -m benchmarks.models 15m|0.5b|1.1b|7b|moe FOLDER`. The same name gives the same bytes each time. Knows no
-engine; what such a model says is noise, and only its speed means anything.
+`python -m benchmarks.models 15m|0.5b|1.1b|7b|moe FOLDER`. The same name gives the same bytes each time. The output of
+such a model is noise; only its speed is meaningful.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_FILE = 4 * 10**9  # bytes of weights in a file, and in memory while they
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a network decides its speed."""
+    """The properties of a network that decide its speed."""
 
     architecture: str
     hidden_size: int
@@ -84,7 +84,7 @@ MODEL_TYPES = {
 
 
 def write_model(shape: ModelShape, folder: Path) -> int:
-    """Write config, weights and tokenizer into `folder`, which is made; bytes of the weights."""
+    """Write config, weights and tokenizer into `folder`; return the bytes of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_weights(random_weights(shape), folder)
     write_json(folder / "config.json", config(shape))
@@ -95,7 +95,7 @@ def write_model(shape: ModelShape, folder: Path) -> int:
 
 
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:
-    """One file, or as many as it takes with an index; bytes of the weights. One file at a time is in memory."""
+    """Write one file, or several with an index; return the bytes of the weights. One file at a time is in memory."""
     shards: list[list[str]] = []
     total, pending = 0, dict[str, Tensor]()
 
@@ -123,7 +123,7 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:
 
 
 def config(shape: ModelShape) -> dict[str, Any]:
-    """config.json."""
+    """Return the contents of config.json."""
     fields = {
         "architectures": [shape.architecture],
         "model_type": MODEL_TYPES[shape.architecture],
@@ -159,7 +159,7 @@ def config(shape: ModelShape) -> dict[str, Any]:
 
 
 def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name in the checkpoint: normal, but for norms, which are ones."""
+    """Yield every tensor by its name in the checkpoint: norms are ones, all others normally distributed."""
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*sizes: int) -> Tensor:
@@ -200,7 +200,7 @@ def random_weights(shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
 
 
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE of just VOCAB_SIZE tokens: the bytes, and as many pairs of them as there is room for."""
+    """Return a byte-level BPE of VOCAB_SIZE tokens: the bytes, and pairs of them."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # ASCII first
     room = VOCAB_SIZE - len(SPECIAL_TOKENS) - len(letters)
     merges = list(islice(product(letters, letters), room))
@@ -214,7 +214,7 @@ def tokenizer() -> Tokenizer:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """tokenizer_config.json."""
+    """Return the contents of tokenizer_config.json."""
     unknown, begin, end = SPECIAL_TOKENS
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -228,7 +228,7 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Readable JSON."""
+    """Write indented JSON."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,11 +1,10 @@
-"""What quantization costs: perplexity of a held-out text in int8 and int4 against bf16, for one model or several.
+"""Measure what quantization costs: perplexity of a held-out text in int8 and int4 against bf16, for some models.
 
-`python benchmarks/quality.py [MODEL ...] [--text FILE] [--num-tokens N]`. A model is a folder or a Hub name; left out,
-it is the bundled one, which is also asked about 100 passages that it has never seen. The text is cut into windows that
-are scored each on its own, by `prompt_logprobs`. Left out, it is stories with questions and answers from seeds that
-training did not draw; another model may find them dull, but every precision reads the same tokens. Differences are per
-token of the same text, so their standard error is far below that of the perplexity itself. Decides nothing: what is
-quantized, and how, is the backend's affair.
+`python benchmarks/quality.py [MODEL ...] [--text FILE] [--num-tokens N]`. A model is a folder or a Hub name; by default
+the bundled one, which also answers questions about 100 held-out passages. The text is cut into windows, which are
+scored separately by `prompt_logprobs`. The default text is stories with questions and answers from seeds that training
+did not use; every precision scores the same tokens. Differences are per token of the same text, so their standard error
+is far below that of the perplexity itself.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from splitfuse.text.chat_template import ChatTemplate
 from splitfuse.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "bundled_model"))
-from exam import count_right, held_out_problems
+from held_out import count_right, held_out_problems
 from stories import make_story
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -40,14 +39,14 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4, group 128": {"quantization": "int4", "quantization_group_size": 128},
 }
 WINDOW = 512  # tokens of a window of plain text
-NUM_QUESTIONS = 12  # asked about each story
+NUM_QUESTIONS = 12  # about each story
 SHORTEST, LONGEST = 40, 600  # words of a story
 NUM_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
 class Score:
-    """Negative log-likelihoods of every scored token, in one precision."""
+    """Negative log-likelihoods of all scored tokens, in one precision."""
 
     losses: torch.Tensor  # [tokens], fp64
     seconds: float
@@ -58,7 +57,7 @@ class Score:
         return float(self.losses.mean().exp())
 
     def change_from(self, other: Score) -> tuple[float, float]:
-        """Perplexity over the other's, less one; and the standard error of that. Both in percent."""
+        """Return the relative change of perplexity and its standard error, both in percent."""
         difference = self.losses - other.losses
         ratio = float(difference.mean().exp())
         return 100 * (ratio - 1), 100 * ratio * float(difference.std()) / math.sqrt(len(difference))
@@ -86,16 +85,16 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="*", help="folders or Hub names; left out, the bundled model")
-    parser.add_argument("--text", type=Path, help="a file of plain text to score, instead of stories")
+    parser.add_argument("model", nargs="*", help="folders or Hub names (default: the bundled model)")
+    parser.add_argument("--text", type=Path, help="file of plain text to score, instead of stories")
     parser.add_argument(
-        "--num-tokens", type=int, default=25_000, help="score about so many tokens (default: %(default)s)"
+        "--num-tokens", type=int, default=25_000, help="approximate number of tokens to score (default: %(default)s)"
     )
     return parser.parse_args()
 
 
 def measure(model: str | None, text: Path | None, num_tokens: int, settings: dict[str, Any]) -> Score:
-    """Load the model with these settings and score the text, and its reading if it is the bundled one."""
+    """Load the model with these settings and score the text; ask the bundled model the held-out questions, too."""
     pipe = splitfuse.pipeline(model, dtype="bfloat16", max_num_batched_tokens=512, **settings)
     documents = stories(pipe.tokenizer) if text is None else windows(pipe.tokenizer, text.read_text("utf-8"))
     chosen: list[tuple[int, ...]] = []
@@ -109,7 +108,7 @@ def measure(model: str | None, text: Path | None, num_tokens: int, settings: dic
     losses: list[float] = []
     for response in pipe(chosen, max_new_tokens=1, prompt_logprobs=0):
         if response.prompt_logprobs is None or response.error is not None:
-            raise RuntimeError(f"a window could not be scored: {response.error}")
+            raise RuntimeError(f"scoring a window failed: {response.error}")
         losses += [-token.logprob for token in response.prompt_logprobs]
     seconds = time.perf_counter() - started
     right = None
@@ -120,7 +119,7 @@ def measure(model: str | None, text: Path | None, num_tokens: int, settings: dic
 
 
 def stories(tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
-    """Stories of all lengths with questions and answers: as a conversation, where the model has a chat template."""
+    """Yield stories of all lengths with questions and answers, as conversations if the model has a chat template."""
     template = None
     if tokenizer.chat_template is not None:
         template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
@@ -140,7 +139,7 @@ def stories(tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
 
 
 def windows(tokenizer: Tokenizer, text: str) -> Iterator[tuple[int, ...]]:
-    """The text in windows of WINDOW tokens, each beginning as the tokenizer begins a text."""
+    """Yield the text in windows of WINDOW tokens, each with the tokenizer's first token."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     first = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     length = WINDOW - len(first)

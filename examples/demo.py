@@ -1,9 +1,9 @@
-"""The main job on the bundled model: stories and questions, short and long mixed, answered together.
+"""Dynamic SplitFuse on the bundled model: ten stories and questions, short and long mixed, answered together.
 
-Shows the answers as they stream, then what every forward step was made of, then how often the model is right on stories
-that it has never seen. `python examples/demo.py`, or `make demo`. With `--picture steps.png` the steps and their
-times are drawn into a file too, beside the times that a cost model predicts, for which steps are timed once, for some
-seconds; that needs matplotlib.
+Prints the answers while they are generated, the composition of every forward step, and the accuracy of the model on
+held-out stories. `python examples/demo.py`, or `make demo`. `--picture steps.png` also draws the steps with their
+measured times and those that a cost model predicts (steps are timed for it once, for some seconds); that needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from splitfuse.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
-from exam import count_right, held_out_problems  # noqa: E402
+from held_out import count_right, held_out_problems  # noqa: E402
 
-BUDGET = 64  # tokens of a step: one column of the picture each
+BUDGET = 64  # tokens of a step, each a column of the output
 NUM_HELD_OUT = 100
 COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 
@@ -42,7 +42,7 @@ def main(picture: Path | None) -> None:
         require_matplotlib()
     problems = [json.loads(line) for line in (ROOT / "examples" / "passages.jsonl").read_text("utf-8").splitlines()]
     console.rule("[bold]splitfuse: Dynamic SplitFuse on the bundled model")
-    # Engines that keep promises predict passes; the first start times some, with a bar
+    # Engines with SLO scheduling predict step times; the first start times some steps
     steps: list[StepRecord] = []
     pipe = splitfuse.pipeline(
         progress=True, observer=steps.append, max_num_batched_tokens=BUDGET, enable_slo=picture is not None
@@ -53,24 +53,24 @@ def main(picture: Path | None) -> None:
     tokens = sum(plan.num_tokens for plan in plans)
     full = sum(plan.num_tokens == BUDGET for plan in plans)
     console.print(
-        f"{right} of {len(problems)} right.  {tokens} tokens in {len(steps)} passes and {seconds:.2f} s: "
+        f"{right} of {len(problems)} right.  {tokens} tokens in {len(steps)} steps and {seconds:.2f} s: "
         f"{tokens / seconds:.0f} tokens/s.\n"
-        f"The budget was full in {full} passes; in the others nothing was left to compute.\n"
+        f"The token budget was full in {full} steps; in the others nothing was left to compute.\n"
     )
     if picture is not None:
         save(steps, picture)
-    hold_exam()
+    print_accuracy()
 
 
 def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[float, int]:
-    """Stream all answers at once; seconds taken, and how many were right."""
+    """Generate all answers together; return the seconds taken, and how many were right."""
     answers = [""] * len(problems)
     prompts = [f"{problem['passage']}\n\n{problem['question']}" for problem in problems]
     requests = pipe.prepare(prompts, chat=True, max_new_tokens=32)
     lengths = [len(request.prompt.token_ids) for request in requests]
 
     def table() -> Table:
-        shown = Table("", "prompt tokens", "question", "answer", title="Ten stories, ten questions, asked at once")
+        shown = Table("", "prompt tokens", "question", "answer", title="Ten stories, ten questions, answered together")
         for i, problem in enumerate(problems):
             mark = " ✓" if answers[i].strip() == problem["answer"] else ""
             shown.add_row(Text(letter(i), colour(i)), str(lengths[i]), problem["question"], answers[i] + mark)
@@ -92,18 +92,19 @@ def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[fl
 
 
 def draw(plans: list[StepPlan]) -> None:
-    """A line for each step, a character for each token: capitals are prompt, small letters are generated."""
+    """Print a line for each step, a character for each token: capitals are prefill, small letters decodes."""
     console.print(
-        "\nWhat each forward step was made of: [bold]A[/] a token of A's prompt, [bold]a[/] a generation of A"
+        "\nTokens of each step: [bold]A[/] a prompt token of request A, [bold]a[/] its newest generated token"
     )
-    indices: dict[str, int] = {}  # requests are begun in their order
+    console.print("step", style="dim")
+    indices: dict[str, int] = {}  # requests start in their order
     for number, plan in enumerate(plans, start=1):
         line = Text(f"{number:4} ")
         for chunk in plan.chunks:
             index = indices.setdefault(chunk.request_id, len(indices))
-            generates = is_generation(chunk)
-            mark = letter(index).lower() if generates else letter(index)
-            line.append(mark * len(chunk.token_ids), f"{colour(index)} bold" if generates else colour(index))
+            decodes = is_decode(chunk)
+            mark = letter(index).lower() if decodes else letter(index)
+            line.append(mark * len(chunk.token_ids), f"{colour(index)} bold" if decodes else colour(index))
         line.append("·" * (plan.token_budget - plan.num_tokens), "dim")
         line.append(f" {plan.num_tokens}/{plan.token_budget}", "dim")
         console.print(line)
@@ -111,12 +112,12 @@ def draw(plans: list[StepPlan]) -> None:
 
 
 def save(steps: list[StepRecord], file: Path) -> None:
-    """The same with the time of each step and its prediction, as a picture."""
+    """Draw the steps with their times and predictions into a file."""
     names: dict[str, str] = {}
     shown = [
         StepShown(
             [
-                Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_generation(c))
+                Piece(names.setdefault(c.request_id, letter(len(names))), len(c.token_ids), is_decode(c))
                 for c in each.plan.chunks
             ],
             each.measured_seconds,
@@ -125,15 +126,15 @@ def save(steps: list[StepRecord], file: Path) -> None:
         for each in steps
     ]
     save_picture(draw_steps(shown, budget=BUDGET), file)
-    console.print(f"{file} shows the steps, their times and what was predicted of them\n")
+    console.print(f"{file} shows the steps with their measured and predicted times\n")
 
 
-def is_generation(chunk: Chunk) -> bool:
+def is_decode(chunk: Chunk) -> bool:
     return len(chunk.token_ids) == 1 and chunk.samples
 
 
-def hold_exam() -> None:
-    """Held-out passages of up to 1,000 tokens, and the same questions without them."""
+def print_accuracy() -> None:
+    """Print the accuracy on held-out passages of up to 1,000 tokens, and on the same questions without them."""
     pipe = splitfuse.pipeline(max_num_batched_tokens=512)
     problems = list(held_out_problems(NUM_HELD_OUT, lambda text: len(pipe.tokenizer.encode(text)) - 1))
     longest = max(len(pipe.tokenizer.encode(problem.passage)) for problem in problems)
@@ -157,7 +158,7 @@ def colour(index: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--picture", type=Path, help="a .png, .svg or .pdf to draw the steps into")
+    parser.add_argument("--picture", type=Path, help="draw the steps into this .png, .svg or .pdf file")
     try:
         main(parser.parse_args().picture)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import variants
-from exam import count_right, held_out_problems
+from held_out import count_right, held_out_problems
 from stories import ANSWERS
 from transformers import AutoModelForCausalLM
 

@@ -1,1 +1,1 @@
-"""How near the CPU kernels come to what the machine gives."""
+"""Benchmarks of the CPU kernels against the limits of the machine."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernels linear attention step guard`: each kernel and the whole step as a share of the limits.
+"""`python -m benchmarks.kernels linear attention step guard`: kernels and whole steps as a fraction of the limits.
 
 `linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
 products in registers, as they do when the compiler spills their accumulators. Nothing else should run meanwhile.
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def linear(arguments: argparse.Namespace) -> Iterator[Row]:
-    """The linear layers of the shape, one after the other, as a layer of the network has them."""
+    """Time the linear layers of the shape, one after the other, as in a layer of the network."""
     shape: ModelShape = SHAPES[arguments.shape]
     sizes = layer_sizes(shape)
     for name in arguments.formats:
@@ -76,7 +76,7 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def torch_linears(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], ours: Callable[[], float]) -> Row:
-    """PyTorch's product and oneDNN's with a reordered weight, as multiples of our time, in turns with it."""
+    """Return the times of PyTorch's product and oneDNN's with a reordered weight, as multiples of ours, in turns."""
     blocked = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights]
     plain_ratios, blocked_ratios = [], []
     for _ in range(3):
@@ -89,7 +89,7 @@ def torch_linears(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], 
 
 
 def attention(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Chunks against the dot products, single rows against bandwidth; blocks lie in random places."""
+    """Time chunks against dot products, single rows against bandwidth, with blocks in random places."""
     shape: ModelShape = SHAPES[arguments.shape]
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.hidden_size // shape.num_heads
     for int8 in (False, True):
@@ -163,7 +163,7 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], float]) -> float:
-    """PyTorch's attention over keys and values that lie side by side, as a multiple of our time."""
+    """Return the time of PyTorch's attention over contiguous keys and values, as a multiple of ours."""
     rows, _, dim = q.shape
     keys, values = torch.randn(2, 1, kv_heads, context, dim).bfloat16()
     mask = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
@@ -177,7 +177,7 @@ def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], 
 
 
 def step(arguments: argparse.Namespace) -> Iterator[Row]:
-    """A forward step and the output head: requests that generate one token each, or one prompt."""
+    """Time a forward step with the output head: decodes, or one prompt."""
     shape: ModelShape = SHAPES[arguments.shape]
     for name in arguments.formats:
         quantization, group = FORMATS[name]
@@ -243,8 +243,7 @@ def forward(executor: Executor, chunks: list[Chunk]) -> torch.Tensor:
 
 
 def guard(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Full tiles on a weight that stays in the cache: what is missing then is missing in the micro-kernel. One
-    thread."""
+    """Time full tiles on a weight that stays in the cache, on one thread: only the micro-kernel can be slow then."""
     for name, least in LEAST_SHARE.items():
         backend = make_backend(name, arguments.variant, 1)
         rows = 8 * TILES[backend.variant][0]  # whole tiles
@@ -261,7 +260,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def layer_sizes(shape: ModelShape) -> list[tuple[int, int]]:
-    """[N, K] of the linear layers of a layer."""
+    """Return [N, K] of the linear layers of a layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     return [(qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]

@@ -1,4 +1,4 @@
-"""What the machine gives in the second in which a kernel is timed, and how a kernel is timed against it.
+"""Limits of the machine, measured in the same second as a kernel, and the timing of kernels against them.
 
 A memory that flips between speeds, or a neighbour on the next core, moves both alike; their ratio stays.
 """
@@ -26,7 +26,7 @@ FORMATS: dict[str, tuple[str | None, int | None]] = {
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -34,7 +34,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over several turns of the kernel and of the limits measured beside it."""
+    """Medians over several turns of a kernel and of the limits measured with it."""
 
     seconds: float
     bytes_per_second: float
@@ -46,7 +46,7 @@ class Timing:
 
 
 class Limits:
-    """Read bandwidth, and dot products of bf16 or of int8, on as many threads as the kernels have."""
+    """Read bandwidth, and dot products in bf16 or int8, with the threads of the kernels."""
 
     def __init__(self, backend: CpuBackend) -> None:
         self._backend = backend
@@ -54,13 +54,13 @@ class Limits:
         self._memory.fill_(1)
 
     def read(self) -> float:
-        """Bytes a second."""
+        """Return the read bandwidth in bytes/s."""
         library = self._backend.library
         taken = min(seconds(lambda: library.read_all(self._memory.data_ptr(), READ_BYTES)) for _ in range(3))
         return READ_BYTES / taken
 
     def dots(self, *, int8: bool) -> float:
-        """Multiplications and additions a second."""
+        """Return the multiplications and additions per second."""
         backend = self._backend
         taken = min(seconds(lambda: backend.library.dots_only(int8, DOT_ROUNDS)) for _ in range(3))
         rows, columns = TILES[backend.variant]
@@ -70,7 +70,7 @@ class Limits:
     def compare(
         self, run: Callable[[], object], *, num_bytes: float, operations: float, int8: bool, turns: int = 7
     ) -> Timing:
-        """Times `run`, which must read `num_bytes` and do `operations`, in turns with the limits."""
+        """Time `run`, which reads `num_bytes` and does `operations`, in turns with the limits."""
         run()
         taken, reads, dots, shares = [], [], [], []
         for _ in range(turns):

@@ -1,1 +1,1 @@
-"""The engines we compare with, and ours, under one workload. Knows nothing of how any of them works inside."""
+"""Comparison of other engines with ours under the same workload, from outside."""

@@ -1,4 +1,4 @@
-"""Drives engines in turns over the same prompts, and prints medians and their ratios to the first one's.
+"""Drive engines in turns with the same prompts, and print medians and their ratios to the first engine.
 
     python -m benchmarks.peers.compare --model DIR --peers FOLDER --out FILE \\
         splitfuse,quantization=int8 vllm,checkpoint=w8a8 llama-server,type=Q8_0 llama-bench,type=Q8_0
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def start(stack: ExitStack, contender: Contender, model: Path, peers: Path, threads: int) -> Running:
-    """A loaded engine that stands still, and ends with `stack`."""
+    """Start an engine, load it and stop it; it ends with `stack`."""
     say(f"{contender.label}: loading")
     running = Running(contender, model, peers, threads)
     stack.callback(running.end)
@@ -84,7 +84,7 @@ def start(stack: ExitStack, contender: Contender, model: Path, peers: Path, thre
 def in_turns(
     running: Sequence[Running], workloads: Sequence[Workload], warmup: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Every figure taken, in the order of taking; rounds before 0 are the warm-up."""
+    """Yield every figure as it is measured; rounds before 0 are the warm-up."""
     samples = []
     buffer = torch.ones(REFERENCE_BYTES // 4)
     for workload in workloads:
@@ -106,7 +106,7 @@ def in_turns(
 
 
 def read_bandwidth(buffer: torch.Tensor) -> float:
-    """GB/s that all threads read from memory just now: the best of three sums."""
+    """Return the current read bandwidth of all threads in GB/s: the best of three sums."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -126,7 +126,7 @@ def describe(one: Running) -> dict[str, Any]:
 
 
 def medians(samples: Sequence[Mapping[str, Any]], contender: str, workload: Workload) -> Figures:
-    """Of each figure, over the rounds that count; empty where the contender cannot do the workload."""
+    """Return the median of each figure over the rounds that count; empty if the contender cannot run the workload."""
     counted = [
         sample
         for sample in samples
@@ -137,7 +137,7 @@ def medians(samples: Sequence[Mapping[str, Any]], contender: str, workload: Work
 
 
 def print_table(report: Mapping[str, Any], workloads: Sequence[Workload]) -> None:
-    """Medians, and how many times the first contender's each is."""
+    """Return a table of medians and their ratios to the first contender."""
     labels = [one["contender"] for one in report["contenders"]]
     width = max(map(len, labels))
     for workload in workloads:
@@ -162,7 +162,7 @@ def print_table(report: Mapping[str, Any], workloads: Sequence[Workload]) -> Non
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress."""
     print(text, file=sys.stderr, flush=True)
 
 

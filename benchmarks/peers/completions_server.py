@@ -1,4 +1,4 @@
-"""OpenAI's completions over HTTP for engines that come without a server: token ids in, token ids out, streamed.
+"""An HTTP server with OpenAI's completions for engines without one: token ids in, token ids out, streamed.
 
 Standard library only, one thread: it runs in the engines' own environments. A parameter is honoured or refused by its
 name. Answers carry no text: nobody here detokenizes. Knows no engine.
@@ -23,24 +23,24 @@ Tokens: TypeAlias = list[int]
 
 
 class TokenEngine(Protocol):
-    """What is served."""
+    """An engine to be served."""
 
     facts: Mapping[str, Any]
     """Versions and effective settings, for the report."""
     room: int
-    """Tokens that a prompt and its answer may have together."""
+    """Maximum tokens of a prompt and its answer together."""
 
     def generate(self, prompt: Tokens, max_tokens: int, *, ignore_eos: bool) -> AsyncGenerator[Tokens, None]:
-        """New tokens as they come, greedily. Closing it takes the request back. Raises RuntimeError if it fails."""
+        """Yield new tokens, chosen greedily. Closing it aborts the request. Raises RuntimeError if it fails."""
         ...
 
     async def run(self) -> None:
-        """Work, until cancelled. Called once, in the loop of the server. Raises what ends the engine."""
+        """Run the engine until cancelled. Called once, in the server's event loop."""
         ...
 
 
 class RefusedError(Exception):
-    """A request that is not served, and why."""
+    """A rejected request, with status and message."""
 
     def __init__(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that is served."""
+    """A valid request."""
 
     prompt: Tokens
     max_tokens: int
@@ -58,7 +58,7 @@ class Completion:
 
     @classmethod
     def parse(cls, body: bytes, room: int) -> Completion:
-        """Raises RefusedError."""
+        """Parse a request. Raises RefusedError."""
         try:
             asked = json.loads(body)
         except ValueError as error:
@@ -87,7 +87,7 @@ class Completion:
 
 
 async def serve(engine: TokenEngine, host: str, port: int) -> None:
-    """Run the engine and answer what comes, until cancelled or until the engine raises."""
+    """Run the engine and the server until cancelled, or until the engine raises."""
     server = await asyncio.start_server(Front(engine).answer, host, port, backlog=1024)
     async with server, asyncio.TaskGroup() as group:
         group.create_task(engine.run())
@@ -95,13 +95,13 @@ async def serve(engine: TokenEngine, host: str, port: int) -> None:
 
 
 class Front:
-    """Answers connections, a request each."""
+    """A server with one request per connection."""
 
     def __init__(self, engine: TokenEngine) -> None:
         self._engine = engine
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, to its end."""
+        """Serve one connection to its end."""
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             try:
                 await self._route(reader, writer)
@@ -151,18 +151,18 @@ class Front:
 
 
 def choice(token_ids: Tokens | None, finish_reason: str | None = None) -> dict[str, Any]:
-    """What an event says of the one answer."""
+    """Return the fields of an event."""
     answer = {"index": 0, "text": "", "token_ids": token_ids, "finish_reason": finish_reason}
     return {"object": "text_completion", "model": MODEL, "choices": [answer]}
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 def head(status: HTTPStatus, content_type: str, length: int | None = None) -> bytes:
-    """An answer's first lines. Without a length it ends with the connection."""
+    """Return the head of an answer; without a length it ends with the connection."""
     size = "" if length is None else f"content-length: {length}\r\n"
     return (
         f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {content_type}\r\n{size}connection: close\r\n\r\n"
@@ -170,13 +170,13 @@ def head(status: HTTPStatus, content_type: str, length: int | None = None) -> by
 
 
 def whole(status: HTTPStatus, data: Mapping[str, Any]) -> bytes:
-    """An answer that is no stream."""
+    """Return an answer that is not streamed."""
     body = json.dumps(dict(data)).encode()
     return head(status, JSON, len(body)) + body
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
-    """Method, path and body. Raises RefusedError for what is no HTTP, IncompleteReadError if it breaks off."""
+    """Read method, path and body. Raises RefusedError for invalid HTTP, IncompleteReadError if it breaks off."""
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     words = first.split(" ")
     if len(words) != 3:

@@ -1,4 +1,4 @@
-"""One engine with one model in a process of its own: started, asked, stopped while others have their turn, ended.
+"""An engine with a model in a process of its own: started, driven, stopped during the turns of others, ended.
 
 Decides what command and environment each kind of engine gets. Knows no figure's meaning.
 """
@@ -24,9 +24,9 @@ from benchmarks.peers.workload import Figures, Workload
 
 REPOSITORY = Path(__file__).parent.parent.parent
 DRIVEN = ("splitfuse", "vllm", "llama-server", "llama-bench")
-"""Those that a `drive_...` module drives through a workload."""
+"""Kinds that a `drive_...` module drives through a workload."""
 SERVED = ("splitfuse", "vllm", "llama-server", "openvino", "transformers")
-"""Those that can be served."""
+"""Kinds that can be served."""
 FORM_SETTING = {"vllm": "checkpoint", "llama-server": "type", "llama-bench": "type", "openvino": "precision"}
 FORMS_READ = {
     "vllm": (BF16, W8A8),
@@ -49,7 +49,7 @@ class Contender:
 
     @classmethod
     def parse(cls, text: str, kinds: Sequence[str]) -> Contender:
-        """Raises ValueError for a kind that is none of these, or a setting without a value."""
+        """Parse a contender. Raises ValueError for an unknown kind, or a setting without a value."""
         kind, *pairs = text.split(",")
         if kind not in kinds:
             raise ValueError(f"{kind!r} is none of {', '.join(kinds)}")
@@ -66,23 +66,23 @@ class Contender:
 
     @property
     def form(self) -> str:
-        """Which form of the model it reads."""
+        """Form of the model that it reads."""
         if self.kind not in FORM_SETTING:
             return BF16
         return str(self.settings.get(FORM_SETTING[self.kind], FP16 if self.kind == "openvino" else BF16))
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its settings but for the form of the model."""
+        """Its settings, except for the form of the model."""
         return {name: value for name, value in self.settings.items() if name != FORM_SETTING.get(self.kind)}
 
     def model(self, model: Path, peers: Path) -> Path:
-        """The model as this engine reads it, converted now if need be."""
+        """Return the model in the form that this engine reads, converting it if necessary."""
         plain_folder = self.kind in ("splitfuse", "transformers") or (self.kind == "vllm" and self.form == BF16)
         return model if plain_folder else converted(model, self.form, peers)
 
     def command(self, model: Path, peers: Path, threads: int) -> list[str]:
-        """The driver and its argument."""
+        """Return the command of the driver."""
         arguments: dict[str, Any] = {"model": str(model), "settings": self.options, "threads": threads}
         if self.kind.startswith("llama"):
             arguments["program"] = str(llama_cpp_program(peers, self.kind))
@@ -90,7 +90,7 @@ class Contender:
         return [python, "-m", f"benchmarks.peers.drive_{self.kind.replace('-', '_')}", json.dumps(arguments)]
 
     def environment(self, peers: Path, threads: int) -> dict[str, str]:
-        """The driver's environment."""
+        """Return the environment of the driver."""
         values = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         if self.kind == "vllm":
             cpus = sorted(os.sched_getaffinity(0))[:threads]
@@ -101,10 +101,10 @@ class Contender:
 
 
 class Running:
-    """A contender's process, with all that it has started."""
+    """A contender's process and its children."""
 
     def __init__(self, contender: Contender, model: Path, peers: Path, threads: int) -> None:
-        """Start it and wait until it has loaded. Raises RuntimeError, with the end of its log, if it does not."""
+        """Start it and wait until it has loaded. Raises RuntimeError with the end of its log if that fails."""
         self.contender = contender
         path = contender.model(model, peers)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
@@ -128,7 +128,7 @@ class Running:
         self.start_seconds = time.perf_counter() - start
 
     def measure(self, workload: Workload, round_number: int) -> Figures:
-        """Let it run, do the workload, and have it stand still again. Raises RuntimeError if it fails."""
+        """Continue it, run the workload, and stop it again. Raises RuntimeError if that fails."""
         assert self._process.stdin is not None
         self._group.resume()
         with suppress(BrokenPipeError):  # `_answer` says why
@@ -138,11 +138,11 @@ class Running:
         return figures
 
     def pause(self) -> None:
-        """Have it stand still."""
+        """Stop it with SIGSTOP."""
         self._group.pause()
 
     def resident_bytes(self) -> int:
-        """Memory of all its processes, shared pages counted once (PSS)."""
+        """Return the memory of all its processes, shared pages counted once (PSS)."""
         return self._group.resident_bytes()
 
     def end(self) -> None:
@@ -164,7 +164,7 @@ class Running:
 
 
 def json_or_text(value: str) -> Any:
-    """A number, true or false where it reads as one, else the text itself."""
+    """Return a number or boolean if the text is one, else the text."""
     try:
         return json.loads(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Makes of a bf16 model folder what a peer reads: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp, OpenVINO's IR.
+"""Convert a bf16 model folder for a peer: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp, OpenVINO's IR.
 
 `python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|int8|fp16 --peers FOLDER`. What is made lies beside the
 model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is kept.
@@ -44,7 +44,7 @@ QUANTIZATION: dict[str, Any] = {
 
 
 def converted(model: Path, form: str, peers: Path) -> Path:
-    """The model in that form, made if it is not there yet; `peers` is the folder of the installed peers."""
+    """Return the model in that form, converted if necessary; `peers` is the folder of the installed peers."""
     if form == W8A8:
         target = model.with_name(f"{model.name}-{W8A8}")
     elif form in IR_PRECISIONS:
@@ -73,7 +73,7 @@ def converted(model: Path, form: str, peers: Path) -> Path:
 
 
 def write_w8a8(model: Path, folder: Path) -> None:
-    """A compressed-tensors checkpoint: int8 weights with a scale for each output channel; activations per token."""
+    """Write a compressed-tensors checkpoint: int8 weights with a scale per output channel; activations per token."""
     folder.mkdir()
     weights: dict[str, Tensor] = {}
     with safe_open(model / "model.safetensors", framework="pt") as file:
@@ -92,12 +92,12 @@ def write_w8a8(model: Path, folder: Path) -> None:
 
 
 def is_linear(name: str) -> bool:
-    """Whether a tensor is the weight of a linear layer that is quantized."""
+    """Return whether a tensor is the weight of a quantized linear layer."""
     return name.endswith("_proj.weight")
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 by rows: the weight [N, K], and its scales [N, 1]."""
+    """Quantize to symmetric int8 by rows; return the weight [N, K] and its scales [N, 1]."""
     values = weight.float()
     scales = values.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127.0
     return (values / scales).round().to(torch.int8), scales

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's own benchmark program for one request alone: what it reaches without a server.
+"""Run llama.cpp's own benchmark program for one request alone, without a server.
 
 It makes its own random tokens and times generation at the depth of the prompt, which is our pace after the first token.
 Standard library only.
@@ -16,7 +16,7 @@ from benchmarks.peers.workload import MS_PER_TOKEN, Figures, Run, Workload, take
 
 
 def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
-    """A runner of the program, which loads the model anew each time; settings are its long options."""
+    """Return a runner of the program, which loads the model each time; settings are its long options."""
     program = arguments["program"]
     options = {"threads": arguments["threads"], **arguments["settings"]}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]

@@ -1,4 +1,4 @@
-"""Starts llama.cpp's server, drives it over HTTP with token ids, and stops it. Standard library only.
+"""Start llama.cpp's server, drive it over HTTP with token ids, and stop it. Standard library only.
 
 The offline workload of the others, with one connection for each prompt: llama.cpp batches nowhere but in its server.
 """
@@ -23,7 +23,7 @@ DEFAULTS = {"parallel": 32, "ctx-size": 40960, "batch-size": 2048, "ubatch-size"
 
 
 def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
-    """A running server, which ends with this process; settings are its long options."""
+    """Start a server that ends with this process; settings are its long options."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -74,7 +74,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def complete(port: int, prompt: Tokens, output_tokens: int) -> Any:
-    """One prompt, answered whole."""
+    """Send one prompt; return the whole answer."""
     body = {
         "prompt": prompt,
         "n_predict": output_tokens,
@@ -90,7 +90,7 @@ def complete(port: int, prompt: Tokens, output_tokens: int) -> Any:
 
 
 def request(port: int, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-    """One request on a connection of its own: the server's keep-alive races."""
+    """Send a request on a connection of its own: the server's keep-alive races."""
     connection = HTTPConnection(HOST, port)
     try:
         connection.request(method, path, None if body is None else json.dumps(body))
@@ -101,7 +101,7 @@ def request(port: int, method: str, path: str, body: Mapping[str, Any] | None = 
 
 
 def version(program: str) -> str:
-    """What the program says of itself."""
+    """Return the version that the program prints."""
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     return "llama.cpp " + (said.stdout + said.stderr).strip().splitlines()[0]
 

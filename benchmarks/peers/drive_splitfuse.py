@@ -1,4 +1,4 @@
-"""Drives our own engine: token ids in, token ids out, as `Engine` is used by everything above it."""
+"""Drive our own engine with token ids, as everything above `Engine` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitfuse import Engine, EngineConfig, SamplingParams
 
 
 def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
-    """An engine with the settings of EngineConfig by name; the prefix cache is off, as it is for the others."""
+    """Load an engine with settings of EngineConfig; the prefix cache is off, as for the others."""
     settings = {"enable_prefix_caching": False, **arguments["settings"]}
     engine = Engine.load(EngineConfig.from_settings({"model": arguments["model"], **settings}))
     request_numbers = count()

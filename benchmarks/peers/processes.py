@@ -1,4 +1,4 @@
-"""A process with all that it has started, as one: stopped while others have their turn, continued, ended. Linux."""
+"""A process and its children as one: stopped during the turns of others, continued, ended. Linux only."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from splitfuse.runtime.environment import proportional_bytes
 
 
 def end_in_order_when_told() -> None:
-    """Have SIGTERM unwind this process as Ctrl-C does: what it has started would otherwise stay, stopped or at work."""
+    """Make SIGTERM unwind this process as Ctrl-C does: otherwise its children would survive, stopped or running."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class ProcessGroup:
-    """Of a process that was started with `start_new_session`: Linux keeps what it starts together under its number."""
+    """The session of a process started with `start_new_session`, with all its children."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def pause(self) -> None:
-        """Have it stand still: an engine that waits may still spin, or wake up, on the others' time."""
+        """Stop it with SIGSTOP: a waiting engine may still spin, or wake up, during the turns of others."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it run."""
+        """Continue it."""
         self._signal(signal.SIGCONT)
 
     def end(self, *, patience: float) -> None:
-        """Give it so many seconds to end by itself, as it was told to, then end all its processes."""
+        """Wait so many seconds for it to end, then kill all its processes."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
         self._signal(signal.SIGKILL)
         self._process.wait()
 
     def resident_bytes(self) -> int:
-        """Memory of all its processes, shared pages counted once (PSS); what has just ended is left out."""
+        """Return the memory of all its processes that still run, shared pages counted once (PSS)."""
         total = 0
         for process in self._processes():
             with suppress(OSError):

@@ -33,14 +33,14 @@ SCHEDULER_FIELDS = (
     "enable_prefix_caching",
 )
 PLUGIN_PROPERTIES = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
-"""Those that decide how exact it is."""
+"""Properties that decide its precision."""
 
 
 class OpenVinoEngine:
-    """A pipeline that steps in the server's own thread: a step keeps Python's lock, so another would gain nothing."""
+    """A pipeline that steps in the server's own thread: a step holds Python's lock, so threads gain nothing."""
 
     def __init__(self, model: Path, settings: Mapping[str, Any], threads: int) -> None:
-        """Load an exported model. Raises ValueError for a setting it does not know."""
+        """Load an exported model. Raises ValueError for an unknown setting."""
         scheduler, properties = SchedulerConfig(), {"INFERENCE_NUM_THREADS": threads}
         for name, value in settings.items():
             if name.isupper():
@@ -64,7 +64,7 @@ class OpenVinoEngine:
         self.room = int(config["max_position_embeddings"])
 
     async def generate(self, prompt: Tokens, max_tokens: int, *, ignore_eos: bool) -> AsyncGenerator[Tokens, None]:
-        """As `TokenEngine` says."""
+        """Implement `TokenEngine`."""
         sampling = GenerationConfig(
             max_new_tokens=max_tokens, ignore_eos=ignore_eos, do_sample=False, stop_token_ids=self._end_tokens
         )
@@ -84,7 +84,7 @@ class OpenVinoEngine:
                 handle.cancel()
 
     async def run(self) -> None:
-        """As `TokenEngine` says."""
+        """Implement `TokenEngine`."""
         while True:
             await self._work.wait()
             for _ in range(LOOP_TURNS):
@@ -106,7 +106,7 @@ class OpenVinoEngine:
 
 
 def plugin_defaults() -> dict[str, str]:
-    """How exact the CPU plugin is on this processor if it is not told otherwise."""
+    """Return the default precision of the CPU plugin on this processor."""
     core = openvino.Core()
     values = {name: core.get_property("CPU", name) for name in PLUGIN_PROPERTIES}
     return {

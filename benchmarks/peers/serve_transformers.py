@@ -24,7 +24,7 @@ from benchmarks.peers.completions_server import Tokens, serve
 
 PAGE_TOKENS = 256
 DEFAULTS = {"page_size": PAGE_TOKENS, "num_blocks": 40_960 // PAGE_TOKENS, "allow_block_sharing": False}
-"""Room as llama.cpp gets it (left out, it takes 0.6 of the machine's memory); no prefix cache, as for the others."""
+"""Cache size as for llama.cpp (by default it takes 0.6 of the memory); no prefix cache, as for the others."""
 TOLD = (
     "page_size",
     "num_blocks",
@@ -37,10 +37,10 @@ NO_END = -1
 
 
 class TransformersEngine:
-    """A `ContinuousBatchingManager`, which works in a thread of its own."""
+    """A `ContinuousBatchingManager`, which runs in a thread of its own."""
 
     def __init__(self, model: str, settings: Mapping[str, Any], threads: int) -> None:
-        """Load the model in bf16. Raises ValueError for a setting it does not know."""
+        """Load the model in bf16. Raises ValueError for an unknown setting."""
         torch.set_num_threads(threads)
         options = {**DEFAULTS, **settings}
         attention = options.pop("attn_implementation", "sdpa")
@@ -62,7 +62,7 @@ class TransformersEngine:
         self._numbers = 0
 
     async def generate(self, prompt: Tokens, max_tokens: int, *, ignore_eos: bool) -> AsyncGenerator[Tokens, None]:
-        """As `TokenEngine` says."""
+        """Implement `TokenEngine`."""
         name, self._numbers = str(self._numbers), self._numbers + 1
         outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         self._manager.register_result_handler(name, outputs.put_nowait)
@@ -87,7 +87,7 @@ class TransformersEngine:
                 self._manager.cancel_request(name)
 
     async def run(self) -> None:
-        """As `TokenEngine` says."""
+        """Implement `TokenEngine`."""
         self._manager.start()
         while self._manager.is_running():
             await asyncio.sleep(1)

@@ -91,10 +91,10 @@ def main() -> None:
 
 
 class Server:
-    """One engine behind HTTP, in processes of its own, which stand still until they are driven."""
+    """An engine behind HTTP, in processes of its own, which are stopped until they are driven."""
 
     def __init__(self, contender: Contender, model: Path, peers: Path) -> None:
-        """Start it and wait until it answers. Raises RuntimeError, with the end of its log, if it does not."""
+        """Start it and wait until it answers. Raises RuntimeError with the end of its log if that fails."""
         self.contender = contender
         self.name = contender.label.replace(",", "-").replace("=", "-").replace("/", "-")
         self._results: Results | None = None
@@ -153,7 +153,7 @@ class Server:
         raise ValueError(f"{self.contender.kind} has no server")
 
     def drive(self, loads: Loads, lengths: Lengths, seed: int, repetition: int) -> None:
-        """Let it run, take the points, and have it stand still again."""
+        """Continue it, measure the points, and stop it again."""
         self._group.resume()
         target = Endpoint(
             f"http://{HOST}:{self._port}",
@@ -181,12 +181,12 @@ class Server:
         self._tell()
 
     def measured(self) -> Results:
-        """All points so far."""
+        """Return all points so far."""
         assert self._results is not None
         return self._results
 
     def pause(self) -> None:
-        """Have it stand still."""
+        """Stop it with SIGSTOP."""
         self._group.pause()
 
     def end(self) -> None:
@@ -198,18 +198,18 @@ class Server:
 
     def _tell(self) -> None:
         row = next(r for r in rows(self.measured()) if r.clients == self.measured().points[-1].clients)
-        kept = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.goodput.items())
+        goodput = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.goodput.items())
         size = self._group.resident_bytes() / 1e9
         print(
-            f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, kept {kept}; first token P50 "
-            f"{row.ttft[50]:.2f} P95 {row.ttft[95]:.2f} s; gaps P50 {1e3 * row.itl[50]:.0f} P95 "
+            f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, goodput {goodput}; TTFT P50 "
+            f"{row.ttft[50]:.2f} P95 {row.ttft[95]:.2f} s; ITL P50 {1e3 * row.itl[50]:.0f} P95 "
             f"{1e3 * row.itl[95]:.0f} P99 {1e3 * row.itl[99]:.0f} ms; {row.num_failed} failed; {size:.2f} GB",
             file=sys.stderr,
             flush=True,
         )
 
     def _wait_until_ready(self) -> dict[str, Any]:
-        """What the server says of itself, if completions_server.py is its front."""
+        """Wait for the server; return its facts, if completions_server.py serves it."""
         deadline = time.monotonic() + START_SECONDS
         path = "/ready" if self.contender.kind == "splitfuse" else "/health"
         while time.monotonic() < deadline and self._process.poll() is None:

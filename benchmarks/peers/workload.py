@@ -1,4 +1,4 @@
-"""What every engine is asked, and how a driver takes orders. Standard library only: it runs in foreign environments.
+"""The workload of every engine, and the loop of a driver. Standard library only: it runs in other environments.
 
 A driver is a process with one loaded model. It reads one order a line, `{"workload": "crowd", "round": 3}`, and answers
 each with one line of figures; what its engine prints goes to standard error.
@@ -19,7 +19,7 @@ FIRST_TOKEN = 3  # those before it are special
 SECONDS = "seconds"
 FIRST_SECONDS = "first_token_seconds"
 MS_PER_TOKEN = "ms_per_token"
-"""Milliseconds for each token after the first."""
+"""Milliseconds per token after the first."""
 
 Tokens: TypeAlias = list[int]
 Figures: TypeAlias = dict[str, float]
@@ -27,7 +27,7 @@ Figures: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of random token ids handed over at once; greedy, and the end-of-text token ignored."""
+    """Prompts of random token ids, sent together; greedy, without end token."""
 
     name: str
     num_prompts: int
@@ -36,16 +36,16 @@ class Workload:
 
     @property
     def headline(self) -> str:
-        """The figure that engines are compared by: the whole time of many, the pace of one."""
+        """Figure by which engines are compared: total time of many prompts, time per token of one."""
         return SECONDS if self.num_prompts > 1 else MS_PER_TOKEN
 
     @property
     def num_output_tokens(self) -> int:
-        """Of all prompts together."""
+        """Number of output tokens of all prompts together."""
         return self.num_prompts * self.output_tokens
 
     def prompts(self, round_number: int) -> list[Tokens]:
-        """The same for every engine, and others in each round, so that no cache of an earlier round can help."""
+        """Return prompts that are equal for every engine, and differ between rounds, so that no cache helps."""
         rng = random.Random(f"{self.name} {round_number}")
         return [
             [rng.randrange(FIRST_TOKEN, VOCAB_SIZE) for _ in range(self.prompt_tokens)] for _ in range(self.num_prompts)
@@ -62,11 +62,11 @@ WORKLOADS = {
 }
 
 Run: TypeAlias = Callable[[Workload, int], Figures]
-"""Does one workload in one round."""
+"""Runs a workload in a round."""
 
 
 def figures(workload: Workload, *, seconds: float, first_token_seconds: float | None, num_tokens: int) -> Figures:
-    """The figures of one run from what a clock showed. `first_token_seconds` is wanted of a prompt that is alone.
+    """Return the figures of one run; a lone prompt needs `first_token_seconds`.
 
     Raises RuntimeError if not every token asked for was generated.
     """
@@ -79,7 +79,7 @@ def figures(workload: Workload, *, seconds: float, first_token_seconds: float | 
 
 
 def take_orders(load: Callable[[Mapping[str, Any]], tuple[Run, Mapping[str, Any]]]) -> None:
-    """A driver's main function: load what the arguments say, then do what standard input asks until it ends.
+    """Run a driver: load the model of the arguments, then run the workloads that standard input names.
 
     The one argument is a JSON object, which `load` gets; it returns what runs a workload, and facts to report.
     """

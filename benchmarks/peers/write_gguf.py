@@ -1,4 +1,4 @@
-"""Writes a bf16 model folder as a GGUF file. Run by the interpreter that has the gguf package; needs no torch.
+"""Write a bf16 model folder as a GGUF file. Run by the Python that has the gguf package; needs no torch.
 
 Reads safetensors by hand, because numpy has no bfloat16: the bits pass through as they are. Knows the two
 architectures of our benchmark models, and byte-level tokenizers.
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Name and bits, as uint16 of the tensor's shape."""
+    """Yield name and bits, as uint16 of the tensor's shape."""
     data = np.memmap(file, np.uint8, "r")
     start = 8 + int(data[:8].view(np.uint64)[0])
     header = json.loads(bytes(data[8:start]))
@@ -57,13 +57,13 @@ def tensors(file: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
 
 
 def interleave_halves(bits: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
-    """Rows of q or k in llama.cpp's order for Llama: it rotates neighbours, where Hugging Face rotates the halves."""
+    """Reorder rows of q or k for llama.cpp's Llama, which rotates neighbours where Hugging Face rotates halves."""
     rows, columns = bits.shape
     return bits.reshape(num_heads, 2, rows // num_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> None:
-    """What config.json says of the network."""
+    """Add the sizes of config.json."""
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_vocab_size(config["vocab_size"])
@@ -79,7 +79,7 @@ def add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], name: str) -> Non
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
-    """A byte-level BPE, as its tokenizer.json has it."""
+    """Add the byte-level BPE of tokenizer.json."""
     special = {token["id"] for token in tokenizer["added_tokens"]}
     ids: dict[str, int] = tokenizer["model"]["vocab"]
     tokens = sorted(ids, key=ids.__getitem__)

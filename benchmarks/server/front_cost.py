@@ -1,10 +1,10 @@
-"""What the front costs an engine: the same requests through `pipeline` and over HTTP as 32 streams, in turns.
+"""Cost of the HTTP front for an engine: the same requests through `pipeline` and over HTTP as 32 streams, in turns.
 
     python -m benchmarks.server.front_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [FLAGS]
 
-Both have the same model and settings (FLAGS, those of an engine, as --name=value); one waits while the other runs. The
-streams are read by this process, on the same cores. Compared are the mean time of a step, by the engine's own clock,
-and the whole time of all requests.
+Both have the same model and settings (engine FLAGS as --name=value); one waits while the other runs. This process reads
+the streams, on the same cores. Compared are the mean step time, by the engine's own clock, and the total time of all
+requests.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from splitfuse.config import EngineConfig
 
 @dataclass(frozen=True)
 class Turn:
-    """All requests once."""
+    """One run of all requests."""
 
     seconds: float
     steps: int
     step_seconds: float
-    front_seconds: float = 0.0  # of processor time
+    front_seconds: float = 0.0  # processor time
     reader_seconds: float = 0.0
 
     @property
@@ -48,7 +48,7 @@ class Turn:
 
 
 def parsed(about: str | None, *, prompt: int, generate: int) -> tuple[argparse.Namespace, list[str]]:
-    """The load, with these lengths if no others are given, and what is left for engines: their flags."""
+    """Parse the load, with these default lengths, and the remaining flags of the engine."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--streams", type=int, default=32)
@@ -76,12 +76,12 @@ def main() -> None:
             over_http = stream(http, server.process.pid, prompts, arguments.generate)
             if turn >= 0:  # the first warms up
                 pairs.append((inside, over_http))
-                print(f"turn {turn}: pipeline {told(inside)}; over HTTP {told(over_http)}", flush=True)
-    print(f"mean pass over HTTP / pipeline: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
-    print(f"whole time over HTTP / pipeline: {ratios([b.seconds / a.seconds for a, b in pairs])}")
+                print(f"turn {turn}: pipeline {describe(inside)}; over HTTP {describe(over_http)}", flush=True)
+    print(f"mean step over HTTP / pipeline: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
+    print(f"total time over HTTP / pipeline: {ratios([b.seconds / a.seconds for a, b in pairs])}")
 
 
-def told(turn: Turn) -> str:
+def describe(turn: Turn) -> str:
     return f"{turn.seconds:.2f} s, {turn.steps} steps of {1000 * turn.mean_step:.2f} ms" + (
         f", processor time of the front {turn.front_seconds:.2f} s, of the reader {turn.reader_seconds:.2f} s"
         if turn.front_seconds
@@ -103,7 +103,7 @@ def make_prompts(turn: int, count: int, length: int) -> list[list[int]]:
 
 @contextmanager
 def alone(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process with a pipeline, that waits on its standard input."""
+    """Start a process with a pipeline, which waits on its standard input."""
     command = [sys.executable, "-m", "benchmarks.server.front_cost", "--alone", *flags]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     try:
@@ -120,7 +120,7 @@ def ask(process: subprocess.Popen[str], prompts: list[list[int]], generate: int)
 
 
 def run_alone(flags: list[str]) -> None:
-    """Load a pipeline; for each line of prompts, run them and print how it went."""
+    """Load a pipeline; run each line of prompts and print the times."""
     import splitfuse
 
     settings = settings_of(flags)
@@ -146,7 +146,7 @@ def run_alone(flags: list[str]) -> None:
 
 
 def settings_of(flags: list[str]) -> dict[str, Any]:
-    """`--quantization=int8 --no-enable-prefix-caching` as settings by name."""
+    """Parse flags such as `--quantization=int8 --no-enable-prefix-caching` into settings."""
     settings: dict[str, Any] = {}
     for flag in flags:
         name, has_value, value = flag.removeprefix("--").partition("=")
@@ -176,7 +176,7 @@ def stream(http: httpx.Client, front: int, prompts: list[list[int]], generate: i
 
 
 def processor_seconds(process: int) -> float:
-    """That a process has used so far, of user and system."""
+    """Return the processor time of a process so far, user and system."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -196,7 +196,7 @@ async def read_one(address: tuple[str, int], prompt: list[int], generate: int) -
         last = (last + piece)[-200:]
     writer.close()
     if b"data: [DONE]" not in last:
-        raise RuntimeError(f"an answer ended so: {last!r}")
+        raise RuntimeError(f"incomplete answer, ending in {last!r}")
 
 
 if __name__ == "__main__":

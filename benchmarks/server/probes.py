@@ -1,10 +1,9 @@
-"""How fast /health and /ready answer while a prompt of 100,000 tokens is tokenized, and while long ones are computed.
+"""Latency of /health and /ready while a prompt of 100,000 tokens is tokenized, and while long prompts are computed.
 
     python -m benchmarks.server.probes [--seconds S] [SERVE FLAGS ...]
 
-Each probe is a request on a connection that is kept, one after another with a pause of 5 ms, alternating between the
-two routes. The prompt to be tokenized is too long for the model, and is refused when it has been; it is sent again and
-again.
+Probes are requests on a kept connection, one after the other with a pause of 5 ms, alternating between the two routes.
+The prompt to be tokenized is too long for the model and is rejected afterwards; it is sent repeatedly.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ NUM_TOKENS = 100_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of probing in each state")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of probing in each state")
     arguments, flags = parser.parse_known_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     with (
@@ -91,7 +90,7 @@ def _probe(url: str, seconds: float) -> dict[str, list[float]]:
                 status = http.get(path).status_code
                 times[path].append(time.monotonic() - began)
                 if status != 200:
-                    raise RuntimeError(f"{path} says {status}")
+                    raise RuntimeError(f"{path} returned {status}")
                 time.sleep(0.005)
     return times
 
@@ -109,7 +108,7 @@ def _compute(http: httpx.Client, text: str) -> str:
 
 
 def _story(http: httpx.Client, num_tokens: int) -> str:
-    """A text of so many tokens, or a few fewer."""
+    """Return a text of so many tokens, or a few fewer."""
     text = "\n".join(make_story(Random(i), 100, lambda s: len(s.split())).passage for i in range(10))
     per_text = http.post("/tokenize", json={"prompt": text}).json()["count"]
     return "\n".join([text] * (num_tokens // (per_text + 1)))

@@ -1,8 +1,8 @@
-"""What a streamed event costs the client: our own reader against httpx, in processor time of the client alone.
+"""Processor time that a streamed event costs the client: our own reader against httpx.
 
     python -m benchmarks.server.stream_readers [--streams 32] [--events 500]
 
-A server in another process sends events as our own server does, as fast as they are read.
+A server in another process sends events as our own server does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EVENT = {
 
 
 def serve(events: int, tell: Connection) -> None:
-    """Answer every connection with so many events, each a chunk of its own, until the process is ended."""
+    """Answer every connection with so many events, each in a chunk of its own."""
     event = b"data: " + json.dumps(EVENT).encode() + b"\n\n"
     chunk = b"%x\r\n%b\r\n" % (len(event), event)
 
@@ -41,7 +41,7 @@ def serve(events: int, tell: Connection) -> None:
         for _ in range(events):
             writer.write(chunk)
             await writer.drain()
-            await asyncio.sleep(0.005)  # as passes come, so that events are read one by one
+            await asyncio.sleep(0.005)  # as steps do, so that events are read one by one
         end = b"data: [DONE]\n\n"
         writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(end), end))
         await writer.drain()
@@ -56,7 +56,7 @@ def serve(events: int, tell: Connection) -> None:
 
 
 async def read_ours(url: str) -> int:
-    """Events of one stream."""
+    """Read a stream; return its number of events."""
     seen = 0
 
     def take(data: bytes, _: float) -> None:
@@ -68,7 +68,7 @@ async def read_ours(url: str) -> int:
 
 
 def httpx_reader() -> Callable[[str], Awaitable[int]]:
-    """The same through httpx."""
+    """Return a reader that uses httpx."""
     client = httpx.AsyncClient(timeout=None, trust_env=False, limits=httpx.Limits(max_connections=None))
 
     async def read(url: str) -> int:
@@ -86,7 +86,7 @@ async def measure(name: str, read: Callable[[str], Awaitable[int]], url: str, st
     began, cpu = time.perf_counter(), time.process_time()
     seen = sum(await asyncio.gather(*(read(url) for _ in range(streams))))
     cpu, wall = time.process_time() - cpu, time.perf_counter() - began
-    print(f"{name:<6} {seen} events: {1e6 * cpu / seen:6.1f} us of processor time an event, {wall:.2f} s in all")
+    print(f"{name:<6} {seen} events: {1e6 * cpu / seen:6.1f} us of processor time per event, {wall:.2f} s in total")
 
 
 def main() -> None:

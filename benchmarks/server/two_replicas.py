@@ -1,10 +1,9 @@
-"""Two replicas of one core each against one of one core, on the same requests, in turns; and what the second takes.
+"""Throughput and memory of two replicas of one core each against one of one core, on the same requests, in turns.
 
     python -m benchmarks.server.two_replicas [--model FOLDER] [--streams N] [--prompt N] [--turns N] [FLAGS]
 
-The streams are read by this process, which like the front shares the cores with the engines. Other flags are those of
-`serve`, as --name=value. Memory is that of the engines, once all is done: anonymous, and with what they share
-divided among them (PSS).
+This process reads the streams and, like the front, shares the cores with the engines. Other flags are those of `serve`,
+as --name=value. Memory is that of the engines at the end: anonymous, and including their part of shared pages (PSS).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import httpx
 from server_load import children
 from server_process import server_process
 
-from benchmarks.server.front_cost import make_prompts, parsed, ratios, stream, told
+from benchmarks.server.front_cost import describe, make_prompts, parsed, ratios, stream
 
 
 def main() -> None:
@@ -37,17 +36,17 @@ def main() -> None:
             together = stream(to_two, double.process.pid, prompts, arguments.generate)
             if turn >= 0:  # the first warms up
                 pairs.append((alone, together))
-                print(f"turn {turn}: one {told(alone)}; two {told(together)}", flush=True)
+                print(f"turn {turn}: one {describe(alone)}; two {describe(together)}", flush=True)
         for name, server in (("one", single), ("two", double)):
             print(f"engines of {name}: " + "; ".join(memory(pid) for pid in children(server.process.pid)))
     print(f"throughput of two / one: {ratios([a.seconds / b.seconds for a, b in pairs])}")
 
 
 def memory(pid: int) -> str:
-    """Of one process."""
+    """Return the memory of a process."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     fields = {name: int(rest.split()[0]) / 1000 for name, rest in (line.split(":", 1) for line in lines)}
-    return f"{fields['Anonymous']:.0f} MB of its own, PSS {fields['Pss']:.0f} MB"
+    return f"{fields['Anonymous']:.0f} MB anonymous, PSS {fields['Pss']:.0f} MB"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Engines that are killed and engines that hang under load: when clients hear of it, and when all is well again.
+"""Kill and stop engines under load: how soon clients get an error, and how soon the server recovers.
 
     python -m tests.soak.engine_deaths [--replicas N] [SERVE FLAGS ...]
 
-Streams run on all engines; then one engine's process gets SIGKILL, later SIGSTOP. Times are from the signal: until the
-streams that it held had an error, until /ready said 503 (with one replica), until a new request was answered, and until
+Streams run on all engines; then one engine process gets SIGKILL, later SIGSTOP. Times are from the signal: until the
+engine's streams got an error, until /ready returned 503 (with one replica), until a new request was answered, and until
 the engine was back.
 """
 
@@ -38,11 +38,11 @@ def main() -> None:
     with server_process(folder, f"soak-{folder.name}", *own) as server, server.client() as client:
         for number in signal.SIGKILL, signal.SIGSTOP:
             _Drill(server, client.url, arguments.replicas).hold(number)
-        print("the server said:\n" + "\n".join(line for line in server.said.splitlines() if "engine" in line))
+        print("log of the server:\n" + "\n".join(line for line in server.said.splitlines() if "engine" in line))
 
 
 class _Drill:
-    """One signal to one engine under load."""
+    """A signal to one engine under load."""
 
     def __init__(self, server: ServerProcess, url: str, replicas: int) -> None:
         self._server, self._url, self._replicas = server, url, replicas
@@ -54,23 +54,23 @@ class _Drill:
         for thread in threads:
             thread.start()
         self._begun.wait(LIMIT)
-        preemption_victim = children(self._server.process.pid)[0]
+        target = children(self._server.process.pid)[0]
         sent = time.monotonic()
-        os.kill(preemption_victim, number)
+        os.kill(target, number)
         times: dict[str, float | str] = {}
         with httpx.Client(base_url=self._url, timeout=LIMIT, trust_env=False) as http:
             if self._replicas == 1:
-                times["/ready says 503"] = _until(lambda: http.get("/ready").status_code == 503) - sent
+                times["/ready returns 503"] = _until(lambda: http.get("/ready").status_code == 503) - sent
             else:
                 times["next request, on the other"] = f"{_ask(http)} after {time.monotonic() - sent:.2f}"
             _until(lambda: any(how != "whole" for _, how in self._ends))
             times["/health"] = http.get("/health").status_code
             if self._replicas == 1:
                 times["next request, at once"] = _ask(http)
-            _until(lambda: len(self._back(preemption_victim)) == self._replicas)
+            _until(lambda: len(self._back(target)) == self._replicas)
             times["new process"] = time.monotonic() - sent
             _until(lambda: http.get("/ready").status_code == 200)
-            times["/ready says 200"] = time.monotonic() - sent
+            times["/ready returns 200"] = time.monotonic() - sent
             times["request then"] = _ask(http)
             for thread in threads:
                 thread.join(LIMIT)
@@ -82,8 +82,8 @@ class _Drill:
     def _how(self) -> str:
         return next(how for _, how in self._ends if how != "whole")
 
-    def _back(self, preemption_victim: int) -> list[int]:
-        return [pid for pid in children(self._server.process.pid) if pid != preemption_victim]
+    def _back(self, target: int) -> list[int]:
+        return [pid for pid in children(self._server.process.pid) if pid != target]
 
     def _stream(self) -> None:
         how, waits = "broken off", True
@@ -114,7 +114,7 @@ def _until(condition: Callable[[], bool]) -> float:
     limit = time.monotonic() + LIMIT
     while not condition():
         if time.monotonic() > limit:
-            raise TimeoutError("it never came true")
+            raise TimeoutError("timed out")
         time.sleep(0.01)
     return time.monotonic()
 

@@ -1,11 +1,11 @@
-"""Do the parts of `splitfuse explain` add up to the wall clock? Over mixed requests, against two clocks of others.
+"""Check that the phases of `splitfuse explain` add up to the wall-clock latency of mixed requests.
 
     python -m tests.soak.latency_sums [--requests N] [--clients N] [SERVE FLAGS ...]
 
-Some are streams, some have several choices, stop strings or a deadline; some clients read slowly, some hang up. The KV
-cache is small, so some are preempted. The sum of parts is compared with the server's log, which measures a request by
-two readings of a clock, and with the client's own clock: from before it sends until it has all, or hangs up. Who reads
-slowly is compared with the log alone: what lies in the system's buffers the server has handed over. Goal: within 1 %.
+Some are streams, some have several choices, stop strings or a deadline; some clients read slowly, some disconnect. The
+KV cache is small, so some requests are preempted. The sum of phases is compared with the server's log, which reads a
+clock twice per request, and with the client's own clock, from before it sends until it has all or disconnects. Slow
+readers are compared with the log alone: the server has handed over what is still in the system's buffers. Goal: 1 %.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from splitfuse.server.explain import MEANINGS
 
 TIGHT = ["--num-blocks", "72", "--max-num-batched-tokens", "128"]
 GOAL = 0.01
-RECEIVED = 4096  # bytes that the system keeps for a slow reader
+RECEIVED = 4096  # bytes of the receive buffer of a slow reader
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, and how its client behaves."""
+class Planned:
+    """A request and the behaviour of its client."""
 
     name: str
     kind: str
     body: dict[str, Any]
 
     @classmethod
-    def random(cls, number: int) -> Asked:
+    def random(cls, number: int) -> Planned:
         random = Random(number)
         kind = random.choices(
-            ["whole", "stream", "choices", "stop", "deadline", "slow reader", "hangs up"], [6, 6, 2, 3, 1, 1, 3]
+            ["whole", "stream", "choices", "stop", "deadline", "slow reader", "disconnects"], [6, 6, 2, 3, 1, 1, 3]
         )[0]
         text = "\n".join(make_story(random, 100, lambda s: len(s.split())).passage for _ in range(random.randint(1, 6)))
         body: dict[str, Any] = {"prompt": text, "max_tokens": random.randint(8, 200), "ignore_eos": True}
-        body["stream"] = kind in ("stream", "slow reader", "hangs up") or random.random() < 0.3
+        body["stream"] = kind in ("stream", "slow reader", "disconnects") or random.random() < 0.3
         if kind == "choices":
             body |= {"n": 3, "temperature": 1.0, "seed": number, "max_tokens": random.randint(8, 60)}
         if kind == "stop":
@@ -76,7 +76,7 @@ def main() -> None:
         server.client() as client,
         httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http,
     ):
-        asked = [Asked.random(number) for number in range(arguments.requests)]
+        asked = [Planned.random(number) for number in range(arguments.requests)]
         address = (http.base_url.host, http.base_url.port or 0)
         seconds = asyncio.run(_ask_all(address, asked, arguments.clients))
         wait_until_idle(http)
@@ -92,14 +92,14 @@ def main() -> None:
             answer = http.get(f"/v1/splitfuse/requests/{each.name}")
             if answer.status_code == 200:
                 explained[each.name] = answer.json()
-            else:  # an engine has never heard of it
+            else:  # it ended before an engine had it
                 forgotten += 1
         _report(asked, explained, records(), seconds)
-        print(f"{len(explained)} of {len(asked)} explained; {forgotten} were over before an engine had them")
+        print(f"{len(explained)} of {len(asked)} explained; {forgotten} ended before an engine had them")
 
 
 def _report(
-    asked: list[Asked],
+    asked: list[Planned],
     explained: dict[str, dict[str, Any]],
     records: dict[str, dict[str, Any]],
     seconds: dict[str, float],
@@ -122,7 +122,7 @@ def _report(
         totals.update(explanation["phases"])
         touched.update(explanation["phases"].keys())
     whole = sum(totals.values())
-    print("\nwhere the time of all went")
+    print("\nphases of all requests together")
     for part in LatencyPhase:
         if part in totals:
             print(f"{totals[part] / whole:8.2%}  of {touched[part]:4} requests  {MEANINGS[part]}")
@@ -133,8 +133,8 @@ def _report(
     print("\nfarthest from the client's clock, ms: " + ", ".join(f"{1000 * d:.2f}" for d, _ in off[:8]))
 
 
-async def _ask_all(address: tuple[str, int], asked: list[Asked], clients: int) -> dict[str, float]:
-    """By name, the seconds that the client measured; not of slow readers."""
+async def _ask_all(address: tuple[str, int], asked: list[Planned], clients: int) -> dict[str, float]:
+    """Return the seconds that the client measured by request name, except for slow readers."""
     seconds: dict[str, float] = {}
     queue = iter(asked)
     async with asyncio.TaskGroup() as group:
@@ -143,7 +143,7 @@ async def _ask_all(address: tuple[str, int], asked: list[Asked], clients: int) -
     return seconds
 
 
-async def _client(address: tuple[str, int], queue: Iterator[Asked], seconds: dict[str, float]) -> None:
+async def _client(address: tuple[str, int], queue: Iterator[Planned], seconds: dict[str, float]) -> None:
     for asked in queue:
         connection = socket.socket()
         if asked.kind == "slow reader":
@@ -159,7 +159,7 @@ async def _client(address: tuple[str, int], queue: Iterator[Asked], seconds: dic
         await asyncio.sleep(0.005)  # the server has accepted the connection
         began = time.monotonic()
         writer.write(head.encode() + content)
-        if asked.kind == "hangs up":
+        if asked.kind == "disconnects":
             await asyncio.sleep(Random(asked.name).uniform(0.05, 1.0))
         elif asked.kind == "slow reader":
             while await reader.read(RECEIVED):
@@ -167,7 +167,7 @@ async def _client(address: tuple[str, int], queue: Iterator[Asked], seconds: dic
         else:
             while await reader.read(2**16):
                 pass
-        if asked.kind != "slow reader" and not (asked.kind == "hangs up" and reader.at_eof()):
+        if asked.kind != "slow reader" and not (asked.kind == "disconnects" and reader.at_eof()):
             seconds[asked.name] = time.monotonic() - began
         writer.close()
 

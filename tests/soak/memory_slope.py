@@ -1,10 +1,10 @@
-"""How much memory a request leaves behind, in the front and in the engine: the slope over 20,000 short requests.
+"""Memory that a request leaks, in the front and in the engine: the slope over 20,000 short requests.
 
     python -m tests.soak.memory_slope [--requests N] [--warm-up N] [SERVE FLAGS ...]
 
-Anonymous resident memory is read at rest, every 500 requests, after a warm-up in which every block of the
-KV cache is written once. Every prompt is a new one; half are
-streams; two of eight connections are opened for each request. The slope is by least squares, with its standard error.
+Anonymous resident memory is read at rest, every 500 requests, after a warm-up in which every block of the KV cache is
+written once. All prompts differ; half of the answers are streamed; two of eight connections are opened for each
+request. The slope is by least squares, with its standard error.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def main() -> None:
     with server_process(folder, f"soak-{folder.name}", *flags) as server, server.client() as client:
         pids = {"front": server.process.pid, "engine": children(server.process.pid)[0]}
         with httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http:
-            _examine(http, pids, arguments.warm_up, arguments.requests)
+            _measure(http, pids, arguments.warm_up, arguments.requests)
 
 
-def _examine(http: httpx.Client, pids: dict[str, int], warm_up: int, num_requests: int) -> None:
+def _measure(http: httpx.Client, pids: dict[str, int], warm_up: int, num_requests: int) -> None:
     address = (http.base_url.host, http.base_url.port or 0)
     asyncio.run(_send(address, 0, warm_up))
     rows: list[list[int]] = []
@@ -60,17 +60,17 @@ def _examine(http: httpx.Client, pids: dict[str, int], warm_up: int, num_request
     for column, name in enumerate(pids, start=1):
         for what, part in (("all", table), ("second half", table[len(table) // 2 :])):
             (slope, _), covariance = np.polyfit(part[:, 0], part[:, column], 1, cov=True)
-            print(f"{name}, {what}: {slope:.0f} ± {covariance[0, 0] ** 0.5:.0f} bytes a request")
+            print(f"{name}, {what}: {slope:.0f} ± {covariance[0, 0] ** 0.5:.0f} bytes/request")
 
 
 async def _send(address: tuple[str, int], first: int, count: int) -> None:
     numbers = iter(range(first, first + count))
     async with asyncio.TaskGroup() as group:
-        for place in range(CONNECTIONS):
-            group.create_task(_one_by_one(address, numbers, keep_alive=place >= NEW_CONNECTIONS))
+        for number in range(CONNECTIONS):
+            group.create_task(_send_sequentially(address, numbers, keep_alive=number >= NEW_CONNECTIONS))
 
 
-async def _one_by_one(address: tuple[str, int], numbers: object, *, keep_alive: bool) -> None:
+async def _send_sequentially(address: tuple[str, int], numbers: object, *, keep_alive: bool) -> None:
     connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     for number in numbers:  # type: ignore[attr-defined]
         random = Random(number)
@@ -95,7 +95,7 @@ async def _one_by_one(address: tuple[str, int], numbers: object, *, keep_alive: 
 async def _read_answer(reader: asyncio.StreamReader) -> None:
     head = await reader.readuntil(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"refused: {head!r}")
+        raise RuntimeError(f"rejected: {head!r}")
     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
     if b"content-length" in fields:
         json.loads(await reader.readexactly(int(fields[b"content-length"])))
