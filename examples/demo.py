@@ -67,7 +67,7 @@ def answer(pipe: splitfuse.Pipeline, problems: list[dict[str, str]]) -> tuple[fl
     answers = [""] * len(problems)
     prompts = [f"{problem['passage']}\n\n{problem['question']}" for problem in problems]
     requests = pipe.prepare(prompts, chat=True, max_new_tokens=32)
-    lengths = [len(request.prompt.token_ids) for request in requests]
+    lengths = [len(request.token_ids) for request in requests]
 
     def table() -> Table:
         shown = Table("", "prompt tokens", "question", "answer", title="Ten stories, ten questions, answered together")
