@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import splitfuse
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.text.prompts import PromptEncoder
 
 NUM_PROBLEMS = 40
 
@@ -51,6 +52,6 @@ def test_greedy_tokens_equal_those_of_transformers() -> None:
     problems = list(held_out_problems(4, lambda text: len(pipe.tokenizer.encode(text)) - 1))
     responses = pipe([problem.prompt for problem in problems], chat=True, max_new_tokens=20, ignore_eos=True)
     for problem, response in zip(problems, responses, strict=True):
-        ids = torch.tensor([pipe.generator.encode_chat(problem.prompt).token_ids])
+        ids = torch.tensor([PromptEncoder(pipe.tokenizer).encode_chat(problem.prompt).token_ids])
         wanted = oracle.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None)
         assert list(response.token_ids) == wanted[0, ids.shape[1] :].tolist()
