@@ -31,7 +31,7 @@ from splitfuse.text.kwargs import (
     spelled_as_keywords,
 )
 from splitfuse.text.prompts import Message, PreparedRequest, PromptEncoder
-from splitfuse.text.responses import Piece, Response
+from splitfuse.text.responses import Piece, Response, in_order
 from splitfuse.text.tokenizer import Tokenizer
 
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream", "progress")
@@ -105,8 +105,7 @@ class Pipeline:
         pieces = self.run(self.prepare(prompts, **keywords), progress=progress)
         if stream:
             return pieces
-        responses = [piece.response for piece in pieces if piece.response is not None]
-        return sorted(responses, key=lambda response: (response.index, response.choice))
+        return in_order(pieces)
 
     @sampling_signature
     def prepare(

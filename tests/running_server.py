@@ -79,7 +79,7 @@ class RunningServer:
         self.wait_until(lambda: self.client.stats[0].num_running >= count)
 
     def assert_idle(self) -> None:
-        """Whoever has gone leaves nothing: no request, no block, no task."""
+        """Wait until no request, block or task is left."""
 
         def is_empty() -> bool:
             (stats,) = self.client.stats

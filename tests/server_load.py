@@ -57,7 +57,7 @@ def metrics(http: httpx.Client) -> dict[str, float]:
 
 
 def wait_until_idle(http: httpx.Client) -> None:
-    """Until /metrics says that nobody holds anything; it fails saying who does."""
+    """Wait until /metrics says that no request holds anything; fail with the metrics that say otherwise."""
     names = ("num_requests_running", "num_requests_waiting", "outstanding_tokens", "kv_blocks_used")
     limit = time.monotonic() + PATIENCE
     while True:

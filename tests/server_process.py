@@ -1,4 +1,4 @@
-"""`splitfuse serve` in a process of its own, as people start it."""
+"""`splitfuse serve` in a process of its own."""
 
 import re
 import signal

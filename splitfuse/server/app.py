@@ -29,10 +29,11 @@ from splitfuse.core.request import FinishReason
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.auth import ApiKeys
-from splitfuse.server.context import App, Receive, RequestContext, Scope, Send
+from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.explain import Explanation, RequestTimeline, describe_timeline, timing_of
+from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
 from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.openapi import document

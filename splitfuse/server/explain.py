@@ -222,7 +222,7 @@ class Explanations:
             )
         breakdown, record = await asyncio.shield(timeline.breakdown), timeline.record
         assert record is not None
-        beside = () if breakdown is None else breakdown.co_scheduled
+        others = () if breakdown is None else breakdown.co_scheduled
         return Explanation(
             id=unique_id,
             request_id=record.request_id,
@@ -230,7 +230,7 @@ class Explanations:
             status=record.status,
             seconds=record.total_seconds,
             phases=timeline.phases(),
-            co_scheduled=[CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in beside],
+            co_scheduled=[CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in others],
             preemptions=0 if breakdown is None else breakdown.num_preemptions,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
@@ -261,8 +261,8 @@ def describe_timeline(timeline: RequestTimeline) -> str:
     if breakdown is None:
         return f"of {total:.3g} s: {told}"
     missed = f"{describe_violation(breakdown.slo_violation)}; " if breakdown.slo_violation is not None else ""
-    beside = f"; mostly together with {_plain(breakdown.co_scheduled[0][0])}" if breakdown.co_scheduled else ""
-    return f"{missed}of {total:.3g} s: {told}{beside}"
+    others = f"; mostly together with {_plain(breakdown.co_scheduled[0][0])}" if breakdown.co_scheduled else ""
+    return f"{missed}of {total:.3g} s: {told}{others}"
 
 
 def describe_violation(violation: SloViolation) -> str:

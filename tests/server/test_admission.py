@@ -1,4 +1,4 @@
-"""Who is let in, who is told to come back and when: nothing beyond the bounds, and all room given back."""
+"""Admission: which requests are accepted, when refused ones may come back, and that every count returns to zero."""
 
 import asyncio
 import math
@@ -49,7 +49,7 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.integers(1, 8), st.integers(1, 100))
-def test_never_more_than_the_bounds_and_every_ticket_comes_back_once(
+def test_bounds_hold_and_each_ticket_returns_once(
     steps: list[tuple[str, float, float]], most_requests: int, most_tokens: int
 ) -> None:
     admission, clock = make(most_requests, most_tokens)
@@ -86,7 +86,7 @@ def test_never_more_than_the_bounds_and_every_ticket_comes_back_once(
     assert admission.num_requests == admission.num_tokens == 0
 
 
-def test_the_last_request_and_the_last_token_that_fit_are_let_in() -> None:
+def test_the_last_request_and_token_that_fit_are_admitted() -> None:
     admission, _ = make(2, 100)
     with admission.admit(60), admission.admit(40):
         assert "it works on 2 requests" in str(refused(admission, 0))
@@ -97,7 +97,7 @@ def test_the_last_request_and_the_last_token_that_fit_are_let_in() -> None:
     assert admission.num_requests == 0
 
 
-def test_a_request_that_will_never_fit_is_told_so_and_not_to_come_back() -> None:
+def test_a_request_that_can_never_fit_is_invalid() -> None:
     admission, _ = make(4, 100)
     with pytest.raises(InvalidRequestError, match=r"come to 101 tokens, .* at most 100 at once") as tokens:
         admission.admit(101).__enter__()
@@ -109,7 +109,7 @@ def test_a_request_that_will_never_fit_is_told_so_and_not_to_come_back() -> None
         pass
 
 
-def test_a_refused_request_takes_no_room() -> None:
+def test_a_refused_request_is_not_counted() -> None:
     admission, _ = make(2, 100)
     with admission.admit(80):
         refused(admission, 21)
@@ -119,7 +119,7 @@ def test_a_refused_request_takes_no_room() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "requests"), [(-1, 1), (1, 0), (1, -1)])
-def test_room_for_less_than_nothing_is_our_own_mistake(tokens: int, requests: int) -> None:
+def test_negative_sizes_are_a_value_error(tokens: int, requests: int) -> None:
     admission, _ = make()
     with pytest.raises(ValueError, match="makes no sense"):
         admission.admit(tokens, requests).__enter__()
@@ -128,7 +128,7 @@ def test_room_for_less_than_nothing_is_our_own_mistake(tokens: int, requests: in
 # When to come back ---------------------------------------------------------------------------------------------------
 
 
-def test_before_anything_was_measured_a_second() -> None:
+def test_the_wait_is_a_second_before_any_step() -> None:
     admission, _ = make(1, 10**6)
     with admission.admit(10**6):
         assert refused(admission, 10**6).retry_after == 1.0
@@ -144,7 +144,7 @@ def test_before_anything_was_measured_a_second() -> None:
     step_seconds=st.floats(1e-4, 60),
     replicas=st.integers(1, 8),
 )
-def test_the_wait_is_the_tokens_over_the_bound_by_the_rate(
+def test_the_wait_is_the_excess_tokens_over_the_rate(
     held: int, asked: int, step_tokens: int, step_seconds: float, replicas: int
 ) -> None:
     most = max(held, asked, held + asked - 1)
@@ -162,14 +162,14 @@ def test_the_wait_is_the_tokens_over_the_bound_by_the_rate(
 
 
 @pytest.mark.parametrize("seconds", [1e6, 1e300])
-def test_no_wait_is_longer_than_anybody_can_foresee(seconds: float) -> None:
+def test_the_wait_is_bounded(seconds: float) -> None:
     admission, _ = make(2, 10**6)
     admission.progressed(1, seconds)
     with admission.admit(10**6):
         assert refused(admission, 10**6).retry_after == MAX_WAIT
 
 
-def test_for_a_place_the_wait_is_that_of_a_request_of_mean_size() -> None:
+def test_the_wait_for_a_request_assumes_the_mean_size() -> None:
     admission, clock = make(3, 10**6)
     clock.now += 1
     admission.progressed(100, 1.0)
@@ -178,7 +178,7 @@ def test_for_a_place_the_wait_is_that_of_a_request_of_mean_size() -> None:
         assert refused(admission, 1, 2).retry_after == pytest.approx(3000 / 100)
 
 
-def test_the_rate_forgets_over_ten_seconds_and_not_while_idle() -> None:
+def test_the_rate_decays_over_ten_busy_seconds() -> None:
     admission, clock = make()
     for _ in range(100):
         clock.now += 1
@@ -200,7 +200,7 @@ def test_the_rate_forgets_over_ten_seconds_and_not_while_idle() -> None:
     assert admission.tokens_per_second == pytest.approx(7)
 
 
-def test_a_clock_that_goes_back_does_no_harm() -> None:
+def test_a_clock_that_goes_backwards_is_harmless() -> None:
     admission, clock = make(1, 100)
     admission.progressed(10, 1.0)
     clock.now -= 1e9
@@ -211,7 +211,7 @@ def test_a_clock_that_goes_back_does_no_harm() -> None:
 # The end -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_draining_server_takes_nothing_and_says_when_it_is_empty() -> None:
+def test_draining_refuses_requests_and_reports_when_empty() -> None:
     admission, _ = make()
 
     async def run() -> None:

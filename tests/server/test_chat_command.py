@@ -1,4 +1,4 @@
-"""`splitfuse chat` as people use it: at a terminal, through a pipe, with a server, with a model of its own."""
+"""`splitfuse chat`: at a terminal, through a pipe, with a server, with a model of its own."""
 
 import codecs
 import io
@@ -69,7 +69,7 @@ def conversation(pipe: splitfuse.Pipeline, *turns: str, system: str | None = Non
 # Through a pipe ------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_a_turn_and_a_reset_forgets(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_a_line_is_a_turn_and_reset_clears_history(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     turns = conversation(pipe, FIRST, SECOND)
     afresh = conversation(pipe, SECOND)
     assert afresh[0] != turns[1], "these turns do not show whether anything is remembered"
@@ -80,7 +80,7 @@ def test_a_line_is_a_turn_and_a_reset_forgets(run: Run, pipe: splitfuse.Pipeline
     assert (status, out, err) == (0, wanted, "(loading the model)\n")
 
 
-def test_a_turn_goes_on_behind_a_backslash(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_a_backslash_continues_a_turn(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     turn = "Anna keeps a goose.\n\nWho keeps a goose?"
     lines = turn.replace("\n", "\\\n")
     wanted = "\n".join(conversation(pipe, turn, SECOND)) + "\n"
@@ -89,15 +89,13 @@ def test_a_turn_goes_on_behind_a_backslash(run: Run, pipe: splitfuse.Pipeline, s
     assert run("--url", server.url, stdin=lines + "\\\n") == (0, alone, "")  # nothing follows
 
 
-def test_sampling_flags_count(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_sampling_flags_apply(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     flags = ["--temperature", 1, "--seed", 3, "--max-new-tokens", 5]
     wanted = conversation(pipe, FIRST, temperature=1.0, seed=3, max_new_tokens=5)
     assert run("--url", server.url, *flags, stdin=FIRST) == (0, wanted[0] + "\n", "")
 
 
-def test_a_deployment_is_called_by_its_name_and_the_default_one_is_found(
-    run: Run, pipe: splitfuse.Pipeline, server: RunningServer
-) -> None:
+def test_chat_finds_a_deployment_by_name_or_default(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     port = int(server.url.rpartition(":")[2])
     for name, flags in (("mine", ["--name", "mine"]), ("splitfuse", [])):
         deployment = Deployment(
@@ -112,7 +110,7 @@ def test_a_deployment_is_called_by_its_name_and_the_default_one_is_found(
         assert err == f"(chatting with storyteller at {server.url})\n"
 
 
-def test_a_turn_that_cannot_be_answered_is_told_and_the_rest_goes_on(
+def test_a_failed_turn_is_reported_and_the_chat_continues(
     run: Run, pipe: splitfuse.Pipeline, server: RunningServer
 ) -> None:
     status, out, err = run("--url", server.url, stdin=f"{'word ' * 3000}\n{FIRST}\n")
@@ -120,7 +118,7 @@ def test_a_turn_that_cannot_be_answered_is_told_and_the_rest_goes_on(
     assert err.startswith("splitfuse: the prompt has ") and err.count("\n") == 1
 
 
-def test_flags_that_do_not_go_together(run: Run) -> None:
+def test_incompatible_flags(run: Run) -> None:
     for flags, message in (
         (["--name", "a", "--url", "http://b"], "--name and --url are mutually exclusive"),
         (["--name", "a", "--num-blocks", 5], "--num-blocks and --name are mutually exclusive"),
@@ -214,9 +212,7 @@ def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningS
         terminal.close()
 
 
-def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_an_answer_but_not_the_conversation(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine waits in the midst of the answer until the server has seen that its client is gone."""
     broken_off, steps, step = threading.Event(), itertools.count(), server.engine.step
 

@@ -1,4 +1,4 @@
-"""Our own client over a real socket: what it reads is what a pipeline gives, and errors are those of a pipeline."""
+"""Our own clients over a real socket: responses and errors equal those of a pipeline."""
 
 import asyncio
 import json
@@ -74,21 +74,21 @@ def essence(responses: Any) -> list[tuple[Any, ...]]:
     ],
     ids=lambda keywords: "-".join(keywords),
 )
-def test_responses_are_those_of_a_pipeline(
+def test_responses_equal_a_pipelines(
     client: splitfuse.Client, pipe: splitfuse.Pipeline, keywords: dict[str, Any]
 ) -> None:
     prompts = [PROMPT, "The market"]
     assert essence(client(prompts, **keywords)) == essence(pipe(prompts, **keywords))
 
 
-def test_a_length_that_is_left_out_is_a_pipelines(client: splitfuse.Client, pipe: splitfuse.Pipeline) -> None:
+def test_the_default_length_equals_a_pipelines(client: splitfuse.Client, pipe: splitfuse.Pipeline) -> None:
     almost_full = (list(pipe.tokenizer.encode(PROMPT)) * 2048)[:2040]
     responses = client(almost_full, ignore_eos=True)
     assert essence(responses) == essence(pipe(almost_full, ignore_eos=True)) and responses[0].generated_length == 8
     assert prepare(PROMPT)[0].clamp_max_tokens(10, 4096).params.max_tokens == DEFAULT_MAX_NEW_TOKENS
 
 
-def test_token_ids_and_chats_are_those_of_a_pipeline(client: splitfuse.Client, pipe: splitfuse.Pipeline) -> None:
+def test_token_ids_and_chats_equal_a_pipelines(client: splitfuse.Client, pipe: splitfuse.Pipeline) -> None:
     ids = list(pipe.tokenizer.encode(PROMPT))
     for prompts in (ids, [ids, ids[:3]]):
         assert essence(client(prompts, max_length=50)) == essence(pipe(prompts, max_length=50))
@@ -100,7 +100,7 @@ def test_token_ids_and_chats_are_those_of_a_pipeline(client: splitfuse.Client, p
 
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_logprobs_are_those_of_a_pipeline(
+def test_logprobs_equal_a_pipelines(
     client: splitfuse.Client, pipe: splitfuse.Pipeline, chat: bool, stream: bool
 ) -> None:
     keywords: dict[str, Any] = {"logprobs": 3, "max_new_tokens": 5, "chat": chat, "temperature": 1.0, "seed": 1, "n": 2}
@@ -135,7 +135,7 @@ def test_pieces_join_to_the_responses(client: splitfuse.Client, pipe: splitfuse.
     assert str(responses[0]) == responses[0].generated_text
 
 
-def test_the_prefix_cache_shows(client: splitfuse.Client) -> None:
+def test_cached_tokens_are_reported(client: splitfuse.Client) -> None:
     prompt = "A long beginning, of more than a block of the cache. " * 8
     client(prompt, max_new_tokens=1)
     assert client(prompt, max_new_tokens=1)[0].num_cached_tokens >= 32
@@ -144,7 +144,7 @@ def test_the_prefix_cache_shows(client: splitfuse.Client) -> None:
 # Wherever it is called -----------------------------------------------------------------------------------------------
 
 
-def test_it_works_inside_a_running_event_loop_as_a_notebooks(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+def test_the_blocking_client_works_within_an_event_loop(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
     async def cell() -> None:
         with splitfuse.client(server.url) as client:
             assert essence(client(PROMPT, max_new_tokens=4)) == essence(pipe(PROMPT, max_new_tokens=4))
@@ -155,7 +155,7 @@ def test_it_works_inside_a_running_event_loop_as_a_notebooks(server: RunningServ
     asyncio.run(cell())
 
 
-def test_the_async_twin(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+def test_the_async_client(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
     async def main() -> None:
         async with splitfuse.async_client(server.url) as client:
             assert await client.health() and await client.state() == "ready"
@@ -222,7 +222,7 @@ def test_an_interrupted_call_is_aborted(client: splitfuse.Client, server: Runnin
     assert len(client("Once", max_new_tokens=1)) == 1, "the client is of no use any more"
 
 
-def test_a_deadline_that_steps_fails_the_request_alone(client: splitfuse.Client) -> None:
+def test_a_missed_deadline_fails_only_its_request(client: splitfuse.Client) -> None:
     (response,) = client(PROMPT, deadline=0.001, **LONG)
     assert (response.finish_reason, response.generated_length) == ("error", 0)
     assert response.error is not None and "0.001 s have passed" in response.error
@@ -262,7 +262,7 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_what_cannot_be_honoured_is_refused_by_its_name(
+def test_invalid_keywords_are_refused_by_name(
     client: splitfuse.Client, keywords: dict[str, Any], kind: type[SplitfuseError], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
@@ -270,7 +270,7 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(
     assert type(caught.value) is kind
 
 
-def test_prompts_that_are_none(client: splitfuse.Client) -> None:
+def test_invalid_prompts(client: splitfuse.Client) -> None:
     for prompts, message in (
         ([], "the list of prompts is empty"),
         ("", "the prompt is empty"),
@@ -285,7 +285,7 @@ def test_prompts_that_are_none(client: splitfuse.Client) -> None:
         client([{"role": "cat", "content": "meow"}], chat=True)
 
 
-def test_a_full_server_says_when_to_try_again() -> None:
+def test_a_full_server_reports_when_to_retry() -> None:
     with (
         running_server(ServerConfig(max_queued_requests=1), num_blocks=200) as server,
         splitfuse.client(server.url) as client,
@@ -303,7 +303,7 @@ def test_a_full_server_says_when_to_try_again() -> None:
         pieces.close()
 
 
-def test_servers_that_are_not_there() -> None:
+def test_unreachable_servers() -> None:
     with pytest.raises(ServerError, match=r"there is no deployment named 'nobody' .*; none is running"):
         splitfuse.client("nobody")
     with pytest.raises(ServerError, match="is not the URL of a server"):
@@ -328,7 +328,7 @@ def test_servers_that_are_not_there() -> None:
         (503, {"type": "service_unavailable", "code": None}, EngineDiedError),
     ],
 )
-def test_errors_come_back_as_ours(status: int, error: dict[str, Any], kind: type[SplitfuseError]) -> None:
+def test_error_bodies_become_our_exceptions(status: int, error: dict[str, Any], kind: type[SplitfuseError]) -> None:
     error = {"message": "about max_tokens", "param": None, **error}
     raised = error_in(error, status, {"retry-after": "7"})
     assert type(raised) is kind
@@ -341,7 +341,7 @@ def test_errors_come_back_as_ours(status: int, error: dict[str, Any], kind: type
         assert type(error_in(error)) is kind, "in a stream, there is no status"
 
 
-def test_what_is_no_answer_of_ours() -> None:
+def test_foreign_error_bodies() -> None:
     for content in (b"<html>Bad gateway</html>", b"{}", b"[]", b'{"error": 5}', b"\xff"):
         error = error_of(502, content, {})
         assert isinstance(error, ServerError) and "status 502" in str(error)

@@ -1,4 +1,4 @@
-"""What rude, many and odd clients leave behind: nothing. A server in processes of its own is measured from outside."""
+"""Disconnecting, many and unusual clients leave nothing behind. The server's processes are measured from outside."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ class Examined:
         self.front, (self.engine,) = pid, children(pid)
 
     def at_rest(self) -> dict[str, Measured]:
-        """Once nobody holds anything."""
+        """Wait until no request holds anything."""
         wait_until_idle(self.http)
         return {"front": Measured.of(self.front), "engine": Measured.of(self.engine)}
 
@@ -74,12 +74,12 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examined]:
             yield Examined(client.url, server.process.pid)
 
 
-def test_any_bytes_leave_a_server_alive(examined: Examined) -> None:
+def test_random_bytes_leave_a_server_alive(examined: Examined) -> None:
     _withstand_noise(examined, 200)
 
 
 @pytest.mark.slow
-def test_any_bytes_of_5000_connections_leave_a_server_alive(examined: Examined) -> None:
+def test_random_bytes_on_5000_connections_leave_a_server_alive(examined: Examined) -> None:
     _withstand_noise(examined, 5000)
 
 
@@ -94,7 +94,7 @@ def _withstand_noise(examined: Examined, count: int) -> None:
     assert 400 in tally.statuses and not any(status >= 500 for status in tally.statuses)
 
 
-def test_clients_that_hang_up_leave_nothing_behind(examined: Examined) -> None:
+def test_clients_that_disconnect_leave_nothing_behind(examined: Examined) -> None:
     asyncio.run(crowd(examined.address, count=FEW, seed=0))
     before = examined.at_rest()
     tally = asyncio.run(crowd(examined.address, count=FEW, seed=1))
@@ -104,7 +104,7 @@ def test_clients_that_hang_up_leave_nothing_behind(examined: Examined) -> None:
 
 
 @pytest.mark.slow
-def test_1000_clients_of_which_half_hang_up_leave_nothing_behind(examined: Examined) -> None:
+def test_1000_clients_half_of_which_disconnect_leave_nothing(examined: Examined) -> None:
     for seed in (1, 2):
         asyncio.run(crowd(examined.address, count=MANY, seed=seed))
     before = examined.at_rest()
@@ -118,7 +118,7 @@ def test_1000_clients_of_which_half_hang_up_leave_nothing_behind(examined: Exami
     examined.is_well()
 
 
-def test_an_engine_that_cannot_be_restarted_now_is_restarted_later(tmp_path: Path) -> None:
+def test_an_engine_restart_is_retried(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
         with server_process(tmp_path, "starved") as server, server.client() as client:
@@ -133,7 +133,7 @@ def test_an_engine_that_cannot_be_restarted_now_is_restarted_later(tmp_path: Pat
             assert response.generated_length == 2
 
 
-def test_a_client_that_never_reads_is_given_up(tmp_path: Path) -> None:
+def test_a_client_that_never_reads_is_disconnected(tmp_path: Path) -> None:
     """Its answer is larger than what the system keeps for it, so its request cannot end by itself."""
     body = {"prompt": "Anna", "max_tokens": 2000, "ignore_eos": True, "stream": True, "logprobs": 100}
     with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +148,7 @@ def test_a_client_that_never_reads_is_given_up(tmp_path: Path) -> None:
                 wait_until(lambda: Measured.of(server.process.pid).num_files == before)
 
 
-def test_clients_that_hang_up_leave_no_task(server: RunningServer) -> None:
+def test_clients_that_disconnect_leave_no_task(server: RunningServer) -> None:
     with server.http() as http:
         address = (http.base_url.host, http.base_url.port or 0)
     server.assert_idle()
@@ -165,7 +165,7 @@ def test_clients_that_hang_up_leave_no_task(server: RunningServer) -> None:
     wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= num_files)
 
 
-def test_whoever_reads_slowly_reads_the_same(server: RunningServer) -> None:
+def test_a_slow_reader_reads_the_same(server: RunningServer) -> None:
     params = SamplingParams(max_tokens=40, n=4, temperature=1.0, seed=7, ignore_eos=True)
 
     async def read_slowly() -> None:
@@ -188,12 +188,12 @@ def test_whoever_reads_slowly_reads_the_same(server: RunningServer) -> None:
 ODD = "é€中😀👩‍👧🏽क्ष́ﷺ\ufeff\u200b\u2028\x00\t\n\r \u00a0\U0010fffd" + 4 * "中😀🚲"
 
 
-def test_pieces_of_100_odd_texts_join_to_the_whole(server: RunningServer) -> None:
+def test_pieces_of_100_unusual_texts_join_to_the_whole(server: RunningServer) -> None:
     asyncio.run(_compare_streams(server, 100))
 
 
 @pytest.mark.slow
-def test_pieces_of_2000_odd_texts_join_to_the_whole(server: RunningServer) -> None:
+def test_pieces_of_2000_unusual_texts_join_to_the_whole(server: RunningServer) -> None:
     asyncio.run(_compare_streams(server, 2000))
 
 

@@ -1,4 +1,4 @@
-"""Where the time went, told over a real socket: the parts add up to the whole, whatever a request asks for or does."""
+"""Where the time of a request went, over a real socket: the phases add up to the whole for every kind of request."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def explain(http: httpx.Client, request: str, headers: dict[str, str] | None = N
     ],
     ids=["plain", "stream", "choices", "prompts", "stop", "stop-stream", "one-token", "logprobs"],
 )
-def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
+def test_phases_add_up_to_the_whole(server: RunningServer, more: dict[str, Any]) -> None:
     with server.http() as http:
         answer = http.post(COMPLETIONS, json={**BODY, **more})
         assert answer.status_code == 200
@@ -68,7 +68,7 @@ def test_the_parts_add_up(server: RunningServer, more: dict[str, Any]) -> None:
     assert record["total_seconds"] == pytest.approx(found["seconds"], abs=1e-6)
 
 
-def test_a_chat_is_found_by_its_answers_id_and_by_the_clients_own(server: RunningServer) -> None:
+def test_a_chat_is_found_by_answer_id_and_request_id(server: RunningServer) -> None:
     body = {"messages": [{"role": "user", "content": "Anna has"}], "max_tokens": 3}
     with server.http() as http:
         answer = http.post("/v1/chat/completions", json=body, headers={"x-request-id": "cmpl-mine-1"})
@@ -78,7 +78,7 @@ def test_a_chat_is_found_by_its_answers_id_and_by_the_clients_own(server: Runnin
 
 @pytest.mark.parametrize("more", [{}, {"stop": ["\n\n", "a"]}, {"n": 2}], ids=["plain", "stop", "choices"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[str, Any]) -> None:
+def test_phases_in_an_answer_equal_the_explanation(server: RunningServer, stream: bool, more: dict[str, Any]) -> None:
     body = {**BODY, "stream": stream, "splitfuse_timing": True, **more}
     with client(server.url) as asked, server.http() as http:
         answer = http.post(COMPLETIONS, json=body)
@@ -96,7 +96,7 @@ def test_the_answer_tells_of_it(server: RunningServer, stream: bool, more: dict[
     assert parts[LatencyPhase.PREFILL] > 0
 
 
-def test_who_hangs_up_is_accounted_for_until_then(server: RunningServer) -> None:
+def test_phases_of_a_request_whose_client_disconnects(server: RunningServer) -> None:
     with server.http() as http:
         body = {**BODY, "max_tokens": 1500, "stream": True}
         with http.stream("POST", COMPLETIONS, json=body, headers={"x-request-id": "gone"}) as response:
@@ -106,7 +106,7 @@ def test_who_hangs_up_is_accounted_for_until_then(server: RunningServer) -> None
     assert record["status"] == found["status"] == 499 and found["finish_reasons"] == ["abort"]
 
 
-def test_a_deadline_is_accounted_for(server: RunningServer) -> None:
+def test_phases_of_a_request_past_its_deadline(server: RunningServer) -> None:
     with server.http() as http:
         body = {**BODY, "max_tokens": 2000, "splitfuse_deadline": 0.05}
         answer = http.post(COMPLETIONS, json=body, headers={"x-request-id": "too-late"})
@@ -114,7 +114,7 @@ def test_a_deadline_is_accounted_for(server: RunningServer) -> None:
         assert explain(http, "too-late")["status"] == 408
 
 
-def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
+def test_co_scheduled_prompts_are_named(server: RunningServer) -> None:
     with server.http() as http:
         request = http.build_request("POST", COMPLETIONS, json={**BODY, "max_tokens": 300, "stream": True})
         stream = http.send(request, stream=True)
@@ -127,7 +127,7 @@ def test_whose_prompt_it_waited_beside_is_told(server: RunningServer) -> None:
     assert other in [each["id"] for each in found["co_scheduled"]]
 
 
-def test_an_unknown_request_is_a_clear_404(server: RunningServer) -> None:
+def test_an_unknown_request_is_a_404(server: RunningServer) -> None:
     with server.http() as http:
         answer = http.get("/v1/splitfuse/requests/nobody")
         refused = http.post(COMPLETIONS, json={"prompt": ""}, headers={"x-request-id": "refused"})
@@ -139,7 +139,7 @@ def test_an_unknown_request_is_a_clear_404(server: RunningServer) -> None:
         asked.explain("nobody")
 
 
-def test_with_keys_everybody_is_told_of_his_own() -> None:
+def test_a_key_sees_only_its_own_requests() -> None:
     with running_server(ServerConfig(api_key=("one", "two")), num_blocks=200) as server, server.http() as http:
         mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
         name = http.post(COMPLETIONS, json=BODY, headers=mine).headers["x-request-id"]
@@ -153,7 +153,7 @@ def test_with_keys_everybody_is_told_of_his_own() -> None:
             assert http.get("/v1/splitfuse/requests/req-1", headers=who).json()["prompt_tokens"] == tokens
 
 
-def test_whose_prompt_it_was_is_not_for_another_key() -> None:
+def test_co_scheduled_prompts_of_other_keys_are_anonymous() -> None:
     with running_server(ServerConfig(api_key=("one", "two")), num_blocks=200) as server, server.http() as http:
         mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
         request = http.build_request(
@@ -169,7 +169,7 @@ def test_whose_prompt_it_was_is_not_for_another_key() -> None:
     assert {each["id"] for each in beside} == {own, None}
 
 
-def test_the_command_draws_it(
+def test_the_explain_command(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*arguments: str) -> int:
@@ -190,7 +190,7 @@ def test_the_command_draws_it(
     assert run("nobody", "--name", "x") == 1
 
 
-def test_every_part_has_its_words() -> None:
+def test_every_phase_has_a_description() -> None:
     assert list(MEANINGS) == list(LatencyPhase)
     shown = format_breakdown(
         {
@@ -224,7 +224,7 @@ def test_every_part_has_its_words() -> None:
 
 
 @pytest.fixture(scope="module")
-def promising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def slo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder: Path = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -236,13 +236,13 @@ def promising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServe
 
 
 @pytest.mark.parametrize("more", [{}, {"stop": ["a"]}], ids=["plain", "stop"])
-def test_the_log_says_why_a_promise_was_broken(promising: RunningServer, more: dict[str, Any]) -> None:
-    with promising.http() as http:
-        late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # promised: within a millisecond
+def test_the_log_describes_an_slo_violation(slo_server: RunningServer, more: dict[str, Any]) -> None:
+    with slo_server.http() as http:
+        late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # target: a millisecond
         kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
-        why = promising.wait_for_record(request_id=late)["slo_violation"]
+        why = slo_server.wait_for_record(request_id=late)["slo_violation"]
         assert re.match(r"first token after 0\.\d+ s \(target 0\.001 s\); of 0\.\d+ s: .*%", why)
-        assert promising.wait_for_record(request_id=kept)["slo_violation"] is None
+        assert slo_server.wait_for_record(request_id=kept)["slo_violation"] is None
         found = explain(http, late)
         assert found["slo_met"] is False and found["slo_violation"]["ttft"] > found["slo_violation"]["ttft_target"]
         assert found["slo_violation"]["average_gap"] is None and explain(http, kept)["slo_violation"] is None

@@ -1,4 +1,4 @@
-"""The server as a stranger meets it: every route, hostile bodies, bounds, keys, clients that go, engines that die."""
+"""The server over HTTP: every route, malformed bodies, bounds, keys, disconnecting clients, dying engines."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def test_small_routes(http: httpx.Client) -> None:
     assert metrics.headers["content-type"].startswith("text/plain") and "vllm:num_requests_running" in metrics.text
 
 
-def test_tokenize_and_detokenize_are_each_others_inverse(http: httpx.Client) -> None:
+def test_detokenize_inverts_tokenize(http: httpx.Client) -> None:
     text = "Anna hält 3 Bienen 🐝"
     tokens = http.post("/tokenize", json={"prompt": text}).json()
     assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"] == 2048
@@ -83,7 +83,7 @@ def test_tokenize_and_detokenize_are_each_others_inverse(http: httpx.Client) -> 
     assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
 
 
-def test_routes_that_are_not_there(http: httpx.Client) -> None:
+def test_unknown_routes_and_methods(http: httpx.Client) -> None:
     for path in ("/", "/docs", "/redoc", "/v1", "/v1/completions/", "/v2/models", "/metrics/../etc/passwd", "/%00"):
         answer = http.get(path)
         assert (answer.status_code, error_of(answer)["code"]) == (404, "no_such_route")
@@ -94,7 +94,7 @@ def test_routes_that_are_not_there(http: httpx.Client) -> None:
     assert http.head("/health").status_code == 200
 
 
-def test_request_ids_come_back_if_they_are_sane(http: httpx.Client) -> None:
+def test_valid_request_ids_are_returned(http: httpx.Client) -> None:
     assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     for bad in ("a b", "x" * 129, "", 'a"b', "ü".encode()):
         given = http.get("/health", headers={"x-request-id": bad}).headers["x-request-id"]
@@ -104,7 +104,7 @@ def test_request_ids_come_back_if_they_are_sane(http: httpx.Client) -> None:
     assert len({answer.json()["id"] for answer in twice}) == 2
 
 
-def test_an_engine_that_is_not_ready_is_named() -> None:
+def test_requests_before_the_engine_is_ready_are_503() -> None:
     with running_server() as server, server.http() as http:
         server.call(server.client.close())
         answer = http.get("/ready")
@@ -115,7 +115,7 @@ def test_an_engine_that_is_not_ready_is_named() -> None:
         assert http.get("/health").status_code == 200
 
 
-def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new() -> None:
+def test_draining_finishes_running_requests_and_refuses_new() -> None:
     with running_server() as server, server.http() as http:
         with http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300, "stream": True}) as running:
             lines = running.iter_lines()
@@ -169,7 +169,7 @@ def test_a_server_that_drains_ends_what_runs_and_takes_nothing_new() -> None:
         pytest.param(b"\x1f\x8b\x08" + b"\x00" * 30, id="gzip"),
     ],
 )
-def test_a_hostile_body_gets_a_400_in_words(http: httpx.Client, body: bytes) -> None:
+def test_a_malformed_body_is_a_400(http: httpx.Client, body: bytes) -> None:
     answer = http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     error = error_of(answer)
@@ -194,12 +194,12 @@ def test_a_hostile_body_gets_a_400_in_words(http: httpx.Client, body: bytes) -> 
         [{"role": "user", "content": "x"}] * 4097,
     ],
 )
-def test_messages_that_are_none_get_a_400_that_names_them(http: httpx.Client, messages: Any) -> None:
+def test_invalid_messages_are_a_400_naming_them(http: httpx.Client, messages: Any) -> None:
     answer = http.post(CHAT, json={"messages": messages})
     assert answer.status_code == 400 and error_of(answer)["param"].startswith("messages")
 
 
-def test_a_body_that_is_too_large_is_not_read_whatever_its_header_says() -> None:
+def test_a_too_large_body_is_refused_with_any_header() -> None:
     with running_server(ServerConfig(max_body_mib=0.01)) as server, server.http() as http:
         large = json.dumps({"prompt": "a" * 20_000}).encode()
         pieces = (large[i : i + 1000] for i in range(0, len(large), 1000))
@@ -209,7 +209,7 @@ def test_a_body_that_is_too_large_is_not_read_whatever_its_header_says() -> None
         assert http.post(COMPLETIONS, json=SHORT).status_code == 200
 
 
-def test_only_what_is_called_json_is_read(http: httpx.Client) -> None:
+def test_only_bodies_declared_as_json_are_read(http: httpx.Client) -> None:
     body = json.dumps(SHORT).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
         answer = http.post(COMPLETIONS, content=body, headers={"content-type": kind})
@@ -220,17 +220,17 @@ def test_only_what_is_called_json_is_read(http: httpx.Client) -> None:
     assert http.post(COMPLETIONS, content=body, headers={"origin": "http://elsewhere"}).status_code == 415
 
 
-def test_bytes_that_are_no_http_harm_nobody(server: RunningServer, http: httpx.Client) -> None:
+def test_bytes_that_are_not_http_are_harmless(server: RunningServer, http: httpx.Client) -> None:
     host, port = http.base_url.host, http.base_url.port
     for data in (
         b"\x00\xff" * 500,
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
     ):
-        with socket.create_connection((host, port), timeout=PATIENCE) as stranger:
-            stranger.sendall(data)
-    with socket.create_connection((host, port), timeout=PATIENCE) as stranger:  # goes in the middle of its body
-        stranger.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        with socket.create_connection((host, port), timeout=PATIENCE) as connection:
+            connection.sendall(data)
+    with socket.create_connection((host, port), timeout=PATIENCE) as connection:  # goes in the middle of its body
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     server.wait_for_record(status=499, error="ClientGoneError")
     assert http.post(COMPLETIONS, json=SHORT).status_code == 200
 
@@ -238,7 +238,7 @@ def test_bytes_that_are_no_http_harm_nobody(server: RunningServer, http: httpx.C
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
-def test_timing_is_told_if_it_is_asked_for(http: httpx.Client) -> None:
+def test_timing_is_returned_on_request(http: httpx.Client) -> None:
     body = {**SHORT, "max_tokens": 5, "n": 2, "prompt": PROMPT * 20, "splitfuse_timing": True}
     timing = http.post(COMPLETIONS, json=body).json()["splitfuse_timing"]
     assert timing.keys() == {"queued", "first_token", "gaps", "steps", "cached_tokens", "slo_met", "phases"}
@@ -252,7 +252,7 @@ def test_timing_is_told_if_it_is_asked_for(http: httpx.Client) -> None:
     assert "splitfuse_timing" not in http.post(COMPLETIONS, json=SHORT).json()
 
 
-def test_a_stream_is_events_and_ends_with_done(http: httpx.Client) -> None:
+def test_a_stream_is_events_ending_with_done(http: httpx.Client) -> None:
     answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True})
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
@@ -261,20 +261,20 @@ def test_a_stream_is_events_and_ends_with_done(http: httpx.Client) -> None:
     assert len({event["id"] for event in events[:-1]}) == 1
 
 
-def test_a_refusal_of_a_stream_is_no_stream(http: httpx.Client) -> None:
+def test_a_refused_stream_is_a_plain_error(http: httpx.Client) -> None:
     answer = http.post(COMPLETIONS, json={**SHORT, "stream": True, "prompt": [1] * 3000})
     assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
 
 
 def test_cached_tokens_of_a_prompt_are_counted(http: httpx.Client) -> None:
-    body = {**SHORT, "prompt": "A prompt that nobody sent before. " * 20}
+    body = {**SHORT, "prompt": "A prompt that was never sent before. " * 20}
     cached = [
         http.post(COMPLETIONS, json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)
     ]
     assert cached[0] == 0 and cached[1] >= 64
 
 
-def test_every_request_has_its_line_in_the_log_without_its_words(server: RunningServer, http: httpx.Client) -> None:
+def test_requests_are_logged_without_prompts_and_texts(server: RunningServer, http: httpx.Client) -> None:
     http.post(COMPLETIONS, json={**SHORT, "prompt": "a secret", "n": 2}, headers={"x-request-id": "logged"})
     record = server.wait_for_record(request_id="logged")
     assert (record["route"], record["status"], record["generated_tokens"]) == (COMPLETIONS, 200, 8)
@@ -293,7 +293,7 @@ def test_every_request_has_its_line_in_the_log_without_its_words(server: Running
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_client_that_goes_leaves_nothing_behind(server: RunningServer, path: str, stream: bool) -> None:
+def test_a_disconnected_client_leaves_nothing_behind(server: RunningServer, path: str, stream: bool) -> None:
     prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": [PROMPT, "The"]}
     body = json.dumps({**LONG, "n": 3, "stream": stream, **prompt} | ({"prompt": None} if path == CHAT else {}))
     body = json.dumps({name: value for name, value in json.loads(body).items() if value is not None})
@@ -309,9 +309,7 @@ def test_a_client_that_goes_leaves_nothing_behind(server: RunningServer, path: s
     assert record["finish_reasons"] == ["abort"] * count  # and not as it would have ended by itself
 
 
-def test_a_client_that_goes_while_its_prompt_is_encoded_is_noticed(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disconnect_during_tokenization_is_noticed(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, go_on = threading.Event(), threading.Event()
     encode = server.service.tokenizer.encode
 
@@ -328,7 +326,7 @@ def test_a_client_that_goes_while_its_prompt_is_encoded_is_noticed(
                 f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
             )
             assert encoding.wait(PATIENCE)
-            for path in ("/health", "/ready", "/metrics"):  # nobody else waits for the tokenizer
+            for path in ("/health", "/ready", "/metrics"):  # none of these waits for the tokenizer
                 assert http.get(path).status_code == 200
         server.wait_until(lambda: not server.server.server_state.tasks)
         go_on.set()
@@ -355,9 +353,7 @@ def test_a_deadline_ends_a_request(http: httpx.Client, server: RunningServer, st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
-    stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_engine_ends_its_requests_without_details(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_server() as server, server.http() as http:
         submit, num_left = server.engine.executor.submit, 20
 
@@ -365,7 +361,7 @@ def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
             nonlocal num_left
             num_left -= 1
             if not num_left:
-                raise RuntimeError("/home/somebody/weights at 0x7f00deadbeef of 10.1.2.3:80 is gone\nTraceback")
+                raise RuntimeError("/home/someone/weights at 0x7f00deadbeef of 10.1.2.3:80 is gone\nTraceback")
             return submit(plan)
 
         monkeypatch.setattr(server.engine.executor, "submit", broken)
@@ -378,13 +374,13 @@ def test_an_engine_that_dies_ends_its_requests_at_once_and_shows_nothing(
             assert answer.status_code == 503
             error = error_of(answer)
         assert error["code"] == "engine_unavailable" and "died" in error["message"]
-        for secret in ("home", "somebody", "dead", "10.1", "Traceback"):
+        for secret in ("home", "someone", "dead", "10.1", "Traceback"):
             assert secret not in error["message"]
         assert http.post(COMPLETIONS, json=SHORT).status_code == 503
         assert http.get("/ready").status_code == 503
 
 
-def test_a_request_that_fails_alone_is_told_by_name(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_request_does_not_affect_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from splitfuse.core.plan import ChunkResult, StepResult
 
     submit = server.engine.executor.submit
@@ -403,7 +399,7 @@ def test_a_request_that_fails_alone_is_told_by_name(server: RunningServer, monke
         assert http.post(COMPLETIONS, json=SHORT).status_code == 200
 
 
-def test_a_fault_of_our_own_shows_nothing_and_is_logged(
+def test_an_internal_error_is_logged_and_hides_its_message(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
@@ -420,7 +416,7 @@ def test_a_fault_of_our_own_shows_nothing_and_is_logged(
 # Who may ask ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_route_but_two_asks_for_a_key() -> None:
+def test_every_route_but_two_requires_a_key() -> None:
     with running_server(ServerConfig(api_key=("right key",))) as server, server.http() as http:
         routes = [(route.method, route.path) for route in ROUTES]
         for method, path in (*routes, ("GET", "/nowhere"), ("GET", "/health/../v1/models")):
@@ -437,7 +433,7 @@ def test_every_route_but_two_asks_for_a_key() -> None:
             assert http.get("/v1/models", headers={"authorization": value.encode("latin-1")}).status_code == 401
 
 
-def test_a_file_of_keys_must_be_there_and_have_one(tmp_path: Path) -> None:
+def test_a_key_file_must_exist_and_have_a_key(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text(" \n")
     for file, message in ((tmp_path / "none", "cannot be read"), (empty, "has no key in it")):
@@ -445,7 +441,7 @@ def test_a_file_of_keys_must_be_there_and_have_one(tmp_path: Path) -> None:
             pass
 
 
-def test_browsers_of_other_origins_are_let_in_only_if_they_are_named() -> None:
+def test_only_allowed_origins_pass_cors() -> None:
     preflight = {
         "origin": "https://page.example",
         "access-control-request-method": "POST",
@@ -467,7 +463,7 @@ def test_browsers_of_other_origins_are_let_in_only_if_they_are_named() -> None:
 # Token ids -----------------------------------------------------------------------------------------------------------
 
 
-def test_token_ids_come_one_by_one_and_are_those_of_the_answer(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+def test_streamed_token_ids_equal_the_answers(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
     (expected,) = pipe(PROMPT, max_new_tokens=12, ignore_eos=True)
     body = {**SHORT, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
     (whole,) = http.post(COMPLETIONS, json=body).json()["choices"]
@@ -480,7 +476,7 @@ def test_token_ids_come_one_by_one_and_are_those_of_the_answer(http: httpx.Clien
     assert http.post(COMPLETIONS, json={**body, "max_tokens": 0}).json()["choices"][0]["token_ids"] == []
 
 
-def test_a_token_whose_text_is_held_back_has_an_event(http: httpx.Client) -> None:
+def test_a_token_with_held_back_text_has_an_event(http: httpx.Client) -> None:
     bee = http.post("/tokenize", json={"prompt": "\U0001f41d", "add_special_tokens": False}).json()["tokens"]
     assert len(bee) > 1  # no single token is a whole character
     bias = {str(token): 100 for token in bee[:1]}  # the first byte of one, again and again

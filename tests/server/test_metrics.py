@@ -1,4 +1,4 @@
-"""What Prometheus reads: true against a real engine, sums over several, counters that never go down, known names."""
+"""Metrics for Prometheus: equal to a real engine's counts, summed over several, never going down, with known names."""
 
 import asyncio
 import re
@@ -123,7 +123,7 @@ class Stated(EngineClient):
 
 
 def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
-    """As a client does it: first its stats, then the word to whoever watches."""
+    """Report as a client does: first its stats, then the listener."""
     client.engines[place] = stats
     metrics.step_ended(StepReport((), stats), BUDGET)
 
@@ -181,7 +181,7 @@ async def first_token(stream: Stream) -> None:
         pass
 
 
-def test_the_figures_are_those_of_the_engine(engine: Engine) -> None:
+def test_metrics_equal_the_engines_counts(engine: Engine) -> None:
     async def body(client: AsyncEngine, metrics: Metrics, reports: list[StepReport]) -> None:
         adds = [request(f"r{i}", 10 + 40 * i, 5 + i, first=20 + 100 * i) for i in range(3)]
         received = sum(await asyncio.gather(*(read(client, add) for add in adds)))
@@ -215,7 +215,7 @@ def test_the_figures_are_those_of_the_engine(engine: Engine) -> None:
     drive(engine, body)
 
 
-def test_gauges_say_how_things_stand_when_they_are_asked(engine: Engine) -> None:
+def test_gauges_are_read_when_rendered(engine: Engine) -> None:
     async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
         async with client.open(request("long", 70, 1500)) as stream:
             await first_token(stream)
@@ -233,7 +233,7 @@ def test_gauges_say_how_things_stand_when_they_are_asked(engine: Engine) -> None
     drive(engine, body)
 
 
-def test_a_prompt_seen_before_shows_as_prefix_hits(engine: Engine) -> None:
+def test_a_repeated_prompt_counts_as_prefix_hits(engine: Engine) -> None:
     async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
         await read(client, request("first", 100, 2, first=300))
         before = Figures(metrics)
@@ -245,7 +245,7 @@ def test_a_prompt_seen_before_shows_as_prefix_hits(engine: Engine) -> None:
     drive(engine, body)
 
 
-def test_before_the_engine_is_ready_there_is_an_answer_too(engine: Engine) -> None:
+def test_metrics_before_the_engine_is_ready(engine: Engine) -> None:
     metrics = Metrics(AsyncEngine(engine))
     metrics.request_refused("overloaded")
     figures = Figures(metrics)
@@ -280,14 +280,14 @@ EVENTS = st.lists(
         st.integers(0, 2),  # which engine
         st.sampled_from(["pass", "command", "death", "quick restart", "unseen pass"]),
         st.lists(st.integers(0, 50), min_size=5, max_size=5),
-        st.booleans(),  # whether somebody looks
+        st.booleans(),  # whether metrics are rendered
     ),
     max_size=40,
 )
 
 
 @given(EVENTS)
-def test_counters_never_go_down_and_lose_nothing_that_was_reported(
+def test_counters_never_go_down_and_lose_nothing_reported(
     events: list[tuple[int, str, list[int], bool]],
 ) -> None:
     client = Stated(3)
@@ -302,13 +302,13 @@ def test_counters_never_go_down_and_lose_nothing_that_was_reported(
         elif what == "command":
             step_of(client, metrics, place, replace(now, num_free_blocks=more[0]))
         else:
-            # One that is back before anybody heard of its death has made fewer steps than it had, or it is another
-            # engine with the same past, and nobody can tell.
+            # One that is back before its death was reported has made fewer steps than it had, or it is another
+            # engine with the same past, which looks the same.
             quick = what == "quick restart" and now.num_steps > 1
             base = EngineStats() if quick else now
             steps = dict(zip(COUNTERS, (1, *more), strict=True))
             new = replace(base, **{counter: getattr(base, counter) + steps[counter] for counter in COUNTERS})
-            if what == "unseen pass":  # the client knows, and nobody was told
+            if what == "unseen pass":  # the client has it, but no listener was called
                 client.engines[place] = new
             else:
                 step_of(client, metrics, place, new)
@@ -322,7 +322,7 @@ def test_counters_never_go_down_and_lose_nothing_that_was_reported(
             last = figures
 
 
-def test_the_death_of_one_engine_is_not_taken_for_a_step_of_another() -> None:
+def test_a_dead_engine_is_not_a_step_of_another() -> None:
     client = Stated(2)
     metrics = Metrics(client)
     alive = EngineStats(num_steps=3, step_tokens=8)
@@ -333,7 +333,7 @@ def test_the_death_of_one_engine_is_not_taken_for_a_step_of_another() -> None:
     assert Figures(metrics).get("splitfuse:step_tokens_count") == 2
 
 
-def test_an_engine_that_is_no_longer_there_still_counts() -> None:
+def test_a_removed_engine_still_counts() -> None:
     client = Stated(2)
     metrics = Metrics(client)
     step_of(client, metrics, 0, EngineStats(num_steps=3, num_computed_tokens=30))
@@ -347,7 +347,7 @@ def test_an_engine_that_is_no_longer_there_still_counts() -> None:
 # Requests ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_request_leaves_behind() -> None:
+def test_metrics_of_a_finished_request() -> None:
     metrics = Metrics(Stated(1))
     metrics.request_ended(RECORD)
     metrics.request_ended(replace(RECORD, finish_reasons=("abort",), error="EngineDiedError", status=503))
@@ -379,7 +379,7 @@ def test_what_a_request_leaves_behind() -> None:
         assert (figures.get(f"{name}_count"), figures.get(f"{name}_sum")) == (count, pytest.approx(total)), name
 
 
-def test_any_label_can_be_read_back() -> None:
+def test_any_model_name_can_be_a_label() -> None:
     metrics = Metrics(Stated(1))
     kinds = ['a "quoted"\nline', "back\\slash", "\u00fcn\u00efcode {}=,", ""]
     for kind in kinds:
@@ -398,7 +398,7 @@ TIMES = {
 @pytest.mark.parametrize(("name", "field"), TIMES.items())
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(0, 1e5) | st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0, 480.0, 7680.0]), max_size=20))
-def test_histograms_count_as_the_library_does(name: str, field: str, values: list[float]) -> None:
+def test_histograms_equal_the_librarys(name: str, field: str, values: list[float]) -> None:
     metrics = Metrics(Stated(1))
     for value in values:
         metrics.request_ended(replace(RECORD, **{field: value}))
@@ -418,12 +418,12 @@ def test_histograms_count_as_the_library_does(name: str, field: str, values: lis
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_names_that_boards_routers_and_autoscalers_know() -> None:
+def test_vllm_names_are_present() -> None:
     names = {name for name, _ in Figures(Metrics(Stated(1))).values}
     assert {f"vllm:{name}" for name in VLLM_NAMES} <= names
 
 
-def test_the_bounds_that_their_queries_name() -> None:
+def test_bucket_bounds_include_vllms() -> None:
     figures = Figures(Metrics(Stated(1)))
     known = {
         "time_to_first_token_seconds": (0.001, 0.06, 0.25, 0.75, 1, 2.5, 5, 7.5, 10, 160, 640, 2560),
@@ -436,7 +436,7 @@ def test_the_bounds_that_their_queries_name() -> None:
         assert set(bounds) <= figures.bounds(f"vllm:{name}_bucket"), name
 
 
-def test_every_family_has_a_name_of_its_own_and_a_number_behind_it() -> None:
+def test_families_have_unique_names_and_a_source() -> None:
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     client = Stated(1)
     metrics = Metrics(client)
@@ -450,7 +450,7 @@ def test_every_family_has_a_name_of_its_own_and_a_number_behind_it() -> None:
         assert any(numbers), f"{family.name} shows nothing"
 
 
-def test_the_page_about_metrics_names_every_one_as_it_is() -> None:
+def test_the_metrics_page_lists_every_family() -> None:
     page = (Path(__file__).parents[2] / "docs" / "server-metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([^|]*) \| (.+) \|$", page, re.MULTILINE)
     described = {name: (kind, re.findall(r"`(\w+)`", labels)) for name, kind, labels, _ in rows}

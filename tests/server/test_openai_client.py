@@ -1,4 +1,4 @@
-"""The `openai` client, as it is: what it asks for, it gets, and what cannot be comes as its typed exceptions."""
+"""The unmodified `openai` client: answers equal a pipeline's, and errors are its typed exceptions."""
 
 import asyncio
 import math
@@ -35,7 +35,7 @@ def expected(pipe: splitfuse.Pipeline, prompt: Any, **keywords: Any) -> list[spl
     return pipe(prompt, **keywords)
 
 
-def test_a_completion_is_what_pipeline_gives(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_a_completion_equals_a_pipelines(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     answer = ai.completions.create(model=MODEL, prompt=PROMPT, **SAMPLED)
     (alone,) = expected(pipe, PROMPT, **SAMPLED)
     assert answer.choices[0].text == alone.generated_text
@@ -49,7 +49,7 @@ def test_a_completion_is_what_pipeline_gives(ai: openai.OpenAI, pipe: splitfuse.
     assert (answer.object, answer.model) == ("text_completion", MODEL)
 
 
-def test_a_completion_of_which_nothing_is_said_has_16_tokens_and_is_sampled(ai: openai.OpenAI) -> None:
+def test_a_completion_defaults_to_16_sampled_tokens(ai: openai.OpenAI) -> None:
     answers = [
         ai.completions.create(model=MODEL, prompt=PROMPT, seed=seed, extra_body={"ignore_eos": True})
         for seed in range(6)
@@ -58,7 +58,7 @@ def test_a_completion_of_which_nothing_is_said_has_16_tokens_and_is_sampled(ai: 
     assert len({answer.choices[0].text for answer in answers}) > 1
 
 
-def test_a_chat_is_what_pipeline_gives(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_a_chat_equals_a_pipelines(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     answer = ai.chat.completions.create(model=MODEL, messages=MESSAGES, **SAMPLED)
     (alone,) = expected(pipe, [MESSAGES], chat=True, **SAMPLED)
     assert answer.choices[0].message.content == alone.generated_text
@@ -67,13 +67,13 @@ def test_a_chat_is_what_pipeline_gives(ai: openai.OpenAI, pipe: splitfuse.Pipeli
     assert answer.usage is not None and answer.usage.completion_tokens == alone.generated_length
 
 
-def test_a_chat_may_take_all_the_room_there_is(ai: openai.OpenAI) -> None:
+def test_a_chat_defaults_to_all_remaining_tokens(ai: openai.OpenAI) -> None:
     answer = ai.chat.completions.create(model=MODEL, messages=MESSAGES, extra_body={"ignore_eos": True})
     assert answer.usage is not None and answer.usage.total_tokens == 2048
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_a_conversation_goes_on_with_the_messages_that_came(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_a_conversation_continues_with_returned_messages(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     first = ai.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=20)
     again = {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "then?"}]}
     second = ai.chat.completions.create(
@@ -86,7 +86,7 @@ def test_a_conversation_goes_on_with_the_messages_that_came(ai: openai.OpenAI, p
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_pieces_of_a_stream_join_to_the_whole_and_bring_its_usage(ai: openai.OpenAI, n: int) -> None:
+def test_a_stream_joins_to_the_whole_with_its_usage(ai: openai.OpenAI, n: int) -> None:
     keywords = {"model": MODEL, "prompt": [PROMPT, "The"], "n": n, **SAMPLED}
     whole = ai.completions.create(**keywords)
     texts, reasons, usages = [""] * 2 * n, [None] * 2 * n, []
@@ -103,7 +103,7 @@ def test_pieces_of_a_stream_join_to_the_whole_and_bring_its_usage(ai: openai.Ope
         assert getattr(usages[-1], count) == getattr(whole.usage, count)
 
 
-def test_a_chat_in_a_stream_is_the_chat(ai: openai.OpenAI) -> None:
+def test_a_streamed_chat_equals_the_whole(ai: openai.OpenAI) -> None:
     keywords = {"model": MODEL, "messages": MESSAGES, "n": 2, "logprobs": True, "top_logprobs": 2, **SAMPLED}
     whole = ai.chat.completions.create(**keywords)
     texts, entries, roles, reasons = ["", ""], [[], []], [[], []], [[], []]  # type: ignore[var-annotated]
@@ -120,7 +120,7 @@ def test_a_chat_in_a_stream_is_the_chat(ai: openai.OpenAI) -> None:
     assert entries == [choice.logprobs.content for choice in whole.choices if choice.logprobs]
 
 
-def test_three_choices_are_those_of_pipeline(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_three_choices_equal_a_pipelines(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     answer = ai.completions.create(model=MODEL, prompt=PROMPT, n=3, best_of=3, **SAMPLED)
     alone = expected(pipe, PROMPT, n=3, **SAMPLED)
     assert [choice.text for choice in answer.choices] == [response.generated_text for response in alone]
@@ -158,7 +158,7 @@ def test_stop_strings_and_ids_end_an_answer_and_its_usage(ai: openai.OpenAI, pip
     assert answer.usage.completion_tokens == free.token_ids.index(free.token_ids[4]) + 1
 
 
-def test_every_sampling_parameter_counts(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_every_sampling_parameter_applies(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     common = {"temperature": 1.1, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.4, "seed": 3}
     more = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "ignore_eos": True}
     bias = {266: 3.0, 30: -100.0}
@@ -167,7 +167,7 @@ def test_every_sampling_parameter_counts(ai: openai.OpenAI, pipe: splitfuse.Pipe
         prompt=PROMPT,
         max_tokens=30,
         logit_bias={str(token): value for token, value in bias.items()},  # type: ignore[misc]
-        user="somebody",
+        user="someone",
         extra_body={**more, "min_tokens": 5},
         **common,  # type: ignore[call-overload]
     )
@@ -193,7 +193,7 @@ def test_logprobs_of_a_completion(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -
         assert sorted(top.values(), reverse=True) == [value for _, value in entry.top]
 
 
-def test_logprobs_of_a_stream_are_those_of_the_whole_whatever_a_stop_string_holds_back(ai: openai.OpenAI) -> None:
+def test_streamed_logprobs_equal_the_wholes(ai: openai.OpenAI) -> None:
     text = ai.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=30).choices[0].text
     for stop in (text[10:14], text[20:27], text[11:23], "never to be seen", text[3] + "!"):
         keywords = {"model": MODEL, "prompt": PROMPT, "logprobs": 1, "temperature": 0, "max_tokens": 30, "stop": stop}
@@ -237,7 +237,7 @@ def test_echo_with_logprobs_scores_the_prompt(
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), max_tokens)
 
 
-def test_what_lm_eval_asks_for(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_requests_of_lm_eval(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     texts = ["The river ran", "Anna keeps bees."]
     ids = [list(pipe.tokenizer.encode(text)) for text in texts]
     answer = ai.completions.create(
@@ -255,7 +255,7 @@ def test_what_lm_eval_asks_for(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> N
             assert max(top.values()) >= value
 
 
-def test_bytes_of_the_tokens_of_a_chat_make_its_text(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
+def test_token_bytes_of_a_chat_join_to_its_text(ai: openai.OpenAI, pipe: splitfuse.Pipeline) -> None:
     broken = next(i for i in range(6, 300) if "\ufffd" in pipe.tokenizer.decode([i]))  # half a character
     answer = ai.chat.completions.create(
         model=MODEL,
@@ -285,7 +285,7 @@ def test_bytes_of_the_tokens_of_a_chat_make_its_text(ai: openai.OpenAI, pipe: sp
 # Many at once --------------------------------------------------------------------------------------------------------
 
 
-def test_among_32_others_an_answer_is_what_it_is_alone(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+def test_an_answer_is_the_same_among_32_others(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
     prompts = [f"{PROMPT}, {name} had {i} apples." for i, name in enumerate(["Anna", "Ben", "Clara", "Dan"] * 8)]
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
@@ -307,7 +307,7 @@ def test_among_32_others_an_answer_is_what_it_is_alone(server: RunningServer, pi
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_asynchronous_call_that_is_cancelled_ends_its_request(server: RunningServer, stream: bool) -> None:
+def test_cancelling_an_asynchronous_call_ends_its_request(server: RunningServer, stream: bool) -> None:
     async def ask_and_go() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
 
@@ -383,13 +383,13 @@ def test_a_bad_request_names_its_parameter(ai: openai.OpenAI, keywords: Any, par
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
     ],
 )
-def test_a_chat_that_cannot_be_honoured_names_its_parameter(ai: openai.OpenAI, keywords: Any, param: str) -> None:
+def test_an_invalid_chat_names_its_parameter(ai: openai.OpenAI, keywords: Any, param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
         ai.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **keywords})
     assert refusal.value.param == param
 
 
-def test_what_asks_for_nothing_is_no_mistake(ai: openai.OpenAI) -> None:
+def test_neutral_values_are_accepted(ai: openai.OpenAI) -> None:
     answer = ai.chat.completions.create(
         model=MODEL,
         messages=MESSAGES,
@@ -416,7 +416,7 @@ def test_another_model_is_not_found(ai: openai.OpenAI) -> None:
     assert ai.models.retrieve(MODEL).id == MODEL
 
 
-def test_a_prompt_that_is_too_long_says_so(ai: openai.OpenAI) -> None:
+def test_a_too_long_prompt_is_refused(ai: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="the model takes at most 2047") as refusal:
         ai.completions.create(model=MODEL, prompt=[7] * 2048)
     assert refusal.value.code == "context_length_exceeded"
@@ -442,7 +442,7 @@ def test_a_full_server_answers_429_and_retries_get_through() -> None:
         server.assert_idle()
 
 
-def test_keys_are_asked_for_and_keep_their_caches_apart(tmp_path: Any) -> None:
+def test_keys_are_required_and_separate_caches(tmp_path: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("sk-two\n\n sk-three \n")
     config = ServerConfig(api_key=("sk-one",), api_key_file=str(file))

@@ -1,4 +1,4 @@
-"""What requests may say, and that the OpenAPI document tells the truth about requests and answers."""
+"""Bodies of requests, and that the OpenAPI document describes requests and answers truly."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def chat(**body: Any) -> ChatRequest:
     return decode(ChatRequest, json.dumps({"messages": MESSAGES, **body}).encode())
 
 
-def test_what_is_left_out_has_openais_defaults_and_null_is_left_out() -> None:
+def test_left_out_and_null_parameters_have_openais_defaults() -> None:
     nulls = {name: None for name in CompletionRequest.__struct_fields__ if name != "prompt"}
     for request in (completion(), completion(**nulls)):
         assert request.params() == SamplingParams(temperature=1.0)
@@ -91,14 +91,14 @@ def test_unsupported_parameters_are_refused_unless_neutral(kind: type[Body]) -> 
     assert refusal.value.parameter == "surprise"
 
 
-def test_true_is_not_one() -> None:
+def test_true_is_not_1() -> None:
     with pytest.raises(RefusedError):
         completion(best_of=True)
     with pytest.raises(RefusedError):
         chat(store=0)
 
 
-def test_best_of_all_is_all() -> None:
+def test_best_of_n_is_neutral() -> None:
     assert completion(n=3, best_of=3).params().n == 3
     with pytest.raises(RefusedError, match="suffix is not supported"):
         completion(n=3, best_of=3, suffix="x")
@@ -107,7 +107,7 @@ def test_best_of_all_is_all() -> None:
             completion(n=n, best_of=3)
 
 
-def test_whole_numbers_may_be_written_with_a_point() -> None:
+def test_whole_numbers_may_have_a_decimal_point() -> None:
     request = completion(n=3.0, seed=7.0, prompt=[[1.0, 2], [3]], logit_bias={"4": 1.5}, max_tokens=16)
     assert (request.n, request.seed, request.prompt, request.logit_bias) == (3, 7, [[1, 2], [3]], {4: 1.5})
     with pytest.raises(RefusedError, match="n must be a whole number or null, not a number"):
@@ -132,20 +132,20 @@ def test_whole_numbers_may_be_written_with_a_point() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_told_in_the_words_of_json(
+def test_mismatches_are_described_in_json_terms(
     make: Callable[..., object], body: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RefusedError, match=re.escape(message)):
         make(**body)
 
 
-def test_what_tools_said_has_no_place_in_a_template() -> None:
+def test_tool_messages_are_refused() -> None:
     request = chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
     with pytest.raises(InvalidRequestError, match=r"messages\[0\].role must be system, developer, user or assistant"):
         request.plain_messages()
 
 
-def test_a_developer_is_the_system() -> None:
+def test_a_developer_message_becomes_a_system_message() -> None:
     request = chat(messages=[{"role": "developer", "content": "Be kind."}, *MESSAGES])
     assert request.plain_messages() == [{"role": "system", "content": "Be kind."}, *MESSAGES]
 
@@ -181,7 +181,7 @@ def test_errors_become_answers(error: Exception, status: int, kind: str, code: s
     assert answer.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
 
 
-def test_secrets_are_taken_out_of_messages_and_words_are_not() -> None:
+def test_secrets_are_removed_from_messages() -> None:
     hidden = without_secrets(
         "OSError('/home/me/model.safetensors') at <Engine object at 0x7f1234abcd> of 192.168.1.7:5555, "
         "see lib/python3/x.py\n  File '/x'"
@@ -206,7 +206,7 @@ def references(value: Any) -> set[str]:
     return set().union(*map(references, value)) if isinstance(value, list) else set()
 
 
-def test_the_document_has_every_route_and_every_schema_it_speaks_of(server: RunningServer) -> None:
+def test_the_document_has_every_route_and_schema(server: RunningServer) -> None:
     with server.http() as http:
         openapi = http.get("/openapi.json").json()
     assert routes_of(openapi) == {(route.method, route.template) for route in ROUTES}
@@ -219,7 +219,7 @@ def test_the_document_has_every_route_and_every_schema_it_speaks_of(server: Runn
 
 
 @pytest.mark.parametrize("kind", ["CompletionRequest", "ChatRequest"])
-def test_the_bounds_in_the_document_are_those_that_hold(server: RunningServer, kind: str) -> None:
+def test_documented_bounds_hold(server: RunningServer, kind: str) -> None:
     """Just within a documented bound is taken, just beyond it is refused by name."""
     path = "/v1/completions" if kind == "CompletionRequest" else "/v1/chat/completions"
     base: dict[str, Any] = {"prompt": "a"} if kind == "CompletionRequest" else {"messages": MESSAGES}
@@ -253,7 +253,7 @@ def test_the_bounds_in_the_document_are_those_that_hold(server: RunningServer, k
     assert num_bounds > 15
 
 
-def test_answers_are_of_the_types_in_the_document(server: RunningServer) -> None:
+def test_answers_match_the_types_in_the_document(server: RunningServer) -> None:
     def strict(kind: Any, data: bytes) -> None:
         """Decodes, and nothing is there that the type does not have."""
         assert msgspec.to_builtins(msgspec.json.decode(data, type=kind)) == json.loads(data)
@@ -277,7 +277,7 @@ def test_answers_are_of_the_types_in_the_document(server: RunningServer) -> None
                 strict(event, line.removeprefix(b"data: "))
 
 
-def test_the_document_is_there_before_the_engine_is(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_document_exists_before_the_engine_is_ready(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_ready(_: Any) -> Any:
         raise EngineDiedError("the engine is not ready yet")
 

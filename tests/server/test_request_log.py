@@ -1,4 +1,4 @@
-"""One line for a request: JSON whatever is in it, and no word of what people wrote unless that was asked for."""
+"""The access log: one line of JSON for each request, without prompts and texts unless they are requested."""
 
 import dataclasses
 import io
@@ -71,7 +71,7 @@ def written(record: RequestRecord, prompt: Any = None, text: Any = None, *, log_
 
 
 @given(RECORDS, ANY_TEXT, st.lists(ANY_TEXT, max_size=2))
-def test_whatever_is_in_a_record_it_is_one_line_of_json(record: RequestRecord, prompt: str, texts: list[str]) -> None:
+def test_any_record_is_one_line_of_json(record: RequestRecord, prompt: str, texts: list[str]) -> None:
     line = written(record, prompt, texts, log_prompts=True)
     assert line.endswith("\n")
     assert len(line.splitlines()) == 1
@@ -83,7 +83,7 @@ def test_whatever_is_in_a_record_it_is_one_line_of_json(record: RequestRecord, p
     assert fields["finish_reasons"] == list(record.finish_reasons)
 
 
-def test_what_a_line_says() -> None:
+def test_the_fields_of_a_line() -> None:
     assert parse(written(RECORD)) == {
         "time": "2027-01-15T08:00:00.250+00:00",
         "request_id": "r-1",
@@ -115,7 +115,7 @@ def test_every_field_of_a_record_reaches_the_line() -> None:
         assert written(changed) != plain, field.name
 
 
-def test_a_request_without_tokens_has_no_times_of_tokens() -> None:
+def test_a_request_without_tokens_has_no_token_times() -> None:
     fields = parse(written(RequestRecord(request_id="r", route="/v1/models", status=401, total_seconds=0.001)))
     assert fields["inter_token_latency_median_seconds"] is fields["inter_token_latency_max_seconds"] is None
     assert fields["time_to_first_token_seconds"] is fields["queue_seconds"] is None
@@ -123,7 +123,7 @@ def test_a_request_without_tokens_has_no_times_of_tokens() -> None:
 
 
 @given(ANY_TEXT, ANY_TEXT)
-def test_no_text_of_people_by_default(prompt: str, text: str) -> None:
+def test_prompts_and_texts_are_not_logged_by_default(prompt: str, text: str) -> None:
     assert written(RECORD, prompt, text) == written(RECORD)
 
 
@@ -136,7 +136,7 @@ PROMPTS: list[Any] = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "tokens", "chat", "none"])
-def test_prompts_of_every_kind_are_written_when_asked_for(prompt: Any) -> None:
+def test_prompts_of_every_kind_are_logged_on_request(prompt: Any) -> None:
     fields = parse(written(RECORD, prompt, ["one", "two"], log_prompts=True))
     assert fields["prompt"] == prompt
     assert fields["text"] == ["one", "two"]
@@ -144,11 +144,11 @@ def test_prompts_of_every_kind_are_written_when_asked_for(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", [float("nan"), [float("inf")], {(1, 2): 3}, b"\xff", object])
-def test_what_json_cannot_hold_is_written_as_python_shows_it(prompt: Any) -> None:
+def test_values_beyond_json_are_logged_as_repr(prompt: Any) -> None:
     assert parse(written(RECORD, prompt, log_prompts=True))["prompt"] == repr(prompt)
 
 
-def test_a_stream_that_fails_loses_lines_and_nothing_else() -> None:
+def test_a_failing_stream_loses_only_lines() -> None:
     class Full(io.StringIO):
         def write(self, _: str) -> int:
             raise OSError(28, "no space left on device")

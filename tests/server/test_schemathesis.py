@@ -1,5 +1,6 @@
-"""Requests made up from our own OpenAPI document, valid and broken ones: none makes the server fail, and what it
-answers is what the document says."""
+"""Requests generated from the OpenAPI document, valid and malformed: none makes the server fail, and the answers match
+the document.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +29,12 @@ def examined() -> Iterator[RunningServer]:
         yield server
 
 
-def test_200_made_up_requests(examined: RunningServer) -> None:
+def test_200_generated_requests(examined: RunningServer) -> None:
     _call(examined, 200)
 
 
 @pytest.mark.slow
-def test_2000_made_up_requests(examined: RunningServer) -> None:
+def test_2000_generated_requests(examined: RunningServer) -> None:
     _call(examined, 2000)
 
 

@@ -1,4 +1,4 @@
-"""The life of a server: what it says, what signals do, how it fails, and what others see of it."""
+"""The life of a server: what it logs, what signals do, how it fails, and how other processes see it."""
 
 import asyncio
 import dataclasses
@@ -66,7 +66,7 @@ def deployment(**changes: Any) -> Deployment:
 # From start to end ---------------------------------------------------------------------------------------------------
 
 
-def test_a_server_says_how_it_starts_is_seen_by_others_and_drains(folder: Path, run: Run) -> None:
+def test_a_server_logs_its_start_is_listed_and_drains(folder: Path, run: Run) -> None:
     with server_process(folder, "drained") as server, server.client() as client:
         assert server.said.index("starting\n") < server.said.index("need ") < server.said.index("splitfuse serves")
         assert f"splitfuse serves storyteller on {client.url} (name drained)\n" in server.said
@@ -106,7 +106,7 @@ def test_a_server_says_how_it_starts_is_seen_by_others_and_drains(folder: Path, 
 
 
 @pytest.mark.parametrize(("host", "keys", "warned"), [("0.0.0.0", (), True), ("0.0.0.0", ("k",), False)])
-def test_listening_to_others_without_a_key_is_warned_of(
+def test_listening_without_a_key_is_warned_of(
     host: str, keys: tuple[str, ...], warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = ServerConfig(name="open", host=host, port=0, api_key=keys)
@@ -121,7 +121,7 @@ def _stop(*arguments: str) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_a_second_sigterm_is_immediate_and_streams_get_an_error(folder: Path) -> None:
+def test_a_second_sigterm_cuts_streams_off_with_an_error(folder: Path) -> None:
     with server_process(folder, "cut") as server, server.client() as client:
         pieces = client("Once upon a time", stream=True, **LONG)
         next(pieces)
@@ -135,7 +135,7 @@ def test_a_second_sigterm_is_immediate_and_streams_get_an_error(folder: Path) ->
         assert "Traceback" not in server.said and registry.deployments() == []
 
 
-def test_what_outlasts_the_drain_is_cut_off(folder: Path) -> None:
+def test_requests_are_cut_off_after_the_drain_timeout(folder: Path) -> None:
     with server_process(folder, "slow", "--drain-timeout", "0.01") as server, server.client() as client:
         pieces = client("Once upon a time", stream=True, **LONG)
         next(pieces)
@@ -146,7 +146,7 @@ def test_what_outlasts_the_drain_is_cut_off(folder: Path) -> None:
         assert server.said.endswith("splitfuse: 8 requests were cut off after 0.01 s of draining\n")
 
 
-def test_sigterm_while_it_loads_ends_it(folder: Path) -> None:
+def test_sigterm_during_loading_ends_a_server(folder: Path) -> None:
     with server_process(folder, "early") as server:
         server.wait_for("starting\n")
         server.terminate()
@@ -155,7 +155,7 @@ def test_sigterm_while_it_loads_ends_it(folder: Path) -> None:
         assert registry.deployments() == []
 
 
-def test_stop_now_and_stop_of_what_is_not_there(folder: Path, run: Run) -> None:
+def test_stop_now_and_stop_of_an_unknown_name(folder: Path, run: Run) -> None:
     with server_process(folder, "now") as server:
         wait_until(lambda: [d.name for d in registry.deployments()] == ["now"])
         assert run("stop", "nobody") == (
@@ -174,21 +174,21 @@ def test_stop_now_and_stop_of_what_is_not_there(folder: Path, run: Run) -> None:
 # What keeps it from serving ------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there_ends_it_with_a_sentence(run: Run) -> None:
+def test_a_missing_model_ends_a_server_with_a_sentence(run: Run) -> None:
     status, out, err = run("serve", "/no/such/folder", "--port", 0)
     assert (status, out) == (1, "")
     assert err.endswith("splitfuse: there is no folder /no/such/folder\n") and "Traceback" not in err
     assert registry.deployments() == []
 
 
-def test_an_engine_that_cannot_load_ends_it_with_its_sentence(run: Run) -> None:
+def test_an_engine_that_cannot_load_ends_the_server(run: Run) -> None:
     status, out, err = run("serve", "--port", 0, "--num-blocks", 10**9)
     assert (status, out) == (1, "")
     assert "does not fit" in err and "need" in err and "Traceback" not in err
     assert registry.deployments() == []
 
 
-def test_settings_that_cannot_be_honoured(run: Run, tmp_path: Path) -> None:
+def test_invalid_settings(run: Run, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         status, out, err = run("serve", *arguments)
         assert (status, out) == (1, "") and err.startswith("splitfuse: ") and err.count("\n") == 1
@@ -206,7 +206,7 @@ def test_settings_that_cannot_be_honoured(run: Run, tmp_path: Path) -> None:
     assert registry.deployments() == []
 
 
-def test_a_port_in_use_is_found_in_ipv6_too() -> None:
+def test_a_port_in_use_is_found_in_ipv6() -> None:
     try:
         taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
@@ -236,7 +236,7 @@ def test_names_and_stages() -> None:
 # The registry --------------------------------------------------------------------------------------------------------
 
 
-def test_an_entry_is_private_and_a_living_name_is_not_taken(folder: Path) -> None:
+def test_an_entry_is_private_and_a_used_name_refused(folder: Path) -> None:
     own = deployment()
     registry.register(own)
     try:
@@ -254,7 +254,7 @@ def test_an_entry_is_private_and_a_living_name_is_not_taken(folder: Path) -> Non
     assert registry.deployments() == []
 
 
-def test_what_the_dead_leave_behind_is_removed(folder: Path) -> None:
+def test_entries_of_dead_processes_are_removed(folder: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child_start = None
     while child_start is None and child.poll() is None:
@@ -274,7 +274,7 @@ def test_what_the_dead_leave_behind_is_removed(folder: Path) -> None:
     registry.unregister(registry.find("dead"))
 
 
-def test_a_zombie_is_dead() -> None:
+def test_a_zombie_is_not_alive() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     start = registry.process_start(child.pid)
     assert start is not None
@@ -283,7 +283,7 @@ def test_a_zombie_is_dead() -> None:
     assert child.wait() == -9
 
 
-def test_urls_are_those_to_call() -> None:
+def test_urls_are_addresses_to_call() -> None:
     assert deployment(host="0.0.0.0", port=80).url == "http://127.0.0.1:80"
     assert deployment(host="::", port=80, scheme="https").url == "https://[::1]:80"
     assert deployment(host="10.0.0.1", port=80).url == "http://10.0.0.1:80"
@@ -306,9 +306,7 @@ def test_without_a_runtime_folder_the_cache_is_used(tmp_path: Path, monkeypatch:
 # Detached ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_detached_server_that_ends_early_is_an_error_with_its_last_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detached_server_that_fails_shows_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     echo = io.StringIO()
     with pytest.raises(ServerError, match=r"(?s)^the server ended with status 1 .*there is no folder /no/such/folder$"):
@@ -317,7 +315,7 @@ def test_a_detached_server_that_ends_early_is_an_error_with_its_last_lines(
     assert registry.deployments() == [] and not daemon._children
 
 
-def test_a_setting_that_cannot_be_is_refused_before_anything_is_started() -> None:
+def test_an_invalid_setting_is_refused_before_the_start() -> None:
     for settings, message in (
         ({"prot": 1}, "unknown setting 'prot'"),
         ({"port": -1}, "port must be"),
@@ -330,7 +328,7 @@ def test_a_setting_that_cannot_be_is_refused_before_anything_is_started() -> Non
     assert not daemon._children
 
 
-def test_a_detached_server_has_its_key_from_the_environment_and_ends_when_told(
+def test_a_detached_server_takes_its_key_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -362,9 +360,7 @@ def test_a_detached_server_has_its_key_from_the_environment_and_ends_when_told(
     assert '"route": "/v1/completions"' in log.read_text()
 
 
-def test_a_detached_server_need_not_be_waited_for_and_its_own_certificate_is_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detached_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings: dict[str, Any] = {"tls_certificate": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
     if not _make_certificate(tmp_path):
@@ -377,15 +373,15 @@ def test_a_detached_server_need_not_be_waited_for_and_its_own_certificate_is_bel
         (running,) = registry.deployments()
         assert server_state(running) == "ready"
         if settings:
-            stranger = AsyncClient(client.url)  # which has not got the certificate from the registry
+            untrusting = AsyncClient(client.url)  # without the certificate from the registry
             with pytest.raises(ServerError, match="certificate"):
-                asyncio.run(stranger.health())
+                asyncio.run(untrusting.health())
         client.terminate_server()
     assert registry.deployments() == [] and server_state(running) == "unreachable"
 
 
 def _make_certificate(folder: Path) -> bool:
-    """A certificate that nobody has signed, for a name that is not the server's; False if there is no openssl."""
+    """Make a self-signed certificate for a name that is not the server's. Return False if there is no openssl."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=elsewhere"
     try:
         subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Promises over HTTP: the server's for everybody, a request's own, and what is told of whether they were kept."""
+"""SLOs over HTTP: the server's, a key's, a request's own, and the reports of whether they were met."""
 
 import json
 import re
@@ -41,11 +41,11 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
 def slo_met(http: httpx.Client, **more: object) -> bool | None:
     answer = http.post("/v1/completions", json={**BODY, **more})
     assert answer.status_code == 200, answer.text
-    kept: bool | None = answer.json()["splitfuse_timing"]["slo_met"]
-    return kept
+    met: bool | None = answer.json()["splitfuse_timing"]["slo_met"]
+    return met
 
 
-def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx.Client, server: RunningServer) -> None:
+def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: RunningServer) -> None:
     assert slo_met(http) is False  # no first token comes within 10 µs
     assert slo_met(http, splitfuse_targets=PATIENT) is True
     assert slo_met(http, splitfuse_targets={"ttft": 1000}, n=3) is True
@@ -59,7 +59,7 @@ def test_what_the_server_promises_to_all_and_what_a_request_asks_for(http: httpx
     assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
 
 
-def test_on_time_or_not_at_all(http: httpx.Client) -> None:
+def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> None:
     """The cost model says 2 ms and 0.1 ms a token."""
     body = {**BODY, "splitfuse_on_time_only": True}
     assert slo_met(http, splitfuse_on_time_only=True, splitfuse_targets=PATIENT) is True
@@ -81,7 +81,7 @@ def test_on_time_or_not_at_all(http: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> Iterator[httpx.Client]:
-    """Two keys: one that is promised a first token that cannot come in time, and one with lower rights."""
+    """Two keys: one with an SLO that cannot be met, and one with low priority."""
     del server  # its cost model is used
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text("# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\n")
@@ -90,16 +90,16 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> It
         yield http
 
 
-def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
+def test_the_slo_and_priority_of_a_key(keyed: httpx.Client) -> None:
     def ask(key: str, **more: object) -> httpx.Response:
         return keyed.post("/v1/completions", json={**BODY, **more}, headers={"authorization": f"Bearer {key}"})
 
-    def kept(key: str, **more: object) -> bool | None:
+    def met(key: str, **more: object) -> bool | None:
         answer: bool | None = ask(key, **more).json()["splitfuse_timing"]["slo_met"]
         return answer
 
-    assert kept("k1") is False and kept("k2") is None
-    assert kept("k1", splitfuse_targets=PATIENT) is True and kept("k2", splitfuse_targets=PATIENT) is True
+    assert met("k1") is False and met("k2") is None
+    assert met("k1", splitfuse_targets=PATIENT) is True and met("k2", splitfuse_targets=PATIENT) is True
     assert ask("k1", splitfuse_priority="high").status_code == ask("k1", splitfuse_priority="low").status_code == 200
     refused = ask("k2", splitfuse_priority="normal")
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "priority_not_allowed")
@@ -121,14 +121,14 @@ def test_what_a_key_is_promised_and_may_ask_for(keyed: httpx.Client) -> None:
         ("k ttft", "'ttft' after a key has no value: write ttft=VALUE"),
     ],
 )
-def test_what_is_no_key_says_in_which_line(line: str, message: str, tmp_path: Path) -> None:
+def test_malformed_key_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"good\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         ApiKeys(ServerConfig(api_key=("given",), api_key_file=str(tmp_path / "keys")))
     assert "line 2" in str(error.value)
 
 
-def test_keys_are_not_promised_what_the_server_does_not_keep(tmp_path: Path) -> None:
+def test_an_slo_of_a_key_needs_slo_scheduling(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("k name=bob itl=100ms\n")
     keys = ApiKeys(ServerConfig(api_key_file=str(tmp_path / "keys")))
     with pytest.raises(ConfigError, match="gives 'bob' an SLO, but SLO scheduling is disabled"):
@@ -137,12 +137,12 @@ def test_keys_are_not_promised_what_the_server_does_not_keep(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("targets", [{"ttft": 0}, {"itl": -1}, {"ttft": "1s"}, {"other": 1}, 3])
-def test_what_is_no_target_is_refused(http: httpx.Client, targets: object) -> None:
+def test_malformed_targets_are_refused(http: httpx.Client, targets: object) -> None:
     answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": targets})
     assert answer.status_code == 400 and "splitfuse_targets" in answer.json()["error"]["param"]
 
 
-def test_a_server_that_promises_nothing_says_so() -> None:
+def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
     with running_server(num_blocks=200) as plain, plain.http() as http:
         answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": PATIENT})
         assert answer.status_code == 400
