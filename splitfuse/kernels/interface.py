@@ -262,6 +262,14 @@ class Backend(ABC):
                 f"need: use {valid}"
             )
 
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise ConfigError unless the backend takes heads of `head_dim` elements."""
+        most = self.capabilities.max_head_dim
+        if most is not None and head_dim > most:
+            raise ConfigError(
+                f"head_dim={head_dim} is too large for {self.capabilities.name}, which take at most {most}"
+            )
+
     @abstractmethod
     def kv_bytes(self, spec: AttentionSpec, *, block_size: int, dtype: torch.dtype) -> int:
         """Return the bytes of one block of one layer: exactly what `allocate_kv` takes for it."""

@@ -41,20 +41,26 @@ def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
             why = str(error)
     elif wanted != "auto":
         why = f"kernels={wanted}"
-    for name, value in (
-        ("quantization", config.model.quantization),
-        ("kv_cache_dtype", config.cache.kv_cache_dtype),
-        ("num_threads", config.model.num_threads),
-    ):
-        if value not in (None, "auto"):
-            raise ConfigError(f"{name}={value} needs {CpuBackend.capabilities.name}, which cannot be used: {why}")
-    if wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16):
-        return ReferenceBackend(str(why))
-    if obstacle := _obstacle(OneDnnBackend.capabilities, config, dtype) or _onednn_obstacle(dtype):
+    plain = wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16)
+    fallback = ReferenceBackend if plain else OneDnnBackend
+    _check_honoured(config, fallback.capabilities, why)
+    if not plain and (obstacle := _obstacle(fallback.capabilities, config, dtype) or _onednn_obstacle(dtype)):
         if wanted == "torch":
             raise ConfigError(f"kernels=torch cannot be used: {obstacle}")
-        return ReferenceBackend(str(why))
-    return OneDnnBackend(str(why))
+        fallback = ReferenceBackend
+    return fallback(str(why))
+
+
+def _check_honoured(config: EngineConfig, capabilities: Capabilities, why: str | None) -> None:
+    """Raise ConfigError for a setting that only the C++ kernels honour, which cannot be used: `why`."""
+    threads = config.model.num_threads
+    for name, value, honoured in (
+        ("quantization", config.model.quantization, capabilities.quantizations),
+        ("kv_cache_dtype", config.cache.kv_cache_dtype, ("auto", *capabilities.kv_dtypes)),
+        ("num_threads", threads, (threads,) if capabilities.own_threads else ()),
+    ):
+        if value is not None and value not in honoured:
+            raise ConfigError(f"{name}={value} needs {CpuBackend.capabilities.name}, which cannot be used: {why}")
 
 
 def _obstacle(capabilities: Capabilities, config: EngineConfig, dtype: torch.dtype) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backends import variants
@@ -42,6 +44,16 @@ def test_block_bytes_is_what_is_allocated() -> None:
     size = block_bytes(SPEC, block_size=16, dtype=torch.bfloat16, backend=ReferenceBackend())
     assert size == 5 * 2 * 16 * 3 * 4 * 2
     assert sum(store.nbytes for store in cache(num_blocks=7, block_size=16).layers) == 7 * size
+
+
+def test_layers_may_keep_keys_and_values_of_unequal_sizes() -> None:
+    first, *others = SPEC.layers
+    wide = replace(first, attention=replace(first.attention, num_kv_heads=2, head_dim=8))
+    spec, backend = replace(SPEC, layers=(wide, *others)), ReferenceBackend()
+    size = block_bytes(spec, block_size=16, dtype=torch.bfloat16, backend=backend)
+    assert size == 2 * 16 * (2 * 8 + 4 * 3 * 4) * 2
+    options = {"block_size": 16, "dtype": torch.bfloat16, "device": torch.device("cpu"), "backend": backend}
+    assert sum(store.nbytes for store in KVCache(spec, num_blocks=7, **options).layers) == 7 * size
 
 
 @pytest.mark.parametrize("kv_int8", [False, True])

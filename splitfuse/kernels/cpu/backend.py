@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
     Heads,
@@ -114,10 +113,7 @@ class CpuBackend(Backend):
 
     def _store(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> Store:
         self.check_block_size(block_size)
-        if spec.head_dim > MAX_HEAD_DIM:
-            raise ConfigError(
-                f"head_dim={spec.head_dim} is too large for the C++ kernels, which take at most {MAX_HEAD_DIM}"
-            )
+        self.check_head_dim(spec.head_dim)
         return Store(None, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_int8)
 
     def _store_bytes(self, store: Store) -> int:
