@@ -106,7 +106,7 @@ def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
     }
 
 
-def test_the_table_of_refused_parameters_has_them_with_the_values_that_pass() -> None:
+def test_refused_parameters_are_listed_with_their_neutral_values() -> None:
     described = {
         (row[0].strip("`"), row[1]): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
         for row in rows(SERVER_PAGE, "| parameter | of | values that pass, besides null |")

@@ -1,1 +1,1 @@
-"""THE LOOP. Token ids in, token ids out."""
+"""Runs the loop (schedule, execute, update): token ids in, token ids out; in a thread, a process or several."""

@@ -1,1 +1,1 @@
-"""How to compute: flat tensors in, tensors out. Knows no request, model or config."""
+"""Computes: backends of operations on flat tensors. Knows no request, model or config."""

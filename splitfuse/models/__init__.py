@@ -1,1 +1,1 @@
-"""The network: one decoder; a family of models is data."""
+"""Describes networks: families as data, checkpoints, and one decoder for all."""

@@ -1,1 +1,1 @@
-"""THE WIRE: HTTP, admission, metrics, logs, and the life of a server, over any EngineClient."""
+"""Serves over HTTP: dialects, admission, metrics, logs and the lifecycle of a server, over any EngineClient."""
