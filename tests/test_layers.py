@@ -41,9 +41,6 @@ STANDARD_LIBRARY_ONLY = ("version", "errors", "config", "core")
 CPU_KERNELS = "splitfuse.kernels.cpu"
 MAY_IMPORT_CPU_KERNELS = {"splitfuse.runtime.backend_choice"}
 
-# Open exceptions, to be removed with the seam that makes them needless. A stale one fails too.
-CYCLES: set[frozenset[str]] = set()
-
 
 def name_of(path: Path) -> str:
     """`.../core/plan.py` -> `splitfuse.core.plan`, and a package by the name of its folder."""
@@ -52,6 +49,11 @@ def name_of(path: Path) -> str:
 
 
 NAMES = {name_of(path): path for path in MODULES}
+
+
+def layer_of(module: str) -> str:
+    """`splitfuse.core.plan` -> `core`."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 @functools.cache
@@ -108,12 +110,11 @@ def cycles() -> set[frozenset[str]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_strictly_downward(path: Path) -> None:
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    own = layer_of(name_of(path))
     if own == "__init__":
         return
     for module in imported_modules(name_of(path)):
-        other = module.split(".")[1] if "." in module else "__init__"
-        assert other in (own, *LAYERS[own]), f"{own} imports {module}"
+        assert layer_of(module) in (own, *LAYERS[own]), f"{own} imports {module}"
     if own in STANDARD_LIBRARY_ONLY:
         foreign = {name.split(".")[0] for name in imported_names(path)} - {"splitfuse"}
         assert foreign <= sys.stdlib_module_names, f"{own} imports more than the standard library: {foreign}"
@@ -127,8 +128,15 @@ def test_layers_are_listed_lowest_first() -> None:
     assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} == {"__init__", *LAYERS}
 
 
+def test_layers_list_no_import_that_nothing_needs() -> None:
+    used: dict[str, set[str]] = {layer: set() for layer in ("__init__", *LAYERS)}
+    for module in NAMES:
+        used[layer_of(module)] |= {layer_of(other) for other in imported_modules(module)}
+    assert {layer: set(below) - used[layer] for layer, below in LAYERS.items() if set(below) - used[layer]} == {}
+
+
 def test_no_cycle_of_modules() -> None:
-    assert cycles() == CYCLES
+    assert cycles() == set()
 
 
 def test_only_the_backend_choice_imports_cpu_kernels() -> None:
