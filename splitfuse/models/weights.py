@@ -51,10 +51,9 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
 
     def named(shapes: Shapes, layer: int | None = None, expert: int | None = None) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
-            full = (piece.format(layer=layer, expert=expert) for piece in names[name])
-            yield Parameter(
-                name, _role(name, spec), layer, expert, tuple(map(Piece._make, zip(full, pieces, strict=True)))
-            )
+            full = (tensor.format(layer=layer, expert=expert) for tensor in names[name])
+            named_pieces = tuple(Piece(*each) for each in zip(full, pieces, strict=True))
+            yield Parameter(name, _role(name, spec), layer, expert, named_pieces)
 
     found = list(named(_outer_shapes(spec)))
     for number, layer in enumerate(spec.layers):
@@ -71,10 +70,7 @@ def _role(name: str, spec: ModelSpec) -> Role:
     """Return the role of a weight: a tied embedding is the output head; what no Role is named after stays plain."""
     if name == "embed" and spec.tied_embeddings:
         return Role.HEAD
-    return Role(name) if name in ROLES else Role.PLAIN
-
-
-ROLES = {role.value for role in Role}
+    return Role(name) if name in {role.value for role in Role} else Role.PLAIN
 
 
 def _outer_shapes(spec: ModelSpec) -> Shapes:
