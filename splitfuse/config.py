@@ -68,7 +68,9 @@ class ModelConfig:
         if self.quantization is not None:
             _choice("quantization", self.quantization, QUANTIZATIONS)
         elif self.quantization_group_size is not None:
-            raise ConfigError("quantization_group_size needs a quantization: int8 or int4")
+            raise ConfigError(
+                f"quantization_group_size {self.quantization_group_size} needs quantization int8 or int4: set that too"
+            )
         if self.quantization_group_size not in (None, *GROUP_SIZES):
             raise ConfigError(f"quantization_group_size must be 64 or 128, not {self.quantization_group_size}")
         _at_least("num_threads", self.num_threads, 1)
@@ -133,12 +135,15 @@ class CacheConfig:
         if self.kv_cache_memory_gib is not None and not 0 < self.kv_cache_memory_gib < float("inf"):
             raise ConfigError(f"kv_cache_memory_gib must be a positive number, not {self.kv_cache_memory_gib}")
         if self.num_blocks is not None and self.kv_cache_memory_gib is not None:
-            raise ConfigError("num_blocks and kv_cache_memory_gib both set the size of the KV cache: give one of them")
+            raise ConfigError(
+                f"num_blocks {self.num_blocks} and kv_cache_memory_gib {self.kv_cache_memory_gib} both set the size of "
+                "the KV cache: give one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """All settings of an engine."""
+    """All settings of an engine. The parsed configuration is what travels, to worker processes too."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -146,9 +151,9 @@ class EngineConfig:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:
-        """Sort flat settings, such as `{"dtype": "float32", "block_size": 16}`, into their parts.
+        """Parse flat settings, such as `{"dtype": "float32", "block_size": 16}`.
 
-        Raises ConfigError for a name that no part has (with the nearest one) or a value of the wrong type.
+        Raises ConfigError for an unknown name (with the nearest known one), or a value of the wrong type or range.
         """
         known = cls.setting_fields()
         for name, value in settings.items():
@@ -215,7 +220,7 @@ class ServerConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("tls_certificate and tls_key go together: give both or none")
         if any(not key.strip() for key in self.api_key):
-            raise ConfigError("a key must not be empty")
+            raise ConfigError("api_key must not be empty")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
@@ -228,7 +233,7 @@ class ServerConfig:
             if name in ("api_key", "allow_origin"):
                 values[name] = (value,) if isinstance(value, str) else tuple(value)
                 if not all(isinstance(item, str) for item in values[name]):
-                    raise ConfigError(f"{name} must be a list of texts")
+                    raise ConfigError(f"{name} must be a text or a list of texts, not {value!r:.80}")
             else:
                 _check_type(name, value, hints[name])
         return cls(**values)

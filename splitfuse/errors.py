@@ -1,24 +1,27 @@
-"""Every error a user can meet, as one tree. Each class carries the HTTP status a server answers with.
+"""The errors that users can meet, as one tree. Each class has the HTTP status that a server answers with.
+
+A message names the offending value, says what is wrong with it, and gives a valid one where there is one. A request
+that fails never affects the others.
 
     SplitfuseError
-    ├── ConfigError                 a setting that cannot be honoured
-    ├── CostModelError              a cost model that cannot be fitted, read or found
-    ├── InvalidRequestError         a request that cannot be honoured; `parameter` names what was wrong
-    │   ├── PromptTooLongError      longer than the model can read
-    │   └── RequestTooLargeError    could never fit the KV cache, however long it waited
-    ├── ModelError                  a model that cannot be loaded
-    │   ├── ModelNotFoundError      no such folder or name, or no network to fetch it
-    │   ├── UnsupportedModelError   an architecture or a feature of it that we do not know
-    │   ├── WeightsError            a weight that is missing, surplus, misshapen, truncated or pickled
-    │   └── TokenizerError          no tokenizer, or one that cannot be read
-    ├── KernelError                 compiled kernels that are missing, or that this CPU cannot run
-    ├── MemoryPlanError             the model does not fit; the message gives need, have and a value that fits
-    ├── RequestFailedError          one request failed while it ran (NaN logits, for example); the others go on
-    ├── OverloadedError             no room for the request now; `retry_after` says when there may be
-    │   └── LateError               it wants to be on time or not at all, and cannot be now
-    ├── EngineDiedError             no engine to compute the request, or no longer
-    ├── DrainingError               the server is ending: it takes no new request
-    └── ServerError                 a server that cannot be started, found or stopped
+    ├── ConfigError                 a setting has an invalid value
+    ├── CostModelError              a cost model cannot be fitted, read or found
+    ├── InvalidRequestError         a request is invalid; `parameter` names the parameter at fault
+    │   ├── PromptTooLongError      the prompt is longer than the model can read
+    │   └── RequestTooLargeError    the request does not fit the KV cache even alone
+    ├── ModelError                  a model cannot be loaded
+    │   ├── ModelNotFoundError      no folder or Hub model has that name, or the Hub is unreachable
+    │   ├── UnsupportedModelError   its architecture, or a feature of it, is not supported
+    │   ├── WeightsError            a weight is missing, surplus, misshapen, truncated or pickled
+    │   └── TokenizerError          its tokenizer is missing or unreadable
+    ├── KernelError                 compiled kernels are missing, or this CPU cannot run them
+    ├── MemoryPlanError             the model does not fit into memory; the message says what would
+    ├── RequestFailedError          a request failed while it ran (NaN logits, for example); others continue
+    ├── OverloadedError             the server is full; `retry_after` says when to try again
+    │   └── LateError               it has on_time_only, and cannot meet its SLO now
+    ├── EngineDiedError             no engine is there to compute the request, or it died
+    ├── DrainingError               the server is shutting down and accepts no new requests
+    └── ServerError                 a server cannot be started, found or stopped
 
 Standard library only.
 """
@@ -30,23 +33,23 @@ from collections.abc import Iterable
 
 
 class SplitfuseError(Exception):
-    """Root of everything raised on purpose."""
+    """Root of the errors that splitfuse raises on purpose."""
 
     status: int = 500
 
 
 class ConfigError(SplitfuseError):
-    """A setting that cannot be honoured."""
+    """Raised when a setting has an invalid value."""
 
     status = 400
 
 
 class CostModelError(SplitfuseError):
-    """Timings that no cost model can be fitted to, or a cost model that cannot be read or found."""
+    """Raised when no cost model fits the timings, or when one cannot be read or found."""
 
 
 class InvalidRequestError(SplitfuseError):
-    """A request that cannot be honoured. `parameter` is the name of the offending parameter, if it is one."""
+    """Raised when a request is invalid. `parameter` is the name of the parameter at fault, if it is one."""
 
     status = 400
 
@@ -56,51 +59,51 @@ class InvalidRequestError(SplitfuseError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """The prompt leaves no room for a single generated token within the model's length."""
+    """Raised when the prompt leaves no token to generate within the model's length."""
 
 
 class RequestTooLargeError(InvalidRequestError):
-    """The request needs more KV blocks than the whole cache has."""
+    """Raised when a request needs more KV blocks than the whole cache has."""
 
 
 class ModelError(SplitfuseError):
-    """A model that cannot be loaded."""
+    """Raised when a model cannot be loaded."""
 
 
 class ModelNotFoundError(ModelError):
-    """No such folder or Hub name, or no network to fetch it."""
+    """Raised when no folder or Hub model has the name, or when the Hub cannot be reached."""
 
     status = 404
 
 
 class UnsupportedModelError(ModelError):
-    """An architecture, or a feature of one, that we do not know."""
+    """Raised when an architecture, or a feature of it, is not supported."""
 
 
 class WeightsError(ModelError):
-    """A weight that is missing, surplus, misshapen, truncated or pickled."""
+    """Raised when a weight is missing, surplus, misshapen, truncated or pickled."""
 
 
 class TokenizerError(ModelError):
-    """No tokenizer, or one that cannot be read."""
+    """Raised when a tokenizer is missing or cannot be read."""
 
 
 class KernelError(SplitfuseError):
-    """Compiled kernels that are missing, or that this CPU cannot run."""
+    """Raised when compiled kernels are missing, or when this CPU cannot run them."""
 
 
 class MemoryPlanError(SplitfuseError):
-    """The model and its KV cache do not fit into memory."""
+    """Raised when the model and its KV cache do not fit into memory."""
 
     status = 507
 
 
 class RequestFailedError(SplitfuseError):
-    """One request failed while it ran. Its neighbours are untouched."""
+    """Raised when one request fails while it runs. The others continue."""
 
 
 class OverloadedError(SplitfuseError):
-    """There is no room for the request now. `retry_after`: seconds until there may be."""
+    """Raised when the server is full. `retry_after` is the number of seconds until a retry may succeed."""
 
     status = 429
 
@@ -110,34 +113,34 @@ class OverloadedError(SplitfuseError):
 
 
 class LateError(OverloadedError):
-    """The request is wanted on time or not at all, and cannot be on time now. It may be after `retry_after` seconds;
-    infinity: never.
+    """Raised when a request with `on_time_only` cannot meet its SLO now. It may after `retry_after` seconds; infinity
+    means never.
     """
 
 
 class EngineDiedError(SplitfuseError):
-    """No engine is there to compute the request, or it died on the way. Another attempt may succeed."""
+    """Raised when no engine is there to compute a request, or when it died meanwhile. A retry may succeed."""
 
     status = 503
 
 
 class DrainingError(SplitfuseError):
-    """The server is ending: what runs goes on, and no new request is taken."""
+    """Raised when the server is shutting down: running requests continue, new ones are refused."""
 
     status = 503
 
 
 class ServerError(SplitfuseError):
-    """A server that cannot be started, found or stopped."""
+    """Raised when a server cannot be started, found or stopped."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'top_p'?"`, or the sorted list of what is known if nothing is near."""
+    """Return `"; did you mean 'top_p'?"`, or the sorted list of known names if none is near."""
     choices = sorted(known)
     return nearest(name, choices) or f"; known: {', '.join(choices)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'top_p'?"`, or nothing if nothing is near."""
+    """Return `"; did you mean 'top_p'?"`, or an empty text if no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

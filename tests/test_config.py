@@ -72,7 +72,7 @@ def test_a_setting_like_none_is_refused_with_the_list() -> None:
         ("enable_prefix_caching", 1, "enable_prefix_caching must be bool, not 1"),
         ("quantization", "fp8", "quantization must be one of int8, int4, not 'fp8'"),
         ("quantization", 8, "quantization must be str or None, not 8"),
-        ("quantization_group_size", 64, "quantization_group_size needs a quantization: int8 or int4"),
+        ("quantization_group_size", 64, "quantization_group_size 64 needs quantization int8 or int4: set that too"),
         ("quantization_group_size", "64", "quantization_group_size must be int or None, not '64'"),
         ("kernels", "cuda", "kernels must be one of auto, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'"),
         ("kernels", None, "kernels must be str, not None"),
@@ -92,7 +92,7 @@ def test_a_whole_number_is_a_number() -> None:
 
 
 def test_the_cache_has_one_size() -> None:
-    with pytest.raises(ConfigError, match=r"num_blocks and kv_cache_memory_gib .* give one of them"):
+    with pytest.raises(ConfigError, match=r"num_blocks 1 and kv_cache_memory_gib 1.0 .* give one of them"):
         EngineConfig.from_settings({"num_blocks": 1, "kv_cache_memory_gib": 1.0})
 
 

@@ -1,6 +1,6 @@
 """The documents say what the code does: flags, routes, parameters, error codes, links, examples.
 
-`python tests/test_docs.py` writes the table of flags into docs/server.md.
+`python tests/test_docs.py` writes the tables of flags and of sampling parameters into docs/server.md.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from running_server import running_server
 
 from splitfuse.cli import app
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (
     DrainingError,
     EngineDiedError,
@@ -27,6 +28,7 @@ from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
+from splitfuse.server.openai.sampling import FIELDS
 
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
@@ -35,8 +37,7 @@ GLOSSARY = ROOT / "docs" / "glossary.md"
 TODAY = [page for page in PAGES if page.parent.name != "decisions" and page.name not in ("CHANGELOG.md", "log.md")]
 """Pages that describe the code as it is; the others are history."""
 FILES = sorted(f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.*") if ".venv" not in path.parts)
-BEGIN = "<!-- flags: python tests/test_docs.py writes this table -->\n"
-END = "<!-- end of flags -->\n"
+BEGIN, END = "<!-- {}: python tests/test_docs.py writes this table -->\n", "<!-- end of {} -->\n"
 
 ERRORS = (
     *(InvalidRequestError(""), PromptTooLongError(""), RequestTooLargeError(""), OverloadedError("", retry_after=1.0)),
@@ -53,6 +54,18 @@ def flag_table() -> str:
         name = field.name.replace("_", "-")
         lines.append(f"| `--{name}` | {_default(name, field.default)} | {field.metadata['help']} |\n")
     return "".join(["| flag | default | |\n", "|---|---|---|\n", *lines])
+
+
+def sampling_table() -> str:
+    """Every sampling parameter that both routes take, as a table."""
+    lines = []
+    for parameter in (PARAMETERS[name] for name in FIELDS):
+        left_out = "none" if parameter.openai_default in (None, (), {}) else json.dumps(parameter.openai_default)
+        lines.append(f"| `{parameter.name}` | {parameter.description} | {left_out.removesuffix('.0')} |\n")
+    return "".join(["| parameter | value | left out |\n", "|---|---|---|\n", *lines])
+
+
+TABLES = {"flags": flag_table, "sampling": sampling_table}
 
 
 def _default(name: str, value: object) -> str:
@@ -78,9 +91,10 @@ def code(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
 
 
-def test_the_table_of_flags_is_that_of_the_configurations() -> None:
-    written = text_of(SERVER_PAGE).partition(BEGIN)[2].partition(END)[0].strip()
-    assert written == flag_table().strip(), "run python tests/test_docs.py"
+@pytest.mark.parametrize("name", TABLES)
+def test_a_generated_table_is_that_of_the_code(name: str) -> None:
+    written = text_of(SERVER_PAGE).partition(BEGIN.format(name))[2].partition(END.format(name))[0].strip()
+    assert written == TABLES[name]().strip(), "run python tests/test_docs.py"
 
 
 def test_the_table_of_flags_has_what_the_command_takes() -> None:
@@ -100,6 +114,10 @@ def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
         (row[0].strip("`"), kind)
         for row in rows(SERVER_PAGE, "| parameter | of | values | left out |")
         for kind in (GENERATING if row[1] == "both" else [row[1]])
+    } | {
+        (row[0].strip("`"), kind)
+        for row in rows(SERVER_PAGE, "| parameter | value | left out |")
+        for kind in GENERATING
     }
     assert described == {
         (name, kind) for kind, body in GENERATING.items() for name in body.__struct_fields__ if name not in body.NEUTRAL
@@ -182,10 +200,12 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def write() -> None:
     page = text_of(SERVER_PAGE)
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin and end, "the table's place is not marked"
-    SERVER_PAGE.write_text(before + begin + "\n" + flag_table() + "\n" + end + after, encoding="utf-8")
+    for name, table in TABLES.items():
+        before, begin, rest = page.partition(BEGIN.format(name))
+        _, end, after = rest.partition(END.format(name))
+        assert begin and end, f"the place of the table of {name} is not marked"
+        page = before + begin + "\n" + table() + "\n" + end + after
+    SERVER_PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

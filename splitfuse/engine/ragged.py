@@ -1,6 +1,6 @@
-"""The model without our scheduler, for people who bring their own: DeepSpeed-Inference v2's four verbs.
+"""The model without our scheduler, for callers that have their own: DeepSpeed-Inference v2's four verbs.
 
-The caller decides what goes into a step; KV blocks, positions and the ragged batch are kept here. Nothing is shared
+The caller decides what goes into a step; KV blocks, positions and the ragged batch are managed here. Nothing is shared
 with an Engine: each has a cache of its own.
 """
 
@@ -27,7 +27,13 @@ class _Sequence:
 
 
 class RaggedEngine:
-    """Sequences of tokens by caller's id, grown by `put` in pieces of any length. One thread."""
+    """Computes logits for sequences of tokens, which `put` extends in pieces of any length. One thread.
+
+    >>> engine = RaggedEngine.load(EngineConfig())
+    >>> logits = engine.put([7], [[1, 15, 4]])  # a new sequence
+    >>> logits = engine.put([7], [[int(logits.argmax())]])  # extended by its next token
+    >>> engine.flush(7)
+    """
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         self.config = config
@@ -38,7 +44,7 @@ class RaggedEngine:
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool = False) -> RaggedEngine:
-        """An engine for the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        """Load the model that `config` names. Raises as `runtime.loading.load_model` does."""
         return cls(config, load_model(config, progress=progress))
 
     @property
@@ -46,7 +52,7 @@ class RaggedEngine:
         return self._allocator.num_available
 
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """One forward pass over `tokens[i]` appended to the sequence `uids[i]`; unknown uids begin a new one.
+        """Run a forward step over `tokens[i]` appended to the sequence `uids[i]`; unknown uids begin new ones.
 
         Returns the logits after the last token of each, fp32 [len(uids), vocabulary]. Raises InvalidRequestError, and
         nothing is changed, if `can_schedule` would say no or a token is outside the vocabulary.
@@ -66,8 +72,8 @@ class RaggedEngine:
             raise
 
     def query(self, uid: int, max_tokens: int, max_blocks: int) -> tuple[int, int]:
-        """How many of `max_tokens` further tokens of a sequence `max_blocks` new blocks would hold, and how many blocks
-        those tokens take.
+        """Return how many of `max_tokens` further tokens of a sequence fit `max_blocks` new blocks, and how many blocks
+        they take.
         """
         sequence = self._sequences.get(uid, _Sequence())
         slots = (len(sequence.blocks) + max_blocks) * self._allocator.block_size
@@ -75,11 +81,11 @@ class RaggedEngine:
         return count, self._missing(sequence, count)
 
     def can_schedule(self, uids: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether `put` would take so many tokens of each."""
+        """Return whether `put` would accept so many tokens of each."""
         return self._refusal(uids, lengths) is None
 
     def flush(self, uid: int) -> None:
-        """Forget a sequence and free its blocks. Raises InvalidRequestError if there is none of that id."""
+        """Forget a sequence and free its blocks. Raises InvalidRequestError for an unknown id."""
         if uid not in self._sequences:
             raise InvalidRequestError(f"there is no sequence {uid} to flush")
         self._allocator.release(self._sequences.pop(uid).blocks)
@@ -105,21 +111,21 @@ class RaggedEngine:
             del self._sequences[uid]
 
     def _missing(self, sequence: _Sequence, count: int) -> int:
-        """New blocks that `count` further tokens take."""
+        """Return the number of new blocks that `count` further tokens take."""
         return self._allocator.blocks_for(sequence.num_tokens + count) - len(sequence.blocks)
 
     def _refusal(self, uids: Sequence[int], lengths: Sequence[int]) -> InvalidRequestError | None:
         if not uids or len(uids) != len(lengths):
             return InvalidRequestError(
-                f"at least one id is wanted, and tokens for each: there are {len(uids)} ids, {len(lengths)} token lists"
+                f"there are {len(uids)} ids and {len(lengths)} token lists: give at least one id, and tokens for each"
             )
         if len(set(uids)) != len(uids):
-            return InvalidRequestError(f"a sequence can be grown once in a step, but {list(uids)} repeats an id")
+            return InvalidRequestError(f"the ids {list(uids)} repeat one: a sequence can be extended once in a step")
         need, budget = 0, self.config.scheduler.max_num_batched_tokens
         for uid, length in zip(uids, lengths, strict=True):
             sequence = self._sequences.get(uid, _Sequence())
             if length < 1:
-                return InvalidRequestError(f"sequence {uid}: at least one token is wanted, not {length}")
+                return InvalidRequestError(f"sequence {uid} gets {length} tokens: give at least one")
             if sequence.num_tokens + length > self.model.plan.max_model_len:
                 limit = self.model.plan.max_model_len
                 return RequestTooLargeError(

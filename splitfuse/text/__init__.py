@@ -1,1 +1,1 @@
-"""TEXT <-> TOKENS, in the process that talks to people."""
+"""Text to tokens and back, in the process that faces the caller."""

@@ -1,4 +1,4 @@
-"""Several asynchronous generators as one. Knows nothing of what they give."""
+"""Merges asynchronous generators into one, whatever they yield."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _Item = TypeVar("_Item")
 
 
 async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerator[_Item, None]:
-    """What all sources give, as it comes. An error of one ends them all, and so does closing. A source goes on when its
-    last item has been dealt with, so that what an item tells of is still as it was.
+    """Yield the items of all sources as they come. An error of one ends them all, and so does closing.
+
+    A source continues only when its last item has been processed, so that what the item describes has not changed yet.
     """
     news: asyncio.Queue[tuple[_Item, asyncio.Event] | Exception | None] = asyncio.Queue()
 

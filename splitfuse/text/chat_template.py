@@ -1,8 +1,8 @@
-"""Chat messages -> the prompt a model was trained on, by the model's own Jinja template.
+"""Turns chat messages into the prompt that a model was trained on, by the model's own Jinja template.
 
-A template comes with the weights, from anybody: it is untrusted code. It runs in Jinja's immutable sandbox, sees plain
-JSON data only, and has a deadline (`within`). What could spend for ever inside one instruction, where no deadline
-reaches it (huge powers and repetitions), is bounded by the sandbox itself; memory otherwise is not bounded.
+A template comes with the weights and is untrusted code. It runs in Jinja's immutable sandbox, sees plain JSON data
+only, and has a deadline (`within`). Operations that could take forever inside one instruction, where no deadline
+reaches them (huge powers and repetitions), are bounded by the sandbox itself; memory otherwise is not bounded.
 The environment is that of transformers' `apply_chat_template`. It must not know of tokens or requests.
 """
 
@@ -28,13 +28,19 @@ _MAX_POWER_BITS = 4096
 
 
 class ChatTemplate:
-    """One template, compiled once; safe to share between threads."""
+    """Renders conversations by one template, compiled once. Safe to share between threads.
+
+    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    >>> template.render([{"role": "user", "content": "Hello"}])
+    'user: Hello'
+    """
 
     def __init__(
         self, source: str | None, special_tokens: Mapping[str, str] | None = None, *, deadline: float = 5.0
     ) -> None:
-        """`special_tokens`, such as `{"bos_token": "<s>"}`, are what the template calls by these names; `deadline` is
-        in seconds. Raises TokenizerError for no template (`source` None), and for one that does not compile in time."""
+        """Compile a template. `special_tokens`, such as `{"bos_token": "<s>"}`, are its variables of these names;
+        `deadline` is in seconds. Raises TokenizerError for no template (`source` None) or one that does not compile.
+        """
         if source is None:
             raise TokenizerError(
                 "the model has no chat template; use plain prompts, or add a chat_template.jinja to its folder"
@@ -47,7 +53,7 @@ class ChatTemplate:
             raise TokenizerError(f"the chat template is broken: {error.message} (line {error.lineno})") from error
         except TimeoutError as error:
             raise TokenizerError(f"the chat template was {error}") from error
-        except Exception as error:  # whatever jinja2 or the Python compiler says of it
+        except Exception as error:  # anything that jinja2 or the Python compiler raises
             raise TokenizerError(f"the chat template cannot be compiled: {error!r}") from error
 
     def render(
@@ -59,7 +65,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text, special tokens written out: encode it with `add_special_tokens=False`.
+        """Return the prompt's text with special tokens written out: encode it with `add_special_tokens=False`.
 
         `variables` are a template's own switches, such as `{"enable_thinking": False}`. Raises InvalidRequestError for
         messages that are malformed or that the template refuses, TokenizerError for a template that breaks the rules.
@@ -77,20 +83,20 @@ class ChatTemplate:
         except _RefusedError as error:
             raise InvalidRequestError(f"the chat template refuses: {error}", parameter="messages") from error
         except (SecurityError, MemoryError, RecursionError) as error:
-            raise TokenizerError(f"the chat template does what no template may: {error!r}") from error
+            raise TokenizerError(f"the chat template did what templates may not: {error!r}") from error
         except TimeoutError as error:
             raise TokenizerError(f"the chat template was {error}") from error
-        except Exception as error:  # as in any program that meets data it was not written for
+        except Exception as error:  # like any program, a template can fail on data it was not written for
             message = f"the chat template cannot render these messages: {error}"
             raise InvalidRequestError(message, parameter="messages") from error
 
 
 class _RefusedError(TemplateError):
-    """The template called raise_exception."""
+    """Raised by a template that calls raise_exception."""
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Plain copies of the messages, without the keys whose value is None (templates test for the key)."""
+    """Return plain copies of the messages, without keys whose value is None (templates test for the key)."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise _malformed("messages must be a non-empty list of objects with role and content", messages)
     for index, message in enumerate(messages):
@@ -108,7 +114,7 @@ def _malformed(wanted: str, found: object) -> InvalidRequestError:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy made of JSON types alone: objects of other kinds have methods that the sandbox does not know."""
+    """Return a copy of JSON types alone: objects of other kinds have methods that the sandbox does not know."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
@@ -116,12 +122,12 @@ def _plain(value: Any, name: str) -> Any:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with bounds on the operators whose result can be huge. Intercepted ones are not precomputed."""
+    """Bounds the operators whose result can be huge. Intercepted operators are not precomputed."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left operator right`, or SecurityError if it would be too large."""
+        """Return `left operator right`. Raises SecurityError if it would be too large."""
         for operand, count in ((left, right), (right, left)):
             if hasattr(operand, "__len__") and isinstance(count, int) and len(operand) * count > _MAX_REPEATED:
                 raise SecurityError(f"a repetition of {len(operand)} x {count} elements")
@@ -136,12 +142,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is what is in it."""
+    """Renders the body of `{% generation %}...{% endgeneration %}`, which marks the model's text for training."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's own body, in a scope of its own."""
+        """Return the block's body, in a scope of its own."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
@@ -164,5 +170,5 @@ def _strftime_now(pattern: str) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is: Jinja's own filter escapes HTML."""
+    """Return plain JSON: Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

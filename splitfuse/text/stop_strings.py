@@ -1,8 +1,8 @@
-"""Stop strings in a stream of text: what may be shown already, and where the output ends.
+"""Finds stop strings in a stream of text: how much may be shown already, and where the output ends.
 
-The output ends with the first character that completes any stop string, whatever comes after: it is the earliest
-moment at which generation can stop. If several are complete there, the longest, which begins earliest, counts. So the
-outcome depends on the text alone, never on how it was cut into pieces or tokens. It must not know of tokens.
+The output ends with the first character that completes any stop string, whatever follows: that is the earliest moment
+at which generation can stop. If several are complete there, the longest, which begins earliest, counts. So the result
+depends on the text alone, never on how it was cut into pieces or tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """Incremental search for several strings at once, one object per output.
+    """Searches one output for several strings at once, incrementally.
 
     Aho and Corasick, "Efficient string matching: an aid to bibliographic search", CACM 1975: a state per beginning of a
-    stop string, a step per character, and the state's depth is just the number of characters to hold back.
+    stop string, a transition per character, and the state's depth is just the number of characters to hold back.
+
+    >>> StopStrings(["END"]).push("a story EN")
+    ('a story ', None)
     """
 
     def __init__(self, stop: Iterable[str]) -> None:
@@ -24,12 +27,12 @@ class StopStrings:
         self._state = 0
         self._held = ""
         self.length = 0
-        """Characters released so far; after a match, where the output ends."""
+        """Number of characters released so far; after a match, the length of the output."""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """What of the text so far may be shown and was not yet; and the stop string, once one is complete.
+        """Return the text that may be shown now and was not yet, and the stop string once one is complete.
 
-        The text before it is then all shown, and nothing may be pushed any more.
+        The text before it is then released, and nothing may be pushed any more.
         """
         automaton = self._automaton
         if automaton.is_empty:
@@ -47,7 +50,7 @@ class StopStrings:
         return self._release(automaton.depth[self._state]), None
 
     def finish(self) -> str:
-        """What was held back because a stop string might have begun there; the output has ended without."""
+        """Return the text that was held back for a stop string, at the end of an output without one."""
         return self._release(0)
 
     def _release(self, keep: int) -> str:
@@ -59,12 +62,12 @@ class StopStrings:
 
 @functools.lru_cache(maxsize=16)
 def _automaton(stop: tuple[str, ...]) -> _Automaton:
-    """Made once for all choices and prompts of a request: nothing changes it after that."""
+    """Return the automaton, built once for all choices and prompts of a request; it is immutable."""
     return _Automaton(stop)
 
 
 class _Automaton:
-    """States are beginnings of stop strings; 0 is the empty one."""
+    """Finds the longest beginning of a stop string that a text ends with: a state, 0 for the empty one."""
 
     def __init__(self, stop: Iterable[str]) -> None:
         self._next: list[dict[str, int]] = [{}]

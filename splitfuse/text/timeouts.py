@@ -1,7 +1,7 @@
-"""Work that takes as long as somebody else's code makes it, with an end: chat templates come from anybody.
+"""Runs untrusted code, such as a chat template, with a timeout.
 
-The deadline works on any thread and in any loop: the work runs on a thread of its own, and when time is up an exception
-is raised there, between two of its instructions. It must not know what the work is.
+The timeout works on any thread and in any loop: the work runs on a thread of its own, and when time is up an exception
+is raised there, between two of its instructions.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ _Result = TypeVar("_Result")
 
 
 class _TimeIsUpError(BaseException):
-    """No Exception, so that nothing on the way out takes it for an error of the work's own."""
+    """Ends the work. It is no Exception, so that the work's own handlers do not catch it."""
 
 
 def within(deadline: float, work: Callable[[], _Result], name: str) -> _Result:
-    """The result of `work`, or what it raised. Raises TimeoutError if it takes longer than `deadline` seconds.
+    """Return the result of `work`, or raise its error. Raises TimeoutError after `deadline` seconds.
 
-    `name` is what the work's thread is called. What spends for ever inside one instruction is left, but not ended.
+    `name` is that of the work's thread. Work that never leaves a single instruction is abandoned, but not ended.
+
+    >>> within(5.0, lambda: template.render(arguments), "chat template")
     """
     outcome: list[_Result | BaseException] = []
 
@@ -46,7 +48,7 @@ def within(deadline: float, work: Callable[[], _Result], name: str) -> _Result:
 
 
 def _end(thread: threading.Thread, outcome: list[_Result | BaseException]) -> None:
-    """Raise in `thread`, until that counts: raised in a callback of the garbage collector it is swallowed there."""
+    """Raise in `thread` until it ends: a callback of the garbage collector swallows what is raised there."""
     while thread.is_alive() and not outcome:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeIsUpError))
         thread.join(_AGAIN_AFTER)

@@ -1,7 +1,4 @@
-"""Single tokens as people see them in log-probabilities: a text, and the bytes it stands for.
-
-A token may be a part of a character only. It must not know of requests.
-"""
+"""Texts and bytes of single tokens, for log-probabilities. A token may be a part of a character only."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ _MAX_REMEMBERED = 65536  # tokens
 
 @dataclass(frozen=True)
 class TokenPiece:
-    """What one token adds to a text. `text` of a token that is no whole characters is `bytes:\\xe2\\x80`, as OpenAI
-    writes it.
+    """Holds what one token adds to a text. A token of incomplete characters has the `text` `bytes:\\xe2\\x80`, as
+    OpenAI writes it.
     """
 
     text: str
@@ -25,14 +22,14 @@ class TokenPiece:
 
 
 class TokenPieces:
-    """The pieces of a vocabulary; each is worked out once. Safe to share between threads."""
+    """Looks up the pieces of a vocabulary and remembers them. Safe to share between threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._before = tokenizer.encode("a", add_special_tokens=False)  # the first word of a text loses its space
         self._length = len(self._decode(()))
         self.of = functools.lru_cache(_MAX_REMEMBERED)(self._of)
-        """`of(token_id)` is its TokenPiece."""
+        """Function of a token id that returns its TokenPiece."""
 
     def _decode(self, token_ids: tuple[int, ...]) -> str:
         return self._tokenizer.decode([*self._before, *token_ids], skip_special_tokens=False)
@@ -51,7 +48,7 @@ class TokenPieces:
 
 
 def _raw_bytes(token: str) -> bytes | None:
-    """The bytes that a vocabulary means by `token`: `<0xE2>`, or characters by which byte-level BPE writes bytes."""
+    """Return the bytes that `token` stands for: `<0xE2>`, or characters by which byte-level BPE writes bytes."""
     if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
         return bytes([int(match[1], 16)])
     alphabet = _byte_alphabet()
@@ -60,7 +57,7 @@ def _raw_bytes(token: str) -> bytes | None:
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """Of byte-level BPE (GPT-2): printable bytes are themselves, the others follow from U+0100 on."""
+    """Return the alphabet of byte-level BPE (GPT-2): printable bytes are themselves, others follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -1,8 +1,7 @@
-"""Text <-> token ids by a model's own `tokenizer.json`, and text out of a growing list of tokens.
+"""Converts text to token ids and back by a model's own `tokenizer.json`, also while the tokens still come.
 
-It decides what a token list reads as, at every moment of a stream. It must not know of requests or of the engine:
-whoever streams keeps one Detokenizer per request. Built on the `tokenizers` library alone; what transformers gives for
-the same files is what this gives. In particular `tokenizer.json` says whether a text begins with the begin token;
+A stream keeps one Detokenizer per request. Built on the `tokenizers` library alone; the results equal those of
+transformers for the same files. In particular `tokenizer.json` says whether a text begins with the begin token;
 `add_bos_token` in `tokenizer_config.json` is for folders without one, and is not read.
 """
 
@@ -23,7 +22,12 @@ _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hug
 
 
 class Tokenizer:
-    """A model's vocabulary and rules. Immutable once made; safe to share between requests and threads."""
+    """Encodes and decodes by a model's vocabulary and rules. Immutable; safe to share between requests and threads.
+
+    >>> tokenizer = Tokenizer.from_source(open_model(None))
+    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+    'Once upon a time'
+    """
 
     def __init__(
         self,
@@ -32,7 +36,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """`special_tokens` are tokens by role, `{"bos_token": "<s>"}`; those in the vocabulary become special there."""
+        """Make `special_tokens`, by role as in `{"bos_token": "<s>"}`, special in the vocabulary where it has them."""
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens = dict(special_tokens or {})
@@ -64,7 +68,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included. A model's own vocabulary may be padded beyond it."""
+        """Return the number of ids, added tokens included. A model's own vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -76,8 +80,8 @@ class Tokenizer:
         return self._role("eos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of `text`. Special tokens written out in it are read as such. Raises InvalidRequestError for text
-        that is no valid Unicode, TokenizerError for text that the vocabulary has no way to express."""
+        """Return the token ids of `text`; special tokens written out in it are read as such. Raises InvalidRequestError
+        for text that is no valid Unicode, TokenizerError for text that the vocabulary cannot express."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -89,12 +93,12 @@ class Tokenizer:
             return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`, with U+FFFD for bytes that make no character. Ids that nobody knows give nothing."""
+        """Return the text of `token_ids`, with U+FFFD for bytes that make no character. Unknown ids give no text."""
         with _library_errors("the tokenizer cannot decode these tokens"):
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, token_id: int) -> str | None:
-        """How the vocabulary writes a token, `"Ġthe"` for example; None for an id that it does not have."""
+        """Return how the vocabulary writes a token, such as `"Ġthe"`; None for an unknown id."""
         return self._backend.id_to_token(token_id)
 
     def _role(self, name: str) -> int | None:
@@ -103,7 +107,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of one request's tokens, as they come. The pieces of `push` and `finish` together are `decode` of all.
+    """Turns the tokens of one request into text as they come. `push` and `finish` together give `decode` of all.
 
     With `prompt_token_ids` the pieces are what the output adds to the prompt's text: decoders drop the space before the
     first word of a text, and a continuation's first word is not that. Leave them out for a reply that stands alone.
@@ -119,10 +123,10 @@ class Detokenizer:
         self._token_ids: list[int] = []
         self._byte_run: list[int] = []
         self.lengths: list[int] = []
-        """Characters of text emitted once each token had come; a character counts with the token that completed it."""
+        """Number of characters emitted after each token; a character counts with the token that completed it."""
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that is certain now and was not before. An incomplete character is held back.
+        """Return the text that is certain now and was not before. An incomplete character is held back.
 
         So is a run of byte tokens (`<0xF0>`) to its end: if a later one spoils it, all of it reads as U+FFFD.
         """
@@ -137,7 +141,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The text still held back, with U+FFFD for bytes that never made a character."""
+        """Return the text still held back, with U+FFFD for bytes that never made a character."""
         before = len(self._decode(self._context))
         rest = self._decode([*self._context, *self._token_ids])[before + self._length :]
         if rest:
@@ -145,7 +149,7 @@ class Detokenizer:
         return rest
 
     def num_tokens(self, length: int) -> int:
-        """How many of the tokens it takes to emit the first `length` characters."""
+        """Return how many of the tokens it takes to emit the first `length` characters."""
         return bisect_left(self.lengths, length) + 1 if length > 0 else 0
 
     @property
@@ -171,7 +175,7 @@ class Detokenizer:
         return known and not (self._skip and token_id in self._tokenizer._special_ids)
 
     def _last_word(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The prompt's last token that reads as text by itself: all that a decoder asks of what came before."""
+        """Return the prompt's last token that reads as text by itself: decoders need no more of what came before."""
         for token_id in reversed(prompt_token_ids):
             text = self._decode([token_id])
             if text and not text.endswith("\ufffd") and token_id not in self._tokenizer._byte_ids:
@@ -181,7 +185,7 @@ class Detokenizer:
 
 @contextmanager
 def _library_errors(message: str) -> Iterator[None]:
-    """Errors of the tokenizers library, panics of its Rust code among them, as TokenizerError."""
+    """Raise errors of the tokenizers library, panics of its Rust code among them, as TokenizerError."""
     try:
         yield
     except BaseException as error:
@@ -191,7 +195,7 @@ def _library_errors(message: str) -> Iterator[None]:
 
 
 def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    """Ids of `<0x00>` to `<0xFF>`, if the decoder reads them as bytes."""
+    """Return the ids of `<0x00>` to `<0xFF>`, if the decoder reads them as bytes."""
     if backend.decoder is None or backend.decoder.decode(["<0x41>"]) != "A":
         return frozenset()
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
@@ -199,14 +203,14 @@ def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every `*_token` of the configuration. Its value is the token, or an object with the token as `content`."""
+    """Return every `*_token` of the configuration, whose value is the token or an object with it as `content`."""
     named = {name: value for name, value in config.items() if name.endswith("_token")}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja`, or the configuration's: one template, or a list of named ones with one called default."""
+    """Return `chat_template.jinja` or the configuration's: one template, or that of a list which is named default."""
     try:
         if (text := source.read_text("chat_template.jinja")) is not None:
             return text

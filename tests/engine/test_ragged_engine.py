@@ -96,11 +96,11 @@ def fill(engine: RaggedEngine, uid: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("uids", "tokens", "message"),
     [
-        pytest.param([], [], "at least one id is wanted, and tokens for each: there are 0 ids, 0", id="nothing"),
-        pytest.param([7, 8], [[1]], "there are 2 ids, 1 token lists", id="fewer-lists-than-ids"),
-        pytest.param([7, 7], [[1], [2]], r"grown once in a step, but \[7, 7\] repeats an id", id="duplicates"),
-        pytest.param([7, 8], [[1], []], "sequence 8: at least one token is wanted, not 0", id="no-token"),
-        pytest.param([7], [[97]], "sequence 7 has the token id 97; the model's go from 0 to 96", id="vocabulary"),
+        pytest.param([], [], "there are 0 ids and 0 token lists: give at least one id", id="nothing"),
+        pytest.param([7, 8], [[1]], "there are 2 ids and 1 token lists", id="fewer-lists-than-ids"),
+        pytest.param([7, 7], [[1], [2]], r"the ids \[7, 7\] repeat one", id="duplicates"),
+        pytest.param([7, 8], [[1], []], "sequence 8 gets 0 tokens: give at least one", id="no-token"),
+        pytest.param([7], [[97]], "sequence 7 has the token id 97, but the model's are from 0 to 96", id="vocabulary"),
         pytest.param([7, 1], [[1], [-1]], "sequence 1 has the token id -1", id="negative-token"),
         pytest.param([7], [[True]], "sequence 7 has the token id True", id="bool"),
         pytest.param([7], [[1.0]], "sequence 7 has the token id 1.0", id="float"),

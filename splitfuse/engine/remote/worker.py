@@ -95,7 +95,7 @@ class Worker:
         assert self._loop is not None
         while (message := receive(self._connection)) is not None:
             self._loop.commands.put(decode_command(message))
-        os._exit(0)  # the front has gone, and nobody waits for what we compute
+        os._exit(0)  # the front is gone, and with it the use of what we compute
 
     def _beat(self) -> None:
         while True:
