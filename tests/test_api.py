@@ -36,7 +36,7 @@ def refusal(pipe: splitfuse.Pipeline, prompts: Any = PROMPT, **keywords: Any) ->
 # Prompts and responses -----------------------------------------------------------------------------------------------
 
 
-def test_a_response_says_everything(pipe: splitfuse.Pipeline) -> None:
+def test_a_response_has_every_field(pipe: splitfuse.Pipeline) -> None:
     [response] = pipe(PROMPT, **READABLE, logprobs=2, prompt_logprobs=0)
     assert str(response) == response.generated_text == pipe.tokenizer.decode(response.token_ids)
     assert response.prompt_length == len(pipe.tokenizer.encode(PROMPT))
@@ -102,7 +102,7 @@ def test_a_pipeline_answers_while_a_stream_is_open(pipe: splitfuse.Pipeline) -> 
     assert text + "".join(piece.text for piece in stream) == wanted
 
 
-def test_a_stream_that_is_dropped_frees_its_blocks(pipe: splitfuse.Pipeline) -> None:
+def test_dropping_a_stream_frees_its_blocks(pipe: splitfuse.Pipeline) -> None:
     stream = pipe([PROMPT] * 3, stream=True, **READABLE)
     next(stream)
     del stream
@@ -197,7 +197,7 @@ def test_lengths(pipe: splitfuse.Pipeline) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_keyword_that_cannot_be_honoured_is_refused_by_its_name(
+def test_an_invalid_keyword_is_refused_by_its_name(
     pipe: splitfuse.Pipeline, keywords: dict[str, Any], message: str
 ) -> None:
     error = refusal(pipe, **keywords)
@@ -216,13 +216,11 @@ def test_a_keyword_that_cannot_be_honoured_is_refused_by_its_name(
         ("return_fulltext", "return_full_text"),
     ],
 )
-def test_an_unknown_keyword_is_refused_with_the_nearest_right_one(
-    pipe: splitfuse.Pipeline, wrong: str, right: str
-) -> None:
+def test_an_unknown_keyword_is_refused_with_the_nearest_one(pipe: splitfuse.Pipeline, wrong: str, right: str) -> None:
     assert str(refusal(pipe, **{wrong: 5})) == f"unknown keyword {wrong!r}; did you mean {right!r}?"
 
 
-def test_an_unknown_setting_is_refused_with_the_nearest_right_one() -> None:
+def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown setting 'block_sizes'; did you mean 'block_size'"):
         splitfuse.pipeline(block_sizes=5)
 
@@ -243,15 +241,13 @@ def test_an_unknown_setting_is_refused_with_the_nearest_right_one() -> None:
     ],
     ids=range(10),
 )
-def test_what_is_no_prompt_is_refused(pipe: splitfuse.Pipeline, prompts: Any, message: str) -> None:
+def test_an_invalid_prompt_is_refused(pipe: splitfuse.Pipeline, prompts: Any, message: str) -> None:
     error = refusal(pipe, prompts)
     assert re.match(message, str(error)), str(error)
 
 
 @pytest.mark.parametrize(("bad", "reason"), [("", "is empty"), ([-1], "token id -1"), (5, "not 5")])
-def test_a_bad_prompt_in_a_list_is_named_by_its_index_and_nothing_runs(
-    pipe: splitfuse.Pipeline, bad: Any, reason: str
-) -> None:
+def test_a_bad_prompt_is_named_by_its_index_and_none_runs(pipe: splitfuse.Pipeline, bad: Any, reason: str) -> None:
     message = str(refusal(pipe, [PROMPT, PROMPT, bad]))
     assert message.startswith("prompt 2: ") and reason in message
 
@@ -267,7 +263,7 @@ def test_random_choice_follows_from_the_keywords(pipe: splitfuse.Pipeline) -> No
     assert params(top_p=0.9, top_k=5, min_p=0.1).top_p == 0.9
 
 
-def test_greedy_is_the_same_however_it_is_said(pipe: splitfuse.Pipeline) -> None:
+def test_every_way_to_ask_for_greedy_is_the_same(pipe: splitfuse.Pipeline) -> None:
     wanted = texts(pipe(PROMPT, max_new_tokens=8))
     for keywords in ({"do_sample": False}, {"temperature": 0}, {"top_k": 1}, {"do_sample": True, "top_k": 1}):
         assert texts(pipe(PROMPT, max_new_tokens=8, **keywords)) == wanted
@@ -306,7 +302,7 @@ def test_stop_token_ids_and_one_stop_string_as_text(pipe: splitfuse.Pipeline) ->
     assert texts(pipe(PROMPT, stop=None, stop_token_ids=None, **READABLE)) == [free.generated_text]
 
 
-def test_an_observer_sees_every_step_and_settings_reach_the_engine() -> None:
+def test_settings_reach_the_engine_and_every_step_is_observed() -> None:
     steps: list[StepRecord] = []
     pipe = splitfuse.pipeline(
         dtype="float32",
@@ -333,6 +329,6 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
     assert len(pipe(PROMPT, max_new_tokens=1)) == 1
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="there is no folder"):
         splitfuse.pipeline(tmp_path / "nothing")

@@ -10,7 +10,7 @@ from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 
 
-def test_flat_settings_find_their_parts() -> None:
+def test_flat_settings_are_sorted_into_their_parts() -> None:
     config = EngineConfig.from_settings({"dtype": "float32", "block_size": 16, "max_num_seqs": 3, "num_blocks": 7})
     assert config == EngineConfig(
         model=ModelConfig(dtype="float32"),
@@ -20,7 +20,7 @@ def test_flat_settings_find_their_parts() -> None:
     assert EngineConfig.from_settings({}) == EngineConfig()
 
 
-def test_no_two_parts_share_a_name_and_every_setting_has_a_sentence_of_help() -> None:
+def test_settings_have_unique_names_and_a_sentence_of_help() -> None:
     names = [field.name for part in PARTS.values() for field in dataclasses.fields(part)]
     assert sorted(names) == sorted(EngineConfig.setting_fields())
     for part, field in EngineConfig.setting_fields().values():
@@ -41,7 +41,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(wrong: str, right: s
         EngineConfig.from_settings({wrong: 1})
 
 
-def test_a_setting_like_none_is_refused_with_the_list() -> None:
+def test_an_unknown_setting_unlike_any_is_refused_with_all() -> None:
     with pytest.raises(ConfigError, match="unknown setting 'zzz'; known: block_size, device, dtype,"):
         EngineConfig.from_settings({"zzz": 1})
 
@@ -120,12 +120,12 @@ def test_times_have_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="itl must be a time"):
         SchedulerConfig(itl=text)
 
 
-def test_a_first_token_may_be_promised_by_the_prompts_length() -> None:
+def test_ttft_may_depend_on_the_length_of_the_prompt() -> None:
     assert SloTargets.parse("2ms/token", "0.1s") == SloTargets(None, 0.1, ttft_per_token=0.002)
     assert SloTargets.parse("2s", None) == SloTargets(2.0, None)
     assert SloTargets.parse(None, None) == SloTargets()

@@ -50,7 +50,7 @@ def test_mii_fault_2_a_full_cache_kills_nothing() -> None:
     pipe.engine.scheduler.check()
 
 
-def test_mii_fault_2_a_prompt_larger_than_the_cache_is_refused_at_once() -> None:
+def test_mii_fault_2_a_prompt_beyond_the_cache_is_refused() -> None:
     pipe = splitfuse.pipeline(dtype="float32", block_size=8, num_blocks=8)
     with pytest.raises(PromptTooLongError, match=r"^prompt 1: the prompt has \d+ tokens, .* at most 64"):
         pipe([PROMPT, PROMPT * 10])
@@ -77,7 +77,7 @@ def test_mii_fault_3_settings_may_be_mixed_in_a_batch(pipe: splitfuse.Pipeline) 
     assert sorted(wanted) == sorted(response.token_ids for response in together)
 
 
-def test_mii_fault_3_one_bad_request_does_not_hang_the_others(pipe: splitfuse.Pipeline) -> None:
+def test_mii_fault_3_a_bad_request_does_not_hang_the_others(pipe: splitfuse.Pipeline) -> None:
     good, bad = pipe.prepare(PROMPT, max_new_tokens=2), pipe.prepare(PROMPT, max_new_tokens=2)
     bad[0] = replace(bad[0], token_ids=(1, 99_999))
     with pytest.raises(InvalidRequestError, match="token id 99999"):
@@ -93,7 +93,7 @@ def test_mii_fault_4_min_new_tokens_does_not_count_the_prompt(pipe: splitfuse.Pi
     assert pipe(PROMPT, min_new_tokens=7, **eager)[0].generated_length == 8
 
 
-def test_mii_fault_5_a_stop_string_may_be_any_text_and_eos_still_counts(pipe: splitfuse.Pipeline) -> None:
+def test_mii_fault_5_any_text_may_stop_and_eos_still_counts(pipe: splitfuse.Pipeline) -> None:
     [free] = pipe(PROMPT, **READABLE)
     text = free.generated_text
     stop = text[1:-1]
@@ -116,7 +116,7 @@ def test_mii_fault_6_streams_keep_spaces_and_their_own_state(pipe: splitfuse.Pip
         assert prompt + text == pipe.tokenizer.decode([*pipe.tokenizer.encode(prompt), *response.token_ids])
 
 
-def test_mii_fault_7_a_long_prompt_begins_before_there_is_room_for_all_of_it() -> None:
+def test_mii_fault_7_a_long_prompt_begins_with_few_blocks() -> None:
     steps: list[StepPlan] = []
     length, size = 1500, 16
     pipe = splitfuse.pipeline(
@@ -133,7 +133,7 @@ def test_mii_fault_7_a_long_prompt_begins_before_there_is_room_for_all_of_it() -
     assert len(steps[0].chunks) == 2, "the long prompt waited for blocks that it did not need yet"
 
 
-def test_mii_fault_9_what_was_missing_is_there(pipe: splitfuse.Pipeline) -> None:
+def test_mii_fault_9_missing_features_are_there(pipe: splitfuse.Pipeline) -> None:
     ids = pipe.tokenizer.encode(PROMPT * 10)
     keywords = {"temperature": 1.0, "seed": 3, "presence_penalty": 0.5, "logprobs": 1, "max_new_tokens": 5}
     computed: list[int] = []
@@ -144,7 +144,7 @@ def test_mii_fault_9_what_was_missing_is_there(pipe: splitfuse.Pipeline) -> None
     assert sum(computed) < 2 * len(ids), "the second prompt was computed anew"
 
 
-def test_mii_fault_10_tied_embeddings_are_read_as_such(pipe: splitfuse.Pipeline) -> None:
+def test_mii_fault_10_tied_embeddings_are_tied(pipe: splitfuse.Pipeline) -> None:
     assert pipe.engine.model.spec.tied_embeddings
     weights = pipe.engine.executor.decoder.weights
     assert weights.head.data_ptr() == weights.embed.data_ptr()

@@ -66,7 +66,7 @@ def test_every_parameter_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_names_the_parameter_and_what_would_be_right(name: str) -> None:
+def test_a_refusal_names_the_parameter_and_valid_values(name: str) -> None:
     for value in REFUSED[name]:
         with pytest.raises(InvalidRequestError, match=f"^{name} must be ") as refusal:
             SamplingParams(**{name: value})
@@ -75,12 +75,12 @@ def test_a_refusal_names_the_parameter_and_what_would_be_right(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_the_whole_range_is_taken(name: str) -> None:
+def test_the_whole_range_is_accepted(name: str) -> None:
     for value in TAKEN[name]:
         assert getattr(SamplingParams(**{name: value}), name) == value
 
 
-def test_min_tokens_must_leave_room_for_max_tokens() -> None:
+def test_min_tokens_must_be_at_most_max_tokens() -> None:
     assert SamplingParams(min_tokens=5, max_tokens=5).min_tokens == 5
     with pytest.raises(InvalidRequestError, match=r"min_tokens must be at most max_tokens \(4\), not 5"):
         SamplingParams(min_tokens=5, max_tokens=4)

@@ -99,7 +99,7 @@ def generate(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
         ),
     ],
 )
-def test_what_the_model_cannot_honour_is_refused_and_changes_nothing(
+def test_a_refused_request_changes_nothing(
     folder: Path, prompt: list[Any], params: dict[str, Any], parameter: str, message: str
 ) -> None:
     engine = load(folder)
@@ -110,7 +110,7 @@ def test_what_the_model_cannot_honour_is_refused_and_changes_nothing(
     assert not engine.has_unfinished and engine.step() == []
 
 
-def test_the_longest_prompt_and_the_largest_max_tokens_are_honoured(folder: Path) -> None:
+def test_the_longest_prompt_and_largest_max_tokens_run(folder: Path) -> None:
     engine = load(folder)
     assert len(generate(engine, [1] * (LIMIT - 1))) == 1
     assert len(generate(engine, [1] * 100, max_tokens=28)) == 28
@@ -176,7 +176,7 @@ def test_a_stop_token_ends_a_request_even_if_eos_is_ignored(folder: Path) -> Non
     assert stopped == free[: free.index(stop) + 1]
 
 
-def test_an_abort_frees_blocks_at_once_and_leaves_the_others_alone(folder: Path) -> None:
+def test_an_abort_frees_blocks_at_once_and_only_its_own(folder: Path) -> None:
     engine = load(folder, num_blocks=40, max_num_seqs=2, enable_prefix_caching=False)
     alone = generate(engine, [3, 1, 4], max_tokens=10)
     engine.add_request("kept", [3, 1, 4], SamplingParams(max_tokens=10))
@@ -207,7 +207,7 @@ def test_an_observer_sees_every_step(folder: Path) -> None:
 # Together ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_of_1000_tokens_never_makes_a_running_generation_wait() -> None:
+def test_a_prompt_of_1000_tokens_never_delays_a_decode() -> None:
     engine = load(BUNDLED_MODEL, max_num_batched_tokens=64)
     rng = Random(1)
     running = {f"g{number}" for number in range(8)}

@@ -48,7 +48,7 @@ def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Decod
 
 
 @pytest.mark.parametrize("family", tiny_models.VARIANTS)
-def test_every_family_is_the_same_network_as_on_the_cpu(family: str, tmp_path: Path) -> None:
+def test_every_family_equals_its_network_on_the_cpu(family: str, tmp_path: Path) -> None:
     tiny_models.save(family, tmp_path)
     seen = []
     for device in ("cpu", "cuda"):
@@ -70,7 +70,7 @@ def test_low_precision_is_near(tmp_path: Path, dtype: torch.dtype) -> None:
     assert (seen[0] - seen[1]).abs().max() <= 8 * torch.finfo(dtype).eps * seen[0].abs().max()
 
 
-def test_the_sampler_chooses_what_it_chooses_on_the_cpu() -> None:
+def test_the_sampler_chooses_as_on_the_cpu() -> None:
     """Coarse logits, so that equal ones are common; a choice may differ where a sum's last digit decides it."""
     rng = random.Random(0)
     logits = (torch.randn(400, 1000, generator=torch.Generator().manual_seed(0)) * 12).round() / 4
@@ -100,7 +100,7 @@ def test_the_sampler_chooses_what_it_chooses_on_the_cpu() -> None:
     assert [each.token_id for each in found] == list(range(10))
 
 
-def test_the_bundled_model_answers_in_a_crowd_as_alone_and_as_on_the_cpu() -> None:
+def test_the_bundled_model_answers_as_alone_and_on_the_cpu() -> None:
     prompts = [f"Mary went to the {place}.\n\nWhere is Mary?" for place in ("kitchen", "garden", "office", "park")] * 8
     wanted = splitfuse.pipeline(dtype="float32", backend="reference")(prompts[:4], max_new_tokens=12)
     pipe = splitfuse.pipeline(dtype="float32", device="cuda", num_blocks=200, block_size=8, max_num_batched_tokens=64)
@@ -118,7 +118,7 @@ def test_the_memory_plan_counts_the_memory_of_the_gpu() -> None:
         Engine.load(EngineConfig.from_settings({"device": "cuda", "num_blocks": 10**9}))
 
 
-def test_what_needs_the_cpu_is_refused_there() -> None:
+def test_settings_that_need_the_cpu_are_refused_on_a_gpu() -> None:
     for settings, reason in (
         ({"quantization": "int8"}, "quantization=int8 needs the C\\+\\+ kernels"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype=int8 needs the C\\+\\+ kernels"),

@@ -140,7 +140,7 @@ PART = [  # precision, requests, budget, block size, threads
 
 @pytest.mark.parametrize(("precision", "count", "budget", "block_size", "threads"), PART)
 @pytest.mark.parametrize("variant", variants())
-def test_a_crowd_changes_no_bit(
+def test_concurrent_requests_change_no_bit(
     variant: str, precision: str, count: int, budget: int, block_size: int, threads: int
 ) -> None:
     count = min(count, SOME if variant == "avx512_bf16" else FEW)
@@ -153,7 +153,7 @@ def test_a_crowd_changes_no_bit(
 @pytest.mark.parametrize("budget", [1, 7, 64, 512])
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("variant", variants())
-def test_a_crowd_of_500_changes_no_bit(
+def test_500_concurrent_requests_change_no_bit(
     variant: str, precision: str, budget: int, block_size: int, threads: int
 ) -> None:
     check(variant, precision, MANY, budget=budget, block_size=block_size, threads=threads)
@@ -163,7 +163,7 @@ def test_a_crowd_of_500_changes_no_bit(
 @pytest.mark.parametrize("budget", [7, 512])
 @pytest.mark.parametrize("precision", ["int8-groups", "int4-groups-of-128", "int8-cache", "int4-int8-cache"])
 @pytest.mark.parametrize("variant", variants())
-def test_a_crowd_of_500_changes_no_bit_in_other_precisions(variant: str, precision: str, budget: int) -> None:
+def test_500_concurrent_requests_in_other_precisions(variant: str, precision: str, budget: int) -> None:
     check(variant, precision, MANY, budget=budget, block_size=32, threads=2)
 
 

@@ -76,7 +76,7 @@ def test_sequences_grown_in_pieces_give_the_logits_of_transformers(
     assert engine.num_free_blocks == NUM_BLOCKS
 
 
-def test_query_says_how_many_tokens_some_blocks_would_hold(engine: RaggedEngine) -> None:
+def test_query_returns_the_tokens_that_blocks_would_hold(engine: RaggedEngine) -> None:
     assert engine.query(1, max_tokens=100, max_blocks=3) == (12, 3)
     assert engine.query(1, max_tokens=5, max_blocks=3) == (5, 2)
     assert engine.query(1, max_tokens=5, max_blocks=0) == (0, 0)
@@ -128,7 +128,7 @@ def test_no_sequence_outgrows_the_model(engine: RaggedEngine) -> None:
     engine.check()
 
 
-def test_when_blocks_are_out_a_flush_makes_room(engine: RaggedEngine) -> None:
+def test_a_flush_frees_blocks_when_none_are_left(engine: RaggedEngine) -> None:
     fill(engine, 1, 120)
     fill(engine, 2, 36)
     assert engine.num_free_blocks == 1
@@ -141,7 +141,7 @@ def test_when_blocks_are_out_a_flush_makes_room(engine: RaggedEngine) -> None:
     engine.check()
 
 
-def test_a_sequence_that_is_not_there_cannot_be_flushed(engine: RaggedEngine) -> None:
+def test_an_unknown_sequence_cannot_be_flushed(engine: RaggedEngine) -> None:
     engine.put([1], [[1]])
     engine.flush(1)
     for uid in (1, 2):

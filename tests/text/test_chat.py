@@ -115,14 +115,14 @@ def test_malformed_messages(messages: Any, message: str) -> None:
     assert caught.value.parameter == "messages"
 
 
-def test_other_inputs_must_be_plain_data_too() -> None:
+def test_tools_and_variables_must_be_plain_data() -> None:
     with pytest.raises(InvalidRequestError, match="variables must be plain JSON data"):
         render(MARKED, variables={"x": object()})
     with pytest.raises(InvalidRequestError, match="tools must be plain JSON data"):
         render(MARKED, tools=[{"x": object()}])
 
 
-def test_what_the_template_refuses_is_the_requests_fault() -> None:
+def test_a_refusal_by_the_template_is_an_invalid_request() -> None:
     with pytest.raises(InvalidRequestError, match="template refuses: roles must be user or assistant, not tool"):
         render(BRACKETED, [{"role": "tool", "content": "x"}])
 
@@ -174,7 +174,7 @@ def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
         render(source)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_deadline.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_timeouts.py
 @pytest.mark.parametrize(
     "source",
     [
@@ -183,7 +183,7 @@ def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
     ],
     ids=["loops", "recursion"],
 )
-def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> None:
+def test_an_endless_template_is_stopped_on_any_thread(source: str) -> None:
     before = threading.active_count()
     template = ChatTemplate(source, deadline=0.2)
     caught: list[Exception] = []
@@ -202,7 +202,7 @@ def test_a_template_that_never_ends_is_stopped_on_any_thread(source: str) -> Non
     assert threading.active_count() == before  # the work has ended too, not only the waiting for it
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_deadline.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_timeouts.py
 def test_a_slow_compilation_is_stopped_too() -> None:
     with pytest.raises(TokenizerError, match="stopped"):
         ChatTemplate("{{ x }}" * 200_000, deadline=0.05)

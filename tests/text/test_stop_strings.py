@@ -53,7 +53,7 @@ def test_holds_back_exactly_what_could_begin_a_stop_string() -> None:
     assert stops.length == len("Hello ENEx\n")
 
 
-def test_mii_fault_a_stop_string_of_many_tokens_matches_across_their_borders() -> None:
+def test_mii_fault_a_stop_string_matches_across_tokens() -> None:
     assert run(["Observation:"], ["Act.\nObs", "erv", "ation", ": no"]) == ("Act.\n", "Observation:", 5)
 
 
@@ -74,7 +74,7 @@ def test_which_match_counts(stop: list[str], text: str, output: str, matched: st
     assert run(stop, list(text)) == (output, matched, len(output))
 
 
-def test_no_stop_strings_step_everything_through() -> None:
+def test_without_stop_strings_all_text_is_released() -> None:
     stops = StopStrings([])
     piece = "any text at all"
     assert stops.push(piece)[0] is piece

@@ -85,7 +85,7 @@ def test_vocabulary_and_special_tokens_as_transformers(folder: Path, tokenizer: 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
 @pytest.mark.parametrize("has_post_processor", [True, False])
-def test_tokenizer_json_alone_decides_about_the_begin_token(
+def test_tokenizer_json_alone_decides_on_the_begin_token(
     tmp_path: Path, add_bos_token: bool, has_post_processor: bool
 ) -> None:
     backend = json.loads(KINDS["byte_level"]().to_str())
@@ -98,7 +98,7 @@ def test_tokenizer_json_alone_decides_about_the_begin_token(
     assert (token_ids[0] == 0) is has_post_processor
 
 
-def test_special_tokens_may_be_objects_and_may_stand_in_the_legacy_map(tmp_path: Path) -> None:
+def test_special_tokens_as_objects_and_in_the_legacy_map(tmp_path: Path) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"bos_token": {"content": BOS, "lstrip": False}, "pad_token": None, "add_bos_token": True})
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS, "bos_token": "other"}))
@@ -229,7 +229,7 @@ def test_text_that_the_vocabulary_cannot_express(tmp_path: Path) -> None:
         Tokenizer.from_source(ModelFolder(tmp_path)).encode("b")
 
 
-def test_decoder_that_panics_is_an_error_like_any_other(tmp_path: Path) -> None:
+def test_a_panic_of_the_decoder_is_a_tokenizer_error(tmp_path: Path) -> None:
     content = {
         "version": "1.0",
         "decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 9},
@@ -283,7 +283,7 @@ def test_prompts_without_text_prime_nothing(byte_fallback: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", ["Hello😀", "Hello\n"])
-def test_a_prompt_that_ends_in_bytes_does_not_mix_with_the_output(byte_fallback: Tokenizer, text: str) -> None:
+def test_a_prompt_ending_in_bytes_does_not_mix_with_output(byte_fallback: Tokenizer, text: str) -> None:
     """The prompt ends with a character spelled in bytes; the output begins with a byte that would spoil the run."""
     prompt = byte_fallback.encode(text)
     spoiler = byte_fallback.encode("😀")[-4:-3]
@@ -328,14 +328,14 @@ def test_mii_fault_stream_state_is_kept_by_thread(byte_level: Tokenizer) -> None
     assert ("".join(pieces[0]), "".join(pieces[1])) == ("😀", "👋")
 
 
-def test_incomplete_bytes_come_out_at_the_end_as_decode_gives_them(byte_level: Tokenizer) -> None:
+def test_incomplete_bytes_come_at_the_end_as_in_decode(byte_level: Tokenizer) -> None:
     token_ids = byte_level.encode("a😀", add_special_tokens=False)[:-1]
     detokenizer = Detokenizer(byte_level)
     assert detokenizer.push(token_ids) == "a"
     assert detokenizer.finish() == byte_level.decode(token_ids)[1:] == "\ufffd"
 
 
-def test_a_run_of_byte_tokens_is_held_until_nothing_can_spoil_it(byte_fallback: Tokenizer) -> None:
+def test_a_run_of_byte_tokens_is_held_until_it_is_certain(byte_fallback: Tokenizer) -> None:
     smile = byte_fallback.encode("😀")[-4:]
     the = byte_fallback.encode("the", add_special_tokens=False)
     detokenizer = Detokenizer(byte_fallback)

@@ -90,7 +90,7 @@ def assert_cut(generation: Generation, free: Free, cut: int) -> None:
 # Stop strings --------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_string_ends_a_text_wherever_tokens_begin_and_end(generator: TextGenerator, free: Free) -> None:
+def test_a_stop_string_ends_a_text_at_any_token_boundary(generator: TextGenerator, free: Free) -> None:
     rng = Random(1)
     stops = set()
     for _ in range(60):
@@ -159,7 +159,7 @@ def test_choices_differ_and_each_is_repeatable(generator: TextGenerator, free: F
     assert results[0][0][1] == free.token_ids  # the first is what n = 1 gives
 
 
-def test_pieces_concatenated_are_the_text_and_the_last_comes_with_the_end(generator: TextGenerator, free: Free) -> None:
+def test_pieces_join_to_the_text_and_the_last_has_the_end(generator: TextGenerator, free: Free) -> None:
     generations = [*add(generator), *add(generator, seed=8, stop=("e", "a")), *add(generator, max_tokens=1, n=2)]
     texts = {generation.request_id: "" for generation in generations}
     ended: set[str] = set()
@@ -175,7 +175,7 @@ def test_pieces_concatenated_are_the_text_and_the_last_comes_with_the_end(genera
     assert texts[generations[0].request_id] == free.text
 
 
-def test_who_stops_listening_aborts_what_is_unfinished(generator: TextGenerator, free: Free) -> None:
+def test_closing_a_stream_aborts_what_is_unfinished(generator: TextGenerator, free: Free) -> None:
     generations = [*add(generator), *add(generator, max_tokens=1), *add(generator, seed=9)]
     stream = generator.stream(generations)
     while generations[1].finish_reason is None or not generations[0].text:
@@ -188,7 +188,7 @@ def test_who_stops_listening_aborts_what_is_unfinished(generator: TextGenerator,
     assert run(generator).text == free.text, "the generator is no longer usable"
 
 
-def test_an_error_of_the_listener_aborts_too(generator: TextGenerator) -> None:
+def test_an_error_while_streaming_aborts_too(generator: TextGenerator) -> None:
     [generation] = add(generator)
 
     def listen() -> None:
@@ -214,7 +214,7 @@ def test_streams_take_turns_and_keep_their_own_state(generator: TextGenerator) -
     assert texts == [own[0].text for own in generations]
 
 
-def test_a_request_ended_behind_a_streams_back_ends_the_stream(generator: TextGenerator) -> None:
+def test_a_request_ended_elsewhere_ends_the_stream(generator: TextGenerator) -> None:
     [ended], [other] = add(generator), add(generator)
     heard = []
     for generation, _ in generator.stream([ended, other]):
@@ -239,7 +239,7 @@ def test_leaving_one_stream_does_not_touch_another(generator: TextGenerator, fre
 
 
 @pytest.mark.parametrize("prompt", ["", 5, None, [1, "a"], [True], [1.0], {"role": "user"}, b"text"])
-def test_what_is_no_prompt_is_refused(generator: TextGenerator, prompt: Any) -> None:
+def test_an_invalid_prompt_is_refused(generator: TextGenerator, prompt: Any) -> None:
     with pytest.raises(InvalidRequestError, match="prompt") as refusal:
         PromptEncoder(generator.tokenizer).encode(prompt)
     assert refusal.value.parameter == "prompt"

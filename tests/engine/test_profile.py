@@ -38,12 +38,12 @@ def config(**settings: Any) -> EngineConfig:
     return EngineConfig.from_settings(settings)
 
 
-def test_a_device_that_is_not_there_has_no_identity() -> None:
+def test_a_missing_device_has_no_identity() -> None:
     with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used"):
         identify(config(device="cuda:99"))
 
 
-def test_it_is_kept_for_the_settings_that_matter_and_found_again(cache: Path) -> None:
+def test_a_calibration_is_found_by_the_settings_that_matter(cache: Path) -> None:
     identity = identify(config())
     assert cache_path(identity).is_relative_to(cache / "splitfuse")
     save(CALIBRATION, cache_path(identity))
@@ -63,7 +63,7 @@ def test_a_file_with_something_else_is_refused(text: str, tmp_path: Path) -> Non
         load(file)
 
 
-def test_a_real_model_is_timed_and_its_error_is_told() -> None:
+def test_profiling_a_real_model_reports_the_fit_error() -> None:
     calibration, checked = run_calibration(config(), seconds=0.5, progress=False)
     cost = calibration.cost
     assert cost.error is not None and cost.error.num_samples == len(checked) > 10
@@ -79,7 +79,7 @@ def test_a_real_model_is_timed_and_its_error_is_told() -> None:
 
 @pytest.mark.parametrize("short", [0.05, 0.3])
 @pytest.mark.parametrize("long", [0.05, 0.1])
-def test_the_scatter_of_equal_steps_is_that_of_most_not_of_those_run_most(long: float, short: float) -> None:
+def test_noise_is_that_of_most_steps_not_of_those_run_most(long: float, short: float) -> None:
     random = Random(0)
 
     def timed(case: Case, deviation: float, runs: int) -> Timed:
@@ -144,7 +144,7 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 
 
-def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_with_slos_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "SECONDS_AT_START", 0.5)
     stages: list[str] = []
     settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
@@ -166,7 +166,7 @@ def test_an_engine_that_promises_is_calibrated_once(monkeypatch: pytest.MonkeyPa
     assert sum(len(output.token_ids) for output in outputs) == 4
 
 
-def test_an_engine_without_promises_refuses_targets_and_is_not_calibrated() -> None:
+def test_an_engine_without_slos_refuses_targets() -> None:
     engine = Engine.load(config(num_blocks=200))
     with pytest.raises(InvalidRequestError, match="SLO scheduling is disabled"):
         engine.add_request(

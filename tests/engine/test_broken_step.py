@@ -111,7 +111,7 @@ def test_engines_that_share_a_model_share_no_cache(model: LoadedModel) -> None:
     assert before.shape == (1, model.spec.vocab_size)
 
 
-def test_a_stream_of_what_has_ended_ends(model: LoadedModel) -> None:
+def test_streaming_an_ended_generation_ends_at_once(model: LoadedModel) -> None:
     pipe = splitfuse.Pipeline(Engine(CONFIG, model), splitfuse.pipeline().tokenizer)
     prompt = pipe.generator.encode(PROMPTS[0])
     generations = pipe.generator.add(prompt, splitfuse.SamplingParams(max_tokens=3, ignore_eos=True))
@@ -120,6 +120,6 @@ def test_a_stream_of_what_has_ended_ends(model: LoadedModel) -> None:
     assert generations[0].finish_reason is FinishReason.LENGTH
 
 
-def test_more_min_tokens_than_there_is_room_for_are_refused(model: LoadedModel) -> None:
+def test_min_tokens_beyond_the_model_length_are_refused(model: LoadedModel) -> None:
     with pytest.raises(splitfuse.InvalidRequestError, match="min_tokens 500 with a prompt of 3 tokens"):
         Engine(CONFIG, model).add_request("a", [1, 2, 3], splitfuse.SamplingParams(min_tokens=500))

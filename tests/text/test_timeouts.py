@@ -14,14 +14,14 @@ def spin(*_: object) -> None:
         pass
 
 
-def test_the_result_and_the_error_are_those_of_the_work() -> None:
+def test_returns_the_result_and_raises_the_error_of_the_work() -> None:
     assert within(20.0, lambda: 7, "work") == 7
     with pytest.raises(KeyError, match="nothing"):
         within(20.0, lambda: {}["nothing"], "work")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the first exception: nobody gets it
-def test_an_exception_that_a_callback_swallows_is_raised_again() -> None:
+def test_an_exception_swallowed_by_a_callback_is_raised_again() -> None:
     class Thing:
         pass
 

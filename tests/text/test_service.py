@@ -71,7 +71,7 @@ async def read(pieces: AsyncGenerator[tuple[Generation, str], None]) -> dict[int
 
 
 @pytest.mark.parametrize("stop", [(), ("the", "no such thing")])
-def test_a_generation_is_what_pipeline_gives(pipe: splitfuse.Pipeline, stop: tuple[str, ...]) -> None:
+def test_a_generation_equals_that_of_pipeline(pipe: splitfuse.Pipeline, stop: tuple[str, ...]) -> None:
     params = SamplingParams(max_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
 
     async def work(service: TextService) -> None:
@@ -90,7 +90,7 @@ def test_a_generation_is_what_pipeline_gives(pipe: splitfuse.Pipeline, stop: tup
     with_service(work)
 
 
-def test_a_chat_is_what_pipeline_gives(pipe: splitfuse.Pipeline) -> None:
+def test_a_chat_equals_that_of_pipeline(pipe: splitfuse.Pipeline) -> None:
     messages = [{"role": "user", "content": "Tell me of Anna."}]
 
     async def work(service: TextService) -> None:
@@ -160,7 +160,7 @@ def test_a_refused_choice_ends_the_others() -> None:
     with_service(work)
 
 
-def test_an_engine_that_is_closed_ends_all() -> None:
+def test_closing_the_engine_ends_all_generations() -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
         with pytest.raises(EngineDiedError):
@@ -175,7 +175,7 @@ def test_an_engine_that_is_closed_ends_all() -> None:
     asyncio.run(run())
 
 
-def test_long_texts_and_templates_are_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_and_templates_run_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(service: TextService) -> None:
         threads: list[threading.Thread] = []
         encode = service.tokenizer.encode
@@ -196,7 +196,7 @@ def test_long_texts_and_templates_are_off_the_loop(monkeypatch: pytest.MonkeyPat
     with_service(work)
 
 
-def test_what_a_template_refuses_and_a_model_without_one() -> None:
+def test_a_refusing_template_and_a_model_without_one() -> None:
     async def work(service: TextService) -> None:
         with pytest.raises(InvalidRequestError, match="the roles of this model are"):
             await service.encode_chat([{"role": "robot", "content": "Hi"}])
@@ -257,7 +257,7 @@ def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
         assert bool(broken) == (text is not texts[0])
 
 
-def test_a_template_that_fails_is_the_requests_mistake() -> None:
+def test_a_failing_template_is_an_invalid_request() -> None:
     tokenizer = Tokenizer.from_source(open_model(None))
     tokenizer.chat_template = "{{ 2 ** 100000 }}"
     service = TextService(cast(AsyncEngine, None), tokenizer)

@@ -111,7 +111,7 @@ def requests(count: int) -> list[tuple[tuple[int, ...], SamplingParams]]:
 
 
 @pytest.mark.parametrize("make", CLIENTS)
-def test_a_crowd_gets_what_a_pipeline_gives(make: Callable[[], EngineClient]) -> None:
+def test_concurrent_requests_equal_those_of_pipeline(make: Callable[[], EngineClient]) -> None:
     asked = requests(32)
     pipe = splitfuse.pipeline(**SETTINGS)
     wanted = [
@@ -135,7 +135,7 @@ def test_a_crowd_gets_what_a_pipeline_gives(make: Callable[[], EngineClient]) ->
 
 
 @pytest.mark.parametrize("make", CLIENTS)
-def test_whoever_closes_a_stream_frees_its_blocks(make: Callable[[], EngineClient]) -> None:
+def test_closing_a_stream_frees_its_blocks(make: Callable[[], EngineClient]) -> None:
     async def test() -> None:
         async with running(make()) as client:
             streams = [client.open(Add(str(i), PROMPT, LONG)) for i in range(20)]
@@ -172,7 +172,7 @@ def test_a_stop_string_ends_the_request(make: Callable[[], EngineClient]) -> Non
 
 
 @pytest.mark.parametrize("make", CLIENTS)
-def test_a_client_tells_the_limits_and_opens_only_while_ready(make: Callable[[], EngineClient]) -> None:
+def test_a_client_has_limits_and_opens_only_while_ready(make: Callable[[], EngineClient]) -> None:
     async def test() -> None:
         client = make()
         with pytest.raises(EngineDiedError):
@@ -252,7 +252,7 @@ def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
     run(test())
 
 
-def test_a_process_that_hangs_is_found_and_says_where(
+def test_a_hanging_process_is_found_and_its_stacks_logged(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
@@ -282,9 +282,7 @@ def test_a_step_that_does_not_end_is_a_hang() -> None:
         ({"kernels": "avx2", "dtype": "float32"}, ConfigError, "they compute in bfloat16"),
     ],
 )
-def test_what_keeps_an_engine_from_starting_is_said(
-    settings: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_start_raises_what_prevents_it(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     async def test() -> None:
         client = SubprocessEngine(EngineConfig.from_settings(settings))
         with pytest.raises(error, match=message):
@@ -310,7 +308,7 @@ def test_a_process_leaves_nothing_behind() -> None:
     run(test())
 
 
-def test_a_process_that_is_closed_while_it_starts_leaves_no_complaint() -> None:
+def test_closing_a_starting_process_logs_nothing() -> None:
     async def start_and_close() -> None:
         client = SubprocessEngine(CONFIG)
         starting = asyncio.create_task(client.start())
@@ -332,7 +330,7 @@ def test_a_process_that_is_closed_while_it_starts_leaves_no_complaint() -> None:
 # --- a router ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_others_go_on_when_a_replica_dies() -> None:
+def test_other_replicas_continue_when_one_dies() -> None:
     async def test() -> None:
         mortal, other = SubprocessEngine(CONFIG), in_thread()
         async with running(Router([mortal, other])) as router:
@@ -353,7 +351,7 @@ def test_the_others_go_on_when_a_replica_dies() -> None:
     run(test())
 
 
-def test_a_replica_that_says_nothing_is_left_alone() -> None:
+def test_a_silent_replica_gets_no_requests() -> None:
     async def test() -> None:
         stopped, other = SubprocessEngine(CONFIG), in_thread()
         async with running(Router([stopped, other])) as router:
@@ -372,7 +370,7 @@ def test_a_replica_that_says_nothing_is_left_alone() -> None:
     run(test())
 
 
-def test_equal_beginnings_go_where_they_are_known() -> None:
+def test_equal_prefixes_go_to_the_replica_that_cached_them() -> None:
     async def test() -> None:
         async with running(behind_router()) as router:
             params = SamplingParams(max_tokens=1)
@@ -444,7 +442,7 @@ def test_messages_survive_the_wire() -> None:
         assert decode_report(encode(report)) == report
 
 
-def test_nothing_else_is_a_message() -> None:
+def test_anything_else_is_no_message() -> None:
     rng = random.Random(7)
     for _ in range(300):
         for decode in (decode_command, decode_report):
@@ -454,7 +452,7 @@ def test_nothing_else_is_a_message() -> None:
         decode_command(encode(Failed("a report is no command")))
 
 
-def test_frames() -> None:
+def test_messages_are_framed_by_their_length() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for message in (b"", b"abc", bytes(100_000)):
