@@ -113,8 +113,8 @@ def test_engines_that_share_a_model_share_no_cache(model: LoadedModel) -> None:
 
 def test_streaming_an_ended_generation_ends_at_once(model: LoadedModel) -> None:
     pipe = splitfuse.Pipeline(Engine(CONFIG, model), splitfuse.pipeline().tokenizer)
-    prompt = pipe.generator.encode(PROMPTS[0])
-    generations = pipe.generator.add(prompt, splitfuse.SamplingParams(max_tokens=3, ignore_eos=True))
+    (request,) = pipe.prepare([PROMPTS[0]], max_new_tokens=3, ignore_eos=True)
+    generations = pipe.generator.add(request)
     assert list(pipe.generator.stream(generations))
     assert list(pipe.generator.stream(generations)) == []
     assert generations[0].finish_reason is FinishReason.LENGTH
