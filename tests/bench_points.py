@@ -1,4 +1,4 @@
-"""Results of a load with known figures, for the tests of what is made of them."""
+"""Results with known figures, for the tests of tables and reports."""
 
 from splitfuse.bench.results import Point, RequestRecord, Results
 

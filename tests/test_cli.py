@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every way in, every way out, and a sentence for every mistake."""
+"""The command line: inputs, outputs and error messages of `generate` and `plan-memory`."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def texts(ended: Ended) -> list[str]:
 # Prompts in, answers out ---------------------------------------------------------------------------------------------
 
 
-def test_prompts_as_arguments_and_a_line_of_json_for_each(run: Run, pipe: splitfuse.Pipeline) -> None:
+def test_prompts_as_arguments_print_json_lines(run: Run, pipe: splitfuse.Pipeline) -> None:
     ended = run("generate", PROMPT, "Once", *READABLE, "--logprobs", 1)
     assert (ended.status, ended.err) == (0, "")
     assert texts(ended) == expected(pipe, [PROMPT, "Once"])
@@ -108,7 +108,7 @@ def test_every_sampling_flag_is_a_keyword(run: Run, pipe: splitfuse.Pipeline) ->
     assert [a["text"] for a in sorted(ended.answers, key=lambda a: a["choice"])] == wanted
 
 
-def test_a_text_file_is_one_prompt_or_with_lines_several(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
+def test_text_file_is_one_prompt_or_a_prompt_per_line(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("Once upon\u2028a time\n\nErik plays\n", encoding="utf-8")
     assert texts(run("generate", "--input", file, *READABLE)) == expected(pipe, ["Once upon\u2028a time\n\nErik plays"])
@@ -117,12 +117,12 @@ def test_a_text_file_is_one_prompt_or_with_lines_several(run: Run, pipe: splitfu
     )
 
 
-def test_standard_input_is_read_if_there_is_no_other(run: Run, pipe: splitfuse.Pipeline) -> None:
+def test_standard_input_is_the_default(run: Run, pipe: splitfuse.Pipeline) -> None:
     assert texts(run("generate", *READABLE, stdin=f"{PROMPT}\n")) == expected(pipe, [PROMPT])
     assert texts(run("generate", "--input", "-", "--lines", *READABLE, stdin="{a\nb\n")) == expected(pipe, ["{a", "b"])
 
 
-def test_a_jsonl_line_has_keywords_of_its_own(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
+def test_jsonl_line_has_its_own_keywords(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "Who\u2028plays?"}]
     requests: list[dict[str, Any]] = [
         {"prompt": PROMPT},
@@ -166,7 +166,7 @@ BAD_LINES = {
 }
 
 
-def test_bad_lines_are_told_in_their_place_and_the_others_answered(run: Run, pipe: splitfuse.Pipeline) -> None:
+def test_bad_lines_fail_alone(run: Run, pipe: splitfuse.Pipeline) -> None:
     lines = [*BAD_LINES, json.dumps({"prompt": PROMPT})]
     ended = run("generate", "--input", "-", *READABLE, stdin="\n".join(lines))
     assert (ended.status, ended.err) == (1, "")
@@ -179,7 +179,7 @@ def test_bad_lines_are_told_in_their_place_and_the_others_answered(run: Run, pip
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_setting_and_every_sampling_flag(run: Run) -> None:
+def test_help_lists_all_settings_and_sampling_flags(run: Run) -> None:
     shown = run("generate", "--help")
     assert shown.status == 0
     for name in [*EngineConfig.setting_fields(), *SAMPLING_FLAGS]:
@@ -202,13 +202,13 @@ def test_help_lists_every_setting_and_every_sampling_flag(run: Run) -> None:
     ],
     ids=["misspelt", "no-number", "unknown", "no-command"],
 )
-def test_a_flag_that_is_none_ends_with_status_2(run: Run, arguments: list[str], message: str) -> None:
+def test_unknown_flag_ends_with_status_2(run: Run, arguments: list[str], message: str) -> None:
     ended = run(*arguments)
     assert (ended.status, ended.out) == (2, "")
     assert message in ended.err and "Usage: " in ended.err and "Traceback" not in ended.err
 
 
-def test_prompts_that_are_missing_double_or_unreadable(run: Run, tmp_path: Path) -> None:
+def test_missing_double_and_unreadable_prompts(run: Run, tmp_path: Path) -> None:
     run("generate").assert_mistake("no prompt: standard input is empty")
     run("generate", "hi", "--input", "x.txt").assert_mistake("prompts as arguments and --input are mutually exclusive")
     run("generate", "--input", tmp_path / "no.txt").assert_mistake("no.txt cannot be read: ")
@@ -220,7 +220,7 @@ def test_prompts_that_are_missing_double_or_unreadable(run: Run, tmp_path: Path)
 
 
 class Terminal(io.StringIO):
-    """Standard input at which somebody could type, and does not."""
+    """A terminal as standard input, which must not be read."""
 
     def isatty(self) -> bool:
         return True
@@ -229,7 +229,7 @@ class Terminal(io.StringIO):
         raise AssertionError("the terminal was read")
 
 
-def test_a_terminal_without_a_prompt_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_input_without_a_prompt_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal())
     run("generate", stdin=None).assert_mistake("no prompt: give one as an argument")
 
@@ -265,7 +265,7 @@ def model_folder(path: Path, kind: str) -> None:
         ("no-tokenizer", "has no tokenizer.json"),
     ],
 )
-def test_a_broken_model_is_named_in_one_line(run: Run, tmp_path: Path, kind: str, sentence: str) -> None:
+def test_broken_model_is_reported_in_one_line(run: Run, tmp_path: Path, kind: str, sentence: str) -> None:
     model_folder(tmp_path, kind)
     ended = run("generate", "hi", "--model", tmp_path)
     ended.assert_mistake(sentence)
@@ -274,14 +274,14 @@ def test_a_broken_model_is_named_in_one_line(run: Run, tmp_path: Path, kind: str
         assert "LlamaForCausalLM" in ended.err, "the architectures that would do are not listed"
 
 
-def test_settings_that_cannot_be_honoured(run: Run) -> None:
+def test_unsupported_settings_are_rejected(run: Run) -> None:
     run("generate", "hi", "--max-num-seqs", 0).assert_mistake("max_num_seqs must be at least 1, not 0")
     run("generate", "hi", "--dtype", "int3").assert_mistake("dtype must be one of auto, bfloat16")
     run("generate", "hi", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
     run("generate", "hi", "--num-blocks", 10**9).assert_mistake("does not fit", "need", "have", "num_blocks=")
 
 
-def test_plan_memory_prints_need_and_have_and_loads_nothing(run: Run, tmp_path: Path) -> None:
+def test_plan_memory_prints_need_and_have_without_loading(run: Run, tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to(BUNDLED_MODEL / "config.json")
     ended = run("plan-memory", "--model", tmp_path, "--num-blocks", 100)
     assert (ended.status, ended.err) == (0, "")
@@ -357,13 +357,13 @@ def on_terminal(*arguments: str, stdin: str = "") -> Ended:
     return Ended(process.returncode, shown.decode().replace("\r\n", "\n"), err)
 
 
-def test_a_terminal_sees_the_text_of_one_answer_as_it_comes(pipe: splitfuse.Pipeline) -> None:
+def test_one_answer_streams_to_a_terminal(pipe: splitfuse.Pipeline) -> None:
     ended = on_terminal("generate", PROMPT, *READABLE)
     assert (ended.status, ended.err) == (0, "")
     assert [ended.out.removesuffix("\n")] == expected(pipe, [PROMPT])
 
 
-def test_a_terminal_sees_several_answers_each_whole_under_its_number(pipe: splitfuse.Pipeline) -> None:
+def test_several_answers_on_a_terminal_are_numbered(pipe: splitfuse.Pipeline) -> None:
     lines = [{"prompt": ""}, {"prompt": PROMPT, "n": 2}]
     ended = on_terminal("generate", *READABLE, stdin="\n".join(map(json.dumps, lines)))
     assert (ended.status, ended.err) == (
@@ -374,7 +374,7 @@ def test_a_terminal_sees_several_answers_each_whole_under_its_number(pipe: split
     assert ended.out == f"[2] {first}\n[2] {second}\n"
 
 
-def test_ctrl_c_in_the_middle_ends_with_a_line_and_status_130() -> None:
+def test_ctrl_c_ends_with_status_130() -> None:
     process = start("generate", stdin=jsonl([1] + [1900] * 16), command=COMMAND_THAT_HEEDS_CTRL_C)
     assert process.stdout is not None and json.loads(process.stdout.readline())["generated_tokens"] == 1
     process.send_signal(signal.SIGINT)
@@ -383,7 +383,7 @@ def test_ctrl_c_in_the_middle_ends_with_a_line_and_status_130() -> None:
     assert all(json.loads(line) for line in out.splitlines())
 
 
-def test_a_closed_pipe_ends_quietly() -> None:
+def test_closed_pipe_ends_quietly() -> None:
     process = start("generate", stdin=jsonl([1, *range(20, 40)]))
     assert process.stdout is not None and process.stderr is not None
     assert json.loads(process.stdout.readline())["generated_tokens"] == 1
@@ -391,7 +391,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
-def test_a_mistake_in_a_process_of_its_own_has_no_traceback() -> None:
+def test_error_in_a_subprocess_has_no_traceback() -> None:
     process = start("generate", "hi", "--model", "/no/such/folder")
     out, err = process.communicate()
     Ended(process.returncode, out, err).assert_mistake("there is no folder /no/such/folder")

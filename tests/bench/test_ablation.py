@@ -1,4 +1,4 @@
-"""The ablation of policies: the budget of each, the turns on a real engine, the ratios."""
+"""benchmarks/policies.py: the budget of each policy, turns on a real engine, ratios."""
 
 import json
 import math
@@ -33,7 +33,7 @@ PLAN = policies.Plan(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_budget_of_a_policy_is_as_good_as_any_with_the_shortest_gaps(policy: str) -> None:
+def test_best_budget_has_the_lowest_itl_among_equals(policy: str) -> None:
     calibration = MACHINES["a100-70b"]
     best = policies.best_budget(PLAN, calibration, policy)
     kept, gaps = {}, {}
@@ -61,7 +61,7 @@ def test_policies_take_turns_on_one_real_engine(tmp_path: Path) -> None:
         assert load(tmp_path / f"{policy}.json") == result
 
 
-def test_ratios_are_of_equal_loads_and_nothing_of_nothing_is_none() -> None:
+def test_ratios_compare_equal_loads() -> None:
     slower = replace(RESULTS, points=(point(2, 2.0), point(8, 8.0)))
     found = list(policies.ratios({policies.OURS: rows(slower), "static": rows(RESULTS)}))
     latency = {each.where: each.value for each in found if each.figure == "latency"}
@@ -71,7 +71,7 @@ def test_ratios_are_of_equal_loads_and_nothing_of_nothing_is_none() -> None:
     assert policies.quotient(1.0, 0.0) == math.inf and math.isnan(policies.quotient(0.0, 0.0))
 
 
-def test_the_command_simulates_a_published_machine(
+def test_command_simulates_a_published_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (

@@ -1,4 +1,4 @@
-"""`splitfuse bench` as a user meets it: from flags to a table, a file and a page; a sentence for every mistake."""
+"""`splitfuse bench`: flags, table, results file, report and error messages."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def run() -> Run:
     return lambda *flags: CliRunner().invoke(app, ["bench", *map(str, flags)])
 
 
-def test_an_engine_here_and_its_page(run: Run, tmp_path: Path) -> None:
+def test_engine_in_this_process_and_report(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     flags = ("--num-blocks", 400, "--max-num-batched-tokens", 128, "--about", "price=3")
     ended = run("run", "--clients", "1,3", *SMALL, "--sla", "2", *flags, "--out", out)
@@ -44,7 +44,7 @@ def test_an_engine_here_and_its_page(run: Run, tmp_path: Path) -> None:
     assert "<h1>Twice</h1>" in page.read_text(encoding="utf-8")
 
 
-def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
+def test_server_with_each_workload(run: Run, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [{"at": 10 + i / 50, "prompt_tokens": 20 + i, "generate": 3} for i in range(6)]
     trace.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -94,18 +94,18 @@ def test_a_server_and_each_workload(run: Run, tmp_path: Path) -> None:
         (("--prefix", 3000, "--num-blocks", 400), "--prefix 3000 must be between 1 and 2046"),
     ],
 )
-def test_mistakes_end_in_a_sentence(run: Run, flags: tuple[object, ...], sentence: str) -> None:
+def test_errors_have_a_message(run: Run, flags: tuple[object, ...], sentence: str) -> None:
     ended = run("run", *flags)
     assert ended.exit_code == 1 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("splitfuse: ") and sentence in ended.stderr
 
 
-def test_keys_are_not_kept() -> None:
+def test_api_keys_are_not_stored() -> None:
     shown = without_keys(["bench", "run", "--api-key", "secret", "--api-key=secret", "--url", "http://a"])
     assert shown == ["bench", "run", "--api-key", "...", "--api-key=...", "--url", "http://a"]
 
 
-def test_reports_of_nothing(run: Run, tmp_path: Path) -> None:
+def test_report_rejects_files_without_results(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text("{}", encoding="utf-8")
     for flags, sentence in (

@@ -1,4 +1,4 @@
-"""Servers over HTTP: ours, and the ways in which others tell of their tokens, from a real socket."""
+"""Endpoints over real sockets: our server, and the ways in which other servers report tokens."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ def server() -> Any:
         yield server
 
 
-def test_our_server_tells_ids(server: RunningServer) -> None:
+def test_our_server_returns_token_ids(server: RunningServer) -> None:
     endpoint = Endpoint(server.url)
     answer = asyncio.run(answer_of(endpoint, asked(PROMPT, 9)))
     assert (answer.error, answer.num_prompt_tokens, len(answer.token_times)) == (None, 5, 9)
@@ -50,7 +50,7 @@ def test_our_server_tells_ids(server: RunningServer) -> None:
     assert (endpoint.room, endpoint.about["model"]) == (2048, "storyteller")
 
 
-def test_a_load_on_our_server(server: RunningServer) -> None:
+def test_load_on_our_server(server: RunningServer) -> None:
     async def run() -> None:
         endpoint = Endpoint(server.url, vocab_size=3072)
         await endpoint.start()
@@ -62,12 +62,12 @@ def test_a_load_on_our_server(server: RunningServer) -> None:
     server.assert_idle()
 
 
-def test_a_refused_request_says_why(server: RunningServer) -> None:
+def test_rejected_request_has_the_reason(server: RunningServer) -> None:
     answer = asyncio.run(answer_of(Endpoint(server.url), asked(PROMPT, 5000)))
     assert answer.error is not None and "max_tokens" in answer.error and not answer.token_times
 
 
-def test_mistakes_end_in_a_sentence(server: RunningServer) -> None:
+def test_errors_have_a_message(server: RunningServer) -> None:
     for endpoint, sentence in (
         (Endpoint("http://127.0.0.1:1"), "no server answers at 127.0.0.1:1"),
         (Endpoint(server.url, model="gpt"), "does not serve model 'gpt', only storyteller"),
@@ -80,7 +80,7 @@ def test_mistakes_end_in_a_sentence(server: RunningServer) -> None:
             Endpoint(url)
 
 
-def test_a_server_with_keys() -> None:
+def test_server_with_api_keys() -> None:
     with running_server(ServerConfig(api_key=("secret",)), num_blocks=200) as locked:
         with pytest.raises(ServerError, match="requires an API key"):
             asyncio.run(Endpoint(locked.url).start())
@@ -196,7 +196,7 @@ def with_other(events: Events, act: Callable[[Endpoint], Awaitable[Any]], **mode
         (llama_cpp, "timings with each event", 5),
     ],
 )
-def test_tokens_are_counted_as_the_server_tells(events: Events, told: str, distinct: int) -> None:
+def test_tokens_are_counted_as_the_server_reports(events: Events, told: str, distinct: int) -> None:
     async def act(endpoint: Endpoint) -> None:
         answer = await answer_of(endpoint, asked(PROMPT, 10))
         assert endpoint.about["token_times"] == told
@@ -207,7 +207,7 @@ def test_tokens_are_counted_as_the_server_tells(events: Events, told: str, disti
     with_other(events, act)
 
 
-def test_what_llama_cpp_says_of_itself() -> None:
+def test_llama_cpp_reports_context_and_vocabulary() -> None:
     async def act(endpoint: Endpoint) -> None:
         await endpoint.start()
         assert (endpoint.room, endpoint.vocabulary) == (1280, TokenIds(32000))
@@ -215,7 +215,7 @@ def test_what_llama_cpp_says_of_itself() -> None:
     with_other(llama_cpp, act, meta={"n_vocab": 32000, "n_ctx_train": 4096})
 
 
-def test_a_server_that_takes_texts_only() -> None:
+def test_server_without_token_ids() -> None:
     async def act(endpoint: Endpoint) -> None:
         answer = await answer_of(endpoint, asked("one two three", 10))
         assert endpoint.vocabulary == Words(2.0) and endpoint.about["prompts"] == "text"
@@ -224,7 +224,7 @@ def test_a_server_that_takes_texts_only() -> None:
     with_other(no_ids, act)
 
 
-def test_conversations_are_texts_where_answers_come_as_text() -> None:
+def test_conversations_are_text_if_answers_are() -> None:
     async def act(endpoint: Endpoint) -> None:
         await endpoint.start()
         assert (endpoint.vocabulary, endpoint.answer_vocabulary) == (TokenIds(1000), Words(2.0))
@@ -237,31 +237,31 @@ def test_conversations_are_texts_where_answers_come_as_text() -> None:
     with_other(continuous_usage, act)
 
 
-def test_a_stream_of_something_else() -> None:
+def test_malformed_event() -> None:
     with pytest.raises(RequestFailedError, match="malformed event in the stream"):
         with_other(lambda _: [{"choices": 3}], Endpoint.start)
 
 
-def test_a_server_that_does_not_count() -> None:
+def test_server_without_token_counts() -> None:
     with pytest.raises(ServerError, match="reports neither token ids nor usage"):
         with_other(no_counts, Endpoint.start)
 
 
-def test_a_server_that_refuses_everything() -> None:
+def test_server_that_rejects_everything() -> None:
     with pytest.raises(
         ServerError, match="rejects even the simplest stream of completions: status 400: unknown parameter"
     ):
         with_other(lambda _: None, Endpoint.start)
 
 
-def test_answers_that_are_too_short_or_break_are_errors() -> None:
+def test_short_or_broken_answers_are_errors() -> None:
     for events, why in ((stops_early, "8 tokens arrived instead of 20"), (breaks, "the engine died")):
         answer = with_other(events, lambda endpoint: answer_of(endpoint, asked(PROMPT, 20)))
         assert answer.error == why
 
 
 @given(st.integers(0, 50), st.lists(st.floats(0, 10), max_size=50).map(sorted))
-def test_tokens_of_unknown_times_are_spread_over_the_events(num_tokens: int, events: list[float]) -> None:
+def test_tokens_are_spread_over_events(num_tokens: int, events: list[float]) -> None:
     times = spread(num_tokens, events)
     assert times == sorted(times) and set(times) <= set(events)
     if events and num_tokens:

@@ -1,4 +1,4 @@
-"""The lean HTTP client: chunks however they are cut, and every way in which an answer can break off. Real sockets."""
+"""The lean HTTP client on real sockets: chunks in pieces of any length, and answers that break off."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ def chunked(body: bytes, cuts: list[int]) -> bytes:
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)), st.lists(st.integers(0, 900)))
-def test_chunks_are_read_however_they_are_cut(body: bytes, cuts: list[int], reads: list[int]) -> None:
+def test_chunks_decode_from_pieces_of_any_length(body: bytes, cuts: list[int], reads: list[int]) -> None:
     wire = chunked(body, cuts)
     places = sorted({min(read, len(wire)) for read in reads} | {0, len(wire)})
     chunks = Chunks()
@@ -32,7 +32,7 @@ def test_chunks_are_read_however_they_are_cut(body: bytes, cuts: list[int], read
     assert b"".join(pieces) == body and chunks.ended
 
 
-def test_what_is_no_chunk() -> None:
+def test_malformed_chunk() -> None:
     with pytest.raises(ConnectionError, match="malformed chunk length"):
         Chunks().feed(b"zz\r\n")
 
@@ -80,7 +80,7 @@ def test_events_until_done(answer: bytes, cut: int | None) -> None:
     assert seen == [b'{"a": 1}', b'{"b": 2}']
 
 
-def test_a_refusal_is_handed_over_whole() -> None:
+def test_error_body_is_returned_whole() -> None:
     answer = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 5\r\n\r\nwrong and more"
     assert answered(answer, stream([])) == (400, b"wrong")
     assert answered(answer, lambda address: get(address, "/", timeout=60)) == (400, b"wrong")
@@ -97,12 +97,12 @@ def test_a_refusal_is_handed_over_whole() -> None:
         b"SSH-2.0-x\r\n\r\n",
     ],
 )
-def test_an_answer_that_breaks_off(answer: bytes) -> None:
+def test_answer_that_breaks_off(answer: bytes) -> None:
     with pytest.raises(RequestFailedError):
         answered(answer, stream([]))
 
 
-def test_an_answer_that_does_not_come() -> None:
+def test_answer_timeout() -> None:
     async def silent(address: Address) -> None:
         with pytest.raises(RequestFailedError, match=r"took longer than 0\.05 s"):
             await stream([], timeout=0.05)(address)
@@ -122,6 +122,6 @@ def test_an_answer_that_does_not_come() -> None:
     asyncio.run(run())
 
 
-def test_nobody_is_there() -> None:
+def test_unreachable_server() -> None:
     with pytest.raises(ServerError, match="no server answers at 127"):
         asyncio.run(get(Address.of("http://127.0.0.1:1"), "/", timeout=60))

@@ -1,4 +1,4 @@
-"""Loads: who asks when and what counts. On a target with a law of its own, and on the real engine."""
+"""Loads: when requests are sent and which count, on a target with known latencies and on the real engine."""
 
 import asyncio
 import itertools
@@ -65,7 +65,7 @@ def check(point: Point, requests: int) -> None:
 
 
 @pytest.mark.parametrize(("clients", "requests"), [(1, 1), (1, 5), (4, 1), (4, 30), (16, 40)])
-def test_a_closed_loop(clients: int, requests: int) -> None:
+def test_closed_loop(clients: int, requests: int) -> None:
     target = Ticking()
     point = asyncio.run(closed_loop(target, WORKLOAD, clients=clients, requests=requests))
     check(point, requests)
@@ -81,7 +81,7 @@ def test_clients_start_one_after_the_other() -> None:
     assert alone.done <= starts[0]
 
 
-def test_requests_that_fail_are_counted_and_do_not_end_the_load() -> None:
+def test_failed_requests_count_and_do_not_end_the_load() -> None:
     point = asyncio.run(closed_loop(Ticking(fails=5), WORKLOAD, clients=3, requests=20))
     assert len(metrics.counted(point)) == 20 and 0 < len(metrics.answered(point)) < 20
     with pytest.raises(ServerError, match="the first request failed: status 500"):
@@ -112,7 +112,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert len(point.records) < 1000
 
 
-def test_arrivals_that_end_all_count() -> None:
+def test_all_requests_count_if_arrivals_end() -> None:
     point = asyncio.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=iter([0.0, 0.01, 0.02]), requests=None))
     assert len(metrics.counted(point)) == len(metrics.answered(point)) == 3
     assert point.window[0] == 0.0 and point.window[1] >= max(record.done for record in point.records)
@@ -126,7 +126,7 @@ def test_late_arrivals_are_pending_before_the_window_closes() -> None:
     assert len(metrics.answered(point)) == 16
 
 
-def test_a_load_of_failures_is_given_up() -> None:
+def test_load_of_failures_is_given_up() -> None:
     target = Ticking(fails=1)
     with pytest.raises(ServerError, match="all requests failed, the last with: status 500"):
         asyncio.run(open_loop(target, WORKLOAD, rate=1.0, arrivals=itertools.count(0.0, 0.001), requests=100))
@@ -150,7 +150,7 @@ def test_our_engine_in_this_process() -> None:
     assert all(record.error is None and len(record.token_times) >= 1 for record in point.records)
 
 
-def test_an_engine_that_dies_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_engine_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         target = EngineTarget(EngineConfig.from_settings({"num_blocks": 400}))
         await target.start()

@@ -1,4 +1,4 @@
-"""The arithmetic of promises, by laws and by definitions that are computed in another way."""
+"""Metrics of benchmarks: properties, and definitions that are computed in another way."""
 
 import math
 from itertools import pairwise
@@ -34,11 +34,11 @@ def average_by_definition(values: list[float], span: int) -> list[float]:
 
 
 @given(GAPS, st.integers(1, 40))
-def test_the_moving_average_is_that_of_its_definition(values: list[float], span: int) -> None:
+def test_moving_average_equals_its_definition(values: list[float], span: int) -> None:
     assert metrics.moving_averages(values, span=span) == pytest.approx(average_by_definition(values, span), abs=1e-9)
 
 
-def test_the_moving_average_of_known_numbers() -> None:
+def test_moving_average_of_known_numbers() -> None:
     # As pandas.Series([1, 0, 0, 4]).ewm(span=3).mean() prints them: weights 1, 1/2, 1/4, 1/8.
     assert metrics.moving_averages([1, 0, 0, 4], span=3) == pytest.approx([1, 1 / 3, 1 / 7, (4 + 1 / 8) / (15 / 8)])
 
@@ -53,7 +53,7 @@ def random_trace(random: Random) -> RequestRecord:
     return RequestRecord(0, 0.0, random.randint(1, 3000), tuple(times))
 
 
-def test_the_moving_average_equals_that_of_pandas() -> None:
+def test_moving_average_equals_pandas() -> None:
     pandas = pytest.importorskip("pandas", reason="the oracle is pandas, which is not one of our dependencies")
     random = Random(0)
     for _ in range(1000):
@@ -67,13 +67,13 @@ def test_the_moving_average_equals_that_of_pandas() -> None:
 
 
 @given(GAPS)
-def test_the_moving_average_lies_between_the_values(values: list[float]) -> None:
+def test_moving_average_lies_between_the_values(values: list[float]) -> None:
     for end, average in enumerate(metrics.moving_averages(values), start=1):
         assert min(values[:end]) - 1e-9 <= average <= max(values[:end]) + 1e-9
 
 
 @given(GAPS, st.floats(0.1, 20), st.floats(0.1, 20))
-def test_who_keeps_a_promise_keeps_a_lesser_one(values: list[float], one: float, other: float) -> None:
+def test_meeting_an_sla_implies_meeting_a_lower_one(values: list[float], one: float, other: float) -> None:
     low, high = sorted((one, other))
     request = record(values)
     assert metrics.meets_sla(request, low) or not metrics.meets_sla(request, high)
@@ -88,7 +88,7 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gaps", "promise", "kept"),
+    ("gaps", "sla", "met"),
     [
         ([], 2.0, True),  # one token: there is nothing between tokens
         ([0.49] * 20, 2.0, True),
@@ -99,11 +99,11 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
         ([0.01] * 60 + [4.0] + [0.01] * 60, 2.0, True),
     ],
 )
-def test_the_promise_of_steady_tokens(gaps: list[float], promise: float, kept: bool) -> None:
-    assert metrics.meets_sla(record(gaps), promise) is kept
+def test_sla_of_inter_token_latency(gaps: list[float], sla: float, met: bool) -> None:
+    assert metrics.meets_sla(record(gaps), sla) is met
 
 
-def test_the_promise_of_the_first_token() -> None:
+def test_sla_of_ttft() -> None:
     assert metrics.meets_ttft(record([], first=2.0, prompt=1024))
     assert not metrics.meets_ttft(record([], first=2.001, prompt=1024))
     assert not metrics.meets_sla(RequestRecord(0, 0.0, 1024, ()), 2.0)
@@ -115,7 +115,7 @@ def point(*records: RequestRecord, window: tuple[float, float], clients: int | N
 
 
 @given(st.integers(1, 8), st.lists(st.floats(0.05, 5.0), min_size=4, max_size=40), st.data())
-def test_a_steady_closed_loop_has_equal_throughput_by_clock_and_by_promises(
+def test_steady_closed_loop_has_goodput_equal_to_throughput(
     clients: int, latencies: list[float], data: st.DataObject
 ) -> None:
     """Each client sends when it is answered: sent and done are as many, in any window between two sendings."""
@@ -135,7 +135,7 @@ def test_a_steady_closed_loop_has_equal_throughput_by_clock_and_by_promises(
     assert metrics.goodput(one, 2.0) == pytest.approx(metrics.throughput(one))
 
 
-def test_throughput_is_by_the_clock_and_littles_law_beside_it() -> None:
+def test_throughput_by_the_clock_and_by_littles_law() -> None:
     records = [RequestRecord(0, float(i), 512, (i + 0.5, i + 1.0)) for i in range(10)]
     steady = point(*records, window=(2.0, 6.0))
     assert metrics.throughput(steady) == 1.0
@@ -148,8 +148,8 @@ def test_throughput_is_by_the_clock_and_littles_law_beside_it() -> None:
     assert len(metrics.counted(failed)) == 4 and len(metrics.answered(failed)) == 3
 
 
-def test_an_open_loop_that_falls_behind_is_not_served_at_its_rate() -> None:
-    """Ten come in ten seconds, two are done in them: two are served, though in the end all keep their promises."""
+def test_open_loop_that_falls_behind() -> None:
+    """Ten requests arrive in ten seconds and two finish in them: two are served, though all meet the SLA in the end."""
     records = [RequestRecord(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
     overloaded = point(*records, window=(0.0, 10.0), clients=None)
     assert metrics.throughput(overloaded) == metrics.goodput(overloaded, 2.0) == 0.2
@@ -157,7 +157,7 @@ def test_an_open_loop_that_falls_behind_is_not_served_at_its_rate() -> None:
 
 
 @given(st.lists(SECONDS, min_size=1), st.floats(0, 100))
-def test_percentiles_are_of_the_values_and_grow(values: list[float], percent: float) -> None:
+def test_percentiles_lie_between_the_values_and_grow(values: list[float], percent: float) -> None:
     here = metrics.percentile(values, percent)
     assert min(values) <= here <= max(values)
     assert metrics.percentile(values, 0) <= here <= metrics.percentile(values, 100)

@@ -1,4 +1,4 @@
-"""What of the peers can be tested without them: how they are named, and the front of those that have no server."""
+"""benchmarks/peers without the peers: parsing, conversion, and the HTTP server of engines without one."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ HOST = "127.0.0.1"
 # How they are named --------------------------------------------------------------------------------------------------
 
 
-def test_a_contender_is_a_kind_a_form_of_the_model_and_options() -> None:
+def test_contender_has_kind_form_and_options() -> None:
     openvino = Contender.parse("openvino,precision=int8,max_num_batched_tokens=512,dynamic_split_fuse=false", SERVED)
     assert (openvino.kind, openvino.form) == ("openvino", "int8")
     assert openvino.options == {"max_num_batched_tokens": 512, "dynamic_split_fuse": False}
@@ -41,13 +41,13 @@ def test_a_contender_is_a_kind_a_form_of_the_model_and_options() -> None:
         ("transformers,max_batch_tokens", SERVED, "'max_batch_tokens' should be name=value"),
     ],
 )
-def test_what_is_no_contender_is_refused(text: str, kinds: tuple[str, ...], said: str) -> None:
+def test_invalid_contender_is_rejected(text: str, kinds: tuple[str, ...], said: str) -> None:
     with pytest.raises(ValueError) as refusal:
         Contender.parse(text, kinds)
     assert said in str(refusal.value)
 
 
-def test_a_model_is_converted_once(tmp_path: Path) -> None:
+def test_model_is_converted_once(tmp_path: Path) -> None:
     made = tmp_path / "0.5b-openvino" / "int8"
     made.mkdir(parents=True)
     assert Contender.parse("openvino,precision=int8", SERVED).model(tmp_path / "0.5b", tmp_path) == made
@@ -106,7 +106,7 @@ async def served(engine: Any) -> AsyncIterator[str]:
             await task
 
 
-def test_the_bench_counts_its_tokens_by_ids() -> None:
+def test_tokens_are_counted_by_ids() -> None:
     async def run() -> None:
         engine = Counting()
         async with served(engine) as url:
@@ -125,7 +125,7 @@ def test_the_bench_counts_its_tokens_by_ids() -> None:
     asyncio.run(run())
 
 
-def test_who_leaves_has_its_request_taken_back() -> None:
+def test_disconnect_aborts_the_request() -> None:
     async def run() -> None:
         engine = Counting()
         async with served(engine) as url:
@@ -140,7 +140,7 @@ def test_who_leaves_has_its_request_taken_back() -> None:
     asyncio.run(run())
 
 
-def test_a_dead_engine_ends_its_server() -> None:
+def test_dead_engine_ends_its_server() -> None:
     class Dying(Counting):
         async def run(self) -> None:
             raise RuntimeError("dead")
@@ -170,7 +170,7 @@ GOOD: dict[str, Any] = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0, "st
         ({"logprobs": 1}, "'logprobs' is not served"),
     ],
 )
-def test_what_would_change_the_answer_is_refused_by_its_name(change: dict[str, Any], said: str) -> None:
+def test_unsupported_parameter_is_rejected_by_name(change: dict[str, Any], said: str) -> None:
     assert Completion.parse(json.dumps(GOOD).encode(), 64) == Completion([1, 2], 4, False, False)
     with pytest.raises(RefusedError) as refusal:
         Completion.parse(json.dumps({**GOOD, **change}).encode(), 64)

@@ -1,4 +1,4 @@
-"""The page: whole in itself, everything in it, and in the order of clients. Drawing needs the extra `bench`."""
+"""The report: self-contained, complete, in the order of clients. Figures need the extra `bench`."""
 
 import re
 import sys
@@ -50,7 +50,7 @@ def page(folder: Path, *results: Results) -> str:
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
+def test_page_is_self_contained(tmp_path: Path) -> None:
     text = page(tmp_path, RESULTS, SIMULATED, OTHER)
     elements = Elements()
     elements.feed(text)
@@ -68,7 +68,7 @@ def test_scaling_is_drawn_when_there_are_replicas(tmp_path: Path) -> None:
     assert page(tmp_path, RESULTS, replace(RESULTS, tensor_parallel_size=2)).count("<svg") == 4
 
 
-def test_replicas_are_in_their_own_picture() -> None:
+def test_replicas_have_their_own_figure() -> None:
     results = [replace(RESULTS, replicas=4), RESULTS, replace(OTHER, replicas=2), replace(SIMULATED, replicas=2)]
     series = [figures.Series(each, tuple(rows(each)), "#000000") for each in results]
     assert figures.smallest(series) == series[1:]
@@ -82,7 +82,7 @@ def test_panels_have_room_for_all_lines() -> None:
     assert highest > 1 and all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > highest for axes in panels)
 
 
-def test_another_workload_has_its_own_pictures(tmp_path: Path) -> None:
+def test_each_workload_has_its_own_figures(tmp_path: Path) -> None:
     other = replace(RESULTS, workload={**RESULTS.workload, "prompt": 1200.0})
     text = page(tmp_path, RESULTS, other)
     assert text.count("<svg") == 6 and "Prompts of 1200 tokens, answers of 64" in text
@@ -98,14 +98,14 @@ def test_lines_join_points_in_the_order_of_clients() -> None:
     assert list(line.get_ydata()) == pytest.approx([0.99, 0.99 * 8, 0.99 * 40])
 
 
-def test_simulated_lines_are_dashed_in_the_colour_of_the_measured() -> None:
+def test_simulated_lines_are_dashed_in_the_same_colour() -> None:
     colour = figures.colours(["a", "b", "a"])
     assert list(colour) == ["a", "b"] and colour["a"] != colour["b"]
     styles = [figures.Series(each, tuple(rows(each)), colour["a"]).style for each in (RESULTS, SIMULATED)]
     assert styles[0]["linestyle"] == "-" != styles[1]["linestyle"] and styles[0]["color"] == styles[1]["color"]
 
 
-def test_open_loops_and_requests_that_all_failed(tmp_path: Path) -> None:
+def test_open_loops_and_loads_without_success(tmp_path: Path) -> None:
     failed = tuple(replace(record, token_times=(), error="status 500") for record in point(2, 1.0).records)
     open_loop = replace(RESULTS, points=(replace(point(2, 1.0), clients=None, rate=2.0),))
     broken = replace(RESULTS, points=(replace(point(2, 1.0), records=failed),))
@@ -113,7 +113,7 @@ def test_open_loops_and_requests_that_all_failed(tmp_path: Path) -> None:
     assert "2/s" in text and text.count("<svg") == 3
 
 
-def test_mistakes_end_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_have_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="nothing to report"):
         page(tmp_path, replace(RESULTS, points=()))
     with pytest.raises(ConfigError, match="cannot be written"):
@@ -127,7 +127,7 @@ SIZES = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.2)), max_size=12).
 
 
 @given(SIZES)
-def test_labels_do_not_overlap_and_move_no_more_than_it_takes(labels: list[tuple[float, float]]) -> None:
+def test_labels_do_not_overlap_and_move_minimally(labels: list[tuple[float, float]]) -> None:
     wished, sizes = [w for w, _ in labels], [s for _, s in labels]
     centres = spaced(wished, sizes)
     for i in range(len(labels) - 1):
@@ -137,7 +137,7 @@ def test_labels_do_not_overlap_and_move_no_more_than_it_takes(labels: list[tuple
         assert centres == pytest.approx(wished)
 
 
-def test_the_picture_of_steps(tmp_path: Path) -> None:
+def test_step_timeline(tmp_path: Path) -> None:
     steps = [
         StepShown([Piece("A", 13, False), Piece("B", 3, False)], 0.01, 0.012),
         StepShown([Piece("A", 1, True), Piece("B", 1, True)], 0.004, None),

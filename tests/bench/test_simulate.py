@@ -1,4 +1,4 @@
-"""The simulator: times computed by hand, the decisions of the real scheduler, and equal results each time."""
+"""The simulator: times computed by hand, decisions of the real scheduler, reproducible results."""
 
 import asyncio
 import math
@@ -42,7 +42,7 @@ def run(deployment: Deployment, make: MakeWorkload | None = None, **loads: Any) 
     return simulate(deployment, make or independent(), Loads(**{"repeat": 1, **loads}), system="simulated", about={})
 
 
-def test_the_clock_goes_on_to_what_is_due_and_nobody_waits() -> None:
+def test_virtual_clock_advances_without_waiting() -> None:
     async def main() -> list[tuple[str, float]]:
         came = []
 
@@ -60,7 +60,7 @@ def test_the_clock_goes_on_to_what_is_due_and_nobody_waits() -> None:
     ]
 
 
-def test_waiting_for_what_never_comes_is_an_error() -> None:
+def test_deadlock_is_an_error() -> None:
     async def main() -> None:
         await asyncio.get_running_loop().create_future()
 
@@ -68,7 +68,7 @@ def test_waiting_for_what_never_comes_is_an_error() -> None:
         virtual_time.run(main())
 
 
-def test_a_request_alone_takes_the_time_of_its_steps() -> None:
+def test_lone_request_takes_the_time_of_its_steps() -> None:
     async def main() -> tuple[float, ...]:
         target = SimulatedTarget(deployment(step_overhead=0.001, client_overhead=0.5))
         return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
@@ -81,7 +81,7 @@ def test_a_request_alone_takes_the_time_of_its_steps() -> None:
     assert virtual_time.run(main()) == pytest.approx((begin, begin + third + 0.001, begin + third + fourth + 0.002))
 
 
-def test_requests_together_share_steps_as_the_scheduler_composes_them() -> None:
+def test_concurrent_requests_share_steps() -> None:
     async def main() -> list[tuple[float, ...]]:
         target = SimulatedTarget(deployment(budget=100))
         requests = [LoadRequest("", n, 0, tuple(range(100 * n, 100 * n + 60)), 2) for n in range(2)]
@@ -101,7 +101,7 @@ def test_requests_together_share_steps_as_the_scheduler_composes_them() -> None:
     ]
 
 
-def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
+def test_results_are_reproducible() -> None:
     results = run(deployment(), clients=(1, 4), repeat=2)
     assert results.simulated and results == run(deployment(), clients=(1, 4), repeat=2)
     assert [(p.clients, p.repetition) for p in results.points] == [(1, 0), (4, 0), (1, 1), (4, 1)]
@@ -114,7 +114,7 @@ def test_results_are_those_of_a_measurement_and_the_same_each_time() -> None:
     assert 1.2 * metrics.throughput(one) < metrics.throughput(four) < 4 * metrics.throughput(one)
 
 
-def test_equal_steps_scatter_as_they_were_calibrated_and_alike_each_time() -> None:
+def test_step_noise_is_calibrated_and_reproducible() -> None:
     scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, noise=0.1)))
     steady, first, second = (
         [
@@ -129,12 +129,12 @@ def test_equal_steps_scatter_as_they_were_calibrated_and_alike_each_time() -> No
     assert stdev(deviations) == pytest.approx(0.1, rel=0.1) and abs(mean(deviations)) < 0.01
 
 
-def test_an_open_loop_below_the_limit_is_served_at_its_rate() -> None:
+def test_open_loop_below_capacity_is_served_at_its_rate() -> None:
     (point,) = run(deployment(), rates=(1.5,), requests=400).points
     assert metrics.throughput(point) == pytest.approx(1.5, rel=0.15)
 
 
-def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfuse() -> None:
+def test_prompts_stall_decodes_of_prefill_first_only() -> None:
     worst, usual = {}, {}
     for policy, budget in (("splitfuse", 256), ("prefill-first", 4096), ("orca", 4096), ("static", 4096)):
         (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
@@ -143,7 +143,7 @@ def test_prompts_stall_the_generations_of_prefill_first_and_not_those_of_splitfu
     longest_step = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
     assert worst["splitfuse"] <= longest_step
     assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_step
-    assert usual["static"] < usual["orca"] / 3, "nobody comes while a batch generates"
+    assert usual["static"] < usual["orca"] / 3, "no prompt joins while a batch generates"
 
 
 def test_replicas_share_a_load_by_outstanding_tokens() -> None:
@@ -153,7 +153,7 @@ def test_replicas_share_a_load_by_outstanding_tokens() -> None:
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
+def test_shared_prefixes_are_computed_once(replicas: int) -> None:
     def make(target: Target) -> SharedPrefix:
         return SharedPrefix(Lengths(64, 16, 0.3, target.room), target.vocabulary, 1024)
 
@@ -164,7 +164,7 @@ def test_prefixes_that_are_shared_are_computed_once(replicas: int) -> None:
     assert first[True] < first[False] / 3
 
 
-def test_conversations_and_traces_are_driven_as_they_are_measured() -> None:
+def test_conversations_and_traces() -> None:
     results = run(deployment(), lambda t: Chat(Lengths(100, 20, 0.3, t.room), t.vocabulary, 3), clients=(2,))
     lengths = [record.num_prompt_tokens for record in results.points[0].records if record.client == 0]
     assert max(lengths) > 200, "later turns repeat what was said"
@@ -173,7 +173,7 @@ def test_conversations_and_traces_are_driven_as_they_are_measured() -> None:
     assert [record.sent for record in point.records] == [0.0, 9.0]
 
 
-def test_a_request_that_can_never_fit_fails_alone() -> None:
+def test_too_large_request_fails_alone() -> None:
     async def main() -> tuple[str | None, str | None]:
         small = Calibration(name="", cost=COST, num_blocks=4, block_size=32, max_model_len=4096)
         target = SimulatedTarget(Deployment(calibration=small))
@@ -194,12 +194,12 @@ def test_a_request_that_can_never_fit_fails_alone() -> None:
         ({"client_overhead": float("nan")}, "--client-overhead nan must be"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused(changes: dict[str, Any], said: str) -> None:
+def test_invalid_deployment_is_rejected(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         deployment(**changes)
 
 
-def test_text_is_refused() -> None:
+def test_text_is_rejected() -> None:
     async def main() -> None:
         await closed_loop(
             SimulatedTarget(deployment()), Trace((TraceLine(1, prompt="hi"),), None), clients=1, requests=1
@@ -209,7 +209,7 @@ def test_text_is_refused() -> None:
         virtual_time.run(main())
 
 
-def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -> None:
+def test_errors_of_equal_and_slower_machines() -> None:
     measured = run(deployment(), clients=(1, 4), repeat=2)
     same = compare(measured, predict(deployment(), measured, about={}))
     assert [error for each in same for error in (each.throughput_error, each.itl_error)] == pytest.approx([0.0] * 4)
@@ -220,7 +220,7 @@ def test_a_prediction_of_itself_has_no_error_and_one_of_a_slower_machine_has() -
         compare(measured, run(deployment(), clients=(1,)))
 
 
-def test_workloads_are_read_from_results_and_traces_are_not() -> None:
+def test_workloads_but_traces_are_restored_from_results() -> None:
     for make in (
         independent(),
         lambda t: SharedPrefix(Lengths(64, 16, 0.2, t.room), t.vocabulary, 128, 2, 7),
@@ -238,7 +238,7 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["simulate", *arguments])
 
 
-def test_the_command_predicts_prints_and_keeps(tmp_path: Any) -> None:
+def test_command_predicts_prints_and_writes(tmp_path: Any) -> None:
     file = tmp_path / "simulated.json"
     loads = ["--machine", "a100-70b", "--max-num-batched-tokens", "512", "--clients", "1,2", "--requests", "8"]
     ended = command(*loads, "--out", str(file))
@@ -263,7 +263,7 @@ def test_the_command_predicts_prints_and_keeps(tmp_path: Any) -> None:
         ([], "splitfuse calibrate"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_command_errors_have_a_message(
     arguments: list[str], said: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -272,14 +272,12 @@ def test_the_command_says_what_is_wrong(
     assert said in ended.output
 
 
-def test_the_larger_the_share_of_the_late_the_less_they_wait_and_the_fewer_are_on_time() -> None:
+def test_tail_share_trades_goodput_for_tail_latency() -> None:
     def answered(tail_share: float) -> tuple[float, float]:
-        """Requests a second on time at 4 tokens a second, and the longest latency, where 16 clients are too many."""
-        promised = SchedulerConfig(ttft="62.5ms/token", itl="250ms", tail_share=tail_share)
+        """Return goodput at 4 tokens/s and the longest latency, with 16 clients, which are too many."""
+        config = SchedulerConfig(ttft="62.5ms/token", itl="250ms", tail_share=tail_share)
         slow = replace(CALIBRATION, cost=CostModel(floor=0.078, per_token=0.0, knee=4, per_token_beyond=0.0125))
-        results = run(
-            Deployment(calibration=slow, scheduler=promised), independent(128, 16), clients=(16,), requests=80
-        )
+        results = run(Deployment(calibration=slow, scheduler=config), independent(128, 16), clients=(16,), requests=80)
         [point] = results.points
         longest = max(record.done - record.sent for record in metrics.counted(point))
         return metrics.goodput(point, 4.0, 16.0), longest

@@ -27,15 +27,13 @@ def test_repetitions_are_one_row_in_the_order_of_clients() -> None:
     assert (two.num_counted, two.num_failed) == (24, 0)
 
 
-def test_one_repetition_claims_no_spread() -> None:
+def test_one_repetition_has_no_spread() -> None:
     (row,) = rows(replace(RESULTS, points=(point(4, 1.0),)))
     assert str(row.throughput) == "4"
 
 
 @pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (160, 1)])
-def test_a_table_too_wide_for_a_terminal_is_printed_as_two(
-    width: int, num_tables: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wide_table_is_printed_as_two(width: int, num_tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     monkeypatch.setattr(loads, "_console", lambda: console)
     loads.print_table(RESULTS, (2.0, 4.0, 6.0))
@@ -51,7 +49,7 @@ RECORDS = st.builds(RequestRecord, st.integers(0), st.floats(0, 1e6), st.integer
 
 
 @given(st.lists(RECORDS, max_size=5).map(tuple))
-def test_a_file_gives_back_what_was_saved(
+def test_results_are_read_as_written(
     tmp_path_factory: pytest.TempPathFactory, records: tuple[RequestRecord, ...]
 ) -> None:
     results = replace(RESULTS, points=(Point(None, 1.5, (0.0, 1.0), records),))
@@ -60,7 +58,7 @@ def test_a_file_gives_back_what_was_saved(
     assert load(file) == results
 
 
-def test_what_is_no_file_of_results(tmp_path: Path) -> None:
+def test_files_without_results_are_rejected(tmp_path: Path) -> None:
     for content in (b"{", b'{"system": 1}', b"[]"):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(ConfigError, match="is not a file of benchmark results"):

@@ -1,4 +1,4 @@
-"""What a machine can promise: searched in simulation on a fixed cost model, told by a command."""
+"""`splitfuse tune`: the search in simulation on a fixed cost model, and the command."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def tuned(of: Deployment, make: MakeWorkload = independent, **settings: Any) -> 
     return tune(of, make, **{"budgets": (64, 256), "max_num_seqs": (32,), "requests": 30, **settings})
 
 
-def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
+def test_curve_has_timed_steps_and_fit() -> None:
     points = {point.tokens: point for point in curve(CALIBRATION, (64, 256))}
     assert sorted(points) == [1, 8, 64, 128, 256]
     assert points[64].measured == pytest.approx(1.02 * points[64].predicted)
@@ -70,12 +70,12 @@ def test_the_curve_has_what_was_timed_beside_the_fit() -> None:
 
 
 @pytest.mark.slow
-def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
+def test_found_load_meets_the_slo_and_a_larger_one_does_not() -> None:
     targets = {"ttft": "1s", "itl": "60ms"}
     tuning = tuned(deployment(**targets), max_num_seqs=(1, 32), requests=60)
     assert 0.4 * LIMIT < tuning.rate < LIMIT
-    promise, age = tuning.budgets[1].rate, tuning.budgets_fcfs[1].rate
-    assert age < 0.5 * promise, "steps of 256 tokens take 109 ms, but for the scheduler that knows time"
+    slo, fcfs = tuning.budgets[1].rate, tuning.budgets_fcfs[1].rate
+    assert fcfs < 0.5 * slo, "steps of 256 tokens take 109 ms, unless SLO scheduling shortens them"
     assert tuning.max_num_seqs[0].rate < 0.9 * tuning.max_num_seqs[1].rate and tuning.chosen.max_num_seqs == 32
     on_time = {}
     for times in (0.8, 2.0):
@@ -99,7 +99,7 @@ def test_the_load_that_is_found_is_on_time_and_a_larger_one_is_not() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_machine_of_half_the_speed_promises_half_of_twice_as_slow() -> None:
+def test_half_the_speed_sustains_half_at_doubled_targets() -> None:
     slow = Calibration(name="", cost=COST.slower(2.0), num_blocks=4000, block_size=32, max_model_len=4096)
     fast = tuned(deployment(ttft="1s", itl="250ms"), budgets=(128,))
     slower = tuned(deployment(slow, ttft="2s", itl="500ms"), budgets=(128,))
@@ -109,7 +109,7 @@ def test_a_machine_of_half_the_speed_promises_half_of_twice_as_slow() -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.slow
-def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> None:
+def test_without_ttft_target_a_load_must_be_kept_up_with() -> None:
     tuning = tuned(deployment(itl="250ms"), budgets=(128,), requests=100)
     assert 0.6 * LIMIT < tuning.rate < 1.1 * LIMIT
     assert tuning.clients == tuning.chosen.max_num_seqs
@@ -120,7 +120,7 @@ def test_without_a_first_token_promised_a_load_must_still_be_kept_up_with() -> N
     "targets",
     [pytest.param({"itl": "1ms"}, marks=pytest.mark.slow), {"ttft": "10ms", "itl": "250ms"}, {"ttft": "1ms/token"}],
 )
-def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict[str, str]) -> None:
+def test_infeasible_targets_are_rejected_with_feasible_ones(targets: dict[str, str]) -> None:
     slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
     with pytest.raises(ConfigError, match="cannot be met here") as refused:
         tuned(deployment(slow, **targets), short, budgets=(128,))
@@ -132,7 +132,7 @@ def test_what_is_impossible_is_refused_with_what_would_be_possible(targets: dict
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.slow
-def test_conversations_are_a_load_too() -> None:
+def test_conversations_are_tuned() -> None:
     def make(target: Target) -> Workload:
         return Chat(Lengths(100, 20, room=target.room), target.answer_vocabulary, 2)
 
@@ -149,12 +149,12 @@ def test_conversations_are_a_load_too() -> None:
         ({"requests": 0}, "--requests must be positive"),
     ],
 )
-def test_settings_that_are_none_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         tuned(deployment(itl="250ms"), **settings)
 
 
-def test_on_time_is_who_met_all_targets() -> None:
+def test_slo_is_met_if_all_targets_are() -> None:
     record = RequestRecord(0, 1.0, 10, (1.5, 1.6, 1.8))
     for targets, met in (
         (SloTargets(0.5, 0.25), True),
@@ -173,7 +173,7 @@ def command(*arguments: str) -> Result:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_command_says_what_it_chose_and_why(tmp_path: Path) -> None:
+def test_command_prints_choice_and_reasons(tmp_path: Path) -> None:
     cost, out = tmp_path / "cost.json", tmp_path / "tuned.json"
     save(CALIBRATION, cost)
     ended = command(
@@ -197,7 +197,7 @@ def test_the_command_says_what_it_chose_and_why(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.slow
-def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_measures_the_found_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept = Calibration(
         name="bundled", cost=CostModel(floor=0.01, per_token=1e-3), num_blocks=400, block_size=32, max_model_len=1024,
@@ -223,7 +223,7 @@ def test_it_drives_the_engine_with_what_it_found(tmp_path: Path, monkeypatch: py
         (("--itl", "1ms", "--machine", "a100-70b", "--prompt", "40"), "--itl 1ms cannot be met here"),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: tuple[str, ...], said: str) -> None:
+def test_command_errors_have_a_message(arguments: tuple[str, ...], said: str) -> None:
     ended = command(*arguments)
     assert ended.exit_code == 1
     assert said in ended.output

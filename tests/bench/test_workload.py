@@ -1,4 +1,4 @@
-"""The requests of a load: repeatable, all different, of the lengths that were asked for."""
+"""Workloads: reproducible, distinct requests with the requested lengths."""
 
 import statistics
 from itertools import islice
@@ -39,7 +39,7 @@ def test_requests_are_functions_of_seed_stream_and_number(workload: Workload) ->
 
 
 @given(st.integers(2, 300), st.integers(1, 500), st.integers(1, 500), st.floats(0, 3))
-def test_lengths_fit_the_model(room: int, prompt: int, generate: int, deviation: float) -> None:
+def test_lengths_fit_the_context(room: int, prompt: int, generate: int, deviation: float) -> None:
     workload = Independent(Lengths(prompt, generate, deviation, room), IDS)
     for number in range(5):
         request = workload.first("x", number)
@@ -64,7 +64,7 @@ def test_shared_prefixes() -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=10, max_size=10), st.integers(40, 400))
-def test_a_conversation_is_all_that_was_said(answers: list[int], room: int) -> None:
+def test_conversation_contains_all_earlier_turns(answers: list[int], room: int) -> None:
     workload = Chat(Lengths(30, 30, room=room), IDS, turns=10)
     request, turn = workload.first("x", 0), 0
     while True:
@@ -90,7 +90,7 @@ def test_words_for_servers_without_ids() -> None:
     assert workload.successor(second, "") is None
 
 
-def test_arrivals_are_those_of_a_poisson_process() -> None:
+def test_arrivals_are_a_poisson_process() -> None:
     times = list(islice(poisson(4.0, seed=1, stream="x"), 4000))
     assert times == list(islice(poisson(4.0, seed=1, stream="x"), 4000)) and times == sorted(times)
     gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
@@ -104,7 +104,7 @@ def trace(folder: Path, *lines: str) -> Path:
     return file
 
 
-def test_a_trace_is_repeated(tmp_path: Path) -> None:
+def test_trace_is_replayed(tmp_path: Path) -> None:
     file = trace(
         tmp_path,
         '{"at": 7.5, "prompt_tokens": 30, "generate": 4}',
@@ -141,12 +141,12 @@ def test_a_trace_is_repeated(tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_what_is_no_trace(tmp_path: Path, line: str, why: str) -> None:
+def test_invalid_trace_is_rejected(tmp_path: Path, line: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Trace.read(trace(tmp_path, line), IDS, room=2048)
 
 
-def test_what_is_no_workload() -> None:
+def test_invalid_workload_is_rejected() -> None:
     for make in (
         lambda: Lengths(0.5, 1),
         lambda: Lengths(1, 1, -1),

@@ -1,6 +1,4 @@
-"""Does the bundled model read? Passages that training never saw, each with one question, with and without the
-passage.
-"""
+"""Accuracy of the bundled model on held-out passages, with a question each, with and without the passage."""
 
 from __future__ import annotations
 
@@ -29,8 +27,7 @@ class Problem:
 
 
 def held_out_problems(count: int, length: Callable[[str], int]) -> Iterator[Problem]:
-    """Problems whose passages have from SHORTEST to LONGEST tokens, evenly spread; `length` counts the tokens of a
-    text.
+    """Yield problems with passages of SHORTEST to LONGEST tokens, evenly spread; `length` counts a text's tokens.
 
     Training draws its stories from seeds of the form `train-...`; these come from others.
     """
@@ -42,7 +39,7 @@ def held_out_problems(count: int, length: Callable[[str], int]) -> Iterator[Prob
 
 
 def count_right(pipe: Pipeline, problems: list[Problem], *, with_passage: bool = True, progress: bool = False) -> int:
-    """How many of the questions are answered with exactly the right sentence. All are asked at once, and greedily."""
+    """Return how many questions are answered with exactly the right sentence, all together and greedily."""
     prompts = [problem.prompt if with_passage else problem.question.text for problem in problems]
     responses = pipe(prompts, chat=True, max_new_tokens=MAX_NEW_TOKENS, progress=progress)
     return sum(r.generated_text.strip() == p.question.answer for r, p in zip(responses, problems, strict=True))

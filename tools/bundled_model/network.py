@@ -1,7 +1,7 @@
-"""The network in its trainable form: a Llama decoder, weights named as Hugging Face names them.
+"""The trainable network: a Llama decoder with the weight names of Hugging Face.
 
 The engine has its own, inference-only decoder; this one exists because training needs gradients and dense batches.
-`tests` hold the two together: what is saved here is served there.
+tests/test_bundled_model.py compares the two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output, and the scores [rows, query, key] of its first head, which training may guide."""
+        """Return the layer's output, and the scores [rows, query, key] of its first head, which training may guide."""
         rows, length, _ = x.shape
 
         def heads(y: Tensor, count: int) -> Tensor:
@@ -68,7 +68,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """ids [rows, length] -> logits [rows, length, vocabulary]; the output head is the embedding, tied."""
+    """Return logits [rows, length, vocabulary] of ids [rows, length]; the output head is tied to the embedding."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -85,9 +85,7 @@ class Llama(nn.Module):
         return self.head(self.hidden(ids)[0])
 
     def hidden(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """ids [rows, length] -> what the output head reads [rows, length, hidden], and the scores of each layer's
-        first head.
-        """
+        """Return the input of the output head [rows, length, hidden], and the scores of each layer's first head."""
         all_scores = []
         x = self.embed_tokens(ids)
         cos, sin = rope_table(ids.shape[1], self.config["head_dim"], self.config["rope_theta"])
@@ -101,13 +99,13 @@ class Llama(nn.Module):
 
 
 def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos, sin [length, head_dim], the two halves alike."""
+    """Return cos and sin [length, head_dim] with equal halves."""
     frequency = theta ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.outer(torch.arange(length), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [rows, heads, length, head_dim], first half against second half."""
+    """Apply rotary embedding to x [rows, heads, length, head_dim], first half against second half."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -128,7 +128,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def word_count(text: str) -> float:
-    """A quick estimate of the tokens of a sentence."""
+    """Estimate the number of tokens of a sentence."""
     return 1.15 * len(text.split()) + 1.0
 
 
@@ -137,7 +137,7 @@ class Document:
     """One conversation about one passage, cut at `length + 1` tokens. Each list has an entry a token.
 
     `graded` says whether a token can be known from what comes before. Reading takes two looks, each -1 where there is
-    none: `binds_to[i]` is where token i finds whom or what it is about (a value of the passage its person; the token
+    none: `binds_to[i]` is where token i finds the subject (a value of the passage its person; the token
     before the word that was asked for, the other word of the fact), and `looks_at[i]` is the value in the passage
     that decides what follows token i.
     """
@@ -198,7 +198,7 @@ def make_document(tokenizer: Tokenizer, rng: Random, stage: Stage) -> Document:
 
 
 def conversation(rng: Random, story: Story) -> Iterator[Piece]:
-    """Questions and their answers, the first question completing the turn that holds the passage."""
+    """Return questions and answers; the first question completes the turn with the passage."""
     for question in rng.sample(story.questions, len(story.questions)):
         yield Piece(question.text + END + ASSISTANT)
         yield Piece(question.answer + END, True, question.fact, question.key)
@@ -206,7 +206,7 @@ def conversation(rng: Random, story: Story) -> Iterator[Piece]:
 
 
 def recitation(rng: Random, story: Story) -> Iterator[Piece]:
-    """Every fact once more, in any order: given whom a sentence is about, and the verb, the rest can be known."""
+    """Return every fact once more, in any order: given subject and verb, the rest of the sentence can be known."""
     yield Piece(RECITE + END + ASSISTANT)
     for question in rng.sample(story.questions, len(story.questions)):
         if question.key == question.fact[1]:
@@ -226,7 +226,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(tokenizer: Tokenizer, stage: Stage, name: str) -> Batch:
-    """The batch of that name."""
+    """Return the batch of that name."""
     documents = [make_document(tokenizer, Random(f"{name}-{row}"), stage) for row in range(stage.rows)]
     return Batch(*(torch.tensor([getattr(d, field) for d in documents]) for field in Batch._fields))
 
@@ -271,7 +271,7 @@ def astray(scores: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answered_right(model: Llama, tokenizer: Tokenizer, stage: Stage, batches: int = 4) -> float:
-    """Share of held-out answers in which the word that was asked for would have been chosen greedily."""
+    """Return the fraction of held-out answers whose requested word would be chosen greedily."""
     right = total = 0
     for number in range(batches):
         batch = make_batch(tokenizer, stage, f"held-out-{number}")
@@ -283,7 +283,7 @@ def answered_right(model: Llama, tokenizer: Tokenizer, stage: Stage, batches: in
 
 
 def learning_rate(step: int) -> float:
-    """A factor: linear warm-up, flat, then linear to zero over the last 45 %."""
+    """Return the learning rate factor: linear warm-up, flat, then linear to zero over the last 45 %."""
     return min(1.0, (step + 1) / 50, (TOTAL_STEPS - step) / (0.45 * TOTAL_STEPS))
 
 
@@ -345,7 +345,7 @@ def save_checkpoint(out: Path, model: Llama, optimizers: tuple[torch.optim.Optim
 
 
 def resume(out: Path, model: Llama, optimizers: tuple[torch.optim.Optimizer, ...]) -> int:
-    """Load the last checkpoint, if there is one; the step to go on with."""
+    """Load the last checkpoint, if there is one; return the next step."""
     path = out / "checkpoint"
     if not path.exists():
         return 0
