@@ -169,9 +169,10 @@ def test_a_slow_reader_reads_the_same(server: RunningServer) -> None:
     params = SamplingParams(max_tokens=40, n=4, temperature=1.0, seed=7, ignore_eos=True)
 
     async def read_slowly() -> None:
-        prompt = await server.service.encode("Anna has")
+        request = await server.service.encode("Anna has", params)
+        generations = server.service.begin([request], request_id="slow")
         texts: dict[int, str] = {}
-        async with aclosing(server.service.generate(prompt, params, request_id="slow")) as pieces:
+        async with aclosing(server.service.run(generations)) as pieces:
             async for generation, text in pieces:
                 while server.client.outstanding_tokens:  # all is computed before the second piece is read
                     await asyncio.sleep(0.01)

@@ -6,17 +6,20 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server_process import PATIENCE, server_process, wait_until
+from server_load import children
+from server_process import PATIENCE, ServerProcess, server_process, wait_until
 
 import splitfuse
 from splitfuse import cli
@@ -63,6 +66,19 @@ def deployment(**changes: Any) -> Deployment:
     return Deployment(**{"name": "fake", "drain_timeout": 1.0, **fields, **changes})
 
 
+@contextmanager
+def held(server: ServerProcess) -> Iterator[None]:
+    """Stop the server's engine while the context lasts, so that no generation ends meanwhile. Ten seconds of it are
+    taken for a fault.
+    """
+    (engine,) = children(server.process.pid)
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
 # From start to end ---------------------------------------------------------------------------------------------------
 
 
@@ -87,12 +103,13 @@ def test_a_server_logs_its_start_is_listed_and_drains(folder: Path, run: Run) ->
         pieces = client("Once upon a time", stream=True, **LONG_ENOUGH)
         first = next(pieces)
         stopped: list[tuple[int, str, str]] = []
-        stop = threading.Thread(target=lambda: stopped.append(_stop("drained")))
-        stop.start()
-        wait_until(lambda: client.state() == "draining")
-        with pytest.raises(DrainingError, match="accepts no new requests"):
-            client("hello", max_new_tokens=1)
-        assert not stopped, "stop did not wait for what ran"
+        stop = threading.Thread(target=lambda: stopped.append(run("stop", "drained")))
+        with held(server):
+            stop.start()
+            wait_until(lambda: client.state() == "draining")
+            with pytest.raises(DrainingError, match="accepts no new requests"):
+                client("hello", max_new_tokens=1)
+            assert not stopped, "stop did not wait for what ran"
         rest = list(pieces)
         texts = ["".join(piece.text for piece in [first, *rest] if piece.choice == choice) for choice in range(4)]
         responses = [piece.response for piece in rest if piece.response is not None]
@@ -115,19 +132,14 @@ def test_listening_without_a_key_is_warned_of(
     assert ("listening on 0.0.0.0 without authentication" in caplog.text) is warned
 
 
-def _stop(*arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "splitfuse.cli", "stop", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    return ended.returncode, ended.stdout, ended.stderr
-
-
 def test_a_second_sigterm_cuts_streams_off_with_an_error(folder: Path) -> None:
     with server_process(folder, "cut") as server, server.client() as client:
         pieces = client("Once upon a time", stream=True, **LONG)
         next(pieces)
-        server.terminate()
-        wait_until(lambda: client.state() == "draining")
-        server.terminate()
+        with held(server):
+            server.terminate()
+            wait_until(lambda: client.state() == "draining")
+            server.terminate()
         with pytest.raises(EngineDiedError):
             list(pieces)
         assert server.process.wait(PATIENCE) == 1
