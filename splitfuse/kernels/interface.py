@@ -9,15 +9,16 @@ the meaning of every operation in plain PyTorch. Knows no request, no family of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, ModelError
+from splitfuse.kernels.batch import RaggedBatch
 
 Weight: TypeAlias = Any
 """A linear weight as `Backend.pack` returns it."""
@@ -166,35 +167,6 @@ class WeightSharing:
     num_sharers: int = 1
 
 
-class StepArrays(Protocol):
-    """Gives the numbers of a step in int32, as `RaggedBatch` in models/batch.py has them.
-
-    `packed` is all of them in one tensor: ids [T], positions [T], slot_mapping [T], query_start [S + 1], seq_lens [S],
-    block_tables [S, table_width], logit_rows [R], one behind the other.
-    """
-
-    @property
-    def packed(self) -> Tensor: ...
-    @property
-    def num_tokens(self) -> int: ...  # T
-    @property
-    def num_requests(self) -> int: ...  # S
-    @property
-    def table_width(self) -> int: ...
-    @property
-    def num_rows(self) -> int: ...  # R
-    @property
-    def positions(self) -> Tensor: ...  # [T]
-    @property
-    def slot_mapping(self) -> Tensor: ...  # [T]
-    @property
-    def query_start(self) -> Tensor: ...  # [S + 1]
-    @property
-    def seq_lens(self) -> Tensor: ...  # [S]
-    @property
-    def block_tables(self) -> Tensor: ...  # [S, width]
-
-
 # --- a network in one call --------------------------------------------------------------------------------------------
 
 
@@ -208,10 +180,10 @@ class NetworkPlan:
     norm_eps: float
 
 
-class Network(Protocol):
-    """Computes all of a network but its head in one call; see `Backend.fuse`. Returns normed hidden states [R, C]."""
-
-    def __call__(self, stores: Sequence[Store], step: StepArrays) -> Tensor: ...
+Network: TypeAlias = Callable[[Sequence[Store], RaggedBatch], Tensor]
+"""Function that computes all of a network but its head: normed hidden states [R, C] of the batch, whose keys and values
+it writes to the stores of the layers.
+"""
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------
@@ -345,7 +317,7 @@ class Backend(ABC):
         qkv: Tensor,
         store: Store,
         spec: AttentionSpec,
-        step: StepArrays,
+        batch: RaggedBatch,
         rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
@@ -360,7 +332,7 @@ class Backend(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
+        self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
     ) -> Tensor:
         """Return causal attention of each request's newest tokens to all its tokens, over blocked KV: [T, H, D] ->
         [T, H, D].

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, Backend, Capabilities, Role, RopeTable, StepArrays, Store, Weight
+from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.interface import AttentionSpec, Backend, Capabilities, Role, RopeTable, Store, Weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -83,7 +84,7 @@ class ReferenceBackend(Backend):
         qkv: Tensor,
         store: Store,
         spec: AttentionSpec,
-        step: StepArrays,
+        batch: RaggedBatch,
         rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
@@ -95,25 +96,25 @@ class ReferenceBackend(Backend):
             q = self.norm(q, q_norm, eps)
         if k_norm is not None:
             k = self.norm(k, k_norm, eps)
-        cos, sin = (table[step.positions].unsqueeze(1) for table in rope)  # [tokens, 1, rotary_dim / 2]
-        written = step.slot_mapping >= 0
+        cos, sin = (table[batch.positions].unsqueeze(1) for table in rope)  # [tokens, 1, rotary_dim / 2]
+        written = batch.slot_mapping >= 0
         slots: Tensor = store.view(2, -1, spec.num_kv_heads, spec.head_dim)
-        slots[:, step.slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
+        slots[:, batch.slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
         return _rotate(q, cos, sin)
 
     def attend(
-        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
+        self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
     ) -> Tensor:
         out = torch.zeros_like(q)
         for request, (seq_len, (begin, end)) in enumerate(
-            zip(step.seq_lens.tolist(), pairwise(step.query_start.tolist()), strict=True)
+            zip(batch.seq_lens.tolist(), pairwise(batch.query_start.tolist()), strict=True)
         ):
             tile = max(1, min(QUERY_TILE, MAX_SCORES // max(1, q.shape[1] * seq_len)))
             for first in range(begin, end, tile):
                 last = min(first + tile, end)
                 key_end = seq_len - (end - last)
                 key_begin = 0 if spec.window is None else max(0, key_end - (last - first) - spec.window + 1)
-                keys, values = _read_kv(store, step.block_tables[request], key_begin, key_end)
+                keys, values = _read_kv(store, batch.block_tables[request], key_begin, key_end)
                 out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks)
         return out
 

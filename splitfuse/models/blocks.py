@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -13,7 +14,6 @@ from splitfuse.kernels.interface import (
     RopeTable,
     Store,
 )
-from splitfuse.models.batch import RaggedBatch
 
 
 def attention(

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import Backend, NetworkPlan, NetworkWeights
 from splitfuse.models import blocks
-from splitfuse.models.batch import RaggedBatch
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec

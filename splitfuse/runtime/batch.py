@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from splitfuse.core.plan import Chunk
-from splitfuse.models.batch import RaggedBatch
+from splitfuse.kernels.batch import RaggedBatch
 
 
 def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.device) -> RaggedBatch:

@@ -17,6 +17,7 @@ from backends import CPU, pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
 from splitfuse.kernels.cpu.bindings import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
@@ -30,7 +31,6 @@ from splitfuse.kernels.interface import (
     Role,
     Store,
 )
-from splitfuse.models.batch import RaggedBatch
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
     Heads,
@@ -37,7 +38,6 @@ from splitfuse.kernels.interface import (
     NetworkPlan,
     Role,
     RopeTable,
-    StepArrays,
     WeightSharing,
 )
 
@@ -226,7 +226,7 @@ class CpuBackend(Backend):
         qkv: Tensor,
         store: Store,
         spec: AttentionSpec,
-        step: StepArrays,
+        batch: RaggedBatch,
         rope: RopeTable,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
@@ -238,7 +238,7 @@ class CpuBackend(Backend):
         assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
         heads = Heads.of(spec, rope, eps)
         assert heads.rotary_dim <= head_dim
-        arrays = Step.of(tokens, positions=step.positions, slot_mapping=step.slot_mapping)
+        arrays = Step.of(tokens, positions=batch.positions, slot_mapping=batch.slot_mapping)
         arrays.check(self.library, store, max_position=heads.max_position)
         q = torch.empty(tokens, spec.num_heads, head_dim, dtype=torch.bfloat16)
         self.library.rope_store(
@@ -253,13 +253,15 @@ class CpuBackend(Backend):
         return q
 
     def attend(
-        self, q: Tensor, store: Store, spec: AttentionSpec, step: StepArrays, sinks: Tensor | None = None
+        self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
     ) -> Tensor:
         check(q, torch.bfloat16)
         assert q.shape[1:] == (spec.num_heads, spec.head_dim)
         assert (spec.num_kv_heads, spec.head_dim) == (store.num_kv_heads, store.head_dim)
         assert sinks is None or len(sinks) == spec.num_heads
-        arrays = Step.of(len(q), query_start=step.query_start, seq_lens=step.seq_lens, block_tables=step.block_tables)
+        arrays = Step.of(
+            len(q), query_start=batch.query_start, seq_lens=batch.seq_lens, block_tables=batch.block_tables
+        )
         arrays.check(self.library, store, max_position=0)
         heads = Heads.of(spec)
         wide_sinks = None if sinks is None else sinks.float().contiguous()

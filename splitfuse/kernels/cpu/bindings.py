@@ -113,7 +113,7 @@ class Step(Struct):
 
     @classmethod
     def of(cls, num_tokens: int, **arrays: Tensor) -> Step:
-        """Return the step of one operation with the arrays that it needs, by their names in StepArrays; it keeps them
+        """Return the step of one operation with the arrays that it needs, by their names in RaggedBatch; it keeps them
         alive.
         """
         names = (None, "positions", "slot_mapping", "query_start", "seq_lens", "block_tables", None)

@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
     Heads,
@@ -23,7 +24,7 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     vector_address,
 )
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan, StepArrays
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
 
 
 def fuse(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
@@ -94,16 +95,16 @@ class FusedNetwork:
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 
-    def __call__(self, stores: Sequence[Store], step: StepArrays) -> Tensor:
+    def __call__(self, stores: Sequence[Store], batch: RaggedBatch) -> Tensor:
         """Return the normed hidden states [R, C] of `logit_rows`, in bf16.
 
         Raises IndexError for a step that cannot be computed.
         """
-        check(step.packed, torch.int32)
-        tokens, requests, width, num_rows = step.num_tokens, step.num_requests, step.table_width, step.num_rows
+        check(batch.packed, torch.int32)
+        tokens, requests, width, num_rows = batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows
         sizes = (tokens, tokens, tokens, requests + 1, requests, requests * width)
-        addresses = list(accumulate((4 * size for size in sizes), initial=step.packed.data_ptr()))
-        assert addresses[-1] + 4 * num_rows == step.packed.data_ptr() + step.packed.nbytes
+        addresses = list(accumulate((4 * size for size in sizes), initial=batch.packed.data_ptr()))
+        assert addresses[-1] + 4 * num_rows == batch.packed.data_ptr() + batch.packed.nbytes
         arrays = Step(tokens, requests, width, num_rows, *addresses)
         vocabulary = self._network.vocabulary
         arrays.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
