@@ -266,7 +266,7 @@ class Trace(Workload):
 
     @property
     def is_timed(self) -> bool:
-        """Whether its lines have times."""
+        """Return whether its lines have times."""
         return self.lines[0].at is not None
 
     def arrivals(self) -> Iterator[float]:

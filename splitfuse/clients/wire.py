@@ -1,4 +1,4 @@
-"""What a client sends to a server and receives from it, as plain data: keywords -> body, answer -> response, error.
+"""Translates between calls and the HTTP API, as plain data: keywords -> body, answer -> response, error.
 
 Decides how the keywords of a call are written in a body. Opens no connection.
 """

@@ -84,7 +84,7 @@ class RequestFinished(NamedTuple):
     request: Request
     time: float
     wanted_until: float | None
-    """When its caller gave it up, if that was before `time`; None: just now, or it ended by itself."""
+    """Time at which its caller gave it up, if that was before `time`; None: just now, or it ended by itself."""
 
 
 Event = TypeVar("Event", StepRecord, StepScheduled, RequestAdded, RequestStarted, RequestPreempted, RequestFinished)

@@ -1,4 +1,4 @@
-"""What a request must keep to so that an engine can serve it.
+"""Checks requests against the limits of the model and the KV cache of an engine.
 
 A request is checked once, where it enters (a pipeline, a server, `Engine.add_request`); behind that door its sizes are
 only asserted. The engine may be in another process.

@@ -49,7 +49,7 @@ class SchedulingOptions:
     cache_salt: str = ""
     """Cached blocks are shared only among requests with the same salt."""
     targets: SloTargets | None = None
-    """None: the engine's default SLO."""
+    """SLO of the request; None: the engine's default."""
     arrival_time: float | None = None
     """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when it is added."""
     on_time_only: bool = False

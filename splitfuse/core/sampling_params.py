@@ -50,7 +50,7 @@ def parameter(
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends. Temperature 0 is greedy.
+    """Says how the tokens of one request are chosen, and when it ends. Temperature 0 is greedy.
 
     The order of processing is that of Hugging Face transformers: logit_bias, penalties, min_tokens, temperature, top_k,
     top_p, min_p. Raises InvalidRequestError, naming the parameter, for any value out of range.

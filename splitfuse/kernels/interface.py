@@ -1,4 +1,4 @@
-"""What a network and a kernel backend say to each other: layers as plain data, weights, and the abstract `Backend`.
+"""Contract between a network and a kernel backend: layers as plain data, weights, and the abstract `Backend`.
 
 Everything is flat: T tokens of one step, S requests, H query heads, Hk key/value heads, D head size, C hidden size, I
 inner size of an MLP, E experts. What a weight or a KV store looks like inside is the backend's own affair: weights come

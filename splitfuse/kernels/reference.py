@@ -1,4 +1,4 @@
-"""What the operations of `interface.Backend` mean: plain PyTorch, right before fast, on any device and dtype."""
+"""Defines the operations of `interface.Backend` in plain PyTorch: right before fast, on any device and dtype."""
 
 from __future__ import annotations
 

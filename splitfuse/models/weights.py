@@ -1,4 +1,4 @@
-"""From a checkpoint to a decoder: find, check, cast, pack, one weight at a time, straight from the mapped files.
+"""Loads a decoder from a checkpoint: find, check, cast and pack one weight at a time, from the mapped files.
 
 At most one weight exists twice, and only if it had to be cast. Which tensors there are follows from the spec; what the
 checkpoint calls them, from the family.

@@ -1,4 +1,4 @@
-"""From a prompt or a conversation to a request that an engine can take: token ids, parameters, checked limits."""
+"""Turns a prompt or a conversation into a request for an engine: token ids, parameters, checked limits."""
 
 from __future__ import annotations
 

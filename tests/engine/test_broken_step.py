@@ -1,4 +1,4 @@
-"""A forward step that is broken off, by Ctrl-C or by an error, costs no block and hangs nobody."""
+"""A forward step that is broken off, by Ctrl-C or by an error, costs no block and hangs no request."""
 
 from collections.abc import Callable
 from typing import Any

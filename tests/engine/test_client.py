@@ -256,7 +256,7 @@ def test_a_hanging_process_is_found_and_its_stacks_logged(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
-        async with running(SubprocessEngine(CONFIG, silence_timeout=1.0)) as client:
+        async with running(SubprocessEngine(CONFIG, silence_timeout=2.0)) as client:
             assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, signal.SIGSTOP)
 
@@ -321,7 +321,7 @@ def test_closing_a_starting_process_logs_nothing() -> None:
         complaints: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
         await start_and_close()
-        gc.collect()  # asyncio complains of a failure that nobody looked at when it is thrown away
+        gc.collect()  # asyncio complains of a failure that was not looked at when it is thrown away
         assert not complaints
 
     run(test())

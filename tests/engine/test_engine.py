@@ -1,4 +1,4 @@
-"""The loop over a real model: what is refused, how requests end, and that nobody waits for or suffers from another."""
+"""The loop over a real model: what is refused, how requests end, and that none waits for or suffers from another."""
 
 import json
 import math
@@ -188,7 +188,7 @@ def test_an_abort_frees_blocks_at_once_and_only_its_own(folder: Path) -> None:
     held = engine.allocator.num_held
     assert engine.abort("waiting") and engine.allocator.num_held == held
     assert engine.abort("running") and engine.allocator.num_held == engine.allocator.blocks_for(3 + 3)
-    assert not engine.abort("running") and not engine.abort("nobody")
+    assert not engine.abort("running") and not engine.abort("unknown")
     seen.take(engine.step())
     rest = drain(engine)
     assert seen.tokens["kept"] + rest.tokens["kept"] == alone
@@ -306,7 +306,7 @@ def test_unusable_logits_fail_one_request_alone(folder: Path, where: int) -> Non
     assert seen.tokens.pop("poisoned") == []
     assert (seen.tokens, seen.reasons) == (wanted.tokens, wanted.reasons)
 
-    add_all(engine, requests)  # more than the cache holds: every block that was NaN is written by somebody now
+    add_all(engine, requests)  # more than the cache holds: every block that was NaN is written by now
     assert drain(engine).tokens == wanted.tokens
 
 

@@ -256,4 +256,4 @@ def test_a_conversation_goes_through_the_models_template(generator: TextGenerato
     assert turn == encoder.encode_chat([{"role": "user", "content": "Hello"}])
     assert not turn.continues and turn.token_ids != encoder.encode("Hello").token_ids
     with pytest.raises(InvalidRequestError, match="the roles of this model are"):
-        encoder.encode_chat([{"role": "nobody", "content": "Hello"}])
+        encoder.encode_chat([{"role": "stranger", "content": "Hello"}])

@@ -1,4 +1,4 @@
-"""Text over an EngineClient: what is read is what `pipeline` gives, and whoever stops reading leaves nothing behind."""
+"""Text over an EngineClient: what is read is what `pipeline` gives, and a reader that stops leaves nothing behind."""
 
 import asyncio
 import threading

@@ -20,7 +20,7 @@ def test_returns_the_result_and_raises_the_error_of_the_work() -> None:
         within(20.0, lambda: {}["nothing"], "work")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the first exception: nobody gets it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the first exception, which is lost
 def test_an_exception_swallowed_by_a_callback_is_raised_again() -> None:
     class Thing:
         pass

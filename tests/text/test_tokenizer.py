@@ -255,7 +255,7 @@ def test_pieces_of_random_texts_are_the_whole(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_pieces_of_random_tokens_are_the_whole(tokenizer: Tokenizer, skip: bool) -> None:
-    """Garbage too: broken bytes, special tokens, and ids that a padded vocabulary has but nobody knows."""
+    """Garbage too: broken bytes, special tokens, and ids that a padded vocabulary has and no token."""
     rng = random.Random(3)
     for _ in range(500):
         token_ids = [rng.randrange(tokenizer.vocab_size + 20) for _ in range(rng.randrange(25))]

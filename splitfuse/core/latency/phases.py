@@ -19,7 +19,7 @@ class LatencyPhase(enum.StrEnum):
     TOKENIZING = "tokenizing"
     """Validating the body, applying the chat template, tokenizing."""
     TO_ENGINE = "to_engine"
-    """In transit to the engine."""
+    """Transit to the engine."""
     JOINING = "joining"
     """Waiting for the end of the step which was in flight when it arrived."""
     NO_SLOT = "no_slot"
@@ -55,7 +55,7 @@ class LatencyPhase(enum.StrEnum):
     CLIENT = "client"
     """Sending the response to the client, which may read slowly."""
     FAILED = "failed"
-    """In an engine which died or rejected the request."""
+    """Time in an engine which died or rejected the request."""
 
 
 COMPUTING = frozenset({LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.RECOMPUTED})
@@ -73,4 +73,4 @@ class LatencyBreakdown:
     """Ids of the requests with the most prompt tokens in the same steps, and how many, largest first."""
     num_preemptions: int = 0
     slo_violation: SloViolation | None = None
-    """None: every SLO target was met."""
+    """The missed targets; None: every SLO target was met."""

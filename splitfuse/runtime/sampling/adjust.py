@@ -13,7 +13,7 @@ from splitfuse.runtime.sampling.rows import SamplingRow
 
 
 def is_adjusted(row: SamplingRow) -> bool:
-    """Whether any logit of a row is changed."""
+    """Return whether any logit of a row is changed."""
     params = row.params
     return bool(
         params.logit_bias

@@ -13,7 +13,7 @@ from splitfuse.runtime.sampling.rows import SamplingRow
 
 
 def is_filtered(params: SamplingParams) -> bool:
-    """Whether a token is drawn from a part of the vocabulary only."""
+    """Return whether a token is drawn from a part of the vocabulary only."""
     return bool(params.top_k or params.top_p < 1.0 or params.min_p)
 
 
