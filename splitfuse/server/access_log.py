@@ -64,27 +64,15 @@ class RequestLog:
         """Write one line. `prompt` (a text, token ids, messages) and `text` (of each choice) are in it only with
         log_prompts.
         """
-        gaps = record.inter_token_latency_seconds
+        times = record.inter_token_latency_seconds
         fields: dict[str, Any] = {
             "time": datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="milliseconds"),
-            "request_id": record.request_id,
-            "route": record.route,
-            "status": record.status,
-            "key": record.key,
-            "prompt_tokens": record.prompt_tokens,
-            "generated_tokens": record.generated_tokens,
-            "cached_tokens": record.cached_tokens,
-            "finish_reasons": record.finish_reasons,
-            "error": record.error,
-            "queue_seconds": _rounded(record.queue_seconds),
-            "time_to_first_token_seconds": _rounded(record.time_to_first_token_seconds),
-            "inter_token_latency_median_seconds": _rounded(statistics.median(gaps) if gaps else None),
-            "inter_token_latency_max_seconds": _rounded(max(gaps, default=None)),
-            "total_seconds": _rounded(record.total_seconds),
-            "steps": record.steps,
-            "slo_met": record.slo_met,
-            "slo_violation": record.slo_violation,
+            **vars(record),
+            "inter_token_latency_median_seconds": statistics.median(times) if times else None,
+            "inter_token_latency_max_seconds": max(times, default=None),
         }
+        del fields["inter_token_latency_seconds"]
+        fields |= {name: _rounded(value) for name, value in fields.items() if name.endswith("_seconds")}
         # With all but ASCII escaped, no text can break the line or be more than the stream's encoding can write.
         line = json.dumps(fields)
         if self._log_prompts:

@@ -123,45 +123,22 @@ async def _openapi(state: AppState, context: RequestContext) -> None:
     await context.answer(document(ROUTES, state.schema_bounds))
 
 
+_EXPLAIN = "/v1/splitfuse/requests/{request}"
+
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
+    Route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
+    Route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     Route(
-        method="GET",
-        path="/v1/splitfuse/requests/{request}",
-        handler=_explain,
-        summary="Where the time of a finished request went",
-        answers={200: Explanation},
-        errors=(404,),
-    ),
-    Route(
-        method="GET",
-        path="/health",
-        handler=_health,
-        summary="Whether the process lives",
-        answers={200: Health},
+        *("GET", "/ready", _ready, "Whether requests are accepted", Readiness),
+        errors=(503,),
+        error=Readiness,
         needs_key=False,
         is_logged=False,
     ),
-    Route(
-        method="GET",
-        path="/ready",
-        handler=_ready,
-        summary="Whether requests are accepted",
-        answers={200: Readiness, 503: Readiness},
-        needs_key=False,
-        is_logged=False,
-    ),
-    Route(
-        method="GET",
-        path="/metrics",
-        handler=_metrics,
-        summary="Metrics for Prometheus",
-        answers={200: None},
-        media_type="text/plain",
-        is_logged=False,
-    ),
-    Route(method="GET", path="/version", handler=_version, summary="Version of the server", answers={200: Version}),
-    Route(method="GET", path="/openapi.json", handler=_openapi, summary="This document", answers={200: None}),
+    Route("GET", "/metrics", _metrics, "Metrics for Prometheus", None, media_type="text/plain", is_logged=False),
+    Route("GET", "/version", _version, "Version of the server", Version),
+    Route("GET", "/openapi.json", _openapi, "This document", None),
 )
 """Route table of the server: each dialect's routes, and its own."""
 

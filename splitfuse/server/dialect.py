@@ -21,6 +21,7 @@ from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, LateError, RequestFailedError, SplitfuseError
 from splitfuse.server.context import OPENAI, Dialect, RequestContext, TokenCounts
+from splitfuse.server.errors import ErrorBody
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.server.validation import Body
@@ -34,28 +35,35 @@ MANY_ENTRIES = 4096
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Route:
     """One line of the route table, which requests are routed by and the OpenAPI document is made from.
 
-    `handler` gets the state, the context and, where there is a `body`, the decoded body. `answers` has the type of the
-    answer for each status of success (None where it is no JSON of a type), `event` that of the events of a stream,
-    `errors` the other statuses.
+    `handler` gets the state, the context and, where there is a `body`, the decoded body. `answer` is the type of its
+    answer (None where it is no JSON of a type), `event` that of the events of a stream. `errors` are its statuses
+    besides those that all routes with a body, a stream or a key have, and `error` the type of their answers.
     """
 
     method: str
     path: str
     handler: Callable[..., Awaitable[None]]
     summary: str
-    answers: Mapping[int, type[msgspec.Struct] | None]
+    answer: type[msgspec.Struct] | None
     body: type[Body] | None = None
     event: type[msgspec.Struct] | None = None
     errors: tuple[int, ...] = ()
+    error: type[msgspec.Struct] = ErrorBody
     media_type: str = "application/json"
     dialect: Dialect = OPENAI
     needs_key: bool = True
     is_logged: bool = True
     """False: only if it fails, since it is called every few seconds."""
+
+    @property
+    def all_errors(self) -> list[int]:
+        """Returns every status of an error."""
+        errors = {*self.errors, *((401,) if self.needs_key else ()), *((408, 429) if self.event is not None else ())}
+        return sorted(errors if self.body is None else {*errors, 400, 404, 413, 415, 500, 503})
 
     @property
     def template(self) -> str:

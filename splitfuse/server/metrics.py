@@ -8,7 +8,7 @@ them. Belongs to the event loop's thread.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, lt
 from typing import Literal
@@ -128,7 +128,7 @@ _COUNTERS = (
 _read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counts steps and requests, and reads the engine client when it renders. `model_name` is the label; left out, the
     engine's name of the model, once it is ready.
     """
@@ -149,7 +149,7 @@ class Metrics:
             "refused": {},
         }
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Families(self))
+        self._registry.register(self)
 
     def step_ended(self, report: StepReport, max_num_batched_tokens: int) -> None:
         """Count a report of an engine, which `client.stats` has already. Reports of no step are ignored."""
@@ -247,14 +247,6 @@ class Metrics:
             "used_blocks": used,
             "kv_usage": used / blocks if blocks else 0.0,
         }
-
-
-class _Families(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterable[Metric]:
-        return self._metrics.collect()
 
 
 class _Totals:

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from splitfuse.server.dialect import Route
-from splitfuse.server.errors import ErrorBody
 from splitfuse.server.validation import Body, SchemaBounds
 from splitfuse.version import __version__
 
@@ -47,9 +46,8 @@ def document(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    errors = (*route.errors, 401) if route.needs_key else route.errors
-    answers = [(status, kind, route.media_type) for status, kind in route.answers.items()]
-    answers += [(status, ErrorBody, "application/json") for status in sorted(errors)]
+    answers: list[tuple[int, type[msgspec.Struct] | None, str]] = [(200, route.answer, route.media_type)]
+    answers += [(status, route.error, "application/json") for status in route.all_errors]
     operation: dict[str, Any] = {
         "summary": route.summary,
         "responses": {
@@ -76,10 +74,8 @@ def _ref(kind: type[msgspec.Struct] | None) -> dict[str, str]:
 
 
 def _schemas(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
-    kinds = {
-        kind for route in routes for kind in (route.body, route.event, *route.answers.values()) if kind is not None
-    }
-    _, schemas = msgspec.json.schema_components([*kinds, ErrorBody], ref_template=_PREFIX + "{name}")
+    kinds = {kind for route in routes for kind in (route.body, route.answer, route.event, route.error)}
+    _, schemas = msgspec.json.schema_components(filter(None, kinds), ref_template=_PREFIX + "{name}")
     bodies = {body.__name__: body for body in _subclasses(Body)}
     return {
         name: bodies[name].refine_schema(schema, bounds) if name in bodies else schema

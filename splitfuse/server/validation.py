@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import inspect
@@ -112,13 +112,7 @@ def _plain_json(body: bytes) -> Any:
         number = float(digits)
         return int(number) if number.is_integer() else number
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    def whole(digits: str) -> float:
-        return int(digits) if len(digits) < MAX_DIGITS else math.inf
-
-    return json.loads(body, parse_float=real, parse_int=whole, parse_constant=refuse)
+    return json.loads(body, parse_float=real, parse_int=lambda d: int(d) if len(d) < MAX_DIGITS else math.inf)
 
 
 def _convert(kind: type[_Body], value: Any) -> _Body:
@@ -225,7 +219,7 @@ def _check_finite(value: Any, place: str) -> None:
     elif isinstance(value, list):
         for index, each in enumerate(value):
             _check_finite(each, f"{place}[{index}]")
-    elif value in (math.inf, -math.inf):
+    elif isinstance(value, float) and not math.isfinite(value):
         raise _wrong(place, "is a number out of range")
 
 

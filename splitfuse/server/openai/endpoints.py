@@ -121,55 +121,12 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
     await context.answer(Detokenized(await context.unless_gone(state.service.off_loop(decoded), deadline=None)))
 
 
-_BODY_ERRORS = (400, 404, 413, 415, 500, 503)
-
 ROUTES = (
-    Route(
-        method="POST",
-        path=CompletionRequest.PATH,
-        handler=completions,
-        summary="Continue prompts",
-        body=CompletionRequest,
-        answers={200: Completion},
-        event=Completion,
-        errors=(*_BODY_ERRORS, 408, 429),
-    ),
-    Route(
-        method="POST",
-        path=ChatRequest.PATH,
-        handler=chat,
-        summary="Answer a conversation",
-        body=ChatRequest,
-        answers={200: ChatCompletion},
-        event=ChatCompletionChunk,
-        errors=(*_BODY_ERRORS, 408, 429),
-    ),
-    Route(method="GET", path="/v1/models", handler=models, summary="Models", answers={200: ModelList}, errors=(503,)),
-    Route(
-        method="GET",
-        path="/v1/models/{model:path}",
-        handler=model,
-        summary="One model",
-        answers={200: Model},
-        errors=(404, 503),
-    ),
-    Route(
-        method="POST",
-        path="/tokenize",
-        handler=tokenize,
-        summary="Text to tokens",
-        body=TokenizeRequest,
-        answers={200: Tokenized},
-        errors=_BODY_ERRORS,
-    ),
-    Route(
-        method="POST",
-        path="/detokenize",
-        handler=detokenize,
-        summary="Tokens to text",
-        body=DetokenizeRequest,
-        answers={200: Detokenized},
-        errors=_BODY_ERRORS,
-    ),
+    Route("POST", CompletionRequest.PATH, completions, "Continue prompts", Completion, CompletionRequest, Completion),
+    Route("POST", ChatRequest.PATH, chat, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk),
+    Route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
+    Route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),
+    Route("POST", "/tokenize", tokenize, "Text to tokens", Tokenized, TokenizeRequest),
+    Route("POST", "/detokenize", detokenize, "Tokens to text", Detokenized, DetokenizeRequest),
 )
 """Route table of this dialect."""
