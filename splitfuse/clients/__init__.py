@@ -1,1 +1,1 @@
-"""Clients of a splitfuse server, asynchronous and blocking."""
+"""Connects to splitfuse servers, asynchronously and blocking."""

@@ -1,4 +1,4 @@
-"""Blocking calls of asynchronous code: an event loop in a thread of its own.
+"""Runs asynchronous code for blocking callers, in an event loop in a thread of its own.
 
 Decides which thread does what, and what an interruption ends. Knows nothing of servers.
 """
@@ -20,7 +20,7 @@ _Result = TypeVar("_Result")
 
 
 class LoopThread:
-    """An event loop in a thread. `close` runs at its end, which comes with `end` or with `owner`."""
+    """Runs an event loop in a thread. `close` runs at its end, which comes with `end` or with `owner`."""
 
     def __init__(self, owner: object, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._loop = asyncio.new_event_loop()

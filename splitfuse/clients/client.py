@@ -1,4 +1,4 @@
-"""`splitfuse.async_client()`: prompts in, responses out, from a server instead of a model in this process.
+"""Answers prompts through a server instead of a model in this process: `splitfuse.async_client()`.
 
 Decides how many requests a call becomes and how their answers come together. Imports neither models nor tokenizers.
 """
@@ -34,7 +34,7 @@ STATE_SECONDS = 2.0
 
 
 class AsyncClient:
-    """A server, for programs with an event loop. It belongs to one loop; close it, or use it with `async with`.
+    """Answers prompts through a server. It belongs to one event loop; close it, or use it with `async with`.
 
     >>> async with splitfuse.async_client() as client:
     ...     responses = await client(["Once upon a time", "In a hole"], max_new_tokens=20)
@@ -45,7 +45,7 @@ class AsyncClient:
     def __init__(self, url: str, *, api_key: str | None = None, deployment: Deployment | None = None) -> None:
         self.url = url
         self.deployment = deployment
-        """What is known of the server if it runs on this machine and belongs to this user."""
+        """Registry entry of the server, if it runs on this machine and belongs to this user."""
         self._http = httpx.AsyncClient(
             base_url=url,
             headers=_authorization(api_key),

@@ -1,4 +1,4 @@
-"""Server-sent events, for every reader of a stream in this project: clients, the load generator, the chat command."""
+"""Finds server-sent events in a stream, for the clients and for the load generator."""
 
 from __future__ import annotations
 

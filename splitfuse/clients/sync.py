@@ -1,4 +1,4 @@
-"""`splitfuse.serve()` and `client()`: the AsyncClient for programs that block."""
+"""Wraps the AsyncClient for programs that block: `splitfuse.serve()` and `client()`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _blocking(
 
 
 class Client:
-    """A server, for programs without an event loop, or within one, such as a notebook's. Any thread may use it.
+    """Answers prompts through a server, without an event loop or within one, as in a notebook. Any thread may use it.
 
     `client(prompts, **keywords)` takes the keywords of a Pipeline except `progress` and `prompt_logprobs`, and
     `deadline`: seconds after which a request is given up.
@@ -90,7 +90,7 @@ class Client:
         self._thread = LoopThread(self, self._async.close)
         self.url = url
         self.deployment = deployment
-        """What is known of the server if it runs on this machine and belongs to this user."""
+        """Registry entry of the server, if it runs on this machine and belongs to this user."""
 
     @overload
     def __call__(self, prompts: Any, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...

@@ -1,1 +1,1 @@
-"""Servers as background processes: start, stop, list."""
+"""Starts, stops and lists servers as background processes."""

@@ -1,4 +1,4 @@
-"""The running deployments of this user, by name: one JSON file each, in a folder that only this user can read.
+"""Lists the running deployments of this user, by name: a JSON file each, in a folder that only this user can read.
 
 Decides where the files are and which of them belong to a living process. Knows no HTTP. An entry has no API key.
 """
@@ -27,8 +27,9 @@ WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """One running server, made in its own process. `process_start` tells that process from a later one of the same
-    number; `started` is Unix time.
+    """Describes one running server; made in its own process.
+
+    `process_start` tells that process from a later one of the same number; `started` is Unix time.
     """
 
     name: str

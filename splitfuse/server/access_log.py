@@ -1,4 +1,4 @@
-"""One line of JSON for each request that a server has answered, and the record that it is made from.
+"""Writes one line of JSON for each request that a server has answered, from its record.
 
 Decides what is written about a request. Knows neither HTTP nor the engine, and keys by their names only.
 """
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRecord:
-    """Facts about one HTTP request whose answer has ended. Counts are sums over its prompts and choices; times are in
+    """Describes one HTTP request whose answer has ended. Counts are sums over its prompts and choices; times are in
     seconds, from the request's arrival unless said otherwise.
     """
 

@@ -1,4 +1,4 @@
-"""The application of a server: its route table, and what holds for all routes: keys, request ids, errors, records.
+"""Makes the application of a server: its route table, and what all routes share: keys, request ids, errors, records.
 
 Decides which path does what. What a dialect's routes do is decided in its package. Over any EngineClient.
 """
@@ -79,20 +79,20 @@ def make_app(
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Whether the process lives."""
+    """Says that the process lives."""
 
     status: Literal["ok"] = "ok"
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """`ready`, or the stage of start-up, of which a `fraction` (0 to 1) is done."""
+    """Says `ready`, or the stage of start-up, of which a `fraction` (0 to 1) is done."""
 
     stage: str
     fraction: float
 
 
 class Version(msgspec.Struct, frozen=True):
-    """Version of the server's software."""
+    """Holds the version of the server."""
 
     version: str
 

@@ -1,4 +1,4 @@
-"""API keys, from settings and a file, compared in constant time; and what their owners get.
+"""Reads API keys, compares them in constant time, and knows what their owners get.
 
 An owner has a weight (of fair sharing), a priority and an SLO, and a salt, which keeps the cached prompts of one key
 from being noticed by another. Knows no routes.
@@ -26,7 +26,7 @@ MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
 
 @dataclass(frozen=True)
 class Owner:
-    """Owner of a key. `name` is for the log; None where no key is required."""
+    """Describes the owner of a key. `name` is for the log; None where no key is required."""
 
     name: str | None = None
     weight: float = 1.0
@@ -42,7 +42,7 @@ ANONYMOUS = Owner()
 
 
 class ApiKeys:
-    """Keys of a server. Without any, no request needs one."""
+    """Holds the keys of a server. Without any, no request needs one."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Read the keys. Raises ConfigError for a file that cannot be read or has no key, and for a malformed line."""

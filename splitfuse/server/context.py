@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, on the raw ASGI interface.
+"""Reads one HTTP request and sends its answer, on the raw ASGI interface.
 
 It decides how much of a body is read and how an answer or a stream of events is sent, and notices when the client
 disconnects. It does not know what is requested.
@@ -37,7 +37,7 @@ def sse_event(content: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How an API writes errors and the events of a stream. The defaults are OpenAI's."""
+    """Tells how an API writes errors and the events of a stream. The defaults are OpenAI's."""
 
     error: Callable[[ErrorAnswer], Any] = ErrorAnswer.body
     """Returns the body of an error, which is also the last event of a stream that breaks off."""
@@ -53,7 +53,7 @@ OPENAI = Dialect()
 
 
 class TokenCounts(NamedTuple):
-    """Numbers of tokens of a request. A prompt counts once, however many choices it has."""
+    """Counts the tokens of a request. A prompt counts once, however many choices it has."""
 
     prompt: int
     generated: int
@@ -62,7 +62,7 @@ class TokenCounts(NamedTuple):
 
 
 class RequestContext:
-    """One request: its owner, its body, and how far its answer is. Only one task at a time may send."""
+    """Follows one request from its headers to the end of its answer. Only one task at a time may send."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, unique_id: str) -> None:
         self.scope = scope

@@ -1,4 +1,4 @@
-"""The seam of dialects, such as OpenAI's: what they have in common, and what a new one has to bring.
+"""Serves any dialect, such as OpenAI's: holds what dialects have in common, and says what a new one has to bring.
 
 A dialect is a package with its types of bodies, whose `to_generation()` returns a `GenerationRequest`; a `Responder`,
 which writes an answer whole or in events; a `Dialect`, which frames events and writes errors; and a tuple of `Route`s.
@@ -37,7 +37,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Route:
-    """One line of the route table, which requests are routed by and the OpenAPI document is made from.
+    """Describes one route, for routing requests and for the OpenAPI document.
 
     `handler` gets the state, the context and, where there is a `body`, the decoded body. `answer` is the type of its
     answer (None where it is no JSON of a type), `event` that of the events of a stream. `errors` are its statuses
@@ -71,13 +71,13 @@ class Route:
         return self.path.replace(":path}", "}")
 
     def matches(self, path: str) -> bool:
-        """Whether a path may be this route's."""
+        """Returns whether a path may be this route's."""
         return path == self.path or ("{" in self.path and path.startswith(self.path.partition("{")[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What a request asks to generate: plain or tokenized prompts, or messages for the chat template, and how."""
+    """Says what to generate, in no dialect: from plain or tokenized prompts or from messages, and how."""
 
     params: SamplingParams
     scheduling: SchedulingOptions

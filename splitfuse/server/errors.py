@@ -1,4 +1,4 @@
-"""Errors as a client sees them: an HTTP status, a type, a code, and a message that may leave the machine.
+"""Turns errors into what a client sees: an HTTP status, a type, a code, and a message that may leave the machine.
 
 A client's mistake is told in full, a failure of ours by its kind, without paths, addresses or tracebacks.
 """
@@ -25,7 +25,7 @@ from splitfuse.errors import (
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """Details of an error, in OpenAI's shape. `param` is the parameter that caused it, if one did."""
+    """Describes an error, in OpenAI's shape. `param` is the parameter that caused it, if one did."""
 
     message: str
     type: str
@@ -34,13 +34,13 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """Body of every answer that is no success, and the last event of a stream that breaks off."""
+    """Wraps an error as the body of an answer, or as the last event of a stream that breaks off."""
 
     error: ErrorDetail
 
 
 class RefusedError(SplitfuseError):
-    """A request that is refused before an engine sees it: an HTTP `status`, and OpenAI's `type`, `code` and `param`."""
+    """Refuses a request before an engine sees it: with an HTTP `status`, and OpenAI's `type`, `code` and `param`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """How an error is answered. `is_bug` says that its traceback belongs in the log."""
+    """Holds the answer to an error. `is_bug` says that its traceback belongs in the log."""
 
     status: int
     detail: ErrorDetail

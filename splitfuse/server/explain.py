@@ -1,4 +1,4 @@
-"""Where the time of a request went, from the first byte of its body to the last of its answer.
+"""Explains where the time of a request went, from the first byte of its body to the last of its answer.
 
 Joins the phases that the front has measured with the engine's account, keeps those of the last requests, and describes
 them in words. Knows nothing of HTTP.
@@ -54,7 +54,7 @@ MEANINGS = {
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Times of a request in an answer, in seconds.
+    """Holds the times of a request in an answer, in seconds.
 
     queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
@@ -97,8 +97,9 @@ async def timing_with_phases(context: RequestContext) -> Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTimeline:
-    """Phases of a request that an engine has had, whose own account (`breakdown`) may still be on its way. Of several
-    choices, the engine's phases are those of the choice that ended last.
+    """Holds the phases of a request that an engine has had. Its account (`breakdown`) may still be on its way.
+
+    Of several choices, the engine's phases are those of the choice that ended last.
     """
 
     unique_id: str
@@ -146,14 +147,14 @@ def _add(phases: dict[LatencyPhase, float], phase: LatencyPhase, seconds: float)
 
 
 class CoScheduled(msgspec.Struct, frozen=True):
-    """A request with `tokens` of its prompt computed in the same steps. `id` is null if it was another key's."""
+    """Names a request with `tokens` of its prompt computed in the same steps. `id` is null if it was another key's."""
 
     id: str | None
     tokens: int
 
 
 class Explanation(msgspec.Struct, frozen=True):
-    """Where the time of a request went: `phases` add up to `seconds`, from its arrival to the end of its answer."""
+    """Explains where the time of a request went: `phases` add up to `seconds`, from arrival to the answer's end."""
 
     id: str
     request_id: str
@@ -172,7 +173,7 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 class Explanations:
-    """Timelines of the last finished requests, by their ids. Belongs to the event loop's thread."""
+    """Keeps the timelines of the last finished requests, by their ids. Belongs to the event loop's thread."""
 
     def __init__(self, most: int = KEPT) -> None:
         self._most = most

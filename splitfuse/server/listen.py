@@ -1,4 +1,4 @@
-"""The socket of a server and the HTTP on it, which answers before there is an application: it is still starting."""
+"""Opens the socket of a server and speaks HTTP on it, which answers before there is an application."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[so
 
 
 class HttpServer(uvicorn.Server):
-    """HTTP for an application that may come later. Leaves signals to its owner."""
+    """Speaks HTTP for an application that may come later. Leaves signals to its owner."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Raises ConfigError for a TLS certificate or key that cannot be used."""

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: the state of the engines, what they have done, and how requests ended.
+"""Counts for Prometheus: the state of the engines, what they have done, and how requests ended.
 
 Decides names, meanings and buckets. Knows neither HTTP nor the scheduler: it reads EngineStats, StepReport and
 RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the dashboards, routers and autoscalers that know
@@ -50,7 +50,7 @@ _BOUNDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """One metric: its name, and which number it shows. Labelled by model_name and `labels`."""
+    """Describes one metric: its name, and which number it shows. Labelled by model_name and `labels`."""
 
     name: str
     """Name, which is rendered with `_total` if it is a counter's."""

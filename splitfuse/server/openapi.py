@@ -1,4 +1,4 @@
-"""The OpenAPI document, as a fold over the route table and the types that decode and encode, so that it is true."""
+"""Folds the route table, and the types that decode and encode, into the OpenAPI document, so that it is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all routes of a server share, and how a body becomes a request."""
+"""Holds what all routes of a server share, and reads bodies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Body = TypeVar("_Body", bound=Body)
 
 @dataclass(frozen=True)
 class AppState:
-    """What all routes of a server share."""
+    """Holds what all routes of a server share."""
 
     service: TextService
     config: ServerConfig

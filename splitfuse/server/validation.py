@@ -1,4 +1,4 @@
-"""JSON bodies to typed requests, and what is wrong with a body that is not one: the place, the value, a valid one.
+"""Decodes JSON bodies, and tells what is wrong with a malformed one: the place, the value, a valid one.
 
 A `Body` declares the fields of a request. `decode` lets msgspec decode it; only if that fails does it walk the JSON
 along the type, to find the first mismatch. Every dialect uses it; it knows no route.
@@ -42,7 +42,7 @@ class SchemaBounds:
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
-    """Base of JSON objects that clients send. Unknown fields are refused; null means that a field is left out."""
+    """Declares a JSON object that clients send. Unknown fields are refused; null means that a field is left out."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Parameters that are known but not supported, with the values that request nothing and are accepted."""

@@ -1,1 +1,1 @@
-"""OpenAI's API: request types, validation, endpoints, responses."""
+"""Serves OpenAI's API: request types, endpoints, responses."""

@@ -24,7 +24,7 @@ from splitfuse.server.state import AppState
 
 
 class Model(msgspec.Struct, frozen=True):
-    """Model that the server has."""
+    """Describes a model that the server has."""
 
     id: str
     created: int
@@ -34,14 +34,14 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """All models: one."""
+    """Lists the models: one."""
 
     data: list[Model]
     object: Literal["list"] = "list"
 
 
 class Tokenized(msgspec.Struct, frozen=True):
-    """Tokens of a prompt. `max_model_len` is the most tokens that a prompt and its answer may have together."""
+    """Holds the tokens of a prompt. `max_model_len` bounds those of a prompt and its answer together."""
 
     count: int
     max_model_len: int
@@ -49,7 +49,7 @@ class Tokenized(msgspec.Struct, frozen=True):
 
 
 class Detokenized(msgspec.Struct, frozen=True):
-    """Text of tokens."""
+    """Holds the text of tokens."""
 
     prompt: str
 

@@ -24,13 +24,13 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class StreamOptions(Body, kw_only=True, frozen=True):
-    """Options of a stream. `include_usage` adds a last event with the numbers of tokens."""
+    """Holds the options of a stream. `include_usage` adds a last event with the numbers of tokens."""
 
     include_usage: bool | None = None
 
 
 class GenerateBody(SamplingFields, kw_only=True, frozen=True):
-    """Parameters that both routes for generating text share. null is a parameter left out."""
+    """Holds the parameters that both routes for generating text share. null is a parameter left out."""
 
     PATH: ClassVar[str]
 
@@ -42,7 +42,7 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens. Raises InvalidRequestError without a stream."""
+        """Returns whether a stream ends with the numbers of tokens. Raises InvalidRequestError without a stream."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -69,7 +69,7 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
 
 
 class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
-    """Body of POST /v1/completions. A prompt is text or token ids, one or several."""
+    """Asks to continue prompts: POST /v1/completions. A prompt is text or token ids, one or several."""
 
     PATH: ClassVar[str] = "/v1/completions"
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (None, 1), "suffix": (None, "")}
@@ -152,7 +152,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
 
 
 class ContentPart(Body, kw_only=True, frozen=True):
-    """Part of a message: a text."""
+    """Holds a text that is a part of a message."""
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("image_url", "input_audio", "file"), "messages are text, and parts of them have the type text"
@@ -163,7 +163,7 @@ class ContentPart(Body, kw_only=True, frozen=True):
 
 
 class ChatMessage(Body, kw_only=True, frozen=True):
-    """One turn of a conversation. Several parts of text are joined by line ends."""
+    """Holds one turn of a conversation. Several parts of text are joined by line ends."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "refusal": (None,),
@@ -208,7 +208,7 @@ class ChatMessage(Body, kw_only=True, frozen=True):
 
 
 class ChatRequest(GenerateBody, kw_only=True, frozen=True):
-    """Body of POST /v1/chat/completions."""
+    """Asks to answer a conversation: POST /v1/chat/completions."""
 
     PATH: ClassVar[str] = "/v1/chat/completions"
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -291,7 +291,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
 
 
 class TokenizeRequest(Body, kw_only=True, frozen=True):
-    """Body of POST /tokenize: a prompt, or messages as a chat would read them."""
+    """Asks for the tokens of a prompt, or of messages in the chat template: POST /tokenize."""
 
     model: Annotated[str, Meta(max_length=512)] | None = None
     prompt: str | None = None
@@ -325,7 +325,7 @@ _TOKENIZE = {"prompt": ("add_special_tokens",), "messages": ("add_generation_pro
 
 
 class DetokenizeRequest(Body, kw_only=True, frozen=True):
-    """Body of POST /detokenize."""
+    """Asks for the text of tokens: POST /detokenize."""
 
     tokens: list[TokenId]
     model: Annotated[str, Meta(max_length=512)] | None = None

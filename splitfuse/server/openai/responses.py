@@ -29,13 +29,13 @@ EndedBy = Literal["stop", "length"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """`cached_tokens`: tokens of the prompts that every choice found in the prefix cache."""
+    """Counts as `cached_tokens` the prompt tokens that every choice found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Numbers of tokens. A prompt counts once, whatever n is."""
+    """Counts tokens. A prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -50,7 +50,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities: an entry for each token. The first token of a prompt has none."""
+    """Holds log-probabilities: an entry for each token. The first token of a prompt has none."""
 
     text_offset: list[int]
     tokens: list[str]
@@ -59,7 +59,7 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True):
-    """One choice, or its next piece."""
+    """Holds one choice, or its next piece."""
 
     index: int
     text: str
@@ -69,7 +69,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """Answer of /v1/completions, and event of its stream, whose `usage` is null except in the last."""
+    """Answers POST /v1/completions, whole or as an event, whose `usage` is null except in the last."""
 
     id: str
     created: int
@@ -81,7 +81,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """Token that could have been chosen."""
+    """Describes a token that could have been chosen."""
 
     token: str
     logprob: float
@@ -89,7 +89,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprob(msgspec.Struct, frozen=True):
-    """Token that was chosen."""
+    """Describes a token that was chosen."""
 
     token: str
     logprob: float
@@ -98,14 +98,14 @@ class ChatLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities: an entry for each token."""
+    """Holds log-probabilities: an entry for each token."""
 
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """Turn of the assistant."""
+    """Holds the turn of the assistant."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -113,7 +113,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """One choice."""
+    """Holds one choice."""
 
     index: int
     message: AssistantMessage
@@ -122,7 +122,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
-    """Answer of /v1/chat/completions."""
+    """Answers POST /v1/chat/completions."""
 
     id: str
     created: int
@@ -134,14 +134,14 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What an event adds to a message."""
+    """Holds what an event adds to a message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
-    """The next piece of a choice."""
+    """Holds the next piece of a choice."""
 
     index: int
     delta: Delta
@@ -150,7 +150,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
-    """Event of a stream of /v1/chat/completions, whose `usage` is null except in the last."""
+    """Adds to an answer in a stream of /v1/chat/completions; its `usage` is null except in the last event."""
 
     id: str
     created: int
@@ -163,7 +163,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Heading:
-    """Fields that an answer and each event of its stream begin with."""
+    """Holds the fields that an answer and each event of its stream begin with."""
 
     id: str
     created: int
@@ -171,7 +171,7 @@ class Heading:
 
 
 class OpenAIResponder(Responder):
-    """What the answers of both routes have in common."""
+    """Writes what the answers of both routes have in common."""
 
     whole_type: type[Any]
     event_type: type[Any]

@@ -1,4 +1,4 @@
-"""The sampling parameters of a body, derived from the table in core/sampling_params.py.
+"""Derives the sampling parameters of a body from the table in core/sampling_params.py.
 
 It decides how a parameter is written in JSON where that differs from SamplingParams, and what one left out means.
 """

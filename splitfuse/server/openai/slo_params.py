@@ -1,4 +1,4 @@
-"""How a request wants to be scheduled: its SLO, its priority, and its deadline.
+"""Reads how a request wants to be scheduled: its SLO, its priority, and its deadline.
 
 Decides what the owner of a key may request, and what a server without SLO scheduling refuses. Knows nothing of prompts.
 """
@@ -27,7 +27,7 @@ _ON_TIME_ONLY = Annotated[bool, Meta(description="If its SLO cannot be met: 429 
 
 
 class TargetSeconds(Body, kw_only=True, frozen=True):
-    """SLO of a request in place of its key's or the server's, in seconds; null for none."""
+    """Sets the SLO of a request in place of its key's or the server's, in seconds; null for none."""
 
     ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
     ttft_per_token: Annotated[_TARGET, Meta(description="Added to it for each prompt token")] | None = None
@@ -35,7 +35,7 @@ class TargetSeconds(Body, kw_only=True, frozen=True):
 
 
 class SloParams(Body, kw_only=True, frozen=True):
-    """Scheduling parameters of a body. null is a parameter left out."""
+    """Holds the scheduling parameters of a body. null is a parameter left out."""
 
     splitfuse_deadline: _DEADLINE | None = None
     splitfuse_targets: TargetSeconds | None = None
