@@ -35,7 +35,7 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every comm
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model, its numeric formats and its backend."""
+    """Says which model is loaded, with which numeric formats and backend."""
 
     model: str | None = setting(None, "Model folder or Hugging Face Hub name (default: the bundled model).")
     revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Composition of steps: token budget, concurrency and SLOs."""
+    """Says how steps are composed: token budget, concurrency and SLOs."""
 
     max_num_batched_tokens: int = setting(256, "Token budget of a step.")
     max_num_seqs: int = setting(64, "Maximum number of running requests.")
@@ -115,7 +115,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The paged KV cache."""
+    """Says how large the paged KV cache is, and what it stores."""
 
     block_size: int = setting(32, "Tokens per KV block.")
     num_blocks: int | None = setting(None, "Number of KV blocks (default: as many as fit kv_cache_memory_gib).")
@@ -143,7 +143,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """All settings of an engine. The parsed configuration is what travels, to worker processes too."""
+    """Holds all settings of an engine. It travels in this parsed form, to worker processes too."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -182,7 +182,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Settings of a server. None of them changes what is generated."""
+    """Says how a server meets its clients. Nothing here changes what is generated."""
 
     host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
     port: int = setting(8000, "Port to listen on; 0 picks a free one.")

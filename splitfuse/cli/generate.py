@@ -62,7 +62,7 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """A prompt with its own keywords, or the error of an invalid line."""
+    """A prompt with its own keywords; with `error`, one that is invalid or was rejected."""
 
     prompt: Any = None
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -118,7 +118,7 @@ def _parse(line: str, number: int) -> _Request:
     return _Request(fields.pop("prompt"), fields)
 
 
-def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Rejection]:
+def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Request]:
     """Yield the rejections first, then the pieces of all other answers, which run together, with their input index."""
     indices, prepared = [], []
     for request in requests:
@@ -128,24 +128,16 @@ def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any])
             prepared += pipe.prepare([request.prompt], **{**keywords, **request.keywords})
             indices.append(request.index)
         except SplitfuseError as error:
-            yield _Rejection(request.index, str(error))
+            yield dataclasses.replace(request, error=str(error))
     for piece in pipe.run(prepared):
         yield dataclasses.replace(piece, index=indices[piece.index])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rejection:
-    """A request that was not started, and its error."""
-
-    index: int
-    error: str
-
-
-def _print_jsonl(answers: Iterator[Piece | _Rejection]) -> bool:
+def _print_jsonl(answers: Iterator[Piece | _Request]) -> bool:
     """Print a line for each answer when it is complete; return whether any failed."""
     failed = False
     for answer in answers:
-        if isinstance(answer, _Rejection):
+        if isinstance(answer, _Request):
             failed = True
             line: dict[str, Any] = {"index": answer.index, "error": answer.error}
         elif answer.response is not None:
@@ -157,12 +149,12 @@ def _print_jsonl(answers: Iterator[Piece | _Rejection]) -> bool:
     return failed
 
 
-def _print_text(answers: Iterator[Piece | _Rejection], *, several: bool) -> bool:
+def _print_text(answers: Iterator[Piece | _Request], *, several: bool) -> bool:
     """Print one answer as it is generated, or several by number when complete; return whether any failed."""
     failed = False
     for answer in answers:
-        error = answer.error if isinstance(answer, _Rejection) else answer.response and answer.response.error
-        if isinstance(answer, _Rejection):
+        error = answer.error if isinstance(answer, _Request) else answer.response and answer.response.error
+        if isinstance(answer, _Request):
             pass
         elif not several:
             print(answer.text, end="" if answer.response is None else "\n", flush=True)

@@ -15,7 +15,7 @@ from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestToo
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Sizes of a loaded model and its KV cache, in tokens and blocks.
+    """Holds the sizes of a loaded model and its KV cache, in tokens and blocks.
 
     >>> limits = EngineLimits(max_model_len=2048, vocab_size=32000, num_blocks=512, block_size=32)
     >>> limits.check([1, 15, 7], SamplingParams(max_tokens=16))

@@ -17,7 +17,7 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 
 
 class SchedulerParts(NamedTuple):
-    """A scheduler, the allocator that it takes blocks from, and the listener that accounts for latencies."""
+    """Holds a scheduler, the allocator that it takes blocks from, and the listener that accounts for latencies."""
 
     scheduler: Scheduler
     allocator: BlockAllocator

@@ -91,6 +91,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
+        """Return whether any request is waiting or running."""
         return self.scheduler.has_unfinished
 
     def add_request(

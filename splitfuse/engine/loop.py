@@ -33,6 +33,7 @@ class EngineLoop:
 
     @property
     def info(self) -> EngineInfo:
+        """Return what does not change while the engine lives."""
         engine = self._engine
         return EngineInfo(
             model=engine.model.source.name,

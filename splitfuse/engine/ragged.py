@@ -49,6 +49,7 @@ class RaggedEngine:
 
     @property
     def num_free_blocks(self) -> int:
+        """Return the number of KV blocks that sequences can still take."""
         return self._allocator.num_available
 
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -5,32 +5,24 @@ request holds a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, NewRequest, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.errors import RequestFailedError
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
-from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.rows import SamplingState
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 HEAD_ROWS = 64
 """Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
 vocabulary].
 """
-
-
-@dataclass
-class _RequestState:
-    """State of a request from its first chunk to its retirement; preemption does not change it."""
-
-    new: NewRequest
-    output_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Executor:
     def __init__(self, decoder: Decoder, kv_cache: KVCache) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
-        self._states: dict[str, _RequestState] = {}
+        self._states: dict[str, SamplingState] = {}
         self._num_submitted = 0
         self._last_collected = 0
 
@@ -82,7 +74,7 @@ class Executor:
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
         for new in plan.new_requests:
-            self._states[new.request_id] = _RequestState(new)
+            self._states[new.request_id] = SamplingState(new)
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
@@ -112,16 +104,15 @@ class Executor:
             rows = [row for _, row in part]
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
-            wanted = [SamplingRow(state.new, state.output_token_ids) for state in states]
-            chosen = sample(logits, wanted, argmax=self.decoder.backend.argmax)
+            chosen = sample(logits, states, argmax=self.decoder.backend.argmax)
             for state, result in zip(states, chosen, strict=True):
-                results[state.new.request_id] = result
+                results[state.request.request_id] = result
                 state.output_token_ids += result.token_ids
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:
         """Returns `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
-        new = self._states[chunk.request_id].new
+        new = self._states[chunk.request_id].request
         first = chunk.end - chunk.num_logits + 1
         targets = new.prompt_token_ids[first : first + len(hidden)]
         try:

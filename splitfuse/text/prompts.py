@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One prompt as token ids, with the parameters of its `params.n` answers. Check it once, where it enters."""
+    """Holds a prompt as token ids, with the parameters of its `params.n` answers. Check it once, where it enters."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams = GREEDY

@@ -14,7 +14,7 @@ from splitfuse.core.request import FinishReason
 
 @dataclass
 class Timings:
-    """Moments on a monotonic clock, in seconds. `tokens` has one for each generated token, when its step was done.
+    """Holds moments on a monotonic clock, in seconds: `tokens` has one per generated token, when its step ended.
 
     Empty where a server generated the answer: it reports times by `splitfuse_timing`, not on this machine's clock.
     """
@@ -36,7 +36,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class TextLogprob:
-    """Log-probability of one generated token and of its most probable alternatives, with the tokens as texts.
+    """Holds the log-probability of a generated token and of the most probable alternatives, with tokens as texts.
 
     A server reports these; a model in this process reports `TokenLogprob`, with the tokens as ids.
     """

@@ -80,9 +80,11 @@ class _Automaton:
 
     @property
     def is_empty(self) -> bool:
+        """Return whether there are no stop strings."""
         return len(self.depth) == 1
 
     def step(self, state: int, character: str) -> int:
+        """Return the state after one more character."""
         while (following := self._next[state].get(character)) is None:
             if state == 0:
                 return 0

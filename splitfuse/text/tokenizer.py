@@ -73,10 +73,12 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
+        """Return the id of the begin token, if the model has one."""
         return self._role("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
+        """Return the id of the end token, if the model has one."""
         return self._role("eos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from splitfuse.core.plan import ChunkResult, NewRequest
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
 from splitfuse.runtime.sampling import rows as sampling_rows
-from splitfuse.runtime.sampling.rows import SamplingRow, uniform
+from splitfuse.runtime.sampling.rows import SamplingState, uniform
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 EOS = 3
@@ -31,8 +31,8 @@ def row(
     choice: int = 0,
     prompt: tuple[int, ...] = (1, 2),
     output: tuple[int, ...] = (),
-) -> SamplingRow:
-    return SamplingRow(NewRequest("r", prompt, params, (EOS,), seed, choice), list(output))
+) -> SamplingState:
+    return SamplingState(NewRequest("r", prompt, params, (EOS,), seed, choice), list(output))
 
 
 def one(logits: torch.Tensor, params: SamplingParams, **settings: Any) -> ChunkResult:
@@ -91,7 +91,7 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: SamplingState) -> torch.Tensor:
     """Probabilities [vocab] by transformers, in float64. Greedy rows: those before the choice of the largest."""
     params, prompt, output = row.params, row.request.prompt_token_ids, list(row.output_token_ids)
     config = GenerationConfig(
@@ -278,7 +278,7 @@ def test_seed_choice_and_position_each_change_the_stream() -> None:
     params = SamplingParams(temperature=1.0)
     logits = torch.zeros(32, 1000)
 
-    def tokens(rows: list[SamplingRow]) -> list[int | None]:
+    def tokens(rows: list[SamplingState]) -> list[int | None]:
         return [token for r in sample(logits, rows) for token in r.token_ids]
 
     by_position = [row(params, output=(0,) * n) for n in range(32)]

@@ -14,7 +14,7 @@ from splitfuse.config import EngineConfig
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """Everything that the process of an engine is started with."""
+    """Holds everything that the process of an engine is started with."""
 
     config: EngineConfig
     cores: tuple[int, ...] | None = None
@@ -24,7 +24,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
 
 class WeightsFile:
-    """Memory for the packed weights of `num_sharers` engines: the first engine packs them, the others map them."""
+    """Allocates memory for the packed weights of `num_sharers` engines: the first packs them, the others map them."""
 
     def __init__(self, num_sharers: int) -> None:
         self.num_sharers = num_sharers

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.rows import SamplingState
 
 
-def is_adjusted(row: SamplingRow) -> bool:
+def is_adjusted(row: SamplingState) -> bool:
     """Return whether any logit of a row is changed."""
     params = row.params
     return bool(
@@ -23,7 +23,7 @@ def is_adjusted(row: SamplingRow) -> bool:
     )
 
 
-def adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Returns a float64 copy of logits [rows, vocab] with biases, penalties and forbidden ends applied."""
     scores = logits.to(torch.float64, copy=True)
     flat = scores.view(-1)

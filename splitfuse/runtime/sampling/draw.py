@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.rows import SamplingState
 
 
 def is_filtered(params: SamplingParams) -> bool:
@@ -17,14 +17,14 @@ def is_filtered(params: SamplingParams) -> bool:
     return bool(params.top_k or params.top_p < 1.0 or params.min_p)
 
 
-def draw(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def draw(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     """Draw a token for each row of scores [rows, vocab]: inverse of the cumulative distribution, tokens by id."""
     cumulative = _weights(scores, rows).cumsum(-1)
     drawn: list[int] = _invert(cumulative, cumulative[:, -1:], rows).flatten().tolist()
     return drawn
 
 
-def draw_filtered(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def draw_filtered(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     """Draw from the tokens that top_k, top_p and min_p keep, in falling order of weight, equal ones by id.
 
     In that order every filter keeps a beginning: top_k the tokens that weigh no less than the k-th, top_p those before
@@ -61,14 +61,14 @@ def draw_filtered(scores: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return token_ids
 
 
-def _weights(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Returns unnormalized probabilities [rows, vocab] in float64, the largest exactly 1 at any temperature above 0."""
     scores = scores.double()
     temperature = _column([row.params.temperature for row in rows], scores)
     return ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
 
 
-def _invert(cumulative: Tensor, total: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def _invert(cumulative: Tensor, total: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Returns the index [rows, 1] of the first entry above uniform * total, which has a weight above 0: uniform < 1."""
     threshold = _column([row.uniform for row in rows], total) * total
     return torch.searchsorted(cumulative, threshold, right=True)

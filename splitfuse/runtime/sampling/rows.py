@@ -1,9 +1,8 @@
-"""Describe the row of logits that a token is chosen from, and compute its random number."""
+"""Describe the request that a row of logits belongs to, and compute the row's random number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitfuse.core.plan import NewRequest
 from splitfuse.core.sampling_params import SamplingParams
@@ -11,12 +10,15 @@ from splitfuse.core.sampling_params import SamplingParams
 _MASK = 2**64 - 1
 
 
-@dataclass(frozen=True)
-class SamplingRow:
-    """Names the request that a row of logits belongs to, and the tokens it has generated so far."""
+@dataclass
+class SamplingState:
+    """Holds what choosing tokens needs of a request: its introduction, and the tokens it has generated so far.
+
+    The executor keeps it from the request's first chunk to its retirement; preemption does not change it.
+    """
 
     request: NewRequest
-    output_token_ids: Sequence[int]
+    output_token_ids: list[int] = field(default_factory=list)
 
     @property
     def params(self) -> SamplingParams:

@@ -23,7 +23,7 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
 from splitfuse.runtime.sampling.logprobs import report_logprobs
-from splitfuse.runtime.sampling.rows import SamplingRow
+from splitfuse.runtime.sampling.rows import SamplingState
 
 REFERENCE = ReferenceBackend()
 
@@ -31,7 +31,7 @@ Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
 """Type of `Backend.argmax`, which gives the lowest index of each row's largest element, and that element."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], *, argmax: Argmax = REFERENCE.argmax) -> list[ChunkResult]:
+def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = REFERENCE.argmax) -> list[ChunkResult]:
     """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`.
 
     A row without a finite maximum, before or after its own adjustments, gives a ChunkResult with `error`, and does not
@@ -93,7 +93,7 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
     return tuple(report_logprobs(logits, target_ids, [count] * len(target_ids)))
 
 
-def _is_plain(row: SamplingRow) -> bool:
+def _is_plain(row: SamplingState) -> bool:
     """Whether a row is greedy and nothing else, as most are."""
     return row.params.temperature == 0.0 and row.params.logprobs is None and not is_adjusted(row)
 
