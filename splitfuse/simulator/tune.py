@@ -8,7 +8,7 @@ the smallest. All loads consist of the same requests in the same order, only at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -92,20 +92,11 @@ def step_seconds(calibration: Calibration, tokens: int) -> float:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A candidate."""
-
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    enable_slo: bool = True
-    """Whether the targets are scheduled for; otherwise first-come first-served."""
-
-
-@dataclass(frozen=True)
 class Sustained:
     """The largest load that a setting sustains."""
 
-    setting: Setting
+    setting: SchedulerConfig
+    """Without targets: first-come first-served."""
     rate: float
     """Arrival rate in requests/s, or conversations/s; 0 if none is sustained."""
 
@@ -124,7 +115,7 @@ class Tuning:
     """Token budgets with the largest max_num_seqs, first-come first-served."""
     max_num_seqs: tuple[Sustained, ...]
     """Values of max_num_seqs with a usual token budget and SLO scheduling."""
-    chosen: Setting
+    chosen: SchedulerConfig
     rate: float
     """Poisson rate in requests/s that it sustains."""
     clients: int
@@ -160,13 +151,14 @@ def tune(
             raise ConfigError(f"--{name} must be positive integers, not {','.join(map(str, values)) or 'none'}")
     trials = _Trials(deployment, make_workload, attainment, requests, on_trial)
     budgets, max_num_seqs = sorted(set(budgets)), sorted(set(max_num_seqs))
-    largest = Setting(budgets[-1], max_num_seqs[-1])  # SLO scheduling shortens its steps as needed
+    config = deployment.scheduler
+    largest = replace(config, max_num_batched_tokens=budgets[-1], max_num_seqs=max_num_seqs[-1])  # its steps shorten
     lone = trials.closed(largest, 1, LONE_REQUESTS)
     if trials.attainment(lone) < attainment:
-        raise _infeasible(trials, largest)
+        raise trials.infeasible(largest)
     least = LEAST * metrics.throughput(lone)
 
-    def sustained(settings: Sequence[Setting], start: float) -> tuple[Sustained, ...]:
+    def sustained(settings: Iterable[SchedulerConfig], start: float) -> tuple[Sustained, ...]:
         """Each search starts from the result of the one before."""
         found: list[Sustained] = []
         for setting in settings:
@@ -176,20 +168,23 @@ def tune(
         return tuple(found)
 
     usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
-    by_seqs = sustained([Setting(usual, count) for count in max_num_seqs], metrics.throughput(lone))
+    by_seqs = sustained(
+        (replace(config, max_num_batched_tokens=usual, max_num_seqs=count) for count in max_num_seqs),
+        metrics.throughput(lone),
+    )
     if not any(each.rate for each in by_seqs):
-        raise _infeasible(trials, largest)
+        raise trials.infeasible(largest)
     best = _smallest_of_the_best(by_seqs)
-    count = best.setting.max_num_seqs
-    by_budget = sustained([Setting(budget, count) for budget in budgets], best.rate)
-    fcfs = sustained([Setting(budget, max_num_seqs[-1], enable_slo=False) for budget in budgets], best.rate)
+    by_budget = sustained((replace(best.setting, max_num_batched_tokens=budget) for budget in budgets), best.rate)
+    no_slo = replace(largest, ttft=None, itl=None)
+    fcfs = sustained((replace(no_slo, max_num_batched_tokens=budget) for budget in budgets), best.rate)
     best = _smallest_of_the_best(by_budget)
     chosen = best.setting
     rate = trials.largest_rate(chosen, start=best.rate, least=least, refined=True)
     clients, clients_rate = trials.most_clients(chosen)
     return Tuning(
-        ttft=deployment.scheduler.ttft,
-        itl=deployment.scheduler.itl,
+        ttft=config.ttft,
+        itl=config.itl,
         attainment=attainment,
         budgets=by_budget,
         budgets_fcfs=fcfs,
@@ -218,12 +213,12 @@ class _Trials:
         requests: int,
         on_trial: Callable[[], None],
     ) -> None:
-        self.scheduler = deployment.scheduler
         self._deployment = deployment
+        self._targets = SloTargets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
         self._make_workload = make_workload
         self._required, self._requests, self._on_trial = required, requests, on_trial
 
-    def largest_rate(self, setting: Setting, *, start: float, least: float, refined: bool = False) -> float:
+    def largest_rate(self, setting: SchedulerConfig, *, start: float, least: float, refined: bool = False) -> float:
         """Return the largest Poisson rate that a setting sustains; 0 if it is below `least`."""
         requests = self._requests * (REFINED if refined else 1)
         target = self._target(setting)
@@ -236,13 +231,13 @@ class _Trials:
 
         return _largest(is_sustained, start, least)
 
-    def most_clients(self, setting: Setting) -> tuple[int, float]:
+    def most_clients(self, setting: SchedulerConfig) -> tuple[int, float]:
         """Return the number of clients that a setting sustains, and their throughput.
 
         Without a TTFT target no request misses its target in the queue: max_num_seqs is the limit then.
         """
         rates: dict[int, float] = {}
-        most = setting.max_num_seqs if self.scheduler.ttft is None else MOST_CLIENTS
+        most = setting.max_num_seqs if setting.ttft is None else MOST_CLIENTS
 
         def is_sustained(clients: int) -> bool:
             point = self.closed(setting, clients, max(self._requests, 8 * clients))
@@ -260,21 +255,18 @@ class _Trials:
             return 0, 0.0
         return low, rates[low]
 
-    def closed(self, setting: Setting, clients: int, requests: int, scheduler: SchedulerConfig | None = None) -> Point:
-        """Simulate a closed loop, with the targets of another scheduler if one is given."""
-        target = self._target(setting, scheduler)
+    def closed(self, setting: SchedulerConfig, clients: int, requests: int) -> Point:
+        """Simulate a closed loop."""
+        target = self._target(setting)
         self._on_trial()
         loop = closed_loop(target, self._make_workload(target), clients=clients, requests=requests)
         return virtual_time.run(loop)
 
-    def attainment(self, point: Point, scheduler: SchedulerConfig | None = None) -> float:
-        """Return the SLO attainment: the fraction of the requests that met the targets."""
-        config = scheduler or self.scheduler
-        records = metrics.counted(point)
-        targets = SloTargets.parse(config.ttft, config.itl)
-        return metrics.mean([metrics.meets_slo(record, targets) for record in records])
+    def attainment(self, point: Point, targets: SloTargets | None = None) -> float:
+        """Return the SLO attainment: the fraction of requests that met the targets (by default, the deployment's)."""
+        return metrics.mean([metrics.meets_slo(record, targets or self._targets) for record in metrics.counted(point)])
 
-    def _open(self, setting: Setting, rate: float, requests: int) -> Point:
+    def _open(self, setting: SchedulerConfig, rate: float, requests: int) -> Point:
         target = self._target(setting)
         workload = self._make_workload(target)
         seed = int(workload.settings["seed"])
@@ -290,27 +282,56 @@ class _Trials:
         comes = len(metrics.counted(point)) / metrics.seconds(point)
         return self.attainment(point) >= self._required and metrics.throughput(point) >= KEEPS_UP * comes
 
-    def _target(self, setting: Setting, scheduler: SchedulerConfig | None = None) -> SimulatedTarget:
+    def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
-        config = replace(
-            scheduler or self.scheduler,
-            max_num_batched_tokens=setting.max_num_batched_tokens,
-            max_num_seqs=setting.max_num_seqs,
-        )
-        if not setting.enable_slo:
-            config = replace(config, ttft=None, itl=None)
         calibration = self._deployment.calibration
         useful = setting.max_num_seqs * -(-calibration.max_model_len // calibration.block_size)
         calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
-        return SimulatedTarget(replace(self._deployment, scheduler=config, calibration=calibration))
+        return SimulatedTarget(replace(self._deployment, scheduler=setting, calibration=calibration))
 
     def _longest_ttft(self, workload: Workload) -> float:
         """Return the longest TTFT target in seconds among some requests; 0 without one."""
-        if self.scheduler.ttft is None:
+        if not self._deployment.scheduler.ttft:
             return 0.0
-        targets = SloTargets.parse(self.scheduler.ttft, None)
         some = (workload.first("lengths", number) for number in range(32))
-        return max(targets.ttft_target(len(prompt_ids(request))) for request in some)
+        return max(self._targets.ttft_target(len(prompt_ids(request))) for request in some)
+
+    def infeasible(self, setting: SchedulerConfig) -> ConfigError:
+        """Return the error for targets that even a lone request misses, with its latencies and feasible targets."""
+        alone = metrics.counted(self.closed(replace(setting, ttft=None, itl=None), 1, LONE_REQUESTS))
+        itl = max((average for each in alone for average in metrics.moving_averages(metrics.gaps(each))), default=0.0)
+        first = max(map(metrics.ttft, alone))
+        ways = [(True, False), (False, True), (True, True)] if setting.ttft and setting.itl else [(True, True)]
+        feasible = [flags for way in ways if (flags := self._least_feasible(setting, *way))]
+        return ConfigError(
+            f"{_flags(setting)} cannot be met here: even a lone request has an inter-token latency of up to "
+            f"{1e3 * itl:.3g} ms and a TTFT of up to {first:.3g} s; feasible targets: "
+            f"{' or '.join(feasible[:2]) or 'none of this kind'}"
+        )
+
+    def _least_feasible(self, setting: SchedulerConfig, ttft: bool, itl: bool) -> str | None:
+        """Return the shortest targets that a lone request meets, with `ttft`, `itl` or both longer than requested."""
+
+        def longer(times: float) -> SchedulerConfig:
+            return replace(
+                setting,
+                ttft=_longer(setting.ttft, times) if ttft else setting.ttft,
+                itl=_longer(setting.itl, times) if itl else setting.itl,
+            )
+
+        def holds(config: SchedulerConfig) -> bool:
+            targets = SloTargets.parse(config.ttft, config.itl)
+            return self.attainment(self.closed(config, 1, LONE_REQUESTS), targets) == 1.0
+
+        low, high = 1.0, 2.0
+        while not holds(longer(high)):
+            low, high = high, 2.0 * high
+            if high > FAR:
+                return None
+        while high > 1.1 * low:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if holds(longer(middle)) else (middle, high)
+        return _flags(longer(SPARE * high))
 
 
 def _largest(is_sustained: Callable[[float], bool], start: float, least: float) -> float:
@@ -332,46 +353,6 @@ def _largest(is_sustained: Callable[[float], bool], start: float, least: float) 
         middle = math.sqrt(low * high)
         low, high = (middle, high) if is_sustained(middle) else (low, middle)
     return low
-
-
-def _infeasible(trials: _Trials, setting: Setting) -> ConfigError:
-    """Return the error for targets that even a lone request misses, with its latencies and feasible targets."""
-    alone = metrics.counted(trials.closed(replace(setting, enable_slo=False), 1, LONE_REQUESTS))
-    gap = max((average for record in alone for average in metrics.moving_averages(metrics.gaps(record))), default=0.0)
-    first = max(map(metrics.ttft, alone))
-    scheduler = trials.scheduler
-    ways = [(1, 0), (0, 1)] if scheduler.ttft and scheduler.itl else []
-    feasible = [flags for way in (*ways, (1, 1)) if (flags := _least_feasible(trials, setting, *way))]
-    return ConfigError(
-        f"{_flags(scheduler)} cannot be met here: even a lone request has an inter-token latency of up to "
-        f"{1e3 * gap:.3g} ms and a TTFT of up to {first:.3g} s; feasible targets: "
-        f"{' or '.join(feasible[:2]) or 'none of this kind'}"
-    )
-
-
-def _least_feasible(trials: _Trials, setting: Setting, ttft: int, itl: int) -> str | None:
-    """Return the shortest targets that a lone request meets, with `ttft`, `itl` or both longer than requested."""
-
-    def longer(times: float) -> SchedulerConfig:
-        config = trials.scheduler
-        return replace(
-            config,
-            ttft=_longer(config.ttft, times) if ttft else config.ttft,
-            itl=_longer(config.itl, times) if itl else config.itl,
-        )
-
-    def holds(config: SchedulerConfig) -> bool:
-        return trials.attainment(trials.closed(setting, 1, LONE_REQUESTS, config), config) == 1.0
-
-    low, high = 1.0, 2.0
-    while not holds(longer(high)):
-        low, high = high, 2.0 * high
-        if high > FAR:
-            return None
-    while high > 1.1 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if holds(longer(middle)) else (middle, high)
-    return _flags(longer(SPARE * high))
 
 
 def _longer(target: str | None, times: float) -> str | None:
