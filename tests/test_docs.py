@@ -14,6 +14,7 @@ from running_server import running_server
 
 from splitfuse.cli import app
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (
     DrainingError,
@@ -161,6 +162,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(r"`([\w/.-]+\.(?:py|h|cpp|md))`", text_of(page)):
         assert any(file.endswith(f"/{name}") for file in FILES), f"{page.name}: {name}"
+
+
+def test_the_table_of_latency_phases_is_complete() -> None:
+    page = ROOT / "docs" / "slo.md"
+    described = [name for row in rows(page, "| where | phase | time |") for name in re.findall(r"`(\w+)`", row[1])]
+    assert described == [phase.value for phase in LatencyPhase]
 
 
 def test_functions_that_the_architecture_names_exist() -> None:
