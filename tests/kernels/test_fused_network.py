@@ -18,6 +18,7 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import (
+    AttentionSpec,
     Backend,
     ExpertsSpec,
     LayerSpec,
@@ -186,6 +187,18 @@ def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[
     for ours, wanted in zip(logits(decoder), logits(decoder_of(reference, spec)), strict=True):
         likeness = torch.cosine_similarity(ours, wanted.float(), dim=-1)
         assert likeness[:-3].min() > 0.995  # of the prompt: a token generated after it may differ, as the two round
+
+
+def test_cpp_kernels_know_every_field_of_a_layer() -> None:
+    """`CpuBackend` and `FusedNetwork` honour a new field, or `fuse` gives None for it: then it is added here."""
+    known = {
+        LayerSpec: "attention mlp",
+        AttentionSpec: "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm scale softcap",
+        MlpSpec: "intermediate_size activation bias",
+        ExpertsSpec: "num_experts top_k intermediate_size activation renormalize",
+    }
+    for spec, names in known.items():
+        assert [field.name for field in dataclasses.fields(spec)] == names.split()
 
 
 @pytest.mark.parametrize("variant", variants())
