@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from tqdm import tqdm
@@ -84,63 +85,62 @@ async def measure(
         results = Results(
             system, workload.settings, (), replicas=replicas, prompt_speed=loads.prompt_speed, about=about
         )
-        for repetition in range(loads.repeat):
-            for clients in loads.clients:
-                requests = 4 * clients + 32 if loads.requests is None else loads.requests
-                with _bar(f"{clients} clients", repetition, loads.repeat, requests, shown=progress) as on_progress:
-                    point = await closed_loop(
-                        target,
-                        workload,
-                        clients=clients,
-                        requests=requests,
-                        spacing=loads.spacing,
-                        repetition=repetition,
-                        on_progress=on_progress,
-                    )
-                results = _with(results, point, target)
-                on_point(results)
-            for rate in loads.rates or ([] if loads.clients else [None]):
-                name = "as recorded" if rate is None else f"{rate:g} requests/s"
-                wanted = OPEN_REQUESTS if rate is not None and loads.requests is None else loads.requests
-                with _bar(name, repetition, loads.repeat, wanted, shown=progress) as on_progress:
-                    point = await _open(target, workload, rate, wanted, repetition, on_progress)
-                results = _with(results, point, target)
-                on_point(results)
+        points: list[tuple[int | None, float | None]] = [(clients, None) for clients in loads.clients]
+        points = points or [(None, rate) for rate in loads.rates or (None,)]
+        for repetition, (clients, rate) in product(range(loads.repeat), points):
+            point = await _drive(target, workload, loads, clients, rate, repetition, progress=progress)
+            about = dict(results.about)
+            _note_memory(about, "resident_bytes", target)
+            results = replace(results, points=(*results.points, point), about=about)
+            on_point(results)
         return results
     finally:
         await target.close()
 
 
-async def _open(
+async def _drive(
     target: Target,
     workload: Workload,
+    loads: Loads,
+    clients: int | None,
     rate: float | None,
-    requests: int | None,
     repetition: int,
-    on_progress: OnProgress,
+    *,
+    progress: bool,
 ) -> Point:
+    """Drive one load: of these clients, at this rate, or at the recorded times of a trace."""
+    requests = loads.requests
+    if clients is not None:
+        requests = 4 * clients + 32 if requests is None else requests
+        with _bar(f"{clients} clients", repetition, loads.repeat, requests, shown=progress) as on_progress:
+            return await closed_loop(
+                target,
+                workload,
+                clients=clients,
+                requests=requests,
+                spacing=loads.spacing,
+                repetition=repetition,
+                on_progress=on_progress,
+            )
     if rate is not None:
+        requests = OPEN_REQUESTS if requests is None else requests
         seed = int(workload.settings["seed"])
         arrivals = poisson(rate, seed=seed, stream=f"rate {rate:g} repetition {repetition}")
     elif isinstance(workload, Trace):
         arrivals = workload.arrivals()
     else:
         raise ConfigError("no arrival times: give --clients, --rate, or a --trace with times (at)")
-    return await open_loop(
-        target,
-        workload,
-        rate=rate,
-        arrivals=arrivals,
-        requests=requests,
-        repetition=repetition,
-        on_progress=on_progress,
-    )
-
-
-def _with(results: Results, point: Point, target: Target) -> Results:
-    about = dict(results.about)
-    _note_memory(about, "resident_bytes", target)
-    return replace(results, points=(*results.points, point), about=about)
+    name = "as recorded" if rate is None else f"{rate:g} requests/s"
+    with _bar(name, repetition, loads.repeat, requests, shown=progress) as on_progress:
+        return await open_loop(
+            target,
+            workload,
+            rate=rate,
+            arrivals=arrivals,
+            requests=requests,
+            repetition=repetition,
+            on_progress=on_progress,
+        )
 
 
 def _note_memory(about: dict[str, Any], name: str, target: Target) -> None:
