@@ -15,7 +15,7 @@ from tqdm import tqdm
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.engine.engine import Engine
-from splitfuse.errors import InvalidRequestError, PromptTooLongError
+from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
 from splitfuse.text.generation import Generation
@@ -25,6 +25,7 @@ from splitfuse.text.kwargs import (
     SAMPLING_KEYWORDS,
     as_list,
     check_flag,
+    check_max_length,
     refuse_unknown,
     sampling_params,
     sampling_signature,
@@ -171,17 +172,7 @@ class Pipeline:
         limit, length, params = self.engine.max_model_len, len(request.token_ids), request.params
         if max_length is None:
             return request if params.max_tokens else request.with_max_tokens(DEFAULT_MAX_NEW_TOKENS, limit)
-        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
-            raise InvalidRequestError(
-                f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
-            )
-        if max_length <= length:
-            raise PromptTooLongError(
-                f"max_length {max_length} leaves nothing to generate after a prompt of {length} tokens",
-                parameter="max_length",
-            )
-        if max_length > limit:
-            raise InvalidRequestError(f"max_length {max_length} exceeds the model's {limit}", parameter="max_length")
+        check_max_length(max_length, length, limit)
         if params.min_tokens > max_length - length:
             raise InvalidRequestError(
                 f"min_new_tokens {params.min_tokens} does not fit: max_length {max_length} leaves "

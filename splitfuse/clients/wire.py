@@ -29,6 +29,7 @@ from splitfuse.text.kwargs import (
     SAMPLING_KEYWORDS,
     as_list,
     check_flag,
+    check_max_length,
     refuse_unknown,
     respell,
     sampling_params,
@@ -77,15 +78,7 @@ class RemoteRequest:
         most, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
         if self.max_length is not None:
             most, limit = self.params.max_tokens or self.max_length, self.max_length
-            if limit <= num_prompt:
-                raise PromptTooLongError(
-                    f"max_length {limit} leaves nothing to generate after a prompt of {num_prompt} tokens",
-                    parameter="max_length",
-                )
-            if limit > max_model_len:
-                raise InvalidRequestError(
-                    f"max_length {limit} exceeds the model's {max_model_len}", parameter="max_length"
-                )
+            check_max_length(limit, num_prompt, max_model_len)
         room = max(limit - num_prompt, 1)
         with spelled_as_keywords():
             return replace(self, max_length=None, params=replace(self.params, max_tokens=min(most, room)))
@@ -123,10 +116,8 @@ def prepare(
     refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
     check_flag("chat", chat)
     check_flag("return_full_text", return_full_text)
-    if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
-        raise InvalidRequestError(
-            f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
-        )
+    if max_length is not None:
+        check_max_length(max_length)
     params = sampling_params(**keywords)
     requests = []
     for index, prompt in enumerate(as_list(prompts, chat)):

@@ -14,7 +14,7 @@ from copy import copy
 from typing import Any, TypeVar
 
 from splitfuse.core.sampling_params import PARAMETERS, Parameter, SamplingParams
-from splitfuse.errors import InvalidRequestError, did_you_mean
+from splitfuse.errors import InvalidRequestError, PromptTooLongError, did_you_mean
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
@@ -62,6 +62,21 @@ def check_flag(name: str, value: object) -> None:
     """Raise InvalidRequestError unless `value` is True, False or None."""
     if not isinstance(value, bool | None):
         raise InvalidRequestError(f"{name} must be True or False, not {value!r}", parameter=name)
+
+
+def check_max_length(max_length: object, num_prompt: int = 0, limit: int | None = None) -> None:
+    """Raise InvalidRequestError unless `max_length` is a whole number above `num_prompt`, within `limit`."""
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        raise InvalidRequestError(
+            f"max_length must be a whole number of at least 1, not {max_length!r}", parameter="max_length"
+        )
+    if max_length <= num_prompt:
+        raise PromptTooLongError(
+            f"max_length {max_length} leaves nothing to generate after a prompt of {num_prompt} tokens",
+            parameter="max_length",
+        )
+    if limit is not None and max_length > limit:
+        raise InvalidRequestError(f"max_length {max_length} exceeds the model's {limit}", parameter="max_length")
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
