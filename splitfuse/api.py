@@ -56,6 +56,9 @@ def pipeline(
     EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With `progress`,
     the memory plan and a bar while loading go to standard error; `observer` is called with the StepRecord of every
     forward step. Raises ConfigError, ModelError or MemoryPlanError.
+
+    >>> pipe = splitfuse.pipeline("TinyLlama/TinyLlama-1.1B-Chat-v1.0", dtype="bfloat16")
+    >>> print(pipe("What is the capital of France?", chat=True, max_new_tokens=32)[0])
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
     source = open_model(config.model.model, config.model.revision)

@@ -1,5 +1,6 @@
 """The pipeline: prompts in every form, responses and streams; every keyword is honoured or refused by name."""
 
+import inspect
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +263,12 @@ def test_random_choice_follows_from_the_keywords(pipe: splitfuse.Pipeline) -> No
     assert params(do_sample=True).temperature == params(top_p=0.9).temperature == params(top_k=5).temperature == 1
     assert params(min_p=0.1, temperature=0.5).temperature == params(do_sample=True, temperature=0.5).temperature == 0.5
     assert params(top_p=0.9, top_k=5, min_p=0.1).top_p == 0.9
+
+
+def test_help_shows_every_sampling_keyword() -> None:
+    shown = inspect.signature(splitfuse.Pipeline.prepare).parameters
+    assert {"max_length", "do_sample", *SAMPLING_KEYWORDS} <= shown.keys() and "keywords" not in shown
+    assert all(keyword in (splitfuse.Pipeline.prepare.__doc__ or "") for keyword in SAMPLING_KEYWORDS)
 
 
 def test_every_way_to_ask_for_greedy_is_the_same(pipe: splitfuse.Pipeline) -> None:

@@ -49,6 +49,7 @@ def sampling_signature(function: _Function) -> _Function:
     """Show SAMPLING_KEYWORDS in the signature and the docstring of a function that takes them as `**keywords`."""
     signature = inspect.signature(function)
     shown = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    shown.append(inspect.Parameter("do_sample", inspect.Parameter.KEYWORD_ONLY, default=None))
     for keyword, parameter in SAMPLING_KEYWORDS.items():
         default = None if parameter.samples or parameter.is_collection else parameter.default
         shown.append(inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=default))
