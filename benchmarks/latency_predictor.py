@@ -26,7 +26,7 @@ from splitfuse.bench.metrics import percentile
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
@@ -74,7 +74,7 @@ class Recorder:
         self.steps: list[Step] = []
         observe = forecast.observe
 
-        def see(step: Features, seconds: float) -> float:
+        def see(step: StepFeatures, seconds: float) -> float:
             predicted = observe(step, seconds)
             self.steps.append(Step(forecast.cost.seconds(step), predicted, seconds))
             return predicted
@@ -84,7 +84,7 @@ class Recorder:
 
 def step_response() -> None:
     """Print the response to a machine that is suddenly slower or faster, without noise."""
-    cost, step = CostModel(floor=0.1, per_token=0.0), Features(tokens=1)
+    cost, step = CostModel(floor=0.1, per_token=0.0), StepFeatures(tokens=1)
     for times in (2.0, 0.5):
         forecast, factors = LatencyPredictor(cost), []
         for _ in range(200):
@@ -109,7 +109,7 @@ class Changing:
         self._until = 0.0
         self.noise: list[float] = []
 
-    def seconds(self, step: Features, now: float) -> float:
+    def seconds(self, step: StepFeatures, now: float) -> float:
         """Return the time of a step that begins now."""
         random = self._random
         while now >= self._until:
@@ -137,7 +137,7 @@ class ChangingReplica(Replica):
         super().__init__(deployment)
         self._machine = machine
 
-    def step_seconds(self, step: Features) -> float:
+    def step_seconds(self, step: StepFeatures) -> float:
         return self._machine.seconds(step, asyncio.get_running_loop().time())
 
 

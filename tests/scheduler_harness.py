@@ -25,7 +25,7 @@ from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.slo.cost_model import CostModel, features
+from splitfuse.core.slo.cost_model import CostModel, features_of
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import SloTargets
@@ -153,7 +153,7 @@ class Run:
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         scheduler = Scheduler(config, allocator, policy)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
-        latencies = PhaseTracker(scheduler.events, max_num_seqs=max_num_seqs, cost=cost)
+        latencies = PhaseTracker(scheduler.events, cost=cost)
         return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:
@@ -183,7 +183,7 @@ class Run:
         plan, handle = self.in_flight.popleft()
         result = self.executor.collect(handle)
         if (predictor := self.scheduler.policy.predictor) is not None:
-            self.now += predictor.cost.seconds(features(plan))
+            self.now += predictor.cost.seconds(features_of(plan))
         self._tick()
         self.ended.append(self.now)
         outputs = self.scheduler.update(plan, result, self.now)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.core.limits import blocks_needed
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.step_builder import StepBuilder
@@ -99,15 +100,15 @@ def grant_whole(step: StepBuilder, request: Request, *, alone: bool) -> bool:
         step.tokens_left = max(step.tokens_left, needed)
         return step.grant(request) == needed
     if waited:
-        step.queue.stop(request)
+        step.queue.requeue(request)
     return False
 
 
 def _next_batch(step: StepBuilder) -> Iterator[Request]:
-    free = step.free
+    free = step.queue.free
     blocks = free.blocks
     for request in step.queue.waiting[: free.sequence_slots]:
-        blocks -= -(-(request.num_prompt_tokens + request.max_tokens - 1) // free.block_size)
+        blocks -= blocks_needed(request.num_prompt_tokens, request.max_tokens, free.block_size)
         if blocks < 0:
             return
         yield request

@@ -13,7 +13,7 @@ and queues change with the next step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """Records one step whose results are back. All times are seconds on the clock of the scheduler's caller."""
+    """Records one step whose results are back, before they are applied: the requests that it ends still count as
+    running. All times are seconds on the clock of the scheduler's caller.
+    """
 
     plan: StepPlan
     result: StepResult
@@ -49,10 +51,7 @@ class StepScheduled(NamedTuple):
 
     plan: StepPlan
     builder: StepBuilder
-    """The grants, in the order of the plan's chunks, and what is left of the budgets."""
-    running: Sequence[Request]
-    waiting: Sequence[Request]
-    num_free_blocks: int
+    """The grants, in the order of the plan's chunks, what is left of the budgets, and the queue."""
     time: float
 
 
@@ -66,7 +65,7 @@ class RequestAdded(NamedTuple):
 
 
 class RequestStarted(NamedTuple):
-    """Tells that the first chunk of a request has been scheduled."""
+    """Tells that the first chunk of a request has been scheduled: its time in the queue ends. Told once per request."""
 
     request: Request
     time: float
@@ -76,6 +75,7 @@ class RequestPreempted(NamedTuple):
     """Tells that a request is about to lose its blocks and wait again."""
 
     request: Request
+    time: float
 
 
 class RequestFinished(NamedTuple):

@@ -1,7 +1,7 @@
 """Checks requests against the limits of the model and the KV cache of an engine.
 
-A request is checked once, where it enters (a pipeline, a server, `Engine.add_request`); behind that door its sizes are
-only asserted. The engine may be in another process.
+A request is checked once, where it enters (a pipeline, a server, `Engine.add_request`): the sender gets the error, also
+of an engine in another process. From there on its sizes are only asserted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EngineLimits:
     def fits(self, num_prompt: int, params: SamplingParams) -> bool:
         """Return whether a request of this size keeps to the limits, for assertions behind `check`."""
         most = self.max_new_tokens(num_prompt, params)
-        blocks = -(-(num_prompt + most - 1) // self.block_size)
+        blocks = blocks_needed(num_prompt, most, self.block_size)
         return num_prompt > 0 and num_prompt + max(most, 1) <= self.max_model_len and blocks <= self.num_blocks
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -81,9 +81,19 @@ def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, paramete
             )
 
 
+def ceil_div(amount: int, size: int) -> int:
+    """Return `amount / size`, rounded up."""
+    return -(-amount // size)
+
+
+def blocks_needed(num_prompt: int, most: int, block_size: int) -> int:
+    """Return the KV blocks for a prompt and the `most` tokens it may generate, of which the last's KV is never read."""
+    return ceil_div(num_prompt + most - 1, block_size)
+
+
 def check_blocks(num_prompt: int, most: int, *, num_blocks: int, block_size: int) -> None:
     """Raise RequestTooLargeError unless a prompt and the `most` tokens it may generate fit the whole KV cache."""
-    need = -(-(num_prompt + most - 1) // block_size)  # the last token's KV is never read
+    need = blocks_needed(num_prompt, most, block_size)
     if need > num_blocks:
         raise RequestTooLargeError(
             f"the request needs {need} KV blocks for {num_prompt} prompt and up to {most} generated tokens, but the "

@@ -16,7 +16,7 @@ from operator import attrgetter
 from splitfuse.config import TAIL_SHARE
 from splitfuse.core.request import Request
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.core.step_builder import FreeResources, RequestQueue, StepBuilder
+from splitfuse.core.step_builder import RequestQueue, StepBuilder
 from splitfuse.errors import InvalidRequestError
 
 _by_priority = attrgetter("priority")
@@ -62,8 +62,6 @@ class SchedulingPolicy(ABC):
         for request in [each for each in step.queue.waiting if each not in waiting]:  # preempted in this step
             if not step.admit(request):
                 break
-        for request in step.queue.running:
-            request.slo.steps_skipped = 0 if request in step.granted else request.slo.steps_skipped + 1
 
     @abstractmethod
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
@@ -75,12 +73,12 @@ class SchedulingPolicy(ABC):
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
         """Returns the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
 
-    def check_admission(self, request: Request, queue: RequestQueue, free: FreeResources, *, now: float) -> None:
+    def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise LateError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if it has none
         that this policy heeds.
         """
-        del request, queue, free, now
-        raise InvalidRequestError("on_time_only requires an SLO: set targets.ttft or targets.itl", parameter="targets")
+        del request, queue, now
+        raise slo_required()
 
 
 class Fcfs(SchedulingPolicy):
@@ -106,12 +104,19 @@ class Fcfs(SchedulingPolicy):
         """
         oldest = oldest_number(running, than)
         is_oldest = than.sequence_number == oldest
-        after = (r for r in running if r.sequence_number != oldest and (is_oldest or age(r) > age(than)))
-        return max(after, key=age, default=None)
+        others = [r for r in running if r.sequence_number != oldest]
+        if not is_oldest:
+            others = [r for r in others if preemption_key(r) > preemption_key(than)]
+        return max(others, key=preemption_key, default=None)
 
 
 def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:
-    """Returns the decodes, which need only their newest token, and the prefills, which need more."""
+    """Returns the decodes, which need only their newest token in this step, and the prefills, which need more.
+
+    So the last token of a prompt counts as a decode, and a preempted request as a prefill until it is recomputed: what
+    counts is what the request needs of this step. Admission (core/slo/admission.py) looks farther ahead, and counts as
+    decodes the requests which have generated a token.
+    """
     return [r for r in running if r.num_unscheduled == 1], [r for r in running if r.num_unscheduled > 1]
 
 
@@ -121,10 +126,15 @@ def is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
 
 
 def oldest_number(running: Sequence[Request], than: Request) -> int:
-    """Returns the sequence number of the oldest of all."""
+    """Returns the lowest sequence number among `running` and `than`: the oldest request's, which is never preempted."""
     return min(than.sequence_number, running[0].sequence_number) if running else than.sequence_number
 
 
-def age(request: Request) -> tuple[int, int]:
-    """Returns a key which is largest for the request that is preempted first."""
+def preemption_key(request: Request) -> tuple[int, int]:
+    """Returns a key by which requests are preempted, the largest first: the newest of the lowest priority."""
     return request.priority, request.sequence_number
+
+
+def slo_required() -> InvalidRequestError:
+    """Return the error for a request with `on_time_only` and without an SLO."""
+    return InvalidRequestError("on_time_only requires an SLO: set targets.ttft or targets.itl", parameter="targets")

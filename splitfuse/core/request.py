@@ -1,4 +1,7 @@
-"""Represents a request by two counters: tokens known, and tokens scheduled. There is no prefill or decode mode."""
+"""Represents a request by two counters: tokens known, and tokens scheduled.
+
+No mode says whether it is a prefill or a decode: it is a prefill while more than one known token is unscheduled.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SchedulingOptions:
-    """Says how one request is scheduled: its SLO, its share of the machine, its isolation. One value travels from the
-    HTTP edge to the scheduler.
+    """Says how one request is scheduled: its SLO, its share of the machine, its isolation. It is made at the HTTP edge;
+    the engine fills in its default SLO and the arrival time where they are None.
 
         SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
     """
@@ -95,7 +98,7 @@ class Request:
     num_output_placeholders: int = 0
     """Tokens being chosen by plans in flight."""
     num_plans_in_flight: int = 0
-    sent_to_runner: bool = False
+    sent_to_executor: bool = False
     kv: RequestKv = field(default_factory=RequestKv)
     slo: RequestSlo = field(init=False)
 
@@ -165,8 +168,8 @@ class Request:
         missing = end - start - len(prompt_part) - len(output_part)
         return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
 
-    def introduction(self) -> NewRequest:
-        """Returns what the runner must know of it before its first chunk."""
+    def new_request(self) -> NewRequest:
+        """Return what the executor must know of it before its first chunk."""
         return NewRequest(
             self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
         )
@@ -182,7 +185,7 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
-    retry_after: float | None = None  # it was not taken: seconds after which it may be, infinity for never
+    retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)
     num_cached_tokens: int = 0
     slo_met: bool | None = None  # so far; None: it has no SLO
     latency_breakdown: LatencyBreakdown | None = None  # with the last output

@@ -4,15 +4,16 @@ A request is two counters, tokens known and tokens scheduled; every step lets th
 one token budget. Long prompts are split over steps, short ones fused with the running decodes, and the budget is filled
 exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671, section 3).
 
-    order of claims      core/policy.py: decodes, which need only their newest token, then prefills in progress, then
-                         waiting requests; each oldest first, and the last one cut to fit. Or by SLO
-                         (core/slo/deadline_policy.py).
-    no block left        The newest running request is preempted: its tokens are kept, and computed again later.
-    progress             The oldest unfinished request gets at least one token of every step: one is reserved for it,
-                         it may take any other's blocks, and none may take its. `add` has made sure that it fits the
+    order of claims      core/policy.py: by priority; within one, decodes, which need only their newest token, then
+                         prefills in progress, then waiting requests; each by fair share, then oldest first. The last
+                         claim is cut to fit. With SLOs, by deadline (core/slo/deadline_policy.py).
+    no block left        The newest running request of the lowest priority is preempted: its tokens are kept, and
+                         computed again later.
+    progress             The oldest unfinished request gets at least one token of every step: one is reserved for it.
+                         It may preempt any request and is never preempted, and `add` has made sure that it fits the
                          cache alone. So it finishes; then the next one is the oldest.
-    plans in flight      `schedule` may be called before earlier plans have come back. What would take blocks from a
-                         request in flight happens in the `update` of its last plan.
+    plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
+                         in the `update` of its last plan.
 
 One step: `Scheduler.schedule` -> `SchedulingPolicy.compose` (policy.py) -> `StepBuilder` (step_builder.py), which
 grants tokens and blocks -> `StepPlan` (plan.py); then `Scheduler.update` with its `StepResult`. The scheduler knows
@@ -36,9 +37,9 @@ from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
-from splitfuse.core.slo.cost_model import features
+from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
-from splitfuse.core.step_builder import FreeResources, RequestQueue, StepBuilder, by_sequence_number
+from splitfuse.core.step_builder import RequestQueue, StepBuilder, by_sequence_number
 from splitfuse.errors import InvalidRequestError
 
 
@@ -55,9 +56,12 @@ class Scheduler:
         self.events = EngineEvents()
         self.policy = policy or Fcfs(tail_share=config.tail_share)
         self._token_budget = config.max_num_batched_tokens
-        self._max_num_seqs = config.max_num_seqs
         self._allocator = allocator
-        self._queue = RequestQueue(allocator, lambda request: self.events.emit(RequestPreempted(request)))
+        self._queue = RequestQueue(
+            allocator,
+            config.max_num_seqs,
+            on_preempt=lambda request, now: self.events.emit(RequestPreempted(request, now)),
+        )
         self._requests: dict[str, Request] = {}  # unfinished, or finished and still in flight
         self._retired: list[str] = []  # finished since the last plan
         self._fair_share = FairShare()
@@ -97,16 +101,11 @@ class Scheduler:
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         allocator, queue = self._allocator, self._queue
-        check_blocks(
-            request.num_prompt_tokens,
-            request.max_tokens,
-            num_blocks=allocator.num_blocks,
-            block_size=allocator.block_size,
-        )
+        num_blocks, block_size = allocator.num_blocks, allocator.block_size
+        check_blocks(request.num_prompt_tokens, request.max_tokens, num_blocks=num_blocks, block_size=block_size)
         request.sequence_number = self._num_accepted
         if request.on_time_only:
-            free = FreeResources(self._max_num_seqs - self.num_running, allocator.num_available, allocator.block_size)
-            self.policy.check_admission(request, queue, free, now=now)
+            self.policy.check_admission(request, queue, now=now)
         self._num_accepted += 1
         request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=queue.waiting)
         self._requests[request.request_id] = request
@@ -115,12 +114,10 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Returns the next step; None if nothing can run before an `update`. Blocks are taken for all of it."""
-        queue, allocator = self._queue, self._allocator
         step = StepBuilder(
-            queue,
-            allocator,
+            self._queue,
+            self._allocator,
             token_budget=self._token_budget,
-            max_num_seqs=self._max_num_seqs,
             choose_victim=self.policy.preemption_victim,
             predictor=self.policy.predictor,
             now=now,
@@ -134,7 +131,7 @@ class Scheduler:
         self._planned_at[plan.step] = now
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self._requests[new.request_id], now))
-        self.events.emit(StepScheduled(plan, step, queue.running, queue.waiting, allocator.num_available, now))
+        self.events.emit(StepScheduled(plan, step, now))
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[RequestOutput]:
@@ -146,7 +143,7 @@ class Scheduler:
         assert plan.step == self._num_finished_steps, "plans must come back in the order they were scheduled"
         start_time, self._last_update = max(self._planned_at.pop(plan.step), self._last_update), now
         predictor = self.policy.predictor
-        predicted = 0.0 if predictor is None else predictor.observe(features(plan), now - start_time)
+        predicted = 0.0 if predictor is None else predictor.observe(features_of(plan), now - start_time)
         self.events.emit(StepRecord(plan, result, start_time, now, predicted, self.num_running, self.num_waiting))
         outputs = []
         for chunk in plan.chunks:
@@ -158,7 +155,7 @@ class Scheduler:
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0:
-                self._settle(request)
+                self._settle(request, now)
         return outputs
 
     def finish(
@@ -182,17 +179,17 @@ class Scheduler:
             del request.output_token_ids[num_tokens:]
         self._finish(request, reason, now, wanted_until)
         if request.num_plans_in_flight == 0:
-            self._settle(request)
+            self._settle(request, now)
         return True
 
     def check(self) -> None:
-        """Assert what must hold between any two calls. For tests; costs as much as the cache is large."""
+        """Assert what must hold between any two calls. For tests: it takes O(num_blocks) time."""
         self._allocator.check(request.kv.blocks for request in self._requests.values())
         queue = self._queue
         for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
             assert requests == sorted(requests, key=by_sequence_number)
             assert all(request.status is status for request in requests)
-        assert len(queue.running) <= self._max_num_seqs
+        assert len(queue.running) <= queue.max_num_seqs
         for request in queue.waiting:
             assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
         for request in self._requests.values():
@@ -237,15 +234,15 @@ class Scheduler:
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         self.events.emit(RequestFinished(request, now, wanted_until))
 
-    def _settle(self, request: Request) -> None:
-        """The last plan of a request is back: do what had to wait for that."""
+    def _settle(self, request: Request, now: float) -> None:
+        """Release or preempt a request once none of its plans is in flight."""
         if request.is_finished:
             request.kv.release(self._allocator)
             request.num_scheduled = 0
             del self._requests[request.request_id]
-            if request.sent_to_runner:
+            if request.sent_to_executor:
                 self._retired.append(request.request_id)
         elif request.kv.preempt_on_return and request is self._queue.running[0]:
-            request.kv.preempt_on_return = False  # those that wanted its blocks have ended: now it is the oldest
+            request.kv.preempt_on_return = False  # those older than it have ended, and the oldest is not preempted
         elif request.kv.preempt_on_return:
-            self._queue.preempt(request)
+            self._queue.preempt(request, now)

@@ -13,9 +13,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request, RequestStatus
-from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 ALIGNMENT = 16
@@ -33,7 +34,7 @@ class FreeResources(NamedTuple):
 
     def fit(self, requests: Sequence[Request], *, num_running: int) -> bool:
         """Returns whether the prompts of `requests` fit, with a block left for each running request."""
-        blocks = sum(-(-request.num_tokens // self.block_size) for request in requests)
+        blocks = sum(ceil_div(request.num_tokens, self.block_size) for request in requests)
         return len(requests) <= self.sequence_slots and blocks + num_running <= self.blocks
 
     def after(self, request: Request) -> FreeResources:
@@ -46,13 +47,22 @@ class RequestQueue:
     blocks.
     """
 
-    def __init__(self, allocator: BlockAllocator, on_preempt: Callable[[Request], None] = lambda _: None) -> None:
-        """`on_preempt` is called with each request that is about to lose its blocks."""
+    def __init__(
+        self, allocator: BlockAllocator, max_num_seqs: int, *, on_preempt: Callable[[Request, float], None]
+    ) -> None:
+        """`on_preempt` is called with each request that is about to lose its blocks, and the time."""
+        self.max_num_seqs = max_num_seqs
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._allocator = allocator
         self._on_preempt = on_preempt
+
+    @property
+    def free(self) -> FreeResources:
+        """Returns what is free for further requests."""
+        slots = self.max_num_seqs - len(self.running)
+        return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
 
     def start(self, request: Request) -> None:
         """Let a waiting request run, with the blocks that the prefix cache has for it."""
@@ -64,7 +74,7 @@ class RequestQueue:
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
         request.num_scheduled = request.kv.num_computed
 
-    def stop(self, request: Request) -> None:
+    def requeue(self, request: Request) -> None:
         """Send a running request back to waiting: it keeps its tokens and gives its blocks back."""
         assert request.num_plans_in_flight == 0
         self.running.remove(request)
@@ -73,12 +83,12 @@ class RequestQueue:
         request.kv.release(self._allocator)
         request.num_scheduled = 0
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, now: float) -> None:
         """Take the blocks of a running request, which will be computed again later."""
-        self._on_preempt(request)
+        self._on_preempt(request, now)
         request.kv.note_preemption()
         self.num_preemptions += 1
-        self.stop(request)
+        self.requeue(request)
 
     def remove(self, request: Request) -> None:
         """Forget a request which has finished."""
@@ -96,7 +106,6 @@ class StepBuilder:
         allocator: BlockAllocator,
         *,
         token_budget: int,
-        max_num_seqs: int,
         choose_victim: Callable[..., Request | None],
         predictor: LatencyPredictor | None = None,
         now: float = 0.0,
@@ -106,27 +115,21 @@ class StepBuilder:
         self.now = now
         self.granted: dict[Request, int] = {}
         self.tokens_left = token_budget
+        """What is left of the token budget. A policy raises it for a prompt that is computed whole."""
         self.max_seconds = math.inf
-        """Longest that the step may take; what is granted from here on keeps it within that."""
+        """Longest time that the step may be predicted to take. A policy lowers it for the grants that follow."""
         self._allocator = allocator
         self._token_budget = token_budget
-        self._max_num_seqs = max_num_seqs
         self._choose_victim = choose_victim
         self._predictor = predictor
-        self._features = Features()
+        self._features = StepFeatures()
         self._oldest: Request | None = None
         self._reserved_tokens = 0
         self._reserved_share = 0.0
 
     @property
-    def free(self) -> FreeResources:
-        """Returns what is free for further requests."""
-        slots = self._max_num_seqs - len(self.queue.running)
-        return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
-
-    @property
-    def features(self) -> Features:
-        """Returns what the cost of the step depends on, of all that is granted."""
+    def features(self) -> StepFeatures:
+        """Returns the features of all that is granted."""
         return self._features
 
     # Requests ---------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class StepBuilder:
         """
         running, waiting = self.queue.running, self.queue.waiting
         if waiting and (not running or waiting[0].sequence_number < running[0].sequence_number):
-            if len(running) >= self._max_num_seqs and not self.preempt(than=waiting[0]):
+            if len(running) >= self.queue.max_num_seqs and not self.preempt(than=waiting[0]):
                 return None
             self.queue.start(waiting[0])
         self._oldest = running[0] if running else None
@@ -147,19 +150,20 @@ class StepBuilder:
         """Returns whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
         num_running = len(self.queue.running)
         has_block = self._allocator.num_available > num_running
-        return self.tokens_left > 0 and num_running < self._max_num_seqs and has_block
+        return self.tokens_left > 0 and num_running < self.queue.max_num_seqs and has_block
 
     def admit(self, request: Request) -> bool:
         """Start a waiting request with its cached prefix and a first chunk. Returns False if it must go on waiting."""
         if not self.can_admit():
             return False
         self.queue.start(request)
-        while request.kv.blocks and not self.available_slots(request):  # its prefix took all blocks: recompute its end
+        # If the cached prefix uses every block, drop its last one to make room for a token.
+        while request.kv.blocks and not self.available_slots(request):
             request.kv.drop_last_block(self._allocator)
             request.num_scheduled = request.kv.num_computed
         if self.grant(request):
             return True
-        self.queue.stop(request)
+        self.queue.requeue(request)
         return False
 
     def preempt(self, *, than: Request) -> bool:
@@ -173,7 +177,7 @@ class StepBuilder:
         if victim.num_plans_in_flight:
             victim.kv.preempt_on_return = True
             return False
-        self.queue.preempt(victim)
+        self.queue.preempt(victim, self.now)
         return True
 
     # Tokens and blocks ------------------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ class StepBuilder:
             request.kv.grow(self._allocator, request.num_scheduled + count)
             self.granted[request] = count
             self.tokens_left -= count
-            self._features = self._features.plus(start=request.num_scheduled, count=count, rows=1)
+            self._features = self._plus(request, count)
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
@@ -223,8 +227,9 @@ class StepBuilder:
     def available_slots(self, request: Request) -> int:
         """Returns the KV slots for further tokens of a running request, in its own blocks and in those not held.
 
-        A prefill leaves a block for each of the other running requests, whose decodes would preempt it soon otherwise;
-        the oldest request need not.
+        A prefill leaves a block for each of the other running requests: their decodes would soon need it, and preempt
+        the prefill for it. So a prefill may find none, and preempt a newer request, although a few blocks are free. The
+        oldest request, which is never preempted, takes them all.
         """
         spare = self._allocator.num_available
         if request.num_unscheduled > 1 and request is not self.queue.running[0]:
@@ -232,33 +237,39 @@ class StepBuilder:
         return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
     def _even_chunk(self, request: Request, most: int) -> int:
-        """Returns the chunk of a prompt that needs several steps of `most` tokens: as many equal chunks, so that no
-        small remainder pays for a whole step; unless one step more would miss its deadline.
+        """Split the rest of a prompt into equal chunks, avoiding a short last chunk, unless the extra step would miss
+        the deadline. Returns the first chunk, of at most `most` tokens.
         """
         if not 0 < most < request.num_unscheduled:
             return most
-        steps = math.ceil(request.num_unscheduled / most)
+        steps = ceil_div(request.num_unscheduled, most)
         if self.now + (steps + 1) * self.max_seconds > request.slo.deadline:
             return most
-        return min(most, math.ceil(request.num_unscheduled / steps / ALIGNMENT) * ALIGNMENT)
+        return min(most, ceil_div(request.num_unscheduled, steps * ALIGNMENT) * ALIGNMENT)
 
     def _revoke(self, request: Request) -> None:
         self.tokens_left += self.granted.pop(request, 0)
-        self._features = Features()
+        self._features = StepFeatures()
         for other, count in self.granted.items():
-            self._features = self._features.plus(start=other.num_scheduled, count=count, rows=1)
+            self._features = self._plus(other, count)
+
+    def _plus(self, request: Request, count: int) -> StepFeatures:
+        # One row of logits for each chunk: one with none (within a prompt) or several (prompt_logprobs) takes as long.
+        return self._features.plus(start=request.num_scheduled, count=count, rows=1)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 
     def build(self, step: int, retired_requests: tuple[str, ...]) -> StepPlan:
         """Turn the grants into the plan of step number `step`. Its chunks are in flight from here on."""
+        for request in self.queue.running:
+            request.slo.steps_skipped = 0 if request in self.granted else request.slo.steps_skipped + 1
         chunks, new_requests = [], []
         for request, count in self.granted.items():
             chunks.append(self._chunk(request, count))
-            if not request.sent_to_runner:
-                request.sent_to_runner = True
+            if not request.sent_to_executor:
+                request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunks[-1].start
-                new_requests.append(request.introduction())
+                new_requests.append(request.new_request())
         return StepPlan(step, self._token_budget, tuple(chunks), tuple(new_requests), retired_requests)
 
     def _chunk(self, request: Request, count: int) -> Chunk:

@@ -32,5 +32,5 @@ def build_scheduler(
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
     scheduler = Scheduler(config.scheduler, allocator, policy or make_policy(config.scheduler, cost))
-    latencies = PhaseTracker(scheduler.events, max_num_seqs=config.scheduler.max_num_seqs, cost=cost)
+    latencies = PhaseTracker(scheduler.events, cost=cost)
     return SchedulerParts(scheduler, allocator, latencies)

@@ -1,4 +1,4 @@
-"""Joins the scheduler and the model: token ids in, token ids out. Knows no text."""
+"""Joins the scheduler and the model: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.messages import Add
 from splitfuse.engine.profile import load_or_profile
@@ -119,12 +119,11 @@ class Engine:
         `on_time_only` and cannot meet its SLO now. Then nothing is changed.
         """
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
-        assert self.limits.fits(num_prompt, params), "not checked where it entered"
+        assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
-            raise InvalidRequestError(
-                "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo", parameter="targets"
-            )
+            raise InvalidRequestError(SLO_DISABLED, parameter="targets")
         now = time.monotonic()
+        # SchedulingOptions from outside may leave the default SLO and the arrival time open: here they are settled.
         scheduling = replace(
             scheduling,
             targets=self._targets if scheduling.targets is None else scheduling.targets,

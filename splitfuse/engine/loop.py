@@ -61,8 +61,8 @@ class EngineLoop:
         return Alive(time.monotonic() - began if began else 0.0)
 
     def _take_commands(self) -> list[RequestOutput]:
-        """Execute the commands since the last step; wait for one if there is nothing to compute. Returns the outputs of
-        requests which ended thereby, or which the engine refuses: its limits should have kept those away.
+        """Execute the commands since the last step; wait for one if there is nothing to compute. Returns the last
+        outputs of the requests which they ended, and of those which the engine rejects.
         """
         outputs: list[RequestOutput] = []
         while not self._stopped:

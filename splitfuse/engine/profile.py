@@ -25,7 +25,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import MIN_SAMPLES, Features, Sample, fit
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, Sample, StepFeatures, fit
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.errors import ConfigError, CostModelError
@@ -54,9 +54,9 @@ class Case:
     chunks: tuple[tuple[int, int, bool], ...]
 
     @property
-    def features(self) -> Features:
+    def features(self) -> StepFeatures:
         """Return what the cost model predicts the step's time from."""
-        total = Features()
+        total = StepFeatures()
         for start, count, samples in self.chunks:
             total = total.plus(start=start, count=count, rows=int(samples))
         return total

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from splitfuse.config import SchedulerConfig, ServerConfig
 from splitfuse.core.request import Priority
-from splitfuse.core.slo.targets import SloTargets
+from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.errors import ConfigError, did_you_mean
 from splitfuse.server.errors import RefusedError
 
@@ -56,10 +56,7 @@ class ApiKeys:
         """Raise ConfigError if a key has an SLO that engines of that config would ignore."""
         owner = next((owner for _, owner in self._owners if owner.targets is not None), None)
         if owner is not None and not scheduler.slo_enabled:
-            raise ConfigError(
-                f"api_key_file gives {owner.name!r} an SLO, but SLO scheduling is disabled: start the server with "
-                "--enable-slo, --ttft or --itl"
-            )
+            raise ConfigError(f"api_key_file gives {owner.name!r} an SLO, but {SLO_DISABLED}")
 
     def identify(self, authorization: bytes | None) -> Owner:
         """Return the owner of the key in an Authorization header. Raises RefusedError (401)."""

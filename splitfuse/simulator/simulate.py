@@ -28,7 +28,7 @@ from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.slo.cost_model import CostModel, Features, features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError, SplitfuseError
@@ -227,9 +227,9 @@ class Replica:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return
         self._in_step = True
-        asyncio.get_running_loop().call_later(self.step_seconds(features(plan)), self._end_step, plan)
+        asyncio.get_running_loop().call_later(self.step_seconds(features_of(plan)), self._end_step, plan)
 
-    def step_seconds(self, step: Features) -> float:
+    def step_seconds(self, step: StepFeatures) -> float:
         """Return the time of a step: as predicted, times noise as in the calibration."""
         scattered = self._random.lognormvariate(0.0, self._cost.noise)
         return self._cost.seconds(step) * scattered + self._step_overhead

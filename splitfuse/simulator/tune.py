@@ -18,7 +18,7 @@ from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload, poisson
 from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
-from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
@@ -88,7 +88,7 @@ def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[Cu
 
 def step_seconds(calibration: Calibration, tokens: int) -> float:
     """Return the predicted time of a step of one prompt of so many tokens."""
-    return calibration.cost.seconds(Features().plus(start=0, count=tokens, rows=1))
+    return calibration.cost.seconds(StepFeatures().plus(start=0, count=tokens, rows=1))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, SharedPrefix, Trace, TraceLine
 from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
@@ -73,10 +73,10 @@ def test_lone_request_takes_the_time_of_its_steps() -> None:
         target = SimulatedTarget(deployment(step_overhead=0.001, client_overhead=0.5))
         return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
 
-    first = COST.seconds(Features().plus(start=0, count=256, rows=0))
-    second = COST.seconds(Features().plus(start=256, count=44, rows=1))
-    third = COST.seconds(Features().plus(start=300, count=1, rows=1))
-    fourth = COST.seconds(Features().plus(start=301, count=1, rows=1))
+    first = COST.seconds(StepFeatures().plus(start=0, count=256, rows=0))
+    second = COST.seconds(StepFeatures().plus(start=256, count=44, rows=1))
+    third = COST.seconds(StepFeatures().plus(start=300, count=1, rows=1))
+    fourth = COST.seconds(StepFeatures().plus(start=301, count=1, rows=1))
     begin = 0.5 + first + second + 0.002
     assert virtual_time.run(main()) == pytest.approx((begin, begin + third + 0.001, begin + third + fourth + 0.002))
 
@@ -88,7 +88,7 @@ def test_concurrent_requests_share_steps() -> None:
         return [answer.token_times for answer in await asyncio.gather(*map(target.ask, requests))]
 
     def seconds(*chunks: tuple[int, int, int]) -> float:
-        step = Features()
+        step = StepFeatures()
         for start, count, rows in chunks:
             step = step.plus(start=start, count=count, rows=rows)
         return COST.seconds(step)
@@ -140,7 +140,7 @@ def test_prompts_stall_decodes_of_prefill_first_only() -> None:
         (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
         gaps = [gap for record in metrics.counted(point) for gap in metrics.gaps(record)]
         worst[policy], usual[policy] = metrics.percentile(gaps, 99), metrics.percentile(gaps, 90)
-    longest_step = COST.seconds(Features(256, 8, 0, 8 * 4096, 8))
+    longest_step = COST.seconds(StepFeatures(256, 8, 0, 8 * 4096, 8))
     assert worst["splitfuse"] <= longest_step
     assert min(worst["prefill-first"], worst["orca"]) > 2 * longest_step
     assert usual["static"] < usual["orca"] / 3, "no prompt joins while a batch generates"

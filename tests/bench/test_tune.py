@@ -15,7 +15,7 @@ from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, Workload
 from splitfuse.cli import app
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.slo.cost_model import CostModel, Features, FitError, Sample
+from splitfuse.core.slo.cost_model import CostModel, FitError, Sample, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
@@ -26,9 +26,9 @@ COST = CostModel(floor=0.009, per_token=0.0, knee=19, per_token_beyond=0.42e-3, 
 TIMED = tuple(
     Sample(step, 1.02 * COST.seconds(step))
     for step in (
-        *(Features().plus(start=0, count=count, rows=1) for count in (8, 64, 128)),
-        Features().plus(start=512, count=64, rows=0),
-        Features(4, 4, 128, 128, 4),
+        *(StepFeatures().plus(start=0, count=count, rows=1) for count in (8, 64, 128)),
+        StepFeatures().plus(start=512, count=64, rows=0),
+        StepFeatures(4, 4, 128, 128, 4),
     )
 )
 CALIBRATION = Calibration(

@@ -1,6 +1,7 @@
 """The cost model: the shape that it guarantees, and that a fit finds the coefficients that made the timings."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfuse.core.plan import Chunk, StepPlan
-from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Features, Sample, features, fit
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit
 from splitfuse.errors import CostModelError
+from splitfuse.runtime.calibration import Calibration, load, save
 
 TRUE = CostModel(
     floor=8e-3,
@@ -33,12 +35,12 @@ MODELS = st.builds(
     per_kv_token=COEFFICIENTS,
     per_request=COEFFICIENTS,
 )
-STEPS = st.builds(Features, *[st.integers(0, 10_000)] * 5)
+STEPS = st.builds(StepFeatures, *[st.integers(0, 10_000)] * 5)
 
 
-def random_step(rng: Random) -> Features:
+def random_step(rng: Random) -> StepFeatures:
     """Generations at some contexts, and perhaps chunks of prompts."""
-    step = Features()
+    step = StepFeatures()
     for _ in range(rng.choice((0, 1, 2, 4, 8, 16, 32))):
         step = step.plus(start=rng.randrange(2000), count=1, rows=1)
     for _ in range(rng.choice((0, 1, 1, 2)) or not step.tokens):
@@ -56,8 +58,8 @@ def timed(rng: Random, count: int, *, noise: float, disturbed: float = 0.0, mode
 
 
 @given(MODELS, STEPS, st.integers(0, 4), st.integers(1, 1000))
-def test_more_of_anything_never_takes_less(model: CostModel, step: Features, which: int, more: int) -> None:
-    larger = step._replace(**{Features._fields[which]: step[which] + more})
+def test_more_of_anything_never_takes_less(model: CostModel, step: StepFeatures, which: int, more: int) -> None:
+    larger = step._replace(**{StepFeatures._fields[which]: step[which] + more})
     assert model.seconds(larger) >= model.seconds(step) - 1e-9
 
 
@@ -66,8 +68,8 @@ def test_the_time_is_convex_in_the_tokens(model: CostModel, a: int, b: int, c: i
     low, middle, high = sorted((a, b, c))
     if low < high:
         share = (middle - low) / (high - low)
-        chord = (1 - share) * model.seconds(Features(low)) + share * model.seconds(Features(high))
-        assert model.seconds(Features(middle)) <= chord + 1e-9
+        chord = (1 - share) * model.seconds(StepFeatures(low)) + share * model.seconds(StepFeatures(high))
+        assert model.seconds(StepFeatures(middle)) <= chord + 1e-9
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,7 +87,9 @@ def test_the_fit_finds_the_coefficients_behind_noisy_timings(seed: int) -> None:
 def test_without_noise_it_finds_them_exactly() -> None:
     rng = Random(1)
     samples = timed(rng, 200, noise=0.0)
-    samples += [Sample(p, TRUE.seconds(p)) for p in (Features(32, 1, 32, 32, 1), Features(32))]  # the knee itself
+    samples += [
+        Sample(p, TRUE.seconds(p)) for p in (StepFeatures(32, 1, 32, 32, 1), StepFeatures(32))
+    ]  # the knee itself
     model = fit(samples, held_out=timed(rng, 50, noise=0.0))
     assert model.error is not None and model.error.p95 < 1e-4
     for name in ("floor", "per_token", "per_token_beyond", "per_row", "per_pair", "per_kv_token"):
@@ -108,7 +112,7 @@ def test_nothing_is_negative_whatever_the_timings(seed: int) -> None:
 
 
 def test_steps_that_are_all_alike_are_predicted_by_their_time() -> None:
-    step = Features().plus(start=100, count=1, rows=1)
+    step = StepFeatures().plus(start=100, count=1, rows=1)
     model = fit([Sample(step, 0.01)] * MIN_SAMPLES, held_out=[Sample(step, 0.01)])
     assert model.seconds(step) == pytest.approx(0.01)
 
@@ -124,7 +128,7 @@ def test_too_few_timings_are_refused() -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_time_which_is_not_positive_is_refused(seconds: float) -> None:
     with pytest.raises(CostModelError, match="a positive number of seconds"):
-        Sample(Features(1), seconds)
+        Sample(StepFeatures(1), seconds)
 
 
 def test_features_are_those_of_the_plan() -> None:
@@ -132,13 +136,13 @@ def test_features_are_those_of_the_plan() -> None:
         Chunk("generating", 99, (5,), (0, 1, 2, 3), 1, True),
         Chunk("prompt", 10, (1, 2, 3), (4,), 0, False),
     )
-    expected = Features(tokens=4, rows=1, pairs=100 + (11 + 12 + 13), kv_tokens=100 + 13, requests=2)
-    assert features(StepPlan(1, 256, chunks)) == expected
+    expected = StepFeatures(tokens=4, rows=1, pairs=100 + (11 + 12 + 13), kv_tokens=100 + 13, requests=2)
+    assert features_of(StepPlan(1, 256, chunks)) == expected
 
 
 @given(MODELS, STEPS, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
 def test_tokens_within_is_the_largest_count_that_fits(
-    model: CostModel, step: Features, start: int, most: int, seconds: float
+    model: CostModel, step: StepFeatures, start: int, most: int, seconds: float
 ) -> None:
     count = model.tokens_within(seconds, step, start=start, most=most)
     assert 0 <= count <= most
@@ -148,17 +152,21 @@ def test_tokens_within_is_the_largest_count_that_fits(
         assert model.seconds(step.plus(start=start, count=count + 1, rows=0)) > seconds
 
 
-def test_it_is_kept_as_json() -> None:
+def test_calibrations_keep_it_as_json(tmp_path: Path) -> None:
     rng = Random(3)
     model = fit(timed(rng, 50, noise=0.02), held_out=timed(rng, 20, noise=0.02))
-    assert CostModel.from_json(model.to_json()) == model
-    assert CostModel.from_json(TRUE.to_json()) == TRUE
+    for cost in (model, TRUE):
+        made = Calibration(name="by hand", cost=cost, num_blocks=1, block_size=32, max_model_len=32)
+        save(made, tmp_path / "calibration.json")
+        assert load(tmp_path / "calibration.json").cost == cost
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "3", "{}", json.dumps({"floor": -1, "per_token": 0}), json.dumps({"floor": 1, "per_token": 0, "x": 1})],
+    ["", "[]", "3", "{}", json.dumps({"floor": -1, "per_token": 0}), json.dumps({"floor": 1, "per_token": "x"})],
 )
-def test_json_of_anything_else_is_refused(text: str) -> None:
+def test_json_of_anything_else_is_refused(text: str, tmp_path: Path) -> None:
+    sizes = '"name": "x", "num_blocks": 1, "block_size": 32, "max_model_len": 32'
+    (tmp_path / "calibration.json").write_text(f'{{"cost": {text}, {sizes}}}')
     with pytest.raises(CostModelError):
-        CostModel.from_json(text)
+        load(tmp_path / "calibration.json")

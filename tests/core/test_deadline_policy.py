@@ -12,7 +12,7 @@ from scheduler_harness import Run
 from splitfuse.config import TAIL_SHARE
 from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
@@ -200,7 +200,7 @@ def test_no_other_order_meets_more_ttft_targets(seed: int) -> None:
     order = make_policy().order([], prompts, now=0.01)
     assert order.tail_share == 0.0
     seconds = order.max_seconds
-    per_step = max(n for n in range(BUDGET + 1) if COST.seconds(Features(n, 1, 0, 0, 1)) <= seconds)
+    per_step = max(n for n in range(BUDGET + 1) if COST.seconds(StepFeatures(n, 1, 0, 0, 1)) <= seconds)
 
     def on_time(chosen: tuple[Request, ...]) -> int:
         """How many are, if only those are begun that can be, in this order."""

@@ -6,22 +6,22 @@ from random import Random
 
 import pytest
 
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.latency_predictor import IN_TIME, MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR, LatencyPredictor
 
 COST = CostModel(floor=0.01, per_token=0.001)
-STEP = Features(tokens=90)  # 0.1 s
-SHORT = Features(tokens=1)  # 0.011 s
+STEP = StepFeatures(tokens=90)  # 0.1 s
+SHORT = StepFeatures(tokens=1)  # 0.011 s
 
 
-def ratio(predictor: LatencyPredictor, step: Features = STEP) -> float:
+def ratio(predictor: LatencyPredictor, step: StepFeatures = STEP) -> float:
     """How many times longer it takes than the cost model says."""
     return predictor.seconds(step) / COST.seconds(step)
 
 
 @pytest.mark.parametrize("step", [STEP, SHORT])
 @pytest.mark.parametrize("change", [0.25, 0.5, 0.8, 1.0, 1.3, 2.0, 4.0])
-def test_a_lasting_change_is_followed_without_overshooting(change: float, step: Features) -> None:
+def test_a_lasting_change_is_followed_without_overshooting(change: float, step: StepFeatures) -> None:
     predictor = LatencyPredictor(COST)
     ratios = []
     for _ in range(150):
@@ -69,9 +69,9 @@ def test_tokens_within_counts_with_the_correction() -> None:
     predictor = LatencyPredictor(COST)
     for _ in range(300):
         predictor.observe(STEP, 0.2)
-    count = predictor.tokens_within(0.2, Features(), start=0, most=500)
+    count = predictor.tokens_within(0.2, StepFeatures(), start=0, most=500)
     assert count == pytest.approx(90, abs=2)
-    assert predictor.seconds(Features(tokens=count)) <= 0.2 < predictor.seconds(Features(tokens=count + 1))
+    assert predictor.seconds(StepFeatures(tokens=count)) <= 0.2 < predictor.seconds(StepFeatures(tokens=count + 1))
 
 
 def test_times_which_are_not_positive_are_ignored() -> None:

@@ -9,7 +9,7 @@ import pytest
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import CostModel, Features, FitError
+from splitfuse.core.slo.cost_model import CostModel, FitError, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine import profile
 from splitfuse.engine.engine import Engine
@@ -67,8 +67,8 @@ def test_profiling_a_real_model_reports_the_fit_error() -> None:
     calibration, checked = run_calibration(config(), seconds=0.5, progress=False)
     cost = calibration.cost
     assert cost.error is not None and cost.error.num_samples == len(checked) > 10
-    assert cost.seconds(Features().plus(start=0, count=64, rows=1)) > cost.seconds(
-        Features().plus(start=0, count=1, rows=1)
+    assert cost.seconds(StepFeatures().plus(start=0, count=64, rows=1)) > cost.seconds(
+        StepFeatures().plus(start=0, count=1, rows=1)
     )
     assert {timed.sample for timed in checked} < set(calibration.timed)
     assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
@@ -135,11 +135,11 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     cost = MACHINES["a100-70b"].cost
 
     def throughput(tokens: int) -> float:
-        return tokens / cost.seconds(Features().plus(start=0, count=tokens, rows=1))
+        return tokens / cost.seconds(StepFeatures().plus(start=0, count=tokens, rows=1))
 
     assert throughput(256) > 0.85 * throughput(768) and throughput(32) < 0.3 * throughput(768)
     assert (
-        0.015 < cost.seconds(Features().plus(start=100, count=1, rows=1)) < 0.045
+        0.015 < cost.seconds(StepFeatures().plus(start=100, count=1, rows=1)) < 0.045
     )  # a token a step: 22 to 66 a second
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 

@@ -149,5 +149,5 @@ def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert error["param"] == "splitfuse_targets"
-        assert "SLO scheduling is disabled: start the server with --ttft, --itl or --enable-slo" in error["message"]
+        assert "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo" in error["message"]
         assert slo_met(http, splitfuse_targets={}) is None

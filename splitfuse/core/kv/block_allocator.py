@@ -14,9 +14,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.limits import ceil_div
 
 NAMED_TOGETHER = 16
-"""Number of blocks that `match` names at once: few are in vain behind a miss, and a name costs half as much."""
+"""Blocks named per batch: little is wasted after a miss, and batching halves the cost per block."""
 
 
 class BlockAllocator:
@@ -49,7 +50,7 @@ class BlockAllocator:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks `num_tokens` tokens need."""
-        return -(-num_tokens // self.block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     def allocate(self, count: int) -> list[int]:
         """Returns `count` blocks with one reference each and no known content. The caller checks `num_available`."""
@@ -67,7 +68,7 @@ class BlockAllocator:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference of each block, the last block first, so that a prefix outlives what continues it."""
+        """Give back one reference of each block, the last first: tail blocks are then evicted before their prefix."""
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released too often"
             self._references[block] -= 1

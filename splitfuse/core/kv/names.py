@@ -34,7 +34,7 @@ class BlockNamer:
         self.block_size = block_size
         self._block = blake2b(key=key, digest_size=NAME_BYTES, person=b"block")
         self._root = blake2b(key=key, digest_size=NAME_BYTES, person=b"root")
-        self._root.update(blake2b(fingerprint, key=key).digest())  # of one length: nothing of a salt can pass for it
+        self._root.update(blake2b(fingerprint, key=key).digest())  # fixed length: no salt can imitate it
 
     def extend(
         self, names: list[bytes], token_ids: Sequence[int], num_blocks: int | None = None, *, salt: str = ""

@@ -22,7 +22,7 @@ class RequestKv:
     num_computed: int = 0
     """Leading positions whose keys and values are written."""
     num_lost: int = 0
-    """Leading positions which were computed before a preemption: computing them again is recomputation."""
+    """Leading positions which had been computed when the request was preempted, and must be recomputed."""
     num_preemptions: int = 0
     preempt_on_return: bool = False
     """Whether its blocks are to be taken when its last plan in flight is back."""

@@ -92,14 +92,14 @@ class LatencyLedger:
         self._mark(latency)
 
     def begin(self, step: StepTransitions, now: float) -> None:
-        """A step has been planned. It starts now, or when those in flight have ended."""
+        """Record a planned step, which starts now, or when those in flight have ended."""
         self._advance(now)
         self._in_flight.append(step)
         if len(self._in_flight) == 1:
             self._enter(step)
 
     def end(self, now: float) -> None:
-        """The oldest step in flight has ended."""
+        """Record the end of the oldest step in flight."""
         self._advance(now)
         self._in_flight.popleft()
         self._ended = now

@@ -21,7 +21,7 @@ from splitfuse.core.latency.ledger import LatencyLedger, RequestLatency, StepTra
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.plan import Chunk
 from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.step_builder import StepBuilder
 
 REFRESH_STEPS = 64
@@ -31,17 +31,16 @@ REFRESH_STEPS = 64
 class PhaseTracker:
     """Accounts for the latency of one scheduler's requests, as a listener of its events.
 
-        tracker = PhaseTracker(scheduler.events, max_num_seqs=64)
+        tracker = PhaseTracker(scheduler.events)
         ...                                # the request finishes
         tracker.pop("a").phases            # {LatencyPhase.PREFILL: 0.8, LatencyPhase.DECODE: 1.2, ...}
 
     A step is divided by what the cost model predicts of its chunks; without one, by tokens.
     """
 
-    def __init__(self, events: EngineEvents, *, max_num_seqs: int, cost: CostModel | None = None) -> None:
+    def __init__(self, events: EngineEvents, *, cost: CostModel | None = None) -> None:
         self._ledger = LatencyLedger()
         self._cost = cost
-        self._max_num_seqs = max_num_seqs
         self._latencies: dict[str, RequestLatency] = {}  # of unfinished requests
         self._breakdowns: dict[str, LatencyBreakdown] = {}  # of finished ones, until `pop`
         self._decoding: set[Request] = set()  # the decodes of the last step, and some that have finished
@@ -81,8 +80,8 @@ class PhaseTracker:
         self._num_steps += 1
         if self._num_steps % REFRESH_STEPS == 0:
             self._decoding.clear()
-        builder, running, waiting = step.builder, step.running, step.waiting
-        granted = builder.granted
+        builder = step.builder
+        granted, running, waiting = builder.granted, builder.queue.running, builder.queue.waiting
         transitions: list[Transition] = []
         prompts: list[tuple[str, int]] = []
         for index, request in [(n, request) for n, request in enumerate(granted) if request not in self._decoding]:
@@ -95,7 +94,7 @@ class PhaseTracker:
         for request in left_out:
             self._change(request, self._left_out(request, is_full=is_full, now=step.time), transitions)
         if waiting:
-            reason = self._reason_to_wait(step, is_full=is_full)
+            reason = self._reason_to_wait(builder, is_full=is_full)
             last_granted = max(request.queue_key for request in granted) if reason is LatencyPhase.NO_BUDGET else ()
             for request in waiting:
                 phase = reason
@@ -111,7 +110,7 @@ class PhaseTracker:
         count = len(chunk.token_ids)
         weight: float = count
         if self._cost is not None:  # what the step would take with this chunk alone
-            weight = self._cost.seconds(Features().plus(start=chunk.start, count=count, rows=1))
+            weight = self._cost.seconds(StepFeatures().plus(start=chunk.start, count=count, rows=1))
         phase = LatencyPhase.DECODE
         if chunk.start < request.kv.num_lost:
             phase = LatencyPhase.RECOMPUTED
@@ -130,14 +129,14 @@ class PhaseTracker:
             transitions.append(Transition(latency, phase))
             self._decoding.discard(request)
 
-    def _reason_to_wait(self, step: StepScheduled, *, is_full: bool) -> LatencyPhase:
+    def _reason_to_wait(self, builder: StepBuilder, *, is_full: bool) -> LatencyPhase:
         """Returns why no more waiting requests were admitted."""
-        num_running = len(step.running)
-        if num_running >= self._max_num_seqs:
+        free = builder.queue.free
+        if free.sequence_slots <= 0:
             return LatencyPhase.NO_SLOT
-        if step.num_free_blocks <= num_running or not is_full:
+        if free.blocks <= len(builder.queue.running) or not is_full:
             return LatencyPhase.NO_BLOCKS
-        return LatencyPhase.NO_BUDGET if step.builder.tokens_left <= 0 else LatencyPhase.OUTRANKED
+        return LatencyPhase.NO_BUDGET if builder.tokens_left <= 0 else LatencyPhase.OUTRANKED
 
     def _left_out(self, request: Request, *, is_full: bool, now: float) -> LatencyPhase:
         """Returns why a running request is not in the step."""

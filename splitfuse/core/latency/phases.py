@@ -11,7 +11,8 @@ from splitfuse.core.slo.targets import SloViolation
 class LatencyPhase(enum.StrEnum):
     """Names what a request spent time on, in the order of its life.
 
-    The first three and the last four are measured by the front end, the others by an engine.
+    The front end measures READING, TOKENIZING and the phases from FROM_ENGINE on, the engine those between, and both
+    TO_ENGINE: the engine from the time at which the request was sent.
     """
 
     READING = "reading"

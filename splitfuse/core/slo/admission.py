@@ -1,7 +1,10 @@
 """Admits `on_time_only` requests: says whether a new request can meet its SLO, and when it could if not now.
 
-It can if its prefill is feasible and makes no other infeasible, if the decodes leave it enough of each step, and if a
-sequence slot and blocks are free for it or will be: it is known when running requests end at the latest.
+It can if (a) its prefill is feasible, (b) it makes no other prefill infeasible, (c) the decodes leave it enough of each
+step, and (d) a sequence slot and blocks are free for it in time: running requests end with `max_tokens` at the latest.
+
+A decode is here a request which has generated a token: the forecast is about the time until a first token. A step asks
+instead how many tokens a request needs now (`split_running` in core/policy.py).
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
-from splitfuse.core.step_builder import FreeResources, RequestQueue
+from splitfuse.core.step_builder import RequestQueue
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,6 @@ def forecast_admission(
     request: Request,
     planner: DeadlinePlanner,
     queue: RequestQueue,
-    free: FreeResources,
     *,
     tail_share: float,
     now: float,
@@ -56,13 +58,13 @@ def forecast_admission(
     prefills = [*(r for r in running if not r.output_token_ids), *waiting]
     seconds = planner.step_limit(decodes, prefills, arriving=[*prefills, request]).seconds
     seconds = min(seconds, _whole_step(planner, [*decodes, *prefills, request]))
-    share = 1.0 - 2 * tail_share  # the oldest may come to be owed half of that; half is for steps that end late
+    share = 1.0 - 2 * tail_share  # one for the oldest request, which may come to be owed it, one for late steps
     before = planner.feasible(prefills, DecodeLoad(decodes), seconds=seconds, now=now, share=share)
     load = DecodeLoad([*decodes, *before])  # these will decode when its turn comes
     per_step = share * planner.prefill_tokens(load, seconds)
     ahead = [r for r in prefills if r in before or r.priority < request.priority]
     arriving = [*(r for r in ahead if r in waiting), request]
-    start, is_certain = _wait_for_resources(arriving, planner, running, free, seconds)
+    start, is_certain = _wait_for_resources(arriving, planner, queue, seconds)
 
     def prefill_time(tokens: int) -> float:
         return math.ceil(tokens / per_step) * seconds if per_step else math.inf
@@ -97,7 +99,7 @@ def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:
 
 def _whole_step(planner: DeadlinePlanner, requests: Sequence[Request]) -> float:
     """Returns the seconds of a step with everything that requests need: no step takes longer."""
-    work = Features()
+    work = StepFeatures()
     for each in requests:
         work = work.plus(start=each.num_scheduled, count=each.num_unscheduled, rows=1)
     return planner.predictor.seconds(work)
@@ -117,14 +119,14 @@ def _latest_ends(request: Request, running: Sequence[Request], seconds: float) -
 def _wait_for_resources(
     arriving: Sequence[Request],
     planner: DeadlinePlanner,
-    running: Sequence[Request],
-    free: FreeResources,
+    queue: RequestQueue,
     seconds: float,
 ) -> tuple[float, bool]:
-    """Returns the seconds until all that are `arriving` have sequence slots, blocks and their tokens in each step
-    together with the running requests, which end one after the other at the latest; or until all of these have ended,
-    and False.
+    """Returns the seconds until there are sequence slots, blocks and time in each step for all of `arriving` together
+    with the requests which still run then, and True; running requests are taken to end as late as they can. If even
+    the end of all is not enough, returns the seconds until then, and False.
     """
+    running, free = queue.running, queue.free
     ends = sorted((end, index) for index, end in enumerate(_latest_ends(arriving[-1], running, seconds)))
     left, until = list(running), 0.0
     for end, index in [(0.0, -1), *ends]:

@@ -6,15 +6,14 @@
 T tokens go through the layers, R rows through the output head. Up to the knee a step waits for the weights to come from
 memory (`floor`), beyond it for arithmetic. A is how many pairs of a query and a key attention multiplies, K how many
 positions' keys and values it reads, N how many requests there are. Nothing is negative, so more of anything never takes
-less, and the time is convex in the tokens: what the scheduler's law calls a saturated step is one beyond the knee.
+less, and the time is convex in the tokens.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from operator import mul
 from statistics import median
 from typing import NamedTuple
@@ -32,7 +31,7 @@ MIN_SAMPLES = 24
 """Number of timed steps that a fit needs: three for each coefficient."""
 
 
-class Features(NamedTuple):
+class StepFeatures(NamedTuple):
     """Counts what the time of a step depends on."""
 
     tokens: int = 0
@@ -44,9 +43,9 @@ class Features(NamedTuple):
     """Number of positions whose keys and values are read, once for each chunk."""
     requests: int = 0
 
-    def plus(self, *, start: int, count: int, rows: int) -> Features:
+    def plus(self, *, start: int, count: int, rows: int) -> StepFeatures:
         """Returns these with a chunk of `count` tokens from position `start` added, `rows` of which have logits."""
-        return Features(
+        return StepFeatures(
             self.tokens + count,
             self.rows + rows,
             self.pairs + count * start + count * (count + 1) // 2,
@@ -55,9 +54,9 @@ class Features(NamedTuple):
         )
 
 
-def features(plan: StepPlan) -> Features:
-    """Returns the features of a whole step."""
-    total = Features()
+def features_of(plan: StepPlan) -> StepFeatures:
+    """Return the features of a whole step."""
+    total = StepFeatures()
     for chunk in plan.chunks:
         total = total.plus(start=chunk.start, count=len(chunk.token_ids), rows=chunk.num_logits)
     return total
@@ -95,7 +94,7 @@ class CostModel:
             if field.name != "error" and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise CostModelError(f"{field.name} of a cost model must be a number from 0, not {value!r}")
 
-    def seconds(self, step: Features) -> float:
+    def seconds(self, step: StepFeatures) -> float:
         """Returns the predicted time of a step."""
         tokens, rows, pairs, kv_tokens, requests = step
         seconds = (
@@ -108,7 +107,7 @@ class CostModel:
         )
         return seconds + self.per_token_beyond * (tokens - self.knee) if tokens > self.knee else seconds
 
-    def tokens_within(self, seconds: float, step: Features, *, start: int, most: int, rows: int = 0) -> int:
+    def tokens_within(self, seconds: float, step: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
         """Returns how many tokens of one more request, from its position `start` and `most` at most, keep a step within
         `seconds`; 0 if none does. `rows` of them have logits.
         """
@@ -137,26 +136,12 @@ class CostModel:
         misses = sorted(abs(self.seconds(s.features) / s.seconds - 1.0) for s in samples)
         return FitError(median(misses), misses[math.ceil(0.95 * len(misses)) - 1], len(misses))
 
-    def to_json(self) -> str:
-        """Returns it as JSON, for `from_json`."""
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> CostModel:
-        """Parse what `to_json` returned. Raises CostModelError for anything else."""
-        try:
-            values = json.loads(text)
-            error = values.pop("error", None)
-            return cls(**values, error=FitError(**error) if error else None)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise CostModelError(f"this is not a cost model: {error}") from error
-
 
 @dataclass(frozen=True)
 class Sample:
     """Pairs a step with its measured time. Raises CostModelError unless that is a positive number."""
 
-    features: Features
+    features: StepFeatures
     seconds: float
 
     def __post_init__(self) -> None:
@@ -193,8 +178,8 @@ def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
     rows = []
     for sample in samples:
         tokens, *others = sample.features
-        scheduling = (1.0, tokens, max(tokens - knee, 0.0) if knee else 0.0, *others)
-        rows.append([term / sample.seconds for term in scheduling])
+        terms = (1.0, tokens, max(tokens - knee, 0.0) if knee else 0.0, *others)
+        rows.append([term / sample.seconds for term in terms])
     scales = [math.sqrt(sum(row[j] ** 2 for row in rows)) or 1.0 for j in range(len(rows[0]))]
     rows = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
     weights = [1.0] * len(rows)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import NamedTuple
 
 from splitfuse.core.request import Priority, Request
-from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
@@ -26,7 +26,7 @@ ON_TIME_ONLY_SHARE = 7 / 8
 """Fraction of the prefill capacity left before its deadline within which an `on_time_only` prompt must finish, as long
 as others can yield to it: the rest is for requests which arrive, or start to decode, meanwhile.
 """
-WHOLE_INTERVAL_GAIN = 1.25
+WHOLE_ITL_GAIN = 1.25
 """Minimum gain in prefill throughput for which a step takes a whole ITL target instead of half of it."""
 MIN_THROUGHPUT = 1 / 4
 """Minimum prefill throughput which an ITL target must leave to shorten steps, relative to full-budget steps."""
@@ -38,7 +38,7 @@ class StepLimit(NamedTuple):
     seconds: float
     priority: Priority
     """The highest priority which has prefills; lower decodes do not bound steps."""
-    shortest_interval: float = 0.0
+    shortest_itl: float = 0.0
     """Shortest ITL target that is met together with them; infinity if none can be."""
 
     def heeds(self, decode: Request) -> bool:
@@ -46,7 +46,7 @@ class StepLimit(NamedTuple):
         ITL target can be met.
         """
         slo = decode.slo
-        return not slo.missed and decode.priority <= self.priority and (slo.itl_target or 0.0) >= self.shortest_interval
+        return not slo.missed and decode.priority <= self.priority and (slo.itl_target or 0.0) >= self.shortest_itl
 
 
 class DeadlinePlanner:
@@ -61,20 +61,23 @@ class DeadlinePlanner:
     def step_limit(
         self, decodes: Sequence[Request], prefills: Sequence[Request], *, arriving: Sequence[Request] = ()
     ) -> StepLimit:
-        """Returns how long a step may be: half of the shortest ITL target of a decode, or of a request that is
-        `arriving`, so that a decode left out of one step is in time with the next; all of it if that is better for
-        prefills; at most what the token budget takes, and about STEP_PER_TTFT of the median TTFT target as far as
-        prefills keep KEPT_THROUGHPUT.
+        """Return how long a step may be. It is the shortest of:
 
-        Decodes of a priority below the highest of `prefills` do not count, nor do those that are late, nor an ITL
-        target that would leave prefills less than MIN_THROUGHPUT, unless its request is `on_time_only`.
+        - half of the shortest ITL target of `decodes` and `arriving`, so that a decode left out of one step is in time
+          with the next; or all of that target, if prefills gain WHOLE_ITL_GAIN by it;
+        - what a step takes that uses the whole token budget;
+        - about STEP_PER_TTFT of the median TTFT target, as far as prefills keep KEPT_THROUGHPUT.
+
+        ITL targets that do not count: those of requests that have missed their SLO, or whose priority is below the
+        highest of `prefills`; and those that would leave prefills less than MIN_THROUGHPUT, unless the request is
+        `on_time_only`.
         """
         num_rows = len(decodes) + 1
-        full_step = Features(self._token_budget, num_rows, 0, sum(r.num_tokens for r in decodes), num_rows)
+        full_step = StepFeatures(self._token_budget, num_rows, 0, sum(r.num_tokens for r in decodes), num_rows)
         longest = self.predictor.seconds(full_step)
         priority = min((r.priority for r in prefills), default=Priority.LOW)
-        any_interval = StepLimit(longest, priority)
-        paced = [r for r in (*decodes, *arriving) if r.slo.itl_target and any_interval.heeds(r)]
+        any_itl = StepLimit(longest, priority)
+        paced = [r for r in (*decodes, *arriving) if r.slo.itl_target and any_itl.heeds(r)]
         load = DecodeLoad(decodes)
 
         def throughput(seconds: float) -> float:
@@ -86,11 +89,11 @@ class DeadlinePlanner:
         while longest > wanted and 0 < KEPT_THROUGHPUT * full_throughput <= throughput(longest / 2):
             longest /= 2
         safety_factor = self.predictor.safety_factor
-        for interval, can_yield in sorted({(r.slo.itl_target or math.inf, not r.on_time_only) for r in paced}):
-            half, whole = (min(longest, safety_factor * interval / steps) for steps in (2, 1))
-            best = whole if throughput(whole) >= WHOLE_INTERVAL_GAIN * throughput(half) else half
+        for itl_target, can_yield in sorted({(r.slo.itl_target or math.inf, not r.on_time_only) for r in paced}):
+            half, whole = (min(longest, safety_factor * itl_target / steps) for steps in (2, 1))
+            best = whole if throughput(whole) >= WHOLE_ITL_GAIN * throughput(half) else half
             if not can_yield or throughput(best) >= MIN_THROUGHPUT * full_throughput:
-                return StepLimit(best, priority, interval)
+                return StepLimit(best, priority, itl_target)
         return StepLimit(longest, priority, math.inf if paced else 0.0)
 
     def prefill_tokens(self, load: DecodeLoad, seconds: float) -> int:

@@ -15,9 +15,10 @@ from splitfuse.core.policy import (
     ClaimOrder,
     Fcfs,
     SchedulingPolicy,
-    age,
     is_overtaken,
     oldest_number,
+    preemption_key,
+    slo_required,
     split_running,
 )
 from splitfuse.core.request import Priority, Request
@@ -26,7 +27,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.core.step_builder import FreeResources, RequestQueue
+from splitfuse.core.step_builder import RequestQueue
 from splitfuse.errors import LateError
 
 MAX_SKIPPED_STEPS = 32
@@ -107,16 +108,16 @@ class DeadlinePolicy(Fcfs):
         if not is_oldest:
             late = [r for r in late if r.priority >= than.priority]
         if than.slo.missed and not is_oldest:
-            late = [r for r in late if age(r) > age(than)]
+            late = [r for r in late if preemption_key(r) > preemption_key(than)]
         elif not late:
             return super().preemption_victim(running, than=than)
         return min(late, key=lambda r: (-r.priority, r.kv.num_computed, -r.sequence_number), default=None)
 
-    def check_admission(self, request: Request, queue: RequestQueue, free: FreeResources, *, now: float) -> None:
+    def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
         if not request.slo.exists:
-            super().check_admission(request, queue, free, now=now)
-        forecast = forecast_admission(request, self.planner, queue, free, tail_share=self.tail_share, now=now)
+            raise slo_required()
+        forecast = forecast_admission(request, self.planner, queue, tail_share=self.tail_share, now=now)
         if not forecast.meets_slo:
             raise LateError(f"the request cannot meet its SLO: {forecast.reason}", retry_after=forecast.wait)
 

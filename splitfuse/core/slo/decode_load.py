@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import Features
+from splitfuse.core.slo.cost_model import StepFeatures
 
 
 class DecodeLoad:
@@ -19,15 +19,15 @@ class DecodeLoad:
         self._num_decodes: dict[float, int] = {}
         self._num_tokens: dict[float, int] = {}
         for decode in decodes:
-            if interval := decode.slo.itl_target:
-                self._num_decodes[interval] = self._num_decodes.get(interval, 0) + 1
-                self._num_tokens[interval] = self._num_tokens.get(interval, 0) + decode.num_tokens
+            if itl := decode.slo.itl_target:
+                self._num_decodes[itl] = self._num_decodes.get(itl, 0) + 1
+                self._num_tokens[itl] = self._num_tokens.get(itl, 0) + decode.num_tokens
 
-    def within(self, seconds: float, *, safety_factor: float) -> Features:
+    def within(self, seconds: float, *, safety_factor: float) -> StepFeatures:
         """Returns what a step of `seconds` must compute for them, if it may take the fraction `safety_factor` of an ITL
         target.
         """
-        shares = {interval: min(1.0, seconds / (safety_factor * interval)) for interval in self._num_decodes}
-        served = math.ceil(sum(share * self._num_decodes[interval] for interval, share in shares.items()))
-        read = int(sum(share * self._num_tokens[interval] for interval, share in shares.items()))
-        return Features(served, served, read, read, served)
+        shares = {itl: min(1.0, seconds / (safety_factor * itl)) for itl in self._num_decodes}
+        served = math.ceil(sum(share * self._num_decodes[itl] for itl, share in shares.items()))
+        read = int(sum(share * self._num_tokens[itl] for itl, share in shares.items()))
+        return StepFeatures(served, served, read, read, served)

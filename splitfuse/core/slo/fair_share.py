@@ -1,10 +1,10 @@
 """Shares the machine fairly among owners, within each priority.
 
-Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) in the currency of Sheng et al., Fairness in Serving Large
-Language Models (OSDI 2024): tokens of prompts and outputs, divided by the owner's weight. The key of a request is what
-its owner has had, but no less than what the least served of the owners being served has had: an owner with rare
-requests is served soon and accumulates no credit, and a flood of requests queues behind itself. With one owner, keys
-are in the order of arrival.
+Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), with service measured as in Sheng et al., Fairness in
+Serving Large Language Models (OSDI 2024): tokens of prompts and outputs, divided by the owner's weight. The key of a
+request is the service of its owner so far, but no less than that of the least served owner that has requests now: an
+owner with rare requests is served soon and accumulates no credit, and a flood of requests queues behind itself. With
+one owner, keys are in the order of arrival.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from splitfuse.core.request import Priority, Request
 
 
 class FairShare:
-    """Counts what each owner has had, in tokens over weight."""
+    """Counts the service of each owner, in tokens over weight."""
 
     def __init__(self) -> None:
-        self._had: defaultdict[str, float] = defaultdict(float)
+        self._service: defaultdict[str, float] = defaultdict(float)
         self._levels: defaultdict[Priority, float] = defaultdict(float)
-        """What the least served of the owners being served has had, for each priority."""
+        """Service of the least served owner that has requests, for each priority; it never falls."""
 
     def key(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
         """Returns the `fair_share_key` of a new request, and charges its whole prompt: a burst is many requests."""
-        had, owner, priority = self._had, request.owner, request.priority
-        levels = {each.owner: had[each.owner] for each in running if each.priority == priority}
+        service, owner, priority = self._service, request.owner, request.priority
+        levels = {each.owner: service[each.owner] for each in running if each.priority == priority}
         for each in waiting:
             if each.priority == priority:
                 levels[each.owner] = min(levels.get(each.owner, each.fair_share_key), each.fair_share_key)
         same = (each for each in chain(running, waiting) if (each.owner, each.priority) == (owner, priority))
-        level = min(levels.values()) if levels else max(had.values(), default=0.0)
+        level = min(levels.values()) if levels else max(service.values(), default=0.0)
         self._levels[priority] = max(self._levels[priority], level)
-        key = max(had[owner], self._levels[priority], max((each.fair_share_key for each in same), default=0.0))
-        had[owner] = key + request.num_prompt_tokens / request.scheduling.weight
+        key = max(service[owner], self._levels[priority], max((each.fair_share_key for each in same), default=0.0))
+        service[owner] = key + request.num_prompt_tokens / request.scheduling.weight
         return key
 
     def charge_token(self, request: Request) -> None:
         """Charge the owner of a request for one generated token."""
-        self._had[request.owner] += 1.0 / request.scheduling.weight
+        self._service[request.owner] += 1.0 / request.scheduling.weight
 
     def refund(self, request: Request) -> None:
         """Give back what was charged for the part of a finished request's prompt which was never computed."""
         computed = max(request.num_scheduled, request.kv.num_lost)
-        self._had[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.scheduling.weight
+        self._service[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.scheduling.weight

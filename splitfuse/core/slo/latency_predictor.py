@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from splitfuse.core.slo.cost_model import CostModel, Features
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 
 GAIN = 1 / 16
 """Fraction of the error which one step corrects."""
@@ -32,13 +32,12 @@ MAX_FACTOR = math.log(32.0)
 IN_TIME = 0.99
 """Fraction of the steps which are to end within the time they were planned for."""
 MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR = 0.9, 0.7
-"""Bounds of `LatencyPredictor.safety_factor`. Where the noise asks for less than the lower one, missing a deadline now
-and then is better than making all steps still shorter.
+"""Bounds of `LatencyPredictor.safety_factor`. With more noise than the lower one allows for, missing
+a deadline now and then is better than making all steps still shorter.
 """
 SAFETY_GAIN = 1 / 64
-"""Change of the safety factor, on a logarithmic scale, by a step which took longer than allowed. One which did not
-moves it back by a hundredth of that: some 1,600 steps from the smallest factor to the largest. A machine that has
-become slower counts too, until the correction has followed.
+"""Decrease of the logarithm of the safety factor by a step which took longer than allowed. One which did not moves it
+back by a hundredth of that: some 1,600 steps from the smallest factor to the largest.
 """
 
 
@@ -60,18 +59,18 @@ class LatencyPredictor:
         """Returns the fraction of the time until a deadline which a step may be predicted to take."""
         return math.exp(-self._log_over)
 
-    def seconds(self, features: Features) -> float:
+    def seconds(self, features: StepFeatures) -> float:
         """Returns the predicted time of a step."""
         floor, beyond = self.factors
         return floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
 
-    def tokens_within(self, seconds: float, features: Features, *, start: int, most: int, rows: int = 0) -> int:
+    def tokens_within(self, seconds: float, features: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
         """See CostModel."""
         floor, beyond = self.factors
         calibrated = self.cost.floor + (seconds - floor * self.cost.floor) / beyond
         return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
 
-    def observe(self, features: Features, seconds: float) -> float:
+    def observe(self, features: StepFeatures, seconds: float) -> float:
         """Learn from the measured time of a step. Returns what was predicted of it before."""
         predicted = self.seconds(features)
         if seconds <= 0.0 or predicted <= 0.0:

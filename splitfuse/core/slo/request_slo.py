@@ -63,8 +63,7 @@ class RequestSlo:
             self._observe_gap(now - self._newest_token_time, self.targets.itl)
         self.missed = self.violation is not None
         self._newest_token_time = now
-        interval = self.itl_target
-        self.deadline = math.inf if interval is None else now + interval
+        self.deadline = math.inf if self.itl_target is None else now + self.itl_target
 
     def _observe_gap(self, gap: float, itl: float) -> None:
         self._longest_gap = max(gap, self._longest_gap)

@@ -40,11 +40,13 @@ class SloTargets:
     @classmethod
     def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
         """Parse targets as settings write them: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
-        between = None if itl is None else parse_seconds("itl", itl)
+        itl_seconds = None if itl is None else parse_seconds("itl", itl)
         if ttft is None:
-            return cls(itl=between)
-        first = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
-        return cls(itl=between, ttft_per_token=first) if ttft.endswith(PER_TOKEN) else cls(first, between)
+            return cls(itl=itl_seconds)
+        seconds = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
+        if ttft.endswith(PER_TOKEN):
+            return cls(itl=itl_seconds, ttft_per_token=seconds)
+        return cls(seconds, itl_seconds)
 
     def ttft_target(self, num_prompt: int) -> float:
         """Returns the seconds from arrival to the first token of a prompt of that length; infinity without a target."""
@@ -54,6 +56,7 @@ class SloTargets:
 
 
 NO_SLO = SloTargets()
+SLO_DISABLED = "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from splitfuse.core.request import Priority, SchedulingOptions
-from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
@@ -55,11 +55,7 @@ class SloParams(Body, kw_only=True, frozen=True):
             ("splitfuse_on_time_only", self.splitfuse_on_time_only),
         ):
             if wants and not slo_enabled:
-                raise InvalidRequestError(
-                    "SLO scheduling is disabled: start the server with --ttft, --itl or --enable-slo, or leave "
-                    f"{name} out",
-                    parameter=name,
-                )
+                raise InvalidRequestError(f"{SLO_DISABLED}, or leave {name} out", parameter=name)
         return SchedulingOptions(
             cache_salt=owner.cache_salt,
             targets=owner.targets if targets is None else targets,
