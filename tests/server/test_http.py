@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -334,8 +335,17 @@ def test_a_disconnect_during_tokenization_is_noticed(server: RunningServer, monk
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_deadline_ends_a_request(http: httpx.Client, server: RunningServer, stream: bool) -> None:
-    answer = http.post(COMPLETIONS, json={**LONG, "n": 2, "splitfuse_deadline": 0.3, "stream": stream})
+def test_a_deadline_ends_a_request(
+    http: httpx.Client, server: RunningServer, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = server.engine.executor.submit
+
+    def slowly(plan: Any) -> Any:  # 1,900 steps of 2 ms: the deadline comes before their end on any machine
+        time.sleep(0.002)
+        return submit(plan)
+
+    monkeypatch.setattr(server.engine.executor, "submit", slowly)
+    answer = http.post(COMPLETIONS, json={**LONG, "n": 2, "splitfuse_deadline": 1.5, "stream": stream})
     if stream:
         assert answer.status_code == 200
         error = events_of(answer)[-1]["error"]
