@@ -1,4 +1,4 @@
-"""The errors that users can meet, as one tree. Each class has the HTTP status that a server answers with.
+"""The errors that users can meet, as one tree. `status` is the HTTP status that a server answers with.
 
 A message names the offending value, says what is wrong with it, and gives a valid one where there is one. A request
 that fails never affects the others.
@@ -17,7 +17,7 @@ that fails never affects the others.
     ├── KernelError                 compiled kernels are missing, or this CPU cannot run them
     ├── MemoryPlanError             the model does not fit into memory; the message says what would
     ├── RequestFailedError          a request failed while it ran (NaN logits, for example); others continue
-    ├── OverloadedError             the server is full; `retry_after` says when to try again
+    ├── OverloadedError             the server is at capacity; `retry_after` says when to try again
     │   └── LateError               it has on_time_only, and cannot meet its SLO now
     ├── EngineDiedError             no engine is there to compute the request, or it died
     ├── DrainingError               the server is shutting down and accepts no new requests
@@ -40,8 +40,6 @@ class SplitfuseError(Exception):
 
 class ConfigError(SplitfuseError):
     """Raised when a setting has an invalid value."""
-
-    status = 400
 
 
 class CostModelError(SplitfuseError):
@@ -73,8 +71,6 @@ class ModelError(SplitfuseError):
 class ModelNotFoundError(ModelError):
     """Raised when no folder or Hub model has the name, or when the Hub cannot be reached."""
 
-    status = 404
-
 
 class UnsupportedModelError(ModelError):
     """Raised when an architecture, or a feature of it, is not supported."""
@@ -95,15 +91,13 @@ class KernelError(SplitfuseError):
 class MemoryPlanError(SplitfuseError):
     """Raised when the model and its KV cache do not fit into memory."""
 
-    status = 507
-
 
 class RequestFailedError(SplitfuseError):
     """Raised when one request fails while it runs. The others continue."""
 
 
 class OverloadedError(SplitfuseError):
-    """Raised when the server is full. `retry_after` is the number of seconds until a retry may succeed."""
+    """Raised when the server is at capacity. `retry_after` is the number of seconds until a retry may succeed."""
 
     status = 429
 

@@ -37,8 +37,9 @@ def format_breakdown(explanation: dict[str, Any]) -> str:
     """Return a table with a bar for each phase, proportional to its time."""
     import msgspec
 
+    from splitfuse.core.latency.phases import LatencyPhase
     from splitfuse.core.slo.targets import SloViolation
-    from splitfuse.server.explain import MEANINGS, describe_violation
+    from splitfuse.server.explain import describe_violation
 
     total, phases = explanation["seconds"], explanation["phases"]
     slo = {True: "SLO met", False: "SLO missed", None: "no SLO"}[explanation["slo_met"]]
@@ -52,10 +53,10 @@ def format_breakdown(explanation: dict[str, Any]) -> str:
         lines.append(describe_violation(msgspec.convert(violation, SloViolation)))
     lines.append("")
     longest = max(phases.values(), default=0.0)
-    for phase, meaning in MEANINGS.items():
+    for phase in LatencyPhase:
         if seconds := phases.get(phase.value):
             bar = "█" * round(BAR * seconds / longest) or "▏"
-            lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {meaning:36} {bar}")
+            lines.append(f"{1000 * seconds:11.1f} ms {seconds / total:6.1%}  {phase.meaning:36} {bar}")
     whole = "from its arrival to the end of its answer"
     lines.append(f"{1000 * total:11.1f} ms {sum(phases.values()) / total:6.1%}  {whole}")
     if others := explanation["co_scheduled"]:

@@ -125,13 +125,13 @@ class AsyncClient:
     async def _responses(
         self, requests: list[RemoteRequest], streaming_fn: Callable[[Piece], object] | None
     ) -> list[Response]:
-        told = []
+        received = []
         async with aclosing(self._pieces(requests, stream=streaming_fn is not None)) as pieces:
             async for piece in pieces:
                 if streaming_fn is not None:
                     streaming_fn(piece)
-                told.append(piece)
-        return in_order(told)
+                received.append(piece)
+        return in_order(received)
 
     def _pieces(self, requests: list[RemoteRequest], *, stream: bool) -> AsyncGenerator[Piece, None]:
         """Yield what comes for all requests, as it comes. The first error ends them all, and so does closing."""
@@ -192,7 +192,7 @@ class AsyncClient:
                             yield part
 
     async def _send(self, method: str, path: str, body: Any = None, *, refused: bool = True) -> httpx.Response:
-        """Return the answer. Unless `refused` is False, raise the error that it tells of, if it is no success."""
+        """Return the answer. Raise its error unless the status is 200 or `refused` is False."""
         with _network_errors(self.url):
             response = await self._http.request(method, path, json=body)
         if refused and response.status_code != 200:
@@ -257,7 +257,7 @@ def refuse_both(streaming_fn: object) -> None:
     """Raise InvalidRequestError if streaming_fn is given together with stream."""
     if streaming_fn is not None:
         raise InvalidRequestError(
-            "stream and streaming_fn exclude each other: give one of the two", parameter="streaming_fn"
+            "stream and streaming_fn are mutually exclusive: give one of them", parameter="streaming_fn"
         )
 
 

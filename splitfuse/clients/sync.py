@@ -34,7 +34,7 @@ def serve(
     ...     client.terminate_server()
     """
     if "name" in settings:
-        raise ConfigError("name is called deployment_name here")
+        raise ConfigError("use deployment_name instead of name")
     started = daemon.start({"model": model, "name": deployment_name, **settings}, wait=wait, echo=sys.stderr)
     keys = settings.get("api_key") or ()
     return client(started.name, api_key=keys if isinstance(keys, str) else next(iter(keys), None))
@@ -118,12 +118,12 @@ class Client:
         if streaming_fn is None:
             responses: list[Response] = self._thread.run(self._async(prompts, **keywords))
             return responses
-        told = []
+        received = []
         with closing(self._thread.iterate(self._async(prompts, stream=True, **keywords))) as pieces:
             for piece in pieces:
                 streaming_fn(piece)
-                told.append(piece)
-        return in_order(told)
+                received.append(piece)
+        return in_order(received)
 
     health = _blocking(AsyncClient.health)
     state = _blocking(AsyncClient.state)

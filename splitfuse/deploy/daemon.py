@@ -1,6 +1,6 @@
 """Starts a server as a process of its own, and ends one, from another process of the same user.
 
-Decides when a server counts as started or ended, by its entry in the registry. Knows neither HTTP nor what it does.
+Decides when a server counts as started or ended, by its entry in the registry.
 """
 
 from __future__ import annotations

@@ -52,10 +52,10 @@ class Stream:
         self.num_tokens = 0  # received so far
         self.began: float | None = None
         """Time at which its first step began, on the monotonic clock."""
-        self.left = math.inf
-        """Time at which nothing more of it was to come, or was wanted."""
-        self.spent: asyncio.Future[LatencyBreakdown | None] = asyncio.get_running_loop().create_future()
-        """Breakdown of its latency, which the engine may report after `left`; None if it died or refused it."""
+        self.ended_at = math.inf
+        """Time when the request finished or was abandoned."""
+        self.breakdown: asyncio.Future[LatencyBreakdown | None] = asyncio.get_running_loop().create_future()
+        """Breakdown of its latency, which the engine may report after `ended_at`; None if it died or refused it."""
         self._finish = finish
         self._opened = time.monotonic()
         self._outputs: deque[RequestOutput] = deque()
@@ -110,19 +110,19 @@ class Stream:
         self.settle(None)
         self._news.set()
 
-    def settle(self, spent: LatencyBreakdown | None) -> None:
+    def settle(self, breakdown: LatencyBreakdown | None) -> None:
         """Note that no engine holds the request any more. Called by the client that opened the stream."""
-        self.left = min(self.left, time.monotonic())
-        if not self.spent.done():
-            self.spent.set_result(spent)
+        self.ended_at = min(self.ended_at, time.monotonic())
+        if not self.breakdown.done():
+            self.breakdown.set_result(breakdown)
 
     def _release(self, reason: FinishReason, num_tokens: int | None) -> None:
         if not self._released:
             self._released = True
             self._outputs.clear()
             if not self._ended:
-                self.left = time.monotonic()
-                self._finish(Finish(self.request.request_id, reason, num_tokens, self.left))
+                self.ended_at = time.monotonic()
+                self._finish(Finish(self.request.request_id, reason, num_tokens, self.ended_at))
         self._news.set()
 
 
@@ -254,7 +254,7 @@ class LocalClient(EngineClient):
                 self.on_step(report)
                 for output in report.outputs:
                     ending = self._ending.get(output.request_id)
-                    if ending is not None:  # ended by us: on its way since, or its last
+                    if ending is not None:  # sent before our Finish arrived, or the final output
                         if output.finish_reason is not None:
                             del self._ending[output.request_id]
                             ending.settle(output.latency_breakdown)

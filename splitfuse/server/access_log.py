@@ -1,6 +1,6 @@
 """Writes one line of JSON for each request that a server has answered, from its record.
 
-Decides what is written about a request. Knows neither HTTP nor the engine, and keys by their names only.
+Decides what is written about a request. Of a key it writes the name only.
 """
 
 from __future__ import annotations

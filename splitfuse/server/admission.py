@@ -1,7 +1,6 @@
 """Decides whether a server accepts one more request and, if not, when to try again.
 
-Arithmetic on numbers and a clock that is passed in: knows neither HTTP nor the engine nor what is in a request. Belongs
-to the event loop's thread.
+Only arithmetic on numbers and on a clock that is passed in. It belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
 
 MEMORY_SECONDS = 10.0
-"""Age at which a step counts 1/e of one that has just ended, in the measured rate."""
+"""Time constant, in seconds, of the throughput average."""
 MAX_WAIT = 3600.0
 """Longest wait that is estimated, in seconds."""
 
@@ -28,8 +27,8 @@ class Admission:
         self.num_requests = 0
         self.num_tokens = 0
         self.draining = False
-        self._most_requests = config.max_queued_requests
-        self._most_tokens = config.max_queued_tokens
+        self._max_requests = config.max_queued_requests
+        self._max_tokens = config.max_queued_tokens
         self._replicas = config.replicas
         self._clock = clock
         self._empty = asyncio.Event()
@@ -85,28 +84,30 @@ class Admission:
 
     def _check(self, num_tokens: int, num_requests: int) -> None:
         if num_tokens < 0 or num_requests < 1:
-            raise ValueError(f"room for {num_requests} requests of {num_tokens} tokens makes no sense")
+            raise ValueError(
+                f"num_requests must be at least 1 and num_tokens at least 0, not {num_requests} and {num_tokens}"
+            )
         if self.draining:
             raise DrainingError("the server is shutting down and accepts no new requests")
-        if num_requests > self._most_requests:
+        if num_requests > self._max_requests:
             raise InvalidRequestError(
-                f"prompts times n are {num_requests} requests, but this server accepts at most {self._most_requests} "
+                f"n x prompts = {num_requests} requests, but this server accepts at most {self._max_requests} "
                 "at once: send fewer prompts, or a lower n",
                 parameter="n",
             )
-        if num_tokens > self._most_tokens:
+        if num_tokens > self._max_tokens:
             raise InvalidRequestError(
                 f"prompts and max_tokens come to {num_tokens} tokens, but this server accepts at most "
-                f"{self._most_tokens} at once: lower max_tokens or n, or send fewer prompts",
+                f"{self._max_tokens} at once: lower max_tokens or n, or send fewer prompts",
                 parameter="max_tokens",
             )
-        requests_over = self.num_requests + num_requests - self._most_requests
-        tokens_over = self.num_tokens + num_tokens - self._most_tokens
+        requests_over = self.num_requests + num_requests - self._max_requests
+        tokens_over = self.num_tokens + num_tokens - self._max_tokens
         if requests_over > 0 or tokens_over > 0:
             wait = self._wait(requests_over, tokens_over)
-            what = f"{self.num_requests} requests" if requests_over > 0 else f"requests of {self.num_tokens} tokens"
+            what = f"{self.num_requests} requests" if requests_over > 0 else f"{self.num_tokens} tokens"
             raise OverloadedError(
-                f"the server is full: it works on {what}; try again in {wait:.0f} s",
+                f"the server is at capacity ({what}); try again in {wait:.0f} s",
                 retry_after=wait,
             )
 

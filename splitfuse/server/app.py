@@ -1,6 +1,6 @@
 """Makes the application of a server: its route table, and what all routes share: keys, request ids, errors, records.
 
-Decides which path does what. What a dialect's routes do is decided in its package. Over any EngineClient.
+Decides which path does what. What a dialect's routes do is decided in its package.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def record_of(context: RequestContext, *, route: str, status: int, error: Except
         request_id=context.request_id,
         route=route,
         status=status,
-        total_seconds=context.since - context.arrival,
+        total_seconds=context.phase_started_at - context.arrival,
         key=context.owner.name,
         prompt_tokens=counts.prompt,
         generated_tokens=counts.generated,

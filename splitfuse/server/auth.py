@@ -1,7 +1,7 @@
 """Reads API keys, compares them in constant time, and knows what their owners get.
 
 An owner has a weight (of fair sharing), a priority and an SLO, and a salt, which keeps the cached prompts of one key
-from being noticed by another. Knows no routes.
+from being noticed by another.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads one HTTP request and sends its answer, on the raw ASGI interface.
 
 It decides how much of a body is read and how an answer or a stream of events is sent, and notices when the client
-disconnects. It does not know what is requested.
+disconnects. It also measures the phases of the request outside of the engine.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ class RequestContext:
         """Prompt for the log."""
         self.phases: dict[LatencyPhase, float] = {}
         """Seconds in this process, while no engine had the request: see `enter_phase`."""
-        self.handed_over = math.inf
+        self.sent_to_engine_at = math.inf
         """Time at which the engine's account begins."""
-        self.since = self.arrival
+        self.phase_started_at = self.arrival
         """Time of the last `enter_phase`."""
         self._phase = LatencyPhase.READING
-        self._num_left, self._left = 0, 0.0
+        self._num_ended, self._ended_at = 0, 0.0
         self._receive = receive
         self._send = send
         self._is_stream = False
@@ -123,32 +123,34 @@ class RequestContext:
     # Where the time goes ---------------------------------------------------------------------------------------------
 
     @property
-    def left(self) -> float:
+    def ended_at(self) -> float:
         """Returns the time at which the last choice came back from its engine; infinity until then."""
-        while self._num_left < len(self.generations) and self.generations[self._num_left].left < math.inf:
-            self._left = max(self._left, self.generations[self._num_left].left)
-            self._num_left += 1
-        return self._left if 0 < len(self.generations) == self._num_left else math.inf
+        while self._num_ended < len(self.generations) and self.generations[self._num_ended].ended_at < math.inf:
+            self._ended_at = max(self._ended_at, self.generations[self._num_ended].ended_at)
+            self._num_ended += 1
+        return self._ended_at if 0 < len(self.generations) == self._num_ended else math.inf
 
     @property
     def last(self) -> Generation | None:
         """Returns, of the choices that an engine has had, the one that ended last."""
-        return max((g for g in self.generations if g.stream is not None), key=lambda g: g.left, default=None)
+        return max((g for g in self.generations if g.stream is not None), key=lambda g: g.ended_at, default=None)
 
     def enter_phase(self, phase: LatencyPhase) -> None:
         """Count the time from now on for `phase`. The time since the last call counts for the phase before, but for the
         time that an engine had the request, of which its own account tells.
         """
         now = time.monotonic()
-        since = self.since if self.handed_over == math.inf else max(self.since, self.left)
-        if now > since:
-            self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - since
-        self._phase, self.since = phase, now
+        started = self.phase_started_at
+        if self.sent_to_engine_at < math.inf:
+            started = max(started, self.ended_at)
+        if now > started:
+            self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - started
+        self._phase, self.phase_started_at = phase, now
 
     def hand_over(self) -> None:
         """Let the engine's account count the time until all choices are back."""
         self.enter_phase(LatencyPhase.FROM_ENGINE)
-        self.handed_over = self.since
+        self.sent_to_engine_at = self.phase_started_at
 
     # The body --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Turns errors into what a client sees: an HTTP status, a type, a code, and a message that may leave the machine.
 
-A client's mistake is told in full, a failure of ours by its kind, without paths, addresses or tracebacks.
+A client's mistake is reported in full, a failure of ours by its kind, without paths, addresses or tracebacks.
 """
 
 from __future__ import annotations
@@ -83,18 +83,17 @@ def answer_to(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(error.status, detail, error.headers)
         case InvalidRequestError():
             code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "invalid_value")
-            return ErrorAnswer(400, ErrorDetail(str(error), "invalid_request_error", error.parameter, code))
+            return ErrorAnswer(error.status, ErrorDetail(str(error), "invalid_request_error", error.parameter, code))
         case OverloadedError():
             detail = ErrorDetail(str(error), "rate_limit_error", None, "rate_limit_exceeded")
-            return ErrorAnswer(429, detail, {"retry-after": str(max(math.ceil(error.retry_after), 1))})
+            return ErrorAnswer(error.status, detail, {"retry-after": str(max(math.ceil(error.retry_after), 1))})
         case EngineDiedError() | DrainingError():
             code = "draining" if isinstance(error, DrainingError) else "engine_unavailable"
-            return ErrorAnswer(
-                503, ErrorDetail(without_secrets(str(error)), "server_error", None, code), {"retry-after": "1"}
-            )
+            detail = ErrorDetail(without_secrets(str(error)), "server_error", None, code)
+            return ErrorAnswer(error.status, detail, {"retry-after": "1"})
         case RequestFailedError():
             detail = ErrorDetail(without_secrets(str(error)), "server_error", None, "request_failed")
-            return ErrorAnswer(500, detail)
+            return ErrorAnswer(error.status, detail)
         case _:
             message = "internal error; the server's log has its traceback under the request's id"
             return ErrorAnswer(500, ErrorDetail(message, "server_error", None, "internal_error"), is_bug=True)

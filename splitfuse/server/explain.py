@@ -1,7 +1,7 @@
 """Explains where the time of a request went, from the first byte of its body to the last of its answer.
 
 Joins the phases that the front has measured with the engine's account, keeps those of the last requests, and describes
-them in words. Knows nothing of HTTP.
+them in words.
 """
 
 from __future__ import annotations
@@ -20,37 +20,12 @@ from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 
-KEPT = 1024
+MAX_FINISHED = 1024
 """Number of finished requests that are kept."""
-BIGGEST = 3
+NUM_DESCRIBED_PHASES = 3
 """Number of phases that a sentence names."""
-PATIENCE = 0.5
+END_TIMEOUT = 0.5
 """Seconds to wait for the end of a running request: its client may have read all of its answer already."""
-
-MEANINGS = {
-    LatencyPhase.READING: "reading the request",
-    LatencyPhase.TOKENIZING: "checking and tokenizing",
-    LatencyPhase.TO_ENGINE: "to the engine",
-    LatencyPhase.JOINING: "waiting for the step in flight",
-    LatencyPhase.NO_SLOT: "queued: max_num_seqs reached",
-    LatencyPhase.NO_BLOCKS: "queued: no KV blocks",
-    LatencyPhase.NO_BUDGET: "queued: steps were full",
-    LatencyPhase.OUTRANKED: "queued: behind other requests' SLOs",
-    LatencyPhase.PREFILL: "prefill",
-    LatencyPhase.DECODE: "decode",
-    LatencyPhase.CO_SCHEDULED: "in steps with others' chunks",
-    LatencyPhase.PACED: "paced: ahead of its SLO",
-    LatencyPhase.LEFT_OUT: "left out: steps were full",
-    LatencyPhase.LEFT_OUT_NO_BLOCKS: "left out: no KV blocks",
-    LatencyPhase.PREEMPTED: "preempted",
-    LatencyPhase.RECOMPUTED: "recomputed",
-    LatencyPhase.BETWEEN_STEPS: "between steps",
-    LatencyPhase.FROM_ENGINE: "results from the engine",
-    LatencyPhase.DETOKENIZING: "detokenizing, writing the answer",
-    LatencyPhase.CLIENT: "sending to the client",
-    LatencyPhase.FAILED: "in an engine that failed",
-}
-"""Descriptions of the phases."""
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -89,7 +64,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 async def timing_with_phases(context: RequestContext) -> Timing:
     """Returns the times of a request once its engine has told where they went, which may be a step after its end."""
     if context.last is not None and context.last.stream is not None:
-        await asyncio.shield(context.last.stream.spent)
+        await asyncio.shield(context.last.stream.breakdown)
     context.enter_phase(LatencyPhase.FROM_ENGINE)
     timeline = RequestTimeline.of(context)
     return timing_of(context, None if timeline is None else timeline.phases())
@@ -106,7 +81,7 @@ class RequestTimeline:
     key: str | None
     front: dict[LatencyPhase, float]
     sent: float
-    left: float
+    ended_at: float
     breakdown: asyncio.Future[LatencyBreakdown | None]
     record: RequestRecord | None
 
@@ -116,7 +91,7 @@ class RequestTimeline:
         last = context.last
         if last is None or last.stream is None or last.sent is None:
             return None
-        front = {**context.phases, LatencyPhase.TO_ENGINE: last.sent - context.handed_over}
+        front = {**context.phases, LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
         detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
         _add(front, LatencyPhase.FROM_ENGINE, -detokenizing)
         _add(front, LatencyPhase.DETOKENIZING, detokenizing)
@@ -125,8 +100,8 @@ class RequestTimeline:
             key=context.owner.name,
             front=front,
             sent=last.sent,
-            left=last.left,
-            breakdown=last.stream.spent,
+            ended_at=last.ended_at,
+            breakdown=last.stream.breakdown,
             record=record,
         )
 
@@ -134,11 +109,11 @@ class RequestTimeline:
         """Returns the seconds of each phase that has any, in order. `breakdown` must be done."""
         breakdown, phases = self.breakdown.result(), dict(self.front)
         if breakdown is None:
-            _add(phases, LatencyPhase.FAILED, self.left - self.sent)
+            _add(phases, LatencyPhase.FAILED, self.ended_at - self.sent)
         else:
             for phase, seconds in breakdown.phases.items():
                 _add(phases, phase, seconds)
-            _add(phases, LatencyPhase.FROM_ENGINE, self.left - breakdown.closed)
+            _add(phases, LatencyPhase.FROM_ENGINE, self.ended_at - breakdown.closed)
         return {phase: phases[phase] for phase in LatencyPhase if phases.get(phase, 0.0) > 0.0}
 
 
@@ -175,8 +150,8 @@ class Explanation(msgspec.Struct, frozen=True):
 class Explanations:
     """Keeps the timelines of the last finished requests, by their ids. Belongs to the event loop's thread."""
 
-    def __init__(self, most: int = KEPT) -> None:
-        self._most = most
+    def __init__(self, max_finished: int = MAX_FINISHED) -> None:
+        self._max_finished = max_finished
         self._timelines: OrderedDict[str, RequestTimeline] = OrderedDict()  # by our own id, the oldest first
         self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # by our own id: key, and its end
         self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: our id of the newest
@@ -200,7 +175,7 @@ class Explanations:
             self._forget_name(key, context.request_id, context.unique_id)
             return
         self._timelines[context.unique_id] = timeline
-        if len(self._timelines) > self._most:
+        if len(self._timelines) > self._max_finished:
             unique_id, oldest = self._timelines.popitem(last=False)
             assert oldest.record is not None
             self._forget_name(oldest.key, oldest.record.request_id, unique_id)
@@ -212,13 +187,13 @@ class Explanations:
         unique_id = self._named.get((key, wanted), _plain(wanted))
         if (running := self._running.get(unique_id)) is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(running[1].wait(), PATIENCE)
+                await asyncio.wait_for(running[1].wait(), END_TIMEOUT)
         timeline = self._timelines.get(unique_id)
         if timeline is None or timeline.key != key:
             raise RefusedError(
                 404,
-                f"there is no request {wanted!r:.200} among the last {self._most} that have ended here; give the id of "
-                "an answer, or its header X-Request-Id",
+                f"there is no request {wanted!r:.200} among the last {self._max_finished} that have ended here; give "
+                "the id of an answer, or its header X-Request-Id",
                 code="request_not_found",
             )
         breakdown, record = await asyncio.shield(timeline.breakdown), timeline.record
@@ -257,13 +232,13 @@ def describe_timeline(timeline: RequestTimeline) -> str:
     """Returns a sentence about a request that missed its SLO: what it missed, and its longest phases."""
     phases, breakdown = timeline.phases(), timeline.breakdown.result()
     total = sum(phases.values())
-    largest = sorted(phases.items(), key=lambda item: -item[1])[:BIGGEST]
-    told = ", ".join(f"{seconds:.3g} s {MEANINGS[phase]} ({seconds / total:.0%})" for phase, seconds in largest)
+    largest = sorted(phases.items(), key=lambda item: -item[1])[:NUM_DESCRIBED_PHASES]
+    longest = ", ".join(f"{seconds:.3g} s {phase.meaning} ({seconds / total:.0%})" for phase, seconds in largest)
     if breakdown is None:
-        return f"of {total:.3g} s: {told}"
+        return f"of {total:.3g} s: {longest}"
     missed = f"{describe_violation(breakdown.slo_violation)}; " if breakdown.slo_violation is not None else ""
     others = f"; mostly together with {_plain(breakdown.co_scheduled[0][0])}" if breakdown.co_scheduled else ""
-    return f"{missed}of {total:.3g} s: {told}{others}"
+    return f"{missed}of {total:.3g} s: {longest}{others}"
 
 
 def describe_violation(violation: SloViolation) -> str:
@@ -271,15 +246,15 @@ def describe_violation(violation: SloViolation) -> str:
 
     `first token after 1.2 s (target 1 s); tokens every 0.3 s (moving average; target 0.25 s), longest gap 0.7 s`
     """
-    told = []
+    parts = []
     if violation.ttft is not None and violation.ttft_target is not None:
-        told.append(f"first token after {violation.ttft:.3g} s (target {violation.ttft_target:.3g} s)")
+        parts.append(f"first token after {violation.ttft:.3g} s (target {violation.ttft_target:.3g} s)")
     if violation.average_gap is not None and violation.itl_target is not None:
-        told.append(
+        parts.append(
             f"tokens every {violation.average_gap:.3g} s (moving average; target {violation.itl_target:.3g} s), "
             f"longest gap {violation.longest_gap:.3g} s"
         )
-    return "; ".join(told)
+    return "; ".join(parts)
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,6 @@
 """Runs a server from its socket to its last request: listen, register, load, serve, drain, end.
 
-Decides in what order these happen, what a signal means, and what is logged of it. Knows neither routes nor what an
-engine does.
+Decides in what order these happen, what a signal means, and what is logged of it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, config: ServerConfig) -> None:
         """Raises ConfigError for a TLS certificate or key that cannot be used."""
         self.app: App | None = None
-        made = uvicorn.Config(
+        settings = uvicorn.Config(
             self._answer,
             interface="asgi3",
             log_config=None,
@@ -74,13 +74,13 @@ class HttpServer(uvicorn.Server):
             ssl_keyfile=config.tls_key,
         )
         try:
-            made.load()
+            settings.load()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
                 f"tls_certificate {config.tls_certificate} and tls_key {config.tls_key} cannot be used: {error}; they "
                 "must be a certificate and its private key, in PEM files"
             ) from error
-        super().__init__(made)
+        super().__init__(settings)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

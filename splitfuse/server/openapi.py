@@ -62,8 +62,8 @@ def _operation(route: Route) -> dict[str, Any]:
         content = {"application/json": {"schema": _ref(route.body)}}
         operation["requestBody"] = {"required": True, "content": content}
     if route.event is not None:
-        told = f"With stream: events, whose data are a {route.event.__name__} each, and [DONE] at the end"
-        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"description": told}}
+        events = f"With stream: events, whose data are a {route.event.__name__} each, and [DONE] at the end"
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"description": events}}
     if not route.needs_key:
         operation["security"] = []
     return operation

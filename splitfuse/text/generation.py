@@ -67,10 +67,10 @@ class Generation:
         self._unwatched = 0  # characters of the first min_tokens tokens, in which stop strings do not count
 
     @property
-    def left(self) -> float:
-        """Return the time at which nothing more was to come from the engine, or was wanted; infinity until then."""
+    def ended_at(self) -> float:
+        """Return the time at which the request finished in the engine or was abandoned; infinity until then."""
         if self.stream is not None:
-            return self.stream.left
+            return self.stream.ended_at
         return math.inf if self.timings.finished is None else self.timings.finished
 
     def push(self, output: RequestOutput) -> None:
@@ -92,7 +92,7 @@ class Generation:
             self.text += self._rest()
         if self.finish_reason is not None:
             self.timings.finished = now
-        if self.stream is not None and self.stream.left <= now:
+        if self.stream is not None and self.stream.ended_at <= now:
             self.detokenizing += time.monotonic() - now
 
     def end(self, reason: FinishReason) -> None:

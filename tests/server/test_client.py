@@ -257,7 +257,11 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
         ({"logit_bias": {99999: 1}}, InvalidRequestError, "logit_bias has the token id 99999"),
         ({"chat": 1}, InvalidRequestError, "chat must be True or False"),
         ({"chat": True, "return_full_text": True}, InvalidRequestError, "return_full_text needs prompts of text"),
-        ({"stream": True, "streaming_fn": print}, InvalidRequestError, "stream and streaming_fn exclude each other"),
+        (
+            {"stream": True, "streaming_fn": print},
+            InvalidRequestError,
+            "stream and streaming_fn are mutually exclusive",
+        ),
         ({"deadline": -1}, InvalidRequestError, "splitfuse_deadline"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

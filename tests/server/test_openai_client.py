@@ -430,10 +430,10 @@ def test_a_full_server_answers_429_and_retries_get_through() -> None:
     ):
         stream = hasty.completions.create(model=MODEL, prompt=PROMPT, stream=True, **LONG)
         next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="the server is full") as refusal:
+        with pytest.raises(openai.RateLimitError, match="the server is at capacity") as refusal:
             hasty.completions.create(model=MODEL, prompt=PROMPT)
         assert int(refusal.value.response.headers["retry-after"]) >= 1
-        with pytest.raises(openai.BadRequestError, match="prompts times n are 2 requests"):
+        with pytest.raises(openai.BadRequestError, match="n x prompts = 2 requests"):
             hasty.completions.create(model=MODEL, prompt=PROMPT, n=2)
         raw = patient.completions.with_raw_response.create(model=MODEL, prompt=PROMPT, max_tokens=2)
         assert raw.retries_taken >= 1

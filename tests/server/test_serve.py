@@ -335,7 +335,7 @@ def test_an_invalid_setting_is_refused_before_the_start() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             splitfuse.serve(deployment_name="refused", **settings)
-    with pytest.raises(ConfigError, match="name is called deployment_name here"):
+    with pytest.raises(ConfigError, match="use deployment_name instead of name"):
         splitfuse.serve(name="x")
     assert not daemon._children
 

@@ -30,7 +30,6 @@ from server_process import server_process, wait_until
 from stories import make_story
 
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.server.explain import MEANINGS
 
 TIGHT = ["--num-blocks", "72", "--max-num-batched-tokens", "128"]
 GOAL = 0.01
@@ -125,7 +124,7 @@ def _report(
     print("\nphases of all requests together")
     for part in LatencyPhase:
         if part in totals:
-            print(f"{totals[part] / whole:8.2%}  of {touched[part]:4} requests  {MEANINGS[part]}")
+            print(f"{totals[part] / whole:8.2%}  of {touched[part]:4} requests  {part.meaning}")
     off = sorted(
         ((sum(explained[n]["phases"].values()) - seconds[n], n) for n in explained if n in seconds),
         key=lambda x: -abs(x[0]),

@@ -13,49 +13,60 @@ class LatencyPhase(enum.StrEnum):
 
     The front end measures READING, TOKENIZING and the phases from FROM_ENGINE on, the engine those between, and both
     TO_ENGINE: the engine from the time at which the request was sent.
+
+    >>> LatencyPhase("no_slot").meaning
+    'queued: max_num_seqs reached'
     """
 
-    READING = "reading"
+    meaning: str
+    """Description for users."""
+
+    def __new__(cls, value: str, meaning: str) -> LatencyPhase:
+        phase = str.__new__(cls, value)
+        phase._value_, phase.meaning = value, meaning
+        return phase
+
+    READING = "reading", "reading the request"
     """Receiving the body from the client."""
-    TOKENIZING = "tokenizing"
+    TOKENIZING = "tokenizing", "checking and tokenizing"
     """Validating the body, applying the chat template, tokenizing."""
-    TO_ENGINE = "to_engine"
+    TO_ENGINE = "to_engine", "to the engine"
     """Transit to the engine."""
-    JOINING = "joining"
+    JOINING = "joining", "waiting for the step in flight"
     """Waiting for the end of the step which was in flight when it arrived."""
-    NO_SLOT = "no_slot"
+    NO_SLOT = "no_slot", "queued: max_num_seqs reached"
     """Queued: `max_num_seqs` requests were running."""
-    NO_BLOCKS = "no_blocks"
+    NO_BLOCKS = "no_blocks", "queued: no KV blocks"
     """Queued: no free KV blocks."""
-    NO_BUDGET = "no_budget"
+    NO_BUDGET = "no_budget", "queued: steps were full"
     """Queued: requests with an earlier claim used the whole token budget."""
-    OUTRANKED = "outranked"
+    OUTRANKED = "outranked", "queued: behind other requests' SLOs"
     """Queued: newer requests had a better claim, or steps were kept short, to meet SLOs."""
-    PREFILL = "prefill"
+    PREFILL = "prefill", "prefill"
     """Computing chunks of its prompt."""
-    DECODE = "decode"
+    DECODE = "decode", "decode"
     """Computing its newest tokens."""
-    CO_SCHEDULED = "co_scheduled"
+    CO_SCHEDULED = "co_scheduled", "in steps with others' chunks"
     """Share of other requests' chunks in the steps which computed this request."""
-    PACED = "paced"
+    PACED = "paced", "paced: ahead of its SLO"
     """Left out of steps because it was ahead of its ITL target."""
-    LEFT_OUT = "left_out"
+    LEFT_OUT = "left_out", "left out: steps were full"
     """Left out of steps whose token budget was used up."""
-    LEFT_OUT_NO_BLOCKS = "left_out_no_blocks"
+    LEFT_OUT_NO_BLOCKS = "left_out_no_blocks", "left out: no KV blocks"
     """Left out of steps for lack of a KV block."""
-    PREEMPTED = "preempted"
+    PREEMPTED = "preempted", "preempted"
     """Queued again after its blocks were taken."""
-    RECOMPUTED = "recomputed"
+    RECOMPUTED = "recomputed", "recomputed"
     """Recomputing tokens whose KV was lost by a preemption."""
-    BETWEEN_STEPS = "between_steps"
+    BETWEEN_STEPS = "between_steps", "between steps"
     """Engine overhead between two steps."""
-    FROM_ENGINE = "from_engine"
+    FROM_ENGINE = "from_engine", "results from the engine"
     """Results in transit from the engine, and waiting for the front end."""
-    DETOKENIZING = "detokenizing"
+    DETOKENIZING = "detokenizing", "detokenizing, writing the answer"
     """Detokenizing, and building the response or its events."""
-    CLIENT = "client"
+    CLIENT = "client", "sending to the client"
     """Sending the response to the client, which may read slowly."""
-    FAILED = "failed"
+    FAILED = "failed", "in an engine that failed"
     """Time in an engine which died or rejected the request."""
 
 

@@ -203,13 +203,13 @@ class OpenAIResponder(Responder):
         return self._make(self.event_type, [choice], None if self._include_usage else UNSET, None)
 
     def _make(self, kind: type[Any], choices: list[Any], usage: Usage | UnsetType | None, timing: Timing | None) -> Any:
-        head, told = self._heading, UNSET if timing is None else timing
-        return kind(head.id, head.created, head.model, choices, usage=usage, splitfuse_timing=told)
+        head, splitfuse_timing = self._heading, UNSET if timing is None else timing
+        return kind(head.id, head.created, head.model, choices, usage=usage, splitfuse_timing=splitfuse_timing)
 
     def _index(self, generation: Generation) -> int:
         return generation.index * self._n + generation.choice
 
-    def _untold(self, generation: Generation) -> range:
+    def _unsent(self, generation: Generation) -> range:
         """Returns the tokens, by number, that are final and were not told yet, and marks them as told."""
         start = self._num_told.get(generation, 0)
         self._num_told[generation] = max(start, generation.num_released)
@@ -249,7 +249,7 @@ class CompletionResponder(OpenAIResponder):
     def _choice(self, generation: Generation, text: str) -> CompletionChoice:
         before, entries = "", _Entries(self._piece, self._logprobs or 0)
         is_first = generation not in self._num_told
-        told = self._untold(generation)
+        numbers = self._unsent(generation)
         if self._echo and is_first:
             before = self._echoed[generation] = self._prompt_text(generation)
             if self._logprobs is not None:
@@ -258,7 +258,7 @@ class CompletionResponder(OpenAIResponder):
             text = ""
         elif self._logprobs is not None:
             start = len(self._echoed.get(generation, ""))
-            for number, offset in zip(told, generation.offsets(told.start, told.stop), strict=True):
+            for number, offset in zip(numbers, generation.offsets(numbers.start, numbers.stop), strict=True):
                 entries.add(start + offset, generation.logprobs[number])
         logprobs = None if self._logprobs is None else entries.logprobs()
         ids: list[int] | UnsetType = UNSET
@@ -341,10 +341,10 @@ class ChatResponder(OpenAIResponder):
         return ChatChoice(self._index(generation), message, self._new_logprobs(generation), ended_by)
 
     def _new_logprobs(self, generation: Generation) -> ChatLogprobs | None:
-        told = self._untold(generation)
+        numbers = self._unsent(generation)
         if not self._logprobs:
             return None
-        return ChatLogprobs([self._entry(generation.logprobs[number]) for number in told])
+        return ChatLogprobs([self._entry(generation.logprobs[number]) for number in numbers])
 
     def _entry(self, logprob: TokenLogprob) -> ChatLogprob:
         tops = [self._token(token_id, value) for token_id, value in logprob.top[: self._num_top]]

@@ -1,6 +1,6 @@
 """Reads how a request wants to be scheduled: its SLO, its priority, and its deadline.
 
-Decides what the owner of a key may request, and what a server without SLO scheduling refuses. Knows nothing of prompts.
+Decides what the owner of a key may request, and what a server without SLO scheduling refuses.
 """
 
 from __future__ import annotations
