@@ -1,6 +1,6 @@
 """Runs asynchronous code for blocking callers, in an event loop in a thread of its own.
 
-Decides which thread does what, and what an interruption ends. Knows nothing of servers.
+Decides which thread does what, and what an interruption ends.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen,
                          in the `update` of its last plan.
 
 One step: `Scheduler.schedule` -> `SchedulingPolicy.compose` (policy.py) -> `StepBuilder` (step_builder.py), which
-grants tokens and blocks -> `StepPlan` (plan.py); then `Scheduler.update` with its `StepResult`. The scheduler knows
-neither text nor tensors, and reads no clock.
+grants tokens and blocks -> `StepPlan` (plan.py); then `Scheduler.update` with its `StepResult`. The scheduler
+reads no clock.
 """
 
 from __future__ import annotations

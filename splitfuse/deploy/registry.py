@@ -1,6 +1,6 @@
 """Lists the running deployments of this user, by name: a JSON file each, in a folder that only this user can read.
 
-Decides where the files are and which of them belong to a living process. Knows no HTTP. An entry has no API key.
+Decides where the files are and which of them belong to a living process. An entry has no API key.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, NewRequest, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -116,7 +117,7 @@ def calibrate(
 ) -> tuple[Calibration, list[Timed]]:
     """Do as `run_calibration` with a model that is loaded."""
     plan = model.plan
-    blocks = min(plan.num_blocks, -(-CACHED_TOKENS // plan.block_size))
+    blocks = min(plan.num_blocks, ceil_div(CACHED_TOKENS, plan.block_size))
     model = replace(model, plan=replace(plan, num_blocks=blocks))
     executor = model.make_executor()
     fill(executor.kv_cache)
@@ -304,7 +305,7 @@ class _Runs:
     def _chunk(self, request_id: str, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:
         start, count, samples = chunk
         tokens = tuple(self._random.randrange(self._vocab_size) for _ in range(count))
-        table = tuple(next(free) for _ in range(-(-(start + count) // self._block_size)))
+        table = tuple(next(free) for _ in range(ceil_div(start + count, self._block_size)))
         return Chunk(request_id, start, tokens, table, int(samples), samples)
 
 

@@ -1,1 +1,1 @@
-"""Computes: backends of operations on flat tensors. Knows no request, model or config."""
+"""Computes: backends of operations on flat tensors."""

@@ -3,7 +3,7 @@
 Everything is flat: T tokens of one step, S requests, H query heads, Hk key/value heads, D head size, C hidden size, I
 inner size of an MLP, E experts. What a weight or a KV store looks like inside is the backend's own affair: weights come
 out of `Backend.pack`, stores out of `Backend.allocate_kv`, and only that backend looks into them. `reference.py` gives
-the meaning of every operation in plain PyTorch. Knows no request, no family of models and no setting.
+the meaning of every operation in plain PyTorch.
 """
 
 from __future__ import annotations

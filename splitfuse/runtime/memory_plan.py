@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import Backend, LayerSpec, MlpSpec
 from splitfuse.models.kv_cache import block_bytes
@@ -192,7 +193,7 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
         return cache.num_blocks
     if cache.kv_cache_memory_gib is not None:
         return int(cache.kv_cache_memory_gib * GIB) // plan.block
-    most_useful = config.scheduler.max_num_seqs * -(-plan.max_model_len // plan.block_size)
+    most_useful = config.scheduler.max_num_seqs * ceil_div(plan.max_model_len, plan.block_size)
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 
@@ -200,7 +201,7 @@ def _smaller_model(spec: ModelSpec, config: EngineConfig, backend: Backend, plan
     """Returns settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
-    budget = config.scheduler.max_num_batched_tokens - -(-missing // _token_bytes(spec, dtype))
+    budget = config.scheduler.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend) >= missing:
         options.append("dtype=bfloat16")
@@ -225,7 +226,7 @@ def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:
 def _longer_cache(plan: MemoryPlan, free: int) -> str:
     """Returns settings with which the longest request would fit: a lower limit, or a larger cache."""
     longest = plan.num_blocks * plan.block_size + 1
-    wanted, most = -(-(plan.max_model_len - 1) // plan.block_size), free // plan.block
+    wanted, most = ceil_div(plan.max_model_len - 1, plan.block_size), free // plan.block
     options = [f"max_model_len={longest}"] if longest >= SHORTEST_MODEL_LEN else []
     if wanted <= most or not options:
         options.append(_cache_of(min(wanted, most), plan))

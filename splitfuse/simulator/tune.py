@@ -18,6 +18,7 @@ from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload, poisson
 from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
@@ -285,7 +286,7 @@ class _Trials:
     def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
         calibration = self._deployment.calibration
-        useful = setting.max_num_seqs * -(-calibration.max_model_len // calibration.block_size)
+        useful = setting.max_num_seqs * ceil_div(calibration.max_model_len, calibration.block_size)
         calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
         return SimulatedTarget(replace(self._deployment, scheduler=setting, calibration=calibration))
 
