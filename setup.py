@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with the package. Everything else about it stands in pyproject.toml.
+"""Builds the C++ kernels with the package. Everything else about it is in pyproject.toml.
 
 The library has a plain C interface and is loaded with ctypes, so that it belongs to no version of Python or PyTorch.
 Without a C++ compiler, or on another CPU, the package installs without it and computes with PyTorch.
@@ -18,13 +18,13 @@ SOURCES = Path("splitfuse/kernels/cpu/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 # Equal bits: only what is written as one multiplication and addition is one, wherever the compiler inlines it.
 FLAGS += ["-ffp-contract=off"]
-# The compiler's own intrinsics begin with an undefined vector on purpose, and GCC 12 warns of it.
+# GCC 12 warns about its own intrinsics, which start from an uninitialized vector on purpose.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
 class BuildLibrary(build_ext):
-    """Names the library for what it is: no Python module."""
+    """Gives the library its plain name: it is not a Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")

@@ -1,4 +1,4 @@
-"""Contract between a network and a kernel backend: layers as plain data, weights, and the abstract `Backend`.
+"""Interface between the decoder and kernel backends: layers as plain data, weights, and the abstract `Backend`.
 
 Everything is flat: T tokens of one step, S requests, H query heads, Hk key/value heads, D head size, C hidden size, I
 inner size of an MLP, E experts. What a weight or a KV store looks like inside is the backend's own affair: weights come
@@ -172,7 +172,7 @@ class WeightSharing:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPlan:
-    """Describes a whole network but its head as plain data, for `Backend.fuse`."""
+    """Describes a whole network but its head as plain data, for `Backend.compile_network`."""
 
     layers: tuple[LayerSpec, ...]
     weights: NetworkWeights
@@ -272,13 +272,13 @@ class Backend(ABC):
 
     def quantized(self, quantization: str) -> Backend:
         """Return a backend like this one whose weights are kept in `quantization`: for plans, not for computing."""
-        raise NotImplementedError(f"{self.capabilities.name} have no quantization, so not {quantization} either")
+        raise NotImplementedError(f"{self.capabilities.name} do not support quantization={quantization}")
 
     def share_weights(self, sharing: WeightSharing, num_bytes: int) -> None:
         """Let `pack` put weights of `num_bytes` in all into shared memory, or find them there if it is filled. Only
         for a backend whose capabilities say `shares_weights`. Raises RuntimeError if there is no memory.
         """
-        raise NotImplementedError(f"{self.capabilities.name} cannot share {num_bytes} bytes of weights in {sharing}")
+        raise NotImplementedError(f"{self.capabilities.name} cannot share weights between processes")
 
     def finish_loading(self) -> None:  # noqa: B027 - most backends have nothing to do here
         """Finish what `pack` left to do, once all weights are packed."""
@@ -306,9 +306,9 @@ class Backend(ABC):
         """Return `x @ weight.T + bias`: [T, K] -> [T, N]. Adds no residual: the decoder may sum over devices first."""
 
     @abstractmethod
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         """Return `activation(gate) * up`, where `linear(x, weight, bias)` is [gate, up]: x [T, K], weight [2I, K] ->
-        [T, I]. `kind` is a key of `reference.ACTIVATIONS`.
+        [T, I]. `activation` is a key of `reference.ACTIVATIONS`.
         """
 
     @abstractmethod
@@ -353,7 +353,7 @@ class Backend(ABC):
 
     @abstractmethod
     def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
     ) -> Tensor:
         """Return for every token the weighted sum over its k different experts: x [T, C], ids and weights [T, k] ->
         [T, C].
@@ -364,7 +364,7 @@ class Backend(ABC):
 
     # The network in one call
 
-    def fuse(self, plan: NetworkPlan) -> Network | None:
+    def compile_network(self, plan: NetworkPlan) -> Network | None:
         """Return the network as one call, from token ids to the normed rows [R, C] that the head is applied to, which
         gives what the operations above give one by one. None if the backend does not cover this network.
         """

@@ -17,7 +17,8 @@ from splitfuse.kernels.reference import ReferenceBackend
 
 
 class OneDnnBackend(ReferenceBackend):
-    """PyTorch operations with oneDNN's prepacked linear layers. CPU only; which dtypes it multiplies, the CPU says."""
+    """PyTorch operations with oneDNN's prepacked linear layers. CPU only, for the dtypes that the CPU's oneDNN can
+    multiply."""
 
     capabilities = Capabilities(name="PyTorch's kernels", devices=("cpu",))
 

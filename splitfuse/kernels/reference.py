@@ -75,9 +75,9 @@ class ReferenceBackend(Backend):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
-        return ACTIVATIONS[kind](gate) * up
+        return ACTIVATIONS[activation](gate) * up
 
     def rope_store(
         self,
@@ -126,13 +126,13 @@ class ReferenceBackend(Backend):
         return expert_ids, weights
 
     def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
     ) -> Tensor:
         k = ids.shape[1]
         outputs = x.new_empty(ids.numel(), x.shape[1])  # [tokens x k, hidden]
         for expert in sorted(set(ids.flatten().tolist())):
             pairs = (ids.flatten() == expert).nonzero().squeeze(1)
-            outputs[pairs] = self.linear(self.gated(x[pairs // k], w13[expert], None, kind), w2[expert])
+            outputs[pairs] = self.linear(self.gated(x[pairs // k], w13[expert], None, activation), w2[expert])
         weighted = outputs.view(-1, k, x.shape[1]) * weights.to(_wide(x.dtype)).unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 

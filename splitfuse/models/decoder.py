@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import Backend, NetworkPlan, NetworkWeights
-from splitfuse.models import blocks
+from splitfuse.models import layers
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
@@ -29,7 +29,7 @@ class Decoder:
         self.weights = weights
         self.backend = backend
         self.ropes = tuple(rope_table(rope, spec.max_position, self.device) for rope in spec.ropes)
-        self._fused = backend.fuse(
+        self._fused = backend.compile_network(
             NetworkPlan(layers=spec.layers, weights=weights, ropes=self.ropes, norm_eps=spec.norm_eps)
         )
 
@@ -52,7 +52,7 @@ class Decoder:
         backend, eps = self.backend, self.spec.norm_eps
         x = backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
         for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
-            x = x + blocks.attention(
+            x = x + layers.attention(
                 backend.norm(x, weights.attn_norm, eps),
                 layer.attention,
                 weights,
@@ -62,7 +62,7 @@ class Decoder:
                 norm_eps=eps,
                 backend=backend,
             )
-            x = x + blocks.mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
+            x = x + layers.mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
         return backend.norm(x.index_select(0, batch.logit_rows), self.weights.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

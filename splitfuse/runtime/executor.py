@@ -36,8 +36,8 @@ class StepHandle:
 class Executor:
     """Executes plans on one device, in the order in which they were scheduled.
 
-    A plan may be submitted before the results of earlier ones are collected; the engine keeps one in flight. Chosen
-    tokens are remembered, so that a plan made before they were read back can refer to them by PLACEHOLDER.
+    A plan may be submitted before the results of earlier ones are collected: chosen tokens are remembered, so that a
+    plan made before they were read back can refer to them by PLACEHOLDER. The engine collects each before the next.
 
         handle = executor.submit(plan)
         outputs = scheduler.update(plan, executor.collect(handle))
@@ -51,12 +51,12 @@ class Executor:
         self._last_collected = 0
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Start executing a plan. On a CPU, the step is done when this returns."""
+        """Execute a plan. The step is done when this returns, on every device."""
         self._num_submitted += 1
         return StepHandle(self._num_submitted, self._execute(plan))
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Wait for a submitted plan and return its result; handles are collected in the order of submission.
+        """Return the result of a submitted plan; handles are collected in the order of submission.
 
         A chunk with unusable logits has a result with `error`, and does not affect the others. A handle may be dropped
         instead, if the plan's requests are ended.

@@ -12,7 +12,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
-from splitfuse.models import blocks
+from splitfuse.models import layers
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 12, "block_size": 16})
@@ -26,7 +26,7 @@ def model() -> LoadedModel:
 
 def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseException, after: int) -> None:
     """Let the step after `after` good ones end in `error`, in the middle of the network."""
-    forward, calls = blocks.mlp, [0]
+    forward, calls = layers.mlp, [0]
 
     def broken(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
@@ -34,7 +34,7 @@ def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseE
             raise error
         return forward(*arguments)
 
-    monkeypatch.setattr(blocks, "mlp", broken)
+    monkeypatch.setattr(layers, "mlp", broken)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["ctrl-c", "error"])

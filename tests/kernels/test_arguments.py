@@ -97,7 +97,7 @@ def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
         attention=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16),
         mlp=MlpSpec(intermediate_size=48, activation="silu"),
     )
-    fused = backend.fuse(
+    fused = backend.compile_network(
         NetworkPlan(
             layers=(spec,),
             weights=NetworkWeights(embed=head, layers=(layer,), norm=ones, head=head),
@@ -188,7 +188,7 @@ def test_unknown_experts_are_refused(variant: str, expert: int) -> None:
     packed = pack_experts(backend, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
     with pytest.raises(IndexError, match="an expert id is not below 3, the number of experts"):
-        backend.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, kind="silu")
+        backend.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, activation="silu")
 
 
 WRONG: dict[str, Callable[[CpuBackend], object]] = {
@@ -223,21 +223,21 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
         torch.tensor([[0]]),
         torch.ones(1, 1),
         **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
-        kind="silu",
+        activation="silu",
     ),
     "experts-of-other-width": lambda k: k.experts(
         torch.randn(1, 17).bfloat16(),
         torch.tensor([[0]]),
         torch.ones(1, 1),
         **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
-        kind="silu",
+        activation="silu",
     ),
     "experts-twice": lambda k: k.experts(
         torch.randn(1, 16).bfloat16(),
         torch.tensor([[1, 1]]),
         torch.ones(1, 2),
         **pack_experts(k, torch.randn(2, 8, 16), torch.randn(2, 16, 4)),
-        kind="silu",
+        activation="silu",
     ),
     "route-of-bf16": lambda k: k.route(torch.randn(1, 4).bfloat16(), 2, True),
     "route-to-more-than-there-are": lambda k: k.route(torch.randn(1, 4), 5, True),

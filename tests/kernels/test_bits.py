@@ -75,10 +75,12 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
     for backend in teams(variant, quantization=quantization, group_size=group):
         packed = pack_experts(backend, w13, w2)
         if alone is None:
-            each = [backend.experts(x[[r]], ids[[r]], weights[[r]], **packed, kind="silu") for r in range(40)]
+            each = [backend.experts(x[[r]], ids[[r]], weights[[r]], **packed, activation="silu") for r in range(40)]
             alone = torch.cat(each)
         for rows in groups(40):
-            assert torch.equal(backend.experts(x[rows], ids[rows], weights[rows], **packed, kind="silu"), alone[rows])
+            assert torch.equal(
+                backend.experts(x[rows], ids[rows], weights[rows], **packed, activation="silu"), alone[rows]
+            )
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -87,10 +89,10 @@ def test_experts_are_summed_in_the_order_of_ids(variant: str) -> None:
     one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
     for backend in teams(variant):
         packed = pack_experts(backend, torch.tensor([[100.0], [0.01]]).expand(3, 2, 1), torch.ones(3, 1, 1))
-        said = float(backend.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, kind="silu"))
+        said = float(backend.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, activation="silu"))
         for ids in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
             weights = torch.tensor([[large, -large, 1.0]]) / said
-            ours = backend.experts(one, torch.tensor([ids]), weights, **packed, kind="silu")
+            ours = backend.experts(one, torch.tensor([ids]), weights, **packed, activation="silu")
             assert float(ours) == pytest.approx(1.0, abs=1e-3)
 
 

@@ -79,7 +79,7 @@ SPECS = [
 class OneByOne(CpuBackend):
     """The same kernels, an operation at a time."""
 
-    def fuse(self, plan: NetworkPlan) -> None:
+    def compile_network(self, plan: NetworkPlan) -> None:
         del plan
 
 
@@ -183,14 +183,17 @@ def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[
     spec = dataclasses.replace(PLAIN, layers=layers, ropes=(*PLAIN.ropes, RopeSpec(theta=100.0, rotary_dim=8)))
     cpu, reference = CpuBackend(variant=variant, num_threads=2), ReferenceBackend()
     decoder = decoder_of(cpu, spec)
-    assert cpu.fuse(NetworkPlan(layers=layers, weights=decoder.weights, ropes=decoder.ropes, norm_eps=1e-5)) is None
+    assert (
+        cpu.compile_network(NetworkPlan(layers=layers, weights=decoder.weights, ropes=decoder.ropes, norm_eps=1e-5))
+        is None
+    )
     for ours, wanted in zip(logits(decoder), logits(decoder_of(reference, spec)), strict=True):
         likeness = torch.cosine_similarity(ours, wanted.float(), dim=-1)
         assert likeness[:-3].min() > 0.995  # of the prompt: a token generated after it may differ, as the two round
 
 
 def test_cpp_kernels_know_every_field_of_a_layer() -> None:
-    """`CpuBackend` and `FusedNetwork` honour a new field, or `fuse` gives None for it: then it is added here."""
+    """`CpuBackend` and `FusedNetwork` honour a new field, or `compile_network` gives None for it: then add it here."""
     known = {
         LayerSpec: "attention mlp",
         AttentionSpec: "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm scale softcap",

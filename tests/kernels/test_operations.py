@@ -166,7 +166,7 @@ def test_experts(
             exact[token] += weight * (w2[expert] @ inside)
             magnitude[token] += weight * (w2[expert].abs() @ inside.abs())
     packed = pack_experts(case.backend, w13.to(case.narrow), w2.to(case.narrow))
-    ours = case.backend.experts(x.to(case.narrow), ids, weights, **packed, kind=kind)
+    ours = case.backend.experts(x.to(case.narrow), ids, weights, **packed, activation=kind)
     assert ours.dtype == case.wide
     # An activation that rounds the other way than ours is off by a unit of its dtype.
     share = max(20 * case.sums, torch.finfo(case.narrow).eps)

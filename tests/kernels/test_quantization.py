@@ -227,7 +227,7 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
     x, w13, w2 = torch.randn(11, 130).bfloat16(), torch.randn(5, 96, 130) / 8, torch.randn(5, 130, 48) / 8
     ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
     packed = pack_experts(backend, w13.bfloat16(), w2.bfloat16())
-    ours = backend.experts(x, ids, weights, **packed, kind="silu")
+    ours = backend.experts(x, ids, weights, **packed, activation="silu")
     wanted = torch.zeros(11, 130, dtype=torch.float64)
     for expert in range(5):
         gate_up = backend.pack(w13[expert].bfloat16().chunk(2), role=Role.GATE_UP)

@@ -119,7 +119,7 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
             inside = [silu(float(gate_up[i])) * float(gate_up[inner + i]) for i in range(inner)]
             naive[token] += weight * (w2[expert].double() @ torch.tensor(inside, dtype=torch.float64))
     assert_near(
-        backend.experts(x, ids, weights, **pack_experts(backend, w13, w2), kind="silu"),
+        backend.experts(x, ids, weights, **pack_experts(backend, w13, w2), activation="silu"),
         naive,
         dtype,
     )
@@ -128,10 +128,10 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
 def test_experts_do_not_see_other_tokens() -> None:
     x, w13, w2 = torch.randn(8, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     ids, weights = torch.randint(3, (8, 1)), torch.rand(8, 1)
-    together = backend.experts(x, ids, weights, w13=list(w13), w2=list(w2), kind="gelu")
+    together = backend.experts(x, ids, weights, w13=list(w13), w2=list(w2), activation="gelu")
     for token in range(8):
         row = slice(token, token + 1)
-        alone = backend.experts(x[row], ids[row], weights[row], w13=list(w13), w2=list(w2), kind="gelu")
+        alone = backend.experts(x[row], ids[row], weights[row], w13=list(w13), w2=list(w2), activation="gelu")
         torch.testing.assert_close(together[row], alone)
 
 

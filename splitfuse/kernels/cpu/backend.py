@@ -1,7 +1,8 @@
 """The C++ kernels as a backend: activations in bf16, the residual stream and logits in fp32.
 
-What a row gives depends on nothing but that row and its request, bit for bit: not on the other rows, the chunk, the
-block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between variants.
+Batch-invariant, bit for bit: a row's result depends on that row and its request alone, not on the other rows, the
+chunk, the block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between
+variants.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from splitfuse.kernels.cpu.bindings import (
     vector_address,
 )
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
-from splitfuse.kernels.cpu.network import fuse
+from splitfuse.kernels.cpu.network import compile_network
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
 from splitfuse.kernels.interface import (
     AttentionSpec,
@@ -212,13 +213,12 @@ class CpuBackend(Backend):
         self.library.linear(weight.address, x.data_ptr(), len(x), bias_address, None, out.data_ptr())
         return out
 
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         check(x, torch.bfloat16)
         assert x.shape[1] == weight.columns and weight.gated
         out = torch.empty(len(x), weight.rows // 2, dtype=torch.bfloat16)
-        self.library.gated(
-            weight.address, x.data_ptr(), len(x), vector_address(bias, weight.rows), ACTIVATIONS[kind], out.data_ptr()
-        )
+        bias_address, function = vector_address(bias, weight.rows), ACTIVATIONS[activation]
+        self.library.gated(weight.address, x.data_ptr(), len(x), bias_address, function, out.data_ptr())
         return out
 
     def rope_store(
@@ -288,12 +288,12 @@ class CpuBackend(Backend):
         return ids, weights
 
     def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], kind: str
+        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
     ) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(ids), weights.float().contiguous()
         top_k = ids.shape[1]
-        mixture = Mixture.of(w13, w2, top_k=top_k, activation=kind)
+        mixture = Mixture.of(w13, w2, top_k=top_k, activation=activation)
         assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == w2[0].rows
         assert all(len(set(each)) == top_k for each in ids.tolist())
         if self.library.check_ids(ids.data_ptr(), ids.numel(), mixture.num_experts):
@@ -304,5 +304,5 @@ class CpuBackend(Backend):
 
     # All of them in one call
 
-    def fuse(self, plan: NetworkPlan) -> Network | None:
-        return fuse(self.library, plan)
+    def compile_network(self, plan: NetworkPlan) -> Network | None:
+        return compile_network(self.library, plan)

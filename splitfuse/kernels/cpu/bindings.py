@@ -33,8 +33,8 @@ BROKEN_RULES = {
     3: "query_start does not rise from 0 to the number of tokens",
     4: "a request has fewer positions than tokens, or more than its block table holds",
     5: "a block table names a block that does not exist",
-    6: "a token id is no row of the embedding",
-    7: "a row whose hidden state is wanted is none of the step's",
+    6: "a token id outside the vocabulary",
+    7: "a logit row outside the step",
 }
 """Rules of csrc/cpu.cpp that a step can break, by number."""
 

@@ -65,7 +65,8 @@ class OwnWeights:
 
 
 class SharedWeights:
-    """Maps weights of several processes, one of which packs them, in a file in memory that goes with the last of them.
+    """Maps weights of several processes, one of which packs them, in a memfd, freed when the last
+    process unmaps it.
 
     The file has room for `num_bytes` of weights, each on a cache line of its own. Where `sharing.filled` says that
     another process has packed them, they are mapped for reading only. They stay mapped while the process lives. Raises

@@ -27,7 +27,7 @@ from splitfuse.kernels.cpu.bindings import (
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
 
 
-def fuse(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
+def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
     """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
     heads = {_heads_of(layer.attention) for layer in plan.layers}
     return FusedNetwork(library, plan) if len(heads) == 1 else None

@@ -73,8 +73,8 @@ def plain_decoder(
     qk_norm: bool = False,
     mlps: Sequence[MlpSpec | ExpertsSpec] | None = None,
 ) -> ModelSpec:
-    """Return the network of a config. The first four keywords are defaults for a config that does not say; the others
-    are the family's, `windows` and `mlps` with an entry for each layer.
+    """Return the network of a config. `num_kv_heads`, `head_dim`, `norm_eps` and `rope_theta` are defaults for a config
+    that does not say; the others are the family's, `windows` and `mlps` with an entry for each layer.
     """
     count = num_layers(config)
     num_heads = config.integer("num_attention_heads")

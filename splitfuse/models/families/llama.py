@@ -37,7 +37,8 @@ def mistral(config: ConfigJson) -> ModelSpec:
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
     count = num_layers(config)
-    window = config.integer("sliding_window") if "sliding_window" in config else None
+    # Unlike Mistral, whose absent window is 4096: here absent is none, as in transformers.
+    size = config.integer("sliding_window") if "sliding_window" in config else None
     experts = ExpertsSpec(
         num_experts=num_experts(config, 8),
         top_k=config.integer("num_experts_per_tok", 2),
@@ -46,5 +47,5 @@ def mixtral(config: ConfigJson) -> ModelSpec:
         renormalize=True,
     )
     return plain_decoder(
-        config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6, windows=(window,) * count, mlps=(experts,) * count
+        config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6, windows=(size,) * count, mlps=(experts,) * count
     )

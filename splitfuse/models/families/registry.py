@@ -18,7 +18,7 @@ from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
-# Fields that would make another network of most families: refused by a family that does not honour them.
+# Fields that would change the computation: refused by a family that does not honour them.
 FOREIGN_FEATURES = (
     "quantization_config",
     "compression_config",

@@ -32,7 +32,7 @@ def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> 
 def extended_length(rope: RopeSpec, max_position: int) -> int:
     """Return the longest sequence meant by a config with `max_position_embeddings` = `max_position`.
 
-    Some writers state the length after scaling, some before; Llama 3 always states it after.
+    Some checkpoints state the length after scaling, some before; Llama 3 always states it after.
     """
     match rope.scaling:
         case LinearScaling(factor=factor):

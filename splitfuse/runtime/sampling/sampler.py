@@ -110,5 +110,5 @@ def _fault(peak: float) -> str:
 
 
 def _take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns some rows of a tensor, in rising order; all of them are no copy."""
+    """Returns some rows of a tensor, in rising order, without a copy if all rows are wanted."""
     return tensor if len(rows) == len(tensor) else tensor[list(rows)]

@@ -1,4 +1,4 @@
-"""The blocks that layers are made of, each by its kind: normed hidden states in, what is added to the residual out."""
+"""The parts of a layer, each by its kind: normed hidden states in, what is added to the residual out."""
 
 from __future__ import annotations
 
@@ -41,4 +41,4 @@ def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: 
         return backend.linear(gated, weights.down, weights.down_bias)
     scores = backend.linear(x, weights.router)
     expert_ids, expert_weights = backend.route(scores, spec.top_k, spec.renormalize)
-    return backend.experts(x, expert_ids, expert_weights, w13=weights.w13, w2=weights.w2, kind=spec.activation)
+    return backend.experts(x, expert_ids, expert_weights, w13=weights.w13, w2=weights.w2, activation=spec.activation)
