@@ -48,18 +48,13 @@ class EngineLimits:
                 f"the prompt has {length} tokens, but the model takes at most {limit - 1}, with one left to generate",
                 parameter="prompt",
             )
-        if params.max_tokens is not None and length + params.max_tokens > limit:
-            raise InvalidRequestError(
-                f"max_tokens {params.max_tokens} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
-                f"max_tokens can be at most {limit - length}",
-                parameter="max_tokens",
-            )
-        if params.min_tokens > limit - length:
-            raise InvalidRequestError(
-                f"min_tokens {params.min_tokens} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
-                f"min_tokens can be at most {limit - length}",
-                parameter="min_tokens",
-            )
+        for name, count in (("max_tokens", params.max_tokens or 0), ("min_tokens", params.min_tokens)):
+            if length + count > limit:
+                raise InvalidRequestError(
+                    f"{name} {count} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
+                    f"{name} can be at most {limit - length}",
+                    parameter=name,
+                )
         for name, ids in (
             ("prompt", prompt_token_ids),
             ("logit_bias", params.logit_bias),

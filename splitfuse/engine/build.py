@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from typing import NamedTuple
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
@@ -16,21 +15,15 @@ from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.runtime.memory_plan import MemoryPlan
 
 
-class SchedulerParts(NamedTuple):
-    """Holds a scheduler, the allocator that it takes blocks from, and the listener that accounts for latencies."""
-
-    scheduler: Scheduler
-    allocator: BlockAllocator
-    latencies: PhaseTracker
-
-
 def build_scheduler(
     config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
-) -> SchedulerParts:
-    """Return the scheduler for a model with that memory plan. With a cost model, and no other policy, it keeps SLOs."""
+) -> tuple[Scheduler, BlockAllocator, PhaseTracker]:
+    """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
+    latencies. With a cost model, and no other policy, it schedules by SLO.
+    """
     caching = config.cache.enable_prefix_caching
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
     scheduler = Scheduler(config.scheduler, allocator, policy or make_policy(config.scheduler, cost))
     latencies = PhaseTracker(scheduler.events, cost=cost)
-    return SchedulerParts(scheduler, allocator, latencies)
+    return scheduler, allocator, latencies

@@ -311,7 +311,7 @@ class _Runs:
 
 def scheduling_seconds(config: EngineConfig, model: LoadedModel, executor: Executor) -> float:
     """Return the seconds per request that planning a step and processing its result cost, while some requests run."""
-    scheduler = build_scheduler(config, model.plan).scheduler
+    scheduler, _, _ = build_scheduler(config, model.plan)
     count = min(16, config.scheduler.max_num_seqs)
     length = min(32, model.plan.max_model_len // 2)
     targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)

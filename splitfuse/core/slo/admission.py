@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import StepFeatures
@@ -19,40 +18,15 @@ from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
+from splitfuse.errors import LateError
 
 
-@dataclass(frozen=True)
-class AdmissionForecast:
-    """Forecasts what would become of a request if it were admitted now."""
-
-    ttft: float
-    """Seconds until its first token, after all that come before it; at the latest."""
-    wait: float
-    """Seconds after which it could meet its SLO, by what is known now: 0 if it can now, infinity if it never can."""
-
-    @property
-    def meets_slo(self) -> bool:
-        return self.wait == 0.0
-
-    @property
-    def reason(self) -> str:
-        """Returns why it cannot meet its SLO."""
-        if self.ttft == math.inf:
-            return "no step of this engine is short enough for its targets"
-        if self.wait == math.inf:
-            return f"its first token takes {self.ttft:.3g} s even on an idle engine"
-        return f"its first token would come after {self.ttft:.3g} s; try again in {self.wait:.3g} s"
-
-
-def forecast_admission(
-    request: Request,
-    planner: DeadlinePlanner,
-    queue: RequestQueue,
-    *,
-    tail_share: float,
-    now: float,
-) -> AdmissionForecast:
-    """Returns the forecast of a new request, which is not in the queue."""
+def check_on_time(
+    request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, tail_share: float, now: float
+) -> None:
+    """Raise LateError if a new request, which is not in the queue, could not meet its SLO if it were admitted now. Its
+    `retry_after` is when it could by what is known now: infinity if it never can.
+    """
     running, waiting = queue.running, queue.waiting
     decodes = [r for r in running if r.output_token_ids]
     prefills = [*(r for r in running if not r.output_token_ids), *waiting]
@@ -71,20 +45,27 @@ def forecast_admission(
 
     allowed = request.slo.deadline - now
     alone = _ttft_alone(request, planner)
-    if alone > allowed or alone == math.inf:
-        return AdmissionForecast(alone, math.inf)
+    if alone == math.inf:
+        raise _late("no step of this engine is short enough for its targets", math.inf)
+    if alone > allowed:
+        raise _late(f"its first token takes {alone:.3g} s even on an idle engine", math.inf)
     own, queued = prefill_time(request.num_unscheduled), sum(r.num_unscheduled for r in ahead)
-    ttft = max(start, prefill_time(queued)) + own
-    if ttft == math.inf:  # the decodes leave prefills nothing: when they have ended
-        ends = _latest_ends(request, running, seconds)
-        ttft = max([start, *ends]) + alone * (1 + queued / request.num_unscheduled)
     after = planner.feasible([*prefills, request], load, seconds=seconds, now=now, share=share)
     itl_target = request.slo.itl_target
     meets_itl = not itl_target or seconds <= itl_target
     meets_ttft = is_certain and start + own <= allowed and (allowed == math.inf or after == before | {request})
     if meets_itl and meets_ttft:
-        return AdmissionForecast(ttft, 0.0)
-    return AdmissionForecast(ttft, max(ttft - allowed, seconds))
+        return
+    ttft = max(start, prefill_time(queued)) + own  # at the latest, after all that come before it
+    if ttft == math.inf:  # the decodes leave prefills nothing: when they have ended
+        ends = _latest_ends(request, running, seconds)
+        ttft = max([start, *ends]) + alone * (1 + queued / request.num_unscheduled)
+    wait = max(ttft - allowed, seconds)
+    raise _late(f"its first token would come after {ttft:.3g} s; try again in {wait:.3g} s", wait)
+
+
+def _late(reason: str, retry_after: float) -> LateError:
+    return LateError(f"the request cannot meet its SLO: {reason}", retry_after=retry_after)
 
 
 def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:

@@ -22,13 +22,12 @@ from splitfuse.core.policy import (
     split_running,
 )
 from splitfuse.core.request import Priority, Request
-from splitfuse.core.slo.admission import forecast_admission
+from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.step_builder import RequestQueue
-from splitfuse.errors import LateError
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
@@ -117,9 +116,7 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         if not request.slo.exists:
             raise slo_required()
-        forecast = forecast_admission(request, self.planner, queue, tail_share=self.tail_share, now=now)
-        if not forecast.meets_slo:
-            raise LateError(f"the request cannot meet its SLO: {forecast.reason}", retry_after=forecast.wait)
+        check_on_time(request, self.planner, queue, tail_share=self.tail_share, now=now)
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:
