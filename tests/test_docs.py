@@ -29,7 +29,7 @@ from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
-from splitfuse.server.openai.sampling import FIELDS
+from splitfuse.server.sampling import FIELDS
 
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
@@ -141,7 +141,7 @@ def test_the_table_of_errors_has_every_code() -> None:
     sources = "".join(text_of(path) for path in (ROOT / "splitfuse" / "server").rglob("*.py"))
     statuses = dict.fromkeys(re.findall(r'\bcode="(\w+)"', sources), 404)  # of a route, starlette says it
     statuses |= {c: int(s) for s, c in re.findall(r'RefusedError\(\s*(\d+),.*?\bcode="(\w+)"', sources, re.DOTALL)}
-    statuses |= {answer.detail.code or "": answer.status for answer in map(answer_to, ERRORS)}
+    statuses |= {answer.code: answer.status for answer in map(answer_to, ERRORS)}
     described = {row[1].strip("`"): int(row[0]) for row in rows(SERVER_PAGE, "| status | `code` | why |")}
     assert described == statuses
 

@@ -36,6 +36,7 @@ from splitfuse.server.explain import Explanation, RequestTimeline, describe_time
 from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
 from splitfuse.server.openai import endpoints as openai
+from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openapi import document
 from splitfuse.server.state import AppState
 from splitfuse.text.service import TextService
@@ -125,20 +126,22 @@ async def _openapi(state: AppState, context: RequestContext) -> None:
 
 _EXPLAIN = "/v1/splitfuse/requests/{request}"
 
+_route = functools.partial(Route, dialect=OPENAI)
+
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
-    Route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
-    Route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
-    Route(
+    _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
+    _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
+    _route(
         *("GET", "/ready", _ready, "Whether requests are accepted", Readiness),
         errors=(503,),
         error=Readiness,
         needs_key=False,
         is_logged=False,
     ),
-    Route("GET", "/metrics", _metrics, "Metrics for Prometheus", None, media_type="text/plain", is_logged=False),
-    Route("GET", "/version", _version, "Version of the server", Version),
-    Route("GET", "/openapi.json", _openapi, "This document", None),
+    _route("GET", "/metrics", _metrics, "Metrics for Prometheus", None, media_type="text/plain", is_logged=False),
+    _route("GET", "/version", _version, "Version of the server", Version),
+    _route("GET", "/openapi.json", _openapi, "This document", None),
 )
 """Route table of the server: each dialect's routes, and its own."""
 
@@ -181,18 +184,16 @@ class _Middleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        unique_id = secrets.token_hex(16)
-        context = RequestContext(scope, receive, send, request_id=unique_id, unique_id=unique_id)
         route = next((route for route in ROUTES if route.matches(scope["path"])), None)
+        dialect = OPENAI if route is None else route.dialect
+        context = RequestContext(scope, receive, send, dialect=dialect, unique_id=secrets.token_hex(16))
         wanted_id = context.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
             context.request_id = wanted_id.decode()
-        if route is not None:
-            context.dialect = route.dialect
         failure: Exception | None = None
         try:
             if route is None or route.needs_key:
-                context.owner = self._keys.identify(context.headers.get(b"authorization"))
+                context.owner = self._keys.identify(dialect.key(context.headers))
             scope["splitfuse.context"] = context
             await self._app(scope, receive, context.send)
         except Exception as error:
@@ -218,7 +219,7 @@ class _Middleware:
     def _record(self, context: RequestContext, error: Exception | None, path: str) -> None:
         state = self._state
         if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
-            state.metrics.request_refused(answer_to(error).detail.code or "error")
+            state.metrics.request_refused(answer_to(error).code)
         # One that is cancelled with its server has neither a status nor an error.
         status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
         context.enter_phase(LatencyPhase.DETOKENIZING)
@@ -279,6 +280,6 @@ def to_refused_error(error: Exception) -> Exception:
         )
     return RefusedError(
         error.status_code,
-        "there is no such route; OpenAI's are under /v1, and /openapi.json lists all",
+        "there is no such route; /openapi.json lists all",
         code="no_such_route",
     )

@@ -58,12 +58,11 @@ class ApiKeys:
         if owner is not None and not scheduler.slo_enabled:
             raise ConfigError(f"api_key_file gives {owner.name!r} an SLO, but {SLO_DISABLED}")
 
-    def identify(self, authorization: bytes | None) -> Owner:
-        """Return the owner of the key in an Authorization header. Raises RefusedError (401)."""
+    def identify(self, key: bytes) -> Owner:
+        """Return the owner of a key. Raises RefusedError (401) if it has none."""
         if not self._owners:
             return ANONYMOUS
-        scheme, _, key = (authorization or b"").partition(b" ")
-        presented = self._digest(key.strip() if scheme.lower() == b"bearer" else b"")
+        presented = self._digest(key)
         matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
         if not any(matches):
             what = "this API key is not valid" if key else "an API key is required: send Authorization: Bearer KEY"

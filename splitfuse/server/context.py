@@ -9,15 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeVar
-
-import msgspec
 
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.server.auth import ANONYMOUS
+from splitfuse.server.dialect import Dialect, encode_json
 from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
 from splitfuse.server.listen import Receive, Scope, Send
 from splitfuse.text.generation import Generation
@@ -26,30 +24,6 @@ _FAREWELL_SECONDS = 5.0
 """Time to send an error to a client that may not be reading."""
 
 _Result = TypeVar("_Result")
-
-encode_json = msgspec.json.Encoder().encode
-
-
-def sse_event(content: Any) -> bytes:
-    """Returns a server-sent event whose data is JSON."""
-    return b"data: " + encode_json(content) + b"\n\n"
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """Tells how an API writes errors and the events of a stream. The defaults are OpenAI's."""
-
-    error: Callable[[ErrorAnswer], Any] = ErrorAnswer.body
-    """Returns the body of an error, which is also the last event of a stream that breaks off."""
-    event: Callable[[Any], bytes] = sse_event
-    """Returns the bytes of an event."""
-    end: bytes = b"data: [DONE]\n\n"
-    """Bytes after the last event."""
-    stream_type: str = "text/event-stream; charset=utf-8"
-    """Content type of a stream."""
-
-
-OPENAI = Dialect()
 
 
 class TokenCounts(NamedTuple):
@@ -64,12 +38,12 @@ class TokenCounts(NamedTuple):
 class RequestContext:
     """Follows one request from its headers to the end of its answer. Only one task at a time may send."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, unique_id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, dialect: Dialect, unique_id: str) -> None:
         self.scope = scope
-        self.request_id = request_id
+        self.request_id = unique_id
         """Name that the client gave it, or ours."""
         self.unique_id = unique_id
-        self.dialect = OPENAI
+        self.dialect = dialect
         self.arrival = time.monotonic()
         self.owner = ANONYMOUS
         """Owner of the key that it brought."""

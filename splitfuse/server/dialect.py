@@ -1,38 +1,52 @@
-"""Serves any dialect, such as OpenAI's: holds what dialects have in common, and says what a new one has to bring.
+"""Says what an API has to bring, such as OpenAI's.
 
 A dialect is a package with its types of bodies, whose `to_generation()` returns a `GenerationRequest`; a `Responder`,
-which writes an answer whole or in events; a `Dialect`, which frames events and writes errors; and a tuple of `Route`s.
-`generate` does the rest: encode, check, admit, run, answer. It does not know how an answer looks.
+which writes an answer whole or in events (both in generate.py); a `Dialect`; and a tuple of `Route`s.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import msgspec
 
-from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request import FinishReason, SchedulingOptions
-from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.errors import InvalidRequestError, LateError, RequestFailedError, SplitfuseError
-from splitfuse.server.context import OPENAI, Dialect, RequestContext, TokenCounts
-from splitfuse.server.errors import ErrorBody
-from splitfuse.server.explain import Timing, timing_with_phases
-from splitfuse.server.state import AppState
+from splitfuse.server.errors import ErrorAnswer
 from splitfuse.server.validation import Body
-from splitfuse.text.generation import Generation
-from splitfuse.text.prompts import Message, PreparedRequest
-from splitfuse.text.service import TextService
 
-MANY_ENTRIES = 4096
-"""Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
+encode_json = msgspec.json.Encoder().encode
 
-_Result = TypeVar("_Result")
+
+def sse_event(content: Any) -> bytes:
+    """Return a server-sent event whose data is JSON."""
+    return b"data: " + encode_json(content) + b"\n\n"
+
+
+def bearer_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the API key in an Authorization header, or nothing."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """Tells how an API reads keys, and writes errors and the events of a stream."""
+
+    error: Callable[[ErrorAnswer], msgspec.Struct]
+    """Returns the body of an error, which is also the last event of a stream that breaks off."""
+    error_type: type[msgspec.Struct]
+    """Type of that body."""
+    key: Callable[[Mapping[bytes, bytes]], bytes] = bearer_key
+    """Returns the API key in the headers, or nothing."""
+    event: Callable[[Any], bytes] = sse_event
+    """Returns the bytes of an event."""
+    end: bytes = b""
+    """Bytes after the last event."""
+    end_description: str = ""
+    """Words about `end` for the OpenAPI document, such as `, and [DONE] at the end`."""
+    stream_type: str = "text/event-stream; charset=utf-8"
+    """Content type of a stream."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,8 @@ class Route:
 
     `handler` gets the state, the context and, where there is a `body`, the decoded body. `answer` is the type of its
     answer (None where it is no JSON of a type), `event` that of the events of a stream. `errors` are its statuses
-    besides those that all routes with a body, a stream or a key have, and `error` the type of their answers.
+    besides those that all routes with a body, a stream or a key have, and `error` the type of their answers where it is
+    not the dialect's.
     """
 
     method: str
@@ -52,9 +67,10 @@ class Route:
     body: type[Body] | None = None
     event: type[msgspec.Struct] | None = None
     errors: tuple[int, ...] = ()
-    error: type[msgspec.Struct] = ErrorBody
+    error: type[msgspec.Struct] | None = None
     media_type: str = "application/json"
-    dialect: Dialect = OPENAI
+    _: KW_ONLY
+    dialect: Dialect
     needs_key: bool = True
     is_logged: bool = True
     """False: only if it fails, since it is called every few seconds."""
@@ -73,119 +89,3 @@ class Route:
     def matches(self, path: str) -> bool:
         """Returns whether a path may be this route's."""
         return path == self.path or ("{" in self.path and path.startswith(self.path.partition("{")[0]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """Says what to generate, in no dialect: from plain or tokenized prompts or from messages, and how."""
-
-    params: SamplingParams
-    scheduling: SchedulingOptions
-    prompts: Sequence[str | Sequence[int]] = ()
-    messages: Sequence[Message] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    default_max_tokens: int | None = None
-    """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
-    deadline: float | None = None
-    """Seconds after its arrival at which the request is given up."""
-    stream: bool = False
-    each_token: bool = False
-    """Whether the responder is told of each token of a stream, even one whose text is held back."""
-    include_timing: bool = False
-    include_output: bool = True
-    """Whether the generated text is a part of the answer."""
-
-    async def encode(self, service: TextService) -> list[PreparedRequest]:
-        """Returns a request for each prompt. Raises InvalidRequestError."""
-        if self.messages is not None:
-            return [await service.encode_chat(self.messages, self.params, variables=self.chat_template_kwargs)]
-        return [await service.encode(prompt, self.params) for prompt in self.prompts]
-
-
-class Responder(ABC):
-    """Writes the answer to one request: `whole`, or as `events` and `last_events`. Each event is an object for JSON."""
-
-    @abstractmethod
-    def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
-        """Returns the answer; `generations` have ended and come in the order of prompts and choices."""
-
-    @abstractmethod
-    def events(self, generation: Generation, text: str) -> Iterable[Any]:
-        """Yield the events for `text`, which is new in a generation, or for its end."""
-
-    @abstractmethod
-    def last_events(self, counts: TokenCounts, timing: Timing | None) -> Iterable[Any]:
-        """Yield the events that follow the end of all generations."""
-
-
-async def generate(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
-    """Run a request and answer it. Raises what `Responder`s cannot answer: InvalidRequestError, OverloadedError, ..."""
-    context.shows_output = request.include_output
-    await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
-
-
-async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
-    service = state.service
-    prepared = [_checked(state, each, request.default_max_tokens) for each in await request.encode(service)]
-    n = request.params.n
-    num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
-    with state.admission.admit(num_tokens, len(prepared) * n):
-        context.admitted = True
-        context.generations = service.begin(prepared, request_id=context.unique_id)
-        is_large = sum(map(_num_entries, prepared)) > MANY_ENTRIES
-        made = service.off_loop if is_large else _at_once
-        each_token = request.stream and request.each_token
-        state.explanations.begin(context)
-        context.hand_over()
-        pieces = service.run(context.generations, scheduling=request.scheduling, each_token=each_token)
-        async with aclosing(pieces):
-            async for generation, text in pieces:
-                if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise _failure(generation)
-                if request.stream:
-                    context.enter_phase(LatencyPhase.DETOKENIZING)
-                    events = await made(lambda g=generation, t=text: list(responder.events(g, t)))  # type: ignore[misc]
-                    await context.send_events(events)
-                    context.enter_phase(LatencyPhase.FROM_ENGINE)
-        timing = await timing_with_phases(context) if request.include_timing else None
-        context.enter_phase(LatencyPhase.DETOKENIZING)
-        if request.stream:
-            await context.send_events(responder.last_events(context.num_tokens, timing))
-            await context.end_events()
-        else:
-            counts = context.num_tokens
-            whole = await made(lambda: responder.whole(context.generations, counts, timing))
-            context.enter_phase(LatencyPhase.CLIENT)
-            await context.answer(whole)
-
-
-def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
-    """Returns a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
-    limits = state.service.client.info.limits
-    if prepared.params.max_tokens is None:
-        limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
-        prepared = prepared.with_max_tokens(limit if default_max_tokens is None else default_max_tokens, limit)
-    prepared.check(limits)
-    return prepared
-
-
-def _failure(generation: Generation) -> SplitfuseError:
-    """Returns the reason why a generation has failed."""
-    reason, retry_after = generation.error or "it was ended", generation.retry_after
-    if retry_after is None:
-        return RequestFailedError(f"the request failed while it ran: {reason}")
-    if retry_after == math.inf:
-        return InvalidRequestError(reason, parameter="splitfuse_on_time_only")
-    return LateError(reason, retry_after=retry_after)
-
-
-def _num_entries(prepared: PreparedRequest) -> int:
-    """Returns the most log-probabilities that an answer can have."""
-    params = prepared.params
-    generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)
-    echoed = 0 if params.prompt_logprobs is None else len(prepared.token_ids) * (params.prompt_logprobs + 1)
-    return (generated + echoed) * params.n
-
-
-async def _at_once(work: Callable[[], _Result]) -> _Result:
-    return work()

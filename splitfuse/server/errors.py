@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
 from splitfuse.errors import (
     DrainingError,
     EngineDiedError,
@@ -22,21 +20,6 @@ from splitfuse.errors import (
     RequestTooLargeError,
     SplitfuseError,
 )
-
-
-class ErrorDetail(msgspec.Struct, frozen=True):
-    """Describes an error, in OpenAI's shape. `param` is the parameter that caused it, if one did."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(msgspec.Struct, frozen=True):
-    """Wraps an error as the body of an answer, or as the last event of a stream that breaks off."""
-
-    error: ErrorDetail
 
 
 class RefusedError(SplitfuseError):
@@ -63,40 +46,37 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """Holds the answer to an error. `is_bug` says that its traceback belongs in the log."""
+    """Holds the answer to an error, in no dialect. `is_bug` says that its traceback belongs in the log."""
 
     status: int
-    detail: ErrorDetail
+    message: str
+    type: str
+    code: str
+    parameter: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     is_bug: bool = False
 
-    def body(self) -> ErrorBody:
-        """Returns the body in OpenAI's shape."""
-        return ErrorBody(self.detail)
-
 
 def answer_to(error: Exception) -> ErrorAnswer:
-    """Returns the answer to an error."""
+    """Return the answer to an error."""
     match error:
         case RefusedError():
-            detail = ErrorDetail(str(error), error.type, error.parameter, error.code)
-            return ErrorAnswer(error.status, detail, error.headers)
+            return ErrorAnswer(error.status, str(error), error.type, error.code, error.parameter, error.headers)
         case InvalidRequestError():
             code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "invalid_value")
-            return ErrorAnswer(error.status, ErrorDetail(str(error), "invalid_request_error", error.parameter, code))
+            return ErrorAnswer(error.status, str(error), "invalid_request_error", code, error.parameter)
         case OverloadedError():
-            detail = ErrorDetail(str(error), "rate_limit_error", None, "rate_limit_exceeded")
-            return ErrorAnswer(error.status, detail, {"retry-after": str(max(math.ceil(error.retry_after), 1))})
+            headers = {"retry-after": str(max(math.ceil(error.retry_after), 1))}
+            return ErrorAnswer(error.status, str(error), "rate_limit_error", "rate_limit_exceeded", headers=headers)
         case EngineDiedError() | DrainingError():
             code = "draining" if isinstance(error, DrainingError) else "engine_unavailable"
-            detail = ErrorDetail(without_secrets(str(error)), "server_error", None, code)
-            return ErrorAnswer(error.status, detail, {"retry-after": "1"})
+            headers = {"retry-after": "1"}
+            return ErrorAnswer(error.status, without_secrets(str(error)), "server_error", code, headers=headers)
         case RequestFailedError():
-            detail = ErrorDetail(without_secrets(str(error)), "server_error", None, "request_failed")
-            return ErrorAnswer(error.status, detail)
+            return ErrorAnswer(error.status, without_secrets(str(error)), "server_error", "request_failed")
         case _:
             message = "internal error; the server's log has its traceback under the request's id"
-            return ErrorAnswer(500, ErrorDetail(message, "server_error", None, "internal_error"), is_bug=True)
+            return ErrorAnswer(500, message, "server_error", "internal_error", is_bug=True)
 
 
 _CODES = {PromptTooLongError: "context_length_exceeded", RequestTooLargeError: "request_too_large"}

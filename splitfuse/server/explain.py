@@ -7,6 +7,7 @@ them in words.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ NUM_DESCRIBED_PHASES = 3
 """Number of phases that a sentence names."""
 END_TIMEOUT = 0.5
 """Seconds to wait for the end of a running request: its client may have read all of its answer already."""
+
+
+_UNIQUE_ID = re.compile("[0-9a-f]{32}")
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -259,4 +263,5 @@ def describe_violation(violation: SloViolation) -> str:
 
 def _plain(name: str) -> str:
     """Returns our own id of a request, from an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
-    return name.removeprefix("cmpl-").removeprefix("chatcmpl-").partition("-")[0]
+    found = _UNIQUE_ID.search(name)
+    return found[0] if found else name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -13,7 +12,10 @@ from typing import Any
 import uvicorn
 
 from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError, ServerError
+from splitfuse.errors import ConfigError, EngineDiedError, ServerError
+from splitfuse.server.dialect import encode_json
+from splitfuse.server.errors import answer_to
+from splitfuse.server.openai.dialect import OPENAI
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -95,14 +97,13 @@ class HttpServer(uvicorn.Server):
 
 
 async def _answer_starting(path: str, send: Send) -> None:
-    status, body = 503, {"stage": "starting", "fraction": 0.0}
+    status: int = 503
+    body: Any = {"stage": "starting", "fraction": 0.0}
     if path == "/health":
         status, body = 200, {"status": "ok"}
     elif path != "/ready":
-        message = "the server is starting: /ready says how far it is"
-        error = {"message": message, "type": "server_error", "param": None, "code": "engine_unavailable"}
-        body = {"error": error}
-    content = json.dumps(body).encode()
+        body = OPENAI.error(answer_to(EngineDiedError("the server is starting: /ready says how far it is")))
+    content = encode_json(body)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -47,7 +47,8 @@ def document(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     answers: list[tuple[int, type[msgspec.Struct] | None, str]] = [(200, route.answer, route.media_type)]
-    answers += [(status, route.error, "application/json") for status in route.all_errors]
+    error = route.error or route.dialect.error_type
+    answers += [(status, error, "application/json") for status in route.all_errors]
     operation: dict[str, Any] = {
         "summary": route.summary,
         "responses": {
@@ -62,7 +63,7 @@ def _operation(route: Route) -> dict[str, Any]:
         content = {"application/json": {"schema": _ref(route.body)}}
         operation["requestBody"] = {"required": True, "content": content}
     if route.event is not None:
-        events = f"With stream: events, whose data are a {route.event.__name__} each, and [DONE] at the end"
+        events = f"With stream: events, whose data are a {route.event.__name__} each{route.dialect.end_description}"
         operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"description": events}}
     if not route.needs_key:
         operation["security"] = []
@@ -74,7 +75,11 @@ def _ref(kind: type[msgspec.Struct] | None) -> dict[str, str]:
 
 
 def _schemas(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
-    kinds = {kind for route in routes for kind in (route.body, route.answer, route.event, route.error)}
+    kinds = {
+        kind
+        for route in routes
+        for kind in (route.body, route.answer, route.event, route.error or route.dialect.error_type)
+    }
     _, schemas = msgspec.json.schema_components(filter(None, kinds), ref_template=_PREFIX + "{name}")
     bodies = {body.__name__: body for body in _subclasses(Body)}
     return {

@@ -175,9 +175,9 @@ def test_a_developer_message_becomes_a_system_message() -> None:
 )
 def test_errors_become_answers(error: Exception, status: int, kind: str, code: str, param: str | None) -> None:
     answer = answer_to(error)
-    assert (answer.status, answer.detail.type, answer.detail.code, answer.detail.param) == (status, kind, code, param)
+    assert (answer.status, answer.type, answer.code, answer.parameter) == (status, kind, code, param)
     assert answer.is_bug == (code == "internal_error")
-    assert (answer.detail.message == "x") != answer.is_bug
+    assert (answer.message == "x") != answer.is_bug
     assert answer.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Literal
 
@@ -10,7 +11,9 @@ import msgspec
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext
-from splitfuse.server.dialect import Route, generate
+from splitfuse.server.dialect import Route
+from splitfuse.server.generate import generate
+from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from splitfuse.server.openai.responses import (
     ChatCompletion,
@@ -121,12 +124,14 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
     await context.answer(Detokenized(await context.unless_gone(state.service.off_loop(decoded), deadline=None)))
 
 
+_route = functools.partial(Route, dialect=OPENAI)
+
 ROUTES = (
-    Route("POST", CompletionRequest.PATH, completions, "Continue prompts", Completion, CompletionRequest, Completion),
-    Route("POST", ChatRequest.PATH, chat, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk),
-    Route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
-    Route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),
-    Route("POST", "/tokenize", tokenize, "Text to tokens", Tokenized, TokenizeRequest),
-    Route("POST", "/detokenize", detokenize, "Tokens to text", Detokenized, DetokenizeRequest),
+    _route("POST", CompletionRequest.PATH, completions, "Continue prompts", Completion, CompletionRequest, Completion),
+    _route("POST", ChatRequest.PATH, chat, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk),
+    _route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
+    _route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),
+    _route("POST", "/tokenize", tokenize, "Text to tokens", Tokenized, TokenizeRequest),
+    _route("POST", "/detokenize", detokenize, "Tokens to text", Detokenized, DetokenizeRequest),
 )
 """Route table of this dialect."""

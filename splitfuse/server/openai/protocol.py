@@ -15,8 +15,8 @@ from msgspec import Meta
 from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
-from splitfuse.server.dialect import GenerationRequest
-from splitfuse.server.openai.sampling import SamplingFields, TokenId, sampling_params
+from splitfuse.server.generate import GenerationRequest
+from splitfuse.server.sampling import SamplingFields, TokenId, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds
 
 DEFAULT_MAX_TOKENS = 16

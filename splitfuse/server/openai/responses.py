@@ -15,8 +15,8 @@ from msgspec import UNSET, UnsetType
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.context import TokenCounts
-from splitfuse.server.dialect import Responder
 from splitfuse.server.explain import Timing
+from splitfuse.server.generate import Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
 from splitfuse.text.generation import Generation
 from splitfuse.text.token_text import TokenPiece, TokenPieces

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_INT, MAX_STOP_STRINGS, PARAMETERS, Parameter, SamplingParams
 from splitfuse.errors import InvalidRequestError
-from splitfuse.server.openai.slo_params import SloParams
+from splitfuse.server.slo_params import SloParams
 
 MAX_STOP_CHARACTERS = 8192
 """Number of characters that all stop strings of a request may have together."""
