@@ -17,7 +17,8 @@ from splitfuse.core.events import StepRecord
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import open_model
-from splitfuse.runtime.memory_plan import GIB, MemoryPlan, resident_memory
+from splitfuse.runtime.machine import GIB, anonymous_bytes
+from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.text.generation import Generation
 from splitfuse.text.generator import TextGenerator
 from splitfuse.text.kwargs import (
@@ -67,7 +68,7 @@ def pipeline(
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
     if observer is not None:
         engine.events.subscribe(StepRecord, observer)
-    if progress and (resident := resident_memory()) is not None:
+    if progress and (resident := anonymous_bytes()) is not None:
         planned = engine.model.plan.weights + engine.model.plan.activations
         print(
             f"resident     {resident / GIB:8.3f} GiB with Python and PyTorch, of {planned / GIB:.3f} GiB planned for "

@@ -26,7 +26,7 @@ import torch
 from benchmarks.peers.contender import DRIVEN, Contender, Running
 from benchmarks.peers.processes import end_in_order_when_told
 from benchmarks.peers.workload import FIRST_SECONDS, WORKLOADS, Figures, Workload
-from splitfuse.runtime.environment import processor
+from splitfuse.runtime.machine import processor
 
 UNITS = {"seconds": "s", "ms_per_token": "ms a token"}
 REFERENCE_BYTES = 512 * 2**20

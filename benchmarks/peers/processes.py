@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from splitfuse.runtime.environment import proportional_bytes
+from splitfuse.runtime.machine import proportional_bytes
 
 
 def end_in_order_when_told() -> None:

@@ -16,7 +16,7 @@ from splitfuse.bench.http_stream import Address, get, post_stream
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import WORDS, LoadRequest, TokenIds, Vocabulary, Words
 from splitfuse.errors import ConfigError, InvalidRequestError, RequestFailedError, ServerError
-from splitfuse.runtime.environment import resident_bytes
+from splitfuse.runtime.machine import resident_bytes
 
 MODEST_VOCABULARY = 1000
 """Number of token ids that any model has: the range of random prompts if the vocabulary size is unknown."""

@@ -19,7 +19,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.messages import Add
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
-from splitfuse.runtime.environment import resident_bytes
+from splitfuse.runtime.machine import resident_bytes
 
 
 @dataclass(frozen=True)

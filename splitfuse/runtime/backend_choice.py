@@ -5,9 +5,6 @@ The only module above `kernels` that knows which backends there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 
 from splitfuse.config import EngineConfig
@@ -17,7 +14,7 @@ from splitfuse.kernels.cpu.bindings import VARIANTS
 from splitfuse.kernels.interface import Backend, Capabilities, Role
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.runtime.control_groups import control_groups
+from splitfuse.runtime.machine import usable_cores
 
 
 def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
@@ -92,26 +89,3 @@ def _cpu_backend(config: EngineConfig, variant: str | None) -> CpuBackend:
         group_size=config.model.quantization_group_size,
         kv_int8=config.cache.kv_cache_dtype == "int8",
     )
-
-
-def usable_cores(root: Path = Path("/")) -> int:
-    """Return the number of cores this process may keep busy: those it may run on (PyTorch asks for them), and no more
-    than each of its control groups pays for. A thread too many costs more than it brings: all wait for the one that is
-    not running. `root` is where proc and sys are.
-    """
-    return min([torch.get_num_threads(), *_paid_cores(root)])
-
-
-def _paid_cores(root: Path) -> Iterator[int]:
-    """Yield the whole cores that each control group pays for, but at least one, where it sets a limit."""
-    for version, group in control_groups("cpu", root):
-        try:
-            if version == 2:
-                quota, period = (group / "cpu.max").read_text().split()
-            else:
-                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            cores = int(quota) // int(period)
-        except (OSError, ValueError, ZeroDivisionError):  # no such group, or none that limits ("max")
-            continue
-        if int(quota) > 0:  # -1: no limit, in version 1
-            yield max(1, cores)

@@ -65,8 +65,8 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.backend_choice import choose_backend
-    from splitfuse.runtime.environment import gpu, processor
     from splitfuse.runtime.loading import parse_device
+    from splitfuse.runtime.machine import gpu, processor
 
     source = source or open_model(config.model.model, config.model.revision)
     spec = load_spec(source)

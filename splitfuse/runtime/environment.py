@@ -1,4 +1,4 @@
-"""Describe what a measurement depends on: command, versions, commit, machine; and measure memory as Linux counts it."""
+"""Describe what a measurement depends on: command, versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitfuse.runtime.machine import GIB, processor, total_memory
 from splitfuse.version import __version__
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 VERSIONS = ("torch", "numpy", "msgspec")
 _ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def environment_info() -> dict[str, Any]:
         "machine": {
             "cpu": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_gib": round(_memory_bytes() / 2**30, 1),
+            "memory_gib": round(total_memory() / GIB, 1),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },
     }
@@ -68,52 +69,3 @@ def commit() -> str | None:
 def _git(*arguments: str) -> str:
     ran = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10)
     return ran.stdout.strip()
-
-
-def processor() -> str:
-    """Returns the name of the CPU, with family and model on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name, family, model = (fields.get(field) for field in ("model name", "cpu family", "model"))
-    return f"{name or platform.machine()} (family {family}, model {model})" if family else name or platform.machine()
-
-
-def gpu(device: torch.device) -> str | None:
-    """Returns the name of a GPU; None for the CPU."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
-
-
-def resident_bytes(pid: int | None = None) -> int | None:
-    """Returns the memory of a process, by default this one, and of all that it started; None where it cannot be read.
-
-    Shared pages are counted once (PSS).
-    """
-    try:
-        return sum(proportional_bytes(each) for each in _family(os.getpid() if pid is None else pid))
-    except OSError:
-        return None
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from _family(int(child))
-
-
-def proportional_bytes(pid: int) -> int:
-    """Returns the PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

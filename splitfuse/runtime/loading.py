@@ -20,7 +20,8 @@ from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.memory_plan import MemoryPlan, available_memory, plan_memory
+from splitfuse.runtime.machine import available_memory
+from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 
 
 @dataclass(frozen=True)

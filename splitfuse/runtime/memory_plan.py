@@ -6,10 +6,7 @@ The plan settles `max_model_len` and `num_blocks` where they were left open.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -20,15 +17,12 @@ from splitfuse.kernels.interface import Backend, LayerSpec, MlpSpec
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
-from splitfuse.runtime.control_groups import control_groups
 from splitfuse.runtime.executor import HEAD_ROWS
+from splitfuse.runtime.machine import GIB, available_memory
 
-GIB = 2**30
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
-CGROUP_FILES = {  # by version: the limit, and the bytes in use
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    2: ("memory.max", "memory.current"),
-}
+LOGIT_BYTES = 16
+"""Bytes of each logit while rows are sampled, about: in fp32, adjusted in fp64, and what drawing adds."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 
@@ -116,58 +110,10 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
     )
 
 
-def resident_memory(root: Path = Path("/")) -> int | None:
-    """Returns the bytes of memory that this process alone fills, mapped files not counted; None off Linux.
-
-    `root` is the folder of `proc`.
-    """
-    try:
-        fields = dict(line.split(":", 1) for line in (root / "proc/self/status").read_text().splitlines())
-        return int(fields["RssAnon"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
-
-
-def available_memory(device: str, *, root: Path = Path("/")) -> int:
-    """Returns the bytes that can still be allocated: on a CPU, the least that machine and control groups leave.
-
-    `root` is the folder of `proc` and `sys`.
-    """
-    if torch.device(device).type != "cpu":
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return min([_machine_memory(root), *_cgroup_headroom(root)])
-
-
-def _machine_memory(root: Path) -> int:
-    try:
-        fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: all memory of the machine
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_headroom(root: Path) -> Iterator[int]:
-    """Yield the bytes left by each control group of this process that sets a limit."""
-    for version, group in control_groups("memory", root):
-        if (headroom := _headroom(group, *CGROUP_FILES[version])) is not None:
-            yield headroom
-
-
-def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
-    """Returns the bytes that one group leaves, or None if it sets no limit. Cached files count as free."""
-    try:
-        limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
-        return None
-    if limit == "max":
-        return None
-    reclaimable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-    return max(int(limit) - used + reclaimable, 0)
-
-
 def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
-    return config.scheduler.max_num_batched_tokens * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * 16
+    return (
+        config.scheduler.max_num_batched_tokens * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
+    )
 
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:

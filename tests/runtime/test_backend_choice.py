@@ -19,7 +19,8 @@ from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.runtime.backend_choice import choose_backend, usable_cores
+from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.machine import usable_cores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLY_CPP: list[dict[str, Any]] = [

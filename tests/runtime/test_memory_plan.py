@@ -19,7 +19,8 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
-from splitfuse.runtime.memory_plan import GIB, MemoryPlan, available_memory, plan_memory, resident_memory
+from splitfuse.runtime.machine import GIB, anonymous_bytes, available_memory
+from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -106,13 +107,13 @@ def test_the_plan_prints_need_and_have() -> None:
 
 
 def test_resident_memory_is_what_the_system_says(tmp_path: Path) -> None:
-    measured = resident_memory()
+    measured = anonymous_bytes()
     assert measured is None or 2**20 < measured < 2**40
     (tmp_path / "proc/self").mkdir(parents=True)
-    assert resident_memory(tmp_path) is None
+    assert anonymous_bytes(tmp_path) is None
     for content, found in (("Name:\tpython\nRssAnon:\t    12 kB\n", 12 * 1024), ("Name:\tpython\n", None)):
         (tmp_path / "proc/self/status").write_text(content)
-        assert resident_memory(tmp_path) == found
+        assert anonymous_bytes(tmp_path) == found
 
 
 def test_length_beyond_the_model_is_refused() -> None:
