@@ -30,9 +30,9 @@ from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.baselines import POLICIES, make_baseline
+from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.profile import load_or_profile
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import Calibration, load
 from splitfuse.runtime.environment import environment_info
@@ -137,7 +137,7 @@ def cost_model(
         return load(file)
     assert model is not None
     print("timing steps, unless a cost model is stored", file=sys.stderr, flush=True)
-    return load_or_profile(EngineConfig.from_settings(settings), model)
+    return load_or_calibrate(EngineConfig.from_settings(settings), model)
 
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:

@@ -14,7 +14,7 @@ from splitfuse.config import EngineConfig
 
 if TYPE_CHECKING:
     from splitfuse.core.slo.cost_model import CostModel
-    from splitfuse.engine.profile import Timed
+    from splitfuse.engine.calibrate import Timed
 
 
 @with_flags()
@@ -28,7 +28,7 @@ def calibrate(
 
     It is stored in the cache folder, by model, machine, and the settings that change the time of a step.
     """
-    from splitfuse.engine.profile import run_calibration
+    from splitfuse.engine.calibrate import run_calibration
     from splitfuse.runtime.calibration import cache_path, save
 
     if out is not None:

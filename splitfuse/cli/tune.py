@@ -105,7 +105,7 @@ def tune(
 
 def _stored_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
     """Return the cost model stored for this machine, with its timed steps; time them now if there is none."""
-    from splitfuse.engine.profile import run_calibration
+    from splitfuse.engine.calibrate import run_calibration
     from splitfuse.runtime.calibration import cache_path, load_cost_model, save
 
     with suppress(CostModelError):

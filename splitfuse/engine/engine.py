@@ -17,8 +17,8 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
+from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.messages import Add
-from splitfuse.engine.profile import load_or_profile
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.interface import WeightSharing
 from splitfuse.models.sources.source import ModelSource
@@ -81,7 +81,7 @@ class Engine:
         if not config.scheduler.slo_enabled:
             return cls(config, model, policy=policy)
         on_stage("calibrating")
-        cost = load_or_profile(config, model, progress=progress).cost
+        cost = load_or_calibrate(config, model, progress=progress).cost
         return cls(config, model, policy=policy, cost=cost)
 
     @property

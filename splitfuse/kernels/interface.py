@@ -255,6 +255,10 @@ class Backend(ABC):
         Raises RuntimeError if there is no memory for it, ConfigError for sizes that the backend does not take.
         """
 
+    @abstractmethod
+    def fill_kv(self, store: Store, byte: int) -> None:
+        """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
+
     # Weights
 
     @abstractmethod

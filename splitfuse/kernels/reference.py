@@ -49,6 +49,9 @@ class ReferenceBackend(Backend):
         shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def fill_kv(self, store: Store, byte: int) -> None:
+        store.view(torch.uint8).fill_(byte)
+
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         del role
         return math.prod(shape) * dtype.itemsize

@@ -18,9 +18,9 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import NewRequest
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.calibrate import run_calibration
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
-from splitfuse.engine.profile import run_calibration
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import ReferenceBackend

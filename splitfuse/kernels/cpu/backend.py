@@ -112,6 +112,9 @@ class CpuBackend(Backend):
         store.data = store.memory.data_ptr()
         return store
 
+    def fill_kv(self, store: Store, byte: int) -> None:
+        store.memory.fill_(byte)
+
     def _store(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> Store:
         self.check_block_size(block_size)
         self.check_head_dim(spec.head_dim)

@@ -17,8 +17,6 @@ from random import Random
 from statistics import median, quantiles
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
@@ -30,7 +28,6 @@ from splitfuse.core.slo.cost_model import MIN_SAMPLES, Sample, StepFeatures, fit
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.errors import ConfigError, CostModelError
-from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, save
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.executor import Executor
@@ -97,7 +94,7 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
     return calibrate(config, load_model(config, progress=progress), seconds=seconds, progress=progress)
 
 
-def load_or_profile(config: EngineConfig, model: LoadedModel, *, progress: bool = False) -> Calibration:
+def load_or_calibrate(config: EngineConfig, model: LoadedModel, *, progress: bool = False) -> Calibration:
     """Return the calibration that is stored for such an engine on this machine; if there is none, make and store it.
 
     Raises as `calibrate` does.
@@ -120,7 +117,8 @@ def calibrate(
     blocks = min(plan.num_blocks, ceil_div(CACHED_TOKENS, plan.block_size))
     model = replace(model, plan=replace(plan, num_blocks=blocks))
     executor = model.make_executor()
-    fill(executor.kv_cache)
+    for store in executor.kv_cache.layers:  # untouched pages would read unrealistically fast
+        model.decoder.backend.fill_kv(store, SMALL_NUMBER)
     limits = {
         "max_model_len": plan.max_model_len,
         "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
@@ -217,13 +215,6 @@ COARSE = Grid(
 """Grid for a machine that is too slow for all of FINE."""
 
 
-def fill(cache: KVCache) -> None:
-    """Write numbers everywhere: memory that was never written is not read as memory is."""
-    for store in cache.layers:
-        memory = store if isinstance(store, Tensor) else store.memory
-        memory.view(torch.uint8).fill_(SMALL_NUMBER)
-
-
 def choose_grid(runs: _Runs, fine: Grid, coarse: Grid, *, seconds: float) -> Grid:
     """Return the most and longest steps that a machine has time for, but always enough. Beyond the longest, the fit is
     extrapolated in a straight line.
@@ -267,10 +258,11 @@ def _wants_more(times: Sequence[float], share: float) -> bool:
 
 
 def noise(timed: Sequence[Timed]) -> float:
-    """Return the standard deviation of the logarithm of equal steps' times, from the distance of each run to the one
-    before it: 19 of 20 normal ones are less than 1.96 times its root of 2 apart. Deviations from the median would be
-    too small where there were three runs. Further runs do not count, or short steps, which run more often, would
-    decide.
+    """Return the standard deviation of the logarithm of equal steps' times: the 95th percentile of
+    |log(t[i + 1] / t[i])| over the first runs of all cases, divided by 1.96 * sqrt(2), as for normal deviations.
+
+    Deviations from the median would be too small where there were three runs. Further runs do not count, or short
+    steps, which run more often, would decide.
     """
     apart = [abs(math.log(later / earlier)) for each in timed for earlier, later in pairwise(each.runs[:LEAST_RUNS])]
     return quantiles(apart, n=20, method="inclusive")[-1] / (1.96 * math.sqrt(2.0))

@@ -1,4 +1,4 @@
-"""Calibrations: what they are kept by, and that one is made of a real model's passes."""
+"""Calibrations: what they are kept by, and that one is made of a real model's steps."""
 
 from pathlib import Path
 from random import Random
@@ -11,9 +11,9 @@ from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel, FitError, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine import profile
+from splitfuse.engine import calibrate
+from splitfuse.engine.calibrate import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.profile import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, load_cost_model, save
 from splitfuse.simulator.machines import MACHINES
@@ -145,7 +145,7 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
 
 
 def test_an_engine_with_slos_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "SECONDS_AT_START", 0.5)
+    monkeypatch.setattr(calibrate, "SECONDS_AT_START", 0.5)
     stages: list[str] = []
     settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
     first = Engine.load(settings, on_stage=stages.append)
