@@ -231,7 +231,8 @@ class LocalClient(EngineClient):
             raise EngineDiedError(f"the engine is {self._state}")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        assert self.info.limits.fits(len(request.prompt_token_ids), request.params), "not checked where it entered"
+        num_prompt = len(request.prompt_token_ids)
+        assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
         stream = self._streams[request.request_id] = Stream(request, self._finish)
         self._send(request)
         return stream

@@ -6,6 +6,7 @@ import math
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
@@ -25,10 +26,8 @@ class EngineLoop:
         self._report = report
         self._stopped = False
         self._step_began = 0.0  # 0: none runs
-        self._num_steps = self._num_prompt_tokens = self._num_cached_tokens = 0
-        self._num_generated_tokens = self._num_computed_tokens = 0
-        self._step_tokens = 0
-        self._step_seconds = self._predicted_step_seconds = 0.0
+        self._step_seconds = 0.0
+        self._stats = EngineStats()
         engine.events.subscribe(StepRecord, self._count)
 
     @property
@@ -53,7 +52,7 @@ class EngineLoop:
                 outputs += self._engine.step()
                 self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
             if outputs:
-                self._report(StepReport(tuple(outputs), self._stats()))
+                self._report(StepReport(tuple(outputs), self._stats_now()))
 
     def alive(self) -> Alive:
         """Returns a heartbeat. May be called from another thread."""
@@ -92,32 +91,29 @@ class EngineLoop:
         return outputs
 
     def _count(self, step: StepRecord) -> None:
-        plan = step.plan
-        self._num_steps += 1
-        self._predicted_step_seconds = step.predicted_seconds
-        self._step_tokens = plan.num_tokens
-        self._num_computed_tokens += plan.num_tokens
-        self._num_generated_tokens += sum(len(chunk.token_ids) for chunk in step.result.results.values())
+        plan, before = step.plan, self._stats
         starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
-        for request in plan.new_requests:
-            self._num_prompt_tokens += len(request.prompt_token_ids)
-            self._num_cached_tokens += starts[request.request_id]
+        num_generated = sum(len(chunk.token_ids) for chunk in step.result.results.values())
+        self._stats = replace(
+            before,
+            num_steps=before.num_steps + 1,
+            num_prompt_tokens=before.num_prompt_tokens + sum(len(r.prompt_token_ids) for r in plan.new_requests),
+            num_cached_tokens=before.num_cached_tokens + sum(starts[r.request_id] for r in plan.new_requests),
+            num_generated_tokens=before.num_generated_tokens + num_generated,
+            num_computed_tokens=before.num_computed_tokens + plan.num_tokens,
+            step_tokens=plan.num_tokens,
+            predicted_step_seconds=step.predicted_seconds,
+        )
 
-    def _stats(self) -> EngineStats:
+    def _stats_now(self) -> EngineStats:
         scheduler = self._engine.scheduler
-        return EngineStats(
-            num_steps=self._num_steps,
+        return replace(
+            self._stats,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_free_blocks=self._engine.allocator.num_available,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_tokens=self._num_cached_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            num_computed_tokens=self._num_computed_tokens,
             num_preemptions=scheduler.num_preemptions,
-            step_tokens=self._step_tokens,
             step_seconds=self._step_seconds,
-            predicted_step_seconds=self._predicted_step_seconds,
         )
 
 

@@ -187,7 +187,7 @@ def test_a_client_has_limits_and_opens_only_while_ready(make: Callable[[], Engin
             for prompt, error, message in refused:
                 with pytest.raises(error, match=message):
                     limits.check(prompt, SamplingParams())
-            with pytest.raises(AssertionError, match="not checked"):
+            with pytest.raises(AssertionError, match="before submitting"):
                 client.open(Add("a", (), SamplingParams()))
             assert len(await answer(client, "a", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
         with pytest.raises(EngineDiedError):
