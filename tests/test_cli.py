@@ -161,7 +161,7 @@ BAD_LINES = {
     '{"prompt": ["a", "b"]}': "a prompt must be a text or a list of token ids",
     '{"prompt": ""}': "the prompt is empty",
     '{"prompt": [99999]}': "token id 99999",
-    '{"prompt": "\\ud800"}': "no valid Unicode",
+    '{"prompt": "\\ud800"}': "not valid Unicode",
     '{"messages": [{"role": "cat", "content": "meow"}]}': "the roles of this model are",
 }
 

@@ -75,13 +75,13 @@ class RemoteRequest:
 
     def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
         """Return the request with max_tokens resolved. Raises InvalidRequestError if max_length leaves no room."""
-        most, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
+        max_tokens, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
         if self.max_length is not None:
-            most, limit = self.params.max_tokens or self.max_length, self.max_length
+            max_tokens, limit = self.params.max_tokens or self.max_length, self.max_length
             check_max_length(limit, num_prompt, max_model_len)
         room = max(limit - num_prompt, 1)
         with spelled_as_keywords():
-            return replace(self, max_length=None, params=replace(self.params, max_tokens=min(most, room)))
+            return replace(self, max_length=None, params=replace(self.params, max_tokens=min(max_tokens, room)))
 
     def body(self, *, stream: bool) -> dict[str, Any]:
         """Return the body that a server expects, without what has its default."""

@@ -1,9 +1,9 @@
 """Turns chat messages into the prompt that a model was trained on, by the model's own Jinja template.
 
 A template comes with the weights and is untrusted code. It runs in Jinja's immutable sandbox, sees plain JSON data
-only, and has a deadline (`within`). Operations that could take forever inside one instruction, where no deadline
-reaches them (huge powers and repetitions), are bounded by the sandbox itself; memory otherwise is not bounded.
-The environment is that of transformers' `apply_chat_template`. It must not know of tokens or requests.
+only, and has a deadline (`within`). Operations that could take forever in one C call, where no deadline reaches them
+(huge powers and repetitions), are bounded by the sandbox itself; memory otherwise is not bounded. The environment is
+that of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
@@ -73,11 +74,14 @@ class Generation:
             return self.stream.ended_at
         return math.inf if self.timings.finished is None else self.timings.finished
 
-    def push(self, output: RequestOutput) -> None:
-        """Process the output of a step. If it completes a stop string, `finish_reason` becomes STOP, and `token_ids`,
-        `logprobs` and `timings` end with the token that completed the text before it.
+    def push(self, output: RequestOutput, stop: Callable[[int], object]) -> bool:
+        """Process the output of a step, and return whether there is new text or the generation has ended.
+
+        If the output completes a stop string, which the engine cannot see, `finish_reason` becomes STOP; `token_ids`,
+        `logprobs` and `timings` end with the token that completed the text before it, and `stop` is called with their
+        number.
         """
-        now = time.monotonic()
+        now, length = time.monotonic(), len(self.text)
         self.num_steps += 1
         self.slo_met = output.slo_met
         self.token_ids += output.token_ids
@@ -94,6 +98,9 @@ class Generation:
             self.timings.finished = now
         if self.stream is not None and self.stream.ended_at <= now:
             self.detokenizing += time.monotonic() - now
+        if self.finish_reason is not None and output.finish_reason is None:
+            stop(len(self.token_ids))
+        return self.finish_reason is not None or len(self.text) > length
 
     def end(self, reason: FinishReason) -> None:
         """End it with the text that was held back, after its request was ended from outside."""

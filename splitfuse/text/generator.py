@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
@@ -65,18 +66,16 @@ class TextGenerator:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 continue
-            length = len(generation.text)
-            generation.push(output)
+            if generation.push(output, partial(self._stop, generation.request_id)):
+                self._news[generation.request_id] = generation
             if generation.finish_reason is not None:
                 del self._generations[generation.request_id]
-                if output.finish_reason is None:  # a stop string, which only we can see
-                    count = len(generation.token_ids)
-                    self.engine.finish(generation.request_id, FinishReason.STOP, num_tokens=count)
-            if len(generation.text) > length or generation.finish_reason is not None:
-                self._news[generation.request_id] = generation
         for request_id in [name for name in self._generations if not self.engine.is_unfinished(name)]:
             generation = self._news[request_id] = self._generations.pop(request_id)
             generation.end(FinishReason.ABORT)  # by a caller of the engine itself
+
+    def _stop(self, request_id: str, num_tokens: int) -> None:
+        self.engine.finish(request_id, FinishReason.STOP, num_tokens=num_tokens)
 
     def abort(self, generation: Generation) -> None:
         """End a generation that is not wanted any more. One that has ended is left as it is."""

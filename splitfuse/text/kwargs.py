@@ -1,7 +1,7 @@
 """The keywords of `pipeline()` and of `client()`, which are DeepSpeed-MII's, as SamplingParams.
 
-It decides what a keyword that was left out means, and that errors use the names of the keywords. It must not know of
-models: what depends on one (lengths, token ids) is checked elsewhere.
+It decides what a keyword that was left out means, and that errors use the names of the keywords. What depends on a
+model (lengths, token ids) is checked elsewhere.
 """
 
 from __future__ import annotations

@@ -36,14 +36,14 @@ class PreparedRequest:
             limits.check(self.token_ids, self.params)
             object.__setattr__(self, "_limits", limits)
 
-    def with_max_tokens(self, most: int, limit: int) -> PreparedRequest:
-        """Return the request with max_tokens `most`, or what `limit` tokens leave after the prompt if that is less.
+    def with_max_tokens(self, max_tokens: int, limit: int) -> PreparedRequest:
+        """Return the request with `max_tokens`, or what `limit` tokens leave after the prompt if that is less.
 
         >>> PreparedRequest((1, 2, 3)).with_max_tokens(1024, limit=100).params.max_tokens
         97
         """
-        left = max(limit - len(self.token_ids), 1)
-        return replace(self, params=replace(self.params, max_tokens=max(min(most, left), self.params.min_tokens)))
+        max_tokens = min(max_tokens, max(limit - len(self.token_ids), 1))
+        return replace(self, params=replace(self.params, max_tokens=max(max_tokens, self.params.min_tokens)))
 
 
 class PromptEncoder:

@@ -1,7 +1,7 @@
 """Text in, text out with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
 
 It decides what runs off the event loop (long texts, templates), and turns an engine's outputs into text as they come.
-What a caller reads equals what `pipeline` gives, token for token. It must not know of HTTP.
+What a caller reads equals what `pipeline` gives, token for token.
 """
 
 from __future__ import annotations
@@ -113,15 +113,10 @@ class TextService:
             async with self.client.open(add) as stream:
                 generation.stream = stream
                 async for output in stream:
-                    length = len(generation.text)
                     generation.first_step = stream.began
-                    generation.push(output)
-                    has_ended = generation.finish_reason is not None
-                    if has_ended and output.finish_reason is None:  # a stop string, which only we can see
-                        stream.stop(len(generation.token_ids))
-                    if has_ended or len(generation.text) > length or (each_token and output.token_ids):
+                    if generation.push(output, stream.stop) or (each_token and output.token_ids):
                         yield generation, generation.take()
-                    if has_ended:
+                    if generation.finish_reason is not None:
                         return
         finally:
             if generation.finish_reason is None:

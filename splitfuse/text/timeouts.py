@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-_AGAIN_AFTER = 0.1  # seconds
+_RETRY_SECONDS = 0.1
 
 _Result = TypeVar("_Result")
 
@@ -23,7 +23,7 @@ class _TimeIsUpError(BaseException):
 def within(deadline: float, work: Callable[[], _Result], name: str) -> _Result:
     """Return the result of `work`, or raise its error. Raises TimeoutError after `deadline` seconds.
 
-    `name` is that of the work's thread. Work that never leaves a single instruction is abandoned, but not ended.
+    `name` is that of the work's thread. Code stuck in one C call is abandoned, not stopped.
 
     >>> within(5.0, lambda: template.render(arguments), "chat template")
     """
@@ -51,4 +51,4 @@ def _end(thread: threading.Thread, outcome: list[_Result | BaseException]) -> No
     """Raise in `thread` until it ends: a callback of the garbage collector swallows what is raised there."""
     while thread.is_alive() and not outcome:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeIsUpError))
-        thread.join(_AGAIN_AFTER)
+        thread.join(_RETRY_SECONDS)

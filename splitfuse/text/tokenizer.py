@@ -50,7 +50,7 @@ class Tokenizer:
     def from_source(cls, source: ModelSource) -> Tokenizer:
         """Read `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`
         where they exist. Raises TokenizerError for a file that is missing, unreadable or hostile."""
-        with _library_errors(f"{source.location}/tokenizer.json is no tokenizer that can be read"):
+        with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
             content = source.read_text("tokenizer.json")
         if content is None:
             slow = source.read("tokenizer.model") is not None
@@ -62,7 +62,7 @@ class Tokenizer:
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             config |= source.read_json(file, TokenizerError) or {}
         template = _chat_template(source, config)
-        with _library_errors(f"{source.location}/tokenizer.json is no tokenizer that can be read"):
+        with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
             backend = tokenizers.Tokenizer.from_str(content)
             return cls(backend, special_tokens=_special_tokens(config), chat_template=template)
 
@@ -83,14 +83,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return the token ids of `text`; special tokens written out in it are read as such. Raises InvalidRequestError
-        for text that is no valid Unicode, TokenizerError for text that the vocabulary cannot express."""
+        for text that is not valid Unicode, TokenizerError for text that the vocabulary cannot express."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            message = f"the text is no valid Unicode: half a surrogate pair at character {error.start}"
+            message = f"the text is not valid Unicode: half a surrogate pair at character {error.start}"
             raise InvalidRequestError(message, parameter="prompt") from error
         with _library_errors("the tokenizer cannot encode this text"):
-            # Unlike `encode`, this lets go of the interpreter's lock: a long text holds up no other thread.
+            # Unlike `encode`, this lets go of the GIL: a long text holds up no other thread.
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return tuple(encoding.ids)
 
