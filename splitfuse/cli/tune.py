@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import changed, flag_of, given, with_flags
+from splitfuse.cli.flags import changed, given, with_flags
 from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers, show
 from splitfuse.cli.simulate import deployment, known_calibration
 from splitfuse.config import EngineConfig
+from splitfuse.deploy import daemon
 from splitfuse.errors import ConfigError, CostModelError
 
 if TYPE_CHECKING:
@@ -245,11 +246,8 @@ def _worth(rate: float, own: float) -> str:
 def _serve_flags(tuning: Tuning, settings: dict[str, Any]) -> list[str]:
     """Return the flags of `serve`: the model, the given settings and the chosen ones."""
     own = changed(settings) | {name: getattr(tuning.chosen, name) for name in CHOSEN}
-    flags = [str(model)] if (model := own.pop("model", None)) else []
-    for name, value in own.items():
-        flag = flag_of(name)
-        flags += [flag if value else f"--no{flag[1:]}"] if isinstance(value, bool) else [flag, str(value)]
-    return flags
+    model = own.pop("model", None)
+    return [*([str(model)] if model else []), *daemon.flags_of(own)]
 
 
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:

@@ -45,10 +45,11 @@ def start(settings: Mapping[str, Any], *, wait: bool, echo: TextIO) -> Deploymen
     config = ServerConfig.from_settings({name: value for name, value in settings.items() if name in server_names})
     EngineConfig.from_settings({name: value for name, value in settings.items() if name not in server_names})
     registry.check_free(config.name)
+    shown = {name: value for name, value in settings.items() if name not in KEY_VARIABLES}
     log = registry.cache_folder("log") / f"{config.name}.log"
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "splitfuse.cli", "serve", *_flags(settings)],
+            [sys.executable, "-m", "splitfuse.cli", "serve", *flags_of(shown)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -115,19 +116,20 @@ def _wait_for(child: subprocess.Popen[bytes], log: BinaryIO, echo: TextIO, *, re
         time.sleep(POLL_SECONDS)
 
 
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags of the command line, but for keys."""
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as flags of the command line.
+
+    >>> flags_of({"num_blocks": 5, "log_prompts": False})
+    ['--num-blocks', '5', '--no-log-prompts']
+    """
     flags: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        if value is None or name in KEY_VARIABLES:
-            continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list | tuple):
-            flags += [f"--{flag}={item}" for item in value]
-        else:
-            flags.append(f"--{flag}={value}")
+        elif value is not None:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                flags += [f"--{flag}", str(item)]
     return flags
 
 
