@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,9 +156,8 @@ class EngineConfig:
         Raises ConfigError for an unknown name (with the nearest known one), or a value of the wrong type or range.
         """
         known = cls.setting_fields()
+        _refuse_unknown(settings, known)
         for name, value in settings.items():
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
             _check_type(name, value, _hints(known[name][0])[name])
         parts = {
             part_field.name: PARTS[part_field.name](
@@ -196,9 +195,11 @@ class ServerConfig:
     tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, enables HTTPS.")
     tls_key: str | None = setting(None, "PEM key file.")
     served_model_name: str | None = setting(None, "Name of the model in the API.")
-    max_queued_requests: int = setting(1024, "Maximum number of running and waiting requests; beyond it, 429.")
+    max_queued_requests: int = setting(
+        1024, "Maximum number of running and waiting requests; further requests get HTTP 429."
+    )
     max_queued_tokens: int = setting(
-        4_194_304, "Maximum number of prompt and max_tokens tokens of all requests; beyond it, 429."
+        4_194_304, "Maximum sum of prompt tokens and max_tokens over open requests; further requests get HTTP 429."
     )
     max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
     max_prompts: int = setting(256, "Maximum number of prompts in a request.")
@@ -227,9 +228,8 @@ class ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
         hints = _hints(cls)
         values = dict(settings)
+        _refuse_unknown(settings, hints)
         for name, value in values.items():
-            if name not in hints:
-                raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, hints)}")
             if name in ("api_key", "allow_origin"):
                 values[name] = (value,) if isinstance(value, str) else tuple(value)
                 if not all(isinstance(item, str) for item in values[name]):
@@ -258,6 +258,12 @@ PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfi
 
 def _hints(part: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(part)
+
+
+def _refuse_unknown(settings: Iterable[str], known: Collection[str]) -> None:
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

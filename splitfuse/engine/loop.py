@@ -38,7 +38,6 @@ class EngineLoop:
             model=engine.model.source.name,
             limits=engine.limits,
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
-            max_num_seqs=engine.config.scheduler.max_num_seqs,
             memory_plan=str(engine.model.plan),
             slo_enabled=engine.slo_enabled,
         )

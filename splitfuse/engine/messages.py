@@ -36,7 +36,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     reason: FinishReason
     num_tokens: int | None = None
     ended: float | None = None
-    """Time since when, on the machine's monotonic clock; None: since the engine hears of it."""
+    """When the client finished it (monotonic clock); None: on receipt."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -64,7 +64,6 @@ class EngineInfo:
     model: str
     limits: EngineLimits
     max_num_batched_tokens: int
-    max_num_seqs: int
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
     slo_enabled: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.remote.launcher import WeightsFile
 from splitfuse.engine.remote.supervisor import SubprocessEngine
@@ -12,7 +12,9 @@ from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError
 
 
-def make_replicas(config: EngineConfig, *, replicas: int = 1, step_timeout: float = 60.0) -> EngineClient:
+def make_replicas(
+    config: EngineConfig, *, replicas: int = 1, step_timeout: float = ServerConfig.step_timeout
+) -> EngineClient:
     """Return a client of `replicas` engines, each in a process of its own, which are not started yet.
 
     Raises ConfigError if there are fewer cores than replicas.

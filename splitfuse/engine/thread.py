@@ -14,7 +14,7 @@ from splitfuse.engine.messages import Add, Failed, Finish, Ready, Report, Stop
 class AsyncEngine(LocalClient):
     """Runs an engine in a thread of this process.
 
-    What the engine does with the interpreter's lock held delays the event loop, so a server uses SubprocessEngine; this
+    What the engine does with the GIL held delays the event loop, so a server uses SubprocessEngine; this
     is for programs that want both in one process, and for tests.
 
     >>> client = AsyncEngine(Engine.load(EngineConfig()))

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -54,8 +55,6 @@ class RequestLog:
     """Writes records to a stream, line by line. A stream that fails loses lines but fails no request."""
 
     def __init__(self, stream: TextIO, *, log_prompts: bool, now: Callable[[], float] = time.time) -> None:
-        self.num_lost = 0
-        """Number of lines that the stream refused."""
         self._stream = stream
         self._log_prompts = log_prompts
         self._now = now
@@ -77,11 +76,9 @@ class RequestLog:
         line = json.dumps(fields)
         if self._log_prompts:
             line = f'{line[:-1]}, "prompt": {_encoded(prompt)}, "text": {_encoded(text)}}}'
-        try:
+        with suppress(OSError, ValueError):  # full, or closed
             self._stream.write(line + "\n")
             self._stream.flush()
-        except (OSError, ValueError):  # full, or closed
-            self.num_lost += 1
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -247,7 +247,6 @@ def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
         async with running(SubprocessEngine(CONFIG)) as client:
             assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, signal.SIGKILL)
-            assert client.num_restarts == 1
 
     run(test())
 

@@ -87,7 +87,7 @@ class Stated(EngineClient):
 
     def __init__(self, num_engines: int, *, num_blocks: int = 100) -> None:
         self.engines = [EngineStats()] * num_engines
-        self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, 8, "")
+        self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, "")
         self.is_ready = True
 
     @property

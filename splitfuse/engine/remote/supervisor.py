@@ -15,7 +15,7 @@ from contextlib import suppress
 import msgspec
 
 from splitfuse import errors
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, Failed, Finish, Loading, Ready, Stop, decode_report, encode
 from splitfuse.engine.remote.launcher import WeightsFile, launch
@@ -23,7 +23,7 @@ from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_lengt
 from splitfuse.errors import EngineDiedError, SplitfuseError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
-STEADY = 60.0  # seconds of life after which a death is a first one again
+BACKOFF_RESET_SECONDS = 60.0  # uptime after which the backoff resets
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
@@ -42,7 +42,7 @@ class SubprocessEngine(LocalClient):
         self,
         config: EngineConfig,
         *,
-        step_timeout: float = 60.0,
+        step_timeout: float = ServerConfig.step_timeout,
         silence_timeout: float = 10.0,
         cores: tuple[int, ...] | None = None,
         weights: WeightsFile | None = None,
@@ -59,7 +59,6 @@ class SubprocessEngine(LocalClient):
         self._tasks: list[asyncio.Task[None]] = []
         self._started: asyncio.Future[None] | None = None
         self._closing = False
-        self.num_restarts = 0
 
     @property
     def silent(self) -> bool:
@@ -115,12 +114,11 @@ class SubprocessEngine(LocalClient):
                 return
             if self._closing:
                 return
-            if time.monotonic() - began > STEADY:
+            if time.monotonic() - began > BACKOFF_RESET_SECONDS:
                 pause = FIRST_PAUSE
             _logger.error("the engine died: %s; starting it again in %g s", why, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            self.num_restarts += 1
 
     async def _live(self) -> str:
         """Run the process once; return why it ended."""
