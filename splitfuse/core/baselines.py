@@ -123,7 +123,7 @@ POLICIES = ("splitfuse", *BASELINES)
 
 
 def make_baseline(policy: str, config: SchedulerConfig) -> SchedulingPolicy | None:
-    """Returns a new policy by its name on the command line; None for splitfuse, whose order of claims depends on the
+    """Return a new policy by its name on the command line; None for splitfuse, whose order of claims depends on the
     engine's SLOs (`make_policy`).
 
     Raises ConfigError for an unknown name, and for settings that the policy would not heed.

@@ -42,7 +42,7 @@ class StepRecord:
 
     @property
     def measured_seconds(self) -> float:
-        """Returns how long the step took."""
+        """Return how long the step took."""
         return self.end_time - self.start_time
 
 

@@ -31,7 +31,7 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """Returns one past the position of the last token."""
+        """Return one past the position of the last token."""
         return self.start + len(self.token_ids)
 
 
@@ -59,7 +59,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Returns how many tokens the step computes."""
+        """Return how many tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 

@@ -65,13 +65,13 @@ class SchedulingPolicy(ABC):
 
     @abstractmethod
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
-        """Returns the claims on the next step. Both lists are in order of acceptance; each running request needs at
+        """Return the claims on the next step. Both lists are in order of acceptance; each running request needs at
         least one token. Nothing is changed.
         """
 
     @abstractmethod
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Returns the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
+        """Return the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise LateError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if it has none
@@ -99,7 +99,7 @@ class Fcfs(SchedulingPolicy):
         return ClaimOrder([], claims, tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
 
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Returns the newest request of the lowest priority, if it comes after `than`; the oldest request of all may
+        """Return the newest request of the lowest priority, if it comes after `than`; the oldest request of all may
         take the blocks of any other.
         """
         oldest = oldest_number(running, than)
@@ -111,7 +111,7 @@ class Fcfs(SchedulingPolicy):
 
 
 def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:
-    """Returns the decodes, which need only their newest token in this step, and the prefills, which need more.
+    """Return the decodes, which need only their newest token in this step, and the prefills, which need more.
 
     So the last token of a prompt counts as a decode, and a preempted request as a prefill until it is recomputed: what
     counts is what the request needs of this step. Admission (core/slo/admission.py) looks farther ahead, and counts as
@@ -121,17 +121,17 @@ def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Reque
 
 
 def is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
-    """Returns whether any claim comes before the oldest running request, by priority or fair share."""
+    """Return whether any claim comes before the oldest running request, by priority or fair share."""
     return bool(running) and min(claims, key=_by_queue_key, default=running[0]).queue_key < running[0].queue_key
 
 
 def oldest_number(running: Sequence[Request], than: Request) -> int:
-    """Returns the lowest sequence number among `running` and `than`: the oldest request's, which is never preempted."""
+    """Return the lowest sequence number among `running` and `than`: the oldest request's, which is never preempted."""
     return min(than.sequence_number, running[0].sequence_number) if running else than.sequence_number
 
 
 def preemption_key(request: Request) -> tuple[int, int]:
-    """Returns a key by which requests are preempted, the largest first: the newest of the lowest priority."""
+    """Return a key by which requests are preempted, the largest first: the newest of the lowest priority."""
     return request.priority, request.sequence_number
 
 

@@ -124,7 +124,7 @@ class Request:
 
     @property
     def queue_key(self) -> tuple[int, float, int]:
-        """Returns its position among all unfinished requests: by priority, by fair share, by age."""
+        """Return its position among all unfinished requests: by priority, by fair share, by age."""
         return self.scheduling.priority, self.fair_share_key, self.sequence_number
 
     @property
@@ -133,12 +133,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Returns how many tokens are known: the prompt, and the generated ones that have been read back."""
+        """Return how many tokens are known: the prompt, and the generated ones that have been read back."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_unscheduled(self) -> int:
-        """Returns how many tokens are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its
+        """Return how many tokens are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its
         last token, or if it is about to lose its blocks.
         """
         generated = len(self.output_token_ids) + self.num_output_placeholders
@@ -148,7 +148,7 @@ class Request:
 
     @property
     def reason_to_finish(self) -> FinishReason | None:
-        """Returns why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does
+        """Return why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does
         not count.
         """
         newest, count = self.output_token_ids[-1], len(self.output_token_ids)
@@ -161,7 +161,7 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """Returns the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
+        """Return the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
         prompt_part = self.prompt_token_ids[start:end]
         first = max(start - self.num_prompt_tokens, 0)
         output_part = self.output_token_ids[first : max(end - self.num_prompt_tokens, 0)]

@@ -26,7 +26,7 @@ class ReplicaLoad:
 
 
 def choose_replica(loads: Sequence[ReplicaLoad], num_tokens: int) -> int | None:
-    """Returns the index of the replica that would finish a prompt of `num_tokens` first, or None if none accepts.
+    """Return the index of the replica that would finish a prompt of `num_tokens` first, or None if none accepts.
 
     That is the one with the fewest tokens to compute, this prompt's included and cached ones not counted; the lowest
     index among equals. A silent replica is chosen only if all are silent.
@@ -48,7 +48,7 @@ class PrefixMemory:
         self._known: OrderedDict[bytes, None] = OrderedDict()
 
     def cached_tokens(self, names: Sequence[bytes]) -> int:
-        """Returns how many leading tokens of a prompt whose blocks have these names were sent before."""
+        """Return how many leading tokens of a prompt whose blocks have these names were sent before."""
         num_known = next((count for count, name in enumerate(names) if name not in self._known), len(names))
         return num_known * self._block_size
 

@@ -85,11 +85,11 @@ class Scheduler:
 
     @property
     def num_preemptions(self) -> int:
-        """Returns how often requests have been preempted so far."""
+        """Return how often requests have been preempted so far."""
         return self._queue.num_preemptions
 
     def get(self, request_id: str) -> Request | None:
-        """Returns the request of that id, while it is unfinished or in flight."""
+        """Return the request of that id, while it is unfinished or in flight."""
         return self._requests.get(request_id)
 
     def add(self, request: Request, now: float = 0.0, *, sent_time: float | None = None) -> None:
@@ -113,7 +113,7 @@ class Scheduler:
         self.events.emit(RequestAdded(request, now if sent_time is None else min(sent_time, now), now))
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Returns the next step; None if nothing can run before an `update`. Blocks are taken for all of it."""
+        """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it."""
         step = StepBuilder(
             self._queue,
             self._allocator,

@@ -33,12 +33,12 @@ class FreeResources(NamedTuple):
     block_size: int
 
     def fit(self, requests: Sequence[Request], *, num_running: int) -> bool:
-        """Returns whether the prompts of `requests` fit, with a block left for each running request."""
+        """Return whether the prompts of `requests` fit, with a block left for each running request."""
         blocks = sum(ceil_div(request.num_tokens, self.block_size) for request in requests)
         return len(requests) <= self.sequence_slots and blocks + num_running <= self.blocks
 
     def after(self, request: Request) -> FreeResources:
-        """Returns what is free once a running request has ended."""
+        """Return what is free once a running request has ended."""
         return FreeResources(self.sequence_slots + 1, self.blocks + len(request.kv.blocks), self.block_size)
 
 
@@ -60,7 +60,7 @@ class RequestQueue:
 
     @property
     def free(self) -> FreeResources:
-        """Returns what is free for further requests."""
+        """Return what is free for further requests."""
         slots = self.max_num_seqs - len(self.running)
         return FreeResources(slots, self._allocator.num_available, self._allocator.block_size)
 
@@ -129,7 +129,7 @@ class StepBuilder:
 
     @property
     def features(self) -> StepFeatures:
-        """Returns the features of all that is granted."""
+        """Return the features of all that is granted."""
         return self._features
 
     # Requests ---------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class StepBuilder:
         return self._oldest
 
     def can_admit(self) -> bool:
-        """Returns whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
+        """Return whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
         num_running = len(self.queue.running)
         has_block = self._allocator.num_available > num_running
         return self.tokens_left > 0 and num_running < self.queue.max_num_seqs and has_block
@@ -216,7 +216,7 @@ class StepBuilder:
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
-        """Returns how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
+        """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
         most = min(request.num_unscheduled, max(self.tokens_left, 0))
         if self._predictor is None or self.max_seconds == math.inf:
             return most
@@ -225,7 +225,7 @@ class StepBuilder:
         return min(most, max(self._even_chunk(request, fitting), at_least))
 
     def available_slots(self, request: Request) -> int:
-        """Returns the KV slots for further tokens of a running request, in its own blocks and in those not held.
+        """Return the KV slots for further tokens of a running request, in its own blocks and in those not held.
 
         A prefill leaves a block for each of the other running requests: their decodes would soon need it, and preempt
         the prefill for it. So a prefill may find none, and preempt a newer request, although a few blocks are free. The

@@ -86,7 +86,7 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Returns how many tokens prompt and output may have together."""
+        """Return how many tokens prompt and output may have together."""
         return self.model.plan.max_model_len
 
     @property
@@ -175,7 +175,7 @@ class Engine:
         return self._latencies.pop(request_id)
 
     def is_unfinished(self, request_id: str) -> bool:
-        """Returns whether a request of that id is waiting or running."""
+        """Return whether a request of that id is waiting or running."""
         request = self.scheduler.get(request_id)
         return request is not None and not request.is_finished
 

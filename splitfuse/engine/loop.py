@@ -54,7 +54,7 @@ class EngineLoop:
                 self._report(StepReport(tuple(outputs), self._stats_now()))
 
     def alive(self) -> Alive:
-        """Returns a heartbeat. May be called from another thread."""
+        """Return a heartbeat. May be called from another thread."""
         began = self._step_began
         return Alive(time.monotonic() - began if began else 0.0)
 

@@ -32,7 +32,7 @@ class Router(EngineClient):
 
     @property
     def stage(self) -> Loading:
-        """Returns the stage of the replica that has come farthest."""
+        """Return the stage of the replica that has come farthest."""
         return max((replica.stage for replica in self.replicas), key=_progress)
 
     @property
@@ -78,7 +78,7 @@ class Router(EngineClient):
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
     def _name_blocks(self, request: Add) -> list[bytes]:
-        """Returns the names of the prompt's blocks that a prefix cache may hold."""
+        """Return the names of the prompt's blocks that a prefix cache may hold."""
         names: list[bytes] = []
         if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
             if self._namer is None:

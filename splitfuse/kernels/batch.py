@@ -23,38 +23,38 @@ class RaggedBatch:
 
     @property
     def ids(self) -> Tensor:
-        """Returns the token ids: [T]."""
+        """Return the token ids: [T]."""
         return self.packed[: self.num_tokens]
 
     @property
     def positions(self) -> Tensor:
-        """Returns the position of each token in its request: [T]."""
+        """Return the position of each token in its request: [T]."""
         return self.packed[self.num_tokens : 2 * self.num_tokens]
 
     @property
     def slot_mapping(self) -> Tensor:
-        """Returns the slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
+        """Return the slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
         return self.packed[2 * self.num_tokens : 3 * self.num_tokens]
 
     @property
     def query_start(self) -> Tensor:
-        """Returns the first row of each chunk, whose rows end where the next begin: [S + 1]."""
+        """Return the first row of each chunk, whose rows end where the next begin: [S + 1]."""
         return self._after_tokens(0, self.num_requests + 1)
 
     @property
     def seq_lens(self) -> Tensor:
-        """Returns how many positions of each request exist after this step: [S]."""
+        """Return how many positions of each request exist after this step: [S]."""
         return self._after_tokens(self.num_requests + 1, self.num_requests)
 
     @property
     def block_tables(self) -> Tensor:
-        """Returns the block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
+        """Return the block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
         size = self.num_requests * self.table_width
         return self._after_tokens(2 * self.num_requests + 1, size).view(self.num_requests, self.table_width)
 
     @property
     def logit_rows(self) -> Tensor:
-        """Returns the rows that need logits: [R]."""
+        """Return the rows that need logits: [R]."""
         return self.packed[len(self.packed) - self.num_rows :]
 
     def _after_tokens(self, begin: int, size: int) -> Tensor:

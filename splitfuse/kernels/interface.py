@@ -57,7 +57,7 @@ class AttentionSpec:
 
     @property
     def score_scale(self) -> float:
-        """Returns the factor of query-key products."""
+        """Return the factor of query-key products."""
         return float(self.head_dim**-0.5) if self.scale is None else self.scale
 
 
@@ -117,7 +117,7 @@ class Role(Enum):
 
     @property
     def gated(self) -> bool:
-        """Returns whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
+        """Return whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
         return self in (Role.GATE_UP, Role.W13)
 
 

@@ -35,12 +35,12 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Returns the device of the weights, where batches and caches must be too."""
+        """Return the device of the weights, where batches and caches must be too."""
         return self.weights.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Returns the dtype of weights, activations and the KV cache."""
+        """Return the dtype of weights, activations and the KV cache."""
         return self.weights.norm.dtype
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:

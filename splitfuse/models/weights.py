@@ -40,7 +40,7 @@ class Parameter:
 
     @property
     def shape(self) -> Shape:
-        """Returns the shape of the whole."""
+        """Return the shape of the whole."""
         shapes = [piece.shape for piece in self.pieces]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 

@@ -13,7 +13,7 @@ from splitfuse.kernels.batch import RaggedBatch
 
 
 def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.device) -> RaggedBatch:
-    """Returns the batch of `chunks`, in their order; the last `num_logits` rows of each are in `logit_rows`."""
+    """Return the batch of `chunks`, in their order; the last `num_logits` rows of each are in `logit_rows`."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def environment_info() -> dict[str, Any]:
-    """Returns command, date, versions and machine, as recorded with every measurement."""
+    """Return command, date, versions and machine, as recorded with every measurement."""
     return {
         "command": shlex.join(["splitfuse", *without_keys(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,7 +43,7 @@ def environment_info() -> dict[str, Any]:
 
 
 def without_keys(arguments: Sequence[str]) -> list[str]:
-    """Returns a command line with the value of each `--api-key` replaced by dots.
+    """Return a command line with the value of each `--api-key` replaced by dots.
 
     >>> without_keys(["serve", "--api-key", "secret"])
     ['serve', '--api-key', '...']
@@ -53,7 +53,7 @@ def without_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of the working tree that splitfuse is imported from, with `+changes` if files were changed.
+    """Return the commit of the working tree that splitfuse is imported from, with `+changes` if files were changed.
 
     None if splitfuse is installed.
     """

@@ -111,7 +111,7 @@ class Executor:
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:
-        """Returns `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
+        """Return `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
         new = self._states[chunk.request_id].request
         first = chunk.end - chunk.num_logits + 1
         targets = new.prompt_token_ids[first : first + len(hidden)]

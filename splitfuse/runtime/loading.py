@@ -35,7 +35,7 @@ class LoadedModel:
     decoder: Decoder
 
     def make_executor(self) -> Executor:
-        """Returns an executor with a KV cache of its own, as large as planned: each engine makes one.
+        """Return an executor with a KV cache of its own, as large as planned: each engine makes one.
 
         Raises MemoryPlanError.
         """

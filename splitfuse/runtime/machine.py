@@ -23,7 +23,7 @@ CGROUP_FILES = {  # by version: the limit, and the bytes in use
 
 
 def processor() -> str:
-    """Returns the name of the CPU, with family and model on Linux."""
+    """Return the name of the CPU, with family and model on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def gpu(device: torch.device) -> str | None:
-    """Returns the name of a GPU; None for the CPU."""
+    """Return the name of a GPU; None for the CPU."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -93,7 +93,7 @@ def _paid_cores(root: Path) -> Iterator[int]:
 
 
 def anonymous_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the bytes of memory that this process alone fills, mapped files not counted; None off Linux.
+    """Return the bytes of memory that this process alone fills, mapped files not counted; None off Linux.
 
     `root` is the folder of `proc`.
     """
@@ -101,7 +101,7 @@ def anonymous_bytes(root: Path = Path("/")) -> int | None:
 
 
 def available_memory(device: str, *, root: Path = Path("/")) -> int:
-    """Returns the bytes that can still be allocated: on a CPU, the least that machine and control groups leave.
+    """Return the bytes that can still be allocated: on a CPU, the least that machine and control groups leave.
 
     `root` is the folder of `proc` and `sys`.
     """
@@ -138,7 +138,7 @@ def _cgroup_headroom(root: Path) -> Iterator[int]:
 
 
 def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
-    """Returns the bytes that one group leaves, or None if it sets no limit. Cached files count as free."""
+    """Return the bytes that one group leaves, or None if it sets no limit. Cached files count as free."""
     try:
         limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -151,7 +151,7 @@ def _headroom(group: Path, limit_name: str, used_name: str) -> int | None:
 
 
 def resident_bytes(pid: int | None = None) -> int | None:
-    """Returns the memory of a process, by default this one, and of all that it started; None where it cannot be read.
+    """Return the memory of a process, by default this one, and of all that it started; None where it cannot be read.
 
     Shared pages are counted once (PSS).
     """
@@ -169,6 +169,6 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def proportional_bytes(pid: int) -> int:
-    """Returns the PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
+    """Return the PSS of one process. Raises OSError if it has ended, or where there is no /proc."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -43,12 +43,12 @@ class MemoryPlan:
 
     @property
     def kv_cache(self) -> int:
-        """Returns the size of the KV cache in bytes."""
+        """Return the size of the KV cache in bytes."""
         return self.num_blocks * self.block
 
     @property
     def need(self) -> int:
-        """Returns the sum of all that is needed, in bytes."""
+        """Return the sum of all that is needed, in bytes."""
         return self.weights + self.activations + self.kv_cache
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class MemoryPlan:
 
 
 def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, available: int | None = None) -> MemoryPlan:
-    """Returns the plan for one model on one device; `available` bytes are measured if not given.
+    """Return the plan for one model on one device; `available` bytes are measured if not given.
 
     Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
     `max_model_len` exceeds what the model allows.
@@ -122,7 +122,7 @@ def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def _layer_width(layer: LayerSpec, hidden: int) -> int:
-    """Returns how many numbers one token takes in a layer at most: its heads, and inputs, outputs and gate of the MLP
+    """Return how many numbers one token takes in a layer at most: its heads, and inputs, outputs and gate of the MLP
     or of each expert it is routed to.
     """
     attention, mlp = layer.attention, layer.mlp
@@ -144,7 +144,7 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
 
 
 def _smaller_model(spec: ModelSpec, config: EngineConfig, backend: Backend, plan: MemoryPlan) -> str:
-    """Returns settings with each of which weights, activations and one KV block would fit."""
+    """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
     budget = config.scheduler.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
@@ -170,7 +170,7 @@ def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:
-    """Returns settings with which the longest request would fit: a lower limit, or a larger cache."""
+    """Return settings with which the longest request would fit: a lower limit, or a larger cache."""
     longest = plan.num_blocks * plan.block_size + 1
     wanted, most = ceil_div(plan.max_model_len - 1, plan.block_size), free // plan.block
     options = [f"max_model_len={longest}"] if longest >= SHORTEST_MODEL_LEN else []

@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 def make_app(
     service: TextService, config: ServerConfig, *, admission: Admission, metrics: Metrics, log: RequestLog
 ) -> Starlette:
-    """Returns the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
+    """Return the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
@@ -248,7 +248,7 @@ class _Middleware:
 
 
 def record_of(context: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:
-    """Returns the record of a request that ended at its last `enter_phase`."""
+    """Return the record of a request that ended at its last `enter_phase`."""
     counts, timing = context.num_tokens, timing_of(context)
     return RequestRecord(
         request_id=context.request_id,
@@ -270,7 +270,7 @@ def record_of(context: RequestContext, *, route: str, status: int, error: Except
 
 
 def to_refused_error(error: Exception) -> Exception:
-    """Returns our own error for Starlette's; another error is returned as it is."""
+    """Return our own error for Starlette's; another error is returned as it is."""
     if not isinstance(error, HTTPException):
         return error
     if error.status_code == 405:

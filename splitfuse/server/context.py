@@ -69,22 +69,22 @@ class RequestContext:
 
     @property
     def headers(self) -> dict[bytes, bytes]:
-        """Returns the headers by lower-case name; of several with one name, the last."""
+        """Return the headers by lower-case name; of several with one name, the last."""
         return dict(self.scope["headers"])
 
     @property
     def text(self) -> list[str]:
-        """Returns the text of each choice so far, for the log."""
+        """Return the text of each choice so far, for the log."""
         return [generation.text for generation in self.generations if self.shows_output]
 
     @property
     def begun(self) -> list[Generation]:
-        """Returns the choices that an engine has begun."""
+        """Return the choices that an engine has begun."""
         return [g for g in self.generations if g.first_step is not None or g.finish_reason is FinishReason.ERROR]
 
     @property
     def num_tokens(self) -> TokenCounts:
-        """Returns the numbers of tokens so far."""
+        """Return the numbers of tokens so far."""
         cached: dict[int, int] = {}
         for g in self.generations:
             cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
@@ -98,7 +98,7 @@ class RequestContext:
 
     @property
     def ended_at(self) -> float:
-        """Returns the time at which the last choice came back from its engine; infinity until then."""
+        """Return the time at which the last choice came back from its engine; infinity until then."""
         while self._num_ended < len(self.generations) and self.generations[self._num_ended].ended_at < math.inf:
             self._ended_at = max(self._ended_at, self.generations[self._num_ended].ended_at)
             self._num_ended += 1
@@ -129,7 +129,7 @@ class RequestContext:
     # The body --------------------------------------------------------------------------------------------------------
 
     async def body(self, limit: int) -> bytes:
-        """Returns the whole body, at most `limit` bytes. Raises RefusedError (413) if it is larger, ClientGoneError."""
+        """Return the whole body, at most `limit` bytes. Raises RefusedError (413) if it is larger, ClientGoneError."""
         declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
             raise _too_large(limit)
@@ -147,7 +147,7 @@ class RequestContext:
                 return b"".join(pieces)
 
     async def unless_gone(self, work: Coroutine[Any, Any, _Result], *, deadline: float | None) -> _Result:
-        """Returns the result of `work`, which is cancelled when the client disconnects (ClientGoneError) or `deadline`
+        """Return the result of `work`, which is cancelled when the client disconnects (ClientGoneError) or `deadline`
         seconds after the request arrived (RefusedError, 408). The body must have been read.
         """
         timeout = None if deadline is None else max(self.arrival + deadline - time.monotonic(), 0)

@@ -77,15 +77,15 @@ class Route:
 
     @property
     def all_errors(self) -> list[int]:
-        """Returns every status of an error."""
+        """Return every status of an error."""
         errors = {*self.errors, *((401,) if self.needs_key else ()), *((408, 429) if self.event is not None else ())}
         return sorted(errors if self.body is None else {*errors, 400, 404, 413, 415, 500, 503})
 
     @property
     def template(self) -> str:
-        """Returns the path as OpenAPI writes it: `/v1/models/{model}`."""
+        """Return the path as OpenAPI writes it: `/v1/models/{model}`."""
         return self.path.replace(":path}", "}")
 
     def matches(self, path: str) -> bool:
-        """Returns whether a path may be this route's."""
+        """Return whether a path may be this route's."""
         return path == self.path or ("{" in self.path and path.startswith(self.path.partition("{")[0]))

@@ -92,5 +92,5 @@ _SECRETS = re.compile(
 
 
 def without_secrets(message: str) -> str:
-    """Returns the first line of a failure's message without paths and addresses."""
+    """Return the first line of a failure's message without paths and addresses."""
     return _SECRETS.sub("...", re.split(r"\n|\\n", message, maxsplit=1)[0])

@@ -50,7 +50,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None = None) -> Timing:
-    """Returns the times of a request so far."""
+    """Return the times of a request so far."""
     begun = context.begun
     first_steps = [g.first_step for g in begun if g.first_step is not None]
     first_tokens = [g.timings.tokens[0] for g in begun if g.timings.tokens]
@@ -66,7 +66,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 
 
 async def timing_with_phases(context: RequestContext) -> Timing:
-    """Returns the times of a request once its engine has told where they went, which may be a step after its end."""
+    """Return the times of a request once its engine has told where they went, which may be a step after its end."""
     if context.last is not None and context.last.stream is not None:
         await asyncio.shield(context.last.stream.breakdown)
     context.enter_phase(LatencyPhase.FROM_ENGINE)
@@ -91,7 +91,7 @@ class RequestTimeline:
 
     @classmethod
     def of(cls, context: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
-        """Returns the timeline of a request; None if no engine has had it."""
+        """Return the timeline of a request; None if no engine has had it."""
         last = context.last
         if last is None or last.stream is None or last.sent is None:
             return None
@@ -110,7 +110,7 @@ class RequestTimeline:
         )
 
     def phases(self) -> dict[LatencyPhase, float]:
-        """Returns the seconds of each phase that has any, in order. `breakdown` must be done."""
+        """Return the seconds of each phase that has any, in order. `breakdown` must be done."""
         breakdown, phases = self.breakdown.result(), dict(self.front)
         if breakdown is None:
             _add(phases, LatencyPhase.FAILED, self.ended_at - self.sent)
@@ -185,7 +185,7 @@ class Explanations:
             self._forget_name(oldest.key, oldest.record.request_id, unique_id)
 
     async def find(self, wanted: str, *, key: str | None) -> Explanation:
-        """Returns the explanation of a request of that key, by its X-Request-Id or its answer's id, once the engine's
+        """Return the explanation of a request of that key, by its X-Request-Id or its answer's id, once the engine's
         account is there. Raises RefusedError (404).
         """
         unique_id = self._named.get((key, wanted), _plain(wanted))
@@ -221,7 +221,7 @@ class Explanations:
         )
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
-        """Returns the id of a request if that key may know it: not another key's, nor one whose key is forgotten."""
+        """Return the id of a request if that key may know it: not another key's, nor one whose key is forgotten."""
         if (running := self._running.get(unique_id)) is not None:
             return unique_id if running[0] == key else None
         timeline = self._timelines.get(unique_id)
@@ -233,7 +233,7 @@ class Explanations:
 
 
 def describe_timeline(timeline: RequestTimeline) -> str:
-    """Returns a sentence about a request that missed its SLO: what it missed, and its longest phases."""
+    """Return a sentence about a request that missed its SLO: what it missed, and its longest phases."""
     phases, breakdown = timeline.phases(), timeline.breakdown.result()
     total = sum(phases.values())
     largest = sorted(phases.items(), key=lambda item: -item[1])[:NUM_DESCRIBED_PHASES]
@@ -246,7 +246,7 @@ def describe_timeline(timeline: RequestTimeline) -> str:
 
 
 def describe_violation(violation: SloViolation) -> str:
-    """Returns what was missed, and by how much.
+    """Return what was missed, and by how much.
 
     `first token after 1.2 s (target 1 s); tokens every 0.3 s (moving average; target 0.25 s), longest gap 0.7 s`
     """
@@ -262,6 +262,6 @@ def describe_violation(violation: SloViolation) -> str:
 
 
 def _plain(name: str) -> str:
-    """Returns our own id of a request, from an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
+    """Return our own id of a request, from an answer's id (`cmpl-ID`) or an engine's (`ID-0.0`)."""
     found = _UNIQUE_ID.search(name)
     return found[0] if found else name

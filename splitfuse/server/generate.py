@@ -47,7 +47,7 @@ class GenerationRequest:
     """Whether the generated text is a part of the answer."""
 
     async def encode(self, service: TextService) -> list[PreparedRequest]:
-        """Returns a request for each prompt. Raises InvalidRequestError."""
+        """Return a request for each prompt. Raises InvalidRequestError."""
         if self.messages is not None:
             return [await service.encode_chat(self.messages, self.params, variables=self.chat_template_kwargs)]
         return [await service.encode(prompt, self.params) for prompt in self.prompts]
@@ -58,7 +58,7 @@ class Responder(ABC):
 
     @abstractmethod
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
-        """Returns the answer; `generations` have ended and come in the order of prompts and choices."""
+        """Return the answer; `generations` have ended and come in the order of prompts and choices."""
 
     @abstractmethod
     def events(self, generation: Generation, text: str) -> Iterable[Any]:
@@ -111,7 +111,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
 
 
 def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
-    """Returns a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
+    """Return a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
     limits = state.service.client.info.limits
     if prepared.params.max_tokens is None:
         limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
@@ -121,7 +121,7 @@ def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int
 
 
 def _failure(generation: Generation) -> SplitfuseError:
-    """Returns the reason why a generation has failed."""
+    """Return the reason why a generation has failed."""
     reason, retry_after = generation.error or "it was ended", generation.retry_after
     if retry_after is None:
         return RequestFailedError(f"the request failed while it ran: {reason}")
@@ -131,7 +131,7 @@ def _failure(generation: Generation) -> SplitfuseError:
 
 
 def _num_entries(prepared: PreparedRequest) -> int:
-    """Returns the most log-probabilities that an answer can have."""
+    """Return the most log-probabilities that an answer can have."""
     params = prepared.params
     generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)
     echoed = 0 if params.prompt_logprobs is None else len(prepared.token_ids) * (params.prompt_logprobs + 1)

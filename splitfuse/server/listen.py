@@ -60,7 +60,7 @@ class HttpServer(uvicorn.Server):
     """Speaks HTTP for an application that may come later. Leaves signals to its owner."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError for a TLS certificate or key that cannot be used."""
+        """Raise ConfigError for a TLS certificate or key that cannot be used."""
         self.app: App | None = None
         settings = uvicorn.Config(
             self._answer,

@@ -29,7 +29,7 @@ _PREFIX = "#/components/schemas/"
 
 
 def document(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
-    """Returns the document of some routes, in OpenAPI 3.1."""
+    """Return the document of some routes, in OpenAPI 3.1."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.template, {})[route.method.lower()] = _operation(route)

@@ -40,19 +40,19 @@ class AppState:
 
     @property
     def model(self) -> str:
-        """Returns the name by which requests call the model. Raises EngineDiedError if that is an engine's, and none
+        """Return the name by which requests call the model. Raises EngineDiedError if that is an engine's, and none
         was ever ready.
         """
         return self.config.served_model_name or self.service.client.info.model
 
     @cached_property
     def pieces(self) -> TokenPieces:
-        """Returns the texts of single tokens."""
+        """Return the texts of single tokens."""
         return TokenPieces(self.service.tokenizer)
 
     @property
     def stage(self) -> tuple[str, float]:
-        """Returns `ready` if requests are accepted, else what the server waits for, and the fraction that is done."""
+        """Return `ready` if requests are accepted, else what the server waits for, and the fraction that is done."""
         client = self.service.client
         if self.admission.draining:
             return "draining", 0.0
@@ -63,7 +63,7 @@ class AppState:
 
     @property
     def schema_bounds(self) -> SchemaBounds:
-        """Returns the bounds for the OpenAPI document."""
+        """Return the bounds for the OpenAPI document."""
         try:
             model, limits = self.model, self.service.client.info.limits
         except EngineDiedError:  # not ready yet
@@ -81,7 +81,7 @@ class AppState:
             )
 
     async def read(self, context: RequestContext, kind: type[_Body]) -> _Body:
-        """Returns the request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is
+        """Return the request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is
         ready.
         """
         _check_content_type(context)

@@ -33,7 +33,7 @@ class SchemaBounds:
 
     @property
     def token(self) -> dict[str, Any]:
-        """Returns the schema of a token id."""
+        """Return the schema of a token id."""
         return {
             "type": "integer",
             "minimum": 0,
@@ -50,7 +50,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """Fields that other servers know, with the reason why they are refused here."""
 
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
-        """Returns NEUTRAL, extended by values that are neutral next to the other fields of this body."""
+        """Return NEUTRAL, extended by values that are neutral next to the other fields of this body."""
         return self.NEUTRAL
 
     def check_neutral(self, where: str = "") -> None:
@@ -64,17 +64,17 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
 
     @classmethod
     def supported(cls) -> list[str]:
-        """Returns the names of the supported fields."""
+        """Return the names of the supported fields."""
         return sorted(set(cls.__struct_fields__) - set(cls.NEUTRAL))
 
     @classmethod
     def suggest(cls, field: str) -> str:
-        """Returns what an unknown field may have been meant to be, to end an error message with; or nothing."""
+        """Return what an unknown field may have been meant to be, to end an error message with; or nothing."""
         return nearest(field, cls.supported())
 
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
-        """Returns the JSON schema of this type with what the type alone does not say."""
+        """Return the JSON schema of this type with what the type alone does not say."""
         properties = schema["properties"]
         for name, values in cls.NEUTRAL.items():
             properties[name] = {"enum": list(values), "description": "Not supported"}
@@ -87,7 +87,7 @@ _Body = TypeVar("_Body", bound=Body)
 
 
 def decode(kind: type[_Body], body: bytes) -> _Body:
-    """Returns the request in a body of JSON.
+    """Return the request in a body of JSON.
 
     Raises RefusedError (400) for invalid JSON, for a value of another type or out of bounds (naming its place, such as
     `messages[0].content`), for an unknown field, and for a field that is known but not supported.
@@ -106,7 +106,7 @@ def decode(kind: type[_Body], body: bytes) -> _Body:
 
 
 def _plain_json(body: bytes) -> Any:
-    """Returns the JSON as plain objects, with 3.0 as 3: JSON has one kind of numbers only."""
+    """Return the JSON as plain objects, with 3.0 as 3: JSON has one kind of numbers only."""
 
     def real(digits: str) -> float:
         number = float(digits)

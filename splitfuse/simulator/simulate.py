@@ -72,7 +72,7 @@ class Deployment:
                 raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of seconds, at least 0")
 
     def make_namer(self) -> BlockNamer | None:
-        """Returns a namer of blocks; all of them give the same names. None without prefix caching."""
+        """Return a namer of blocks; all of them give the same names. None without prefix caching."""
         return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
 
     @property
@@ -150,7 +150,7 @@ class SimulatedTarget(Target):
         """Do nothing: there is nothing to release."""
 
     def _choose(self, prompt: tuple[int, ...]) -> tuple[Replica, list[bytes]]:
-        """Returns the replica that the router would choose, and the names of the prompt's blocks computed for that."""
+        """Return the replica that the router would choose, and the names of the prompt's blocks computed for that."""
         names: list[bytes] = []
         if len(self._replicas) == 1:
             return self._replicas[0], names
@@ -189,11 +189,11 @@ class Replica:
         self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
 
     def load(self, names: list[bytes]) -> ReplicaLoad:
-        """Returns its state, for a prompt whose blocks have these names."""
+        """Return its state, for a prompt whose blocks have these names."""
         return ReplicaLoad(True, self._outstanding_tokens, self.memory.cached_tokens(names))
 
     async def answer(self, request_id: str, request: LoadRequest, names: list[bytes] | None = None) -> list[float]:
-        """Returns when each token came. `names` are those of the prompt's blocks, if they are known already.
+        """Return when each token came. `names` are those of the prompt's blocks, if they are known already.
 
         Raises RequestTooLargeError.
         """

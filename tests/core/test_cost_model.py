@@ -49,7 +49,7 @@ def random_step(rng: Random) -> StepFeatures:
 
 
 def timed(rng: Random, count: int, *, noise: float, disturbed: float = 0.0, model: CostModel = TRUE) -> list[Sample]:
-    """Returns steps with times that are off by `noise`; a fraction `disturbed` took up to four times as long."""
+    """Return steps with times that are off by `noise`; a fraction `disturbed` took up to four times as long."""
     samples = []
     for step in (random_step(rng) for _ in range(count)):
         factor = rng.uniform(1.5, 4.0) if rng.random() < disturbed else rng.gauss(1.0, noise)

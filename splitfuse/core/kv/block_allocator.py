@@ -40,20 +40,20 @@ class BlockAllocator:
 
     @property
     def num_available(self) -> int:
-        """Returns how many blocks `allocate` can give: free ones, and cached ones, whose content it forgets."""
+        """Return how many blocks `allocate` can give: free ones, and cached ones, whose content it forgets."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_held(self) -> int:
-        """Returns how many blocks are held."""
+        """Return how many blocks are held."""
         return self.num_blocks - self.num_available
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks `num_tokens` tokens need."""
+        """Return how many blocks `num_tokens` tokens need."""
         return ceil_div(num_tokens, self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Returns `count` blocks with one reference each and no known content. The caller checks `num_available`."""
+        """Return `count` blocks with one reference each and no known content. The caller checks `num_available`."""
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
         blocks = []
         for _ in range(count):
@@ -79,7 +79,7 @@ class BlockAllocator:
                     self._free.append(block)
 
     def match(self, token_ids: Sequence[int], names: list[bytes], *, salt: str = "") -> list[int]:
-        """Returns the published blocks that hold the longest known beginning of `token_ids`, one reference taken on
+        """Return the published blocks that hold the longest known beginning of `token_ids`, one reference taken on
         each.
 
         At least one token is left uncovered: it must be computed, since its logits are wanted.

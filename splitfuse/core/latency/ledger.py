@@ -115,7 +115,7 @@ class LatencyLedger:
         num_preemptions: int = 0,
         slo_violation: SloViolation | None = None,
     ) -> LatencyBreakdown:
-        """Returns the breakdown of a request which ends now; the seconds after `wanted_until` do not count."""
+        """Return the breakdown of a request which ends now; the seconds after `wanted_until` do not count."""
         self._advance(now)
         closed = now if wanted_until is None else min(max(wanted_until, latency.opened), now)
         self._settle(latency, unwanted=now - closed)
@@ -178,7 +178,7 @@ class LatencyLedger:
 
 
 def _with_starts(runs: deque[tuple[int, str]]) -> Iterable[tuple[int, str]]:
-    """Yields the start and the request of each run, newest first. The start of the oldest may be forgotten."""
+    """Yield the start and the request of each run, newest first. The start of the oldest may be forgotten."""
     newest_first = reversed(runs)
     _, request_id = next(newest_first, (0, ""))
     for end, before in newest_first:

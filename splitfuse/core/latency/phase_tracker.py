@@ -52,7 +52,7 @@ class PhaseTracker:
         events.subscribe(RequestFinished, self._close)
 
     def pop(self, request_id: str) -> LatencyBreakdown | None:
-        """Returns the breakdown of a finished request, and forgets it."""
+        """Return the breakdown of a finished request, and forgets it."""
         return self._breakdowns.pop(request_id, None)
 
     def _open(self, event: RequestAdded) -> None:
@@ -130,7 +130,7 @@ class PhaseTracker:
             self._decoding.discard(request)
 
     def _reason_to_wait(self, builder: StepBuilder, *, is_full: bool) -> LatencyPhase:
-        """Returns why no more waiting requests were admitted."""
+        """Return why no more waiting requests were admitted."""
         free = builder.queue.free
         if free.sequence_slots <= 0:
             return LatencyPhase.NO_SLOT
@@ -139,7 +139,7 @@ class PhaseTracker:
         return LatencyPhase.NO_BUDGET if builder.tokens_left <= 0 else LatencyPhase.OUTRANKED
 
     def _left_out(self, request: Request, *, is_full: bool, now: float) -> LatencyPhase:
-        """Returns why a running request is not in the step."""
+        """Return why a running request is not in the step."""
         if request.kv.preempt_on_return:
             return LatencyPhase.PREEMPTED
         if not request.num_unscheduled:  # the step in flight brings its last token
@@ -151,6 +151,6 @@ class PhaseTracker:
 
 
 def _takes_more(builder: StepBuilder, others: Sequence[Request]) -> bool:
-    """Returns whether the budgets have room for one of the requests which are not in the step."""
+    """Return whether the budgets have room for one of the requests which are not in the step."""
     needing = next((request for request in others if request.num_unscheduled), None)
     return needing is not None and builder.fitting_tokens(needing) > 0

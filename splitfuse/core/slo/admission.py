@@ -69,7 +69,7 @@ def _late(reason: str, retry_after: float) -> LateError:
 
 
 def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:
-    """Returns the seconds until its first token on an idle engine; infinity if no step is short enough for its ITL
+    """Return the seconds until its first token on an idle engine; infinity if no step is short enough for its ITL
     target.
     """
     seconds = min(planner.step_limit([], [], arriving=[request]).seconds, _whole_step(planner, [request]))
@@ -79,7 +79,7 @@ def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:
 
 
 def _whole_step(planner: DeadlinePlanner, requests: Sequence[Request]) -> float:
-    """Returns the seconds of a step with everything that requests need: no step takes longer."""
+    """Return the seconds of a step with everything that requests need: no step takes longer."""
     work = StepFeatures()
     for each in requests:
         work = work.plus(start=each.num_scheduled, count=each.num_unscheduled, rows=1)
@@ -87,7 +87,7 @@ def _whole_step(planner: DeadlinePlanner, requests: Sequence[Request]) -> float:
 
 
 def _latest_ends(request: Request, running: Sequence[Request], seconds: float) -> list[float]:
-    """Returns the seconds until each running request has generated `max_tokens`, if steps take `seconds`. Those of a
+    """Return the seconds until each running request has generated `max_tokens`, if steps take `seconds`. Those of a
     lower priority than the request's may be late by then.
     """
     ends = []
@@ -103,7 +103,7 @@ def _wait_for_resources(
     queue: RequestQueue,
     seconds: float,
 ) -> tuple[float, bool]:
-    """Returns the seconds until there are sequence slots, blocks and time in each step for all of `arriving` together
+    """Return the seconds until there are sequence slots, blocks and time in each step for all of `arriving` together
     with the requests which still run then, and True; running requests are taken to end as late as they can. If even
     the end of all is not enough, returns the seconds until then, and False.
     """

@@ -44,7 +44,7 @@ class StepFeatures(NamedTuple):
     requests: int = 0
 
     def plus(self, *, start: int, count: int, rows: int) -> StepFeatures:
-        """Returns these with a chunk of `count` tokens from position `start` added, `rows` of which have logits."""
+        """Return these with a chunk of `count` tokens from position `start` added, `rows` of which have logits."""
         return StepFeatures(
             self.tokens + count,
             self.rows + rows,
@@ -95,7 +95,7 @@ class CostModel:
                 raise CostModelError(f"{field.name} of a cost model must be a number from 0, not {value!r}")
 
     def seconds(self, step: StepFeatures) -> float:
-        """Returns the predicted time of a step."""
+        """Return the predicted time of a step."""
         tokens, rows, pairs, kv_tokens, requests = step
         seconds = (
             self.floor
@@ -108,7 +108,7 @@ class CostModel:
         return seconds + self.per_token_beyond * (tokens - self.knee) if tokens > self.knee else seconds
 
     def tokens_within(self, seconds: float, step: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
-        """Returns how many tokens of one more request, from its position `start` and `most` at most, keep a step within
+        """Return how many tokens of one more request, from its position `start` and `most` at most, keep a step within
         `seconds`; 0 if none does. `rows` of them have logits.
         """
         low, high = 0, most  # `low` tokens fit, more than `high` do not
@@ -121,16 +121,16 @@ class CostModel:
         return low
 
     def slower(self, times: float) -> CostModel:
-        """Returns the model of a machine on which every step takes `times` as long."""
+        """Return the model of a machine on which every step takes `times` as long."""
         return self.scaled(lambda: times)
 
     def scaled(self, times: Callable[[], float]) -> CostModel:
-        """Returns the model with each coefficient in seconds `times()` as large, called anew for each."""
+        """Return the model with each coefficient in seconds `times()` as large, called anew for each."""
         names = (field.name for field in fields(self) if field.name not in ("knee", "noise", "error"))
         return replace(self, **{name: times() * getattr(self, name) for name in names})
 
     def measure(self, samples: Sequence[Sample]) -> FitError:
-        """Returns how far it is from timed steps. Raises CostModelError without any."""
+        """Return how far it is from timed steps. Raises CostModelError without any."""
         if not samples:
             raise CostModelError("the error of a cost model needs at least one timed step")
         misses = sorted(abs(self.seconds(s.features) / s.seconds - 1.0) for s in samples)
@@ -150,7 +150,7 @@ class Sample:
 
 
 def fit(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> CostModel:
-    """Returns the model whose relative error over `samples` is least, with its error over `held_out`, other steps.
+    """Return the model whose relative error over `samples` is least, with its error over `held_out`, other steps.
 
     For each knee that the samples can tell, non-negative least squares, reweighted so that a few disturbed timings do
     not bend it. Raises CostModelError for fewer than MIN_SAMPLES.

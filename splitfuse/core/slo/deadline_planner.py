@@ -42,7 +42,7 @@ class StepLimit(NamedTuple):
     """Shortest ITL target that is met together with them; infinity if none can be."""
 
     def heeds(self, decode: Request) -> bool:
-        """Returns whether the deadline of a decode bounds the step: it is not late, not of a lower priority, and its
+        """Return whether the deadline of a decode bounds the step: it is not late, not of a lower priority, and its
         ITL target can be met.
         """
         slo = decode.slo
@@ -97,7 +97,7 @@ class DeadlinePlanner:
         return StepLimit(longest, priority, math.inf if paced else 0.0)
 
     def prefill_tokens(self, load: DecodeLoad, seconds: float) -> int:
-        """Returns the prompt tokens that fit a step of `seconds` together with the decodes that it must serve."""
+        """Return the prompt tokens that fit a step of `seconds` together with the decodes that it must serve."""
         decodes = load.within(seconds, safety_factor=self.predictor.safety_factor)
         most = max(self._token_budget - decodes.tokens, 0)
         return self.predictor.tokens_within(seconds, decodes, start=0, most=most, rows=1)
@@ -105,7 +105,7 @@ class DeadlinePlanner:
     def feasible(
         self, prefills: Sequence[Request], load: DecodeLoad, *, seconds: float, now: float, share: float = 1.0
     ) -> set[Request]:
-        """Returns the prefills that can meet their deadlines, if steps take `seconds`, decodes meet their ITL targets,
+        """Return the prefills that can meet their deadlines, if steps take `seconds`, decodes meet their ITL targets,
         and prefills get a `share` of what is left.
 
         By the rule of Moore and Hodgson (Management Science, 1968), which leaves as few late as possible: take them in

@@ -97,7 +97,7 @@ class DeadlinePolicy(Fcfs):
         return ClaimOrder(urgent, others, max_seconds, tail_share)
 
     def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Returns the late request of the lowest priority with the fewest computed tokens; otherwise the newest.
+        """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.
 
         A late request takes only from late ones that came after it, unless it is the oldest of all.
         """
@@ -120,7 +120,7 @@ class DeadlinePolicy(Fcfs):
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:
-    """Returns a DeadlinePolicy if there is a cost model to predict steps with, otherwise Fcfs."""
+    """Return a DeadlinePolicy if there is a cost model to predict steps with, otherwise Fcfs."""
     if cost is None:
         return Fcfs(tail_share=config.tail_share)
     predictor = LatencyPredictor(cost)

@@ -24,7 +24,7 @@ class DecodeLoad:
                 self._num_tokens[itl] = self._num_tokens.get(itl, 0) + decode.num_tokens
 
     def within(self, seconds: float, *, safety_factor: float) -> StepFeatures:
-        """Returns what a step of `seconds` must compute for them, if it may take the fraction `safety_factor` of an ITL
+        """Return what a step of `seconds` must compute for them, if it may take the fraction `safety_factor` of an ITL
         target.
         """
         shares = {itl: min(1.0, seconds / (safety_factor * itl)) for itl in self._num_decodes}

@@ -51,16 +51,16 @@ class LatencyPredictor:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """Returns how many times longer than the cost model says the floor of a step takes, and the rest of it."""
+        """Return how many times longer than the cost model says the floor of a step takes, and the rest of it."""
         return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     @property
     def safety_factor(self) -> float:
-        """Returns the fraction of the time until a deadline which a step may be predicted to take."""
+        """Return the fraction of the time until a deadline which a step may be predicted to take."""
         return math.exp(-self._log_over)
 
     def seconds(self, features: StepFeatures) -> float:
-        """Returns the predicted time of a step."""
+        """Return the predicted time of a step."""
         floor, beyond = self.factors
         return floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
 

@@ -39,17 +39,17 @@ class RequestSlo:
 
     @property
     def exists(self) -> bool:
-        """Returns whether the request has any target."""
+        """Return whether the request has any target."""
         return self.targets != NO_SLO
 
     @property
     def met(self) -> bool | None:
-        """Returns whether every target has been met so far; None without a target."""
+        """Return whether every target has been met so far; None without a target."""
         return not self.missed if self.exists else None
 
     @property
     def itl_target(self) -> float | None:
-        """Returns the seconds between tokens to aim at, relaxed once the SLO is missed; None without an ITL target."""
+        """Return the seconds between tokens to aim at, relaxed once the SLO is missed; None without an ITL target."""
         if self.targets.itl is None:
             return None
         return self.targets.itl * (MISSED_ITL_FACTOR if self.missed else 1.0)

@@ -49,7 +49,7 @@ class SloTargets:
         return cls(seconds, itl_seconds)
 
     def ttft_target(self, num_prompt: int) -> float:
-        """Returns the seconds from arrival to the first token of a prompt of that length; infinity without a target."""
+        """Return the seconds from arrival to the first token of a prompt of that length; infinity without a target."""
         if self.ttft is None and self.ttft_per_token is None:
             return math.inf
         return (self.ttft or 0.0) + (self.ttft_per_token or 0.0) * num_prompt

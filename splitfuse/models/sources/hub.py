@@ -38,7 +38,7 @@ def open_model(model: str | None, revision: str | None = None) -> ModelSource:
 
 
 def _fetch(model: str, revision: str | None) -> Path:
-    """Returns a snapshot of a Hub model in the local cache. HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected."""
+    """Return a snapshot of a Hub model in the local cache. HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected."""
     import huggingface_hub  # only here: most starts need no Hub
     from huggingface_hub import errors
 

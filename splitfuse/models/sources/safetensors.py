@@ -73,7 +73,7 @@ class SafetensorsWeights(WeightSource):
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Returns the first names in order, and how many more there are."""
+    """Return the first names in order, and how many more there are."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more

@@ -42,7 +42,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, piece: Piece) -> AbstractContextManager[Tensor]:
-        """Returns a tensor for as long as the context lasts: copy what is to be kept. Call `check` first."""
+        """Return a tensor for as long as the context lasts: copy what is to be kept. Call `check` first."""
 
 
 class ModelSource(ABC):
@@ -59,19 +59,19 @@ class ModelSource(ABC):
 
     @abstractmethod
     def read(self, file: str) -> bytes | None:
-        """Returns the content of a file such as `tokenizer.json`, or None if the model has none. Raises OSError."""
+        """Return the content of a file such as `tokenizer.json`, or None if the model has none. Raises OSError."""
 
     @abstractmethod
     def weights(self) -> WeightSource:
         """Open the tensors. Raises WeightsError."""
 
     def read_text(self, file: str) -> str | None:
-        """Returns the text of a file, or None if the model has no such file. Raises OSError and ValueError."""
+        """Return the text of a file, or None if the model has no such file. Raises OSError and ValueError."""
         content = self.read(file)
         return None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
 
     def read_json(self, file: str, error: type[ModelError] = ModelError) -> dict[str, Any] | None:
-        """Returns the object in a JSON file, or None if the model has no such file.
+        """Return the object in a JSON file, or None if the model has no such file.
 
         Raises `error` if the file cannot be read or holds something else.
         """
@@ -85,7 +85,7 @@ class ModelSource(ABC):
         return values
 
     def config(self) -> dict[str, Any]:
-        """Returns config.json. Raises ModelNotFoundError if there is none, ModelError if it is not a JSON object."""
+        """Return config.json. Raises ModelNotFoundError if there is none, ModelError if it is not a JSON object."""
         values = self.read_json("config.json")
         if values is None:
             raise ModelNotFoundError(
@@ -94,11 +94,11 @@ class ModelSource(ABC):
         return values
 
     def generation_config(self) -> dict[str, Any]:
-        """Returns generation_config.json, the model's defaults for sampling; empty if there is none."""
+        """Return generation_config.json, the model's defaults for sampling; empty if there is none."""
         return self.read_json("generation_config.json") or {}
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Returns the tokens that end a text: those of generation_config.json, else of config.json; none is allowed.
+        """Return the tokens that end a text: those of generation_config.json, else of config.json; none is allowed.
 
         Raises ModelError if the entry is neither a token id nor a list of them.
         """

@@ -24,7 +24,7 @@ def is_adjusted(row: SamplingState) -> bool:
 
 
 def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Returns a float64 copy of logits [rows, vocab] with biases, penalties and forbidden ends applied."""
+    """Return a float64 copy of logits [rows, vocab] with biases, penalties and forbidden ends applied."""
     scores = logits.to(torch.float64, copy=True)
     flat = scores.view(-1)
     starts = range(0, flat.numel(), scores.shape[1])  # where each row begins in `flat`

@@ -62,14 +62,14 @@ def draw_filtered(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
 
 
 def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Returns unnormalized probabilities [rows, vocab] in float64, the largest exactly 1 at any temperature above 0."""
+    """Return unnormalized probabilities [rows, vocab] in float64, the largest exactly 1 at any temperature above 0."""
     scores = scores.double()
     temperature = _column([row.params.temperature for row in rows], scores)
     return ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
 
 
 def _invert(cumulative: Tensor, total: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Returns the index [rows, 1] of the first entry above uniform * total, which has a weight above 0: uniform < 1."""
+    """Return the index [rows, 1] of the first entry above uniform * total, which has a weight above 0: uniform < 1."""
     threshold = _column([row.uniform for row in rows], total) * total
     return torch.searchsorted(cumulative, threshold, right=True)
 

@@ -14,7 +14,7 @@ ROWS = 32
 
 
 def report_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
-    """Returns logprobs of `token_ids[i]` and of the `counts[i]` most probable tokens, for each row of logits."""
+    """Return logprobs of `token_ids[i]` and of the `counts[i]` most probable tokens, for each row of logits."""
     reported: list[TokenLogprob] = []
     for start in range(0, len(token_ids), ROWS):
         block = slice(start, start + ROWS)
@@ -29,7 +29,7 @@ def report_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[i
 
 
 def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
-    """Returns the `counts[i]` most probable (token, logprob) of row i, best first, equal ones by id."""
+    """Return the `counts[i]` most probable (token, logprob) of row i, best first, equal ones by id."""
     found: list[list[tuple[float, int]]] = [[] for _ in counts]
     if any(counts):
         vocab = logprobs.shape[1]

@@ -26,13 +26,13 @@ class SamplingState:
 
     @property
     def uniform(self) -> float:
-        """Returns the random number in [0, 1) that decides this row's token."""
+        """Return the random number in [0, 1) that decides this row's token."""
         position = len(self.request.prompt_token_ids) + len(self.output_token_ids)
         return uniform(self.request.seed, self.request.choice, position)
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """Returns a number in [0, 1) that is a pure function of its three keys.
+    """Return a number in [0, 1) that is a pure function of its three keys.
 
     Counter-based: each key is a jump ahead in the SplitMix64 sequence that starts where the one before led (Steele,
     Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.

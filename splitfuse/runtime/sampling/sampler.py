@@ -81,7 +81,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = RE
 
 
 def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tuple[TokenLogprob, ...]:
-    """Returns logprobs of `target_ids[i]`, the prompt token after the position of `logits[i]` [rows, vocab], each with
+    """Return logprobs of `target_ids[i]`, the prompt token after the position of `logits[i]` [rows, vocab], each with
     those of the `count` most probable tokens.
 
     Raises RequestFailedError if a row has NaN or +inf, or nothing above -inf.
@@ -99,7 +99,7 @@ def _is_plain(row: SamplingState) -> bool:
 
 
 def _faults(peaks: Sequence[float]) -> dict[int, str]:
-    """Returns what is wrong with each row that no token can be chosen from. The maximum of a row with NaN is NaN."""
+    """Return what is wrong with each row that no token can be chosen from. The maximum of a row with NaN is NaN."""
     return {i: _fault(peak) for i, peak in enumerate(peaks) if not math.isfinite(peak)}
 
 
@@ -110,5 +110,5 @@ def _fault(peak: float) -> str:
 
 
 def _take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Returns some rows of a tensor, in rising order, without a copy if all rows are wanted."""
+    """Return some rows of a tensor, in rising order, without a copy if all rows are wanted."""
     return tensor if len(rows) == len(tensor) else tensor[list(rows)]

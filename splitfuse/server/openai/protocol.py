@@ -42,7 +42,7 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
 
     @property
     def include_usage(self) -> bool:
-        """Returns whether a stream ends with the numbers of tokens. Raises InvalidRequestError without a stream."""
+        """Return whether a stream ends with the numbers of tokens. Raises InvalidRequestError without a stream."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -101,7 +101,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
     def to_generation(
         self, owner: Owner, *, arrival_time: float, slo_enabled: bool, max_prompts: int
     ) -> GenerationRequest:
-        """Returns the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
         return GenerationRequest(
             prompts=self.prompts(max_prompts),
             params=self.params(),
@@ -115,7 +115,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
         )
 
     def prompts(self, most: int) -> list[str | list[int]]:
-        """Returns one prompt or more, at most `most`. Raises InvalidRequestError for a list of mixed kinds."""
+        """Return one prompt or more, at most `most`. Raises InvalidRequestError for a list of mixed kinds."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -138,7 +138,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
         return prompt  # type: ignore[return-value]
 
     def params(self) -> SamplingParams:
-        """Returns the parameters of sampling. max_tokens 0 becomes 1, whose token is not shown; left out, open."""
+        """Return the parameters of sampling. max_tokens 0 becomes 1, whose token is not shown; left out, open."""
         if self.max_tokens == 0 and self.min_tokens:
             raise InvalidRequestError(
                 f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", parameter="min_tokens"
@@ -185,7 +185,7 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     tool_call_id: Any = None
 
     def plain(self, index: int) -> dict[str, Any]:
-        """Returns the message for a chat template.
+        """Return the message for a chat template.
 
         Raises InvalidRequestError or RefusedError, naming the place, for what a template would ignore.
         """
@@ -262,7 +262,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     web_search_options: Any = None
 
     def to_generation(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> GenerationRequest:
-        """Returns the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
         return GenerationRequest(
             messages=self.plain_messages(),
             chat_template_kwargs=self.chat_template_kwargs,
@@ -274,11 +274,11 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         )
 
     def plain_messages(self) -> list[dict[str, Any]]:
-        """Returns the messages for a chat template. Raises InvalidRequestError."""
+        """Return the messages for a chat template. Raises InvalidRequestError."""
         return [message.plain(index) for index, message in enumerate(self.messages)]
 
     def params(self) -> SamplingParams:
-        """Returns the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
+        """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if self.max_tokens not in (None, most):
             raise InvalidRequestError(

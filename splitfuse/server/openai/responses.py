@@ -44,7 +44,7 @@ class Usage(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, counts: TokenCounts) -> Usage:
-        """Returns the numbers of tokens in OpenAI's shape."""
+        """Return the numbers of tokens in OpenAI's shape."""
         total = counts.prompt + counts.generated
         return cls(counts.prompt, counts.generated, total, PromptTokensDetails(counts.cached))
 
@@ -197,7 +197,7 @@ class OpenAIResponder(Responder):
 
     @abstractmethod
     def _whole_choice(self, generation: Generation) -> Any:
-        """Returns a choice that has ended."""
+        """Return a choice that has ended."""
 
     def _event(self, choice: Any) -> Any:
         return self._make(self.event_type, [choice], None if self._include_usage else UNSET, None)
@@ -210,7 +210,7 @@ class OpenAIResponder(Responder):
         return generation.index * self._n + generation.choice
 
     def _unsent(self, generation: Generation) -> range:
-        """Returns the tokens, by number, that are final and were not told yet, and marks them as told."""
+        """Return the tokens, by number, that are final and were not told yet, and marks them as told."""
         start = self._num_told.get(generation, 0)
         self._num_told[generation] = max(start, generation.num_released)
         return range(start, self._num_told[generation])
@@ -357,7 +357,7 @@ class ChatResponder(OpenAIResponder):
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:
-    """Returns how a generation that has not failed has ended, if it has."""
+    """Return how a generation that has not failed has ended, if it has."""
     if generation.finish_reason is None:
         return None
     return "stop" if generation.finish_reason == "stop" else "length"
