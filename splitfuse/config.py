@@ -19,8 +19,8 @@ from splitfuse.errors import ConfigError, did_you_mean
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("safetensors", "dummy")
-QUANTIZATIONS = ("int8", "int4")
-GROUP_SIZES = (64, 128)
+QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
+"""Quantizations of weights, with the group sizes of each."""
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -66,12 +66,13 @@ class ModelConfig:
         _choice("load_format", self.load_format, LOAD_FORMATS)
         _choice("kernels", self.kernels, KERNELS)
         if self.quantization is not None:
-            _choice("quantization", self.quantization, QUANTIZATIONS)
+            _choice("quantization", self.quantization, tuple(QUANTIZATIONS))
         elif self.quantization_group_size is not None:
             raise ConfigError(
                 f"quantization_group_size {self.quantization_group_size} needs quantization int8 or int4: set that too"
             )
-        if self.quantization_group_size not in (None, *GROUP_SIZES):
+        group_sizes = {size for sizes in QUANTIZATIONS.values() for size in sizes}
+        if self.quantization_group_size not in (None, *group_sizes):
             raise ConfigError(f"quantization_group_size must be 64 or 128, not {self.quantization_group_size}")
         _at_least("num_threads", self.num_threads, 1)
         _at_least("max_model_len", self.max_model_len, 2)

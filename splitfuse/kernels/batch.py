@@ -11,7 +11,7 @@ from torch import Tensor
 class RaggedBatch:
     """Holds T tokens of S chunks, of which R need logits. Row i of every per-token tensor is the same token.
 
-    `packed` is int32 and holds all tensors one behind the other, in the order of the properties here: a step is one
+    `packed` is int32 and holds all tensors one behind the other, in the order of `sizes`: a step is one
     transfer to its device, and one address for kernels that take it whole.
     """
 
@@ -22,41 +22,47 @@ class RaggedBatch:
     num_rows: int
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the lengths of the arrays in `packed`, in their order: ids, positions, slot_mapping, query_start,
+        seq_lens, block_tables, logit_rows.
+        """
+        tokens, requests = self.num_tokens, self.num_requests
+        return tokens, tokens, tokens, requests + 1, requests, requests * self.table_width, self.num_rows
+
+    @property
     def ids(self) -> Tensor:
         """Return the token ids: [T]."""
-        return self.packed[: self.num_tokens]
+        return self._array(0)
 
     @property
     def positions(self) -> Tensor:
         """Return the position of each token in its request: [T]."""
-        return self.packed[self.num_tokens : 2 * self.num_tokens]
+        return self._array(1)
 
     @property
     def slot_mapping(self) -> Tensor:
         """Return the slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
-        return self.packed[2 * self.num_tokens : 3 * self.num_tokens]
+        return self._array(2)
 
     @property
     def query_start(self) -> Tensor:
         """Return the first row of each chunk, whose rows end where the next begin: [S + 1]."""
-        return self._after_tokens(0, self.num_requests + 1)
+        return self._array(3)
 
     @property
     def seq_lens(self) -> Tensor:
         """Return how many positions of each request exist after this step: [S]."""
-        return self._after_tokens(self.num_requests + 1, self.num_requests)
+        return self._array(4)
 
     @property
     def block_tables(self) -> Tensor:
         """Return the block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
-        size = self.num_requests * self.table_width
-        return self._after_tokens(2 * self.num_requests + 1, size).view(self.num_requests, self.table_width)
+        return self._array(5).view(self.num_requests, self.table_width)
 
     @property
     def logit_rows(self) -> Tensor:
         """Return the rows that need logits: [R]."""
-        return self.packed[len(self.packed) - self.num_rows :]
+        return self._array(6)
 
-    def _after_tokens(self, begin: int, size: int) -> Tensor:
-        begin += 3 * self.num_tokens
-        return self.packed[begin : begin + size]
+    def _array(self, index: int) -> Tensor:
+        return self.packed.split_with_sizes(self.sizes)[index]

@@ -1,9 +1,14 @@
 """Chooses the backend: the best that the settings allow and the machine can run. Must not load a model.
 
-The only module above `kernels` that knows which backends there are.
+The only module above `kernels` that makes a model's backend: BACKENDS has all that there are. `config.KERNELS` repeats
+their names, which a test compares.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,6 +22,29 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime.machine import usable_cores
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Says what a backend can do, and how to make it from the settings and the reason why no faster one was chosen.
+
+    `machine_obstacle` returns what rules a dtype out on this machine, beyond what the capabilities say.
+    """
+
+    capabilities: Capabilities
+    make: Callable[[EngineConfig, str], Backend]
+    machine_obstacle: Callable[[torch.dtype], str | None] = lambda _: None
+
+    def obstacle(self, config: EngineConfig, dtype: torch.dtype) -> str | None:
+        """Return what rules the backend out, in the settings or on this machine."""
+        can, device = self.capabilities, config.model.device
+        if can.devices is not None and torch.device(device).type not in can.devices:
+            names = ["the CPU" if each == "cpu" else each for each in can.devices]
+            return f"{can.name} run on {' or '.join(names)}, not on {device}"
+        if can.dtypes is not None and dtype not in can.dtypes:
+            names = [str(each).removeprefix("torch.") for each in (*can.dtypes, dtype)]
+            return f"{can.name} compute in {' or '.join(names[:-1])}, not in {names[-1]}: set dtype={names[0]}"
+        return self.machine_obstacle(dtype)
+
+
 def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
     """Return the backend for a model that is computed in `dtype`.
 
@@ -26,29 +54,25 @@ def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
     Raises ConfigError for settings that contradict each other or this CPU, KernelError for named kernels that were not
     compiled.
     """
-    wanted = config.model.kernels
-    if wanted in VARIANTS:
-        if obstacle := _obstacle(CpuBackend.capabilities, config, dtype):
-            raise ConfigError(f"kernels={wanted} cannot be used: {obstacle}")
-        return _cpu_backend(config, wanted)
-    if wanted == "auto" and (why := _obstacle(CpuBackend.capabilities, config, dtype)) is None:
+    name = config.model.kernels
+    if name != "auto":
+        why = f"kernels={name}"
+        _check_honoured(config, BACKENDS[name].capabilities, why)
+        if obstacle := BACKENDS[name].obstacle(config, dtype):
+            raise ConfigError(f"{why} cannot be used: {obstacle}")
+        return BACKENDS[name].make(config, why)
+    obstacle = CPP.obstacle(config, dtype)
+    if obstacle is None:
         try:
-            return _cpu_backend(config, None)
+            return CPP.make(config, "")
         except KernelError as error:
-            why = str(error)
-    elif wanted != "auto":
-        why = f"kernels={wanted}"
-    plain = wanted == "reference" or (wanted == "auto" and dtype != torch.bfloat16)
-    fallback = ReferenceBackend if plain else OneDnnBackend
-    _check_honoured(config, fallback.capabilities, why)
-    if not plain and (obstacle := _obstacle(fallback.capabilities, config, dtype) or _onednn_obstacle(dtype)):
-        if wanted == "torch":
-            raise ConfigError(f"kernels=torch cannot be used: {obstacle}")
-        fallback = ReferenceBackend
-    return fallback(str(why))
+            obstacle = str(error)
+    name = "torch" if dtype == torch.bfloat16 and BACKENDS["torch"].obstacle(config, dtype) is None else "reference"
+    _check_honoured(config, BACKENDS[name].capabilities, obstacle)
+    return BACKENDS[name].make(config, obstacle)
 
 
-def _check_honoured(config: EngineConfig, capabilities: Capabilities, why: str | None) -> None:
+def _check_honoured(config: EngineConfig, capabilities: Capabilities, why: str) -> None:
     """Raise ConfigError for a setting that only the C++ kernels honour, which cannot be used: `why`."""
     threads = config.model.num_threads
     for name, value, honoured in (
@@ -60,18 +84,6 @@ def _check_honoured(config: EngineConfig, capabilities: Capabilities, why: str |
             raise ConfigError(f"{name}={value} needs {CpuBackend.capabilities.name}, which cannot be used: {why}")
 
 
-def _obstacle(capabilities: Capabilities, config: EngineConfig, dtype: torch.dtype) -> str | None:
-    """Return what in the settings rules a backend out."""
-    device = config.model.device
-    if capabilities.devices is not None and torch.device(device).type not in capabilities.devices:
-        names = ["the CPU" if each == "cpu" else each for each in capabilities.devices]
-        return f"they run on {' or '.join(names)}, not on {device}"
-    if capabilities.dtypes is not None and dtype not in capabilities.dtypes:
-        names = [str(each).removeprefix("torch.") for each in (*capabilities.dtypes, dtype)]
-        return f"they compute in {' or '.join(names[:-1])}, not in {names[-1]}: set dtype={names[0]}"
-    return None
-
-
 def _onednn_obstacle(dtype: torch.dtype) -> str | None:
     """Return why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
     try:
@@ -81,7 +93,7 @@ def _onednn_obstacle(dtype: torch.dtype) -> str | None:
     return None
 
 
-def _cpu_backend(config: EngineConfig, variant: str | None) -> CpuBackend:
+def _cpu_backend(variant: str | None, config: EngineConfig, _why: str) -> CpuBackend:
     return CpuBackend(
         variant=variant,
         num_threads=config.model.num_threads or usable_cores(),
@@ -89,3 +101,13 @@ def _cpu_backend(config: EngineConfig, variant: str | None) -> CpuBackend:
         group_size=config.model.quantization_group_size,
         kv_int8=config.cache.kv_cache_dtype == "int8",
     )
+
+
+CPP = Candidate(CpuBackend.capabilities, partial(_cpu_backend, None))
+"""C++ kernels in the best variant that this CPU can run."""
+BACKENDS = {
+    **{name: Candidate(CpuBackend.capabilities, partial(_cpu_backend, name)) for name in VARIANTS},
+    "torch": Candidate(OneDnnBackend.capabilities, lambda _, why: OneDnnBackend(why), _onednn_obstacle),
+    "reference": Candidate(ReferenceBackend.capabilities, lambda _, why: ReferenceBackend(why)),
+}
+"""Backends by the names of the setting `kernels`, fastest first."""

@@ -279,7 +279,7 @@ def test_a_step_that_does_not_end_is_a_hang() -> None:
     ("settings", "error", "message"),
     [
         ({"model": "/nowhere/at/all"}, ModelNotFoundError, "there is no folder /nowhere/at/all"),
-        ({"kernels": "avx2", "dtype": "float32"}, ConfigError, "they compute in bfloat16"),
+        ({"kernels": "avx2", "dtype": "float32"}, ConfigError, "the C.. kernels compute in bfloat16"),
     ],
 )
 def test_start_raises_what_prevents_it(settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -19,6 +19,8 @@ from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models.weights import DTYPES
+from splitfuse.runtime.backend_choice import BACKENDS as BACKENDS_BY_NAME
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.machine import usable_cores
 
@@ -103,9 +105,9 @@ def test_without_a_compiler_named_kernels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("dtype", "settings", "why"),
     [
-        (FP32, {}, "they compute in bfloat16, not in float32: set dtype=bfloat16"),
-        (FP16, {}, "they compute in bfloat16, not in float16: set dtype=bfloat16"),
-        (BF16, {"device": "cuda"}, "they run on the CPU, not on cuda"),
+        (FP32, {}, "the C++ kernels compute in bfloat16, not in float32: set dtype=bfloat16"),
+        (FP16, {}, "the C++ kernels compute in bfloat16, not in float16: set dtype=bfloat16"),
+        (BF16, {"device": "cuda"}, "the C++ kernels run on the CPU, not on cuda"),
         (BF16, {"kernels": "reference"}, "kernels=reference"),
         (BF16, {"kernels": "torch"}, "kernels=torch"),
     ],
@@ -130,9 +132,9 @@ def test_cpp_settings_without_a_compiler(setting: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "settings", "why"),
     [
-        (FP32, {}, "they compute in bfloat16, not in float32: set dtype=bfloat16"),
-        (FP16, {}, "they compute in bfloat16, not in float16: set dtype=bfloat16"),
-        (BF16, {"device": "cuda:1"}, "they run on the CPU, not on cuda:1"),
+        (FP32, {}, "the C++ kernels compute in bfloat16, not in float32: set dtype=bfloat16"),
+        (FP16, {}, "the C++ kernels compute in bfloat16, not in float16: set dtype=bfloat16"),
+        (BF16, {"device": "cuda:1"}, "the C++ kernels run on the CPU, not on cuda:1"),
     ],
 )
 def test_named_kernels_contradict_other_settings(
@@ -150,7 +152,7 @@ def test_variant_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_pytorch_kernels_run_on_the_cpu_alone() -> None:
-    with pytest.raises(ConfigError, match="kernels=torch cannot be used: they run on the CPU, not on cuda"):
+    with pytest.raises(ConfigError, match="torch cannot be used: PyTorch's kernels run on the CPU, not on cuda"):
         choose(kernels="torch", device="cuda")
 
 
@@ -197,11 +199,9 @@ def test_unsupported_settings_fail_before_loading(variant: str, settings: dict[s
 
 def test_config_lists_what_the_kernels_support() -> None:
     """config.py lists it again, as neither may import the other."""
-    assert tuple(CpuBackend.capabilities.quantizations) == config.QUANTIZATIONS
-    assert set(config.GROUP_SIZES) == {
-        size for sizes in CpuBackend.capabilities.quantizations.values() for size in sizes
-    }
-    assert set(config.KERNELS) == {"auto", *bindings.VARIANTS, "torch", "reference"}
+    assert CpuBackend.capabilities.quantizations == config.QUANTIZATIONS
+    assert ("auto", *BACKENDS_BY_NAME) == config.KERNELS
+    assert ("auto", *DTYPES) == config.DTYPES
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

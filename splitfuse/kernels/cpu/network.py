@@ -101,14 +101,12 @@ class FusedNetwork:
         Raises IndexError for a step that cannot be computed.
         """
         check(batch.packed, torch.int32)
-        tokens, requests, width, num_rows = batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows
-        sizes = (tokens, tokens, tokens, requests + 1, requests, requests * width)
-        addresses = list(accumulate((4 * size for size in sizes), initial=batch.packed.data_ptr()))
-        assert addresses[-1] + 4 * num_rows == batch.packed.data_ptr() + batch.packed.nbytes
-        arrays = Step(tokens, requests, width, num_rows, *addresses)
+        *addresses, end = accumulate((4 * size for size in batch.sizes), initial=batch.packed.data_ptr())
+        assert end == batch.packed.data_ptr() + batch.packed.nbytes
+        arrays = Step(batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows, *addresses)
         vocabulary = self._network.vocabulary
         arrays.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
-        rows = torch.empty(num_rows, self._network.hidden, dtype=torch.bfloat16)
+        rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not stores[0]:
                 for entry, store in zip(self._layers, stores, strict=True):

@@ -1,7 +1,9 @@
 """The architectures that we load, and the way from a config.json to a ModelSpec.
 
-To add a family: a function from config to spec, a weight-name table if its names are new, a line in FAMILIES. A feature
-of a config that changes the network is honoured or refused, never ignored. Knows no tensors.
+To add a family: a function from config to spec, a weight-name table if its names are new, a line in FAMILIES. One with
+a new kind of layer also needs a spec in kernels/interface.py, its operations in the backends, a function in
+models/layers.py and its shapes in models/weights.py. A feature of a config that changes the network is honoured or
+refused, never ignored. Knows no tensors.
 """
 
 from __future__ import annotations
