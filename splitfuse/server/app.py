@@ -5,7 +5,6 @@ Decides which path does what. What a dialect's routes do is decided in its packa
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import logging
@@ -177,7 +176,6 @@ class _Middleware:
         self._app = app
         self._state = state
         self._keys = keys
-        self._writing: set[asyncio.Task[None]] = set()  # records that wait for an engine's account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -225,26 +223,15 @@ class _Middleware:
         context.enter_phase(LatencyPhase.DETOKENIZING)
         record = record_of(context, route=path, status=status, error=error)
         state.metrics.request_ended(record)
-        timeline = RequestTimeline.of(context, record)
-        state.explanations.end(context, timeline)
+        timeline = RequestTimeline.of(context)
+        state.explanations.end(context, record, timeline)
         write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
         if timeline is None or record.slo_met is not False:
             write(record)
-            return
-
-        def write_violation() -> None:
-            write(dataclasses.replace(record, slo_violation=describe_timeline(timeline)))
-
-        async def wait() -> None:
-            await asyncio.shield(timeline.breakdown)
-            write_violation()
-
-        if timeline.breakdown.done():
-            write_violation()
         else:  # the engine tells where the time went within a step or two
-            task = asyncio.create_task(wait())
-            self._writing.add(task)
-            task.add_done_callback(self._writing.discard)
+            timeline.breakdown.add_done_callback(
+                lambda _: write(dataclasses.replace(record, slo_violation=describe_timeline(timeline)))
+            )
 
 
 def record_of(context: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:

@@ -81,16 +81,13 @@ class RequestTimeline:
     Of several choices, the engine's phases are those of the choice that ended last.
     """
 
-    unique_id: str
-    key: str | None
     front: dict[LatencyPhase, float]
     sent: float
     ended_at: float
     breakdown: asyncio.Future[LatencyBreakdown | None]
-    record: RequestRecord | None
 
     @classmethod
-    def of(cls, context: RequestContext, record: RequestRecord | None = None) -> RequestTimeline | None:
+    def of(cls, context: RequestContext) -> RequestTimeline | None:
         """Return the timeline of a request; None if no engine has had it."""
         last = context.last
         if last is None or last.stream is None or last.sent is None:
@@ -99,15 +96,7 @@ class RequestTimeline:
         detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
         _add(front, LatencyPhase.FROM_ENGINE, -detokenizing)
         _add(front, LatencyPhase.DETOKENIZING, detokenizing)
-        return cls(
-            unique_id=context.unique_id,
-            key=context.owner.name,
-            front=front,
-            sent=last.sent,
-            ended_at=last.ended_at,
-            breakdown=last.stream.breakdown,
-            record=record,
-        )
+        return cls(front=front, sent=last.sent, ended_at=last.ended_at, breakdown=last.stream.breakdown)
 
     def phases(self) -> dict[LatencyPhase, float]:
         """Return the seconds of each phase that has any, in order. `breakdown` must be done."""
@@ -156,7 +145,8 @@ class Explanations:
 
     def __init__(self, max_finished: int = MAX_FINISHED) -> None:
         self._max_finished = max_finished
-        self._timelines: OrderedDict[str, RequestTimeline] = OrderedDict()  # by our own id, the oldest first
+        # By our own id, the oldest first
+        self._finished: OrderedDict[str, tuple[RequestRecord, RequestTimeline]] = OrderedDict()
         self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # by our own id: key, and its end
         self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: our id of the newest
 
@@ -166,7 +156,7 @@ class Explanations:
         self._running[context.unique_id] = key, asyncio.Event()
         self._named[key, context.request_id] = context.unique_id
 
-    def end(self, context: RequestContext, timeline: RequestTimeline | None) -> None:
+    def end(self, context: RequestContext, record: RequestRecord, timeline: RequestTimeline | None) -> None:
         """Keep the timeline of a request that has ended, with its record, and forget the oldest if there are too many.
         None for a request that no engine had.
         """
@@ -178,11 +168,10 @@ class Explanations:
         if timeline is None:
             self._forget_name(key, context.request_id, context.unique_id)
             return
-        self._timelines[context.unique_id] = timeline
-        if len(self._timelines) > self._max_finished:
-            unique_id, oldest = self._timelines.popitem(last=False)
-            assert oldest.record is not None
-            self._forget_name(oldest.key, oldest.record.request_id, unique_id)
+        self._finished[context.unique_id] = record, timeline
+        if len(self._finished) > self._max_finished:
+            unique_id, (oldest, _) = self._finished.popitem(last=False)
+            self._forget_name(oldest.key, oldest.request_id, unique_id)
 
     async def find(self, wanted: str, *, key: str | None) -> Explanation:
         """Return the explanation of a request of that key, by its X-Request-Id or its answer's id, once the engine's
@@ -192,16 +181,15 @@ class Explanations:
         if (running := self._running.get(unique_id)) is not None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(running[1].wait(), END_TIMEOUT)
-        timeline = self._timelines.get(unique_id)
-        if timeline is None or timeline.key != key:
+        record, timeline = self._finished.get(unique_id, (None, None))
+        if record is None or timeline is None or record.key != key:
             raise RefusedError(
                 404,
                 f"there is no request {wanted!r:.200} among the last {self._max_finished} that have ended here; give "
                 "the id of an answer, or its header X-Request-Id",
                 code="request_not_found",
             )
-        breakdown, record = await asyncio.shield(timeline.breakdown), timeline.record
-        assert record is not None
+        breakdown = await asyncio.shield(timeline.breakdown)
         others = () if breakdown is None else breakdown.co_scheduled
         return Explanation(
             id=unique_id,
@@ -224,8 +212,8 @@ class Explanations:
         """Return the id of a request if that key may know it: not another key's, nor one whose key is forgotten."""
         if (running := self._running.get(unique_id)) is not None:
             return unique_id if running[0] == key else None
-        timeline = self._timelines.get(unique_id)
-        return unique_id if key is None or (timeline is not None and timeline.key == key) else None
+        record, _ = self._finished.get(unique_id, (None, None))
+        return unique_id if key is None or (record is not None and record.key == key) else None
 
     def _forget_name(self, key: str | None, name: str, unique_id: str) -> None:
         if self._named.get((key, name)) == unique_id:

@@ -139,17 +139,17 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
     match options[0]:
         case inspect.StructType() as struct:
             _check_object(struct, value, place)
-        case inspect.ListType(item_type=item, min_length=least, max_length=most):
+        case inspect.ListType(item_type=item, min_length=minimum, max_length=maximum):
             for index, each in enumerate(value):
                 _check(item, each, f"{place}[{index}]")
-            _check_length(value, place, "items", least, most)
-        case inspect.DictType(key_type=key_type, value_type=value_type, min_length=least, max_length=most):
+            _check_length(value, place, "items", minimum, maximum)
+        case inspect.DictType(key_type=key_type, value_type=value_type, min_length=minimum, max_length=maximum):
             for key, each in value.items():
                 _check_key(key_type, key, place)
                 _check(value_type, each, f"{place}[...]")
-            _check_length(value, place, "entries", least, most)
-        case inspect.StrType(min_length=least, max_length=most):
-            _check_length(value, place, "characters", least, most)
+            _check_length(value, place, "entries", minimum, maximum)
+        case inspect.StrType(min_length=minimum, max_length=maximum):
+            _check_length(value, place, "characters", minimum, maximum)
         case inspect.LiteralType(values=values) if value not in values:
             *others, last = map(str, values)
             wanted = f"{', '.join(others)} or {last}" if others else last
@@ -195,19 +195,19 @@ def _check_key(expected: inspect.Type, key: str, place: str) -> None:
         _check_bounds(expected, number, place, verb="have as key")
 
 
-def _check_length(value: Any, place: str, unit: str, least: int | None, most: int | None) -> None:
-    if least and not value:
+def _check_length(value: Any, place: str, unit: str, minimum: int | None, maximum: int | None) -> None:
+    if minimum and not value:
         raise _wrong(place, "must not be empty")
-    if most is not None and len(value) > most:
-        raise _wrong(place, f"must have at most {most} {unit}, not {len(value)}")
+    if maximum is not None and len(value) > maximum:
+        raise _wrong(place, f"must have at most {maximum} {unit}, not {len(value)}")
 
 
 def _check_bounds(expected: inspect.IntType | inspect.FloatType, value: float, place: str, verb: str = "be") -> None:
-    least, above, most = expected.ge, expected.gt, expected.le
-    too_small = (least is not None and value < least) or (above is not None and value <= above)
-    if too_small or (most is not None and value > most) or not math.isfinite(value):
-        low = f" above {above:g} up" if above is not None else "" if least is None else f" from {least:g}"
-        high = " up" if most is None else f" to {int(most) if float(most).is_integer() else most}"
+    minimum, above, maximum = expected.ge, expected.gt, expected.le
+    too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
+    if too_small or (maximum is not None and value > maximum) or not math.isfinite(value):
+        low = f" above {above:g} up" if above is not None else "" if minimum is None else f" from {minimum:g}"
+        high = " up" if maximum is None else f" to {int(maximum) if float(maximum).is_integer() else maximum}"
         raise _wrong(place, f"must {verb} {_kind(expected)}{low}{high}, not {value!r:.80}")
 
 

@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 async def merged(sources: Sequence[AsyncGenerator[_Item, None]]) -> AsyncGenerator[_Item, None]:
     """Yield the items of all sources as they come. An error of one ends them all, and so does closing.
 
-    A source continues only when its last item has been processed, so that what the item describes has not changed yet.
+    A source is resumed only after its last item was processed: an item may refer to the source's current state.
     """
     news: asyncio.Queue[tuple[_Item, asyncio.Event] | Exception | None] = asyncio.Queue()
 

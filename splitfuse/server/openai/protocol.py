@@ -1,8 +1,7 @@
 """Requests of OpenAI's dialect: its parameters, and those that vLLM's users know, as types that decode strictly.
 
 They decide what is supported, what is refused, and what a parameter left out means. Nothing is ignored: an unknown
-parameter is refused, and so is a known one that is not supported, unless its value requests nothing. They know neither
-engines nor sockets.
+parameter is refused, and so is a known one that is not supported, unless its value requests nothing.
 """
 
 from __future__ import annotations
@@ -114,8 +113,8 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
             each_token=bool(self.return_token_ids),
         )
 
-    def prompts(self, most: int) -> list[str | list[int]]:
-        """Return one prompt or more, at most `most`. Raises InvalidRequestError for a list of mixed kinds."""
+    def prompts(self, max_prompts: int) -> list[str | list[int]]:
+        """Return one prompt or more, at most `max_prompts`. Raises InvalidRequestError for a list of mixed kinds."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -130,9 +129,9 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
                 "mixture",
                 parameter="prompt",
             )
-        if len(prompt) > most:
+        if len(prompt) > max_prompts:
             raise InvalidRequestError(
-                f"prompt has {len(prompt)} prompts; this server takes at most {most} in one request",
+                f"prompt has {len(prompt)} prompts; this server takes at most {max_prompts} in one request",
                 parameter="prompt",
             )
         return prompt  # type: ignore[return-value]
@@ -279,15 +278,16 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
 
     def params(self) -> SamplingParams:
         """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if self.max_tokens not in (None, most):
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if self.max_tokens not in (None, max_tokens):
             raise InvalidRequestError(
-                f"max_completion_tokens {most} and max_tokens {self.max_tokens} are two names of one thing: give one",
+                f"max_completion_tokens {max_tokens} and max_tokens {self.max_tokens} are two names of one thing: give "
+                "one",
                 parameter="max_completion_tokens",
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
-        return sampling_params(self, max_tokens=most, logprobs=self.top_logprobs or 0 if self.logprobs else None)
+        return sampling_params(self, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
 
 class TokenizeRequest(Body, kw_only=True, frozen=True):
