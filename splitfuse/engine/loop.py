@@ -1,4 +1,4 @@
-"""Runs an engine that serves others: take commands, run a step, report. One thread; knows no transport."""
+"""Runs an engine that serves others: take commands, run a step, report. One thread."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ _CODES = {PromptTooLongError: "context_length_exceeded", RequestTooLargeError: "
 
 _SECRETS = re.compile(
     r"""0x[0-9a-fA-F]+                  # a memory address
-    | (?<![\w.])/[^\s'"(),:;/]+/[^\s'"(),:]*   # a path from the root, of two parts at least: one is a route of ours
+    | (?<![\w.])/[^\s'"(),:;/]+/[^\s'"(),:]*   # a path from the root, of two parts at least: one part may be a route
     | [\w+.-]+(?:/[^\s/'"(),:]+){2,}    # any other path
     | (?:\d{1,3}\.){3}\d{1,3}(?::\d+)?  # an IP address
     """,

@@ -66,7 +66,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 
 
 async def timing_with_phases(context: RequestContext) -> Timing:
-    """Return the times of a request once its engine has told where they went, which may be a step after its end."""
+    """Return the times of a request once its engine has reported where they went, which may be a step after its end."""
     if context.last is not None and context.last.stream is not None:
         await asyncio.shield(context.last.stream.breakdown)
     context.enter_phase(LatencyPhase.FROM_ENGINE)

@@ -41,7 +41,7 @@ class GenerationRequest:
     """Seconds after its arrival at which the request is given up."""
     stream: bool = False
     each_token: bool = False
-    """Whether the responder is told of each token of a stream, even one whose text is held back."""
+    """Whether the responder gets each token of a stream, even one whose text is held back."""
     include_timing: bool = False
     include_output: bool = True
     """Whether the generated text is a part of the answer."""

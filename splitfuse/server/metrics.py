@@ -1,6 +1,6 @@
 """Counts for Prometheus: the state of the engines, what they have done, and how requests ended.
 
-Decides names, meanings and buckets. Knows neither HTTP nor the scheduler: it reads EngineStats, StepReport and
+Decides names, meanings and buckets. It reads EngineStats, StepReport and
 RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the dashboards, routers and autoscalers that know
 them. Belongs to the event loop's thread.
 """

@@ -1,7 +1,7 @@
 """Decodes JSON bodies, and tells what is wrong with a malformed one: the place, the value, a valid one.
 
 A `Body` declares the fields of a request. `decode` lets msgspec decode it; only if that fails does it walk the JSON
-along the type, to find the first mismatch. Every dialect uses it; it knows no route.
+along the type, to find the first mismatch. Every dialect uses it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
 
     @classmethod
     def suggest(cls, field: str) -> str:
-        """See Body: a field of the other route is told as such."""
+        """See Body: a field of the other route is reported as such."""
         for other in GenerateBody.__subclasses__():
             if other is not cls and field in other.supported():
                 return f"; it is one of {other.PATH}, and this is {cls.PATH}"

@@ -1,6 +1,6 @@
 """Answers in OpenAI's dialect: whole ones, and the events of a stream.
 
-Decides what each field of an answer says. Knows neither engines, sockets nor errors.
+Decides what each field of an answer says.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class OpenAIResponder(Responder):
         self._piece = pieces.of
         self._n = request.n or 1
         self._include_usage = request.include_usage
-        self._num_told: dict[Generation, int] = {}  # tokens whose logprobs are out
+        self._num_sent: dict[Generation, int] = {}  # tokens whose logprobs are out
 
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
         """See Responder."""
@@ -210,10 +210,10 @@ class OpenAIResponder(Responder):
         return generation.index * self._n + generation.choice
 
     def _unsent(self, generation: Generation) -> range:
-        """Return the tokens, by number, that are final and were not told yet, and marks them as told."""
-        start = self._num_told.get(generation, 0)
-        self._num_told[generation] = max(start, generation.num_released)
-        return range(start, self._num_told[generation])
+        """Return the tokens, by number, that are final and were not sent yet, and marks them as sent."""
+        start = self._num_sent.get(generation, 0)
+        self._num_sent[generation] = max(start, generation.num_released)
+        return range(start, self._num_sent[generation])
 
 
 class CompletionResponder(OpenAIResponder):
@@ -248,7 +248,7 @@ class CompletionResponder(OpenAIResponder):
 
     def _choice(self, generation: Generation, text: str) -> CompletionChoice:
         before, entries = "", _Entries(self._piece, self._logprobs or 0)
-        is_first = generation not in self._num_told
+        is_first = generation not in self._num_sent
         numbers = self._unsent(generation)
         if self._echo and is_first:
             before = self._echoed[generation] = self._prompt_text(generation)
@@ -326,7 +326,7 @@ class ChatResponder(OpenAIResponder):
     def events(self, generation: Generation, text: str) -> Iterable[ChatCompletionChunk]:
         """See Responder."""
         index = self._index(generation)
-        if generation not in self._num_told:
+        if generation not in self._num_sent:
             yield self._event(ChatChunkChoice(index, Delta(role="assistant", content="")))
         logprobs = self._new_logprobs(generation)
         if text or (logprobs and logprobs.content):
