@@ -1,0 +1,64 @@
+"""A dialect brings its own keys, errors and events; nothing of OpenAI's is left in them."""
+
+import msgspec
+import pytest
+from running_server import running_server
+
+from splitfuse.config import ServerConfig
+from splitfuse.errors import InvalidRequestError
+from splitfuse.server import app
+from splitfuse.server.context import RequestContext
+from splitfuse.server.dialect import Dialect, Route, encode_json
+from splitfuse.server.state import AppState
+
+
+class Complaint(msgspec.Struct, frozen=True):
+    oops: str
+    status: int
+
+
+class Line(msgspec.Struct, frozen=True):
+    text: str
+
+
+LINES = Dialect(
+    error=lambda answer: Complaint(answer.message, answer.status),
+    error_type=Complaint,
+    key=lambda headers: headers.get(b"x-key", b""),
+    event=lambda line: encode_json(line) + b"\n",
+    end=b"end\n",
+    end_description=", and end at the end",
+    stream_type="text/plain",
+)
+
+
+async def lines(_: AppState, context: RequestContext) -> None:
+    await context.send_events([Line("a")])
+    await context.end_events()
+
+
+async def refuse(_: AppState, __: RequestContext) -> None:
+    raise InvalidRequestError("never")
+
+
+async def break_off(_: AppState, context: RequestContext) -> None:
+    await context.send_events([Line("a")])
+    raise InvalidRequestError("no more")
+
+
+def test_a_dialect_brings_its_keys_errors_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {"/lines": lines, "/refuse": refuse, "/break": break_off}
+    own = tuple(Route("GET", path, handler, "x", None, dialect=LINES) for path, handler in handlers.items())
+    monkeypatch.setattr(app, "ROUTES", own + app.ROUTES)
+    with running_server(ServerConfig(api_key=("k",)), num_blocks=200) as server, server.http() as http:
+        anonymous = http.get("/lines", headers={"authorization": "Bearer k"})
+        assert anonymous.status_code == 401 and anonymous.json()["status"] == 401
+        http.headers["x-key"] = "k"
+        assert http.get("/lines").text == '{"text":"a"}\nend\n'
+        refused = http.get("/refuse")
+        assert (refused.status_code, refused.json()) == (400, {"oops": "never", "status": 400})
+        assert http.get("/break").text == '{"text":"a"}\n{"oops":"no more","status":400}\n'
+        assert http.get("/version").json()["error"]["code"] == "invalid_api_key"
+        answers = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()["paths"]["/lines"]["get"]
+        schema = answers["responses"]["401"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/Complaint"}
