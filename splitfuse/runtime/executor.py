@@ -66,7 +66,7 @@ class Executor:
         return handle.result
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Run one forward step. Returns final hidden states [sum of num_logits, hidden], in the order of the chunks."""
+        """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
         batch = build_batch(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
         return self.decoder.forward(batch, self.kv_cache)
 

@@ -106,7 +106,7 @@ def test_the_plan_prints_need_and_have() -> None:
     assert lines[3].endswith("40 blocks of 32: 1280 tokens")
 
 
-def test_resident_memory_is_what_the_system_says(tmp_path: Path) -> None:
+def test_anonymous_memory_is_what_the_system_says(tmp_path: Path) -> None:
     measured = anonymous_bytes()
     assert measured is None or 2**20 < measured < 2**40
     (tmp_path / "proc/self").mkdir(parents=True)
