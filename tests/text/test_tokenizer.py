@@ -187,7 +187,7 @@ def test_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
 )
 def test_hostile_tokenizer_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         Tokenizer.from_source(ModelFolder(tmp_path))
 
 
