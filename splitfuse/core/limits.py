@@ -1,7 +1,7 @@
 """Checks requests against the limits of the model and the KV cache of an engine.
 
 A request is checked once, where it enters (a pipeline, a server, `Engine.add_request`): the sender gets the error, also
-of an engine in another process. From there on its sizes are only asserted.
+of an engine in another process. From there on, tokens are not read again.
 """
 
 from __future__ import annotations

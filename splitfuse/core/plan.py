@@ -49,7 +49,7 @@ class NewRequest:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Describes one forward step: chunks in order, with at most `token_budget` tokens in all."""
+    """Describes one forward step: chunks in order. Dynamic SplitFuse keeps their tokens within `token_budget`."""
 
     step: int
     token_budget: int

@@ -25,7 +25,7 @@ class RequestStatus(enum.StrEnum):
 
 
 class Priority(enum.IntEnum):
-    """Orders requests before fair shares and age: all of a smaller number come first."""
+    """Orders requests before fair shares and age: all claims of a smaller number come first, but for urgent decodes."""
 
     HIGH = 0
     NORMAL = 1

@@ -1,4 +1,4 @@
-"""Choose the replica for a request: a pure function, used by the router and by the simulator.
+"""Choose the replica for a request: `choose_replica`, used by the router and by the simulator.
 
 For each replica, the names (kv/names.py) of the blocks of the prompts that it was sent are remembered: it need not
 compute a beginning that its prefix cache still holds. That is a guess, and costs little when it is wrong.
@@ -16,7 +16,7 @@ class ReplicaLoad:
     """State of one replica, as far as the choice depends on it."""
 
     accepts: bool
-    """Whether it is alive and not draining."""
+    """Whether it is ready for requests."""
     outstanding_tokens: int
     """Tokens that it still has to compute for the requests it was given."""
     cached_tokens: int

@@ -2,7 +2,7 @@
 
 Each field of SamplingParams is a row: name, type, default, bounds, OpenAI's default, help. Everything else is derived
 from it: validation here, the keywords of `pipeline()` and `client()` (text/kwargs.py), the flags of the command line
-(cli/flags.py), the fields of OpenAI requests (server/openai/protocol.py) and the table in docs/server.md. A new
+(cli/flags.py), the fields of OpenAI requests (server/sampling.py) and the table in docs/server.md. A new
 parameter costs two edits: its row here and its effect in runtime/sampling/.
 """
 

@@ -1,17 +1,19 @@
 """Schedules by Dynamic SplitFuse: decides which tokens of which requests make up the next forward step.
 
 A request is two counters, tokens known and tokens scheduled; every step lets the second catch up with the first under
-one token budget. Long prompts are split over steps, short ones fused with the running decodes, and the budget is filled
-exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671, section 3).
+one token budget. Long prompts are split over steps, short ones fused with the running decodes, and without SLOs the
+budget is filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671,
+section 3).
 
     order of claims      core/policy.py: by priority; within one, decodes, which need only their newest token, then
                          prefills in progress, then waiting requests; each by fair share, then oldest first. The last
                          claim is cut to fit. With SLOs, by deadline (core/slo/deadline_policy.py).
-    no block left        The newest running request of the lowest priority is preempted: its tokens are kept, and
-                         computed again later.
-    progress             The oldest unfinished request gets at least one token of every step: one is reserved for it.
-                         It may preempt any request and is never preempted, and `add` has made sure that it fits the
-                         cache alone. So it finishes; then the next one is the oldest.
+    no block left        The newest running request of the lowest priority is preempted (with SLOs, first one which
+                         has missed its own): its tokens are kept, and computed again later.
+    progress             The oldest unfinished request gets at least one token of every step in which no plan of its own
+                         is in flight: one is reserved for it. It may preempt any request and is never preempted, and
+                         `add` has made sure that it fits the cache alone. So it finishes; then the next one is the
+                         oldest.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.
 

@@ -23,13 +23,13 @@ class AsyncEngine(LocalClient):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self._events: asyncio.AbstractEventLoop | None = None
-        self._loop = EngineLoop(engine, self._report)
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._engine_loop = EngineLoop(engine, self._report)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     async def start(self) -> None:
-        self._events = asyncio.get_running_loop()
-        self._take(Ready(self._loop.info))
+        self._event_loop = asyncio.get_running_loop()
+        self._take(Ready(self._engine_loop.info))
         self._thread.start()
 
     async def close(self) -> None:
@@ -39,17 +39,17 @@ class AsyncEngine(LocalClient):
         self._die("it was closed")
 
     def _send(self, command: Add | Finish | Stop) -> None:
-        self._loop.commands.put(command)
+        self._engine_loop.commands.put(command)
 
     def _run(self) -> None:
         try:
-            self._loop.run()
+            self._engine_loop.run()
         except Exception as error:
             self._report(Failed(repr(error)))
 
     def _report(self, report: Report) -> None:
-        assert self._events is not None
+        assert self._event_loop is not None
         try:
-            self._events.call_soon_threadsafe(self._take, report)
+            self._event_loop.call_soon_threadsafe(self._take, report)
         except RuntimeError:  # the event loop is closed, so no one reads the reports
-            self._loop.commands.put(Stop())
+            self._engine_loop.commands.put(Stop())

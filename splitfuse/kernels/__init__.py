@@ -1,1 +1,1 @@
-"""Computes: backends of operations on flat tensors."""
+"""Kernel backends: the operations of a decoder on flat tensors."""

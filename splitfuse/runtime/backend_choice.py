@@ -110,4 +110,4 @@ BACKENDS = {
     "torch": Candidate(OneDnnBackend.capabilities, lambda _, why: OneDnnBackend(why), _onednn_obstacle),
     "reference": Candidate(ReferenceBackend.capabilities, lambda _, why: ReferenceBackend(why)),
 }
-"""Backends by the names of the setting `kernels`, fastest first."""
+"""Backends by the names of the setting `kernels`."""

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from splitfuse.runtime.machine import GIB, processor, total_memory
 from splitfuse.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 VERSIONS = ("torch", "numpy", "msgspec")
 _ROOT = Path(__file__).parents[2]

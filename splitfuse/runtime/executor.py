@@ -51,7 +51,7 @@ class Executor:
         self._last_collected = 0
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Execute a plan. The step is done when this returns, on every device."""
+        """Execute a plan. Its tokens are known when this returns: nothing overlaps yet."""
         self._num_submitted += 1
         return StepHandle(self._num_submitted, self._execute(plan))
 

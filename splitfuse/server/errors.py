@@ -46,7 +46,7 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """Holds the answer to an error, in no dialect. `is_bug` says that its traceback belongs in the log."""
+    """Holds the answer to an error, which a dialect writes. `is_bug` says that its traceback belongs in the log."""
 
     status: int
     message: str

@@ -164,8 +164,8 @@ def test_co_scheduled_prompts_of_other_keys_are_anonymous() -> None:
         own = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}, headers=mine).headers["x-request-id"]
         http.post(COMPLETIONS, json={**BODY, "prompt": "Olga " + LONG}, headers=other)
         assert list(lines)
-        beside = explain(http, stream.headers["x-request-id"], mine)["co_scheduled"]
-    assert {each["id"] for each in beside} == {own, None}
+        others = explain(http, stream.headers["x-request-id"], mine)["co_scheduled"]
+    assert {each["id"] for each in others} == {own, None}
 
 
 def test_the_explain_command(

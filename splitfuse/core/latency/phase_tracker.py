@@ -52,7 +52,7 @@ class PhaseTracker:
         events.subscribe(RequestFinished, self._close)
 
     def pop(self, request_id: str) -> LatencyBreakdown | None:
-        """Return the breakdown of a finished request, and forgets it."""
+        """Return the breakdown of a finished request, and forget it."""
         return self._breakdowns.pop(request_id, None)
 
     def _open(self, event: RequestAdded) -> None:

@@ -51,8 +51,8 @@ class Rank(IntEnum):
 class DeadlinePolicy(Fcfs):
     """Lets as many requests as possible meet their SLO.
 
-    Urgent are decodes whose deadline is before the end of the step after this one. Then come the claims of each `Rank`,
-    by deadline or, without one, by fair share and age.
+    Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
+    MAX_SKIPPED_STEPS times. Then come the claims of each `Rank`, by deadline or, without one, by fair share and age.
     """
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:

@@ -25,7 +25,7 @@ class FairShare:
         """Service of the least served owner that has requests, for each priority; it never falls."""
 
     def key(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
-        """Return the `fair_share_key` of a new request, and charges its whole prompt: a burst is many requests."""
+        """Return the `fair_share_key` of a new request, and charge its whole prompt: a burst is many requests."""
         service, owner, priority = self._service, request.owner, request.priority
         levels = {each.owner: service[each.owner] for each in running if each.priority == priority}
         for each in waiting:

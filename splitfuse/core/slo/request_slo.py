@@ -14,10 +14,12 @@ MISSED_ITL_FACTOR = 2.0
 class RequestSlo:
     """Tracks the SLO of one request. All times are on the scheduler's clock.
 
-    slo = RequestSlo(SloTargets(ttft=1.0, itl=0.1), arrival_time=10.0, num_prompt_tokens=512)
-    slo.deadline           # 11.0: the first token's
-    slo.observe_token(10.8)
-    slo.deadline           # 10.9: the second token's
+    >>> slo = RequestSlo(SloTargets(ttft=1.0, itl=0.1), arrival_time=10.0, num_prompt_tokens=512)
+    >>> slo.deadline  # the first token's
+    11.0
+    >>> slo.observe_token(10.8)
+    >>> slo.deadline  # the second token's
+    10.9
     """
 
     def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:

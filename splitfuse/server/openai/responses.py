@@ -210,7 +210,7 @@ class OpenAIResponder(Responder):
         return generation.index * self._n + generation.choice
 
     def _unsent(self, generation: Generation) -> range:
-        """Return the tokens, by number, that are final and were not sent yet, and marks them as sent."""
+        """Return the tokens, by number, that are final and were not sent yet, and mark them as sent."""
         start = self._num_sent.get(generation, 0)
         self._num_sent[generation] = max(start, generation.num_released)
         return range(start, self._num_sent[generation])
