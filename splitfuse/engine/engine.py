@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import SchedulingPolicy
@@ -165,14 +164,14 @@ class Engine:
         *,
         num_tokens: int | None = None,
         wanted_until: float | None = None,
-    ) -> LatencyBreakdown | None:
-        """End a request, keeping its first `num_tokens` generated tokens. Returns where its time went until
-        `wanted_until`, on the monotonic clock, or until now; None if it has ended already.
+    ) -> RequestOutput | None:
+        """End a request, keeping its first `num_tokens` generated tokens. Returns its last output, which accounts for
+        its time until `wanted_until`, on the monotonic clock, or until now; None if it has ended already.
         """
         now = time.monotonic()
         if not self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=now, wanted_until=wanted_until):
             return None
-        return self._latencies.pop(request_id)
+        return RequestOutput(request_id, finish_reason=reason, latency_breakdown=self._latencies.pop(request_id))
 
     def is_unfinished(self, request_id: str) -> bool:
         """Return whether a request of that id is waiting or running."""

@@ -75,16 +75,14 @@ class EngineLoop:
                     except (InvalidRequestError, LateError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
-                    breakdown = self._engine.finish(
+                    output = self._engine.finish(
                         command.request_id,
                         command.reason,
                         num_tokens=command.num_tokens,
                         wanted_until=command.ended,
                     )
-                    if breakdown is not None:
-                        outputs.append(
-                            RequestOutput(command.request_id, finish_reason=command.reason, latency_breakdown=breakdown)
-                        )
+                    if output is not None:
+                        outputs.append(output)
                 case Stop():
                     self._stopped = True
         return outputs

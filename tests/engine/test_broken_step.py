@@ -9,6 +9,7 @@ import torch
 import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
+from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
@@ -71,6 +72,19 @@ def test_a_listener_that_fails_is_logged_and_fails_no_step(
     assert outputs[-1].finish_reason is FinishReason.LENGTH and outputs[-1].latency_breakdown is not None
     assert engine.allocator.num_held == 0 and not engine.has_unfinished
     assert "a bug in the listener" in caplog.text and len(caplog.records) == 3
+
+
+def test_an_abort_counts_though_latency_accounting_failed(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a bug in the ledger")
+
+    monkeypatch.setattr(LatencyLedger, "close", broken)
+    engine = Engine(CONFIG, model)
+    engine.add_request("a", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
+    output = engine.finish("a", FinishReason.STOP)
+    assert output is not None and output.finish_reason is FinishReason.STOP and output.latency_breakdown is None
+    engine.add_request("b", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
+    assert engine.abort("b") and not engine.abort("b") and not engine.has_unfinished
 
 
 def test_a_broken_put_leaves_the_sequence_as_it_was(monkeypatch: pytest.MonkeyPatch, model: LoadedModel) -> None:
