@@ -36,6 +36,9 @@ class SplitfuseError(Exception):
     """Root of the errors that splitfuse raises on purpose."""
 
     status: int = 500
+    """HTTP status by which a server answers it."""
+    code: str = "internal_error"
+    """Code of that answer, by which a client finds the class again."""
 
 
 class ConfigError(SplitfuseError):
@@ -50,6 +53,7 @@ class InvalidRequestError(SplitfuseError):
     """Raised when a request is invalid. `parameter` is the name of the parameter at fault, if it is one."""
 
     status = 400
+    code = "invalid_value"
 
     def __init__(self, message: str, *, parameter: str | None = None) -> None:
         super().__init__(message)
@@ -59,9 +63,13 @@ class InvalidRequestError(SplitfuseError):
 class PromptTooLongError(InvalidRequestError):
     """Raised when the prompt leaves no token to generate within the model's length."""
 
+    code = "context_length_exceeded"
+
 
 class RequestTooLargeError(InvalidRequestError):
     """Raised when a request needs more KV blocks than the whole cache has."""
+
+    code = "request_too_large"
 
 
 class ModelError(SplitfuseError):
@@ -70,6 +78,8 @@ class ModelError(SplitfuseError):
 
 class ModelNotFoundError(ModelError):
     """Raised when no folder or Hub model has the name, or when the Hub cannot be reached."""
+
+    code = "model_not_found"
 
 
 class UnsupportedModelError(ModelError):
@@ -95,11 +105,14 @@ class MemoryPlanError(SplitfuseError):
 class RequestFailedError(SplitfuseError):
     """Raised when one request fails while it runs. The others continue."""
 
+    code = "request_failed"
+
 
 class OverloadedError(SplitfuseError):
     """Raised when the server is at capacity. `retry_after` is the number of seconds until a retry may succeed."""
 
     status = 429
+    code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
@@ -116,12 +129,14 @@ class EngineDiedError(SplitfuseError):
     """Raised when no engine is there to compute a request, or when it died meanwhile. A retry may succeed."""
 
     status = 503
+    code = "engine_unavailable"
 
 
 class DrainingError(SplitfuseError):
     """Raised when the server is shutting down: running requests continue, new ones are refused."""
 
     status = 503
+    code = "draining"
 
 
 class ServerError(SplitfuseError):

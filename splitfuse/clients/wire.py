@@ -196,11 +196,8 @@ def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TextLogp
 
 
 _KINDS: Mapping[str, type[SplitfuseError]] = {
-    "context_length_exceeded": PromptTooLongError,
-    "request_too_large": RequestTooLargeError,
-    "model_not_found": ModelNotFoundError,
-    "draining": DrainingError,
-    "engine_unavailable": EngineDiedError,
+    kind.code: kind
+    for kind in (PromptTooLongError, RequestTooLargeError, ModelNotFoundError, DrainingError, EngineDiedError)
 }
 
 

@@ -16,7 +16,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.dialect import Dialect, encode_json
-from splitfuse.server.errors import ClientGoneError, ErrorAnswer, RefusedError
+from splitfuse.server.errors import ClientGoneError, RefusedError
 from splitfuse.server.listen import Receive, Scope, Send
 from splitfuse.text.generation import Generation
 
@@ -162,7 +162,6 @@ class RequestContext:
                 408,
                 f"splitfuse_deadline: {deadline:g} s have passed",
                 code="deadline_exceeded",
-                type="timeout_error",
                 parameter="splitfuse_deadline",
                 headers={"x-should-retry": "false"},  # OpenAI's clients would ask again
             )
@@ -208,7 +207,7 @@ class RequestContext:
         await self._write(self.dialect.end)
         await self.send({"type": "http.response.body", "body": b""})
 
-    async def fail(self, answer: ErrorAnswer) -> None:
+    async def fail(self, answer: RefusedError) -> None:
         """Send an error: as the answer, or as the last event of a stream that has begun."""
         body = self.dialect.error(answer)
         if self.status is None:

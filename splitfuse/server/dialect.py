@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.server.errors import ErrorAnswer
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body
 
 encode_json = msgspec.json.Encoder().encode
@@ -33,7 +33,7 @@ def bearer_key(headers: Mapping[bytes, bytes]) -> bytes:
 class Dialect:
     """Tells how an API reads keys, and writes errors and the events of a stream."""
 
-    error: Callable[[ErrorAnswer], msgspec.Struct]
+    error: Callable[[RefusedError], msgspec.Struct]
     """Returns the body of an error, which is also the last event of a stream that breaks off."""
     error_type: type[msgspec.Struct]
     """Type of that body."""

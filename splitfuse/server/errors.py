@@ -8,22 +8,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from splitfuse.errors import (
     DrainingError,
     EngineDiedError,
     InvalidRequestError,
     OverloadedError,
-    PromptTooLongError,
     RequestFailedError,
-    RequestTooLargeError,
     SplitfuseError,
 )
 
+_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+"""Types of errors by status, in OpenAI's words; others are a client's fault below 500, and the server's above."""
+
 
 class RefusedError(SplitfuseError):
-    """Refuses a request before an engine sees it: with an HTTP `status`, and OpenAI's `type`, `code` and `param`."""
+    """Refuses a request with an HTTP answer, which a dialect writes: status, type, code, message and headers.
+
+    `parameter` names the parameter at fault, if it is one.
+    """
 
     def __init__(
         self,
@@ -31,55 +34,41 @@ class RefusedError(SplitfuseError):
         message: str,
         *,
         code: str,
-        type: str = "invalid_request_error",  # noqa: A002 - OpenAI's word
         parameter: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.type, self.code, self.parameter = status, type, code, parameter
+        self.status, self.message, self.code, self.parameter = status, message, code, parameter
+        self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.headers = dict(headers or {})
+
+    @property
+    def is_bug(self) -> bool:
+        """Return whether the traceback of what it answers belongs in the log."""
+        return self.code == SplitfuseError.code
 
 
 class ClientGoneError(Exception):
     """The client has disconnected: there is no one to answer."""
 
 
-@dataclass(frozen=True)
-class ErrorAnswer:
-    """Holds the answer to an error, which a dialect writes. `is_bug` says that its traceback belongs in the log."""
-
-    status: int
-    message: str
-    type: str
-    code: str
-    parameter: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    is_bug: bool = False
-
-
-def answer_to(error: Exception) -> ErrorAnswer:
+def answer_to(error: Exception) -> RefusedError:
     """Return the answer to an error."""
     match error:
         case RefusedError():
-            return ErrorAnswer(error.status, str(error), error.type, error.code, error.parameter, error.headers)
+            return error
         case InvalidRequestError():
-            code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "invalid_value")
-            return ErrorAnswer(error.status, str(error), "invalid_request_error", code, error.parameter)
+            return RefusedError(error.status, str(error), code=error.code, parameter=error.parameter)
         case OverloadedError():
             headers = {"retry-after": str(max(math.ceil(error.retry_after), 1))}
-            return ErrorAnswer(error.status, str(error), "rate_limit_error", "rate_limit_exceeded", headers=headers)
-        case EngineDiedError() | DrainingError():
-            code = "draining" if isinstance(error, DrainingError) else "engine_unavailable"
-            headers = {"retry-after": "1"}
-            return ErrorAnswer(error.status, without_secrets(str(error)), "server_error", code, headers=headers)
-        case RequestFailedError():
-            return ErrorAnswer(error.status, without_secrets(str(error)), "server_error", "request_failed")
+            return RefusedError(error.status, str(error), code=error.code, headers=headers)
+        case EngineDiedError() | DrainingError() | RequestFailedError():
+            headers = {"retry-after": "1"} if error.status == 503 else {}
+            return RefusedError(error.status, without_secrets(str(error)), code=error.code, headers=headers)
         case _:
             message = "internal error; the server's log has its traceback under the request's id"
-            return ErrorAnswer(500, message, "server_error", "internal_error", is_bug=True)
+            return RefusedError(500, message, code="internal_error")
 
-
-_CODES = {PromptTooLongError: "context_length_exceeded", RequestTooLargeError: "request_too_large"}
 
 _SECRETS = re.compile(
     r"""0x[0-9a-fA-F]+                  # a memory address

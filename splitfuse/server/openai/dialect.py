@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from splitfuse.server.dialect import Dialect
-from splitfuse.server.errors import ErrorAnswer
+from splitfuse.server.errors import RefusedError
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -23,7 +23,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
-def error_body(answer: ErrorAnswer) -> ErrorBody:
+def error_body(answer: RefusedError) -> ErrorBody:
     """Return the body of an error."""
     return ErrorBody(ErrorDetail(answer.message, answer.type, answer.parameter, answer.code))
 
