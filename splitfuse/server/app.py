@@ -11,16 +11,14 @@ import logging
 import re
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
+from starlette.routing import Router
+from starlette.websockets import WebSocketClose
 
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
@@ -50,29 +48,27 @@ _logger = logging.getLogger(__name__)
 
 def make_app(
     service: TextService, config: ServerConfig, *, admission: Admission, metrics: Metrics, log: RequestLog
-) -> Starlette:
+) -> App:
     """Return the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
     state = AppState(service, config, admission, metrics, log, int(time.time()))
-    middleware = [Middleware(_Middleware, state=state, keys=ApiKeys(config))]
-    if config.allow_origin:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=config.allow_origin,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
-        )
-        middleware.insert(0, cors)
-    app = Starlette(
-        routes=[StarletteRoute(route.path, _Endpoint(route, state), methods=[route.method]) for route in ROUTES],
-        middleware=middleware,
-        exception_handlers={HTTPException: _reraise},
+    keys = ApiKeys(config)
+    app = Router(
+        [StarletteRoute(route.path, _Endpoint(route, state, keys)) for route in ROUTES],
+        redirect_slashes=False,
+        default=_Endpoint(_UNKNOWN, state, keys),
     )
-    app.router.redirect_slashes = False
-    return app
+    if not config.allow_origin:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=config.allow_origin,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+    )
 
 
 # Routes --------------------------------------------------------------------------------------------------------------
@@ -123,6 +119,10 @@ async def _openapi(state: AppState, context: RequestContext) -> None:
     await context.answer(document(ROUTES, state.schema_bounds))
 
 
+async def _no_such_route(*_: object) -> None:
+    raise RefusedError(404, "there is no such route; /openapi.json lists all", code="no_such_route")
+
+
 _EXPLAIN = "/v1/splitfuse/requests/{request}"
 
 _route = functools.partial(Route, dialect=OPENAI)
@@ -144,62 +144,44 @@ ROUTES: tuple[Route, ...] = (
 )
 """Route table of the server: each dialect's routes, and its own."""
 
-
-class _Endpoint:
-    """Makes an ASGI application of a route."""
-
-    def __init__(self, route: Route, state: AppState) -> None:
-        self._route = route
-        self._state = state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called inside of _Middleware."""
-        del receive, send  # the context has them
-        context: RequestContext = scope["splitfuse.context"]
-        if self._route.body is None:
-            await self._route.handler(self._state, context)
-        else:
-            await self._route.handler(self._state, context, await self._state.read(context, self._route.body))
-
-
-async def _reraise(_: Request, error: Exception) -> Response:
-    raise error
+_UNKNOWN = _route("*", "unknown", _no_such_route, "Every other path", None)
 
 
 # What holds for all of them ------------------------------------------------------------------------------------------
 
 
-class _Middleware:
-    """Gives each request its RequestContext, checks its key, answers errors, writes its record."""
+@dataclass(frozen=True)
+class _Endpoint:
+    """Serves a route as an ASGI application: gives each request its context, checks its key, calls the handler, answers
+    errors, writes the record.
+    """
 
-    def __init__(self, app: App, *, state: AppState, keys: ApiKeys) -> None:
-        self._app = app
-        self._state = state
-        self._keys = keys
+    route: Route
+    state: AppState
+    keys: ApiKeys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await WebSocketClose()(scope, receive, send)
             return
-        route = next((route for route in ROUTES if route.matches(scope["path"])), None)
-        dialect = OPENAI if route is None else route.dialect
-        context = RequestContext(scope, receive, send, dialect=dialect, unique_id=secrets.token_hex(16))
+        route = self.route
+        context = RequestContext(scope, receive, send, dialect=route.dialect, unique_id=secrets.token_hex(16))
         wanted_id = context.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
             context.request_id = wanted_id.decode()
         failure: Exception | None = None
         try:
-            if route is None or route.needs_key:
-                context.owner = self._keys.identify(dialect.key(context.headers))
-            scope["splitfuse.context"] = context
-            await self._app(scope, receive, context.send)
+            if route.needs_key:
+                context.owner = self.keys.identify(route.dialect.key(context.headers))
+            route.check_method(scope["method"])
+            body = () if route.body is None else (await self.state.read(context, route.body),)
+            await route.handler(self.state, context, *body)
         except Exception as error:
-            failure = to_refused_error(error)
+            failure = error
             await self._answer_error(context, failure)
         finally:
-            if failure is not None or route is None or route.is_logged:
-                self._record(context, failure, "unknown" if route is None else route.path)
+            if failure is not None or route.is_logged:
+                self._record(context, failure)
 
     async def _answer_error(self, context: RequestContext, error: Exception) -> None:
         if isinstance(error, ClientGoneError):
@@ -214,14 +196,14 @@ class _Middleware:
         except (OSError, TimeoutError):
             return  # the client no longer reads
 
-    def _record(self, context: RequestContext, error: Exception | None, path: str) -> None:
-        state = self._state
+    def _record(self, context: RequestContext, error: Exception | None) -> None:
+        state = self.state
         if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
             state.metrics.request_refused(answer_to(error).code)
         # One that is cancelled with its server has neither a status nor an error.
         status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
         context.enter_phase(LatencyPhase.DETOKENIZING)
-        record = record_of(context, route=path, status=status, error=error)
+        record = record_of(context, route=self.route.path, status=status, error=error)
         state.metrics.request_ended(record)
         timeline = RequestTimeline.of(context)
         state.explanations.end(context, record, timeline)
@@ -253,20 +235,4 @@ def record_of(context: RequestContext, *, route: str, status: int, error: Except
         inter_token_latency_seconds=tuple(timing.gaps),
         steps=timing.steps,
         slo_met=timing.slo_met,
-    )
-
-
-def to_refused_error(error: Exception) -> Exception:
-    """Return our own error for Starlette's; another error is returned as it is."""
-    if not isinstance(error, HTTPException):
-        return error
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return RefusedError(
-            405, f"this route takes {allowed} only", code="method_not_allowed", headers={"allow": allowed}
-        )
-    return RefusedError(
-        error.status_code,
-        "there is no such route; /openapi.json lists all",
-        code="no_such_route",
     )

@@ -86,6 +86,10 @@ class Route:
         """Return the path as OpenAPI writes it: `/v1/models/{model}`."""
         return self.path.replace(":path}", "}")
 
-    def matches(self, path: str) -> bool:
-        """Return whether a path may be this route's."""
-        return path == self.path or ("{" in self.path and path.startswith(self.path.partition("{")[0]))
+    def check_method(self, method: str) -> None:
+        """Raise RefusedError (405) for another method than the route's, `*` being any. HEAD is a GET without a body."""
+        allowed = "GET, HEAD" if self.method == "GET" else self.method
+        if allowed != "*" and method not in allowed.split(", "):
+            raise RefusedError(
+                405, f"this route takes {allowed} only", code="method_not_allowed", headers={"allow": allowed}
+            )
