@@ -8,35 +8,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class ReplicaLoad:
-    """State of one replica, as far as the choice depends on it."""
+class ReplicaLoad(NamedTuple):
+    """State of one replica that accepts requests, as far as the choice depends on it: the least is chosen."""
 
-    accepts: bool
-    """Whether it is ready for requests."""
-    outstanding_tokens: int
-    """Tokens that it still has to compute for the requests it was given."""
-    cached_tokens: int
-    """Tokens of this request's prompt that its prefix cache is expected to hold."""
-    silent: bool = False
-    """Whether it has sent nothing for a while: it may be hanging."""
-
-
-def choose_replica(loads: Sequence[ReplicaLoad], num_tokens: int) -> int | None:
-    """Return the index of the replica that would finish a prompt of `num_tokens` first, or None if none accepts.
-
-    That is the one with the fewest tokens to compute, this prompt's included and cached ones not counted; the lowest
-    index among equals. A silent replica is chosen only if all are silent.
+    silent: bool
+    """True if it has sent nothing for a while: it may be hanging."""
+    tokens: int
+    """Tokens that it would still have to compute before this request's own, less those of its prompt that its prefix
+    cache is expected to hold.
     """
-    best, least = None, (True, 0)
-    for index, load in enumerate(loads):
-        order = (load.silent, load.outstanding_tokens + num_tokens - load.cached_tokens)
-        if load.accepts and (best is None or order < least):
-            best, least = index, order
-    return best
+
+
+def choose_replica(loads: Sequence[ReplicaLoad | None]) -> int | None:
+    """Return the index of the replica that would finish a prompt first, or None if none accepts; None among `loads` is
+    one that does not.
+
+    That is the one with the fewest tokens to compute, the lowest index among equals. A silent replica is chosen only if
+    all are silent.
+    """
+    accepting = [(load, index) for index, load in enumerate(loads) if load is not None]
+    return min(accepting)[1] if accepting else None
 
 
 class PrefixMemory:

@@ -183,10 +183,11 @@ class EngineClient(ABC):
 class LocalClient(EngineClient):
     """Manages the streams of one engine on this machine, in a thread or in a process, from its reports."""
 
+    state = EngineState.STARTING
+    stage = Loading("starting")
+
     def __init__(self) -> None:
-        self._state = EngineState.STARTING
         self._death = ""  # reason why it is dead
-        self._stage = Loading("starting")
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
@@ -195,14 +196,6 @@ class LocalClient(EngineClient):
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
         """Listener that is called with the memory plan, before anything is loaded."""
-
-    @property
-    def state(self) -> EngineState:
-        return self._state
-
-    @property
-    def stage(self) -> Loading:
-        return self._stage
 
     @property
     def info(self) -> EngineInfo:
@@ -225,10 +218,10 @@ class LocalClient(EngineClient):
         )
 
     def open(self, request: Add) -> Stream:
-        if self._state is EngineState.DEAD:
+        if self.state is EngineState.DEAD:
             raise EngineDiedError(f"the engine is dead: {self._death}")
-        if self._state is not EngineState.READY:
-            raise EngineDiedError(f"the engine is {self._state}")
+        if self.state is not EngineState.READY:
+            raise EngineDiedError(f"the engine is {self.state}")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         num_prompt = len(request.prompt_token_ids)
@@ -243,7 +236,7 @@ class LocalClient(EngineClient):
 
     def _finish(self, command: Finish) -> None:
         stream = self._streams.pop(command.request_id, None)
-        if stream is not None and self._state is EngineState.READY:
+        if stream is not None and self.state is EngineState.READY:
             self._ending[command.request_id] = stream
             self._send(command)
 
@@ -267,17 +260,17 @@ class LocalClient(EngineClient):
                         del self._streams[output.request_id]
                     stream.push(output, report.stats.step_seconds)
             case Loading():
-                self._stage = report
+                self.stage = report
                 if report.memory_plan:
                     self.on_planned(report.memory_plan)
             case Ready():
-                self._info, self._state, self._stage = report.info, EngineState.READY, Loading("ready", 1.0)
+                self._info, self.state, self.stage = report.info, EngineState.READY, Loading("ready", 1.0)
             case Failed():
                 self._die(report.error)
 
     def _die(self, why: str) -> None:
         """Fail all requests, since the engine is gone."""
-        self._state, self._death = EngineState.DEAD, why
+        self.state, self._death = EngineState.DEAD, why
         streams, ending = self._streams, self._ending
         self._streams, self._ending = {}, {}
         self._stats = EngineStats()

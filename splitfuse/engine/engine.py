@@ -19,7 +19,7 @@ from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError
-from splitfuse.kernels.interface import WeightSharing
+from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan

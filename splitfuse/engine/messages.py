@@ -6,6 +6,7 @@ unencoded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -118,23 +119,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Report = Loading | Ready | StepReport | Alive | Failed
 
-_decode_command = msgspec.msgpack.Decoder(Command).decode
-_decode_report = msgspec.msgpack.Decoder(Report).decode
-_encode = msgspec.msgpack.Encoder().encode
-
-
-def encode(message: Command | Report) -> bytes:
-    """Return a message as MessagePack."""
-    return _encode(message)
-
-
-def decode_command(data: bytes) -> Command:
-    """Return a command from its bytes. Raises msgspec.DecodeError for anything else."""
-    command: Command = _decode_command(data)
-    return command
-
-
-def decode_report(data: bytes) -> Report:
-    """Return a report from its bytes. Raises msgspec.DecodeError for anything else."""
-    report: Report = _decode_report(data)
-    return report
+encode: Callable[[Command | Report], bytes] = msgspec.msgpack.Encoder().encode
+"""Function that returns a message as MessagePack."""
+decode_command: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
+"""Function that returns a command from its bytes, and raises msgspec.DecodeError for anything else."""
+decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decode
+"""Function that returns a report from its bytes, and raises msgspec.DecodeError for anything else."""

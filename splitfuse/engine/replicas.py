@@ -6,10 +6,10 @@ import os
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineClient
-from splitfuse.engine.remote.launcher import WeightsFile
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError
+from splitfuse.kernels.sharing import WeightSharing
 
 
 def make_replicas(
@@ -21,7 +21,7 @@ def make_replicas(
     """
     if replicas == 1:
         return SubprocessEngine(config, step_timeout=step_timeout)
-    weights = WeightsFile(replicas) if hasattr(os, "memfd_create") else None
+    weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
     return Router(
         [
             SubprocessEngine(config, step_timeout=step_timeout, cores=cores, weights=weights)

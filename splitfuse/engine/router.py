@@ -54,8 +54,7 @@ class Router(EngineClient):
 
     def open(self, request: Add) -> Stream:
         names = self._name_blocks(request)
-        loads = [self._load(i, names) for i in range(len(self.replicas))]
-        index = choose_replica(loads, len(request.prompt_token_ids))
+        index = choose_replica([self._load(i, names) for i in range(len(self.replicas))])
         if index is None:
             raise EngineDiedError("no engine is ready")
         stream = self.replicas[index].open(request)
@@ -86,18 +85,13 @@ class Router(EngineClient):
             self._namer.extend(names, request.prompt_token_ids, salt=request.scheduling.cache_salt)
         return names
 
-    def _load(self, index: int, names: Sequence[bytes]) -> ReplicaLoad:
+    def _load(self, index: int, names: Sequence[bytes]) -> ReplicaLoad | None:
         replica, memory = self.replicas[index], self._memories[index]
         if replica.state is not EngineState.READY:
             self._memories[index] = None  # when it comes back, its cache is empty
-            return ReplicaLoad(accepts=False, outstanding_tokens=0, cached_tokens=0)
+            return None
         cached = 0 if memory is None else memory.cached_tokens(names)
-        return ReplicaLoad(
-            accepts=True,
-            outstanding_tokens=replica.outstanding_tokens,
-            cached_tokens=cached,
-            silent=replica.silent,
-        )
+        return ReplicaLoad(replica.silent, replica.outstanding_tokens - cached)
 
 
 def _progress(stage: Loading) -> tuple[int, float]:

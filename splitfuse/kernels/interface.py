@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.sharing import WeightSharing
 
 Weight: TypeAlias = Any
 """A linear weight as `Backend.pack` returns it."""
@@ -152,19 +153,6 @@ class NetworkWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Weight  # [vocabulary, C]
-
-
-@dataclass(frozen=True)
-class WeightSharing:
-    """Names memory in which several processes keep one copy of the weights. A process can be started with it.
-
-    `fd` is the descriptor of a file in memory, inherited. `filled` says that another process has packed all weights
-    there, in the order in which they are loaded. `num_sharers` processes divide the remaining memory.
-    """
-
-    fd: int
-    filled: bool
-    num_sharers: int = 1
 
 
 # --- a network in one call --------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import Backend, WeightSharing
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache

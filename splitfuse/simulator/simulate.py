@@ -156,7 +156,7 @@ class SimulatedTarget(Target):
             return self._replicas[0], names
         if self._namer is not None:
             self._namer.extend(names, prompt)
-        index = choose_replica([replica.load(names) for replica in self._replicas], len(prompt))
+        index = choose_replica([replica.load(names) for replica in self._replicas])
         assert index is not None, "all replicas accept"
         self._replicas[index].memory.add(names)
         return self._replicas[index], names
@@ -190,7 +190,7 @@ class Replica:
 
     def load(self, names: list[bytes]) -> ReplicaLoad:
         """Return its state, for a prompt whose blocks have these names."""
-        return ReplicaLoad(True, self._outstanding_tokens, self.memory.cached_tokens(names))
+        return ReplicaLoad(silent=False, tokens=self._outstanding_tokens - self.memory.cached_tokens(names))
 
     async def answer(self, request_id: str, request: LoadRequest, names: list[bytes] | None = None) -> list[float]:
         """Return when each token came. `names` are those of the prompt's blocks, if they are known already.

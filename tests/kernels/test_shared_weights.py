@@ -13,7 +13,8 @@ from backends import variants
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
-from splitfuse.kernels.interface import Role, WeightSharing
+from splitfuse.kernels.interface import Role
+from splitfuse.kernels.sharing import WeightSharing
 
 SHAPES = [(Role.QKV, (96, 128)), (Role.GATE_UP, (64, 128)), (Role.HEAD, (300, 70))]
 
@@ -73,7 +74,7 @@ def test_filled_weights_are_read_only(file: int) -> None:
     weights.take(100).fill_(7)
     code = (
         "from splitfuse.kernels.cpu.memory import SharedWeights\n"
-        "from splitfuse.kernels.interface import WeightSharing\n"
+        "from splitfuse.kernels.sharing import WeightSharing\n"
         f"weights = SharedWeights(WeightSharing({file}, filled=True), 100)\n"
         "found = weights.take(100)\n"
         "assert found.sum() == 700\n"

@@ -14,8 +14,9 @@ from specs import make_spec
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import ExpertsSpec, WeightSharing
+from splitfuse.kernels.interface import ExpertsSpec
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import sys
-from typing import Any
 
 import msgspec
 
 from splitfuse.config import EngineConfig
+from splitfuse.kernels.sharing import WeightSharing
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -19,37 +18,18 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     config: EngineConfig
     cores: tuple[int, ...] | None = None
     """Cores that it may run on; None: those of the process that starts it."""
-    weights: dict[str, Any] | None = None
-    """Arguments of WeightSharing where engines share their packed weights."""
-
-
-class WeightsFile:
-    """Allocates memory for the packed weights of `num_sharers` engines: the first packs them, the others map them."""
-
-    def __init__(self, num_sharers: int) -> None:
-        self.num_sharers = num_sharers
-        self.fd = os.memfd_create("splitfuse-weights")
-        self.filled = False
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of WeightSharing, for an engine that inherits the descriptor."""
-        return {"fd": self.fd, "filled": self.filled, "num_sharers": self.num_sharers}
-
-    def close(self) -> None:
-        """Release the memory once no further engine will be started; those that run keep it."""
-        os.close(self.fd)
+    weights: WeightSharing | None = None
 
 
 async def launch(
-    config: EngineConfig, *, cores: tuple[int, ...] | None, weights: WeightsFile | None
+    config: EngineConfig, *, cores: tuple[int, ...] | None, weights: WeightSharing | None
 ) -> tuple[asyncio.subprocess.Process, socket.socket]:
     """Start an engine's process. Return it with our end of the socket that connects us.
 
     Raises OSError if the machine has no descriptors, memory or processes left.
     """
     ours, theirs = socket.socketpair()
-    spec = WorkerSpec(config, cores, None if weights is None else weights.arguments)
+    spec = WorkerSpec(config, cores, weights)
     try:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

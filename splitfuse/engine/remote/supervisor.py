@@ -18,9 +18,10 @@ from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, Failed, Finish, Loading, Ready, Stop, decode_report, encode
-from splitfuse.engine.remote.launcher import WeightsFile, launch
+from splitfuse.engine.remote.launcher import launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.errors import EngineDiedError, SplitfuseError
+from splitfuse.kernels.sharing import WeightSharing
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
 BACKOFF_RESET_SECONDS = 60.0  # uptime after which the backoff resets
@@ -45,7 +46,7 @@ class SubprocessEngine(LocalClient):
         step_timeout: float = ServerConfig.step_timeout,
         silence_timeout: float = 10.0,
         cores: tuple[int, ...] | None = None,
-        weights: WeightsFile | None = None,
+        weights: WeightSharing | None = None,
     ) -> None:
         super().__init__()
         self._config = config
@@ -77,12 +78,12 @@ class SubprocessEngine(LocalClient):
 
     async def close(self) -> None:
         self._closing = True
-        if self._writer is not None and self._state is EngineState.READY:
+        if self._writer is not None and self.state is EngineState.READY:
             self._send(Stop())
         process = self._process
         if process is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), TIME_TO_STOP if self._state is EngineState.READY else 0.0)
+                await asyncio.wait_for(process.wait(), TIME_TO_STOP if self.state is EngineState.READY else 0.0)
             _signal(process, signal.SIGKILL)
             await process.wait()
         for task in self._tasks:
@@ -123,7 +124,7 @@ class SubprocessEngine(LocalClient):
     async def _live(self) -> str:
         """Run the process once; return why it ended."""
         self._failure, self._seconds_in_step = None, 0.0
-        self._state, self._stage = EngineState.STARTING, Loading("starting")
+        self.state, self.stage = EngineState.STARTING, Loading("starting")
         process, connection = await launch(self._config, cores=self._cores, weights=self._weights)
         self._process = process
         reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=2**22)

@@ -60,7 +60,6 @@ class Worker:
             self._reports.put(Loading("importing"))
             from splitfuse.engine.engine import Engine
             from splitfuse.engine.loop import EngineLoop
-            from splitfuse.kernels.interface import WeightSharing
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
@@ -68,7 +67,7 @@ class Worker:
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 on_stage=lambda stage: self._reports.put(Loading(stage)),
-                weight_sharing=None if spec.weights is None else WeightSharing(**spec.weights),
+                weight_sharing=spec.weights,
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()

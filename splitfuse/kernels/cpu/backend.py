@@ -39,8 +39,8 @@ from splitfuse.kernels.interface import (
     NetworkPlan,
     Role,
     RopeTable,
-    WeightSharing,
 )
+from splitfuse.kernels.sharing import WeightSharing
 
 PIECE = 32  # tokens that the KV layout keeps together
 MAX_HEAD_DIM = 512

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.interface import WeightSharing
+from splitfuse.kernels.sharing import WeightSharing
 
 HUGE_PAGE = 2**21
 CACHE_LINE = 64
