@@ -71,6 +71,9 @@ class Responder(ABC):
 
 async def generate(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
     """Run a request and answer it. Raises what `Responder`s cannot answer: InvalidRequestError, OverloadedError, ..."""
+    if len(request.prompts) > (limit := state.config.max_prompts):
+        message = f"prompt has {len(request.prompts)} prompts; this server takes at most {limit} in one request"
+        raise InvalidRequestError(message, parameter="prompt")
     context.shows_output = request.include_output
     await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
 

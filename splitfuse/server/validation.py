@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -45,7 +45,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     """Declares a JSON object that clients send. Unknown fields are refused; null means that a field is left out."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Parameters that are known but not supported, with the values that request nothing and are accepted."""
+    """Parameters that are known but not supported, with the values that request nothing: see `accepts_neutral`."""
     REFUSED: ClassVar[Mapping[str, str]] = {}
     """Fields that other servers know, with the reason why they are refused here."""
 
@@ -84,6 +84,28 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
 
 
 _Body = TypeVar("_Body", bound=Body)
+
+
+def accepts_neutral(**neutral: Sequence[Any]) -> Callable[[type[_Body]], type[_Body]]:
+    """Return a decorator which gives a Body fields that are not supported, but accepted as null or with these values.
+
+    >>> @accepts_neutral(tools=([],))
+    ... class Request(Body): ...
+    """
+
+    def extended(kind: type[_Body]) -> type[_Body]:
+        return msgspec.defstruct(  # type: ignore[return-value]
+            kind.__name__,
+            [(name, Any, None) for name in neutral],
+            bases=(kind,),
+            module=kind.__module__,
+            namespace={"__doc__": kind.__doc__, "NEUTRAL": {name: (None, *neutral[name]) for name in neutral}},
+            kw_only=True,
+            forbid_unknown_fields=True,
+            frozen=True,
+        )
+
+    return extended
 
 
 def decode(kind: type[_Body], body: bytes) -> _Body:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from typing import Literal
 
 import msgspec
@@ -21,7 +20,7 @@ from splitfuse.server.openai.responses import (
     ChatResponder,
     Completion,
     CompletionResponder,
-    Heading,
+    OpenAIResponder,
 )
 from splitfuse.server.state import AppState
 
@@ -57,27 +56,18 @@ class Detokenized(msgspec.Struct, frozen=True):
     prompt: str
 
 
-async def completions(state: AppState, context: RequestContext, body: CompletionRequest) -> None:
-    """Answer POST /v1/completions."""
-    context.enter_phase(LatencyPhase.TOKENIZING)
-    slo_enabled, max_prompts = state.service.client.info.slo_enabled, state.config.max_prompts
-    request = body.to_generation(
-        context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled, max_prompts=max_prompts
-    )
-    heading = Heading(f"cmpl-{context.unique_id}", int(time.time()), state.model)
-    responder = CompletionResponder(body, request.prompts, heading, state.service.tokenizer, state.pieces)
-    context.prompt = body.prompt
-    await generate(state, context, request, responder)
-
-
-async def chat(state: AppState, context: RequestContext, body: ChatRequest) -> None:
-    """Answer POST /v1/chat/completions."""
+async def completions(state: AppState, context: RequestContext, body: CompletionRequest | ChatRequest) -> None:
+    """Answer POST /v1/completions and /v1/chat/completions."""
     context.enter_phase(LatencyPhase.TOKENIZING)
     slo_enabled = state.service.client.info.slo_enabled
     request = body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
-    heading = Heading(f"chatcmpl-{context.unique_id}", int(time.time()), state.model)
-    responder = ChatResponder(body, heading, state.service.tokenizer, state.pieces)
-    context.prompt = request.messages
+    responder: OpenAIResponder
+    if isinstance(body, ChatRequest):
+        context.prompt = request.messages
+        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state)
+    else:
+        context.prompt = body.prompt
+        responder = CompletionResponder(body, f"cmpl-{context.unique_id}", state, request.prompts)
     await generate(state, context, request, responder)
 
 
@@ -128,7 +118,9 @@ _route = functools.partial(Route, dialect=OPENAI)
 
 ROUTES = (
     _route("POST", CompletionRequest.PATH, completions, "Continue prompts", Completion, CompletionRequest, Completion),
-    _route("POST", ChatRequest.PATH, chat, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk),
+    _route(
+        "POST", ChatRequest.PATH, completions, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk
+    ),
     _route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
     _route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),
     _route("POST", "/tokenize", tokenize, "Text to tokens", Tokenized, TokenizeRequest),

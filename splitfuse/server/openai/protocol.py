@@ -16,7 +16,7 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.generate import GenerationRequest
 from splitfuse.server.sampling import SamplingFields, TokenId, sampling_params
-from splitfuse.server.validation import Body, SchemaBounds
+from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 
 DEFAULT_MAX_TOKENS = 16
 """Value of a completion's max_tokens that is left out, as OpenAI's."""
@@ -46,11 +46,30 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
             raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    def params(self) -> SamplingParams:
+        """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
+        raise NotImplementedError
+
+    def content(self) -> dict[str, Any]:
+        """Return the fields of a GenerationRequest which only this route has. Raises InvalidRequestError."""
+        raise NotImplementedError
+
+    def to_generation(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> GenerationRequest:
+        """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        return GenerationRequest(
+            **self.content(),
+            params=self.params(),
+            scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
+            deadline=self.splitfuse_deadline,
+            stream=bool(self.stream),
+            include_timing=bool(self.splitfuse_timing),
+        )
+
     @classmethod
     def suggest(cls, field: str) -> str:
         """See Body: a field of the other route is reported as such."""
         for other in GenerateBody.__subclasses__():
-            if other is not cls and field in other.supported():
+            if other.PATH != cls.PATH and field in other.supported():
                 return f"; it is one of {other.PATH}, and this is {cls.PATH}"
         return super().suggest(field)
 
@@ -67,11 +86,11 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
         return schema
 
 
+@accepts_neutral(best_of=[1], suffix=[""])
 class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
     """Asks to continue prompts: POST /v1/completions. A prompt is text or token ids, one or several."""
 
     PATH: ClassVar[str] = "/v1/completions"
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (None, 1), "suffix": (None, "")}
 
     prompt: str | list[str | int | list[int]]
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Left out: 16, or what the model has room for")] | (
@@ -80,12 +99,10 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     return_token_ids: Annotated[bool, Meta(description="Adds the ids of an answer's tokens to it")] | None = None
-    best_of: Any = None
-    suffix: Any = None
 
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
         """See Body: the best n of n choices are all of them."""
-        return self.NEUTRAL if self.n is None else {**self.NEUTRAL, "best_of": (None, self.n)}
+        return {**self.NEUTRAL, "best_of": (None, self.n or 1)}
 
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
@@ -97,24 +114,17 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
         }
         return schema
 
-    def to_generation(
-        self, owner: Owner, *, arrival_time: float, slo_enabled: bool, max_prompts: int
-    ) -> GenerationRequest:
-        """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
-        return GenerationRequest(
-            prompts=self.prompts(max_prompts),
-            params=self.params(),
-            scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-            deadline=self.splitfuse_deadline,
-            stream=bool(self.stream),
-            include_timing=bool(self.splitfuse_timing),
-            include_output=self.max_tokens != 0,
-            each_token=bool(self.return_token_ids),
-        )
+    def content(self) -> dict[str, Any]:
+        """See GenerateBody."""
+        return {
+            "prompts": self.prompts(),
+            "default_max_tokens": DEFAULT_MAX_TOKENS,
+            "include_output": self.max_tokens != 0,
+            "each_token": bool(self.return_token_ids),
+        }
 
-    def prompts(self, max_prompts: int) -> list[str | list[int]]:
-        """Return one prompt or more, at most `max_prompts`. Raises InvalidRequestError for a list of mixed kinds."""
+    def prompts(self) -> list[str | list[int]]:
+        """Return one prompt or more. Raises InvalidRequestError for a list of mixed kinds."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -127,11 +137,6 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
             raise InvalidRequestError(
                 "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, not a "
                 "mixture",
-                parameter="prompt",
-            )
-        if len(prompt) > max_prompts:
-            raise InvalidRequestError(
-                f"prompt has {len(prompt)} prompts; this server takes at most {max_prompts} in one request",
                 parameter="prompt",
             )
         return prompt  # type: ignore[return-value]
@@ -161,27 +166,13 @@ class ContentPart(Body, kw_only=True, frozen=True):
     text: str
 
 
+@accepts_neutral(refusal=[], annotations=[[]], audio=[], function_call=[], tool_calls=[[]], tool_call_id=[])
 class ChatMessage(Body, kw_only=True, frozen=True):
     """Holds one turn of a conversation. Several parts of text are joined by line ends."""
-
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "refusal": (None,),
-        "annotations": (None, []),
-        "audio": (None,),
-        "function_call": (None,),
-        "tool_calls": (None, []),
-        "tool_call_id": (None,),
-    }
 
     role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
     content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)]
     name: Annotated[str, Meta(max_length=512)] | None = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
 
     def plain(self, index: int) -> dict[str, Any]:
         """Return the message for a chat template.
@@ -206,31 +197,31 @@ class ChatMessage(Body, kw_only=True, frozen=True):
         return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
 
+@accepts_neutral(
+    audio=[],
+    function_call=["none"],
+    functions=[[]],
+    metadata=[{}],
+    modalities=[["text"]],
+    moderation=[],
+    parallel_tool_calls=[True, False],  # of no tools
+    prediction=[],
+    prompt_cache_key=[],
+    prompt_cache_retention=[],
+    reasoning_effort=[],
+    response_format=[{"type": "text"}],
+    safety_identifier=[],
+    service_tier=["auto", "default"],
+    store=[False],
+    tool_choice=["none", "auto"],
+    tools=[[]],
+    verbosity=[],
+    web_search_options=[],
+)
 class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     """Asks to answer a conversation: POST /v1/chat/completions."""
 
     PATH: ClassVar[str] = "/v1/chat/completions"
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "audio": (None,),
-        "function_call": (None, "none"),
-        "functions": (None, []),
-        "metadata": (None, {}),
-        "modalities": (None, ["text"]),
-        "moderation": (None,),
-        "parallel_tool_calls": (None, True, False),  # of no tools
-        "prediction": (None,),
-        "prompt_cache_key": (None,),
-        "prompt_cache_retention": (None,),
-        "reasoning_effort": (None,),
-        "response_format": (None, {"type": "text"}),
-        "safety_identifier": (None,),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
-        "verbosity": (None,),
-        "web_search_options": (None,),
-    }
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT, description="Left out: what there is room for")] | None = None
@@ -240,37 +231,10 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     chat_template_kwargs: (
         Annotated[dict[str, Any], Meta(max_length=64, description="The template's own switches")] | None
     ) = None
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    metadata: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
 
-    def to_generation(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> GenerationRequest:
-        """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
-        return GenerationRequest(
-            messages=self.plain_messages(),
-            chat_template_kwargs=self.chat_template_kwargs,
-            params=self.params(),
-            scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
-            deadline=self.splitfuse_deadline,
-            stream=bool(self.stream),
-            include_timing=bool(self.splitfuse_timing),
-        )
+    def content(self) -> dict[str, Any]:
+        """See GenerateBody."""
+        return {"messages": self.plain_messages(), "chat_template_kwargs": self.chat_template_kwargs}
 
     def plain_messages(self) -> list[dict[str, Any]]:
         """Return the messages for a chat template. Raises InvalidRequestError."""

@@ -5,9 +5,9 @@ Decides what each field of an answer says.
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -18,14 +18,15 @@ from splitfuse.server.context import TokenCounts
 from splitfuse.server.explain import Timing
 from splitfuse.server.generate import Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
+from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
-from splitfuse.text.token_text import TokenPiece, TokenPieces
-from splitfuse.text.tokenizer import Detokenizer, Tokenizer
+from splitfuse.text.tokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
 
 EndedBy = Literal["stop", "length"]
+_Row = tuple[int, str, float | None, dict[str, float] | None]  # of a token, in the columns of CompletionLogprobs
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -161,27 +162,16 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
     splitfuse_timing: Timing | UnsetType = UNSET
 
 
-@dataclass(frozen=True)
-class Heading:
-    """Holds the fields that an answer and each event of its stream begin with."""
-
-    id: str
-    created: int
-    model: str
-
-
 class OpenAIResponder(Responder):
     """Writes what the answers of both routes have in common."""
 
     whole_type: type[Any]
     event_type: type[Any]
 
-    def __init__(
-        self, request: CompletionRequest | ChatRequest, heading: Heading, tokenizer: Tokenizer, pieces: TokenPieces
-    ) -> None:
-        self._heading = heading
-        self._tokenizer = tokenizer
-        self._piece = pieces.of
+    def __init__(self, request: CompletionRequest | ChatRequest, answer_id: str, state: AppState) -> None:
+        self._head = answer_id, int(time.time()), state.model
+        self._tokenizer = state.service.tokenizer
+        self._piece = state.pieces.of
         self._n = request.n or 1
         self._include_usage = request.include_usage
         self._num_sent: dict[Generation, int] = {}  # tokens whose logprobs are out
@@ -203,8 +193,7 @@ class OpenAIResponder(Responder):
         return self._make(self.event_type, [choice], None if self._include_usage else UNSET, None)
 
     def _make(self, kind: type[Any], choices: list[Any], usage: Usage | UnsetType | None, timing: Timing | None) -> Any:
-        head, splitfuse_timing = self._heading, UNSET if timing is None else timing
-        return kind(head.id, head.created, head.model, choices, usage=usage, splitfuse_timing=splitfuse_timing)
+        return kind(*self._head, choices, usage=usage, splitfuse_timing=UNSET if timing is None else timing)
 
     def _index(self, generation: Generation) -> int:
         return generation.index * self._n + generation.choice
@@ -222,14 +211,9 @@ class CompletionResponder(OpenAIResponder):
     whole_type = event_type = Completion
 
     def __init__(
-        self,
-        request: CompletionRequest,
-        prompts: Sequence[str | Sequence[int]],
-        heading: Heading,
-        tokenizer: Tokenizer,
-        pieces: TokenPieces,
+        self, request: CompletionRequest, answer_id: str, state: AppState, prompts: Sequence[str | Sequence[int]]
     ) -> None:
-        super().__init__(request, heading, tokenizer, pieces)
+        super().__init__(request, answer_id, state)
         self._echo = bool(request.echo)
         self._logprobs = request.logprobs
         self._hides_output = request.max_tokens == 0
@@ -247,20 +231,23 @@ class CompletionResponder(OpenAIResponder):
         return self._choice(generation, generation.text)
 
     def _choice(self, generation: Generation, text: str) -> CompletionChoice:
-        before, entries = "", _Entries(self._piece, self._logprobs or 0)
+        before, rows = "", []
         is_first = generation not in self._num_sent
         numbers = self._unsent(generation)
         if self._echo and is_first:
             before = self._echoed[generation] = self._prompt_text(generation)
             if self._logprobs is not None:
-                self._add_prompt(entries, generation)
+                rows += self._prompt_rows(generation)
         if self._hides_output:
             text = ""
         elif self._logprobs is not None:
             start = len(self._echoed.get(generation, ""))
-            for number, offset in zip(numbers, generation.offsets(numbers.start, numbers.stop), strict=True):
-                entries.add(start + offset, generation.logprobs[number])
-        logprobs = None if self._logprobs is None else entries.logprobs()
+            offsets = generation.offsets(numbers.start, numbers.stop)
+            rows += [self._row(start + o, generation.logprobs[i]) for i, o in zip(numbers, offsets, strict=True)]
+        logprobs = None
+        if self._logprobs is not None:
+            offsets, tokens, values, tops = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
+            logprobs = CompletionLogprobs(offsets, tokens, values, tops if self._logprobs else None)
         ids: list[int] | UnsetType = UNSET
         if self._returns_ids:
             ids = [] if self._hides_output else generation.take_ids()
@@ -270,47 +257,19 @@ class CompletionResponder(OpenAIResponder):
         prompt = self._prompts[generation.index]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _add_prompt(self, entries: _Entries, generation: Generation) -> None:
+    def _prompt_rows(self, generation: Generation) -> list[_Row]:
         token_ids = generation.request.token_ids
         detokenizer = Detokenizer(self._tokenizer)
         detokenizer.push(token_ids)
-        offsets = [0, *detokenizer.lengths]
-        entries.add_unknown(0, token_ids[0])
-        for number, logprob in enumerate(generation.prompt_logprobs, start=1):
-            entries.add(offsets[number], logprob)
+        first: _Row = (0, self._piece(token_ids[0]).text, None, None)
+        return [first, *map(self._row, detokenizer.lengths, generation.prompt_logprobs)]
 
-
-class _Entries:
-    """Columns of CompletionLogprobs, as they grow."""
-
-    def __init__(self, piece: Callable[[int], TokenPiece], num_top: int) -> None:
-        self._piece = piece
-        self._num_top = num_top
-        self._offsets: list[int] = []
-        self._tokens: list[str] = []
-        self._values: list[float | None] = []
-        self._tops: list[dict[str, float] | None] = []
-
-    def add(self, offset: int, logprob: TokenLogprob) -> None:
-        token, value = self._piece(logprob.token_id).text, _finite(logprob.logprob)
-        self._offsets.append(offset)
-        self._tokens.append(token)
-        self._values.append(value)
+    def _row(self, offset: int, logprob: TokenLogprob) -> _Row:
         tops: dict[str, float] = {}
-        for token_id, top in ((logprob.token_id, logprob.logprob), *logprob.top[: self._num_top]):
+        for token_id, top in ((logprob.token_id, logprob.logprob), *logprob.top[: self._logprobs]):
             name = self._piece(token_id).text
             tops[name] = max(_finite(top), tops.get(name, LOWEST_LOGPROB))
-        self._tops.append(tops)
-
-    def add_unknown(self, offset: int, token_id: int) -> None:
-        self._offsets.append(offset)
-        self._tokens.append(self._piece(token_id).text)
-        self._values.append(None)
-        self._tops.append(None)
-
-    def logprobs(self) -> CompletionLogprobs:
-        tops = self._tops if self._num_top else None
-        return CompletionLogprobs(self._offsets, self._tokens, self._values, tops)
+        return offset, self._piece(logprob.token_id).text, _finite(logprob.logprob), tops
 
 
 class ChatResponder(OpenAIResponder):
@@ -318,8 +277,8 @@ class ChatResponder(OpenAIResponder):
 
     whole_type, event_type = ChatCompletion, ChatCompletionChunk
 
-    def __init__(self, request: ChatRequest, heading: Heading, tokenizer: Tokenizer, pieces: TokenPieces) -> None:
-        super().__init__(request, heading, tokenizer, pieces)
+    def __init__(self, request: ChatRequest, answer_id: str, state: AppState) -> None:
+        super().__init__(request, answer_id, state)
         self._logprobs = bool(request.logprobs)
         self._num_top = request.top_logprobs or 0
 
