@@ -82,7 +82,7 @@ class FakeExecutor:
             del self.prompts[retired]
         for new in plan.new_requests:
             self.prompts[new.request_id] = new.prompt_token_ids
-        return StepResult({chunk.request_id: self._run(chunk) for chunk in plan.chunks})
+        return {chunk.request_id: self._run(chunk) for chunk in plan.chunks}
 
     def _run(self, chunk: Chunk) -> ChunkResult:
         assert chunk.samples <= chunk.num_logits <= len(chunk.token_ids)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from splitfuse.core.sampling_params import SamplingParams
 
@@ -86,8 +86,5 @@ class ChunkResult:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Maps the request id of each chunk of a plan to the chunk's result."""
-
-    results: Mapping[str, ChunkResult] = field(default_factory=dict)
+StepResult: TypeAlias = dict[str, ChunkResult]
+"""Results of the chunks of a plan, by request id."""

@@ -1,4 +1,4 @@
-"""The sampling parameters of a request, as one table.
+"""Declares the sampling parameters of a request, as one table.
 
 Each field of SamplingParams is a row: name, type, default, bounds, OpenAI's default, help. Everything else is derived
 from it: validation here, the keywords of `pipeline()` and `client()` (text/kwargs.py), the flags of the command line
@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from splitfuse.errors import InvalidRequestError
@@ -22,30 +22,94 @@ MAX_STOP_STRINGS = 64
 MAX_SEED = 2**64 - 1
 
 
-def parameter(
-    default: Any,
-    help: str,  # noqa: A002 - the word every command line uses
-    *,
-    minimum: float = 0,
-    maximum: float = MAX_INT,
-    exclusive: bool = False,
-    keyword: str | None = None,
-    openai_default: Any = None,
-    samples: bool = False,
-) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """Describes one sampling parameter to every interface that offers it. Name, type and `optional` are the field's."""
+
+    help: str
+    minimum: float = 0
+    maximum: float = MAX_INT
+    """Bounds of a number, of each element of `logit_bias`, or of the number of stop strings."""
+    exclusive: bool = False
+    """True if the minimum itself is refused."""
+    keyword: str = ""
+    """Name of the parameter in `pipeline()`, `client()` and on the command line; left out, that of the field."""
+    default: Any
+    openai_default: Any = None
+    """Value of a parameter that an OpenAI request leaves out; left out, `default`."""
+    samples: bool = False
+    """True if giving it in a call asks for random choices, which are otherwise greedy (see `do_sample`)."""
+    name: str = ""
+    type: Any = None
+    """Type of a value, without None."""
+    optional: bool = False
+    """True if None is a value of its own."""
+
+    @property
+    def is_collection(self) -> bool:
+        """Return whether a value is a list or a mapping, so that None in a call means an empty one."""
+        return typing.get_origin(self.type) is not None
+
+    def check(self, value: Any) -> None:
+        """Raise InvalidRequestError, naming the parameter, unless `value` is one of its values."""
+        if value is None and self.optional:
+            return
+        if self.type is bool:
+            if not isinstance(value, bool):
+                raise _refused(self.name, value, "True or False")
+        elif self.type is int:
+            self._check_int(value)
+        elif self.type is float:
+            self._check_number(value)
+        elif self.type == tuple[str, ...]:
+            if not isinstance(value, tuple | list) or not all(isinstance(text, str) and text for text in value):
+                raise _refused(self.name, value, "a list of non-empty strings")
+            if len(value) > self.maximum:
+                raise _refused(self.name, f"{len(value)} strings", f"at most {self.maximum} strings")
+        elif self.type == tuple[int, ...]:
+            if not isinstance(value, tuple | list):
+                raise _refused(self.name, value, "a list of token ids")
+            for token in value:
+                self._check_token_id(token)
+        else:
+            if not isinstance(value, Mapping):
+                raise _refused(self.name, value, "a mapping of token ids to numbers")
+            for token, number in value.items():
+                self._check_token_id(token)
+                self._check_number(number)
+
+    def _check_int(self, value: Any) -> None:
+        if not _is_int(value, self.minimum, self.maximum):
+            raise _refused(self.name, value, f"a whole number {self.range}")
+
+    def _check_token_id(self, value: Any) -> None:
+        if not _is_int(value, 0, MAX_INT):
+            raise _refused(self.name, value, f"a whole number from 0 to {MAX_INT}")
+
+    def _check_number(self, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and self.minimum <= value <= self.maximum) or (self.exclusive and value == self.minimum):
+            raise _refused(self.name, value, f"a number {self.range}")
+
+    @property
+    def description(self) -> str:
+        """Return the help with the bounds of the value, where there are any to speak of."""
+        bounded = self.type in (int, float) and (self.minimum, self.maximum) != (0, MAX_INT)
+        return f"{self.help} {self.range[0].upper()}{self.range[1:]}." if bounded else self.help
+
+    @property
+    def range(self) -> str:
+        """Return the bounds in words, such as `from 0 to 1` or `above 0 up to 100`."""
+        low, high = (str(bound) if self.type is int else f"{bound:g}" for bound in (self.minimum, self.maximum))
+        return f"above {low} up to {high}" if self.exclusive else f"from {low} to {high}"
+
+
+def parameter(default: Any, help: str, **attributes: Any) -> Any:  # noqa: A002 - the word every command line uses
     """Declare a parameter as a dataclass field: see Parameter for what the arguments mean."""
-    attributes = {
-        "help": help,
-        "minimum": minimum,
-        "maximum": maximum,
-        "exclusive": exclusive,
-        "keyword": keyword,
-        "openai_default": openai_default,
-        "samples": samples,
-    }
+    metadata = {"parameter": Parameter(default=default, help=help, **attributes)}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=attributes)
-    return field(default=default, metadata=attributes)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,104 +182,17 @@ class SamplingParams:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """Describes one sampling parameter to every interface that offers it."""
-
-    name: str
-    type: Any
-    """Type of a value, without None."""
-    optional: bool
-    """Whether None is a value of its own."""
-    default: Any
-    help: str
-    minimum: float
-    maximum: float
-    """Bounds of a number, of each element of `logit_bias`, or of the number of stop strings."""
-    exclusive: bool
-    """Whether the minimum itself is refused."""
-    keyword: str
-    """Name of the parameter in `pipeline()`, `client()` and on the command line."""
-    openai_default: Any
-    """Value of a parameter that an OpenAI request leaves out."""
-    samples: bool
-    """Whether giving it in a call asks for random choices, which are otherwise greedy (see `do_sample`)."""
-
-    @property
-    def is_collection(self) -> bool:
-        """Return whether a value is a list or a mapping, so that None in a call means an empty one."""
-        return typing.get_origin(self.type) is not None
-
-    def check(self, value: Any) -> None:
-        """Raise InvalidRequestError, naming the parameter, unless `value` is one of its values."""
-        if value is None and self.optional:
-            return
-        if self.type is bool:
-            if not isinstance(value, bool):
-                raise _refused(self.name, value, "True or False")
-        elif self.type is int:
-            self._check_int(value)
-        elif self.type is float:
-            self._check_number(value)
-        elif self.type == tuple[str, ...]:
-            if not isinstance(value, tuple | list) or not all(isinstance(text, str) and text for text in value):
-                raise _refused(self.name, value, "a list of non-empty strings")
-            if len(value) > self.maximum:
-                raise _refused(self.name, f"{len(value)} strings", f"at most {self.maximum} strings")
-        elif self.type == tuple[int, ...]:
-            if not isinstance(value, tuple | list):
-                raise _refused(self.name, value, "a list of token ids")
-            for token in value:
-                self._check_token_id(token)
-        else:
-            if not isinstance(value, Mapping):
-                raise _refused(self.name, value, "a mapping of token ids to numbers")
-            for token, number in value.items():
-                self._check_token_id(token)
-                self._check_number(number)
-
-    def _check_int(self, value: Any) -> None:
-        if not _is_int(value, self.minimum, self.maximum):
-            raise _refused(self.name, value, f"a whole number {self.range}")
-
-    def _check_token_id(self, value: Any) -> None:
-        if not _is_int(value, 0, MAX_INT):
-            raise _refused(self.name, value, f"a whole number from 0 to {MAX_INT}")
-
-    def _check_number(self, value: Any) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and self.minimum <= value <= self.maximum) or (self.exclusive and value == self.minimum):
-            raise _refused(self.name, value, f"a number {self.range}")
-
-    @property
-    def description(self) -> str:
-        """Return the help with the bounds of the value, where there are any to speak of."""
-        bounded = self.type in (int, float) and (self.minimum, self.maximum) != (0, MAX_INT)
-        return f"{self.help} {self.range[0].upper()}{self.range[1:]}." if bounded else self.help
-
-    @property
-    def range(self) -> str:
-        """Return the bounds in words, such as `from 0 to 1` or `above 0 up to 100`."""
-        low, high = (str(bound) if self.type is int else f"{bound:g}" for bound in (self.minimum, self.maximum))
-        return f"above {low} up to {high}" if self.exclusive else f"from {low} to {high}"
-
-
 def _table() -> dict[str, Parameter]:
-    hints, instance_fields = typing.get_type_hints(SamplingParams), fields(SamplingParams)
-    table = {}
-    for each in instance_fields:
-        kinds = typing.get_args(hints[each.name]) if isinstance(hints[each.name], types.UnionType) else ()
-        default = {} if callable(each.default_factory) else each.default
-        attributes = dict(each.metadata)
-        attributes["keyword"] = attributes["keyword"] or each.name
-        if attributes["openai_default"] is None:
-            attributes["openai_default"] = default
-        table[each.name] = Parameter(
-            name=each.name,
-            type=kinds[0] if kinds else hints[each.name],
+    hints, table = typing.get_type_hints(SamplingParams), {}
+    for name, row in ((each.name, each.metadata["parameter"]) for each in fields(SamplingParams)):
+        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else ()
+        table[name] = replace(
+            row,
+            name=name,
+            type=kinds[0] if kinds else hints[name],
             optional=types.NoneType in kinds,
-            default=default,
-            **attributes,
+            keyword=row.keyword or name,
+            openai_default=row.default if row.openai_default is None else row.openai_default,
         )
     return table
 

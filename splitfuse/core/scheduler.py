@@ -153,7 +153,7 @@ class Scheduler:
             request.num_plans_in_flight -= 1
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
-                outputs.append(self._advance(request, chunk, result.results[chunk.request_id], now))
+                outputs.append(self._advance(request, chunk, result[chunk.request_id], now))
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0:

@@ -153,7 +153,7 @@ class Engine:
             result = self.executor.collect(self.executor.submit(plan))
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
-            self._update(plan, StepResult({chunk.request_id: failed for chunk in plan.chunks}))
+            self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
         return self._update(plan, result)
 

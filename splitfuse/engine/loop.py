@@ -90,7 +90,7 @@ class EngineLoop:
     def _count(self, step: StepRecord) -> None:
         plan, before = step.plan, self._stats
         starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
-        num_generated = sum(len(chunk.token_ids) for chunk in step.result.results.values())
+        num_generated = sum(len(chunk.token_ids) for chunk in step.result.values())
         self._stats = replace(
             before,
             num_steps=before.num_steps + 1,

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import Backend, NetworkPlan, NetworkWeights
-from splitfuse.models import layers
+from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerWeights, MlpSpec, NetworkPlan, NetworkWeights
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
@@ -52,17 +51,13 @@ class Decoder:
         backend, eps = self.backend, self.spec.norm_eps
         x = backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
         for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
-            x = x + layers.attention(
-                backend.norm(x, weights.attn_norm, eps),
-                layer.attention,
-                weights,
-                batch=batch,
-                store=store,
-                rope=self.ropes[layer.attention.rope],
-                norm_eps=eps,
-                backend=backend,
-            )
-            x = x + layers.mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
+            spec = layer.attention
+            qkv = backend.linear(backend.norm(x, weights.attn_norm, eps), weights.qkv, weights.qkv_bias)
+            rope, norms = self.ropes[spec.rope], (weights.q_norm, weights.k_norm)
+            q = backend.rope_store(qkv, store, spec, batch, rope, *norms, eps)  # [T, H, D]
+            attended = backend.attend(q, store, spec, batch).flatten(1)
+            x = x + backend.linear(attended, weights.o, weights.o_bias)
+            x = x + mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
         return backend.norm(x.index_select(0, batch.logit_rows), self.weights.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,3 +67,13 @@ class Decoder:
             logits = logits.float()
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: Backend) -> Tensor:
+    """Return the MLP or the mixture of experts of x: [T, C] -> [T, C]."""
+    if isinstance(spec, MlpSpec):
+        gated = backend.gated(x, weights.gate_up, weights.gate_up_bias, spec.activation)
+        return backend.linear(gated, weights.down, weights.down_bias)
+    scores = backend.linear(x, weights.router)
+    expert_ids, expert_weights = backend.route(scores, spec.top_k, spec.renormalize)
+    return backend.experts(x, expert_ids, expert_weights, w13=weights.w13, w2=weights.w2, activation=spec.activation)

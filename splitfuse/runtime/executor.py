@@ -86,7 +86,7 @@ class Executor:
                     rows = hidden[end - chunk.num_logits : end - chunk.samples]
                     result = self._with_prompt_logprobs(result, chunk, rows)
                 results[chunk.request_id] = result
-        return StepResult(results)
+        return results
 
     def _with_known_tokens(self, chunk: Chunk) -> Chunk:
         if PLACEHOLDER not in chunk.token_ids:

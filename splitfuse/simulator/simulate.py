@@ -23,7 +23,7 @@ from splitfuse.core.baselines import make_baseline
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.request_kv import RequestKv
-from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
+from splitfuse.core.plan import ChunkResult, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
@@ -236,7 +236,7 @@ class Replica:
 
     def _end_step(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
-        result = StepResult({chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks})
+        result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
         for output in self.scheduler.update(plan, result, now):
             if output.token_ids:
                 times, done = self._waiting[output.request_id]

@@ -13,7 +13,7 @@ from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
-from splitfuse.models import layers
+from splitfuse.models import decoder
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 12, "block_size": 16})
@@ -27,7 +27,7 @@ def model() -> LoadedModel:
 
 def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseException, after: int) -> None:
     """Let the step after `after` good ones end in `error`, in the middle of the network."""
-    forward, calls = layers.mlp, [0]
+    forward, calls = decoder.mlp, [0]
 
     def broken(*arguments: Any) -> torch.Tensor:
         calls[0] += 1
@@ -35,7 +35,7 @@ def break_once(monkeypatch: pytest.MonkeyPatch, model: LoadedModel, error: BaseE
             raise error
         return forward(*arguments)
 
-    monkeypatch.setattr(layers, "mlp", broken)
+    monkeypatch.setattr(decoder, "mlp", broken)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")], ids=["ctrl-c", "error"])

@@ -201,7 +201,7 @@ def test_an_observer_sees_every_step(folder: Path) -> None:
     engine.events.subscribe(StepRecord, steps.append)
     generated = generate(engine, [1] * 20, max_tokens=3)
     assert [step.plan.num_tokens for step in steps] == [8, 8, 4, 1, 1]
-    assert [step.result.results["only"].token_ids for step in steps] == [(), (), *((token,) for token in generated)]
+    assert [step.result["only"].token_ids for step in steps] == [(), (), *((token,) for token in generated)]
 
 
 # Together ------------------------------------------------------------------------------------------------------------
@@ -273,8 +273,8 @@ def test_steps_are_collected_in_the_order_of_submission(folder: Path) -> None:
     engine.add_request("only", [1] * 20, SamplingParams(max_tokens=3))
     plans = [plan for _ in range(3) if (plan := engine.scheduler.schedule())]
     first, dropped, last = (engine.executor.submit(plan) for plan in plans)
-    assert engine.executor.collect(first).results["only"].token_ids == ()
-    assert len(engine.executor.collect(last).results["only"].token_ids) == 1
+    assert engine.executor.collect(first)["only"].token_ids == ()
+    assert len(engine.executor.collect(last)["only"].token_ids) == 1
     with pytest.raises(AssertionError, match="in the order in which they were submitted"):
         engine.executor.collect(dropped)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from splitfuse.kernels.interface import ExpertsSpec, LayerWeights
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.models import layers
-from splitfuse.models.decoder import Decoder
+from splitfuse.models.decoder import Decoder, mlp
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
@@ -55,7 +54,7 @@ def test_mixture(moe: ExpertsSpec, tokens: int) -> None:
     x = torch.randn(tokens, HIDDEN)
     unused = torch.ones(HIDDEN)
     weights = LayerWeights(attn_norm=unused, qkv=None, o=None, mlp_norm=unused, router=router, w13=w13, w2=w2)
-    ours = layers.mlp(x, moe, weights, ReferenceBackend())
+    ours = mlp(x, moe, weights, ReferenceBackend())
     torch.testing.assert_close(ours, loop(x, router, w13, w2, moe), rtol=1e-4, atol=1e-4)
 
 

@@ -391,7 +391,7 @@ def test_a_dead_engine_ends_its_requests_without_details(stream: bool, monkeypat
 
 
 def test_a_failed_request_does_not_affect_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitfuse.core.plan import ChunkResult, StepResult
+    from splitfuse.core.plan import ChunkResult
 
     submit = server.engine.executor.submit
 
@@ -399,7 +399,7 @@ def test_a_failed_request_does_not_affect_others(server: RunningServer, monkeypa
         failed = ChunkResult(error="the logits have NaN")
         handle = submit(plan)
         bad = {c.request_id: failed for c in plan.chunks if 77 in c.token_ids}
-        return replace(handle, result=StepResult({**handle.result.results, **bad}))
+        return replace(handle, result=handle.result | bad)
 
     monkeypatch.setattr(server.engine.executor, "submit", failing)
     with server.http() as http:

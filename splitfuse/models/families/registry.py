@@ -1,8 +1,8 @@
 """The architectures that we load, and the way from a config.json to a ModelSpec.
 
 To add a family: a function from config to spec, a weight-name table if its names are new, a line in FAMILIES. One with
-a new kind of layer also needs a spec in kernels/interface.py, its operations in the backends, a function in
-models/layers.py and its shapes in models/weights.py. A feature of a config that changes the network is honoured or
+a new kind of layer also needs a spec in kernels/interface.py, its operations in the backends, its place in
+models/decoder.py and its shapes in models/weights.py. A feature of a config that changes the network is honoured or
 refused, never ignored. Knows no tensors.
 """
 
