@@ -27,7 +27,7 @@ PROMPT, GENERATE = 2600, 60
 BUDGET = 512  # at which the paper's engine saturates
 WHOLE_PROMPTS = 4096  # vLLM's of 2023: the context length
 MAX_NUM_SEQS = 256
-SLA = 4.0
+SPEED = 4.0
 REPLICAS = 16
 TOKEN_CLIENTS = (4, 8, 16)
 """Numbers of clients for token latencies; the paper does not state its own."""
@@ -89,15 +89,15 @@ def figures(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Figure]:
     """Return the paper's headline figures of its engine and of vLLM."""
 
     def best(curve: Sequence[Row]) -> float:
-        return max(row.goodput[SLA].mean for row in curve)
+        return max(row.goodput[SPEED].mean for row in curve)
 
     return [
         Figure("requests/s at 9 s, SplitFuse", 1.36, throughput_at(9.0, ours)),
         Figure("requests/s at 9 s, vLLM", 0.67, throughput_at(9.0, theirs)),
         Figure("latency at 1.2 requests/s, SplitFuse, s", 7.0, latency_at(1.2, ours)),
         Figure("latency at 1.2 requests/s, vLLM, s", 14.0, latency_at(1.2, theirs)),
-        Figure("effective throughput at SLA 4, SplitFuse", 1.42, best(ours)),
-        Figure("effective throughput at SLA 4, vLLM", 0.63, best(theirs)),
+        Figure("effective throughput at SLO 4, SplitFuse", 1.42, best(ours)),
+        Figure("effective throughput at SLO 4, vLLM", 0.63, best(theirs)),
     ]
 
 
@@ -118,7 +118,7 @@ def token_latencies(clients: int, ours: Sequence[Row], theirs: Sequence[Row]) ->
 
 def ratios(made: Sequence[Figure]) -> list[Figure]:
     """Return the ratios of SplitFuse to vLLM, in the paper and here."""
-    pairs = (("requests/s at 9 s", 0, 1), ("latency at 1.2 requests/s", 2, 3), ("effective throughput at SLA 4", 4, 5))
+    pairs = (("requests/s at 9 s", 0, 1), ("latency at 1.2 requests/s", 2, 3), ("effective throughput at SLO 4", 4, 5))
     return [
         Figure(f"{name}, SplitFuse / vLLM", made[a].paper / made[b].paper, made[a].simulated / made[b].simulated)
         for name, a, b in pairs

@@ -4,7 +4,7 @@
     python -m benchmarks.policies --simulate [--machine a100-70b] --out FOLDER               # on a virtual clock
 
 Each policy (core/baselines.py) runs with its own best token budget: the candidate with the highest mean goodput over
-all clients and SLAs, and among equals the lowest inter-token latency, in a simulation with this machine's cost model,
+all clients and SLOs, and among equals the lowest inter-token latency, in a simulation with this machine's cost model,
 which is made if none is stored. Then all policies are measured in turns at each number of clients, on one model that is
 loaded once, without SLO scheduling. Writes results as `splitfuse bench run` does, a file for each policy, and a
 report.html of all; prints the ratios, and where those of the paper are reached.
@@ -153,7 +153,7 @@ def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) ->
 
 
 def best_budget(plan: Plan, calibration: Calibration, policy: str) -> int:
-    """Return the budget with the highest mean goodput over clients and SLAs; among equals, the lowest ITL P95."""
+    """Return the budget with the highest mean goodput over clients and SLOs; among equals, the lowest ITL P95."""
     goodput, itl = {}, {}
     for budget in plan.budgets:
         table = rows(simulated(replace(plan, repeat=1), calibration, policy, budget))
@@ -245,28 +245,28 @@ def print_results(results: Mapping[str, Results]) -> None:
     tables = {policy: rows(result) for policy, result in results.items()}
     print(
         f"\n{'clients':>7} {'policy':14} {'requests/s':>13}"
-        + "".join(f"{f'goodput at {s:g}':>14}" for s in metrics.SLAS),
+        + "".join(f"{f'goodput at {s:g}':>14}" for s in metrics.SPEEDS),
         end="",
     )
     print(f"{'latency s':>11}{'ITL P50 ms':>14}{'P95 ms':>9}")
     for number in range(len(tables[OURS])):
         for policy, table in tables.items():
             row = table[number]
-            goodput = "".join(f"{row.goodput[s]!s:>14}" for s in metrics.SLAS)
+            goodput = "".join(f"{row.goodput[s]!s:>14}" for s in metrics.SPEEDS)
             times = f"{row.latency:11.2f}{1e3 * row.itl[50]:14.1f}{1e3 * row.itl[95]:9.1f}"
             print(f"{row.load:>7} {policy:14} {row.throughput!s:>13}{goodput}{times}")
     found = list(ratios(tables))
     print("\nSplitFuse against each (above 1 it is better)")
     print(
         f"{'clients':>7} {'against':14}"
-        + "".join(f"{f'goodput {s:g}':>12}" for s in metrics.SLAS)
+        + "".join(f"{f'goodput {s:g}':>12}" for s in metrics.SPEEDS)
         + f"{'latency':>12}{'ITL P95':>12}"
     )
     for row, other in product(tables[OURS], [policy for policy in tables if policy != OURS]):
         own = [each for each in found if each.other == other and each.where.startswith(f"{row.load} clients")]
         print(f"{row.load:>7} {other:14}" + "".join(f"{each.value:12.2f}" for each in own))
     print("\nBest points: the highest goodput at any number of clients")
-    for s in metrics.SLAS:
+    for s in metrics.SPEEDS:
         best = {policy: max(row.goodput[s].mean for row in table) for policy, table in tables.items()}
         others = ", ".join(f"{quotient(best[OURS], best[p]):.2f} against {p}" for p in best if p != OURS)
         print(f"  at {s:g} tokens/s: {best[OURS]:.2f}; {others}")
@@ -287,7 +287,7 @@ def ratios(tables: Mapping[str, Sequence[Row]]) -> Iterator[Ratio]:
             if policy == OURS:
                 continue
             theirs, where = table[number], f"{ours.load} clients"
-            for s in metrics.SLAS:
+            for s in metrics.SPEEDS:
                 value = quotient(ours.goodput[s].mean, theirs.goodput[s].mean)
                 yield Ratio("goodput", policy, f"{where}, {s:g} tokens/s", value)
             yield Ratio("latency", policy, where, quotient(theirs.latency, ours.latency))

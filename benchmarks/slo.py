@@ -83,7 +83,7 @@ def closed_loops(deployment: Deployment, requests: int) -> None:
     print(f"\n{name}: goodput, requests/s (throughput, requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
-    for speed in metrics.SLAS:
+    for speed in metrics.SPEEDS:
         for policy, simulated in (("FCFS", deployment), ("SLO", with_slo(deployment, *paper_slo(speed)))):
             results = simulate(
                 simulated,

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--prompt", type=float, default=512)
     parser.add_argument("--generate", type=float, default=64)
-    parser.add_argument("--prompt-speed", type=float, default=512.0, help="prompt speed of the SLA, tokens/s")
+    parser.add_argument("--prompt-speed", type=float, default=512.0, help="prompt speed of the SLO, tokens/s")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
@@ -197,7 +197,7 @@ class Server:
 
     def _tell(self) -> None:
         row = next(r for r in rows(self.measured()) if r.clients == self.measured().points[-1].clients)
-        goodput = ", ".join(f"{spread} at {sla:g}" for sla, spread in row.goodput.items())
+        goodput = ", ".join(f"{spread} at {speed:g}" for speed, spread in row.goodput.items())
         size = self._group.resident_bytes() / 1e9
         print(
             f"{self.contender.label}, {row.load} clients: {row.throughput} requests/s, goodput {goodput}; TTFT P50 "

@@ -40,7 +40,7 @@ class Loads:
     """Seconds between the starts of two clients; by default, a quarter of the latency of a lone request."""
 
     prompt_speed: float = PROMPT_TOKENS_PER_SECOND
-    """Prompt speed in tokens/s, from which the TTFT target of the SLA follows."""
+    """Prompt speed in tokens/s, from which the TTFT target of the SLO follows."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_speed < float("inf"):

@@ -1,8 +1,8 @@
 """The arithmetic of a benchmark: inter-token latencies, SLO attainment, goodput, throughput, percentiles.
 
-Pure functions. The SLA is that of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token arrives within
+Pure functions. The SLO is that of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token arrives within
 `prompt tokens / 512` seconds (a slower machine sets a lower prompt speed), and at every token the exponential moving
-average of the inter-token latency is below `1 / SLA` seconds.
+average of the inter-token latency is below `1 / speed` seconds, for the SLO of a speed in tokens/s.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from splitfuse.bench.results import Point, RequestRecord
 
 PROMPT_TOKENS_PER_SECOND = 512.0
-"""Prompt speed of the SLA, from which the TTFT target follows."""
-SLAS = (2.0, 4.0, 6.0)
-"""Generation speeds of the SLA, in tokens/s."""
+"""Prompt speed of the SLO, from which the TTFT target follows."""
+SPEEDS = (2.0, 4.0, 6.0)
+"""Generation speeds of the SLO, in tokens/s."""
 
 
 def gaps(record: RequestRecord) -> list[float]:
@@ -48,12 +48,12 @@ def meets_ttft(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SE
     return ttft(record) <= record.num_prompt_tokens / prompt_speed
 
 
-def meets_sla(record: RequestRecord, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
-    """Return whether the request met the SLA at `sla` tokens/s; a failed request did not."""
+def meets_speed(record: RequestRecord, speed: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+    """Return whether the request met the SLO at `speed` tokens/s; a failed request did not."""
     return (
         record.error is None
         and meets_ttft(record, prompt_speed)
-        and all(average < 1.0 / sla for average in moving_averages(gaps(record)))
+        and all(average < 1.0 / speed for average in moving_averages(gaps(record)))
     )
 
 
@@ -94,13 +94,13 @@ def token_throughput(point: Point) -> float:
     return sum(start <= time < end for record in point.records for time in record.token_times) / seconds(point)
 
 
-def goodput(point: Point, sla: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
-    """Return the requests/s, of those sent in the window, which met the SLA (the paper's effective throughput).
+def goodput(point: Point, speed: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> float:
+    """Return the requests/s, of those sent in the window, which met the SLO (the paper's effective throughput).
 
-    In an open loop more requests may arrive than are served: goodput is then SLA attainment times throughput.
+    In an open loop more requests may arrive than are served: goodput is then SLO attainment times throughput.
     """
     records = counted(point)
-    met = float(sum(meets_sla(record, sla, prompt_speed) for record in records))
+    met = float(sum(meets_speed(record, speed, prompt_speed) for record in records))
     if point.clients is None and records:
         start, end = point.window
         met *= sum(start <= record.done < end for record in point.records) / len(records)

@@ -62,7 +62,7 @@ class Results:
     tensor_parallel_size: int = 1
     """Number of devices that share each engine's model."""
     prompt_speed: float = 512.0
-    """Prompt speed in tokens/s, from which the TTFT target of the SLA follows."""
+    """Prompt speed in tokens/s, from which the TTFT target of the SLO follows."""
     about: dict[str, Any] = field(default_factory=dict)
     """Command, versions, commit, machine, date, start-up seconds, resident bytes: what it takes to repeat the run."""
 

@@ -45,7 +45,7 @@ class Row:
     """Generated tokens/s."""
     littles_law: float | None
     goodput: dict[float, Spread]
-    """Requests/s which met the SLA, by the SLA's tokens/s."""
+    """Requests/s which met the SLO, by the SLO's tokens/s."""
     latency: float
     """Mean time from sending to the last token."""
     ttft: dict[int, float]
@@ -63,12 +63,27 @@ class Row:
         return "as recorded" if self.rate is None else f"{self.rate:g}/s"
 
 
-def rows(results: Results, slas: Sequence[float] = metrics.SLAS) -> list[Row]:
+def rows(results: Results, speeds: Sequence[float] = metrics.SPEEDS) -> list[Row]:
     """Return the rows of all loads, sorted by clients or rate."""
-    return [_row(points, slas, results.prompt_speed) for points in by_load(results.points)]
+    return [_row(points, speeds, results.prompt_speed) for points in by_load(results.points)]
 
 
-def _row(points: list[Point], slas: Sequence[float], prompt_speed: float) -> Row:
+def cells(row: Row, speeds: Sequence[float]) -> dict[str, str]:
+    """Return the cells of a row by their headings, for tables in a terminal and in a page."""
+    return {
+        "requests/s": str(row.throughput),
+        "tokens/s": f"{row.token_throughput.mean:.1f}",
+        "Little": "" if row.littles_law is None else f"{row.littles_law:.3g}",
+        **{f"goodput\nat {speed:g}": str(row.goodput[speed]) for speed in speeds},
+        "latency": f"{row.latency:.3g} s",
+        **{f"TTFT\nP{percent}": f"{seconds:.3g} s" for percent, seconds in row.ttft.items()},
+        **{f"ITL\nP{percent} ms": f"{1e3 * seconds:.3g}" for percent, seconds in row.itl.items()},
+        "counted": str(row.num_counted),
+        "failed": f"{row.num_failed} of {row.num_counted}" if row.num_failed else "",
+    }
+
+
+def _row(points: list[Point], speeds: Sequence[float], prompt_speed: float) -> Row:
     records = [record for point in points for record in metrics.answered(point)]
     num_counted = sum(len(metrics.counted(point)) for point in points)
     ttfts = [metrics.ttft(record) for record in records]
@@ -80,7 +95,7 @@ def _row(points: list[Point], slas: Sequence[float], prompt_speed: float) -> Row
         throughput=Spread.of([metrics.throughput(point) for point in points]),
         token_throughput=Spread.of([metrics.token_throughput(point) for point in points]),
         littles_law=metrics.mean(laws) if laws else None,
-        goodput={each: Spread.of([metrics.goodput(point, each, prompt_speed) for point in points]) for each in slas},
+        goodput={each: Spread.of([metrics.goodput(point, each, prompt_speed) for point in points]) for each in speeds},
         latency=metrics.mean([record.done - record.sent for record in records]),
         ttft={percent: metrics.percentile(ttfts, percent) for percent in TTFT_PERCENTS},
         itl={percent: metrics.percentile(gaps, percent) for percent in ITL_PERCENTS},

@@ -8,21 +8,21 @@ from typing import Annotated
 import typer
 
 from splitfuse.cli.flags import cli_errors
-from splitfuse.cli.loads import SLAS, check_writable, parse_slas
+from splitfuse.cli.loads import SPEEDS, check_writable, parse_speeds
 
 
 @cli_errors()
 def bench_report(
     files: Annotated[list[Path], typer.Argument(help="Results of `splitfuse bench run` or `splitfuse simulate`.")],
     out: Annotated[Path, typer.Option(help="File of the report.")] = Path("report.html"),
-    sla: Annotated[str, typer.Option(help="SLAs in tokens/s for which goodput is shown.")] = SLAS,
+    slo: Annotated[str, typer.Option(help="SLOs in tokens/s for which goodput is shown.")] = SPEEDS,
     title: Annotated[str, typer.Option(help="Title of the report.")] = "Benchmark results",
 ) -> None:
     """Write a self-contained HTML report: the five figures of the paper, tables and settings."""
     from splitfuse.bench.report.page import write_report
     from splitfuse.bench.results import load
 
-    slas = parse_slas(sla)
+    speeds = parse_speeds(slo)
     check_writable(out)
-    write_report([load(file) for file in files], out, slas=slas, title=title)
+    write_report([load(file) for file in files], out, speeds=speeds, title=title)
     print(out)

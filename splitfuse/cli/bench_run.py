@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.cli.flags import flag_of, given, with_flags
-from splitfuse.cli.loads import LoadFlags, check_writable, parse_slas, print_table, save_results
+from splitfuse.cli.loads import LoadFlags, check_writable, parse_speeds, save_results
+from splitfuse.cli.tables import print_results
 from splitfuse.config import EngineConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import ConfigError
@@ -56,7 +57,7 @@ def bench_run(
     from splitfuse.runtime.environment import environment_info
 
     load = LoadFlags.taken_from(flags)
-    loads, slas = load.loads(repeat=repeat), parse_slas(load.sla)
+    loads, speeds = load.loads(repeat=repeat), parse_speeds(load.slo)
     notes = _notes(about or [])
     make_workload = load.workload_maker()
     keys = (api_key or "").split()
@@ -97,7 +98,7 @@ def bench_run(
             progress=not quiet and sys.stderr.isatty(),
         )
     )
-    print_table(results, slas)
+    print_results(results, speeds)
     if out is not None:
         print(f"splitfuse: results written to {out}", file=sys.stderr)
 

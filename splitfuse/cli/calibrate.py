@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import given, with_flags
-from splitfuse.cli.loads import check_writable, show
+from splitfuse.cli.loads import check_writable
+from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -44,23 +45,20 @@ def calibrate(
 
 def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
     """Print the held-out steps, measured and predicted, the coefficients and the error."""
-    from rich.table import Table
-
-    table = Table(title="held-out steps", title_justify="left", header_style="bold")
-    for name in ("step", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error"):
-        table.add_column(name, justify="left" if name == "step" else "right")
-    for timed in checked:
-        predicted = cost.seconds(timed.sample.features)
-        table.add_row(
+    rows = [
+        (
             timed.name,
             str(timed.sample.features.tokens),
             str(timed.sample.features.rows),
             str(timed.sample.features.kv_tokens),
             f"{1e3 * timed.sample.seconds:.2f}",
-            f"{1e3 * predicted:.2f}",
+            f"{1e3 * (predicted := cost.seconds(timed.sample.features)):.2f}",
             f"{predicted / timed.sample.seconds - 1.0:+.1%}",
         )
-    show(table)
+        for timed in checked
+    ]
+    heads = ("step", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error")
+    console().print(make_table("held-out steps", heads, rows, left="step"))
     print(
         f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms/token, "
         f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms/token beyond {cost.knee:.0f},\n"

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from splitfuse.cli.flags import given
 from splitfuse.config import setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from splitfuse.bench.measure import Loads, MakeWorkload
     from splitfuse.bench.results import Results
 
 CLIENTS = "1,2,4,8,16,32"
-SLAS = "2,4,6"
+SPEEDS = "2,4,6"
 
 Number = TypeVar("Number", int, float)
 
@@ -80,8 +76,8 @@ class LoadFlags(WorkloadFlags):
     spacing: float | None = setting(
         None, "Seconds between the starts of clients (default: a quarter of a lone request's latency)."
     )
-    prompt_speed: float = setting(512.0, "Prompt speed of the SLA in tokens/s, which gives the TTFT target.")
-    sla: str = setting(SLAS, "SLAs of the table, in tokens/s: goodput is reported for each.")
+    prompt_speed: float = setting(512.0, "Prompt speed of the SLO in tokens/s, which gives the TTFT target.")
+    slo: str = setting(SPEEDS, "SLOs of the table, in tokens/s: goodput is reported for each.")
 
     def loads(self, *, repeat: int) -> Loads:
         """Return the loads. Raises ConfigError for invalid ones."""
@@ -116,12 +112,12 @@ def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ..
         raise ConfigError(f"--{name} {text!r} must be comma-separated numbers, such as 1,2,4") from None
 
 
-def parse_slas(text: str) -> tuple[float, ...]:
-    """Parse --sla. Raises ConfigError for speeds that are not positive."""
-    slas = numbers("sla", text, float)
-    if not all(0 < each < float("inf") for each in slas):
-        raise ConfigError(f"--sla {text!r} must be positive speeds in tokens/s, such as 2,4,6")
-    return slas
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """Parse --slo. Raises ConfigError for speeds that are not positive."""
+    speeds = numbers("slo", text, float)
+    if not all(0 < each < float("inf") for each in speeds):
+        raise ConfigError(f"--slo {text!r} must be positive speeds in tokens/s, such as 2,4,6")
+    return speeds
 
 
 def check_writable(out: Path) -> None:
@@ -138,68 +134,3 @@ def save_results(results: Results, out: Path) -> None:
         save(results, out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}") from error
-
-
-def show(table: Table) -> None:
-    """Print a table: at the width of the terminal, or 160 columns wide."""
-    _console().print(table)
-
-
-def print_table(results: Results, slas: tuple[float, ...]) -> None:
-    """Print the results of `bench run` or `simulate`; as two tables, throughput and latency, on a narrow terminal."""
-    console = _console()
-    load, throughput, latency = _columns(results, slas)
-    whole = _table(results.system, [load, *throughput, *latency])
-    if console.measure(whole, options=console.options.update(max_width=1000)).maximum <= console.width:
-        console.print(whole)
-    else:
-        console.print(_table(results.system, [load, *throughput]))
-        console.print(_table(None, [load, *latency]))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-Column: TypeAlias = tuple[str, list[str]]
-"""A heading, and a value for each load."""
-
-
-def _columns(results: Results, slas: tuple[float, ...]) -> tuple[Column, list[Column], list[Column]]:
-    """Return the columns of loads, of throughput and of latency."""
-    from splitfuse.bench.summary import rows
-
-    found = rows(results, slas)
-    open_loop = bool(results.points) and results.points[0].clients is None
-    load = ("arrivals" if open_loop else "clients", [row.load for row in found])
-    throughput = [
-        ("requests/s", [str(row.throughput) for row in found]),
-        ("tokens/s", [f"{row.token_throughput.mean:.1f}" for row in found]),
-        ("Little", ["" if row.littles_law is None else f"{row.littles_law:.3g}" for row in found]),
-        *((f"goodput\nat {sla:g}", [str(row.goodput[sla]) for row in found]) for sla in slas),
-    ]
-    latency = [
-        *(
-            (head, [f"{row.ttft[percent]:.3g} s" for row in found])
-            for head, percent in (("TTFT\nP50", 50), ("P95", 95))
-        ),
-        *(
-            (head, [f"{1e3 * row.itl[percent]:.3g}" for row in found])
-            for head, percent in (("ITL\nP50 ms", 50), ("P95", 95), ("P99", 99))
-        ),
-        ("failed", [f"{row.num_failed} of {row.num_counted}" if row.num_failed else "" for row in found]),
-    ]
-    return load, throughput, latency
-
-
-def _table(title: str | None, columns: list[Column]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for head, _ in columns:
-        table.add_column(head, justify="right")
-    for values in zip(*(values for _, values in columns), strict=True):
-        table.add_row(*values)
-    return table

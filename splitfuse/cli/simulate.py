@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, given, with_flags
-from splitfuse.cli.loads import LoadFlags, check_writable, parse_slas, print_table, save_results, show
+from splitfuse.cli.loads import LoadFlags, check_writable, parse_speeds, save_results
+from splitfuse.cli.tables import console, make_table, print_results
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
 
@@ -55,7 +56,7 @@ def simulate(
     from splitfuse.simulator.validate import compare, predict
 
     load = LoadFlags.taken_from(flags)
-    slas = parse_slas(load.sla)
+    speeds = parse_speeds(load.slo)
     if out is not None:
         check_writable(out)
     measured = None if against is None else load_results(against)
@@ -75,7 +76,7 @@ def simulate(
         if (load.clients, load.rate, load.trace) != (None, None, None):
             raise ConfigError("--against takes its loads from the results: leave out --clients, --rate and --trace")
         results = predict(simulated, measured, about=environment_info())
-        print_table(results, slas)
+        print_results(results, speeds)
         _print_comparisons(compare(measured, results))
     else:
         results = run(
@@ -86,7 +87,7 @@ def simulate(
             about=environment_info(),
             progress=not quiet and sys.stderr.isatty(),
         )
-        print_table(results, slas)
+        print_results(results, speeds)
     if out is not None:
         save_results(results, out)
         print(f"splitfuse: results written to {out}", file=sys.stderr)
@@ -169,15 +170,10 @@ def _label(deployment: Deployment) -> str:
 
 
 def _print_comparisons(comparisons: list[Any]) -> None:
-    from rich.table import Table
-
     from splitfuse.simulator.validate import mean_error
 
-    table = Table(title="measured and predicted", title_justify="left", header_style="bold")
-    for name in ("load", "requests/s", "predicted", "error", "ITL P95 ms", "predicted", "error"):
-        table.add_column(name, justify="right")
-    for each in comparisons:
-        table.add_row(
+    rows = [
+        (
             each.measured.load,
             f"{each.measured.throughput.mean:.3g}",
             f"{each.predicted.throughput.mean:.3g}",
@@ -186,7 +182,10 @@ def _print_comparisons(comparisons: list[Any]) -> None:
             f"{1e3 * each.predicted.itl[95]:.3g}",
             f"{each.itl_error:+.1%}",
         )
-    show(table)
+        for each in comparisons
+    ]
+    heads = ("load", "requests/s", "predicted", "error", "ITL P95 ms", "predicted", "error")
+    console().print(make_table("measured and predicted", heads, rows))
     print(
         f"mean error over {len(comparisons)} loads: "
         f"throughput {mean_error([each.throughput_error for each in comparisons]):.1%}, "

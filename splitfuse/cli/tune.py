@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, given, with_flags
-from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers, show
+from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers
 from splitfuse.cli.simulate import deployment, known_calibration
+from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
 from splitfuse.deploy import daemon
 from splitfuse.errors import ConfigError, CostModelError
@@ -120,48 +121,34 @@ def _stored_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
 
 
 def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"a step of {calibration.name}", title_justify="left", header_style="bold")
-    for name in ("tokens", "measured ms", "fit ms", "tokens/s"):
-        table.add_column(name, justify="right")
-    table.add_column("")
     fastest = max(point.tokens_per_second for point in points)
-    for point in points:
-        table.add_row(
+    rows = [
+        (
             str(point.tokens),
             "" if point.measured is None else f"{1e3 * point.measured:.3g}",
             f"{1e3 * point.predicted:.3g}",
             f"{point.tokens_per_second:.0f}",
             "█" * round(BAR * point.tokens_per_second / fastest),
         )
-    show(table)
+        for point in points
+    ]
+    heads = ("tokens", "measured ms", "fit ms", "tokens/s", "")
+    console().print(make_table(f"a step of {calibration.name}", heads, rows, left=""))
     if (error := calibration.cost.error) is not None:
         print(f"error of the fit over held-out steps: median {error.median:.1%}, P95 {error.p95:.1%}")
 
 
 def _print_candidates(tuning: Tuning) -> None:
-    from rich.table import Table
-
-    title = f"requests/s at {100 * tuning.attainment:.4g} % SLO attainment"
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("max-num-batched-tokens", "max-num-seqs", "SLO scheduling", "FCFS"):
-        table.add_column(name, justify="right")
-    chosen = tuning.chosen
-
-    def row(each: Sustained, fcfs: str) -> None:
+    def row(each: Sustained, fcfs: str) -> tuple[str, ...]:
         setting = each.setting
-        style = "bold" if setting == chosen else None
-        table.add_row(
-            str(setting.max_num_batched_tokens), str(setting.max_num_seqs), f"{each.rate:.3g}", fcfs, style=style
-        )
+        marked = " *" if setting == tuning.chosen else ""
+        return str(setting.max_num_batched_tokens), str(setting.max_num_seqs), f"{each.rate:.3g}{marked}", fcfs
 
-    for each in tuning.max_num_seqs:
-        row(each, "")
-    table.add_section()
-    for each, fcfs in zip(tuning.budgets, tuning.budgets_fcfs, strict=True):
-        row(each, f"{fcfs.rate:.3g}")
-    show(table)
+    rows = [row(each, "") for each in tuning.max_num_seqs]
+    rows += [row(each, f"{fcfs.rate:.3g}") for each, fcfs in zip(tuning.budgets, tuning.budgets_fcfs, strict=True)]
+    title = f"requests/s at {100 * tuning.attainment:.4g} % SLO attainment (* is chosen)"
+    heads = ("max-num-batched-tokens", "max-num-seqs", "SLO scheduling", "FCFS")
+    console().print(make_table(title, heads, rows))
 
 
 def _print_chosen(

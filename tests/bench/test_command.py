@@ -26,7 +26,7 @@ def run() -> Run:
 def test_engine_in_this_process_and_report(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     flags = ("--num-blocks", 400, "--max-num-batched-tokens", 128, "--about", "price=3")
-    ended = run("run", "--clients", "1,3", *SMALL, "--sla", "2", *flags, "--out", out)
+    ended = run("run", "--clients", "1,3", *SMALL, "--slo", "2", *flags, "--out", out)
     assert ended.exit_code == 0, ended.output
     assert re.search(r"goodput.*\n.*requests/s .* at 2 ", ended.stdout) and "at 4 " not in ended.stdout
     results = load(out)
@@ -81,7 +81,7 @@ def test_server_with_each_workload(run: Run, tmp_path: Path) -> None:
         (("--rate", "0"), "positive numbers"),
         (("--turns", 2, "--prefix", 3), "--turns and --prefix are mutually exclusive workloads"),
         (("--prompt", 0), "at least 1"),
-        (("--sla", "0"), "must be positive speeds"),
+        (("--slo", "0"), "must be positive speeds"),
         (("--about", "price"), "NAME=VALUE"),
         (("--vocab-size", 10), "--vocab-size requires --url"),
         (("--trace", "none.jsonl"), "none.jsonl cannot be read"),

@@ -62,8 +62,10 @@ def test_moving_average_equals_pandas() -> None:
         expected = pandas.Series(gaps, dtype=float).ewm(span=SPAN).mean()
         assert metrics.moving_averages(gaps) == pytest.approx(list(expected), abs=1e-9)
         first_token_in_time = record.token_times[0] <= record.num_prompt_tokens / 512
-        for sla in metrics.SLAS:
-            assert metrics.meets_sla(record, sla) == (first_token_in_time and bool((expected < 1 / sla).all())), record
+        for speed in metrics.SPEEDS:
+            assert metrics.meets_speed(record, speed) == (first_token_in_time and bool((expected < 1 / speed).all())), (
+                record
+            )
 
 
 @given(GAPS)
@@ -73,10 +75,10 @@ def test_moving_average_lies_between_the_values(values: list[float]) -> None:
 
 
 @given(GAPS, st.floats(0.1, 20), st.floats(0.1, 20))
-def test_meeting_an_sla_implies_meeting_a_lower_one(values: list[float], one: float, other: float) -> None:
+def test_meeting_an_slo_implies_meeting_a_lower_one(values: list[float], one: float, other: float) -> None:
     low, high = sorted((one, other))
     request = record(values)
-    assert metrics.meets_sla(request, low) or not metrics.meets_sla(request, high)
+    assert metrics.meets_speed(request, low) or not metrics.meets_speed(request, high)
 
 
 @given(GAPS)
@@ -88,7 +90,7 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gaps", "sla", "met"),
+    ("gaps", "speed", "met"),
     [
         ([], 2.0, True),  # one token: there is nothing between tokens
         ([0.49] * 20, 2.0, True),
@@ -99,15 +101,15 @@ def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
         ([0.01] * 60 + [4.0] + [0.01] * 60, 2.0, True),
     ],
 )
-def test_sla_of_inter_token_latency(gaps: list[float], sla: float, met: bool) -> None:
-    assert metrics.meets_sla(record(gaps), sla) is met
+def test_slo_of_inter_token_latency(gaps: list[float], speed: float, met: bool) -> None:
+    assert metrics.meets_speed(record(gaps), speed) is met
 
 
-def test_sla_of_ttft() -> None:
+def test_slo_of_ttft() -> None:
     assert metrics.meets_ttft(record([], first=2.0, prompt=1024))
     assert not metrics.meets_ttft(record([], first=2.001, prompt=1024))
-    assert not metrics.meets_sla(RequestRecord(0, 0.0, 1024, ()), 2.0)
-    assert not metrics.meets_sla(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
+    assert not metrics.meets_speed(RequestRecord(0, 0.0, 1024, ()), 2.0)
+    assert not metrics.meets_speed(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
 
 
 def point(*records: RequestRecord, window: tuple[float, float], clients: int | None = 1) -> Point:
@@ -149,7 +151,7 @@ def test_throughput_by_the_clock_and_by_littles_law() -> None:
 
 
 def test_open_loop_that_falls_behind() -> None:
-    """Ten requests arrive in ten seconds and two finish in them: two are served, though all meet the SLA in the end."""
+    """Ten requests arrive in ten seconds and two finish in them: two are served, though all meet the SLO in the end."""
     records = [RequestRecord(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
     overloaded = point(*records, window=(0.0, 10.0), clients=None)
     assert metrics.throughput(overloaded) == metrics.goodput(overloaded, 2.0) == 0.2

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from splitfuse.bench.results import Point, RequestRecord, load, save
 from splitfuse.bench.summary import Spread, rows
-from splitfuse.cli import loads
+from splitfuse.cli import tables
 from splitfuse.errors import ConfigError
 
 
@@ -35,8 +35,8 @@ def test_one_repetition_has_no_spread() -> None:
 @pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (160, 1)])
 def test_wide_table_is_printed_as_two(width: int, num_tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    monkeypatch.setattr(loads, "_console", lambda: console)
-    loads.print_table(RESULTS, (2.0, 4.0, 6.0))
+    monkeypatch.setattr(tables, "console", lambda: console)
+    tables.print_results(RESULTS, (2.0, 4.0, 6.0))
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert printed.count("clients") == num_tables

@@ -95,16 +95,16 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
         return figure
 
 
-def goodput(series: Sequence[Series], slas: Sequence[float]) -> Figure:
-    """Draw goodput against clients: a panel for each SLA."""
+def goodput(series: Sequence[Series], speeds: Sequence[float]) -> Figure:
+    """Draw goodput against clients: a panel for each SLO."""
     with matplotlib.rc_context(SETTINGS):
-        figure, panels = _panels(len(slas), height=3.6, sharey=True)
+        figure, panels = _panels(len(speeds), height=3.6, sharey=True)
         labels: list[EndLabel] = []
-        for axes, sla in zip(panels, slas, strict=True):
-            axes.set_title(f"SLA of {sla:g} tokens/s")
+        for axes, speed in zip(panels, speeds, strict=True):
+            axes.set_title(f"SLO of {speed:g} tokens/s")
 
-            def value(row: Row, sla: float = sla) -> Spread:
-                return row.goodput[sla]
+            def value(row: Row, speed: float = speed) -> Spread:
+                return row.goodput[speed]
 
             labels = _against_load(axes, series, value)
         panels[0].set_ylim(bottom=0)
@@ -132,8 +132,8 @@ def token_latency(series: Sequence[Series]) -> Figure:
         return figure
 
 
-def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str, sla: float) -> Figure | None:
-    """Draw the best throughput and goodput at `sla` against replicas or devices, with linear scaling.
+def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str, speed: float) -> Figure | None:
+    """Draw the best throughput and goodput at `speed` against replicas or devices, with linear scaling.
 
     None if no system has more than one size.
     """
@@ -142,8 +142,8 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
         return None
     with matplotlib.rc_context(SETTINGS):
         figure, panels = _panels(2, height=3.8, sharey=True)
-        values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.goodput[sla])
-        titles = ("throughput", f"goodput at {sla:g} tokens/s")
+        values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.goodput[speed])
+        titles = ("throughput", f"goodput at {speed:g} tokens/s")
         for axes, value, title in zip(panels, values, titles, strict=True):
             axes.set_title(title)
             labels, sizes = [], set[int]()

@@ -1,0 +1,58 @@
+"""Tables of all commands: rich's, at the width of the terminal, or 160 columns wide in a file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from splitfuse.bench.results import Results
+
+PAGE_ONLY = ("latency", "ITL\nP90 ms", "counted")
+"""Columns of results for which a terminal has no room."""
+
+
+def make_table(
+    title: str | None, heads: Iterable[str], rows: Iterable[Sequence[str]], *, left: str | None = None
+) -> Table:
+    """Return a table of numbers; the column `left` is text."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for head in heads:
+        table.add_column(head, justify="left" if head == left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def console() -> Console:
+    """Return the console that tables are printed to."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_results(results: Results, speeds: Sequence[float]) -> None:
+    """Print the results of `bench run` or `simulate`; as two tables, throughput and latency, on a narrow terminal."""
+    from splitfuse.bench.summary import cells, rows
+
+    found = rows(results, speeds)
+    load = "arrivals" if found and found[0].clients is None else "clients"
+    lines = [{load: row.load, **cells(row, speeds)} for row in found]
+    heads = [head for head in (lines[0] if lines else (load,)) if head not in PAGE_ONLY]
+
+    def table(title: str | None, heads: Sequence[str]) -> Table:
+        return make_table(title, heads, [[line[head] for head in heads] for line in lines])
+
+    target, whole = console(), table(results.system, heads)
+    if target.measure(whole, options=target.options.update(max_width=1000)).maximum <= target.width:
+        target.print(whole)
+    else:
+        latency = heads.index("TTFT\nP50")
+        target.print(table(results.system, heads[:latency]))
+        target.print(table(None, [load, *heads[latency:]]))
