@@ -1,5 +1,6 @@
-"""`pipeline()`: a model in this process, called as DeepSpeed-MII's. Its keywords are in text/kwargs.py; `serve()` and
-`client()` are in clients/sync.py.
+"""Defines `pipeline()`: a model in this process, called as DeepSpeed-MII's.
+
+Its keywords are in text/kwargs.py; `serve()` and `client()` are in clients/sync.py.
 """
 
 from __future__ import annotations

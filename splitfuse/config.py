@@ -1,7 +1,8 @@
-"""Settings of engines and servers: frozen, parsed and checked once. Standard library only: dtypes are strings.
+"""Defines the settings of engines and servers: frozen, parsed and checked once. Standard library only.
 
-The metadata of a field holds its help text. Flags, keywords of `pipeline()` and the table in docs/server.md are derived
-from the fields. A field left at None is resolved when the model is known (`max_model_len`, `num_blocks`).
+Dtypes are strings. The metadata of a field holds its help text. Flags, keywords of `pipeline()` and the table in
+docs/server.md are derived from the fields. A field left at None is resolved when the model is known (`max_model_len`,
+`num_blocks`).
 
     config = EngineConfig.from_settings({"model": "Qwen/Qwen2.5-0.5B-Instruct", "itl": "100ms"})
 """

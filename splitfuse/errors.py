@@ -1,4 +1,4 @@
-"""The errors that users can meet, as one tree. `status` is the HTTP status that a server answers with.
+"""Defines the errors that users can meet, as one tree. `status` is the HTTP status that a server answers with.
 
 A message names the offending value, says what is wrong with it, and gives a valid one where there is one. A request
 that fails never affects the others.
@@ -33,7 +33,7 @@ from collections.abc import Iterable
 
 
 class SplitfuseError(Exception):
-    """Root of the errors that splitfuse raises on purpose."""
+    """Raised on purpose: the root of all errors of splitfuse."""
 
     status: int = 500
     """HTTP status by which a server answers it."""

@@ -46,7 +46,7 @@ OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logpr
 
 @dataclass(frozen=True)
 class RemoteRequest:
-    """One prompt of a call, checked as far as that is possible without the model."""
+    """Holds one prompt of a call, checked as far as that is possible without the model."""
 
     index: int
     prompt: Any
@@ -138,7 +138,7 @@ def prepare(
 
 @dataclass
 class PartialResponse:
-    """One choice of an answer, as it arrives."""
+    """Collects one choice of an answer as it arrives."""
 
     request: RemoteRequest
     choice: int

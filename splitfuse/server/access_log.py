@@ -46,7 +46,7 @@ class RequestRecord:
     steps: int = 0
     """Number of forward steps that computed a part of it."""
     slo_met: bool | None = None
-    """Whether its SLO was met; None without one."""
+    """Flag of a met SLO; None without one."""
     slo_violation: str | None = None
     """Sentence about a missed SLO: what was missed, and the longest phases."""
 

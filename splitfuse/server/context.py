@@ -52,7 +52,7 @@ class RequestContext:
         self.generations: list[Generation] = []
         self.admitted = False
         self.shows_output = True
-        """False: the generated text is not part of the answer."""
+        """Flag of an answer that has the generated text in it."""
         self.prompt: Any = None
         """Prompt for the log."""
         self.phases: dict[LatencyPhase, float] = {}
@@ -106,7 +106,7 @@ class RequestContext:
 
     @property
     def last(self) -> Generation | None:
-        """Returns, of the choices that an engine has had, the one that ended last."""
+        """Return, of the choices that an engine has had, the one that ended last."""
         return max((g for g in self.generations if g.stream is not None), key=lambda g: g.ended_at, default=None)
 
     def enter_phase(self, phase: LatencyPhase) -> None:

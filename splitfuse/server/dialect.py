@@ -34,13 +34,13 @@ class Dialect:
     """Tells how an API reads keys, and writes errors and the events of a stream."""
 
     error: Callable[[RefusedError], msgspec.Struct]
-    """Returns the body of an error, which is also the last event of a stream that breaks off."""
+    """Function that returns the body of an error, which is also the last event of a stream that breaks off."""
     error_type: type[msgspec.Struct]
     """Type of that body."""
     key: Callable[[Mapping[bytes, bytes]], bytes] = bearer_key
-    """Returns the API key in the headers, or nothing."""
+    """Function that returns the API key in the headers, or nothing."""
     event: Callable[[Any], bytes] = sse_event
-    """Returns the bytes of an event."""
+    """Function that returns the bytes of an event."""
     end: bytes = b""
     """Bytes after the last event."""
     end_description: str = ""
@@ -73,7 +73,7 @@ class Route:
     dialect: Dialect
     needs_key: bool = True
     is_logged: bool = True
-    """False: only if it fails, since it is called every few seconds."""
+    """Flag of a route whose requests are logged; one that is called every few seconds is logged only if it fails."""
 
     @property
     def all_errors(self) -> list[int]:

@@ -49,7 +49,7 @@ class RefusedError(SplitfuseError):
 
 
 class ClientGoneError(Exception):
-    """The client has disconnected: there is no one to answer."""
+    """Raised when the client has disconnected: no answer can be sent."""
 
 
 def answer_to(error: Exception) -> RefusedError:

@@ -41,10 +41,10 @@ class GenerationRequest:
     """Seconds after its arrival at which the request is given up."""
     stream: bool = False
     each_token: bool = False
-    """Whether the responder gets each token of a stream, even one whose text is held back."""
+    """Flag that gives the responder each token of a stream, even one whose text is held back."""
     include_timing: bool = False
     include_output: bool = True
-    """Whether the generated text is a part of the answer."""
+    """Flag that makes the generated text a part of the answer."""
 
     async def encode(self, service: TextService) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""

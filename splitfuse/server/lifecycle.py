@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from splitfuse.server.metrics import Metrics
 
 ShowStage = Callable[[Loading], None]
-"""Shows a stage of start-up, which is called for each new one."""
+"""Function that shows a stage of start-up."""
 
 _Result = TypeVar("_Result")
 _logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from operator import attrgetter, lt
 from typing import Literal
 
@@ -138,10 +139,7 @@ class Metrics(Collector):
         self._model_name = model_name
         self._totals = _Totals()
         self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
-        self._step_budget, self._step_tokens, self._step_seconds = (
-            self._histograms[source] for source in ("step_budget", "step_tokens", "step_seconds")
-        )
-        self._counts: dict[str, dict[tuple[str, ...], int]] = {
+        self._counts: dict[str, dict[tuple[str, ...], float]] = {
             "requests": {},
             "choices": {(reason.value,): 0 for reason in FinishReason},
             "slo": {("true",): 0, ("false",): 0},
@@ -155,12 +153,12 @@ class Metrics(Collector):
         """Count a report of an engine, which `client.stats` has already. Reports of no step are ignored."""
         if self._totals.update(self._client.stats):
             stats = report.stats
-            self._step_tokens.observe(stats.step_tokens)
-            self._step_budget.observe(stats.step_tokens / max_num_batched_tokens)
-            self._step_seconds.observe(stats.step_seconds)
+            self._observe("step_tokens", stats.step_tokens)
+            self._observe("step_budget", stats.step_tokens / max_num_batched_tokens)
+            self._observe("step_seconds", stats.step_seconds)
             if stats.predicted_step_seconds and stats.step_seconds:
-                self._histograms["predicted_step"].observe(stats.predicted_step_seconds)
-                self._histograms["prediction_ratio"].observe(stats.predicted_step_seconds / stats.step_seconds)
+                self._observe("predicted_step", stats.predicted_step_seconds)
+                self._observe("prediction_ratio", stats.predicted_step_seconds / stats.step_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         """Count a request that was answered, or has failed. Times and sizes count for those that an engine began."""
@@ -173,18 +171,15 @@ class Metrics(Collector):
             self._count("slo", str(record.slo_met).lower())
         if not record.finish_reasons:
             return
-        histograms, gaps = self._histograms, record.inter_token_latency_seconds
-        histograms["total"].observe(record.total_seconds)
-        histograms["request_prompt"].observe(record.prompt_tokens)
-        histograms["request_generated"].observe(record.generated_tokens)
-        if record.queue_seconds is not None:
-            histograms["queue"].observe(record.queue_seconds)
-        if record.time_to_first_token_seconds is not None:
-            histograms["ttft"].observe(record.time_to_first_token_seconds)
-        if gaps:
-            histograms["mean_itl"].observe(sum(gaps) / len(gaps))
-            for gap in gaps:
-                histograms["itl"].observe(gap)
+        gaps = record.inter_token_latency_seconds
+        self._observe("total", record.total_seconds)
+        self._observe("request_prompt", record.prompt_tokens)
+        self._observe("request_generated", record.generated_tokens)
+        self._observe("queue", record.queue_seconds)
+        self._observe("ttft", record.time_to_first_token_seconds)
+        self._observe("mean_itl", sum(gaps) / len(gaps) if gaps else None)
+        for gap in gaps:
+            self._observe("itl", gap)
 
     def request_refused(self, kind: str) -> None:
         """Count a request that was refused before any work. `kind` is one of a few words, such as `overloaded`."""
@@ -197,7 +192,11 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every family with its samples."""
         self._totals.update(self._client.stats)
-        gauges, model_name = self._gauges(), self._label()
+        model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
+        numbers: dict[str, dict[tuple[str, ...], float]] = {
+            **self._counts,
+            **{source: {(): number} for source, number in single.items()},
+        }
         for family in FAMILIES:
             labels = ("model_name", *family.labels)
             if family.kind == "histogram":
@@ -205,21 +204,20 @@ class Metrics(Collector):
                 counted = self._histograms[family.source]
                 histogram.add_metric((model_name,), counted.cumulative(), counted.sum)
                 yield histogram
-            elif family.kind == "counter":
-                counter = CounterMetricFamily(family.name, family.help, labels=labels)
-                for values, count in self._counts.get(family.source, {}).items():
-                    counter.add_metric((model_name, *values), count)
-                if family.source in _COUNTERS:
-                    counter.add_metric((model_name,), self._totals.get(family.source))
-                yield counter
             else:
-                gauge = GaugeMetricFamily(family.name, family.help, labels=labels)
-                gauge.add_metric((model_name,), gauges[family.source])
-                yield gauge
+                kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+                metric = kind(family.name, family.help, labels=labels)
+                for values, number in numbers[family.source].items():
+                    metric.add_metric((model_name, *values), number)
+                yield metric
 
     def _count(self, source: str, *values: str) -> None:
         counts = self._counts[source]
         counts[values] = counts.get(values, 0) + 1
+
+    def _observe(self, source: str, value: float | None) -> None:
+        if value is not None:
+            self._histograms[source].observe(value)
 
     def _label(self) -> str:
         if self._model_name is None:
@@ -250,7 +248,7 @@ class Metrics(Collector):
 
 
 class _Totals:
-    """Sums of the counters of several engines, which never go down: a restarted engine adds to what it had.
+    """Sums the counters of several engines so that they never go down: a restarted engine adds to what it had.
 
     An engine is identified by its position in the list.
     """
@@ -261,32 +259,26 @@ class _Totals:
 
     def update(self, engines: Sequence[EngineStats]) -> bool:
         """Take in the newest counters. Return whether any engine has made a step since."""
-        seen = self._engines
         changed = False
-        if len(seen) < len(engines):
-            seen += [EngineStats()] * (len(engines) - len(seen))
-        while len(seen) > len(engines):
-            self._keep(seen.pop())
-        for i, new in enumerate(engines):
-            old = seen[i]
-            if new is old:
-                continue
-            changed |= new.num_steps != old.num_steps and new.num_steps > 0
-            if any(map(lt, _read_counters(new), _read_counters(old))):
-                self._keep(old)
-            seen[i] = new
+        for old, new in zip_longest(self._engines, engines, fillvalue=EngineStats()):
+            if new is not old:
+                changed |= 0 < new.num_steps != old.num_steps
+                if any(map(lt, _read_counters(new), _read_counters(old))):
+                    self._before = _sums([self._before, _read_counters(old)])
+        self._engines = list(engines)
         return changed
 
-    def get(self, counter: str) -> int:
-        place = _COUNTERS.index(counter)
-        return self._before[place] + sum(_read_counters(engine)[place] for engine in self._engines)
+    def sums(self) -> dict[str, int]:
+        """Return the sums by the names of the counters."""
+        return dict(zip(_COUNTERS, _sums([self._before, *map(_read_counters, self._engines)]), strict=True))
 
-    def _keep(self, engine: EngineStats) -> None:
-        self._before = [a + b for a, b in zip(self._before, _read_counters(engine), strict=True)]
+
+def _sums(rows: Sequence[Sequence[int]]) -> list[int]:
+    return list(map(sum, zip(*rows, strict=True)))
 
 
 class _Histogram:
-    """Histogram that is cheaper than the library's, which takes a lock and walks the buckets at each observation."""
+    """Counts more cheaply than the library's histogram, which locks and walks the buckets at each observation."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.sum = 0.0

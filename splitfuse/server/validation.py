@@ -24,7 +24,7 @@ MAX_DIGITS = 1000
 
 @dataclass(frozen=True)
 class SchemaBounds:
-    """Bounds that the types do not know: those of the loaded model (None before it is ready) and of the server."""
+    """Holds bounds that the types do not know: the loaded model's (None before it is ready) and the server's."""
 
     max_prompts: int
     model: str | None = None

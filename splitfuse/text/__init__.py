@@ -1,1 +1,1 @@
-"""Text to tokens and back, in the process that faces the caller."""
+"""Turns text into tokens and back, in the process that faces the caller."""

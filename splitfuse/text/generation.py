@@ -1,4 +1,4 @@
-"""The text of one answer as its tokens come: detokenize, watch for stop strings, keep times.
+"""Builds the text of one answer as its tokens come: detokenizes, watches for stop strings, keeps times.
 
 Every text that a caller reads comes from here, whether through a pipeline, the command line or a server. One Generation
 per choice holds all state of its text: requests share nothing.
@@ -50,7 +50,7 @@ class Generation:
         self.num_steps = 0
         """Number of steps that computed a part of the request."""
         self.slo_met: bool | None = None
-        """Whether the SLO was met so far; None without an SLO."""
+        """Flag of an SLO that was met so far; None without one."""
         self.timings = Timings(time.monotonic())
         self.sent: float | None = None
         """Time at which it went to the engine, on the clock of `timings`."""

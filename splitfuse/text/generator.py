@@ -1,4 +1,4 @@
-"""Text in, text out with an engine of this thread: encode, step, detokenize."""
+"""Turns text into text with an engine of this thread: encodes, steps, detokenizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keywords of `pipeline()` and of `client()`, which are DeepSpeed-MII's, as SamplingParams.
+"""Turns the keywords of `pipeline()` and `client()`, which are DeepSpeed-MII's, into SamplingParams.
 
 It decides what a keyword that was left out means, and that errors use the names of the keywords. What depends on a
 model (lengths, token ids) is checked elsewhere.

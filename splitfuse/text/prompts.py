@@ -25,9 +25,9 @@ class PreparedRequest:
     token_ids: tuple[int, ...]
     params: SamplingParams = GREEDY
     continues: bool = True
-    """Whether an answer continues the prompt's text. False: it stands alone, as in a chat."""
+    """Flag of an answer that continues the prompt's text; without it, it stands alone, as in a chat."""
     return_full_text: bool = False
-    """Whether an answer's text begins with the prompt's."""
+    """Flag of an answer whose text begins with the prompt's."""
     _limits: EngineLimits | None = field(default=None, init=False, repr=False, compare=False)
 
     def check(self, limits: EngineLimits) -> None:

@@ -1,4 +1,4 @@
-"""Answers as a caller of `pipeline()` or of a client receives them: whole, or in pieces.
+"""Defines answers as a caller of `pipeline()` or of a client receives them: whole, or in pieces.
 
 Plain data without PyTorch or a tokenizer, so that a client of a remote server can import it.
 """
@@ -68,9 +68,9 @@ class Response:
     token_ids: tuple[int, ...] = ()
     """Generated token ids; empty from a server, which answers in text."""
     logprobs: tuple[TokenLogprob | TextLogprob, ...] | None = None
-    """One for each generated token, if they were asked for."""
+    """Log-probabilities, one for each generated token, if they were asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    """One for each prompt token but the first, if they were asked for."""
+    """Log-probabilities, one for each prompt token but the first, if they were asked for."""
     timings: Timings = field(default_factory=Timings)
     stop_string: str | None = None
     """Stop string that ended the answer, where the model ran in this process."""

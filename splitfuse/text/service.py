@@ -1,4 +1,4 @@
-"""Text in, text out with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
+"""Turns text into text with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
 
 It decides what runs off the event loop (long texts, templates), and turns an engine's outputs into text as they come.
 What a caller reads equals what `pipeline` gives, token for token.

@@ -1,4 +1,4 @@
-"""Texts and bytes of single tokens, for log-probabilities. A token may be a part of a character only."""
+"""Gives the texts and bytes of single tokens, for log-probabilities. A token may be a part of a character only."""
 
 from __future__ import annotations
 

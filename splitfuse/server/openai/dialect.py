@@ -1,4 +1,4 @@
-"""How OpenAI's API writes errors, and ends a stream."""
+"""Defines how OpenAI's API writes errors and ends a stream."""
 
 from __future__ import annotations
 

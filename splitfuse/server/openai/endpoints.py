@@ -1,4 +1,4 @@
-"""Routes of OpenAI's dialect, with vLLM's /tokenize and /detokenize."""
+"""Defines the routes of OpenAI's dialect, with vLLM's /tokenize and /detokenize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's dialect: its parameters, and those that vLLM's users know, as types that decode strictly.
+"""Defines the requests of OpenAI's dialect: its parameters, and those that vLLM's users know, as strict types.
 
 They decide what is supported, what is refused, and what a parameter left out means. Nothing is ignored: an unknown
 parameter is refused, and so is a known one that is not supported, unless its value requests nothing.

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's dialect: whole ones, and the events of a stream.
+"""Writes answers in OpenAI's dialect: whole ones, and the events of a stream.
 
 Decides what each field of an answer says.
 """
