@@ -26,6 +26,12 @@ KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
+MIN_TARGET, MAX_TARGET = 1e-6, 86400.0
+"""Bounds of an SLO target, in seconds. No step is as short as the least: a target below it means the same, and the
+scheduler multiplies targets and divides by them, which must not leave the range of floating point.
+"""
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
+"""Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
 
 
@@ -217,9 +223,14 @@ class ServerConfig:
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
         for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_body_mib", "step_timeout", "drain_timeout", "client_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if not 0 < self.max_body_mib < float("inf"):
+            raise ConfigError(f"max_body_mib must be a positive number, not {self.max_body_mib}")
+        for name in ("step_timeout", "drain_timeout", "client_timeout"):
+            if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
+                raise ConfigError(
+                    f"{name} must be a number of seconds from {MIN_TIMEOUT:g} to {MAX_TIMEOUT:.0f}, not "
+                    f"{getattr(self, name)}"
+                )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("tls_certificate and tls_key go together: give both or none")
         if any(not key.strip() for key in self.api_key):
@@ -250,8 +261,10 @@ def parse_seconds(name: str, text: str) -> float:
     except (ValueError, KeyError) as error:
         forms = f"1s, 250ms or 2ms{PER_TOKEN}" if name == "ttft" else "1s or 250ms"
         raise ConfigError(f"{name} must be a time with its unit, such as {forms}, not {text!r}") from error
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{name} must be a time above 0, not {text!r}")
+    if not MIN_TARGET <= seconds <= MAX_TARGET:
+        raise ConfigError(
+            f"{name} must be a time from {1e3 * MIN_TARGET:g}ms to {MAX_TARGET:.0f}s, such as 250ms, not {text!r}"
+        )
     return seconds
 
 

@@ -143,6 +143,14 @@ class ServerError(SplitfuseError):
     """Raised when a server cannot be started, found or stopped."""
 
 
+def brief(value: object) -> str:
+    """Return how an error shows a value: in 80 characters at most."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'top_p'?"`, or the sorted list of known names if none is near."""
     choices = sorted(known)

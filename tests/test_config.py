@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, parse_seconds
+from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ServerConfig, parse_seconds
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 
@@ -119,7 +119,9 @@ def test_times_have_units(text: str, seconds: float) -> None:
     assert parse_seconds("itl", text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token"])
+@pytest.mark.parametrize(
+    "text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token", "5e-324s", "1e-9ms", "1e300s", "1e5s"]
+)
 def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="itl must be a time"):
         SchedulerConfig(itl=text)
@@ -131,3 +133,10 @@ def test_ttft_may_depend_on_the_length_of_the_prompt() -> None:
     assert SloTargets.parse(None, None) == SloTargets()
     with pytest.raises(ConfigError, match="ttft must be a time"):
         SchedulerConfig(ttft="fast/token")
+
+
+@pytest.mark.parametrize("name", ["step_timeout", "drain_timeout", "client_timeout"])
+def test_a_timeout_that_no_timer_keeps_is_refused(name: str) -> None:
+    for value in (0.0, 5e-324, 1e-9, 1e7, 1e300, float("inf"), float("nan"), -1.0):
+        with pytest.raises(ConfigError, match=f"^{name} must be a number of seconds from 0.001 to 1000000, not"):
+            ServerConfig.from_settings({name: value})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError
+from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError, brief
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, paramete
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InvalidRequestError(
-                f"{owner} has the token id {token!r}, but the model's are from 0 to {vocab_size - 1}",
+                f"{owner} has the token id {brief(token)}, but the model's are from 0 to {vocab_size - 1}",
                 parameter=parameter,
             )
 

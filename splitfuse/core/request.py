@@ -6,6 +6,7 @@ No mode says whether it is a prefill or a decode: it is a prefill while more tha
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.request_kv import RequestKv
@@ -14,6 +15,10 @@ from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.errors import InvalidRequestError
+
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
+"""Bounds of a weight, beyond which a single request would count for more than all that others ever send."""
 
 
 class RequestStatus(enum.StrEnum):
@@ -47,6 +52,8 @@ class SchedulingOptions:
     the engine fills in its default SLO and the arrival time where they are None.
 
         SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
+
+    Raises InvalidRequestError for a weight out of bounds, and for an arrival time that is no time.
     """
 
     cache_salt: str = ""
@@ -62,6 +69,12 @@ class SchedulingOptions:
     weight: float = 1.0
     """Weight of the owner's fair share, relative to other owners."""
     priority: Priority = Priority.NORMAL
+
+    def __post_init__(self) -> None:
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise InvalidRequestError(f"weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT}, not {self.weight!r}")
+        if self.arrival_time is not None and not math.isfinite(self.arrival_time):
+            raise InvalidRequestError(f"arrival_time must be a time in seconds, not {self.arrival_time!r}")
 
 
 DEFAULT_SCHEDULING = SchedulingOptions()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, brief
 
 MAX_INT = 2**31 - 1
 MAX_LOGPROBS = 128
@@ -202,7 +202,7 @@ def _is_int(value: Any, minimum: float, maximum: float) -> bool:
 
 
 def _refused(name: str, value: object, valid: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {valid}, not {value!r:.80}", parameter=name)
+    return InvalidRequestError(f"{name} must be {valid}, not {brief(value)}", parameter=name)
 
 
 PARAMETERS: Mapping[str, Parameter] = _table()

@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from splitfuse.config import SchedulerConfig, ServerConfig
-from splitfuse.core.request import Priority
+from splitfuse.core.request import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.errors import ConfigError, did_you_mean
 from splitfuse.server.errors import RefusedError
 
 OPTIONS = ("name", "weight", "priority", "ttft", "itl")
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
-"""Bounds of a weight, beyond which a single request would count for more than all that others ever send."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from splitfuse.config import MAX_TARGET, MIN_TARGET
 from splitfuse.core.request import Priority, SchedulingOptions
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.errors import InvalidRequestError
@@ -19,7 +20,7 @@ from splitfuse.server.validation import Body
 MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0
 """Bounds of a deadline, in seconds."""
 
-_TARGET = Annotated[float, Meta(gt=0, le=MAX_DEADLINE)]
+_TARGET = Annotated[float, Meta(ge=MIN_TARGET, le=MAX_TARGET)]
 _DEADLINE = Annotated[
     float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
 ]

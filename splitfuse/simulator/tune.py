@@ -17,7 +17,7 @@ from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload, poisson
-from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
+from splitfuse.config import MAX_TARGET, PER_TOKEN, SchedulerConfig, parse_seconds
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
@@ -360,7 +360,7 @@ def _longer(target: str | None, times: float) -> str | None:
     """Return a target multiplied by `times`, rounded up to two digits."""
     if target is None:
         return None
-    seconds = times * parse_seconds("target", target.removesuffix(PER_TOKEN))
+    seconds = min(times * parse_seconds("target", target.removesuffix(PER_TOKEN)), MAX_TARGET)
     digit = 10.0 ** (math.floor(math.log10(1e3 * seconds)) - 1)
     rounded = digit * math.ceil(1e3 * seconds / digit - 1e-9)
     return f"{rounded:.6g}ms{PER_TOKEN if target.endswith(PER_TOKEN) else ''}"

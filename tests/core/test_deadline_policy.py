@@ -7,17 +7,20 @@ from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from scheduler_harness import Run
 
-from splitfuse.config import TAIL_SHARE
+from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE
 from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.errors import CostModelError, InvalidRequestError, LateError
 
 COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
 BUDGET = 100
@@ -275,3 +278,81 @@ def test_every_request_is_served_under_lasting_overload() -> None:
         run.outcomes = {name: run.outcomes[name] for name in begun}
     longest = max(*waits, *(run.now - since for since in begun.values()))
     assert longest < most * alone / TAIL_SHARE * 2
+
+
+EXTREME_TARGETS = st.none() | st.sampled_from([MIN_TARGET, MAX_TARGET]) | st.floats(MIN_TARGET, MAX_TARGET)
+EXTREME_SECONDS = st.sampled_from([0.0, 5e-324, 1e-300, MAX_COEFFICIENT]) | st.floats(0.0, 0.1)
+COEFFICIENTS = ("floor", "per_token", "per_token_beyond", "per_row", "per_pair", "per_kv_token", "per_request")
+
+
+@settings(max_examples=60, deadline=None)
+@example(
+    cost=dict.fromkeys(COEFFICIENTS, 0.0),
+    targets=[(1.0, 0.1, None, False, 40), (1.0, 0.1, None, True, 40)],
+    tail_share=0.1,
+)
+@given(
+    cost=st.fixed_dictionaries(dict.fromkeys((*COEFFICIENTS, "knee", "noise"), EXTREME_SECONDS)),
+    targets=st.lists(st.tuples(*[EXTREME_TARGETS] * 3, st.booleans(), st.integers(1, 300)), min_size=1, max_size=8),
+    tail_share=st.sampled_from([5e-324, 1e-300, TAIL_SHARE, 0.25]),
+)
+def test_no_target_or_cost_model_stops_the_scheduler(
+    cost: dict[str, float], targets: list[tuple[float, float, float, bool, int]], tail_share: float
+) -> None:
+    policy = DeadlinePolicy(LatencyPredictor(CostModel(**cost)), token_budget=BUDGET, tail_share=tail_share)
+    run = Run.make(num_blocks=60, block_size=16, budget=BUDGET, policy=policy)
+    for number, (ttft, itl, ttft_per_token, on_time_only, prompt) in enumerate(targets):
+        made = request(f"r{number}", prompt, SloTargets(ttft, itl, ttft_per_token))
+        made.max_tokens = 5
+        change(made, on_time_only=on_time_only)
+        try:
+            run.add(made)
+        except LateError as error:
+            assert on_time_only and error.retry_after > 0
+        except InvalidRequestError:
+            assert on_time_only and not made.slo.exists
+        run.step()
+    run.drain(limit=2000)
+    assert all(outcome.error is None and len(outcome.tokens) == 5 for outcome in run.outcomes.values())
+
+
+NO_TARGETS = [
+    0,
+    -0.0,
+    5e-324,
+    1e-300,
+    MIN_TARGET / 2,
+    2 * MAX_TARGET,
+    1e300,
+    math.inf,
+    math.nan,
+    -1,
+    10**5000,
+    True,
+    "1s",
+]
+
+
+@pytest.mark.parametrize("name", ["ttft", "itl", "ttft_per_token"])
+def test_a_target_out_of_bounds_is_refused_by_name(name: str) -> None:
+    for value in NO_TARGETS:
+        with pytest.raises(
+            InvalidRequestError, match=f"^{name} must be a number of seconds from 1e-06 to 86400"
+        ) as error:
+            SloTargets(**{name: value})
+        assert error.value.parameter == name and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("weight", [0.0, 5e-324, 1e300, math.inf, math.nan, -1.0])
+def test_a_weight_or_an_arrival_that_is_none_is_refused(weight: float) -> None:
+    with pytest.raises(InvalidRequestError, match=r"weight must be a number from 0.001 to 1000"):
+        SchedulingOptions(weight=weight)
+    with pytest.raises(InvalidRequestError, match="arrival_time must be a time in seconds"):
+        SchedulingOptions(arrival_time=math.nan)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e300, math.inf, math.nan])
+def test_a_cost_model_of_no_machine_is_refused(value: float) -> None:
+    for name in (*COEFFICIENTS, "knee", "noise"):
+        with pytest.raises(CostModelError, match=f"^{name} of a cost model must be a number from 0 to 1e"):
+            CostModel(**{"floor": 0.01, "per_token": 0.001, name: value})

@@ -9,7 +9,8 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 
 HUGE = 10**400
-NO_NUMBERS = [math.nan, math.inf, -math.inf, HUGE, -HUGE, "1", True, None, [1]]
+BEYOND_WORDS = 10**5000  # Python refuses to write it
+NO_NUMBERS = [math.nan, math.inf, -math.inf, HUGE, -HUGE, BEYOND_WORDS, "1", True, None, [1]]
 NO_INTEGERS = [-1, 1.0, *NO_NUMBERS]
 NO_COUNTS = [value for value in NO_INTEGERS if value is not None]  # None: left out
 

@@ -143,6 +143,45 @@ def test_malformed_targets_are_refused(http: httpx.Client, targets: object) -> N
     assert answer.status_code == 400 and "splitfuse_targets" in answer.json()["error"]["param"]
 
 
+EXTREMES = [  # as JSON writes them
+    *("0", "-0.0", "5e-324", "2.2250738585072014e-308", "1e-300", "1e-30", "1e-6", "0.001", "0.5", "1", "3.0"),
+    *("100", "2147483647", "2147483648", "9223372036854775807", "9223372036854775808", "18446744073709551615"),
+    *("18446744073709551616", "1e30", "1e300", "1.7976931348623157e308", "1e999", "NaN", "Infinity", "-Infinity"),
+    *("-1", "-5e-324", "-1e300", "-9223372036854775809", "1" + 400 * "0", "1" + 5000 * "0"),
+]
+"""Numbers at the ends of every range that a body, a scheduler or a sampler may have in mind."""
+NUMBERS = [
+    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "seed"),
+    *("max_tokens", "min_tokens", "logprobs", "n", "best_of", "splitfuse_deadline", "splitfuse_priority", "stop"),
+]
+PLACES = {  # what surrounds the number, and the number
+    **{name: f'"{name}": %s' for name in NUMBERS},
+    **{f"{name}, drawn": f'"temperature": 0.7, "{name}": %s' for name in ("top_p", "min_p", "top_k", "seed")},
+    **{name: f'"splitfuse_targets": {{"{name}": %s}}' for name in ("ttft", "itl", "ttft_per_token")},
+    "on time": '"splitfuse_on_time_only": true, "splitfuse_targets": {"ttft": 1000, "itl": %s}',
+    "bias": '"logit_bias": {"7": %s}',
+    "biased id": '"logit_bias": {"%s": 1}',
+    "stop id": '"min_tokens": 1, "stop_token_ids": [%s]',
+    "prompt": '"prompt": [5, %s]',
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_extreme_numbers_fail_alone_or_do_no_harm(http: httpx.Client, server: RunningServer, place: str) -> None:
+    common = '"ignore_eos": true' + ("" if place == "prompt" else ', "prompt": [5, 6]')
+    common += "" if place in ("max_tokens", "min_tokens") else ', "max_tokens": 2'
+    targets = "" if "splitfuse_targets" in PLACES[place] else ', "splitfuse_targets": {"ttft": 0.001, "itl": 1e-6}'
+    headers = {"content-type": "application/json"}
+    for number in EXTREMES:
+        body = f"{{{common}{targets}, {PLACES[place] % number}}}"
+        answer = http.post("/v1/completions", content=body, headers=headers)
+        expected = {"on time": (200, 400, 429), "splitfuse_deadline": (200, 400, 408)}.get(place, (200, 400))
+        assert answer.status_code in expected, f"{number}: {answer.text}"
+        assert answer.status_code == 200 or len(answer.json()["error"]["message"]) < 400
+    assert server.client.state == "ready"
+    server.assert_idle()
+
+
 def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
     with running_server(num_blocks=200) as plain, plain.http() as http:
         answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": PATIENT})

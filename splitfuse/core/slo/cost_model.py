@@ -27,6 +27,8 @@ ITERATIONS = 6
 """Number of reweighted least-squares fits for each knee."""
 MOST_KNEES = 24
 """Number of knees which are tried at most."""
+MAX_COEFFICIENT = 1e9
+"""Largest coefficient of a cost model: those of a machine are far below, and sums of them stay finite."""
 MIN_SAMPLES = 24
 """Number of timed steps that a fit needs: three for each coefficient."""
 
@@ -74,7 +76,7 @@ class FitError:
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
     """Holds the coefficients, all in seconds but `knee`, which is in tokens. `noise` is the standard deviation of the
-    logarithm of the times of equal steps. Raises CostModelError unless all are numbers from 0.
+    logarithm of the times of equal steps. Raises CostModelError unless all are numbers from 0 to MAX_COEFFICIENT.
     """
 
     floor: float
@@ -91,8 +93,10 @@ class CostModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "error" and not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise CostModelError(f"{field.name} of a cost model must be a number from 0, not {value!r}")
+            if field.name != "error" and not (isinstance(value, int | float) and 0 <= value <= MAX_COEFFICIENT):
+                raise CostModelError(
+                    f"{field.name} of a cost model must be a number from 0 to {MAX_COEFFICIENT:g}, not {value!r:.80}"
+                )
 
     def seconds(self, step: StepFeatures) -> float:
         """Return the predicted time of a step."""

@@ -41,6 +41,10 @@ back by a hundredth of that: some 1,600 steps from the smallest factor to the la
 """
 
 
+MIN_SECONDS = 1e-9
+"""Shortest time that is predicted of a step: plans divide by it, and a cost model may say that a step takes none."""
+
+
 class LatencyPredictor:
     """Predicts the seconds of steps, and corrects itself by their measured times."""
 
@@ -62,7 +66,8 @@ class LatencyPredictor:
     def seconds(self, features: StepFeatures) -> float:
         """Return the predicted time of a step."""
         floor, beyond = self.factors
-        return floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
+        seconds = floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
+        return max(seconds, MIN_SECONDS)
 
     def tokens_within(self, seconds: float, features: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
         """See CostModel."""
@@ -73,7 +78,7 @@ class LatencyPredictor:
     def observe(self, features: StepFeatures, seconds: float) -> float:
         """Learn from the measured time of a step. Returns what was predicted of it before."""
         predicted = self.seconds(features)
-        if seconds <= 0.0 or predicted <= 0.0:
+        if seconds <= 0.0:
             return predicted
         error = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share

@@ -7,8 +7,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from splitfuse.config import PER_TOKEN, parse_seconds
-from splitfuse.errors import InvalidRequestError
+from splitfuse.config import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_seconds
+from splitfuse.errors import InvalidRequestError, brief
 
 SPAN = 16
 """Span of the moving average of gaps, in tokens, as in the paper."""
@@ -21,7 +21,7 @@ class SloTargets:
 
         SloTargets(ttft=1.0, itl=0.1)
 
-    Raises InvalidRequestError for a target which is not a positive number.
+    Raises InvalidRequestError for a target which is not a number from MIN_TARGET to MAX_TARGET.
     """
 
     ttft: float | None = None
@@ -34,8 +34,13 @@ class SloTargets:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise InvalidRequestError(f"{field.name} must be a positive number of seconds, not {value!r}")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and MIN_TARGET <= value <= MAX_TARGET):
+                raise InvalidRequestError(
+                    f"{field.name} must be a number of seconds from {MIN_TARGET:g} to {MAX_TARGET:.0f}, such as 0.25, "
+                    f"not {brief(value)}",
+                    parameter=field.name,
+                )
 
     @classmethod
     def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
