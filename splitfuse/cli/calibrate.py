@@ -47,7 +47,7 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
     """Print the held-out steps, measured and predicted, the coefficients and the error."""
     rows = [
         (
-            timed.name,
+            timed.case.name,
             str(timed.sample.features.tokens),
             str(timed.sample.features.rows),
             str(timed.sample.features.kv_tokens),

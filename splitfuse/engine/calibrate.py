@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -59,11 +59,6 @@ class Case:
             total = total.plus(start=start, count=count, rows=int(samples))
         return total
 
-    def fits(self, *, max_model_len: int, capacity: int, max_num_seqs: int) -> bool:
-        """Return whether an engine of those sizes could run it; `capacity` is in KV positions."""
-        ends = [start + count for start, count, _ in self.chunks]
-        return max(ends) <= max_model_len and sum(ends) <= capacity and len(ends) <= max_num_seqs
-
 
 @dataclass(frozen=True)
 class Timed:
@@ -71,11 +66,6 @@ class Timed:
 
     case: Case
     runs: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        """Return the name of the case."""
-        return self.case.name
 
     @property
     def sample(self) -> Sample:
@@ -119,21 +109,22 @@ def calibrate(
     executor = model.make_executor()
     for store in executor.kv_cache.layers:  # untouched pages would read unrealistically fast
         model.decoder.backend.fill_kv(store, SMALL_NUMBER)
-    limits = {
-        "max_model_len": plan.max_model_len,
-        "capacity": (blocks - config.scheduler.max_num_seqs) * plan.block_size,  # a request's last block is not full
-        "max_num_seqs": config.scheduler.max_num_seqs,
-    }
-    grids = [grid.within(**limits) for grid in (FINE, COARSE)]
-    if not grids[0].is_enough:
+    max_num_seqs = config.scheduler.max_num_seqs
+    capacity = (blocks - max_num_seqs) * plan.block_size  # in KV positions: a request's last block is not full
+
+    def fits(case: Case) -> bool:
+        ends = [start + count for start, count, _ in case.chunks]
+        return max(ends) <= plan.max_model_len and sum(ends) <= capacity and len(ends) <= max_num_seqs
+
+    fine, coarse = (grid.only(fits) for grid in (FINE, COARSE))
+    if not fine.is_enough:
         raise CostModelError(
-            f"only {len(grids[0].fitted)} different steps fit an engine with {plan.max_model_len} tokens a request, "
-            f"{blocks} blocks and max_num_seqs {config.scheduler.max_num_seqs}; at least {MIN_SAMPLES} are needed: "
+            f"only {len(fine.fitted)} different steps fit an engine with {plan.max_model_len} tokens a request, "
+            f"{blocks} blocks and max_num_seqs {max_num_seqs}; at least {MIN_SAMPLES} are needed: "
             "raise these"
         )
-    vocab_size = model.spec.vocab_size
-    runs = _Runs(executor, num_blocks=blocks, block_size=plan.block_size, vocab_size=vocab_size)
-    fitted, checking = choose_grid(runs, *grids, seconds=seconds)
+    runs = _Runs(executor)
+    fitted, checking = choose_grid(runs, fine, coarse, seconds=seconds)
     timed = time_cases(runs, [*fitted, *checking], seconds=seconds, progress=progress)
     cost = fit([each.sample for each in timed[: len(fitted)]], held_out=[e.sample for e in timed[len(fitted) :]])
     per_request = cost.per_request + scheduling_seconds(config, model, executor)
@@ -179,13 +170,13 @@ class Grid(NamedTuple):
         """Return whether a cost model can be fitted to it, and checked."""
         return len(self.fitted) >= MIN_SAMPLES and bool(self.checking)
 
+    def only(self, wanted: Callable[[Case], bool]) -> Grid:
+        """Return the steps that are `wanted`."""
+        return Grid(*([case for case in part if wanted(case)] for part in self))
+
     def up_to(self, tokens: int) -> Grid:
         """Return the steps of at most so many tokens."""
-        return Grid(*([case for case in part if case.features.tokens <= tokens] for part in self))
-
-    def within(self, **limits: int) -> Grid:
-        """Return the steps that an engine can run: see `Case.fits`."""
-        return Grid(*([case for case in part if case.fits(**limits)] for part in self))
+        return self.only(lambda case: case.features.tokens <= tokens)
 
 
 FINE = Grid(
@@ -271,9 +262,8 @@ def noise(timed: Sequence[Timed]) -> float:
 class _Runs:
     """Makes plans of cases and runs them, one after the other."""
 
-    def __init__(self, executor: Executor, *, num_blocks: int, block_size: int, vocab_size: int) -> None:
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._num_blocks, self._block_size, self._vocab_size = num_blocks, block_size, vocab_size
         self._random = Random(1)
         self._step = 0
         self._retired: tuple[str, ...] = ()
@@ -289,15 +279,17 @@ class _Runs:
         return seconds
 
     def _plan(self, case: Case) -> StepPlan:
-        free = iter(self._random.sample(range(self._num_blocks), self._num_blocks))
+        num_blocks = self._executor.kv_cache.num_blocks
+        free = iter(self._random.sample(range(num_blocks), num_blocks))
         chunks = tuple(self._chunk(f"{self._step}-{i}", each, free) for i, each in enumerate(case.chunks))
         new = tuple(NewRequest(chunk.request_id, chunk.token_ids, PARAMS, (), seed=0, choice=0) for chunk in chunks)
         return StepPlan(self._step, case.features.tokens, chunks, new, self._retired)
 
     def _chunk(self, request_id: str, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:
         start, count, samples = chunk
-        tokens = tuple(self._random.randrange(self._vocab_size) for _ in range(count))
-        table = tuple(next(free) for _ in range(ceil_div(start + count, self._block_size)))
+        vocab_size, block_size = self._executor.decoder.spec.vocab_size, self._executor.kv_cache.block_size
+        tokens = tuple(self._random.randrange(vocab_size) for _ in range(count))
+        table = tuple(next(free) for _ in range(ceil_div(start + count, block_size)))
         return Chunk(request_id, start, tokens, table, int(samples), samples)
 
 

@@ -24,7 +24,6 @@ from splitfuse.engine.messages import (
     Failed,
     Finish,
     Loading,
-    Ready,
     Report,
     StepReport,
     Stop,
@@ -263,8 +262,8 @@ class LocalClient(EngineClient):
                 self.stage = report
                 if report.memory_plan:
                     self.on_planned(report.memory_plan)
-            case Ready():
-                self._info, self.state, self.stage = report.info, EngineState.READY, Loading("ready", 1.0)
+            case EngineInfo():
+                self._info, self.state, self.stage = report, EngineState.READY, Loading("ready", 1.0)
             case Failed():
                 self._die(report.error)
 

@@ -17,7 +17,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
@@ -99,16 +99,14 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         *,
-        choice: int = 0,
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
-        sent: float | None = None,
     ) -> None:
-        """Check a request against `limits` and accept it: see `add`. `sent` is when it was sent here; None: now.
+        """Check a request against `limits` and accept it: see `add`.
 
         Raises InvalidRequestError, and changes nothing, if the model or the cache cannot serve it.
         """
         self.limits.check(prompt_token_ids, params)
-        self.add(Add(request_id, tuple(prompt_token_ids), params, choice, scheduling, sent))
+        self.add(Add(request_id, tuple(prompt_token_ids), params, scheduling=scheduling))
 
     def add(self, request: Add) -> None:
         """Accept a request that was checked against `limits`; its output comes out of `step`. `params.n` is ignored:
@@ -157,19 +155,13 @@ class Engine:
             raise
         return self._update(plan, result)
 
-    def finish(
-        self,
-        request_id: str,
-        reason: FinishReason,
-        *,
-        num_tokens: int | None = None,
-        wanted_until: float | None = None,
-    ) -> RequestOutput | None:
-        """End a request, keeping its first `num_tokens` generated tokens. Returns its last output, which accounts for
-        its time until `wanted_until`, on the monotonic clock, or until now; None if it has ended already.
+    def finish(self, command: Finish) -> RequestOutput | None:
+        """End a request. Returns its last output, which accounts for its time until `command.ended`, or until now; None
+        if it has ended already.
         """
+        request_id, reason, num_tokens, ended = command.request_id, command.reason, command.num_tokens, command.ended
         now = time.monotonic()
-        if not self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=now, wanted_until=wanted_until):
+        if not self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=now, wanted_until=ended):
             return None
         return RequestOutput(request_id, finish_reason=reason, latency_breakdown=self._latencies.pop(request_id))
 
@@ -180,7 +172,7 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request whose output is not wanted any more. Returns False if it has ended already."""
-        return self.finish(request_id, FinishReason.ABORT) is not None
+        return self.finish(Finish(request_id, FinishReason.ABORT)) is not None
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in the result of a step, and add to the last output of each request where its time went."""

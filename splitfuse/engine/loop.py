@@ -75,13 +75,7 @@ class EngineLoop:
                     except (InvalidRequestError, LateError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
-                    output = self._engine.finish(
-                        command.request_id,
-                        command.reason,
-                        num_tokens=command.num_tokens,
-                        wanted_until=command.ended,
-                    )
-                    if output is not None:
+                    if (output := self._engine.finish(command)) is not None:
                         outputs.append(output)
                 case Stop():
                     self._stopped = True

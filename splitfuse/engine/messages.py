@@ -58,9 +58,8 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     """Memory plan as it is printed; sent once, before anything is loaded."""
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """Holds what does not change while an engine lives."""
+class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+    """Reports that the model is loaded, and what does not change while the engine lives."""
 
     model: str
     limits: EngineLimits
@@ -68,12 +67,6 @@ class EngineInfo:
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
     slo_enabled: bool = False
-
-
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Reports that the model is loaded."""
-
-    info: EngineInfo
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Name of its class, if it is one of errors.py."""
 
 
-Report = Loading | Ready | StepReport | Alive | Failed
+Report = Loading | EngineInfo | StepReport | Alive | Failed
 
 encode: Callable[[Command | Report], bytes] = msgspec.msgpack.Encoder().encode
 """Function that returns a message as MessagePack."""

@@ -8,7 +8,7 @@ import threading
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
-from splitfuse.engine.messages import Add, Failed, Finish, Ready, Report, Stop
+from splitfuse.engine.messages import Add, Failed, Finish, Report, Stop
 
 
 class AsyncEngine(LocalClient):
@@ -29,7 +29,7 @@ class AsyncEngine(LocalClient):
 
     async def start(self) -> None:
         self._event_loop = asyncio.get_running_loop()
-        self._take(Ready(self._engine_loop.info))
+        self._take(self._engine_loop.info)
         self._thread.start()
 
     async def close(self) -> None:

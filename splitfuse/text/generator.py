@@ -7,7 +7,7 @@ from functools import partial
 
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, Finish
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class TextGenerator:
             generation.end(FinishReason.ABORT)  # by a caller of the engine itself
 
     def _stop(self, request_id: str, num_tokens: int) -> None:
-        self.engine.finish(request_id, FinishReason.STOP, num_tokens=num_tokens)
+        self.engine.finish(Finish(request_id, FinishReason.STOP, num_tokens))
 
     def abort(self, generation: Generation) -> None:
         """End a generation that is not wanted any more. One that has ended is left as it is."""

@@ -12,6 +12,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Finish
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.models import decoder
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -81,7 +82,7 @@ def test_an_abort_counts_though_latency_accounting_failed(monkeypatch: pytest.Mo
     monkeypatch.setattr(LatencyLedger, "close", broken)
     engine = Engine(CONFIG, model)
     engine.add_request("a", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
-    output = engine.finish("a", FinishReason.STOP)
+    output = engine.finish(Finish("a", FinishReason.STOP))
     assert output is not None and output.finish_reason is FinishReason.STOP and output.latency_breakdown is None
     engine.add_request("b", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
     assert engine.abort("b") and not engine.abort("b") and not engine.has_unfinished

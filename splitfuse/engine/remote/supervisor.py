@@ -17,7 +17,7 @@ import msgspec
 from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineState, LocalClient
-from splitfuse.engine.messages import Add, Alive, Failed, Finish, Loading, Ready, Stop, decode_report, encode
+from splitfuse.engine.messages import Add, Alive, EngineInfo, Failed, Finish, Loading, Stop, decode_report, encode
 from splitfuse.engine.remote.launcher import launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.errors import EngineDiedError, SplitfuseError
@@ -158,7 +158,7 @@ class SubprocessEngine(LocalClient):
                         self._die(report.error)
                     case _:
                         self._take(report)
-                if isinstance(report, Ready):
+                if isinstance(report, EngineInfo):
                     if self._weights is not None:
                         self._weights.filled = True
                     if self._started is not None and not self._started.done():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from splitfuse.engine.messages import Alive, Failed, Loading, Ready, Report, decode_command, encode
+from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
@@ -71,7 +71,7 @@ class Worker:
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()
-            self._reports.put(Ready(self._loop.info))
+            self._reports.put(self._loop.info)
             self._loop.run()
             failed = False
         except SplitfuseError as error:
