@@ -122,15 +122,11 @@ class StepBuilder:
         self._token_budget = token_budget
         self._choose_victim = choose_victim
         self._predictor = predictor
-        self._features = StepFeatures()
+        self.features = StepFeatures()
+        """Features of all that is granted."""
         self._oldest: Request | None = None
         self._reserved_tokens = 0
         self._reserved_share = 0.0
-
-    @property
-    def features(self) -> StepFeatures:
-        """Return the features of all that is granted."""
-        return self._features
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -212,7 +208,7 @@ class StepBuilder:
             request.kv.grow(self._allocator, request.num_scheduled + count)
             self.granted[request] = count
             self.tokens_left -= count
-            self._features = self._plus(request, count)
+            self.features = self._plus(request, count)
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
@@ -221,7 +217,7 @@ class StepBuilder:
         if self._predictor is None or self.max_seconds == math.inf:
             return most
         seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
-        fitting = self._predictor.tokens_within(seconds, self._features, start=start, most=most, rows=1)
+        fitting = self._predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
         return min(most, max(self._even_chunk(request, fitting), at_least))
 
     def available_slots(self, request: Request) -> int:
@@ -249,13 +245,13 @@ class StepBuilder:
 
     def _revoke(self, request: Request) -> None:
         self.tokens_left += self.granted.pop(request, 0)
-        self._features = StepFeatures()
+        self.features = StepFeatures()
         for other, count in self.granted.items():
-            self._features = self._plus(other, count)
+            self.features = self._plus(other, count)
 
     def _plus(self, request: Request, count: int) -> StepFeatures:
         # One row of logits for each chunk: one with none (within a prompt) or several (prompt_logprobs) takes as long.
-        return self._features.plus(start=request.num_scheduled, count=count, rows=1)
+        return self.features.plus(start=request.num_scheduled, count=count, rows=1)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 

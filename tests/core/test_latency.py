@@ -11,7 +11,6 @@ from splitfuse.core.latency.ledger import (
     MAX_CO_SCHEDULED,
     LatencyLedger,
     RequestLatency,
-    StepTransitions,
     Transition,
 )
 from splitfuse.core.latency.phases import COMPUTING, LatencyPhase
@@ -230,7 +229,7 @@ def test_with_a_cost_model_a_share_is_the_cost_of_its_chunk() -> None:
 def test_a_request_joins_when_the_step_in_flight_ends() -> None:
     ledger, first, second = LatencyLedger(), RequestLatency("a"), RequestLatency("b")
     ledger.open(first, sent=0, now=0)
-    ledger.begin(StepTransitions([Transition(first, LatencyPhase.DECODE, 1)], [], 1), 1)
+    ledger.begin([Transition(first, LatencyPhase.DECODE, 1)], cost=1, now=1)
     ledger.end(5)
     ledger.open(second, sent=2, now=6)
     assert ledger.close(second, 8).phases == {
@@ -244,9 +243,9 @@ def test_seconds_after_a_request_was_given_up_do_not_count() -> None:
     def breakdown(ended: float) -> dict[LatencyPhase, float]:
         ledger, latency = LatencyLedger(), RequestLatency("a")
         ledger.open(latency, sent=0, now=0)
-        ledger.begin(StepTransitions([Transition(latency, LatencyPhase.NO_SLOT)], [], 1), 0)
+        ledger.begin([Transition(latency, LatencyPhase.NO_SLOT)], cost=1, now=0)
         ledger.end(4)
-        ledger.begin(StepTransitions([Transition(latency, LatencyPhase.DECODE, 1)], [], 4), 4)
+        ledger.begin([Transition(latency, LatencyPhase.DECODE, 1)], cost=4, now=4)
         ledger.end(8)
         closed = ledger.close(latency, 8, wanted_until=ended)
         assert closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)

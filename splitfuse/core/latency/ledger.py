@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from splitfuse.core.latency.phases import COMPUTING, LatencyBreakdown, LatencyPhase
-from splitfuse.core.slo.targets import SloViolation
 
 MAX_CO_SCHEDULED = 3
 """Number of co-scheduled requests which a breakdown names: those with the most prompt tokens."""
@@ -55,17 +54,8 @@ class Transition(NamedTuple):
     latency: RequestLatency
     phase: LatencyPhase
     weight: float = 0
-
-
-@dataclass(frozen=True)
-class StepTransitions:
-    """Describes what a step changes for all requests."""
-
-    transitions: Sequence[Transition]
-    prompts: Sequence[tuple[str, int]]
-    """Ids of requests with a prompt chunk in the step, and its tokens."""
-    cost: float
-    """Cost of all chunks together."""
+    num_prompt_tokens: int = 0
+    """Number of tokens of a prompt's chunk, longer than one, for naming what was co-scheduled."""
 
 
 class LatencyLedger:
@@ -78,7 +68,7 @@ class LatencyLedger:
         self._shares: float = 0  # seconds in steps per unit of their cost
         self._prompt_tokens = 0
         self._prompt_runs: deque[tuple[int, str]] = deque(maxlen=MAX_PROMPT_RUNS)  # end among all prompt tokens, id
-        self._in_flight: deque[StepTransitions] = deque()  # the first one runs
+        self._in_flight: deque[tuple[Sequence[Transition], float]] = deque()  # with the cost; the first one runs
         self._started: float = 0  # the step which runs, or the last one
         self._ended: float = 0
 
@@ -91,12 +81,14 @@ class LatencyLedger:
         latency._add(LatencyPhase.TO_ENGINE, now - sent - joining)
         self._mark(latency)
 
-    def begin(self, step: StepTransitions, now: float) -> None:
-        """Record a planned step, which starts now, or when those in flight have ended."""
+    def begin(self, transitions: Sequence[Transition], *, cost: float, now: float) -> None:
+        """Record a planned step, which starts now, or when those in flight have ended. `cost` is that of all its
+        chunks.
+        """
         self._advance(now)
-        self._in_flight.append(step)
+        self._in_flight.append((transitions, cost))
         if len(self._in_flight) == 1:
-            self._enter(step)
+            self._enter(transitions)
 
     def end(self, now: float) -> None:
         """Record the end of the oldest step in flight."""
@@ -104,43 +96,36 @@ class LatencyLedger:
         self._in_flight.popleft()
         self._ended = now
         if self._in_flight:
-            self._enter(self._in_flight[0])
+            self._enter(self._in_flight[0][0])
 
-    def close(
-        self,
-        latency: RequestLatency,
-        now: float,
-        *,
-        wanted_until: float | None = None,
-        num_preemptions: int = 0,
-        slo_violation: SloViolation | None = None,
-    ) -> LatencyBreakdown:
+    def close(self, latency: RequestLatency, now: float, *, wanted_until: float | None = None) -> LatencyBreakdown:
         """Return the breakdown of a request which ends now; the seconds after `wanted_until` do not count."""
         self._advance(now)
         closed = now if wanted_until is None else min(max(wanted_until, latency.opened), now)
         self._settle(latency, unwanted=now - closed)
         largest = sorted(latency.co_scheduled.items(), key=lambda item: -item[1])[:MAX_CO_SCHEDULED]
-        return LatencyBreakdown(latency.opened, closed, latency.phases, tuple(largest), num_preemptions, slo_violation)
+        return LatencyBreakdown(latency.opened, closed, latency.phases, tuple(largest))
 
     def _advance(self, now: float) -> None:
         seconds = max(now - self._now, 0)
         self._now += seconds
         if self._in_flight:
             self._steps += seconds
-            self._shares += seconds / self._in_flight[0].cost
+            self._shares += seconds / self._in_flight[0][1]
         else:
             self._between += seconds
 
-    def _enter(self, step: StepTransitions) -> None:
+    def _enter(self, transitions: Sequence[Transition]) -> None:
         self._started = self._now
-        for latency, phase, weight in step.transitions:
+        for latency, phase, weight, _ in transitions:
             self._settle(latency)
             latency._phase, latency._weight = phase, weight
-        for request_id, count in step.prompts:
-            self._prompt_tokens += count
-            if self._prompt_runs and self._prompt_runs[-1][1] == request_id:
-                self._prompt_runs.pop()
-            self._prompt_runs.append((self._prompt_tokens, request_id))
+        for latency, _, _, count in transitions:
+            if count:
+                self._prompt_tokens += count
+                if self._prompt_runs and self._prompt_runs[-1][1] == latency.request_id:
+                    self._prompt_runs.pop()
+                self._prompt_runs.append((self._prompt_tokens, latency.request_id))
 
     def _settle(self, latency: RequestLatency, unwanted: float = 0) -> None:
         """Charge the time since the last mark to the request's phase, but for the last `unwanted` seconds of it."""

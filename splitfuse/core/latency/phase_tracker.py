@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from splitfuse.core.events import (
     EngineEvents,
@@ -17,7 +18,7 @@ from splitfuse.core.events import (
     StepRecord,
     StepScheduled,
 )
-from splitfuse.core.latency.ledger import LatencyLedger, RequestLatency, StepTransitions, Transition
+from splitfuse.core.latency.ledger import LatencyLedger, RequestLatency, Transition
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.plan import Chunk
 from splitfuse.core.request import Request
@@ -61,12 +62,11 @@ class PhaseTracker:
 
     def _close(self, event: RequestFinished) -> None:
         request = event.request
-        self._breakdowns[request.request_id] = self._ledger.close(
-            self._latencies.pop(request.request_id),
-            event.time,
-            wanted_until=event.wanted_until,
-            num_preemptions=request.kv.num_preemptions,
-            slo_violation=request.slo.violation,
+        latency = self._latencies.pop(request.request_id)
+        breakdown = self._ledger.close(latency, event.time, wanted_until=event.wanted_until)
+        num_preemptions, violation = request.kv.num_preemptions, request.slo.violation
+        self._breakdowns[request.request_id] = replace(
+            breakdown, num_preemptions=num_preemptions, slo_violation=violation
         )
 
     def _preempted(self, event: RequestPreempted) -> None:
@@ -83,12 +83,8 @@ class PhaseTracker:
         builder = step.builder
         granted, running, waiting = builder.granted, builder.queue.running, builder.queue.waiting
         transitions: list[Transition] = []
-        prompts: list[tuple[str, int]] = []
         for index, request in [(n, request) for n, request in enumerate(granted) if request not in self._decoding]:
-            chunk = step.plan.chunks[index]
-            transitions.append(self._computed(request, chunk))
-            if len(chunk.token_ids) > 1:
-                prompts.append((request.request_id, len(chunk.token_ids)))
+            transitions.append(self._computed(request, step.plan.chunks[index]))
         left_out = [r for r in running if r not in granted] if len(granted) < len(running) else []
         is_full = builder.tokens_left <= 0 or not _takes_more(builder, (*left_out, *waiting[:1]))
         for request in left_out:
@@ -104,7 +100,7 @@ class PhaseTracker:
                     phase = LatencyPhase.OUTRANKED
                 self._change(request, phase, transitions)
         cost = sum(granted.values()) if self._cost is None else self._cost.seconds(builder.features)
-        self._ledger.begin(StepTransitions(transitions, prompts, cost or 1), step.time)
+        self._ledger.begin(transitions, cost=cost or 1, now=step.time)
 
     def _computed(self, request: Request, chunk: Chunk) -> Transition:
         count = len(chunk.token_ids)
@@ -120,7 +116,7 @@ class PhaseTracker:
             self._decoding.add(request)
         latency = self._latencies[request.request_id]
         latency.planned = phase
-        return Transition(latency, phase, weight)
+        return Transition(latency, phase, weight, count if count > 1 else 0)
 
     def _change(self, request: Request, phase: LatencyPhase, transitions: list[Transition]) -> None:
         latency = self._latencies[request.request_id]
