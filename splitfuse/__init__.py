@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from splitfuse.errors import (
         ConfigError,
         DrainingError,
-        EngineDiedError,
+        EngineUnavailableError,
         InvalidRequestError,
         MemoryPlanError,
         ModelError,
@@ -50,7 +50,7 @@ __all__ = [
     "DrainingError",
     "Engine",
     "EngineConfig",
-    "EngineDiedError",
+    "EngineUnavailableError",
     "FinishReason",
     "InvalidRequestError",
     "MemoryPlanError",

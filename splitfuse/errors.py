@@ -18,8 +18,8 @@ that fails never affects the others.
     ├── MemoryPlanError             the model does not fit into memory; the message says what would
     ├── RequestFailedError          a request failed while it ran (NaN logits, for example); others continue
     ├── OverloadedError             the server is at capacity; `retry_after` says when to try again
-    │   └── LateError               it has on_time_only, and cannot meet its SLO now
-    ├── EngineDiedError             no engine is there to compute the request, or it died
+    │   └── SloUnattainableError    it has on_time_only, and cannot meet its SLO now
+    ├── EngineUnavailableError      no engine is there to compute the request, or it died
     ├── DrainingError               the server is shutting down and accepts no new requests
     └── ServerError                 a server cannot be started, found or stopped
 
@@ -119,13 +119,13 @@ class OverloadedError(SplitfuseError):
         self.retry_after = retry_after
 
 
-class LateError(OverloadedError):
+class SloUnattainableError(OverloadedError):
     """Raised when a request with `on_time_only` cannot meet its SLO now. It may after `retry_after` seconds; infinity
     means never.
     """
 
 
-class EngineDiedError(SplitfuseError):
+class EngineUnavailableError(SplitfuseError):
     """Raised when no engine is there to compute a request, or when it died meanwhile. A retry may succeed."""
 
     status = 503

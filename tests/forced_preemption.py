@@ -18,7 +18,7 @@ def force_preemptions(engine: Engine) -> None:
         steps += 1
         if steps % EVERY == 0 and scheduler.num_running > 1:
             queue = scheduler._queue
-            victim = scheduler.policy.preemption_victim(queue.running, than=queue.running[0])
+            victim = scheduler.policy.preemption_victim(queue.running, claimant=queue.running[0])
             assert victim is not None and not victim.num_plans_in_flight
             queue.preempt(victim, time.monotonic())
         return step()

@@ -18,7 +18,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (
     DrainingError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     OverloadedError,
     PromptTooLongError,
@@ -42,7 +42,7 @@ BEGIN, END = "<!-- {}: python tests/test_docs.py writes this table -->\n", "<!--
 
 ERRORS = (
     *(InvalidRequestError(""), PromptTooLongError(""), RequestTooLargeError(""), OverloadedError("", retry_after=1.0)),
-    *(EngineDiedError(""), DrainingError(""), RequestFailedError(""), ValueError("")),
+    *(EngineUnavailableError(""), DrainingError(""), RequestFailedError(""), ValueError("")),
 )
 GENERATING = {"completions": CompletionRequest, "chat": ChatRequest}
 

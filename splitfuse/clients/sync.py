@@ -110,7 +110,7 @@ class Client:
         Responses come in the order of the prompts, choices side by side; with `stream`, an iterator of Piece comes
         instead; `streaming_fn` is called with each piece as it comes, in this thread. A request that fails alone has
         finish_reason "error" and says why. Raises InvalidRequestError for what cannot be honoured, OverloadedError
-        if the server has no room, EngineDiedError, ServerError if it cannot be reached.
+        if the server has no room, EngineUnavailableError, ServerError if it cannot be reached.
         """
         if stream:
             refuse_both(streaming_fn)

@@ -14,7 +14,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import PARAMETERS, SamplingParams
 from splitfuse.errors import (
     DrainingError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -197,7 +197,7 @@ def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TextLogp
 
 _KINDS: Mapping[str, type[SplitfuseError]] = {
     kind.code: kind
-    for kind in (PromptTooLongError, RequestTooLargeError, ModelNotFoundError, DrainingError, EngineDiedError)
+    for kind in (PromptTooLongError, RequestTooLargeError, ModelNotFoundError, DrainingError, EngineUnavailableError)
 }
 
 
@@ -229,7 +229,7 @@ def error_in(
         respell(refused)
         return refused
     if status == 503:
-        return EngineDiedError(message)
+        return EngineUnavailableError(message)
     return RequestFailedError(message)
 
 

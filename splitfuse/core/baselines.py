@@ -94,7 +94,7 @@ def grant_whole(step: StepBuilder, request: Request, *, alone: bool) -> bool:
         step.queue.start(request)
     needed = request.num_unscheduled
     if request is step.queue.running[0]:  # the oldest may take the blocks of any other
-        while step.available_slots(request) < needed and step.preempt(than=request):
+        while step.available_slots(request) < needed and step.preempt_for(request):
             pass
     if step.available_slots(request) >= needed and (needed <= step.tokens_left or alone):
         step.tokens_left = max(step.tokens_left, needed)

@@ -70,12 +70,12 @@ class SchedulingPolicy(ABC):
         """
 
     @abstractmethod
-    def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Return the request which loses its blocks to `than`, never the oldest of all; None if none has to."""
+    def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
+        """Return the request which loses its blocks to `claimant`, never the oldest of all; None if none has to."""
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
-        """Raise LateError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if it has none
-        that this policy heeds.
+        """Raise SloUnattainableError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if
+        it has none that this policy heeds.
         """
         del request, queue, now
         raise slo_required()
@@ -98,15 +98,15 @@ class Fcfs(SchedulingPolicy):
         claims.sort(key=_by_priority)
         return ClaimOrder([], claims, tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
 
-    def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
-        """Return the newest request of the lowest priority, if it comes after `than`; the oldest request of all may
+    def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
+        """Return the newest request of the lowest priority, if it comes after `claimant`; the oldest request of all may
         take the blocks of any other.
         """
-        oldest = oldest_number(running, than)
-        is_oldest = than.sequence_number == oldest
+        oldest = oldest_number(running, claimant)
+        is_oldest = claimant.sequence_number == oldest
         others = [r for r in running if r.sequence_number != oldest]
         if not is_oldest:
-            others = [r for r in others if preemption_key(r) > preemption_key(than)]
+            others = [r for r in others if preemption_key(r) > preemption_key(claimant)]
         return max(others, key=preemption_key, default=None)
 
 
@@ -125,9 +125,11 @@ def is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
     return bool(running) and min(claims, key=_by_queue_key, default=running[0]).queue_key < running[0].queue_key
 
 
-def oldest_number(running: Sequence[Request], than: Request) -> int:
-    """Return the lowest sequence number among `running` and `than`: the oldest request's, which is never preempted."""
-    return min(than.sequence_number, running[0].sequence_number) if running else than.sequence_number
+def oldest_number(running: Sequence[Request], claimant: Request) -> int:
+    """Return the lowest sequence number among `running` and `claimant`: that of the oldest request, which is never
+    preempted.
+    """
+    return min(claimant.sequence_number, running[0].sequence_number) if running else claimant.sequence_number
 
 
 def preemption_key(request: Request) -> tuple[int, int]:

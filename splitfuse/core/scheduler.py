@@ -98,7 +98,7 @@ class Scheduler:
         """Accept a request: from here on it will finish. `sent_time` is when its sender handed it over, if not now.
 
         Raises RequestTooLargeError if it could not fit the cache even alone, InvalidRequestError if its id is taken,
-        LateError if it has `on_time_only` and could not meet its SLO.
+        SloUnattainableError if it has `on_time_only` and could not meet its SLO.
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")

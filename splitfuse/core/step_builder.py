@@ -136,7 +136,7 @@ class StepBuilder:
         """
         running, waiting = self.queue.running, self.queue.waiting
         if waiting and (not running or waiting[0].sequence_number < running[0].sequence_number):
-            if len(running) >= self.queue.max_num_seqs and not self.preempt(than=waiting[0]):
+            if len(running) >= self.queue.max_num_seqs and not self.preempt_for(waiting[0]):
                 return None
             self.queue.start(waiting[0])
         self._oldest = running[0] if running else None
@@ -162,11 +162,11 @@ class StepBuilder:
         self.queue.requeue(request)
         return False
 
-    def preempt(self, *, than: Request) -> bool:
-        """Take the blocks of the policy's victim for `than`. Returns False if there is none, or if its plans in flight
-        must come back first.
+    def preempt_for(self, claimant: Request) -> bool:
+        """Take the blocks of the policy's victim for `claimant`. Returns False if there is none, or if its plans in
+        flight must come back first.
         """
-        victim = self._choose_victim(self.queue.running, than=than)
+        victim = self._choose_victim(self.queue.running, claimant=claimant)
         if victim is None:
             return False
         self._revoke(victim)
@@ -201,7 +201,7 @@ class StepBuilder:
         fitting = self.fitting_tokens(request, at_least=int(is_oldest))
         if fitting == 0:
             return 0
-        while not (available := self.available_slots(request)) and self.preempt(than=request):
+        while not (available := self.available_slots(request)) and self.preempt_for(request):
             fitting = self.fitting_tokens(request, at_least=int(is_oldest))
         count = min(fitting, available)
         if count:

@@ -28,7 +28,7 @@ from splitfuse.engine.messages import (
     StepReport,
     Stop,
 )
-from splitfuse.errors import EngineDiedError, InvalidRequestError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 
 
 class EngineState(enum.StrEnum):
@@ -42,8 +42,8 @@ class EngineState(enum.StrEnum):
 class Stream:
     """Iterates over the outputs of one request; the last one has a finish_reason.
 
-    Read it to its end or close it: `async with client.open(request) as stream`. Iterating raises EngineDiedError if the
-    engine is gone.
+    Read it to its end or close it: `async with client.open(request) as stream`. Iterating raises EngineUnavailableError
+    if the engine is gone.
     """
 
     def __init__(self, request: Add, finish: Callable[[Finish], None]) -> None:
@@ -146,7 +146,7 @@ class EngineClient(ABC):
     @property
     @abstractmethod
     def info(self) -> EngineInfo:
-        """Return what does not change while the engine lives. Raises EngineDiedError before it was READY."""
+        """Return what does not change while the engine lives. Raises EngineUnavailableError before it was READY."""
 
     @property
     @abstractmethod
@@ -167,7 +167,7 @@ class EngineClient(ABC):
     def open(self, request: Add) -> Stream:
         """Begin a request that keeps to `info.limits`: check it with `EngineLimits.check` where it enters.
 
-        Raises InvalidRequestError if a request with its id is running, EngineDiedError if no engine is ready.
+        Raises InvalidRequestError if a request with its id is running, EngineUnavailableError if no engine is ready.
         """
 
     @abstractmethod
@@ -176,7 +176,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End the engine. Open streams raise EngineDiedError."""
+        """End the engine. Open streams raise EngineUnavailableError."""
 
 
 class LocalClient(EngineClient):
@@ -199,7 +199,7 @@ class LocalClient(EngineClient):
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise EngineDiedError("the engine is not ready yet")
+            raise EngineUnavailableError("the engine is not ready yet")
         return self._info
 
     @property
@@ -218,9 +218,9 @@ class LocalClient(EngineClient):
 
     def open(self, request: Add) -> Stream:
         if self.state is EngineState.DEAD:
-            raise EngineDiedError(f"the engine is dead: {self._death}")
+            raise EngineUnavailableError(f"the engine is dead: {self._death}")
         if self.state is not EngineState.READY:
-            raise EngineDiedError(f"the engine is {self.state}")
+            raise EngineUnavailableError(f"the engine is {self.state}")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         num_prompt = len(request.prompt_token_ids)
@@ -274,4 +274,4 @@ class LocalClient(EngineClient):
         self._streams, self._ending = {}, {}
         self._stats = EngineStats()
         for stream in (*streams.values(), *ending.values()):
-            stream.fail(EngineDiedError(f"the engine died while the request ran: {why}"))
+            stream.fail(EngineUnavailableError(f"the engine died while the request ran: {why}"))

@@ -112,7 +112,7 @@ class Engine:
         """Accept a request that was checked against `limits`; its output comes out of `step`. `params.n` is ignored:
         each choice is a request.
 
-        Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, LateError if it has
+        Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, SloUnattainableError if it has
         `on_time_only` and cannot meet its SLO now. Then nothing is changed.
         """
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling

@@ -12,7 +12,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
-from splitfuse.errors import InvalidRequestError, LateError
+from splitfuse.errors import InvalidRequestError, SloUnattainableError
 
 
 class EngineLoop:
@@ -72,7 +72,7 @@ class EngineLoop:
                 case Add():
                     try:
                         self._engine.add(command)
-                    except (InvalidRequestError, LateError) as error:
+                    except (InvalidRequestError, SloUnattainableError) as error:
                         outputs.append(_refusal(command.request_id, error))
                 case Finish():
                     if (output := self._engine.finish(command)) is not None:
@@ -108,6 +108,6 @@ class EngineLoop:
         )
 
 
-def _refusal(request_id: str, error: InvalidRequestError | LateError) -> RequestOutput:
-    retry_after = error.retry_after if isinstance(error, LateError) else math.inf
+def _refusal(request_id: str, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
+    retry_after = error.retry_after if isinstance(error, SloUnattainableError) else math.inf
     return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)

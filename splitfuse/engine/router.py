@@ -10,7 +10,7 @@ from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
-from splitfuse.errors import EngineDiedError
+from splitfuse.errors import EngineUnavailableError
 
 
 class Router(EngineClient):
@@ -40,9 +40,9 @@ class Router(EngineClient):
         for replica in self.replicas:
             try:
                 return replica.info
-            except EngineDiedError:
+            except EngineUnavailableError:
                 continue
-        raise EngineDiedError("no engine is ready yet")
+        raise EngineUnavailableError("no engine is ready yet")
 
     @property
     def stats(self) -> list[EngineStats]:
@@ -56,7 +56,7 @@ class Router(EngineClient):
         names = self._name_blocks(request)
         index = choose_replica([self._load(i, names) for i in range(len(self.replicas))])
         if index is None:
-            raise EngineDiedError("no engine is ready")
+            raise EngineUnavailableError("no engine is ready")
         stream = self.replicas[index].open(request)
         memory = self._memories[index]
         if memory is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from splitfuse.errors import (
     DrainingError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     OverloadedError,
     RequestFailedError,
@@ -62,7 +62,7 @@ def answer_to(error: Exception) -> RefusedError:
         case OverloadedError():
             headers = {"retry-after": str(max(math.ceil(error.retry_after), 1))}
             return RefusedError(error.status, str(error), code=error.code, headers=headers)
-        case EngineDiedError() | DrainingError() | RequestFailedError():
+        case EngineUnavailableError() | DrainingError() | RequestFailedError():
             headers = {"retry-after": "1"} if error.status == 503 else {}
             return RefusedError(error.status, without_secrets(str(error)), code=error.code, headers=headers)
         case _:

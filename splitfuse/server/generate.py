@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.errors import InvalidRequestError, LateError, RequestFailedError, SplitfuseError
+from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError, SplitfuseError
 from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
@@ -130,7 +130,7 @@ def _failure(generation: Generation) -> SplitfuseError:
         return RequestFailedError(f"the request failed while it ran: {reason}")
     if retry_after == math.inf:
         return InvalidRequestError(reason, parameter="splitfuse_on_time_only")
-    return LateError(reason, retry_after=retry_after)
+    return SloUnattainableError(reason, retry_after=retry_after)
 
 
 def _num_entries(prepared: PreparedRequest) -> int:

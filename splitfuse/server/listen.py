@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError, EngineDiedError, ServerError
+from splitfuse.errors import ConfigError, EngineUnavailableError, ServerError
 from splitfuse.server.dialect import encode_json
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.dialect import OPENAI
@@ -102,7 +102,7 @@ async def _answer_starting(path: str, send: Send) -> None:
     if path == "/health":
         status, body = 200, {"status": "ok"}
     elif path != "/ready":
-        body = OPENAI.error(answer_to(EngineDiedError("the server is starting: /ready says how far it is")))
+        body = OPENAI.error(answer_to(EngineUnavailableError("the server is starting: /ready says how far it is")))
     content = encode_json(body)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

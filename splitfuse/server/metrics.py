@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.messages import EngineStats, StepReport
-from splitfuse.errors import EngineDiedError
+from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -223,7 +223,7 @@ class Metrics(Collector):
         if self._model_name is None:
             try:
                 self._model_name = self._client.info.model
-            except EngineDiedError:  # it has not been ready yet
+            except EngineUnavailableError:  # it has not been ready yet
                 return ""
         return self._model_name
 
@@ -231,7 +231,7 @@ class Metrics(Collector):
         client, stats = self._client, self._client.stats
         try:
             per_engine, outstanding = client.info.limits.num_blocks, client.outstanding_tokens
-        except EngineDiedError:  # it has not been ready yet
+        except EngineUnavailableError:  # it has not been ready yet
             per_engine = outstanding = 0
         blocks = per_engine * len(stats)
         # An engine that has made no step has not said how many of its blocks are free: all.

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from splitfuse.config import ServerConfig
 from splitfuse.engine.client import EngineState
-from splitfuse.errors import EngineDiedError
+from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.context import RequestContext
@@ -40,8 +40,8 @@ class AppState:
 
     @property
     def model(self) -> str:
-        """Return the name by which requests call the model. Raises EngineDiedError if that is an engine's, and none
-        was ever ready.
+        """Return the name by which requests call the model. Raises EngineUnavailableError if that is an engine's,
+        and none was ever ready.
         """
         return self.config.served_model_name or self.service.client.info.model
 
@@ -66,7 +66,7 @@ class AppState:
         """Return the bounds for the OpenAPI document."""
         try:
             model, limits = self.model, self.service.client.info.limits
-        except EngineDiedError:  # not ready yet
+        except EngineUnavailableError:  # not ready yet
             return SchemaBounds(self.config.max_prompts)
         return SchemaBounds(self.config.max_prompts, model, limits.vocab_size, limits.max_model_len)
 
@@ -81,8 +81,8 @@ class AppState:
             )
 
     async def read(self, context: RequestContext, kind: type[_Body]) -> _Body:
-        """Return the request in a body. Raises RefusedError, ClientGoneError, and EngineDiedError if no engine is
-        ready.
+        """Return the request in a body. Raises RefusedError, ClientGoneError, and EngineUnavailableError if no engine
+        is ready.
         """
         _check_content_type(context)
         body = await context.body(int(self.config.max_body_mib * 2**20))
@@ -91,7 +91,7 @@ class AppState:
         else:
             request = await self.service.off_loop(lambda: decode(kind, body))
         if self.service.client.state is not EngineState.READY:
-            raise EngineDiedError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
+            raise EngineUnavailableError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
         if (model := getattr(request, "model", None)) is not None:
             self.check_model(model, parameter="model")
         return request

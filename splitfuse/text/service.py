@@ -96,8 +96,8 @@ class TextService:
         With `each_token`, also when it has a new token without new text.
 
         Close the iterator (`contextlib.aclosing`) or read it to its end: closing aborts what is unfinished. Iterating
-        raises InvalidRequestError, EngineDiedError; a request that failed alone has the finish_reason ERROR and says
-        why.
+        raises InvalidRequestError, EngineUnavailableError; a request that failed alone has the finish_reason ERROR and
+        says why.
         """
         choices = [self._choice(generation, scheduling, each_token=each_token) for generation in generations]
         return choices[0] if len(choices) == 1 else merged(choices)

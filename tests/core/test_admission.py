@@ -13,7 +13,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.errors import InvalidRequestError, LateError
+from splitfuse.errors import InvalidRequestError, SloUnattainableError
 
 COST = CostModel(floor=0.01, per_token=0.001)
 BUDGET = 100
@@ -47,9 +47,9 @@ def request(
 def test_an_idle_engine_rejects_only_what_it_can_never_meet() -> None:
     run = make_run()
     run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
-    with pytest.raises(LateError, match=r"its first token takes 1\.1 s even on an idle engine") as never:
+    with pytest.raises(SloUnattainableError, match=r"its first token takes 1\.1 s even on an idle engine") as never:
         run.scheduler.add(request("b", 1000, SloTargets(1.0, 0.5)))
-    with pytest.raises(LateError, match="no step of this engine is short enough") as neither:
+    with pytest.raises(SloUnattainableError, match="no step of this engine is short enough") as neither:
         run.scheduler.add(request("c", 10, SloTargets(None, 0.01)))
     assert never.value.retry_after == neither.value.retry_after == math.inf
     run.drain()
@@ -68,7 +68,7 @@ def test_a_rejected_request_is_admitted_after_the_wait_it_was_told() -> None:
     run = make_run()
     for number in range(5):
         run.add(request(f"r{number}", 400, SloTargets(2.8, 1.0), generate=2))
-    with pytest.raises(LateError, match=r"first token would come after .* s; try again in") as refused:
+    with pytest.raises(SloUnattainableError, match=r"first token would come after .* s; try again in") as refused:
         run.scheduler.add(request("late", 400, SloTargets(0.6, 1.0)), run.now)
     assert 1.0 < refused.value.retry_after < 3.0  # 2000 tokens before it take 2.2 s
     late, wait = request("late", 400, SloTargets(0.6, 1.0)), refused.value.retry_after
@@ -79,7 +79,7 @@ def test_a_rejected_request_is_admitted_after_the_wait_it_was_told() -> None:
         try:
             run.add(late)
             break
-        except LateError as error:
+        except SloUnattainableError as error:
             wait = error.retry_after
     run.drain()
     assert late.slo.met
@@ -90,7 +90,7 @@ def test_missing_slots_and_blocks_are_reasons_to_wait() -> None:
         for number in range(2):
             run.add(request(f"r{number}", 90, SloTargets(1.0, 0.5), generate=12))
         run.step()
-        with pytest.raises(LateError) as refused:
+        with pytest.raises(SloUnattainableError) as refused:
             run.scheduler.add(request("more", 90, SloTargets(0.5, 0.5)), run.now)
         assert 0 < refused.value.retry_after < 10.0
         run.add(request("patient", 90, SloTargets(100.0, 0.5)))
@@ -102,7 +102,7 @@ def test_decodes_which_leave_no_time_are_waited_for() -> None:
     for number in range(8):  # each token of the eight takes 18 ms of the 27 of its target
         run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), generate=100))
     run.step()
-    with pytest.raises(LateError) as refused:
+    with pytest.raises(SloUnattainableError) as refused:
         run.scheduler.add(request("more", 90, SloTargets(0.2, 0.03)), run.now)
     assert 0.0 < refused.value.retry_after < 5.0
 
@@ -111,7 +111,7 @@ def test_prefills_which_will_leave_no_time_are_waited_for() -> None:
     run = make_run(max_num_seqs=64)
     for number in range(30):
         run.add(request(f"r{number}", 1, SloTargets(9.0, 0.03), on_time_only=False))
-    with pytest.raises(LateError) as refused:
+    with pytest.raises(SloUnattainableError) as refused:
         run.scheduler.add(request("more", 90, SloTargets(0.2, 0.5)), run.now)
     assert 0.0 < refused.value.retry_after < math.inf
 
@@ -129,7 +129,7 @@ def test_the_wait_is_finite_behind_a_higher_priority() -> None:
     for number in range(6):
         run.add(request(f"r{number}", 400, SloTargets(None, 0.03), on_time_only=False, priority=Priority.HIGH))
     run.step()
-    with pytest.raises(LateError) as refused:
+    with pytest.raises(SloUnattainableError) as refused:
         run.scheduler.add(request("more", 90, SloTargets(None, 0.05)), run.now)
     assert 0.0 < refused.value.retry_after < math.inf
 
@@ -162,7 +162,7 @@ def test_admitted_requests_meet_their_slo_whatever_arrives_later(seed: int) -> N
             made.scheduling = replace(made.scheduling, priority=Priority.LOW)
         try:
             run.add(made)
-        except LateError:
+        except SloUnattainableError:
             refused += 1
         else:
             taken.append(made)

@@ -20,7 +20,7 @@ from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.errors import CostModelError, InvalidRequestError, LateError
+from splitfuse.errors import CostModelError, InvalidRequestError, SloUnattainableError
 
 COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
 BUDGET = 100
@@ -68,8 +68,9 @@ def test_without_slos_the_order_is_first_come_first_served(seed: int) -> None:
     plain = Fcfs().order(running, waiting, now=99.0)
     ordered = make_policy().order(running, waiting, now=99.0)
     assert ordered == plain and ordered.max_seconds == math.inf
-    for than in (*running, *waiting):
-        assert Fcfs().preemption_victim(running, than=than) is make_policy().preemption_victim(running, than=than)
+    for claimant in (*running, *waiting):
+        chosen = [policy.preemption_victim(running, claimant=claimant) for policy in (Fcfs(), make_policy())]
+        assert chosen[0] is chosen[1]
 
 
 def test_a_decode_lends_its_time_to_a_prefill_until_its_deadline() -> None:
@@ -225,12 +226,12 @@ def test_the_late_request_with_the_least_to_lose_is_preempted() -> None:
         each.slo.observe_token(9.0)
     feasible = request("e", 20, SloTargets(9.0), arrival_time=10.0)
     assert (
-        make_policy().preemption_victim(running, than=feasible) is running[1]
+        make_policy().preemption_victim(running, claimant=feasible) is running[1]
     )  # late, and less to lose than c; a is the oldest of all
-    assert make_policy().preemption_victim(running, than=running[1]) is running[2]  # from a late one after it
-    assert make_policy().preemption_victim(running, than=running[2]) is None
-    assert make_policy().preemption_victim(running[:1], than=feasible) is None
-    assert make_policy().preemption_victim(running, than=running[0]) is running[1]
+    assert make_policy().preemption_victim(running, claimant=running[1]) is running[2]  # from a late one after it
+    assert make_policy().preemption_victim(running, claimant=running[2]) is None
+    assert make_policy().preemption_victim(running[:1], claimant=feasible) is None
+    assert make_policy().preemption_victim(running, claimant=running[0]) is running[1]
 
 
 def test_a_long_prompt_makes_no_decode_late() -> None:
@@ -307,7 +308,7 @@ def test_no_target_or_cost_model_stops_the_scheduler(
         change(made, on_time_only=on_time_only)
         try:
             run.add(made)
-        except LateError as error:
+        except SloUnattainableError as error:
             assert on_time_only and error.retry_after > 0
         except InvalidRequestError:
             assert on_time_only and not made.slo.exists

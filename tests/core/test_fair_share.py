@@ -179,12 +179,12 @@ def test_higher_priorities_preempt_lower_ones_but_not_the_oldest() -> None:
         for each in (*running, high):
             run.add(each)
         used = run.scheduler.policy
-        assert used.preemption_victim(running, than=high) is low
-        assert used.preemption_victim([oldest, normal], than=high) is normal
-        assert used.preemption_victim([oldest, low], than=normal) is low
-        assert used.preemption_victim([oldest], than=high) is None
-        assert used.preemption_victim([oldest, normal, high], than=low) is None
-        assert used.preemption_victim([oldest, normal, high], than=oldest) is normal
+        assert used.preemption_victim(running, claimant=high) is low
+        assert used.preemption_victim([oldest, normal], claimant=high) is normal
+        assert used.preemption_victim([oldest, low], claimant=normal) is low
+        assert used.preemption_victim([oldest], claimant=high) is None
+        assert used.preemption_victim([oldest, normal, high], claimant=low) is None
+        assert used.preemption_victim([oldest, normal, high], claimant=oldest) is normal
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -72,7 +72,7 @@ def test_profiling_a_real_model_reports_the_fit_error() -> None:
     )
     assert {timed.sample for timed in checked} < set(calibration.timed)
     assert calibration.max_model_len >= 1024 and calibration.num_blocks > 32
-    assert {timed.name for timed in checked}.isdisjoint(case.name for case in FINE.fitted)
+    assert {timed.case.name for timed in checked}.isdisjoint(case.name for case in FINE.fitted)
     save(calibration, cache_path(calibration.identity))
     assert load_cost_model(config()) == calibration
 

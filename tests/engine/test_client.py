@@ -42,7 +42,7 @@ from splitfuse.engine.router import Router
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import (
     ConfigError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
     PromptTooLongError,
@@ -175,7 +175,7 @@ def test_a_stop_string_ends_the_request(make: Callable[[], EngineClient]) -> Non
 def test_a_client_has_limits_and_opens_only_while_ready(make: Callable[[], EngineClient]) -> None:
     async def test() -> None:
         client = make()
-        with pytest.raises(EngineDiedError):
+        with pytest.raises(EngineUnavailableError):
             client.open(Add("early", PROMPT, LONG))
         async with running(client):
             limits = client.info.limits
@@ -190,7 +190,7 @@ def test_a_client_has_limits_and_opens_only_while_ready(make: Callable[[], Engin
             with pytest.raises(AssertionError, match="before submitting"):
                 client.open(Add("a", (), SamplingParams()))
             assert len(await answer(client, "a", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
-        with pytest.raises(EngineDiedError):
+        with pytest.raises(EngineUnavailableError):
             client.open(Add("late", PROMPT, LONG))
 
     run(test())
@@ -218,7 +218,7 @@ def test_closing_ends_what_runs_with_an_error(make: Callable[[], EngineClient]) 
         await until(lambda: any(s.num_steps for s in client.stats))
         await client.close()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(outcome, EngineDiedError)
+            assert isinstance(outcome, EngineUnavailableError)
         assert client.state is EngineState.DEAD
 
     run(test())
@@ -234,8 +234,8 @@ async def die_and_come_back(client: SubprocessEngine, number: signal.Signals) ->
     assert pid is not None
     os.kill(pid, number)
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(outcome, EngineDiedError)
-    with pytest.raises(EngineDiedError):
+        assert isinstance(outcome, EngineUnavailableError)
+    with pytest.raises(EngineUnavailableError):
         client.open(Add("x", PROMPT, LONG))
     await until(lambda: client.state is EngineState.READY)
     assert client.pid != pid
@@ -268,7 +268,7 @@ def test_a_hanging_process_is_found_and_its_stacks_logged(
 def test_a_step_that_does_not_end_is_a_hang() -> None:
     async def test() -> None:
         async with running(SubprocessEngine(CONFIG, step_timeout=1e-9)) as client:  # any step is too long
-            with pytest.raises(EngineDiedError, match="a step has taken"):
+            with pytest.raises(EngineUnavailableError, match="a step has taken"):
                 while True:  # a heartbeat must fall into a step
                     await asyncio.gather(*(answer(client, str(i), PROMPT, LONG) for i in range(8)))
 
@@ -343,7 +343,7 @@ def test_other_replicas_continue_when_one_dies() -> None:
             params = SamplingParams(max_tokens=3, ignore_eos=True)
             assert len(await answer(router, "next", PROMPT, params)) == 3
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-            died = [outcome for outcome in outcomes if isinstance(outcome, EngineDiedError)]
+            died = [outcome for outcome in outcomes if isinstance(outcome, EngineUnavailableError)]
             assert 0 < len(died) < len(outcomes)
             assert all(len(tokens) == 900 for tokens in outcomes if isinstance(tokens, tuple))
             await until(lambda: mortal.state is EngineState.READY)

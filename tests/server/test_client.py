@@ -17,7 +17,7 @@ from splitfuse.clients.wire import error_in, error_of, prepare
 from splitfuse.config import ServerConfig
 from splitfuse.errors import (
     DrainingError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -328,8 +328,8 @@ def test_unreachable_servers() -> None:
         (429, {"type": "rate_limit_error", "code": "rate_limit_exceeded"}, OverloadedError),
         (500, {"type": "server_error", "code": "request_failed"}, RequestFailedError),
         (503, {"type": "server_error", "code": "draining"}, DrainingError),
-        (503, {"type": "server_error", "code": "engine_unavailable"}, EngineDiedError),
-        (503, {"type": "service_unavailable", "code": None}, EngineDiedError),
+        (503, {"type": "server_error", "code": "engine_unavailable"}, EngineUnavailableError),
+        (503, {"type": "service_unavailable", "code": None}, EngineUnavailableError),
     ],
 )
 def test_error_bodies_become_our_exceptions(status: int, error: dict[str, Any], kind: type[SplitfuseError]) -> None:

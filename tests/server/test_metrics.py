@@ -20,7 +20,7 @@ from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, StepReport
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineDiedError
+from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.metrics import FAMILIES, Metrics
 
@@ -101,7 +101,7 @@ class Stated(EngineClient):
     @property
     def info(self) -> EngineInfo:
         if not self.is_ready:
-            raise EngineDiedError("the engine is not ready yet")
+            raise EngineUnavailableError("the engine is not ready yet")
         return self.known
 
     @property
@@ -350,7 +350,7 @@ def test_a_removed_engine_still_counts() -> None:
 def test_metrics_of_a_finished_request() -> None:
     metrics = Metrics(Stated(1))
     metrics.request_ended(RECORD)
-    metrics.request_ended(replace(RECORD, finish_reasons=("abort",), error="EngineDiedError", status=503))
+    metrics.request_ended(replace(RECORD, finish_reasons=("abort",), error="EngineUnavailableError", status=503))
     metrics.request_ended(RequestRecord(request_id="x", route="/v1/completions", status=400, total_seconds=0.1))
     metrics.request_refused("overloaded")
     metrics.request_refused("overloaded")
@@ -363,7 +363,7 @@ def test_metrics_of_a_finished_request() -> None:
         assert figures.get("vllm:request_success_total", finished_reason=reason) == count
     assert figures.get("splitfuse:slo_total", met="false") == 2
     assert figures.get("splitfuse:slo_total", met="true") == 0
-    assert figures.get("splitfuse:errors_total", kind="EngineDiedError") == 1
+    assert figures.get("splitfuse:errors_total", kind="EngineUnavailableError") == 1
     assert figures.get("splitfuse:refused_total", kind="overloaded") == 2
     assert figures.get("splitfuse:refused_total", kind="draining") == 1
     sums = {

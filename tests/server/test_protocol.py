@@ -13,7 +13,7 @@ from running_server import RunningServer
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import (
     DrainingError,
-    EngineDiedError,
+    EngineUnavailableError,
     InvalidRequestError,
     MemoryPlanError,
     OverloadedError,
@@ -166,7 +166,7 @@ def test_a_developer_message_becomes_a_system_message() -> None:
         ),
         (RefusedError(415, "x", code="no_json"), 415, "invalid_request_error", "no_json", None),
         (OverloadedError("x", retry_after=2.2), 429, "rate_limit_error", "rate_limit_exceeded", None),
-        (EngineDiedError("x"), 503, "server_error", "engine_unavailable", None),
+        (EngineUnavailableError("x"), 503, "server_error", "engine_unavailable", None),
         (DrainingError("x"), 503, "server_error", "draining", None),
         (RequestFailedError("x"), 500, "server_error", "request_failed", None),
         (MemoryPlanError("x"), 500, "server_error", "internal_error", None),
@@ -279,7 +279,7 @@ def test_answers_match_the_types_in_the_document(server: RunningServer) -> None:
 
 def test_the_document_exists_before_the_engine_is_ready(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_ready(_: Any) -> Any:
-        raise EngineDiedError("the engine is not ready yet")
+        raise EngineUnavailableError("the engine is not ready yet")
 
     monkeypatch.setattr(type(server.client), "info", property(not_ready))
     with server.http() as http:

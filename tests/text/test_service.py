@@ -15,7 +15,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineDiedError, InvalidRequestError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
@@ -163,7 +163,7 @@ def test_a_refused_choice_ends_the_others() -> None:
 def test_closing_the_engine_ends_all_generations() -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
-        with pytest.raises(EngineDiedError):
+        with pytest.raises(EngineUnavailableError):
             async for _ in generate(service, await service.encode(PROMPT, params)):
                 await service.client.close()
 

@@ -18,14 +18,14 @@ from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
-from splitfuse.errors import LateError
+from splitfuse.errors import SloUnattainableError
 
 
 def check_on_time(
     request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, tail_share: float, now: float
 ) -> None:
-    """Raise LateError if a new request, which is not in the queue, could not meet its SLO if it were admitted now. Its
-    `retry_after` is when it could by what is known now: infinity if it never can.
+    """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
+    admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
     """
     running, waiting = queue.running, queue.waiting
     decodes = [r for r in running if r.output_token_ids]
@@ -46,9 +46,9 @@ def check_on_time(
     allowed = request.slo.deadline - now
     alone = _ttft_alone(request, planner)
     if alone == math.inf:
-        raise _late("no step of this engine is short enough for its targets", math.inf)
+        raise _unattainable("no step of this engine is short enough for its targets", math.inf)
     if alone > allowed:
-        raise _late(f"its first token takes {alone:.3g} s even on an idle engine", math.inf)
+        raise _unattainable(f"its first token takes {alone:.3g} s even on an idle engine", math.inf)
     own, queued = prefill_time(request.num_unscheduled), sum(r.num_unscheduled for r in ahead)
     after = planner.feasible([*prefills, request], load, seconds=seconds, now=now, share=share)
     itl_target = request.slo.itl_target
@@ -61,11 +61,11 @@ def check_on_time(
         ends = _latest_ends(request, running, seconds)
         ttft = max([start, *ends]) + alone * (1 + queued / request.num_unscheduled)
     wait = max(ttft - allowed, seconds)
-    raise _late(f"its first token would come after {ttft:.3g} s; try again in {wait:.3g} s", wait)
+    raise _unattainable(f"its first token would come after {ttft:.3g} s; try again in {wait:.3g} s", wait)
 
 
-def _late(reason: str, retry_after: float) -> LateError:
-    return LateError(f"the request cannot meet its SLO: {reason}", retry_after=retry_after)
+def _unattainable(reason: str, retry_after: float) -> SloUnattainableError:
+    return SloUnattainableError(f"the request cannot meet its SLO: {reason}", retry_after=retry_after)
 
 
 def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:

@@ -96,20 +96,20 @@ class DeadlinePolicy(Fcfs):
         max_seconds = min(seconds, self.predictor.safety_factor * (next_deadline - now))
         return ClaimOrder(urgent, others, max_seconds, tail_share)
 
-    def preemption_victim(self, running: Sequence[Request], *, than: Request) -> Request | None:
+    def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.
 
         A late request takes only from late ones that came after it, unless it is the oldest of all.
         """
-        oldest = oldest_number(running, than)
-        is_oldest = than.sequence_number == oldest
-        late = [r for r in running if r.slo.missed and r is not than and r.sequence_number != oldest]
+        oldest = oldest_number(running, claimant)
+        is_oldest = claimant.sequence_number == oldest
+        late = [r for r in running if r.slo.missed and r is not claimant and r.sequence_number != oldest]
         if not is_oldest:
-            late = [r for r in late if r.priority >= than.priority]
-        if than.slo.missed and not is_oldest:
-            late = [r for r in late if preemption_key(r) > preemption_key(than)]
+            late = [r for r in late if r.priority >= claimant.priority]
+        if claimant.slo.missed and not is_oldest:
+            late = [r for r in late if preemption_key(r) > preemption_key(claimant)]
         elif not late:
-            return super().preemption_victim(running, than=than)
+            return super().preemption_victim(running, claimant=claimant)
         return min(late, key=lambda r: (-r.priority, r.kv.num_computed, -r.sequence_number), default=None)
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:

@@ -20,7 +20,7 @@ from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, EngineInfo, Failed, Finish, Loading, Stop, decode_report, encode
 from splitfuse.engine.remote.launcher import launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
-from splitfuse.errors import EngineDiedError, SplitfuseError
+from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
@@ -214,4 +214,4 @@ def _as_error(failure: Failed | None, why: str) -> SplitfuseError:
     kind = getattr(errors, failure.kind, None) if failure is not None and failure.kind else None
     if isinstance(kind, type) and issubclass(kind, SplitfuseError):
         return kind(why)
-    return EngineDiedError(f"the engine could not be started: {why}")
+    return EngineUnavailableError(f"the engine could not be started: {why}")
