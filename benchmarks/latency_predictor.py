@@ -32,7 +32,7 @@ from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Deployment, Replica, SimulatedTarget
+from splitfuse.simulator.simulate import Replica, SimulatedTarget, SimulationConfig
 
 TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
 NOISE = 0.05
@@ -133,8 +133,8 @@ class Changing:
 class ChangingReplica(Replica):
     """A simulated engine on a changing machine."""
 
-    def __init__(self, deployment: Deployment, machine: Changing) -> None:
-        super().__init__(deployment)
+    def __init__(self, simulation: SimulationConfig, machine: Changing) -> None:
+        super().__init__(simulation)
         self._machine = machine
 
     def step_seconds(self, step: StepFeatures) -> float:
@@ -144,9 +144,9 @@ class ChangingReplica(Replica):
 class ChangingTarget(SimulatedTarget):
     """A target with one such engine."""
 
-    def __init__(self, deployment: Deployment, machine: Changing) -> None:
-        super().__init__(deployment)
-        replica = ChangingReplica(deployment, machine)
+    def __init__(self, simulation: SimulationConfig, machine: Changing) -> None:
+        super().__init__(simulation)
+        replica = ChangingReplica(simulation, machine)
         self._replicas = [replica]
         self.recorder = Recorder(replica.scheduler.policy.predictor)
 
@@ -155,7 +155,7 @@ def simulated(name: str, hours: float, seed: int) -> None:
     cost = replace(MACHINES[name], per_kv_token=1e-7, per_row=1e-4)
     machine = Changing(cost, seed)
     target = ChangingTarget(
-        Deployment(calibration=calibration(name, cost), scheduler=SchedulerConfig(**TARGETS)), machine
+        SimulationConfig(calibration=calibration(name, cost), scheduler=SchedulerConfig(**TARGETS)), machine
     )
     virtual_time.run(drive(target, 3600 * hours, seed))
     print_errors(f"{name}, {hours:g} h simulated", target.recorder.steps)

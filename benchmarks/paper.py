@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from splitfuse.bench.measure import Loads
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import Row, rows
-from splitfuse.bench.workload import Independent, Lengths
+from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import SchedulerConfig
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import Deployment, simulate
+from splitfuse.simulator.simulate import SimulationConfig, simulate
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 PROMPT, GENERATE = 2600, 60
@@ -49,7 +48,7 @@ class Figure:
 def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], replicas: int = 1) -> list[Row]:
     """Return the rows of a closed loop, for each number of clients."""
     budget = BUDGET if policy == "splitfuse" else WHOLE_PROMPTS
-    deployment = Deployment(
+    simulation = SimulationConfig(
         calibration=calibration,
         scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS),
         policy=policy,
@@ -58,7 +57,7 @@ def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], repl
     )
     loads = Loads(clients=tuple(clients), requests=512 * replicas, repeat=1)
     results: Results = simulate(
-        deployment,
+        simulation,
         lambda target: Independent(Lengths(PROMPT, GENERATE, room=target.room), target.vocabulary),
         loads,
         system=policy,

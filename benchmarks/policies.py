@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from splitfuse.bench import metrics
-from splitfuse.bench.measure import Loads, MakeWorkload, measure
+from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
-from splitfuse.bench.workload import Independent, Lengths
+from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.baselines import POLICIES, make_baseline
 from splitfuse.engine.calibrate import load_or_calibrate
@@ -38,7 +38,7 @@ from splitfuse.runtime.calibration import Calibration, load
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import Deployment, simulate
+from splitfuse.simulator.simulate import SimulationConfig, simulate
 
 OURS = "splitfuse"
 AS_GOOD = 0.02
@@ -142,14 +142,14 @@ def cost_model(
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:
     """Simulate all clients, with the repetitions of the measurement."""
-    deployment = Deployment(
+    simulation = SimulationConfig(
         calibration=calibration,
         scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=plan.max_num_seqs),
         policy=policy,
         enable_prefix_caching=False,
     )
     loads = plan.loads(plan.clients, repeat=plan.repeat)
-    return simulate(deployment, plan.workload(plan.seed), loads, system=label(policy, budget), about=environment_info())
+    return simulate(simulation, plan.workload(plan.seed), loads, system=label(policy, budget), about=environment_info())
 
 
 def best_budget(plan: Plan, calibration: Calibration, policy: str) -> int:

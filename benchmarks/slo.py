@@ -18,15 +18,14 @@ from itertools import pairwise
 from random import Random
 
 from splitfuse.bench import metrics
-from splitfuse.bench.measure import Loads
 from splitfuse.bench.results import RequestRecord
-from splitfuse.bench.workload import Independent, Lengths, LoadRequest
+from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Bytes, Deployment, Replica, simulate
+from splitfuse.simulator.simulate import Bytes, Replica, SimulationConfig, simulate
 
 MACHINES = {
     "int8": CostModel(floor=0.009, per_token=0.0, knee=8 / 0.42, per_token_beyond=0.42e-3),
@@ -47,20 +46,20 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     machines = [calibration(name, replace(cost, noise=arguments.noise)) for name, cost in MACHINES.items()]
-    deployments = [
-        Deployment(
+    simulations = [
+        SimulationConfig(
             calibration=machine,
             scheduler=SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, tail_share=arguments.tail_share),
         )
         for machine in machines
         if machine.name in (arguments.machine or MACHINES)
     ]
-    for deployment in deployments if arguments.requests else ():
-        closed_loops(deployment, arguments.requests)
-    for deployment in deployments:
-        virtual_time.run(long_prompt(deployment))
-    for deployment in deployments if arguments.hours else ():
-        virtual_time.run(overload(deployment, arguments.hours))
+    for simulation in simulations if arguments.requests else ():
+        closed_loops(simulation, arguments.requests)
+    for simulation in simulations:
+        virtual_time.run(long_prompt(simulation))
+    for simulation in simulations if arguments.hours else ():
+        virtual_time.run(overload(simulation, arguments.hours))
 
 
 def calibration(name: str, cost: CostModel) -> Calibration:
@@ -68,9 +67,9 @@ def calibration(name: str, cost: CostModel) -> Calibration:
     return Calibration(name=name, cost=cost, num_blocks=4000, block_size=32, max_model_len=8192)
 
 
-def with_slo(deployment: Deployment, ttft: str | None = None, itl: str | None = None) -> Deployment:
-    """Return the deployment with these targets."""
-    return replace(deployment, scheduler=replace(deployment.scheduler, ttft=ttft, itl=itl))
+def with_slo(simulation: SimulationConfig, ttft: str | None = None, itl: str | None = None) -> SimulationConfig:
+    """Return the simulation with these targets."""
+    return replace(simulation, scheduler=replace(simulation.scheduler, ttft=ttft, itl=itl))
 
 
 def paper_slo(tokens_per_second: float) -> tuple[str, str]:
@@ -78,13 +77,13 @@ def paper_slo(tokens_per_second: float) -> tuple[str, str]:
     return f"{1 / metrics.PROMPT_TOKENS_PER_SECOND}s/token", f"{1 / tokens_per_second}s"
 
 
-def closed_loops(deployment: Deployment, requests: int) -> None:
-    name = deployment.calibration.name
+def closed_loops(simulation: SimulationConfig, requests: int) -> None:
+    name = simulation.calibration.name
     print(f"\n{name}: goodput, requests/s (throughput, requests/s; longest latency, s)")
     print(f"{'tokens/s':>8} {'':8}" + "".join(f"{clients:>22}" for clients in CLIENTS) + " clients")
     loads = Loads(clients=CLIENTS, requests=requests, repeat=1)
     for speed in metrics.SPEEDS:
-        for policy, simulated in (("FCFS", deployment), ("SLO", with_slo(deployment, *paper_slo(speed)))):
+        for policy, simulated in (("FCFS", simulation), ("SLO", with_slo(simulation, *paper_slo(speed)))):
             results = simulate(
                 simulated,
                 lambda target: Independent(Lengths(512, 64, room=target.room), target.vocabulary, seed=1),
@@ -100,10 +99,10 @@ def closed_loops(deployment: Deployment, requests: int) -> None:
             print(f"{speed:8g} {policy:10}" + "".join(cells))
 
 
-async def long_prompt(deployment: Deployment) -> None:
+async def long_prompt(simulation: SimulationConfig) -> None:
     """Measure the gaps of 8 decodes with a target of 250 ms, while a prompt of 4,000 tokens is computed."""
     for policy, itl in (("FCFS", None), ("SLO", "250ms")):
-        replica, random = Replica(with_slo(deployment, itl=itl)), Random(1)
+        replica, random = Replica(with_slo(simulation, itl=itl)), Random(1)
 
         async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
             tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - used before the loop goes on
@@ -115,18 +114,18 @@ async def long_prompt(deployment: Deployment) -> None:
         (first,) = await ask(8, 4000, 1)
         gaps = [later - earlier for decode in decodes for earlier, later in pairwise(await decode)]
         print(
-            f"\n{deployment.calibration.name}, {policy}: a prompt of 4,000 tokens concurrently with 8 decodes: of "
+            f"\n{simulation.calibration.name}, {policy}: a prompt of 4,000 tokens concurrently with 8 decodes: of "
             f"{len(gaps)} gaps {sum(gap > 0.25 for gap in gaps)} above 250 ms, the longest {1000 * max(gaps):.0f} ms; "
             f"TTFT of the prompt {first - sent:.2f} s"
         )
 
 
-async def overload(deployment: Deployment, hours: float) -> None:
+async def overload(simulation: SimulationConfig, hours: float) -> None:
     """Send requests at 1.5 times the rate that can be served; refuse those beyond `MAX_NUM_SEQS` at once."""
     ttft, itl = paper_slo(4.0)
-    replica, targets, random = Replica(with_slo(deployment, ttft, itl)), SloTargets.parse(ttft, itl), Random(2)
+    replica, targets, random = Replica(with_slo(simulation, ttft, itl)), SloTargets.parse(ttft, itl), Random(2)
     loop = asyncio.get_running_loop()
-    capacity = 1 / (deployment.calibration.cost.per_token_beyond * (512 + 64))
+    capacity = 1 / (simulation.calibration.cost.per_token_beyond * (512 + 64))
     latencies: list[float] = []
     met = refused = 0
     running: set[asyncio.Task[None]] = set()
@@ -151,9 +150,9 @@ async def overload(deployment: Deployment, hours: float) -> None:
         task.add_done_callback(running.discard)
     seconds = loop.time()
     await asyncio.gather(*running)
-    tail_share = deployment.scheduler.tail_share
+    tail_share = simulation.scheduler.tail_share
     print(
-        f"\n{deployment.calibration.name}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: "
+        f"\n{simulation.calibration.name}, {hours:g} h at 1.5 times {capacity:.2f} requests/s: "
         f"{len(latencies)} served, {refused} refused; goodput {met / seconds:.2f} requests/s; "
         f"longest latency {max(latencies):.0f} s, bound {MAX_NUM_SEQS / capacity / tail_share:.0f} s "
         f"({MAX_NUM_SEQS} requests, one after the other, with {tail_share:.3g} of the machine)"

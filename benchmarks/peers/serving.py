@@ -31,11 +31,11 @@ from benchmarks.peers.drive_llama_server import DEFAULTS as LLAMA_DEFAULTS
 from benchmarks.peers.install import llama_cpp_program, peer_python
 from benchmarks.peers.processes import ProcessGroup, end_in_order_when_told
 from splitfuse.bench.endpoint import Endpoint
-from splitfuse.bench.measure import Loads, measure
+from splitfuse.bench.measure import measure
 from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
 from splitfuse.bench.summary import rows
-from splitfuse.bench.workload import Independent, Lengths
+from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.runtime.environment import environment_info
 
 HOST = "127.0.0.1"

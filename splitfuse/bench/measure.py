@@ -5,21 +5,22 @@ All loads are driven once before any is driven again, so that what changes in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 from tqdm import tqdm
 
-from splitfuse.bench.load import OnProgress, closed_loop, open_loop
-from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
+from splitfuse.bench.load import closed_loop, open_loop
 from splitfuse.bench.results import Point, Results
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Trace, Workload, poisson
+from splitfuse.bench.workload import Chat, Independent, Lengths, Loads, SharedPrefix, Trace, Workload, poisson
 from splitfuse.errors import ConfigError
 
+PROMPT, GENERATE = 512.0, 64.0
+"""Mean lengths of prompts and answers by default."""
 OPEN_REQUESTS = 100
 """Number of requests that count in an open loop by default."""
 
@@ -27,36 +28,32 @@ MakeWorkload = Callable[[Target], Workload]
 """Makes the workload once the target has started and its limits are known."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loads:
-    """Loads and repetitions. Without clients and rates: a trace at its recorded times."""
+def workload_maker(settings: Mapping[str, Any]) -> MakeWorkload:
+    """Return a maker of the workload with these settings, which are flags or those in results.
 
-    clients: tuple[int, ...] = ()
-    rates: tuple[float, ...] = ()
-    requests: int | None = None
-    """Number that counts at each load; by default 4 per client and 32 more, as in the original, or 100 at a rate."""
-    repeat: int = 2
-    spacing: float | None = None
-    """Seconds between the starts of two clients; by default, a quarter of the latency of a lone request."""
+    Raises ConfigError for settings that exclude each other.
+    """
+    kinds = [name for name in ("turns", "prefix", "trace") if name in settings]
+    if len(kinds) > 1:
+        raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are mutually exclusive workloads")
+    if "prefixes" in settings and "prefix" not in settings:
+        raise ConfigError("--prefixes requires --prefix, the length of each prefix")
+    given = {name: settings[name] for name in ("prompt", "generate", "deviation") if name in settings}
+    if "trace" in settings and given:
+        raise ConfigError(f"--{next(iter(given))} and --trace are mutually exclusive: a trace has lengths")
+    unlimited, seed = Lengths(**{"prompt": PROMPT, "generate": GENERATE, **given}), settings["seed"]
 
-    prompt_speed: float = PROMPT_TOKENS_PER_SECOND
-    """Prompt speed in tokens/s, from which the TTFT target of the SLO follows."""
+    def make(target: Target) -> Workload:
+        lengths = replace(unlimited, room=target.room)
+        if "trace" in settings:
+            return Trace.read(settings["trace"], target.vocabulary, seed=seed, room=target.room)
+        if "turns" in settings:
+            return Chat(lengths, target.answer_vocabulary, settings["turns"], seed)
+        if "prefix" in settings:
+            return SharedPrefix(lengths, target.vocabulary, settings["prefix"], settings.get("prefixes", 1), seed)
+        return Independent(lengths, target.vocabulary, seed)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.prompt_speed < float("inf"):
-            raise ConfigError(f"--prompt-speed {self.prompt_speed} must be a positive number of tokens/s, such as 512")
-        if self.clients and self.rates:
-            raise ConfigError("--clients (closed loop) and --rate (open loop) are mutually exclusive")
-        if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rates):
-            raise ConfigError(
-                "--clients takes positive integers and --rate positive numbers, such as --clients 1,8 or --rate 0.5"
-            )
-        if self.spacing is not None and not self.clients:
-            raise ConfigError("--spacing applies to --clients only: leave it out, or give --clients")
-        if self.repeat < 1 or (self.requests is not None and self.requests < 1):
-            raise ConfigError(f"--repeat and --requests must be at least 1, not {self.repeat} and {self.requests}")
-        if self.spacing is not None and not 0 <= self.spacing < float("inf"):
-            raise ConfigError(f"--spacing {self.spacing} must be a number of seconds, at least 0")
+    return make
 
 
 async def measure(
@@ -86,7 +83,7 @@ async def measure(
             system, workload.settings, (), replicas=replicas, prompt_speed=loads.prompt_speed, about=about
         )
         points: list[tuple[int | None, float | None]] = [(clients, None) for clients in loads.clients]
-        points = points or [(None, rate) for rate in loads.rates or (None,)]
+        points = points or [(None, rate) for rate in loads.rate or (None,)]
         for repetition, (clients, rate) in product(range(loads.repeat), points):
             point = await _drive(target, workload, loads, clients, rate, repetition, progress=progress)
             about = dict(results.about)
@@ -109,52 +106,31 @@ async def _drive(
     progress: bool,
 ) -> Point:
     """Drive one load: of these clients, at this rate, or at the recorded times of a trace."""
+    drive: Callable[..., Coroutine[Any, Any, Point]]
     requests = loads.requests
     if clients is not None:
-        requests = 4 * clients + 32 if requests is None else requests
-        with _bar(f"{clients} clients", repetition, loads.repeat, requests, shown=progress) as on_progress:
-            return await closed_loop(
-                target,
-                workload,
-                clients=clients,
-                requests=requests,
-                spacing=loads.spacing,
-                repetition=repetition,
-                on_progress=on_progress,
-            )
-    if rate is not None:
-        requests = OPEN_REQUESTS if requests is None else requests
-        seed = int(workload.settings["seed"])
-        arrivals = poisson(rate, seed=seed, stream=f"rate {rate:g} repetition {repetition}")
+        name, requests = f"{clients} clients", 4 * clients + 32 if requests is None else requests
+        drive = partial(closed_loop, clients=clients, spacing=loads.spacing)
+    elif rate is not None:
+        name, requests = f"{rate:g} requests/s", OPEN_REQUESTS if requests is None else requests
+        stream = f"rate {rate:g} repetition {repetition}"
+        drive = partial(
+            open_loop, rate=rate, arrivals=poisson(rate, seed=int(workload.settings["seed"]), stream=stream)
+        )
     elif isinstance(workload, Trace):
-        arrivals = workload.arrivals()
+        name, drive = "as recorded", partial(open_loop, rate=None, arrivals=workload.arrivals())
     else:
         raise ConfigError("no arrival times: give --clients, --rate, or a --trace with times (at)")
-    name = "as recorded" if rate is None else f"{rate:g} requests/s"
-    with _bar(name, repetition, loads.repeat, requests, shown=progress) as on_progress:
-        return await open_loop(
-            target,
-            workload,
-            rate=rate,
-            arrivals=arrivals,
-            requests=requests,
-            repetition=repetition,
-            on_progress=on_progress,
-        )
-
-
-def _note_memory(about: dict[str, Any], name: str, target: Target) -> None:
-    if (size := target.resident_bytes()) is not None:
-        about[name] = size
-
-
-@contextmanager
-def _bar(name: str, repetition: int, repeat: int, requests: int | None, *, shown: bool) -> Iterator[OnProgress]:
-    which = f", {repetition + 1} of {repeat}" if repeat > 1 else ""
-    with tqdm(total=requests, desc=name + which, unit="request", disable=not shown) as bar:
+    which = f", {repetition + 1} of {loads.repeat}" if loads.repeat > 1 else ""
+    with tqdm(total=requests, desc=name + which, unit="request", disable=not progress) as bar:
 
         def on_progress(doing: str, num_done: int) -> None:
             bar.set_postfix_str(doing, refresh=not num_done)
             bar.update(num_done - bar.n)
 
-        yield on_progress
+        return await drive(target, workload, requests=requests, repetition=repetition, on_progress=on_progress)
+
+
+def _note_memory(about: dict[str, Any], name: str, target: Target) -> None:
+    if (size := target.resident_bytes()) is not None:
+        about[name] = size

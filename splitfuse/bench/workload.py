@@ -8,14 +8,16 @@ request's successor from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
+from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
+from splitfuse.config import setting
 from splitfuse.errors import ConfigError
 
 Prompt: TypeAlias = tuple[int, ...] | str
@@ -115,10 +117,14 @@ def _clipped(value: float, most: int) -> int:
 class Workload(ABC):
     """An endless sequence of sessions."""
 
+    kind: ClassVar[str]
+    lengths: Lengths
+
     @property
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Settings by name, for the record; `workload_from` makes the workload of them again."""
+        """Return the settings by name, for the record; `workload_maker` makes the workload of them again."""
+        fields = {"kind": self.kind, **vars(self.lengths), **vars(self)}
+        return {name: value for name, value in fields.items() if name not in ("lengths", "room", "vocabulary")}
 
     @abstractmethod
     def first(self, stream: str, number: int) -> LoadRequest:
@@ -133,13 +139,10 @@ class Workload(ABC):
 class Independent(Workload):
     """Unrelated requests, as in the paper."""
 
+    kind = "independent"
     lengths: Lengths
     vocabulary: Vocabulary
     seed: int = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "independent", **_lengths_settings(self.lengths), "seed": self.seed}
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number}")
@@ -151,11 +154,12 @@ class Independent(Workload):
 class SharedPrefix(Workload):
     """Requests that start with one of a few long prefixes, such as a system prompt, and differ after it."""
 
+    kind = "prefix"
     lengths: Lengths
     """Lengths of the prompt after the prefix, and of the answer."""
     vocabulary: Vocabulary
     prefix: int
-    num_prefixes: int = 1
+    prefixes: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -163,17 +167,12 @@ class SharedPrefix(Workload):
             raise ConfigError(
                 f"--prefix {self.prefix} must be between 1 and {self.lengths.room - 2}, to leave room for a request"
             )
-        if self.num_prefixes < 1:
-            raise ConfigError(f"--prefixes {self.num_prefixes} must be at least 1")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        own = {"prefix": self.prefix, "prefixes": self.num_prefixes}
-        return {"kind": "prefix", **_lengths_settings(self.lengths), **own, "seed": self.seed}
+        if self.prefixes < 1:
+            raise ConfigError(f"--prefixes {self.prefixes} must be at least 1")
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number}")
-        which = random.randrange(self.num_prefixes)
+        which = random.randrange(self.prefixes)
         prefix = self.vocabulary.draw(Random(f"{self.seed} prefix {which}"), self.prefix)
         own, generate = self.lengths.draw(random, before=self.prefix)
         prompt = joined(prefix, self.vocabulary.draw(random, own))
@@ -187,6 +186,7 @@ class Chat(Workload):
     A conversation ends after `turns` turns, or when the context has no room for another.
     """
 
+    kind = "chat"
     lengths: Lengths
     """Lengths of the new part of a turn, and of an answer."""
     vocabulary: Vocabulary
@@ -196,10 +196,6 @@ class Chat(Workload):
     def __post_init__(self) -> None:
         if self.turns < 1:
             raise ConfigError(f"--turns {self.turns} must be at least 1")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "chat", **_lengths_settings(self.lengths), "turns": self.turns, "seed": self.seed}
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number} 0")
@@ -231,6 +227,7 @@ class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Trace(Workload):
     """Recorded requests. A closed loop ignores their times, and repeats the trace at its end."""
 
+    kind = "trace"
     lines: tuple[TraceLine, ...]
     vocabulary: Vocabulary
     name: str = "trace"
@@ -262,7 +259,7 @@ class Trace(Workload):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "trace", "trace": self.name, "requests": len(self.lines), "seed": self.seed}
+        return {"kind": self.kind, "trace": self.name, "requests": len(self.lines), "seed": self.seed}
 
     @property
     def is_timed(self) -> bool:
@@ -305,20 +302,35 @@ def poisson(rate: float, *, seed: int, stream: str) -> Iterator[float]:
         yield time
 
 
-def workload_from(
-    settings: Mapping[str, Any], lengths: Lengths, vocabulary: Vocabulary, answers: Vocabulary
-) -> Workload:
-    """Return the workload of these settings: without a trace, `prefix` or `turns`, requests are independent.
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """Loads and repetitions. Without clients and rates: a trace at its recorded times."""
 
-    Settings of None count as missing. `answers` is the vocabulary of prompts which contain answers.
-    """
-    seed = settings["seed"]
-    if (turns := settings.get("turns")) is not None:
-        return Chat(lengths, answers, turns, seed)
-    if (prefix := settings.get("prefix")) is not None:
-        return SharedPrefix(lengths, vocabulary, prefix, settings.get("prefixes") or 1, seed)
-    return Independent(lengths, vocabulary, seed)
+    clients: tuple[int, ...] = setting(
+        (), "Closed loops: numbers of clients, one after the other (default: 1,2,4,8,16,32)."
+    )
+    rate: tuple[float, ...] = setting((), "Open loops: arrival rates in requests/s (Poisson), such as 0.5,1.")
+    requests: int | None = setting(None, "Requests that count at each load (default: 4 per client plus 32, or 100).")
+    spacing: float | None = setting(
+        None, "Seconds between the starts of clients (default: a quarter of a lone request's latency)."
+    )
+    prompt_speed: float = setting(
+        PROMPT_TOKENS_PER_SECOND, "Prompt speed of the SLO in tokens/s, which gives the TTFT target."
+    )
+    repeat: int = 2
 
-
-def _lengths_settings(lengths: Lengths) -> dict[str, Any]:
-    return {"prompt": lengths.prompt, "generate": lengths.generate, "deviation": lengths.deviation}
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_speed < float("inf"):
+            raise ConfigError(f"--prompt-speed {self.prompt_speed} must be a positive number of tokens/s, such as 512")
+        if self.clients and self.rate:
+            raise ConfigError("--clients (closed loop) and --rate (open loop) are mutually exclusive")
+        if any(count < 1 for count in self.clients) or any(not 0 < rate < float("inf") for rate in self.rate):
+            raise ConfigError(
+                "--clients takes positive integers and --rate positive numbers, such as --clients 1,8 or --rate 0.5"
+            )
+        if self.spacing is not None and not self.clients:
+            raise ConfigError("--spacing applies to --clients only: leave it out, or give --clients")
+        if self.repeat < 1 or (self.requests is not None and self.requests < 1):
+            raise ConfigError(f"--repeat and --requests must be at least 1, not {self.repeat} and {self.requests}")
+        if self.spacing is not None and not 0 <= self.spacing < float("inf"):
+            raise ConfigError(f"--spacing {self.spacing} must be a number of seconds, at least 0")

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from splitfuse.cli.flags import cli_errors
-from splitfuse.cli.loads import SPEEDS, check_writable, parse_speeds
+from splitfuse.cli.loads import SPEEDS, SloFlag, check_writable, parse_speeds
 
 
 @cli_errors()
 def bench_report(
     files: Annotated[list[Path], typer.Argument(help="Results of `splitfuse bench run` or `splitfuse simulate`.")],
     out: Annotated[Path, typer.Option(help="File of the report.")] = Path("report.html"),
-    slo: Annotated[str, typer.Option(help="SLOs in tokens/s for which goodput is shown.")] = SPEEDS,
+    slo: SloFlag = SPEEDS,
     title: Annotated[str, typer.Option(help="Title of the report.")] = "Benchmark results",
 ) -> None:
     """Write a self-contained HTML report: the five figures of the paper, tables and settings."""

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 import typer
 
-from splitfuse.cli.flags import flag_of, given, with_flags
-from splitfuse.cli.loads import LoadFlags, check_writable, parse_speeds, save_results
+from splitfuse.bench.workload import Loads
+from splitfuse.cli.flags import flag_of, given, take, with_flags
+from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, save_results, take_loads
 from splitfuse.cli.tables import print_results
 from splitfuse.config import EngineConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from splitfuse.bench.target import Target
 
 
-@with_flags(also={"Load": LoadFlags})
+@with_flags(also=(WorkloadFlags, Loads))
 def bench_run(
     url: Annotated[
         str | None,
@@ -46,6 +47,7 @@ def bench_run(
     ] = None,
     pid: Annotated[int | None, typer.Option(help="With --url: process of the server, to report its memory.")] = None,
     timeout: Annotated[float, typer.Option(help="With --url: maximum seconds of an answer.")] = 600.0,
+    slo: SloFlag = SPEEDS,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
@@ -56,10 +58,10 @@ def bench_run(
     from splitfuse.bench.measure import measure
     from splitfuse.runtime.environment import environment_info
 
-    load = LoadFlags.taken_from(flags)
-    loads, speeds = load.loads(repeat=repeat), parse_speeds(load.slo)
+    workload = take(WorkloadFlags, flags)
+    loads, speeds = take_loads(flags, workload.trace, repeat=repeat), parse_speeds(slo)
     notes = _notes(about or [])
-    make_workload = load.workload_maker()
+    make_workload = workload.maker()
     keys = (api_key or "").split()
     target: Target
     if url is not None:
@@ -83,8 +85,7 @@ def bench_run(
                 raise ConfigError(f"{flag_of(name)} requires --url")
         config = EngineConfig.from_settings(given(flags))
         target = EngineTarget(config, policy=policy, replicas=replicas, ignore_eos=ignore_eos)
-    if out is not None:
-        check_writable(out)
+    check_writable(out)
     results = asyncio.run(
         measure(
             target,

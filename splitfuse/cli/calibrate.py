@@ -32,8 +32,7 @@ def calibrate(
     from splitfuse.engine.calibrate import run_calibration
     from splitfuse.runtime.calibration import cache_path, save
 
-    if out is not None:
-        check_writable(out)
+    check_writable(out)
     config = EngineConfig.from_settings(given(flags))
     shown = not quiet and sys.stderr.isatty()
     calibration, checked = run_calibration(config, seconds=seconds, progress=shown)

@@ -10,14 +10,14 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES
-from splitfuse.errors import SplitfuseError
+from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
 JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs")
@@ -47,19 +47,21 @@ SAMPLING_FLAGS: dict[str, Flag] = {
     "chat": Flag(bool, False, "Send each prompt through the model's chat template, as a user's turn."),
     "return_full_text": Flag(bool, False, "Put the prompt before the answer."),
 }
+Part = TypeVar("Part")
+Number = TypeVar("Number", int, float)
 NO_FLAGS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def with_flags(
     *,
     sampling: Mapping[str, Flag] = NO_FLAGS,
-    also: Mapping[str, type[Any]] = NO_FLAGS,
+    also: Collection[type[Any]] = (),
     without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command that takes `**flags`: add a flag for every engine setting, and report errors as `cli_errors`.
 
-    `sampling` adds flags of sampling keywords, `also` the fields of other dataclasses (by heading), `without` leaves
-    engine settings out.
+    `sampling` adds flags of sampling keywords, `also` the settings of other dataclasses, `without` leaves engine
+    settings out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,12 +72,10 @@ def with_flags(
             for name, parameter in signature.parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        parameters += [_parameter(name, flag, "Sampling") for name, flag in sampling.items()]
-        for heading, part in also.items():
-            types_of = typing.get_type_hints(part)
-            parameters += [_setting(field, types_of[field.name], heading) for field in dataclasses.fields(part)]
+        parameters += [_parameter(name, flag) for name, flag in sampling.items()]
+        parameters += [_setting(part, field) for part in also for field in settings_of(part)]
         parameters += [
-            _setting(field, typing.get_type_hints(part)[name], "Engine")
+            _setting(part, field)
             for name, (part, field) in EngineConfig.setting_fields().items()
             if name not in without
         ]
@@ -86,17 +86,42 @@ def with_flags(
     return decorate
 
 
-def _setting(field: dataclasses.Field[Any], hint: Any, panel: str) -> inspect.Parameter:
-    default = field.default
+def settings_of(part: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass which have a help text."""
+    return [field for field in dataclasses.fields(part) if "help" in field.metadata]
+
+
+def _setting(part: type[Any], field: dataclasses.Field[Any]) -> inspect.Parameter:
+    hint, default = typing.get_type_hints(part)[field.name], field.default
     if hint == tuple[str, ...]:
         hint, default = list[str], []
-    return _parameter(field.name, Flag(hint, default, field.metadata["help"]), panel)
+    elif hint in (tuple[int, ...], tuple[float, ...]):
+        hint, default = str | None, None
+    return _parameter(field.name, Flag(hint, default, field.metadata["help"]))
 
 
-def _parameter(name: str, flag: Flag, panel: str) -> inspect.Parameter:
-    option = typer.Option(help=flag.help, rich_help_panel=panel, envvar=KEY_VARIABLES.get(name))
-    annotation: Any = Annotated[flag.type, option]
+def _parameter(name: str, flag: Flag) -> inspect.Parameter:
+    annotation: Any = Annotated[flag.type, typer.Option(help=flag.help, envvar=KEY_VARIABLES.get(name))]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=annotation)
+
+
+def take(part: type[Part], flags: dict[str, Any]) -> Part:
+    """Take the settings of a dataclass out of all flags of a command. Raises ConfigError for invalid ones."""
+    values = {field.name: flags.pop(field.name) for field in settings_of(part)}
+    for name, hint in typing.get_type_hints(part).items():
+        if hint in (tuple[int, ...], tuple[float, ...]):
+            values[name] = numbers(name, values[name], typing.get_args(hint)[0])
+    return part(**values)
+
+
+def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ...]:
+    """Parse comma-separated numbers of the flag of `name`; empty for None."""
+    if text is None:
+        return ()
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{flag_of(name)} {text!r} must be comma-separated numbers, such as 1,2,4") from None
 
 
 @contextmanager

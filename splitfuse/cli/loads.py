@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-from splitfuse.cli.flags import given
+import typer
+
+from splitfuse.bench.workload import Loads, TokenIds, Trace
+from splitfuse.cli.flags import given, numbers, take
 from splitfuse.config import setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from splitfuse.bench.measure import Loads, MakeWorkload
+    from splitfuse.bench.measure import MakeWorkload
     from splitfuse.bench.results import Results
 
 CLIENTS = "1,2,4,8,16,32"
 SPEEDS = "2,4,6"
-
-Number = TypeVar("Number", int, float)
+SloFlag = Annotated[str, typer.Option(help="SLOs in tokens/s for which goodput is shown.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,80 +37,25 @@ class WorkloadFlags:
     )
     seed: int = setting(0, "Seed of prompts, lengths and arrivals.")
 
-    @classmethod
-    def taken_from(cls, flags: dict[str, Any]) -> Self:
-        """Take these flags out of all flags of a command."""
-        return cls(**{field.name: flags.pop(field.name) for field in dataclasses.fields(cls)})
-
-    def workload_maker(self) -> MakeWorkload:
+    def maker(self) -> MakeWorkload:
         """Return a maker of the workload for a target. Raises ConfigError for flags that exclude each other."""
-        from splitfuse.bench.target import Target
-        from splitfuse.bench.workload import Lengths, Trace, Workload, workload_from
+        from splitfuse.bench.measure import workload_maker
 
-        trace = self.trace
-        kinds = [name for name in ("turns", "prefix", "trace") if getattr(self, name) is not None]
-        if len(kinds) > 1:
-            raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are mutually exclusive workloads")
-        if self.prefixes is not None and self.prefix is None:
-            raise ConfigError("--prefixes requires --prefix, the length of each prefix")
-        lengths = given({name: getattr(self, name) for name in ("prompt", "generate", "deviation")})
-        if trace is not None and lengths:
-            raise ConfigError(f"--{next(iter(lengths))} and --trace are mutually exclusive: a trace has lengths")
-        default = Lengths(**{"prompt": 512.0, "generate": 64.0, **lengths})
-
-        def make(target: Target) -> Workload:
-            if trace is not None:
-                return Trace.read(trace, target.vocabulary, seed=self.seed, room=target.room)
-            lengths = dataclasses.replace(default, room=target.room)
-            return workload_from(dataclasses.asdict(self), lengths, target.vocabulary, target.answer_vocabulary)
-
-        return make
+        return workload_maker(given(vars(self)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadFlags(WorkloadFlags):
-    """Flags of a workload and its loads: common to `bench run` and `simulate`."""
+def take_loads(flags: dict[str, Any], trace: Path | None, *, repeat: int) -> Loads:
+    """Take the loads out of all flags of a command; by default CLIENTS, or the times of the trace if it has any.
 
-    clients: str | None = setting(None, f"Closed loops: numbers of clients, one after the other (default: {CLIENTS}).")
-    rate: str | None = setting(None, "Open loops: arrival rates in requests/s (Poisson), such as 0.5,1.")
-    requests: int | None = setting(None, "Requests that count at each load (default: 4 per client plus 32, or 100).")
-    spacing: float | None = setting(
-        None, "Seconds between the starts of clients (default: a quarter of a lone request's latency)."
-    )
-    prompt_speed: float = setting(512.0, "Prompt speed of the SLO in tokens/s, which gives the TTFT target.")
-    slo: str = setting(SPEEDS, "SLOs of the table, in tokens/s: goodput is reported for each.")
-
-    def loads(self, *, repeat: int) -> Loads:
-        """Return the loads. Raises ConfigError for invalid ones."""
-        from splitfuse.bench.measure import Loads
-
-        clients = self.clients
-        if clients is None and self.rate is None and (self.trace is None or not _is_timed(self.trace)):
-            clients = CLIENTS
-        return Loads(
-            clients=numbers("clients", clients, int),
-            rates=numbers("rate", self.rate, float),
-            requests=self.requests,
-            repeat=repeat,
-            spacing=self.spacing,
-            prompt_speed=self.prompt_speed,
-        )
-
-
-def _is_timed(trace: Path) -> bool:
-    from splitfuse.bench.workload import TokenIds, Trace
-
-    return Trace.read(trace, TokenIds(2)).is_timed
-
-
-def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ...]:
-    """Parse comma-separated numbers of the flag `name`; empty for None."""
-    if text is None:
-        return ()
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--{name} {text!r} must be comma-separated numbers, such as 1,2,4") from None
+    Raises ConfigError for invalid ones.
+    """
+    if (
+        flags["clients"] is None
+        and flags["rate"] is None
+        and (trace is None or not Trace.read(trace, TokenIds(2)).is_timed)
+    ):
+        flags["clients"] = CLIENTS
+    return replace(take(Loads, flags), repeat=repeat)
 
 
 def parse_speeds(text: str) -> tuple[float, ...]:
@@ -120,8 +66,10 @@ def parse_speeds(text: str) -> tuple[float, ...]:
     return speeds
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path | None) -> None:
     """Raise a ConfigError, before anything is measured, if the file cannot be written."""
+    if out is None:
+        return
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"{out} cannot be written: name a file in an existing folder")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitfuse.engine.messages import Loading
 
 
-@with_flags(also={"Server": ServerConfig})
+@with_flags(also=(ServerConfig,))
 def serve(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import changed, given, with_flags
-from splitfuse.cli.loads import LoadFlags, check_writable, parse_speeds, save_results
+from splitfuse.bench.workload import Loads
+from splitfuse.cli.flags import changed, given, take, with_flags
+from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, save_results, take_loads
 from splitfuse.cli.tables import console, make_table, print_results
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
@@ -18,10 +18,10 @@ from splitfuse.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from splitfuse.bench.results import Results
     from splitfuse.runtime.calibration import Calibration
-    from splitfuse.simulator.simulate import Deployment
+    from splitfuse.simulator.simulate import SimulationConfig
 
 
-@with_flags(also={"Load": LoadFlags})
+@with_flags(also=(WorkloadFlags, Loads))
 def simulate(
     cost_model: Annotated[
         Path | None,
@@ -43,6 +43,7 @@ def simulate(
     client_overhead: Annotated[float, typer.Option(help="Seconds from a client to the engine.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file, as `bench run` does.")] = None,
     label: Annotated[str | None, typer.Option(help="Name in legends.")] = None,
+    slo: SloFlag = SPEEDS,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
@@ -52,45 +53,42 @@ def simulate(
     """
     from splitfuse.bench.results import load as load_results
     from splitfuse.runtime.environment import environment_info
+    from splitfuse.simulator.simulate import SimulationConfig
     from splitfuse.simulator.simulate import simulate as run
     from splitfuse.simulator.validate import compare, predict
 
-    load = LoadFlags.taken_from(flags)
-    speeds = parse_speeds(load.slo)
-    if out is not None:
-        check_writable(out)
+    workload, speeds = take(WorkloadFlags, flags), parse_speeds(slo)
+    if against is not None and (flags["clients"], flags["rate"], workload.trace) != (None, None, None):
+        raise ConfigError("--against takes its loads from the results: leave out --clients, --rate and --trace")
+    loads = take_loads(flags, workload.trace, repeat=repeat)
+    check_writable(out)
     measured = None if against is None else load_results(against)
     settings = given(flags)
     if measured is not None:
         settings = {**_measured_settings(measured), **changed(settings)}
+        policy = policy or str(measured.about.get("policy", "splitfuse"))
+        replicas = replicas or measured.replicas
     config = EngineConfig.from_settings(settings)
-    simulated = deployment(
+    simulation = SimulationConfig.of(
         known_calibration(config, cost_model, machine),
         config,
-        policy=policy or _measured_policy(measured),
-        replicas=replicas or (1 if measured is None else measured.replicas),
+        policy=policy or "splitfuse",
+        replicas=1 if replicas is None else replicas,
         step_overhead=step_overhead,
         client_overhead=client_overhead,
     )
-    if measured is not None:
-        if (load.clients, load.rate, load.trace) != (None, None, None):
-            raise ConfigError("--against takes its loads from the results: leave out --clients, --rate and --trace")
-        results = predict(simulated, measured, about=environment_info())
-        print_results(results, speeds)
-        _print_comparisons(compare(measured, results))
+    about = environment_info()
+    if measured is None:
+        shown = not quiet and sys.stderr.isatty()
+        system = label or _label(simulation)
+        results = run(simulation, workload.maker(), loads, system=system, about=about, progress=shown)
     else:
-        results = run(
-            simulated,
-            load.workload_maker(),
-            load.loads(repeat=repeat),
-            system=label or _label(simulated),
-            about=environment_info(),
-            progress=not quiet and sys.stderr.isatty(),
-        )
-        print_results(results, speeds)
+        results = predict(simulation, measured, about=about)
+    print_results(results, speeds)
+    if measured is not None:
+        _print_comparisons(compare(measured, results))
     if out is not None:
         save_results(results, out)
-        print(f"splitfuse: results written to {out}", file=sys.stderr)
 
 
 def known_calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
@@ -122,34 +120,6 @@ def _provenance(calibration: Calibration) -> str:
     return f"cost model of {about.get('date', 'an unknown date')}{fit}; `splitfuse calibrate` times steps again"
 
 
-def deployment(
-    calibration: Calibration,
-    config: EngineConfig,
-    *,
-    policy: str = "splitfuse",
-    replicas: int = 1,
-    step_overhead: float = 0.0,
-    client_overhead: float = 0.0,
-) -> Deployment:
-    """Return the calibrated engine with the changes of the engine flags."""
-    from splitfuse.simulator.simulate import Deployment
-
-    calibration = replace(
-        calibration,
-        num_blocks=config.cache.num_blocks or calibration.num_blocks,
-        max_model_len=config.model.max_model_len or calibration.max_model_len,
-    )
-    return Deployment(
-        calibration=calibration,
-        scheduler=config.scheduler,
-        policy=policy,
-        replicas=replicas,
-        enable_prefix_caching=config.cache.enable_prefix_caching,
-        step_overhead=step_overhead,
-        client_overhead=client_overhead,
-    )
-
-
 def _measured_settings(measured: Results) -> dict[str, Any]:
     """Return the engine settings, if it was our engine in the process of the load."""
     settings = measured.about.get("engine", {})
@@ -157,15 +127,11 @@ def _measured_settings(measured: Results) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-def _measured_policy(measured: Results | None) -> str:
-    return "splitfuse" if measured is None else str(measured.about.get("policy", "splitfuse"))
-
-
-def _label(deployment: Deployment) -> str:
-    parts = [f"{deployment.policy} on {deployment.calibration.name}, simulated"]
-    parts.append(f"budget {deployment.scheduler.max_num_batched_tokens}")
-    if deployment.replicas > 1:
-        parts.append(f"{deployment.replicas} replicas")
+def _label(simulation: SimulationConfig) -> str:
+    parts = [f"{simulation.policy} on {simulation.calibration.name}, simulated"]
+    parts.append(f"budget {simulation.scheduler.max_num_batched_tokens}")
+    if simulation.replicas > 1:
+        parts.append(f"{simulation.replicas} replicas")
     return ", ".join(parts)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import changed, given, with_flags
-from splitfuse.cli.loads import WorkloadFlags, check_writable, numbers
-from splitfuse.cli.simulate import deployment, known_calibration
+from splitfuse.cli.flags import changed, given, numbers, take, with_flags
+from splitfuse.cli.loads import WorkloadFlags, check_writable
+from splitfuse.cli.simulate import known_calibration
 from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
 from splitfuse.deploy import daemon
@@ -35,7 +35,7 @@ SAME = 0.03
 """Relative difference of loads below which they are called equal."""
 
 
-@with_flags(also={"Load": WorkloadFlags}, without=CHOSEN)
+@with_flags(also=(WorkloadFlags,), without=CHOSEN)
 def tune(
     slo_attainment: Annotated[float, typer.Option(help="Fraction of requests that must meet the targets.")] = 0.99,
     headroom: Annotated[float, typer.Option(help="Margin on the timed steps, as a fraction of their time.")] = 0.1,
@@ -62,19 +62,19 @@ def tune(
     import msgspec
     from tqdm import tqdm
 
+    from splitfuse.simulator.simulate import SimulationConfig
     from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
 
-    load = WorkloadFlags.taken_from(flags)
-    make_workload = load.workload_maker()
+    load = take(WorkloadFlags, flags)
+    make_workload = load.maker()
     settings = given(flags)
     if not 0 <= headroom < float("inf"):
         raise ConfigError(f"--headroom {headroom} must be a fraction, at least 0, such as 0.1")
     if measure and (machine is not None or cost_model is not None):
         raise ConfigError("--measure runs on this machine: leave out --machine and --cost-model")
-    budgets = numbers("max-num-batched-tokens", max_num_batched_tokens, int) or BUDGETS
-    if out is not None:
-        check_writable(out)
+    budgets = numbers("max_num_batched_tokens", max_num_batched_tokens, int) or BUDGETS
+    check_writable(out)
     config = EngineConfig.from_settings(settings)
     if not config.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
@@ -88,12 +88,12 @@ def tune(
     slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
     with tqdm(desc="simulated loads", unit="load", disable=not shown) as bar:
         tuning = find(
-            deployment(slower, config),
+            SimulationConfig.of(slower, config),
             make_workload,
             attainment=slo_attainment,
             requests=requests,
             budgets=budgets,
-            max_num_seqs=numbers("max-num-seqs", max_num_seqs, int) or MAX_NUM_SEQS,
+            max_num_seqs=numbers("max_num_seqs", max_num_seqs, int) or MAX_NUM_SEQS,
             on_trial=lambda: bar.update() and None,
         )
     _print_candidates(tuning)
@@ -240,9 +240,9 @@ def _serve_flags(tuning: Tuning, settings: dict[str, Any]) -> list[str]:
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:
     """Measure the engine with the load that was found; with smaller ones while SLO attainment is too low."""
     from splitfuse.bench import metrics
-    from splitfuse.bench.measure import Loads
     from splitfuse.bench.measure import measure as drive
     from splitfuse.bench.target import EngineTarget
+    from splitfuse.bench.workload import Loads
     from splitfuse.core.slo.targets import SloTargets
     from splitfuse.runtime.environment import environment_info
 
@@ -255,7 +255,7 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
             drive(
                 EngineTarget(config),
                 make_workload,
-                Loads(rates=(rate,), repeat=1),
+                Loads(rate=(rate,), repeat=1),
                 system="measured",
                 about=environment_info(),
                 progress=progress,

@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, Self
 
-from splitfuse.bench.measure import Loads, MakeWorkload, measure
+from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.results import Results
 from splitfuse.bench.target import Answer, Target
-from splitfuse.bench.workload import LoadRequest, Prompt, TokenIds
-from splitfuse.config import SchedulerConfig
+from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
+from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.baselines import make_baseline
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
@@ -49,7 +49,7 @@ class Bytes(TokenIds):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
+class SimulationConfig:
     """A calibrated model and machine, and how it is run."""
 
     calibration: Calibration
@@ -75,26 +75,27 @@ class Deployment:
         """Return a namer of blocks; all of them give the same names. None without prefix caching."""
         return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
 
+    @classmethod
+    def of(cls, calibration: Calibration, config: EngineConfig, **how: Any) -> Self:
+        """Return the simulation of a calibrated engine with these settings; `how` are the other fields."""
+        calibration = replace(
+            calibration,
+            num_blocks=config.cache.num_blocks or calibration.num_blocks,
+            max_model_len=config.model.max_model_len or calibration.max_model_len,
+        )
+        cached = config.cache.enable_prefix_caching
+        return cls(calibration=calibration, scheduler=config.scheduler, enable_prefix_caching=cached, **how)
+
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings by name, for the record."""
-        return {
-            "cost_model": self.calibration.name,
-            "policy": self.policy,
-            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
-            "max_num_seqs": self.scheduler.max_num_seqs,
-            "num_blocks": self.calibration.num_blocks,
-            "block_size": self.calibration.block_size,
-            "step_overhead": self.step_overhead,
-            "client_overhead": self.client_overhead,
-            "ttft": self.scheduler.ttft,
-            "itl": self.scheduler.itl,
-            "tail_share": self.scheduler.tail_share,
-        }
+        """Return the settings by name, for the record."""
+        own = {"cost_model": self.calibration.name, **vars(self), **vars(self.scheduler)}
+        own |= {"num_blocks": self.calibration.num_blocks, "block_size": self.calibration.block_size}
+        return {name: value for name, value in own.items() if name not in ("calibration", "scheduler")}
 
 
 def simulate(
-    deployment: Deployment,
+    simulation: SimulationConfig,
     make_workload: MakeWorkload,
     loads: Loads,
     *,
@@ -106,11 +107,11 @@ def simulate(
     """Return the results that `measure` would have. Raises what loads and workload raise."""
     results = virtual_time.run(
         measure(
-            SimulatedTarget(deployment),
+            SimulatedTarget(simulation),
             make_workload,
             loads,
             system=system,
-            replicas=deployment.replicas,
+            replicas=simulation.replicas,
             about=about,
             on_point=lambda results: on_point(replace(results, simulated=True)),
             progress=progress,
@@ -122,23 +123,23 @@ def simulate(
 class SimulatedTarget(Target):
     """Simulated replicas, which generate zeros. Drive it in `virtual_time.run`."""
 
-    def __init__(self, deployment: Deployment) -> None:
-        self._deployment = deployment
-        self._namer = deployment.make_namer()
-        self._replicas = [Replica(deployment, seed) for seed in range(deployment.replicas)]
+    def __init__(self, simulation: SimulationConfig) -> None:
+        self._simulation = simulation
+        self._namer = simulation.make_namer()
+        self._replicas = [Replica(simulation, seed) for seed in range(simulation.replicas)]
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = Bytes(256)
-        calibration = deployment.calibration
+        calibration = simulation.calibration
         self.room = min(calibration.max_model_len, calibration.num_blocks * calibration.block_size)
-        self.about = {"simulation": deployment.settings}
+        self.about = {"simulation": simulation.settings}
 
     async def start(self) -> None:
         """Do nothing: there is nothing to load."""
 
     async def ask(self, request: LoadRequest) -> Answer:
         prompt = prompt_ids(request)
-        if self._deployment.client_overhead:
-            await asyncio.sleep(self._deployment.client_overhead)
+        if self._simulation.client_overhead:
+            await asyncio.sleep(self._simulation.client_overhead)
         try:
             replica, names = self._choose(prompt)
             times = await replica.answer(str(next(self._numbers)), request, names)
@@ -172,17 +173,17 @@ def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
 class Replica:
     """A simulated engine: steps one after the other while there is work. `seed` is that of their noise."""
 
-    def __init__(self, deployment: Deployment, seed: int = 0) -> None:
-        calibration = deployment.calibration
-        allocator = BlockAllocator(calibration.num_blocks, calibration.block_size, namer=deployment.make_namer())
-        config = deployment.scheduler
+    def __init__(self, simulation: SimulationConfig, seed: int = 0) -> None:
+        calibration = simulation.calibration
+        allocator = BlockAllocator(calibration.num_blocks, calibration.block_size, namer=simulation.make_namer())
+        config = simulation.scheduler
         cost = calibration.cost if config.slo_enabled else None
-        policy = make_baseline(deployment.policy, config) or make_policy(config, cost)
+        policy = make_baseline(simulation.policy, config) or make_policy(config, cost)
         self.scheduler = Scheduler(config, allocator, policy)
         self._targets = SloTargets.parse(config.ttft, config.itl)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)
-        self._step_overhead = deployment.step_overhead
+        self._step_overhead = simulation.step_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
         self._outstanding_tokens = 0
         self._in_step = False

@@ -24,7 +24,7 @@ from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Deployment, SimulatedTarget, prompt_ids
+from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig, prompt_ids
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 """Candidates for max_num_batched_tokens."""
@@ -126,7 +126,7 @@ class Tuning:
 
 
 def tune(
-    deployment: Deployment,
+    simulation: SimulationConfig,
     make_workload: MakeWorkload,
     *,
     attainment: float = 0.99,
@@ -137,12 +137,12 @@ def tune(
 ) -> Tuning:
     """Choose among `max_num_seqs` with a usual budget, then among `budgets` with the best of them.
 
-    The targets are those of the deployment's scheduler. `requests` count at each load, `attainment` is the fraction of
+    The targets are those of the simulation's scheduler. `requests` count at each load, `attainment` is the fraction of
     them that must meet the targets. `on_trial` is called for each simulated load.
 
     Raises ConfigError if there are no targets, or if even a lone request misses them: the message has feasible ones.
     """
-    if not deployment.scheduler.has_targets:
+    if not simulation.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
     if not 0 < attainment <= 1:
         raise ConfigError(f"--slo-attainment {attainment} must be above 0 and at most 1, such as 0.99")
@@ -150,9 +150,9 @@ def tune(
     for name, values in candidates.items():
         if not values or min(values) < 1:
             raise ConfigError(f"--{name} must be positive integers, not {','.join(map(str, values)) or 'none'}")
-    trials = _Trials(deployment, make_workload, attainment, requests, on_trial)
+    trials = _Trials(simulation, make_workload, attainment, requests, on_trial)
     budgets, max_num_seqs = sorted(set(budgets)), sorted(set(max_num_seqs))
-    config = deployment.scheduler
+    config = simulation.scheduler
     largest = replace(config, max_num_batched_tokens=budgets[-1], max_num_seqs=max_num_seqs[-1])  # its steps shorten
     lone = trials.closed(largest, 1, LONE_REQUESTS)
     if trials.attainment(lone) < attainment:
@@ -208,14 +208,14 @@ class _Trials:
 
     def __init__(
         self,
-        deployment: Deployment,
+        simulation: SimulationConfig,
         make_workload: MakeWorkload,
         required: float,
         requests: int,
         on_trial: Callable[[], None],
     ) -> None:
-        self._deployment = deployment
-        self._targets = SloTargets.parse(deployment.scheduler.ttft, deployment.scheduler.itl)
+        self._simulation = simulation
+        self._targets = SloTargets.parse(simulation.scheduler.ttft, simulation.scheduler.itl)
         self._make_workload = make_workload
         self._required, self._requests, self._on_trial = required, requests, on_trial
 
@@ -264,7 +264,7 @@ class _Trials:
         return virtual_time.run(loop)
 
     def attainment(self, point: Point, targets: SloTargets | None = None) -> float:
-        """Return the SLO attainment: the fraction of requests that met the targets (by default, the deployment's)."""
+        """Return the SLO attainment: the fraction of requests that met the targets (by default, the simulation's)."""
         return metrics.mean([metrics.meets_slo(record, targets or self._targets) for record in metrics.counted(point)])
 
     def _open(self, setting: SchedulerConfig, rate: float, requests: int) -> Point:
@@ -285,14 +285,14 @@ class _Trials:
 
     def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
-        calibration = self._deployment.calibration
+        calibration = self._simulation.calibration
         useful = setting.max_num_seqs * ceil_div(calibration.max_model_len, calibration.block_size)
         calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
-        return SimulatedTarget(replace(self._deployment, scheduler=setting, calibration=calibration))
+        return SimulatedTarget(replace(self._simulation, scheduler=setting, calibration=calibration))
 
     def _longest_ttft(self, workload: Workload) -> float:
         """Return the longest TTFT target in seconds among some requests; 0 without one."""
-        if not self._deployment.scheduler.ttft:
+        if not self._simulation.scheduler.ttft:
             return 0.0
         some = (workload.first("lengths", number) for number in range(32))
         return max(self._targets.ttft_target(len(prompt_ids(request))) for request in some)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from splitfuse.bench import metrics
-from splitfuse.bench.measure import Loads, MakeWorkload
+from splitfuse.bench.measure import MakeWorkload, workload_maker
 from splitfuse.bench.results import Point, Results, by_load
 from splitfuse.bench.summary import Row, rows
-from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Lengths, Workload, workload_from
+from splitfuse.bench.workload import Loads
 from splitfuse.errors import ConfigError
-from splitfuse.simulator.simulate import Deployment, simulate
+from splitfuse.simulator.simulate import SimulationConfig, simulate
 
 TOKEN_PERCENT = 95
 """Percentile of the inter-token latency whose prediction is judged."""
@@ -37,7 +36,7 @@ class Comparison:
         return self.predicted.itl[TOKEN_PERCENT] / self.measured.itl[TOKEN_PERCENT] - 1.0
 
 
-def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any]) -> Results:
+def predict(simulation: SimulationConfig, measured: Results, *, about: dict[str, Any]) -> Results:
     """Simulate the measured loads with the same requests and repetitions.
 
     Raises ConfigError for a trace: results do not contain its requests.
@@ -48,12 +47,12 @@ def predict(deployment: Deployment, measured: Results, *, about: dict[str, Any])
     for same in by_load(measured.points):
         loads = Loads(
             clients=() if same[0].clients is None else (same[0].clients,),
-            rates=() if same[0].rate is None else (same[0].rate,),
+            rate=() if same[0].rate is None else (same[0].rate,),
             requests=len(metrics.counted(same[0])),
             repeat=len(same),
             prompt_speed=measured.prompt_speed,
         )
-        predicted = simulate(deployment, make_workload, loads, system=f"{measured.system}, simulated", about=about)
+        predicted = simulate(simulation, make_workload, loads, system=f"{measured.system}, simulated", about=about)
         points += predicted.points
     return replace(predicted, points=points)
 
@@ -73,13 +72,7 @@ def mean_error(errors: Sequence[float]) -> float:
 
 def workload_of(results: Results) -> MakeWorkload:
     """Return a maker of the measured workload. Raises ConfigError for a trace, which results do not contain."""
-    settings = results.workload
-    kind = settings.get("kind")
+    kind = results.workload.get("kind")
     if kind not in ("independent", "prefix", "chat"):
         raise ConfigError(f"a workload of kind {kind!r} cannot be repeated from its results alone")
-
-    def make(target: Target) -> Workload:
-        lengths = Lengths(settings["prompt"], settings["generate"], settings["deviation"], target.room)
-        return workload_from(settings, lengths, target.vocabulary, target.answer_vocabulary)
-
-    return make
+    return workload_maker(results.workload)

@@ -11,25 +11,25 @@ from typer.testing import CliRunner
 
 from splitfuse.bench import metrics
 from splitfuse.bench.load import closed_loop
-from splitfuse.bench.measure import Loads, MakeWorkload
+from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Results, load
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, SharedPrefix, Trace, TraceLine
+from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, Loads, SharedPrefix, Trace, TraceLine
 from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Deployment, SimulatedTarget, simulate
+from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig, simulate
 from splitfuse.simulator.validate import compare, mean_error, predict, workload_of
 
 COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
 CALIBRATION = Calibration(name="by hand", cost=COST, num_blocks=2000, block_size=32, max_model_len=4096)
 
 
-def deployment(budget: int = 256, **changes: Any) -> Deployment:
-    return Deployment(
+def simulation(budget: int = 256, **changes: Any) -> SimulationConfig:
+    return SimulationConfig(
         calibration=CALIBRATION, scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=64), **changes
     )
 
@@ -38,8 +38,8 @@ def independent(prompt: float = 512, generate: float = 32, deviation: float = 0.
     return lambda target: Independent(Lengths(prompt, generate, deviation, target.room), target.vocabulary)
 
 
-def run(deployment: Deployment, make: MakeWorkload | None = None, **loads: Any) -> Results:
-    return simulate(deployment, make or independent(), Loads(**{"repeat": 1, **loads}), system="simulated", about={})
+def run(simulation: SimulationConfig, make: MakeWorkload | None = None, **loads: Any) -> Results:
+    return simulate(simulation, make or independent(), Loads(**{"repeat": 1, **loads}), system="simulated", about={})
 
 
 def test_virtual_clock_advances_without_waiting() -> None:
@@ -70,7 +70,7 @@ def test_deadlock_is_an_error() -> None:
 
 def test_lone_request_takes_the_time_of_its_steps() -> None:
     async def main() -> tuple[float, ...]:
-        target = SimulatedTarget(deployment(step_overhead=0.001, client_overhead=0.5))
+        target = SimulatedTarget(simulation(step_overhead=0.001, client_overhead=0.5))
         return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
 
     first = COST.seconds(StepFeatures().plus(start=0, count=256, rows=0))
@@ -83,7 +83,7 @@ def test_lone_request_takes_the_time_of_its_steps() -> None:
 
 def test_concurrent_requests_share_steps() -> None:
     async def main() -> list[tuple[float, ...]]:
-        target = SimulatedTarget(deployment(budget=100))
+        target = SimulatedTarget(simulation(budget=100))
         requests = [LoadRequest("", n, 0, tuple(range(100 * n, 100 * n + 60)), 2) for n in range(2)]
         return [answer.token_times for answer in await asyncio.gather(*map(target.ask, requests))]
 
@@ -102,8 +102,8 @@ def test_concurrent_requests_share_steps() -> None:
 
 
 def test_results_are_reproducible() -> None:
-    results = run(deployment(), clients=(1, 4), repeat=2)
-    assert results.simulated and results == run(deployment(), clients=(1, 4), repeat=2)
+    results = run(simulation(), clients=(1, 4), repeat=2)
+    assert results.simulated and results == run(simulation(), clients=(1, 4), repeat=2)
     assert [(p.clients, p.repetition) for p in results.points] == [(1, 0), (4, 0), (1, 1), (4, 1)]
     for point in results.points:
         clients = point.clients or 0
@@ -115,14 +115,14 @@ def test_results_are_reproducible() -> None:
 
 
 def test_step_noise_is_calibrated_and_reproducible() -> None:
-    scattering = replace(deployment(), calibration=replace(CALIBRATION, cost=replace(COST, noise=0.1)))
+    scattering = replace(simulation(), calibration=replace(CALIBRATION, cost=replace(COST, noise=0.1)))
     steady, first, second = (
         [
             gap
             for record in metrics.counted(run(each, clients=(1,), requests=40).points[0])
             for gap in metrics.gaps(record)
         ]
-        for each in (deployment(), scattering, scattering)
+        for each in (simulation(), scattering, scattering)
     )
     assert first == second
     deviations = [math.log(gap / expected) for gap, expected in zip(first, steady, strict=True)]
@@ -130,14 +130,14 @@ def test_step_noise_is_calibrated_and_reproducible() -> None:
 
 
 def test_open_loop_below_capacity_is_served_at_its_rate() -> None:
-    (point,) = run(deployment(), rates=(1.5,), requests=400).points
+    (point,) = run(simulation(), rate=(1.5,), requests=400).points
     assert metrics.throughput(point) == pytest.approx(1.5, rel=0.15)
 
 
 def test_prompts_stall_decodes_of_prefill_first_only() -> None:
     worst, usual = {}, {}
     for policy, budget in (("splitfuse", 256), ("prefill-first", 4096), ("orca", 4096), ("static", 4096)):
-        (point,) = run(deployment(budget, policy=policy), independent(2000, 32), clients=(8,)).points
+        (point,) = run(simulation(budget, policy=policy), independent(2000, 32), clients=(8,)).points
         gaps = [gap for record in metrics.counted(point) for gap in metrics.gaps(record)]
         worst[policy], usual[policy] = metrics.percentile(gaps, 99), metrics.percentile(gaps, 90)
     longest_step = COST.seconds(StepFeatures(256, 8, 0, 8 * 4096, 8))
@@ -147,8 +147,8 @@ def test_prompts_stall_decodes_of_prefill_first_only() -> None:
 
 
 def test_replicas_share_a_load_by_outstanding_tokens() -> None:
-    one = metrics.throughput(run(deployment(), clients=(16,), requests=100).points[0])
-    four = metrics.throughput(run(deployment(replicas=4), clients=(64,), requests=400).points[0])
+    one = metrics.throughput(run(simulation(), clients=(16,), requests=100).points[0])
+    four = metrics.throughput(run(simulation(replicas=4), clients=(64,), requests=400).points[0])
     assert 3.6 * one < four < 4.4 * one
 
 
@@ -159,24 +159,24 @@ def test_shared_prefixes_are_computed_once(replicas: int) -> None:
 
     first = {}
     for cached in (True, False):
-        (point,) = run(deployment(replicas=replicas, enable_prefix_caching=cached), make, clients=(4,)).points
+        (point,) = run(simulation(replicas=replicas, enable_prefix_caching=cached), make, clients=(4,)).points
         first[cached] = metrics.percentile([metrics.ttft(record) for record in metrics.counted(point)], 50)
     assert first[True] < first[False] / 3
 
 
 def test_conversations_and_traces() -> None:
-    results = run(deployment(), lambda t: Chat(Lengths(100, 20, 0.3, t.room), t.vocabulary, 3), clients=(2,))
+    results = run(simulation(), lambda t: Chat(Lengths(100, 20, 0.3, t.room), t.vocabulary, 3), clients=(2,))
     lengths = [record.num_prompt_tokens for record in results.points[0].records if record.client == 0]
     assert max(lengths) > 200, "later turns repeat what was said"
     lines = (TraceLine(generate=4, prompt_tokens=50, at=0.0), TraceLine(generate=4, prompt_tokens=50, at=9.0))
-    (point,) = run(deployment(), lambda t: Trace(lines, t.vocabulary)).points
+    (point,) = run(simulation(), lambda t: Trace(lines, t.vocabulary)).points
     assert [record.sent for record in point.records] == [0.0, 9.0]
 
 
 def test_too_large_request_fails_alone() -> None:
     async def main() -> tuple[str | None, str | None]:
         small = Calibration(name="", cost=COST, num_blocks=4, block_size=32, max_model_len=4096)
-        target = SimulatedTarget(Deployment(calibration=small))
+        target = SimulatedTarget(SimulationConfig(calibration=small))
         large, fits = (LoadRequest("", n, 0, (1,) * n, 2) for n in (1000, 20))
         return (await target.ask(large)).error, (await target.ask(fits)).error
 
@@ -196,13 +196,13 @@ def test_too_large_request_fails_alone() -> None:
 )
 def test_invalid_deployment_is_rejected(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        deployment(**changes)
+        simulation(**changes)
 
 
 def test_text_is_rejected() -> None:
     async def main() -> None:
         await closed_loop(
-            SimulatedTarget(deployment()), Trace((TraceLine(1, prompt="hi"),), None), clients=1, requests=1
+            SimulatedTarget(simulation()), Trace((TraceLine(1, prompt="hi"),), None), clients=1, requests=1
         )
 
     with pytest.raises(ConfigError, match="requires token ids"):
@@ -210,14 +210,14 @@ def test_text_is_rejected() -> None:
 
 
 def test_errors_of_equal_and_slower_machines() -> None:
-    measured = run(deployment(), clients=(1, 4), repeat=2)
-    same = compare(measured, predict(deployment(), measured, about={}))
+    measured = run(simulation(), clients=(1, 4), repeat=2)
+    same = compare(measured, predict(simulation(), measured, about={}))
     assert [error for each in same for error in (each.throughput_error, each.itl_error)] == pytest.approx([0.0] * 4)
-    slower = compare(measured, predict(deployment(step_overhead=0.01), measured, about={}))
+    slower = compare(measured, predict(simulation(step_overhead=0.01), measured, about={}))
     assert mean_error([each.throughput_error for each in slower]) > 0.1
     assert all(each.itl_error > 0 for each in slower)
     with pytest.raises(ConfigError, match="have different loads"):
-        compare(measured, run(deployment(), clients=(1,)))
+        compare(measured, run(simulation(), clients=(1,)))
 
 
 def test_workloads_but_traces_are_restored_from_results() -> None:
@@ -226,10 +226,10 @@ def test_workloads_but_traces_are_restored_from_results() -> None:
         lambda t: SharedPrefix(Lengths(64, 16, 0.2, t.room), t.vocabulary, 128, 2, 7),
         lambda t: Chat(Lengths(64, 16, 0.2, t.room), t.vocabulary, 3, 7),
     ):
-        results = run(deployment(), make, clients=(1,), requests=1)
-        again = workload_of(results)(SimulatedTarget(deployment()))
-        assert again == make(SimulatedTarget(deployment()))
-    trace = run(deployment(), lambda t: Trace((TraceLine(1, 5),), t.vocabulary), clients=(1,), requests=1)
+        results = run(simulation(), make, clients=(1,), requests=1)
+        again = workload_of(results)(SimulatedTarget(simulation()))
+        assert again == make(SimulatedTarget(simulation()))
+    trace = run(simulation(), lambda t: Trace((TraceLine(1, 5),), t.vocabulary), clients=(1,), requests=1)
     with pytest.raises(ConfigError, match="of kind 'trace'"):
         workload_of(trace)
 
@@ -277,7 +277,9 @@ def test_tail_share_trades_goodput_for_tail_latency() -> None:
         """Return goodput at 4 tokens/s and the longest latency, with 16 clients, which are too many."""
         config = SchedulerConfig(ttft="62.5ms/token", itl="250ms", tail_share=tail_share)
         slow = replace(CALIBRATION, cost=CostModel(floor=0.078, per_token=0.0, knee=4, per_token_beyond=0.0125))
-        results = run(Deployment(calibration=slow, scheduler=config), independent(128, 16), clients=(16,), requests=80)
+        results = run(
+            SimulationConfig(calibration=slow, scheduler=config), independent(128, 16), clients=(16,), requests=80
+        )
         [point] = results.points
         longest = max(record.done - record.sent for record in metrics.counted(point))
         return metrics.goodput(point, 4.0, 16.0), longest

@@ -9,17 +9,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench import metrics
-from splitfuse.bench.measure import Loads, MakeWorkload
+from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import RequestRecord
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Chat, Independent, Lengths, Workload
+from splitfuse.bench.workload import Chat, Independent, Lengths, Loads, Workload
 from splitfuse.cli import app
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, FitError, Sample, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
-from splitfuse.simulator.simulate import Deployment, simulate
+from splitfuse.simulator.simulate import SimulationConfig, simulate
 from splitfuse.simulator.tune import Tuning, curve, tune
 
 COST = CostModel(floor=0.009, per_token=0.0, knee=19, per_token_beyond=0.42e-3, error=FitError(0.04, 0.1, 30))
@@ -44,8 +44,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitfuse.simulator.tune.REFINED", 1)
 
 
-def deployment(calibration: Calibration = CALIBRATION, **targets: str) -> Deployment:
-    return Deployment(calibration=calibration, scheduler=SchedulerConfig(**targets))  # type: ignore[arg-type]
+def simulation(calibration: Calibration = CALIBRATION, **targets: str) -> SimulationConfig:
+    return SimulationConfig(calibration=calibration, scheduler=SchedulerConfig(**targets))  # type: ignore[arg-type]
 
 
 def independent(target: Target) -> Workload:
@@ -56,7 +56,7 @@ def short(target: Target) -> Workload:
     return Independent(Lengths(40, 4, room=target.room), target.vocabulary)
 
 
-def tuned(of: Deployment, make: MakeWorkload = independent, **settings: Any) -> Tuning:
+def tuned(of: SimulationConfig, make: MakeWorkload = independent, **settings: Any) -> Tuning:
     return tune(of, make, **{"budgets": (64, 256), "max_num_seqs": (32,), "requests": 30, **settings})
 
 
@@ -72,7 +72,7 @@ def test_curve_has_timed_steps_and_fit() -> None:
 @pytest.mark.slow
 def test_found_load_meets_the_slo_and_a_larger_one_does_not() -> None:
     targets = {"ttft": "1s", "itl": "60ms"}
-    tuning = tuned(deployment(**targets), max_num_seqs=(1, 32), requests=60)
+    tuning = tuned(simulation(**targets), max_num_seqs=(1, 32), requests=60)
     assert 0.4 * LIMIT < tuning.rate < LIMIT
     slo, fcfs = tuning.budgets[1].rate, tuning.budgets_fcfs[1].rate
     assert fcfs < 0.5 * slo, "steps of 256 tokens take 109 ms, unless SLO scheduling shortens them"
@@ -85,9 +85,9 @@ def test_found_load_meets_the_slo_and_a_larger_one_does_not() -> None:
             **targets,
         )
         results = simulate(
-            Deployment(calibration=CALIBRATION, scheduler=scheduler),
+            SimulationConfig(calibration=CALIBRATION, scheduler=scheduler),
             independent,
-            Loads(rates=(times * tuning.rate,), requests=400, repeat=1),
+            Loads(rate=(times * tuning.rate,), requests=400, repeat=1),
             system="",
             about={},
         )
@@ -101,8 +101,8 @@ def test_found_load_meets_the_slo_and_a_larger_one_does_not() -> None:
 @pytest.mark.usefixtures("quick")
 def test_half_the_speed_sustains_half_at_doubled_targets() -> None:
     slow = Calibration(name="", cost=COST.slower(2.0), num_blocks=4000, block_size=32, max_model_len=4096)
-    fast = tuned(deployment(ttft="1s", itl="250ms"), budgets=(128,))
-    slower = tuned(deployment(slow, ttft="2s", itl="500ms"), budgets=(128,))
+    fast = tuned(simulation(ttft="1s", itl="250ms"), budgets=(128,))
+    slower = tuned(simulation(slow, ttft="2s", itl="500ms"), budgets=(128,))
     assert slower.rate == pytest.approx(fast.rate / 2, rel=0.05)
     assert slower.clients == fast.clients
 
@@ -110,7 +110,7 @@ def test_half_the_speed_sustains_half_at_doubled_targets() -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.slow
 def test_without_ttft_target_a_load_must_be_kept_up_with() -> None:
-    tuning = tuned(deployment(itl="250ms"), budgets=(128,), requests=100)
+    tuning = tuned(simulation(itl="250ms"), budgets=(128,), requests=100)
     assert 0.6 * LIMIT < tuning.rate < 1.1 * LIMIT
     assert tuning.clients == tuning.chosen.max_num_seqs
 
@@ -123,11 +123,11 @@ def test_without_ttft_target_a_load_must_be_kept_up_with() -> None:
 def test_infeasible_targets_are_rejected_with_feasible_ones(targets: dict[str, str]) -> None:
     slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
     with pytest.raises(ConfigError, match="cannot be met here") as refused:
-        tuned(deployment(slow, **targets), short, budgets=(128,))
+        tuned(simulation(slow, **targets), short, budgets=(128,))
     assert " ".join(f"--{name} {value}" for name, value in targets.items()) in str(refused.value)
     possible = str(refused.value).partition("feasible targets: ")[2].split(" or ")[0]
     longer = dict(re.findall(r"--(\w+) (\S+)", possible))
-    assert tuned(deployment(slow, **longer), short, budgets=(128,), requests=10).clients >= 1
+    assert tuned(simulation(slow, **longer), short, budgets=(128,), requests=10).clients >= 1
 
 
 @pytest.mark.usefixtures("quick")
@@ -136,7 +136,7 @@ def test_conversations_are_tuned() -> None:
     def make(target: Target) -> Workload:
         return Chat(Lengths(100, 20, room=target.room), target.answer_vocabulary, 2)
 
-    tuning = tune(deployment(ttft="1s", itl="250ms"), make, budgets=(128,), max_num_seqs=(32,), requests=20)
+    tuning = tune(simulation(ttft="1s", itl="250ms"), make, budgets=(128,), max_num_seqs=(32,), requests=20)
     assert 0 < tuning.rate < tuning.clients_rate  # each is two requests
 
 
@@ -151,7 +151,7 @@ def test_conversations_are_tuned() -> None:
 )
 def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        tuned(deployment(itl="250ms"), **settings)
+        tuned(simulation(itl="250ms"), **settings)
 
 
 def test_slo_is_met_if_all_targets_are() -> None:

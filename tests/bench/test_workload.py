@@ -25,7 +25,7 @@ from splitfuse.errors import ConfigError
 IDS = TokenIds(3072)
 WORKLOADS: list[Workload] = [
     Independent(Lengths(100, 20, room=2048), IDS),
-    SharedPrefix(Lengths(20, 20, room=2048), IDS, prefix=300, num_prefixes=3),
+    SharedPrefix(Lengths(20, 20, room=2048), IDS, prefix=300, prefixes=3),
     Chat(Lengths(40, 20, room=2048), IDS, turns=3),
 ]
 
