@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from splitfuse.config import EngineConfig
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, brief
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.decoder import Decoder
@@ -23,6 +24,8 @@ from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.machine import available_memory
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def load_model(
         on_progress=on_progress,
     )
     backend.finish_loading()
-    return LoadedModel(source, spec, plan, source.eos_token_ids(), decoder)
+    return LoadedModel(source, spec, plan, end_tokens(source, spec.vocab_size), decoder)
 
 
 def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: WeightSharing | None) -> MemoryPlan:
@@ -102,6 +105,23 @@ def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: Weig
     plan = plan_memory(spec, config, backend=backend, available=weights + remaining // sharing.num_sharers)
     backend.share_weights(sharing, weights)
     return plan
+
+
+def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
+    """Return the tokens that end a text. Those outside the vocabulary, which the model cannot generate, are left out
+    with a warning: files that name one load in transformers and vLLM too, and end where its others say.
+
+    Raises ModelError if they are no token ids.
+    """
+    ids = source.eos_token_ids()
+    if unknown := [token for token in ids if token >= vocab_size]:
+        _logger.warning(
+            "%s has end tokens outside its vocabulary, which are ignored: %s; its token ids are from 0 to %d",
+            source.location,
+            ", ".join(map(brief, unknown)),
+            vocab_size - 1,
+        )
+    return tuple(token for token in ids if token < vocab_size)
 
 
 def parse_device(name: str) -> torch.device:

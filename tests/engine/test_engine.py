@@ -168,6 +168,25 @@ def test_end_tokens_that_are_none_are_refused(folder: Path, tmp_path: Path, valu
         load(model)
 
 
+def test_end_tokens_beyond_the_vocabulary_are_ignored(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = generate(load(folder), [5, 6, 7], max_tokens=20)
+    eos = next(token for token in free[3:] if token not in free[:3])
+    model = copy_of(folder, tmp_path / "model")
+    write_eos(model, [VOCAB, eos, VOCAB + 7, 2**31, 2**63, 10**30])
+    engine = load(model)
+    assert engine.model.eos_token_ids == (eos,)
+    assert f"has end tokens outside its vocabulary, which are ignored: {VOCAB}, {VOCAB + 7}" in caplog.text
+    engine.add_request("alone", [5, 6, 7], SamplingParams(max_tokens=20))
+    engine.add_request("forbids", [5, 6, 7], SamplingParams(max_tokens=20, min_tokens=20))
+    engine.add_request("next", [5, 6, 7], SamplingParams(max_tokens=20, presence_penalty=5e-324))
+    seen = drain(engine)
+    until_eos = free[: free.index(eos) + 1]
+    assert seen.tokens["alone"] == seen.tokens["next"] == until_eos
+    assert len(seen.tokens["forbids"]) == 20 and eos not in seen.tokens["forbids"]
+
+
 def test_a_stop_token_ends_a_request_even_if_eos_is_ignored(folder: Path) -> None:
     engine = load(folder)
     free = generate(engine, [5, 6, 7], max_tokens=20)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from splitfuse.core.plan import ChunkResult, NewRequest
@@ -314,6 +316,81 @@ def test_forbidding_every_token_fails_that_row_alone() -> None:
     assert results[0].error is not None
     assert "min_tokens" in results[0].error
     assert results[1].token_ids == (0,)
+
+
+OUTSIDE = (-(2**70), -7, -1, 20, 21, 27, 39, 10**9, 2**63, 2**70)
+"""Token ids outside a vocabulary of 20: in the row before, in the next one, and beyond what a tensor indexes."""
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"min_tokens": 5},
+        {"logit_bias": {5: 1.0}},
+        {"repetition_penalty": 1.3, "presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"min_tokens": 5, "temperature": 0.8, "top_p": 0.9, "logprobs": 3},
+    ],
+)
+def test_ids_outside_the_vocabulary_reach_no_row(params: dict[str, Any]) -> None:
+    subject, plain = SamplingParams(**params), SamplingParams(presence_penalty=0.01, temperature=0.5)
+    logits = random_logits(3, 20, 6)
+    wanted = sample(logits, [row(plain, output=(4,)), row(subject, output=(4,)), row(plain, output=(4,))])
+    # As a broken file or a caller behind the checks would have them: SamplingParams itself refuses some of these
+    bias = {**dict.fromkeys(OUTSIDE, 50.0), **subject.logit_bias} if subject.logit_bias else {}
+    object.__setattr__(subject, "logit_bias", bias)
+    object.__setattr__(subject, "stop_token_ids", OUTSIDE)
+    hostile = SamplingState(NewRequest("h", (1, 2, *OUTSIDE), subject, (EOS, *OUTSIDE), 0, 0), [4])
+    hostile_output = replace(hostile, output_token_ids=[4, *OUTSIDE])
+    results = sample(logits, [row(plain, output=(4,)), hostile, row(plain, output=(4,))])
+    assert results[0] == wanted[0] and results[2] == wanted[2]
+    if not subject.temperature:  # a random number depends on the length of the prompt, which differs
+        assert results[1] == wanted[1]
+    assert sample(logits, [hostile_output, row(plain, output=(4,)), hostile_output])[1].error is None
+
+
+def test_a_token_beyond_a_padded_vocabulary_is_adjusted() -> None:
+    """A tokenizer may know fewer tokens than the model has logits: what the logits have counts."""
+    logits = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    assert one(logits, SamplingParams(logit_bias={3: -100.0})).token_ids == (2,)
+    assert one(logits, SamplingParams(min_tokens=1, stop_token_ids=(3,))).token_ids == (2,)
+
+
+def ends(minimum: float, maximum: float) -> st.SearchStrategy[float]:
+    """Numbers between the bounds, most of them at the ends of what floats can be."""
+    extremes = [minimum, maximum, 0.0, -0.0, 5e-324, -5e-324, 2.3e-308, 1e-300, 1e-30, 1.0, math.nextafter(1.0, 0.0)]
+    return st.sampled_from([each for each in extremes if minimum <= each <= maximum]) | st.floats(minimum, maximum)
+
+
+EXTREME_PARAMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": ends(0.0, 100.0),
+        "top_p": ends(5e-324, 1.0),
+        "min_p": ends(0.0, 1.0),
+        "top_k": st.sampled_from([0, 1, 19, 20, 21, 2**31 - 1]),
+        "presence_penalty": ends(-2.0, 2.0),
+        "frequency_penalty": ends(-2.0, 2.0),
+        "repetition_penalty": ends(5e-324, 100.0),
+        "logit_bias": st.dictionaries(st.integers(0, 2**31 - 1) | st.integers(0, 19), ends(-100.0, 100.0), max_size=4),
+        "min_tokens": st.sampled_from([0, 1, 2**31 - 1]),
+        "seed": st.sampled_from([0, 2**63, 2**64 - 1]),
+        "logprobs": st.sampled_from([0, 1, 128]),
+        "stop_token_ids": st.lists(st.integers(0, 25), max_size=3),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EXTREME_PARAMS, min_size=1, max_size=4), st.sampled_from([0.0, 1e-45, 1.0, 3e38]))
+def test_extreme_params_choose_a_token_or_fail_alone(each: list[dict[str, Any]], scale: float) -> None:
+    rows = [row(SamplingParams(**params), seed=params.get("seed", 0), output=(4,)) for params in each]
+    logits = random_logits(len(rows), 20, 7).clamp(-1.0, 1.0) * scale
+    results = sample(logits, rows)
+    assert results == [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
+    for result in results:
+        assert (result.error is None) == (len(result.token_ids) == 1)
+        assert all(0 <= token < 20 for token in result.token_ids)
+        assert not any(math.isnan(entry.logprob) for entry in result.logprobs)
 
 
 def test_logprobs_are_raw_and_best_first() -> None:

@@ -24,13 +24,21 @@ def is_adjusted(row: SamplingState) -> bool:
 
 
 def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Return a float64 copy of logits [rows, vocab] with biases, penalties and forbidden ends applied."""
+    """Return a float64 copy of logits [rows, vocab] with biases, penalties and forbidden ends applied.
+
+    A token id outside the vocabulary has no logit and changes nothing: least of all one of the next row.
+    """
     scores = logits.to(torch.float64, copy=True)
-    flat = scores.view(-1)
-    starts = range(0, flat.numel(), scores.shape[1])  # where each row begins in `flat`
+    flat, vocabulary = scores.view(-1), range(scores.shape[1])
+    starts = range(0, flat.numel(), len(vocabulary))  # where each row begins in `flat`
     owners = list(zip(starts, rows, strict=True))
 
-    bias = {start + token: value for start, row in owners for token, value in row.params.logit_bias.items()}
+    bias = {
+        start + token: value
+        for start, row in owners
+        for token, value in row.params.logit_bias.items()
+        if token in vocabulary
+    }
     _update(flat, bias, lambda old, value: old + value)
 
     repetition = {
@@ -38,6 +46,7 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         for start, row in owners
         if row.params.repetition_penalty != 1.0
         for token in {*row.request.prompt_token_ids, *row.output_token_ids}
+        if token in vocabulary
     }
     _update(flat, repetition, lambda old, value: torch.where(old < 0, old * value, old / value))
 
@@ -46,6 +55,7 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         for start, row in owners
         if row.params.presence_penalty or row.params.frequency_penalty
         for token, count in Counter(row.output_token_ids).items()
+        if token in vocabulary
     }
     _update(flat, penalty, lambda old, value: old - value)
 
@@ -54,6 +64,7 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         for start, row in owners
         if len(row.output_token_ids) < row.params.min_tokens
         for token in (*row.request.eos_token_ids, *row.params.stop_token_ids)
+        if token in vocabulary
     }
     _update(flat, forbidden, lambda _, value: value)
     return scores

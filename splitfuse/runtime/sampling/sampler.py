@@ -7,7 +7,8 @@ may change with the shape of the batch. Rows are grouped by what they need, so t
 The order of processing, and the rules of what is kept, are those of Hugging Face transformers (`generation/utils.py`,
 `logits_process.py`): logit_bias, repetition penalty, presence and frequency penalty, min_tokens (adjust.py), then
 temperature, top_k, top_p, min_p (draw.py). This package knows nothing of models, the cache or scheduling. Token ids in
-the settings are inside the vocabulary: that is checked where a request enters.
+the settings are checked where a request enters, and those of a model where it is loaded; one outside the vocabulary
+changes nothing here.
 """
 
 from __future__ import annotations
