@@ -4,7 +4,7 @@
     pipe = splitfuse.pipeline()
     print(pipe("Erik plays the cello.\\n\\nWhat does Erik play?", chat=True)[0].generated_text)
 
-The public names are resolved when they are first used, so that importing this package is instant.
+All public names but the errors are imported when they are first used, so that importing this package is instant.
 """
 
 from __future__ import annotations
@@ -12,92 +12,60 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from splitfuse.errors import ConfigError as ConfigError
+from splitfuse.errors import DrainingError as DrainingError
+from splitfuse.errors import EngineUnavailableError as EngineUnavailableError
+from splitfuse.errors import InvalidRequestError as InvalidRequestError
+from splitfuse.errors import MemoryPlanError as MemoryPlanError
+from splitfuse.errors import ModelError as ModelError
+from splitfuse.errors import ModelNotFoundError as ModelNotFoundError
+from splitfuse.errors import OverloadedError as OverloadedError
+from splitfuse.errors import PromptTooLongError as PromptTooLongError
+from splitfuse.errors import RequestFailedError as RequestFailedError
+from splitfuse.errors import RequestTooLargeError as RequestTooLargeError
+from splitfuse.errors import ServerError as ServerError
+from splitfuse.errors import SplitfuseError as SplitfuseError
+from splitfuse.errors import TokenizerError as TokenizerError
+from splitfuse.errors import UnsupportedModelError as UnsupportedModelError
+from splitfuse.errors import WeightsError as WeightsError
 from splitfuse.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from splitfuse.api import Pipeline, pipeline
-    from splitfuse.clients.client import AsyncClient
-    from splitfuse.clients.sync import Client, async_client, client, serve
-    from splitfuse.config import EngineConfig
-    from splitfuse.core.request import FinishReason
-    from splitfuse.core.sampling_params import SamplingParams
-    from splitfuse.engine.engine import Engine
-    from splitfuse.engine.ragged import RaggedEngine
-    from splitfuse.errors import (
-        ConfigError,
-        DrainingError,
-        EngineUnavailableError,
-        InvalidRequestError,
-        MemoryPlanError,
-        ModelError,
-        ModelNotFoundError,
-        OverloadedError,
-        PromptTooLongError,
-        RequestFailedError,
-        RequestTooLargeError,
-        ServerError,
-        SplitfuseError,
-        TokenizerError,
-        UnsupportedModelError,
-        WeightsError,
-    )
-    from splitfuse.text.responses import Piece, Response
-
-__all__ = [
-    "AsyncClient",
-    "Client",
-    "ConfigError",
-    "DrainingError",
-    "Engine",
-    "EngineConfig",
-    "EngineUnavailableError",
-    "FinishReason",
-    "InvalidRequestError",
-    "MemoryPlanError",
-    "ModelError",
-    "ModelNotFoundError",
-    "OverloadedError",
-    "Piece",
-    "Pipeline",
-    "PromptTooLongError",
-    "RaggedEngine",
-    "RequestFailedError",
-    "RequestTooLargeError",
-    "Response",
-    "SamplingParams",
-    "ServerError",
-    "SplitfuseError",
-    "TokenizerError",
-    "UnsupportedModelError",
-    "WeightsError",
-    "async_client",
-    "client",
-    "pipeline",
-    "serve",
-]
+    from splitfuse.api import Pipeline as Pipeline
+    from splitfuse.api import pipeline as pipeline
+    from splitfuse.clients.client import AsyncClient as AsyncClient
+    from splitfuse.clients.sync import Client as Client
+    from splitfuse.clients.sync import async_client as async_client
+    from splitfuse.clients.sync import client as client
+    from splitfuse.clients.sync import serve as serve
+    from splitfuse.config import EngineConfig as EngineConfig
+    from splitfuse.core.request import FinishReason as FinishReason
+    from splitfuse.core.sampling_params import SamplingParams as SamplingParams
+    from splitfuse.engine.engine import Engine as Engine
+    from splitfuse.engine.ragged import RaggedEngine as RaggedEngine
+    from splitfuse.text.responses import Piece as Piece
+    from splitfuse.text.responses import Response as Response
 
 _HOMES = {
-    "AsyncClient": "splitfuse.clients.client",
-    "Client": "splitfuse.clients.sync",
-    "Engine": "splitfuse.engine.engine",
-    "EngineConfig": "splitfuse.config",
-    "FinishReason": "splitfuse.core.request",
-    "Piece": "splitfuse.text.responses",
-    "Pipeline": "splitfuse.api",
-    "RaggedEngine": "splitfuse.engine.ragged",
-    "Response": "splitfuse.text.responses",
-    "SamplingParams": "splitfuse.core.sampling_params",
-    "async_client": "splitfuse.clients.sync",
-    "client": "splitfuse.clients.sync",
-    "pipeline": "splitfuse.api",
-    "serve": "splitfuse.clients.sync",
+    "splitfuse.api": ("Pipeline", "pipeline"),
+    "splitfuse.clients.client": ("AsyncClient",),
+    "splitfuse.clients.sync": ("Client", "async_client", "client", "serve"),
+    "splitfuse.config": ("EngineConfig",),
+    "splitfuse.core.request": ("FinishReason",),
+    "splitfuse.core.sampling_params": ("SamplingParams",),
+    "splitfuse.engine.engine": ("Engine",),
+    "splitfuse.engine.ragged": ("RaggedEngine",),
+    "splitfuse.text.responses": ("Piece", "Response"),
 }
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_MODULES, *(name for name in globals() if name.endswith("Error"))])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'splitfuse' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "splitfuse.errors")), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
