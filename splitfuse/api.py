@@ -23,12 +23,11 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.text.generation import Generation
 from splitfuse.text.generator import TextGenerator
 from splitfuse.text.kwargs import (
-    DEFAULT_MAX_NEW_TOKENS,
     SAMPLING_KEYWORDS,
     as_list,
     check_flag,
-    check_max_length,
     refuse_unknown,
+    resolve_max_tokens,
     sampling_params,
     sampling_signature,
     spelled_as_keywords,
@@ -140,9 +139,10 @@ class Pipeline:
         for index, prompt in enumerate(listed):
             try:
                 encode = self._encoder.encode_chat if chat else self._encoder.encode
-                request = replace(encode(prompt, params), return_full_text=return_full_text)
+                request = encode(prompt, params)
                 with spelled_as_keywords():
-                    request = self._with_length(request, max_length)
+                    resolved = resolve_max_tokens(params, len(request.token_ids), self.engine.max_model_len, max_length)
+                    request = replace(request, params=resolved, return_full_text=return_full_text)
                     request.check(self.engine.limits)
             except InvalidRequestError as error:
                 if len(listed) > 1:
@@ -171,20 +171,6 @@ class Pipeline:
         finally:
             for generation in generations:
                 self.generator.abort(generation)
-
-    def _with_length(self, request: PreparedRequest, max_length: int | None) -> PreparedRequest:
-        """Return the request with max_tokens resolved: `max_length` counts the prompt, `max_new_tokens` does not."""
-        limit, length, params = self.engine.max_model_len, len(request.token_ids), request.params
-        if max_length is None:
-            return request if params.max_tokens else request.with_max_tokens(DEFAULT_MAX_NEW_TOKENS, limit)
-        check_max_length(max_length, length, limit)
-        if params.min_tokens > max_length - length:
-            raise InvalidRequestError(
-                f"min_new_tokens {params.min_tokens} does not fit: max_length {max_length} leaves "
-                f"{max_length - length} after a prompt of {length} tokens",
-                parameter="min_new_tokens",
-            )
-        return request.with_max_tokens(params.max_tokens or max_length, max_length)
 
     def _response(self, generation: Generation) -> Response:
         assert generation.finish_reason is not None

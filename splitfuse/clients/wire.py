@@ -25,12 +25,12 @@ from splitfuse.errors import (
     SplitfuseError,
 )
 from splitfuse.text.kwargs import (
-    DEFAULT_MAX_NEW_TOKENS,
     SAMPLING_KEYWORDS,
     as_list,
     check_flag,
     check_max_length,
     refuse_unknown,
+    resolve_max_tokens,
     respell,
     sampling_params,
     spelled_as_keywords,
@@ -75,13 +75,9 @@ class RemoteRequest:
 
     def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
         """Return the request with max_tokens resolved. Raises InvalidRequestError if max_length leaves no room."""
-        max_tokens, limit = self.params.max_tokens or DEFAULT_MAX_NEW_TOKENS, max_model_len
-        if self.max_length is not None:
-            max_tokens, limit = self.params.max_tokens or self.max_length, self.max_length
-            check_max_length(limit, num_prompt, max_model_len)
-        room = max(limit - num_prompt, 1)
         with spelled_as_keywords():
-            return replace(self, max_length=None, params=replace(self.params, max_tokens=min(max_tokens, room)))
+            params = resolve_max_tokens(self.params, num_prompt, max_model_len, self.max_length)
+        return replace(self, max_length=None, params=params)
 
     def body(self, *, stream: bool) -> dict[str, Any]:
         """Return the body that a server expects, without what has its default."""

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from splitfuse.core.latency.phases import LatencyPhase
@@ -17,6 +17,7 @@ from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
+from splitfuse.text.kwargs import clamp_max_tokens
 from splitfuse.text.prompts import Message, PreparedRequest
 from splitfuse.text.service import TextService
 
@@ -117,8 +118,9 @@ def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int
     """Return a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
     limits = state.service.client.info.limits
     if prepared.params.max_tokens is None:
-        limit = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
-        prepared = prepared.with_max_tokens(limit if default_max_tokens is None else default_max_tokens, limit)
+        room = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1) - len(prepared.token_ids)
+        params = clamp_max_tokens(prepared.params, default_max_tokens or room, room)
+        prepared = replace(prepared, params=params)
     prepared.check(limits)
     return prepared
 

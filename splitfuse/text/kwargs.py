@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from splitfuse.core.sampling_params import PARAMETERS, Parameter, SamplingParams
@@ -78,6 +79,31 @@ def check_max_length(max_length: object, num_prompt: int = 0, limit: int | None 
         )
     if limit is not None and max_length > limit:
         raise InvalidRequestError(f"max_length {max_length} exceeds the model's {limit}", parameter="max_length")
+
+
+def resolve_max_tokens(params: SamplingParams, num_prompt: int, limit: int, max_length: int | None) -> SamplingParams:
+    """Return the parameters with max_tokens resolved: `max_length` counts the prompt, `max_new_tokens` does not.
+
+    Raises InvalidRequestError for a `max_length` that cannot be honoured.
+    """
+    if max_length is None:
+        return params if params.max_tokens else clamp_max_tokens(params, DEFAULT_MAX_NEW_TOKENS, limit - num_prompt)
+    check_max_length(max_length, num_prompt, limit)
+    room = max_length - num_prompt
+    if params.min_tokens > room:
+        left = f"max_length {max_length} leaves {room} after a prompt of {num_prompt} tokens"
+        message = f"min_new_tokens {params.min_tokens} does not fit: {left}"
+        raise InvalidRequestError(message, parameter="min_new_tokens")
+    return clamp_max_tokens(params, params.max_tokens or room, room)
+
+
+def clamp_max_tokens(params: SamplingParams, max_tokens: int, room: int) -> SamplingParams:
+    """Return the parameters with `max_tokens`, or `room` if that is less, but at least min_tokens.
+
+    >>> clamp_max_tokens(SamplingParams(), 1024, room=97).max_tokens
+    97
+    """
+    return replace(params, max_tokens=max(min(max_tokens, room), params.min_tokens, 1))
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,15 +35,6 @@ class PreparedRequest:
         if self._limits != limits:
             limits.check(self.token_ids, self.params)
             object.__setattr__(self, "_limits", limits)
-
-    def with_max_tokens(self, max_tokens: int, limit: int) -> PreparedRequest:
-        """Return the request with `max_tokens`, or what `limit` tokens leave after the prompt if that is less.
-
-        >>> PreparedRequest((1, 2, 3)).with_max_tokens(1024, limit=100).params.max_tokens
-        97
-        """
-        max_tokens = min(max_tokens, max(limit - len(self.token_ids), 1))
-        return replace(self, params=replace(self.params, max_tokens=max(max_tokens, self.params.min_tokens)))
 
 
 class PromptEncoder:

@@ -252,7 +252,7 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
         (
             {"max_length": 20, "min_new_tokens": 19},
             InvalidRequestError,
-            "min_new_tokens must be at most max_new_tokens",
+            "min_new_tokens 19 does not fit: max_length 20 leaves",
         ),
         ({"logit_bias": {99999: 1}}, InvalidRequestError, "logit_bias has the token id 99999"),
         ({"chat": 1}, InvalidRequestError, "chat must be True or False"),
