@@ -213,7 +213,13 @@ class ServerConfig:
     max_prompts: int = setting(256, "Maximum number of prompts in a request.")
     step_timeout: float = setting(60.0, "Seconds after which an engine stuck in a step is restarted.")
     drain_timeout: float = setting(60.0, "Seconds that running requests may take to finish after SIGTERM.")
-    client_timeout: float = setting(60.0, "Seconds without reading after which a client is disconnected.")
+    client_timeout: float = setting(
+        60.0,
+        "Seconds after which a client that does not read, or does not send the rest of a request, is disconnected.",
+    )
+    keep_alive_timeout: float = setting(
+        120.0, "Seconds after which an idle connection is closed; load balancers close theirs after 60 to 90."
+    )
     log_prompts: bool = setting(False, "Include prompts and answers in the log.")
 
     def __post_init__(self) -> None:
@@ -225,7 +231,7 @@ class ServerConfig:
             _at_least(name, getattr(self, name), 1)
         if not 0 < self.max_body_mib < float("inf"):
             raise ConfigError(f"max_body_mib must be a positive number, not {self.max_body_mib}")
-        for name in ("step_timeout", "drain_timeout", "client_timeout"):
+        for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
             if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
                 raise ConfigError(
                     f"{name} must be a number of seconds from {MIN_TIMEOUT:g} to {MAX_TIMEOUT:.0f}, not "

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.engine import Engine
@@ -18,10 +17,12 @@ from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.app import make_app
+from splitfuse.server.listen import HttpServer, listening_socket
 from splitfuse.server.metrics import Metrics
 from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
 
+MAX_CONNECTIONS = 1000
 PATIENCE = 60.0  # seconds until a condition that should come true is given up
 
 
@@ -29,6 +30,7 @@ class RunningServer:
     """The server and everything behind it."""
 
     def __init__(self, config: ServerConfig, **settings: Any) -> None:
+        self.config = config
         self.engine = Engine.load(EngineConfig.from_settings(settings))
         self.client = AsyncEngine(self.engine)
         self.service = TextService(self.client, Tokenizer.from_source(open_model(None)))
@@ -42,9 +44,8 @@ class RunningServer:
             metrics=self.metrics,
             log=RequestLog(self.log, log_prompts=config.log_prompts),
         )
-        self.server = uvicorn.Server(
-            uvicorn.Config(self.app, port=0, log_config=None, log_level="error", lifespan="off", access_log=False)
-        )
+        self.server = HttpServer(config, max_connections=MAX_CONNECTIONS)
+        self.server.app = self.app
         self.loop = asyncio.new_event_loop()
         self.num_free_blocks = self.engine.allocator.num_available
         self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._run(),))
@@ -52,13 +53,14 @@ class RunningServer:
     async def _run(self) -> None:
         await self.client.start()
         self._serving = asyncio.current_task()
-        await self.server.serve()
+        with listening_socket("127.0.0.1", 0, self.config.client_timeout) as listener:
+            self.port = listener.getsockname()[1]
+            await self.server.serve([listener])
         await self.client.close()
 
     @property
     def url(self) -> str:
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{self.port}"
 
     def http(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **settings)

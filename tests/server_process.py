@@ -66,3 +66,13 @@ def server_process(folder: Path, name: str, *flags: str) -> Iterator[ServerProce
     finally:
         server.process.kill()
         server.process.wait()
+
+
+def make_certificate(folder: Path) -> bool:
+    """Make a self-signed certificate for a name that is not the server's. Return False if there is no openssl."""
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=elsewhere"
+    try:
+        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    except FileNotFoundError:
+        return False
+    return True

@@ -27,6 +27,7 @@ from splitfuse.engine.router import Router
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.auth import ApiKeys
+from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
     config = replace(config, served_model_name=model)
     signals = _Signals()
     with signals.handled(), listening_socket(config.host, config.port, config.client_timeout) as listener:
-        server = HttpServer(config)
+        max_connections = connection_limit(config)
+        server = HttpServer(config, max_connections=max_connections)
         address, port = listener.getsockname()[:2]
         deployment = Deployment(
             name=config.name,
@@ -69,6 +71,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             _logger.warning("listening on %s without authentication; set --api-key", address)
         try:
             client = make_replicas(engine, replicas=config.replicas, step_timeout=config.step_timeout)
+            config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))
             try:
                 starting = asyncio.create_task(_start(engine, config, client, server, show_stage or log_stages()))
@@ -91,6 +94,20 @@ def model_name(model: str | None) -> str:
         return BUNDLED_MODEL.name
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
+    """Return the settings with no more requests at once than connections, of which new clients get their share."""
+    most = max_connections - num_newcomers(max_connections)
+    if most >= config.max_queued_requests:
+        return config
+    _logger.warning(
+        "the limit of open files allows %d connections: max_queued_requests is %d, not %d; raise it with ulimit -n",
+        max_connections,
+        most,
+        config.max_queued_requests,
+    )
+    return replace(config, max_queued_requests=most)
 
 
 async def _start(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 import uvicorn
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import ConfigError, EngineUnavailableError, ServerError
+from splitfuse.server.connections import Connection, Connections
 from splitfuse.server.dialect import encode_json
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.dialect import OPENAI
@@ -49,8 +53,9 @@ def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[so
     with listener:
         # Each connection inherits these. asyncio sets the first only on sockets made with the protocol's number, which
         # this is not; without it, every second write of an answer waits 40 ms for the client's delayed acknowledgement.
-        # By the second the system closes a connection whose other end accepts nothing.
+        # By the others the system closes a connection whose other end accepts nothing, or is no longer there.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * client_timeout))
         yield listener
@@ -59,18 +64,30 @@ def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[so
 class HttpServer(uvicorn.Server):
     """Speaks HTTP for an application that may come later. Leaves signals to its owner."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(
+        self, config: ServerConfig, *, max_connections: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Raise ConfigError for a TLS certificate or key that cannot be used."""
         self.app: App | None = None
+        self.connections = Connections(
+            max_connections,
+            client_timeout=config.client_timeout,
+            keep_alive_timeout=config.keep_alive_timeout,
+            clock=clock,
+        )
+        self._accepting: asyncio.Task[None] | None = None
         settings = uvicorn.Config(
             self._answer,
             interface="asgi3",
+            http="h11",
+            ws="none",
             log_config=None,
             log_level="error",  # malformed requests are no news
             access_log=False,
             lifespan="off",
             server_header=False,
-            backlog=BACKLOG,
+            proxy_headers=False,
+            timeout_keep_alive=ceil(config.keep_alive_timeout),
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
             ssl_certfile=config.tls_certificate,
             ssl_keyfile=config.tls_key,
@@ -88,6 +105,34 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Capture none: see lifecycle.py."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections, in place of uvicorn, which accepts more than the system has descriptors for."""
+        assert sockets is not None
+        (listener,) = sockets
+        listener.setblocking(False)
+
+        def make() -> Connection:
+            return Connection(self.config, self.server_state, self.connections)
+
+        self.servers = []
+        self._accepting = asyncio.create_task(self.connections.accept(listener, make, self.config.ssl))
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second."""
+        assert self._accepting is not None
+        if self._accepting.done():
+            self._accepting.result()
+        if counter % 10 == 0:
+            self.connections.close_silent()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn at the end."""
+        assert self._accepting is not None
+        self._accepting.cancel()
+        await super().shutdown(sockets)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:

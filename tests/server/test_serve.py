@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from server_load import children
-from server_process import PATIENCE, ServerProcess, server_process, wait_until
+from server_process import PATIENCE, ServerProcess, make_certificate, server_process, wait_until
 
 import splitfuse
 from splitfuse import cli
@@ -377,7 +377,7 @@ def test_a_detached_server_takes_its_key_from_the_environment(
 def test_a_detached_server_with_a_certificate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings: dict[str, Any] = {"tls_certificate": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
-    if not _make_certificate(tmp_path):
+    if not make_certificate(tmp_path):
         settings = {}
     with splitfuse.serve(deployment_name="brief", port=0, num_blocks=100, wait=False, **settings) as client:
         assert client.url.startswith("https://" if settings else "http://")
@@ -392,13 +392,3 @@ def test_a_detached_server_with_a_certificate_of_its_own(tmp_path: Path, monkeyp
                 asyncio.run(untrusting.health())
         client.terminate_server()
     assert registry.deployments() == [] and server_state(running) == "unreachable"
-
-
-def _make_certificate(folder: Path) -> bool:
-    """Make a self-signed certificate for a name that is not the server's. Return False if there is no openssl."""
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=elsewhere"
-    try:
-        subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    except FileNotFoundError:
-        return False
-    return True

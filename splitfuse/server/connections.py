@@ -1,0 +1,227 @@
+"""Accepts connections, bounds their number, and closes those on which a client keeps the server waiting.
+
+Decides which connection gives way to a new one when there is no room, and when a silent one is closed. The HTTP on
+a connection is uvicorn's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from splitfuse.config import ServerConfig
+
+FILES_OF_OUR_OWN, FILES_OF_A_REPLICA = 64, 8
+"""Numbers of descriptors that are left for other things than connections."""
+IDLE_CONNECTIONS = 4096
+"""Number of connections between two requests that are kept, besides those of max_queued_requests."""
+LEAST_CONNECTIONS = 16
+"""Number of connections that are accepted even where files are so few that accepting may fail."""
+RETRY_SECONDS = 0.5
+"""Pause after the system had no descriptor or memory for a connection."""
+QUIET_SECONDS = 60.0
+"""Time between two log lines of one kind about connections."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Waits(Enum):
+    """What a connection waits for its client to send."""
+
+    INPUT = "the rest of a head or body, or a first byte"
+    REQUEST = "another request, after an answer"
+
+
+def connection_limit(config: ServerConfig) -> int:
+    """Return the number of connections to keep open, after raising the limit of open files as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than its hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    wanted = config.max_queued_requests + IDLE_CONNECTIONS
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(min(soft - FILES_OF_OUR_OWN - FILES_OF_A_REPLICA * config.replicas, wanted), LEAST_CONNECTIONS)
+
+
+def num_newcomers(limit: int) -> int:
+    """Return how many of the connections are for clients that have yet to send a request."""
+    return max(limit // 16, 1)
+
+
+class Connections:
+    """Holds the open connections, at most `limit`. A new one takes the place of one that waits for its client.
+
+    Those without a whole request give way first, the longest waiting before others, but `num_newcomers` of them have
+    a place in any case. Connections whose request is answered or computed never give way.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        client_timeout: float,
+        keep_alive_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit = limit
+        self._timeouts = {Waits.INPUT: client_timeout, Waits.REQUEST: keep_alive_timeout}
+        self._clock = clock
+        self._open: dict[Connection, asyncio.Task[None]] = {}
+        self._waiting: dict[Waits, dict[Connection, float]] = {waits: {} for waits in Waits}  # since when, in order
+        self._changed = asyncio.Event()
+        self._logged: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def accept(self, listener: socket.socket, make: Callable[[], Connection], tls: ssl.SSLContext | None) -> None:
+        """Accept connections until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                self._log(f"no connection can be accepted now: {error.strerror}; trying again")
+                self._give_way()
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            try:
+                await self._make_room()
+            except asyncio.CancelledError:
+                accepted.close()
+                raise
+            connection = make()
+            self._open[connection] = loop.create_task(self._open_one(connection, accepted, tls))
+            self.note(connection, Waits.INPUT, anew=True)
+
+    def note(self, connection: Connection, waits: Waits | None, *, anew: bool) -> None:
+        """Note what a connection waits for; `anew`: from now on, even if it did before."""
+        if connection not in self._open:
+            return
+        if not anew and waits is not None and connection in self._waiting[waits]:
+            return
+        self._forget(connection)
+        if waits is not None:
+            self._waiting[waits][connection] = self._clock()
+            self._changed.set()
+
+    def gone(self, connection: Connection) -> None:
+        """Note that a connection is closed."""
+        self._forget(connection)
+        self._open.pop(connection, None)
+        self._changed.set()
+
+    def close_silent(self) -> None:
+        """Close the connections that have waited for their client for longer than it may take."""
+        now = self._clock()
+        for waits, waiting in self._waiting.items():
+            while waiting:
+                connection, since = next(iter(waiting.items()))
+                if now - since < self._timeouts[waits]:
+                    break
+                self._close(connection)
+
+    async def _open_one(self, connection: Connection, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Shake hands. The connection is closed if that fails."""
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted, ssl=tls)
+        except OSError:  # TLS errors among them
+            pass
+        finally:
+            if connection.transport is None:
+                accepted.close()
+                self.gone(connection)
+
+    async def _make_room(self) -> None:
+        while len(self._open) >= self.limit:
+            self._log(f"{self.limit} connections are open, the most that this server keeps: idle ones are closed")
+            self._changed.clear()
+            self._give_way()
+            await self._changed.wait()
+
+    def _give_way(self) -> None:
+        """Close the connection that has waited for its client the longest, if there is one."""
+        newcomers, idle = self._waiting[Waits.INPUT], self._waiting[Waits.REQUEST]
+        while waiting := newcomers if len(newcomers) >= num_newcomers(self.limit) or not idle else idle:
+            if self._close(next(iter(waiting))):
+                return
+
+    def _close(self, connection: Connection) -> bool:
+        """Close a connection that waits; return whether it closes at once, for its client has read everything."""
+        self._forget(connection)
+        if connection.transport is None:
+            self._open[connection].cancel()
+        elif connection.transport.get_write_buffer_size():
+            connection.transport.close()
+            return False
+        else:
+            connection.transport.abort()
+        return True
+
+    def _forget(self, connection: Connection) -> None:
+        for waiting in self._waiting.values():
+            waiting.pop(connection, None)
+
+    def _log(self, message: str) -> None:
+        now = self._clock()
+        if now - self._logged.get(message, -QUIET_SECONDS) >= QUIET_SECONDS:
+            self._logged[message] = now
+            _logger.warning("%s", message)
+
+
+class Connection(H11Protocol):
+    """Speaks HTTP/1.1 as uvicorn does, notices a client that hangs up whatever else it sent, and tells Connections
+    when it waits for its client.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, connections: Connections) -> None:
+        super().__init__(config, state, {})
+        self._all = connections
+
+    @property
+    def waits(self) -> Waits | None:
+        """Return what it waits for; None while a request is computed or its answer sent."""
+        if self.cycle is None:
+            return Waits.INPUT
+        if not self.cycle.response_complete:
+            return Waits.INPUT if self.cycle.more_body else None
+        is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        return Waits.REQUEST if is_between else Waits.INPUT
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio."""
+        super().connection_lost(exc)
+        self._all.gone(self)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio."""
+        super().data_received(data)
+        is_body = self.cycle is not None and self.cycle.more_body
+        self._all.note(self, self.waits, anew=is_body)
+        # uvicorn stops reading at a pipelined request until the one before is answered, and would not see the end.
+        if self.flow.read_paused and self.cycle is not None and not self.cycle.more_body:
+            if len(self.conn.trailing_data[0]) > HIGH_WATER_LIMIT:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """uvicorn."""
+        super().on_response_complete()
+        self._all.note(self, self.waits, anew=True)
