@@ -33,10 +33,10 @@ class StepRecord:
     plan: StepPlan
     result: StepResult
     start_time: float
-    """When the step was planned, or the step before it ended if that is later."""
+    """Time at which the step was planned, or the step before it ended if that is later."""
     end_time: float
     predicted_seconds: float
-    """0: nothing predicts steps."""
+    """Seconds that the step was predicted to take; 0: nothing predicts steps."""
     num_running: int
     num_waiting: int
 
@@ -51,7 +51,7 @@ class StepScheduled(NamedTuple):
 
     plan: StepPlan
     builder: StepBuilder
-    """The grants, in the order of the plan's chunks, what is left of the budgets, and the queue."""
+    """Grants, in the order of the plan's chunks, what is left of the budgets, and the queue."""
     time: float
 
 
@@ -60,7 +60,7 @@ class RequestAdded(NamedTuple):
 
     request: Request
     sent_time: float
-    """When its sender handed it over, which is not later than `time`."""
+    """Time at which its sender handed it over, not later than `time`."""
     time: float
 
 

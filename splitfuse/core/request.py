@@ -63,7 +63,7 @@ class SchedulingOptions:
     arrival_time: float | None = None
     """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when it is added."""
     on_time_only: bool = False
-    """Whether to reject the request when it is added unless its SLO can be met."""
+    """True to reject the request when it is added unless its SLO can be met."""
     owner: str = ""
     """Tenant whose fair share the request uses."""
     weight: float = 1.0

@@ -115,7 +115,7 @@ class StepBuilder:
         self.now = now
         self.granted: dict[Request, int] = {}
         self.tokens_left = token_budget
-        """What is left of the token budget. A policy raises it for a prompt that is computed whole."""
+        """Tokens left of the token budget. A policy raises it for a prompt that is computed whole."""
         self.max_seconds = math.inf
         """Longest time that the step may be predicted to take. A policy lowers it for the grants that follow."""
         self._allocator = allocator

@@ -1,4 +1,4 @@
-"""The boundary between a front and its engines: open a request, read its outputs, close it.
+"""Defines the boundary between a front and its engines: open a request, read its outputs, close it.
 
 EngineClient is the interface; an engine in a thread, one in another process, or several behind a router look the same
 to their user. Everything here runs in one event loop and belongs to it.
@@ -52,7 +52,7 @@ class Stream:
         self.began: float | None = None
         """Time at which its first step began, on the monotonic clock."""
         self.ended_at = math.inf
-        """Time when the request finished or was abandoned."""
+        """Time at which the request finished or was abandoned."""
         self.breakdown: asyncio.Future[LatencyBreakdown | None] = asyncio.get_running_loop().create_future()
         """Breakdown of its latency, which the engine may report after `ended_at`; None if it died or refused it."""
         self._finish = finish

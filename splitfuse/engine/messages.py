@@ -1,4 +1,4 @@
-"""Messages between an engine and its client in another thread or process.
+"""Defines the messages between an engine and its client in another thread or process.
 
 Plain data, encoded as MessagePack: a message consists of numbers, texts and lists. The same types cross between threads
 unencoded.
@@ -37,7 +37,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     reason: FinishReason
     num_tokens: int | None = None
     ended: float | None = None
-    """When the client finished it (monotonic clock); None: on receipt."""
+    """Time at which the client finished it (monotonic clock); None: on receipt."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

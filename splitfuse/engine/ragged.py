@@ -1,4 +1,4 @@
-"""The model without our scheduler, for callers that have their own: DeepSpeed-Inference v2's four verbs.
+"""Offers the model without our scheduler, for callers that have their own: DeepSpeed-Inference v2's four verbs.
 
 The caller decides what goes into a step; KV blocks, positions and the ragged batch are managed here. Nothing is shared
 with an Engine: each has a cache of its own.

@@ -1,4 +1,4 @@
-"""An engine in a thread of this process, for an event loop in another."""
+"""Runs an engine in a thread of this process, for an event loop in another."""
 
 from __future__ import annotations
 

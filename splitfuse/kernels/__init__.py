@@ -1,1 +1,1 @@
-"""Kernel backends: the operations of a decoder on flat tensors."""
+"""Holds kernel backends: the operations of a decoder on flat tensors."""

@@ -1,4 +1,4 @@
-"""The tokens of one step as flat tensors: all that a decoder and its kernels know of the requests they belong to."""
+"""Holds the tokens of one step as flat tensors: all that a decoder and its kernels know of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interface between the decoder and kernel backends: layers as plain data, weights, and the abstract `Backend`.
+"""Defines the interface of decoder and kernel backends: layers as plain data, weights, and the abstract `Backend`.
 
 Everything is flat: T tokens of one step, S requests, H query heads, Hk key/value heads, D head size, C hidden size, I
 inner size of an MLP, E experts. What a weight or a KV store looks like inside is the backend's own affair: weights come
@@ -22,9 +22,9 @@ from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.sharing import WeightSharing
 
 Weight: TypeAlias = Any
-"""A linear weight as `Backend.pack` returns it."""
+"""Linear weight as `Backend.pack` returns it."""
 Store: TypeAlias = Any
-"""The keys and values of one layer, as `Backend.allocate_kv` returns them."""
+"""Keys and values of one layer, as `Backend.allocate_kv` returns them."""
 RopeTable: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [max_position, rotary_dim / 2] in fp32; a row for each position."""
 
@@ -82,7 +82,7 @@ class ExpertsSpec:
     top_k: int
     intermediate_size: int
     activation: str
-    renormalize: bool  # whether the chosen probabilities are scaled to add up to 1
+    renormalize: bool  # the chosen probabilities are scaled to add up to 1
 
     def __post_init__(self) -> None:
         if self.top_k > self.num_experts:
@@ -191,8 +191,8 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype other than "auto"
     block_multiple: int = 1  # block_size must be a multiple of it
     max_head_dim: int | None = None
-    own_threads: bool = False  # whether num_threads is honoured
-    shares_weights: bool = False  # whether processes can share one copy of the weights
+    own_threads: bool = False  # num_threads is honoured
+    shares_weights: bool = False  # processes can share one copy of the weights
 
 
 class Backend(ABC):
@@ -315,7 +315,8 @@ class Backend(ABC):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        """Norm the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the store.
+        """Normalize the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the
+        store.
 
         qkv [T, (H + 2 Hk) D] -> queries [T, H, D]. Rows of `rope`, [max_position, rotary_dim / 2], rotate the first
         rotary_dim elements of a head, element i with element i + rotary_dim / 2 (Su et al., arXiv 2104.09864); the

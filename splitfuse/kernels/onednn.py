@@ -1,4 +1,4 @@
-"""The reference with linear weights packed once for oneDNN, which PyTorch ships: for a CPU that our C++ cannot run on,
+"""Packs the linear weights of the reference once for oneDNN, which PyTorch ships: for a CPU that our C++ cannot run on,
 or an installation without a compiler.
 
 A head is kept twice, since the embedding may be tied to it. Guarantees no equal bits.
@@ -17,8 +17,9 @@ from splitfuse.kernels.reference import ReferenceBackend
 
 
 class OneDnnBackend(ReferenceBackend):
-    """PyTorch operations with oneDNN's prepacked linear layers. CPU only, for the dtypes that the CPU's oneDNN can
-    multiply."""
+    """Computes PyTorch operations with oneDNN's prepacked linear layers, on the CPU alone, in the dtypes that its
+    oneDNN can multiply.
+    """
 
     capabilities = Capabilities(name="PyTorch's kernels", devices=("cpu",))
 

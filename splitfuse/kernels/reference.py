@@ -24,7 +24,7 @@ MAX_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long 
 
 
 class ReferenceBackend(Backend):
-    """PyTorch operations. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D].
+    """Computes with PyTorch operations. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D].
 
     `why` says why no faster backend was chosen.
 

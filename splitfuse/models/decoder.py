@@ -1,4 +1,4 @@
-"""The only network: a decoder over blocked KV, layer by layer as its ModelSpec says.
+"""Computes the only network: a decoder over blocked KV, layer by layer as its ModelSpec says.
 
 Knows neither where weights come from (weights.py) nor which requests a batch serves.
 """

@@ -1,4 +1,4 @@
-"""The blocked KV cache: one store per layer. Its size is decided here, the layout inside a block by the backend.
+"""Allocates the blocked KV cache: one store per layer. It decides the size, the backend the layout inside a block.
 
 Knows block numbers only as indices: which request owns a block is the allocator's business.
 """

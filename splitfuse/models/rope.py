@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the tables of cosines and sines.
+"""Computes the tables of cosines and sines of rotary position embeddings.
 
 A row of a table depends on its position alone, never on the length of a batch or of a request, so that a token's result
 does not change with the other tokens of a step.

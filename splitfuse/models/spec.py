@@ -1,4 +1,4 @@
-"""A complete description of a network: sizes and switches, no tensors.
+"""Describes a network completely: sizes and switches, no tensors.
 
 Two checkpoints with equal specs are the same network with other weights. Layers are described in kernels/interface.py,
 since a backend that computes all of them in one call reads the same description. Knows neither config files (families/)

@@ -1,4 +1,4 @@
-"""Calibrations: the cost model and sizes of an engine on a machine, as a file, and where such files are stored."""
+"""Stores calibrations: the cost model and sizes of an engine on a machine, as a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Linux says of this machine and of processes: cores, memory, the control groups that limit both, names of chips.
+"""Reads what Linux says of this machine and of processes: cores, memory, control groups that limit both, chips.
 
 Elsewhere, or where a file of `proc` or `sys` is missing, the functions say so or fall back to what Python knows.
 """

@@ -24,7 +24,7 @@ class BlockAllocator:
     """Hands out `num_blocks` blocks of `block_size` tokens; without a `namer`, no content is reused. Not thread-safe.
 
     The lists called `names` belong to a request: its blocks' names as far as they have been computed. Methods append
-    what they need, so that each block is hashed once per request, however often it is matched, published or preempted.
+    what they need, so that each name is computed once per request, however often it is matched, published or preempted.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, namer: BlockNamer | None = None) -> None:

@@ -42,7 +42,7 @@ class BlockNamer:
         """Append names to those of the leading blocks of `token_ids` until there are `num_blocks`, or one for each
         full block.
 
-        `names` must have been computed for the same tokens and salt. Only blocks without a name are hashed.
+        `names` must have been computed for the same tokens and salt. Only blocks without a name are computed.
         """
         size = self.block_size
         end = len(token_ids) // size if num_blocks is None else num_blocks

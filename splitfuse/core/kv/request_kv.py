@@ -25,7 +25,7 @@ class RequestKv:
     """Leading positions which had been computed when the request was preempted, and must be recomputed."""
     num_preemptions: int = 0
     preempt_on_return: bool = False
-    """Whether its blocks are to be taken when its last plan in flight is back."""
+    """True if its blocks are to be taken when its last plan in flight is back."""
 
     def reuse_prefix(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
         """Take the cached blocks which hold the longest known prefix of `token_ids`."""

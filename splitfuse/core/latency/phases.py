@@ -85,4 +85,4 @@ class LatencyBreakdown:
     """Ids of the requests with the most prompt tokens in the same steps, and how many, largest first."""
     num_preemptions: int = 0
     slo_violation: SloViolation | None = None
-    """The missed targets; None: every SLO target was met."""
+    """Targets that were missed; None: every SLO target was met."""

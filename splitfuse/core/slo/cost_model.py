@@ -143,7 +143,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Sample:
-    """Pairs a step with its measured time. Raises CostModelError unless that is a positive number."""
+    """Holds a step and its measured time. Raises CostModelError unless that is a positive number."""
 
     features: StepFeatures
     seconds: float
@@ -169,14 +169,14 @@ def fit(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> CostModel:
 
 
 def _knees(samples: Sequence[Sample]) -> list[float]:
-    """Token counts with samples on both sides: MOST_KNEES of them, evenly chosen, and none at all."""
+    """Return token counts with samples on both sides: MOST_KNEES of them, evenly chosen, and none at all."""
     counts = sorted({s.features.tokens for s in samples})[1:-1]
     step = max(len(counts) / MOST_KNEES, 1.0)
     return [0.0, *(float(counts[int(i * step)]) for i in range(int(len(counts) / step)))]
 
 
 def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
-    """Iteratively reweighted least squares for one knee. Every row is divided by its time, so that errors are
+    """Fit one knee by iteratively reweighted least squares. Every row is divided by its time, so that errors are
     relative and all targets are 1.
     """
     rows = []
@@ -208,8 +208,8 @@ def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
 
 
 def _least_squares(rows: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
-    """The x >= 0 that brings every row's product with it nearest to 1: Lawson and Hanson's active set (Solving Least
-    Squares Problems, 1974, chapter 23), on the normal equations.
+    """Return the x >= 0 that brings every row's product with it nearest to 1, by Lawson and Hanson's active set
+    (Solving Least Squares Problems, 1974, chapter 23), on the normal equations.
     """
     columns = list(zip(*rows, strict=True))
     weighted = [[w * v for w, v in zip(weights, column, strict=True)] for column in columns]
@@ -234,8 +234,8 @@ def _least_squares(rows: Sequence[Sequence[float]], weights: Sequence[float]) ->
 
 
 def _solve(gram: Sequence[Sequence[float]], moment: Sequence[float], free: set[int]) -> dict[int, float]:
-    """The unconstrained minimum over the `free` variables, the others being 0: Gauss-Jordan elimination. The matrix is
-    positive, and a trace of damping keeps it so where two features never differ in the samples.
+    """Return the unconstrained minimum over the `free` variables, the others being 0, by Gauss-Jordan elimination. The
+    matrix is positive, and a trace of damping keeps it so where two features never differ in the samples.
     """
     order = sorted(free)
     rows = [[gram[i][j] * (1.0 + 1e-12 * (i == j)) for j in order] + [moment[i]] for i in order]

@@ -37,7 +37,7 @@ class StepLimit(NamedTuple):
 
     seconds: float
     priority: Priority
-    """The highest priority which has prefills; lower decodes do not bound steps."""
+    """Highest priority which has prefills; lower decodes do not bound steps."""
     shortest_itl: float = 0.0
     """Shortest ITL target that is met together with them; infinity if none can be."""
 
@@ -136,7 +136,9 @@ class DeadlinePlanner:
 
 
 class _Chosen:
-    """The prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the longest first."""
+    """Holds the prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the
+    longest first.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0

@@ -76,7 +76,7 @@ class LatencyPredictor:
         return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
 
     def observe(self, features: StepFeatures, seconds: float) -> float:
-        """Learn from the measured time of a step. Returns what was predicted of it before."""
+        """Correct the factors by the measured time of a step. Returns what was predicted of it before."""
         predicted = self.seconds(features)
         if seconds <= 0.0:
             return predicted

@@ -28,11 +28,11 @@ class RequestSlo:
         self.ttft_target = targets.ttft_target(num_prompt_tokens)
         """Seconds from arrival to the first token; infinity without a TTFT target."""
         self.deadline = arrival_time + self.ttft_target
-        """When its next token is due; infinity without a target for it."""
+        """Time at which its next token is due; infinity without a target for it."""
         self.missed = False
-        """Whether any target has been missed."""
+        """True once any target has been missed."""
         self.violation: SloViolation | None = None
-        """Which targets were missed, and by how much."""
+        """Targets that were missed, and by how much."""
         self.steps_skipped = 0
         """Steps since the last one that computed tokens of the request."""
         self._newest_token_time: float | None = None

@@ -79,8 +79,8 @@ class SloViolation:
 
 
 class MovingAverage:
-    """Averages values that are added one by one: exponentially, as pandas' `ewm(span=span).mean()`. The weight of a
-    value falls by `1 - 2 / (span + 1)` with each one after it, and the weights are normalized (`adjust=True`).
+    """Computes the exponential average of values that are added one by one, as pandas' `ewm(span=span).mean()`. The
+    weight of a value falls by `1 - 2 / (span + 1)` with each one after it, and weights are normalized (`adjust=True`).
     """
 
     __slots__ = ("_keep", "_total", "_weight")

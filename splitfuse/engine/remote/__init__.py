@@ -1,1 +1,1 @@
-"""An engine in a process of its own: launcher, transport, supervisor, worker."""
+"""Runs an engine in a process of its own: launcher, transport, supervisor, worker."""

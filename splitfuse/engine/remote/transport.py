@@ -1,4 +1,4 @@
-"""Frames messages on a stream of bytes between two processes: a length of four bytes, then that many of MessagePack."""
+"""Writes messages on a stream of bytes between two processes: a length of four bytes, then that many of MessagePack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process of one engine: `python -m splitfuse.engine.remote.worker FD SPEC`, started by launcher.py.
+"""Runs the process of one engine: `python -m splitfuse.engine.remote.worker FD SPEC`, started by launcher.py.
 
 FD is a connected socket that it inherits: no other process can reach it, and the engine ends when the other end closes.
 SPEC is a WorkerSpec in JSON. Four threads: the engine's loop, one that receives commands, one that sends reports, and

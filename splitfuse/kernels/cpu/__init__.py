@@ -1,1 +1,1 @@
-"""CPU kernels in C++: weights, keys and values packed for one micro-kernel; equal bits whatever the batch."""
+"""Runs CPU kernels in C++: weights, keys and values packed for one micro-kernel; equal bits whatever the batch."""

@@ -1,4 +1,4 @@
-"""The C++ kernels as a backend: activations in bf16, the residual stream and logits in fp32.
+"""Offers the C++ kernels as a backend: activations in bf16, the residual stream and logits in fp32.
 
 Batch-invariant, bit for bit: a row's result depends on that row and its request alone, not on the other rows, the
 chunk, the block size or the number of threads (csrc/multiply.h and csrc/attention.h say why). Bits differ between
@@ -48,7 +48,7 @@ MAX_HEAD_DIM = 512
 
 
 class CpuBackend(Backend):
-    """C++ on any x86-64 CPU with AVX2 or better.
+    """Computes in C++ on any x86-64 CPU with AVX2 or better.
 
     `quantization` is None (bf16), "int8" or "int4", `group_size` the columns that share a scale (None: int8 a whole
     row, int4 the default of quantization.py), `kv_int8` whether keys and values are kept in 8 bits. Raises KernelError

@@ -1,4 +1,4 @@
-"""The compiled library as Python sees it: its structs and functions, and which instruction sets this CPU has.
+"""Describes the compiled library as Python sees it: its structs and functions, and which instruction sets this CPU has.
 
 csrc/interface.h and csrc/variant.h are the other side of every line here. A struct borrows the memory that it points
 to: its caller keeps the tensors alive, except those in its own attributes.

@@ -1,4 +1,4 @@
-"""Memory for weights, keys and values, of one process or shared by several.
+"""Allocates memory for weights, keys and values, of one process or shared by several.
 
 In huge pages where the system has them: a page of 2 MiB instead of 512 of 4 KiB spares the processor most of its
 address translations. Memory costs nothing until it is written.

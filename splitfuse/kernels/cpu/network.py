@@ -1,10 +1,11 @@
-"""A whole network but its output head in one call, so that Python has no part in what happens between its layers."""
+"""Computes a whole network but its output head in one call: Python has no part in what happens between its layers."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -24,18 +25,13 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     vector_address,
 )
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
+from splitfuse.kernels.interface import ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
 
 
 def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
     """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
-    heads = {_heads_of(layer.attention) for layer in plan.layers}
+    heads = {replace(each.attention, window=None, qkv_bias=False, o_bias=False, qk_norm=False) for each in plan.layers}
     return FusedNetwork(library, plan) if len(heads) == 1 else None
-
-
-def _heads_of(attention: AttentionSpec) -> tuple[int, int, int, int, float, float | None]:
-    a = attention
-    return a.num_heads, a.num_kv_heads, a.head_dim, a.rope, a.score_scale, a.softcap
 
 
 class FusedNetwork:

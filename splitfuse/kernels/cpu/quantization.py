@@ -1,4 +1,4 @@
-"""The format of each weight: by its role in the network, and why. The arithmetic is in csrc/weights.h."""
+"""Chooses the format of each weight, by its role in the network, and says why. The arithmetic is in csrc/weights.h."""
 
 from __future__ import annotations
 

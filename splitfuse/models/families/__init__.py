@@ -1,1 +1,1 @@
-"""Families of models as data: from config.json to a ModelSpec."""
+"""Describes families of models as data: from config.json to a ModelSpec."""

@@ -1,4 +1,4 @@
-"""Shared parts of the families: the plain decoder that most are, the names of its weights, and readers of fields."""
+"""Holds what the families share: the plain decoder that most are, the names of its weights, and readers of fields."""
 
 from __future__ import annotations
 

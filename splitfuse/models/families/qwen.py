@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Qwen3-MoE: windows from a layer on, biases or norms of heads, experts in some layers."""
+"""Reads Qwen2, Qwen3 and Qwen3-MoE: windows from a layer on, biases or norms of heads, experts in some layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The architectures that we load, and the way from a config.json to a ModelSpec.
+"""Lists the architectures that we load, and leads from a config.json to a ModelSpec.
 
 To add a family: a function from config to spec, a weight-name table if its names are new, a line in FAMILIES. One with
 a new kind of layer also needs a spec in kernels/interface.py, its operations in the backends, its place in

@@ -1,4 +1,4 @@
-"""Rotary position embeddings as config.json describes them: every field is honoured or refused."""
+"""Reads rotary position embeddings as config.json describes them: every field is honoured or refused."""
 
 from __future__ import annotations
 

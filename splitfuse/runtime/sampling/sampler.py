@@ -95,7 +95,7 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
 
 
 def _is_plain(row: SamplingState) -> bool:
-    """Whether a row is greedy and nothing else, as most are."""
+    """Return whether a row is greedy and nothing else, as most are."""
     return row.params.temperature == 0.0 and row.params.logprobs is None and not is_adjusted(row)
 
 
