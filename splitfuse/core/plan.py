@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from splitfuse.core.sampling_params import SamplingParams
@@ -36,8 +36,10 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class NewRequest:
-    """Describes a request to the executor, before its first chunk."""
+class SamplingState:
+    """Holds what choosing tokens needs of a request. The executor is sent it with the request's first chunk, and keeps
+    it until the request retires, with the tokens that were chosen; preemption does not change it.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -45,6 +47,7 @@ class NewRequest:
     eos_token_ids: tuple[int, ...]  # with params.stop_token_ids, the tokens that min_tokens forbids
     seed: int
     choice: int  # which of params.n
+    output_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class StepPlan:
     step: int
     token_budget: int
     chunks: tuple[Chunk, ...]
-    new_requests: tuple[NewRequest, ...] = ()
+    new_requests: tuple[SamplingState, ...] = ()
     retired_requests: tuple[str, ...] = ()  # finished since the last plan: the executor forgets them
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.plan import PLACEHOLDER, NewRequest, TokenLogprob
+from splitfuse.core.plan import PLACEHOLDER, SamplingState, TokenLogprob
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -181,9 +181,9 @@ class Request:
         missing = end - start - len(prompt_part) - len(output_part)
         return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
 
-    def new_request(self) -> NewRequest:
+    def sampling_state(self) -> SamplingState:
         """Return what the executor must know of it before its first chunk."""
-        return NewRequest(
+        return SamplingState(
             self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
         )
 

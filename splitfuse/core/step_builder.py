@@ -265,7 +265,7 @@ class StepBuilder:
             if not request.sent_to_executor:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunks[-1].start
-                new_requests.append(request.new_request())
+                new_requests.append(request.sampling_state())
         return StepPlan(step, self._token_budget, tuple(chunks), tuple(new_requests), retired_requests)
 
     def _chunk(self, request: Request, count: int) -> Chunk:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.plan import Chunk, NewRequest, StepPlan
+from splitfuse.core.plan import Chunk, SamplingState, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, Sample, StepFeatures, fit
@@ -282,7 +282,7 @@ class _Runs:
         num_blocks = self._executor.kv_cache.num_blocks
         free = iter(self._random.sample(range(num_blocks), num_blocks))
         chunks = tuple(self._chunk(f"{self._step}-{i}", each, free) for i, each in enumerate(case.chunks))
-        new = tuple(NewRequest(chunk.request_id, chunk.token_ids, PARAMS, (), seed=0, choice=0) for chunk in chunks)
+        new = tuple(SamplingState(chunk.request_id, chunk.token_ids, PARAMS, (), seed=0, choice=0) for chunk in chunks)
         return StepPlan(self._step, case.features.tokens, chunks, new, self._retired)
 
     def _chunk(self, request_id: str, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:

@@ -11,12 +11,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
 from splitfuse.errors import RequestFailedError
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
-from splitfuse.runtime.sampling.rows import SamplingState
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 HEAD_ROWS = 64
@@ -74,7 +73,7 @@ class Executor:
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
         for new in plan.new_requests:
-            self._states[new.request_id] = SamplingState(new)
+            self._states[new.request_id] = replace(new, output_token_ids=[])  # a plan stays as it was made
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
@@ -106,17 +105,17 @@ class Executor:
             states = [self._states[chunk.request_id] for chunk, _ in part]
             chosen = sample(logits, states, argmax=self.decoder.backend.argmax)
             for state, result in zip(states, chosen, strict=True):
-                results[state.request.request_id] = result
-                state.output_token_ids += result.token_ids
+                results[state.request_id] = result
+                state.output_token_ids.extend(result.token_ids)
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:
         """Return `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
-        new = self._states[chunk.request_id].request
+        state = self._states[chunk.request_id]
         first = chunk.end - chunk.num_logits + 1
-        targets = new.prompt_token_ids[first : first + len(hidden)]
+        targets = state.prompt_token_ids[first : first + len(hidden)]
         try:
-            logprobs = tuple(self._prompt_logprobs(hidden, targets, new.params.prompt_logprobs or 0))
+            logprobs = tuple(self._prompt_logprobs(hidden, targets, state.params.prompt_logprobs or 0))
         except RequestFailedError as error:
             return ChunkResult(error=str(error))
         return replace(result, prompt_logprobs=logprobs)

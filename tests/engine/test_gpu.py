@@ -16,7 +16,7 @@ from ragged_requests import Request, Runner
 
 import splitfuse
 from splitfuse.config import EngineConfig
-from splitfuse.core.plan import NewRequest
+from splitfuse.core.plan import SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.calibrate import run_calibration
 from splitfuse.engine.engine import Engine
@@ -29,7 +29,6 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
-from splitfuse.runtime.sampling.rows import SamplingState
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
@@ -87,7 +86,7 @@ def test_the_sampler_chooses_as_on_the_cpu() -> None:
             min_tokens=rng.choice((0, 9)),
             logprobs=rng.choice((None, 0, 5)),
         )
-        rows.append(SamplingState(NewRequest("r", (1, 2, 3), params, (7,), number, 0), [4, 4, 5]))
+        rows.append(SamplingState("r", (1, 2, 3), params, (7,), number, 0, [4, 4, 5]))
     here, there = sample(logits, rows), sample(logits.cuda(), rows)
     assert sum(a.token_ids != b.token_ids for a, b in zip(here, there, strict=True)) <= 1
     for a, b in zip(here, there, strict=True):

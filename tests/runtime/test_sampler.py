@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from splitfuse.core.plan import ChunkResult, NewRequest
+from splitfuse.core.plan import ChunkResult, SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
-from splitfuse.runtime.sampling import rows as sampling_rows
-from splitfuse.runtime.sampling.rows import SamplingState, uniform
+from splitfuse.runtime.sampling import draw as drawing
+from splitfuse.runtime.sampling.draw import uniform
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 EOS = 3
@@ -34,7 +34,7 @@ def row(
     prompt: tuple[int, ...] = (1, 2),
     output: tuple[int, ...] = (),
 ) -> SamplingState:
-    return SamplingState(NewRequest("r", prompt, params, (EOS,), seed, choice), list(output))
+    return SamplingState("r", prompt, params, (EOS,), seed, choice, list(output))
 
 
 def one(logits: torch.Tensor, params: SamplingParams, **settings: Any) -> ChunkResult:
@@ -95,7 +95,7 @@ def model() -> LlamaForCausalLM:
 
 def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: SamplingState) -> torch.Tensor:
     """Probabilities [vocab] by transformers, in float64. Greedy rows: those before the choice of the largest."""
-    params, prompt, output = row.params, row.request.prompt_token_ids, list(row.output_token_ids)
+    params, prompt, output = row.params, row.prompt_token_ids, list(row.output_token_ids)
     config = GenerationConfig(
         do_sample=params.temperature > 0,
         temperature=params.temperature or 1.0,
@@ -106,7 +106,7 @@ def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: Sa
         sequence_bias=[[[token], bias] for token, bias in params.logit_bias.items()] or None,
         min_new_tokens=params.min_tokens or None,
     )
-    config._eos_token_tensor = torch.tensor([*row.request.eos_token_ids, *params.stop_token_ids])
+    config._eos_token_tensor = torch.tensor([*row.eos_token_ids, *params.stop_token_ids])
     processors = model._get_logits_processor(
         config,
         input_ids_seq_length=len(prompt),
@@ -138,7 +138,7 @@ def test_kept_tokens_and_weights_equal_transformers(model: LlamaForCausalLM, mon
         numbers = [*(starts + inset).tolist(), *(ends - inset).tolist()]
 
         drawn = iter(numbers)
-        monkeypatch.setattr(sampling_rows, "uniform", lambda *_, drawn=drawn: next(drawn))
+        monkeypatch.setattr(drawing, "uniform", lambda *_, drawn=drawn: next(drawn))
         results = sample(logits.expand(len(numbers), vocab), [subject] * len(numbers))
         assert [r.token_ids for r in results] == [(token,) for token in order.tolist()] * 2, (case, params)
 
@@ -232,7 +232,7 @@ def test_edge_values(params: SamplingParams, kept: set[int]) -> None:
 def test_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
     for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
-        monkeypatch.setattr(sampling_rows, "uniform", lambda *_, number=number: number)
+        monkeypatch.setattr(drawing, "uniform", lambda *_, number=number: number)
         assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_ids == (token,)
 
 
@@ -286,8 +286,8 @@ def test_seed_choice_and_position_each_change_the_stream() -> None:
     by_position = [row(params, output=(0,) * n) for n in range(32)]
     streams = [
         tokens(by_position),
-        tokens([replace(r, request=replace(r.request, seed=1)) for r in by_position]),
-        tokens([replace(r, request=replace(r.request, choice=1)) for r in by_position]),
+        tokens([replace(r, seed=1) for r in by_position]),
+        tokens([replace(r, choice=1) for r in by_position]),
     ]
     assert tokens(by_position) == streams[0]
     assert all(len(set(stream)) > 25 for stream in streams)
@@ -339,7 +339,7 @@ def test_ids_outside_the_vocabulary_reach_no_row(params: dict[str, Any]) -> None
     bias = {**dict.fromkeys(OUTSIDE, 50.0), **subject.logit_bias} if subject.logit_bias else {}
     object.__setattr__(subject, "logit_bias", bias)
     object.__setattr__(subject, "stop_token_ids", OUTSIDE)
-    hostile = SamplingState(NewRequest("h", (1, 2, *OUTSIDE), subject, (EOS, *OUTSIDE), 0, 0), [4])
+    hostile = SamplingState("h", (1, 2, *OUTSIDE), subject, (EOS, *OUTSIDE), 0, 0, [4])
     hostile_output = replace(hostile, output_token_ids=[4, *OUTSIDE])
     results = sample(logits, [row(plain, output=(4,)), hostile, row(plain, output=(4,))])
     assert results[0] == wanted[0] and results[2] == wanted[2]

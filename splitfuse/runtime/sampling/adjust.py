@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from splitfuse.runtime.sampling.rows import SamplingState
+from splitfuse.core.plan import SamplingState
 
 
 def is_adjusted(row: SamplingState) -> bool:
@@ -45,7 +45,7 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         start + token: row.params.repetition_penalty
         for start, row in owners
         if row.params.repetition_penalty != 1.0
-        for token in {*row.request.prompt_token_ids, *row.output_token_ids}
+        for token in {*row.prompt_token_ids, *row.output_token_ids}
         if token in vocabulary
     }
     _update(flat, repetition, lambda old, value: torch.where(old < 0, old * value, old / value))
@@ -63,7 +63,7 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         start + token: -math.inf
         for start, row in owners
         if len(row.output_token_ids) < row.params.min_tokens
-        for token in (*row.request.eos_token_ids, *row.params.stop_token_ids)
+        for token in (*row.eos_token_ids, *row.params.stop_token_ids)
         if token in vocabulary
     }
     _update(flat, forbidden, lambda _, value: value)

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from splitfuse.core.plan import SamplingState
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.runtime.sampling.rows import SamplingState
+
+_MASK = 2**64 - 1
 
 
 def is_filtered(params: SamplingParams) -> bool:
@@ -61,6 +63,21 @@ def draw_filtered(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     return token_ids
 
 
+def uniform(seed: int, choice: int, position: int) -> float:
+    """Return a number in [0, 1) that is a pure function of its three keys.
+
+    Counter-based: each key is a jump ahead in the SplitMix64 sequence that starts where the one before led (Steele,
+    Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.
+    """
+    state = 0
+    for key in (seed, choice, position):
+        state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
+
+
 def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Return unnormalized probabilities [rows, vocab] in float64, the largest exactly 1 at any temperature above 0."""
     scores = scores.double()
@@ -70,8 +87,8 @@ def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
 
 def _invert(cumulative: Tensor, total: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Return the index [rows, 1] of the first entry above uniform * total, which has a weight above 0: uniform < 1."""
-    threshold = _column([row.uniform for row in rows], total) * total
-    return torch.searchsorted(cumulative, threshold, right=True)
+    numbers = [uniform(row.seed, row.choice, len(row.prompt_token_ids) + len(row.output_token_ids)) for row in rows]
+    return torch.searchsorted(cumulative, _column(numbers, total) * total, right=True)
 
 
 def _column(values: Iterable[float], like: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from splitfuse.core.plan import ChunkResult, TokenLogprob
+from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
 from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
 from splitfuse.runtime.sampling.logprobs import report_logprobs
-from splitfuse.runtime.sampling.rows import SamplingState
 
 REFERENCE = ReferenceBackend()
 
