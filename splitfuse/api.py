@@ -139,7 +139,7 @@ class Pipeline:
         for index, prompt in enumerate(listed):
             try:
                 encode = self._encoder.encode_chat if chat else self._encoder.encode
-                request = encode(prompt, params)
+                request = encode(prompt, params, max_model_len=self.engine.max_model_len)
                 with spelled_as_keywords():
                     resolved = resolve_max_tokens(params, len(request.token_ids), self.engine.max_model_len, max_length)
                     request = replace(request, params=resolved, return_full_text=return_full_text)

@@ -44,10 +44,7 @@ class EngineLimits:
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")
         if length >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {length} tokens, but the model takes at most {limit - 1}, with one left to generate",
-                parameter="prompt",
-            )
+            raise prompt_too_long(str(length), limit)
         for name, count in (("max_tokens", params.max_tokens or 0), ("min_tokens", params.min_tokens)):
             if length + count > limit:
                 raise InvalidRequestError(
@@ -64,6 +61,14 @@ class EngineLimits:
         check_blocks(
             length, self.max_new_tokens(length, params), num_blocks=self.num_blocks, block_size=self.block_size
         )
+
+
+def prompt_too_long(length: str, limit: int) -> PromptTooLongError:
+    """Return the error for a prompt of `length` tokens, such as `5000` or `more than 5000`, and a model of `limit`."""
+    return PromptTooLongError(
+        f"the prompt has {length} tokens, but the model takes at most {limit - 1}, with one left to generate",
+        parameter="prompt",
+    )
 
 
 def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, parameter: str | None = None) -> None:

@@ -26,6 +26,7 @@ class Admission:
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_requests = 0
         self.num_tokens = 0
+        self.num_logprobs = 0
         self.draining = False
         self._max_requests = config.max_queued_requests
         self._max_tokens = config.max_queued_tokens
@@ -45,22 +46,25 @@ class Admission:
         return rate if 0 < rate < math.inf else None
 
     @contextmanager
-    def admit(self, num_tokens: int, num_requests: int = 1) -> Iterator[None]:
+    def admit(self, num_tokens: int, num_requests: int = 1, *, num_logprobs: int = 0) -> Iterator[None]:
         """Count `num_requests` requests (prompts times choices) as open while the context lasts. They come to at most
-        `num_tokens` tokens, of prompts and of what they may generate.
+        `num_tokens` tokens, of prompts and of what they may generate, and to `num_logprobs` log-probabilities.
 
-        Entering it raises DrainingError after `drain`, OverloadedError if there is no room now, InvalidRequestError if
-        there never will be.
+        Enter it with the requests before they are encoded, and again with their tokens and no further request. Entering
+        it raises DrainingError after `drain` (with requests), OverloadedError if there is no room now,
+        InvalidRequestError if there never will be.
         """
-        self._check(num_tokens, num_requests)
+        self._check(num_tokens, num_requests, num_logprobs)
         self.num_requests += num_requests
         self.num_tokens += num_tokens
+        self.num_logprobs += num_logprobs
         self._empty.clear()
         try:
             yield
         finally:
             self.num_requests -= num_requests
             self.num_tokens -= num_tokens
+            self.num_logprobs -= num_logprobs
             if not self.num_requests:
                 self._empty.set()
 
@@ -82,12 +86,12 @@ class Admission:
         """Wait until no request is open."""
         await self._empty.wait()
 
-    def _check(self, num_tokens: int, num_requests: int) -> None:
-        if num_tokens < 0 or num_requests < 1:
+    def _check(self, num_tokens: int, num_requests: int, num_logprobs: int) -> None:
+        if min(num_tokens, num_requests, num_logprobs) < 0:
             raise ValueError(
-                f"num_requests must be at least 1 and num_tokens at least 0, not {num_requests} and {num_tokens}"
+                f"numbers must be at least 0, not {num_tokens} tokens, {num_requests} requests, {num_logprobs} logprobs"
             )
-        if self.draining:
+        if self.draining and num_requests:
             raise DrainingError("the server is shutting down and accepts no new requests")
         if num_requests > self._max_requests:
             raise InvalidRequestError(
@@ -95,21 +99,30 @@ class Admission:
                 "at once: send fewer prompts, or a lower n",
                 parameter="n",
             )
-        if num_tokens > self._max_tokens:
-            raise InvalidRequestError(
-                f"prompts and max_tokens come to {num_tokens} tokens, but this server accepts at most "
-                f"{self._max_tokens} at once: lower max_tokens or n, or send fewer prompts",
-                parameter="max_tokens",
-            )
+        for number, what, parameter in (
+            (num_tokens, "tokens", "max_tokens"),
+            (num_logprobs, "log-probabilities", "logprobs"),
+        ):
+            if number > self._max_tokens:
+                raise InvalidRequestError(
+                    f"prompts and max_tokens come to {number} {what}, but this server accepts at most "
+                    f"{self._max_tokens} at once: lower max_tokens{', logprobs' * (parameter == 'logprobs')} or n, or "
+                    "send fewer prompts",
+                    parameter=parameter,
+                )
         requests_over = self.num_requests + num_requests - self._max_requests
         tokens_over = self.num_tokens + num_tokens - self._max_tokens
-        if requests_over > 0 or tokens_over > 0:
-            wait = self._wait(requests_over, tokens_over)
-            what = f"{self.num_requests} requests" if requests_over > 0 else f"{self.num_tokens} tokens"
-            raise OverloadedError(
-                f"the server is at capacity ({what}); try again in {wait:.0f} s",
-                retry_after=wait,
-            )
+        logprobs_over = self.num_logprobs + num_logprobs - self._max_tokens
+        for over, what in (
+            (requests_over if num_requests else 0, f"{self.num_requests} requests"),
+            (tokens_over, f"{self.num_tokens} tokens"),
+            (logprobs_over, f"{self.num_logprobs} log-probabilities"),
+        ):
+            if over > 0:
+                wait = self._wait(max(requests_over, 0), tokens_over)
+                raise OverloadedError(
+                    f"the server is at capacity ({what}); try again in {wait:.0f} s", retry_after=wait
+                )
 
     def _wait(self, requests_over: int, tokens_over: int) -> float:
         """Return the seconds until that much is done, at least 1. Requests are assumed to have the mean size of those

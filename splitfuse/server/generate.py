@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError, SplitfuseError
@@ -21,7 +22,7 @@ from splitfuse.text.kwargs import clamp_max_tokens
 from splitfuse.text.prompts import Message, PreparedRequest
 from splitfuse.text.service import TextService
 
-MANY_ENTRIES = 4096
+MANY_LOGPROBS = 4096
 """Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
 
 _Result = TypeVar("_Result")
@@ -47,11 +48,20 @@ class GenerationRequest:
     include_output: bool = True
     """Flag that makes the generated text a part of the answer."""
 
-    async def encode(self, service: TextService) -> list[PreparedRequest]:
+    @property
+    def num_prompts(self) -> int:
+        """Return the number of prompts; messages are one."""
+        return len(self.prompts) if self.messages is None else 1
+
+    async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
-        if self.messages is not None:
-            return [await service.encode_chat(self.messages, self.params, variables=self.chat_template_kwargs)]
-        return [await service.encode(prompt, self.params) for prompt in self.prompts]
+        if self.messages is None:
+            return [await service.encode(each, self.params, max_model_len=max_model_len) for each in self.prompts]
+        return [
+            await service.encode_chat(
+                self.messages, self.params, variables=self.chat_template_kwargs, max_model_len=max_model_len
+            )
+        ]
 
 
 class Responder(ABC):
@@ -80,15 +90,18 @@ async def generate(state: AppState, context: RequestContext, request: Generation
 
 
 async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
-    service = state.service
-    prepared = [_checked(state, each, request.default_max_tokens) for each in await request.encode(service)]
-    n = request.params.n
-    num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
-    with state.admission.admit(num_tokens, len(prepared) * n):
+    service, admission, n = state.service, state.admission, request.params.n
+    limits = service.client.info.limits
+    with ExitStack() as admitted:
+        admitted.enter_context(admission.admit(0, request.num_prompts * n))
+        encoded = await request.encode(service, limits.max_model_len)
+        prepared = [_checked(limits, each, request.default_max_tokens) for each in encoded]
+        num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
+        num_logprobs = sum(map(_num_logprobs, prepared))
+        admitted.enter_context(admission.admit(num_tokens, 0, num_logprobs=num_logprobs))
         context.admitted = True
         context.generations = service.begin(prepared, request_id=context.unique_id)
-        is_large = sum(map(_num_entries, prepared)) > MANY_ENTRIES
-        compute = service.off_loop if is_large else _at_once
+        compute = service.off_loop if num_logprobs > MANY_LOGPROBS else _at_once
         each_token = request.stream and request.each_token
         state.explanations.begin(context)
         context.hand_over()
@@ -114,9 +127,8 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
             await context.answer(whole)
 
 
-def _checked(state: AppState, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
+def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
     """Return a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
-    limits = state.service.client.info.limits
     if prepared.params.max_tokens is None:
         room = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1) - len(prepared.token_ids)
         params = clamp_max_tokens(prepared.params, default_max_tokens or room, room)
@@ -135,7 +147,7 @@ def _failure(generation: Generation) -> SplitfuseError:
     return SloUnattainableError(reason, retry_after=retry_after)
 
 
-def _num_entries(prepared: PreparedRequest) -> int:
+def _num_logprobs(prepared: PreparedRequest) -> int:
     """Return the most log-probabilities that an answer can have."""
     params = prepared.params
     generated = 0 if params.logprobs is None else (params.max_tokens or 0) * (params.logprobs + 1)

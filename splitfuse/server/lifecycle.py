@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,7 @@ from splitfuse.server.listen import App, HttpServer, listening_socket
 if TYPE_CHECKING:
     from splitfuse.server.admission import Admission
     from splitfuse.server.metrics import Metrics
+    from splitfuse.text.service import TextService
 
 ShowStage = Callable[[Loading], None]
 """Function that shows a stage of start-up."""
@@ -75,11 +76,13 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             serving = asyncio.create_task(server.serve([listener]))
             try:
                 starting = asyncio.create_task(_start(engine, config, client, server, show_stage or log_stages()))
-                if (admission := await _started(starting, serving, signals)) is not None:
-                    _log_slo(engine.scheduler)
-                    _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
-                    registry.mark_ready(deployment)
-                    await _serve(admission, config, serving, signals)
+                if (started := await _started(starting, serving, signals)) is not None:
+                    admission, service = started
+                    with closing(service):
+                        _log_slo(engine.scheduler)
+                        _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
+                        registry.mark_ready(deployment)
+                        await _serve(admission, config, serving, signals)
             finally:
                 await _end(client, server, serving, at_once=signals.now.is_set())
         finally:
@@ -112,21 +115,26 @@ def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
 
 async def _start(
     engine: EngineConfig, config: ServerConfig, client: EngineClient, server: HttpServer, show_stage: ShowStage
-) -> Admission:
+) -> tuple[Admission, TextService]:
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
-        server.app, admission = await run_in_daemon_thread(lambda: _make_app(engine, config, client))
-        await client.start()
-        return admission
+        server.app, admission, service = await run_in_daemon_thread(lambda: _make_app(engine, config, client))
+        with ExitStack() as undo:
+            undo.callback(service.close)
+            texts = asyncio.create_task(service.start())
+            await client.start()
+            await texts
+            undo.pop_all()
+        return admission, service
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _started(
-    starting: asyncio.Task[Admission], serving: asyncio.Task[None], signals: _Signals
-) -> Admission | None:
+    starting: asyncio.Task[tuple[Admission, TextService]], serving: asyncio.Task[None], signals: _Signals
+) -> tuple[Admission, TextService] | None:
     """Return the result of starting; None if a signal comes first."""
     await wait_first(starting, serving, signals.drain.wait())
     if starting.done():
@@ -154,7 +162,7 @@ async def _serve(admission: Admission, config: ServerConfig, serving: asyncio.Ta
         raise ServerError(f"{admission.num_requests} requests were cut off {when}")
 
 
-def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) -> tuple[App, Admission]:
+def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) -> tuple[App, Admission, TextService]:
     """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
@@ -182,7 +190,8 @@ def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) 
             each.on_step = _StepListener(each, admission, metrics)
             each.on_planned = log_plan
     log = RequestLog(sys.stdout, log_prompts=config.log_prompts)
-    return make_app(TextService(client, tokenizer), config, admission=admission, metrics=metrics, log=log), admission
+    service = TextService(client, tokenizer)
+    return make_app(service, config, admission=admission, metrics=metrics, log=log), admission, service
 
 
 class _StepListener:

@@ -1,9 +1,8 @@
 """Turns chat messages into the prompt that a model was trained on, by the model's own Jinja template.
 
-A template comes with the weights and is untrusted code. It runs in Jinja's immutable sandbox, sees plain JSON data
-only, and has a deadline (`within`). Operations that could take forever in one C call, where no deadline reaches them
-(huge powers and repetitions), are bounded by the sandbox itself; memory otherwise is not bounded. The environment is
-that of transformers' `apply_chat_template`.
+A template comes with the weights and is untrusted code. It runs in Jinja's immutable sandbox and sees plain JSON data
+only. Its time and memory are bounded by the process that it runs in: see sandbox.py. The environment is that of
+transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -17,14 +16,9 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
-from splitfuse.text.timeouts import within
-
-_MAX_REPEATED = 1_000_000  # elements of a repeated string or list
-_MAX_POWER_BITS = 4096
 
 
 class ChatTemplate:
@@ -35,24 +29,19 @@ class ChatTemplate:
     'user: Hello'
     """
 
-    def __init__(
-        self, source: str | None, special_tokens: Mapping[str, str] | None = None, *, deadline: float = 5.0
-    ) -> None:
-        """Compile a template. `special_tokens`, such as `{"bos_token": "<s>"}`, are its variables of these names;
-        `deadline` is in seconds. Raises TokenizerError for no template (`source` None) or one that does not compile.
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
+        """Compile a template. `special_tokens`, such as `{"bos_token": "<s>"}`, are its variables of these names.
+        Raises TokenizerError for no template (`source` None) or one that does not compile.
         """
         if source is None:
             raise TokenizerError(
                 "the model has no chat template; use plain prompts, or add a chat_template.jinja to its folder"
             )
         self._special_tokens = dict(special_tokens or {})
-        self._deadline = deadline
         try:
-            self._template = within(deadline, lambda: _environment().from_string(source), "chat template")
+            self._template = _environment().from_string(source)
         except TemplateSyntaxError as error:
             raise TokenizerError(f"the chat template is broken: {error.message} (line {error.lineno})") from error
-        except TimeoutError as error:
-            raise TokenizerError(f"the chat template was {error}") from error
         except Exception as error:  # anything that jinja2 or the Python compiler raises
             raise TokenizerError(f"the chat template cannot be compiled: {error!r}") from error
 
@@ -79,13 +68,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return within(self._deadline, lambda: self._template.render(arguments), "chat template")
+            return self._template.render(arguments)
         except _RefusedError as error:
             raise InvalidRequestError(f"the chat template refuses: {error}", parameter="messages") from error
         except (SecurityError, MemoryError, RecursionError) as error:
             raise TokenizerError(f"the chat template did what templates may not: {error!r}") from error
-        except TimeoutError as error:
-            raise TokenizerError(f"the chat template was {error}") from error
         except Exception as error:  # like any program, a template can fail on data it was not written for
             message = f"the chat template cannot render these messages: {error}"
             raise InvalidRequestError(message, parameter="messages") from error
@@ -115,30 +102,15 @@ def _malformed(wanted: str, found: object) -> InvalidRequestError:
 
 def _plain(value: Any, name: str) -> Any:
     """Return a copy of JSON types alone: objects of other kinds have methods that the sandbox does not know."""
+    return json.loads(as_json(value, name))
+
+
+def as_json(value: Any, name: str) -> str:
+    """Return JSON. Raises InvalidRequestError, naming the value, for anything but plain data."""
     try:
-        return json.loads(json.dumps(value))
+        return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{name} must be plain JSON data: {error}", parameter=name) from error
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Bounds the operators whose result can be huge. Intercepted operators are not precomputed."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Return `left operator right`. Raises SecurityError if it would be too large."""
-        for operand, count in ((left, right), (right, left)):
-            if hasattr(operand, "__len__") and isinstance(count, int) and len(operand) * count > _MAX_REPEATED:
-                raise SecurityError(f"a repetition of {len(operand)} x {count} elements")
-        if (
-            operator == "**"
-            and isinstance(left, int)
-            and isinstance(right, int)
-            and left.bit_length() * right > _MAX_POWER_BITS
-        ):
-            raise SecurityError(f"a power of more than {_MAX_POWER_BITS} bits")
-        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationBlock(Extension):
@@ -153,7 +125,9 @@ class _GenerationBlock(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
     return environment

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from splitfuse.core.limits import EngineLimits
+from splitfuse.core.limits import EngineLimits, prompt_too_long
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
-from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams()
+
+LONG = 8
+"""Characters of a text for each token that the model can read, from which on its tokens are first counted in pieces."""
+PIECE = 16384
+"""Characters of these pieces."""
 
 Message = Mapping[str, Any]
 
@@ -38,22 +42,35 @@ class PreparedRequest:
 
 
 class PromptEncoder:
-    """Encodes prompts and conversations with a model's tokenizer and chat template. Safe to share between threads."""
+    """Encodes prompts and conversations with a model's tokenizer and chat template. Safe to share between threads.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    Templates run in a Sandbox, and so does the tokenizer if one is given: a server's texts come from anyone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sandbox: Sandbox | None = None) -> None:
+        self._tokenize = tokenizer.encode if sandbox is None else sandbox.encode
+        self._sandbox = sandbox or Sandbox(tokenizer)
 
     def encode(
-        self, prompt: str | Sequence[int], params: SamplingParams = GREEDY, *, add_special_tokens: bool = True
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams = GREEDY,
+        *,
+        add_special_tokens: bool = True,
+        max_model_len: int | None = None,
     ) -> PreparedRequest:
-        """Return the request for a text or a list of token ids. Raises InvalidRequestError for anything else."""
+        """Return the request for a text or a list of token ids. Raises InvalidRequestError for anything else, and
+        PromptTooLongError, before all of it is read, if it surely exceeds `max_model_len` tokens.
+        """
         if isinstance(prompt, str):
             if not prompt:
                 raise InvalidRequestError(
                     "the prompt is empty: it must have at least one character", parameter="prompt"
                 )
-            return PreparedRequest(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), params)
+            return PreparedRequest(self._encode_text(prompt, add_special_tokens, max_model_len), params)
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
+        if is_list and max_model_len is not None and len(prompt) >= max_model_len:
+            raise prompt_too_long(str(len(prompt)), max_model_len)
         if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
             return PreparedRequest(tuple(prompt), params)
         raise InvalidRequestError(
@@ -67,19 +84,25 @@ class PromptEncoder:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
     ) -> PreparedRequest:
         """Return the request for a conversation, or for a single user's turn, through the model's chat template.
 
         `variables` are the template's own switches, such as `{"enable_thinking": False}`. Raises TokenizerError if the
-        model has no template or it breaks the rules, InvalidRequestError for messages that it refuses.
+        model has no template or it breaks the rules, InvalidRequestError for messages that it refuses,
+        PromptTooLongError as `encode`.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.template.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return PreparedRequest(token_ids, params, continues=False)
+        text = self._sandbox.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+        return PreparedRequest(self._encode_text(text, False, max_model_len), params, continues=False)
 
-    @cached_property
-    def template(self) -> ChatTemplate:
-        """Return the model's chat template, compiled at its first use. Raises TokenizerError if there is none."""
-        return ChatTemplate(self.tokenizer.chat_template, self.tokenizer.special_tokens)
+    def _encode_text(self, text: str, add_special_tokens: bool, max_model_len: int | None) -> tuple[int, ...]:
+        if max_model_len is not None and len(text) > LONG * max_model_len:
+            count = 0
+            for start in range(0, len(text), PIECE):
+                # A cut may add tokens: it takes twice as many as fit to be sure.
+                count += len(self._tokenize(text[start : start + PIECE], add_special_tokens=False))
+                if count > 2 * max_model_len:
+                    raise prompt_too_long(f"more than {max_model_len}", max_model_len)
+        return self._tokenize(text, add_special_tokens=add_special_tokens)

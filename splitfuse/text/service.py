@@ -20,10 +20,11 @@ from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
+from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
-_NUM_THREADS = 2  # for texts and templates: the cores belong to the engines
-_SHORT = 1024  # characters, whose encoding takes less time than reaching a thread
+_NUM_THREADS = 2  # for large bodies and answers: the cores belong to the engines
+_SHORT = 16384  # characters of a text that takes a few milliseconds
 
 _Result = TypeVar("_Result")
 
@@ -34,22 +35,41 @@ class TextService:
     def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
         self.client = client
         self.tokenizer = tokenizer
-        self._encoder = PromptEncoder(tokenizer)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self._short, self._long = _Lane(tokenizer), _Lane(tokenizer)
+
+    async def start(self) -> None:
+        """Start the process for short texts. Raises EngineUnavailableError if the machine cannot."""
+        await self._short.run(self._short.sandbox.start)
+
+    def close(self) -> None:
+        """End the processes for texts."""
+        self._short.sandbox.close()
+        self._long.sandbox.close()
 
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
         """Return the result of `work`, which runs on one of a few threads while the event loop continues."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def encode(
-        self, prompt: str | Sequence[int], params: SamplingParams = GREEDY, *, add_special_tokens: bool = True
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams = GREEDY,
+        *,
+        add_special_tokens: bool = True,
+        max_model_len: int | None = None,
     ) -> PreparedRequest:
-        """Return the request for a text or token ids. Raises InvalidRequestError if it is empty or no valid text."""
+        """Return the request for a text or token ids. Raises InvalidRequestError if it is empty or no valid text, or
+        PromptTooLongError, before all of it is read, if it surely exceeds `max_model_len` tokens.
+        """
+        lane = self._lane(prompt if isinstance(prompt, str) else "")
 
         def encoded() -> PreparedRequest:
-            return self._encoder.encode(prompt, params, add_special_tokens=add_special_tokens)
+            return lane.encoder.encode(
+                prompt, params, add_special_tokens=add_special_tokens, max_model_len=max_model_len
+            )
 
-        return await self.off_loop(encoded) if isinstance(prompt, str) and len(prompt) > _SHORT else encoded()
+        return await lane.run(encoded) if isinstance(prompt, str) else encoded()
 
     async def encode_chat(
         self,
@@ -58,24 +78,34 @@ class TextService:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
     ) -> PreparedRequest:
         """Return the request for a conversation; `variables` are the chat template's own switches.
 
         Raises InvalidRequestError if the model has no template, or if the template refuses, takes too long or breaks
-        the rules.
+        the rules, PromptTooLongError as `encode`.
         """
         if self.tokenizer.chat_template is None:
             raise InvalidRequestError("the model has no chat template: use completions with plain prompts")
+        lane = self._lane(messages, variables)
 
         def encoded() -> PreparedRequest:
-            try:
-                return self._encoder.encode_chat(
-                    messages, params, add_generation_prompt=add_generation_prompt, variables=variables
-                )
-            except TokenizerError as error:  # the template's fault or the messages': others may work
-                raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
+            return lane.encoder.encode_chat(
+                messages,
+                params,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
+                max_model_len=max_model_len,
+            )
 
-        return await self.off_loop(encoded)
+        try:
+            return await lane.run(encoded)
+        except TokenizerError as error:  # the template's fault or the messages': others may work
+            raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
+
+    def _lane(self, *content: Any) -> _Lane:
+        """Return the lane for texts of this length, so that short ones never wait for long ones."""
+        return self._short if _size(content, _SHORT) <= _SHORT else self._long
 
     def begin(self, requests: Sequence[PreparedRequest], *, request_id: str) -> list[Generation]:
         """Return the generations of several requests and all their choices, for `run`. Nothing is computed yet."""
@@ -121,3 +151,30 @@ class TextService:
         finally:
             if generation.finish_reason is None:
                 generation.end(FinishReason.ABORT)
+
+
+class _Lane:
+    """Encodes one text after another in a process of its own."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.sandbox = Sandbox(tokenizer)
+        self.encoder = PromptEncoder(tokenizer, self.sandbox)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    async def run(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _size(content: Any, limit: int) -> int:
+    """Return the characters and values in `content`, counted up to a number above `limit`."""
+    rest, size = [content], 0
+    while rest and size <= limit:
+        match rest.pop():
+            case str() as text:
+                size += len(text)
+            case Mapping() as mapping:
+                rest.extend(mapping.values())
+            case Sequence() as items:
+                rest.extend(items)
+        size += 1
+    return size

@@ -84,11 +84,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return the token ids of `text`; special tokens written out in it are read as such. Raises InvalidRequestError
         for text that is not valid Unicode, TokenizerError for text that the vocabulary cannot express."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            message = f"the text is not valid Unicode: half a surrogate pair at character {error.start}"
-            raise InvalidRequestError(message, parameter="prompt") from error
+        check_unicode(text)
         with _library_errors("the tokenizer cannot encode this text"):
             # Unlike `encode`, this lets go of the GIL: a long text holds up no other thread.
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -98,6 +94,10 @@ class Tokenizer:
         """Return the text of `token_ids`, with U+FFFD for bytes that make no character. Unknown ids give no text."""
         with _library_errors("the tokenizer cannot decode these tokens"):
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """Return what `tokenizers.Tokenizer.from_str` makes the same tokenizer of."""
+        return self._backend.to_str()
 
     def token(self, token_id: int) -> str | None:
         """Return how the vocabulary writes a token, such as `"Ġthe"`; None for an unknown id."""
@@ -183,6 +183,15 @@ class Detokenizer:
             if text and not text.endswith("\ufffd") and token_id not in self._tokenizer._byte_ids:
                 return [token_id]
         return []
+
+
+def check_unicode(text: str) -> None:
+    """Raise InvalidRequestError for text that is not valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"the text is not valid Unicode: half a surrogate pair at character {error.start}"
+        raise InvalidRequestError(message, parameter="prompt") from error
 
 
 @contextmanager

@@ -118,11 +118,39 @@ def test_a_refused_request_is_not_counted() -> None:
             pass
 
 
-@pytest.mark.parametrize(("tokens", "requests"), [(-1, 1), (1, 0), (1, -1)])
+@pytest.mark.parametrize(("tokens", "requests"), [(-1, 1), (1, -1)])
 def test_negative_sizes_are_a_value_error(tokens: int, requests: int) -> None:
     admission, _ = make()
-    with pytest.raises(ValueError, match="num_requests must be at least 1"):
+    with pytest.raises(ValueError, match="numbers must be at least 0"):
         admission.admit(tokens, requests).__enter__()
+
+
+def test_requests_are_admitted_before_their_tokens_are_known() -> None:
+    admission, _ = make(2, 100)
+    with admission.admit(0, 2):
+        with admission.admit(100, 0):
+            assert (admission.num_requests, admission.num_tokens) == (2, 100)
+            admission.drain()
+        with admission.admit(1, 0):  # a request that is open continues
+            pass
+        with pytest.raises(DrainingError):
+            admission.admit(0).__enter__()
+    assert (admission.num_requests, admission.num_tokens) == (0, 0)
+
+
+def test_logprobs_are_bounded_as_tokens_are() -> None:
+    admission, _ = make(4, 100)
+    with pytest.raises(
+        InvalidRequestError, match=r"come to 101 log-probabilities, .* lower max_tokens, logprobs"
+    ) as refusal:
+        admission.admit(1, num_logprobs=101).__enter__()
+    assert refusal.value.parameter == "logprobs"
+    with admission.admit(1, num_logprobs=60):
+        with pytest.raises(OverloadedError, match=r"at capacity \(60 log-probabilities\)"):
+            admission.admit(1, num_logprobs=41).__enter__()
+        with admission.admit(1, num_logprobs=40):
+            pass
+    assert admission.num_logprobs == 0
 
 
 # When to come back ---------------------------------------------------------------------------------------------------

@@ -312,14 +312,15 @@ def test_a_disconnected_client_leaves_nothing_behind(server: RunningServer, path
 
 def test_a_disconnect_during_tokenization_is_noticed(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, go_on = threading.Event(), threading.Event()
-    encode = server.service.tokenizer.encode
+    encoder = server.service._short.encoder
+    encode = encoder._tokenize
 
     def slow(text: str, **keywords: Any) -> tuple[int, ...]:
         encoding.set()
         assert go_on.wait(PATIENCE)
         return encode(text, **keywords)
 
-    monkeypatch.setattr(server.service.tokenizer, "encode", slow)
+    monkeypatch.setattr(encoder, "_tokenize", slow)
     with server.http() as http:
         body = json.dumps({"prompt": "word " * 1000})
         with socket.create_connection((http.base_url.host, http.base_url.port), timeout=PATIENCE) as client:

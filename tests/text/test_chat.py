@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from threads import wait_for_threads
 from tiny_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +65,7 @@ WITH_TOOLS = """
 
 
 def render(source: str, messages: Sequence[Any] = HELLO, **settings: Any) -> str:
-    return ChatTemplate(source, TOKENS, deadline=20.0).render(messages, **settings)
+    return ChatTemplate(source, TOKENS).render(messages, **settings)
 
 
 @pytest.mark.parametrize("source", [MARKED, BRACKETED, WITH_TOOLS], ids=["marked", "bracketed", "tools"])
@@ -163,47 +161,9 @@ def test_broken_templates(source: str, message: str) -> None:
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
         "{{ self._TemplateReference__context.vars }}",
-        "{{ 'a' * 100000000000 }}",
-        "{{ 100000000000 * [1] }}",
-        "{{ 9 ** (9 ** 9) }}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     ],
 )
 def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
     with pytest.raises((TokenizerError, InvalidRequestError), match=r"templates may not|cannot render"):
         render(source)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_timeouts.py
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    ],
-    ids=["loops", "recursion"],
-)
-def test_an_endless_template_is_stopped_on_any_thread(source: str) -> None:
-    before = threading.active_count()
-    template = ChatTemplate(source, deadline=0.2)
-    caught: list[Exception] = []
-
-    def use() -> None:
-        with pytest.raises(TokenizerError, match=r"stopped: it ran for more than 0\.2 s") as error:
-            template.render(HELLO)
-        caught.append(error.value)
-
-    use()
-    caller = threading.Thread(target=use)
-    caller.start()
-    caller.join()
-    assert len(caught) == 2
-    wait_for_threads("chat template")
-    assert threading.active_count() == before  # the work has ended too, not only the waiting for it
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see tests/text/test_timeouts.py
-def test_a_slow_compilation_is_stopped_too() -> None:
-    with pytest.raises(TokenizerError, match="stopped"):
-        ChatTemplate("{{ x }}" * 200_000, deadline=0.05)
-    wait_for_threads("chat template")

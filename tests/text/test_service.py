@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import Any, cast
 
 import pytest
@@ -15,7 +15,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, PromptTooLongError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
@@ -40,9 +40,8 @@ def with_service(work: Callable[[TextService], Awaitable[Any]]) -> Any:
         client = AsyncEngine(engine)
         await client.start()
         try:
-            result = await asyncio.wait_for(
-                work(TextService(client, Tokenizer.from_source(open_model(None)))), PATIENCE
-            )
+            with closing(TextService(client, Tokenizer.from_source(open_model(None)))) as service:
+                result = await asyncio.wait_for(work(service), PATIENCE)
             await wait_until_empty(client, engine)
             assert asyncio.all_tasks() == {asyncio.current_task()}
             return result
@@ -175,23 +174,62 @@ def test_closing_the_engine_ends_all_generations() -> None:
     asyncio.run(run())
 
 
-def test_long_texts_and_templates_run_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_and_chats_have_the_tokens_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(service: TextService) -> None:
-        threads: list[threading.Thread] = []
         encode = service.tokenizer.encode
-
-        def watched(text: str, **keywords: Any) -> tuple[int, ...]:
-            threads.append(threading.current_thread())
-            return encode(text, **keywords)
-
-        monkeypatch.setattr(service.tokenizer, "encode", watched)
-        long = await service.encode("word " * 1000)
-        await service.encode_chat([{"role": "user", "content": "Hi"}])
-        assert threading.main_thread() not in threads and len(threads) == 2
-        assert long.token_ids == encode("word " * 1000)
+        monkeypatch.setattr(service.tokenizer, "encode", None)  # not in this process
+        for text in ("Hi", "word " * 1000, "word " * 10_000):
+            assert (await service.encode(text)).token_ids == encode(text)
+            assert (await service.encode(text, add_special_tokens=False)).token_ids == encode(
+                text, add_special_tokens=False
+            )
+            chat = await service.encode_chat([{"role": "user", "content": text}])
+            assert service.tokenizer.decode(chat.token_ids, skip_special_tokens=False) == (
+                f"<|bos|><|user|>{text}<|end|><|assistant|>"
+            )
         assert (await service.encode([3, 4])).token_ids == (3, 4)
         with pytest.raises(InvalidRequestError, match="the prompt is empty"):
             await service.encode("")
+        with pytest.raises(InvalidRequestError, match="half a surrogate pair at character 2"):
+            await service.encode("no\ud800")
+
+    with_service(work)
+
+
+def test_a_short_chat_does_not_wait_for_a_long_text() -> None:
+    async def work(service: TextService) -> None:
+        held = threading.Event()
+        waiting = asyncio.create_task(service._long.run(held.wait))  # the long texts' thread is taken
+        long = asyncio.create_task(service.encode("word " * 10_000))
+        short = await service.encode_chat([{"role": "user", "content": "Hi"}])
+        assert short.token_ids and not long.done()
+        held.set()
+        assert await waiting and (await long).token_ids
+
+    with_service(work)
+
+
+def test_too_long_texts_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(service: TextService) -> None:
+        pieces: list[int] = []
+        encode = service._long.encoder._tokenize
+
+        def counted(text: str, **keywords: Any) -> tuple[int, ...]:
+            pieces.append(len(text))
+            return encode(text, **keywords)
+
+        monkeypatch.setattr(service._long.encoder, "_tokenize", counted)
+        limit = service.client.info.limits.max_model_len
+        text = "word " * 3_200_000
+        with pytest.raises(
+            PromptTooLongError, match=f"the prompt has more than {limit} tokens, but the model takes at"
+        ):
+            await service.encode(text, max_model_len=limit)
+        with pytest.raises(PromptTooLongError, match="more than"):
+            await service.encode_chat([{"role": "user", "content": text[:2_000_000]}], max_model_len=limit)
+        assert sum(pieces) < 100_000
+        with pytest.raises(PromptTooLongError, match="the prompt has 2048 tokens"):
+            await service.encode([7] * 2048, max_model_len=2048)
 
     with_service(work)
 
@@ -259,8 +297,8 @@ def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
 
 def test_a_failing_template_is_an_invalid_request() -> None:
     tokenizer = Tokenizer.from_source(open_model(None))
-    tokenizer.chat_template = "{{ 2 ** 100000 }}"
+    tokenizer.chat_template = "{{ 'x' * 2 ** 40 }}"
     service = TextService(cast(AsyncEngine, None), tokenizer)
-    with pytest.raises(InvalidRequestError, match="the model's chat template") as refusal:
+    with pytest.raises(InvalidRequestError, match="the model's chat template") as refusal, closing(service):
         asyncio.run(service.encode_chat([{"role": "user", "content": "hello"}]))
     assert refusal.value.parameter == "messages"

@@ -1,0 +1,171 @@
+"""The process that renders templates and tokenizes texts: `python -m splitfuse.text.sandbox_worker FD`.
+
+sandbox.py starts it. FD is a connected socket that it inherits; the process ends when the other end closes. It answers
+one request after another. A request that takes too much computing time or memory ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import tokenizers
+
+from splitfuse.engine.remote.transport import frame, receive
+from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.tokenizer import Tokenizer, check_unicode
+
+MEMORY_BYTES = 2**30
+"""Memory for one request, beyond what the process has when it is ready."""
+MAX_RENDERED = 2**24
+"""Number of characters that a template may write."""
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Holds a tokenizer, as `tokenizer.json` has it, and the chat template."""
+
+    tokenizer: str
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+class Encode(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the tokens of a text."""
+
+    text: str
+    add_special_tokens: bool
+    seconds: float
+
+
+class Render(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the text of a conversation. `messages` and `variables` are JSON."""
+
+    messages: str
+    variables: str
+    add_generation_prompt: bool
+    seconds: float
+
+
+Request = Encode | Render
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """Answers Encode."""
+
+    token_ids: tuple[int, ...]
+
+
+class Text(msgspec.Struct, frozen=True, tag=True):
+    """Answers Render."""
+
+    text: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """Says what is wrong: with the request, or else with the template or the tokenizer."""
+
+    message: str
+    parameter: str | None
+    is_request: bool
+
+
+Reply = Tokens | Text | Refused
+
+
+class Worker:
+    """Answers requests with one tokenizer and one template."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(setup.tokenizer), special_tokens=setup.special_tokens)
+        self._source = setup.chat_template
+        self._template: ChatTemplate | None = None
+
+    def answer(self, request: Request) -> Reply:
+        """Return the reply to a request. Raises MemoryError."""
+        limit_time(request.seconds)
+        try:
+            match request:
+                case Encode():
+                    return Tokens(self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens))
+                case Render():
+                    return Text(self._render(request))
+        except InvalidRequestError as error:
+            return Refused(_valid(error), error.parameter, is_request=True)
+        except TokenizerError as error:
+            return Refused(_valid(error), None, is_request=False)
+
+    def _render(self, request: Render) -> str:
+        if self._template is None:
+            self._template = ChatTemplate(self._source, self._tokenizer.special_tokens)
+        text = self._template.render(
+            json.loads(request.messages),
+            add_generation_prompt=request.add_generation_prompt,
+            variables=json.loads(request.variables),
+        )
+        if len(text) > MAX_RENDERED:
+            raise TokenizerError(f"it wrote {len(text)} characters; at most {MAX_RENDERED} are accepted")
+        check_unicode(text)
+        return text
+
+
+def main() -> None:
+    """Answer until the other end closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
+        signal.signal(number, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    setup = receive(connection)
+    if setup is None:
+        return
+    worker = Worker(msgspec.msgpack.decode(setup, type=Setup))
+    del setup
+    limit_memory()
+    decode, encode = msgspec.msgpack.Decoder(Request).decode, msgspec.msgpack.Encoder().encode
+    connection.sendall(frame(b""))  # ready
+    while (message := receive(connection)) is not None:
+        request = decode(message)
+        del message
+        connection.sendall(frame(encode(worker.answer(request))))
+        del request
+        give_back_memory()
+
+
+def limit_time(seconds: float) -> None:
+    """End this process after `seconds` more of computing time. The other end may be gone, and measures nothing then."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime + seconds) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def limit_memory() -> None:
+    """Refuse this process more than MEMORY_BYTES beyond what it has, where the system says how much that is."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * resource.getpagesize() + MEMORY_BYTES
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limits = [limit, *(each for each in (soft, hard) if each != resource.RLIM_INFINITY)]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _valid(error: Exception) -> str:
+    """Return an error's message as valid Unicode: it may quote what is not."""
+    return str(error).encode(errors="replace").decode()
+
+
+if __name__ == "__main__":
+    main()
