@@ -16,8 +16,8 @@ def force_preemptions(engine: Engine) -> None:
     def step_and_preempt() -> list[RequestOutput]:
         nonlocal steps
         steps += 1
-        if steps % EVERY == 0 and scheduler.num_running > 1:
-            queue = scheduler._queue
+        if steps % EVERY == 0 and len(scheduler.queue.running) > 1:
+            queue = scheduler.queue
             victim = scheduler.policy.preemption_victim(queue.running, claimant=queue.running[0])
             assert victim is not None and not victim.num_plans_in_flight
             queue.preempt(victim, time.monotonic())

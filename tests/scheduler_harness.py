@@ -210,11 +210,11 @@ class Run:
 
     @property
     def waiting(self) -> list[Request]:
-        return self.scheduler._queue.waiting
+        return self.scheduler.queue.waiting
 
     @property
     def running(self) -> list[Request]:
-        return self.scheduler._queue.running
+        return self.scheduler.queue.running
 
     def note_breakdown(self, request_id: str) -> None:
         breakdown = self.latencies.pop(request_id)

@@ -59,7 +59,7 @@ class Scheduler:
         self.policy = policy or Fcfs(tail_share=config.tail_share)
         self._token_budget = config.max_num_batched_tokens
         self._allocator = allocator
-        self._queue = RequestQueue(
+        self.queue = RequestQueue(
             allocator,
             config.max_num_seqs,
             on_preempt=lambda request, now: self.events.emit(RequestPreempted(request, now)),
@@ -75,20 +75,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._queue.waiting or self._queue.running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._queue.waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._queue.running)
-
-    @property
-    def num_preemptions(self) -> int:
-        """Return how often requests have been preempted so far."""
-        return self._queue.num_preemptions
+        return bool(self.queue.waiting or self.queue.running)
 
     def get(self, request_id: str) -> Request | None:
         """Return the request of that id, while it is unfinished or in flight."""
@@ -102,7 +89,7 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        allocator, queue = self._allocator, self._queue
+        allocator, queue = self._allocator, self.queue
         num_blocks, block_size = allocator.num_blocks, allocator.block_size
         check_blocks(request.num_prompt_tokens, request.max_tokens, num_blocks=num_blocks, block_size=block_size)
         request.sequence_number = self._num_accepted
@@ -117,7 +104,7 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it."""
         step = StepBuilder(
-            self._queue,
+            self.queue,
             self._allocator,
             token_budget=self._token_budget,
             choose_victim=self.policy.preemption_victim,
@@ -146,7 +133,8 @@ class Scheduler:
         start_time, self._last_update = max(self._planned_at.pop(plan.step), self._last_update), now
         predictor = self.policy.predictor
         predicted = 0.0 if predictor is None else predictor.observe(features_of(plan), now - start_time)
-        self.events.emit(StepRecord(plan, result, start_time, now, predicted, self.num_running, self.num_waiting))
+        running, waiting = self.queue.running, self.queue.waiting
+        self.events.emit(StepRecord(plan, result, start_time, now, predicted, len(running), len(waiting)))
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
@@ -187,7 +175,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests: it takes O(num_blocks) time."""
         self._allocator.check(request.kv.blocks for request in self._requests.values())
-        queue = self._queue
+        queue = self.queue
         for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
             assert requests == sorted(requests, key=by_sequence_number)
             assert all(request.status is status for request in requests)
@@ -232,7 +220,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
         self._fair_share.refund(request)
-        self._queue.remove(request)
+        self.queue.remove(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         self.events.emit(RequestFinished(request, now, wanted_until))
 
@@ -244,7 +232,7 @@ class Scheduler:
             del self._requests[request.request_id]
             if request.sent_to_executor:
                 self._retired.append(request.request_id)
-        elif request.kv.preempt_on_return and request is self._queue.running[0]:
+        elif request.kv.preempt_on_return and request is self.queue.running[0]:
             request.kv.preempt_on_return = False  # those older than it have ended, and the oldest is not preempted
         elif request.kv.preempt_on_return:
-            self._queue.preempt(request, now)
+            self.queue.preempt(request, now)

@@ -97,13 +97,13 @@ class EngineLoop:
         )
 
     def _stats_now(self) -> EngineStats:
-        scheduler = self._engine.scheduler
+        queue = self._engine.scheduler.queue
         return replace(
             self._stats,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_running=len(queue.running),
+            num_waiting=len(queue.waiting),
             num_free_blocks=self._engine.allocator.num_available,
-            num_preemptions=scheduler.num_preemptions,
+            num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
         )
 

@@ -41,7 +41,7 @@ def test_every_workload_ends_as_if_each_request_were_alone(policy: str, depth: i
             run = Workload(seed).run(depth, policy=BASELINES[policy]())
         except AssertionError as error:
             raise AssertionError(f"Workload({seed}).run({depth}) under {policy}: {error}") from error
-        preemptions += run.scheduler.num_preemptions
+        preemptions += run.scheduler.queue.num_preemptions
     assert (preemptions == 0) == (policy == "static"), "the workloads are too tame to prove anything"
 
 
@@ -85,7 +85,7 @@ def test_a_static_batch_has_slots_and_blocks_for_its_whole_output() -> None:
     for name, max_tokens in (("a", 9), ("b", 9), ("c", 9)):  # 4 blocks each
         run.add(make(name, 8, max_tokens))
     run.drain()
-    assert run.scheduler.num_preemptions == 0
+    assert run.scheduler.queue.num_preemptions == 0
     assert steps(run)[0] == {"a": 8, "b": 8} and steps(run)[-1] == {"c": 1}
 
 
@@ -95,7 +95,7 @@ def test_without_blocks_for_a_whole_prompt_it_waits() -> None:
     run.step()
     run.add(make("b", 12, 2))  # 3 blocks, as are left; but a needs one of them to go on
     run.drain()
-    assert run.scheduler.num_preemptions == 0
+    assert run.scheduler.queue.num_preemptions == 0
     assert steps(run)[:2] == [{"a": 12}, {"a": 1}] and steps(run)[-2:] == [{"b": 12}, {"b": 1}]
 
 

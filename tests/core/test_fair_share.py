@@ -162,7 +162,7 @@ def test_the_oldest_ends_under_an_endless_load_of_higher_priority(policy: str, t
     for _ in range(400):
         if low.is_finished:
             break
-        while run.scheduler.num_running + run.scheduler.num_waiting < 8:
+        while len(run.scheduler.queue.running) + len(run.scheduler.queue.waiting) < 8:
             run.add(request("", priority=Priority.HIGH, targets=targets))
         run.step()
     assert low.is_finished  # its 210 tokens at a sixteenth of 64 in each step need 53, and one for each of its answer's

@@ -98,7 +98,7 @@ def test_preemption_changes_nothing(
     )
     force_preemptions(pipe.engine)
     assert answers(pipe, requests) == wanted
-    assert pipe.engine.scheduler.num_preemptions >= 10
+    assert pipe.engine.scheduler.queue.num_preemptions >= 10
 
 
 def test_a_second_run_of_the_same_engine_changes_nothing(
