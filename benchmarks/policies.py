@@ -3,7 +3,7 @@
     python -m benchmarks.policies [--model DIR] [--quantization int8] --out FOLDER            # the engine itself
     python -m benchmarks.policies --simulate [--machine a100-70b] --out FOLDER               # on a virtual clock
 
-Each policy (core/baselines.py) runs with its own best token budget: the candidate with the highest mean goodput over
+Each policy (bench/baselines.py) runs with its own best token budget: the candidate with the highest mean goodput over
 all clients and SLOs, and among equals the lowest inter-token latency, in a simulation with this machine's cost model,
 which is made if none is stored. Then all policies are measured in turns at each number of clients, on one model that is
 loaded once, without SLO scheduling. Writes results as `splitfuse bench run` does, a file for each policy, and a
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfuse.bench import metrics
+from splitfuse.bench.baselines import POLICIES, make_baseline
 from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.report.page import write_report
 from splitfuse.bench.results import Results, save
@@ -29,7 +30,6 @@ from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.baselines import POLICIES, make_baseline
 from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from random import Random
 
+from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.baselines import BASELINES
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.phase_tracker import PhaseTracker

@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
 from splitfuse.config import EngineConfig
-from splitfuse.core.baselines import make_baseline
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, EngineState
@@ -68,7 +68,7 @@ class Target(ABC):
 class EngineTarget(Target):
     """Our engine: in a thread of this process, or several replicas, each in a process of its own.
 
-    `policy` is the name of a scheduling policy (core/baselines.py).
+    `policy` is the name of a scheduling policy (bench/baselines.py).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Decides which requests claim tokens of the next step, and in which order.
 
 `SchedulingPolicy.compose` is Dynamic SplitFuse; its policies differ in the order of claims and in the choice of the
-request to preempt. `Fcfs` is the default; `DeadlinePolicy` (core/slo/deadline_policy.py) meets SLOs; core/baselines.py
+request to preempt. `Fcfs` is the default; `DeadlinePolicy` (core/slo/deadline_policy.py) meets SLOs; bench/baselines.py
 has other ways to compose a step, for comparison.
 """
 

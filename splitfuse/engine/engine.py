@@ -35,7 +35,7 @@ class Engine:
                 print(output.token_ids)
 
     With a cost model it schedules by SLO. `events` tells listeners of every step and request. `policy` is given only
-    where policies are compared (core/baselines.py).
+    where policies are compared (bench/baselines.py).
     """
 
     def __init__(

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Self
 
+from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.results import Results
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.baselines import make_baseline
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.request_kv import RequestKv

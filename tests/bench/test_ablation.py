@@ -12,11 +12,11 @@ from bench_points import RESULTS, point
 
 from benchmarks import policies
 from splitfuse.bench import metrics
+from splitfuse.bench.baselines import POLICIES
 from splitfuse.bench.results import load
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Lengths
 from splitfuse.config import EngineConfig
-from splitfuse.core.baselines import POLICIES
 from splitfuse.runtime.loading import load_model
 from splitfuse.simulator.machines import MACHINES
 

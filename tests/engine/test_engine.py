@@ -14,8 +14,8 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitfuse.bench.baselines import make_baseline
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.core.baselines import make_baseline
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import StepPlan, TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
