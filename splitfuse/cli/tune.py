@@ -31,8 +31,6 @@ CHOSEN = ("max_num_batched_tokens", "max_num_seqs")
 """Settings that are searched."""
 MEASUREMENTS, LESS = 4, 0.8
 """Maximum number of loads that are measured, and each as a fraction of the one before."""
-SAME = 0.03
-"""Relative difference of loads below which they are called equal."""
 
 
 @with_flags(also=(WorkloadFlags,), without=CHOSEN)
@@ -96,8 +94,8 @@ def tune(
             max_num_seqs=numbers("max_num_seqs", max_num_seqs, int) or MAX_NUM_SEQS,
             on_trial=lambda: bar.update() and None,
         )
-    _print_candidates(tuning)
-    _print_chosen(tuning, calibration, settings, load, headroom)
+    _print_candidates(tuning, measured, load)
+    _print_chosen(tuning, settings, load, headroom)
     if out is not None:
         out.write_bytes(msgspec.json.format(msgspec.json.encode({"curve": measured, "tuning": tuning}), indent=1))
         print(f"splitfuse: results written to {out}", file=sys.stderr)
@@ -138,34 +136,39 @@ def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
         print(f"error of the fit over held-out steps: median {error.median:.1%}, P95 {error.p95:.1%}")
 
 
-def _print_candidates(tuning: Tuning) -> None:
-    def row(each: Sustained, fcfs: str) -> tuple[str, ...]:
-        setting = each.setting
-        marked = " *" if setting == tuning.chosen else ""
-        return str(setting.max_num_batched_tokens), str(setting.max_num_seqs), f"{each.rate:.3g}{marked}", fcfs
+def _print_candidates(tuning: Tuning, points: list[CurvePoint], load: WorkloadFlags) -> None:
+    """Print what each candidate sustains, and the step that its token budget allows."""
+    steps = {point.tokens: point for point in points}
 
-    rows = [row(each, "") for each in tuning.max_num_seqs]
+    def row(each: Sustained, fcfs: str = "") -> tuple[str, ...]:
+        setting = each.setting
+        step = steps[setting.max_num_batched_tokens]
+        marked = f"{each.rate:.3g}{' *' if setting == tuning.chosen else ''}"
+        speed = f"{step.tokens_per_second:.0f}"
+        return str(step.tokens), f"{1e3 * step.seconds:.3g}", speed, str(setting.max_num_seqs), marked, fcfs
+
+    rows = [row(each) for each in tuning.max_num_seqs]
     rows += [row(each, f"{fcfs.rate:.3g}") for each, fcfs in zip(tuning.budgets, tuning.budgets_fcfs, strict=True)]
-    title = f"requests/s at {100 * tuning.attainment:.4g} % SLO attainment (* is chosen)"
-    heads = ("max-num-batched-tokens", "max-num-seqs", "SLO scheduling", "FCFS")
+    heads = ("max-num-batched-tokens", "step ms", "tokens/s", "max-num-seqs", "SLO scheduling", "FCFS")
+    title = f"{_unit(load)}/s at {100 * tuning.attainment:.4g} % SLO attainment (* is chosen)"
     console().print(make_table(title, heads, rows))
 
 
-def _print_chosen(
-    tuning: Tuning, calibration: Calibration, settings: dict[str, Any], load: WorkloadFlags, headroom: float
-) -> None:
-    for reason in reasons(tuning, calibration):
-        print(reason)
-    flags = _serve_flags(tuning, settings)
-    print(f"\nsplitfuse serve {shlex.join(flags)}")
+def _unit(load: WorkloadFlags) -> str:
+    return "requests" if load.turns is None else "conversations"
+
+
+def _print_chosen(tuning: Tuning, settings: dict[str, Any], load: WorkloadFlags, headroom: float) -> None:
+    own = changed(settings) | {name: getattr(tuning.chosen, name) for name in CHOSEN}
+    model = own.pop("model", None)
+    print(f"\nsplitfuse serve {shlex.join([*([str(model)] if model else []), *daemon.flags_of(own)])}")
     closed = ""
     if tuning.clients:
         closed = f"or {tuning.clients} clients in a closed loop ({tuning.clients_rate:.3g} requests/s), "
-    what = "conversations" if load.turns is not None else "requests"
     print(
-        f"sustains {tuning.rate:.3g} {what}/s (Poisson), {closed}with {_load(load)}\n"
-        f"at {100 * tuning.attainment:.4g} % SLO attainment, if steps take at most {100 * headroom:.3g} % longer than "
-        "they were timed, with the same noise"
+        f"sustains {tuning.rate:.3g} {_unit(load)}/s (Poisson), {closed}with {_load(load)}\n"
+        f"at {100 * tuning.attainment:.4g} % SLO attainment (of four times as many requests as in the table), "
+        f"if steps take at most {100 * headroom:.3g} % longer than they were timed, with the same noise"
     )
 
 
@@ -177,66 +180,6 @@ def _load(load: WorkloadFlags) -> str:
     return f"{prefix}{new} {load.prompt or 512:.6g} tokens and answers of {load.generate or 64:.6g}"
 
 
-def reasons(tuning: Tuning, calibration: Calibration) -> list[str]:
-    """Return the reasons for these settings: what smaller and larger ones would sustain."""
-    from splitfuse.simulator.tune import step_seconds
-
-    def speed(tokens: int) -> float:
-        return tokens / step_seconds(calibration, tokens)
-
-    chosen = tuning.chosen
-    by_budget = {each.setting.max_num_batched_tokens: each.rate for each in tuning.budgets}
-    budget = chosen.max_num_batched_tokens
-    own = by_budget[budget]
-    parts = []
-    less = max((tokens for tokens in by_budget if tokens < budget), default=None)
-    if less is not None:
-        compared = _compared(speed(less), speed(budget))
-        parts.append(f"steps of {less} compute {compared} and {_worth(by_budget[less], own)}")
-    more = min((tokens for tokens in by_budget if tokens > budget), default=None)
-    if more is not None:
-        compared = _compared(speed(more), speed(budget))
-        takes = f"take {1e3 * step_seconds(calibration, more):.3g} ms"
-        target = "" if tuning.itl is None else f" of the ITL target of {tuning.itl}"
-        worth = _worth(by_budget[more], own)
-        parts.append(f"steps of {more} compute {compared}, {takes}{target} and {worth}")
-    found = [f"--max-num-batched-tokens {budget}: {'; '.join(parts) or 'the only candidate'}"]
-    by_seqs = {each.setting.max_num_seqs: each.rate for each in tuning.max_num_seqs}
-    count = chosen.max_num_seqs
-    neighbours = (
-        max((n for n in by_seqs if n < count), default=0),
-        min((n for n in by_seqs if n > count), default=0),
-    )
-    parts = [f"{other} {_worth(by_seqs[other], by_seqs[count])}" for other in neighbours if other]
-    found.append(f"--max-num-seqs {count}: {', '.join(parts) or 'the only candidate'}")
-    best = max(tuning.budgets_fcfs, key=lambda each: each.rate)
-    found.append(
-        f"first-come first-served, without SLO scheduling: at most {best.rate:.3g} requests/s "
-        f"(--max-num-batched-tokens {best.setting.max_num_batched_tokens})"
-    )
-    return found
-
-
-def _compared(speed: float, own: float) -> str:
-    """Compare a speed with that of the chosen budget."""
-    percent = round(100 * (speed / own - 1.0))
-    if not percent:
-        return "equally many tokens/s"
-    return f"{abs(percent)} % {'more' if percent > 0 else 'fewer'} tokens/s"
-
-
-def _worth(rate: float, own: float) -> str:
-    """Compare the sustained load of another candidate with that of the chosen one."""
-    return "sustain as much" if abs(rate - own) <= SAME * own else f"sustain {rate:.3g} requests/s, not {own:.3g}"
-
-
-def _serve_flags(tuning: Tuning, settings: dict[str, Any]) -> list[str]:
-    """Return the flags of `serve`: the model, the given settings and the chosen ones."""
-    own = changed(settings) | {name: getattr(tuning.chosen, name) for name in CHOSEN}
-    model = own.pop("model", None)
-    return [*([str(model)] if model else []), *daemon.flags_of(own)]
-
-
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:
     """Measure the engine with the load that was found; with smaller ones while SLO attainment is too low."""
     from splitfuse.bench import metrics
@@ -246,21 +189,14 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
     from splitfuse.core.slo.targets import SloTargets
     from splitfuse.runtime.environment import environment_info
 
-    settings = {**settings, **{name: getattr(tuning.chosen, name) for name in CHOSEN}}
-    config = EngineConfig.from_settings(settings)
+    chosen = {name: getattr(tuning.chosen, name) for name in CHOSEN}
+    config = EngineConfig.from_settings({**settings, **chosen})
     targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
     rate = tuning.rate
     for _ in range(MEASUREMENTS):
-        results = asyncio.run(
-            drive(
-                EngineTarget(config),
-                make_workload,
-                Loads(rate=(rate,), repeat=1),
-                system="measured",
-                about=environment_info(),
-                progress=progress,
-            )
-        )
+        loads, about = Loads(rate=(rate,), repeat=1), environment_info()
+        target = EngineTarget(config)
+        results = asyncio.run(drive(target, make_workload, loads, system="measured", about=about, progress=progress))
         (point,) = results.points
         records = metrics.counted(point)
         met = sum(metrics.meets_slo(record, targets) for record in records)

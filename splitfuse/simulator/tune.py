@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from splitfuse.bench import metrics
 from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload, poisson
-from splitfuse.config import MAX_TARGET, PER_TOKEN, SchedulerConfig, parse_seconds
+from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
@@ -49,8 +50,8 @@ REFINED = 4
 LONE_REQUESTS = 64
 """Number of requests of a lone client."""
 MOST_CLIENTS = 1024
-SPARE = 1.1
-"""Ratio of the targets that are called feasible to those that a lone request just meets."""
+LONGEST = 3600.0
+"""Longest feasible target that is searched, in seconds."""
 FAR = 2.0**20
 """Maximum ratio of feasible targets to the requested ones in the search."""
 
@@ -69,9 +70,14 @@ class CurvePoint:
     """Seconds; None if no such step was timed."""
 
     @property
+    def seconds(self) -> float:
+        """Return the time as measured, or else as predicted."""
+        return self.predicted if self.measured is None else self.measured
+
+    @property
     def tokens_per_second(self) -> float:
-        """Speed as measured, or else as predicted."""
-        return self.tokens / (self.predicted if self.measured is None else self.measured)
+        """Return the speed as measured, or else as predicted."""
+        return self.tokens / self.seconds
 
 
 def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[CurvePoint]:
@@ -82,14 +88,11 @@ def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[Cu
         if sample.features.requests == 1 and sample.features.kv_tokens == sample.features.tokens
     }
     return [
-        CurvePoint(tokens, step_seconds(calibration, tokens), timed.get(tokens))
+        CurvePoint(
+            tokens, calibration.cost.seconds(StepFeatures().plus(start=0, count=tokens, rows=1)), timed.get(tokens)
+        )
         for tokens in sorted({1, *timed, *budgets})
     ]
-
-
-def step_seconds(calibration: Calibration, tokens: int) -> float:
-    """Return the predicted time of a step of one prompt of so many tokens."""
-    return calibration.cost.seconds(StepFeatures().plus(start=0, count=tokens, rows=1))
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def tune(
     The targets are those of the simulation's scheduler. `requests` count at each load, `attainment` is the fraction of
     them that must meet the targets. `on_trial` is called for each simulated load.
 
-    Raises ConfigError if there are no targets, or if even a lone request misses them: the message has feasible ones.
+    Raises ConfigError if there are no targets, or if no load meets them: the message has the shortest feasible ones.
     """
     if not simulation.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
@@ -155,9 +158,10 @@ def tune(
     config = simulation.scheduler
     largest = replace(config, max_num_batched_tokens=budgets[-1], max_num_seqs=max_num_seqs[-1])  # its steps shorten
     lone = trials.closed(largest, 1, LONE_REQUESTS)
-    if trials.attainment(lone) < attainment:
-        raise trials.infeasible(largest)
     least = LEAST * metrics.throughput(lone)
+    usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
+    if trials.attained(lone) < attainment:
+        raise trials.infeasible(replace(largest, max_num_batched_tokens=usual), least)
 
     def sustained(settings: Iterable[SchedulerConfig], start: float) -> tuple[Sustained, ...]:
         """Each search starts from the result of the one before."""
@@ -168,13 +172,12 @@ def tune(
             start = rate or start
         return tuple(found)
 
-    usual = max((budget for budget in budgets if budget <= USUAL_BUDGET), default=budgets[0])
     by_seqs = sustained(
         (replace(config, max_num_batched_tokens=usual, max_num_seqs=count) for count in max_num_seqs),
         metrics.throughput(lone),
     )
     if not any(each.rate for each in by_seqs):
-        raise trials.infeasible(largest)
+        raise trials.infeasible(replace(largest, max_num_batched_tokens=usual), least)
     best = _smallest_of_the_best(by_seqs)
     by_budget = sustained((replace(best.setting, max_num_batched_tokens=budget) for budget in budgets), best.rate)
     no_slo = replace(largest, ttft=None, itl=None)
@@ -203,34 +206,41 @@ def _smallest_of_the_best(candidates: Sequence[Sustained]) -> Sustained:
     return next(each for each in candidates if each.rate * PRECISION >= most)
 
 
+@dataclass(frozen=True)
 class _Trials:
     """Simulations of loads, and whether they are sustained."""
 
-    def __init__(
-        self,
-        simulation: SimulationConfig,
-        make_workload: MakeWorkload,
-        required: float,
-        requests: int,
-        on_trial: Callable[[], None],
-    ) -> None:
-        self._simulation = simulation
-        self._targets = SloTargets.parse(simulation.scheduler.ttft, simulation.scheduler.itl)
-        self._make_workload = make_workload
-        self._required, self._requests, self._on_trial = required, requests, on_trial
+    simulation: SimulationConfig
+    make_workload: MakeWorkload
+    required: float
+    requests: int
+    on_trial: Callable[[], None]
+
+    @property
+    def targets(self) -> SloTargets:
+        """Return the targets, which are those of the simulation whatever the setting."""
+        return SloTargets.parse(self.simulation.scheduler.ttft, self.simulation.scheduler.itl)
 
     def largest_rate(self, setting: SchedulerConfig, *, start: float, least: float, refined: bool = False) -> float:
         """Return the largest Poisson rate that a setting sustains; 0 if it is below `least`."""
-        requests = self._requests * (REFINED if refined else 1)
+        requests = self.requests * (REFINED if refined else 1)
+        return _largest(lambda rate: self._sustains(setting, rate, requests), start, least)
+
+    def _sustains(self, setting: SchedulerConfig, rate: float, requests: int) -> bool:
+        """Return whether a setting sustains a Poisson rate, over `requests` requests and twenty TTFT targets."""
         target = self._target(setting)
-        workload = self._make_workload(target)
-        ttft = self._longest_ttft(workload)
-
-        def is_sustained(rate: float) -> bool:
-            lasting = min(math.ceil(TTFTS_LONG * rate * ttft), LONGER_AT_MOST * requests)
-            return self._is_sustained(self._open(setting, rate, max(requests, lasting)))
-
-        return _largest(is_sustained, start, least)
+        workload = self.make_workload(target)
+        lasting = TTFTS_LONG * rate * self._longest_ttft(workload)
+        requests = max(requests, math.ceil(min(lasting, LONGER_AT_MOST * requests)))
+        seed = int(workload.settings["seed"])
+        warm_up = math.ceil(WARM_UP * requests)
+        first, last = islice(poisson(1.0, seed=seed, stream="tune"), warm_up, warm_up + requests + 1, requests)
+        scale = requests / rate / (last - first)  # chance must not make the window's rate another
+        arrivals = (scale * at for at in poisson(1.0, seed=seed, stream="tune"))
+        self.on_trial()
+        # without its rate, which would give each load other requests
+        loop = open_loop(target, workload, rate=None, arrivals=arrivals, requests=requests)
+        return self._is_sustained(virtual_time.run(loop))
 
     def most_clients(self, setting: SchedulerConfig) -> tuple[int, float]:
         """Return the number of clients that a setting sustains, and their throughput.
@@ -241,7 +251,7 @@ class _Trials:
         most = setting.max_num_seqs if setting.ttft is None else MOST_CLIENTS
 
         def is_sustained(clients: int) -> bool:
-            point = self.closed(setting, clients, max(self._requests, 8 * clients))
+            point = self.closed(setting, clients, max(self.requests, 8 * clients))
             rates[clients] = metrics.throughput(point)
             return self._is_sustained(point)
 
@@ -259,80 +269,70 @@ class _Trials:
     def closed(self, setting: SchedulerConfig, clients: int, requests: int) -> Point:
         """Simulate a closed loop."""
         target = self._target(setting)
-        self._on_trial()
-        loop = closed_loop(target, self._make_workload(target), clients=clients, requests=requests)
+        self.on_trial()
+        loop = closed_loop(target, self.make_workload(target), clients=clients, requests=requests)
         return virtual_time.run(loop)
 
-    def attainment(self, point: Point, targets: SloTargets | None = None) -> float:
-        """Return the SLO attainment: the fraction of requests that met the targets (by default, the simulation's)."""
-        return metrics.mean([metrics.meets_slo(record, targets or self._targets) for record in metrics.counted(point)])
-
-    def _open(self, setting: SchedulerConfig, rate: float, requests: int) -> Point:
-        target = self._target(setting)
-        workload = self._make_workload(target)
-        seed = int(workload.settings["seed"])
-        warm_up = math.ceil(WARM_UP * requests)
-        first, last = islice(poisson(1.0, seed=seed, stream="tune"), warm_up, warm_up + requests + 1, requests)
-        scale = requests / rate / (last - first)  # chance must not make the window's rate another
-        arrivals = (scale * at for at in poisson(1.0, seed=seed, stream="tune"))
-        self._on_trial()
-        loop = open_loop(target, workload, rate=None, arrivals=arrivals, requests=requests)
-        return virtual_time.run(loop)  # without its rate, which would give each load other requests
+    def attained(self, point: Point) -> float:
+        """Return the SLO attainment: the fraction of requests that met the targets."""
+        return metrics.mean([metrics.meets_slo(record, self.targets) for record in metrics.counted(point)])
 
     def _is_sustained(self, point: Point) -> bool:
         comes = len(metrics.counted(point)) / metrics.seconds(point)
-        return self.attainment(point) >= self._required and metrics.throughput(point) >= KEEPS_UP * comes
+        return self.attained(point) >= self.required and metrics.throughput(point) >= KEEPS_UP * comes
 
     def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
-        calibration = self._simulation.calibration
+        calibration = self.simulation.calibration
         useful = setting.max_num_seqs * ceil_div(calibration.max_model_len, calibration.block_size)
         calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
-        return SimulatedTarget(replace(self._simulation, scheduler=setting, calibration=calibration))
+        return SimulatedTarget(replace(self.simulation, scheduler=setting, calibration=calibration))
 
     def _longest_ttft(self, workload: Workload) -> float:
         """Return the longest TTFT target in seconds among some requests; 0 without one."""
-        if not self._simulation.scheduler.ttft:
+        if not self.simulation.scheduler.ttft:
             return 0.0
         some = (workload.first("lengths", number) for number in range(32))
-        return max(self._targets.ttft_target(len(prompt_ids(request))) for request in some)
+        return max(self.targets.ttft_target(len(prompt_ids(request))) for request in some)
 
-    def infeasible(self, setting: SchedulerConfig) -> ConfigError:
-        """Return the error for targets that even a lone request misses, with its latencies and feasible targets."""
+    def infeasible(self, setting: SchedulerConfig, least: float) -> ConfigError:
+        """Return the error for targets that not even the rate `least` meets: what misses them, and feasible targets."""
         alone = metrics.counted(self.closed(replace(setting, ttft=None, itl=None), 1, LONE_REQUESTS))
+        late = [each for each in alone if metrics.ttft(each) > self.targets.ttft_target(each.num_prompt_tokens)]
+        missed = [f"a TTFT of up to {max(map(metrics.ttft, late)):.3g} s"] if late else []
         itl = max((average for each in alone for average in metrics.moving_averages(metrics.gaps(each))), default=0.0)
-        first = max(map(metrics.ttft, alone))
-        ways = [(True, False), (False, True), (True, True)] if setting.ttft and setting.itl else [(True, True)]
-        feasible = [flags for way in ways if (flags := self._least_feasible(setting, *way))]
+        if self.targets.itl is not None and itl > self.targets.itl:
+            missed.append(f"an inter-token latency of up to {1e3 * itl:.3g} ms")
+        why = f"even a lone request has {' and '.join(missed)}" if missed else "too many requests overlap by chance"
+        given = [name for name in ("itl", "ttft") if getattr(setting, name)]
+        feasible = [flags for name in given if (flags := self._shortest(setting, [name], least))]
+        feasible = feasible or [flags for flags in [self._shortest(setting, given, least)] if flags]
         return ConfigError(
-            f"{_flags(setting)} cannot be met here: even a lone request has an inter-token latency of up to "
-            f"{1e3 * itl:.3g} ms and a TTFT of up to {first:.3g} s; feasible targets: "
-            f"{' or '.join(feasible[:2]) or 'none of this kind'}"
+            f"{_flags(setting)} cannot be met here: {why}; feasible targets: "
+            f"{' or '.join(feasible) or 'none of this kind'}"
         )
 
-    def _least_feasible(self, setting: SchedulerConfig, ttft: bool, itl: bool) -> str | None:
-        """Return the shortest targets that a lone request meets, with `ttft`, `itl` or both longer than requested."""
+    def _shortest(self, setting: SchedulerConfig, names: Sequence[str], least: float) -> str | None:
+        """Return flags with the shortest feasible targets `names`, one after the other, and the others as requested."""
+        found = setting
+        for name in names:
+            found = _with_target(found, name, getattr(setting, name), FAR)
+        for name in names:
 
-        def longer(times: float) -> SchedulerConfig:
-            return replace(
-                setting,
-                ttft=_longer(setting.ttft, times) if ttft else setting.ttft,
-                itl=_longer(setting.itl, times) if itl else setting.itl,
-            )
+            def longer(speed: float, found: SchedulerConfig = found, name: str = name) -> SchedulerConfig:
+                return _with_target(found, name, getattr(setting, name), 1.0 / speed)
 
-        def holds(config: SchedulerConfig) -> bool:
-            targets = SloTargets.parse(config.ttft, config.itl)
-            return self.attainment(self.closed(config, 1, LONE_REQUESTS), targets) == 1.0
+            def is_feasible(speed: float, longer: Callable[[float], SchedulerConfig] = longer) -> bool:
+                config = longer(speed)
+                trials = replace(self, simulation=replace(self.simulation, scheduler=config))
+                lone = trials.closed(config, 1, LONE_REQUESTS)
+                return trials.attained(lone) >= self.required and trials._sustains(config, least, self.requests)
 
-        low, high = 1.0, 2.0
-        while not holds(longer(high)):
-            low, high = high, 2.0 * high
-            if high > FAR:
+            speed = _largest(is_feasible, 1.0, 1.0 / FAR)
+            if not speed:
                 return None
-        while high > 1.1 * low:
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if holds(longer(middle)) else (middle, high)
-        return _flags(longer(SPARE * high))
+            found = longer(speed)
+        return _flags(found)
 
 
 def _largest(is_sustained: Callable[[float], bool], start: float, least: float) -> float:
@@ -356,14 +356,13 @@ def _largest(is_sustained: Callable[[float], bool], start: float, least: float) 
     return low
 
 
-def _longer(target: str | None, times: float) -> str | None:
-    """Return a target multiplied by `times`, rounded up to two digits."""
-    if target is None:
-        return None
-    seconds = min(times * parse_seconds("target", target.removesuffix(PER_TOKEN)), MAX_TARGET)
-    digit = 10.0 ** (math.floor(math.log10(1e3 * seconds)) - 1)
-    rounded = digit * math.ceil(1e3 * seconds / digit - 1e-9)
-    return f"{rounded:.6g}ms{PER_TOKEN if target.endswith(PER_TOKEN) else ''}"
+def _with_target(setting: SchedulerConfig, name: str, target: str, times: float) -> SchedulerConfig:
+    """Return the setting with a target multiplied by `times`, rounded up to three digits, at most LONGEST."""
+    milliseconds = 1e3 * min(times * parse_seconds(name, target.removesuffix(PER_TOKEN)), LONGEST)
+    digit = 10.0 ** (math.floor(math.log10(milliseconds)) - 2)
+    rounded = digit * math.ceil(milliseconds / digit - 1e-9)
+    changes: dict[str, Any] = {name: f"{rounded:.12g}ms{PER_TOKEN if target.endswith(PER_TOKEN) else ''}"}
+    return replace(setting, **changes)
 
 
 def _flags(config: SchedulerConfig) -> str:

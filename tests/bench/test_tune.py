@@ -128,6 +128,25 @@ def test_infeasible_targets_are_rejected_with_feasible_ones(targets: dict[str, s
     possible = str(refused.value).partition("feasible targets: ")[2].split(" or ")[0]
     longer = dict(re.findall(r"--(\w+) (\S+)", possible))
     assert tuned(simulation(slow, **longer), short, budgets=(128,), requests=10).clients >= 1
+    shorter = {name: shortened(target) if target != targets.get(name) else target for name, target in longer.items()}
+    with pytest.raises(ConfigError, match="cannot be met here"):
+        tuned(simulation(slow, **shorter), short, budgets=(128,))
+
+
+def shortened(target: str) -> str:
+    """The target, and a tenth less."""
+    number = re.match(r"[\d.]+", target)
+    assert number is not None
+    return f"{0.9 * float(number[0])}{target[number.end() :]}"
+
+
+def test_infeasible_targets_name_only_what_misses_them() -> None:
+    slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
+    with pytest.raises(ConfigError) as refused:
+        tuned(simulation(slow, ttft="10ms", itl="250ms"), short, budgets=(128,))
+    said = str(refused.value).partition("; feasible targets: ")
+    assert "even a lone request has a TTFT of up to 0.1" in said[0] and "inter-token" not in said[0]
+    assert said[2].count("--itl 250ms") == 1 and " or " not in said[2], "the ITL target can stay"
 
 
 @pytest.mark.usefixtures("quick")
@@ -186,7 +205,7 @@ def test_command_prints_choice_and_reasons(tmp_path: Path) -> None:
     assert "error of the fit over held-out steps: median 4.0%" in ended.stdout
     written = json.loads(out.read_text())["tuning"]
     budget, count = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
-    assert f"--max-num-batched-tokens {budget}: " in ended.stdout
+    assert re.search(rf"{budget} .* {count} .* \S+ \* ", ended.stdout), "the chosen candidate"
     assert (
         "splitfuse serve --quantization int8 --ttft 2ms/token --itl 250ms --no-enable-prefix-caching "
         f"--max-num-batched-tokens {budget} --max-num-seqs {count}\n"
@@ -220,7 +239,10 @@ def test_command_measures_the_found_load(tmp_path: Path, monkeypatch: pytest.Mon
         (("--itl", "250ms", "--machine", "a100-70b", "--measure"), "--measure runs on this machine"),
         (("--itl", "250ms", "--max-num-batched-tokens", "x"), "--max-num-batched-tokens 'x' must be comma-separated"),
         (("--itl", "250ms", "--max-num-seqs", "8,0", "--machine", "a100-70b"), "--max-num-seqs must be positive"),
-        (("--itl", "1ms", "--machine", "a100-70b", "--prompt", "40"), "--itl 1ms cannot be met here"),
+        (
+            ("--itl", "1ms", "--machine", "a100-70b", "--requests", "9", "--generate", "8"),
+            "--itl 1ms cannot be met here",
+        ),
     ],
 )
 def test_command_errors_have_a_message(arguments: tuple[str, ...], said: str) -> None:
