@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from splitfuse.errors import ModelError
@@ -43,62 +43,56 @@ class ConfigJson:
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_INTEGER) -> int:
         """Return a whole number from `least` to `most`."""
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self._refuse(name, f"a whole number from {least} to {most}", value)
+        wanted = f"a whole number from {least} to {most}"
+        value: int = self._value(name, default, wanted, lambda value: _is_whole(value) and least <= value <= most)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a positive finite number."""
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self._refuse(name, "a positive finite number", value)
-        return float(value)
+        return float(self._value(name, default, "a positive finite number", _is_positive))
 
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false."""
-        value = self._value(name, default)
-        if not isinstance(value, bool):
-            raise self._refuse(name, "true or false", value)
+        value: bool = self._value(name, default, "true or false", lambda value: isinstance(value, bool))
         return value
 
     def text(self, name: str, default: str) -> str:
         """Return a string."""
-        value = self._value(name, default)
-        if not isinstance(value, str):
-            raise self._refuse(name, "a string", value)
+        value: str = self._value(name, default, "a string", lambda value: isinstance(value, str))
         return value
 
     def texts(self, name: str) -> list[str]:
         """Return a list of strings."""
-        value = self._value(name, None)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._refuse(name, "a list of strings", value)
+        value: list[str] = self._value(name, None, "a list of strings", _list_of(lambda item: isinstance(item, str)))
         return value
 
     def integers(self, name: str, default: list[int]) -> list[int]:
         """Return a list of whole numbers from 0 on."""
-        value = self._value(name, default)
-        if not isinstance(value, list) or any(
-            isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in value
-        ):
-            raise self._refuse(name, "a list of whole numbers from 0 on", value)
+        valid = _list_of(lambda item: _is_whole(item) and item >= 0)
+        value: list[int] = self._value(name, default, "a list of whole numbers from 0 on", valid)
         return value
 
     def section(self, name: str) -> ConfigJson:
         """Return a nested object; empty if absent."""
-        value = self._value(name, {})
-        if not isinstance(value, dict):
-            raise self._refuse(name, "an object", value)
+        value = self._value(name, {}, "an object", lambda value: isinstance(value, dict))
         return ConfigJson(value, section=f"{self._section}{name}.")
 
-    def _value(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        if value is None:
-            value = default
+    def _value(self, name: str, default: Any, wanted: str, is_valid: Callable[[Any], bool]) -> Any:
+        value = default if self._values.get(name) is None else self._values[name]
         if value is None:
             raise ModelError(f"config.json has no {self._section}{name}")
+        if not is_valid(value):
+            raise ModelError(f"config.json: {self._section}{name} must be {wanted}, not {value!r:.80}")
         return value
 
-    def _refuse(self, name: str, wanted: str, value: Any) -> ModelError:
-        return ModelError(f"config.json: {self._section}{name} must be {wanted}, not {value!r:.80}")
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(is_valid(item) for item in value)
