@@ -25,7 +25,7 @@ from splitfuse.text.generator import TextGenerator
 from splitfuse.text.kwargs import (
     SAMPLING_KEYWORDS,
     as_list,
-    check_flag,
+    check_flags,
     refuse_unknown,
     resolve_max_tokens,
     sampling_params,
@@ -131,8 +131,7 @@ class Pipeline:
         with the prompt. Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
         """
         refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS})
-        for name, flag in (("chat", chat), ("return_full_text", return_full_text)):
-            check_flag(name, flag)
+        check_flags(chat=chat, return_full_text=return_full_text)
         params = sampling_params(**keywords)
         listed = as_list(prompts, chat)
         prepared = []

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from splitfuse.errors import ConfigError, did_you_mean
 
@@ -33,6 +33,9 @@ scheduler multiplies targets and divides by them, which must not leave the range
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
+
+
+_Part = TypeVar("_Part")
 
 
 def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every command line uses
@@ -165,13 +168,9 @@ class EngineConfig:
         """
         known = cls.setting_fields()
         _refuse_unknown(settings, known)
-        for name, value in settings.items():
-            _check_type(name, value, _hints(known[name][0])[name])
         parts = {
-            part_field.name: PARTS[part_field.name](
-                **{name: value for name, value in settings.items() if known[name][0] is PARTS[part_field.name]}
-            )
-            for part_field in dataclasses.fields(cls)
+            part: _parse(kind, {name: value for name, value in settings.items() if known[name][0] is kind})
+            for part, kind in PARTS.items()
         }
         return cls(**parts)
 
@@ -245,17 +244,8 @@ class ServerConfig:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
-        hints = _hints(cls)
-        values = dict(settings)
-        _refuse_unknown(settings, hints)
-        for name, value in values.items():
-            if name in ("api_key", "allow_origin"):
-                values[name] = (value,) if isinstance(value, str) else tuple(value)
-                if not all(isinstance(item, str) for item in values[name]):
-                    raise ConfigError(f"{name} must be a text or a list of texts, not {value!r:.80}")
-            else:
-                _check_type(name, value, hints[name])
-        return cls(**values)
+        _refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
+        return _parse(cls, settings)
 
 
 def parse_seconds(name: str, text: str) -> float:
@@ -277,8 +267,17 @@ def parse_seconds(name: str, text: str) -> float:
 PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfig, "cache": CacheConfig}
 
 
-def _hints(part: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(part)
+def _parse(part: type[_Part], settings: Mapping[str, Any]) -> _Part:
+    """Return a part from its settings. Raises ConfigError for a wrong type."""
+    hints, values = typing.get_type_hints(part), dict(settings)
+    for name, value in settings.items():
+        if hints[name] == tuple[str, ...]:
+            values[name] = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(item, str) for item in values[name]):
+                raise ConfigError(f"{name} must be a text or a list of texts, not {value!r:.80}")
+        else:
+            _check_type(name, value, hints[name])
+    return part(**values)
 
 
 def _refuse_unknown(settings: Iterable[str], known: Collection[str]) -> None:

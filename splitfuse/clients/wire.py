@@ -27,7 +27,7 @@ from splitfuse.errors import (
 from splitfuse.text.kwargs import (
     SAMPLING_KEYWORDS,
     as_list,
-    check_flag,
+    check_flags,
     check_max_length,
     refuse_unknown,
     resolve_max_tokens,
@@ -110,8 +110,7 @@ def prepare(
 ) -> list[RemoteRequest]:
     """Return the requests of a call, one for each prompt. Raises InvalidRequestError for what cannot be honoured."""
     refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
-    check_flag("chat", chat)
-    check_flag("return_full_text", return_full_text)
+    check_flags(chat=chat, return_full_text=return_full_text)
     if max_length is not None:
         check_max_length(max_length)
     params = sampling_params(**keywords)

@@ -8,6 +8,7 @@ them. Belongs to the event loop's thread.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -118,14 +119,8 @@ FAMILIES = (
 )
 """All metrics, ours first."""
 
-_COUNTERS = (
-    "num_steps",
-    "num_computed_tokens",
-    "num_prompt_tokens",
-    "num_cached_tokens",
-    "num_generated_tokens",
-    "num_preemptions",
-)
+_COUNTERS = tuple({family.source: None for family in FAMILIES if family.kind == "counter" and not family.labels})
+"""Counters of EngineStats that a family shows."""
 _read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS)
 
 
@@ -139,13 +134,9 @@ class Metrics(Collector):
         self._model_name = model_name
         self._totals = _Totals()
         self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
-        self._counts: dict[str, dict[tuple[str, ...], float]] = {
-            "requests": {},
-            "choices": {(reason.value,): 0 for reason in FinishReason},
-            "slo": {("true",): 0, ("false",): 0},
-            "errors": {},
-            "refused": {},
-        }
+        self._counts: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
+        self._counts["choices"] = Counter({(reason.value,): 0 for reason in FinishReason})
+        self._counts["slo"] = Counter({("true",): 0, ("false",): 0})
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -193,10 +184,6 @@ class Metrics(Collector):
         """Yield every family with its samples."""
         self._totals.update(self._client.stats)
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
-        numbers: dict[str, dict[tuple[str, ...], float]] = {
-            **self._counts,
-            **{source: {(): number} for source, number in single.items()},
-        }
         for family in FAMILIES:
             labels = ("model_name", *family.labels)
             if family.kind == "histogram":
@@ -207,13 +194,13 @@ class Metrics(Collector):
             else:
                 kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
                 metric = kind(family.name, family.help, labels=labels)
-                for values, number in numbers[family.source].items():
+                numbers = {(): single[family.source]} if family.source in single else self._counts[family.source]
+                for values, number in numbers.items():
                     metric.add_metric((model_name, *values), number)
                 yield metric
 
     def _count(self, source: str, *values: str) -> None:
-        counts = self._counts[source]
-        counts[values] = counts.get(values, 0) + 1
+        self._counts[source][values] += 1
 
     def _observe(self, source: str, value: float | None) -> None:
         if value is not None:

@@ -34,7 +34,7 @@ def sampling_params(*, do_sample: bool | None = None, **keywords: Any) -> Sampli
     >>> sampling_params(max_new_tokens=20, top_p=0.9)
     """
     refuse_unknown(keywords, SAMPLING_KEYWORDS)
-    check_flag("do_sample", do_sample)
+    check_flags(do_sample=do_sample)
     values = {}
     for keyword, value in keywords.items():
         parameter = SAMPLING_KEYWORDS[keyword]
@@ -60,10 +60,11 @@ def sampling_signature(function: _Function) -> _Function:
     return function
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise InvalidRequestError unless `value` is True, False or None."""
-    if not isinstance(value, bool | None):
-        raise InvalidRequestError(f"{name} must be True or False, not {value!r}", parameter=name)
+def check_flags(**flags: object) -> None:
+    """Raise InvalidRequestError unless all are True, False or None."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | None):
+            raise InvalidRequestError(f"{name} must be True or False, not {value!r}", parameter=name)
 
 
 def check_max_length(max_length: object, num_prompt: int = 0, limit: int | None = None) -> None:
