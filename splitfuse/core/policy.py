@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -72,6 +72,30 @@ class SchedulingPolicy(ABC):
     @abstractmethod
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the request which loses its blocks to `claimant`, never the oldest of all; None if none has to."""
+
+    def blamed(self, queue: RequestQueue, *, now: float) -> list[Request]:
+        """Return the requests to end after a step could not be composed: those that cannot be ordered even alone, else
+        one without which the others can be, else all.
+        """
+        requests = [*queue.running, *queue.waiting]
+
+        def fails(some: Collection[Request]) -> bool:
+            running, waiting = (
+                [r for r in part if r in some and r.num_unscheduled] for part in (queue.running, queue.waiting)
+            )
+            try:
+                self.order(running, waiting, now=now)
+            except Exception:
+                return True
+            return False
+
+        if alone := [each for each in requests if fails({each})]:
+            return alone
+        if fails(set(requests)):
+            for each in requests:
+                if not fails({*requests} - {each}):
+                    return [each]
+        return requests
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise SloUnattainableError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if

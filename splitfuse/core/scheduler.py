@@ -24,6 +24,8 @@ reads no clock.
 
 from __future__ import annotations
 
+import logging
+
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import (
     EngineEvents,
@@ -43,6 +45,8 @@ from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.step_builder import RequestQueue, StepBuilder, by_sequence_number
 from splitfuse.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -114,9 +118,8 @@ class Scheduler:
         self.policy.compose(step)
         if not step.granted:
             return None
-        self._num_scheduled_steps += 1
-        retired, self._retired = tuple(self._retired), []
-        plan = step.build(self._num_scheduled_steps, retired)
+        plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))
+        self._num_scheduled_steps, self._retired = plan.step, []
         self._planned_at[plan.step] = now
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self._requests[new.request_id], now))
@@ -141,7 +144,7 @@ class Scheduler:
             request.num_plans_in_flight -= 1
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
-                outputs.append(self._advance(request, chunk, result[chunk.request_id], now))
+                outputs.append(self._advance_alone(request, chunk, result[chunk.request_id], now))
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0:
@@ -188,6 +191,17 @@ class Scheduler:
             assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
             assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
+
+    def _advance_alone(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
+        """Move a request on. An exception ends this request, and no other."""
+        try:
+            return self._advance(request, chunk, result, now)
+        except Exception as error:
+            logger.exception("a request failed: %s", request.request_id)
+            if not request.is_finished:
+                self._finish(request, FinishReason.ERROR, now)
+            reason = f"the scheduler failed on it: {error!r}"
+            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=reason)
 
     def _advance(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on by one computed chunk and the tokens it chose."""

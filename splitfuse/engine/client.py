@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -29,6 +30,8 @@ from splitfuse.engine.messages import (
     Stop,
 )
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+
+_logger = logging.getLogger(__name__)
 
 
 class EngineState(enum.StrEnum):
@@ -225,8 +228,9 @@ class LocalClient(EngineClient):
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         num_prompt = len(request.prompt_token_ids)
         assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
-        stream = self._streams[request.request_id] = Stream(request, self._finish)
+        stream = Stream(request, self._finish)
         self._send(request)
+        self._streams[request.request_id] = stream
         return stream
 
     @abstractmethod
@@ -244,7 +248,10 @@ class LocalClient(EngineClient):
         match report:
             case StepReport():
                 self._stats = report.stats
-                self.on_step(report)
+                try:
+                    self.on_step(report)
+                except Exception:
+                    _logger.exception("a listener failed on a step")
                 for output in report.outputs:
                     ending = self._ending.get(output.request_id)
                     if ending is not None:  # sent before our Finish arrived, or the final output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
+
+MAX_BROKEN_STEPS = 3
+"""Number of consecutive steps of which nothing could be computed, after which the engine is taken to be broken."""
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -54,6 +60,7 @@ class Engine:
         self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
+        self._num_broken_steps = 0
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -141,19 +148,25 @@ class Engine:
             sent_time=request.sent,
         )
 
-    def step(self) -> list[RequestOutput]:
-        """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do."""
-        plan = self.scheduler.schedule(time.monotonic())
+    def step(self, *, isolate: bool = False) -> list[RequestOutput]:
+        """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do.
+
+        An exception ends the requests of the step and is raised. With `isolate`, for requests of several callers, it
+        ends only the requests that it belongs to, with a reason; it is raised after MAX_BROKEN_STEPS steps in a row of
+        which nothing could be computed.
+        """
+        ended: list[RequestOutput] = []
+        plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
         if plan is None:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
-            return []
+            return ended
         try:
-            result = self.executor.collect(self.executor.submit(plan))
+            result = self._compute_isolated(plan) if isolate else self._compute(plan)
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
             self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
-        return self._update(plan, result)
+        return ended + self._update(plan, result)
 
     def finish(self, command: Finish) -> RequestOutput | None:
         """End a request. Returns its last output, which accounts for its time until `command.ended`, or until now; None
@@ -173,6 +186,53 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request whose output is not wanted any more. Returns False if it has ended already."""
         return self.finish(Finish(request_id, FinishReason.ABORT)) is not None
+
+    def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
+        """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""
+        while True:
+            now = time.monotonic()
+            try:
+                return self.scheduler.schedule(now)
+            except Exception as error:
+                if not (blamed := self.scheduler.policy.blamed(self.scheduler.queue, now=now)):
+                    raise
+                logger.exception("a step could not be planned: %d requests end", len(blamed))
+                for request in blamed:
+                    output = self.finish(Finish(request.request_id, FinishReason.ERROR))
+                    assert output is not None, "it was unfinished"
+                    ended.append(replace(output, error=f"the step with it could not be planned: {error!r}"))
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        return self.executor.collect(self.executor.submit(plan))
+
+    def _compute_isolated(self, plan: StepPlan) -> StepResult:
+        """Return the result of a plan. If it fails, its halves are tried, and theirs, down to the requests that fail
+        alone: a chunk gives the same alone as with others.
+        """
+        errors: list[Exception] = []
+        result = self._compute_halves(plan, errors)
+        self._num_broken_steps = self._num_broken_steps + 1 if len(errors) == len(plan.chunks) else 0
+        if self._num_broken_steps >= MAX_BROKEN_STEPS:
+            raise errors[-1]
+        return result
+
+    def _compute_halves(self, plan: StepPlan, errors: list[Exception]) -> StepResult:
+        try:
+            return self._compute(plan)
+        except Exception as error:
+            if len(plan.chunks) == 1:
+                request_id = plan.chunks[0].request_id
+                logger.error("request %s failed: %r", request_id, error, exc_info=not errors)  # one traceback a step
+                errors.append(error)
+                return {request_id: ChunkResult(error=f"the forward step failed: {error!r}")}
+            logger.warning("a step of %d requests failed, and is tried in halves: %r", len(plan.chunks), error)
+        result: StepResult = {}
+        middle = len(plan.chunks) // 2
+        for chunks in (plan.chunks[:middle], plan.chunks[middle:]):
+            ids = {chunk.request_id for chunk in chunks}
+            new = tuple(request for request in plan.new_requests if request.request_id in ids)
+            result |= self._compute_halves(replace(plan, chunks=chunks, new_requests=new), errors)
+        return result
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in the result of a step, and add to the last output of each request where its time went."""

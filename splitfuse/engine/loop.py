@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import queue
 import time
@@ -13,6 +14,8 @@ from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
+
+logger = logging.getLogger(__name__)
 
 
 class EngineLoop:
@@ -43,12 +46,14 @@ class EngineLoop:
         )
 
     def run(self) -> None:
-        """Run until Stop comes. An error of a step is raised: its requests have ended, and the loop must not go on."""
+        """Run until Stop comes. An exception that belongs to a request ends that request. One that is raised belongs to
+        the engine, and the loop must not go on.
+        """
         while not self._stopped:
             outputs = self._take_commands()
             if self._engine.has_unfinished and not self._stopped:
                 self._step_began = time.monotonic()
-                outputs += self._engine.step()
+                outputs += self._engine.step(isolate=True)
                 self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
             if outputs:
                 self._report(StepReport(tuple(outputs), self._stats_now()))
@@ -74,6 +79,12 @@ class EngineLoop:
                         self._engine.add(command)
                     except (InvalidRequestError, SloUnattainableError) as error:
                         outputs.append(_refusal(command.request_id, error))
+                    except Exception as error:
+                        logger.exception("a request could not be added: %s", command.request_id)
+                        reason = f"it could not be added: {error!r}"
+                        outputs.append(
+                            RequestOutput(command.request_id, finish_reason=FinishReason.ERROR, error=reason)
+                        )
                 case Finish():
                     if (output := self._engine.finish(command)) is not None:
                         outputs.append(output)

@@ -85,6 +85,8 @@ class Executor:
                     rows = hidden[end - chunk.num_logits : end - chunk.samples]
                     result = self._with_prompt_logprobs(result, chunk, rows)
                 results[chunk.request_id] = result
+        for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
+            self._states[request_id].output_token_ids.extend(result.token_ids)
         return results
 
     def _with_known_tokens(self, chunk: Chunk) -> Chunk:
@@ -104,9 +106,7 @@ class Executor:
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
             chosen = sample(logits, states, argmax=self.decoder.backend.argmax)
-            for state, result in zip(states, chosen, strict=True):
-                results[state.request_id] = result
-                state.output_token_ids.extend(result.token_ids)
+            results |= {chunk.request_id: result for (chunk, _), result in zip(part, chosen, strict=True)}
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:

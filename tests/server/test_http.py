@@ -18,6 +18,7 @@ from running_server import PATIENCE, RunningServer, running_server
 
 import splitfuse
 from splitfuse.config import ServerConfig
+from splitfuse.engine.engine import MAX_BROKEN_STEPS
 from splitfuse.errors import ConfigError
 from splitfuse.server.app import ROUTES
 
@@ -364,29 +365,34 @@ def test_a_deadline_ends_a_request(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_dead_engine_ends_its_requests_without_details(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_steps_end_requests_then_the_engine_without_details(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_server() as server, server.http() as http:
         submit, num_left = server.engine.executor.submit, 20
 
         def broken(plan: Any) -> Any:
             nonlocal num_left
             num_left -= 1
-            if not num_left:
+            if num_left <= 0:
                 raise RuntimeError("/home/someone/weights at 0x7f00deadbeef of 10.1.2.3:80 is gone\nTraceback")
             return submit(plan)
 
         monkeypatch.setattr(server.engine.executor, "submit", broken)
-        answer = http.post(COMPLETIONS, json={**LONG, "stream": stream})
-        if stream:
-            events = events_of(answer)
-            assert answer.status_code == 200 and len(events) > 5 and events[-1] != "[DONE]"
-            error = events[-1]["error"]
-        else:
-            assert answer.status_code == 503
-            error = error_of(answer)
-        assert error["code"] == "engine_unavailable" and "died" in error["message"]
-        for secret in ("home", "someone", "dead", "10.1", "Traceback"):
-            assert secret not in error["message"]
+        for number in range(MAX_BROKEN_STEPS):
+            is_last = number == MAX_BROKEN_STEPS - 1
+            answer = http.post(COMPLETIONS, json={**LONG, "stream": stream})
+            if stream and number == 0:
+                events = events_of(answer)
+                assert answer.status_code == 200 and len(events) > 5 and events[-1] != "[DONE]"
+                error = events[-1]["error"]
+            else:
+                assert answer.status_code == (503 if is_last else 500)
+                error = error_of(answer)
+            assert error["code"] == ("engine_unavailable" if is_last else "request_failed")
+            assert ("died" if is_last else "the forward step failed") in error["message"]
+            for secret in ("home", "someone", "dead", "10.1", "Traceback"):
+                assert secret not in error["message"]
         assert http.post(COMPLETIONS, json=SHORT).status_code == 503
         assert http.get("/ready").status_code == 503
 

@@ -107,6 +107,9 @@ class SubprocessEngine(LocalClient):
                 why = await self._live()
             except OSError as error:  # no descriptors, memory or processes now: there may be later
                 why = f"its process could not be started: {error.strerror}"
+            except Exception as error:
+                _logger.exception("an engine could not be followed")
+                why = f"its reports could not be taken in: {error!r}"
             self._die(why)
             assert self._started is not None
             if not self._started.done():

@@ -92,8 +92,12 @@ class Worker:
 
     def _receive_all(self) -> None:
         assert self._loop is not None
-        while (message := receive(self._connection)) is not None:
-            self._loop.commands.put(decode_command(message))
+        try:
+            while (message := receive(self._connection)) is not None:
+                self._loop.commands.put(decode_command(message))
+        except Exception:  # an engine that hears nothing more would keep its requests for ever
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)  # the front is gone, and with it the use of what we compute
 
     def _beat(self) -> None:

@@ -1,0 +1,216 @@
+"""An exception ends the request that it belongs to, and no other: in planning, in a step, in sampling, afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.plan import Chunk, ChunkResult, SamplingState
+from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.request_slo import RequestSlo
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.core.step_builder import StepBuilder
+from splitfuse.engine.engine import MAX_BROKEN_STEPS, Engine
+from splitfuse.engine.messages import Add
+from splitfuse.engine.thread import AsyncEngine
+from splitfuse.runtime import executor
+from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.loading import LoadedModel, load_model
+
+CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 60, "block_size": 16, "enable_slo": True})
+COST = CostModel(floor=0.001, per_token=1e-5)
+BAD = 77
+"""Token by which a request is known that something fails on."""
+PROMPTS = {f"r{number}": [5 + number, 9, 7 * number + 1] for number in range(7)}
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(CONFIG)
+
+
+@pytest.fixture
+def engine(model: LoadedModel) -> Engine:
+    return Engine(CONFIG, model, cost=COST)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: LoadedModel) -> dict[str, tuple[int, ...]]:
+    engine = Engine(CONFIG, model, cost=COST)
+    add(engine, PROMPTS)
+    return {name: tokens for name, (tokens, _) in run(engine).items()}
+
+
+def add(engine: Engine, prompts: dict[str, list[int]], **scheduling: Any) -> None:
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, PARAMS, scheduling=SchedulingOptions(**scheduling))
+
+
+def run(engine: Engine) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """Tokens and error of each request; every one ends once, and the blocks come back."""
+    tokens: dict[str, tuple[int, ...]] = {}
+    last: dict[str, RequestOutput] = {}
+    while engine.has_unfinished:
+        for output in engine.step(isolate=True):
+            assert output.request_id not in last, "an output after the end"
+            tokens[output.request_id] = (*tokens.get(output.request_id, ()), *output.token_ids)
+            if output.finish_reason is not None:
+                last[output.request_id] = output
+                assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
+                assert output.latency_breakdown is not None
+        engine.scheduler.check()
+    assert engine.allocator.num_held == 0
+    return {name: (tokens[name], output.error) for name, output in last.items()}
+
+
+def fail_in_sampling(patch: pytest.MonkeyPatch) -> None:
+    sample = executor.sample
+
+    def failing(logits: torch.Tensor, rows: Sequence[SamplingState], **others: Any) -> list[ChunkResult]:
+        if any(BAD in row.prompt_token_ids and len(row.output_token_ids) == 2 for row in rows):
+            raise IndexError("index out of bounds")
+        return sample(logits, rows, **others)
+
+    patch.setattr(executor, "sample", failing)
+
+
+def fail_in_the_network(patch: pytest.MonkeyPatch) -> None:
+    hidden = Executor.hidden
+
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if any(BAD in chunk.token_ids for chunk in chunks):
+            raise RuntimeError("a token id is not below the rows of the table")
+        return hidden(self, chunks)
+
+    patch.setattr(Executor, "hidden", failing)
+
+
+def fail_in_order(patch: pytest.MonkeyPatch) -> None:
+    deadline = RequestSlo.exists.fget  # type: ignore[attr-defined]
+
+    def failing(self: RequestSlo) -> bool:
+        if self.targets.ttft == BAD:
+            raise ZeroDivisionError("float division by zero")
+        return bool(deadline(self))
+
+    patch.setattr(RequestSlo, "exists", property(failing))
+
+
+def fail_afterwards(patch: pytest.MonkeyPatch) -> None:
+    observe = RequestSlo.observe_token
+
+    def failing(self: RequestSlo, now: float) -> None:
+        if self.targets.ttft == BAD:
+            raise OverflowError("too large")
+        observe(self, now)
+
+    patch.setattr(RequestSlo, "observe_token", failing)
+
+
+FAULTS = [fail_in_sampling, fail_in_the_network, fail_in_order, fail_afterwards]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_an_exception_ends_the_request_it_belongs_to(
+    engine: Engine,
+    wanted: dict[str, tuple[int, ...]],
+    fault: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    first, *others = PROMPTS
+    add(engine, {first: PROMPTS[first]})
+    add(engine, {"bad": [4, BAD]}, targets=SloTargets(ttft=BAD))
+    add(engine, {name: PROMPTS[name] for name in others})
+    add(engine, {"bad too": [4, BAD, 4]}, targets=SloTargets(ttft=BAD))
+    outcomes = run(engine)
+    for name in ("bad", "bad too"):
+        tokens, error = outcomes.pop(name)
+        assert error is not None and "Error(" in error and len(tokens) < 6
+    assert outcomes == {name: (tokens, None) for name, tokens in wanted.items()}
+    monkeypatch.undo()
+    add(engine, {"bad": [4, BAD]}, targets=SloTargets(ttft=BAD))
+    assert run(engine)["bad"][1] is None
+
+
+def test_one_of_two_that_cannot_be_planned_together_ends(
+    engine: Engine, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = engine.scheduler.policy
+    order = policy.order
+
+    def failing(running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Any:
+        if {"r2", "r5"} <= {request.request_id for request in (*running, *waiting)}:
+            raise ValueError("math domain error")
+        return order(running, waiting, now=now)
+
+    monkeypatch.setattr(policy, "order", failing)
+    add(engine, PROMPTS)
+    outcomes = run(engine)
+    assert [name for name, (_, error) in outcomes.items() if error] == ["r2"]
+    assert all(tokens == wanted[name] for name, (tokens, error) in outcomes.items() if not error)
+
+
+def test_a_fault_of_no_request_ends_all_with_a_reason(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> int:
+        raise ArithmeticError("of no request")
+
+    monkeypatch.setattr(StepBuilder, "grant", failing)
+    add(engine, PROMPTS)
+    outcomes = run(engine)
+    assert len(outcomes) == len(PROMPTS) and all("of no request" in str(error) for _, error in outcomes.values())
+    monkeypatch.undo()
+    add(engine, PROMPTS)
+    assert all(error is None for _, error in run(engine).values())
+
+
+def test_an_engine_whose_steps_stay_broken_raises(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Executor, "hidden", failing)
+    for _ in range(MAX_BROKEN_STEPS - 1):
+        add(engine, PROMPTS)
+        assert all("the device is gone" in str(error) for _, error in run(engine).values())
+    add(engine, PROMPTS)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.step(isolate=True)
+    assert not engine.has_unfinished and engine.allocator.num_held == 0
+    monkeypatch.undo()
+    add(engine, PROMPTS)
+    assert all(error is None for _, error in run(engine).values())
+
+
+def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = engine.scheduler._fair_share.key
+
+    def failing(request: Request, **others: Any) -> float:
+        if BAD in request.prompt_token_ids:
+            raise ZeroDivisionError("float division by zero")
+        return key(request, **others)
+
+    monkeypatch.setattr(engine.scheduler._fair_share, "key", failing)
+
+    async def outcome(client: AsyncEngine, name: str, prompt: tuple[int, ...]) -> RequestOutput:
+        async with client.open(Add(name, prompt, PARAMS)) as stream:
+            return [output async for output in stream][-1]
+
+    async def test() -> None:
+        client = AsyncEngine(engine)
+        await client.start()
+        good, bad, after = await asyncio.gather(
+            *(outcome(client, name, prompt) for name, prompt in (("a", (5, 6)), ("b", (BAD,)), ("c", (5, 6))))
+        )
+        assert good.error is None and after.error is None
+        assert bad.error is not None and "it could not be added: ZeroDivisionError" in bad.error
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
