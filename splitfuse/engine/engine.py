@@ -172,9 +172,9 @@ class Engine:
         """End a request. Returns its last output, which accounts for its time until `command.ended`, or until now; None
         if it has ended already.
         """
-        request_id, reason, num_tokens, ended = command.request_id, command.reason, command.num_tokens, command.ended
-        now = time.monotonic()
-        if not self.scheduler.finish(request_id, reason, num_tokens=num_tokens, now=now, wanted_until=ended):
+        request_id, reason, now = command.request_id, command.reason, time.monotonic()
+        kept, until = command.num_tokens, command.ended
+        if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
             return None
         return RequestOutput(request_id, finish_reason=reason, latency_breakdown=self._latencies.pop(request_id))
 

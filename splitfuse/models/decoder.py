@@ -53,8 +53,8 @@ class Decoder:
         for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
             spec = layer.attention
             qkv = backend.linear(backend.norm(x, weights.attn_norm, eps), weights.qkv, weights.qkv_bias)
-            rope, norms = self.ropes[spec.rope], (weights.q_norm, weights.k_norm)
-            q = backend.rope_store(qkv, store, spec, batch, rope, *norms, eps)  # [T, H, D]
+            rope = self.ropes[spec.rope]
+            q = backend.rope_store(qkv, store, spec, batch, rope, weights.q_norm, weights.k_norm, eps)  # [T, H, D]
             attended = backend.attend(q, store, spec, batch).flatten(1)
             x = x + backend.linear(attended, weights.o, weights.o_bias)
             x = x + mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
