@@ -7,23 +7,17 @@ with an Engine: each has a cache of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 from splitfuse.runtime.loading import LoadedModel, load_model
-
-
-@dataclass
-class _Sequence:
-    num_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)
 
 
 class RaggedEngine:
@@ -40,7 +34,7 @@ class RaggedEngine:
         self.model = model
         self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size)
         self._executor = model.make_executor()
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, RequestKv] = {}
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool = False) -> RaggedEngine:
@@ -62,7 +56,7 @@ class RaggedEngine:
             raise reason
         for uid, ids in zip(uids, tokens, strict=True):
             check_token_ids(f"sequence {uid}", ids, self.model.spec.vocab_size)
-        before = {uid: self._sequences.get(uid, _Sequence()).num_tokens for uid in uids}
+        before = {uid: self._sequences.get(uid, RequestKv()).num_computed for uid in uids}
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
         try:
             with torch.inference_mode():
@@ -76,9 +70,9 @@ class RaggedEngine:
         """Return how many of `max_tokens` further tokens of a sequence fit `max_blocks` new blocks, and how many blocks
         they take.
         """
-        sequence = self._sequences.get(uid, _Sequence())
+        sequence = self._sequences.get(uid, RequestKv())
         slots = (len(sequence.blocks) + max_blocks) * self._allocator.block_size
-        count = min(max_tokens, slots - sequence.num_tokens, self.model.plan.max_model_len - sequence.num_tokens)
+        count = min(max_tokens, slots - sequence.num_computed, self.model.plan.max_model_len - sequence.num_computed)
         return count, self._missing(sequence, count)
 
     def can_schedule(self, uids: Sequence[int], lengths: Sequence[int]) -> bool:
@@ -96,10 +90,10 @@ class RaggedEngine:
         self._allocator.check(sequence.blocks for sequence in self._sequences.values())
 
     def _append(self, uid: int, token_ids: tuple[int, ...]) -> Chunk:
-        sequence = self._sequences.setdefault(uid, _Sequence())
-        sequence.blocks += self._allocator.allocate(self._missing(sequence, len(token_ids)))
-        start = sequence.num_tokens
-        sequence.num_tokens += len(token_ids)
+        sequence = self._sequences.setdefault(uid, RequestKv())
+        start, end = sequence.num_computed, sequence.num_computed + len(token_ids)
+        sequence.grow(self._allocator, end)
+        sequence.num_computed = end
         return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False)
 
     def _truncate(self, uid: int, num_tokens: int) -> None:
@@ -107,13 +101,13 @@ class RaggedEngine:
         kept = self._allocator.blocks_for(num_tokens)
         self._allocator.release(sequence.blocks[kept:])
         del sequence.blocks[kept:]
-        sequence.num_tokens = num_tokens
+        sequence.num_computed = num_tokens
         if num_tokens == 0:
             del self._sequences[uid]
 
-    def _missing(self, sequence: _Sequence, count: int) -> int:
+    def _missing(self, sequence: RequestKv, count: int) -> int:
         """Return the number of new blocks that `count` further tokens take."""
-        return self._allocator.blocks_for(sequence.num_tokens + count) - len(sequence.blocks)
+        return self._allocator.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
 
     def _refusal(self, uids: Sequence[int], lengths: Sequence[int]) -> InvalidRequestError | None:
         if not uids or len(uids) != len(lengths):
@@ -124,13 +118,13 @@ class RaggedEngine:
             return InvalidRequestError(f"the ids {list(uids)} repeat one: a sequence can be extended once in a step")
         need, budget = 0, self.config.scheduler.max_num_batched_tokens
         for uid, length in zip(uids, lengths, strict=True):
-            sequence = self._sequences.get(uid, _Sequence())
+            sequence = self._sequences.get(uid, RequestKv())
             if length < 1:
                 return InvalidRequestError(f"sequence {uid} gets {length} tokens: give at least one")
-            if sequence.num_tokens + length > self.model.plan.max_model_len:
+            if sequence.num_computed + length > self.model.plan.max_model_len:
                 limit = self.model.plan.max_model_len
                 return RequestTooLargeError(
-                    f"sequence {uid}: {sequence.num_tokens + length} tokens, the limit is {limit}"
+                    f"sequence {uid}: {sequence.num_computed + length} tokens, the limit is {limit}"
                 )
             need += self._missing(sequence, length)
         if sum(lengths) > budget:

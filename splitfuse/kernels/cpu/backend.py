@@ -150,9 +150,7 @@ class CpuBackend(Backend):
         return weight
 
     def _keep(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return a copy of what is not packed, in shared memory if there is such."""
-        if isinstance(self._weights, OwnWeights):
-            return torch.cat([piece.to(dtype) for piece in pieces])
+        """Return a copy of what is not packed."""
         shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
         kept = self._weights.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
         if not self._weights.filled:
