@@ -35,29 +35,19 @@ class LoopThread:
         if not self.end.alive:
             work.close()
             raise ServerError("this client is closed: make a new one")
-        ended, given_up = threading.Event(), threading.Event()
-        tasks: list[asyncio.Task[Any]] = []
+        ended = threading.Event()
 
         async def run() -> _Result:
             try:
-                task = asyncio.current_task()
-                assert task is not None
-                tasks.append(task)
-                if given_up.is_set():
-                    task.cancel()
                 return await work
             finally:
                 ended.set()
 
-        def cancel() -> None:
-            for task in tasks:
-                task.cancel()
-
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
-        except BaseException:  # an interrupt may come before there is a future that could be cancelled
-            given_up.set()
-            self._loop.call_soon_threadsafe(cancel)
+            return future.result()
+        except BaseException:
+            future.cancel()
             ended.wait(CANCEL_SECONDS)
             raise
 

@@ -48,7 +48,7 @@ class AsyncClient:
         """Registry entry of the server, if it runs on this machine and belongs to this user."""
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers=_authorization(api_key),
+            headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
             verify=_trust(deployment),
@@ -162,14 +162,14 @@ class AsyncClient:
 
     async def _with_length(self, request: RemoteRequest) -> RemoteRequest:
         """Return the request with max_tokens resolved, for which the server counts the prompt's tokens if need be."""
-        if not request.needs_count:
+        if request.max_length is None and request.params.max_tokens is not None:
             return request
         if self._max_model_len is None:
             models = (await self._send("GET", "/v1/models")).json()
             self._max_model_len = models["data"][0]["max_model_len"]
         if not request.is_chat and not isinstance(request.prompt, str):
             return request.clamp_max_tokens(len(request.prompt), self._max_model_len)
-        answer = await self._send("POST", "/tokenize", request.count_body)
+        answer = await self._send("POST", "/tokenize", request.prompt_body)
         return request.clamp_max_tokens(answer.json()["count"], self._max_model_len)
 
     async def _parts(self, request: RemoteRequest, *, stream: bool) -> AsyncGenerator[dict[str, Any], None]:
@@ -227,10 +227,6 @@ def server_state(deployment: Deployment) -> str:
 
 
 # What it takes -------------------------------------------------------------------------------------------------------
-
-
-def _authorization(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"authorization": f"Bearer {api_key}"}
 
 
 def _trust(deployment: Deployment | None) -> ssl.SSLContext | bool:

@@ -64,14 +64,9 @@ class RemoteRequest:
         return CHAT if self.is_chat else COMPLETIONS
 
     @property
-    def needs_count(self) -> bool:
-        """Return whether its length depends on that of the prompt in tokens, which the server knows."""
-        return self.max_length is not None or self.params.max_tokens is None
-
-    @property
-    def count_body(self) -> dict[str, Any]:
-        """Return the body of a request to /tokenize."""
-        return {"messages": self.prompt} if self.is_chat else {"prompt": self.prompt}
+    def prompt_body(self) -> dict[str, Any]:
+        """Return the part of a body that has the prompt: that of a request to /tokenize has no other."""
+        return {"messages" if self.is_chat else "prompt": self.prompt}
 
     def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
         """Return the request with max_tokens resolved. Raises InvalidRequestError if max_length leaves no room."""
@@ -82,8 +77,7 @@ class RemoteRequest:
     def body(self, *, stream: bool) -> dict[str, Any]:
         """Return the body that a server expects, without what has its default."""
         params = self.params
-        body: dict[str, Any] = {"max_tokens": params.max_tokens, "temperature": params.temperature}
-        body["messages" if self.is_chat else "prompt"] = self.prompt
+        body = {**self.prompt_body, "max_tokens": params.max_tokens, "temperature": params.temperature}
         for name, parameter in PARAMETERS.items():
             if name not in OWN_FORM and (value := getattr(params, name)) != parameter.default:
                 body[name] = value
