@@ -62,9 +62,11 @@ def pipeline(
     >>> print(pipe("What is the capital of France?", chat=True, max_new_tokens=32)[0])
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
-    source = open_model(config.model.model, config.model.revision)
+    source = open_model(config.model.model, config.model.revision, weights=config.model.load_format != "dummy")
     other = config.model.tokenizer
-    tokenizer = Tokenizer.from_source(source if other is None else open_model(other, config.model.revision))
+    tokenizer = Tokenizer.from_source(
+        source if other is None else open_model(other, config.model.revision, weights=False)
+    )
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
     if observer is not None:
         engine.events.subscribe(StepRecord, observer)

@@ -29,6 +29,7 @@ Standard library only.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -144,11 +145,15 @@ class ServerError(SplitfuseError):
 
 
 def brief(value: object) -> str:
-    """Return how an error shows a value: in 80 characters at most."""
+    """Return how an error shows a value: in 80 characters at most, however long or deep the value is."""
     try:
-        return f"{value!r:.80}"
+        return f"{_REPR.repr(value):.80}"
     except ValueError:  # Python writes no whole number of more than some thousand digits
         return "a number of thousands of digits"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import LayerSpec
+from splitfuse.kernels.interface import ExpertsSpec, LayerSpec
+
+MAX_EXPERTS = 100_000
+"""Number of experts that all layers may have together: each has weights of its own, which are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,12 @@ class ModelSpec:
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
+        experts = [layer.mlp.num_experts for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
+        if sum(experts) > MAX_EXPERTS:
+            raise ModelError(
+                f"{max(experts)} experts in {len(experts)} layers are {sum(experts)} in all; at most {MAX_EXPERTS} are "
+                "supported"
+            )
         for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in self.layers}:
             rotary_dim = self.ropes[rope].rotary_dim
             if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:

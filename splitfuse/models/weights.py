@@ -6,10 +6,11 @@ checkpoint calls them, from the family.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,10 @@ from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMPARED_NUMBERS = 2**22
+"""Number of elements of two tensors that are compared at a time."""
+
+_logger = logging.getLogger(__name__)
 
 Shapes: TypeAlias = dict[str, tuple[Shape, ...]]
 """Name of a weight -> shapes of the pieces that are stacked by rows to make it."""
@@ -123,6 +128,50 @@ def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_weights(weights: WeightSource, spec: ModelSpec) -> ModelSpec:
+    """Compare a checkpoint with the network of `spec` before anything is loaded, and return the network that it holds:
+    one that says that its head is its embedding, but stores a head that differs, has that head.
+
+    Raises WeightsError if a weight is missing, surplus, misshapen or not floating point.
+    """
+    plan = [piece for parameter in stored_parameters(weights, spec) for piece in parameter.pieces]
+    embed, head = _tied_pair(spec)
+    both = spec.tied_embeddings and embed.name in weights and head.name in weights
+    weights.check([*plan, head] if both else plan, architecture=spec.architecture)
+    if not both or _are_equal(weights, embed, head):
+        return spec
+    _logger.warning(
+        "config.json says that %s is the output head too (tie_word_embeddings), but the checkpoint holds a different "
+        "%s, which is used; set tie_word_embeddings to false",
+        embed.name,
+        head.name,
+    )
+    return replace(spec, tied_embeddings=False)
+
+
+def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:
+    """Return `parameters` under the names of the checkpoint: a tied pair may be stored as the head alone."""
+    found = parameters(spec)
+    embed, head = _tied_pair(spec)
+    if spec.tied_embeddings and embed.name not in weights and head.name in weights:
+        return [replace(each, pieces=(head,)) if each.pieces == (embed,) else each for each in found]
+    return found
+
+
+def _tied_pair(spec: ModelSpec) -> tuple[Piece, Piece]:
+    """Return the embedding and the output head, of which a tied network has one."""
+    names, table = find_family(spec.architecture).names, (spec.vocab_size, spec.hidden_size)
+    return Piece(names["embed"][0], table), Piece(names["head"][0], table)
+
+
+def _are_equal(weights: WeightSource, first: Piece, second: Piece) -> bool:
+    """Return whether two tensors of one shape hold the same numbers."""
+    rows = max(1, COMPARED_NUMBERS // first.shape[1])
+    with weights.read(first) as one, weights.read(second) as other:
+        pairs = zip(torch.split(one, rows), torch.split(other, rows), strict=True)
+        return all(torch.equal(a, b.to(a.dtype)) for a, b in pairs)
+
+
 def load_decoder(
     weights: WeightSource,
     spec: ModelSpec,
@@ -133,14 +182,10 @@ def load_decoder(
     progress: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> Decoder:
-    """Load a network, with a progress bar on stderr if asked; `on_progress` is called with the fraction that is loaded.
-
-    Raises WeightsError, before anything is loaded, if a weight is missing, surplus, misshapen or not floating point.
+    """Load a network that `check_weights` has returned, with a progress bar on stderr if asked; `on_progress` is called
+    with the fraction that is loaded.
     """
-    plan = parameters(spec)
-    wanted = [piece for parameter in plan for piece in parameter.pieces]
-    unused = find_family(spec.architecture).names["head"] if spec.tied_embeddings else ()
-    weights.check(wanted, architecture=spec.architecture, unused=unused)
+    plan = stored_parameters(weights, spec)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in spec.layers]
     for parameter in _with_progress(plan, dtype, progress, on_progress):

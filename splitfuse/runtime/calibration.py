@@ -68,7 +68,7 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     from splitfuse.runtime.loading import parse_device
     from splitfuse.runtime.machine import gpu, processor
 
-    source = source or open_model(config.model.model, config.model.revision)
+    source = source or open_model(config.model.model, config.model.revision, weights=False)
     spec = load_spec(source)
     dtype = resolve_dtype(config.model.dtype, spec)
     identity = {

@@ -19,7 +19,7 @@ from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.hub import open_model
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
+from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.machine import available_memory
@@ -70,16 +70,19 @@ def load_model(
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
-    source = source or open_model(config.model.model, config.model.revision)
+    dummy = config.model.load_format == "dummy"
+    source = source or open_model(config.model.model, config.model.revision, weights=not dummy)
     spec = load_spec(source)
     device = parse_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, spec)
+    weights = DummyWeights(dtype, device) if dummy else source.weights()
+    spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
     backend = choose_backend(config, dtype)
     plan = _plan(spec, config, backend, weight_sharing)
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
-        DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights(),
+        weights,
         spec,
         dtype=dtype,
         device=device,

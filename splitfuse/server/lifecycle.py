@@ -172,9 +172,10 @@ def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) 
     from splitfuse.text.tokenizer import Tokenizer
 
     model = engine.model
-    source = open_model(model.model, model.revision)  # fetched once, before several engines ask for it
+    # Fetched once, before several engines ask for it.
+    source = open_model(model.model, model.revision, weights=model.load_format != "dummy")
     if model.tokenizer is not None:
-        source = open_model(model.tokenizer, model.revision)
+        source = open_model(model.tokenizer, model.revision, weights=False)
     tokenizer = Tokenizer.from_source(source)
     admission, metrics = Admission(config), Metrics(client, model_name=config.served_model_name)
     plans: list[str] = []

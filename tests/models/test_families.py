@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.safetensors import SINGLE_FILE
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import parameters
 
@@ -220,12 +220,17 @@ def test_features_switched_off_are_accepted() -> None:
         ({"hidden_size": "64"}, "not '64'"),
         ({"hidden_size": True}, "not True"),
         ({"hidden_size": 10**30}, "hidden_size"),
+        ({"hidden_size": [[[[[[[[0]]]]]]]]}, r"not \[\[.*\.\.\."),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive finite number, not 1000"),
+        ({"hidden_act": "x" * 10**6}, "hidden_act must be a string of at most 200 characters, not 'xxx.{,80}$"),
         ({"hidden_size": 60}, "hidden_size 60 is not a multiple of its 8 attention heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10000"),
         ({"num_hidden_layers": None}, "config.json has no num_hidden_layers"),
         ({"num_key_value_heads": 3}, "8 attention heads cannot be shared evenly by 3 key/value heads"),
         ({"head_dim": 7}, "even number from 2 to head_dim 7, not 7"),
         ({"partial_rotary_factor": 2.0}, "even number from 2 to head_dim 8, not 16"),
+        ({"partial_rotary_factor": 1e308}, "even number from 2 to head_dim 8, not 2147483647"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e308}}, "beta_fast .* of at most 1e.09"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive finite number"),
         ({"rms_norm_eps": False}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
+from splitfuse.config import EngineConfig
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources import hub
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.hub import open_model
+from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
+from splitfuse.runtime.loading import load_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SINGLE = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"}
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": b'{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}',
+    "one.safetensors": b"1",
+    "two.safetensors": b"2",
+}
+NOT_READ = [
+    *("consolidated.safetensors", "model.fp16.safetensors", "original/model.safetensors", "original/params.json"),
+    *("onnx/config.json", "checkpoint-500/model.safetensors", "pytorch_model.bin", "modeling.py", "README.md"),
+    *("trainer_state.json", "coreml/model.safetensors.index.json"),
+]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -113,6 +132,35 @@ def test_errors_of_the_hub(model: str, revision: str | None, message: str) -> No
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("model", "weights", "files"),
+    [
+        (SINGLE, True, SINGLE.keys()),
+        (SINGLE, False, SINGLE.keys() - {"model.safetensors"}),
+        (SHARDED, True, SHARDED.keys()),
+        (SHARDED, False, {"config.json"}),
+    ],
+)
+def test_only_what_is_read_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, bytes], weights: bool, files: Set[str]
+) -> None:
+    revisions = []
+
+    def snapshot(_: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        """Fetch as the Hub's client does, with its own matching of patterns."""
+        revisions.append(revision)
+        for name in filter_repo_objects([*model, *NOT_READ], allow_patterns=allow_patterns):
+            path = tmp_path / COMMIT / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(model.get(name, b"not read"))
+        return str(tmp_path / COMMIT)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    path = Path(open_model("owner/model", "main", weights=weights).location)
+    assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == files
+    assert revisions == ["main", COMMIT][: len(revisions)]
+
+
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_endpoint(monkeypatch, "http://127.0.0.1:1", tmp_path)
     message = refused("owner/name")
@@ -142,6 +190,40 @@ def test_config_that_is_not_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="must hold a JSON object, not list"):
         load_spec(ModelFolder(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "device", "folder", "endless", "sparse", "many values", "a log of the kernel"]
+)
+def test_file_that_is_none(tmp_path: Path, file: str, kind: str) -> None:
+    """Each is refused in a sentence; none is waited for or read to an end that it does not have."""
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    path = tmp_path / "model" / file
+    if file.endswith("index.json"):
+        (tmp_path / "model" / "model.safetensors").unlink()
+    else:
+        path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "endless":
+            path.symlink_to("/proc/self/pagemap")
+        case "sparse":
+            with path.open("wb") as created:
+                created.truncate(2**40)
+        case "many values":
+            path.write_text('{"a": [' + "{}," * 1_000_000 + "{}]}")
+        case _:
+            path.symlink_to("/proc/kmsg")
+    with pytest.raises(ModelError) as error:
+        load_model(EngineConfig.from_settings({"model": str(tmp_path / "model")}))
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(path))
 
 
 def test_config_without_architecture(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from backends import variants
 from ragged_requests import Request, Runner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.cpu import bindings
@@ -26,10 +27,10 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.dummy import DummyWeights
+from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.safetensors import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.sources.source import WeightSource
-from splitfuse.models.weights import load_decoder, resolve_dtype, weight_bytes
+from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -64,8 +65,9 @@ def experts(tmp_path: Path) -> Path:
 
 def load(folder: Path, weights: WeightSource | None = None, **options: Any) -> Decoder:
     source = ModelFolder(folder)
+    weights = source.weights() if weights is None else weights
     options = {"dtype": torch.float32, "device": CPU, "backend": ReferenceBackend(), **options}
-    return load_decoder(source.weights() if weights is None else weights, load_spec(source), **options)
+    return load_decoder(weights, check_weights(weights, load_spec(source)), **options)
 
 
 class Packing(ReferenceBackend):
@@ -173,11 +175,40 @@ def test_harmless_extras_are_skipped(folder: Path) -> None:
     load(folder)
 
 
-def test_a_tied_head_may_be_stored_and_is_not_read(tmp_path: Path) -> None:
+def greedy(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+    """The most likely continuation, computed anew for each token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        request = Request(tokens)
+        Runner(decoder, block_size=4).step([(request, len(tokens))])
+        tokens.append(int(request.logits[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def as_transformers(folder: Path, prompt: list[int], count: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("stored", ["both, equal", "both, different", "head only", "both, misshapen"])
+def test_tied_pair_is_loaded_as_by_transformers(tmp_path: Path, stored: str, caplog: pytest.LogCaptureFixture) -> None:
     tiny_models.save("llama-tied-wide-heads", tmp_path)
-    rewrite(tmp_path, {"lm_head.weight": torch.full((tiny_models.VOCAB_SIZE, 48), float("nan"))})
-    weights = load(tmp_path).weights
-    assert torch.equal(weights.head, weights.embed)
+    embed = load_file(tmp_path / SINGLE_FILE)["model.embed_tokens.weight"]
+    changes: dict[str, dict[str, Tensor | None]] = {
+        "both, equal": {"lm_head.weight": embed.clone()},
+        "both, different": {"lm_head.weight": embed.flip(0).contiguous()},
+        "head only": {"lm_head.weight": embed, "model.embed_tokens.weight": None},
+        "both, misshapen": {"lm_head.weight": embed[1:].clone()},
+    }
+    rewrite(tmp_path, changes[stored])
+    if stored == "both, misshapen":
+        assert "weight lm_head.weight has shape [96, 48]" in refused(tmp_path)
+        return
+    decoder = load(tmp_path)
+    assert greedy(decoder, [1, 2, 3], 6) == as_transformers(tmp_path, [1, 2, 3], 6)
+    assert (decoder.weights.head is decoder.weights.embed) is (stored != "both, different")
+    assert ("a different lm_head.weight, which is used" in caplog.text) is (stored == "both, different")
 
 
 def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

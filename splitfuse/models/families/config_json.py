@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from splitfuse.errors import ModelError
+from splitfuse.errors import ModelError, brief
 
 LARGEST_INTEGER = 2**31 - 1  # beyond any size a network has, within what every tensor library indexes
+
+LONGEST_NAME = 200
 
 
 class ConfigJson:
@@ -47,9 +49,10 @@ class ConfigJson:
         value: int = self._value(name, default, wanted, lambda value: _is_whole(value) and least <= value <= most)
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive finite number."""
-        return float(self._value(name, default, "a positive finite number", _is_positive))
+    def number(self, name: str, default: float | None = None, *, most: float = sys.float_info.max) -> float:
+        """Return a positive number of at most `most`."""
+        wanted = "a positive finite number" + ("" if most == sys.float_info.max else f" of at most {most:g}")
+        return float(self._value(name, default, wanted, lambda value: _is_number(value) and 0 < value <= most))
 
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false."""
@@ -57,8 +60,11 @@ class ConfigJson:
         return value
 
     def text(self, name: str, default: str) -> str:
-        """Return a string."""
-        value: str = self._value(name, default, "a string", lambda value: isinstance(value, str))
+        """Return a string, which is a name: no longer than names are."""
+        wanted = f"a string of at most {LONGEST_NAME} characters"
+        value: str = self._value(
+            name, default, wanted, lambda value: isinstance(value, str) and len(value) <= LONGEST_NAME
+        )
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -82,7 +88,7 @@ class ConfigJson:
         if value is None:
             raise ModelError(f"config.json has no {self._section}{name}")
         if not is_valid(value):
-            raise ModelError(f"config.json: {self._section}{name} must be {wanted}, not {value!r:.80}")
+            raise ModelError(f"config.json: {self._section}{name} must be {wanted}, not {brief(value)}")
         return value
 
 
@@ -90,8 +96,8 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -39,7 +39,7 @@ def qwen3(config: ConfigJson) -> ModelSpec:
 def qwen3_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen3MoeForCausalLM."""
     biased, layers = config.flag("attention_bias", False), range(num_layers(config))
-    every, dense_layers = config.integer("decoder_sparse_step", 1), config.integers("mlp_only_layers", [])
+    every, dense_layers = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
     dense = mlp(config)
     experts = ExpertsSpec(
         num_experts=num_experts(config, 128),

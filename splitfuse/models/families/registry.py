@@ -12,9 +12,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from splitfuse.errors import UnsupportedModelError
+from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.models.families.common import DECODER_NAMES, Family
-from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
 from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
 from splitfuse.models.sources.source import ModelSource
@@ -77,6 +77,7 @@ def find_family(architecture: str) -> Family:
     """
     if architecture in FAMILIES:
         return FAMILIES[architecture]
+    architecture = architecture[:LONGEST_NAME]
     near = difflib.get_close_matches(architecture, FAMILIES, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
     raise UnsupportedModelError(
@@ -91,6 +92,6 @@ def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
     computed = ["full_attention" if layer.attention.window is None else "sliding_attention" for layer in spec.layers]
     if config.raw("layer_types") != computed:
         raise UnsupportedModelError(
-            f"layer_types {config.raw('layer_types')!r:.200} is not supported here: "
-            f"{spec.architecture} with this config computes {computed!r:.200}"
+            f"layer_types {brief(config.raw('layer_types'))} is not supported here: "
+            f"{spec.architecture} with this config computes {brief(computed)}"
         )

@@ -16,7 +16,7 @@ def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> 
 
     Raises UnsupportedModelError for a type that is not in SCALINGS or a field that is not in KNOWN_FIELDS.
     """
-    rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters")
+    rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")  # {} is none
     theta = rope.number("rope_theta", config.number("rope_theta", theta))
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if theta <= 1:
@@ -25,8 +25,10 @@ def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> 
     if kind not in SCALINGS:
         raise UnsupportedModelError(f"rope type {kind!r} is not one of those we know: {', '.join(SCALINGS)}")
     if unknown := set(rope) - KNOWN_FIELDS:
-        raise UnsupportedModelError(f"rope settings that are not supported: {', '.join(sorted(unknown))}")
-    return RopeSpec(theta=theta, rotary_dim=int(head_dim * share), scaling=SCALINGS[kind](rope, config))
+        raise UnsupportedModelError(f"rope settings that are not supported: {', '.join(sorted(unknown)):.200}")
+    return RopeSpec(
+        theta=theta, rotary_dim=int(min(head_dim * share, LARGEST_INTEGER)), scaling=SCALINGS[kind](rope, config)
+    )
 
 
 def extended_length(rope: RopeSpec, max_position: int) -> int:
@@ -80,8 +82,8 @@ def _read_yarn(rope: ConfigJson, config: ConfigJson) -> RopeScaling:
     return YarnScaling(
         factor=factor,
         attention_factor=rope.number("attention_factor", attention_factor),
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
+        beta_fast=rope.number("beta_fast", 32.0, most=1e9),
+        beta_slow=rope.number("beta_slow", 1.0, most=1e9),
         truncate=rope.flag("truncate", True),
         original_max_position=original,
     )

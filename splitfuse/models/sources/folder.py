@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from splitfuse.models.sources.files import MAX_FILE_BYTES, read_file
 from splitfuse.models.sources.source import ModelSource, WeightSource
 
 
@@ -18,9 +19,8 @@ class ModelFolder(ModelSource):
         self.name = path.name
         self.location = str(path)
 
-    def read(self, file: str) -> bytes | None:
-        path = self.path / file
-        return path.read_bytes() if path.is_file() else None
+    def read(self, file: str, most: int = MAX_FILE_BYTES) -> bytes | None:
+        return read_file(self.path / file, most)
 
     def weights(self) -> WeightSource:
         from splitfuse.models.sources.safetensors import SafetensorsWeights  # only here: it imports torch

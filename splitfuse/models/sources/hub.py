@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from splitfuse.errors import ModelNotFoundError
+from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE, shard_names
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.source import ModelSource
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
 
-FETCHED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # never pickles, never code
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "adapter_config.json"),
+)
+"""Files that are read, but for the weights. Only these are fetched: never pickles, code or copies in other formats."""
 
 
-def open_model(model: str | None, revision: str | None = None) -> ModelSource:
-    """Open a model by folder or Hub name; None is the bundled model. Models of the Hub are fetched into its cache.
+def open_model(model: str | None, revision: str | None = None, *, weights: bool = True) -> ModelSource:
+    """Open a model by folder or Hub name; None is the bundled model. Models of the Hub are fetched into its cache,
+    without their weights if `weights` is False.
 
         open_model("Qwen/Qwen2.5-0.5B-Instruct", revision="main").config()
 
@@ -34,17 +41,22 @@ def open_model(model: str | None, revision: str | None = None) -> ModelSource:
         pass  # too long for a path, or the home of a user who does not exist
     if model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
         raise ModelNotFoundError(f"there is no folder {model}")
-    return ModelFolder(_fetch(model, revision))
+    path = _fetch(model, revision, [*SMALL_FILES, *((SINGLE_FILE, INDEX_FILE) if weights else ())])
+    if weights and not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
+        _fetch(model, path.name, shard_names(path))  # of the same commit, whose folder has its name
+    return ModelFolder(path)
 
 
-def _fetch(model: str, revision: str | None) -> Path:
-    """Return a snapshot of a Hub model in the local cache. HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are respected."""
+def _fetch(model: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Return a snapshot of a Hub model in the local cache, with those of `files` that the model has. HF_HUB_OFFLINE,
+    HF_ENDPOINT and HF_TOKEN are respected.
+    """
     import huggingface_hub  # only here: most starts need no Hub
     from huggingface_hub import errors
 
     named = model if revision is None else f"{model} at revision {revision}"
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=FETCHED_FILES))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(files)))
     except errors.HFValidationError:
         reason = "is neither a folder nor a Hub name, which looks like owner/name"
     except errors.GatedRepoError:

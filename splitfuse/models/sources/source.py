@@ -9,7 +9,8 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from splitfuse.errors import ModelError, ModelNotFoundError
+from splitfuse.errors import ModelError, ModelNotFoundError, brief
+from splitfuse.models.sources.files import MAX_FILE_BYTES, check_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,12 @@ class WeightSource(ABC):
     """Gives the tensors of a model. Formats (safetensors, GGUF, quantized ones) differ in how they store them."""
 
     @abstractmethod
-    def check(self, wanted: Collection[Piece], *, architecture: str, unused: Collection[str] = ()) -> None:
-        """Raise WeightsError unless all of `wanted` is there, and no other tensor but those named in `unused`.
+    def __contains__(self, name: str) -> bool:
+        """Return whether a tensor of that name is stored."""
+
+    @abstractmethod
+    def check(self, wanted: Collection[Piece], *, architecture: str) -> None:
+        """Raise WeightsError unless all of `wanted` is there, and no other tensor.
 
         `architecture` is the network that wants them, for messages.
         """
@@ -58,16 +63,18 @@ class ModelSource(ABC):
     """Place of the model, for messages and as its identity on this machine."""
 
     @abstractmethod
-    def read(self, file: str) -> bytes | None:
-        """Return the content of a file such as `tokenizer.json`, or None if the model has none. Raises OSError."""
+    def read(self, file: str, most: int = MAX_FILE_BYTES) -> bytes | None:
+        """Return the content of a file such as `tokenizer.json`, or None if the model has none. Raises OSError, also
+        for a file of more than `most` bytes.
+        """
 
     @abstractmethod
     def weights(self) -> WeightSource:
         """Open the tensors. Raises WeightsError."""
 
-    def read_text(self, file: str) -> str | None:
+    def read_text(self, file: str, most: int = MAX_FILE_BYTES) -> str | None:
         """Return the text of a file, or None if the model has no such file. Raises OSError and ValueError."""
-        content = self.read(file)
+        content = self.read(file, most)
         return None if content is None else io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
 
     def read_json(self, file: str, error: type[ModelError] = ModelError) -> dict[str, Any] | None:
@@ -76,11 +83,12 @@ class ModelSource(ABC):
         Raises `error` if the file cannot be read or holds something else.
         """
         try:
-            text = self.read_text(file)
-            values = None if text is None else json.loads(text)
+            content = self.read(file)
+            check_json(content or b"")
+            values = None if content is None else json.loads(content.decode())
         except (OSError, ValueError, RecursionError) as reason:
             raise error(f"{self.location}/{file} cannot be read as JSON: {reason}") from reason
-        if text is not None and not isinstance(values, dict):
+        if content is not None and not isinstance(values, dict):
             raise error(f"{self.location}/{file} must hold a JSON object, not {type(values).__name__}")
         return values
 
@@ -109,7 +117,7 @@ class ModelSource(ABC):
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
                 raise ModelError(
-                    f"eos_token_id in {self.location}/{file} must be a token id or a list of them, not {value!r}"
+                    f"eos_token_id in {self.location}/{file} must be a token id or a list of them, not {brief(value)}"
                 )
             return tuple(ids)
         return ()
