@@ -1,7 +1,8 @@
-"""`python -m benchmarks.kernels linear attention step guard`: kernels and whole steps as a fraction of the limits.
+"""`python -m benchmarks.kernels linear attention step guard neighbours`: kernels and steps against the machine limits.
 
 `linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
-products in registers, as they do when the compiler spills their accumulators. Nothing else should run meanwhile.
+products in registers, as they do when the compiler spills their accumulators. `neighbours` times steps next to busy
+loops. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -19,18 +20,17 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
+from benchmarks.kernels.neighbours import neighbours
+from benchmarks.kernels.steps import CONTEXT, forward, make_chunks
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
-from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads, Step
 from splitfuse.kernels.interface import AttentionSpec, Role
-from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
 STEP_ROWS = (1, 8, 16, 32, 64, 256)
-CONTEXT = 512  # of the requests that generate, in `step`
 LEAST_SHARE = {"bf16": 0.8, "int8": 0.75, "int4/128": 0.65}  # of the dot products, before `guard` calls it a spill
 LARGEST_CACHE = 2**28  # bytes of weights between two readings of the same
 
@@ -230,18 +230,6 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             }
 
 
-def make_chunks(rows: int, generating: bool) -> list[Chunk]:
-    if not generating:
-        return [Chunk("prompt", 0, tuple(range(rows)), tuple(range(rows // 32 + 1)), 1, True)]
-    blocks = CONTEXT // 32 + 1
-    return [Chunk(str(i), CONTEXT, (i,), tuple(range(i * blocks, (i + 1) * blocks)), 1, True) for i in range(rows)]
-
-
-def forward(executor: Executor, chunks: list[Chunk]) -> torch.Tensor:
-    with torch.inference_mode():
-        return executor.decoder.logits(executor.hidden(chunks))
-
-
 def guard(arguments: argparse.Namespace) -> Iterator[Row]:
     """Time full tiles on a weight that stays in the cache, on one thread: only the micro-kernel can be slow then."""
     for name, least in LEAST_SHARE.items():
@@ -276,6 +264,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "attention": attention,
     "step": step,
     "guard": guard,
+    "neighbours": neighbours,
 }
 
 

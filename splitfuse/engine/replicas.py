@@ -10,12 +10,15 @@ from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.runtime.machine import paid_cores
 
 
 def make_replicas(
     config: EngineConfig, *, replicas: int = 1, step_timeout: float = ServerConfig.step_timeout
 ) -> EngineClient:
     """Return a client of `replicas` engines, each in a process of its own, which are not started yet.
+
+    Where a control group pays for fewer cores than there are, each engine gets its part of those.
 
     Raises ConfigError if there are fewer cores than replicas.
     """
@@ -25,13 +28,16 @@ def make_replicas(
     return Router(
         [
             SubprocessEngine(config, step_timeout=step_timeout, cores=cores, weights=weights)
-            for cores in divide(sorted(os.sched_getaffinity(0)), replicas)
+            for cores in divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
         ]
     )
 
 
-def divide(cores: list[int], parts: int) -> list[tuple[int, ...]]:
-    """Return the cores in `parts` runs of neighbours, as equal as can be. Raises ConfigError if there are too few."""
+def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:
+    """Return the cores in `parts` runs of neighbours, as equal as can be, which together have no more cores than are
+    `paid` for, but one each. Raises ConfigError if there are too few.
+    """
     if parts > len(cores):
         raise ConfigError(f"replicas is {parts}, but this process may use {len(cores)} cores: set at most {len(cores)}")
-    return [tuple(cores[len(cores) * i // parts : len(cores) * (i + 1) // parts]) for i in range(parts)]
+    most = len(cores) if paid is None else max(1, paid // parts)
+    return [tuple(cores[len(cores) * i // parts : len(cores) * (i + 1) // parts][:most]) for i in range(parts)]

@@ -22,7 +22,7 @@ from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.machine import available_memory
+from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def load_model(
     source = source or open_model(config.model.model, config.model.revision, weights=not dummy)
     spec = load_spec(source)
     device = parse_device(config.model.device)
+    if device.type == "cpu" and (cores := usable_cores()) < torch.get_num_threads():
+        torch.set_num_threads(cores)  # PyTorch counts the cores, and not what a control group pays for
     dtype = resolve_dtype(config.model.dtype, spec)
     weights = DummyWeights(dtype, device) if dummy else source.weights()
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible

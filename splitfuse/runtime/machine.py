@@ -71,10 +71,10 @@ def usable_cores(root: Path = Path("/")) -> int:
     """
     import torch
 
-    return min([torch.get_num_threads(), *_paid_cores(root)])
+    return min([torch.get_num_threads(), *paid_cores(root)])
 
 
-def _paid_cores(root: Path) -> Iterator[int]:
+def paid_cores(root: Path = Path("/")) -> Iterator[int]:
     """Yield the whole cores that each control group pays for, but at least one, where it sets a limit."""
     for version, group in control_groups("cpu", root):
         try:

@@ -420,6 +420,8 @@ def test_replicas_share_their_weights() -> None:
 def test_cores_are_divided_into_runs_of_neighbours() -> None:
     assert divide([0, 1, 4, 5, 6], 2) == [(0, 1), (4, 5, 6)]
     assert divide([3], 1) == [(3,)]
+    assert divide([0, 1, 2, 3, 4, 5, 6, 7], 2, paid=5) == [(0, 1), (4, 5)]
+    assert divide([0, 1, 2, 3], 2, paid=1) == [(0,), (2,)]
     with pytest.raises(ConfigError, match="replicas is 3, but this process may use 2 cores"):
         divide([0, 1], 3)
 

@@ -3,10 +3,13 @@
 // Which thread computes a unit of work, and when, never changes the result.
 #pragma once
 
+#include <linux/futex.h>
 #include <omp.h>
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <climits>
 
 #include "vector.h"
 
@@ -18,6 +21,30 @@ namespace SF_VARIANT {
 struct Progress {
     alignas(64) std::atomic<i64> claimed{0};  // number of the current sharing << 32 | units of it that are claimed
     alignas(64) std::atomic<i64> done{0};     // units of it that are done
+    std::atomic<i32> sleepers{0};             // threads that wait for its end without their core
+
+    void end(i64 number) {
+        claimed.store((number + 1) << 32, std::memory_order_seq_cst);
+        if (sleepers.load(std::memory_order_seq_cst)) syscall(SYS_futex, word(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    }
+
+    // Waits for the end of a sharing: a little while busily, then asleep. The thread that it waits for may not be running,
+    // and to spin meanwhile would use up this thread's share of a busy core, which it needs once they can both run.
+    void wait_for_end(i64 number) {
+        for (int spins = 0; spins < PATIENCE; ++spins) {
+            if (claimed.load(std::memory_order_acquire) >> 32 != number) return;
+            _mm_pause();
+        }
+        sleepers.fetch_add(1, std::memory_order_seq_cst);
+        while (claimed.load(std::memory_order_acquire) >> 32 == number)
+            syscall(SYS_futex, word(), FUTEX_WAIT_PRIVATE, static_cast<u32>(number), nullptr, nullptr, 0);
+        sleepers.fetch_sub(1, std::memory_order_relaxed);
+    }
+
+  private:
+    static constexpr int PATIENCE = 1000;  // spins before sleeping: some tens of microseconds
+
+    u32* word() { return reinterpret_cast<u32*>(&claimed) + 1; }  // where the number is, on x86
 };
 
 class Team {
@@ -62,15 +89,11 @@ class Team {
             mine += run.end - run.begin;
             run = ahead ? following : claim(units, divisor);
         }
-        const i64 next = (number_ + 1) << 32;
         if (mine && progress_.done.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
             progress_.done.store(0, std::memory_order_relaxed);
-            progress_.claimed.store(next, std::memory_order_release);
+            progress_.end(number_);
         } else {
-            for (int spins = 0; progress_.claimed.load(std::memory_order_acquire) < next; ++spins) {
-                if (spins < PATIENCE) _mm_pause();
-                else sched_yield();  // the thread that we wait for may be waiting for this core
-            }
+            progress_.wait_for_end(number_);
         }
         ++number_;
     }
@@ -88,8 +111,6 @@ class Team {
         } while (!progress_.claimed.compare_exchange_weak(word, number_ << 32 | end, std::memory_order_acq_rel));
         return {begin, end};
     }
-
-    static constexpr int PATIENCE = 2000;  // spins before yielding the core: some tens of microseconds
 
     Progress& progress_;
     i64 number_ = 0;  // number of this thread's next sharing
