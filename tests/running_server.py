@@ -42,7 +42,7 @@ class RunningServer:
             config,
             admission=self.admission,
             metrics=self.metrics,
-            log=RequestLog(self.log, log_prompts=config.log_prompts),
+            log=RequestLog(self.log.write, log_prompts=config.log_prompts),
         )
         self.server = HttpServer(config, max_connections=MAX_CONNECTIONS)
         self.server.app = self.app

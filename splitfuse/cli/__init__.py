@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -44,7 +47,24 @@ app.command()(tune)
 
 def main() -> None:
     """Run the command line. An unknown flag ends it with status 2."""
+    _mend_standard_streams()
     app()
+
+
+def _mend_standard_streams() -> None:
+    """Open the null device for each standard stream that is closed, since the next file or connection would take its
+    place, and let no character raise that a stream cannot hold.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", encoding="utf-8", closefd=False))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if fd else "replace")
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,6 +17,7 @@ import typer
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES
+from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
@@ -133,14 +134,20 @@ def cli_errors() -> Iterator[None]:
     try:
         yield
     except SplitfuseError as error:
-        print(f"splitfuse: {error}", file=sys.stderr)
+        _print_last(f"splitfuse: {error}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        print("splitfuse: interrupted", file=sys.stderr)
+        _print_last("splitfuse: interrupted")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:  # the reader has seen enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from error
+
+
+def _print_last(line: str) -> None:
+    """Write to standard error why the process ends, which it does even if nothing reads that."""
+    with LineWriter(sys.stderr) as writer:
+        writer.write(f"{line}\n")
 
 
 def flag_of(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +13,11 @@ import typer
 
 from splitfuse.cli.flags import given, with_flags
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
-    from splitfuse.engine.messages import Loading
+    from splitfuse.server.lifecycle import ShowStage
 
 
 @with_flags(also=(ServerConfig,))
@@ -39,32 +40,37 @@ def serve(
     config, engine = ServerConfig.from_settings(given(flags)), EngineConfig.from_settings(engine_settings)
     from splitfuse.server.lifecycle import run_server
 
-    with _logging_to_stderr():
-        asyncio.run(run_server(engine, config, show_stage=_show_stage if sys.stderr.isatty() else None))
+    with _logging_to_stderr() as write:
+        asyncio.run(run_server(engine, config, show_stage=_shown_by(write) if sys.stderr.isatty() else None))
 
 
 CLEAR_LINE = "\r\033[K"
 
 
-def _show_stage(stage: Loading) -> None:
-    """Show a stage of start-up on a terminal, in the line of the one before."""
+def _shown_by(write: Callable[[str], None]) -> ShowStage:
+    """Return a function that shows stages of start-up on a terminal, each in the line of the one before."""
     from splitfuse.server.lifecycle import describe
 
-    line = "" if stage.stage == "ready" else describe(stage)
-    print(f"{CLEAR_LINE}{line}", end="", file=sys.stderr, flush=True)
+    return lambda stage: write(f"{CLEAR_LINE}{'' if stage.stage == 'ready' else describe(stage)}")
 
 
 @contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    """Write what a server logs to standard error while the context lasts, in place of a stage shown there."""
-    handler, logger = logging.StreamHandler(), logging.getLogger("splitfuse")
-    handler.setFormatter(_Formatter(f"{CLEAR_LINE if sys.stderr.isatty() else ''}%(level)s%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+def _logging_to_stderr() -> Iterator[Callable[[str], None]]:
+    """Write what a server and its libraries log to standard error while the context lasts, in place of a stage shown
+    there. Yield the function that writes.
+    """
+    root = logging.getLogger()
+    with LineWriter(sys.stderr) as writer:
+        handler = logging.StreamHandler(writer)
+        handler.setFormatter(_Formatter(f"{CLEAR_LINE if sys.stderr.isatty() else ''}%(level)s%(message)s"))
+        root.addHandler(handler)
+        logging.getLogger("splitfuse").setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        try:
+            yield writer.write
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(handler)
 
 
 class _Formatter(logging.Formatter):

@@ -10,10 +10,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +51,12 @@ class RequestRecord:
 
 
 class RequestLog:
-    """Writes records to a stream, line by line. A stream that fails loses lines but fails no request."""
+    """Writes records, line by line, with a function that neither waits nor raises."""
 
-    def __init__(self, stream: TextIO, *, log_prompts: bool, now: Callable[[], float] = time.time) -> None:
-        self._stream = stream
+    def __init__(
+        self, write: Callable[[str], object], *, log_prompts: bool, now: Callable[[], float] = time.time
+    ) -> None:
+        self._write = write
         self._log_prompts = log_prompts
         self._now = now
 
@@ -72,13 +73,16 @@ class RequestLog:
         }
         del fields["inter_token_latency_seconds"]
         fields |= {name: _rounded(value) for name, value in fields.items() if name.endswith("_seconds")}
-        # With all but ASCII escaped, no text can break the line or be more than the stream's encoding can write.
+        # With all but ASCII escaped, no text can break the line.
         line = json.dumps(fields)
         if self._log_prompts:
             line = f'{line[:-1]}, "prompt": {_encoded(prompt)}, "text": {_encoded(text)}}}'
-        with suppress(OSError, ValueError):  # full, or closed
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        self._write(line + "\n")
+
+
+def note_dropped(count: int) -> str:
+    """Return the line about lines that were dropped, since nothing read them or the disk was full."""
+    return json.dumps({"dropped_lines": count})
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -21,11 +21,13 @@ from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.client import EngineClient, LocalClient
+from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Loading, StepReport
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
+from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
@@ -53,7 +55,11 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
     model = config.served_model_name or model_name(engine.model.model)
     config = replace(config, served_model_name=model)
     signals = _Signals()
-    with signals.handled(), listening_socket(config.host, config.port, config.client_timeout) as listener:
+    with (
+        signals.handled(),
+        LineWriter(sys.stdout, note=note_dropped) as log,
+        listening_socket(config.host, config.port, config.client_timeout) as listener,
+    ):
         max_connections = connection_limit(config)
         server = HttpServer(config, max_connections=max_connections)
         address, port = listener.getsockname()[:2]
@@ -75,7 +81,9 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))
             try:
-                starting = asyncio.create_task(_start(engine, config, client, server, show_stage or log_stages()))
+                starting = asyncio.create_task(
+                    _start(engine, config, client, server, log.write, show_stage or log_stages())
+                )
                 if (started := await _started(starting, serving, signals)) is not None:
                     admission, service = started
                     with closing(service):
@@ -114,12 +122,19 @@ def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
 
 
 async def _start(
-    engine: EngineConfig, config: ServerConfig, client: EngineClient, server: HttpServer, show_stage: ShowStage
+    engine: EngineConfig,
+    config: ServerConfig,
+    client: EngineClient,
+    server: HttpServer,
+    write_log: Callable[[str], None],
+    show_stage: ShowStage,
 ) -> tuple[Admission, TextService]:
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
-        server.app, admission, service = await run_in_daemon_thread(lambda: _make_app(engine, config, client))
+        server.app, admission, service = await run_in_daemon_thread(
+            lambda: _make_app(engine, config, client, write_log)
+        )
         with ExitStack() as undo:
             undo.callback(service.close)
             texts = asyncio.create_task(service.start())
@@ -162,7 +177,9 @@ async def _serve(admission: Admission, config: ServerConfig, serving: asyncio.Ta
         raise ServerError(f"{admission.num_requests} requests were cut off {when}")
 
 
-def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) -> tuple[App, Admission, TextService]:
+def _make_app(
+    engine: EngineConfig, config: ServerConfig, client: EngineClient, write_log: Callable[[str], None]
+) -> tuple[App, Admission, TextService]:
     """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
@@ -190,7 +207,7 @@ def _make_app(engine: EngineConfig, config: ServerConfig, client: EngineClient) 
         if isinstance(each, LocalClient):
             each.on_step = _StepListener(each, admission, metrics)
             each.on_planned = log_plan
-    log = RequestLog(sys.stdout, log_prompts=config.log_prompts)
+    log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
     return make_app(service, config, admission=admission, metrics=metrics, log=log), admission, service
 

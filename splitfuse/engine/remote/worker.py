@@ -8,6 +8,7 @@ one whose heartbeat tells an engine that computes from one that hangs.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import queue
 import signal
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
@@ -35,6 +37,8 @@ def main() -> None:
     """Serve until the other side closes the connection or sends Stop."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
         signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))  # which nothing may read
+    logging.captureWarnings(True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
     spec = msgspec.json.decode(sys.argv[2], type=WorkerSpec)
     if spec.cores is not None:  # before PyTorch counts them
@@ -77,8 +81,8 @@ class Worker:
         except SplitfuseError as error:
             self._reports.put(Failed(str(error), type(error).__name__))
         except BaseException as error:
-            traceback.print_exc()
             self._reports.put(Failed(repr(error)))
+            traceback.print_exc()
         self._reports.put(None)
         sender.join(timeout=5.0)
         os._exit(failed)  # other threads may sit in a read
