@@ -22,6 +22,7 @@ that fails never affects the others.
     ├── EngineUnavailableError      no engine is there to compute the request, or it died
     ├── DrainingError               the server is shutting down and accepts no new requests
     └── ServerError                 a server cannot be started, found or stopped
+        └── RegistryError           the list of deployments cannot be read or written
 
 Standard library only.
 """
@@ -142,6 +143,10 @@ class DrainingError(SplitfuseError):
 
 class ServerError(SplitfuseError):
     """Raised when a server cannot be started, found or stopped."""
+
+
+class RegistryError(ServerError):
+    """Raised when the list of deployments cannot be read or written. A server runs without it."""
 
 
 def brief(value: object) -> str:

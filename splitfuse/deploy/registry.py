@@ -1,11 +1,13 @@
 """Lists the running deployments of this user, by name: a JSON file each, in a folder that only this user can read.
 
-Decides where the files are and which of them belong to a living process. An entry has no API key.
+Decides where the files are and which of them belong to a living process. An entry has no API key. Every function raises
+RegistryError where there is no such folder, or no way to write to it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import json
 import os
 import socket
@@ -13,16 +15,20 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 
-from splitfuse.errors import ServerError
+from splitfuse.errors import RegistryError, ServerError
 
 WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses to listen on that are not addresses to call, with the one to call from the same machine."""
+
+LOCK_SECONDS = 3.0
+"""Time to wait for another process that uses the list."""
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,18 @@ def url_of(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine by its name or address.
+
+    >>> is_loopback("localhost"), is_loopback("127.0.0.2"), is_loopback("example.org")
+    (True, True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
 def process_start(pid: int) -> str | None:
     """Return when the process of that number began, for comparing only; None if there is none, or only a zombie."""
     try:
@@ -85,7 +103,7 @@ def _exists(pid: int) -> str | None:
 
 
 def register(deployment: Deployment) -> None:
-    """Add a deployment. Raises ServerError if its name belongs to a running server, or if the folder cannot be used."""
+    """Add a deployment. Raises ServerError if its name belongs to a running server."""
     folder = _folder()
     with _locked(folder):
         _check_free(folder, deployment.name)
@@ -93,17 +111,20 @@ def register(deployment: Deployment) -> None:
 
 
 def mark_ready(deployment: Deployment) -> None:
-    """Note that a registered deployment accepts requests."""
-    folder = _folder()
-    with _locked(folder):
-        _write(folder, replace(deployment, ready=True))
+    """Note that a registered deployment accepts requests. No lock is needed: while it lives, the name is its own."""
+    _write(_folder(), replace(deployment, ready=True))
 
 
 def _write(folder: Path, deployment: Deployment) -> None:
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")  # mode 0600
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(asdict(deployment), file)
-    Path(temporary).replace(folder / f"{deployment.name}.json")
+    with _as_registry_error(folder):
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")  # mode 0600
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(asdict(deployment), file)
+            Path(temporary).replace(folder / f"{deployment.name}.json")
+        except OSError:  # the disk is full
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def check_free(name: str) -> None:
@@ -129,7 +150,8 @@ def unregister(deployment: Deployment) -> None:
         file = folder / f"{deployment.name}.json"
         entry = _read(file)
         if entry is not None and replace(entry, ready=deployment.ready) == deployment:
-            file.unlink(missing_ok=True)
+            with _as_registry_error(folder):
+                file.unlink(missing_ok=True)
 
 
 def deployments() -> list[Deployment]:
@@ -142,7 +164,8 @@ def deployments() -> list[Deployment]:
             if deployment is not None and deployment.is_alive:
                 living.append(deployment)
             else:
-                file.unlink(missing_ok=True)
+                with suppress(OSError):  # a folder, or the disk cannot be written now
+                    file.unlink()
     return living
 
 
@@ -167,43 +190,64 @@ def _folder() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return `~/.cache/splitfuse/NAME`, or that in XDG_CACHE_HOME, readable by this user only. Raises ServerError."""
+    """Return `~/.cache/splitfuse/NAME`, or that in XDG_CACHE_HOME, readable by this user only."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
-        raise ServerError("no home folder for the list of deployments: set XDG_RUNTIME_DIR") from error
+        raise RegistryError("no home folder for the list of deployments: set XDG_RUNTIME_DIR") from error
     return _private(home / "splitfuse" / name)
 
 
 def _private(folder: Path) -> Path:
-    try:
+    with _as_registry_error(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.getuid():
-            raise ServerError(
+            raise RegistryError(
                 f"{folder} belongs to another user: remove it, or set XDG_RUNTIME_DIR to a folder of your own"
             )
         if stat.S_IMODE(status.st_mode) != 0o700:
             folder.chmod(0o700)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ServerError(
-            f"the list of deployments in {folder} cannot be written: {reason}; set XDG_RUNTIME_DIR to a writable folder"
-        ) from error
     return folder
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time in; the lock ends with the process that holds it."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _as_registry_error(folder):
+        file = (folder / ".lock").open("w")
+    with file:
+        limit = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > limit:
+                    raise RegistryError(
+                        f"another process has held {folder / '.lock'} for {LOCK_SECONDS:g} s: end it, or set "
+                        "XDG_RUNTIME_DIR to another folder"
+                    ) from None
+                time.sleep(POLL_SECONDS)
+            except OSError:  # this file system has no locks
+                break
         yield
+
+
+@contextmanager
+def _as_registry_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RegistryError(
+            f"the list of deployments in {folder} cannot be written: {error.strerror or error}; set XDG_RUNTIME_DIR to "
+            "a writable folder"
+        ) from error
 
 
 def _read(file: Path) -> Deployment | None:
     """Return the entry in a file; None if the file does not exist or has no entry."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Deployment)
+        return msgspec.json.decode(file.read_bytes(), type=Deployment) if file.is_file() else None
     except (OSError, msgspec.DecodeError):
         return None

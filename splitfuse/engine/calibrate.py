@@ -89,13 +89,12 @@ def load_or_calibrate(config: EngineConfig, model: LoadedModel, *, progress: boo
 
     Raises as `calibrate` does.
     """
-    path = cache_path(identify(config, model.source))
-    if path.exists():
-        with suppress(CostModelError):  # a damaged file is made anew
-            return load(path)
+    identity = identify(config, model.source)
+    with suppress(CostModelError):  # a damaged file is made anew
+        return load(cache_path(identity))
     calibration, _ = calibrate(config, model, seconds=SECONDS_AT_START, progress=progress)
     with suppress(CostModelError):  # without a writable home, each start takes these seconds
-        save(calibration, path)
+        save(calibration, cache_path(identity))
     return calibration
 
 

@@ -91,8 +91,14 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
 
 
 def cache_path(identity: dict[str, Any]) -> Path:
-    """Return the file for the calibration of an engine, in the user's cache folder: `XDG_CACHE_HOME` or `~/.cache`."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitfuse" / "cost-models"
+    """Return the file for the calibration of an engine, in the user's cache folder: `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises CostModelError for a user without a home folder.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "splitfuse" / "cost-models"
+    except RuntimeError as error:
+        raise CostModelError("no home folder for cost models: set XDG_CACHE_HOME") from error
     digest = hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]
     return folder / f"{Path(identity['model']).name}-{digest}.json"
 

@@ -6,7 +6,6 @@ Decides in what order these happen, what a signal means, and what is logged of i
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import sys
@@ -25,7 +24,7 @@ from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Loading, StepReport
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
-from splitfuse.errors import ServerError
+from splitfuse.errors import RegistryError, ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
@@ -73,8 +72,8 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             drain_timeout=config.drain_timeout,
             tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
         )
-        registry.register(deployment)
-        if not deployment.needs_key and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        is_listed = _register(deployment)
+        if not deployment.needs_key and not registry.is_loopback(address):
             _logger.warning("listening on %s without authentication; set --api-key", address)
         try:
             client = make_replicas(engine, replicas=config.replicas, step_timeout=config.step_timeout)
@@ -89,12 +88,16 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                     with closing(service):
                         _log_slo(engine.scheduler)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
-                        registry.mark_ready(deployment)
+                        if is_listed:
+                            with suppress(RegistryError):  # the folder has gone since
+                                registry.mark_ready(deployment)
                         await _serve(admission, config, serving, signals)
             finally:
                 await _end(client, server, serving, at_once=signals.now.is_set())
         finally:
-            registry.unregister(deployment)
+            if is_listed:
+                with suppress(RegistryError):  # others remove the entry of a process that has ended
+                    registry.unregister(deployment)
     if signals.interrupted:
         raise KeyboardInterrupt
 
@@ -105,6 +108,16 @@ def model_name(model: str | None) -> str:
         return BUNDLED_MODEL.name
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def _register(deployment: Deployment) -> bool:
+    """List a deployment, and return whether it is listed: a server also runs where no folder can be written."""
+    try:
+        registry.register(deployment)
+    except RegistryError as error:
+        _logger.warning("%s. Until then splitfuse ps, stop and client(%r) do not find it", error, deployment.name)
+        return False
+    return True
 
 
 def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
