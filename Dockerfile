@@ -22,6 +22,8 @@ RUN useradd --create-home splitfuse && install --directory --owner splitfuse /ho
 USER splitfuse
 VOLUME /home/splitfuse/.cache
 EXPOSE 8000
-HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
+# The list of deployments, by which the check finds port and TLS, is in /tmp: any user can write to it.
+ENV XDG_RUNTIME_DIR=/tmp
+HEALTHCHECK --start-period=60s CMD ["python", "-m", "splitfuse.deploy.health"]
 # SIGTERM, which `docker stop` sends, drains; give it more time than --drain-timeout: docker stop --time 75.
 ENTRYPOINT ["splitfuse", "serve", "--host", "0.0.0.0"]

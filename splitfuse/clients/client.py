@@ -10,7 +10,7 @@ import json
 import os
 import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Literal, Self, overload
 from urllib.parse import quote, urlsplit
 
@@ -21,7 +21,7 @@ from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.clients.wire import PartialResponse, RemoteRequest, error_in, error_of, prepare
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment
-from splitfuse.errors import InvalidRequestError, RequestFailedError, ServerError
+from splitfuse.errors import InvalidRequestError, RegistryError, RequestFailedError, ServerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.responses import Piece, Response, in_order
 
@@ -46,14 +46,19 @@ class AsyncClient:
         self.url = url
         self.deployment = deployment
         """Registry entry of the server, if it runs on this machine and belongs to this user."""
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
-            verify=_trust(deployment),
-            trust_env=deployment is None,  # no proxy between us and this machine
-        )
+        limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
+        is_here = deployment is not None or registry.is_loopback(urlsplit(url).hostname or "")
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=url,
+                headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},
+                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+                limits=limits,
+                # With a transport of its own it takes no proxy from the environment: none leads to this machine.
+                transport=httpx.AsyncHTTPTransport(verify=_trust(deployment), limits=limits) if is_here else None,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise ServerError(f"the proxy in the environment cannot be used: {error}; see NO_PROXY") from error
         self._max_model_len: int | None = None
 
     @overload
@@ -214,7 +219,9 @@ def connect(name_or_url: str, api_key: str | None) -> tuple[str, str | None, Dep
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ServerError(f"{name_or_url!r} is not the URL of a server: write one such as http://127.0.0.1:8000")
     url = name_or_url.rstrip("/").removesuffix("/v1")
-    return url, api_key, next((d for d in registry.deployments() if d.url == url), None)
+    with suppress(RegistryError):
+        return url, api_key, next((d for d in registry.deployments() if d.url == url), None)
+    return url, api_key, None
 
 
 def server_state(deployment: Deployment) -> str:
