@@ -23,6 +23,8 @@ LOAD_FORMATS = ("safetensors", "dummy")
 QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
 """Quantizations of weights, with the group sizes of each."""
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
+MAX_THREADS = 1024
+"""Number of threads of the largest machines. Hundreds of thousands end the process."""
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
@@ -85,6 +87,8 @@ class ModelConfig:
         if self.quantization_group_size not in (None, *group_sizes):
             raise ConfigError(f"quantization_group_size must be 64 or 128, not {self.quantization_group_size}")
         _at_least("num_threads", self.num_threads, 1)
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"num_threads must be at most {MAX_THREADS}, not {self.num_threads}")
         _at_least("max_model_len", self.max_model_len, 2)
 
 

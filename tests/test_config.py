@@ -77,6 +77,7 @@ def test_an_unknown_setting_unlike_any_is_refused_with_all() -> None:
         ("kernels", "cuda", "kernels must be one of auto, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'"),
         ("kernels", None, "kernels must be str, not None"),
         ("num_threads", 0, "num_threads must be at least 1, not 0"),
+        ("num_threads", 100_000, "num_threads must be at most 1024, not 100000"),
         ("num_threads", "2", "num_threads must be int or None, not '2'"),
         ("kv_cache_dtype", "int4", "kv_cache_dtype must be one of auto, int8, not 'int4'"),
     ],

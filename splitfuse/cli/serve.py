@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import typer
 
 from splitfuse.cli.flags import given, with_flags
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError
 
@@ -36,6 +38,9 @@ def serve(
         if flags["model"] is not None:
             raise ConfigError(f"MODEL {model_argument} and --model {flags['model']} are mutually exclusive")
         flags["model"] = model_argument
+    variable = KEY_VARIABLES["api_key"]
+    if not flags["api_key"] and not os.environ.get(variable, "key").strip():
+        raise ConfigError(f"{variable} is set but has no key in it: set one, or unset it to serve without")
     engine_settings = given({name: flags.pop(name) for name in EngineConfig.setting_fields()})
     config, engine = ServerConfig.from_settings(given(flags)), EngineConfig.from_settings(engine_settings)
     from splitfuse.server.lifecycle import run_server

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import os
 import secrets
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,8 +74,21 @@ class ApiKeys:
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
 
 
+def check_private(setting: str, path: str) -> None:
+    """Raise ConfigError if other users can read a file of this user with keys in it, which ssh refuses too."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return  # its reader says why
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        raise ConfigError(
+            f"{setting} {path} is open to other users (mode {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
+        )
+
+
 def _read(path: str, owners: dict[str, Owner]) -> None:
     """Add the keys in a file, one a line with its options; keys without a name are numbered."""
+    check_private("api_key_file", path)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import uvicorn
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import ConfigError, EngineUnavailableError, ServerError
+from splitfuse.server.auth import check_private
 from splitfuse.server.connections import Connection, Connections
 from splitfuse.server.dialect import encode_json
 from splitfuse.server.errors import answer_to
@@ -67,7 +68,9 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self, config: ServerConfig, *, max_connections: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raise ConfigError for a TLS certificate or key that cannot be used."""
+        """Raise ConfigError for a TLS certificate or key that cannot be used, or a key that others can read."""
+        if config.tls_key is not None:
+            check_private("tls_key", config.tls_key)
         self.app: App | None = None
         self.connections = Connections(
             max_connections,

@@ -453,6 +453,7 @@ def test_every_route_but_two_requires_a_key() -> None:
 def test_a_key_file_must_exist_and_have_a_key(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text(" \n")
+    empty.chmod(0o600)
     for file, message in ((tmp_path / "none", "cannot be read"), (empty, "has no key in it")):
         with pytest.raises(ConfigError, match=message), running_server(ServerConfig(api_key_file=str(file))):
             pass

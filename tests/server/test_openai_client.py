@@ -445,6 +445,7 @@ def test_a_full_server_answers_429_and_retries_get_through() -> None:
 def test_keys_are_required_and_separate_caches(tmp_path: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("sk-two\n\n sk-three \n")
+    file.chmod(0o600)
     config = ServerConfig(api_key=("sk-one",), api_key_file=str(file))
     long = {"model": MODEL, "prompt": PROMPT * 30, "max_tokens": 1}
     with running_server(config) as server:

@@ -86,6 +86,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> It
     del server  # its cost model is used
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text("# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\n")
+    file.chmod(0o600)
     settings = {"enable_slo": True, "num_blocks": 200}
     with running_server(ServerConfig(api_key_file=str(file)), **settings) as running, running.http() as http:
         yield http
@@ -124,6 +125,7 @@ def test_the_slo_and_priority_of_a_key(keyed: httpx.Client) -> None:
 )
 def test_malformed_key_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"good\n{line}\n")
+    (tmp_path / "keys").chmod(0o600)
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         ApiKeys(ServerConfig(api_key=("given",), api_key_file=str(tmp_path / "keys")))
     assert "line 2" in str(error.value)
@@ -131,6 +133,7 @@ def test_malformed_key_lines_are_named(line: str, message: str, tmp_path: Path) 
 
 def test_an_slo_of_a_key_needs_slo_scheduling(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("k name=bob itl=100ms\n")
+    (tmp_path / "keys").chmod(0o600)
     keys = ApiKeys(ServerConfig(api_key_file=str(tmp_path / "keys")))
     with pytest.raises(ConfigError, match="gives 'bob' an SLO, but SLO scheduling is disabled"):
         keys.check(SchedulerConfig())
