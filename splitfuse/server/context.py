@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from splitfuse.core.latency.phases import LatencyPhase
@@ -22,6 +23,8 @@ from splitfuse.text.generation import Generation
 
 _FAREWELL_SECONDS = 5.0
 """Time to send an error to a client that may not be reading."""
+SILENCE_SECONDS = 15.0
+"""Time after which a silent stream gets a comment; proxies cut one off after 60 s."""
 
 _Result = TypeVar("_Result")
 
@@ -66,6 +69,8 @@ class RequestContext:
         self._receive = receive
         self._send = send
         self._is_stream = False
+        self._writing = asyncio.Lock()
+        self._written_at = self.arrival
 
     @property
     def headers(self) -> dict[bytes, bytes]:
@@ -207,6 +212,16 @@ class RequestContext:
         await self._write(self.dialect.end)
         await self.send({"type": "http.response.body", "body": b""})
 
+    async def keep_alive(self) -> None:
+        """Send a comment whenever the stream has been silent, until cancelled. The first one begins the answer."""
+        with suppress(OSError):  # whatever waits for the client notices too
+            while True:
+                silent = time.monotonic() - self._written_at
+                if silent >= SILENCE_SECONDS:
+                    await self._write(self.dialect.comment)
+                else:
+                    await asyncio.sleep(SILENCE_SECONDS - silent)
+
     async def fail(self, answer: RefusedError) -> None:
         """Send an error: as the answer, or as the last event of a stream that has begun."""
         body = self.dialect.error(answer)
@@ -218,11 +233,13 @@ class RequestContext:
                 await self.send({"type": "http.response.body", "body": b""})
 
     async def _write(self, data: bytes) -> None:
-        if self.status is None:
-            self._is_stream = True
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            await self._begin(200, self.dialect.stream_type, headers)
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+        async with self._writing:
+            self._written_at = time.monotonic()
+            if self.status is None:
+                self._is_stream = True
+                headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+                await self._begin(200, self.dialect.stream_type, headers)
+            await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         named = {"content-type": content_type, **headers}

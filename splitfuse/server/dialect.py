@@ -41,6 +41,8 @@ class Dialect:
     """Function that returns the API key in the headers, or nothing."""
     event: Callable[[Any], bytes] = sse_event
     """Function that returns the bytes of an event."""
+    comment: bytes = b": keep-alive\n\n"
+    """Bytes that clients skip, for a stream that is silent."""
     end: bytes = b""
     """Bytes after the last event."""
     end_description: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -105,6 +106,8 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         each_token = request.stream and request.each_token
         state.explanations.begin(context)
         context.hand_over()
+        if request.stream:
+            admitted.callback(asyncio.create_task(context.keep_alive()).cancel)
         pieces = service.run(context.generations, scheduling=request.scheduling, each_token=each_token)
         async with aclosing(pieces):
             async for generation, text in pieces:
