@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -58,7 +59,7 @@ class RequestContext:
         """Flag of an answer that has the generated text in it."""
         self.prompt: Any = None
         """Prompt for the log."""
-        self.phases: dict[LatencyPhase, float] = {}
+        self.phases: defaultdict[LatencyPhase, float] = defaultdict(float)
         """Seconds in this process, while no engine had the request: see `enter_phase`."""
         self.sent_to_engine_at = math.inf
         """Time at which the engine's account begins."""
@@ -123,7 +124,7 @@ class RequestContext:
         if self.sent_to_engine_at < math.inf:
             started = max(started, self.ended_at)
         if now > started:
-            self.phases[self._phase] = self.phases.get(self._phase, 0.0) + now - started
+            self.phases[self._phase] += now - started
         self._phase, self.phase_started_at = phase, now
 
     def hand_over(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,8 +67,8 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 
 async def timing_with_phases(context: RequestContext) -> Timing:
     """Return the times of a request once its engine has reported where they went, which may be a step after its end."""
-    if context.last is not None and context.last.stream is not None:
-        await asyncio.shield(context.last.stream.breakdown)
+    if (timeline := RequestTimeline.of(context)) is not None:
+        await asyncio.shield(timeline.breakdown)
     context.enter_phase(LatencyPhase.FROM_ENGINE)
     timeline = RequestTimeline.of(context)
     return timing_of(context, None if timeline is None else timeline.phases())
@@ -81,7 +81,7 @@ class RequestTimeline:
     Of several choices, the engine's phases are those of the choice that ended last.
     """
 
-    front: dict[LatencyPhase, float]
+    front: defaultdict[LatencyPhase, float]
     sent: float
     ended_at: float
     breakdown: asyncio.Future[LatencyBreakdown | None]
@@ -92,26 +92,22 @@ class RequestTimeline:
         last = context.last
         if last is None or last.stream is None or last.sent is None:
             return None
-        front = {**context.phases, LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
-        detokenizing = min(last.detokenizing, front.get(LatencyPhase.FROM_ENGINE, 0.0))  # while it waited for the text
-        _add(front, LatencyPhase.FROM_ENGINE, -detokenizing)
-        _add(front, LatencyPhase.DETOKENIZING, detokenizing)
+        front = context.phases | {LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
+        detokenizing = min(last.detokenizing, front[LatencyPhase.FROM_ENGINE])  # while it waited for the text
+        front[LatencyPhase.FROM_ENGINE] -= detokenizing
+        front[LatencyPhase.DETOKENIZING] += detokenizing
         return cls(front=front, sent=last.sent, ended_at=last.ended_at, breakdown=last.stream.breakdown)
 
     def phases(self) -> dict[LatencyPhase, float]:
         """Return the seconds of each phase that has any, in order. `breakdown` must be done."""
-        breakdown, phases = self.breakdown.result(), dict(self.front)
+        breakdown, phases = self.breakdown.result(), self.front.copy()
         if breakdown is None:
-            _add(phases, LatencyPhase.FAILED, self.ended_at - self.sent)
+            phases[LatencyPhase.FAILED] += self.ended_at - self.sent
         else:
             for phase, seconds in breakdown.phases.items():
-                _add(phases, phase, seconds)
-            _add(phases, LatencyPhase.FROM_ENGINE, self.ended_at - breakdown.closed)
-        return {phase: phases[phase] for phase in LatencyPhase if phases.get(phase, 0.0) > 0.0}
-
-
-def _add(phases: dict[LatencyPhase, float], phase: LatencyPhase, seconds: float) -> None:
-    phases[phase] = phases.get(phase, 0.0) + seconds
+                phases[phase] += seconds
+            phases[LatencyPhase.FROM_ENGINE] += self.ended_at - breakdown.closed
+        return {phase: phases[phase] for phase in LatencyPhase if phases[phase] > 0.0}
 
 
 class CoScheduled(msgspec.Struct, frozen=True):
