@@ -94,14 +94,16 @@ class Stream:
         self._release(FinishReason.ABORT, None)
 
     def push(self, output: RequestOutput, step_seconds: float) -> None:
-        """Add an output. Called by the client that opened the stream."""
-        if self.began is None:
-            self.began = max(self._opened, time.monotonic() - step_seconds)
-        self.num_tokens += len(output.token_ids)
+        """Add an output; of one that is not wanted any more, only that it has ended counts. Called by the client that
+        opened the stream.
+        """
         if output.finish_reason is not None:
             self._ended = True
             self.settle(output.latency_breakdown)
         if not self._released:
+            if self.began is None:
+                self.began = max(self._opened, time.monotonic() - step_seconds)
+            self.num_tokens += len(output.token_ids)
             self._outputs.append(output)
             self._news.set()
 
@@ -253,18 +255,11 @@ class LocalClient(EngineClient):
                 except Exception:
                     _logger.exception("a listener failed on a step")
                 for output in report.outputs:
-                    ending = self._ending.get(output.request_id)
-                    if ending is not None:  # sent before our Finish arrived, or the final output
+                    streams = self._ending if output.request_id in self._ending else self._streams
+                    if (stream := streams.get(output.request_id)) is not None:
+                        stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
-                            del self._ending[output.request_id]
-                            ending.settle(output.latency_breakdown)
-                        continue
-                    stream = self._streams.get(output.request_id)
-                    if stream is None:
-                        continue
-                    if output.finish_reason is not None:
-                        del self._streams[output.request_id]
-                    stream.push(output, report.stats.step_seconds)
+                            del streams[output.request_id]
             case Loading():
                 self.stage = report
                 if report.memory_plan:
