@@ -25,6 +25,7 @@ reads no clock.
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import (
@@ -73,8 +74,7 @@ class Scheduler:
         self._fair_share = FairShare()
         self._num_accepted = 0
         self._num_scheduled_steps = 0
-        self._num_finished_steps = 0
-        self._planned_at: dict[int, float] = {}  # of plans in flight
+        self._in_flight: deque[tuple[int, float]] = deque()  # number of each plan, and when it was made
         self._last_update = 0.0
 
     @property
@@ -120,7 +120,7 @@ class Scheduler:
             return None
         plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))
         self._num_scheduled_steps, self._retired = plan.step, []
-        self._planned_at[plan.step] = now
+        self._in_flight.append((plan.step, now))
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self._requests[new.request_id], now))
         self.events.emit(StepScheduled(plan, step, now))
@@ -131,9 +131,9 @@ class Scheduler:
 
         Plans come back in the order in which they were scheduled.
         """
-        self._num_finished_steps += 1
-        assert plan.step == self._num_finished_steps, "plans must come back in the order they were scheduled"
-        start_time, self._last_update = max(self._planned_at.pop(plan.step), self._last_update), now
+        step, planned_at = self._in_flight.popleft()
+        assert plan.step == step, "plans must come back in the order they were scheduled"
+        start_time, self._last_update = max(planned_at, self._last_update), now
         predictor = self.policy.predictor
         predicted = 0.0 if predictor is None else predictor.observe(features_of(plan), now - start_time)
         running, waiting = self.queue.running, self.queue.waiting
