@@ -121,54 +121,22 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, byt
 
 
 async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncGenerator[bytes, None]:
-    """Yield the body in pieces: of its stated length, chunked, or until the connection ends."""
+    """Yield the body in pieces: chunked (RFC 9112, section 7.1), of its stated length, or until the connection ends."""
     if headers.get(b"transfer-encoding") == b"chunked":
-        chunks = Chunks()
-        while not chunks.ended:
-            data = await reader.read(_PIECE)
-            if not data:
-                raise ConnectionError("it closed within an answer")
-            if piece := chunks.feed(data):
-                yield piece
-        return
-    left = int(headers[b"content-length"]) if b"content-length" in headers else None
-    while left is None or left > 0:
-        data = await reader.read(_PIECE if left is None else min(left, _PIECE))
-        if not data:
-            if left:
-                raise ConnectionError("it closed within an answer")
-            return
-        left = None if left is None else left - len(data)
-        yield data
+        while size := _chunk_size(await reader.readuntil(b"\r\n")):
+            yield (await reader.readexactly(size + 2))[:-2]
+    elif b"content-length" in headers:
+        yield await reader.readexactly(int(headers[b"content-length"]))
+    else:
+        while piece := await reader.read(_PIECE):
+            yield piece
 
 
-class Chunks:
-    """Decoder of the chunked transfer coding (RFC 9112, section 7.1), for pieces of any length."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._held = b""
-        self._left = 0  # bytes of the chunk that has begun, its line end among them
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the part of the body in the next piece. Raises ConnectionError for a malformed chunk."""
-        data, place, out = self._held + data, 0, []
-        while place < len(data) and not self.ended:
-            if self._left:
-                piece = data[place : place + self._left]
-                place += len(piece)
-                out.append(piece[: max(self._left - 2, 0)])
-                self._left -= len(piece)
-                continue
-            end = data.find(b"\r\n", place)
-            if end < 0:
-                break
-            try:
-                size = int(data[place:end].partition(b";")[0], 16)
-            except ValueError:
-                raise ConnectionError(f"malformed chunk length {data[place:end][:40]!r}") from None
-            place = end + 2
-            self.ended = size == 0
-            self._left = size + 2
-        self._held = data[place:]
-        return b"".join(out)
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip()
+    try:
+        if digits.isalnum():
+            return int(digits, 16)
+    except ValueError:
+        pass
+    raise ConnectionError(f"malformed chunk length {digits[:40]!r}")

@@ -81,10 +81,13 @@ def by_load(points: Iterable[Point]) -> list[list[Point]]:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write results as JSON, atomically: an interruption leaves the old file or the new one."""
+    """Write results as JSON, atomically: an interruption leaves the old file or the new one. Raises ConfigError."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
-    part.replace(path)
+    try:
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: Path) -> Results:

@@ -11,11 +11,10 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.bench.workload import Loads
-from splitfuse.cli.flags import flag_of, given, take, with_flags
-from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, save_results, take_loads
+from splitfuse.cli.flags import ApiKeyFlag, first_key, flag_of, given, take, with_flags
+from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
 from splitfuse.cli.tables import print_results
 from splitfuse.config import EngineConfig
-from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def bench_run(
         str | None,
         typer.Option(help="Server to measure (default: an engine in this process, by the engine flags)."),
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of --url.", envvar=KEY_VARIABLES["api_key"])] = None,
+    api_key: ApiKeyFlag = None,
     replicas: Annotated[int, typer.Option(help="Engines that share the cores, each in its own process.")] = 1,
     policy: Annotated[
         str,
@@ -56,13 +55,13 @@ def bench_run(
     Prompts are random and distinct, lengths normally distributed, answers greedy. docs/bench.md explains each figure.
     """
     from splitfuse.bench.measure import measure
+    from splitfuse.bench.results import save
     from splitfuse.runtime.environment import environment_info
 
     workload = take(WorkloadFlags, flags)
     loads, speeds = take_loads(flags, workload.trace, repeat=repeat), parse_speeds(slo)
     notes = _notes(about or [])
     make_workload = workload.maker()
-    keys = (api_key or "").split()
     target: Target
     if url is not None:
         from splitfuse.bench.endpoint import Endpoint
@@ -71,7 +70,7 @@ def bench_run(
         target = Endpoint(
             url,
             model=flags["model"],
-            api_key=keys[0] if keys else None,
+            api_key=first_key(api_key),
             ignore_eos=ignore_eos,
             vocab_size=vocab_size,
             timeout=timeout,
@@ -95,7 +94,7 @@ def bench_run(
             replicas=replicas,
             about={**environment_info(), **notes},
             on_start=_print_target,
-            on_point=lambda results: None if out is None else save_results(results, out),
+            on_point=lambda results: None if out is None else save(results, out),
             progress=not quiet and sys.stderr.isatty(),
         )
     )

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import SAMPLING_FLAGS, changed, flag_of, given, with_flags
+from splitfuse.cli.flags import (
+    SAMPLING_FLAGS,
+    ApiKeyFlag,
+    NameFlag,
+    UrlFlag,
+    changed,
+    connect,
+    flag_of,
+    given,
+    with_flags,
+)
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
@@ -30,8 +40,9 @@ Answer = Callable[[Messages], "Iterator[Piece]"]
 
 @with_flags(sampling=CHAT_SAMPLING)
 def chat(
-    name: Annotated[str | None, typer.Option(help="Name of a deployment to talk to.")] = None,
-    url: Annotated[str | None, typer.Option(help="URL of a server to talk to, such as http://127.0.0.1:8000.")] = None,
+    name: NameFlag = None,
+    url: UrlFlag = None,
+    api_key: ApiKeyFlag = None,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     **flags: Any,
 ) -> None:
@@ -42,41 +53,42 @@ def chat(
     Ctrl-D ends, and Ctrl-C interrupts an answer.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
-    with _model(name, url, settings, list(changed(settings)), given(flags)) as answer:
-        conversation = _Conversation(answer, system)
-        succeeded = conversation.on_terminal() if sys.stdin.isatty() else conversation.through_pipe()
-    if not succeeded:
+    with _model(name, url, api_key, settings, list(changed(settings)), given(flags)) as answer:
+        interactive = sys.stdin.isatty()
+        lines = _typed() if interactive else _joined(sys.stdin)
+        succeeded = _Conversation(answer, system).run(lines, interactive=interactive)
+    if not (succeeded or interactive):
         raise typer.Exit(1)
 
 
 @contextmanager
 def _model(
-    name: str | None, url: str | None, settings: dict[str, Any], engine_flags: list[str], keywords: dict[str, Any]
+    name: str | None,
+    url: str | None,
+    api_key: str | None,
+    settings: dict[str, Any],
+    engine_flags: list[str],
+    keywords: dict[str, Any],
 ) -> Iterator[Answer]:
     """Open a server, or load a model; yield the function that answers."""
-    if name is not None and url is not None:
-        raise ConfigError("--name and --url are mutually exclusive")
     if (name or url) and engine_flags:
         server = "--name" if name else "--url"
         raise ConfigError(
             f"{flag_of(engine_flags[0])} and {server} are mutually exclusive: it configures an engine here"
         )
-    where = name or url
-    if where is None and not engine_flags:
+    if not (name or url or engine_flags):
         from splitfuse.deploy import registry
 
         with suppress(ServerError):
-            where = registry.find(ServerConfig().name).name
-    if where is None:
+            name = registry.find(ServerConfig().name).name
+    if not (name or url):
         from splitfuse.api import pipeline
 
         _say("loading the model")
         pipe = pipeline(settings.pop("model"), **given(settings))
         yield lambda messages: pipe(messages, chat=True, stream=True, **keywords)
         return
-    from splitfuse.clients.sync import client
-
-    with client(where) as connected:
+    with connect(name, url, api_key) as connected:
         if connected.deployment is not None:
             _say(f"chatting with {connected.deployment.model} at {connected.url}")
         yield lambda messages: connected(messages, chat=True, stream=True, **keywords)
@@ -91,43 +103,23 @@ class _Conversation:
         self._messages: Messages = []
         self._reset()
 
-    def on_terminal(self) -> bool:
-        """Read turns until /exit or Ctrl-D; always successful."""
-        with suppress(ImportError):
-            import readline  # noqa: F401 - line editing and a history for input()
-        _say(HELP)
-        while True:
-            try:
-                line = input("> ")
-                while line.endswith(CONTINUED):
-                    line = line.removesuffix(CONTINUED) + "\n" + input(". ")
-            except EOFError:
-                print()
-                return True
-            except KeyboardInterrupt:  # discards the line
-                print()
-                continue
-            if line.strip() == "/exit":
-                return True
-            if line.strip() == "/reset":
-                self._reset()
-                _say("starting over")
-            elif line.strip() == "/help":
-                _say(HELP)
-            elif line.strip():
-                self._turn(line, interruptible=True)
-
-    def through_pipe(self) -> bool:
-        """Read a turn from each (continued) line of standard input; return whether all were answered."""
+    def run(self, lines: Iterable[str], *, interactive: bool) -> bool:
+        """Take a turn for each line until /exit; return whether all were answered."""
         succeeded = True
-        for line in _joined(sys.stdin):
-            command = line.strip()
-            if command == "/exit":
-                break
-            if command == "/reset":
-                self._reset()
-            elif command:
-                succeeded &= self._turn(line, interruptible=False)
+        for line in lines:
+            match line.strip():
+                case "":
+                    pass
+                case "/exit":
+                    break
+                case "/reset":
+                    self._reset()
+                    if interactive:
+                        _say("starting over")
+                case "/help" if interactive:
+                    _say(HELP)
+                case _:
+                    succeeded &= self._turn(line, interruptible=interactive)
         return succeeded
 
     def _reset(self) -> None:
@@ -157,6 +149,24 @@ class _Conversation:
         if text:
             self._messages = [*messages, {"role": "assistant", "content": text}]
         return True
+
+
+def _typed() -> Iterator[str]:
+    """Yield what is typed into a terminal until Ctrl-D; Ctrl-C discards the line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - line editing and a history for input()
+    _say(HELP)
+    while True:
+        try:
+            line = input("> ")
+            while line.endswith(CONTINUED):
+                line = line.removesuffix(CONTINUED) + "\n" + input(". ")
+        except (EOFError, KeyboardInterrupt) as end:
+            print()
+            if isinstance(end, EOFError):
+                return
+        else:
+            yield line
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:

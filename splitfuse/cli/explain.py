@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import cli_errors
-from splitfuse.errors import ConfigError
+from splitfuse.cli.flags import ApiKeyFlag, NameFlag, UrlFlag, cli_errors, connect
 
 BAR = 32
 """Length of the longest bar, in characters."""
@@ -16,20 +15,15 @@ BAR = 32
 @cli_errors()
 def explain(
     request: Annotated[str, typer.Argument(metavar="ID", help="Id of the answer, or its header X-Request-Id.")],
-    name: Annotated[
-        str | None, typer.Option(help="Name of the deployment that answered it (default: splitfuse).")
-    ] = None,
-    url: Annotated[str | None, typer.Option(help="URL of the server, such as http://127.0.0.1:8000.")] = None,
+    name: NameFlag = None,
+    url: UrlFlag = None,
+    api_key: ApiKeyFlag = None,
 ) -> None:
     """Show the latency breakdown of a request, in phases that add up to its latency.
 
-    A server keeps the last 1,024 finished requests. The API key is read from SPLITFUSE_API_KEY.
+    A server keeps the last 1,024 finished requests.
     """
-    if name is not None and url is not None:
-        raise ConfigError("--name and --url are mutually exclusive")
-    from splitfuse.clients.sync import client
-
-    with client(url or name or "splitfuse") as server:
+    with connect(name, url, api_key) as server:
         print(format_breakdown(server.explain(request)))
 
 

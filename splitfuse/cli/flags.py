@@ -14,12 +14,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
+
+if typing.TYPE_CHECKING:
+    from splitfuse.clients.sync import Client
 
 JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs")
 """Sampling parameters without a flag, which a line of a .jsonl file can set."""
@@ -48,6 +51,9 @@ SAMPLING_FLAGS: dict[str, Flag] = {
     "chat": Flag(bool, False, "Send each prompt through the model's chat template, as a user's turn."),
     "return_full_text": Flag(bool, False, "Put the prompt before the answer."),
 }
+NameFlag = Annotated[str | None, typer.Option(help="Name of a deployment (default: splitfuse).")]
+UrlFlag = Annotated[str | None, typer.Option(help="URL of a server, such as http://127.0.0.1:8000.")]
+ApiKeyFlag = Annotated[str | None, typer.Option(help="API key of the server.", envvar=KEY_VARIABLES["api_key"])]
 Part = TypeVar("Part")
 Number = TypeVar("Number", int, float)
 NO_FLAGS: Mapping[str, Any] = types.MappingProxyType({})
@@ -148,6 +154,20 @@ def _print_last(line: str) -> None:
     """Write to standard error why the process ends, which it does even if nothing reads that."""
     with LineWriter(sys.stderr) as writer:
         writer.write(f"{line}\n")
+
+
+def connect(name: str | None, url: str | None, api_key: str | None) -> Client:
+    """Connect to the server of that name or URL, by default the deployment of the default name."""
+    from splitfuse.clients.sync import client
+
+    if name is not None and url is not None:
+        raise ConfigError("--name and --url are mutually exclusive")
+    return client(url or name or ServerConfig().name, api_key=first_key(api_key))
+
+
+def first_key(api_keys: str | None) -> str | None:
+    """Return the first of several keys, as SPLITFUSE_API_KEY may have them for a server."""
+    return next(iter((api_keys or "").split()), None)
 
 
 def flag_of(name: str) -> str:

@@ -15,7 +15,6 @@ from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from splitfuse.bench.measure import MakeWorkload
-    from splitfuse.bench.results import Results
 
 CLIENTS = "1,2,4,8,16,32"
 SPEEDS = "2,4,6"
@@ -72,13 +71,3 @@ def check_writable(out: Path | None) -> None:
         return
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"{out} cannot be written: name a file in an existing folder")
-
-
-def save_results(results: Results, out: Path) -> None:
-    """Write results. Raises ConfigError if that fails."""
-    from splitfuse.bench.results import save
-
-    try:
-        save(results, out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from error

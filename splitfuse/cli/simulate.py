@@ -10,7 +10,7 @@ import typer
 
 from splitfuse.bench.workload import Loads
 from splitfuse.cli.flags import changed, given, take, with_flags
-from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, save_results, take_loads
+from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
 from splitfuse.cli.tables import console, make_table, print_results
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, did_you_mean
@@ -52,6 +52,7 @@ def simulate(
     Table and results have the format of `bench run`. docs/simulator.md describes what is simulated and what is not.
     """
     from splitfuse.bench.results import load as load_results
+    from splitfuse.bench.results import save
     from splitfuse.runtime.environment import environment_info
     from splitfuse.simulator.simulate import SimulationConfig
     from splitfuse.simulator.simulate import simulate as run
@@ -88,7 +89,8 @@ def simulate(
     if measured is not None:
         _print_comparisons(compare(measured, results))
     if out is not None:
-        save_results(results, out)
+        save(results, out)
+        print(f"splitfuse: results written to {out}", file=sys.stderr)
 
 
 def known_calibration(config: EngineConfig, file: Path | None, machine: str | None) -> Calibration:
