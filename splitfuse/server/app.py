@@ -29,7 +29,7 @@ from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
-from splitfuse.server.explain import Explanation, RequestTimeline, describe_timeline, timing_of
+from splitfuse.server.explain import Explanation, breakdown_of, describe_breakdown, timing_of
 from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
 from splitfuse.server.openai import endpoints as openai
@@ -205,14 +205,14 @@ class _Endpoint:
         context.enter_phase(LatencyPhase.DETOKENIZING)
         record = record_of(context, route=self.route.path, status=status, error=error)
         state.metrics.request_ended(record)
-        timeline = RequestTimeline.of(context)
-        state.explanations.end(context, record, timeline)
+        breakdown = breakdown_of(context)
+        state.explanations.end(context, record, breakdown)
         write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
-        if timeline is None or record.slo_met is not False:
+        if breakdown is None or record.slo_met is not False:
             write(record)
         else:  # the engine tells where the time went within a step or two
-            timeline.breakdown.add_done_callback(
-                lambda _: write(dataclasses.replace(record, slo_violation=describe_timeline(timeline)))
+            breakdown.add_done_callback(
+                lambda done: write(dataclasses.replace(record, slo_violation=describe_breakdown(done.result())))
             )
 
 

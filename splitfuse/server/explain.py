@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
@@ -67,47 +67,39 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 
 async def timing_with_phases(context: RequestContext) -> Timing:
     """Return the times of a request once its engine has reported where they went, which may be a step after its end."""
-    if (timeline := RequestTimeline.of(context)) is not None:
-        await asyncio.shield(timeline.breakdown)
+    if context.last is not None and context.last.stream is not None:
+        await asyncio.shield(context.last.stream.breakdown)
     context.enter_phase(LatencyPhase.FROM_ENGINE)
-    timeline = RequestTimeline.of(context)
-    return timing_of(context, None if timeline is None else timeline.phases())
+    whole = breakdown_of(context)
+    return timing_of(context, None if whole is None else whole.result().phases)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestTimeline:
-    """Holds the phases of a request that an engine has had. Its account (`breakdown`) may still be on its way.
-
-    Of several choices, the engine's phases are those of the choice that ended last.
+def breakdown_of(context: RequestContext) -> asyncio.Future[LatencyBreakdown] | None:
+    """Return the breakdown of a whole request, with the phases of the front, once its engine has reported its own; None
+    if no engine has had it. Of several choices, the engine's phases are those of the choice that ended last.
     """
+    last = context.last
+    if last is None or last.stream is None or last.sent is None:
+        return None
+    phases = context.phases | {LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
+    detokenizing = min(last.detokenizing, phases[LatencyPhase.FROM_ENGINE])  # while it waited for the text
+    phases[LatencyPhase.FROM_ENGINE] -= detokenizing
+    phases[LatencyPhase.DETOKENIZING] += detokenizing
+    sent, ended_at, reported = last.sent, last.ended_at, last.stream.breakdown
+    whole: asyncio.Future[LatencyBreakdown] = asyncio.get_running_loop().create_future()
 
-    front: defaultdict[LatencyPhase, float]
-    sent: float
-    ended_at: float
-    breakdown: asyncio.Future[LatencyBreakdown | None]
+    def complete(reported: asyncio.Future[LatencyBreakdown | None]) -> None:
+        engine = reported.result() or LatencyBreakdown(sent, ended_at, {LatencyPhase.FAILED: ended_at - sent})
+        for phase, seconds in engine.phases.items():
+            phases[phase] += seconds
+        phases[LatencyPhase.FROM_ENGINE] += ended_at - engine.closed
+        whole.set_result(replace(engine, phases={p: phases[p] for p in LatencyPhase if phases[p] > 0.0}))
 
-    @classmethod
-    def of(cls, context: RequestContext) -> RequestTimeline | None:
-        """Return the timeline of a request; None if no engine has had it."""
-        last = context.last
-        if last is None or last.stream is None or last.sent is None:
-            return None
-        front = context.phases | {LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
-        detokenizing = min(last.detokenizing, front[LatencyPhase.FROM_ENGINE])  # while it waited for the text
-        front[LatencyPhase.FROM_ENGINE] -= detokenizing
-        front[LatencyPhase.DETOKENIZING] += detokenizing
-        return cls(front=front, sent=last.sent, ended_at=last.ended_at, breakdown=last.stream.breakdown)
-
-    def phases(self) -> dict[LatencyPhase, float]:
-        """Return the seconds of each phase that has any, in order. `breakdown` must be done."""
-        breakdown, phases = self.breakdown.result(), self.front.copy()
-        if breakdown is None:
-            phases[LatencyPhase.FAILED] += self.ended_at - self.sent
-        else:
-            for phase, seconds in breakdown.phases.items():
-                phases[phase] += seconds
-            phases[LatencyPhase.FROM_ENGINE] += self.ended_at - breakdown.closed
-        return {phase: phases[phase] for phase in LatencyPhase if phases[phase] > 0.0}
+    if reported.done():
+        complete(reported)
+    else:
+        reported.add_done_callback(complete)
+    return whole
 
 
 class CoScheduled(msgspec.Struct, frozen=True):
@@ -137,12 +129,12 @@ class Explanation(msgspec.Struct, frozen=True):
 
 
 class Explanations:
-    """Keeps the timelines of the last finished requests, by their ids. Belongs to the event loop's thread."""
+    """Keeps records and breakdowns of the last finished requests, by their ids. Belongs to the event loop's thread."""
 
     def __init__(self, max_finished: int = MAX_FINISHED) -> None:
         self._max_finished = max_finished
         # By our own id, the oldest first
-        self._finished: OrderedDict[str, tuple[RequestRecord, RequestTimeline]] = OrderedDict()
+        self._finished: OrderedDict[str, tuple[RequestRecord, asyncio.Future[LatencyBreakdown]]] = OrderedDict()
         self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # by our own id: key, and its end
         self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: our id of the newest
 
@@ -152,19 +144,21 @@ class Explanations:
         self._running[context.unique_id] = key, asyncio.Event()
         self._named[key, context.request_id] = context.unique_id
 
-    def end(self, context: RequestContext, record: RequestRecord, timeline: RequestTimeline | None) -> None:
-        """Keep the timeline of a request that has ended, with its record, and forget the oldest if there are too many.
-        None for a request that no engine had.
+    def end(
+        self, context: RequestContext, record: RequestRecord, breakdown: asyncio.Future[LatencyBreakdown] | None
+    ) -> None:
+        """Keep the record and the breakdown of a request that has ended, and forget the oldest if there are too many.
+        The breakdown is None for a request that no engine had.
         """
         running = self._running.pop(context.unique_id, None)
         if running is None:
             return
         key, ended = running
         ended.set()
-        if timeline is None:
+        if breakdown is None:
             self._forget_name(key, context.request_id, context.unique_id)
             return
-        self._finished[context.unique_id] = record, timeline
+        self._finished[context.unique_id] = record, breakdown
         if len(self._finished) > self._max_finished:
             unique_id, (oldest, _) = self._finished.popitem(last=False)
             self._forget_name(oldest.key, oldest.request_id, unique_id)
@@ -177,31 +171,32 @@ class Explanations:
         if (running := self._running.get(unique_id)) is not None:
             with suppress(TimeoutError):
                 await asyncio.wait_for(running[1].wait(), END_TIMEOUT)
-        record, timeline = self._finished.get(unique_id, (None, None))
-        if record is None or timeline is None or record.key != key:
+        record, whole = self._finished.get(unique_id, (None, None))
+        if record is None or whole is None or record.key != key:
             raise RefusedError(
                 404,
                 f"there is no request {wanted!r:.200} among the last {self._max_finished} that have ended here; give "
                 "the id of an answer, or its header X-Request-Id",
                 code="request_not_found",
             )
-        breakdown = await asyncio.shield(timeline.breakdown)
-        others = () if breakdown is None else breakdown.co_scheduled
+        breakdown = await asyncio.shield(whole)
         return Explanation(
             id=unique_id,
             request_id=record.request_id,
             route=record.route,
             status=record.status,
             seconds=record.total_seconds,
-            phases=timeline.phases(),
-            co_scheduled=[CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in others],
-            preemptions=0 if breakdown is None else breakdown.num_preemptions,
+            phases=breakdown.phases,
+            co_scheduled=[
+                CoScheduled(self._id_for(key, _plain(name)), tokens) for name, tokens in breakdown.co_scheduled
+            ],
+            preemptions=breakdown.num_preemptions,
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             generated_tokens=record.generated_tokens,
             finish_reasons=list(record.finish_reasons),
             slo_met=record.slo_met,
-            slo_violation=None if breakdown is None else breakdown.slo_violation,
+            slo_violation=breakdown.slo_violation,
         )
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
@@ -216,14 +211,11 @@ class Explanations:
             del self._named[key, name]
 
 
-def describe_timeline(timeline: RequestTimeline) -> str:
+def describe_breakdown(breakdown: LatencyBreakdown) -> str:
     """Return a sentence about a request that missed its SLO: what it missed, and its longest phases."""
-    phases, breakdown = timeline.phases(), timeline.breakdown.result()
-    total = sum(phases.values())
-    largest = sorted(phases.items(), key=lambda item: -item[1])[:NUM_DESCRIBED_PHASES]
+    total = sum(breakdown.phases.values())
+    largest = sorted(breakdown.phases.items(), key=lambda item: -item[1])[:NUM_DESCRIBED_PHASES]
     longest = ", ".join(f"{seconds:.3g} s {phase.meaning} ({seconds / total:.0%})" for phase, seconds in largest)
-    if breakdown is None:
-        return f"of {total:.3g} s: {longest}"
     missed = f"{describe_violation(breakdown.slo_violation)}; " if breakdown.slo_violation is not None else ""
     others = f"; mostly together with {_plain(breakdown.co_scheduled[0][0])}" if breakdown.co_scheduled else ""
     return f"{missed}of {total:.3g} s: {longest}{others}"
