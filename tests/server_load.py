@@ -40,9 +40,10 @@ class Measured:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that this one has started: of a server, its engines."""
+    """The engines that a server's process has started, and not its processes for texts."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    started = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return [child for child in started if b"engine.remote.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def metrics(http: httpx.Client) -> dict[str, float]:

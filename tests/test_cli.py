@@ -391,6 +391,22 @@ def test_closed_pipe_ends_quietly() -> None:
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_ends_with_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start("ps", stdout=full.fileno())
+    _, err = process.communicate()
+    assert (process.returncode, err) == (1, "splitfuse: the output cannot be written: No space left on device\n")
+
+
+def test_output_in_another_encoding_is_still_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    process = start("generate", "é 中", "--return-full-text", "--max-new-tokens", "1", *READABLE)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["text"].startswith("é 中")
+
+
 def test_error_in_a_subprocess_has_no_traceback() -> None:
     process = start("generate", "hi", "--model", "/no/such/folder")
     out, err = process.communicate()

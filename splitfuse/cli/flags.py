@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import os
 import sys
@@ -56,6 +57,8 @@ UrlFlag = Annotated[str | None, typer.Option(help="URL of a server, such as http
 ApiKeyFlag = Annotated[str | None, typer.Option(help="API key of the server.", envvar=KEY_VARIABLES["api_key"])]
 Part = TypeVar("Part")
 Number = TypeVar("Number", int, float)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, a quota or a file that is full."""
 NO_FLAGS: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -145,9 +148,14 @@ def cli_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         _print_last("splitfuse: interrupted")
         raise typer.Exit(130) from error
-    except BrokenPipeError as error:  # the reader has seen enough; what is still buffered goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from error
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, *FULL_DISK):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        if error.errno == errno.EPIPE:  # the reader has seen enough
+            raise typer.Exit(141) from error
+        _print_last(f"splitfuse: {error.filename or 'the output'} cannot be written: {error.strerror}")
+        raise typer.Exit(1) from error
 
 
 def _print_last(line: str) -> None:

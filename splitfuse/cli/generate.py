@@ -145,7 +145,8 @@ def _print_jsonl(answers: Iterator[Piece | _Request]) -> bool:
             line = _as_json(answer.index, answer.response)
         else:
             continue
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        print(json.dumps(line, ensure_ascii=not is_utf8), flush=True)
     return failed
 
 

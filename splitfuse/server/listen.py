@@ -90,6 +90,7 @@ class HttpServer(uvicorn.Server):
             lifespan="off",
             server_header=False,
             proxy_headers=False,
+            workers=1,  # else WEB_CONCURRENCY is read
             timeout_keep_alive=ceil(config.keep_alive_timeout),
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
             ssl_certfile=config.tls_certificate,

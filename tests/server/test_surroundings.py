@@ -84,7 +84,7 @@ def test_a_server_runs_without_home_streams_or_log_reader(tmp_path: Path) -> Non
     reader, writer = full_pipe()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HTTP"))}
     environment |= {"HOME": "/dev/null/none", "http_proxy": DEAD_PROXY, "ALL_PROXY": "socks5://127.0.0.1:9"}
-    environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "WEB_CONCURRENCY": "auto"}
     serve = [sys.executable, "-m", "splitfuse.cli", "serve", "--port", str(port), "--num-blocks", "200"]
     process = subprocess.Popen(
         ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *serve], stdout=writer, env=environment, cwd=tmp_path
