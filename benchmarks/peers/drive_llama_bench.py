@@ -6,6 +6,11 @@ Standard library only.
 
 from __future__ import annotations
 
+import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
 import json
 import subprocess
 from collections.abc import Mapping

@@ -5,6 +5,11 @@ The offline workload of the others, with one connection for each prompt: llama.c
 
 from __future__ import annotations
 
+import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
 import atexit
 import json
 import socket

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
 import time
 from collections.abc import Mapping
 from itertools import count

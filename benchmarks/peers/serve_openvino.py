@@ -7,9 +7,13 @@ Settings in small letters are fields of `SchedulerConfig`, those in capitals pro
 
 from __future__ import annotations
 
+import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
 import asyncio
 import json
-import sys
 from collections.abc import AsyncGenerator, Mapping
 from itertools import count
 from pathlib import Path

@@ -8,9 +8,13 @@ and `attn_implementation`.
 
 from __future__ import annotations
 
+import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
 import asyncio
 import json
-import sys
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import fields
 from typing import Any

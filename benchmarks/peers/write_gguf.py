@@ -6,8 +6,12 @@ architectures of our benchmark models, and byte-level tokenizers.
 
 from __future__ import annotations
 
-import json
 import sys
+
+if {"-h", "--help"} & set(sys.argv):  # before the imports of a peer that may not be installed
+    raise SystemExit(print(__doc__))
+
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

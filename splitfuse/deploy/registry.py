@@ -104,8 +104,7 @@ def _exists(pid: int) -> str | None:
 
 def register(deployment: Deployment) -> None:
     """Add a deployment. Raises ServerError if its name belongs to a running server."""
-    folder = _folder()
-    with _locked(folder):
+    with _locked() as folder:
         _check_free(folder, deployment.name)
         _write(folder, deployment)
 
@@ -129,8 +128,7 @@ def _write(folder: Path, deployment: Deployment) -> None:
 
 def check_free(name: str) -> None:
     """Raise ServerError if the name belongs to a running server."""
-    folder = _folder()
-    with _locked(folder):
+    with _locked() as folder:
         _check_free(folder, name)
 
 
@@ -145,8 +143,7 @@ def _check_free(folder: Path, name: str) -> None:
 
 def unregister(deployment: Deployment) -> None:
     """Remove a deployment; another one that has taken its name meanwhile stays."""
-    folder = _folder()
-    with _locked(folder):
+    with _locked() as folder:
         file = folder / f"{deployment.name}.json"
         entry = _read(file)
         if entry is not None and replace(entry, ready=deployment.ready) == deployment:
@@ -156,9 +153,8 @@ def unregister(deployment: Deployment) -> None:
 
 def deployments() -> list[Deployment]:
     """Return all running deployments, by name. Entries of dead processes are removed."""
-    folder = _folder()
     living = []
-    with _locked(folder):
+    with _locked() as folder:
         for file in sorted(folder.glob("[!.]*.json")):
             deployment = _read(file)
             if deployment is not None and deployment.is_alive:
@@ -212,8 +208,9 @@ def _private(folder: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time in; the lock ends with the process that holds it."""
+def _locked() -> Iterator[Path]:
+    """Yield the folder to one process at a time; the lock ends with the process that holds it."""
+    folder = _folder()
     with _as_registry_error(folder):
         file = (folder / ".lock").open("w")
     with file:
@@ -231,7 +228,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 time.sleep(POLL_SECONDS)
             except OSError:  # this file system has no locks
                 break
-        yield
+        yield folder
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -45,6 +47,13 @@ def test_invalid_contender_is_rejected(text: str, kinds: tuple[str, ...], said: 
     with pytest.raises(ValueError) as refusal:
         Contender.parse(text, kinds)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize("script", ["drive_vllm", "serve_openvino", "write_gguf", "drive_llama_bench"])
+def test_help_needs_no_peer(script: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.peers.{script}", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "") and len(ended.stdout) > 40
 
 
 def test_model_is_converted_once(tmp_path: Path) -> None:

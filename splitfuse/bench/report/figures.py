@@ -5,15 +5,15 @@ style.py has their looks. Needs matplotlib.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from splitfuse.bench.report.style import COLOURS, PALE, SETTINGS, EndLabel, write_end_labels
+from splitfuse.bench.report.style import COLOURS, PALE, EndLabel, look, write_end_labels
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import ITL_PERCENTS, Row, Spread
 
@@ -66,7 +66,7 @@ def colours(systems: Sequence[str]) -> dict[str, str]:
 
 def throughput_latency(series: Sequence[Series]) -> Figure:
     """Draw the mean latency of a request against requests/s; points are labelled with clients or arrival rate."""
-    with matplotlib.rc_context(SETTINGS):
+    with look():
         figure, (axes,) = _panels(1, height=4.4)
         labels = []
         for each in series:
@@ -97,39 +97,22 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
 
 def goodput(series: Sequence[Series], speeds: Sequence[float]) -> Figure:
     """Draw goodput against clients: a panel for each SLO."""
-    with matplotlib.rc_context(SETTINGS):
-        figure, panels = _panels(len(speeds), height=3.6, sharey=True)
-        labels: list[EndLabel] = []
-        for axes, speed in zip(panels, speeds, strict=True):
-            axes.set_title(f"SLO of {speed:g} tokens/s")
+    panels = {f"SLO of {speed:g} tokens/s": partial(_goodput, speed=speed) for speed in speeds}
+    return _against_load(series, panels, "goodput (requests/s)")
 
-            def value(row: Row, speed: float = speed) -> Spread:
-                return row.goodput[speed]
 
-            labels = _against_load(axes, series, value)
-        panels[0].set_ylim(bottom=0)
-        panels[0].set_ylabel("goodput (requests/s)")
-        write_end_labels(panels[-1], labels)
-        return figure
+def _goodput(row: Row, speed: float) -> Spread:
+    return row.goodput[speed]
 
 
 def token_latency(series: Sequence[Series]) -> Figure:
     """Draw the inter-token latency against clients: a panel for each percentile."""
-    with matplotlib.rc_context(SETTINGS):
-        figure, panels = _panels(len(ITL_PERCENTS), height=3.6, sharey=True)
-        panels[0].set_yscale("log")
-        labels: list[EndLabel] = []
-        for axes, percent in zip(panels, ITL_PERCENTS, strict=True):
-            axes.set_title(f"P{percent}")
+    panels = {f"P{percent}": partial(_itl, percent=percent) for percent in ITL_PERCENTS}
+    return _against_load(series, panels, "inter-token latency, ms", logarithmic=True)
 
-            def value(row: Row, percent: int = percent) -> Spread:
-                return Spread.of([max(1e3 * row.itl[percent], 0.01)])  # a logarithm has no zero
 
-            labels = _against_load(axes, series, value)
-        _plain_numbers(panels[0])
-        panels[0].set_ylabel("inter-token latency, ms")
-        write_end_labels(panels[-1], labels)
-        return figure
+def _itl(row: Row, percent: int) -> Spread:
+    return Spread.of([max(1e3 * row.itl[percent], 0.01)])  # a logarithm has no zero
 
 
 def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str, speed: float) -> Figure | None:
@@ -140,7 +123,7 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
     lines = list(_lines(series, size))
     if not lines:
         return None
-    with matplotlib.rc_context(SETTINGS):
+    with look():
         figure, panels = _panels(2, height=3.8, sharey=True)
         values: tuple[Callable[[Row], Spread], ...] = (lambda row: row.throughput, lambda row: row.goodput[speed])
         titles = ("throughput", f"goodput at {speed:g} tokens/s")
@@ -213,25 +196,38 @@ def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure,
     return figure, panels
 
 
-def _against_load(axes: Axes, series: Sequence[Series], value: Callable[[Row], Spread]) -> list[EndLabel]:
-    """Draw lines against clients or rates, with pale bars for the spread of repetitions; return their labels."""
+def _against_load(
+    series: Sequence[Series], panels: Mapping[str, Callable[[Row], Spread]], what: str, *, logarithmic: bool = False
+) -> Figure:
+    """Draw values against clients or rates, a panel for each, with pale bars for the spread of repetitions."""
     loads = sorted({_load(row): row.load for each in series for row in each.rows}.items())
-    labels = []
-    for each in series:
-        x = [_load(row) for row in each.rows]
-        spreads = [value(row) for row in each.rows]
-        axes.plot(x, [spread.mean for spread in spreads], **each.style)
-        for place, spread in zip(x, spreads, strict=True):
-            if spread.count > 1:
-                axes.plot([place, place], [spread.low, spread.high], **_bar(each))
-        labels.append(EndLabel(x[-1], spreads[-1].mean, each.name, each.colour))
-    if all(place > 0 for place, _ in loads):
-        axes.set_xscale("log", base=2)
-    _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
-    axes.set_xlabel(
-        "clients" if all(row.clients for each in series for row in each.rows) else "clients, or arrival rate"
-    )
-    return labels
+    closed = all(row.clients for each in series for row in each.rows)
+    with look():
+        figure, all_axes = _panels(len(panels), height=3.6, sharey=True)
+        labels: list[EndLabel] = []
+        for axes, (title, value) in zip(all_axes, panels.items(), strict=True):
+            axes.set_title(title)
+            labels = []
+            for each in series:
+                x = [_load(row) for row in each.rows]
+                spreads = [value(row) for row in each.rows]
+                axes.plot(x, [spread.mean for spread in spreads], **each.style)
+                for place, spread in zip(x, spreads, strict=True):
+                    if spread.count > 1:
+                        axes.plot([place, place], [spread.low, spread.high], **_bar(each))
+                labels.append(EndLabel(x[-1], spreads[-1].mean, each.name, each.colour))
+            if all(place > 0 for place, _ in loads):
+                axes.set_xscale("log", base=2)
+            _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
+            axes.set_xlabel("clients" if closed else "clients, or arrival rate")
+        if logarithmic:
+            all_axes[0].set_yscale("log")
+            _plain_numbers(all_axes[0])
+        else:
+            all_axes[0].set_ylim(bottom=0)
+        all_axes[0].set_ylabel(what)
+        write_end_labels(all_axes[-1], labels)
+    return figure
 
 
 def _bar(each: Series) -> dict[str, Any]:

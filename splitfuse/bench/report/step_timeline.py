@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitfuse.bench.report.style import INK, SETTINGS, require_matplotlib
+from splitfuse.bench.report.style import INK, look, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,11 +46,10 @@ class StepShown:
 def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> Figure:
     """Draw the tokens of each step by request (prefill pale, decode full); below, its time and prediction, if any."""
     require_matplotlib()
-    import matplotlib
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with look():
         figure = Figure(figsize=(max(7.0, min(0.16 * len(steps) + 2.2, 16.0)), 5.2), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.6])
         names = list(dict.fromkeys(piece.request for each in steps for piece in each.pieces))
@@ -97,9 +96,7 @@ def draw_steps(steps: Sequence[StepShown], *, budget: int, title: str = "") -> F
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Save the figure in the format of the file's suffix: .png, .svg or .pdf."""
-    import matplotlib
-
-    with matplotlib.rc_context(SETTINGS):
+    with look():
         figure.savefig(path, dpi=160)
 
 

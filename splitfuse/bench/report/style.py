@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from splitfuse.errors import ConfigError
 
@@ -20,33 +22,16 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0f6cbd", "#d9480f", "#2b8a3e", "#9c36b5", "#b8860b", "#0b7285", "#c2255c", "#5c6770")
 INK, PALE = "#1f2933", "#8a94a0"
-GRID = "#e6e9ed"
 LABEL_SIZE = 8.5
 LINE_SPACING = 1.25
-SETTINGS: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": "#b6bec8",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": "#b6bec8",
-    "ytick.color": "#b6bec8",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "svg.hashsalt": "splitfuse",  # the same results give the same bytes
-    "figure.constrained_layout.use": False,
-}
+
+
+def look() -> AbstractContextManager[None]:
+    """Return a context in which figures have the look of figures.mplstyle."""
+    import matplotlib
+
+    context: AbstractContextManager[None] = matplotlib.rc_context(fname=Path(__file__).with_name("figures.mplstyle"))
+    return context
 
 
 def require_matplotlib() -> None:
@@ -57,10 +42,8 @@ def require_matplotlib() -> None:
 
 def as_svg(figure: Figure) -> str:
     """Return the figure as an SVG element to embed in a page."""
-    import matplotlib
-
     file = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
+    with look():
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
