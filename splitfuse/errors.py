@@ -8,7 +8,8 @@ that fails never affects the others.
     ├── CostModelError              a cost model cannot be fitted, read or found
     ├── InvalidRequestError         a request is invalid; `parameter` names the parameter at fault
     │   ├── PromptTooLongError      the prompt is longer than the model can read
-    │   └── RequestTooLargeError    the request does not fit the KV cache even alone
+    │   ├── RequestTooLargeError    the request does not fit the KV cache even alone
+    │   └── RequestQuarantinedError it was in the step in flight at two deaths of an engine
     ├── ModelError                  a model cannot be loaded
     │   ├── ModelNotFoundError      no folder or Hub model has that name, or the Hub is unreachable
     │   ├── UnsupportedModelError   its architecture, or a feature of it, is not supported
@@ -72,6 +73,13 @@ class RequestTooLargeError(InvalidRequestError):
     """Raised when a request needs more KV blocks than the whole cache has."""
 
     code = "request_too_large"
+
+
+class RequestQuarantinedError(InvalidRequestError):
+    """Raised when a request was in the step in flight at two deaths of an engine: it may be what kills them."""
+
+    status = 422
+    code = "request_quarantined"
 
 
 class ModelError(SplitfuseError):

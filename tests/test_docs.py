@@ -23,6 +23,7 @@ from splitfuse.errors import (
     OverloadedError,
     PromptTooLongError,
     RequestFailedError,
+    RequestQuarantinedError,
     RequestTooLargeError,
 )
 from splitfuse.models.sources.hub import BUNDLED_MODEL
@@ -43,6 +44,7 @@ BEGIN, END = "<!-- {}: python tests/test_docs.py writes this table -->\n", "<!--
 ERRORS = (
     *(InvalidRequestError(""), PromptTooLongError(""), RequestTooLargeError(""), OverloadedError("", retry_after=1.0)),
     *(EngineUnavailableError(""), DrainingError(""), RequestFailedError(""), ValueError("")),
+    RequestQuarantinedError(""),
 )
 GENERATING = {"completions": CompletionRequest, "chat": ChatRequest}
 

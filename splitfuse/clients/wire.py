@@ -20,6 +20,7 @@ from splitfuse.errors import (
     OverloadedError,
     PromptTooLongError,
     RequestFailedError,
+    RequestQuarantinedError,
     RequestTooLargeError,
     ServerError,
     SplitfuseError,
@@ -186,7 +187,14 @@ def _logprobs(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TextLogp
 
 _KINDS: Mapping[str, type[SplitfuseError]] = {
     kind.code: kind
-    for kind in (PromptTooLongError, RequestTooLargeError, ModelNotFoundError, DrainingError, EngineUnavailableError)
+    for kind in (
+        PromptTooLongError,
+        RequestTooLargeError,
+        RequestQuarantinedError,
+        ModelNotFoundError,
+        DrainingError,
+        EngineUnavailableError,
+    )
 }
 
 

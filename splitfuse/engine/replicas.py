@@ -6,6 +6,7 @@ import os
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineClient
+from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError
@@ -25,9 +26,10 @@ def make_replicas(
     if replicas == 1:
         return SubprocessEngine(config, step_timeout=step_timeout)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
+    quarantine = Quarantine()
     return Router(
         [
-            SubprocessEngine(config, step_timeout=step_timeout, cores=cores, weights=weights)
+            SubprocessEngine(config, step_timeout=step_timeout, cores=cores, weights=weights, quarantine=quarantine)
             for cores in divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
         ]
     )

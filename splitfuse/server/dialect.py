@@ -80,7 +80,11 @@ class Route:
     @property
     def all_errors(self) -> list[int]:
         """Return every status of an error."""
-        errors = {*self.errors, *((401,) if self.needs_key else ()), *((408, 429) if self.event is not None else ())}
+        errors = {
+            *self.errors,
+            *((401,) if self.needs_key else ()),
+            *((408, 422, 429) if self.event is not None else ()),
+        }
         return sorted(errors if self.body is None else {*errors, 400, 404, 413, 415, 500, 503})
 
     @property

@@ -19,6 +19,7 @@ STATUSES = {
     408: "splitfuse_deadline has passed",
     413: "The body is too large",
     415: "The body is not declared as JSON",
+    422: "The request was being computed at two deaths of an engine",
     429: "No room now: Retry-After says when there may be",
     500: "The request failed while it ran",
     503: "No engine is ready",

@@ -46,6 +46,7 @@ from splitfuse.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PromptTooLongError,
+    RequestQuarantinedError,
     RequestTooLargeError,
 )
 
@@ -409,10 +410,17 @@ def test_replicas_share_their_weights() -> None:
                 next(line.split()[1] for line in text.splitlines() if "splitfuse-weights" in line) for text in mapped
             ]
             assert access == ["rw-s", "r--s"]
-            os.kill(pids[0], signal.SIGKILL)  # and when the one that packed them comes back, it finds them
-            await until(lambda: router.replicas[0].state is not EngineState.READY)
-            await until(lambda: router.replicas[0].state is EngineState.READY)
-            assert await answer(router.replicas[0], "again", *asked[0]) == first[0]
+            suspect = Add("suspect", PROMPT, LONG)
+            for pid, replica in zip(pids, router.replicas, strict=True):
+                stream = replica.open(suspect)
+                await anext(aiter(stream))
+                os.kill(pid, signal.SIGKILL)  # and when the one that packed them comes back, it finds them
+                await until(lambda replica=replica: replica.state is not EngineState.READY)
+                stream.close()
+                await until(lambda: router.replicas[0].state is EngineState.READY)
+            with pytest.raises(RequestQuarantinedError):  # all replicas know what killed the others
+                router.open(suspect)
+            assert await answer(router, "again", *asked[0]) == first[0]
 
     run(test())
 

@@ -1,4 +1,6 @@
-"""Starts the process of an engine, and says what crosses to it: the parsed configuration, its cores and its weights."""
+"""Starts the process of an engine, and says what crosses to it: the parsed configuration and its cores, its weights and
+the record of the step in flight.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,22 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """Holds everything that the process of an engine is started with."""
 
     config: EngineConfig
+    in_flight: int
+    """Descriptor of the InFlightRecord."""
     cores: tuple[int, ...] | None = None
     """Cores that it may run on; None: those of the process that starts it."""
     weights: WeightSharing | None = None
 
 
 async def launch(
-    config: EngineConfig, *, cores: tuple[int, ...] | None, weights: WeightSharing | None
+    config: EngineConfig, *, in_flight: int, cores: tuple[int, ...] | None, weights: WeightSharing | None
 ) -> tuple[asyncio.subprocess.Process, socket.socket]:
     """Start an engine's process. Return it with our end of the socket that connects us.
 
     Raises OSError if the machine has no descriptors, memory or processes left.
     """
     ours, theirs = socket.socketpair()
-    spec = WorkerSpec(config, cores, weights)
+    spec = WorkerSpec(config, in_flight, cores, weights)
     try:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -37,7 +41,7 @@ async def launch(
             "splitfuse.engine.remote.worker",
             str(theirs.fileno()),
             msgspec.json.encode(spec).decode(),
-            pass_fds=[theirs.fileno(), *([weights.fd] if weights is not None else [])],
+            pass_fds=[theirs.fileno(), in_flight, *([weights.fd] if weights is not None else [])],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # what a library prints must not mix with our own output
         )

@@ -16,8 +16,23 @@ import msgspec
 
 from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.engine.client import EngineState, LocalClient
-from splitfuse.engine.messages import Add, Alive, EngineInfo, Failed, Finish, Loading, Stop, decode_report, encode
+from splitfuse.core.request import FinishReason
+from splitfuse.engine.client import EngineState, LocalClient, Stream
+from splitfuse.engine.messages import (
+    Add,
+    Alive,
+    EngineInfo,
+    Failed,
+    Finish,
+    Loading,
+    Report,
+    StepReport,
+    Stop,
+    decode_report,
+    encode,
+)
+from splitfuse.engine.quarantine import Quarantine
+from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
@@ -36,7 +51,8 @@ class SubprocessEngine(LocalClient):
     """Runs one engine in a process of its own, and starts it again when it dies.
 
     An engine hangs if a step takes longer than `step_timeout` seconds, or if its process says nothing for
-    `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights` with other engines.
+    `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights` and `quarantine` with other
+    engines.
     """
 
     def __init__(
@@ -47,11 +63,14 @@ class SubprocessEngine(LocalClient):
         silence_timeout: float = 10.0,
         cores: tuple[int, ...] | None = None,
         weights: WeightSharing | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__()
         self._config = config
         self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
         self._cores, self._weights = cores, weights
+        self._quarantine = quarantine or Quarantine()
+        self._in_flight: InFlightRecord | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Failed | None = None
@@ -69,6 +88,11 @@ class SubprocessEngine(LocalClient):
     def pid(self) -> int | None:
         """Return the id of the current process."""
         return None if self._process is None else self._process.pid
+
+    def open(self, request: Add) -> Stream:
+        """See EngineClient. Raises RequestQuarantinedError for a request that was in flight at two deaths."""
+        self._quarantine.check(request)
+        return super().open(request)
 
     async def start(self) -> None:
         self._started = asyncio.get_running_loop().create_future()
@@ -91,10 +115,29 @@ class SubprocessEngine(LocalClient):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._disconnect()
         self._die("it was closed")
+        if self._in_flight is not None:
+            self._in_flight.close()
+            self._in_flight = None
 
     def _send(self, command: Add | Finish | Stop) -> None:
         assert self._writer is not None
         self._writer.write(frame(encode(command)))
+
+    def _take(self, report: Report) -> None:
+        if isinstance(report, StepReport) and self._quarantine.has_suspects:
+            for output in report.outputs:
+                if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and (
+                    stream := self._ending.get(output.request_id) or self._streams.get(output.request_id)
+                ):
+                    self._quarantine.completed(stream.request)
+        super()._take(report)
+
+    def _die(self, why: str) -> None:
+        if self.state is EngineState.READY and self._in_flight is not None and not self._closing:
+            ids = set(self._in_flight.read())
+            streams = (*self._streams.values(), *self._ending.values())
+            self._quarantine.engine_died(s.request for s in streams if s.request.request_id in ids)
+        super()._die(why)
 
     async def _supervise(self) -> None:
         """Start the process again and again until the client is closed. If the very first one does not come up, `start`
@@ -128,7 +171,12 @@ class SubprocessEngine(LocalClient):
         """Run the process once; return why it ended."""
         self._failure, self._seconds_in_step = None, 0.0
         self.state, self.stage = EngineState.STARTING, Loading("starting")
-        process, connection = await launch(self._config, cores=self._cores, weights=self._weights)
+        if self._in_flight is None:
+            self._in_flight = InFlightRecord()
+        self._in_flight.write([])
+        process, connection = await launch(
+            self._config, in_flight=self._in_flight.fd, cores=self._cores, weights=self._weights
+        )
         self._process = process
         reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=2**22)
         self._last_heard = time.monotonic()

@@ -23,6 +23,7 @@ import msgspec
 
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
+from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
@@ -62,6 +63,7 @@ class Worker:
         failed = True
         try:
             self._reports.put(Loading("importing"))
+            from splitfuse.core.events import StepScheduled
             from splitfuse.engine.engine import Engine
             from splitfuse.engine.loop import EngineLoop
 
@@ -72,6 +74,10 @@ class Worker:
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 on_stage=lambda stage: self._reports.put(Loading(stage)),
                 weight_sharing=spec.weights,
+            )
+            record = InFlightRecord(spec.in_flight)
+            engine.events.subscribe(
+                StepScheduled, lambda step: record.write([chunk.request_id for chunk in step.plan.chunks])
             )
             self._loop = EngineLoop(engine, self._reports.put)
             threading.Thread(target=self._receive_all, daemon=True).start()

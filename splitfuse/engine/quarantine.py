@@ -1,0 +1,89 @@
+"""Refuses requests that were in the step in flight whenever an engine died: docs/decisions/0020.
+
+Whatever kills an engine takes the requests of others along, and a client that gets an error sends its request again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import msgspec
+
+from splitfuse.engine.messages import Add
+from splitfuse.errors import RequestQuarantinedError
+
+NUM_DEATHS = 2
+"""Number of deaths after which a request is refused."""
+SECONDS = 600.0
+"""Seconds for which it is refused, and after which a death is forgotten."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_logger = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """Knows requests by the digest of their tokens and sampling parameters; engines may share one. It belongs to the
+    event loop's thread.
+
+        quarantine = Quarantine()
+        quarantine.engine_died([request])
+        quarantine.engine_died([request])
+        quarantine.check(request)  # raises RequestQuarantinedError
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._deaths: dict[bytes, tuple[int, float]] = {}  # how many a request was in, and the time of the last one
+
+    @property
+    def has_suspects(self) -> bool:
+        """Return whether any request was in flight at a death."""
+        return bool(self._deaths)
+
+    def engine_died(self, in_flight: Iterable[Add]) -> None:
+        """Note the requests that were in the step in flight when an engine died."""
+        self._forget()
+        now = self._clock()
+        for digest, request in {_digest(request): request for request in in_flight}.items():  # choices count once
+            count, _ = self._deaths.get(digest, (0, 0.0))
+            self._deaths[digest] = count + 1, now
+            if count + 1 == NUM_DEATHS:
+                _logger.error(
+                    "request %s was in the step in flight at %d deaths of an engine: its like is refused for %g s",
+                    request.request_id,
+                    NUM_DEATHS,
+                    SECONDS,
+                )
+
+    def completed(self, request: Add) -> None:
+        """Clear a request of suspicion, since one like it ran to its end. One that is refused stays so."""
+        digest = _digest(request)
+        count, _ = self._deaths.get(digest, (0, 0.0))
+        if 0 < count < NUM_DEATHS:
+            del self._deaths[digest]
+
+    def check(self, request: Add) -> None:
+        """Raise RequestQuarantinedError if a request is refused."""
+        self._forget()
+        if not self._deaths:  # the usual case: no digest is computed
+            return
+        count, last = self._deaths.get(_digest(request), (0, 0.0))
+        if count >= NUM_DEATHS:
+            raise RequestQuarantinedError(
+                f"a request with these tokens and parameters was being computed at {count} deaths of an engine, and is "
+                f"refused for another {last + SECONDS - self._clock():.0f} s: change it, or send it again then"
+            )
+
+    def _forget(self) -> None:
+        oldest = self._clock() - SECONDS
+        for digest in [digest for digest, (_, last) in self._deaths.items() if last <= oldest]:
+            del self._deaths[digest]
+
+
+def _digest(request: Add) -> bytes:
+    params = replace(request.params, logit_bias=dict(sorted(request.params.logit_bias.items())))
+    return hashlib.blake2b(_encode((request.prompt_token_ids, params)), digest_size=16).digest()

@@ -1,0 +1,191 @@
+"""A request in the step in flight at two deaths of an engine is refused for ten minutes, and no other request is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.request import SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.client import EngineState
+from splitfuse.engine.messages import Add
+from splitfuse.engine.quarantine import NUM_DEATHS, SECONDS, Quarantine
+from splitfuse.engine.remote import supervisor
+from splitfuse.engine.remote.in_flight import InFlightRecord
+from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.errors import EngineUnavailableError, RequestQuarantinedError
+
+PARAMS = SamplingParams(max_tokens=5, temperature=0.5, logit_bias={5: 1.0, 600: -1.0})
+ADD = Add("a", (1, 2, 3), PARAMS)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def quarantine(clock: Clock) -> Quarantine:
+    return Quarantine(clock)
+
+
+def refuses(quarantine: Quarantine, request: Add) -> bool:
+    try:
+        quarantine.check(request)
+    except RequestQuarantinedError:
+        return True
+    return False
+
+
+def with_other(**changes: object) -> Add:
+    return Add("a", (1, 2, 3), replace(PARAMS, **changes))  # type: ignore[arg-type]
+
+
+def test_two_deaths_refuse_a_request_for_ten_minutes(quarantine: Quarantine, clock: Clock) -> None:
+    assert not refuses(quarantine, ADD)
+    quarantine.engine_died([ADD, Add("b", (4,), PARAMS)])
+    clock.now += 100
+    assert not refuses(quarantine, ADD)
+    quarantine.engine_died([ADD])
+    with pytest.raises(
+        RequestQuarantinedError, match=r"computed at 2 deaths of an engine, .* refused for another 600 s"
+    ):
+        quarantine.check(ADD)
+    clock.now += 599
+    assert refuses(quarantine, ADD) and not refuses(quarantine, Add("b", (4,), PARAMS))
+    clock.now += 1
+    assert not refuses(quarantine, ADD) and not quarantine.has_suspects
+    quarantine.engine_died([ADD])
+    assert not refuses(quarantine, ADD)  # it begins anew
+
+
+def test_the_digest_is_of_tokens_and_parameters(quarantine: Quarantine) -> None:
+    for _ in range(NUM_DEATHS):
+        quarantine.engine_died([ADD])
+    same = Add("other", (1, 2, 3), replace(PARAMS, logit_bias={600: -1.0, 5: 1.0}), 3, SchedulingOptions("salt"))
+    assert refuses(quarantine, same)
+    for other in (Add("a", (1, 2), PARAMS), Add("a", (1, 2, 4), PARAMS), with_other(seed=1), with_other(logit_bias={})):
+        assert not refuses(quarantine, other)
+
+
+def test_a_death_long_ago_is_forgotten(quarantine: Quarantine, clock: Clock) -> None:
+    for _ in range(5):
+        quarantine.engine_died([ADD])
+        clock.now += SECONDS
+    assert not refuses(quarantine, ADD)
+
+
+def test_a_request_that_completes_is_cleared_but_not_released(quarantine: Quarantine) -> None:
+    for _ in range(5):  # an engine killed again and again makes no popular request suspect
+        quarantine.engine_died([ADD])
+        quarantine.completed(Add("b", (1, 2, 3), PARAMS))
+        quarantine.completed(with_other(seed=2))
+    assert not refuses(quarantine, ADD) and not quarantine.has_suspects
+    for _ in range(NUM_DEATHS):
+        quarantine.engine_died([ADD])
+    quarantine.completed(ADD)
+    assert refuses(quarantine, ADD)
+
+
+def test_choices_of_a_request_count_a_death_once(quarantine: Quarantine) -> None:
+    quarantine.engine_died([Add(f"a.{choice}", (1, 2, 3), PARAMS, choice) for choice in range(4)])
+    assert not refuses(quarantine, ADD)
+
+
+def test_a_record_outlives_the_process_that_wrote_it() -> None:
+    record = InFlightRecord()
+    record.write([])
+    assert record.read() == []
+    ids = [f"request ü {number}" for number in range(2000)]
+    program = f"""
+import os, signal
+from splitfuse.engine.remote.in_flight import InFlightRecord
+record = InFlightRecord({record.fd})
+record.write(["x" * 100_000])
+record.write([f"request ü {{number}}" for number in range(2000)])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], pass_fds=[record.fd], check=False)
+    assert ended.returncode == -signal.SIGKILL and record.read() == ids
+    os.pwrite(record.fd, b"\xff\xff\xff\xff", 0)  # torn
+    assert record.read() == []
+    os.pwrite(record.fd, b"\0\0\0\5\x93", 0)
+    assert record.read() == []
+    record.close()
+
+
+def test_what_kills_an_engine_twice_is_refused_and_its_neighbours_are_not(
+    clock: Clock, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    long = SamplingParams(max_tokens=900, ignore_eos=True)
+    engine = SubprocessEngine(
+        EngineConfig.from_settings({"num_blocks": 256, "max_num_seqs": 1, "num_threads": 1}), quarantine=quarantine
+    )
+
+    async def tokens(request: Add) -> int:
+        async with engine.open(request) as stream:
+            return sum([len(output.token_ids) async for output in stream])
+
+    async def until_ready() -> None:
+        while engine.state is not EngineState.READY:
+            await asyncio.sleep(0.01)
+
+    async def die(number: int) -> None:
+        """Die with one request in the step in flight, one that waits in the engine, and one that has ended."""
+        await until_ready()
+        assert await tokens(Add("ended", (7, 8), SamplingParams(max_tokens=1))) == 1
+        running = engine.open(Add(f"running {number}", (5, 6), long))
+        await anext(aiter(running))
+        waiting = engine.open(Add(f"waiting {number}", (5, 6, 7), long))
+        while not engine.stats[0].num_waiting:
+            await asyncio.sleep(0.01)
+        assert engine.pid is not None and engine._writer is not None
+        if number:  # an engine that cannot read a command does not go on without it
+            engine._writer.write(b"\0\0\0\2\xc1\xc1")
+        else:
+            os.kill(engine.pid, signal.SIGKILL)
+        for stream in (running, waiting):
+            with pytest.raises(EngineUnavailableError):
+                async for _ in stream:
+                    pass
+
+    async def test() -> None:
+        await engine.start()
+        try:
+            await die(0)
+            await die(1)
+            with pytest.raises(RequestQuarantinedError):  # while it starts, too
+                engine.open(Add("again", (5, 6), long))
+            await until_ready()
+            with pytest.raises(RequestQuarantinedError):
+                engine.open(Add("again", (5, 6), long))
+            for name, prompt, params in (
+                ("waited", (5, 6, 7), long),
+                ("ended", (7, 8), SamplingParams(max_tokens=1)),
+                ("other", (5, 6), replace(long, max_tokens=3)),
+            ):
+                assert await tokens(Add(name, prompt, params)) == params.max_tokens
+            clock.now += SECONDS
+            assert await tokens(Add("again", (5, 6), long)) == 900
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(test(), 120))
