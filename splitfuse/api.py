@@ -5,6 +5,7 @@ Its keywords are in text/kwargs.py; `serve()` and `client()` are in clients/sync
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -77,6 +78,9 @@ def pipeline(
             "weights and activations; the KV cache fills up in use",
             file=sys.stderr,
         )
+    gc.unfreeze()  # the model of an earlier call, which may be gone
+    gc.collect()
+    gc.freeze()  # no full collection walks what is loaded, which stops all requests for tens of milliseconds
     return Pipeline(engine, tokenizer)
 
 

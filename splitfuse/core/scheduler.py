@@ -60,14 +60,14 @@ class Scheduler:
     def __init__(
         self, config: SchedulerConfig, allocator: BlockAllocator, policy: SchedulingPolicy | None = None
     ) -> None:
-        self.events = EngineEvents()
+        events = self.events = EngineEvents()
         self.policy = policy or Fcfs(tail_share=config.tail_share)
         self._token_budget = config.max_num_batched_tokens
         self._allocator = allocator
         self.queue = RequestQueue(
             allocator,
             config.max_num_seqs,
-            on_preempt=lambda request, now: self.events.emit(RequestPreempted(request, now)),
+            on_preempt=lambda request, now: events.emit(RequestPreempted(request, now)),
         )
         self._requests: dict[str, Request] = {}  # unfinished, or finished and still in flight
         self._retired: list[str] = []  # finished since the last plan

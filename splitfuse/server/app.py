@@ -182,6 +182,7 @@ class _Endpoint:
         finally:
             if failure is not None or route.is_logged:
                 self._record(context, failure)
+            failure = None  # it refers to this frame: left here, only the garbage collector would find them
 
     async def _answer_error(self, context: RequestContext, error: Exception) -> None:
         if isinstance(error, ClientGoneError):

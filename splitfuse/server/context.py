@@ -175,6 +175,7 @@ class RequestContext:
             task.cancel()
             gone.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+            del task, gone  # an error refers to this frame, and its task to the error
 
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -6,6 +6,7 @@ Decides in what order these happen, what a signal means, and what is logged of i
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -88,6 +89,8 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                     with closing(service):
                         _log_slo(engine.scheduler)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
+                        gc.collect()
+                        gc.freeze()  # as in an engine's process: no stream waits while what is loaded is walked
                         if is_listed:
                             with suppress(RegistryError):  # the folder has gone since
                                 registry.mark_ready(deployment)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -138,11 +139,14 @@ def _plain_json(body: bytes) -> Any:
 
 
 def _convert(kind: type[_Body], value: Any) -> _Body:
-    _check(inspect.type_info(kind), value, "")
+    _check(_type_info(kind), value, "")
     try:
         return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:  # one that `_check` does not know
         raise _wrong("", "does not match its schema in /openapi.json") from error
+
+
+_type_info = cache(inspect.type_info)
 
 
 # What is wrong -------------------------------------------------------------------------------------------------------

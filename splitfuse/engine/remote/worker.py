@@ -8,6 +8,7 @@ one whose heartbeat tells an engine that computes from one that hangs.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import queue
@@ -80,6 +81,8 @@ class Worker:
                 StepScheduled, lambda step: record.write([chunk.request_id for chunk in step.plan.chunks])
             )
             self._loop = EngineLoop(engine, self._reports.put)
+            gc.collect()
+            gc.freeze()  # no full collection walks what is loaded, which stopped all requests for tens of milliseconds
             threading.Thread(target=self._receive_all, daemon=True).start()
             self._reports.put(self._loop.info)
             self._loop.run()

@@ -7,7 +7,6 @@ variants.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
@@ -191,9 +190,9 @@ class CpuBackend(Backend):
     def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
         check(scores, torch.float32)
         rows, columns = scores.shape
-        ids, peaks = (ctypes.c_int32 * rows)(), (ctypes.c_float * rows)()
-        self.library.argmax(scores.data_ptr(), rows, columns, ids, peaks)
-        return list(ids), list(peaks)
+        ids, peaks = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+        self.library.argmax(scores.data_ptr(), rows, columns, ids.data_ptr(), peaks.data_ptr())
+        return ids.tolist(), peaks.tolist()
 
     # Layers, one operation at a time
 
