@@ -79,6 +79,8 @@ def load_model(
     dtype = resolve_dtype(config.model.dtype, spec)
     weights = DummyWeights(dtype, device) if dummy else source.weights()
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
+    if (adapter := source.adapter()) is not None:
+        _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
     backend = choose_backend(config, dtype)
     plan = _plan(spec, config, backend, weight_sharing)
     announce(plan)
@@ -126,7 +128,14 @@ def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
             ", ".join(map(brief, unknown)),
             vocab_size - 1,
         )
-    return tuple(token for token in ids if token < vocab_size)
+    known = tuple(token for token in ids if token < vocab_size)
+    if not known:
+        _logger.warning(
+            "%s names no end token (eos_token_id in generation_config.json or config.json, eos_token in "
+            "tokenizer_config.json): texts end at their length or a stop of the request",
+            source.location,
+        )
+    return known
 
 
 def parse_device(name: str) -> torch.device:

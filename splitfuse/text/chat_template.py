@@ -8,8 +8,10 @@ transformers' `apply_chat_template`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from enum import Enum, auto
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -19,6 +21,24 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
+
+MAX_TEMPLATE = 250_000
+"""Number of characters of the longest template that is read: those of models have at most 50,000."""
+_PROBE = "a text that is looked for"
+_CONVERSATIONS = {
+    "system": ("system", "user"),
+    "user": ("user",),
+    "assistant": ("user", "assistant", "user"),
+}
+"""Conversations that try what a template makes of the content of a role."""
+
+
+def check_syntax(source: str) -> None:
+    """Raise TokenizerError for a template that is not well formed. Nothing of it is run or compiled."""
+    with _compiling():
+        if len(source) > MAX_TEMPLATE:
+            raise ValueError(f"it has {len(source)} characters; at most {MAX_TEMPLATE} are read")
+        _environment().parse(source)
 
 
 class ChatTemplate:
@@ -38,12 +58,9 @@ class ChatTemplate:
                 "the model has no chat template; use plain prompts, or add a chat_template.jinja to its folder"
             )
         self._special_tokens = dict(special_tokens or {})
-        try:
+        with _compiling():
             self._template = _environment().from_string(source)
-        except TemplateSyntaxError as error:
-            raise TokenizerError(f"the chat template is broken: {error.message} (line {error.lineno})") from error
-        except Exception as error:  # anything that jinja2 or the Python compiler raises
-            raise TokenizerError(f"the chat template cannot be compiled: {error!r}") from error
+        self._forms: dict[str, _Form] = {}
 
     def render(
         self,
@@ -56,13 +73,16 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt's text with special tokens written out: encode it with `add_special_tokens=False`.
 
+        Content is given in the form that the template reads, a text or a list of parts, whichever form it comes in;
+        parts of text are joined by line ends for a template that reads text.
+
         `variables` are a template's own switches, such as `{"enable_thinking": False}`. Raises InvalidRequestError for
         messages that are malformed or that the template refuses, TokenizerError for a template that breaks the rules.
         """
         arguments = {
             **self._special_tokens,
             **_plain(variables or {}, "variables"),
-            "messages": _checked(messages),
+            "messages": [self._in_form(message) for message in _checked(messages)],
             "tools": _plain(tools, "tools"),
             "documents": _plain(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
@@ -76,6 +96,65 @@ class ChatTemplate:
         except Exception as error:  # like any program, a template can fail on data it was not written for
             message = f"the chat template cannot render these messages: {error}"
             raise InvalidRequestError(message, parameter="messages") from error
+
+    def _in_form(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message whose content has the form that the template reads in messages of its role."""
+        content, form = message.get("content"), self._form(message["role"])
+        if form is _Form.PARTS and isinstance(content, str):
+            return {**message, "content": [_text_part(content)]}
+        if form is _Form.TEXT and isinstance(content, list) and all(map(_is_text_part, content)):
+            return {**message, "content": "\n".join(part["text"] for part in content)}
+        return message
+
+    def _form(self, role: str) -> _Form:
+        """Return the form of content that messages of a role have, found by trying both."""
+        role = role if role in _CONVERSATIONS else "user"
+        if role not in self._forms:
+            user = "" if role == "user" else self._form("user")
+
+            def tried(content: Any) -> str:
+                other = [_text_part("other")] if user is _Form.PARTS else "other"
+                roles = _CONVERSATIONS[role]
+                messages = [{"role": each, "content": content if each == role else other} for each in roles]
+                try:
+                    others = {"tools": None, "documents": None, "add_generation_prompt": True}
+                    return self._template.render({**self._special_tokens, **others, "messages": messages})
+                except Exception:  # it refuses a role, or fails with content of this form
+                    return ""
+
+            text, parts = tried(_PROBE), tried([_text_part(_PROBE)])
+            if _PROBE not in text and _PROBE in parts:
+                self._forms[role] = _Form.PARTS
+            else:
+                self._forms[role] = _Form.EITHER if text and text == parts else _Form.TEXT
+        return self._forms[role]
+
+
+class _Form(Enum):
+    """Names the forms of content that a template may read."""
+
+    TEXT = auto()
+    PARTS = auto()
+    EITHER = auto()
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Raise what is wrong with a template as TokenizerError."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise TokenizerError(f"the chat template is broken: {error.message:.200} (line {error.lineno})") from error
+    except Exception as error:  # anything that jinja2 or the Python compiler raises
+        raise TokenizerError(f"the chat template cannot be compiled: {error!r:.200}") from error
 
 
 class _RefusedError(TemplateError):

@@ -21,7 +21,17 @@ import msgspec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import as_json
-from splitfuse.text.sandbox_worker import MEMORY_BYTES, Encode, Refused, Render, Reply, Request, Setup, Text, Tokens
+from splitfuse.text.sandbox_worker import (
+    MEMORY_BYTES,
+    Encode,
+    Refused,
+    Render,
+    Reply,
+    Request,
+    Setup,
+    Text,
+    Tokens,
+)
 from splitfuse.text.tokenizer import Tokenizer, check_unicode
 
 START_SECONDS = 60.0
@@ -50,6 +60,7 @@ class Sandbox:
         """Let each request take `seconds` of computing time, and more for a long text."""
         self._tokenizer = tokenizer
         self._seconds = seconds
+        self._compile_seconds = seconds / 2
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
@@ -61,7 +72,9 @@ class Sandbox:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process if none runs. Raises EngineUnavailableError if the machine cannot."""
+        """Start the process if none runs. Raises EngineUnavailableError if the machine cannot, TokenizerError if the
+        chat template does not compile.
+        """
         with self._turn:
             self._connected()
 
@@ -159,9 +172,19 @@ class Sandbox:
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},  # no pool of threads for one text
             )
         ours.settimeout(START_SECONDS)
-        ours.sendall(frame(_encode(_setup(self._tokenizer))))
-        if receive(ours) is None:
+        ours.sendall(frame(_encode(self._setup())))
+        answer = receive(ours)
+        if answer is None:
+            if self._stop() == -signal.SIGXCPU:
+                raise TokenizerError(f"the chat template cannot be compiled: {_too_slow(self._compile_seconds)}")
             raise OSError("it ended at once")
+        if answer:
+            self._stop()
+            raise TokenizerError(msgspec.msgpack.decode(answer, type=Refused).message)
+
+    def _setup(self) -> Setup:
+        tokenizer = self._tokenizer
+        return Setup(tokenizer.to_json(), tokenizer.special_tokens, tokenizer.chat_template, self._compile_seconds)
 
     def _stop(self) -> int | None:
         """End the process. Return the status that it ended with, if it ran."""
@@ -179,7 +202,3 @@ _TOO_LARGE = f"it needed more than {MEMORY_BYTES // 2**20} MiB of memory, or cra
 
 def _too_slow(seconds: float) -> str:
     return f"it ran for more than {seconds:g} s"
-
-
-def _setup(tokenizer: Tokenizer) -> Setup:
-    return Setup(tokenizer.to_json(), tokenizer.special_tokens, tokenizer.chat_template)

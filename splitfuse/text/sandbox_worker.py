@@ -35,6 +35,7 @@ class Setup(msgspec.Struct, frozen=True):
     tokenizer: str
     special_tokens: dict[str, str]
     chat_template: str | None
+    compile_seconds: float
 
 
 class Encode(msgspec.Struct, frozen=True, tag=True):
@@ -85,8 +86,18 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self._tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(setup.tokenizer), special_tokens=setup.special_tokens)
-        self._source = setup.chat_template
+        self._source, self._compile_seconds = setup.chat_template, setup.compile_seconds
         self._template: ChatTemplate | None = None
+
+    def compile(self) -> Refused | None:
+        """Compile the template, if there is one, and say what is wrong with it."""
+        limit_time(self._compile_seconds)
+        try:
+            if self._source is not None:
+                self._template = ChatTemplate(self._source, self._tokenizer.special_tokens)
+        except TokenizerError as error:
+            return Refused(_valid(error), None, is_request=False)
+        return None
 
     def answer(self, request: Request) -> Reply:
         """Return the reply to a request. Raises MemoryError."""
@@ -128,8 +139,9 @@ def main() -> None:
     worker = Worker(msgspec.msgpack.decode(setup, type=Setup))
     del setup
     limit_memory()
+    refused = worker.compile()
     decode, encode = msgspec.msgpack.Decoder(Request).decode, msgspec.msgpack.Encoder().encode
-    connection.sendall(frame(b""))  # ready
+    connection.sendall(frame(b"" if refused is None else encode(refused)))  # ready
     while (message := receive(connection)) is not None:
         request = decode(message)
         del message

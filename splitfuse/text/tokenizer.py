@@ -7,17 +7,29 @@ transformers for the same files. In particular `tokenizer.json` says whether a t
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
+from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
+from splitfuse.text.chat_template import check_syntax
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Names of tokens that a configuration may have, in the order of transformers."""
+MAX_ADDED_CHARACTERS = 2_000_000
+"""Number of characters that the added tokens of a configuration may have together: each takes 70 bytes of memory."""
+HARMLESS_BYTES = 64 * 1024
+"""Size of a tokenizer.json that is loaded untried: what it says cannot take more than some 200 MB."""
 _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hugging Face transformers writes one"
 
 
@@ -36,12 +48,13 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
-        """Make `special_tokens`, by role as in `{"bos_token": "<s>"}`, special in the vocabulary where it has them."""
+        """Make `special_tokens`, by role as in `{"bos_token": "<s>"}`, special, and add those that are missing."""
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
-        backend.add_special_tokens([t for t in self.special_tokens.values() if backend.token_to_id(t) is not None])
+        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens([known.get(token, token) for token in self.special_tokens.values()])
         self._backend = backend
         self._special_ids = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._byte_ids = _byte_fallback_ids(backend)
@@ -51,20 +64,36 @@ class Tokenizer:
         """Read `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`
         where they exist. Raises TokenizerError for a file that is missing, unreadable or hostile."""
         with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
-            content = source.read_text("tokenizer.json")
+            content = source.read("tokenizer.json", MAX_TOKENIZER_BYTES)
+            check_json(content or b"")
         if content is None:
             slow = source.read("tokenizer.model") is not None
             found = (
                 "only a SentencePiece tokenizer.model, which cannot be read as it is" if slow else "no tokenizer.json"
             )
             raise TokenizerError(f"{source.location} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
-        config: dict[str, Any] = {}
-        for file in ("special_tokens_map.json", "tokenizer_config.json"):
-            config |= source.read_json(file, TokenizerError) or {}
+        config = source.read_json("tokenizer_config.json", TokenizerError) or {}
+        if (added := config.get("added_tokens_decoder")) is None:
+            config |= source.read_json("special_tokens_map.json", TokenizerError) or {}
+        special, extra = _special_tokens(config), _extra_special_tokens(config)
         template = _chat_template(source, config)
+        with _library_errors(f"the added tokens of {source.location} cannot be read"):
+            if added is None:
+                named = source.read_json("added_tokens.json", TokenizerError) or {}
+                added_tokens = _plain_added_tokens(named, {*special.values(), *extra})
+            else:
+                added_tokens = [_added_token(**added[number]) for number in sorted(added, key=int)]
+            length = sum(map(len, [*special.values(), *extra, *(token.content for token in added_tokens)]))
+            if length > MAX_ADDED_CHARACTERS:
+                raise ValueError(f"they have {length} characters together; at most {MAX_ADDED_CHARACTERS} are read")
         with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
-            backend = tokenizers.Tokenizer.from_str(content)
-            return cls(backend, special_tokens=_special_tokens(config), chat_template=template)
+            if len(content) > HARMLESS_BYTES:
+                _try_apart(content)
+            backend = tokenizers.Tokenizer.from_buffer(content)
+            backend.add_tokens(added_tokens)
+            tokenizer = cls(backend, special_tokens=special, chat_template=template)
+            backend.add_special_tokens(extra)
+            return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -83,9 +112,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return the token ids of `text`; special tokens written out in it are read as such. Raises InvalidRequestError
-        for text that is not valid Unicode, TokenizerError for text that the vocabulary cannot express."""
+        for text that is not valid Unicode or that the vocabulary cannot express."""
         check_unicode(text)
-        with _library_errors("the tokenizer cannot encode this text"):
+        with _library_errors("the model's tokenizer cannot encode this text", InvalidRequestError):
             # Unlike `encode`, this lets go of the GIL: a long text holds up no other thread.
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return tuple(encoding.ids)
@@ -195,13 +224,13 @@ def check_unicode(text: str) -> None:
 
 
 @contextmanager
-def _library_errors(message: str) -> Iterator[None]:
-    """Raise errors of the tokenizers library, panics of its Rust code among them, as TokenizerError."""
+def _library_errors(message: str, kind: type[SplitfuseError] = TokenizerError) -> Iterator[None]:
+    """Raise errors of the tokenizers library, panics of its Rust code among them, as one of ours."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise TokenizerError(f"{message}: {error}") from error
+            raise kind(f"{message}: {error}") from error
         raise
 
 
@@ -214,25 +243,79 @@ def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return every `*_token` of the configuration, whose value is the token or an object with it as `content`."""
-    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    """Return every `*_token` of the configuration, whose value is the token or an object with it as `content`, in the
+    order in which transformers adds those that the vocabulary lacks.
+    """
+    named = {name: config.get(name) for name in SPECIAL_TOKENS}
+    named |= {name: value for name, value in config.items() if name.endswith("_token") and name not in named}
+    if isinstance(extra := config.get("extra_special_tokens"), dict):
+        named |= extra
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def _extra_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    """Return the special tokens of the configuration that have no name."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    tokens = [each.get("content") if isinstance(each, dict) else each for each in extra if isinstance(extra, list)]
+    return [token for token in tokens if isinstance(token, str)]
+
+
+def _added_token(content: str, **flags: Any) -> tokenizers.AddedToken:
+    names = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    return tokenizers.AddedToken(content, **{name: flags[name] for name in names if name in flags})
+
+
+def _plain_added_tokens(ids: Mapping[str, Any], special: Set[str]) -> list[tokenizers.AddedToken]:
+    """Return the tokens of an `added_tokens.json`, in the order of their ids."""
+    return [
+        tokenizers.AddedToken(token, normalized=token not in special, special=token in special)
+        for token in sorted(ids, key=lambda token: int(ids[token]))
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _try_apart(content: bytes) -> None:
+    """Load a tokenizer in a process of its own, with limits: a few hundred kB can take gigabytes or overflow a stack.
+    Raises ValueError if it cannot be loaded within them.
+    """
+    if not sys.executable or sys.platform == "win32":  # no such limits there
+        return
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # threads have memory of their own
+    ended = subprocess.run([sys.executable, "-c", _TRIAL], input=content, capture_output=True, env=environment)
+    if ended.returncode == 1:
+        raise ValueError(ended.stdout.decode(errors="replace") or "it needs more than 400 MiB of memory")
+    if ended.returncode:
+        raise ValueError("loading it takes more than 400 MiB of memory or 4 s of computing time, or crashes")
+
+
+_TRIAL = """
+import resource, sys, tokenizers
+resource.setrlimit(resource.RLIMIT_DATA, (400 << 20, 400 << 20))
+resource.setrlimit(resource.RLIMIT_CPU, (4, 4))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+try:
+    tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
+except BaseException as error:
+    sys.stdout.buffer.write(str(error).encode(errors="replace")[:500])
+    sys.exit(1)
+"""
 
 
 def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None:
     """Return `chat_template.jinja` or the configuration's: one template, or that of a list which is named default."""
     try:
-        if (text := source.read_text("chat_template.jinja")) is not None:
-            return text
+        template = source.read_text("chat_template.jinja")
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{source.location}/chat_template.jinja cannot be read: {error}") from error
-    template = config.get("chat_template")
+    template = config.get("chat_template") if template is None else template
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     if template is not None and not isinstance(template, str):
         raise TokenizerError(
             f"chat_template in {source.location}/tokenizer_config.json must be text or a list of named texts"
         )
+    if template is not None:
+        check_syntax(template)
     return template

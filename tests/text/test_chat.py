@@ -83,9 +83,60 @@ def test_renders_as_transformers(
     assert render(source, messages, variables={"thinking": True}, **settings) == expected
 
 
-def test_content_in_parts_reaches_the_template() -> None:
+PARTS = "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"
+TEXT = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+EITHER = """{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}
+{%- for part in m.content %}{{ part.text }}{% endfor %}{% endif %};{% endfor %}"""
+PARTS_OF_USERS = """{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' %}
+{%- for part in m.content %}{{ part.text }};{% endfor %}{% else %}{{ m.content }};{% endif %}{% endfor %}"""
+
+
+def in_parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("source", [PARTS, TEXT, EITHER, PARTS_OF_USERS], ids=["parts", "text", "either", "users"])
+@pytest.mark.parametrize("sent", ["text", "parts"])
+def test_content_has_the_form_that_the_template_reads(source: str, sent: str) -> None:
+    messages = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    if sent == "parts":
+        messages = [{**message, "content": in_parts(str(message["content"]))} for message in messages]
+    assert render(source, messages) == "<system>SYSTEM;<user>USER;<assistant>ASSISTANT;<user>USER;"
+
+
+def test_several_parts_stay_apart_or_are_joined() -> None:
+    messages = [{"role": "user", "content": in_parts("a", "b")}]
+    assert render(PARTS, messages) == "<user>a;b;"
+    assert render(TEXT, messages) == "<user>a\nb;"
+    assert render(EITHER, messages) == "<user>ab;"
+
+
+def test_template_that_reads_the_first_message_alone() -> None:
     source = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
-    assert render(source, [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]) == "ab"
+    assert render(source, [{"role": "user", "content": in_parts("a", "b")}]) == "ab"
+    assert render(source, [{"role": "user", "content": "ab"}]) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "words"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+            [{"role": "system", "content": "x"}, *HELLO],
+            "System role not supported",
+        ),
+        (
+            "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+            "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}",
+            HELLO * 2,
+            "Conversation roles must alternate",
+        ),
+    ],
+)
+def test_template_refuses_in_its_own_words(source: str, messages: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^the chat template refuses: {words}$") as error:
+        render(source, messages)
+    assert error.value.status == 400
 
 
 def test_no_template_says_what_to_do() -> None:

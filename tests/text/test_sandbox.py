@@ -62,12 +62,26 @@ def test_errors_are_those_of_template_and_tokenizer(bundled: Sandbox) -> None:
         bundled.encode("a\ud800")
     with pytest.raises(InvalidRequestError, match="half a surrogate pair"):
         bundled.render([{"role": "user", "content": "\ud800"}])
-    for template, message in ((None, "no chat template"), ("{% for", "broken.*line 1")):
-        sandbox = sandbox_of(template)
-        with pytest.raises(TokenizerError, match=message):
-            sandbox.render(HELLO)
-        assert sandbox.encode("Hello")
-        sandbox.close()
+    sandbox = sandbox_of(None)
+    with pytest.raises(TokenizerError, match="no chat template"):
+        sandbox.render(HELLO)
+    assert sandbox.encode("Hello")
+    sandbox.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "broken.*line 1"),
+        ("{{ messages | nonsense }}", "broken.*No filter named 'nonsense'"),
+        ("{{ 7 ** (9 ** 9) }}", r"cannot be compiled: it ran for more than 0\.01 s"),
+    ],
+)
+def test_template_that_does_not_compile_is_found_at_start(template: str, message: str) -> None:
+    sandbox = sandbox_of(template, seconds=0.02)
+    with pytest.raises(TokenizerError, match=message):
+        sandbox.start()
+    assert sandbox.pid is None
 
 
 @pytest.mark.parametrize("source", ["{{ 'a' * 2 ** 40 }}", "{{ 2 ** 40 * [1] }}", "{{ '%2000000000d' % 1 }}"])

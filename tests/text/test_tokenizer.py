@@ -101,10 +101,43 @@ def test_tokenizer_json_alone_decides_on_the_begin_token(
 def test_special_tokens_as_objects_and_in_the_legacy_map(tmp_path: Path) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"bos_token": {"content": BOS, "lstrip": False}, "pad_token": None, "add_bos_token": True})
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS, "bos_token": "other"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS}))
     tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))
     assert tokenizer.special_tokens == {"bos_token": BOS, "eos_token": EOS}
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def added(content: str, **flags: bool) -> dict[str, Any]:
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {"content": content, **plain, **flags}
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"added_tokens_decoder": {"1": added(EOS), "400": added("<x>"), "402": added("<y>", special=False)}}, {}),
+        ({"added_tokens_decoder": {"500": added("<x>"), "60": added("<y>", special=False)}}, {}),
+        ({"added_tokens_decoder": {"1": added(EOS, rstrip=True, special=False)}}, {}),
+        ({"pad_token": "<pad>", "eos_token": "<end>"}, {}),
+        ({"additional_special_tokens": ["<a>", "the"]}, {}),
+        ({"extra_special_tokens": ["<a>", "<b>"], "image_token": "<img>"}, {}),
+        ({"extra_special_tokens": {"image_token": "<img>"}}, {}),
+        ({}, {"special_tokens_map.json": {"bos_token": "other", "eos_token": {"content": "<end>"}}}),
+        ({"added_tokens_decoder": {"0": added(BOS)}}, {"special_tokens_map.json": {"bos_token": "other"}}),
+        ({}, {"added_tokens.json": {"<y>": 401, "<x>": 400}}),
+    ],
+    ids=str,
+)
+def test_tokens_of_the_configuration_alone(tmp_path: Path, config: dict[str, Any], files: dict[str, Any]) -> None:
+    KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, CONFIG | config)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, oracle = Tokenizer.from_source(ModelFolder(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    text = f"a <x>  the <y> <pad><end> <a><b> <img> other {EOS} b"
+    assert list(ours.encode(text)) == oracle.encode(text)
+    assert ours.decode(ours.encode(text)) == oracle.decode(oracle.encode(text), skip_special_tokens=True)
+    assert (ours.vocab_size, ours.eos_token_id) == (len(oracle), oracle.eos_token_id)
 
 
 def test_a_named_end_token_of_the_plain_vocabulary_is_special(tmp_path: Path) -> None:
@@ -191,6 +224,28 @@ def test_hostile_tokenizer_json(tmp_path: Path, content: bytes) -> None:
         Tokenizer.from_source(ModelFolder(tmp_path))
 
 
+LONG_TOKEN = {"version": "1.0", "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 10**6, 0.5]]}}
+LARGE_PATTERN = {
+    "version": "1.0",
+    "normalizer": {"type": "Replace", "pattern": {"Regex": r"\p{L}" * 10**5}, "content": ""},
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+}
+
+
+@pytest.mark.parametrize("content", [LONG_TOKEN, LARGE_PATTERN], ids=["overflows the stack", "takes gigabytes"])
+def test_tokenizer_json_that_would_end_the_process(tmp_path: Path, content: dict[str, Any]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"takes more than 400 MiB of memory or 4 s .*, or crashes|fail to memory"):
+        Tokenizer.from_source(ModelFolder(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]," * 1_200_000, '{"a":0},' * 300_000, "0," * 2_200_000], ids=len)
+def test_tokenizer_json_of_too_many_values(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": [{content}0]}}')
+    with pytest.raises(TokenizerError, match=r"holds about .* values; at most 2200000 are read"):
+        Tokenizer.from_source(ModelFolder(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -200,6 +255,13 @@ def test_hostile_tokenizer_json(tmp_path: Path, content: bytes) -> None:
         (b"[]", "must hold a JSON object, not list"),
         (b'{"chat_template": 3}', "chat_template in .* must be text"),
         (b'{"chat_template": [{"name": "default", "template": 3}]}', "chat_template in .* must be text"),
+        (b'{"chat_template": [{"name": [1], "template": 3}, {"name": "default", "template": 3}]}', "must be text"),
+        (b'{"chat_template": "{% for m in messages %}"}', r"the chat template is broken: .* \(line 1\)"),
+        (b'{"chat_template": "' + b"x" * 250_001 + b'"}', "cannot be compiled: .* at most 250000 are read"),
+        (b'{"added_tokens_decoder": {"one": {"content": "x"}}}', "the added tokens of .* cannot be read"),
+        (b'{"added_tokens_decoder": {"1": {"text": "x"}}}', "the added tokens of .* cannot be read"),
+        (b'{"added_tokens_decoder": [1]}', "the added tokens of .* cannot be read"),
+        (b'{"eos_token": "' + b"x" * 2_000_001 + b'"}', "2000001 characters together; at most 2000000"),
     ],
 )
 def test_hostile_tokenizer_config(tmp_path: Path, content: bytes, message: str) -> None:
@@ -225,7 +287,7 @@ def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
 def test_text_that_the_vocabulary_cannot_express(tmp_path: Path) -> None:
     content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "missing"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(TokenizerError, match="cannot encode this text"):
+    with pytest.raises(InvalidRequestError, match="cannot encode this text"):
         Tokenizer.from_source(ModelFolder(tmp_path)).encode("b")
 
 

@@ -9,8 +9,10 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import msgspec
+
 from splitfuse.errors import ModelError, ModelNotFoundError, brief
-from splitfuse.models.sources.files import MAX_FILE_BYTES, check_json
+from splitfuse.models.sources.files import MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, check_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,21 +97,64 @@ class ModelSource(ABC):
     def config(self) -> dict[str, Any]:
         """Return config.json. Raises ModelNotFoundError if there is none, ModelError if it is not a JSON object."""
         values = self.read_json("config.json")
+        if values is None and (adapter := self.adapter()) is not None:
+            raise ModelNotFoundError(
+                f"{self.location} has no config.json: it holds an adapter of {adapter}, not a model; merge the two, "
+                "by merge_and_unload of PEFT, and name the merged model"
+            )
         if values is None:
             raise ModelNotFoundError(
                 f"{self.location} has no config.json: it is not a model folder in Hugging Face format"
             )
         return values
 
+    def adapter(self) -> str | None:
+        """Return the name of the model that an adapter in the folder belongs to, or None if there is no adapter."""
+        values = self.read_json("adapter_config.json")
+        return None if values is None else brief(values.get("base_model_name_or_path", "a model without a name"))
+
     def generation_config(self) -> dict[str, Any]:
         """Return generation_config.json, the model's defaults for sampling; empty if there is none."""
         return self.read_json("generation_config.json") or {}
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end a text: those of generation_config.json, else of config.json; none is allowed.
+        """Return the tokens that end a text: those of generation_config.json, else of config.json, and the end token
+        that the tokenizer names; none is allowed.
 
         Raises ModelError if the entry is neither a token id nor a list of them.
         """
+        ids = self._stated_eos_token_ids()
+        ending = self._tokenizer_eos_token_id()
+        return ids if ending is None or ending in ids else (*ids, ending)
+
+    def _tokenizer_eos_token_id(self) -> int | None:
+        """Return the id of the tokenizer's end token if its files name one and have an id for it. A file that cannot be
+        read is left to the tokenizer, which says so.
+        """
+        try:
+            config = self.read_json("tokenizer_config.json") or {}
+            if config.get("added_tokens_decoder") is None:
+                config |= self.read_json("special_tokens_map.json") or {}
+            token = config.get("eos_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            content = self.read("tokenizer.json", MAX_TOKENIZER_BYTES)
+            if content is None or not isinstance(text, str):
+                return None
+            check_json(content)
+            file = msgspec.json.decode(content, type=_TokenizerFile)
+            added = {each.content: each.id for each in file.added_tokens}
+            if text in added:
+                return added[text]
+            vocab = msgspec.json.decode(file.model.vocab, type=dict[str, int] | list[tuple[str, float]])
+            ids = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, _) in enumerate(vocab)}
+            if text in ids:
+                return ids[text]
+            own = config.get("added_tokens_decoder") or {}
+            return next((int(number) for number, each in own.items() if each["content"] == text), None)
+        except (OSError, ModelError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return None
+
+    def _stated_eos_token_ids(self) -> tuple[int, ...]:
         for file, values in (("generation_config.json", self.generation_config()), ("config.json", self.config())):
             value = values.get("eos_token_id")
             if value is None:
@@ -121,3 +166,19 @@ class ModelSource(ABC):
                 )
             return tuple(ids)
         return ()
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: msgspec.Raw
+
+
+class _TokenizerFile(msgspec.Struct):
+    """Holds what of a tokenizer.json says the ids of tokens."""
+
+    model: _Vocabulary
+    added_tokens: list[_AddedToken] = []

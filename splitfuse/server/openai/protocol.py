@@ -168,7 +168,9 @@ class ContentPart(Body, kw_only=True, frozen=True):
 
 @accepts_neutral(refusal=[], annotations=[[]], audio=[], function_call=[], tool_calls=[[]], tool_call_id=[])
 class ChatMessage(Body, kw_only=True, frozen=True):
-    """Holds one turn of a conversation. Several parts of text are joined by line ends."""
+    """Holds one turn of a conversation. Several parts of text are joined by line ends, unless the
+    model's chat template reads parts.
+    """
 
     role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
     content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)]
@@ -186,13 +188,15 @@ class ChatMessage(Body, kw_only=True, frozen=True):
                 parameter=f"{where}.role",
             )
         self.check_neutral(where + ".")
-        content = self.content
-        if not isinstance(content, str):
-            for number, part in enumerate(content):
+        content: str | list[dict[str, str]] = ""
+        if isinstance(self.content, str):
+            content = self.content
+        else:
+            for number, part in enumerate(self.content):
                 if part.type != "text":
                     place = f"{where}.content[{number}].type"
                     raise InvalidRequestError(f"{place} must be text, not {part.type!r:.80}", parameter=place)
-            content = "\n".join(part.text for part in content)
+            content = [{"type": "text", "text": part.text} for part in self.content]
         role = "system" if self.role == "developer" else self.role  # a newer name for it, unknown to templates
         return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
 
