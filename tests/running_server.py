@@ -57,6 +57,7 @@ class RunningServer:
             self.port = listener.getsockname()[1]
             await self.server.serve([listener])
         await self.client.close()
+        self.service.close()
 
     @property
     def url(self) -> str:
@@ -91,6 +92,7 @@ class RunningServer:
 
         self.wait_until(is_empty)
         self.wait_until(lambda: self.admission.num_requests == 0 and self.client.outstanding_tokens == 0)
+        self.wait_until(lambda: self.admission.bodies.used == 0)
         self.wait_until(lambda: not self.server.server_state.tasks)
 
     @property

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
+from splitfuse.server.bodies import BodyBudget
 
 MEMORY_SECONDS = 10.0
 """Time constant, in seconds, of the throughput average."""
@@ -28,6 +29,7 @@ class Admission:
         self.num_tokens = 0
         self.num_logprobs = 0
         self.draining = False
+        self.bodies = BodyBudget.of(config)
         self._max_requests = config.max_queued_requests
         self._max_tokens = config.max_queued_tokens
         self._replicas = config.replicas

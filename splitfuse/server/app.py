@@ -180,6 +180,7 @@ class _Endpoint:
             failure = error
             await self._answer_error(context, failure)
         finally:
+            self.state.release(context)
             if failure is not None or route.is_logged:
                 self._record(context, failure)
             failure = None  # it refers to this frame: left here, only the garbage collector would find them

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
 from splitfuse.server.auth import ANONYMOUS
+from splitfuse.server.bodies import SLOWEST, BodyBudget
 from splitfuse.server.dialect import Dialect, encode_json
 from splitfuse.server.errors import ClientGoneError, RefusedError
 from splitfuse.server.listen import Receive, Scope, Send
@@ -57,6 +58,8 @@ class RequestContext:
         self.admitted = False
         self.shows_output = True
         """Flag of an answer that has the generated text in it."""
+        self.held = 0
+        """Bytes that its body holds of the budget."""
         self.prompt: Any = None
         """Prompt for the log."""
         self.phases: defaultdict[LatencyPhase, float] = defaultdict(float)
@@ -134,20 +137,34 @@ class RequestContext:
 
     # The body --------------------------------------------------------------------------------------------------------
 
-    async def body(self, limit: int) -> bytes:
-        """Return the whole body, at most `limit` bytes. Raises RefusedError (413) if it is larger, ClientGoneError."""
+    async def body(self, limit: int, budget: BodyBudget, *, timeout: float) -> bytes:
+        """Return the whole body, at most `limit` bytes, as `budget` has room for them.
+
+        Raises RefusedError (413) if it is larger, or (408) if it takes longer than `timeout` seconds and the time of
+        its bytes at the slowest rate, OverloadedError, ClientGoneError.
+        """
         declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
             raise _too_large(limit)
         pieces, size = [], 0
         while True:
-            message = await self._receive()
+            left = self.arrival + timeout + size / SLOWEST - time.monotonic()
+            try:
+                message = await asyncio.wait_for(self._receive(), left)
+            except TimeoutError:
+                raise RefusedError(
+                    408,
+                    f"the body did not come: {size} bytes in {timeout + size / SLOWEST:.0f} s",
+                    code="body_timeout",
+                    headers={"connection": "close"},
+                ) from None
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             piece: bytes = message.get("body", b"")
             size += len(piece)
             if size > limit:
                 raise _too_large(limit)
+            self.held = budget.hold(size, held=self.held)
             pieces.append(piece)
             if not message.get("more_body", False):
                 return b"".join(pieces)

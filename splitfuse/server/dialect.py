@@ -83,9 +83,9 @@ class Route:
         errors = {
             *self.errors,
             *((401,) if self.needs_key else ()),
-            *((408, 422, 429) if self.event is not None else ()),
+            *((422,) if self.event is not None else ()),
         }
-        return sorted(errors if self.body is None else {*errors, 400, 404, 413, 415, 500, 503})
+        return sorted(errors if self.body is None else {*errors, 400, 404, 408, 413, 415, 429, 500, 503})
 
     @property
     def template(self) -> str:

@@ -31,6 +31,7 @@ from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
+from splitfuse.text.memory import return_large_blocks
 
 if TYPE_CHECKING:
     from splitfuse.server.admission import Admission
@@ -51,6 +52,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
     after a drain; raises ServerError if requests were cut off, KeyboardInterrupt after SIGINT. Raises ConfigError,
     ModelError, MemoryPlanError or ServerError for what keeps it from serving.
     """
+    return_large_blocks()
     ApiKeys(config).check(engine.scheduler)
     model = config.served_model_name or model_name(engine.model.model)
     config = replace(config, served_model_name=model)

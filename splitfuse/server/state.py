@@ -11,6 +11,7 @@ from splitfuse.engine.client import EngineState
 from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
+from splitfuse.server.bodies import FREE_BYTES, decoded_size
 from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations
@@ -37,6 +38,12 @@ class AppState:
     started: int
     """Unix time."""
     explanations: Explanations = field(default_factory=Explanations)
+
+    def release(self, context: RequestContext) -> None:
+        """Give back what the body of a request held."""
+        self.admission.bodies.release(context.held)
+        if context.held > FREE_BYTES:
+            self.service.give_back_memory()
 
     @property
     def model(self) -> str:
@@ -85,10 +92,13 @@ class AppState:
         is ready.
         """
         _check_content_type(context)
-        body = await context.body(int(self.config.max_body_mib * 2**20))
+        limit = int(self.config.max_body_mib * 2**20)
+        body = await context.body(limit, self.admission.bodies, timeout=self.config.client_timeout)
         if len(body) < LARGE_BODY:
             request = decode(kind, body)
         else:
+            size = await self.service.off_loop(lambda: decoded_size(body))
+            context.held = self.admission.bodies.hold(size, held=context.held)
             request = await self.service.off_loop(lambda: decode(kind, body))
         if self.service.client.state is not EngineState.READY:
             raise EngineUnavailableError(f"no engine is ready: {self.stage[0]}; /ready says when one is")

@@ -6,7 +6,6 @@ one request after another. A request that takes too much computing time or memor
 
 from __future__ import annotations
 
-import ctypes
 import json
 import resource
 import signal
@@ -21,6 +20,7 @@ import tokenizers
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.memory import give_back_memory, return_large_blocks
 from splitfuse.text.tokenizer import Tokenizer, check_unicode
 
 MEMORY_BYTES = 2**30
@@ -138,6 +138,7 @@ def main() -> None:
         return
     worker = Worker(msgspec.msgpack.decode(setup, type=Setup))
     del setup
+    return_large_blocks()
     limit_memory()
     refused = worker.compile()
     decode, encode = msgspec.msgpack.Decoder(Request).decode, msgspec.msgpack.Encoder().encode
@@ -166,12 +167,6 @@ def limit_memory() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         limits = [limit, *(each for each in (soft, hard) if each != resource.RLIM_INFINITY)]
         resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library can."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _valid(error: Exception) -> str:

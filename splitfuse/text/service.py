@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, SchedulingOptions
@@ -19,11 +20,13 @@ from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.generation import Generation
+from splitfuse.text.memory import give_back_memory
 from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
 _NUM_THREADS = 2  # for large bodies and answers: the cores belong to the engines
+_PAUSE = 1.0  # seconds between two times that memory is given back
 _SHORT = 16384  # characters of a text that takes a few milliseconds
 
 _Result = TypeVar("_Result")
@@ -36,6 +39,7 @@ class TextService:
         self.client = client
         self.tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self._gives_back = False
         self._short, self._long = _Lane(tokenizer), _Lane(tokenizer)
 
     async def start(self) -> None:
@@ -50,6 +54,16 @@ class TextService:
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
         """Return the result of `work`, which runs on one of a few threads while the event loop continues."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def give_back_memory(self) -> None:
+        """Return freed memory to the system soon, after a large request has ended."""
+        if not self._gives_back:
+            self._gives_back = True
+            asyncio.get_running_loop().call_later(_PAUSE, self._give_back_now)
+
+    def _give_back_now(self) -> None:
+        self._gives_back = False
+        self._threads.submit(give_back_memory)
 
     async def encode(
         self,
@@ -173,8 +187,8 @@ def _size(content: Any, limit: int) -> int:
             case str() as text:
                 size += len(text)
             case Mapping() as mapping:
-                rest.extend(mapping.values())
+                rest.extend(islice(mapping.values(), limit))
             case Sequence() as items:
-                rest.extend(items)
+                rest.extend(islice(items, limit))
         size += 1
     return size

@@ -1,0 +1,21 @@
+"""Returns memory to the system after large texts, of which the GNU C library keeps much."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+_MMAP_THRESHOLD = -3  # of mallopt
+_LARGE_BLOCK = 2**20
+
+
+def return_large_blocks() -> None:
+    """Let this process return each block of a MiB as it is freed; by default the C library learns to keep them."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def give_back_memory() -> None:
+    """Return what was freed in smaller blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
