@@ -18,7 +18,7 @@ from itertools import pairwise
 from random import Random
 
 from splitfuse.bench import metrics
-from splitfuse.bench.results import RequestRecord
+from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
@@ -136,7 +136,7 @@ async def overload(simulation: SimulationConfig, hours: float) -> None:
         prompt = Bytes(256).draw(random, 512)
         times = await replica.answer(str(number), LoadRequest("overload", number, 0, prompt, 64))
         latencies.append(times[-1] - sent)
-        met += metrics.meets_slo(RequestRecord(number, sent, 512, tuple(times)), targets)
+        met += metrics.meets_slo(MeasuredRequest(number, sent, 512, tuple(times)), targets)
 
     number = 0
     while loop.time() < hours * 3600:

@@ -1,12 +1,12 @@
 """Results with known figures, for the tests of tables and reports."""
 
-from splitfuse.bench.results import Point, RequestRecord, Results
+from splitfuse.bench.results import MeasuredRequest, Point, Results
 
 
 def point(clients: int, seconds: float, *, repetition: int = 0) -> Point:
     """Clients that are answered every `seconds`, with two tokens."""
     records = tuple(
-        RequestRecord(client, i * seconds, 512, (i * seconds + seconds / 4, (i + 0.99) * seconds))
+        MeasuredRequest(client, i * seconds, 512, (i * seconds + seconds / 4, (i + 0.99) * seconds))
         for client in range(clients)
         for i in range(10)
     )

@@ -1,1 +1,1 @@
-"""Benchmarks: workloads, loads, targets, goodput and latency metrics, reports."""
+"""Holds benchmarks: workloads, loads, targets, goodput and latency metrics, reports."""

@@ -1,4 +1,4 @@
-"""An endpoint of OpenAI's API as a target: probed once, then driven by streams of /v1/completions.
+"""Makes an endpoint of OpenAI's API a target, which is probed once, then driven by streams of /v1/completions.
 
 Tokens are counted from their ids or by the server's own count, never from text. http_stream.py does the HTTP.
 """
@@ -32,7 +32,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Timings(msgspec.Struct):
-    """llama.cpp's counts."""
+    """Holds llama.cpp's counts."""
 
     predicted_n: int | None = None
     prompt_n: int | None = None
@@ -46,7 +46,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """The fields of a stream's event that matter here."""
+    """Holds the fields of a stream's event that matter here."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -59,7 +59,7 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 @dataclass
 class _Reading:
-    """A stream as it is read."""
+    """Holds a stream as it is read."""
 
     event_times: list[float] = field(default_factory=list)
     """Arrival times of the events with a part of the answer."""
@@ -129,7 +129,7 @@ def error_text(error: Any) -> str:
 
 
 class Endpoint(Target):
-    """A server at a URL. Its routes are below the path of the URL (`http://host:8000/v3`), by default below `/v1`.
+    """Asks a server at a URL. Its routes are below the path of the URL (`http://host:8000/v3`), by default below `/v1`.
 
     `timeout`: seconds for a whole answer. `pid`: process of the server, to report its memory.
     """

@@ -1,4 +1,4 @@
-"""A lean HTTP/1.1 client for a load generator, which shares the cores with the server that it measures.
+"""Speaks HTTP/1.1 for a load generator, which shares the cores with the server that it measures.
 
 A connection for each request; streams of server-sent events, handed over as they arrive. An event costs a fraction of
 the processor time that a client library takes (docs/bench.md has the figures).
@@ -27,7 +27,7 @@ TakeEvent = Callable[[bytes, float], None]
 
 @dataclass(frozen=True)
 class Address:
-    """The address of a server, and its API key."""
+    """Holds the address of a server, and its API key."""
 
     host: str
     port: int

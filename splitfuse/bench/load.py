@@ -1,4 +1,4 @@
-"""Loads: when requests are sent, and which of them count. A closed loop of clients, or an open loop of arrivals.
+"""Decides when requests are sent, and which of them count: a closed loop of clients, or an open loop of arrivals.
 
 Clients start one after the other, and nothing counts until each has been answered once: a common start would decide
 every tail latency. The load stays on until the last request that counts is done, so that it runs at the same
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from splitfuse.bench.results import Point, RequestRecord
+from splitfuse.bench.results import MeasuredRequest, Point
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Workload
 from splitfuse.errors import ConfigError, ServerError
@@ -32,15 +32,15 @@ OnProgress = Callable[[str, int], None]
 
 
 class _Load:
-    """One point while it is driven."""
+    """Drives one point."""
 
     def __init__(self, target: Target, workload: Workload, stream: str, on_progress: OnProgress) -> None:
         self.target, self.workload, self.stream, self.on_progress = target, workload, stream, on_progress
         self.began = asyncio.get_running_loop().time()
-        self.records: list[RequestRecord] = []
+        self.records: list[MeasuredRequest] = []
         self.opened = self.closed = math.inf  # the window
         self.counted = asyncio.Event()
-        """Set when the window is closed and all requests sent in it are done."""
+        """Event of the end: the window is closed and all requests sent in it are done."""
         self._next = 0
         self._pending = self._num_done = self._num_failed = 0
 
@@ -60,7 +60,7 @@ class _Load:
         self._pending += counts
         answer = await self.target.ask(request)
         times = tuple(token_time - self.began for token_time in answer.token_times)
-        self.records.append(RequestRecord(client, sent, answer.num_prompt_tokens, times, answer.error))
+        self.records.append(MeasuredRequest(client, sent, answer.num_prompt_tokens, times, answer.error))
         if answer.error is not None:
             self._num_failed += 1
             if self._num_failed == len(self.records) >= MAX_FAILURES:
@@ -196,7 +196,7 @@ async def open_loop(
 
 @asynccontextmanager
 async def _together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that raises the first error itself, not in an exception group."""
+    """Open a task group that raises the first error itself, not in an exception group."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group

@@ -1,4 +1,4 @@
-"""The arithmetic of a benchmark: inter-token latencies, SLO attainment, goodput, throughput, percentiles.
+"""Does the arithmetic of a benchmark: inter-token latencies, SLO attainment, goodput, throughput, percentiles.
 
 Pure functions. The SLO is that of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token arrives within
 `prompt tokens / 512` seconds (a slower machine sets a lower prompt speed), and at every token the exponential moving
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from splitfuse.core.slo.targets import SPAN, MovingAverage, SloTargets
 
 if TYPE_CHECKING:
-    from splitfuse.bench.results import Point, RequestRecord
+    from splitfuse.bench.results import MeasuredRequest, Point
 
 PROMPT_TOKENS_PER_SECOND = 512.0
 """Prompt speed of the SLO, from which the TTFT target follows."""
@@ -23,10 +23,10 @@ SPEEDS = (2.0, 4.0, 6.0)
 """Generation speeds of the SLO, in tokens/s."""
 
 
-def gaps(record: RequestRecord) -> list[float]:
+def gaps(record: MeasuredRequest) -> list[float]:
     """Return the inter-token latencies in seconds; k tokens of one event are one gap and k - 1 zeros.
 
-    >>> gaps(RequestRecord(0, 0.0, 8, (1.0, 1.5, 1.5)))
+    >>> gaps(MeasuredRequest(0, 0.0, 8, (1.0, 1.5, 1.5)))
     [0.5, 0.0]
     """
     return [later - earlier for earlier, later in pairwise(record.token_times)]
@@ -38,17 +38,17 @@ def moving_averages(values: Iterable[float], *, span: int = SPAN) -> list[float]
     return [average.add(value) for value in values]
 
 
-def ttft(record: RequestRecord) -> float:
+def ttft(record: MeasuredRequest) -> float:
     """Return the time to first token (TTFT) in seconds; infinite if no token arrived."""
     return record.token_times[0] - record.sent if record.token_times else math.inf
 
 
-def meets_ttft(record: RequestRecord, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+def meets_ttft(record: MeasuredRequest, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Return whether the first token arrived within `prompt tokens / prompt_speed` seconds."""
     return ttft(record) <= record.num_prompt_tokens / prompt_speed
 
 
-def meets_speed(record: RequestRecord, speed: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
+def meets_speed(record: MeasuredRequest, speed: float, prompt_speed: float = PROMPT_TOKENS_PER_SECOND) -> bool:
     """Return whether the request met the SLO at `speed` tokens/s; a failed request did not."""
     return (
         record.error is None
@@ -57,7 +57,7 @@ def meets_speed(record: RequestRecord, speed: float, prompt_speed: float = PROMP
     )
 
 
-def meets_slo(record: RequestRecord, targets: SloTargets) -> bool:
+def meets_slo(record: MeasuredRequest, targets: SloTargets) -> bool:
     """Return whether the request met all of these targets; a failed request did not."""
     return (
         _succeeded(record)
@@ -71,13 +71,13 @@ def seconds(point: Point) -> float:
     return point.window[1] - point.window[0]
 
 
-def counted(point: Point) -> list[RequestRecord]:
+def counted(point: Point) -> list[MeasuredRequest]:
     """Return the requests sent in the window, including those which failed."""
     start, end = point.window
     return [record for record in point.records if start <= record.sent < end]
 
 
-def answered(point: Point) -> list[RequestRecord]:
+def answered(point: Point) -> list[MeasuredRequest]:
     """Return the requests sent in the window which succeeded."""
     return [record for record in counted(point) if _succeeded(record)]
 
@@ -118,7 +118,7 @@ def littles_law(point: Point) -> float | None:
     return point.clients / mean([record.done - record.sent for record in records])
 
 
-def _succeeded(record: RequestRecord) -> bool:
+def _succeeded(record: MeasuredRequest) -> bool:
     return record.error is None and bool(record.token_times)
 
 

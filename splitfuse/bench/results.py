@@ -1,4 +1,4 @@
-"""Results of a load, measured or simulated, as plain data that is stored as JSON.
+"""Holds results of a load, measured or simulated, as plain data that is stored as JSON.
 
 Times are seconds since the point began, by one monotonic clock. metrics.py interprets them.
 """
@@ -16,8 +16,8 @@ from splitfuse.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class RequestRecord:
-    """One request, as its client measured it."""
+class MeasuredRequest:
+    """Holds one request, as its client measured it."""
 
     client: int
     """Number of the client that sent it (closed loop), or position in the order of arrival (open loop)."""
@@ -30,26 +30,26 @@ class RequestRecord:
 
     @property
     def done(self) -> float:
-        """Time of its last token; the time it was sent if no token arrived."""
+        """Return the time of its last token; the time it was sent if no token arrived."""
         return self.token_times[-1] if self.token_times else self.sent
 
 
 @dataclass(frozen=True)
 class Point:
-    """One load on one system. Requests sent in `window` count; those before warm up, those after keep the load on."""
+    """Holds one load on one system. Requests sent in `window` count, those before warm up, and those after keep it on."""
 
     clients: int | None
     """Number of clients of a closed loop; None for an open loop."""
     rate: float | None
     """Arrival rate of an open loop in requests/s; None for a closed loop."""
     window: tuple[float, float]
-    records: tuple[RequestRecord, ...]
+    records: tuple[MeasuredRequest, ...]
     repetition: int = 0
 
 
 @dataclass(frozen=True)
 class Results:
-    """All points of one system under one workload."""
+    """Holds all points of one system under one workload."""
 
     system: str
     """Name of the system, for legends: `splitfuse int8`, `vLLM 0.32 W8A8, budget 256`."""

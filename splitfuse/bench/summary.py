@@ -1,4 +1,4 @@
-"""Results as the rows of a table: one for each load, with its repetitions combined."""
+"""Makes rows of a table from results: one for each load, with its repetitions combined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ITL_PERCENTS = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the repetitions of a load."""
+    """Summarizes a figure over the repetitions of a load."""
 
     mean: float
     low: float
@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One load on one system. Percentiles are over all repetitions together; times are in seconds."""
+    """Summarizes one load on one system. Percentiles are over all repetitions together; times are in seconds."""
 
     clients: int | None
     rate: float | None

@@ -1,4 +1,4 @@
-"""Targets of a load: the interface, and our own engine as a target. endpoint.py has the one over HTTP.
+"""Defines the targets of a load: the interface, and our own engine as a target. endpoint.py has the one over HTTP.
 
 A target answers a request with the time at which each token arrived; it knows nothing of loads.
 """
@@ -24,7 +24,7 @@ from splitfuse.runtime.machine import resident_bytes
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one request. Times are those of the event loop: `time.monotonic`, unless its clock is virtual."""
+    """Holds one answer. Times are those of the event loop: `time.monotonic`, unless its clock is virtual."""
 
     num_prompt_tokens: int
     token_times: tuple[float, ...] = ()
@@ -34,7 +34,7 @@ class Answer:
 
 
 class Target(ABC):
-    """A system under load. Call `start`, `ask` and `close` in one event loop."""
+    """Answers requests under load. Call `start`, `ask` and `close` in one event loop."""
 
     vocabulary: Vocabulary
     """Vocabulary of prompts."""
@@ -66,7 +66,7 @@ class Target(ABC):
 
 
 class EngineTarget(Target):
-    """Our engine: in a thread of this process, or several replicas, each in a process of its own.
+    """Runs our engine: in a thread of this process, or several replicas, each in a process of its own.
 
     `policy` is the name of a scheduling policy (bench/baselines.py).
     """

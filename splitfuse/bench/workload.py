@@ -1,4 +1,4 @@
-"""Workloads: the requests of a load as data, seeded, distinct, and equal for every system.
+"""Makes workloads: the requests of a load as data, seeded, distinct, and equal for every system.
 
 A workload is an endless sequence of sessions. The n-th session is a function of the seed, the stream and n alone. Most
 sessions are one request; in a conversation the next request depends on the previous answer, so a workload makes a
@@ -36,7 +36,7 @@ WORDS = (  # noqa: SIM905
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A request of a load."""
+    """Describes a request of a load."""
 
     stream: str
     """Name of its point and repetition, so that no two points share a prompt."""
@@ -51,7 +51,7 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Random token ids below `size`."""
+    """Draws random token ids below `size`."""
 
     size: int
 
@@ -62,7 +62,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Words:
-    """Random English words, for servers that do not take token ids."""
+    """Draws random English words, for servers that do not take token ids."""
 
     tokens_per_word: float = 1.0
 
@@ -85,7 +85,7 @@ def joined(first: Prompt, second: Prompt) -> Prompt:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths in tokens of prompts and answers: Normal(mean, deviation * mean), clipped to 1 and to `room`."""
+    """Draws lengths in tokens of prompts and answers: Normal(mean, deviation * mean), clipped to 1 and to `room`."""
 
     prompt: float
     generate: float
@@ -115,7 +115,7 @@ def _clipped(value: float, most: int) -> int:
 
 
 class Workload(ABC):
-    """An endless sequence of sessions."""
+    """Makes an endless sequence of sessions."""
 
     kind: ClassVar[str]
     lengths: Lengths
@@ -137,7 +137,7 @@ class Workload(ABC):
 
 @dataclass(frozen=True)
 class Independent(Workload):
-    """Unrelated requests, as in the paper."""
+    """Makes unrelated requests, as in the paper."""
 
     kind = "independent"
     lengths: Lengths
@@ -152,7 +152,7 @@ class Independent(Workload):
 
 @dataclass(frozen=True)
 class SharedPrefix(Workload):
-    """Requests that start with one of a few long prefixes, such as a system prompt, and differ after it."""
+    """Makes requests that start with one of a few long prefixes, such as a system prompt, and differ after it."""
 
     kind = "prefix"
     lengths: Lengths
@@ -181,7 +181,7 @@ class SharedPrefix(Workload):
 
 @dataclass(frozen=True)
 class Chat(Workload):
-    """Conversations: the prompt of a turn is the whole conversation so far and something new.
+    """Makes conversations: the prompt of a turn is the whole conversation so far and something new.
 
     A conversation ends after `turns` turns, or when the context has no room for another.
     """
@@ -214,7 +214,7 @@ class Chat(Workload):
 
 
 class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A line of a trace: either `prompt`, as text or token ids, or its length in `prompt_tokens`."""
+    """Holds a line of a trace: either `prompt`, as text or token ids, or its length in `prompt_tokens`."""
 
     generate: int
     prompt_tokens: int | None = None
@@ -225,7 +225,7 @@ class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Trace(Workload):
-    """Recorded requests. A closed loop ignores their times, and repeats the trace at its end."""
+    """Replays recorded requests. A closed loop ignores their times, and repeats the trace at its end."""
 
     kind = "trace"
     lines: tuple[TraceLine, ...]
@@ -304,7 +304,7 @@ def poisson(rate: float, *, seed: int, stream: str) -> Iterator[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Loads:
-    """Loads and repetitions. Without clients and rates: a trace at its recorded times."""
+    """Describes loads and repetitions. Without clients and rates, it is a trace at its recorded times."""
 
     clients: tuple[int, ...] = setting(
         (), "Closed loops: numbers of clients, one after the other (default: 1,2,4,8,16,32)."

@@ -1,4 +1,4 @@
-"""The command line: a module for each command. Flags are generated from the fields of the configurations."""
+"""Holds the command line: a module for each command. Flags are generated from the fields of the configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m splitfuse.cli`: the same as `splitfuse`."""
+"""Does as `python -m splitfuse.cli` what `splitfuse` does."""
 
 from __future__ import annotations
 

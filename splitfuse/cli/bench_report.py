@@ -1,4 +1,4 @@
-"""`splitfuse bench report`: an HTML report of measured and simulated results."""
+"""`splitfuse bench report`: write an HTML report of measured and simulated results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitfuse chat`: a conversation in a terminal, or through a pipe, with a server or with a model in this process."""
+"""`splitfuse chat`: talk with a model, of a server or in this process, in a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _model(
 
 
 class _Conversation:
-    """The turns so far, and the next one."""
+    """Holds the turns so far, and the next one."""
 
     def __init__(self, answer: Answer, system: str | None) -> None:
         self._answer = answer

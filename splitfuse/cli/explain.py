@@ -1,4 +1,4 @@
-"""`splitfuse explain`: the latency breakdown of a request, from the server that answered it."""
+"""`splitfuse explain`: show the latency breakdown of a request, from the server that answered it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags generated from the fields of the configurations, and errors without tracebacks, for all commands."""
+"""Generates flags from the fields of the configurations, and errors without tracebacks, for all commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs")
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag's type, default and help text."""
+    """Holds a flag's type, default and help text."""
 
     type: Any
     default: Any

@@ -1,4 +1,4 @@
-"""`splitfuse generate`: a model in this process, prompts from arguments, files and pipes."""
+"""`splitfuse generate`: run a model in this process, with prompts from arguments, files and pipes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """A prompt with its own keywords; with `error`, one that is invalid or was rejected."""
+    """Holds a prompt with its own keywords; with `error`, one that is invalid or was rejected."""
 
     prompt: Any = None
     keywords: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Flags, files and tables that the commands about loads share."""
+"""Holds the flags that the commands about loads share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SloFlag = Annotated[str, typer.Option(help="SLOs in tokens/s for which goodput i
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadFlags:
-    """Flags of a workload: common to `bench run`, `simulate` and `tune`."""
+    """Holds the flags of a workload, common to `bench run`, `simulate` and `tune`."""
 
     prompt: float | None = setting(None, "Mean prompt length in tokens (default: 512).")
     generate: float | None = setting(None, "Mean answer length in tokens (default: 64).")

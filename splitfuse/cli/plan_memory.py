@@ -1,4 +1,4 @@
-"""`splitfuse plan-memory`: the memory that a model needs, before anything is loaded."""
+"""`splitfuse plan-memory`: show the memory that a model needs, before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitfuse ps`: the deployments of this user on this machine."""
+"""`splitfuse ps`: list the deployments of this user on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`splitfuse serve`: a model over HTTP, with OpenAI's API."""
+"""`splitfuse serve`: serve a model over HTTP, with OpenAI's API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of all commands: rich's, at the width of the terminal, or 160 columns wide in a file or a pipe."""
+"""Prints the tables of all commands, at the width of the terminal, or 160 columns wide in a file or a pipe."""
 
 from __future__ import annotations
 

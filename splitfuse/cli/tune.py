@@ -1,4 +1,4 @@
-"""`splitfuse tune`: the largest load that meets an SLO on this machine, and the settings for it."""
+"""`splitfuse tune`: find the largest load that meets an SLO on this machine, and the settings for it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Deployment:
     process_start: str | None = field(default_factory=lambda: process_start(os.getpid()))
     started: float = field(default_factory=time.time)
     ready: bool = False
-    """Whether it has begun to accept requests."""
+    """State of the server: it has begun to accept requests."""
 
     @property
     def url(self) -> str:

@@ -1,1 +1,1 @@
-"""Simulation of loads on a virtual clock, with the engine's own scheduler and routing."""
+"""Simulates loads on a virtual clock, with the engine's own scheduler and routing."""

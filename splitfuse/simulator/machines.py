@@ -1,4 +1,4 @@
-"""Cost models of machines from published figures, for comparing simulations with a paper.
+"""Holds cost models of machines from published figures, for comparing simulations with a paper.
 
 a100-70b is Llama-2 70B in fp16 on four A100-80GB SXM, tensor parallel: the large model of DeepSpeed-FastGen's
 evaluation. It follows from public facts and three free efficiencies (UTILISATION, BANDWIDTH, ATTENTION), which were not

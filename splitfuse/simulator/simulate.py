@@ -1,4 +1,4 @@
-"""Simulated engines: the real scheduler, block allocator and routing on a virtual clock, with a cost model.
+"""Simulates engines: the real scheduler, block allocator and routing on a virtual clock, with a cost model.
 
 Loads drive them as any target (bench/load.py), in the event loop of virtual_time.py. The Scheduler composes steps,
 `choose_replica` routes requests, and the CostModel predicts the time of a step. Other time of the machine counts only
@@ -41,7 +41,7 @@ PARAMS = SamplingParams(ignore_eos=True)
 
 
 class Bytes(TokenIds):
-    """Prompts of random bytes: as distinct as random token ids, and drawn a hundred times faster."""
+    """Draws prompts of random bytes: as distinct as random token ids, and drawn a hundred times faster."""
 
     def draw(self, random: Random, count: int) -> Prompt:
         """Return `count` tokens."""
@@ -50,7 +50,7 @@ class Bytes(TokenIds):
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
-    """A calibrated model and machine, and how it is run."""
+    """Describes a calibrated model and machine, and how it is run."""
 
     calibration: Calibration
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -121,7 +121,7 @@ def simulate(
 
 
 class SimulatedTarget(Target):
-    """Simulated replicas, which generate zeros. Drive it in `virtual_time.run`."""
+    """Simulates replicas, which generate zeros. Drive it in `virtual_time.run`."""
 
     def __init__(self, simulation: SimulationConfig) -> None:
         self._simulation = simulation
@@ -171,7 +171,7 @@ def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
 
 
 class Replica:
-    """A simulated engine: steps one after the other while there is work. `seed` is that of their noise."""
+    """Simulates an engine: steps one after the other while there is work. `seed` is that of their noise."""
 
     def __init__(self, simulation: SimulationConfig, seed: int = 0) -> None:
         calibration = simulation.calibration

@@ -1,4 +1,4 @@
-"""Find the largest load that meets an SLO, and the settings for it, by simulating every candidate.
+"""Finds the largest load that meets an SLO, and the settings for it, by simulating every candidate.
 
 A load is sustained if its SLO attainment is high enough and if requests finish as fast as they arrive. For each setting
 the largest sustained Poisson rate is searched; the settings with the largest rate are chosen, and of equally good ones
@@ -61,7 +61,7 @@ NO_TARGETS = "tune requires an SLO: give --ttft, such as 1s or 2ms/token, or --i
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A step of one chunk of a prompt, from its beginning."""
+    """Holds the time of a step of one chunk of a prompt, from its beginning."""
 
     tokens: int
     predicted: float
@@ -97,17 +97,17 @@ def curve(calibration: Calibration, budgets: Sequence[int] = BUDGETS) -> list[Cu
 
 @dataclass(frozen=True)
 class Sustained:
-    """The largest load that a setting sustains."""
+    """Holds the largest load that a setting sustains."""
 
     setting: SchedulerConfig
-    """Without targets: first-come first-served."""
+    """Settings of the scheduler; without targets, it is first-come first-served."""
     rate: float
     """Arrival rate in requests/s, or conversations/s; 0 if none is sustained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Results of all candidates, the chosen one, and the load that it sustains."""
+    """Holds the results of all candidates, the chosen one, and the load that it sustains."""
 
     ttft: str | None
     itl: str | None
@@ -164,7 +164,7 @@ def tune(
         raise trials.infeasible(replace(largest, max_num_batched_tokens=usual), least)
 
     def sustained(settings: Iterable[SchedulerConfig], start: float) -> tuple[Sustained, ...]:
-        """Each search starts from the result of the one before."""
+        """Search for each setting; each search starts from the result of the one before."""
         found: list[Sustained] = []
         for setting in settings:
             rate = trials.largest_rate(setting, start=start, least=least)
@@ -208,7 +208,7 @@ def _smallest_of_the_best(candidates: Sequence[Sustained]) -> Sustained:
 
 @dataclass(frozen=True)
 class _Trials:
-    """Simulations of loads, and whether they are sustained."""
+    """Simulates loads, and says whether they are sustained."""
 
     simulation: SimulationConfig
     make_workload: MakeWorkload

@@ -1,4 +1,4 @@
-"""Compare a simulation with the measurement that it predicts, load by load."""
+"""Compares a simulation with the measurement that it predicts, load by load."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ TOKEN_PERCENT = 95
 
 @dataclass(frozen=True)
 class Comparison:
-    """One load, measured and predicted."""
+    """Holds one load, measured and predicted."""
 
     measured: Row
     predicted: Row
 
     @property
     def throughput_error(self) -> float:
-        """Relative error of the predicted throughput; negative if less was predicted than measured."""
+        """Return the relative error of the predicted throughput; negative if less was predicted than measured."""
         return self.predicted.throughput.mean / self.measured.throughput.mean - 1.0
 
     @property
     def itl_error(self) -> float:
-        """Relative error of the predicted P95 inter-token latency."""
+        """Return the relative error of the predicted P95 inter-token latency."""
         return self.predicted.itl[TOKEN_PERCENT] / self.measured.itl[TOKEN_PERCENT] - 1.0
 
 

@@ -1,4 +1,4 @@
-"""An event loop with a virtual clock: while all tasks wait, the clock advances to the next due time.
+"""Runs an event loop with a virtual clock: while all tasks wait, the clock advances to the next due time.
 
 Code that asks the loop for the time runs unchanged. It must not wait for anything else: no sockets, no threads.
 """
@@ -33,7 +33,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Clock(selectors.DefaultSelector):
-    """A selector that advances the clock instead of waiting."""
+    """Advances the clock instead of waiting."""
 
     now = 0.0
 

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfuse.bench import metrics
-from splitfuse.bench.results import Point, RequestRecord
+from splitfuse.bench.results import MeasuredRequest, Point
 from splitfuse.core.slo.targets import SPAN
 
 SECONDS = st.floats(0.0, 100.0)
 GAPS = st.lists(SECONDS, max_size=60)
 
 
-def record(gaps: list[float], *, first: float = 0.1, prompt: int = 512, sent: float = 0.0) -> RequestRecord:
+def record(gaps: list[float], *, first: float = 0.1, prompt: int = 512, sent: float = 0.0) -> MeasuredRequest:
     times = [sent + first]
     for gap in gaps:
         times.append(times[-1] + gap)
-    return RequestRecord(0, sent, prompt, tuple(times))
+    return MeasuredRequest(0, sent, prompt, tuple(times))
 
 
 def average_by_definition(values: list[float], span: int) -> list[float]:
@@ -43,14 +43,14 @@ def test_moving_average_of_known_numbers() -> None:
     assert metrics.moving_averages([1, 0, 0, 4], span=3) == pytest.approx([1, 1 / 3, 1 / 7, (4 + 1 / 8) / (15 / 8)])
 
 
-def random_trace(random: Random) -> RequestRecord:
+def random_trace(random: Random) -> MeasuredRequest:
     """Lengths from 1, bursts of several tokens in one event, pauses."""
     times = [random.expovariate(1.0)]
     scale = math.exp(random.uniform(-4, 0))
     for _ in range(random.randint(0, 200)):
         pause = random.expovariate(1 / scale) + (random.random() < 0.03) * random.expovariate(1.0)
         times.append(times[-1] + pause * (random.random() < 0.8))
-    return RequestRecord(0, 0.0, random.randint(1, 3000), tuple(times))
+    return MeasuredRequest(0, 0.0, random.randint(1, 3000), tuple(times))
 
 
 def test_moving_average_equals_pandas() -> None:
@@ -84,7 +84,7 @@ def test_meeting_an_slo_implies_meeting_a_lower_one(values: list[float], one: fl
 @given(GAPS)
 def test_tokens_of_one_event_are_one_gap_and_zeros(values: list[float]) -> None:
     times = tuple(time for time in record(values).token_times for _ in range(3))
-    gaps = metrics.gaps(RequestRecord(0, 0.0, 512, times))
+    gaps = metrics.gaps(MeasuredRequest(0, 0.0, 512, times))
     one_by_one = [later - earlier for earlier, later in pairwise(record(values).token_times)]
     assert gaps == [0.0, 0.0, *(part for gap in one_by_one for part in (gap, 0.0, 0.0))]
 
@@ -108,11 +108,11 @@ def test_slo_of_inter_token_latency(gaps: list[float], speed: float, met: bool) 
 def test_slo_of_ttft() -> None:
     assert metrics.meets_ttft(record([], first=2.0, prompt=1024))
     assert not metrics.meets_ttft(record([], first=2.001, prompt=1024))
-    assert not metrics.meets_speed(RequestRecord(0, 0.0, 1024, ()), 2.0)
-    assert not metrics.meets_speed(RequestRecord(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
+    assert not metrics.meets_speed(MeasuredRequest(0, 0.0, 1024, ()), 2.0)
+    assert not metrics.meets_speed(MeasuredRequest(0, 0.0, 1024, (0.1,), "status 500"), 2.0)
 
 
-def point(*records: RequestRecord, window: tuple[float, float], clients: int | None = 1) -> Point:
+def point(*records: MeasuredRequest, window: tuple[float, float], clients: int | None = 1) -> Point:
     return Point(clients, None if clients else 1.0, window, records)
 
 
@@ -125,7 +125,7 @@ def test_steady_closed_loop_has_goodput_equal_to_throughput(
     for client in range(clients):
         now = data.draw(st.floats(0.0, 1.0))
         for latency in latencies:
-            records.append(RequestRecord(client, now, 512 * 100, (now + latency,)))
+            records.append(MeasuredRequest(client, now, 512 * 100, (now + latency,)))
             now += latency
     sent = sorted({r.sent for r in records if r.sent > max(x.sent for x in records[:: len(latencies)])})
     last = min(r.done for r in records[len(latencies) - 1 :: len(latencies)])  # until the first client stops
@@ -138,21 +138,21 @@ def test_steady_closed_loop_has_goodput_equal_to_throughput(
 
 
 def test_throughput_by_the_clock_and_by_littles_law() -> None:
-    records = [RequestRecord(0, float(i), 512, (i + 0.5, i + 1.0)) for i in range(10)]
+    records = [MeasuredRequest(0, float(i), 512, (i + 0.5, i + 1.0)) for i in range(10)]
     steady = point(*records, window=(2.0, 6.0))
     assert metrics.throughput(steady) == 1.0
     assert metrics.littles_law(steady) == 1.0
     assert metrics.token_throughput(steady) == 2.0
     assert metrics.goodput(steady, 1.0) == 1.0
     assert metrics.goodput(steady, 2.0) == 0.0  # gaps of half a second
-    failed = point(*records[:5], RequestRecord(0, 5.0, 512, (), "status 500"), window=(2.0, 6.0))
+    failed = point(*records[:5], MeasuredRequest(0, 5.0, 512, (), "status 500"), window=(2.0, 6.0))
     assert metrics.goodput(failed, 1.0) == 0.75
     assert len(metrics.counted(failed)) == 4 and len(metrics.answered(failed)) == 3
 
 
 def test_open_loop_that_falls_behind() -> None:
     """Ten requests arrive in ten seconds and two finish in them: two are served, though all meet the SLO in the end."""
-    records = [RequestRecord(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
+    records = [MeasuredRequest(i, float(i), 512 * 60, (5.0 * (i + 1) - 1,)) for i in range(10)]
     overloaded = point(*records, window=(0.0, 10.0), clients=None)
     assert metrics.throughput(overloaded) == metrics.goodput(overloaded, 2.0) == 0.2
     assert metrics.littles_law(overloaded) is None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from splitfuse.bench.results import Point, RequestRecord, load, save
+from splitfuse.bench.results import MeasuredRequest, Point, load, save
 from splitfuse.bench.summary import Spread, rows
 from splitfuse.cli import tables
 from splitfuse.errors import ConfigError
@@ -45,12 +45,12 @@ def test_wide_table_is_printed_as_two(width: int, num_tables: int, monkeypatch: 
 
 
 TIMES = st.lists(st.floats(0, 1e6), max_size=5).map(tuple)
-RECORDS = st.builds(RequestRecord, st.integers(0), st.floats(0, 1e6), st.integers(0), TIMES, st.none() | st.text())
+RECORDS = st.builds(MeasuredRequest, st.integers(0), st.floats(0, 1e6), st.integers(0), TIMES, st.none() | st.text())
 
 
 @given(st.lists(RECORDS, max_size=5).map(tuple))
 def test_results_are_read_as_written(
-    tmp_path_factory: pytest.TempPathFactory, records: tuple[RequestRecord, ...]
+    tmp_path_factory: pytest.TempPathFactory, records: tuple[MeasuredRequest, ...]
 ) -> None:
     results = replace(RESULTS, points=(Point(None, 1.5, (0.0, 1.0), records),))
     file = tmp_path_factory.mktemp("results") / "results.json"

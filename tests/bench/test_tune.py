@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from splitfuse.bench import metrics
 from splitfuse.bench.measure import MakeWorkload
-from splitfuse.bench.results import RequestRecord
+from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, Loads, Workload
 from splitfuse.cli import app
@@ -174,7 +174,7 @@ def test_invalid_settings_are_rejected(settings: dict[str, Any], said: str) -> N
 
 
 def test_slo_is_met_if_all_targets_are() -> None:
-    record = RequestRecord(0, 1.0, 10, (1.5, 1.6, 1.8))
+    record = MeasuredRequest(0, 1.0, 10, (1.5, 1.6, 1.8))
     for targets, met in (
         (SloTargets(0.5, 0.25), True),
         (SloTargets(0.4, 0.25), False),
@@ -184,7 +184,7 @@ def test_slo_is_met_if_all_targets_are() -> None:
         (SloTargets(0.5, None), True),
     ):
         assert metrics.meets_slo(record, targets) is met
-    assert not metrics.meets_slo(RequestRecord(0, 1.0, 10, (), "failed"), SloTargets(9.0))
+    assert not metrics.meets_slo(MeasuredRequest(0, 1.0, 10, (), "failed"), SloTargets(9.0))
 
 
 def command(*arguments: str) -> Result:

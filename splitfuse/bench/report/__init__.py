@@ -1,1 +1,1 @@
-"""Reports and plots of benchmark results."""
+"""Draws and reports benchmark results."""

@@ -1,4 +1,4 @@
-"""The five figures of the paper, from results. Lines join their points in the order of clients.
+"""Draws the five figures of the paper from results. Lines join their points in the order of clients.
 
 style.py has their looks. Needs matplotlib.
 """
@@ -26,7 +26,7 @@ LABEL_MARGIN = 1.85  # right of a panel with labels
 
 @dataclass(frozen=True)
 class Series:
-    """One system under one workload, as it is drawn."""
+    """Holds one system under one workload, as it is drawn."""
 
     results: Results
     rows: tuple[Row, ...]
@@ -34,7 +34,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        """Name for legends."""
+        """Return the name for legends."""
         parts = [self.results.system]
         if self.results.replicas > 1:
             parts.append(f"{self.results.replicas} replicas")
@@ -46,7 +46,7 @@ class Series:
 
     @property
     def style(self) -> dict[str, Any]:
-        """Style of its points and lines: filled and solid if measured, hollow and dashed if simulated."""
+        """Return the style of its points and lines: filled and solid if measured, hollow and dashed if simulated."""
         hollow = self.results.simulated
         return {
             "color": self.colour,

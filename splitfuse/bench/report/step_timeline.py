@@ -1,4 +1,4 @@
-"""A timeline of forward steps as a picture: the composition and the time of each. Needs matplotlib."""
+"""Draws a timeline of forward steps: the composition and the time of each. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LETTER_WIDTH = 0.05
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens of one request in a step."""
+    """Holds the tokens of one request in a step."""
 
     request: str
     tokens: int
     is_decode: bool
-    """Whether it is a decode: one generated token, fed back."""
+    """Kind of the tokens: a decode is one generated token, fed back."""
 
 
 @dataclass(frozen=True)
 class StepShown:
-    """One step, as it is drawn."""
+    """Holds one step, as it is drawn."""
 
     pieces: Sequence[Piece]
     seconds: float

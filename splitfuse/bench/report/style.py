@@ -1,4 +1,4 @@
-"""The look of all figures: colours for print and the colour-blind, a light grid, labels at the ends of lines.
+"""Gives all figures one look: colours for print and the colour-blind, a light grid, labels at the ends of lines.
 
 Needs matplotlib, which is the extra `bench`: call `require_matplotlib` first.
 """
@@ -51,7 +51,7 @@ def as_svg(figure: Figure) -> str:
 
 @dataclass(frozen=True)
 class EndLabel:
-    """A label to the right of the end of a line."""
+    """Holds a label to the right of the end of a line."""
 
     x: float
     y: float
