@@ -5,8 +5,10 @@ Tokens are counted from their ids or by the server's own count, never from text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +26,16 @@ PROBE_TOKENS = 8
 """Tokens that a probe generates."""
 PROBE_WORDS = 64
 """Words whose tokens are counted."""
+
+
+AT_THE_END = "usage at the end"
+WAYS_TO_TELL: dict[str, dict[str, Any]] = {
+    "token_ids": {"return_token_ids": True},
+    "usage with each event": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "timings with each event": {"timings_per_token": True},
+    AT_THE_END: {},
+}
+"""Ways of servers to report tokens, the most exact first, with the parameters that ask for them."""
 
 
 class _Usage(msgspec.Struct):
@@ -95,11 +107,18 @@ class _Reading:
         if count is not None:
             self.counts.append((now, count))
 
+    def tells(self, told: str) -> bool:
+        """Return whether a probe's tokens were reported that way: one by one, or nearly, unless it is at the end."""
+        if told == "token_ids":
+            return bool(self.token_ids)
+        several = len({time for time, _ in self.counts}) > 1 or (len(self.counts) > 1 and self.counts[0][1] == 1)
+        return several or (told == AT_THE_END and bool(self.counts))
+
     def token_times(self, told: str) -> list[float]:
         """Return the arrival time of each token, by the server's way `told` of reporting them."""
         if told == "token_ids":
             return self.id_times
-        if told == "usage at the end":
+        if told == AT_THE_END:
             total = self.counts[-1][1] if self.counts else 0
             return spread(total, self.event_times)
         times: list[float] = []
@@ -232,39 +251,20 @@ class Endpoint(Target):
         else:
             raise ServerError(f"{self.url} rejects even the simplest stream of completions: {refusals[0]}")
         if self._ignore_eos:
-            await self._try(prompt, {"ignore_eos": True}, lambda reading: not reading.error)
-        continuous = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        for told, parameters in (
-            ("token_ids", {"return_token_ids": True}),
-            ("usage with each event", continuous),
-            ("timings with each event", {"timings_per_token": True}),
-        ):
-            if await self._try(prompt, parameters, lambda reading, told=told: self._tells(reading, told)):
+            await self._keep(prompt, {"ignore_eos": True}, lambda reading: not reading.error)
+        for told, parameters in WAYS_TO_TELL.items():
+            if await self._keep(prompt, parameters, partial(_Reading.tells, told=told)):
                 self._told = told
                 return not isinstance(prompt, str)
-        reading = await self._stream(prompt, PROBE_TOKENS, self._extra)
-        if not reading.counts:
-            raise ServerError(f"{self.url} reports neither token ids nor usage: its tokens cannot be counted")
-        self._told = "usage at the end"
-        return not isinstance(prompt, str)
+        raise ServerError(f"{self.url} reports neither token ids nor usage: its tokens cannot be counted")
 
-    @staticmethod
-    def _tells(reading: _Reading, told: str) -> bool:
-        """Return whether the probe's tokens were reported one by one, or nearly."""
-        if told == "token_ids":
-            return bool(reading.token_ids)
-        return len({time for time, _ in reading.counts}) > 1 or (len(reading.counts) > 1 and reading.counts[0][1] == 1)
-
-    async def _try(self, prompt: Any, parameters: dict[str, Any], works: Any) -> bool:
-        """Keep the parameters if the server accepts them and they take effect."""
+    async def _keep(self, prompt: Any, parameters: dict[str, Any], works: Callable[[_Reading], bool]) -> bool:
+        """Keep the parameters if the server accepts them and they take effect; return whether they do."""
         extra = {**self._extra, **parameters}
-        try:
-            reading = await self._stream(prompt, PROBE_TOKENS, extra)
-        except InvalidRequestError:
-            return False
-        if works(reading):
-            self._extra = extra
-            return True
+        with suppress(InvalidRequestError):
+            if works(await self._stream(prompt, PROBE_TOKENS, extra)):
+                self._extra = extra
+                return True
         return False
 
     async def _words(self) -> Words:

@@ -36,7 +36,7 @@ class MeasuredRequest:
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one load on one system. Requests sent in `window` count, those before warm up, and those after keep it on."""
+    """Holds one load on one system. Requests sent in `window` count; others warm up, or keep it on."""
 
     clients: int | None
     """Number of clients of a closed loop; None for an open loop."""
