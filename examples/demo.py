@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 import splitfuse
-from splitfuse.bench.report.step_timeline import Piece, StepShown, draw_steps, save_picture
 from splitfuse.bench.report.style import require_matplotlib
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import Chunk, StepPlan
@@ -29,6 +28,7 @@ from splitfuse.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bundled_model"))
 from held_out import count_right, held_out_problems  # noqa: E402
+from step_timeline import Piece, StepShown, draw_steps, save_picture  # noqa: E402
 
 BUDGET = 64  # tokens of a step, each a column of the output
 NUM_HELD_OUT = 100

@@ -17,8 +17,9 @@ from splitfuse.errors import ConfigError
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
 
+from step_timeline import Piece, StepShown, draw_steps, save_picture
+
 from splitfuse.bench.report import figures
-from splitfuse.bench.report.step_timeline import Piece, StepShown, draw_steps, save_picture
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import rows
 
