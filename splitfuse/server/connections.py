@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
+from operator import itemgetter
+from typing import Any
 
 import h11
 import uvicorn
@@ -41,7 +43,8 @@ _logger = logging.getLogger(__name__)
 class Waits(Enum):
     """What a connection waits for its client to send."""
 
-    INPUT = "the rest of a head or body, or a first byte"
+    HEAD = "the first byte or the rest of a head, or of a body after its answer"
+    BODY = "the rest of a body, for which the application sets a time"
     REQUEST = "another request, after an answer"
 
 
@@ -78,9 +81,9 @@ class Connections:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit = limit
-        self._timeouts = {Waits.INPUT: client_timeout, Waits.REQUEST: keep_alive_timeout}
+        self._timeouts = {Waits.HEAD: client_timeout, Waits.REQUEST: keep_alive_timeout}
         self._clock = clock
-        self._open: dict[Connection, asyncio.Task[None]] = {}
+        self._open: dict[Connection, asyncio.Task[Any]] = {}
         self._waiting: dict[Waits, dict[Connection, float]] = {waits: {} for waits in Waits}  # since when, in order
         self._changed = asyncio.Event()
         self._logged: dict[str, float] = {}
@@ -106,9 +109,7 @@ class Connections:
             except asyncio.CancelledError:
                 accepted.close()
                 raise
-            connection = make()
-            self._open[connection] = loop.create_task(self._open_one(connection, accepted, tls))
-            self.note(connection, Waits.INPUT, anew=True)
+            self._open_one(make(), accepted, tls)
 
     def note(self, connection: Connection, waits: Waits | None, *, anew: bool) -> None:
         """Note what a connection waits for; `anew`: from now on, even if it did before."""
@@ -129,24 +130,25 @@ class Connections:
 
     def close_silent(self) -> None:
         """Close the connections that have waited for their client for longer than it may take."""
-        now = self._clock()
-        for waits, waiting in self._waiting.items():
-            while waiting:
-                connection, since = next(iter(waiting.items()))
-                if now - since < self._timeouts[waits]:
-                    break
-                self._close(connection)
+        for waits, timeout in self._timeouts.items():
+            while (oldest := self._oldest(waits)) is not None and self._clock() - oldest[1] >= timeout:
+                self._close(oldest[0])
 
-    async def _open_one(self, connection: Connection, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
-        """Shake hands. The connection is closed if that fails."""
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted, ssl=tls)
-        except OSError:  # TLS errors among them
-            pass
-        finally:
+    def _open_one(self, connection: Connection, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Begin a connection, with the handshake of TLS. It is closed if that fails, or is cancelled."""
+
+        def begun(opening: asyncio.Task[Any]) -> None:
+            if not opening.cancelled() and not isinstance(error := opening.exception(), OSError) and error is not None:
+                _logger.error("a connection failed", exc_info=error)
             if connection.transport is None:
                 accepted.close()
                 self.gone(connection)
+
+        loop = asyncio.get_running_loop()
+        opening = loop.create_task(loop.connect_accepted_socket(lambda: connection, accepted, ssl=tls))
+        opening.add_done_callback(begun)
+        self._open[connection] = opening
+        self.note(connection, Waits.HEAD, anew=True)
 
     async def _make_room(self) -> None:
         while len(self._open) >= self.limit:
@@ -157,10 +159,18 @@ class Connections:
 
     def _give_way(self) -> None:
         """Close the connection that has waited for its client the longest, if there is one."""
-        newcomers, idle = self._waiting[Waits.INPUT], self._waiting[Waits.REQUEST]
-        while waiting := newcomers if len(newcomers) >= num_newcomers(self.limit) or not idle else idle:
-            if self._close(next(iter(waiting))):
+        while True:
+            new = [each for waits in (Waits.HEAD, Waits.BODY) if (each := self._oldest(waits)) is not None]
+            num_new = len(self._waiting[Waits.HEAD]) + len(self._waiting[Waits.BODY])
+            oldest = self._oldest(Waits.REQUEST)
+            if oldest is None or num_new >= num_newcomers(self.limit):
+                oldest = min(new, key=itemgetter(1), default=None)
+            if oldest is None or self._close(oldest[0]):
                 return
+
+    def _oldest(self, waits: Waits) -> tuple[Connection, float] | None:
+        """Return the connection that has waited so the longest, and since when."""
+        return next(iter(self._waiting[waits].items()), None)
 
     def _close(self, connection: Connection) -> bool:
         """Close a connection that waits; return whether it closes at once, for its client has read everything."""
@@ -198,11 +208,11 @@ class Connection(H11Protocol):
     def waits(self) -> Waits | None:
         """Return what it waits for; None while a request is computed or its answer sent."""
         if self.cycle is None:
-            return Waits.INPUT
+            return Waits.HEAD
         if not self.cycle.response_complete:
-            return Waits.INPUT if self.cycle.more_body else None
+            return Waits.BODY if self.cycle.more_body else None
         is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
-        return Waits.REQUEST if is_between else Waits.INPUT
+        return Waits.REQUEST if is_between else Waits.HEAD
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio."""

@@ -21,12 +21,13 @@ from splitfuse.server.listen import HttpServer, Receive, Scope, Send, listening_
 PATIENCE = 60.0  # seconds until a condition that should come true is given up
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST /slow HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
+EARLY = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 
 Peer = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Server:
-    """An HTTP server whose application answers a GET at once, and a POST when `go_on` is set."""
+    """An HTTP server whose application answers at once, or at /slow when it has the body and `go_on` is set."""
 
     def __init__(self, http: HttpServer, address: tuple[str, int]) -> None:
         self.http, self.address = http, address
@@ -35,7 +36,7 @@ class Server:
         self.begun = self.cut_off = 0
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] == "POST":
+        if scope["path"] == "/slow":
             while (message := await receive()).get("more_body", False):
                 pass
             if message["type"] == "http.disconnect":
@@ -115,6 +116,18 @@ def test_silent_clients_give_way_to_new_ones() -> None:
     asyncio.run(run())
 
 
+def test_unfinished_bodies_give_way_before_a_new_client() -> None:
+    async def run() -> None:
+        async with serving(32) as server:
+            held = [await server.connect(POST + b"{") for _ in range(40)]
+            await server.wait_until(lambda: len(server.http.connections) == 32)
+            server.now = 1.0
+            new = [await server.connect() for _ in range(8)]
+            assert all([await is_answered(peer) for peer in new]) and len(held) == 40
+
+    asyncio.run(run())
+
+
 def test_the_longest_idle_connection_gives_way() -> None:
     async def run() -> None:
         async with serving(16) as server:
@@ -140,7 +153,12 @@ def test_a_new_client_waits_while_all_are_busy() -> None:
     asyncio.run(run())
 
 
-SILENT = {"nothing": b"", "half a head": GET[:20], "half a body": POST + b"{", "half a next head": GET + GET[:20]}
+SILENT = {
+    "nothing": b"",
+    "half a head": GET[:20],
+    "half a next head": GET + GET[:20],
+    "half a body after its answer": EARLY + b"{",
+}
 
 
 @pytest.mark.parametrize("sent", SILENT.values(), ids=SILENT)
@@ -148,7 +166,7 @@ def test_a_client_that_falls_silent_is_disconnected(sent: bytes) -> None:
     async def run() -> None:
         async with serving(client_timeout=3.0, keep_alive_timeout=1000.0) as server:
             silent, idle, busy = await server.connect(sent), await server.connect(), await server.connect(POST + b"{}")
-            assert not sent.startswith(GET) or await is_answered(silent, b"")
+            assert not sent.startswith((GET, EARLY)) or await is_answered(silent, b"")
             assert await is_answered(idle)
             await server.wait_until(lambda: server.begun == 1 and len(server.http.connections) == 3)
             server.now = 4.0
