@@ -118,8 +118,12 @@ def _parse(line: str, number: int) -> _Request:
     return _Request(fields.pop("prompt"), fields)
 
 
-def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Piece | _Request]:
-    """Yield the rejections first, then the pieces of all other answers, which run together, with their input index."""
+Answer = tuple[int, "Piece | None", str | None]
+"""Index of a prompt or input line, a piece of its answer unless it was rejected, and the error of the request."""
+
+
+def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any]) -> Iterator[Answer]:
+    """Yield the rejections first, then the pieces of all other answers, which run together."""
     indices, prepared = [], []
     for request in requests:
         try:
@@ -128,42 +132,38 @@ def _answers(pipe: Pipeline, requests: list[_Request], keywords: dict[str, Any])
             prepared += pipe.prepare([request.prompt], **{**keywords, **request.keywords})
             indices.append(request.index)
         except SplitfuseError as error:
-            yield dataclasses.replace(request, error=str(error))
+            yield request.index, None, str(error)
     for piece in pipe.run(prepared):
-        yield dataclasses.replace(piece, index=indices[piece.index])
+        yield indices[piece.index], piece, None if piece.response is None else piece.response.error
 
 
-def _print_jsonl(answers: Iterator[Piece | _Request]) -> bool:
+def _print_jsonl(answers: Iterator[Answer]) -> bool:
     """Print a line for each answer when it is complete; return whether any failed."""
     failed = False
-    for answer in answers:
-        if isinstance(answer, _Request):
-            failed = True
-            line: dict[str, Any] = {"index": answer.index, "error": answer.error}
-        elif answer.response is not None:
-            failed |= answer.response.error is not None
-            line = _as_json(answer.index, answer.response)
+    is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+    for index, piece, error in answers:
+        failed |= error is not None
+        if piece is None:
+            line: dict[str, Any] = {"index": index, "error": error}
+        elif piece.response is not None:
+            line = _as_json(index, piece.response)
         else:
             continue
-        is_utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
         print(json.dumps(line, ensure_ascii=not is_utf8), flush=True)
     return failed
 
 
-def _print_text(answers: Iterator[Piece | _Request], *, several: bool) -> bool:
+def _print_text(answers: Iterator[Answer], *, several: bool) -> bool:
     """Print one answer as it is generated, or several by number when complete; return whether any failed."""
     failed = False
-    for answer in answers:
-        error = answer.error if isinstance(answer, _Request) else answer.response and answer.response.error
-        if isinstance(answer, _Request):
-            pass
-        elif not several:
-            print(answer.text, end="" if answer.response is None else "\n", flush=True)
-        elif answer.response is not None:
-            print(f"[{answer.index + 1}] {answer.response}", flush=True)
+    for index, piece, error in answers:
+        if piece is not None and not several:
+            print(piece.text, end="" if piece.response is None else "\n", flush=True)
+        elif piece is not None and piece.response is not None:
+            print(f"[{index + 1}] {piece.response}", flush=True)
         if error is not None:
             failed = True
-            print(f"splitfuse: request {answer.index + 1}: {error}", file=sys.stderr)
+            print(f"splitfuse: request {index + 1}: {error}", file=sys.stderr)
     return failed
 
 
