@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 from bench_points import RESULTS, point
-from hypothesis import given
-from hypothesis import strategies as st
 
 from splitfuse.bench.report.page import write_report
-from splitfuse.bench.report.style import spaced
 from splitfuse.errors import ConfigError
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
@@ -124,18 +121,15 @@ def test_errors_have_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         page(tmp_path, RESULTS)
 
 
-SIZES = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.2)), max_size=12).map(sorted)
-
-
-@given(SIZES)
-def test_labels_do_not_overlap_and_move_minimally(labels: list[tuple[float, float]]) -> None:
-    wished, sizes = [w for w, _ in labels], [s for _, s in labels]
-    centres = spaced(wished, sizes)
-    for i in range(len(labels) - 1):
-        assert centres[i + 1] - centres[i] >= (sizes[i] + sizes[i + 1]) / 2 - 1e-9
-    free = all(b - a >= (s + t) / 2 for a, b, s, t in zip(wished, wished[1:], sizes, sizes[1:], strict=False))
-    if free:
-        assert centres == pytest.approx(wished)
+def test_legend_names_all_lines() -> None:
+    """A legend keeps the names of lines apart, however near the lines end."""
+    same = replace(RESULTS, system="a system with a name that is longer than a line")
+    series = [figures.Series(each, tuple(rows(each)), "#000000") for each in (RESULTS, SIMULATED, same)]
+    for figure in (figures.throughput_latency(series), figures.goodput(series, (2.0,)), figures.token_latency(series)):
+        legend = figure.axes[-1].get_legend()
+        assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [each.name for each in series]
+        figure.draw_without_rendering()
+        assert legend.get_window_extent().x1 <= figure.bbox.x1, "it has room"
 
 
 def test_step_timeline(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from splitfuse.bench.report.style import COLOURS, PALE, EndLabel, look, write_end_labels
+from splitfuse.bench.report.style import COLOURS, PALE, look, write_legend
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import ITL_PERCENTS, Row, Spread
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 10.0  # inches
 LABEL_MARGIN = 1.85  # right of a panel with labels
+LABEL_WIDTH = 24  # characters
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Series:
         hollow = self.results.simulated
         return {
             "color": self.colour,
+            "label": fill(self.name, LABEL_WIDTH),
             "linestyle": (0, (4, 2)) if hollow else "-",
             "marker": "o",
             "markerfacecolor": "white" if hollow else self.colour,
@@ -68,7 +71,6 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
     """Draw the mean latency of a request against requests/s; points are labelled with clients or arrival rate."""
     with look():
         figure, (axes,) = _panels(1, height=4.4)
-        labels = []
         for each in series:
             x = [row.throughput.mean for row in each.rows]
             y = [row.latency for row in each.rows]
@@ -85,13 +87,12 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
                     fontsize=7,
                     color=each.colour,
                 )
-            labels.append(EndLabel(x[-1], y[-1], each.name, each.colour))
         axes.set_yscale("log")
         axes.set_xlim(left=0)
         _plain_numbers(axes)
         axes.set_xlabel("requests/s")
         axes.set_ylabel("mean latency of a request, s")
-        write_end_labels(axes, labels)
+        write_legend(axes)
         return figure
 
 
@@ -129,25 +130,24 @@ def scaling(series: Sequence[Series], size: Callable[[Results], int], what: str,
         titles = ("throughput", f"goodput at {speed:g} tokens/s")
         for axes, value, title in zip(panels, values, titles, strict=True):
             axes.set_title(title)
-            labels, sizes = [], set[int]()
+            sizes = set[int]()
             for line in lines:
                 x = [size(each.results) for each in line]
                 best = [max((value(row) for row in each.rows), key=lambda spread: spread.mean) for each in line]
                 axes.plot(x, [best[0].mean / x[0] * n for n in x], color=PALE, lw=1, ls=":", zorder=1)
-                axes.plot(x, [spread.mean for spread in best], **line[0].style)
-                for n, spread in zip(x, best, strict=True):
-                    axes.plot([n, n], [spread.low, spread.high], **_bar(line[0]))
                 times = best[-1].mean / best[0].mean if best[0].mean else float("nan")
                 name = line[0].results.system + (", simulated" if line[0].results.simulated else "")
-                text = f"{name}\n{times:.3g} times {x[0]}"
-                labels.append(EndLabel(x[-1], best[-1].mean, text, line[0].colour))
+                label = f"{fill(name, LABEL_WIDTH)}\n{times:.3g} times {x[0]}"
+                axes.plot(x, [spread.mean for spread in best], **{**line[0].style, "label": label})
+                for n, spread in zip(x, best, strict=True):
+                    axes.plot([n, n], [spread.low, spread.high], **_bar(line[0]))
                 sizes |= set(x)
             axes.set_xlim(left=0)
             _ticks(axes, sorted(sizes), [str(n) for n in sorted(sizes)])
             axes.set_xlabel(what)
         panels[0].set_ylim(bottom=0)
         panels[0].set_ylabel("requests/s, at the best load")
-        write_end_labels(panels[-1], labels)
+        write_legend(panels[-1])
         return figure
 
 
@@ -204,10 +204,8 @@ def _against_load(
     closed = all(row.clients for each in series for row in each.rows)
     with look():
         figure, all_axes = _panels(len(panels), height=3.6, sharey=True)
-        labels: list[EndLabel] = []
         for axes, (title, value) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(title)
-            labels = []
             for each in series:
                 x = [_load(row) for row in each.rows]
                 spreads = [value(row) for row in each.rows]
@@ -215,7 +213,6 @@ def _against_load(
                 for place, spread in zip(x, spreads, strict=True):
                     if spread.count > 1:
                         axes.plot([place, place], [spread.low, spread.high], **_bar(each))
-                labels.append(EndLabel(x[-1], spreads[-1].mean, each.name, each.colour))
             if all(place > 0 for place, _ in loads):
                 axes.set_xscale("log", base=2)
             _ticks(axes, [place for place, _ in loads], [text for _, text in loads])
@@ -226,7 +223,7 @@ def _against_load(
         else:
             all_axes[0].set_ylim(bottom=0)
         all_axes[0].set_ylabel(what)
-        write_end_labels(all_axes[-1], labels)
+        write_legend(all_axes[-1])
     return figure
 
 
