@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.engine.engine import Engine
-from splitfuse.errors import InvalidRequestError
+from splitfuse.engine.guard import Guard
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.machine import GIB, anonymous_bytes
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -85,7 +87,7 @@ def pipeline(
 
 
 class Pipeline:
-    """Answers prompts with a model in this process. Call it as often as you like, from one thread at a time.
+    """Answers prompts with a model in this process. Call it as often as you like, from any thread.
 
     >>> pipe = splitfuse.pipeline()
     >>> first, second = pipe(["Once upon a time", "In a hole in the ground"], max_new_tokens=20)
@@ -98,6 +100,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.generator = TextGenerator(engine, tokenizer)
         self._encoder = PromptEncoder(tokenizer)
+        self._guard = Guard()
 
     @overload
     def __call__(self, prompts: Prompts, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...
@@ -162,6 +165,19 @@ class Pipeline:
         If the caller stops iterating, what is unfinished is aborted. Raises InvalidRequestError, before anything runs,
         for a request that this model cannot serve: one prepared for another, for example.
         """
+        pieces = self._run(requests, progress)
+        try:
+            while True:
+                with self._guard:  # between pieces another thread takes its turn: a step for one is a step for all
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            with suppress(EngineUnavailableError), self._guard:
+                pieces.close()
+
+    def _run(self, requests: Sequence[PreparedRequest], progress: bool) -> Generator[Piece, None, None]:
         generations: list[Generation] = []
         try:
             for index, request in enumerate(requests):

@@ -44,6 +44,8 @@ class AsyncClient:
 
     def __init__(self, url: str, *, api_key: str | None = None, deployment: Deployment | None = None) -> None:
         self.url = url
+        self._pid = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.deployment = deployment
         """Registry entry of the server, if it runs on this machine and belongs to this user."""
         limits = httpx.Limits(max_connections=MAX_CONNECTIONS)
@@ -113,6 +115,7 @@ class AsyncClient:
 
         Raises ServerError if it is not a server of this user on this machine.
         """
+        self.check_process()
         await asyncio.to_thread(daemon.terminate, own(self.deployment, self.url), now=now)
 
     async def close(self) -> None:
@@ -183,6 +186,7 @@ class AsyncClient:
         if not stream:
             yield (await self._send("POST", request.path, body)).json()
             return
+        self._check_home()
         with _network_errors(self.url):
             async with self._http.stream("POST", request.path, json=body) as response:
                 if response.status_code != 200:
@@ -196,8 +200,22 @@ class AsyncClient:
                                 raise error_in(part["error"])
                             yield part
 
+    def check_process(self) -> None:
+        """Raise ServerError in a fork of the process that made the client: both would read from its connections."""
+        if os.getpid() != self._pid:
+            raise ServerError("this process is a fork of the one that made this client: make a new one here")
+
+    def _check_home(self) -> None:
+        """Raise ServerError after a fork, or in another event loop than that of the client's first call."""
+        self.check_process()
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if loop is not self._loop:
+            raise ServerError("this client belongs to another event loop: make a new one here")
+
     async def _send(self, method: str, path: str, body: Any = None, *, refused: bool = True) -> httpx.Response:
         """Return the answer. Raise its error unless the status is 200 or `refused` is False."""
+        self._check_home()
         with _network_errors(self.url):
             response = await self._http.request(method, path, json=body)
         if refused and response.status_code != 200:

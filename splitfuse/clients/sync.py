@@ -68,6 +68,7 @@ def _blocking(
 
     @wraps(method)
     def call(self: Client, /, *arguments: _P.args, **keywords: _P.kwargs) -> _Result:
+        self._async.check_process()
         return self._thread.run(method(self._async, *arguments, **keywords))
 
     return call
@@ -112,6 +113,7 @@ class Client:
         finish_reason "error" and says why. Raises InvalidRequestError for what cannot be honoured, OverloadedError
         if the server has no room, EngineUnavailableError, ServerError if it cannot be reached.
         """
+        self._async.check_process()
         if stream:
             refuse_both(streaming_fn)
             return self._thread.iterate(self._async(prompts, stream=True, **keywords))
@@ -132,6 +134,7 @@ class Client:
 
     def terminate_server(self, *, now: bool = False) -> None:
         """See AsyncClient. An interruption ends the waiting."""
+        self._async.check_process()
         daemon.terminate(own(self.deployment, self.url), now=now)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import enum
 import logging
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Self
 
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.engine.guard import FORKED
 from splitfuse.engine.messages import (
     Add,
     EngineInfo,
@@ -191,6 +193,7 @@ class LocalClient(EngineClient):
     stage = Loading("starting")
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._death = ""  # reason why it is dead
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
@@ -222,6 +225,8 @@ class LocalClient(EngineClient):
         )
 
     def open(self, request: Add) -> Stream:
+        if os.getpid() != self._pid:
+            raise EngineUnavailableError(FORKED)
         if self.state is EngineState.DEAD:
             raise EngineUnavailableError(f"the engine is dead: {self._death}")
         if self.state is not EngineState.READY:

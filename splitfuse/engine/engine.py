@@ -18,6 +18,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
+from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError
 from splitfuse.kernels.sharing import WeightSharing
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Generates for many requests together with one model. One thread.
+    """Generates for many requests together with one model. Threads that share it take turns.
 
         engine = Engine.load(EngineConfig.from_settings({"model": "path/to/model"}))
         engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=8))
@@ -52,6 +53,7 @@ class Engine:
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
     ) -> None:
+        self._guard = Guard()
         self.config = config
         self.model = model
         self.executor = model.make_executor()
@@ -81,6 +83,7 @@ class Engine:
 
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
+        check_process()
         model = load_model(
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
@@ -115,6 +118,7 @@ class Engine:
         self.limits.check(prompt_token_ids, params)
         self.add(Add(request_id, tuple(prompt_token_ids), params, scheduling=scheduling))
 
+    @guarded
     def add(self, request: Add) -> None:
         """Accept a request that was checked against `limits`; its output comes out of `step`. `params.n` is ignored:
         each choice is a request.
@@ -148,6 +152,7 @@ class Engine:
             sent_time=request.sent,
         )
 
+    @guarded
     def step(self, *, isolate: bool = False) -> list[RequestOutput]:
         """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do.
 
@@ -168,6 +173,7 @@ class Engine:
             raise
         return ended + self._update(plan, result)
 
+    @guarded
     def finish(self, command: Finish) -> RequestOutput | None:
         """End a request. Returns its last output, which accounts for its time until `command.ended`, or until now; None
         if it has ended already.

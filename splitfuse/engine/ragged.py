@@ -16,12 +16,13 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
+from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 
 class RaggedEngine:
-    """Computes logits for sequences of tokens, which `put` extends in pieces of any length. One thread.
+    """Computes logits for sequences of tokens, which `put` extends in pieces of any length. Threads may share it.
 
     >>> engine = RaggedEngine.load(EngineConfig())
     >>> logits = engine.put([7], [[1, 15, 4]])  # a new sequence
@@ -30,6 +31,7 @@ class RaggedEngine:
     """
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        self._guard = Guard()
         self.config = config
         self.model = model
         self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size)
@@ -39,6 +41,7 @@ class RaggedEngine:
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool = False) -> RaggedEngine:
         """Load the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        check_process()
         return cls(config, load_model(config, progress=progress))
 
     @property
@@ -46,6 +49,7 @@ class RaggedEngine:
         """Return the number of KV blocks that sequences can still take."""
         return self._allocator.num_available
 
+    @guarded
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Run a forward step over `tokens[i]` appended to the sequence `uids[i]`; unknown uids begin new ones.
 
@@ -66,6 +70,7 @@ class RaggedEngine:
                 self._truncate(uid, num_tokens)
             raise
 
+    @guarded
     def query(self, uid: int, max_tokens: int, max_blocks: int) -> tuple[int, int]:
         """Return how many of `max_tokens` further tokens of a sequence fit `max_blocks` new blocks, and how many blocks
         they take.
@@ -75,10 +80,12 @@ class RaggedEngine:
         count = min(max_tokens, slots - sequence.num_computed, self.model.plan.max_model_len - sequence.num_computed)
         return count, self._missing(sequence, count)
 
+    @guarded
     def can_schedule(self, uids: Sequence[int], lengths: Sequence[int]) -> bool:
         """Return whether `put` would accept so many tokens of each."""
         return self._refusal(uids, lengths) is None
 
+    @guarded
     def flush(self, uid: int) -> None:
         """Forget a sequence and free its blocks. Raises InvalidRequestError for an unknown id."""
         if uid not in self._sequences:

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import splitfuse
 from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.clients.wire import error_in, error_of, prepare
 from splitfuse.config import ServerConfig
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.messages import Add
 from splitfuse.errors import (
     DrainingError,
     EngineUnavailableError,
@@ -234,6 +237,40 @@ def test_a_closed_client_says_so(server: RunningServer) -> None:
     client.close()
     with pytest.raises(ServerError, match="this client is closed"):
         client("hello")
+
+
+def test_a_fork_needs_a_client_of_its_own(client: splitfuse.Client, server: RunningServer) -> None:
+    """Both processes would read from one connection."""
+    assert client.health()
+    loop = asyncio.new_event_loop()
+    other = splitfuse.async_client(server.url)
+    if (child := os.fork()) == 0:
+        uses = [
+            lambda: client("hello"),
+            lambda: next(client("hello", stream=True)),
+            client.health,
+            client.terminate_server,
+            lambda: loop.run_until_complete(other.health()),
+            lambda: server.client.open(Add("a", (5,), SamplingParams())),
+        ]
+        refused = 0
+        for use in uses:
+            with suppress(ServerError, EngineUnavailableError):
+                use()
+                break
+            refused += 1
+        os._exit(len(uses) - refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loop.run_until_complete(other.close())
+    loop.close()
+    assert client.health()
+
+
+def test_an_async_client_says_that_it_has_another_loop(server: RunningServer) -> None:
+    client = splitfuse.async_client(server.url)
+    assert asyncio.run(client.health())
+    with pytest.raises(ServerError, match="belongs to another event loop: make a new one"):
+        asyncio.run(client.health())
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------

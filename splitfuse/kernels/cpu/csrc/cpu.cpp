@@ -1,6 +1,11 @@
 // What this CPU can do, and the check of every step before a kernel trusts its numbers.
 
+#include <pthread.h>
+
 #include "interface.h"
+
+bool splitfuse::forked = false;
+[[maybe_unused]] static const int watches_forks = pthread_atfork(nullptr, nullptr, [] { splitfuse::forked = true; });
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -5,6 +5,8 @@
 
 namespace splitfuse {
 
+extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
+
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
 enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
 

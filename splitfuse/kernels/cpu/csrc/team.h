@@ -11,6 +11,7 @@
 #include <atomic>
 #include <climits>
 
+#include "interface.h"
 #include "vector.h"
 
 namespace splitfuse {
@@ -119,7 +120,7 @@ class Team {
 template <class Body>
 void parallel(int num_threads, Body body) {
     Progress progress;
-    if (num_threads == 1) {
+    if (num_threads == 1 || forked) {
         Team team(progress, 0, 1);
         body(team);
         return;
