@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
     ModelError, MemoryPlanError or ServerError for what keeps it from serving.
     """
     return_large_blocks()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no pool of threads in this process: it tokenizes nothing
     ApiKeys(config).check(engine.scheduler)
     model = config.served_model_name or model_name(engine.model.model)
     config = replace(config, served_model_name=model)

@@ -27,6 +27,8 @@ MEMORY_BYTES = 2**30
 """Memory for one request, beyond what the process has when it is ready."""
 MAX_RENDERED = 2**24
 """Number of characters that a template may write."""
+MAX_TOKENS = 2**22
+"""Number of tokens that a text may have."""
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -105,13 +107,20 @@ class Worker:
         try:
             match request:
                 case Encode():
-                    return Tokens(self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens))
+                    return Tokens(self._encode(request))
                 case Render():
                     return Text(self._render(request))
         except InvalidRequestError as error:
             return Refused(_valid(error), error.parameter, is_request=True)
         except TokenizerError as error:
             return Refused(_valid(error), None, is_request=False)
+
+    def _encode(self, request: Encode) -> tuple[int, ...]:
+        token_ids = self._tokenizer.encode(request.text, add_special_tokens=request.add_special_tokens)
+        if len(token_ids) > MAX_TOKENS:
+            message = f"the text has {len(token_ids)} tokens; at most {MAX_TOKENS} are accepted"
+            raise InvalidRequestError(message, parameter="prompt")
+        return token_ids
 
     def _render(self, request: Render) -> str:
         if self._template is None:

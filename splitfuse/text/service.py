@@ -174,9 +174,14 @@ class _Lane:
         self.sandbox = Sandbox(tokenizer)
         self.encoder = PromptEncoder(tokenizer, self.sandbox)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._turn = asyncio.Lock()
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Return the result of `work`. A caller that gives up leaves nothing behind while it waits for its turn."""
+        await self._turn.acquire()
+        done = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        done.add_done_callback(lambda _: self._turn.release())  # not earlier, even if the caller has given up
+        return await asyncio.shield(done)
 
 
 def _size(content: Any, limit: int) -> int:

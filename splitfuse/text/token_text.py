@@ -26,13 +26,13 @@ class TokenPieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._before = tokenizer.encode("a", add_special_tokens=False)  # the first word of a text loses its space
         self._length = len(self._decode(()))
         self.of = functools.lru_cache(_MAX_REMEMBERED)(self._of)
         """Function of a token id that returns its TokenPiece."""
 
     def _decode(self, token_ids: tuple[int, ...]) -> str:
-        return self._tokenizer.decode([*self._before, *token_ids], skip_special_tokens=False)
+        # The first word of a text loses its space.
+        return self._tokenizer.decode([*self._tokenizer.letter, *token_ids], skip_special_tokens=False)
 
     def _of(self, token_id: int) -> TokenPiece:
         text = self._decode((token_id,))[self._length :]

@@ -8,6 +8,7 @@ transformers for the same files. In particular `tokenizer.json` says whether a t
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 """Names of tokens that a configuration may have, in the order of transformers."""
 MAX_ADDED_CHARACTERS = 2_000_000
 """Number of characters that the added tokens of a configuration may have together: each takes 70 bytes of memory."""
+MAX_GROWTH = 64
+"""Factor by which the replacements of a decoder may make a text longer."""
 HARMLESS_BYTES = 64 * 1024
 """Size of a tokenizer.json that is loaded untried: what it says cannot take more than some 200 MB."""
 _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hugging Face transformers writes one"
@@ -90,6 +93,8 @@ class Tokenizer:
             if len(content) > HARMLESS_BYTES:
                 _try_apart(content)
             backend = tokenizers.Tokenizer.from_buffer(content)
+            if backend.decoder is not None:
+                check_decoder(json.loads(backend.decoder.__getstate__()))
             backend.add_tokens(added_tokens)
             tokenizer = cls(backend, special_tokens=special, chat_template=template)
             backend.add_special_tokens(extra)
@@ -127,6 +132,12 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return what `tokenizers.Tokenizer.from_str` makes the same tokenizer of."""
         return self._backend.to_str()
+
+    @functools.cached_property
+    def letter(self) -> tuple[int, ...]:
+        """Return a token that reads as letters by itself, or nothing if none of the first ones does."""
+        ids = (i for i in range(min(self.vocab_size, 65536)) if i not in self._byte_ids)
+        return next(((i,) for i in ids if self.decode([i]).isalpha()), ())
 
     def token(self, token_id: int) -> str | None:
         """Return how the vocabulary writes a token, such as `"Ġthe"`; None for an unknown id."""
@@ -221,6 +232,30 @@ def check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         message = f"the text is not valid Unicode: half a surrogate pair at character {error.start}"
         raise InvalidRequestError(message, parameter="prompt") from error
+
+
+def check_decoder(decoder: Mapping[str, Any]) -> None:
+    """Raise ValueError for a decoder, as `tokenizer.json` has it, that could take much time or memory for a token.
+
+    Texts are tokenized in a process with limits, but tokens are decoded where all requests are.
+    """
+    growth = 1.0
+    for step in _decoder_steps(decoder):
+        if step["type"] == "Replace":
+            pattern = step["pattern"].get("String")
+            if pattern is None:
+                raise ValueError(f"its decoder has a regular expression, {step['pattern']!r:.80}: only texts are read")
+            growth *= max(len(step["content"]) / len(pattern) if pattern else len(step["content"]) + 1, 1)
+    if growth > MAX_GROWTH:
+        raise ValueError(f"its decoder can make a text {growth:.0f} times longer; at most {MAX_GROWTH} times is read")
+
+
+def _decoder_steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if decoder["type"] != "Sequence":
+        yield decoder
+    else:
+        for step in decoder["decoders"]:
+            yield from _decoder_steps(step)
 
 
 @contextmanager

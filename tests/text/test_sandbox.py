@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import tiny_tokenizers
+from tokenizers import normalizers
 
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, TokenizerError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text import sandbox as sandbox_module
 from splitfuse.text.sandbox import Sandbox
+from splitfuse.text.sandbox_worker import Encode, Setup, Worker
 from splitfuse.text.tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -120,6 +122,25 @@ def test_a_text_that_takes_too_long_fails_alone(monkeypatch: pytest.MonkeyPatch)
     sandbox._seconds = 20.0
     assert sandbox.encode("word")
     sandbox.close()
+
+
+def test_a_normalizer_that_makes_a_letter_a_book_fails_alone() -> None:
+    backend = tiny_tokenizers.KINDS["byte_level"]()
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 1000)] * 4)
+    sandbox = Sandbox(Tokenizer(backend), seconds=1)
+    with pytest.raises(InvalidRequestError, match=r"stopped, at a text of 1 characters: it (needed|ran)"):
+        sandbox.encode("a")
+    assert sandbox.encode("b") == sandbox.encode("b")
+    sandbox.close()
+
+
+def test_a_text_of_too_many_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(tiny_tokenizers.KINDS["byte_level"]())
+    worker = Worker(Setup(tokenizer.to_json(), {}, None, 1.0))
+    number = len(tokenizer.encode("Hello there"))
+    monkeypatch.setattr("splitfuse.text.sandbox_worker.MAX_TOKENS", number - 1)
+    with pytest.raises(InvalidRequestError, match=f"the text has {number} tokens; at most {number - 1} are accepted"):
+        worker._encode(Encode("Hello there", True, 1.0))
 
 
 def test_a_process_that_dies_fails_one_request() -> None:

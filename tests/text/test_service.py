@@ -209,6 +209,25 @@ def test_a_short_chat_does_not_wait_for_a_long_text() -> None:
     with_service(work)
 
 
+def test_a_caller_that_gives_up_while_it_waits_leaves_nothing_behind() -> None:
+    async def work(service: TextService) -> None:
+        held, ran = threading.Event(), []
+        waiting = asyncio.create_task(service._long.run(held.wait))
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(service._long.run(lambda: ran.append(1))) for _ in range(3)]
+        await asyncio.sleep(0)
+        waiting.cancel()  # its work goes on, and keeps the others waiting
+        others[0].cancel()
+        others[1].cancel()
+        await asyncio.gather(waiting, *others[:2], return_exceptions=True)
+        assert service._long._thread._work_queue.empty() and service._long._turn.locked() and not ran
+        held.set()
+        await others[2]
+        assert ran == [1] and not service._long._turn.locked()
+
+    with_service(work)
+
+
 def test_too_long_texts_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(service: TextService) -> None:
         pieces: list[int] = []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 from tiny_tokenizers import BOS, EOS, KINDS, random_text
+from tokenizers import decoders
 from transformers import AutoTokenizer
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
@@ -276,6 +277,30 @@ def test_unreadable_chat_template_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read"):
         Tokenizer.from_source(ModelFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([decoders.Replace("a", "aa")] * 7, "can make a text 128 times longer; at most 64 times is read"),
+        ([decoders.Sequence([decoders.Replace("a", "aaaa")] * 2)] * 3, "can make a text 4096 times longer"),
+        ([decoders.Replace("", "x" * 64)], "can make a text 65 times longer"),
+        ([decoders.Replace(tokenizers.Regex("(a+)+$"), "x")], r"its decoder has a regular expression, \{'Regex'"),
+    ],
+)
+def test_hostile_decoders(tmp_path: Path, steps: list[Any], message: str) -> None:
+    made = KINDS["byte_level"]()
+    made.decoder = decoders.Sequence([*steps, decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_source(ModelFolder(tmp_path))
+
+
+def test_replacements_of_decoders_in_use_are_read(tmp_path: Path) -> None:
+    made = KINDS["byte_level"]()
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_source(ModelFolder(tmp_path)).vocab_size
 
 
 def test_half_a_surrogate_pair_is_refused(byte_level: Tokenizer) -> None:
