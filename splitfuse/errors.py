@@ -31,6 +31,7 @@ Standard library only.
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterable
 
@@ -64,7 +65,7 @@ class InvalidRequestError(SplitfuseError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """Raised when the prompt leaves no token to generate within the model's length."""
+    """Raised when the prompt leaves no room for the tokens to generate within the model's length."""
 
     code = "context_length_exceeded"
 
@@ -155,6 +156,15 @@ class ServerError(SplitfuseError):
 
 class RegistryError(ServerError):
     """Raised when the list of deployments cannot be read or written. A server runs without it."""
+
+
+MAX_WAIT = 3600
+"""Longest wait that a client is told, in seconds."""
+
+
+def whole_seconds(wait: float) -> int:
+    """Return a wait as `Retry-After` and sentences tell it, so that they agree: rounded up, at least 1."""
+    return math.ceil(min(max(wait, 1), MAX_WAIT))
 
 
 def brief(value: object) -> str:

@@ -170,7 +170,10 @@ def test_lengths(pipe: splitfuse.Pipeline) -> None:
         ({"max_length": 3000}, "max_length 3000 exceeds the model's 2048"),
         ({"max_length": 24, "min_new_tokens": 20}, "min_new_tokens 20 does not fit: max_length 24 leaves . after a"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to"),
-        ({"max_new_tokens": 5000}, "max_new_tokens 5000 with a prompt of .* exceeds .* max_new_tokens can be at most"),
+        (
+            {"max_new_tokens": 5000},
+            ".* too long for max_new_tokens 5000: .* max_new_tokens can be at most",
+        ),
         ({"min_new_tokens": 9, "max_new_tokens": 4}, r"min_new_tokens must be at most max_new_tokens \(4\), not 9"),
         ({"min_new_tokens": -1}, "min_new_tokens must be a whole number from 0 to"),
         ({"do_sample": False, "top_p": 0.5}, "top_p 0.5 has no effect with do_sample=False"),
@@ -239,7 +242,10 @@ def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
         ([1, "a"], "a prompt must be a text or a list of token ids, not"),
         ([True], "a prompt must be a text or a list of token ids, not"),
         ([3072], "prompt has the token id 3072"),
-        ("a" * 20_000, r"the prompt has more than 2048 tokens, but the model takes at most 2047"),
+        (
+            "a" * 20_000,
+            r".* the prompt has more than 2048 tokens: .* takes at most 2047",
+        ),
     ],
     ids=range(10),
 )

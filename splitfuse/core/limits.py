@@ -47,9 +47,9 @@ class EngineLimits:
             raise prompt_too_long(str(length), limit)
         for name, count in (("max_tokens", params.max_tokens or 0), ("min_tokens", params.min_tokens)):
             if length + count > limit:
-                raise InvalidRequestError(
-                    f"{name} {count} with a prompt of {length} tokens exceeds the model's {limit} tokens; "
-                    f"{name} can be at most {limit - length}",
+                raise PromptTooLongError(
+                    f"{_context_length(limit)}. However, the prompt is too long for {name} {count}: with its {length} "
+                    f"tokens, {name} can be at most {limit - length}",
                     parameter=name,
                 )
         for name, ids in (
@@ -66,9 +66,17 @@ class EngineLimits:
 def prompt_too_long(length: str, limit: int) -> PromptTooLongError:
     """Return the error for a prompt of `length` tokens, such as `5000` or `more than 5000`, and a model of `limit`."""
     return PromptTooLongError(
-        f"the prompt has {length} tokens, but the model takes at most {limit - 1}, with one left to generate",
+        f"{_context_length(limit)}. However, the prompt has {length} tokens: the prompt is too long, the model takes "
+        f"at most {limit - 1}, with one left to generate",
         parameter="prompt",
     )
+
+
+def _context_length(limit: int) -> str:
+    """Return how errors about lengths begin: clients look for these words of OpenAI's, and for `prompt is too long`, to
+    shorten a conversation or to take another model.
+    """
+    return f"This model's maximum context length is {limit} tokens"
 
 
 def check_token_ids(owner: str, ids: Iterable[int], vocab_size: int, *, parameter: str | None = None) -> None:
@@ -97,7 +105,8 @@ def check_blocks(num_prompt: int, most: int, *, num_blocks: int, block_size: int
     if need > num_blocks:
         raise RequestTooLargeError(
             f"the request needs {need} KV blocks for {num_prompt} prompt and up to {most} generated tokens, but the "
-            f"whole cache has {num_blocks} blocks of {block_size} tokens; shorten the prompt, lower max_tokens to at "
-            f"most {max(num_blocks * block_size + 1 - num_prompt, 0)}, or give the cache more memory",
+            f"whole cache has {num_blocks} blocks of {block_size} tokens: the prompt is too long for this cache; "
+            f"shorten it, lower max_tokens to at most {max(num_blocks * block_size + 1 - num_prompt, 0)}, or give the "
+            "cache more memory",
             parameter="max_tokens",
         )

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from splitfuse.config import ServerConfig
-from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
+from splitfuse.errors import MAX_WAIT, DrainingError, InvalidRequestError, OverloadedError, whole_seconds
 from splitfuse.server.bodies import BodyBudget
 
 MEMORY_SECONDS = 10.0
 """Time constant, in seconds, of the throughput average."""
-MAX_WAIT = 3600.0
-"""Longest wait that is estimated, in seconds."""
 
 
 class Admission:
@@ -123,7 +121,7 @@ class Admission:
             if over > 0:
                 wait = self._wait(max(requests_over, 0), tokens_over)
                 raise OverloadedError(
-                    f"the server is at capacity ({what}); try again in {wait:.0f} s", retry_after=wait
+                    f"the server is at capacity ({what}); try again in {whole_seconds(wait)} s", retry_after=wait
                 )
 
     def _wait(self, requests_over: int, tokens_over: int) -> float:

@@ -119,7 +119,8 @@ async def _openapi(state: AppState, context: RequestContext) -> None:
     await context.answer(document(ROUTES, state.schema_bounds))
 
 
-async def _no_such_route(*_: object) -> None:
+async def _no_such_route(_: AppState, context: RequestContext) -> None:
+    openai.refuse_absent(context.scope["path"])
     raise RefusedError(404, "there is no such route; /openapi.json lists all", code="no_such_route")
 
 
@@ -171,7 +172,7 @@ class _Endpoint:
             context.request_id = wanted_id.decode()
         failure: Exception | None = None
         try:
-            if route.needs_key:
+            if route.needs_key and self.keys.are_required:
                 context.owner = self.keys.identify(route.dialect.key(context.headers))
             route.check_method(scope["method"])
             body = () if route.body is None else (await self.state.read(context, route.body),)

@@ -58,10 +58,13 @@ class ApiKeys:
         if owner is not None and not scheduler.slo_enabled:
             raise ConfigError(f"api_key_file gives {owner.name!r} an SLO, but {SLO_DISABLED}")
 
+    @property
+    def are_required(self) -> bool:
+        """Return whether requests need a key."""
+        return bool(self._owners)
+
     def identify(self, key: bytes) -> Owner:
         """Return the owner of a key. Raises RefusedError (401) if it has none."""
-        if not self._owners:
-            return ANONYMOUS
         presented = self._digest(key)
         matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
         if not any(matches):

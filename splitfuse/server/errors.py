@@ -5,7 +5,6 @@ A client's mistake is reported in full, a failure of ours by its kind, without p
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from splitfuse.errors import (
     OverloadedError,
     RequestFailedError,
     SplitfuseError,
+    whole_seconds,
 )
 
 _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
@@ -60,7 +60,7 @@ def answer_to(error: Exception) -> RefusedError:
         case InvalidRequestError():
             return RefusedError(error.status, str(error), code=error.code, parameter=error.parameter)
         case OverloadedError():
-            headers = {"retry-after": str(max(math.ceil(error.retry_after), 1))}
+            headers = {"retry-after": str(whole_seconds(error.retry_after))}
             return RefusedError(error.status, str(error), code=error.code, headers=headers)
         case EngineUnavailableError() | DrainingError() | RequestFailedError():
             headers = {"retry-after": "1"} if error.status == 503 else {}

@@ -40,9 +40,12 @@ def document(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": _schemas(routes, bounds),
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
         },
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}, {"header": []}, {}],
     }
 
 

@@ -172,7 +172,7 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
         case inspect.DictType(key_type=key_type, value_type=value_type, min_length=minimum, max_length=maximum):
             for key, each in value.items():
                 _check_key(key_type, key, place)
-                _check(value_type, each, f"{place}[...]")
+                _check(value_type, each, f"{place}[{key:.80}]")
             _check_length(value, place, "entries", minimum, maximum)
         case inspect.StrType(min_length=minimum, max_length=maximum):
             _check_length(value, place, "characters", minimum, maximum)
@@ -240,8 +240,8 @@ def _check_bounds(expected: inspect.IntType | inspect.FloatType, value: float, p
 def _check_finite(value: Any, place: str) -> None:
     """Refuse numbers that only JSON can write, such as 1e999, wherever they are."""
     if isinstance(value, dict):
-        for each in value.values():
-            _check_finite(each, f"{place}[...]")
+        for key, each in value.items():
+            _check_finite(each, f"{place}[{key:.80}]")
     elif isinstance(value, list):
         for index, each in enumerate(value):
             _check_finite(each, f"{place}[{index}]")

@@ -79,12 +79,12 @@ def generate(engine: Engine, prompt: list[int], **params: Any) -> list[int]:
     ("prompt", "params", "parameter", "message"),
     [
         pytest.param([], {}, "prompt", "the prompt is empty", id="empty"),
-        pytest.param([1] * LIMIT, {}, "prompt", f"has {LIMIT} tokens, .* at most {LIMIT - 1}", id="too-long"),
+        pytest.param([1] * LIMIT, {}, "prompt", f"has {LIMIT} tokens: .* at most {LIMIT - 1}", id="too-long"),
         pytest.param(
             [1] * 100,
             {"max_tokens": 29},
             "max_tokens",
-            "exceeds the model's 128 tokens; max_tokens can be at most 28",
+            "max_tokens can be at most 28",
             id="max",
         ),
         pytest.param(
@@ -106,7 +106,7 @@ def test_a_refused_request_changes_nothing(
     with pytest.raises(InvalidRequestError, match=message) as refusal:
         engine.add_request("r", prompt, SamplingParams(**params))
     assert refusal.value.parameter == parameter
-    assert isinstance(refusal.value, PromptTooLongError) == (len(prompt) == LIMIT)
+    assert isinstance(refusal.value, PromptTooLongError) == ("maximum context length" in str(refusal.value))
     assert not engine.has_unfinished and engine.step() == []
 
 

@@ -241,7 +241,7 @@ def test_too_long_texts_are_refused_before_they_are_read(monkeypatch: pytest.Mon
         limit = service.client.info.limits.max_model_len
         text = "word " * 3_200_000
         with pytest.raises(
-            PromptTooLongError, match=f"the prompt has more than {limit} tokens, but the model takes at"
+            PromptTooLongError, match=f"the prompt has more than {limit} tokens: the prompt is too long"
         ):
             await service.encode(text, max_model_len=limit)
         with pytest.raises(PromptTooLongError, match="more than"):

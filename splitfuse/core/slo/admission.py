@@ -18,7 +18,7 @@ from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
-from splitfuse.errors import SloUnattainableError
+from splitfuse.errors import SloUnattainableError, whole_seconds
 
 
 def check_on_time(
@@ -61,7 +61,7 @@ def check_on_time(
         ends = _latest_ends(request, running, seconds)
         ttft = max([start, *ends]) + alone * (1 + queued / request.num_unscheduled)
     wait = max(ttft - allowed, seconds)
-    raise _unattainable(f"its first token would come after {ttft:.3g} s; try again in {wait:.3g} s", wait)
+    raise _unattainable(f"its first token would come after {ttft:.3g} s; try again in {whole_seconds(wait)} s", wait)
 
 
 def _unattainable(reason: str, retry_after: float) -> SloUnattainableError:

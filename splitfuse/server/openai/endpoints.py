@@ -11,6 +11,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import generate
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -71,6 +72,17 @@ async def completions(state: AppState, context: RequestContext, body: Completion
     await generate(state, context, request, responder)
 
 
+def refuse_absent(path: str) -> None:
+    """Raise RefusedError (400) for a path below a route of OpenAI's API that this server lacks. It is no 404, after
+    which LiteLLM's proxy sends the model no requests of any client for some seconds.
+    """
+    for route in ABSENT:
+        if path == route or path.startswith(route + "/"):
+            routes = f"{CompletionRequest.PATH} and {ChatRequest.PATH}"
+            message = f"the route {path:.200} of OpenAI's API is not supported; this server generates text at {routes}"
+            raise RefusedError(400, message, code="unsupported_route")
+
+
 async def models(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/models."""
     await context.answer(ModelList([_model(state)]))
@@ -113,6 +125,14 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
 
     await context.answer(Detokenized(await context.unless_gone(state.service.off_loop(decoded), deadline=None)))
 
+
+ABSENT = (
+    "/v1/chat/completions",  # stored ones
+    *(f"/v1/{name}" for name in ("responses", "conversations", "embeddings", "moderations", "audio", "images")),
+    *(f"/v1/{name}" for name in ("videos", "realtime", "batches", "files", "uploads", "vector_stores", "containers")),
+    *(f"/v1/{name}" for name in ("fine_tuning", "evals", "assistants", "threads", "chatkit", "skills", "organization")),
+)
+"""Routes of OpenAI's API that this server lacks, each with all paths below it."""
 
 _route = functools.partial(Route, dialect=OPENAI)
 
