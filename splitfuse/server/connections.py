@@ -7,6 +7,7 @@ a connection is uvicorn's.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
 import socket
@@ -101,6 +102,8 @@ class Connections:
                 continue
             except OSError as error:
                 self._log(f"no connection can be accepted now: {error.strerror}; trying again")
+                if error.errno == errno.EMFILE:  # other things need more files than were left for them
+                    self.limit = max(len(self._open) - num_newcomers(self.limit), LEAST_CONNECTIONS)
                 self._give_way()
                 await asyncio.sleep(RETRY_SECONDS)
                 continue

@@ -174,6 +174,26 @@ def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "not in the local cache, and HF_HUB_OFFLINE is set" in refused("owner/name")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("Using SOCKS proxy, but ..."), "cannot be fetched: Using SOCKS proxy, but ..."),
+        (
+            OSError(28, "No space left on device", "/x"),
+            "cannot be stored: No space left on device (/x); set HF_HOME to a folder with room",
+        ),
+    ],
+)
+def test_what_keeps_a_model_from_being_fetched_is_named(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert refused("owner/name") == f"owner/name {message}"
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         ModelFolder(tmp_path).config()

@@ -15,7 +15,13 @@ import pytest
 from server_process import make_certificate
 
 from splitfuse.config import ServerConfig
-from splitfuse.server.connections import FILES_OF_A_REPLICA, FILES_OF_OUR_OWN, connection_limit, num_newcomers
+from splitfuse.server.connections import (
+    FILES_OF_A_REPLICA,
+    FILES_OF_OUR_OWN,
+    LEAST_CONNECTIONS,
+    connection_limit,
+    num_newcomers,
+)
 from splitfuse.server.listen import HttpServer, Receive, Scope, Send, listening_socket
 
 PATIENCE = 60.0  # seconds until a condition that should come true is given up
@@ -294,6 +300,7 @@ def test_a_shortage_of_files_is_logged_once_and_passes(
             assert await is_answered(await server.connect())
             assert next(shortages, None) is None
             await closed(silent)
+            assert server.http.connections.limit == LEAST_CONNECTIONS, "further ones would need the files too"
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(run())

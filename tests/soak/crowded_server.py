@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -78,12 +78,10 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     model = _poisoned_model(folder / "model")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, hard))
-    with (
-        server_process(folder, f"soak-{folder.name}", "--model", str(model), *flags) as server,
-        server.client() as client,
-    ):
-        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))
+    with ExitStack() as stack:
+        server = stack.enter_context(server_process(folder, f"soak-{folder.name}", "--model", str(model), *flags))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (MAX_FILES, MAX_FILES))  # before it looks
+        client = stack.enter_context(server.client())
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * arguments.connections + 256), hard))
         with httpx.Client(base_url=client.url, timeout=60, trust_env=False) as http:
             sys.exit(_soak(server, http, arguments.minutes, arguments.connections, arguments.seed))

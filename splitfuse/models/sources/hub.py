@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ SMALL_FILES = (
     *("added_tokens.json", "chat_template.jinja", "adapter_config.json"),
 )
 """Files that are read, but for the weights. Only these are fetched: never pickles, code or copies in other formats."""
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a folder that cannot be written, or not further."""
 
 
 def open_model(model: str | None, revision: str | None = None, *, weights: bool = True) -> ModelSource:
@@ -67,7 +71,11 @@ def _fetch(model: str, revision: str | None, files: Sequence[str]) -> Path:
         reason = "is neither a folder nor a model on the Hub; if it is private there, set HF_TOKEN"
     except errors.HfHubHTTPError as error:
         reason = f"was refused by the Hub ({error}); a local folder works without it"
+    except ImportError as error:  # of a SOCKS proxy in the environment
+        reason = f"cannot be fetched: {error}"
     except Exception as error:  # every HTTP library that the Hub client has used brings exceptions of its own
         offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         reason = f"is not in the local cache, and {offline} ({type(error).__name__}); a local folder works without it"
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            reason = f"cannot be stored: {error.strerror} ({error.filename}); set HF_HOME to a folder with room"
     raise ModelNotFoundError(f"{named} {reason}")
