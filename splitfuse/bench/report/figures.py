@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 10.0  # inches
-LABEL_MARGIN = 1.85  # right of a panel with labels
 LABEL_WIDTH = 24  # characters
 
 
@@ -176,24 +175,9 @@ def _lines(series: Sequence[Series], size: Callable[[Results], int]) -> Iterator
 
 
 def _panels(count: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a row of panels, with a margin for labels right of the last."""
-    figure = Figure(figsize=(WIDTH, height))
-    grid = figure.add_gridspec(
-        1,
-        count,
-        left=0.75 / WIDTH,
-        right=1 - LABEL_MARGIN / WIDTH,
-        bottom=0.5 / height,
-        top=1 - 0.35 / height,
-        wspace=0.1,
-    )
-    panels: list[Axes] = []
-    for column in range(count):
-        axes = figure.add_subplot(grid[0, column], sharey=panels[0] if sharey and panels else None)
-        if column:
-            axes.tick_params(labelleft=not sharey)
-        panels.append(axes)
-    return figure, panels
+    """Return a row of panels."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
 
 
 def _against_load(
