@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
-from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.guard import FORKED
 from splitfuse.engine.messages import (
@@ -58,8 +58,8 @@ class Stream:
         """Time at which its first step began, on the monotonic clock."""
         self.ended_at = math.inf
         """Time at which the request finished or was abandoned."""
-        self.breakdown: asyncio.Future[LatencyBreakdown | None] = asyncio.get_running_loop().create_future()
-        """Breakdown of its latency, which the engine may report after `ended_at`; None if it died or refused it."""
+        self.breakdown: asyncio.Future[LatencyBreakdown] = asyncio.get_running_loop().create_future()
+        """Breakdown of its latency, which the engine may report after `ended_at`."""
         self._finish = finish
         self._opened = time.monotonic()
         self._outputs: deque[RequestOutput] = deque()
@@ -120,7 +120,8 @@ class Stream:
         """Note that no engine holds the request any more. Called by the client that opened the stream."""
         self.ended_at = min(self.ended_at, time.monotonic())
         if not self.breakdown.done():
-            self.breakdown.set_result(breakdown)
+            failed = {LatencyPhase.FAILED: self.ended_at - self._opened}
+            self.breakdown.set_result(breakdown or LatencyBreakdown(self._opened, self.ended_at, failed))
 
     def _release(self, reason: FinishReason, num_tokens: int | None) -> None:
         if not self._released:

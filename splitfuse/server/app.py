@@ -5,6 +5,7 @@ Decides which path does what. What a dialect's routes do is decided in its packa
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import logging
@@ -21,7 +22,7 @@ from starlette.routing import Router
 from starlette.websockets import WebSocketClose
 
 from splitfuse.config import ServerConfig
-from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
@@ -205,28 +206,35 @@ class _Endpoint:
             state.metrics.request_refused(answer_to(error).code)
         # One that is cancelled with its server has neither a status nor an error.
         status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
-        context.enter_phase(LatencyPhase.DETOKENIZING)
-        record = record_of(context, route=self.route.path, status=status, error=error)
+        ended = time.monotonic()
+        record = record_of(context, route=self.route.path, status=status, error=error, ended=ended)
         state.metrics.request_ended(record)
-        breakdown = breakdown_of(context)
-        state.explanations.end(context, record, breakdown)
         write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
-        if breakdown is None or record.slo_met is not False:
-            write(record)
+
+        def explain(engine: asyncio.Future[LatencyBreakdown]) -> None:
+            breakdown = breakdown_of(context, engine.result(), ended=ended)
+            state.explanations.end(context.unique_id, (record, breakdown))
+            if record.slo_met is False:
+                write(dataclasses.replace(record, slo_violation=describe_breakdown(breakdown)))
+
+        if (last := context.last) is None:
+            state.explanations.end(context.unique_id, None)
         else:  # the engine tells where the time went within a step or two
-            breakdown.add_done_callback(
-                lambda done: write(dataclasses.replace(record, slo_violation=describe_breakdown(done.result())))
-            )
+            last.breakdown.add_done_callback(explain)
+        if last is None or record.slo_met is not False:
+            write(record)
 
 
-def record_of(context: RequestContext, *, route: str, status: int, error: Exception | None) -> RequestRecord:
-    """Return the record of a request that ended at its last `enter_phase`."""
+def record_of(
+    context: RequestContext, *, route: str, status: int, error: Exception | None, ended: float
+) -> RequestRecord:
+    """Return the record of a request that ended at `ended`."""
     counts, timing = context.num_tokens, timing_of(context)
     return RequestRecord(
         request_id=context.request_id,
         route=route,
         status=status,
-        total_seconds=context.phase_started_at - context.arrival,
+        total_seconds=ended - context.arrival,
         key=context.owner.name,
         prompt_tokens=counts.prompt,
         generated_tokens=counts.generated,

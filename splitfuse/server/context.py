@@ -1,21 +1,20 @@
 """Reads one HTTP request and sends its answer, on the raw ASGI interface.
 
 It decides how much of a body is read and how an answer or a stream of events is sent, and notices when the client
-disconnects. It also measures the phases of the request outside of the engine.
+disconnects. It also keeps the times of the request that explain.py divides into phases.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request import FinishReason
+from splitfuse.engine.client import Stream
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.bodies import SLOWEST, BodyBudget
 from splitfuse.server.dialect import Dialect, encode_json
@@ -49,7 +48,10 @@ class RequestContext:
         """Name that the client gave it, or ours."""
         self.unique_id = unique_id
         self.dialect = dialect
-        self.arrival = time.monotonic()
+        self.arrival = self.read_at = time.monotonic()
+        """Times at which its headers and the whole of its body were there."""
+        self.client_seconds = 0.0
+        """Seconds in which the answer was sent, from the engine's end on."""
         self.owner = ANONYMOUS
         """Owner of the key that it brought."""
         self.status: int | None = None
@@ -62,14 +64,6 @@ class RequestContext:
         """Bytes that its body holds of the budget."""
         self.prompt: Any = None
         """Prompt for the log."""
-        self.phases: defaultdict[LatencyPhase, float] = defaultdict(float)
-        """Seconds in this process, while no engine had the request: see `enter_phase`."""
-        self.sent_to_engine_at = math.inf
-        """Time at which the engine's account begins."""
-        self.phase_started_at = self.arrival
-        """Time of the last `enter_phase`."""
-        self._phase = LatencyPhase.READING
-        self._num_ended, self._ended_at = 0, 0.0
         self._receive = receive
         self._send = send
         self._is_stream = False
@@ -103,37 +97,11 @@ class RequestContext:
             cached=sum(cached.values()),
         )
 
-    # Where the time goes ---------------------------------------------------------------------------------------------
-
     @property
-    def ended_at(self) -> float:
-        """Return the time at which the last choice came back from its engine; infinity until then."""
-        while self._num_ended < len(self.generations) and self.generations[self._num_ended].ended_at < math.inf:
-            self._ended_at = max(self._ended_at, self.generations[self._num_ended].ended_at)
-            self._num_ended += 1
-        return self._ended_at if 0 < len(self.generations) == self._num_ended else math.inf
-
-    @property
-    def last(self) -> Generation | None:
-        """Return, of the choices that an engine has had, the one that ended last."""
-        return max((g for g in self.generations if g.stream is not None), key=lambda g: g.ended_at, default=None)
-
-    def enter_phase(self, phase: LatencyPhase) -> None:
-        """Count the time from now on for `phase`. The time since the last call counts for the phase before, but for the
-        time that an engine had the request, of which its own account tells.
-        """
-        now = time.monotonic()
-        started = self.phase_started_at
-        if self.sent_to_engine_at < math.inf:
-            started = max(started, self.ended_at)
-        if now > started:
-            self.phases[self._phase] += now - started
-        self._phase, self.phase_started_at = phase, now
-
-    def hand_over(self) -> None:
-        """Let the engine's account count the time until all choices are back."""
-        self.enter_phase(LatencyPhase.FROM_ENGINE)
-        self.sent_to_engine_at = self.phase_started_at
+    def last(self) -> Stream | None:
+        """Return the stream of the choice that ended last, or has not ended; None if no engine had any."""
+        streams = [g.stream for g in self.generations if g.stream is not None]
+        return max(streams, key=attrgetter("ended_at"), default=None)
 
     # The body --------------------------------------------------------------------------------------------------------
 
@@ -167,6 +135,7 @@ class RequestContext:
             self.held = budget.hold(size, held=self.held)
             pieces.append(piece)
             if not message.get("more_body", False):
+                self.read_at = time.monotonic()
                 return b"".join(pieces)
 
     async def unless_gone(self, work: Coroutine[Any, Any, _Result], *, deadline: float | None) -> _Result:
@@ -205,7 +174,12 @@ class RequestContext:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
-        await self._send(message)
+        began = time.monotonic()
+        try:
+            await self._send(message)
+        finally:
+            if (last := self.last) is not None:
+                self.client_seconds += max(time.monotonic() - max(began, last.ended_at), 0.0)
 
     async def answer(
         self,
@@ -222,7 +196,6 @@ class RequestContext:
 
     async def send_events(self, events: Iterable[Any]) -> None:
         """Send events of a stream. The first one begins the answer."""
-        self.enter_phase(LatencyPhase.CLIENT)
         for event in events:
             await self._write(self.dialect.event(event))
 

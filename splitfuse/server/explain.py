@@ -1,17 +1,18 @@
 """Explains where the time of a request went, from the first byte of its body to the last of its answer.
 
-Joins the phases that the front has measured with the engine's account, keeps those of the last requests, and describes
-them in words.
+Adds the times that the front has kept to the engine's account, keeps those of the last requests, and describes them in
+words.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict
+import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +26,7 @@ MAX_FINISHED = 1024
 """Number of finished requests that are kept."""
 NUM_DESCRIBED_PHASES = 3
 """Number of phases that a sentence names."""
-END_TIMEOUT = 0.5
+END_TIMEOUT = 5.0
 """Seconds to wait for the end of a running request: its client may have read all of its answer already."""
 
 
@@ -66,40 +67,31 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
 
 
 async def timing_with_phases(context: RequestContext) -> Timing:
-    """Return the times of a request once its engine has reported where they went, which may be a step after its end."""
-    if context.last is not None and context.last.stream is not None:
-        await asyncio.shield(context.last.stream.breakdown)
-    context.enter_phase(LatencyPhase.FROM_ENGINE)
-    whole = breakdown_of(context)
-    return timing_of(context, None if whole is None else whole.result().phases)
+    """Return the times of a request until its engine has reported its own, which may be a step after its end."""
+    if context.last is None:
+        return timing_of(context)
+    engine = await asyncio.shield(context.last.breakdown)
+    return timing_of(context, breakdown_of(context, engine, ended=time.monotonic()).phases)
 
 
-def breakdown_of(context: RequestContext) -> asyncio.Future[LatencyBreakdown] | None:
-    """Return the breakdown of a whole request, with the phases of the front, once its engine has reported its own; None
-    if no engine has had it. Of several choices, the engine's phases are those of the choice that ended last.
+def breakdown_of(context: RequestContext, engine: LatencyBreakdown, *, ended: float) -> LatencyBreakdown:
+    """Return where the time of a request went from its arrival until `ended`: the engine's phases of the choice that
+    ended last, and before and after them the front's, which are differences between the times of the context.
     """
-    last = context.last
-    if last is None or last.stream is None or last.sent is None:
-        return None
-    phases = context.phases | {LatencyPhase.TO_ENGINE: last.sent - context.sent_to_engine_at}
-    detokenizing = min(last.detokenizing, phases[LatencyPhase.FROM_ENGINE])  # while it waited for the text
-    phases[LatencyPhase.FROM_ENGINE] -= detokenizing
-    phases[LatencyPhase.DETOKENIZING] += detokenizing
-    sent, ended_at, reported = last.sent, last.ended_at, last.stream.breakdown
-    whole: asyncio.Future[LatencyBreakdown] = asyncio.get_running_loop().create_future()
-
-    def complete(reported: asyncio.Future[LatencyBreakdown | None]) -> None:
-        engine = reported.result() or LatencyBreakdown(sent, ended_at, {LatencyPhase.FAILED: ended_at - sent})
-        for phase, seconds in engine.phases.items():
-            phases[phase] += seconds
-        phases[LatencyPhase.FROM_ENGINE] += ended_at - engine.closed
-        whole.set_result(replace(engine, phases={p: phases[p] for p in LatencyPhase if phases[p] > 0.0}))
-
-    if reported.done():
-        complete(reported)
-    else:
-        reported.add_done_callback(complete)
-    return whole
+    assert context.last is not None, "an engine has reported"
+    handed_back = context.last.ended_at
+    # An engine may work on for a request that ended here, until it hears of that: this counts for nothing.
+    wanted = min((handed_back - engine.opened) / ((engine.closed - engine.opened) or 1), 1)
+    phases = {
+        LatencyPhase.READING: context.read_at - context.arrival,
+        LatencyPhase.TOKENIZING: engine.opened - context.read_at,
+        **{phase: seconds * wanted for phase, seconds in engine.phases.items()},
+        LatencyPhase.FROM_ENGINE: handed_back - engine.closed,
+        LatencyPhase.DETOKENIZING: ended - handed_back - context.client_seconds,
+        LatencyPhase.CLIENT: context.client_seconds,
+    }
+    some = {phase: phases[phase] for phase in LatencyPhase if phases.get(phase, 0) > 0}
+    return replace(engine, opened=context.arrival, closed=ended, phases=some)
 
 
 class CoScheduled(msgspec.Struct, frozen=True):
@@ -128,60 +120,59 @@ class Explanation(msgspec.Struct, frozen=True):
     slo_violation: SloViolation | None
 
 
+class _Known(NamedTuple):
+    key: str | None
+    unique_id: str
+    request_id: str
+    account: asyncio.Future[tuple[RequestRecord, LatencyBreakdown] | None]
+
+
 class Explanations:
     """Keeps records and breakdowns of the last finished requests, by their ids. Belongs to the event loop's thread."""
 
     def __init__(self, max_finished: int = MAX_FINISHED) -> None:
         self._max_finished = max_finished
-        # By our own id, the oldest first
-        self._finished: OrderedDict[str, tuple[RequestRecord, asyncio.Future[LatencyBreakdown]]] = OrderedDict()
-        self._running: dict[str, tuple[str | None, asyncio.Event]] = {}  # by our own id: key, and its end
-        self._named: dict[tuple[str | None, str], str] = {}  # by key and the client's id: our id of the newest
+        self._finished: dict[str, _Known] = {}  # by our own id, the oldest first
+        self._running: dict[str, _Known] = {}
 
     def begin(self, context: RequestContext) -> None:
         """Note a request that goes to an engine."""
-        key = context.owner.name
-        self._running[context.unique_id] = key, asyncio.Event()
-        self._named[key, context.request_id] = context.unique_id
+        account = asyncio.get_running_loop().create_future()
+        self._running[context.unique_id] = _Known(context.owner.name, context.unique_id, context.request_id, account)
 
-    def end(
-        self, context: RequestContext, record: RequestRecord, breakdown: asyncio.Future[LatencyBreakdown] | None
-    ) -> None:
+    def end(self, unique_id: str, account: tuple[RequestRecord, LatencyBreakdown] | None) -> None:
         """Keep the record and the breakdown of a request that has ended, and forget the oldest if there are too many.
-        The breakdown is None for a request that no engine had.
+        The account is None for a request that no engine had.
         """
-        running = self._running.pop(context.unique_id, None)
-        if running is None:
+        known = self._running.pop(unique_id, None)
+        if known is None:
             return
-        key, ended = running
-        ended.set()
-        if breakdown is None:
-            self._forget_name(key, context.request_id, context.unique_id)
-            return
-        self._finished[context.unique_id] = record, breakdown
-        if len(self._finished) > self._max_finished:
-            unique_id, (oldest, _) = self._finished.popitem(last=False)
-            self._forget_name(oldest.key, oldest.request_id, unique_id)
+        known.account.set_result(account)
+        if account is not None:
+            self._finished[unique_id] = known
+            if len(self._finished) > self._max_finished:
+                del self._finished[next(iter(self._finished))]
 
     async def find(self, wanted: str, *, key: str | None) -> Explanation:
-        """Return the explanation of a request of that key, by its X-Request-Id or its answer's id, once the engine's
-        account is there. Raises RefusedError (404).
+        """Return the explanation of the newest request of that key with that X-Request-Id or that answer's id, once it
+        is there. Raises RefusedError (404).
         """
-        unique_id = self._named.get((key, wanted), _plain(wanted))
-        if (running := self._running.get(unique_id)) is not None:
+        known = [each for each in (*self._finished.values(), *self._running.values()) if each.key == key]
+        found = [each for each in known if each.request_id == wanted or each.unique_id == _plain(wanted)]
+        account = None
+        if found:
             with suppress(TimeoutError):
-                await asyncio.wait_for(running[1].wait(), END_TIMEOUT)
-        record, whole = self._finished.get(unique_id, (None, None))
-        if record is None or whole is None or record.key != key:
+                account = await asyncio.wait_for(asyncio.shield(found[-1].account), END_TIMEOUT)
+        if account is None:
             raise RefusedError(
                 404,
                 f"there is no request {wanted!r:.200} among the last {self._max_finished} that have ended here; give "
                 "the id of an answer, or its header X-Request-Id",
                 code="request_not_found",
             )
-        breakdown = await asyncio.shield(whole)
+        record, breakdown = account
         return Explanation(
-            id=unique_id,
+            id=found[-1].unique_id,
             request_id=record.request_id,
             route=record.route,
             status=record.status,
@@ -201,14 +192,8 @@ class Explanations:
 
     def _id_for(self, key: str | None, unique_id: str) -> str | None:
         """Return the id of a request if that key may know it: not another key's, nor one whose key is forgotten."""
-        if (running := self._running.get(unique_id)) is not None:
-            return unique_id if running[0] == key else None
-        record, _ = self._finished.get(unique_id, (None, None))
-        return unique_id if key is None or (record is not None and record.key == key) else None
-
-    def _forget_name(self, key: str | None, name: str, unique_id: str) -> None:
-        if self._named.get((key, name)) == unique_id:
-            del self._named[key, name]
+        known = self._running.get(unique_id) or self._finished.get(unique_id)
+        return unique_id if key is None or (known is not None and known.key == key) else None
 
 
 def describe_breakdown(breakdown: LatencyBreakdown) -> str:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -105,7 +104,6 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         compute = service.off_loop if num_logprobs > MANY_LOGPROBS else _at_once
         each_token = request.stream and request.each_token
         state.explanations.begin(context)
-        context.hand_over()
         if request.stream:
             admitted.callback(asyncio.create_task(context.keep_alive()).cancel)
         pieces = service.run(context.generations, scheduling=request.scheduling, each_token=each_token)
@@ -114,19 +112,15 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise _failure(generation)
                 if request.stream:
-                    context.enter_phase(LatencyPhase.DETOKENIZING)
                     events = await compute(lambda g=generation, t=text: list(responder.events(g, t)))  # type: ignore[misc]
                     await context.send_events(events)
-                    context.enter_phase(LatencyPhase.FROM_ENGINE)
         timing = await timing_with_phases(context) if request.include_timing else None
-        context.enter_phase(LatencyPhase.DETOKENIZING)
         if request.stream:
             await context.send_events(responder.last_events(context.num_tokens, timing))
             await context.end_events()
         else:
             counts = context.num_tokens
             whole = await compute(lambda: responder.whole(context.generations, counts, timing))
-            context.enter_phase(LatencyPhase.CLIENT)
             await context.answer(whole)
 
 

@@ -6,7 +6,6 @@ per choice holds all state of its text: requests share nothing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -52,14 +51,8 @@ class Generation:
         self.slo_met: bool | None = None
         """Flag of an SLO that was met so far; None without one."""
         self.timings = Timings(time.monotonic())
-        self.sent: float | None = None
-        """Time at which it went to the engine, on the clock of `timings`."""
-        self.first_step: float | None = None
-        """Time at which its first step began, on the same clock."""
         self.stream: Stream | None = None
         """Stream of its outputs, if the engine is behind an EngineClient."""
-        self.detokenizing = 0.0
-        """Seconds spent on its text since the engine ended it."""
         context = request.token_ids if request.continues else ()
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context)
         self._stop_strings = StopStrings(request.params.stop)
@@ -68,11 +61,9 @@ class Generation:
         self._unwatched = 0  # characters of the first min_tokens tokens, in which stop strings do not count
 
     @property
-    def ended_at(self) -> float:
-        """Return the time at which the request finished in the engine or was abandoned; infinity until then."""
-        if self.stream is not None:
-            return self.stream.ended_at
-        return math.inf if self.timings.finished is None else self.timings.finished
+    def first_step(self) -> float | None:
+        """Return the time at which its first step began, on the clock of `timings`, if there is a stream."""
+        return None if self.stream is None else self.stream.began
 
     def push(self, output: RequestOutput, stop: Callable[[int], object]) -> bool:
         """Process the output of a step, and return whether there is new text or the generation has ended.
@@ -96,8 +87,6 @@ class Generation:
             self.text += self._rest()
         if self.finish_reason is not None:
             self.timings.finished = now
-        if self.stream is not None and self.stream.ended_at <= now:
-            self.detokenizing += time.monotonic() - now
         if self.finish_reason is not None and output.finish_reason is None:
             stop(len(self.token_ids))
         return self.finish_reason is not None or len(self.text) > length

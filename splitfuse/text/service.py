@@ -151,13 +151,12 @@ class TextService:
     ) -> AsyncGenerator[tuple[Generation, str], None]:
         request = generation.request
         request.check(self.client.info.limits)
-        sent = generation.sent = time.monotonic()
+        sent = time.monotonic()
         add = Add(generation.request_id, request.token_ids, request.params, generation.choice, scheduling, sent)
         try:
             async with self.client.open(add) as stream:
                 generation.stream = stream
                 async for output in stream:
-                    generation.first_step = stream.began
                     if generation.push(output, stream.stop) or (each_token and output.token_ids):
                         yield generation, generation.take()
                     if generation.finish_reason is not None:

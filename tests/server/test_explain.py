@@ -1,5 +1,6 @@
 """Where the time of a request went, over a real socket: the phases add up to the whole for every kind of request."""
 
+import asyncio
 import io
 import json
 import re
@@ -16,15 +17,32 @@ from splitfuse import cli
 from splitfuse.cli.explain import format_breakdown
 from splitfuse.clients.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.engine.client import Stream
+from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError
+from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
+from splitfuse.server.context import RequestContext
+from splitfuse.server.explain import breakdown_of
+from splitfuse.server.openai.dialect import OPENAI
+from splitfuse.text.generation import Generation
+from splitfuse.text.prompts import PreparedRequest
+from splitfuse.text.tokenizer import Tokenizer
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "Anna has", "max_tokens": 20, "ignore_eos": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
 SETTINGS = {"ttft": "1ms", "itl": "1min", "num_blocks": 200}
+FRONT = {
+    LatencyPhase.READING,
+    LatencyPhase.TOKENIZING,
+    LatencyPhase.FROM_ENGINE,
+    LatencyPhase.DETOKENIZING,
+    LatencyPhase.CLIENT,
+}
 LONG = "Anna keeps a goose. " * 150
 
 
@@ -59,12 +77,54 @@ def test_phases_add_up_to_the_whole(server: RunningServer, more: dict[str, Any])
         assert answer.status_code == 200
         found = explain(http, answer.headers["x-request-id"])
     assert found["status"] == 200 and found["route"] == COMPLETIONS and found["slo_met"] is None
-    assert {LatencyPhase.TOKENIZING, LatencyPhase.PREFILL, LatencyPhase.FROM_ENGINE, LatencyPhase.CLIENT} <= set(
-        found["phases"]
-    )
+    expected = {*FRONT, LatencyPhase.PREFILL}
+    if "stop" in more:  # the front finds the stop string, and the engine's time ends there
+        expected -= {LatencyPhase.FROM_ENGINE}
+    assert expected <= set(found["phases"])
     assert LatencyPhase.FAILED not in found["phases"]
     record = server.wait_for_record(request_id=answer.headers["x-request-id"])
     assert record["total_seconds"] == pytest.approx(found["seconds"], abs=1e-6)
+
+
+def breakdown_with(
+    engine: dict[LatencyPhase, float], *, closed: float, client_seconds: float = 0.0
+) -> dict[str, float]:
+    """The phases of a request that is read after 1 s, is sent after 3 s, ends in the engine after 10 s, and is answered
+    after 14 s.
+    """
+
+    async def work() -> dict[str, float]:
+        async def no_message(*_: Any) -> Any: ...
+
+        stream = Stream(Add("a", (1,), SamplingParams()), lambda _: None)
+        stream.close()
+        generation = Generation("a", PreparedRequest((1,), SamplingParams()), Tokenizer.from_source(open_model(None)))
+        generation.stream, end = stream, stream.ended_at
+        context = RequestContext({"headers": []}, no_message, no_message, dialect=OPENAI, unique_id="a")
+        context.generations = [generation]
+        context.arrival, context.read_at, context.client_seconds = end - 10, end - 9, client_seconds
+        reported = LatencyBreakdown(end - 7, end + closed, engine)
+        whole = breakdown_of(context, reported, ended=end + 4)
+        assert sum(whole.phases.values()) == pytest.approx(14) and whole.closed - whole.opened == pytest.approx(14)
+        return {phase.value: round(seconds, 6) for phase, seconds in whole.phases.items()}
+
+    return asyncio.run(work())
+
+
+def test_the_times_of_the_front_make_its_phases() -> None:
+    assert breakdown_with({LatencyPhase.DECODE: 5.0}, closed=-2, client_seconds=3) == {
+        "reading": 1.0,
+        "tokenizing": 2.0,
+        "decode": 5.0,
+        "from_engine": 2.0,
+        "detokenizing": 1.0,
+        "client": 3.0,
+    }
+
+
+def test_work_of_the_engine_after_the_end_does_not_count() -> None:
+    found = breakdown_with({LatencyPhase.DECODE: 6.0, LatencyPhase.CO_SCHEDULED: 8.0}, closed=7)
+    assert found == {"reading": 1.0, "tokenizing": 2.0, "decode": 3.0, "co_scheduled": 4.0, "detokenizing": 4.0}
 
 
 def test_a_chat_is_found_by_answer_id_and_request_id(server: RunningServer) -> None:
@@ -84,13 +144,8 @@ def test_phases_in_an_answer_equal_the_explanation(server: RunningServer, stream
         lines = [line for line in answer.text.splitlines() if "splitfuse_timing" in line]
         parts = json.loads(lines[-1].removeprefix("data: "))["splitfuse_timing"]["phases"]
         later = asked.explain(answer.headers["x-request-id"])["phases"]
-    engine = [
-        p
-        for p in LatencyPhase
-        if p not in (LatencyPhase.READING, LatencyPhase.TOKENIZING, LatencyPhase.FROM_ENGINE, LatencyPhase.DETOKENIZING)
-    ]
-    for part in engine:
-        if part is not LatencyPhase.CLIENT:
+    for part in LatencyPhase:
+        if part not in (LatencyPhase.DETOKENIZING, LatencyPhase.CLIENT):
             assert parts.get(part) == later.get(part)
     assert parts[LatencyPhase.PREFILL] > 0
 

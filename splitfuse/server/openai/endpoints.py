@@ -7,7 +7,6 @@ from typing import Literal
 
 import msgspec
 
-from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
@@ -59,7 +58,6 @@ class Detokenized(msgspec.Struct, frozen=True):
 
 async def completions(state: AppState, context: RequestContext, body: CompletionRequest | ChatRequest) -> None:
     """Answer POST /v1/completions and /v1/chat/completions."""
-    context.enter_phase(LatencyPhase.TOKENIZING)
     slo_enabled = state.service.client.info.slo_enabled
     request = body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
     responder: OpenAIResponder
