@@ -25,6 +25,7 @@ Windows: TypeAlias = tuple[int | None, ...]
 class Family:
     """Describes an architecture: its config reader, its weight names, which of FOREIGN_FEATURES its reader honours."""
 
+    model_type: str
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
     honours: frozenset[str] = frozenset()

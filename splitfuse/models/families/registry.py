@@ -34,12 +34,12 @@ FOREIGN_FEATURES = (
 EXPERTS = frozenset({"num_experts", "num_local_experts"})
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(llama, DECODER_NAMES),
-    "MistralForCausalLM": Family(mistral, DECODER_NAMES),
-    "MixtralForCausalLM": Family(mixtral, MIXTRAL_NAMES, honours=EXPERTS),
-    "Qwen2ForCausalLM": Family(qwen2, DECODER_NAMES),
-    "Qwen3ForCausalLM": Family(qwen3, DECODER_NAMES),
-    "Qwen3MoeForCausalLM": Family(qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
+    "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
+    "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
+    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, honours=EXPERTS),
+    "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
+    "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
 }
 
 
@@ -65,6 +65,11 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
         if config.raw(feature) and feature not in family.honours:
             raise UnsupportedModelError(f"config.json has {feature}, which is not supported")
     spec = family.read(config)
+    if config.text("model_type", family.model_type) != family.model_type:
+        raise UnsupportedModelError(
+            f"config.json contradicts itself: {architectures[0]} has the model_type {family.model_type}, not "
+            f"{brief(values['model_type'])}"
+        )
     _check_layer_types(config, spec)
     return spec
 
