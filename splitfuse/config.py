@@ -32,6 +32,8 @@ MIN_TARGET, MAX_TARGET = 1e-6, 86400.0
 """Bounds of an SLO target, in seconds. No step is as short as the least: a target below it means the same, and the
 scheduler multiplies targets and divides by them, which must not leave the range of floating point.
 """
+MAX_SIZE = 1e9
+"""Largest size in GiB or MiB: as bytes, it is still a number."""
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
@@ -147,8 +149,8 @@ class CacheConfig:
         _at_least("block_size", self.block_size, 1)
         _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _at_least("num_blocks", self.num_blocks, 1)
-        if self.kv_cache_memory_gib is not None and not 0 < self.kv_cache_memory_gib < float("inf"):
-            raise ConfigError(f"kv_cache_memory_gib must be a positive number, not {self.kv_cache_memory_gib}")
+        if self.kv_cache_memory_gib is not None:
+            _size("kv_cache_memory_gib", self.kv_cache_memory_gib)
         if self.num_blocks is not None and self.kv_cache_memory_gib is not None:
             raise ConfigError(
                 f"num_blocks {self.num_blocks} and kv_cache_memory_gib {self.kv_cache_memory_gib} both set the size of "
@@ -232,8 +234,7 @@ class ServerConfig:
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
         for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
-        if not 0 < self.max_body_mib < float("inf"):
-            raise ConfigError(f"max_body_mib must be a positive number, not {self.max_body_mib}")
+        _size("max_body_mib", self.max_body_mib)
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
             if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
                 raise ConfigError(
@@ -301,6 +302,13 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _size(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be a positive number, not {value}")
+    if value > MAX_SIZE:
+        raise ConfigError(f"{name} must be at most {MAX_SIZE:.0f}, not {value}")
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -141,3 +141,12 @@ def test_a_timeout_that_no_timer_keeps_is_refused(name: str) -> None:
     for value in (0.0, 5e-324, 1e-9, 1e7, 1e300, float("inf"), float("nan"), -1.0):
         with pytest.raises(ConfigError, match=f"^{name} must be a number of seconds from 0.001 to 1000000, not"):
             ServerConfig.from_settings({name: value})
+
+
+@pytest.mark.parametrize(("part", "name"), [(ServerConfig, "max_body_mib"), (EngineConfig, "kv_cache_memory_gib")])
+def test_a_size_that_is_no_number_of_bytes_is_refused(part: type[ServerConfig | EngineConfig], name: str) -> None:
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"^{name} must be a positive number, not"):
+            part.from_settings({name: value})
+    with pytest.raises(ConfigError, match=f"^{name} must be at most 1000000000, not"):
+        part.from_settings({name: 1e300})
