@@ -328,10 +328,9 @@ class _Trials:
                 lone = trials.closed(config, 1, LONE_REQUESTS)
                 return trials.attained(lone) >= self.required and trials._sustains(config, least, self.requests)
 
-            speed = _largest(is_feasible, 1.0, 1.0 / FAR)
-            if not speed:
+            if not is_feasible(1.0 / FAR):
                 return None
-            found = longer(speed)
+            found = longer(_largest(is_feasible, 1.0, 1.0 / FAR))
         return _flags(found)
 
 
