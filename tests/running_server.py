@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from patience import PATIENCE
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.engine import Engine
@@ -23,7 +24,6 @@ from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
 
 MAX_CONNECTIONS = 1000
-PATIENCE = 60.0  # seconds until a condition that should come true is given up
 
 
 class RunningServer:

@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 import httpx
+from patience import PATIENCE
 
-PATIENCE = 120.0  # seconds until a condition that should come true is given up
 JSON_ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 _LINGER_0 = struct.pack("ii", 1, 0)  # closing resets the connection
 

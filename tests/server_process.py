@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from patience import PATIENCE
+
 import splitfuse
 
-PATIENCE = 60.0  # seconds until a condition that should come true is given up
 SMALL = ["--port", "0", "--num-blocks", "400"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config import EngineConfig
@@ -153,5 +154,5 @@ FORKED = """if True:
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_a_fork_is_told_that_it_has_no_engine(kernels: str) -> None:
     dtype = "float32" if kernels == "reference" else "bfloat16"
-    printed = subprocess.check_output([sys.executable, "-c", FORKED, kernels, dtype], text=True, timeout=300)
+    printed = subprocess.check_output([sys.executable, "-c", FORKED, kernels, dtype], text=True, timeout=PATIENCE)
     assert printed.split() == ["0"]

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, To
 from splitfuse.config import EngineConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ServerError
+from splitfuse.simulator import virtual_time
 
 IDS = TokenIds(3072)
 WORKLOAD = Independent(Lengths(20, 5), IDS)
@@ -39,10 +39,10 @@ class Ticking(Target):
             return Answer(len(request.prompt), error="status 500")
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
-        times = []
+        times, tick = [], self._tick * (1 + len(self.asked) / 10_000)  # no two answers end at the same time
         for _ in range(request.max_tokens):
-            await asyncio.sleep(self._tick)
-            times.append(time.monotonic())
+            await asyncio.sleep(tick)
+            times.append(asyncio.get_running_loop().time())
         self._at_once -= 1
         return Answer(len(request.prompt), tuple(times), tuple(range(request.max_tokens)))
 
@@ -67,14 +67,14 @@ def check(point: Point, requests: int) -> None:
 @pytest.mark.parametrize(("clients", "requests"), [(1, 1), (1, 5), (4, 1), (4, 30), (16, 40)])
 def test_closed_loop(clients: int, requests: int) -> None:
     target = Ticking()
-    point = asyncio.run(closed_loop(target, WORKLOAD, clients=clients, requests=requests))
+    point = virtual_time.run(closed_loop(target, WORKLOAD, clients=clients, requests=requests))
     check(point, requests)
     assert target.most_at_once == clients
     assert len({request.prompt for request in target.asked}) == len(target.asked) == len(point.records)
 
 
 def test_clients_start_one_after_the_other() -> None:
-    point = asyncio.run(closed_loop(Ticking(), WORKLOAD, clients=8, requests=5, spacing=0.02))
+    point = virtual_time.run(closed_loop(Ticking(), WORKLOAD, clients=8, requests=5, spacing=0.02))
     alone, *others = point.records
     starts = [min(record.sent for record in others if record.client == client) for client in range(8)]
     assert all(b - a > 0.01 for a, b in itertools.pairwise(starts))
@@ -82,16 +82,16 @@ def test_clients_start_one_after_the_other() -> None:
 
 
 def test_failed_requests_count_and_do_not_end_the_load() -> None:
-    point = asyncio.run(closed_loop(Ticking(fails=5), WORKLOAD, clients=3, requests=20))
+    point = virtual_time.run(closed_loop(Ticking(fails=5), WORKLOAD, clients=3, requests=20))
     assert len(metrics.counted(point)) == 20 and 0 < len(metrics.answered(point)) < 20
     with pytest.raises(ServerError, match="the first request failed: status 500"):
-        asyncio.run(closed_loop(Ticking(fails=1), WORKLOAD, clients=3, requests=20))
+        virtual_time.run(closed_loop(Ticking(fails=1), WORKLOAD, clients=3, requests=20))
 
 
 def test_conversations_in_a_closed_loop() -> None:
     target = Ticking()
     chat = Chat(Lengths(10, 3), IDS, turns=3)
-    check(asyncio.run(closed_loop(target, chat, clients=3, requests=20)), 20)
+    check(virtual_time.run(closed_loop(target, chat, clients=3, requests=20)), 20)
     asked = {(request.number, request.turn): request for request in target.asked}
     assert len(asked) == len(target.asked) and {turn for _, turn in asked} == {0, 1, 2}
     for (number, turn), request in asked.items():
@@ -103,7 +103,7 @@ def test_conversations_in_a_closed_loop() -> None:
 def test_an_open_loop_does_not_wait_for_answers() -> None:
     arrivals = [0.002 * i for i in range(10_000)]
     target = Ticking(tick=0.01)
-    point = asyncio.run(open_loop(target, WORKLOAD, rate=500.0, arrivals=iter(arrivals), requests=40))
+    point = virtual_time.run(open_loop(target, WORKLOAD, rate=500.0, arrivals=iter(arrivals), requests=40))
     assert point.window == (arrivals[10], arrivals[50])  # a quarter came before
     assert [record.sent for record in metrics.counted(point)] == arrivals[10:50]  # due, whenever they could be sent
     assert target.most_at_once > 5
@@ -113,7 +113,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
 
 
 def test_all_requests_count_if_arrivals_end() -> None:
-    point = asyncio.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=iter([0.0, 0.01, 0.02]), requests=None))
+    point = virtual_time.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=iter([0.0, 0.01, 0.02]), requests=None))
     assert len(metrics.counted(point)) == len(metrics.answered(point)) == 3
     assert point.window[0] == 0.0 and point.window[1] >= max(record.done for record in point.records)
     assert metrics.throughput(point) == pytest.approx(3 / point.window[1])
@@ -122,14 +122,14 @@ def test_all_requests_count_if_arrivals_end() -> None:
 def test_late_arrivals_are_pending_before_the_window_closes() -> None:
     """All are overdue when the load begins; the last two open and close the window."""
     arrivals = iter([0.0] * 4 + [1e-9 * i for i in range(1, 18)])
-    point = asyncio.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=arrivals, requests=16))
+    point = virtual_time.run(open_loop(Ticking(), WORKLOAD, rate=None, arrivals=arrivals, requests=16))
     assert len(metrics.answered(point)) == 16
 
 
 def test_load_of_failures_is_given_up() -> None:
     target = Ticking(fails=1)
     with pytest.raises(ServerError, match="all requests failed, the last with: status 500"):
-        asyncio.run(open_loop(target, WORKLOAD, rate=1.0, arrivals=itertools.count(0.0, 0.001), requests=100))
+        virtual_time.run(open_loop(target, WORKLOAD, rate=1.0, arrivals=itertools.count(0.0, 0.001), requests=100))
     assert MAX_FAILURES <= len(target.asked) < 1000
 
 
@@ -157,10 +157,10 @@ def test_dead_engine_ends_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
         steps = itertools.count()
         step = Engine.step
 
-        def dying(self: Engine) -> object:
+        def dying(self: Engine, **options: bool) -> object:
             if next(steps) > 40:
                 raise RuntimeError("the machine is on fire")
-            return step(self)
+            return step(self, **options)
 
         monkeypatch.setattr(Engine, "step", dying)
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 from benchmarks.peers.completions_server import Completion, RefusedError, Tokens, serve
 from benchmarks.peers.contender import DRIVEN, SERVED, Contender
@@ -52,7 +53,7 @@ def test_invalid_contender_is_rejected(text: str, kinds: tuple[str, ...], said: 
 @pytest.mark.parametrize("script", ["drive_vllm", "serve_openvino", "write_gguf", "drive_llama_bench"])
 def test_help_needs_no_peer(script: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.peers.{script}", "--help"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, "") and len(ended.stdout) > 40
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config import EngineConfig
@@ -35,6 +36,7 @@ from splitfuse.engine.messages import (
     decode_report,
     encode,
 )
+from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, receive
 from splitfuse.engine.replicas import divide, make_replicas
@@ -96,7 +98,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def run(test: Awaitable[None]) -> None:
     async def limited() -> None:
-        await asyncio.wait_for(test, 120)
+        await asyncio.wait_for(test, PATIENCE)
 
     asyncio.run(limited())
 
@@ -228,12 +230,12 @@ def test_closing_ends_what_runs_with_an_error(make: Callable[[], EngineClient]) 
 # --- a process --------------------------------------------------------------------------------------------------------
 
 
-async def die_and_come_back(client: SubprocessEngine, number: signal.Signals) -> None:
+async def die_and_come_back(client: SubprocessEngine, harm: Callable[[int], None]) -> None:
     tasks = [asyncio.create_task(answer(client, str(i), PROMPT, LONG)) for i in range(8)]
     await until(lambda: client.stats[0].num_running == 8)
     pid = client.pid
     assert pid is not None
-    os.kill(pid, number)
+    harm(pid)
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(outcome, EngineUnavailableError)
     with pytest.raises(EngineUnavailableError):
@@ -247,23 +249,43 @@ def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
     async def test() -> None:
         async with running(SubprocessEngine(CONFIG)) as client:
             assert isinstance(client, SubprocessEngine)
-            await die_and_come_back(client, signal.SIGKILL)
+            await die_and_come_back(client, lambda pid: os.kill(pid, signal.SIGKILL))
 
     run(test())
 
 
 def test_a_hanging_process_is_found_and_its_stacks_logged(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    send, shown = supervisor._signal, ""
+
+    def kill_once_it_has_written(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+        nonlocal shown
+        while number == signal.SIGKILL and "engine/loop.py" not in shown:  # its stacks
+            shown += capfd.readouterr().err
+        send(process, number)
+
+    monkeypatch.setattr(supervisor, "_signal", kill_once_it_has_written)
+
     async def test() -> None:
-        # On a busy machine, a process that imports PyTorch is silent for more than a second
-        async with running(SubprocessEngine(CONFIG, silence_timeout=5.0)) as client:
+        async with running(SubprocessEngine(CONFIG, silence_timeout=PATIENCE)) as client:
             assert isinstance(client, SubprocessEngine)
-            await die_and_come_back(client, signal.SIGSTOP)
+            live = client._live
+
+            async def live_patiently() -> str:  # a process that imports PyTorch is silent for long
+                client._silence_timeout = PATIENCE
+                return await live()
+
+            client._live = live_patiently  # type: ignore[method-assign]
+
+            def stop(pid: int) -> None:
+                os.kill(pid, signal.SIGSTOP)
+                client._silence_timeout = 0.0
+
+            await die_and_come_back(client, stop)
 
     run(test())
     assert "the engine hangs: its process has been silent for" in caplog.text
-    assert "engine/loop.py" in capfd.readouterr().err  # its stacks
 
 
 def test_a_step_that_does_not_end_is_a_hang() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from patience import PATIENCE
 from ragged_requests import Request, Runner
 
 import splitfuse
@@ -142,7 +143,7 @@ def test_an_engine_in_a_process_of_its_own() -> None:
         finally:
             await client.close()
 
-    asyncio.run(asyncio.wait_for(test(), 120))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
 
 def test_a_calibration_is_kept_by_the_name_of_the_gpu() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk, ChunkResult, SamplingState
@@ -213,4 +214,4 @@ def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch:
         assert bad.error is not None and "it could not be added: ZeroDivisionError" in bad.error
         await client.close()
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from patience import PATIENCE
 
 from splitfuse.engine.line_writer import MAX_QUEUED_BYTES, LineWriter
 
@@ -139,4 +140,4 @@ with LineWriter(sys.stdout) as out:
     out.close(0.0)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import SchedulingOptions
@@ -188,4 +189,4 @@ def test_what_kills_an_engine_twice_is_refused_and_its_neighbours_are_not(
         finally:
             await engine.close()
 
-    asyncio.run(asyncio.wait_for(test(), 120))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
@@ -256,7 +257,7 @@ def test_draining_refuses_requests_and_reports_when_empty() -> None:
         await asyncio.sleep(0)
         assert not waiting.done()
         second.close()
-        await asyncio.wait_for(waiting, 60)
+        await asyncio.wait_for(waiting, PATIENCE)
 
     asyncio.run(run())
     assert admission.draining

@@ -115,7 +115,7 @@ def test_a_failed_turn_is_reported_and_the_chat_continues(
 ) -> None:
     status, out, err = run("--url", server.url, stdin=f"{'word ' * 3000}\n{FIRST}\n")
     assert (status, [out]) == (1, [answer + "\n" for answer in conversation(pipe, FIRST)])
-    assert err.startswith("splitfuse: the prompt has ") and err.count("\n") == 1
+    assert "the prompt has " in err and err.count("\n") == 1
 
 
 def test_incompatible_flags(run: Run) -> None:
@@ -154,21 +154,21 @@ class Terminal:
         while text not in self._unread:
             more = self._read()
             assert more is not None, f"it ended, showing {self._unread!r}"
-            self._unread += more
+            self._unread = (self._unread + more).replace("\r\n", "\n")  # which may have come in two pieces
         before, _, self._unread = self._unread.partition(text)
         return before
 
     def read_to_end(self) -> tuple[int, str]:
         """How it ends, and what it still shows."""
         while (more := self._read()) is not None:
-            self._unread += more
+            self._unread = (self._unread + more).replace("\r\n", "\n")
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), self._unread
 
     def _read(self) -> str | None:
         ready, _, _ = select.select([self._end], [], [], PATIENCE)
         assert ready, f"nothing comes any more after {self._unread!r}"
         try:
-            return self._decoder.decode(os.read(self._end, 65536)).replace("\r\n", "\n")
+            return self._decoder.decode(os.read(self._end, 65536))
         except OSError:  # Linux says so when the other side is closed
             return None
 
@@ -216,9 +216,9 @@ def test_ctrl_c_ends_an_answer_but_not_the_conversation(server: RunningServer, m
     """The engine waits in the midst of the answer until the server has seen that its client is gone."""
     broken_off, steps, step = threading.Event(), itertools.count(), server.engine.step
 
-    def step_until_broken_off() -> list[RequestOutput]:
+    def step_until_broken_off(**options: bool) -> list[RequestOutput]:
         assert next(steps) < 50 or broken_off.wait(PATIENCE)
-        return step()
+        return step(**options)
 
     monkeypatch.setattr(server.engine, "step", step_until_broken_off)
     before = server.client.stats[0].num_generated_tokens

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from server_process import make_certificate
 
 from splitfuse.config import ServerConfig
@@ -24,7 +25,6 @@ from splitfuse.server.connections import (
 )
 from splitfuse.server.listen import HttpServer, Receive, Scope, Send, listening_socket
 
-PATIENCE = 60.0  # seconds until a condition that should come true is given up
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST /slow HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 EARLY = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"

@@ -10,6 +10,7 @@ import prometheus_client
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitfuse.config import EngineConfig
@@ -152,7 +153,7 @@ def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[StepReport]
         client.on_step = on_step
         await client.start()
         try:
-            await asyncio.wait_for(body(client, metrics, reports), 120)
+            await asyncio.wait_for(body(client, metrics, reports), PATIENCE)
         finally:
             await client.close()
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import tiny_tokenizers
+from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config import EngineConfig
@@ -24,7 +25,6 @@ from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
-PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
