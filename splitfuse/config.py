@@ -212,7 +212,9 @@ class ServerConfig:
         1024, "Maximum number of running and waiting requests; further requests get HTTP 429."
     )
     max_queued_tokens: int = setting(
-        4_194_304, "Maximum sum of prompt tokens and max_tokens over open requests; further requests get HTTP 429."
+        4_194_304,
+        "Maximum sum of prompt tokens and max_tokens over open requests, and of their log-probabilities; further "
+        "requests get HTTP 429.",
     )
     max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
     max_prompts: int = setting(256, "Maximum number of prompts in a request.")

@@ -15,6 +15,7 @@ from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError, SplitfuseError
 from splitfuse.server.context import RequestContext, TokenCounts
+from splitfuse.server.dialect import encode_json
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
@@ -101,7 +102,10 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         admitted.enter_context(admission.admit(num_tokens, 0, num_logprobs=num_logprobs))
         context.admitted = True
         context.generations = service.begin(prepared, request_id=context.unique_id)
-        compute = service.off_loop if num_logprobs > MANY_LOGPROBS else _at_once
+        is_large = num_logprobs > MANY_LOGPROBS
+        compute = service.off_loop if is_large else _at_once
+        if is_large:
+            admitted.callback(service.give_back_memory)
         each_token = request.stream and request.each_token
         state.explanations.begin(context)
         if request.stream:
@@ -120,7 +124,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
             await context.end_events()
         else:
             counts = context.num_tokens
-            whole = await compute(lambda: responder.whole(context.generations, counts, timing))
+            whole = await compute(lambda: encode_json(responder.whole(context.generations, counts, timing)))
             await context.answer(whole)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.context import TokenCounts
+from splitfuse.server.dialect import encode_json
 from splitfuse.server.explain import Timing
 from splitfuse.server.generate import Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
@@ -24,6 +25,8 @@ from splitfuse.text.tokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
+
+_Entry = TypeVar("_Entry")
 
 EndedBy = Literal["stop", "length"]
 _Row = tuple[int, str, float | None, dict[str, float] | None]  # of a token, in the columns of CompletionLogprobs
@@ -269,7 +272,7 @@ class CompletionResponder(OpenAIResponder):
         for token_id, top in ((logprob.token_id, logprob.logprob), *logprob.top[: self._logprobs]):
             name = self._piece(token_id).text
             tops[name] = max(_finite(top), tops.get(name, LOWEST_LOGPROB))
-        return offset, self._piece(logprob.token_id).text, _finite(logprob.logprob), tops
+        return offset, self._piece(logprob.token_id).text, _finite(logprob.logprob), _encoded(tops)
 
 
 class ChatResponder(OpenAIResponder):
@@ -303,7 +306,7 @@ class ChatResponder(OpenAIResponder):
         numbers = self._unsent(generation)
         if not self._logprobs:
             return None
-        return ChatLogprobs([self._entry(generation.logprobs[number]) for number in numbers])
+        return ChatLogprobs([_encoded(self._entry(generation.logprobs[number])) for number in numbers])
 
     def _entry(self, logprob: TokenLogprob) -> ChatLogprob:
         tops = [self._token(token_id, value) for token_id, value in logprob.top[: self._num_top]]
@@ -313,6 +316,11 @@ class ChatResponder(OpenAIResponder):
     def _token(self, token_id: int, logprob: float) -> TopLogprob:
         piece = self._piece(token_id)
         return TopLogprob(piece.text, _finite(logprob), list(piece.utf8))
+
+
+def _encoded(entry: _Entry) -> _Entry:
+    """Return the JSON of an entry in its place: of millions at once, the encoder would hold the interpreter."""
+    return cast(_Entry, msgspec.Raw(encode_json(entry)))
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:
