@@ -90,11 +90,11 @@ class ChatTemplate:
         try:
             return self._template.render(arguments)
         except _RefusedError as error:
-            raise InvalidRequestError(f"the chat template refuses: {error}", parameter="messages") from error
+            raise InvalidRequestError(f"the chat template refuses: {error!s:.1000}", parameter="messages") from error
         except (SecurityError, MemoryError, RecursionError) as error:
             raise TokenizerError(f"the chat template did what templates may not: {error!r}") from error
         except Exception as error:  # like any program, a template can fail on data it was not written for
-            message = f"the chat template cannot render these messages: {error}"
+            message = f"the chat template cannot render these messages: {error!s:.300}"
             raise InvalidRequestError(message, parameter="messages") from error
 
     def _in_form(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def _library_errors(message: str, kind: type[SplitfuseError] = TokenizerError) -
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{message}: {error}") from error
+            raise kind(f"{message}: {error!s:.300}") from error
         raise
 
 

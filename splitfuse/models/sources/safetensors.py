@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from splitfuse.errors import WeightsError
+from splitfuse.errors import WeightsError, brief
 from splitfuse.models.sources.files import INDEX_FILE, MIB, SINGLE_FILE, read_beginning, shard_names
 from splitfuse.models.sources.source import Piece, WeightSource
 
@@ -43,7 +43,7 @@ class SafetensorsWeights(WeightSource):
             opened = _open(path)
             for name in opened.keys():  # noqa: SIM118 - the file is no mapping
                 if name in self._files:
-                    raise WeightsError(f"{path} repeats {name}, which another file of the checkpoint holds too")
+                    raise WeightsError(f"{path} repeats {name:.200}, which another file of the checkpoint holds too")
                 self._files[name] = opened
 
     def __contains__(self, name: str) -> bool:
@@ -71,7 +71,7 @@ class SafetensorsWeights(WeightSource):
         header = self._files[name].get_slice(name)
         if tuple(header.get_shape()) != shape:
             raise WeightsError(
-                f"weight {name} has shape {list(header.get_shape())}, but config.json implies {list(shape)}"
+                f"weight {name} has shape {brief(list(header.get_shape()))}, but config.json implies {list(shape)}"
             )
         if header.get_dtype() not in FLOAT_DTYPES:
             raise WeightsError(
@@ -82,7 +82,7 @@ class SafetensorsWeights(WeightSource):
 
 def listing(names: Iterable[str], most: int = 5) -> str:
     """Return the first names in order, and how many more there are."""
-    ordered = sorted(names)
+    ordered = [f"{name:.100}" for name in sorted(names)]
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
 
@@ -106,7 +106,13 @@ def _weight_files(folder: Path) -> list[Path]:
 def _header_bytes(path: Path) -> int:
     """Return the size of the header that a file states. Raises WeightsError for a file that cannot be one."""
     try:
-        return int.from_bytes(read_beginning(path, 8), "little")
+        size = int.from_bytes(read_beginning(path, 8), "little")
+        if 8 + size > (there := path.stat().st_size):
+            raise WeightsError(
+                f"{path} is not a whole safetensors file, perhaps cut short: its header is said to have {size} bytes, "
+                f"and the file has {there}"
+            )
+        return size
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
@@ -114,8 +120,8 @@ def _header_bytes(path: Path) -> int:
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file, perhaps cut short: {error}") from error
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file, perhaps cut short: {error!s:.200}") from error
 
 
 def _release(tensor: Tensor) -> None:

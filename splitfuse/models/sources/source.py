@@ -89,7 +89,7 @@ class ModelSource(ABC):
             check_json(content or b"")
             values = None if content is None else json.loads(content.decode())
         except (OSError, ValueError, RecursionError) as reason:
-            raise error(f"{self.location}/{file} cannot be read as JSON: {reason}") from reason
+            raise error(f"{self.location}/{file} cannot be read as JSON: {reason!s:.200}") from reason
         if content is not None and not isinstance(values, dict):
             raise error(f"{self.location}/{file} must hold a JSON object, not {type(values).__name__}")
         return values
