@@ -18,7 +18,7 @@ from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.latency.phase_tracker import PhaseTracker
+from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
@@ -119,7 +119,7 @@ class Run:
     """
 
     scheduler: Scheduler
-    latencies: PhaseTracker
+    latencies: LatencyLedger
     allocator: BlockAllocator
     executor: FakeExecutor
     depth: int
@@ -153,7 +153,7 @@ class Run:
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         scheduler = Scheduler(config, allocator, policy)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
-        latencies = PhaseTracker(scheduler.events, cost=cost)
+        latencies = LatencyLedger(scheduler.events, cost=cost)
         return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:

@@ -7,7 +7,7 @@ import secrets
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.latency.phase_tracker import PhaseTracker
+from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel
@@ -17,7 +17,7 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 
 def build_scheduler(
     config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
-) -> tuple[Scheduler, BlockAllocator, PhaseTracker]:
+) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
     latencies. With a cost model, and no other policy, it schedules by SLO.
     """
@@ -25,5 +25,5 @@ def build_scheduler(
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
     scheduler = Scheduler(config.scheduler, allocator, policy or make_policy(config.scheduler, cost))
-    latencies = PhaseTracker(scheduler.events, cost=cost)
+    latencies = LatencyLedger(scheduler.events, cost=cost)
     return scheduler, allocator, latencies

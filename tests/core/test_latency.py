@@ -7,12 +7,7 @@ from random import Random
 import pytest
 from scheduler_harness import Run, Workload
 
-from splitfuse.core.latency.ledger import (
-    MAX_CO_SCHEDULED,
-    LatencyLedger,
-    RequestLatency,
-    Transition,
-)
+from splitfuse.core.latency.ledger import MAX_CO_SCHEDULED
 from splitfuse.core.latency.phases import COMPUTING, LatencyPhase
 from splitfuse.core.request import FinishReason, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -223,16 +218,24 @@ def test_with_a_cost_model_a_share_is_the_cost_of_its_chunk() -> None:
     )
 
 
-# The ledger alone ----------------------------------------------------------------------------------------------------
+# Times from outside --------------------------------------------------------------------------------------------------
+
+
+def step(run: Timed, *, start: float, end: float) -> None:
+    plan = run.scheduler.schedule(start)
+    assert plan is not None
+    run.scheduler.update(plan, run.executor.collect(run.executor.submit(plan)), end)
 
 
 def test_a_request_joins_when_the_step_in_flight_ends() -> None:
-    ledger, first, second = LatencyLedger(), RequestLatency("a"), RequestLatency("b")
-    ledger.open(first, sent=0, now=0)
-    ledger.begin([Transition(first, LatencyPhase.DECODE, 1)], cost=1, now=1)
-    ledger.end(5)
-    ledger.open(second, sent=2, now=6)
-    assert ledger.close(second, 8).phases == {
+    run = timed([])
+    run.scheduler.add(request("a", 1, 9), 0)
+    step(run, start=1, end=5)
+    run.scheduler.add(request("b", 1, 9), 6, sent_time=2)
+    run.scheduler.finish("b", FinishReason.ABORT, now=8)
+    breakdown = run.latencies.pop("b")
+    assert breakdown is not None and (breakdown.opened, breakdown.closed) == (2, 8)
+    assert breakdown.phases == {
         LatencyPhase.TO_ENGINE: 1,
         LatencyPhase.JOINING: 3,
         LatencyPhase.BETWEEN_STEPS: 2,
@@ -241,20 +244,20 @@ def test_a_request_joins_when_the_step_in_flight_ends() -> None:
 
 def test_seconds_after_a_request_was_given_up_do_not_count() -> None:
     def breakdown(ended: float) -> dict[LatencyPhase, float]:
-        ledger, latency = LatencyLedger(), RequestLatency("a")
-        ledger.open(latency, sent=0, now=0)
-        ledger.begin([Transition(latency, LatencyPhase.NO_SLOT)], cost=1, now=0)
-        ledger.end(4)
-        ledger.begin([Transition(latency, LatencyPhase.DECODE, 1)], cost=4, now=4)
-        ledger.end(8)
-        closed = ledger.close(latency, 8, wanted_until=ended)
-        assert closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)
+        run = timed([])
+        for each in (request("first", 8, 1), request("a", 2, 9), request("other", 6, 1)):
+            run.scheduler.add(each, 0)
+        step(run, start=0, end=4)
+        step(run, start=4, end=8)
+        run.scheduler.finish("a", FinishReason.ABORT, now=8, wanted_until=ended)
+        closed = run.latencies.pop("a")
+        assert closed is not None and closed.closed == ended and sum(closed.phases.values()) == pytest.approx(ended)
         return closed.phases
 
-    assert breakdown(8) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 1, LatencyPhase.CO_SCHEDULED: 3}
-    assert breakdown(6) == {LatencyPhase.NO_SLOT: 4, LatencyPhase.DECODE: 0.5, LatencyPhase.CO_SCHEDULED: 1.5}
-    assert breakdown(3) == {LatencyPhase.NO_SLOT: 3}
-    assert breakdown(0) == {LatencyPhase.NO_SLOT: 0}
+    assert breakdown(8) == {LatencyPhase.NO_BUDGET: 4, LatencyPhase.PREFILL: 1, LatencyPhase.CO_SCHEDULED: 3}
+    assert breakdown(6) == {LatencyPhase.NO_BUDGET: 4, LatencyPhase.PREFILL: 0.5, LatencyPhase.CO_SCHEDULED: 1.5}
+    assert breakdown(3) == {LatencyPhase.NO_BUDGET: 3}
+    assert breakdown(0) == {LatencyPhase.NO_BUDGET: 0}
 
 
 def test_an_aborted_request_has_a_breakdown() -> None:

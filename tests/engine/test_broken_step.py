@@ -79,7 +79,7 @@ def test_an_abort_counts_though_latency_accounting_failed(monkeypatch: pytest.Mo
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug in the ledger")
 
-    monkeypatch.setattr(LatencyLedger, "close", broken)
+    monkeypatch.setattr(LatencyLedger, "_settle", broken)
     engine = Engine(CONFIG, model)
     engine.add_request("a", [5, 6, 7], splitfuse.SamplingParams(max_tokens=3))
     output = engine.finish(Finish("a", FinishReason.STOP))

@@ -1,4 +1,4 @@
-"""Accounts for the latency of every request, in phases which add up to it.
+"""Accounts for the latency of every request, in phases which add up to it. Listens to an engine's events.
 
 A request is in exactly one phase from one moment to the next, so each second belongs to one phase and the sum is right
 by construction. In a step which computes a chunk of the request, its own share is what the chunk costs of the whole
@@ -6,46 +6,60 @@ step; the rest of that step counts as CO_SCHEDULED.
 
 It is cheap because nothing is added up step by step. `LatencyLedger` counts, for all requests at once, the seconds in
 steps, between steps, and per unit of cost; a `RequestLatency` remembers what they were when its phase last changed. A
-decode which gets its token in every step is not touched until it ends.
+decode which gets its token in every step is not touched, nor looked at, until it ends.
 
-All times are the caller's; nothing here reads a clock.
+All times are those of the events; nothing here reads a clock.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from splitfuse.core.events import (
+    EngineEvents,
+    RequestAdded,
+    RequestFinished,
+    RequestPreempted,
+    StepRecord,
+    StepScheduled,
+)
 from splitfuse.core.latency.phases import COMPUTING, LatencyBreakdown, LatencyPhase
+from splitfuse.core.latency.reasons import computing_phase, idle_phases
+from splitfuse.core.plan import Chunk
+from splitfuse.core.request import Request
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 
 MAX_CO_SCHEDULED = 3
 """Number of co-scheduled requests which a breakdown names: those with the most prompt tokens."""
 MAX_PROMPT_RUNS = 512
 """Number of runs of prompt chunks, of one request each, which are remembered in order to name them."""
+REFRESH_STEPS = 64
+"""Number of steps after which the cost of running decodes is looked at again."""
 
 
 @dataclass(slots=True, eq=False)
 class RequestLatency:
     """Holds the state of one request in the ledger."""
 
-    request_id: str = ""
+    request_id: str
+    opened: float
+    phases: defaultdict[LatencyPhase, float] = field(default_factory=lambda: defaultdict(int))
+    co_scheduled: Counter[str] = field(default_factory=Counter)
     planned: LatencyPhase = LatencyPhase.JOINING
     """Its phase in the newest step which was composed."""
-    opened: float = 0
-    phases: dict[LatencyPhase, float] = field(default_factory=dict)
-    co_scheduled: dict[str, int] = field(default_factory=dict)
-    _phase: LatencyPhase = LatencyPhase.JOINING
-    _weight: float = 0
-    _at_steps: float = 0
-    _at_between: float = 0
-    _at_shares: float = 0
-    _at_prompt_tokens: int = 0
+    phase: LatencyPhase = LatencyPhase.JOINING
+    """Its phase in the step which runs, or the last one."""
+    weight: float = 0
+    mark: tuple[float, float, float, int] = (0, 0, 0, 0)
+    """Counters of the ledger up to which its seconds are charged."""
 
-    def _add(self, phase: LatencyPhase, seconds: float) -> None:
+    def add(self, phase: LatencyPhase, seconds: float) -> None:
+        """Charge seconds to a phase."""
         if seconds:
-            self.phases[phase] = self.phases.get(phase, 0) + seconds
+            self.phases[phase] += seconds
 
 
 class Transition(NamedTuple):
@@ -59,52 +73,110 @@ class Transition(NamedTuple):
 
 
 class LatencyLedger:
-    """Keeps the counters that every request's latency is read from. All times are on one clock and never go back."""
+    """Accounts for the latency of one scheduler's requests, as a listener of its events.
 
-    def __init__(self) -> None:
+        ledger = LatencyLedger(scheduler.events)
+        ...                                # the request finishes
+        ledger.pop("a").phases             # {LatencyPhase.PREFILL: 0.8, LatencyPhase.DECODE: 1.2, ...}
+
+    A step is divided by what the cost model predicts of its chunks; without one, by tokens.
+    """
+
+    def __init__(self, events: EngineEvents, *, cost: CostModel | None = None) -> None:
+        self._cost = cost
+        self._latencies: dict[str, RequestLatency] = {}  # of unfinished requests
+        self._breakdowns: dict[str, LatencyBreakdown] = {}  # of finished ones, until `pop`
+        self._decoding: set[Request] = set()  # the decodes of the last step, and some that have finished
+        self._num_steps = 0
+        self._in_flight: deque[tuple[Sequence[Transition], float]] = deque()  # with the cost; the first one runs
+        self._started: float = 0  # the step which runs, or the last one
+        self._ended: float = 0
         self._now: float = 0
         self._steps: float = 0  # seconds in steps
         self._between: float = 0  # seconds between steps
         self._shares: float = 0  # seconds in steps per unit of their cost
         self._prompt_tokens = 0
-        self._prompt_runs: deque[tuple[int, str]] = deque(maxlen=MAX_PROMPT_RUNS)  # end among all prompt tokens, id
-        self._in_flight: deque[tuple[Sequence[Transition], float]] = deque()  # with the cost; the first one runs
-        self._started: float = 0  # the step which runs, or the last one
-        self._ended: float = 0
+        self._prompt_runs: deque[tuple[int, int, str]] = deque(maxlen=MAX_PROMPT_RUNS)  # of all of them, by request
+        events.subscribe(RequestAdded, self._open)
+        events.subscribe(StepScheduled, self._begin_step)
+        events.subscribe(StepRecord, self._end_step)
+        events.subscribe(RequestPreempted, lambda event: self._decoding.discard(event.request))
+        events.subscribe(RequestFinished, self._close)
 
-    def open(self, latency: RequestLatency, *, sent: float, now: float) -> None:
-        """Start accounting for a request which was sent to the engine at `sent` and is accepted now."""
+    def pop(self, request_id: str) -> LatencyBreakdown | None:
+        """Return the breakdown of a finished request, and forget it."""
+        return self._breakdowns.pop(request_id, None)
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def _open(self, event: RequestAdded) -> None:
+        now, sent = event.time, event.sent_time
         self._advance(now)
-        latency.opened = sent = min(sent, now)
+        latency = self._latencies[event.request.request_id] = RequestLatency(event.request.request_id, sent)
         joining = max(min(now, now if self._in_flight else self._ended) - max(sent, self._started), 0)
-        latency._add(LatencyPhase.JOINING, joining)
-        latency._add(LatencyPhase.TO_ENGINE, now - sent - joining)
-        self._mark(latency)
+        latency.add(LatencyPhase.JOINING, joining)
+        latency.add(LatencyPhase.TO_ENGINE, now - sent - joining)
+        latency.mark = self._counters
 
-    def begin(self, transitions: Sequence[Transition], *, cost: float, now: float) -> None:
-        """Record a planned step, which starts now, or when those in flight have ended. `cost` is that of all its
-        chunks.
-        """
-        self._advance(now)
-        self._in_flight.append((transitions, cost))
+    def _begin_step(self, step: StepScheduled) -> None:
+        """Find the requests whose phase changes with a step, which starts now, or when those in flight have ended."""
+        self._num_steps += 1
+        if self._num_steps % REFRESH_STEPS == 0:
+            self._decoding.clear()
+        granted = step.builder.granted
+        transitions: list[Transition] = []
+        for index, request in [(n, request) for n, request in enumerate(granted) if request not in self._decoding]:
+            transitions.append(self._compute(request, step.plan.chunks[index]))
+        for request, phase in idle_phases(step):
+            latency = self._latencies[request.request_id]
+            if latency.planned is not phase:
+                latency.planned = phase
+                transitions.append(Transition(latency, phase))
+                self._decoding.discard(request)
+        cost = sum(granted.values()) if self._cost is None else self._cost.seconds(step.builder.features)
+        self._advance(step.time)
+        self._in_flight.append((transitions, cost or 1))
         if len(self._in_flight) == 1:
             self._enter(transitions)
 
-    def end(self, now: float) -> None:
-        """Record the end of the oldest step in flight."""
-        self._advance(now)
+    def _compute(self, request: Request, chunk: Chunk) -> Transition:
+        weight: float = len(chunk.token_ids)
+        if self._cost is not None:  # what the step would take with this chunk alone
+            weight = self._cost.seconds(StepFeatures().plus(start=chunk.start, count=len(chunk.token_ids), rows=1))
+        latency = self._latencies[request.request_id]
+        latency.planned = computing_phase(request, chunk)
+        if latency.planned is LatencyPhase.DECODE:
+            self._decoding.add(request)
+        return Transition(latency, latency.planned, weight, len(chunk.token_ids) if len(chunk.token_ids) > 1 else 0)
+
+    def _end_step(self, step: StepRecord) -> None:
+        self._advance(step.end_time)
         self._in_flight.popleft()
-        self._ended = now
+        self._ended = step.end_time
         if self._in_flight:
             self._enter(self._in_flight[0][0])
 
-    def close(self, latency: RequestLatency, now: float, *, wanted_until: float | None = None) -> LatencyBreakdown:
-        """Return the breakdown of a request which ends now; the seconds after `wanted_until` do not count."""
+    def _close(self, event: RequestFinished) -> None:
+        """Keep the breakdown of a request which ends now; the seconds after `wanted_until` do not count."""
+        request, now = event.request, event.time
+        latency = self._latencies.pop(request.request_id)
         self._advance(now)
-        closed = now if wanted_until is None else min(max(wanted_until, latency.opened), now)
+        closed = now if event.wanted_until is None else min(max(event.wanted_until, latency.opened), now)
         self._settle(latency, unwanted=now - closed)
-        largest = sorted(latency.co_scheduled.items(), key=lambda item: -item[1])[:MAX_CO_SCHEDULED]
-        return LatencyBreakdown(latency.opened, closed, latency.phases, tuple(largest))
+        self._breakdowns[request.request_id] = LatencyBreakdown(
+            latency.opened,
+            closed,
+            dict(latency.phases),
+            tuple(latency.co_scheduled.most_common(MAX_CO_SCHEDULED)),
+            num_preemptions=request.kv.num_preemptions,
+            slo_violation=request.slo.violation,
+        )
+
+    # Counters --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _counters(self) -> tuple[float, float, float, int]:
+        return self._steps, self._between, self._shares, self._prompt_tokens
 
     def _advance(self, now: float) -> None:
         seconds = max(now - self._now, 0)
@@ -119,54 +191,39 @@ class LatencyLedger:
         self._started = self._now
         for latency, phase, weight, _ in transitions:
             self._settle(latency)
-            latency._phase, latency._weight = phase, weight
+            latency.phase, latency.weight = phase, weight
         for latency, _, _, count in transitions:
             if count:
+                start = self._prompt_tokens
                 self._prompt_tokens += count
-                if self._prompt_runs and self._prompt_runs[-1][1] == latency.request_id:
-                    self._prompt_runs.pop()
-                self._prompt_runs.append((self._prompt_tokens, latency.request_id))
+                if self._prompt_runs and self._prompt_runs[-1][2] == latency.request_id:
+                    start, _, _ = self._prompt_runs.pop()
+                self._prompt_runs.append((start, self._prompt_tokens, latency.request_id))
 
     def _settle(self, latency: RequestLatency, unwanted: float = 0) -> None:
         """Charge the time since the last mark to the request's phase, but for the last `unwanted` seconds of it."""
-        between, steps = self._between - latency._at_between, self._steps - latency._at_steps
+        at_steps, at_between, at_shares, at_prompt_tokens = latency.mark
+        between, steps = self._between - at_between, self._steps - at_steps
         own = steps
-        if latency._phase in COMPUTING:
-            own = min(latency._weight * (self._shares - latency._at_shares), steps)
-            self._count_co_scheduled(latency)
+        if latency.phase in COMPUTING:
+            own = min(latency.weight * (self._shares - at_shares), steps)
+            self._count_co_scheduled(latency, at_prompt_tokens)
         if unwanted and (stretch := between + steps):
             kept = max(1 - unwanted / stretch, 0)
             unwanted = max(unwanted - stretch, 0)
             between, steps, own = between * kept, steps * kept, own * kept
-        latency._add(LatencyPhase.BETWEEN_STEPS, between)
-        latency._add(latency._phase, own)
-        latency._add(LatencyPhase.CO_SCHEDULED, steps - own)
+        latency.add(LatencyPhase.BETWEEN_STEPS, between)
+        latency.add(latency.phase, own)
+        latency.add(LatencyPhase.CO_SCHEDULED, steps - own)
         if unwanted and (total := sum(latency.phases.values())):  # longer than this phase: take it from all alike
             for phase in latency.phases:
                 latency.phases[phase] *= max(1 - unwanted / total, 0)
-        self._mark(latency)
+        latency.mark = self._counters
 
-    def _mark(self, latency: RequestLatency) -> None:
-        latency._at_steps, latency._at_between = self._steps, self._between
-        latency._at_shares, latency._at_prompt_tokens = self._shares, self._prompt_tokens
-
-    def _count_co_scheduled(self, latency: RequestLatency) -> None:
-        """Add up the prompt tokens of other requests since the last mark, from the newest back."""
-        end = self._prompt_tokens
-        for start, request_id in _with_starts(self._prompt_runs):
-            if end <= latency._at_prompt_tokens:
+    def _count_co_scheduled(self, latency: RequestLatency, since: int) -> None:
+        """Add up the prompt tokens of other requests after the first `since`, from the newest back."""
+        for start, end, request_id in reversed(self._prompt_runs):
+            if end <= since:
                 break
             if request_id != latency.request_id:
-                count = end - max(start, latency._at_prompt_tokens)
-                latency.co_scheduled[request_id] = latency.co_scheduled.get(request_id, 0) + count
-            end = start
-
-
-def _with_starts(runs: deque[tuple[int, str]]) -> Iterable[tuple[int, str]]:
-    """Yield the start and the request of each run, newest first. The start of the oldest may be forgotten."""
-    newest_first = reversed(runs)
-    _, request_id = next(newest_first, (0, ""))
-    for end, before in newest_first:
-        yield end, request_id
-        request_id = before
-    yield runs[0][0] if len(runs) == MAX_PROMPT_RUNS else 0, request_id
+                latency.co_scheduled[request_id] += end - max(start, since)
