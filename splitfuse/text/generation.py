@@ -91,6 +91,10 @@ class Generation:
             stop(len(self.token_ids))
         return self.finish_reason is not None or len(self.text) > length
 
+    def fail(self, error: str) -> None:
+        """End it with an error: the text of its tokens cannot be had."""
+        self.finish_reason, self.error, self.timings.finished = FinishReason.ERROR, error, time.monotonic()
+
     def end(self, reason: FinishReason) -> None:
         """End it with the text that was held back, after its request was ended from outside."""
         self.finish_reason, self.timings.finished = reason, time.monotonic()

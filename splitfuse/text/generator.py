@@ -8,6 +8,7 @@ from functools import partial
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Finish
+from splitfuse.errors import InvalidRequestError
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.tokenizer import Tokenizer
@@ -66,7 +67,13 @@ class TextGenerator:
             generation = self._generations.get(output.request_id)
             if generation is None:
                 continue
-            if generation.push(output, partial(self._stop, generation.request_id)):
+            try:
+                has_news = generation.push(output, partial(self._stop, generation.request_id))
+            except InvalidRequestError as error:  # of a decoder that fails on these tokens: others have theirs
+                generation.fail(str(error))
+                self.engine.abort(generation.request_id)
+                has_news = True
+            if has_news:
                 self._news[generation.request_id] = generation
             if generation.finish_reason is not None:
                 del self._generations[generation.request_id]

@@ -125,8 +125,10 @@ class Tokenizer:
             return tuple(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `token_ids`, with U+FFFD for bytes that make no character. Unknown ids give no text."""
-        with _library_errors("the tokenizer cannot decode these tokens"):
+        """Return the text of `token_ids`, with U+FFFD for bytes that make no character. Unknown ids give no text.
+        Raises InvalidRequestError if the decoder fails on them.
+        """
+        with _library_errors("the model's tokenizer cannot decode these tokens", InvalidRequestError):
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:
@@ -209,7 +211,7 @@ class Detokenizer:
             return ""
         step = [*self._byte_run, token_id]
         self._byte_run.clear()
-        with _library_errors("the tokenizer cannot decode these tokens one after another"):
+        with _library_errors("the model's tokenizer cannot decode these tokens one by one", InvalidRequestError):
             return self._stream.step(tokenizer._backend, step) or ""
 
     def _is_visible(self, token_id: int) -> bool:

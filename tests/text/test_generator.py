@@ -1,20 +1,24 @@
 """Text in, text out: stop strings, choices, streams that are left, and streams that take turns."""
 
+import json
 from collections.abc import Iterator
 from itertools import zip_longest
 from random import Random
 from typing import Any
 
 import pytest
+import tokenizers
 from readable_answers import NO_SPECIAL_TOKENS, PROMPT
 
 import splitfuse
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.generation import Generation
 from splitfuse.text.generator import TextGenerator
 from splitfuse.text.prompts import PromptEncoder
+from splitfuse.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +261,21 @@ def test_a_conversation_goes_through_the_models_template(generator: TextGenerato
     assert not turn.continues and turn.token_ids != encoder.encode("Hello").token_ids
     with pytest.raises(InvalidRequestError, match="the roles of this model are"):
         encoder.encode_chat([{"role": "stranger", "content": "Hello"}])
+
+
+def test_tokens_that_the_decoder_fails_on_end_one_request(generator: TextGenerator) -> None:
+    content = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
+    space = content["model"]["vocab"]["\u0120"]
+    content["decoder"] = {"type": "Strip", "content": "\u0120", "start": 0, "stop": 9}  # fails on a space alone
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+    broken = TextGenerator(generator.engine, tokenizer)
+    bias = {**NO_SPECIAL_TOKENS, space: -100.0}
+    [alone] = add(broken, logit_bias=bias)
+    for _ in broken.stream([alone]):
+        pass
+    [failing], [other] = add(broken, logit_bias={space: 100.0}), add(broken, logit_bias=bias)
+    for _ in broken.stream([failing, other]):
+        pass
+    assert (failing.finish_reason, failing.text) == (FinishReason.ERROR, "")
+    assert "the model's tokenizer cannot decode these tokens" in (failing.error or "")
+    assert whole(other) == whole(alone)

@@ -316,7 +316,7 @@ def test_text_that_the_vocabulary_cannot_express(tmp_path: Path) -> None:
         Tokenizer.from_source(ModelFolder(tmp_path)).encode("b")
 
 
-def test_a_panic_of_the_decoder_is_a_tokenizer_error(tmp_path: Path) -> None:
+def test_a_panic_of_the_decoder_fails_one_request(tmp_path: Path) -> None:
     content = {
         "version": "1.0",
         "decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 9},
@@ -324,9 +324,9 @@ def test_a_panic_of_the_decoder_is_a_tokenizer_error(tmp_path: Path) -> None:
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
-    with pytest.raises(TokenizerError, match="cannot decode these tokens"):
+    with pytest.raises(InvalidRequestError, match="cannot decode these tokens"):
         tokenizer.decode([0, 1, 0])
-    with pytest.raises(TokenizerError, match="cannot decode these tokens one after another"):
+    with pytest.raises(InvalidRequestError, match="cannot decode these tokens one by one"):
         Detokenizer(tokenizer).push([0, 1, 0])
 
 
