@@ -23,6 +23,14 @@ _by_priority = attrgetter("priority")
 _by_queue_key = attrgetter("queue_key")
 
 
+class PlanningError(Exception):
+    """Raised when a step cannot be composed. Without the `blamed` requests, the next one may be."""
+
+    def __init__(self, blamed: Sequence[Request]) -> None:
+        super().__init__(f"a step could not be planned: {len(blamed)} requests are to blame")
+        self.blamed = blamed
+
+
 @dataclass(frozen=True)
 class ClaimOrder:
     """Lists the claims on one step. `urgent` ones are bound by the token budget alone; `others` come after them, and
@@ -73,10 +81,13 @@ class SchedulingPolicy(ABC):
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the request which loses its blocks to `claimant`, never the oldest of all; None if none has to."""
 
-    def blamed(self, queue: RequestQueue, *, now: float) -> list[Request]:
-        """Return the requests to end after a step could not be composed: those that cannot be ordered even alone, else
-        one without which the others can be, else all.
+    def blamed(self, step: StepBuilder) -> list[Request]:
+        """Return the requests to end after `compose` has raised: the one whose claim was being met, else those that
+        cannot be ordered even alone, else one without which the others can be, else all.
         """
+        if step.claimant is not None:
+            return [step.claimant]
+        queue, now = step.queue, step.now
         requests = [*queue.running, *queue.waiting]
 
         def fails(some: Collection[Request]) -> bool:

@@ -40,7 +40,7 @@ from splitfuse.core.events import (
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
-from splitfuse.core.policy import Fcfs, SchedulingPolicy
+from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
@@ -106,7 +106,10 @@ class Scheduler:
         self.events.emit(RequestAdded(request, now if sent_time is None else min(sent_time, now), now))
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it."""
+        """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it.
+
+        Raises PlanningError, from the exception that the policy has raised.
+        """
         step = StepBuilder(
             self.queue,
             self._allocator,
@@ -115,7 +118,10 @@ class Scheduler:
             predictor=self.policy.predictor,
             now=now,
         )
-        self.policy.compose(step)
+        try:
+            self.policy.compose(step)
+        except Exception as error:
+            raise PlanningError(self.policy.blamed(step)) from error
         if not step.granted:
             return None
         plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))

@@ -124,6 +124,8 @@ class StepBuilder:
         self._predictor = predictor
         self.features = StepFeatures()
         """Features of all that is granted."""
+        self.claimant: Request | None = None
+        """Request whose claim is being met: an exception meanwhile is put down to it."""
         self._oldest: Request | None = None
         self._reserved_tokens = 0
         self._reserved_share = 0.0
@@ -136,9 +138,13 @@ class StepBuilder:
         """
         running, waiting = self.queue.running, self.queue.waiting
         if waiting and (not running or waiting[0].sequence_number < running[0].sequence_number):
-            if len(running) >= self.queue.max_num_seqs and not self.preempt_for(waiting[0]):
+            self.claimant = waiting[0]
+            has_slot = len(running) < self.queue.max_num_seqs or self.preempt_for(waiting[0])
+            if has_slot:
+                self.queue.start(waiting[0])
+            self.claimant = None
+            if not has_slot:
                 return None
-            self.queue.start(waiting[0])
         self._oldest = running[0] if running else None
         return self._oldest
 
@@ -152,6 +158,7 @@ class StepBuilder:
         """Start a waiting request with its cached prefix and a first chunk. Returns False if it must go on waiting."""
         if not self.can_admit():
             return False
+        self.claimant = request
         self.queue.start(request)
         # If the cached prefix uses every block, drop its last one to make room for a token.
         while request.kv.blocks and not self.available_slots(request):
@@ -192,6 +199,7 @@ class StepBuilder:
 
         The oldest request gets a token even if that makes the step longer than it should be.
         """
+        self.claimant = request
         is_oldest = request is self._oldest
         if is_oldest:  # what was reserved is for it
             self.tokens_left += self._reserved_tokens

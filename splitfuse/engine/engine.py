@@ -11,7 +11,7 @@ from dataclasses import replace
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
-from splitfuse.core.policy import SchedulingPolicy
+from splitfuse.core.policy import PlanningError, SchedulingPolicy
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
@@ -196,17 +196,17 @@ class Engine:
     def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
         """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""
         while True:
-            now = time.monotonic()
             try:
-                return self.scheduler.schedule(now)
-            except Exception as error:
-                if not (blamed := self.scheduler.policy.blamed(self.scheduler.queue, now=now)):
+                return self.scheduler.schedule(time.monotonic())
+            except PlanningError as error:
+                if not error.blamed:
                     raise
-                logger.exception("a step could not be planned: %d requests end", len(blamed))
-                for request in blamed:
+                logger.exception("requests end since a step could not be planned: %d", len(error.blamed))
+                for request in error.blamed:
                     output = self.finish(Finish(request.request_id, FinishReason.ERROR))
                     assert output is not None, "it was unfinished"
-                    ended.append(replace(output, error=f"the step with it could not be planned: {error!r}"))
+                    reason = f"the step with it could not be planned: {error.__cause__!r}"
+                    ended.append(replace(output, error=reason))
 
     def _compute(self, plan: StepPlan) -> StepResult:
         return self.executor.collect(self.executor.submit(plan))

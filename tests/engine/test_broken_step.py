@@ -136,5 +136,5 @@ def test_streaming_an_ended_generation_ends_at_once(model: LoadedModel) -> None:
 
 
 def test_min_tokens_beyond_the_model_length_are_refused(model: LoadedModel) -> None:
-    with pytest.raises(splitfuse.InvalidRequestError, match="min_tokens 500 with a prompt of 3 tokens"):
+    with pytest.raises(splitfuse.InvalidRequestError, match="min_tokens 500: with its 3 tokens"):
         Engine(CONFIG, model).add_request("a", [1, 2, 3], splitfuse.SamplingParams(min_tokens=500))

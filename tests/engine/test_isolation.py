@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from patience import PATIENCE
+from scheduler_harness import FakeExecutor, reference
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.plan import Chunk, ChunkResult, SamplingState
+from splitfuse.core.kv.request_kv import RequestKv
+from splitfuse.core.plan import Chunk, ChunkResult, SamplingState, StepPlan
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
@@ -164,7 +168,7 @@ def test_a_fault_of_no_request_ends_all_with_a_reason(engine: Engine, monkeypatc
     def failing(*_: Any, **__: Any) -> int:
         raise ArithmeticError("of no request")
 
-    monkeypatch.setattr(StepBuilder, "grant", failing)
+    monkeypatch.setattr(StepBuilder, "reserve", failing)
     add(engine, PROMPTS)
     outcomes = run(engine)
     assert len(outcomes) == len(PROMPTS) and all("of no request" in str(error) for _, error in outcomes.values())
@@ -215,3 +219,65 @@ def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch:
         await client.close()
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+class FaultyExecutor(FakeExecutor):
+    """Computes as FakeExecutor does, but some steps fail, before anything is computed or after all of it."""
+
+    def __init__(self, block_size: int, rng: Random) -> None:
+        super().__init__(block_size)
+        self.rng = rng
+
+    def submit(self, plan: StepPlan) -> int:
+        share = 0.2 if len(plan.chunks) > 1 else 0.02
+        if self.rng.random() < share:
+            raise RuntimeError("before the step")
+        handle = super().submit(replace(plan, retired_requests=()))
+        if self.rng.random() < share:
+            self.submitted.pop()
+            raise RuntimeError("after the step")
+        return handle
+
+
+def sometimes_raising(method: Callable[..., Any], rng: Random) -> Callable[..., Any]:
+    def raising(*arguments: Any, **others: Any) -> Any:
+        if rng.random() < 0.01:
+            raise ArithmeticError(method.__name__)
+        return method(*arguments, **others)
+
+    return raising
+
+
+FAULTY: list[tuple[type[Any], str]] = [
+    (StepBuilder, "available_slots"),
+    (RequestKv, "grow"),
+    (RequestKv, "reuse_prefix"),
+    (RequestKv, "publish"),
+    (RequestSlo, "observe_token"),
+]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_faults_leave_the_scheduler_sound(
+    model: LoadedModel, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = Random(seed)
+    plan = replace(model.plan, num_blocks=rng.choice((8, 12, 30)), block_size=4)
+    settings = {"max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "enable_slo": True}
+    engine = Engine(EngineConfig.from_settings(settings), replace(model, plan=plan), cost=COST)
+    engine.executor = FaultyExecutor(4, rng)  # type: ignore[assignment]
+    for owner, name in FAULTY:
+        monkeypatch.setattr(owner, name, sometimes_raising(getattr(owner, name), rng))
+    requests: dict[str, Request] = {}
+    for number in range(60):
+        prompt = tuple(rng.randrange(16) for _ in range(rng.randint(1, 20)))
+        params = SamplingParams(max_tokens=rng.randint(1, 10), ignore_eos=True)
+        targets = SloTargets(rng.choice((None, 1e-6, 10.0)), rng.choice((None, 1e-6, 1.0)))
+        made = Request(f"r{number}", prompt, params, max_tokens=params.max_tokens or 0, seed=0)
+        requests[made.request_id] = made
+        engine.add_request(made.request_id, prompt, params, scheduling=SchedulingOptions(targets=targets))
+    outcomes = run(engine)
+    assert outcomes.keys() == requests.keys()
+    complete = {name: list(tokens) for name, (tokens, error) in outcomes.items() if error is None}
+    assert complete == {name: reference(requests[name])[0] for name in complete}
+    assert 10 < len(complete) < 60
