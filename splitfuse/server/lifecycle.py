@@ -157,9 +157,7 @@ async def _start(
         )
         with ExitStack() as undo:
             undo.callback(service.close)
-            texts = asyncio.create_task(service.start())
-            await client.start()
-            await texts
+            await asyncio.gather(service.start(), client.start())
             undo.pop_all()
         return admission, service
     finally:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -512,3 +513,27 @@ def test_token_ids_end_where_a_stop_string_begins(http: httpx.Client, pipe: spli
     assert 0 < len(whole["token_ids"]) < 30 and whole["finish_reason"] == "stop"
     events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))[:-1]
     assert [token for e in events for choice in e["choices"] for token in choice["token_ids"]] == whole["token_ids"]
+
+
+def test_a_template_that_holds_the_interpreter_fails_one_chat() -> None:
+    holds = "{% set n = namespace(x=3) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}"
+    with running_server() as server, server.http() as http:
+        server.service.tokenizer.chat_template = (
+            f"{{% if messages[0].content == 'hold' %}}{holds}{{% endif %}}{{{{ messages[0].content }}}}"
+        )
+        server.service._short.sandbox._seconds = 0.1
+        chat = {"messages": [{"role": "user", "content": "hold"}], "max_tokens": 1}
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(http.post, CHAT, json=chat)
+            server.wait_until(lambda: server.service._short.sandbox.pid is not None)
+            with server.http() as other:
+                assert other.get("/health").status_code == 200
+            answer = held.result()
+        assert answer.status_code == 400
+        assert (
+            "template failed: the chat template was stopped: it ran for more than 0.1 s" in error_of(answer)["message"]
+        )
+        server.service._short.sandbox._seconds = 20.0
+        chat["messages"] = [{"role": "user", "content": "go on"}]
+        assert http.post(CHAT, json=chat).status_code == 200
+        server.assert_idle()
