@@ -200,7 +200,7 @@ class LocalClient(EngineClient):
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
-        self.on_step: Callable[[StepReport], None] = lambda _: None
+        self.on_step: Callable[[EngineStats], None] = lambda _: None
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
         """Listener that is called with the memory plan, before anything is loaded."""
@@ -255,9 +255,10 @@ class LocalClient(EngineClient):
         """Process a report of the engine, in the event loop."""
         match report:
             case StepReport():
-                self._stats = report.stats
+                before, self._stats = self._stats, report.stats
                 try:
-                    self.on_step(report)
+                    if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
+                        self.on_step(report.stats)
                 except Exception:
                     _logger.exception("a listener failed on a step")
                 for output in report.outputs:

@@ -6,6 +6,7 @@ Decides in what order these happen, what a signal means, and what is logged of i
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -23,7 +24,7 @@ from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.client import EngineClient, LocalClient
 from splitfuse.engine.line_writer import LineWriter
-from splitfuse.engine.messages import Loading, StepReport
+from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import RegistryError, ServerError
@@ -223,25 +224,17 @@ def _make_app(
 
     for each in client.replicas if isinstance(client, Router) else [client]:
         if isinstance(each, LocalClient):
-            each.on_step = _StepListener(each, admission, metrics)
+            each.on_step = functools.partial(_note_step, each, admission, metrics)
             each.on_planned = log_plan
     log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
     return make_app(service, config, admission=admission, metrics=metrics, log=log), admission, service
 
 
-class _StepListener:
-    """Lets admission and metrics know of an engine's steps."""
-
-    def __init__(self, engine: LocalClient, admission: Admission, metrics: Metrics) -> None:
-        self._engine, self._admission, self._metrics = engine, admission, metrics
-        self._num_steps = 0
-
-    def __call__(self, report: StepReport) -> None:
-        self._metrics.step_ended(report, self._engine.info.max_num_batched_tokens)
-        if report.stats.num_steps != self._num_steps:  # else it tells of requests that ended between two steps
-            self._num_steps = report.stats.num_steps
-            self._admission.progressed(report.stats.step_tokens, report.stats.step_seconds)
+def _note_step(engine: LocalClient, admission: Admission, metrics: Metrics, stats: EngineStats) -> None:
+    """Let admission and metrics know of an engine's step."""
+    metrics.step_ended(stats, engine.info.max_num_batched_tokens)
+    admission.progressed(stats.step_tokens, stats.step_seconds)
 
 
 async def _end(client: EngineClient, server: HttpServer, serving: asyncio.Task[None], *, at_once: bool) -> None:

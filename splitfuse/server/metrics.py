@@ -1,8 +1,7 @@
 """Counts for Prometheus: the state of the engines, what they have done, and how requests ended.
 
-Decides names, meanings and buckets. It reads EngineStats, StepReport and
-RequestRecord. The `vllm:` names are aliases with vLLM's meanings, for the dashboards, routers and autoscalers that know
-them. Belongs to the event loop's thread.
+Decides names, meanings and buckets. It reads EngineStats and RequestRecord. The `vllm:` names are aliases with vLLM's
+meanings, for the dashboards, routers and autoscalers that know them. Belongs to the event loop's thread.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.client import EngineClient, EngineState
-from splitfuse.engine.messages import EngineStats, StepReport
+from splitfuse.engine.messages import EngineStats
 from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
 
@@ -140,16 +139,15 @@ class Metrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def step_ended(self, report: StepReport, max_num_batched_tokens: int) -> None:
-        """Count a report of an engine, which `client.stats` has already. Reports of no step are ignored."""
-        if self._totals.update(self._client.stats):
-            stats = report.stats
-            self._observe("step_tokens", stats.step_tokens)
-            self._observe("step_budget", stats.step_tokens / max_num_batched_tokens)
-            self._observe("step_seconds", stats.step_seconds)
-            if stats.predicted_step_seconds and stats.step_seconds:
-                self._observe("predicted_step", stats.predicted_step_seconds)
-                self._observe("prediction_ratio", stats.predicted_step_seconds / stats.step_seconds)
+    def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
+        """Count a step of an engine, whose counters `client.stats` has already."""
+        self._totals.update(self._client.stats)
+        self._observe("step_tokens", stats.step_tokens)
+        self._observe("step_budget", stats.step_tokens / max_num_batched_tokens)
+        self._observe("step_seconds", stats.step_seconds)
+        if stats.predicted_step_seconds and stats.step_seconds:
+            self._observe("predicted_step", stats.predicted_step_seconds)
+            self._observe("prediction_ratio", stats.predicted_step_seconds / stats.step_seconds)
 
     def request_ended(self, record: RequestRecord) -> None:
         """Count a request that was answered, or has failed. Times and sizes count for those that an engine began."""
@@ -244,16 +242,12 @@ class _Totals:
         self._engines: list[EngineStats] = []  # as last seen
         self._before = [0] * len(_COUNTERS)  # of those that began again, or are gone
 
-    def update(self, engines: Sequence[EngineStats]) -> bool:
-        """Take in the newest counters. Return whether any engine has made a step since."""
-        changed = False
+    def update(self, engines: Sequence[EngineStats]) -> None:
+        """Take in the newest counters."""
         for old, new in zip_longest(self._engines, engines, fillvalue=EngineStats()):
-            if new is not old:
-                changed |= 0 < new.num_steps != old.num_steps
-                if any(map(lt, _read_counters(new), _read_counters(old))):
-                    self._before = _sums([self._before, _read_counters(old)])
+            if new is not old and any(map(lt, _read_counters(new), _read_counters(old))):
+                self._before = _sums([self._before, _read_counters(old)])
         self._engines = list(engines)
-        return changed
 
     def sums(self) -> dict[str, int]:
         """Return the sums by the names of the counters."""

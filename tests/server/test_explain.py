@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def test_the_times_of_the_front_make_its_phases() -> None:
 def test_work_of_the_engine_after_the_end_does_not_count() -> None:
     found = breakdown_with({LatencyPhase.DECODE: 6.0, LatencyPhase.CO_SCHEDULED: 8.0}, closed=7)
     assert found == {"reading": 1.0, "tokenizing": 2.0, "decode": 3.0, "co_scheduled": 4.0, "detokenizing": 4.0}
+
+
+def test_only_sending_after_the_end_in_the_engine_counts_for_the_client() -> None:
+    async def work() -> None:
+        async def ends_in_the_second(_: Any) -> None:
+            if len(seconds) == 1:
+                stream.close()
+
+        async def no_message() -> Any: ...
+
+        stream, seconds = Stream(Add("a", (1,), SamplingParams()), lambda _: None), list[float]()
+        generation = Generation("a", PreparedRequest((1,), SamplingParams()), Tokenizer.from_source(open_model(None)))
+        generation.stream = stream
+        context = RequestContext({"headers": []}, no_message, ends_in_the_second, dialect=OPENAI, unique_id="a")
+        context.generations = [generation]
+        for _ in range(3):
+            await context.send_events([{}])
+            seconds.append(context.client_seconds)
+        assert 0 == seconds[0] < seconds[1] < seconds[2] < time.monotonic() - stream.ended_at
+
+    asyncio.run(work())
 
 
 def test_a_chat_is_found_by_answer_id_and_request_id(server: RunningServer) -> None:

@@ -19,7 +19,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, StepReport
+from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Failed, Loading, StepReport
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
@@ -126,7 +126,7 @@ class Stated(EngineClient):
 def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
     """Report as a client does: first its stats, then the listener."""
     client.engines[place] = stats
-    metrics.step_ended(StepReport((), stats), BUDGET)
+    metrics.step_ended(stats, BUDGET)
 
 
 # A real engine -------------------------------------------------------------------------------------------------------
@@ -139,21 +139,21 @@ def engine() -> Engine:
     )
 
 
-def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[StepReport]], Awaitable[None]]) -> None:
-    """Run `body` in an event loop, with metrics that see every report of a started client."""
+def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[EngineStats]], Awaitable[None]]) -> None:
+    """Run `body` in an event loop, with metrics that see every step of a started client."""
 
     async def run() -> None:
         client = AsyncEngine(engine)
-        metrics, reports = Metrics(client), []
+        metrics, steps = Metrics(client), []
 
-        def on_step(report: StepReport) -> None:
-            reports.append(report)
-            metrics.step_ended(report, client.info.max_num_batched_tokens)
+        def on_step(stats: EngineStats) -> None:
+            steps.append(stats)
+            metrics.step_ended(stats, client.info.max_num_batched_tokens)
 
         client.on_step = on_step
         await client.start()
         try:
-            await asyncio.wait_for(body(client, metrics, reports), PATIENCE)
+            await asyncio.wait_for(body(client, metrics, steps), PATIENCE)
         finally:
             await client.close()
 
@@ -183,12 +183,12 @@ async def first_token(stream: Stream) -> None:
 
 
 def test_metrics_equal_the_engines_counts(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, reports: list[StepReport]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, steps: list[EngineStats]) -> None:
         adds = [request(f"r{i}", 10 + 40 * i, 5 + i, first=20 + 100 * i) for i in range(3)]
         received = sum(await asyncio.gather(*(read(client, add) for add in adds)))
         async with client.open(request("gone", 8, 1000, first=400)) as stream:  # ends by a command, not by a step
             await first_token(stream)
-        await until(lambda: reports[-1].stats.num_running == 0)
+        await until(lambda: client.stats[0].num_running == 0)
         figures, stats = Figures(metrics), client.stats[0]
         assert received == 5 + 6 + 7
         assert figures.model_names == {client.info.model}
@@ -201,14 +201,13 @@ def test_metrics_equal_the_engines_counts(engine: Engine) -> None:
             assert figures.get(f"splitfuse:{idle}") == 0, idle
         assert figures.get("splitfuse:kv_blocks") == 64
 
-        steps = {report.stats.num_steps: report.stats for report in reports}  # a report that was no step repeats
-        assert stats.num_steps == len(steps) < len(reports)
+        assert [step.num_steps for step in steps] == list(range(1, stats.num_steps + 1))  # each once, and no command
         for name in ("step_tokens", "step_seconds", "step_budget_ratio"):
             assert figures.get(f"splitfuse:{name}_count") == len(steps), name
-        tokens = sum(report.step_tokens for report in steps.values())
+        tokens = sum(step.step_tokens for step in steps)
         assert figures.get("splitfuse:step_tokens_sum") == tokens
         assert figures.get("splitfuse:step_budget_ratio_sum") == pytest.approx(tokens / BUDGET)
-        full = sum(report.step_tokens == BUDGET for report in steps.values())
+        full = sum(step.step_tokens == BUDGET for step in steps)
         assert full > 0
         almost = figures.get("splitfuse:step_budget_ratio_bucket", le="0.99")
         assert figures.get("splitfuse:step_budget_ratio_bucket", le="1.0") - almost == full
@@ -217,7 +216,7 @@ def test_metrics_equal_the_engines_counts(engine: Engine) -> None:
 
 
 def test_gauges_are_read_when_rendered(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[EngineStats]) -> None:
         async with client.open(request("long", 70, 1500)) as stream:
             await first_token(stream)
             figures = Figures(metrics)
@@ -235,7 +234,7 @@ def test_gauges_are_read_when_rendered(engine: Engine) -> None:
 
 
 def test_a_repeated_prompt_counts_as_prefix_hits(engine: Engine) -> None:
-    async def body(client: AsyncEngine, metrics: Metrics, _: list[StepReport]) -> None:
+    async def body(client: AsyncEngine, metrics: Metrics, _: list[EngineStats]) -> None:
         await read(client, request("first", 100, 2, first=300))
         before = Figures(metrics)
         await read(client, request("again", 100, 2, first=300))
@@ -301,7 +300,7 @@ def test_counters_never_go_down_and_lose_nothing_reported(
         if what == "death":
             client.engines[place] = EngineStats()
         elif what == "command":
-            step_of(client, metrics, place, replace(now, num_free_blocks=more[0]))
+            client.engines[place] = replace(now, num_free_blocks=more[0])
         else:
             # One that is back before its death was reported has made fewer steps than it had, or it is another
             # engine with the same past, which looks the same.
@@ -323,15 +322,14 @@ def test_counters_never_go_down_and_lose_nothing_reported(
             last = figures
 
 
-def test_a_dead_engine_is_not_a_step_of_another() -> None:
-    client = Stated(2)
-    metrics = Metrics(client)
-    alive = EngineStats(num_steps=3, step_tokens=8)
-    step_of(client, metrics, 0, alive)
-    step_of(client, metrics, 1, EngineStats(num_steps=4, step_tokens=8))
-    client.engines[1] = EngineStats()
-    step_of(client, metrics, 0, replace(alive, num_free_blocks=9))  # a command
-    assert Figures(metrics).get("splitfuse:step_tokens_count") == 2
+def test_only_a_step_is_told_to_listeners(engine: Engine) -> None:
+    client, told = AsyncEngine(engine), list[int]()
+    client.on_step = lambda stats: told.append(stats.num_steps)
+    for num_steps, num_free_blocks in ((0, 9), (3, 8), (3, 9), (4, 9)):  # a command repeats the steps
+        client._take(StepReport((), EngineStats(num_steps, num_free_blocks=num_free_blocks)))
+    client._take(Failed("it broke"))
+    client._take(StepReport((), EngineStats(1)))
+    assert told == [3, 4, 1]
 
 
 def test_a_removed_engine_still_counts() -> None:
