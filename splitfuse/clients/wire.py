@@ -69,6 +69,13 @@ class RemoteRequest:
         """Return the part of a body that has the prompt: that of a request to /tokenize has no other."""
         return {"messages" if self.is_chat else "prompt": self.prompt}
 
+    @property
+    def counts_logprobs(self) -> bool:
+        """Return whether only logprobs tell the number of tokens of a choice: usage counts those of all choices, and
+        those of stop strings.
+        """
+        return self.params.n > 1 or bool(self.params.stop)
+
     def clamp_max_tokens(self, num_prompt: int, max_model_len: int) -> RemoteRequest:
         """Return the request with max_tokens resolved. Raises InvalidRequestError if max_length leaves no room."""
         with spelled_as_keywords():
@@ -84,7 +91,7 @@ class RemoteRequest:
                 body[name] = value
         if params.logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
-        if params.logprobs is not None or params.n > 1:  # of several choices, only that tells the number of tokens
+        if params.logprobs is not None or self.counts_logprobs:
             count = params.logprobs or 0
             body |= {"logprobs": True, "top_logprobs": count} if self.is_chat else {"logprobs": count}
         if self.deadline is not None:
@@ -160,7 +167,7 @@ class PartialResponse:
         return Response(
             generated_text=self.request.prefix + self.text,
             prompt_length=usage["prompt_tokens"],
-            generated_length=len(self.logprobs) if self.request.params.n > 1 else usage["completion_tokens"],
+            generated_length=len(self.logprobs) if self.request.counts_logprobs else usage["completion_tokens"],
             finish_reason=self.finish_reason,
             index=self.request.index,
             choice=self.choice,

@@ -43,6 +43,7 @@ class EngineLoop:
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             memory_plan=str(engine.model.plan),
             slo_enabled=engine.slo_enabled,
+            fingerprint=engine.model.fingerprint,
         )
 
     def run(self) -> None:

@@ -67,6 +67,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
     slo_enabled: bool = False
+    fingerprint: str = ""
+    """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.fingerprint import fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 
@@ -37,6 +38,7 @@ class LoadedModel:
     plan: MemoryPlan
     eos_token_ids: tuple[int, ...]
     decoder: Decoder
+    fingerprint: str
 
     def make_executor(self) -> Executor:
         """Return an executor with a KV cache of its own, as large as planned: each engine makes one.
@@ -95,7 +97,8 @@ def load_model(
         on_progress=on_progress,
     )
     backend.finish_loading()
-    return LoadedModel(source, spec, plan, end_tokens(source, spec.vocab_size), decoder)
+    name = fingerprint(source, config, backend=backend, plan=plan, device=device)
+    return LoadedModel(source, spec, plan, end_tokens(source, spec.vocab_size), decoder, name)
 
 
 def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: WeightSharing | None) -> MemoryPlan:

@@ -93,7 +93,7 @@ class RequestContext:
             cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
         return TokenCounts(
             prompt=sum(len(g.request.token_ids) for g in self.generations if g.choice == 0),
-            generated=sum(len(g.token_ids) for g in self.generations) if self.shows_output else 0,
+            generated=sum(g.num_computed_tokens for g in self.generations) if self.shows_output else 0,
             cached=sum(cached.values()),
         )
 

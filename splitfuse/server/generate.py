@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
 from splitfuse.text.kwargs import clamp_max_tokens
-from splitfuse.text.prompts import Message, PreparedRequest
+from splitfuse.text.prompts import CHAT, ChatOptions, Message, PreparedRequest
 from splitfuse.text.service import TextService
 
 MANY_LOGPROBS = 4096
@@ -37,7 +37,9 @@ class GenerationRequest:
     scheduling: SchedulingOptions
     prompts: Sequence[str | Sequence[int]] = ()
     messages: Sequence[Message] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    chat: ChatOptions = CHAT
+    keep_tokens: int | None = None
+    """Number of tokens to keep of each prompt, its last ones; -1: as many as leave room for the answer; None: all."""
     default_max_tokens: int | None = None
     """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
     deadline: float | None = None
@@ -56,13 +58,16 @@ class GenerationRequest:
 
     async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
+        limit = max_model_len if self.keep_tokens is None else None
         if self.messages is None:
-            return [await service.encode(each, self.params, max_model_len=max_model_len) for each in self.prompts]
-        return [
-            await service.encode_chat(
-                self.messages, self.params, variables=self.chat_template_kwargs, max_model_len=max_model_len
-            )
-        ]
+            encoded = [await service.encode(each, self.params, max_model_len=limit) for each in self.prompts]
+        else:
+            encoded = [await service.encode_chat(self.messages, self.params, self.chat, max_model_len=limit)]
+        if (keep := self.keep_tokens) is None:
+            return encoded
+        if keep == -1:
+            keep = max(max_model_len - (self.params.max_tokens or 1), 1)
+        return [replace(each, token_ids=each.token_ids[-keep:]) for each in encoded]
 
 
 class Responder(ABC):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from splitfuse.core.sampling_params import MAX_INT, MAX_STOP_STRINGS, PARAMETERS, Parameter, SamplingParams
+from splitfuse.core.sampling_params import MAX_INT, MAX_SEED, MAX_STOP_STRINGS, PARAMETERS, Parameter, SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.slo_params import SloParams
 
@@ -22,6 +22,7 @@ _STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
 _BIAS = Annotated[float, Meta(ge=PARAMETERS["logit_bias"].minimum, le=PARAMETERS["logit_bias"].maximum)]
 
 _JSON_TYPES: dict[str, Any] = {
+    "seed": Annotated[int, Meta(ge=-1, description="-1: a new one each time", extra_json_schema={"maximum": MAX_SEED})],
     "top_k": Annotated[int, Meta(ge=-1, le=MAX_INT, description="0 and -1: all tokens")],
     "repetition_penalty": Annotated[float, Meta(ge=0.01, le=PARAMETERS["repetition_penalty"].maximum)],
     "stop": _STOP | Annotated[list[_STOP], Meta(max_length=MAX_STOP_STRINGS)],
@@ -30,7 +31,7 @@ _JSON_TYPES: dict[str, Any] = {
 }
 """Types of parameters that are written in another way, or within narrower bounds, than SamplingParams takes them."""
 
-FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs", "prompt_logprobs"))
+FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs"))
 """Names of the parameters that all routes for generating text share."""
 
 
@@ -84,4 +85,5 @@ def sampling_params(body: SamplingFields, **others: Any) -> SamplingParams:
         )
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
     values["top_k"] = max(values["top_k"], 0)
-    return SamplingParams(**values, **others)
+    values["seed"] = None if values["seed"] == -1 else values["seed"]
+    return SamplingParams(**values | others)

@@ -52,6 +52,11 @@ class AppState:
         """
         return self.config.served_model_name or self.service.client.info.model
 
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of all that decides what a seed gives. Raises EngineUnavailableError as `model`."""
+        return f"fp_{self.service.client.info.fingerprint}"
+
     @cached_property
     def pieces(self) -> TokenPieces:
         """Return the texts of single tokens."""

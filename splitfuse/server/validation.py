@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from msgspec import inspect
 
-from splitfuse.errors import nearest
+from splitfuse.errors import brief, nearest
 from splitfuse.server.errors import RefusedError
 
 MAX_DIGITS = 1000
@@ -48,7 +48,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Parameters that are known but not supported, with the values that request nothing: see `accepts_neutral`."""
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    """Fields that other servers know, with the reason why they are refused here."""
+    """Fields and parameters that other servers know, with the reason why they are refused here."""
 
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
         """Return NEUTRAL, extended by values that are neutral next to the other fields of this body."""
@@ -59,9 +59,11 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
         for name, values in self.neutral().items():
             value = getattr(self, name)
             if not any(type(value) is type(allowed) and value == allowed for allowed in values):
-                name = where + name
-                message = f"{name} is not supported: leave it out"
-                raise RefusedError(400, message, code="unsupported_parameter", parameter=name)
+                reason = f"{self.REFUSED[name]}; " if name in self.REFUSED else ""
+                sends = " or ".join(map(json.dumps, values[1:]))
+                advice = f"leave it out or send {sends}" if sends else "leave it out"
+                message = f"{where}{name}{_shown(value)} is not supported: {reason}{advice}"
+                raise RefusedError(400, message, code="unsupported_parameter", parameter=where + name)
 
     @classmethod
     def supported(cls) -> list[str]:
@@ -150,6 +152,18 @@ _type_info = cache(inspect.type_info)
 
 
 # What is wrong -------------------------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:
+    """Return how an error shows a value behind a name: not at all if it is an object or an array."""
+    match value:
+        case bool():
+            return f" {json.dumps(value)}"
+        case str():
+            return f" {json.dumps(value[:80])}"
+        case int() | float():
+            return f" {brief(value)}"
+    return ""
 
 
 def _wrong(place: str, problem: str) -> RefusedError:

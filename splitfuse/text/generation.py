@@ -44,6 +44,8 @@ class Generation:
         self.error: str | None = None
         self.retry_after: float | None = None
         """Seconds after which a request that was refused may be accepted; infinity for never."""
+        self.num_computed_tokens = 0
+        """Number of tokens that were generated, those of a stop string among them, which are not part of the answer."""
         self.num_cached_tokens = 0
         """Number of prompt tokens found in the prefix cache."""
         self.num_steps = 0
@@ -128,6 +130,7 @@ class Generation:
 
     def _watch(self, token_id: int) -> str:
         """Return the text that one more token releases."""
+        self.num_computed_tokens += 1
         text = self._detokenizer.push([token_id])
         if len(self._detokenizer.lengths) <= self.request.params.min_tokens:
             self._unwatched += len(text)

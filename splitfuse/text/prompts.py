@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,21 @@ PIECE = 16384
 """Characters of these pieces."""
 
 Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Says how the chat template renders a conversation."""
+
+    add_generation_prompt: bool = True
+    """Flag that begins the assistant's turn."""
+    continue_final_message: bool = False
+    """Flag that leaves the last message open, for the answer to continue it."""
+    variables: Mapping[str, Any] | None = None
+    """Template's own switches, such as `{"enable_thinking": False}`."""
+
+
+CHAT = ChatOptions()
 
 
 @dataclass(frozen=True)
@@ -81,21 +97,28 @@ class PromptEncoder:
         self,
         messages: str | Sequence[Message],
         params: SamplingParams = GREEDY,
+        options: ChatOptions = CHAT,
         *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
         max_model_len: int | None = None,
     ) -> PreparedRequest:
         """Return the request for a conversation, or for a single user's turn, through the model's chat template.
 
-        `variables` are the template's own switches, such as `{"enable_thinking": False}`. Raises TokenizerError if the
-        model has no template or it breaks the rules, InvalidRequestError for messages that it refuses,
-        PromptTooLongError as `encode`.
+        Raises TokenizerError if the model has no template or it breaks the rules, InvalidRequestError for messages that
+        it refuses, PromptTooLongError as `encode`. Templates write special tokens themselves.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self._sandbox.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
-        return PreparedRequest(self._encode_text(text, False, max_model_len), params, continues=False)
+        end = ""
+        if options.continue_final_message:
+            messages, end = _with_end(messages)
+        text = self._sandbox.render(
+            messages, add_generation_prompt=options.add_generation_prompt, variables=options.variables
+        )
+        if end:
+            text = _before_end(text, end)
+        token_ids = self._encode_text(text, add_special_tokens, max_model_len)
+        return PreparedRequest(token_ids, params, continues=options.continue_final_message)
 
     def _encode_text(self, text: str, add_special_tokens: bool, max_model_len: int | None) -> tuple[int, ...]:
         if max_model_len is not None and len(text) > LONG * max_model_len:
@@ -106,3 +129,23 @@ class PromptEncoder:
                 if count > 2 * max_model_len:
                     raise prompt_too_long(f"more than {max_model_len}", max_model_len)
         return self._tokenize(text, add_special_tokens=add_special_tokens)
+
+
+def _with_end(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """Return the messages with a mark at the end of the last one's text, and the mark, which no text can foresee."""
+    *others, last = messages
+    content, end = last.get("content"), f"{secrets.token_hex(16)} "  # the space tells whether a template strips texts
+    if isinstance(content, str):
+        content += end
+    elif content:
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]
+    return [*others, {**last, "content": content}], end
+
+
+def _before_end(text: str, end: str) -> str:
+    """Return what a template wrote before the mark. Raises InvalidRequestError if it left the last message out."""
+    before, mark, after = text.rpartition(end.strip())
+    if not mark:
+        message = "continue_final_message needs a last message that the chat template writes as it is"
+        raise InvalidRequestError(message, parameter="continue_final_message")
+    return before if after.startswith(" ") else before.rstrip()

@@ -21,7 +21,7 @@ from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.generation import Generation
 from splitfuse.text.memory import give_back_memory
-from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
+from splitfuse.text.prompts import CHAT, GREEDY, ChatOptions, Message, PreparedRequest, PromptEncoder
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -89,27 +89,23 @@ class TextService:
         self,
         messages: Sequence[Message],
         params: SamplingParams = GREEDY,
+        options: ChatOptions = CHAT,
         *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        add_special_tokens: bool = False,
         max_model_len: int | None = None,
     ) -> PreparedRequest:
-        """Return the request for a conversation; `variables` are the chat template's own switches.
+        """Return the request for a conversation.
 
         Raises InvalidRequestError if the model has no template, or if the template refuses, takes too long or breaks
         the rules, PromptTooLongError as `encode`.
         """
         if self.tokenizer.chat_template is None:
             raise InvalidRequestError("the model has no chat template: use completions with plain prompts")
-        lane = self._lane(messages, variables)
+        lane = self._lane(messages, options.variables)
 
         def encoded() -> PreparedRequest:
             return lane.encoder.encode_chat(
-                messages,
-                params,
-                add_generation_prompt=add_generation_prompt,
-                variables=variables,
-                max_model_len=max_model_len,
+                messages, params, options, add_special_tokens=add_special_tokens, max_model_len=max_model_len
             )
 
         try:

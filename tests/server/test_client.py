@@ -283,7 +283,7 @@ def test_an_async_client_says_that_it_has_another_loop(server: RunningServer) ->
         ({"max_new_token": 1}, InvalidRequestError, "did you mean 'max_new_tokens'"),
         ({"prompt_logprobs": 1}, InvalidRequestError, "unknown keyword 'prompt_logprobs'"),
         ({"temperature": -1}, InvalidRequestError, "temperature must be a number from 0"),
-        ({"max_new_tokens": 5000}, InvalidRequestError, "max_new_tokens 5000 with .* max_new_tokens can be"),
+        ({"max_new_tokens": 5000}, PromptTooLongError, "too long for max_new_tokens 5000: .* max_new_tokens can"),
         ({"max_length": 2}, PromptTooLongError, "max_length 2 leaves nothing"),
         ({"max_length": 5000}, InvalidRequestError, "max_length 5000 exceeds the model's 2048"),
         ({"max_length": 0}, InvalidRequestError, "max_length must be a whole number"),

@@ -148,7 +148,7 @@ def test_draining_finishes_running_requests_and_refuses_new() -> None:
         pytest.param(b'{"prompt": "a", "temperature": 1e999}', id="huge"),
         pytest.param(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", id="digits"),
         pytest.param(b'{"prompt": "a", "seed": 18446744073709551616}', id="seed"),
-        pytest.param(b'{"prompt": "a", "seed": -1}', id="negative-seed"),
+        pytest.param(b'{"prompt": "a", "seed": -2}', id="negative-seed"),
         pytest.param(b'{"prompt": "a", "n": 1.5}', id="fraction"),
         pytest.param(b'{"prompt": "a", "n": true}', id="bool"),
         pytest.param(b'{"prompt": [true, false]}', id="bools"),

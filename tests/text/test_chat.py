@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.prompts import ChatOptions, PromptEncoder
+from splitfuse.text.tokenizer import Tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 HELLO = [{"role": "user", "content": "Hello <b>\n"}]
@@ -81,6 +83,31 @@ def test_renders_as_transformers(
     settings = {"add_generation_prompt": add_generation_prompt, **extra}
     expected = oracle.apply_chat_template(messages, chat_template=source, tokenize=False, thinking=True, **settings)
     assert render(source, messages, variables={"thinking": True}, **settings) == expected
+
+
+@pytest.mark.parametrize("source", [MARKED, BRACKETED], ids=["marked", "bracketed"])
+@pytest.mark.parametrize("text", ["Once upon", "Once upon ", " a\nb <|end|>\n", 'True — "yes".', "Hello"])
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_the_final_message_is_left_open_as_in_transformers(source: str, text: str, role: str) -> None:
+    messages = [*HELLO, {"role": role, "content": text}]
+    oracle = PreTrainedTokenizerFast(tokenizer_object=KINDS["byte_level"](), **TOKENS)
+    expected = oracle.apply_chat_template(messages, chat_template=source, tokenize=False, continue_final_message=True)
+    tokenizer = Tokenizer(KINDS["byte_level"](), special_tokens=TOKENS, chat_template=source)
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    encoded = PromptEncoder(tokenizer).encode_chat(messages, options=options)
+    assert tokenizer.decode(encoded.token_ids, skip_special_tokens=False) == expected
+    assert encoded.continues and messages[-1]["content"] == text
+    in_parts = [*HELLO, {"role": role, "content": [{"type": "text", "text": text}]}]
+    assert PromptEncoder(tokenizer).encode_chat(in_parts, options=options) == encoded
+
+
+def test_a_final_message_that_a_template_leaves_out_is_not_continued() -> None:
+    source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    encoder = PromptEncoder(Tokenizer(KINDS["byte_level"](), chat_template=source))
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    for last in ({"role": "assistant", "content": "x"}, {"role": "assistant"}, {"role": "user", "content": []}):
+        with pytest.raises(InvalidRequestError, match="continue_final_message needs a last message"):
+            encoder.encode_chat([*HELLO, last], options=options)
 
 
 PARTS = "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }};{% endfor %}{% endfor %}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from splitfuse.models.sources.files import MAX_FILE_BYTES, read_file
 from splitfuse.models.sources.source import ModelSource, WeightSource
+
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 4096
+"""Number and size of the samples of a file of weights."""
 
 
 class ModelFolder(ModelSource):
@@ -21,6 +26,17 @@ class ModelFolder(ModelSource):
 
     def read(self, file: str, most: int = MAX_FILE_BYTES) -> bytes | None:
         return read_file(self.path / file, most)
+
+    def weight_samples(self) -> Iterator[bytes]:
+        from splitfuse.models.sources.safetensors import weight_files  # only here: it imports torch
+
+        for path in weight_files(self.path):
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                yield size.to_bytes(8, "little")
+                for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
+                    file.seek(start)
+                    yield file.read(SAMPLE_BYTES)
 
     def weights(self) -> WeightSource:
         from splitfuse.models.sources.safetensors import SafetensorsWeights  # only here: it imports torch

@@ -33,7 +33,7 @@ class SafetensorsWeights(WeightSource):
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}  # tensor name -> the opened file that holds it
         header_bytes = 0
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             header_bytes += (size := _header_bytes(path))
             if header_bytes > MAX_HEADER_BYTES:
                 raise WeightsError(
@@ -87,7 +87,8 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + more
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold its weights. Raises WeightsError if there are none that can be read."""
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).exists():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape: TypeAlias = tuple[int, ...]
+
+
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
+)
 
 
 class Piece(NamedTuple):
@@ -73,6 +80,22 @@ class ModelSource(ABC):
     @abstractmethod
     def weights(self) -> WeightSource:
         """Open the tensors. Raises WeightsError."""
+
+    def digest(self, *, weights: bool = True) -> str:
+        """Return a digest of what the model's files say, with `weights` also of samples of its tensors."""
+        digest = hashlib.sha256()
+        for file in _SMALL_FILES:
+            content: bytes | None = b""
+            with suppress(OSError):  # whatever reads it for good says so
+                content = self.read(file, MAX_TOKENIZER_BYTES)
+            digest.update(hashlib.sha256(content or b"").digest())
+        for sample in self.weight_samples() if weights else ():
+            digest.update(sample)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def weight_samples(self) -> Iterator[bytes]:
+        """Yield bytes from all over the stored tensors, which tell checkpoints apart. Raises WeightsError, OSError."""
 
     def read_text(self, file: str, most: int = MAX_FILE_BYTES) -> str | None:
         """Return the text of a file, or None if the model has no such file. Raises OSError and ValueError."""

@@ -6,14 +6,21 @@ import functools
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from splitfuse.core.limits import check_token_ids
-from splitfuse.server.context import RequestContext
+from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.dialect import Route
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import generate
 from splitfuse.server.openai.dialect import OPENAI
-from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from splitfuse.server.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    chat_options,
+)
 from splitfuse.server.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -48,6 +55,17 @@ class Tokenized(msgspec.Struct, frozen=True):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True):
+    """Holds the special tokens of the tokenizer, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
 
 
 class Detokenized(msgspec.Struct, frozen=True):
@@ -61,12 +79,16 @@ async def completions(state: AppState, context: RequestContext, body: Completion
     slo_enabled = state.service.client.info.slo_enabled
     request = body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
     responder: OpenAIResponder
+
+    def counts() -> TokenCounts:
+        return context.num_tokens
+
     if isinstance(body, ChatRequest):
         context.prompt = request.messages
-        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state)
+        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state, counts)
     else:
         context.prompt = body.prompt
-        responder = CompletionResponder(body, f"cmpl-{context.unique_id}", state, request.prompts)
+        responder = CompletionResponder(body, f"cmpl-{context.unique_id}", state, counts, request.prompts)
     await generate(state, context, request, responder)
 
 
@@ -102,15 +124,24 @@ async def tokenize(state: AppState, context: RequestContext, body: TokenizeReque
     service, limit = state.service, state.service.client.info.limits.max_model_len
     if body.messages is not None:
         messages = [message.plain(index) for index, message in enumerate(body.messages)]
-        adds = body.add_generation_prompt is not False
-        work = service.encode_chat(messages, add_generation_prompt=adds, variables=body.chat_template_kwargs)
+        adds = bool(body.add_special_tokens)
+        work = service.encode_chat(messages, options=chat_options(body), add_special_tokens=adds)
     elif not body.prompt:
-        await context.answer(Tokenized(0, limit, []))
+        await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))
         return
     else:
         work = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     prompt = await context.unless_gone(work, deadline=None)
-    await context.answer(Tokenized(len(prompt.token_ids), limit, list(prompt.token_ids)))
+    ids = list(prompt.token_ids)
+    strings = [service.tokenizer.token(token) or "" for token in ids] if body.return_token_strs else UNSET
+    await context.answer(Tokenized(len(ids), limit, ids, strings))
+
+
+async def tokenizer_info(state: AppState, context: RequestContext) -> None:
+    """Answer GET /tokenizer_info."""
+    tokenizer = state.service.tokenizer
+    bos, eos, pad, unk = (tokenizer.special_tokens.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk"))
+    await context.answer(TokenizerInfo(bos, eos, pad, unk, tokenizer.chat_template))
 
 
 async def detokenize(state: AppState, context: RequestContext, body: DetokenizeRequest) -> None:
@@ -142,6 +173,7 @@ ROUTES = (
     _route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
     _route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),
     _route("POST", "/tokenize", tokenize, "Text to tokens", Tokenized, TokenizeRequest),
+    _route("GET", "/tokenizer_info", tokenizer_info, "Special tokens and chat template", TokenizerInfo),
     _route("POST", "/detokenize", detokenize, "Tokens to text", Detokenized, DetokenizeRequest),
 )
 """Route table of this dialect."""

@@ -14,18 +14,31 @@ from msgspec import Meta
 from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
 from splitfuse.server.sampling import SamplingFields, TokenId, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
+from splitfuse.text.prompts import ChatOptions
 
+OF_VLLM: Mapping[str, list[Any]] = {
+    "include_stop_str_in_output": [False],
+    "skip_special_tokens": [True],
+    "spaces_between_special_tokens": [True],
+    "use_beam_search": [False],
+}
+"""Parameters of vLLM's API that are not supported, with the values that request nothing."""
 DEFAULT_MAX_TOKENS = 16
 """Value of a completion's max_tokens that is left out, as OpenAI's."""
 
 
+@accepts_neutral(include_obfuscation=[False])
 class StreamOptions(Body, kw_only=True, frozen=True):
-    """Holds the options of a stream. `include_usage` adds a last event with the numbers of tokens."""
+    """Holds the options of a stream. `include_usage` adds a last event with the numbers of tokens, and
+    `continuous_usage_stats` those so far to each event.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerateBody(SamplingFields, kw_only=True, frozen=True):
@@ -37,14 +50,10 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
+    truncate_prompt_tokens: (
+        Annotated[int, Meta(ge=-1, le=MAX_INT, description="Keeps a prompt's last tokens; -1: as many as fit")] | None
+    ) = None
     splitfuse_timing: Annotated[bool, Meta(description="Adds times and steps to the answer")] | None = None
-
-    @property
-    def include_usage(self) -> bool:
-        """Return whether a stream ends with the numbers of tokens. Raises InvalidRequestError without a stream."""
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self) -> SamplingParams:
         """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
@@ -56,11 +65,23 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
 
     def to_generation(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> GenerationRequest:
         """Return the request to generate. Raises InvalidRequestError and RefusedError for what cannot be honoured."""
+        if self.stream_options is not None:
+            if not self.stream:
+                raise InvalidRequestError("stream_options need stream: true", parameter="stream_options")
+            self.stream_options.check_neutral("stream_options.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError("prompt_logprobs need stream: false", parameter="prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequestError(
+                "truncate_prompt_tokens must be at least 1, or -1 for as many as fit, not 0",
+                parameter="truncate_prompt_tokens",
+            )
         return GenerationRequest(
             **self.content(),
             params=self.params(),
             scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
+            keep_tokens=self.truncate_prompt_tokens,
             stream=bool(self.stream),
             include_timing=bool(self.splitfuse_timing),
         )
@@ -86,7 +107,7 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
         return schema
 
 
-@accepts_neutral(best_of=[1], suffix=[""])
+@accepts_neutral(best_of=[1], suffix=[""], **OF_VLLM)
 class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
     """Asks to continue prompts: POST /v1/completions. A prompt is text or token ids, one or several."""
 
@@ -147,34 +168,65 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
             raise InvalidRequestError(
                 f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", parameter="min_tokens"
             )
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return sampling_params(
             self,
             max_tokens=1 if self.max_tokens == 0 else self.max_tokens,
             logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            prompt_logprobs=max((count for count in wanted if count is not None), default=None),
         )
 
 
+@accepts_neutral(cache_control=[{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}])
 class ContentPart(Body, kw_only=True, frozen=True):
-    """Holds a text that is a part of a message."""
+    """Holds a text that is a part of a message, or an assistant's refusal in place of one."""
 
-    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("image_url", "input_audio", "file"), "messages are text, and parts of them have the type text"
-    )
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("image_url", "input_audio", "file"), "messages are text, and parts of them have the type text"
+        ),
+        "cache_control": "prompts stay in the prefix cache as long as there is room",
+    }
 
-    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
-    text: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text", "refusal"]})]
+    text: str | None = None
+    refusal: str | None = None
+
+    def plain(self, where: str, role: str) -> dict[str, str]:
+        """Return the part for a chat template. Raises InvalidRequestError, naming the place, for any other."""
+        known = ("text", "refusal") if role == "assistant" else ("text",)
+        if self.type not in known:
+            message = f"{where}.type must be {' or '.join(known)}, not {self.type!r:.80}"
+            raise InvalidRequestError(message, parameter=f"{where}.type")
+        self.check_neutral(where + ".")
+        text, other = (self.text, self.refusal) if self.type == "text" else (self.refusal, self.text)
+        if text is None or other is not None:
+            message = f"{where} must have a {self.type}, and nothing else, as its type says"
+            raise InvalidRequestError(message, parameter=where)
+        return {"type": "text", "text": text}
 
 
-@accepts_neutral(refusal=[], annotations=[[]], audio=[], function_call=[], tool_calls=[[]], tool_call_id=[])
+@accepts_neutral(
+    annotations=[[]],
+    audio=[],
+    cache_control=[{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}],
+    function_call=[],
+    tool_call_id=[],
+    tool_calls=[[]],
+)
 class ChatMessage(Body, kw_only=True, frozen=True):
-    """Holds one turn of a conversation. Several parts of text are joined by line ends, unless the
-    model's chat template reads parts.
+    """Holds one turn of a conversation. Several parts of text are joined by line ends, unless the model's chat template
+    reads parts.
     """
 
+    REFUSED: ClassVar[Mapping[str, str]] = {"cache_control": ContentPart.REFUSED["cache_control"]}
+
     role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
-    content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)]
+    content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)] | None = None
     name: Annotated[str, Meta(max_length=512)] | None = None
+    refusal: Annotated[str, Meta(description="In place of an assistant's content")] | None = None
+    reasoning_content: Annotated[str, Meta(description="An assistant's, for the chat template")] | None = None
+    reasoning: Annotated[str, Meta(description="Another name of reasoning_content")] | None = None
 
     def plain(self, index: int) -> dict[str, Any]:
         """Return the message for a chat template.
@@ -188,44 +240,62 @@ class ChatMessage(Body, kw_only=True, frozen=True):
                 parameter=f"{where}.role",
             )
         self.check_neutral(where + ".")
-        content: str | list[dict[str, str]] = ""
-        if isinstance(self.content, str):
-            content = self.content
-        else:
-            for number, part in enumerate(self.content):
-                if part.type != "text":
-                    place = f"{where}.content[{number}].type"
-                    raise InvalidRequestError(f"{place} must be text, not {part.type!r:.80}", parameter=place)
-            content = [{"type": "text", "text": part.text} for part in self.content]
+        for name in ("refusal", "reasoning_content", "reasoning"):
+            if self.role != "assistant" and getattr(self, name) is not None:
+                message = f"{where}.{name} needs the role assistant, not {self.role}"
+                raise InvalidRequestError(message, parameter=f"{where}.{name}")
         role = "system" if self.role == "developer" else self.role  # a newer name for it, unknown to templates
-        return {"role": role, "content": content, **({} if self.name is None else {"name": self.name})}
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        others = {"name": self.name, "reasoning_content": reasoning}
+        given = {name: value for name, value in others.items() if value is not None}
+        return {"role": role, "content": self._plain_content(where), **given}
+
+    def _plain_content(self, where: str) -> str | list[dict[str, str]]:
+        if self.content is None:
+            if self.role != "assistant":
+                place = f"{where}.content"
+                raise RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
+            return self.refusal or ""
+        if self.refusal is not None:
+            message = f"{where} has a content and a refusal: leave one out"
+            raise InvalidRequestError(message, parameter=f"{where}.refusal")
+        if isinstance(self.content, str):
+            return self.content
+        return [part.plain(f"{where}.content[{number}]", self.role) for number, part in enumerate(self.content)]
 
 
 @accepts_neutral(
     audio=[],
     function_call=["none"],
     functions=[[]],
-    metadata=[{}],
     modalities=[["text"]],
     moderation=[],
     parallel_tool_calls=[True, False],  # of no tools
     prediction=[],
-    prompt_cache_key=[],
-    prompt_cache_retention=[],
-    reasoning_effort=[],
+    prompt_cache_retention=["in_memory", "in-memory"],
+    reasoning_effort=["none"],
     response_format=[{"type": "text"}],
-    safety_identifier=[],
     service_tier=["auto", "default"],
     store=[False],
     tool_choice=["none", "auto"],
     tools=[[]],
-    verbosity=[],
+    verbosity=["medium"],
     web_search_options=[],
+    **OF_VLLM,
 )
 class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     """Asks to answer a conversation: POST /v1/chat/completions."""
 
     PATH: ClassVar[str] = "/v1/chat/completions"
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "functions": 'no functions are called, and function_call: "none" answers without them',
+        "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
+        "reasoning_effort": "how long a model reasons is not controlled",
+        "service_tier": "there is one tier, in which splitfuse_priority orders requests",
+        "store": "answers are not kept",
+        "tools": 'no tools are called, and tool_choice: "none" answers without them',
+        "verbosity": "the messages can say how long answers should be",
+    }
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT, description="Left out: what there is room for")] | None = None
@@ -235,10 +305,25 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     chat_template_kwargs: (
         Annotated[dict[str, Any], Meta(max_length=64, description="The template's own switches")] | None
     ) = None
+    add_generation_prompt: Annotated[bool, Meta(description="Begins the assistant's turn; left out: true")] | None = (
+        None
+    )
+    continue_final_message: Annotated[bool, Meta(description="Continues the last message")] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
+    prompt_cache_key: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
+
+    def neutral(self) -> Mapping[str, tuple[Any, ...]]:
+        """See Body: tools that must not be called are none."""
+        values = dict(self.NEUTRAL)
+        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            if getattr(self, choice) == "none" and isinstance(given := getattr(self, tools), list):
+                values[tools] = (None, given)
+        return values
 
     def content(self) -> dict[str, Any]:
         """See GenerateBody."""
-        return {"messages": self.plain_messages(), "chat_template_kwargs": self.chat_template_kwargs}
+        return {"messages": self.plain_messages(), "chat": chat_options(self)}
 
     def plain_messages(self) -> list[dict[str, Any]]:
         """Return the messages for a chat template. Raises InvalidRequestError."""
@@ -258,14 +343,30 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         return sampling_params(self, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
 
+def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
+    """Return how the chat template renders the messages of a body. Raises InvalidRequestError for a contradiction."""
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt contradict each other: set one of them to false",
+            parameter="continue_final_message",
+        )
+    adds = not continues and body.add_generation_prompt is not False
+    return ChatOptions(adds, continues, body.chat_template_kwargs)
+
+
 class TokenizeRequest(Body, kw_only=True, frozen=True):
     """Asks for the tokens of a prompt, or of messages in the chat template: POST /tokenize."""
 
     model: Annotated[str, Meta(max_length=512)] | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)] | None = None
-    add_special_tokens: Annotated[bool, Meta(description="For a prompt; left out: true")] | None = None
+    add_special_tokens: Annotated[bool, Meta(description="Left out: true for a prompt, false for messages")] | None = (
+        None
+    )
+    return_token_strs: Annotated[bool, Meta(description="Adds how the vocabulary writes each token")] | None = None
     add_generation_prompt: Annotated[bool, Meta(description="For messages; left out: true")] | None = None
+    continue_final_message: Annotated[bool, Meta(description="For messages; left out: false")] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
 
     @classmethod
@@ -273,7 +374,7 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
         """See Body: the two alternatives of `check`."""
         properties, kinds = super().refine_schema(schema, bounds)["properties"], []
         for needed, others in _TOKENIZE.items():
-            own = {name: properties[name] for name in ("model", needed, *others)}
+            own = {name: properties[name] for name in (*_TOKENIZE_BOTH, needed, *others)}
             own[needed] = next(option for option in own[needed]["anyOf"] if option != {"type": "null"})
             kinds.append({"type": "object", "properties": own, "required": [needed], "additionalProperties": False})
         return {"title": schema["title"], "description": schema["description"], "oneOf": kinds}
@@ -288,7 +389,11 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
                 raise InvalidRequestError(f"{name} needs {other}: leave it out", parameter=name)
 
 
-_TOKENIZE = {"prompt": ("add_special_tokens",), "messages": ("add_generation_prompt", "chat_template_kwargs")}
+_TOKENIZE_BOTH = ("model", "add_special_tokens", "return_token_strs")
+_TOKENIZE = {
+    "prompt": (),
+    "messages": ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+}
 """Parameters of TokenizeRequest that go with a prompt, and with messages."""
 
 

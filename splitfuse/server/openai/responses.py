@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -53,6 +53,17 @@ class Usage(msgspec.Struct, frozen=True):
         return cls(counts.prompt, counts.generated, total, PromptTokensDetails(counts.cached))
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """Describes a token at a place of a prompt, as vLLM does: its rank is known if it is among the alternatives."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class CompletionLogprobs(msgspec.Struct, frozen=True):
     """Holds log-probabilities: an entry for each token. The first token of a prompt has none."""
 
@@ -70,6 +81,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     logprobs: CompletionLogprobs | None
     finish_reason: EndedBy | None
     token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -78,6 +90,7 @@ class Completion(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     object: Literal["text_completion"] = "text_completion"
     usage: Usage | UnsetType | None = UNSET
@@ -131,9 +144,11 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     splitfuse_timing: Timing | UnsetType = UNSET
 
 
@@ -159,6 +174,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     usage: Usage | UnsetType | None = UNSET
@@ -171,12 +187,22 @@ class OpenAIResponder(Responder):
     whole_type: type[Any]
     event_type: type[Any]
 
-    def __init__(self, request: CompletionRequest | ChatRequest, answer_id: str, state: AppState) -> None:
-        self._head = answer_id, int(time.time()), state.model
+    def __init__(
+        self,
+        request: CompletionRequest | ChatRequest,
+        answer_id: str,
+        state: AppState,
+        counts: Callable[[], TokenCounts],
+    ) -> None:
+        self._head = answer_id, int(time.time()), state.model, state.fingerprint
+        self._counts = counts
         self._tokenizer = state.service.tokenizer
         self._piece = state.pieces.of
         self._n = request.n or 1
-        self._include_usage = request.include_usage
+        options = request.stream_options
+        self._include_usage = bool(options and options.include_usage)
+        self._usage_in_each = bool(options and options.continuous_usage_stats)
+        self._num_prompt_logprobs = request.prompt_logprobs
         self._num_sent: dict[Generation, int] = {}  # tokens whose logprobs are out
 
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> Any:
@@ -193,10 +219,22 @@ class OpenAIResponder(Responder):
         """Return a choice that has ended."""
 
     def _event(self, choice: Any) -> Any:
-        return self._make(self.event_type, [choice], None if self._include_usage else UNSET, None)
+        usage = None if self._include_usage else UNSET
+        return self._make(self.event_type, [choice], Usage.of(self._counts()) if self._usage_in_each else usage, None)
 
     def _make(self, kind: type[Any], choices: list[Any], usage: Usage | UnsetType | None, timing: Timing | None) -> Any:
         return kind(*self._head, choices, usage=usage, splitfuse_timing=UNSET if timing is None else timing)
+
+    def _prompt_logprobs(self, generation: Generation) -> PromptLogprobs | UnsetType:
+        if (count := self._num_prompt_logprobs) is None:
+            return UNSET
+        rows: PromptLogprobs = [None]
+        for each in generation.prompt_logprobs:
+            row = {str(each.token_id): PromptLogprob(_finite(each.logprob), None, self._piece(each.token_id).text)}
+            for rank, (token_id, value) in enumerate(each.top[:count], 1):
+                row[str(token_id)] = PromptLogprob(_finite(value), rank, self._piece(token_id).text)
+            rows.append(row)
+        return rows
 
     def _index(self, generation: Generation) -> int:
         return generation.index * self._n + generation.choice
@@ -214,9 +252,15 @@ class CompletionResponder(OpenAIResponder):
     whole_type = event_type = Completion
 
     def __init__(
-        self, request: CompletionRequest, answer_id: str, state: AppState, prompts: Sequence[str | Sequence[int]]
+        self,
+        request: CompletionRequest,
+        answer_id: str,
+        state: AppState,
+        counts: Callable[[], TokenCounts],
+        prompts: Sequence[str | Sequence[int]],
     ) -> None:
-        super().__init__(request, answer_id, state)
+        super().__init__(request, answer_id, state, counts)
+        self._is_truncated = request.truncate_prompt_tokens is not None
         self._echo = bool(request.echo)
         self._logprobs = request.logprobs
         self._hides_output = request.max_tokens == 0
@@ -254,10 +298,11 @@ class CompletionResponder(OpenAIResponder):
         ids: list[int] | UnsetType = UNSET
         if self._returns_ids:
             ids = [] if self._hides_output else generation.take_ids()
-        return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation), ids)
+        scores = self._prompt_logprobs(generation)
+        return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation), ids, scores)
 
     def _prompt_text(self, generation: Generation) -> str:
-        prompt = self._prompts[generation.index]
+        prompt = generation.request.token_ids if self._is_truncated else self._prompts[generation.index]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _prompt_rows(self, generation: Generation) -> list[_Row]:
@@ -280,8 +325,10 @@ class ChatResponder(OpenAIResponder):
 
     whole_type, event_type = ChatCompletion, ChatCompletionChunk
 
-    def __init__(self, request: ChatRequest, answer_id: str, state: AppState) -> None:
-        super().__init__(request, answer_id, state)
+    def __init__(
+        self, request: ChatRequest, answer_id: str, state: AppState, counts: Callable[[], TokenCounts]
+    ) -> None:
+        super().__init__(request, answer_id, state, counts)
         self._logprobs = bool(request.logprobs)
         self._num_top = request.top_logprobs or 0
 
@@ -295,6 +342,11 @@ class ChatResponder(OpenAIResponder):
             yield self._event(ChatChunkChoice(index, Delta(content=text), logprobs))
         if ended_by := _ended_by(generation):
             yield self._event(ChatChunkChoice(index, Delta(), None, ended_by))
+
+    def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> ChatCompletion:
+        """See Responder: a chat has one prompt, and its logprobs come once."""
+        answer: ChatCompletion = super().whole(generations, counts, timing)
+        return msgspec.structs.replace(answer, prompt_logprobs=self._prompt_logprobs(generations[0]))
 
     def _whole_choice(self, generation: Generation) -> ChatChoice:
         ended_by = _ended_by(generation)
