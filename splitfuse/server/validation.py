@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from msgspec import inspect
 from splitfuse.errors import brief, nearest
 from splitfuse.server.errors import RefusedError
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DIGITS = 1000
 """Number of digits from which on an integer is treated as infinite. JSON has no bound of its own."""
 
@@ -131,13 +133,19 @@ def decode(kind: type[_Body], body: bytes) -> _Body:
 
 
 def _plain_json(body: bytes) -> Any:
-    """Return the JSON as plain objects, with 3.0 as 3: JSON has one kind of numbers only."""
+    """Return the JSON as plain objects, with 3.0 as 3: JSON has one kind of numbers only. Raises ValueError, also for
+    half a surrogate pair in a text, which Python would accept and nothing behind here can encode.
+    """
 
     def real(digits: str) -> float:
         number = float(digits)
         return int(number) if number.is_integer() else number
 
-    return json.loads(body, parse_float=real, parse_int=lambda d: int(d) if len(d) < MAX_DIGITS else math.inf)
+    text = body.decode()
+    plain = json.loads(text, parse_float=real, parse_int=lambda d: int(d) if len(d) < MAX_DIGITS else math.inf)
+    if _SURROGATE.search(text):
+        json.dumps(plain, ensure_ascii=False).encode()
+    return plain
 
 
 def _convert(kind: type[_Body], value: Any) -> _Body:
