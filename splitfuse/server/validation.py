@@ -24,6 +24,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DIGITS = 1000
 """Number of digits from which on an integer is treated as infinite. JSON has no bound of its own."""
 
+MAX_WHOLE = 2.0**64
+"""Number up to which a whole number may be written as 1e9; above, errors show it as it was written."""
+
 
 @dataclass(frozen=True)
 class SchemaBounds:
@@ -139,7 +142,7 @@ def _plain_json(body: bytes) -> Any:
 
     def real(digits: str) -> float:
         number = float(digits)
-        return int(number) if number.is_integer() else number
+        return int(number) if number.is_integer() and abs(number) <= MAX_WHOLE else number
 
     text = body.decode()
     plain = json.loads(text, parse_float=real, parse_int=lambda d: int(d) if len(d) < MAX_DIGITS else math.inf)
@@ -188,14 +191,14 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
         case inspect.StructType() as struct:
             _check_object(struct, value, place)
         case inspect.ListType(item_type=item, min_length=minimum, max_length=maximum):
+            _check_length(value, place, "items", minimum, maximum)  # before a million of them are read
             for index, each in enumerate(value):
                 _check(item, each, f"{place}[{index}]")
-            _check_length(value, place, "items", minimum, maximum)
         case inspect.DictType(key_type=key_type, value_type=value_type, min_length=minimum, max_length=maximum):
+            _check_length(value, place, "entries", minimum, maximum)
             for key, each in value.items():
                 _check_key(key_type, key, place)
                 _check(value_type, each, f"{place}[{key:.80}]")
-            _check_length(value, place, "entries", minimum, maximum)
         case inspect.StrType(min_length=minimum, max_length=maximum):
             _check_length(value, place, "characters", minimum, maximum)
         case inspect.LiteralType(values=values) if value not in values:

@@ -120,6 +120,13 @@ def test_whole_numbers_may_have_a_decimal_point() -> None:
         (completion, {"max_tokens": -1}, "max_tokens must be a whole number from 0 to 2147483647, not -1"),
         (completion, {"splitfuse_priority": "urgent"}, "splitfuse_priority must be high, low or normal, not 'urgent'"),
         (completion, {"logit_bias": {"x": 1}}, "logit_bias must have whole numbers as keys, not 'x'"),
+        (
+            completion,
+            {"logit_bias": {"x": 1} | dict.fromkeys(map(str, range(1024)), 1)},
+            "at most 1024 entries, not 1025",
+        ),
+        (completion, {"stop": [1] * 65}, "stop must have at most 64 items, not 65"),
+        (completion, {"temperature": 1e300}, "temperature must be a number from 0 to 100, not 1e+300"),
         (completion, {"prompt": {}}, "prompt must be a string or an array, not an object"),
         (completion, {"tempature": 1}, "unknown parameter 'tempature'; did you mean 'temperature'?"),
         (completion, {"messages": []}, "'messages'; it is one of /v1/chat/completions, and this is /v1/completions"),
