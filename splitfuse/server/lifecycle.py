@@ -158,7 +158,9 @@ async def _start(
         )
         with ExitStack() as undo:
             undo.callback(service.close)
-            await asyncio.gather(service.start(), client.start())
+            texts = asyncio.create_task(service.start())
+            await client.start()
+            await texts
             undo.pop_all()
         return admission, service
     finally:

@@ -69,7 +69,7 @@ class AppState:
         if self.admission.draining:
             return "draining", 0.0
         if client.state is EngineState.READY:
-            return "ready", 1.0
+            return (EngineState.STARTING.value, 0.0) if self.service.is_starting else ("ready", 1.0)
         stage = client.stage
         return (client.state.value, 0.0) if stage.stage == "ready" else (stage.stage, stage.fraction)
 
@@ -105,7 +105,7 @@ class AppState:
             size = await self.service.off_loop(lambda: decoded_size(body))
             context.held = self.admission.bodies.hold(size, held=context.held)
             request = await self.service.off_loop(lambda: decode(kind, body))
-        if self.service.client.state is not EngineState.READY:
+        if self.service.client.state is not EngineState.READY or self.service.is_starting:
             raise EngineUnavailableError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
         if (model := getattr(request, "model", None)) is not None:
             self.check_model(model, parameter="model")

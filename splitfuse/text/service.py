@@ -39,12 +39,17 @@ class TextService:
         self.client = client
         self.tokenizer = tokenizer
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self.is_starting = False
         self._gives_back = False
         self._short, self._long = _Lane(tokenizer), _Lane(tokenizer)
 
     async def start(self) -> None:
-        """Start the process for short texts. Raises EngineUnavailableError if the machine cannot."""
+        """Start the process for short texts. Raises EngineUnavailableError if the machine cannot, TokenizerError if the
+        chat template does not compile; `is_starting` stays True then.
+        """
+        self.is_starting = True
         await self._short.run(self._short.sandbox.start)
+        self.is_starting = False
 
     def close(self) -> None:
         """End the processes for texts."""
