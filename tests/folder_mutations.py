@@ -92,6 +92,8 @@ def mutate(bases: list[Path], folder: Path, seed: int) -> str:
         return f"{base.name}: {_mutate_weights(folder, rng)}"
     if file == "config.json" and rng.random() < 0.4:
         return f"{base.name}: config.json {_mutate_fields(folder / file, rng)}"
+    if file == "tokenizer.json" and rng.random() < 0.4:
+        return f"{base.name}: tokenizer.json {_mutate_tokenizer(folder / file, rng)}"
     return f"{base.name}: {file} {_mutate_json(folder / file, rng)}"
 
 
@@ -149,6 +151,8 @@ def _mutate_value(values: Any, rng: random.Random) -> str:
             container[key] = rng.choice(HOSTILE)
     return f"{place} = {str(container[key])[:60]!r}"
 
+
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 HOSTILE: tuple[Any, ...] = (
     *(
@@ -258,6 +262,95 @@ def _mutate_fields(path: Path, rng: random.Random) -> str:
         name = rng.choice(list(FIELDS))
         values[name] = rng.choice(FIELDS[name])
         done.append(f"{name} = {str(values[name])[:60]}")
+    _write_json(path, values)
+    return "; ".join(done)
+
+
+def _replace(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+PARTS_OF_TOKENIZERS: dict[str, tuple[Any, ...]] = {
+    "normalizer": (
+        *(None, {"type": "Lowercase"}, {"type": "NFKC"}, {"type": "Prepend", "prepend": "x" * 1000}, {"type": "Nmt"}),
+        *(_replace("", Regex="("), _replace("", Regex="(a+)+$"), _replace("", Regex=r"\p{L}" * 20_000)),
+        *(_replace("ab", String="a"), {"type": "Strip", "strip_left": True, "strip_right": True}),
+        *({"type": "Precompiled", "precompiled_charsmap": text} for text in ("", "AAAA", "A" * 100_000)),
+        {"type": "Sequence", "normalizers": [_replace("aa", String="a")] * 8},
+    ),
+    "pre_tokenizer": (
+        *(None, {"type": "Whitespace"}, {"type": "Digits", "individual_digits": True}, {"type": "BertPreTokenizer"}),
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+        {"type": "Metaspace", "replacement": "two", "prepend_scheme": "always", "split": True},
+        {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": "[" * 100}, "behavior": "Removed", "invert": True},
+    ),
+    "decoder": (
+        *(None, {"type": "Fuse"}, {"type": "ByteFallback"}, {"type": "WordPiece", "prefix": "##", "cleanup": True}),
+        {"type": "Strip", "content": "a", "start": 9, "stop": 9},
+        {"type": "Sequence", "decoders": [_replace("aaaaaaaaa", String="a")] * 3},
+        {"type": "CTC", "pad_token": "a", "word_delimiter_token": "b", "cleanup": True},
+        {"type": "BPEDecoder", "suffix": ""},
+    ),
+    "post_processor": (
+        *(None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}),
+        {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 10**9]},
+        {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"x": {"id": "x", "ids": [0, 10**6], "tokens": ["x", "y"]}},
+        },
+    ),
+    "truncation": ({"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 0},),
+    "padding": (
+        {
+            "strategy": {"Fixed": 2**40},
+            "direction": "Left",
+            "pad_to_multiple_of": 2**40,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        },
+    ),
+    "added_tokens": tuple(
+        [{"id": number, "content": content, **dict.fromkeys(TOKEN_FLAGS, flag)}]
+        for number, content, flag in (
+            (0, "Hello", True),
+            (10**6, "story", False),
+            (2**32 - 1, "x" * 1000, True),
+            (3, "", False),
+        )
+    ),
+    "model": (
+        *(
+            {"type": "WordLevel", "vocab": {"Hello": 0, "world": 1}, "unk_token": token}
+            for token in ("Hello", "missing")
+        ),
+        {
+            "type": "WordPiece",
+            "vocab": {"H": 0, "##e": 1},
+            "unk_token": "H",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 2**40,
+        },
+        {"type": "BPE", "vocab": {"a": 0, "b": 2**32 - 1}, "merges": [], "byte_fallback": True},
+        {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["b", float("nan")]]},
+        {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0], ["a" * 30_000, -1e308]]},
+    ),
+}
+
+
+def _mutate_tokenizer(path: Path, rng: random.Random) -> str:
+    """Give one or two parts of a tokenizer other ones that mean something."""
+    values = json.loads(path.read_text())
+    done = []
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(list(PARTS_OF_TOKENIZERS))
+        values[name] = rng.choice(PARTS_OF_TOKENIZERS[name])
+        done.append(f"{name} = {str(values[name])[:100]}")
     _write_json(path, values)
     return "; ".join(done)
 

@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
+from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError, brief
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_template import check_syntax
@@ -288,6 +288,11 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(extra := config.get("extra_special_tokens"), dict):
         named |= extra
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    for name in SPECIAL_TOKENS:
+        if not isinstance(tokens[name], str | None):
+            raise TokenizerError(
+                f"{name} must be a text, or an object with the text as content, not {brief(named[name])}"
+            )
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
@@ -346,9 +351,8 @@ def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{source.location}/chat_template.jinja cannot be read: {error}") from error
     template = config.get("chat_template") if template is None else template
-    if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = entries[-1].get("template") if entries else None
+    if isinstance(template, list) and all(isinstance(entry, dict) and "name" in entry for entry in template):
+        template = next((entry.get("template") for entry in template if entry["name"] == "default"), None)
     if template is not None and not isinstance(template, str):
         raise TokenizerError(
             f"chat_template in {source.location}/tokenizer_config.json must be text or a list of named texts"

@@ -85,6 +85,11 @@ def plain_decoder(
     head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads)
     mlps = mlps or (mlp(config, bias=mlp_bias),) * count
     rope = read_rope(config, head_dim=head_dim, theta=rope_theta)
+    if rope.rotary_dim != head_dim:  # transformers rotates whole heads in these families, whatever is said
+        raise UnsupportedModelError(
+            f"config.json: a partial_rotary_factor that rotates {rope.rotary_dim} of {head_dim} elements of a head is "
+            "not supported: use 1"
+        )
     windows = (None,) * count if windows is None else windows
     if len(windows) != count:
         raise ModelError(f"config.json: layer_types describes {len(windows)} layers, num_hidden_layers is {count}")
