@@ -128,8 +128,7 @@ class HttpServer(uvicorn.Server):
         assert self._accepting is not None
         if self._accepting.done():
             self._accepting.result()
-        if counter % 10 == 0:
-            self.connections.close_silent()
+        self.connections.close_silent()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
