@@ -101,7 +101,7 @@ class Stream:
         """
         if output.finish_reason is not None:
             self._ended = True
-            self.settle(output.latency_breakdown)
+            self._settle(output.latency_breakdown)
         if not self._released:
             if self.began is None:
                 self.began = max(self._opened, time.monotonic() - step_seconds)
@@ -113,11 +113,11 @@ class Stream:
         """End the stream with an error. Called by the client that opened it."""
         self._error = error
         self._ended = True
-        self.settle(None)
+        self._settle(None)
         self._news.set()
 
-    def settle(self, breakdown: LatencyBreakdown | None) -> None:
-        """Note that no engine holds the request any more. Called by the client that opened the stream."""
+    def _settle(self, breakdown: LatencyBreakdown | None) -> None:
+        """Note that no engine holds the request any more."""
         self.ended_at = min(self.ended_at, time.monotonic())
         if not self.breakdown.done():
             failed = {LatencyPhase.FAILED: self.ended_at - self._opened}

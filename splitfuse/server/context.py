@@ -201,8 +201,7 @@ class RequestContext:
 
     async def end_events(self) -> None:
         """End the stream: all events are sent."""
-        await self._write(self.dialect.end)
-        await self.send({"type": "http.response.body", "body": b""})
+        await self._write(self.dialect.end, more=False)
 
     async def keep_alive(self) -> None:
         """Send a comment whenever the stream has been silent, until cancelled. The first one begins the answer."""
@@ -221,17 +220,16 @@ class RequestContext:
             await self.answer(body, status=answer.status, headers=answer.headers)
         elif self._is_stream:
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                await self._write(self.dialect.event(body))
-                await self.send({"type": "http.response.body", "body": b""})
+                await self._write(self.dialect.event(body), more=False)
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, *, more: bool = True) -> None:
         async with self._writing:
             self._written_at = time.monotonic()
             if self.status is None:
                 self._is_stream = True
                 headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
                 await self._begin(200, self.dialect.stream_type, headers)
-            await self.send({"type": "http.response.body", "body": data, "more_body": True})
+            await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         named = {"content-type": content_type, **headers}
