@@ -173,6 +173,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         {"prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "metadata": {"a": "b"}},
         {"prompt_cache_retention": "in-memory"},
         {"store": False, "parallel_tool_calls": True},
+        {"logprobs": False, "top_logprobs": 0},
         {"tools": [TOOL], "tool_choice": "none"},
         {"functions": [TOOL["function"]], "function_call": "none"},
         {"skip_special_tokens": True, "spaces_between_special_tokens": True, "use_beam_search": False},

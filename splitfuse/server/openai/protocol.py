@@ -338,7 +338,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
                 "one",
                 parameter="max_completion_tokens",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
         return sampling_params(self, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 

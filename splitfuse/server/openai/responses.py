@@ -233,7 +233,7 @@ class OpenAIResponder(Responder):
             row = {str(each.token_id): PromptLogprob(_finite(each.logprob), None, self._piece(each.token_id).text)}
             for rank, (token_id, value) in enumerate(each.top[:count], 1):
                 row[str(token_id)] = PromptLogprob(_finite(value), rank, self._piece(token_id).text)
-            rows.append(row)
+            rows.append(_encoded(row))
         return rows
 
     def _index(self, generation: Generation) -> int:
