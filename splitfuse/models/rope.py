@@ -14,6 +14,9 @@ from torch import Tensor
 from splitfuse.kernels.interface import RopeTable
 from splitfuse.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 
+ROWS = 65536
+"""Number of positions that are computed at a time, so that nothing but the tables is large."""
+
 
 def rope_table(rope: RopeSpec, max_position: int, device: torch.device) -> RopeTable:
     """Return cosines and sines [max_position, rotary_dim / 2] in fp32, with the attention factor of YaRN multiplied in.
@@ -22,10 +25,14 @@ def rope_table(rope: RopeSpec, max_position: int, device: torch.device) -> RopeT
     >>> cos.shape
     torch.Size([4096, 32])
     """
-    positions = torch.arange(max_position, dtype=torch.float32).unsqueeze(1)  # [positions, 1]
-    angles = positions * _frequencies(rope, positions)
     factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+    cos, sin = (torch.empty(max_position, rope.rotary_dim // 2, device=device) for _ in range(2))
+    for start in range(0, max_position, ROWS):
+        positions = torch.arange(start, min(start + ROWS, max_position), dtype=torch.float32).unsqueeze(1)
+        angles = positions * _frequencies(rope, positions)
+        cos[start : start + ROWS] = angles.cos() * factor
+        sin[start : start + ROWS] = angles.sin() * factor
+    return cos, sin
 
 
 def _frequencies(rope: RopeSpec, positions: Tensor) -> Tensor:

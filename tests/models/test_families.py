@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.spec import LinearScaling, ModelSpec, RopeSpec
 from splitfuse.models.weights import parameters
 
 SIZES: dict[str, Any] = {
@@ -168,6 +170,33 @@ def test_dtype(fields: dict[str, Any], dtype: str) -> None:
 
 def test_scaled_rope_extends_the_length() -> None:
     assert spec_of("LlamaForCausalLM", rope_scaling={"type": "linear", "factor": 4.0}).max_position == 2048
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_position_embeddings": 2**31 - 1}, {"rope_scaling": {"type": "linear", "factor": 1e300}}], ids=str
+)
+def test_length_ends_where_fp32_tells_positions_apart(fields: dict[str, Any]) -> None:
+    assert spec_of("LlamaForCausalLM", **fields).max_position == 2**24
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_theta": 7.0}, "rope_theta": 5.0},
+    ],
+    ids=["empty", "null", "both"],
+)
+def test_rope_is_that_of_transformers_where_two_sections_say_it(fields: dict[str, Any]) -> None:
+    [rope] = spec_of("LlamaForCausalLM", **fields).ropes
+    theirs = LlamaConfig(**SIZES, **json.loads(json.dumps(fields))).rope_parameters
+    assert (rope.theta, rope.scaling) == (theirs["rope_theta"], LinearScaling(factor=theirs["factor"]))
+
+
+def test_model_type_of_another_family_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has the model_type qwen2, not 'llama'"):
+        spec_of("Qwen2ForCausalLM", model_type="llama")
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [7]])

@@ -9,6 +9,9 @@ from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.models.families.config_json import LARGEST_INTEGER, ConfigJson
 from splitfuse.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
 
+MAX_POSITION = 2**24
+"""Length of the longest sequence: beyond it fp32 does not tell positions apart."""
+
 
 def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> RopeSpec:
     """Return the rope of a config, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
@@ -45,8 +48,8 @@ def extended_length(rope: RopeSpec, max_position: int) -> int:
         ):
             scaled = original * factor
         case _:
-            return max_position
-    return int(min(max(max_position, scaled), LARGEST_INTEGER))
+            scaled = max_position
+    return int(min(max(max_position, scaled), MAX_POSITION))
 
 
 def _read_linear(rope: ConfigJson, _config: ConfigJson) -> RopeScaling:
