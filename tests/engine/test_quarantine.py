@@ -16,7 +16,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineState
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, StepReport
 from splitfuse.engine.quarantine import NUM_DEATHS, SECONDS, Quarantine
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.in_flight import InFlightRecord
@@ -141,6 +141,9 @@ def test_what_kills_an_engine_twice_is_refused_and_its_neighbours_are_not(
         EngineConfig.from_settings({"num_blocks": 256, "max_num_seqs": 1, "num_threads": 1}), quarantine=quarantine
     )
 
+    def fail(_: StepReport) -> None:
+        raise KeyError("a bug in the listener")
+
     async def tokens(request: Add) -> int:
         async with engine.open(request) as stream:
             return sum([len(output.token_ids) async for output in stream])
@@ -178,6 +181,7 @@ def test_what_kills_an_engine_twice_is_refused_and_its_neighbours_are_not(
             await until_ready()
             with pytest.raises(RequestQuarantinedError):
                 engine.open(Add("again", (5, 6), long))
+            engine.on_step = fail  # a listener of the steps harms no request
             for name, prompt, params in (
                 ("waited", (5, 6, 7), long),
                 ("ended", (7, 8), SamplingParams(max_tokens=1)),
