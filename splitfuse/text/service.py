@@ -181,7 +181,10 @@ class _Lane:
         await self._turn.acquire()
         done = asyncio.get_running_loop().run_in_executor(self._thread, work)
         done.add_done_callback(lambda _: self._turn.release())  # not earlier, even if the caller has given up
-        return await asyncio.shield(done)
+        try:
+            return await asyncio.shield(done)
+        finally:
+            del done  # it holds an error, whose traceback holds this frame, and the text
 
 
 def _size(content: Any, limit: int) -> int:

@@ -1,8 +1,11 @@
 """Bodies: how many bytes of all are held together, what JSON may make of one, and how long one may take."""
 
+import asyncio
 import json
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from running_server import PATIENCE, RunningServer, running_server
 from splitfuse.config import ServerConfig
 from splitfuse.errors import OverloadedError
 from splitfuse.server.bodies import BYTES_PER_VALUE, FREE_BYTES, MAX_VALUES, BodyBudget, _num_values, decoded_size
+from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
+from splitfuse.server.openai.dialect import OPENAI
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT = {"prompt": "Once", "max_tokens": 1}
@@ -142,14 +147,23 @@ def test_unfinished_bodies_are_bounded_together_and_the_old_ones_go_on(server: R
         assert http.post(COMPLETIONS, json=large).json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_a_body_holds_memory_until_its_request_ends(server: RunningServer) -> None:
-    body = {**SHORT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
-    padded = json.dumps(body)[:-1] + " " * 2 * FREE_BYTES + "}"
-    headers = {"content-type": "application/json"}
-    with server.http() as http, http.stream("POST", COMPLETIONS, content=padded, headers=headers) as answer:
-        next(answer.iter_bytes())
-        assert server.admission.bodies.used > FREE_BYTES
-    server.wait_until(lambda: server.admission.bodies.used == 0)
+def test_a_body_holds_memory_until_its_request_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, encoder = threading.Event(), server.service._short.encoder
+    encode = encoder._tokenize
+
+    def slow(text: str, **keywords: Any) -> tuple[int, ...]:
+        assert go_on.wait(PATIENCE)
+        return encode(text, **keywords)
+
+    monkeypatch.setattr(encoder, "_tokenize", slow)
+    content = json.dumps(SHORT)[:-1] + " " * 2 * FREE_BYTES + "}"
+    with server.http() as http, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, COMPLETIONS, content=content, headers={"content-type": "application/json"})
+        server.wait_until(lambda: server.admission.num_requests == 1)
+        assert server.admission.bodies.used >= len(content) - FREE_BYTES
+        go_on.set()
+        assert answer.result().status_code == 200
+        server.wait_until(lambda: server.admission.bodies.used == 0)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +185,21 @@ def test_a_body_of_many_small_objects_is_refused(server: RunningServer, body: An
 
 
 def test_a_body_that_does_not_come_is_a_408() -> None:
-    with running_server(ServerConfig(client_timeout=0.25)) as server:
-        answer = b""
-        while not answer:  # on a busy machine the head itself may come too late
-            connection = begin(server, 100, 1000)
-            while piece := connection.recv(4096):  # the server closes the connection
-                answer += piece
-            connection.close()
-        assert answer.startswith(b"HTTP/1.1 408") and b"body_timeout" in answer and b"connection: close" in answer
-        server.assert_idle()
+    pieces = [b'{"prompt":', b'"a"']
+
+    async def receive() -> dict[str, Any]:
+        if not pieces:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+
+    async def read() -> None:
+        context = RequestContext({"headers": []}, receive, send=None, dialect=OPENAI, unique_id="r")  # type: ignore[arg-type]
+        with pytest.raises(RefusedError, match=r"the body did not come: 13 bytes in 0 s") as refusal:
+            await context.body(MIB, BodyBudget(MIB), timeout=0.01)
+        assert (refusal.value.status, refusal.value.code) == (408, "body_timeout")
+        assert refusal.value.headers == {"connection": "close"}
+
+    asyncio.run(read())
 
 
 def test_every_route_with_a_body_documents_its_errors(server: RunningServer) -> None:

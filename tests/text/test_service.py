@@ -16,7 +16,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError, PromptTooLongError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, PromptTooLongError, TokenizerError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
@@ -312,6 +312,18 @@ def test_pieces_of_tokens_join_to_the_text(kind: str) -> None:
             "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece.utf8) for piece in broken
         ]
         assert bool(broken) == (text is not texts[0])
+
+
+def test_a_start_that_fails_is_not_ready() -> None:
+    tokenizer = Tokenizer.from_source(open_model(None))
+    tokenizer.chat_template = "{% for %}"
+    with closing(TextService(cast(AsyncEngine, None), tokenizer)) as service:
+        with pytest.raises(TokenizerError, match="broken"):
+            asyncio.run(service.start())
+        assert service.is_starting
+    with closing(TextService(cast(AsyncEngine, None), Tokenizer.from_source(open_model(None)))) as service:
+        asyncio.run(service.start())
+        assert not service.is_starting
 
 
 def test_a_failing_template_is_an_invalid_request() -> None:
