@@ -85,6 +85,7 @@ class Connections:
         self._timeouts = {Waits.HEAD: client_timeout, Waits.REQUEST: keep_alive_timeout}
         self._clock = clock
         self._open: dict[Connection, asyncio.Task[Any]] = {}
+        self._closing: set[Connection] = set()
         self._waiting: dict[Waits, dict[Connection, float]] = {waits: {} for waits in Waits}  # since when, in order
         self._changed = asyncio.Event()
         self._logged: dict[str, float] = {}
@@ -129,6 +130,7 @@ class Connections:
         """Note that a connection is closed."""
         self._forget(connection)
         self._open.pop(connection, None)
+        self._closing.discard(connection)
         self._changed.set()
 
     def close_silent(self) -> None:
@@ -154,11 +156,21 @@ class Connections:
         self.note(connection, Waits.HEAD, anew=True)
 
     async def _make_room(self) -> None:
-        while len(self._open) >= self.limit:
+        """Wait until there is room for a connection. Some may take a place as soon as its connection closes, in one
+        turn of the event loop, but so few that each is read before those after it take its own.
+        """
+        while not self._has_room():
             self._log(f"{self.limit} connections are open, the most that this server keeps: idle ones are closed")
             self._changed.clear()
-            self._give_way()
+            if len(self._open) - len(self._closing) >= self.limit:
+                self._give_way()
+            if self._has_room():
+                return
             await self._changed.wait()
+
+    def _has_room(self) -> bool:
+        num_kept, most_closing = len(self._open) - len(self._closing), num_newcomers(self.limit) // 4
+        return num_kept < self.limit and len(self._closing) <= most_closing
 
     def _give_way(self) -> None:
         """Close the connection that has waited for its client the longest, if there is one."""
@@ -178,11 +190,12 @@ class Connections:
     def _close(self, connection: Connection) -> bool:
         """Close a connection that waits; return whether it closes at once, for its client has read everything."""
         self._forget(connection)
-        if connection.transport is None:
-            self._open[connection].cancel()
-        elif connection.transport.get_write_buffer_size():
+        if connection.transport is not None and connection.transport.get_write_buffer_size():
             connection.transport.close()
             return False
+        self._closing.add(connection)
+        if connection.transport is None:
+            self._open[connection].cancel()
         else:
             connection.transport.abort()
         return True

@@ -158,9 +158,7 @@ async def _start(
         )
         with ExitStack() as undo:
             undo.callback(service.close)
-            texts = asyncio.create_task(service.start())
-            await client.start()
-            await texts
+            await service.start()
             undo.pop_all()
         return admission, service
     finally:

@@ -44,11 +44,12 @@ class TextService:
         self._short, self._long = _Lane(tokenizer), _Lane(tokenizer)
 
     async def start(self) -> None:
-        """Start the process for short texts. Raises EngineUnavailableError if the machine cannot, TokenizerError if the
-        chat template does not compile; `is_starting` stays True then.
+        """Start the client's engines and the process for short texts, together. `is_starting` until all are ready.
+
+        Raises the error of the first part that fails, such as TokenizerError for a chat template that does not compile.
         """
         self.is_starting = True
-        await self._short.run(self._short.sandbox.start)
+        await asyncio.gather(self._short.run(self._short.sandbox.start), self.client.start())
         self.is_starting = False
 
     def close(self) -> None:

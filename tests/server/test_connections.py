@@ -134,6 +134,32 @@ def test_unfinished_bodies_give_way_before_a_new_client() -> None:
     asyncio.run(run())
 
 
+def test_a_crowd_is_accepted_in_few_turns_of_the_loop() -> None:
+    """One connection a turn would let a new client wait for all before it, while each turn has much else to do."""
+
+    async def run() -> None:
+        async with serving(320) as server:
+            silent = [await server.connect() for _ in range(320)]
+            turns = 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                asyncio.get_running_loop().call_soon(turn)
+
+            crowd = [socket.socket() for _ in range(100)]
+            for each in crowd:
+                each.setblocking(False)
+                each.connect_ex(server.address)  # it is in the system's queue before the loop turns
+            turn()
+            assert await is_answered(await server.connect())
+            assert turns < 100, f"{turns} turns for {len(crowd)} new clients and {len(silent)} before them"
+            for each in crowd:
+                each.close()
+
+    asyncio.run(run())
+
+
 def test_the_longest_idle_connection_gives_way() -> None:
     async def run() -> None:
         async with serving(16) as server:

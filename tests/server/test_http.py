@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from running_server import PATIENCE, RunningServer, running_server
 import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.engine.engine import MAX_BROKEN_STEPS
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError
 from splitfuse.server.app import ROUTES
 from splitfuse.text.sandbox import Sandbox
@@ -118,10 +120,17 @@ def test_requests_before_the_engine_is_ready_are_503() -> None:
         assert http.get("/health").status_code == 200
 
 
-def test_requests_before_texts_can_be_encoded_are_503(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", ["texts", "engine"])
+def test_requests_before_all_has_started_are_503(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
     may_start = threading.Event()
-    monkeypatch.setattr(Sandbox, "start", lambda _: may_start.wait(PATIENCE))
+
+    async def start(_: AsyncEngine) -> None:  # another engine, where the first is ready
+        if late == "engine":
+            await asyncio.to_thread(may_start.wait, PATIENCE)
+
     with running_server() as server, server.http() as http:
+        monkeypatch.setattr(Sandbox, "start", lambda _: late == "texts" and may_start.wait(PATIENCE))
+        monkeypatch.setattr(AsyncEngine, "start", start)
         starting = asyncio.run_coroutine_threadsafe(server.service.start(), server.loop)
         server.wait_until(lambda: server.service.is_starting)
         answer = http.get("/ready")
@@ -533,3 +542,27 @@ def test_token_ids_end_where_a_stop_string_begins(http: httpx.Client, pipe: spli
     assert 0 < len(whole["token_ids"]) < 30 and whole["finish_reason"] == "stop"
     events = events_of(http.post(COMPLETIONS, json={**body, "stream": True}))[:-1]
     assert [token for e in events for choice in e["choices"] for token in choice["token_ids"]] == whole["token_ids"]
+
+
+def test_a_template_that_holds_the_interpreter_fails_one_chat() -> None:
+    holds = "{% set n = namespace(x=3) %}{% for i in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}"
+    with running_server() as server, server.http() as http:
+        server.service.tokenizer.chat_template = (
+            f"{{% if messages[0].content == 'hold' %}}{holds}{{% endif %}}{{{{ messages[0].content }}}}"
+        )
+        server.service._short.sandbox._seconds = 0.1
+        chat = {"messages": [{"role": "user", "content": "hold"}], "max_tokens": 1}
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(http.post, CHAT, json=chat)
+            server.wait_until(lambda: server.service._short.sandbox.pid is not None)
+            with server.http() as other:
+                assert other.get("/health").status_code == 200
+            answer = held.result()
+        assert answer.status_code == 400
+        assert (
+            "template failed: the chat template was stopped: it ran for more than 0.1 s" in error_of(answer)["message"]
+        )
+        server.service._short.sandbox._seconds = 20.0
+        chat["messages"] = [{"role": "user", "content": "go on"}]
+        assert http.post(CHAT, json=chat).status_code == 200
+        server.assert_idle()
