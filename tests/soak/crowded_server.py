@@ -114,18 +114,22 @@ class Outcomes:
 def _soak(server: ServerProcess, http: httpx.Client, minutes: float, connections: int, seed: int) -> int:
     address = (str(http.base_url.host), http.base_url.port or 0)
     pid = server.process.pid
-    asyncio.run(_crowd(address, Outcomes(), connections=min(connections, 400), seconds=30, seed=seed - 1, pid=None))
+    asyncio.run(_crowd(address, Outcomes(), connections=connections, seconds=60, seed=seed - 1, pid=None))
     wait_until_idle(http)
     before, log_before = Measured.of(pid), server.log.stat().st_size + server.out.stat().st_size
-    print(f"before: {before}", flush=True)
-    outcomes, health = Outcomes(), _Health(address)
-    health.start()
-    asyncio.run(_crowd(address, outcomes, connections=connections, seconds=60 * minutes, seed=seed, pid=pid))
-    delays = health.stop()
-    wait_until_idle(http)
+    print(f"before, at rest: {before}", flush=True)
+    outcomes, delays = Outcomes(), []
+    for half in range(2):
+        health = _Health(address)
+        health.start()
+        crowd = _crowd(address, outcomes, connections=connections, seconds=30 * minutes, seed=seed + half, pid=pid)
+        asyncio.run(crowd)
+        delays += health.stop()
+        wait_until_idle(http)
+        print(f"after {30 * (half + 1) * minutes:.0f} s, at rest: {Measured.of(pid)}", flush=True)
     after, log_after = Measured.of(pid), server.log.stat().st_size + server.out.stat().st_size
     peak = _peak_memory(pid)
-    print(f"after: {after}; the front's peak {peak / 2**20:.0f} MiB; deaths of the engine: {outcomes.num_deaths}")
+    print(f"the front's peak {peak / 2**20:.0f} MiB; deaths of the engine: {outcomes.num_deaths}")
     print(f"log: {(log_after - log_before) / 2**20:.1f} MiB for {outcomes.correct.total()} correct requests")
     for name in "correct", "must_fail", "hostile":
         print(f"{name}: {dict(getattr(outcomes, name).most_common())}")
