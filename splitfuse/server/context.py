@@ -72,8 +72,13 @@ class RequestContext:
 
     @property
     def headers(self) -> dict[bytes, bytes]:
-        """Return the headers by lower-case name; of several with one name, the last."""
-        return dict(self.scope["headers"])
+        """Return the headers by lower-case name. Several of one name are joined by commas, as HTTP says: so two keys
+        are none, whichever of them a proxy has checked.
+        """
+        joined: dict[bytes, bytes] = {}
+        for name, value in self.scope["headers"]:
+            joined[name] = joined[name] + b", " + value if name in joined else value
+        return joined
 
     @property
     def text(self) -> list[str]:

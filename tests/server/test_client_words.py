@@ -112,6 +112,10 @@ def test_a_key_may_be_in_either_header() -> None:
         assert status(x_api_key="", authorization="Bearer k1") == status(x_api_key="k1", authorization="Basic x") == 200
         assert status(x_api_key="wrong") == status(x_api_key="wrong", authorization="Bearer k1") == 401
         assert status(x_api_key="k1", authorization="Bearer wrong") == 401
+        for keys in (("k1", "k2"), ("k2", "k1"), ("k1", "wrong"), ("wrong", "k1")):
+            twice = [("authorization", f"Bearer {key}") for key in keys]
+            assert http.get("/v1/models", headers=twice).status_code == 401
+            assert http.get("/v1/models", headers=[("x-api-key", key) for key in keys]).status_code == 401
         answer = http.get("/v1/models", headers={"x-api-key": "k1", "authorization": "Bearer k2"})
         assert answer.status_code == 401 and "different API keys" in answer.json()["error"]["message"]
 
