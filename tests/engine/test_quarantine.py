@@ -132,7 +132,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     record.close()
 
 
-def test_what_kills_an_engine_twice_is_refused_and_its_neighbours_are_not(
+def test_a_request_that_kills_twice_is_refused_alone(
     clock: Clock, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)

@@ -394,9 +394,7 @@ def test_a_deadline_ends_a_request(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_broken_steps_end_requests_then_the_engine_without_details(
-    stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_steps_end_requests_then_the_engine(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_server() as server, server.http() as http:
         submit, num_left = server.engine.executor.submit, 20
 
