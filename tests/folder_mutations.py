@@ -8,6 +8,7 @@ another. Call it where torch and splitfuse are imported and nothing has been com
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -148,7 +149,7 @@ def _mutate_value(values: Any, rng: random.Random) -> str:
                 (old[:cut], old + "x", old.upper(), old[::-1], old * 3, [old], {"content": old})
             )
         case _:
-            container[key] = rng.choice(HOSTILE)
+            container[key] = copy.deepcopy(rng.choice(HOSTILE))
     return f"{place} = {str(container[key])[:60]!r}"
 
 
@@ -260,7 +261,7 @@ def _mutate_fields(path: Path, rng: random.Random) -> str:
     done = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(list(FIELDS))
-        values[name] = rng.choice(FIELDS[name])
+        values[name] = copy.deepcopy(rng.choice(FIELDS[name]))
         done.append(f"{name} = {str(values[name])[:60]}")
     _write_json(path, values)
     return "; ".join(done)
@@ -349,7 +350,7 @@ def _mutate_tokenizer(path: Path, rng: random.Random) -> str:
     done = []
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice(list(PARTS_OF_TOKENIZERS))
-        values[name] = rng.choice(PARTS_OF_TOKENIZERS[name])
+        values[name] = copy.deepcopy(rng.choice(PARTS_OF_TOKENIZERS[name]))
         done.append(f"{name} = {str(values[name])[:100]}")
     _write_json(path, values)
     return "; ".join(done)
