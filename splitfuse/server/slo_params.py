@@ -39,7 +39,7 @@ class SloParams(Body, kw_only=True, frozen=True):
     """Holds the scheduling parameters of a body. null is a parameter left out."""
 
     splitfuse_deadline: _DEADLINE | None = None
-    splitfuse_targets: TargetSeconds | None = None
+    splitfuse_slo: TargetSeconds | None = None
     splitfuse_on_time_only: _ON_TIME_ONLY | None = None
     splitfuse_priority: Literal["high", "normal", "low"] | None = None
 
@@ -49,10 +49,10 @@ class SloParams(Body, kw_only=True, frozen=True):
         Raises InvalidRequestError for an SLO where SLO scheduling is disabled, RefusedError (403) for a priority above
         the key's.
         """
-        asked = self.splitfuse_targets
+        asked = self.splitfuse_slo
         targets = None if asked is None else SloTargets(asked.ttft, asked.itl, asked.ttft_per_token)
         for name, wants in (
-            ("splitfuse_targets", targets not in (None, NO_SLO)),
+            ("splitfuse_slo", targets not in (None, NO_SLO)),
             ("splitfuse_on_time_only", self.splitfuse_on_time_only),
         ):
             if wants and not slo_enabled:

@@ -315,7 +315,7 @@ def slo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
 def test_the_log_describes_an_slo_violation(slo_server: RunningServer, more: dict[str, Any]) -> None:
     with slo_server.http() as http:
         late = http.post(COMPLETIONS, json={**BODY, **more}).headers["x-request-id"]  # target: a millisecond
-        kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_targets": PATIENT}).headers["x-request-id"]
+        kept = http.post(COMPLETIONS, json={**BODY, "splitfuse_slo": PATIENT}).headers["x-request-id"]
         why = slo_server.wait_for_record(request_id=late)["slo_violation"]
         assert re.match(r"first token after [\d.]+ s \(target 0\.001 s\); of [\d.]+ s: .*%", why)
         assert slo_server.wait_for_record(request_id=kept)["slo_violation"] is None

@@ -47,10 +47,10 @@ def slo_met(http: httpx.Client, **more: object) -> bool | None:
 
 def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: RunningServer) -> None:
     assert slo_met(http) is False  # no first token comes within 10 µs
-    assert slo_met(http, splitfuse_targets=PATIENT) is True
-    assert slo_met(http, splitfuse_targets={"ttft": 1000}, n=3) is True
-    assert slo_met(http, splitfuse_targets={"itl": 1e-5}, max_tokens=40) is False
-    assert slo_met(http, splitfuse_targets={"ttft": None}) is None
+    assert slo_met(http, splitfuse_slo=PATIENT) is True
+    assert slo_met(http, splitfuse_slo={"ttft": 1000}, n=3) is True
+    assert slo_met(http, splitfuse_slo={"itl": 1e-5}, max_tokens=40) is False
+    assert slo_met(http, splitfuse_slo={"ttft": None}) is None
     server.wait_for_record(slo_met=True)
     metrics = http.get("/metrics").text
     assert 'splitfuse:slo_total{met="true",model_name="storyteller"} 2.0' in metrics
@@ -62,17 +62,17 @@ def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: Runn
 def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> None:
     """The cost model says 2 ms and 0.1 ms a token."""
     body = {**BODY, "splitfuse_on_time_only": True}
-    assert slo_met(http, splitfuse_on_time_only=True, splitfuse_targets=PATIENT) is True
-    never = http.post("/v1/completions", json={**body, "splitfuse_targets": {"ttft": 1e-5}})
+    assert slo_met(http, splitfuse_on_time_only=True, splitfuse_slo=PATIENT) is True
+    never = http.post("/v1/completions", json={**body, "splitfuse_slo": {"ttft": 1e-5}})
     assert never.status_code == 400, never.text
     assert never.json()["error"]["param"] == "splitfuse_on_time_only"
     assert "its first token takes" in never.json()["error"]["message"]
-    neither = http.post("/v1/completions", json={**body, "splitfuse_targets": {}})
+    neither = http.post("/v1/completions", json={**body, "splitfuse_slo": {}})
     assert neither.status_code == 400 and "requires an SLO" in neither.json()["error"]["message"]
-    long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_targets": {"ttft": 1000}, "stream": True}
+    long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_slo": {"ttft": 1000}, "stream": True}
     with http.stream("POST", "/v1/completions", json=long) as crowd:  # 12,000 tokens: 1.2 s and more
         # By the cost model, each takes 0.1 s and all 100 s. Corrected by at most 32, one alone is still in time
-        prompts = {"prompt": [[6] * 1000] * 8, "n": 125, "splitfuse_targets": {"ttft": 10}}
+        prompts = {"prompt": [[6] * 1000] * 8, "n": 125, "splitfuse_slo": {"ttft": 10}}
         with http.stream("POST", "/v1/completions", json={**body, **prompts, "stream": True}) as refused:
             assert refused.status_code == 429, refused.read()
             error = json.loads(refused.read())["error"]
@@ -101,7 +101,7 @@ def test_the_slo_and_priority_of_a_key(keyed: httpx.Client) -> None:
         return answer
 
     assert met("k1") is False and met("k2") is None
-    assert met("k1", splitfuse_targets=PATIENT) is True and met("k2", splitfuse_targets=PATIENT) is True
+    assert met("k1", splitfuse_slo=PATIENT) is True and met("k2", splitfuse_slo=PATIENT) is True
     assert ask("k1", splitfuse_priority="high").status_code == ask("k1", splitfuse_priority="low").status_code == 200
     refused = ask("k2", splitfuse_priority="normal")
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "priority_not_allowed")
@@ -142,8 +142,8 @@ def test_an_slo_of_a_key_needs_slo_scheduling(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", [{"ttft": 0}, {"itl": -1}, {"ttft": "1s"}, {"other": 1}, 3])
 def test_malformed_targets_are_refused(http: httpx.Client, targets: object) -> None:
-    answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": targets})
-    assert answer.status_code == 400 and "splitfuse_targets" in answer.json()["error"]["param"]
+    answer = http.post("/v1/completions", json={**BODY, "splitfuse_slo": targets})
+    assert answer.status_code == 400 and "splitfuse_slo" in answer.json()["error"]["param"]
 
 
 EXTREMES = [  # as JSON writes them
@@ -160,8 +160,8 @@ NUMBERS = [
 PLACES = {  # what surrounds the number, and the number
     **{name: f'"{name}": %s' for name in NUMBERS},
     **{f"{name}, drawn": f'"temperature": 0.7, "{name}": %s' for name in ("top_p", "min_p", "top_k", "seed")},
-    **{name: f'"splitfuse_targets": {{"{name}": %s}}' for name in ("ttft", "itl", "ttft_per_token")},
-    "on time": '"splitfuse_on_time_only": true, "splitfuse_targets": {"ttft": 1000, "itl": %s}',
+    **{name: f'"splitfuse_slo": {{"{name}": %s}}' for name in ("ttft", "itl", "ttft_per_token")},
+    "on time": '"splitfuse_on_time_only": true, "splitfuse_slo": {"ttft": 1000, "itl": %s}',
     "bias": '"logit_bias": {"7": %s}',
     "biased id": '"logit_bias": {"%s": 1}',
     "stop id": '"min_tokens": 1, "stop_token_ids": [%s]',
@@ -173,7 +173,7 @@ PLACES = {  # what surrounds the number, and the number
 def test_extreme_numbers_fail_alone_or_do_no_harm(http: httpx.Client, server: RunningServer, place: str) -> None:
     common = '"ignore_eos": true' + ("" if place == "prompt" else ', "prompt": [5, 6]')
     common += "" if place in ("max_tokens", "min_tokens") else ', "max_tokens": 2'
-    targets = "" if "splitfuse_targets" in PLACES[place] else ', "splitfuse_targets": {"ttft": 0.001, "itl": 1e-6}'
+    targets = "" if "splitfuse_slo" in PLACES[place] else ', "splitfuse_slo": {"ttft": 0.001, "itl": 1e-6}'
     headers = {"content-type": "application/json"}
     for number in EXTREMES:
         body = f"{{{common}{targets}, {PLACES[place] % number}}}"
@@ -187,9 +187,9 @@ def test_extreme_numbers_fail_alone_or_do_no_harm(http: httpx.Client, server: Ru
 
 def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
     with running_server(num_blocks=200) as plain, plain.http() as http:
-        answer = http.post("/v1/completions", json={**BODY, "splitfuse_targets": PATIENT})
+        answer = http.post("/v1/completions", json={**BODY, "splitfuse_slo": PATIENT})
         assert answer.status_code == 400
         error = answer.json()["error"]
-        assert error["param"] == "splitfuse_targets"
+        assert error["param"] == "splitfuse_slo"
         assert "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo" in error["message"]
-        assert slo_met(http, splitfuse_targets={}) is None
+        assert slo_met(http, splitfuse_slo={}) is None
