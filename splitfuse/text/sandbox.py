@@ -120,7 +120,7 @@ class Sandbox:
 
     def _ask(self, request: Request, seconds: float) -> Tokens | Text:
         """Return the reply. Raises _StoppedError if there is none, the errors of ChatTemplate and Tokenizer, and
-        EngineUnavailableError if there is no process.
+        EngineUnavailableError if there is no process, or others have killed it.
         """
         with self._turn:
             connection = self._connected()
@@ -137,6 +137,8 @@ class Sandbox:
                 code = self._stop()
                 if self._closed:
                     raise EngineUnavailableError("the server is shutting down")
+                if code == -signal.SIGKILL:  # not for its limits, but such as for want of memory
+                    raise EngineUnavailableError("the process for texts was killed; try again")
                 raise _StoppedError(_too_slow(seconds) if code == -signal.SIGXCPU else _TOO_LARGE)
         reply: Reply = _decode(answer)
         if not isinstance(reply, Refused):

@@ -143,13 +143,20 @@ def test_a_text_of_too_many_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -
         worker._encode(Encode("Hello there", True, 1.0))
 
 
-def test_a_process_that_dies_fails_one_request() -> None:
+@pytest.mark.parametrize(
+    ("number", "expected", "message"),
+    [
+        (signal.SIGABRT, TokenizerError, "needed more than 1024 MiB of memory, or crashed"),
+        (signal.SIGKILL, EngineUnavailableError, "the process for texts was killed; try again"),
+    ],
+)
+def test_a_process_that_dies_fails_one_request(number: int, expected: type[Exception], message: str) -> None:
     sandbox = sandbox_of(HOLDS, seconds=20.0)
     sandbox.start()
     errors: list[Exception] = []
 
     def hold() -> None:
-        with pytest.raises(TokenizerError, match="needed more than 1024 MiB of memory, or crashed") as caught:
+        with pytest.raises(expected, match=message) as caught:
             sandbox.render([{"role": "user", "content": "hold"}])
         errors.append(caught.value)
 
@@ -158,7 +165,7 @@ def test_a_process_that_dies_fails_one_request() -> None:
     assert pid is not None
     while pid_is_idle(pid):
         pass
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     asking.join()
     assert errors and sandbox.render(HELLO) == "fine"
     sandbox.close()
