@@ -28,7 +28,7 @@ from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
-from splitfuse.server.dialect import Route
+from splitfuse.server.dialect import Route, encode_json
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.explain import Explanation, breakdown_of, describe_breakdown, timing_of
 from splitfuse.server.listen import App, Receive, Scope, Send
@@ -37,6 +37,7 @@ from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openapi import document
 from splitfuse.server.state import AppState
+from splitfuse.server.validation import SchemaBounds
 from splitfuse.text.service import TextService
 from splitfuse.version import __version__
 
@@ -108,7 +109,7 @@ async def _version(_: AppState, context: RequestContext) -> None:
 
 
 async def _metrics(state: AppState, context: RequestContext) -> None:
-    await context.answer(state.metrics.render(), content_type=CONTENT_TYPE)
+    await context.answer(await state.metrics.text(), content_type=CONTENT_TYPE)
 
 
 async def _explain(state: AppState, context: RequestContext) -> None:
@@ -117,7 +118,12 @@ async def _explain(state: AppState, context: RequestContext) -> None:
 
 
 async def _openapi(state: AppState, context: RequestContext) -> None:
-    await context.answer(document(ROUTES, state.schema_bounds))
+    await context.answer(_document(state.schema_bounds))
+
+
+@functools.lru_cache(maxsize=2)
+def _document(bounds: SchemaBounds) -> bytes:
+    return encode_json(document(ROUTES, bounds))
 
 
 async def _no_such_route(_: AppState, context: RequestContext) -> None:

@@ -6,6 +6,9 @@ meanings, for the dashboards, routers and autoscalers that know them. Belongs to
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +29,9 @@ from splitfuse.server.access_log import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of what `Metrics.render` returns."""
+
+RENDER_SECONDS = 0.1
+"""Time from one rendering to the next, in seconds."""
 
 # vLLM's bounds are among these, so that a query for one of its `le` finds it.
 _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -138,6 +144,8 @@ class Metrics(Collector):
         self._counts["slo"] = Counter({("true",): 0, ("false",): 0})
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        self._rendering: asyncio.Task[bytes] | None = None
+        self._rendered_at = -math.inf
 
     def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
         """Count a step of an engine, whose counters `client.stats` has already."""
@@ -177,6 +185,21 @@ class Metrics(Collector):
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format, read from the client now."""
         return generate_latest(self._registry)
+
+    async def text(self) -> bytes:
+        """Return what `render` returns. Calls that come soon after one share the next: connections can send them by the
+        hundred, and each takes milliseconds of the event loop.
+        """
+        if self._rendering is None:
+            self._rendering = asyncio.create_task(self._render_soon())
+        return await asyncio.shield(self._rendering)
+
+    async def _render_soon(self) -> bytes:
+        await asyncio.sleep(self._rendered_at + RENDER_SECONDS - time.monotonic())
+        try:
+            return self.render()
+        finally:
+            self._rendered_at, self._rendering = time.monotonic(), None
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family with its samples."""

@@ -457,3 +457,17 @@ def test_the_metrics_page_lists_every_family() -> None:
     ending = {"gauge": "", "counter": "_total", "histogram": ""}
     assert described == {family.name + ending[family.kind]: (family.kind, list(family.labels)) for family in FAMILIES}
     assert all(f"`{reason}`" in page for reason in FinishReason)
+
+
+def test_requests_at_once_share_one_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, renderings = Metrics(Stated(1)), []
+    render = metrics.render
+    monkeypatch.setattr(metrics, "render", lambda: renderings.append(1) or render())  # type: ignore[func-returns-value]
+
+    async def ask() -> None:
+        texts = await asyncio.gather(*(metrics.text() for _ in range(1000)))
+        assert len(renderings) == 1 and set(texts) == {render()}
+        metrics.request_refused("overloaded")
+        assert await metrics.text() == render() != texts[0]
+
+    asyncio.run(ask())
