@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from splitfuse.config import ServerConfig
 from splitfuse.engine.client import EngineState
-from splitfuse.errors import EngineUnavailableError
+from splitfuse.errors import EngineUnavailableError, brief
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.bodies import FREE_BYTES, decoded_size
@@ -113,7 +113,13 @@ class AppState:
 
 
 def _check_content_type(context: RequestContext) -> None:
-    """Refuse what a web page can send to any server without asking it first: all but bodies declared as JSON."""
+    """Refuse what a web page can send to any server without asking it first, all but bodies declared as JSON, and
+    bodies that are compressed.
+    """
+    coding = context.headers.get(b"content-encoding", b"identity").decode("latin-1")
+    if coding.lower() != "identity":
+        message = f"the body has the Content-Encoding {brief(coding)}: send it plain, as identity"
+        raise RefusedError(415, message, code="no_json")
     sent = context.headers.get(b"content-type")
     if sent is None and b"origin" not in context.headers:
         return

@@ -1,6 +1,7 @@
 """The server over HTTP: every route, malformed bodies, bounds, keys, disconnecting clients, dying engines."""
 
 import asyncio
+import gzip
 import json
 import logging
 import re
@@ -248,6 +249,9 @@ def test_only_bodies_declared_as_json_are_read(http: httpx.Client) -> None:
         assert (answer.status_code, error_of(answer)["code"]) == (415, "no_json")
     for kind in ("application/json", "Application/JSON; charset=utf-8"):
         assert http.post(COMPLETIONS, content=body, headers={"content-type": kind}).status_code == 200
+    answer = http.post(COMPLETIONS, content=gzip.compress(body), headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415 and "Content-Encoding 'gzip': send it plain" in error_of(answer)["message"]
+    assert http.post(COMPLETIONS, content=body, headers={"content-encoding": "Identity"}).status_code == 200
     assert http.post(COMPLETIONS, content=body).status_code == 200  # not called anything
     assert http.post(COMPLETIONS, content=body, headers={"origin": "http://elsewhere"}).status_code == 415
 

@@ -275,3 +275,19 @@ def test_health_follows_port_and_tls(tmp_path: Path) -> None:
             await serving
 
     asyncio.run(run())
+
+
+def test_a_server_started_with_signals_blocked_ends_on_sigterm() -> None:
+    program = (
+        "import signal, sys; from splitfuse.cli import main\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        "sys.argv = ['splitfuse', 'serve', '--port', '0', '--load-format', 'dummy']; main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("starting" in line for line in process.stderr)  # signals are handled now
+        process.terminate()
+        try:
+            assert process.communicate(timeout=PATIENCE) and process.returncode == 0
+        finally:
+            process.kill()
