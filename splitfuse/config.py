@@ -222,7 +222,8 @@ class ServerConfig:
     drain_timeout: float = setting(60.0, "Seconds that running requests may take to finish after SIGTERM.")
     client_timeout: float = setting(
         60.0,
-        "Seconds after which a client that does not read, or does not send the rest of a request, is disconnected.",
+        "Seconds that a client may take to send a head or a body (plus a second for each 16 KiB), or to read; then it "
+        "is disconnected.",
     )
     keep_alive_timeout: float = setting(
         120.0, "Seconds after which an idle connection is closed; load balancers close theirs after 60 to 90."

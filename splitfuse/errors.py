@@ -1,7 +1,8 @@
 """Defines the errors that users can meet, as one tree. `status` is the HTTP status that a server answers with.
 
 A message names the offending value, says what is wrong with it, and gives a valid one where there is one. A request
-that fails never affects the others.
+that fails ends alone; one that kills its engine fails that engine's requests too, twice at most, and is then refused
+for ten minutes.
 
     SplitfuseError
     ├── ConfigError                 a setting has an invalid value

@@ -30,7 +30,9 @@ class RequestStatus(enum.StrEnum):
 
 
 class Priority(enum.IntEnum):
-    """Orders requests before fair shares and age: all claims of a smaller number come first, but for urgent decodes."""
+    """Orders requests before fair shares and age: all claims of a smaller number come first, except after urgent
+    decodes.
+    """
 
     HIGH = 0
     NORMAL = 1

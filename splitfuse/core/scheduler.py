@@ -8,11 +8,11 @@ section 3).
     order of claims      core/policy.py: by priority; within one, decodes, which need only their newest token, then
                          prefills in progress, then waiting requests; each by fair share, then oldest first. The last
                          claim is cut to fit. With SLOs, by deadline (core/slo/deadline_policy.py).
-    no block left        The newest running request of the lowest priority is preempted (with SLOs, first one which
-                         has missed its own): its tokens are kept, and computed again later.
-    progress             The oldest unfinished request gets at least one token of every step in which no plan of its own
-                         is in flight: one is reserved for it. It may preempt any request and is never preempted, and
-                         `add` has made sure that it fits the cache alone. So it finishes; then the next one is the
+    no block left        The newest running request of the lowest priority is preempted (with SLOs, a late one
+                         first): its tokens are kept, and computed again later.
+    progress             The oldest unfinished request gets at least one token of every step that is scheduled with
+                         nothing in flight: one is reserved for it. It may preempt any request and is never preempted,
+                         and `add` has made sure that it fits the cache alone. So it finishes; then the next one is the
                          oldest.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.

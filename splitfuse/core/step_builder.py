@@ -20,7 +20,7 @@ from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 ALIGNMENT = 16
-"""Number of tokens of which evenly cut chunks are a multiple: the height of the kernels' tiles."""
+"""Number of tokens that evenly cut chunks are a multiple of, the height of the kernels' tiles."""
 
 by_sequence_number = attrgetter("sequence_number")
 
@@ -195,7 +195,7 @@ class StepBuilder:
 
     def grant(self, request: Request) -> int:
         """Grant a running request as many tokens as it needs, the budgets allow and blocks are found for, preempting
-        others if there is no block at all. Returns how many.
+        others if there is none that it may take. Returns how many.
 
         The oldest request gets a token even if that makes the step longer than it should be.
         """

@@ -19,7 +19,7 @@ def make_replicas(
 ) -> EngineClient:
     """Return a client of `replicas` engines, each in a process of its own, which are not started yet.
 
-    Where a control group pays for fewer cores than there are, each engine gets its part of those.
+    Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
     Raises ConfigError if there are fewer cores than replicas.
     """
@@ -36,8 +36,8 @@ def make_replicas(
 
 
 def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:
-    """Return the cores in `parts` runs of neighbours, as equal as can be, which together have no more cores than are
-    `paid` for, but one each. Raises ConfigError if there are too few.
+    """Return the cores in `parts` runs of neighbours, as equal as can be, which together have no more cores than the
+    quota `paid`, but one each. Raises ConfigError if there are too few.
     """
     if parts > len(cores):
         raise ConfigError(f"replicas is {parts}, but this process may use {len(cores)} cores: set at most {len(cores)}")

@@ -77,7 +77,7 @@ def load_model(
     spec = load_spec(source)
     device = parse_device(config.model.device)
     if device.type == "cpu" and (cores := usable_cores()) < torch.get_num_threads():
-        torch.set_num_threads(cores)  # PyTorch counts the cores, and not what a control group pays for
+        torch.set_num_threads(cores)  # PyTorch counts the cores, and knows no CPU quota
     dtype = resolve_dtype(config.model.dtype, spec)
     weights = DummyWeights(dtype, device) if dummy else source.weights()
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible

@@ -66,8 +66,8 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[in
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Return the number of cores this process may keep busy: those it may run on (PyTorch asks for them), and no more
-    than each of its control groups pays for. A thread too many costs more than it brings: all wait for the one that is
-    not running. `root` is where proc and sys are.
+    than the CPU quota of each of its control groups. A thread too many costs more than it brings: all wait for the one
+    that is not running. `root` is where proc and sys are.
     """
     import torch
 
@@ -75,7 +75,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def paid_cores(root: Path = Path("/")) -> Iterator[int]:
-    """Yield the whole cores that each control group pays for, but at least one, where it sets a limit."""
+    """Yield the CPU quota of each control group that has one, in whole cores, at least one."""
     for version, group in control_groups("cpu", root):
         try:
             if version == 2:

@@ -1,6 +1,7 @@
 """Decides whether a server accepts one more request and, if not, when to try again.
 
-Only arithmetic on numbers and on a clock that is passed in. It belongs to the event loop's thread.
+Only arithmetic on numbers and on a clock that is passed in, and an event for draining. It belongs to the event
+loop's thread.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def num_newcomers(limit: int) -> int:
 class Connections:
     """Holds the open connections, at most `limit`. A new one takes the place of one that waits for its client.
 
-    Those without a whole request give way first, the longest waiting before others, but `num_newcomers` of them have
-    a place in any case. Connections whose request is answered or computed never give way.
+    While fewer than `num_newcomers` wait for a whole request, the longest idle one gives way; from then on the longest
+    waiting of these newcomers. Connections whose request is answered or computed never give way.
     """
 
     def __init__(
@@ -156,8 +156,9 @@ class Connections:
         self.note(connection, Waits.HEAD, anew=True)
 
     async def _make_room(self) -> None:
-        """Wait until there is room for a connection. Some may take a place as soon as its connection closes, in one
-        turn of the event loop, but so few that each is read before those after it take its own.
+        """Wait until there is room for a connection. One that is closing keeps its place until it has closed if more
+        than `num_newcomers` / 4 are: otherwise a burst of new connections would push each other out before the first
+        bytes of any were read.
         """
         while not self._has_room():
             self._log(f"{self.limit} connections are open, the most that this server keeps: idle ones are closed")

@@ -1,7 +1,8 @@
-"""Says what an API has to bring, such as OpenAI's.
+"""Says what an API such as OpenAI's consists of.
 
 A dialect is a package with its types of bodies, whose `to_generation()` returns a `GenerationRequest`; a `Responder`,
-which writes an answer whole or in events (both in generate.py); a `Dialect`; and a tuple of `Route`s.
+which writes an answer whole or in events (both in generate.py); a `Dialect`; and a tuple of `Route`s, which is added to
+`ROUTES` in app.py.
 """
 
 from __future__ import annotations

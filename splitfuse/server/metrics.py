@@ -68,7 +68,10 @@ class Family:
 
 
 FAMILIES = (
-    Family("splitfuse:ready", "gauge", "ready", "1 while an engine is ready, else 0."),
+    Family(
+        *("splitfuse:ready", "gauge", "ready"),
+        "1 while an engine is ready (at the start, /ready also waits for the others), else 0.",
+    ),
     Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
     Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait to be scheduled."),
     Family("splitfuse:outstanding_tokens", "gauge", "outstanding", "Most tokens still to compute for open requests."),

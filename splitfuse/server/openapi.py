@@ -16,7 +16,7 @@ STATUSES = {
     400: "A parameter that cannot be honoured",
     401: "No API key, or one that is not valid",
     404: "No such model, or request",
-    408: "splitfuse_deadline has passed",
+    408: "The deadline has passed, or the body did not come in time",
     413: "The body is too large",
     415: "The body is not declared as JSON",
     422: "The request was being computed at two deaths of an engine",

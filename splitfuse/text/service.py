@@ -1,7 +1,8 @@
 """Turns text into text with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
 
-It decides what runs off the event loop (long texts, templates), and turns an engine's outputs into text as they come.
-What a caller reads equals what `pipeline` gives, token for token.
+Two processes render templates and tokenize all texts, one for short and one for long texts (sandbox.py); threads handle
+large bodies and answers. The event loop turns an engine's outputs into text as they come. What a caller reads equals
+what `pipeline` gives, token for token.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Worker:
             traceback.print_exc()
         self._reports.put(None)
         sender.join(timeout=5.0)
-        os._exit(failed)  # other threads may sit in a read
+        os._exit(failed)  # without waiting for the other threads, which may be blocked in a read
 
     def _send_all(self) -> None:
         while (report := self._reports.get()) is not None:
