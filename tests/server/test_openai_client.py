@@ -433,6 +433,9 @@ def test_a_full_server_answers_429_and_retries_get_through() -> None:
         with pytest.raises(openai.RateLimitError, match="the server is at capacity") as refusal:
             hasty.completions.create(model=MODEL, prompt=PROMPT)
         assert int(refusal.value.response.headers["retry-after"]) >= 1
+        with server.http() as http:
+            for path, body in (("/tokenize", {"prompt": PROMPT}), ("/detokenize", {"tokens": [5]})):
+                assert http.post(path, json=body).status_code == 429
         with pytest.raises(openai.BadRequestError, match="n x prompts = 2 requests"):
             hasty.completions.create(model=MODEL, prompt=PROMPT, n=2)
         raw = patient.completions.with_raw_response.create(model=MODEL, prompt=PROMPT, max_tokens=2)

@@ -119,19 +119,20 @@ def _model(state: AppState) -> Model:
 
 
 async def tokenize(state: AppState, context: RequestContext, body: TokenizeRequest) -> None:
-    """Answer POST /tokenize."""
+    """Answer POST /tokenize. Its text takes its turn among those of the queued requests, so it counts as one."""
     body.check()
     service, limit = state.service, state.service.client.info.limits.max_model_len
-    if body.messages is not None:
-        messages = [message.plain(index) for index, message in enumerate(body.messages)]
-        adds = bool(body.add_special_tokens)
-        work = service.encode_chat(messages, options=chat_options(body), add_special_tokens=adds)
-    elif not body.prompt:
-        await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))
-        return
-    else:
-        work = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    prompt = await context.unless_gone(work, deadline=None)
+    with state.admission.admit(0):
+        if body.messages is not None:
+            messages = [message.plain(index) for index, message in enumerate(body.messages)]
+            adds = bool(body.add_special_tokens)
+            work = service.encode_chat(messages, options=chat_options(body), add_special_tokens=adds)
+        elif not body.prompt:
+            await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))
+            return
+        else:
+            work = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        prompt = await context.unless_gone(work, deadline=None)
     ids = list(prompt.token_ids)
     strings = [service.tokenizer.token(token) or "" for token in ids] if body.return_token_strs else UNSET
     await context.answer(Tokenized(len(ids), limit, ids, strings))
@@ -152,7 +153,9 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
         check_token_ids("tokens", body.tokens, vocab_size, parameter="tokens")
         return tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens is not False)
 
-    await context.answer(Detokenized(await context.unless_gone(state.service.off_loop(decoded), deadline=None)))
+    with state.admission.admit(0):
+        text = await context.unless_gone(state.service.off_loop(decoded), deadline=None)
+    await context.answer(Detokenized(text))
 
 
 ABSENT = (
