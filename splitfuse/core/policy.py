@@ -24,7 +24,7 @@ _by_queue_key = attrgetter("queue_key")
 
 
 class PlanningError(Exception):
-    """Raised when a step cannot be composed. Without the `blamed` requests, the next one may be."""
+    """Raised when a step cannot be planned. Without the `blamed` requests, the next one may be."""
 
     def __init__(self, blamed: Sequence[Request]) -> None:
         super().__init__(f"a step could not be planned: {len(blamed)} requests are to blame")
@@ -82,8 +82,8 @@ class SchedulingPolicy(ABC):
         """Return the request which loses its blocks to `claimant`, never the oldest of all; None if none has to."""
 
     def blamed(self, step: StepBuilder) -> list[Request]:
-        """Return the requests to end after `compose` has raised: the one whose claim was being met, else those that
-        cannot be ordered even alone, else one without which the others can be, else all.
+        """Return the requests to end after `compose` or `StepBuilder.build` has raised: the one whose claim or chunk it
+        was about, else those that cannot be ordered even alone, else one without which the others can be, else all.
         """
         if step.claimant is not None:
             return [step.claimant]

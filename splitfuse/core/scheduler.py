@@ -108,7 +108,7 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it.
 
-        Raises PlanningError, from the exception that the policy has raised.
+        Raises PlanningError, from the exception that the policy or the builder has raised. Nothing is in flight then.
         """
         step = StepBuilder(
             self.queue,
@@ -120,11 +120,11 @@ class Scheduler:
         )
         try:
             self.policy.compose(step)
+            if not step.granted:
+                return None
+            plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))
         except Exception as error:
             raise PlanningError(self.policy.blamed(step)) from error
-        if not step.granted:
-            return None
-        plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))
         self._num_scheduled_steps, self._retired = plan.step, []
         self._in_flight.append((plan.step, now))
         for new in plan.new_requests:
@@ -239,9 +239,12 @@ class Scheduler:
         )
 
     def _finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
-        self._fair_share.refund(request)
         self.queue.remove(request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        try:
+            self._fair_share.refund(request)
+        except Exception:
+            logger.exception("a request ended without a refund to its owner: %s", request.request_id)
         self.events.emit(RequestFinished(request, now, wanted_until))
 
     def _settle(self, request: Request, now: float) -> None:

@@ -125,7 +125,7 @@ class StepBuilder:
         self.features = StepFeatures()
         """Features of all that is granted."""
         self.claimant: Request | None = None
-        """Request whose claim is being met: an exception meanwhile is put down to it."""
+        """Request whose claim is being met or whose chunk is made: an exception meanwhile is put down to it."""
         self._oldest: Request | None = None
         self._reserved_tokens = 0
         self._reserved_share = 0.0
@@ -265,16 +265,23 @@ class StepBuilder:
 
     def build(self, step: int, retired_requests: tuple[str, ...]) -> StepPlan:
         """Turn the grants into the plan of step number `step`. Its chunks are in flight from here on."""
-        for request in self.queue.running:
-            request.slo.steps_skipped = 0 if request in self.granted else request.slo.steps_skipped + 1
-        chunks, new_requests = [], []
-        for request, count in self.granted.items():
+        chunks, states = [], []
+        for request, count in self.granted.items():  # what may raise comes before anything is in flight
+            self.claimant = request
             chunks.append(self._chunk(request, count))
             if not request.sent_to_executor:
+                states.append(request.sampling_state())
+        self.claimant = None
+        for request in self.queue.running:
+            request.slo.steps_skipped = 0 if request in self.granted else request.slo.steps_skipped + 1
+        for request, chunk in zip(self.granted, chunks, strict=True):
+            if not request.sent_to_executor:
                 request.sent_to_executor = True
-                request.kv.num_cached_tokens = chunks[-1].start
-                new_requests.append(request.sampling_state())
-        return StepPlan(step, self._token_budget, tuple(chunks), tuple(new_requests), retired_requests)
+                request.kv.num_cached_tokens = chunk.start
+            request.num_scheduled = chunk.end
+            request.num_output_placeholders += chunk.samples
+            request.num_plans_in_flight += 1
+        return StepPlan(step, self._token_budget, tuple(chunks), tuple(states), retired_requests)
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         start, end = request.num_scheduled, request.num_scheduled + count
@@ -285,7 +292,4 @@ class StepBuilder:
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
         blocks = request.kv.blocks[: self._allocator.blocks_for(end)]
-        request.num_scheduled = end
-        request.num_output_placeholders += samples
-        request.num_plans_in_flight += 1
         return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples)

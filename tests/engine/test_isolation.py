@@ -19,11 +19,12 @@ from splitfuse.core.plan import Chunk, ChunkResult, SamplingState, StepPlan
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.core.step_builder import StepBuilder
 from splitfuse.engine.engine import MAX_BROKEN_STEPS, Engine
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime import executor
 from splitfuse.runtime.executor import Executor
@@ -109,6 +110,17 @@ def fail_in_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RequestSlo, "exists", property(failing))
 
 
+def fail_in_the_plan(patch: pytest.MonkeyPatch) -> None:
+    state = Request.sampling_state
+
+    def failing(self: Request) -> SamplingState:
+        if BAD in self.prompt_token_ids:
+            raise AttributeError("no such parameter")
+        return state(self)
+
+    patch.setattr(Request, "sampling_state", failing)
+
+
 def fail_afterwards(patch: pytest.MonkeyPatch) -> None:
     observe = RequestSlo.observe_token
 
@@ -120,7 +132,7 @@ def fail_afterwards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RequestSlo, "observe_token", failing)
 
 
-FAULTS = [fail_in_sampling, fail_in_the_network, fail_in_order, fail_afterwards]
+FAULTS = [fail_in_sampling, fail_in_the_network, fail_in_order, fail_in_the_plan, fail_afterwards]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -221,6 +233,24 @@ def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch:
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
 
+@pytest.mark.parametrize("kept", [None, 1])
+def test_a_fault_in_ending_a_request_harms_no_other(
+    engine: Engine, wanted: dict[str, tuple[int, ...]], kept: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Request) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(engine.scheduler._fair_share, "refund", failing)
+    add(engine, PROMPTS)
+    engine.step(isolate=True)
+    output = engine.finish(Finish("r3", FinishReason.ABORT, num_tokens=kept))
+    assert output is not None and output.finish_reason is FinishReason.ABORT and output.latency_breakdown is not None
+    engine.scheduler.check()
+    outcomes = run(engine)  # each of which ends with a fault too
+    assert {name for name in wanted if name not in outcomes} == {"r3"}
+    assert all(error is None for _, error in outcomes.values())
+
+
 class FaultyExecutor(FakeExecutor):
     """Computes as FakeExecutor does, but some steps fail, before anything is computed or after all of it."""
 
@@ -250,6 +280,9 @@ def sometimes_raising(method: Callable[..., Any], rng: Random) -> Callable[..., 
 
 FAULTY: list[tuple[type[Any], str]] = [
     (StepBuilder, "available_slots"),
+    (StepBuilder, "_chunk"),
+    (Request, "sampling_state"),
+    (FairShare, "refund"),
     (RequestKv, "grow"),
     (RequestKv, "reuse_prefix"),
     (RequestKv, "publish"),
