@@ -26,12 +26,14 @@ from splitfuse.runtime.machine import usable_cores
 class Candidate:
     """Says what a backend can do, and how to make it from the settings and the reason why no faster one was chosen.
 
-    `machine_obstacle` returns what rules a dtype out on this machine, beyond what the capabilities say.
+    `machine_obstacle` returns what rules a dtype out on this machine, beyond what the capabilities say. `auto_dtypes`
+    are those for which "auto" takes it; None: all that it computes in.
     """
 
     capabilities: Capabilities
     make: Callable[[EngineConfig, str], Backend]
     machine_obstacle: Callable[[torch.dtype], str | None] = lambda _: None
+    auto_dtypes: tuple[torch.dtype, ...] | None = None
 
     def obstacle(self, config: EngineConfig, dtype: torch.dtype) -> str | None:
         """Return what rules the backend out, in the settings or on this machine."""
@@ -43,6 +45,18 @@ class Candidate:
             names = [str(each).removeprefix("torch.") for each in (*can.dtypes, dtype)]
             return f"{can.name} compute in {' or '.join(names[:-1])}, not in {names[-1]}: set dtype={names[0]}"
         return self.machine_obstacle(dtype)
+
+    def unhonoured(self, config: EngineConfig) -> str | None:
+        """Return a setting that the backend does not honour, such as `quantization=int8`."""
+        can, threads = self.capabilities, config.model.num_threads
+        for name, value, honoured in (
+            ("quantization", config.model.quantization, can.quantizations),
+            ("kv_cache_dtype", config.cache.kv_cache_dtype, ("auto", *can.kv_dtypes)),
+            ("num_threads", threads, (threads,) if can.own_threads else ()),
+        ):
+            if value is not None and value not in honoured:
+                return f"{name}={value}"
+        return None
 
 
 def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
@@ -57,31 +71,30 @@ def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
     name = config.model.kernels
     if name != "auto":
         why = f"kernels={name}"
-        _check_honoured(config, BACKENDS[name].capabilities, why)
-        if obstacle := BACKENDS[name].obstacle(config, dtype):
+        named = BACKENDS[name]
+        if named.unhonoured(config):
+            raise _unhonourable(config, named, why)
+        if obstacle := named.obstacle(config, dtype):
             raise ConfigError(f"{why} cannot be used: {obstacle}")
-        return BACKENDS[name].make(config, why)
-    obstacle = CPP.obstacle(config, dtype)
-    if obstacle is None:
+        return named.make(config, why)
+    why = ""
+    for candidate in AUTO:
+        if candidate.unhonoured(config) or (candidate.auto_dtypes and dtype not in candidate.auto_dtypes):
+            continue
         try:
-            return CPP.make(config, "")
+            if (obstacle := candidate.obstacle(config, dtype)) is None:
+                return candidate.make(config, why)
         except KernelError as error:
             obstacle = str(error)
-    name = "torch" if dtype == torch.bfloat16 and BACKENDS["torch"].obstacle(config, dtype) is None else "reference"
-    _check_honoured(config, BACKENDS[name].capabilities, obstacle)
-    return BACKENDS[name].make(config, obstacle)
+        why = why or obstacle
+    raise _unhonourable(config, AUTO[-1], why)
 
 
-def _check_honoured(config: EngineConfig, capabilities: Capabilities, why: str) -> None:
-    """Raise ConfigError for a setting that only the C++ kernels honour, which cannot be used: `why`."""
-    threads = config.model.num_threads
-    for name, value, honoured in (
-        ("quantization", config.model.quantization, capabilities.quantizations),
-        ("kv_cache_dtype", config.cache.kv_cache_dtype, ("auto", *capabilities.kv_dtypes)),
-        ("num_threads", threads, (threads,) if capabilities.own_threads else ()),
-    ):
-        if value is not None and value not in honoured:
-            raise ConfigError(f"{name}={value} needs {CpuBackend.capabilities.name}, which cannot be used: {why}")
+def _unhonourable(config: EngineConfig, candidate: Candidate, why: str) -> ConfigError:
+    """Return the error for a setting that a candidate does not honour, and `why` none that honours it can be used."""
+    setting = candidate.unhonoured(config)
+    able = dict.fromkeys(each.capabilities.name for each in AUTO if each.unhonoured(config) != setting)
+    return ConfigError(f"{setting} needs {' or '.join(able)}, which cannot be used: {why}")
 
 
 def _onednn_obstacle(dtype: torch.dtype) -> str | None:
@@ -103,11 +116,16 @@ def _cpu_backend(variant: str | None, config: EngineConfig, _why: str) -> CpuBac
     )
 
 
-CPP = Candidate(CpuBackend.capabilities, partial(_cpu_backend, None))
-"""C++ kernels in the best variant that this CPU can run."""
 BACKENDS = {
     **{name: Candidate(CpuBackend.capabilities, partial(_cpu_backend, name)) for name in VARIANTS},
-    "torch": Candidate(OneDnnBackend.capabilities, lambda _, why: OneDnnBackend(why), _onednn_obstacle),
+    "torch": Candidate(
+        OneDnnBackend.capabilities, lambda _, why: OneDnnBackend(why), _onednn_obstacle, auto_dtypes=(torch.bfloat16,)
+    ),
     "reference": Candidate(ReferenceBackend.capabilities, lambda _, why: ReferenceBackend(why)),
 }
-"""Backends by the names of the setting `kernels`."""
+"""Backends by the names of the setting `kernels`, best first."""
+AUTO = (
+    Candidate(CpuBackend.capabilities, partial(_cpu_backend, None)),  # it knows the best variant for this CPU
+    *(candidate for name, candidate in BACKENDS.items() if name not in VARIANTS),
+)
+"""Backends that `kernels=auto` tries, in this order; the last one runs everywhere."""

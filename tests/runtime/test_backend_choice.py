@@ -16,10 +16,11 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.interface import Backend, Capabilities
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.weights import DTYPES
+from splitfuse.runtime import backend_choice
 from splitfuse.runtime.backend_choice import BACKENDS as BACKENDS_BY_NAME
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.machine import usable_cores
@@ -176,6 +177,20 @@ def test_without_compiler_and_onednn_the_reference_computes(monkeypatch: pytest.
     assert type(choose()) is ReferenceBackend
     with pytest.raises(ConfigError, match="oneDNN does not multiply bfloat16 here"):
         choose(kernels="torch")
+
+
+def test_a_new_row_is_taken_where_it_suits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ReferenceBackend):
+        capabilities = Capabilities(name="the other kernels", devices=("cuda",), kv_dtypes=("int8",))
+
+    row = backend_choice.Candidate(Other.capabilities, lambda _, why: Other(why))
+    monkeypatch.setattr(backend_choice, "AUTO", (row, *backend_choice.AUTO))
+    assert type(choose(FP32)) is ReferenceBackend
+    assert type(choose(FP32, device="cuda")) is type(choose(device="cuda", kv_cache_dtype="int8")) is Other
+    with pytest.raises(ConfigError, match=r"num_threads=2 needs the C.. kernels, which .* run on the CPU, not on cuda"):
+        choose(device="cuda", num_threads=2)
+    with pytest.raises(ConfigError, match=r"int8 needs the other kernels or the C.. kernels, .* run on cuda, not on c"):
+        choose(FP32, kv_cache_dtype="int8")
 
 
 @pytest.mark.parametrize("variant", variants())
