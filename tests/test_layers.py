@@ -37,9 +37,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 STANDARD_LIBRARY_ONLY = ("version", "errors", "config", "core")
 
-# The C++ kernels are one backend among others: only the choice of a backend knows them.
-CPU_KERNELS = "splitfuse.kernels.cpu"
-MAY_IMPORT_CPU_KERNELS = {"splitfuse.runtime.backend_choice"}
+# Above the kernels, only the choice of a backend knows them.
+BACKENDS = ("splitfuse.kernels.cpu", "splitfuse.kernels.onednn", "splitfuse.kernels.reference")
+MAY_IMPORT_BACKENDS = {"splitfuse.runtime.backend_choice"}
 
 
 def name_of(path: Path) -> str:
@@ -139,14 +139,14 @@ def test_no_cycle_of_modules() -> None:
     assert cycles() == set()
 
 
-def test_only_the_backend_choice_imports_cpu_kernels() -> None:
+def test_only_the_backend_choice_imports_backends() -> None:
     users = {
         module
         for module in NAMES
         if not module.startswith("splitfuse.kernels.")
-        and any(other.startswith(CPU_KERNELS) for other in imported_modules(module))
+        and any(other.startswith(BACKENDS) for other in imported_modules(module))
     }
-    assert users == MAY_IMPORT_CPU_KERNELS
+    assert users == MAY_IMPORT_BACKENDS
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -363,3 +363,11 @@ class Backend(ABC):
         """
         del plan
         return None
+
+
+def exact_argmax(scores: Tensor) -> tuple[list[int], list[float]]:
+    """Return what `Backend.argmax` must give, by PyTorch."""
+    peaks = scores.amax(-1)
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    best = torch.where(scores == peaks.unsqueeze(1), ids, scores.shape[1] - 1).amin(-1)
+    return best.tolist(), peaks.tolist()

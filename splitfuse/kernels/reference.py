@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import AttentionSpec, Backend, Capabilities, Role, RopeTable, Store, Weight
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    Backend,
+    Capabilities,
+    Role,
+    RopeTable,
+    Store,
+    Weight,
+    exact_argmax,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -65,10 +74,7 @@ class ReferenceBackend(Backend):
         return F.embedding(ids, table)
 
     def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
-        peaks = scores.amax(-1)
-        ids = torch.arange(scores.shape[1], device=scores.device)
-        best = torch.where(scores == peaks.unsqueeze(1), ids, scores.shape[1] - 1).amin(-1)
-        return best.tolist(), peaks.tolist()
+        return exact_argmax(scores)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(_wide(x.dtype))

@@ -20,18 +20,16 @@ from torch import Tensor
 
 from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
 from splitfuse.errors import RequestFailedError
-from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.interface import exact_argmax
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
 from splitfuse.runtime.sampling.logprobs import report_logprobs
-
-REFERENCE = ReferenceBackend()
 
 Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
 """Type of `Backend.argmax`, which gives the lowest index of each row's largest element, and that element."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = REFERENCE.argmax) -> list[ChunkResult]:
+def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = exact_argmax) -> list[ChunkResult]:
     """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`.
 
     A row without a finite maximum, before or after its own adjustments, gives a ChunkResult with `error`, and does not
@@ -53,7 +51,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = RE
         scores = _take(logits, members)
         if adjusting:
             scores = adjusted(scores, [rows[i] for i in members])
-            adjusted_best, adjusted_peaks = REFERENCE.argmax(scores)
+            adjusted_best, adjusted_peaks = exact_argmax(scores)
             for index, token in zip(members, adjusted_best, strict=True):
                 best[index] = token
             for index, fault in _faults(adjusted_peaks).items():
