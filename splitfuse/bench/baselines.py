@@ -27,7 +27,7 @@ class PrefillFirst(Fcfs):
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
-        step.admit_oldest()
+        step.start_oldest()
         grant_prompts(step)
         if not step.granted:
             grant_decodes(step)
@@ -38,7 +38,7 @@ class Orca(Fcfs):
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
-        step.admit_oldest()
+        step.start_oldest()
         grant_decodes(step)
         grant_prompts(step)
 
@@ -72,7 +72,7 @@ def grant_prompts(step: StepBuilder) -> None:
     prefills = [request for request in step.queue.running if request.num_unscheduled > 1]
     alone = True
     for request in (*prefills, *step.queue.waiting):
-        if request.status is RequestStatus.WAITING and not step.can_admit():
+        if request.status is RequestStatus.WAITING and not step.can_start():
             return
         if not grant_whole(step, request, alone=alone):
             return

@@ -52,23 +52,24 @@ class SchedulingPolicy(ABC):
 
     def compose(self, step: StepBuilder) -> None:
         """Compose a step by Dynamic SplitFuse: grant each claim in order as many tokens as fit, until a budget or the
-        blocks run out. Requests are admitted in the order of their claims, until one of them does not fit.
+        blocks run out. Waiting requests are started in the order of their claims, until one does not
+        fit: none overtakes it.
         """
-        oldest = step.admit_oldest()
+        oldest = step.start_oldest()
         order = self.order([r for r in step.queue.running if r.num_unscheduled], step.queue.waiting, now=step.now)
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
         for request in order.urgent:
             step.grant(request)
         step.max_seconds = order.max_seconds
-        waiting, admits = set(step.queue.waiting), True
+        waiting, starts = set(step.queue.waiting), True
         for request in order.others:
             if request not in waiting:
                 step.grant(request)
-            elif admits:
-                admits = step.admit(request)
+            elif starts:
+                starts = step.start(request)
         for request in [each for each in step.queue.waiting if each not in waiting]:  # preempted in this step
-            if not step.admit(request):
+            if not step.start(request):
                 break
 
     @abstractmethod

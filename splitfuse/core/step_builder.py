@@ -132,7 +132,7 @@ class StepBuilder:
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
-    def admit_oldest(self) -> Request | None:
+    def start_oldest(self) -> Request | None:
         """Make sure that the oldest unfinished request runs, preempting another if need be. Returns it; None if there
         is none, or if it must wait for plans in flight.
         """
@@ -148,15 +148,15 @@ class StepBuilder:
         self._oldest = running[0] if running else None
         return self._oldest
 
-    def can_admit(self) -> bool:
+    def can_start(self) -> bool:
         """Return whether there is budget, a sequence slot, and a block for a waiting request and each running one."""
         num_running = len(self.queue.running)
         has_block = self._allocator.num_available > num_running
         return self.tokens_left > 0 and num_running < self.queue.max_num_seqs and has_block
 
-    def admit(self, request: Request) -> bool:
+    def start(self, request: Request) -> bool:
         """Start a waiting request with its cached prefix and a first chunk. Returns False if it must go on waiting."""
-        if not self.can_admit():
+        if not self.can_start():
             return False
         self.claimant = request
         self.queue.start(request)
