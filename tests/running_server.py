@@ -47,7 +47,7 @@ class RunningServer:
         self.server = HttpServer(config, max_connections=MAX_CONNECTIONS)
         self.server.app = self.app
         self.loop = asyncio.new_event_loop()
-        self.num_free_blocks = self.engine.allocator.num_available
+        self.num_available_blocks = self.engine.allocator.num_available
         self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._run(),))
 
     async def _run(self) -> None:
@@ -88,7 +88,9 @@ class RunningServer:
             (stats,) = self.client.stats
             if not stats.num_steps:
                 return True
-            return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == self.num_free_blocks
+            return (
+                stats.num_running == stats.num_waiting == 0 and stats.num_available_blocks == self.num_available_blocks
+            )
 
         self.wait_until(is_empty)
         self.wait_until(lambda: self.admission.num_requests == 0 and self.client.outstanding_tokens == 0)

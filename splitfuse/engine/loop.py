@@ -114,7 +114,7 @@ class EngineLoop:
             self._stats,
             num_running=len(queue.running),
             num_waiting=len(queue.waiting),
-            num_free_blocks=self._engine.allocator.num_available,
+            num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
         )

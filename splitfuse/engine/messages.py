@@ -78,7 +78,7 @@ class EngineStats:
     num_steps: int = 0
     num_running: int = 0
     num_waiting: int = 0
-    num_free_blocks: int = 0
+    num_available_blocks: int = 0
     num_prompt_tokens: int = 0  # of requests that were begun
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_generated_tokens: int = 0

@@ -246,7 +246,7 @@ class Metrics(Collector):
             per_engine = outstanding = 0
         blocks = per_engine * len(stats)
         # An engine that has made no step has not said how many of its blocks are free: all.
-        used = sum(per_engine - engine.num_free_blocks for engine in stats if engine.num_steps)
+        used = sum(per_engine - engine.num_available_blocks for engine in stats if engine.num_steps)
         return {
             "ready": client.state is EngineState.READY,
             "running": sum(engine.num_running for engine in stats),

@@ -148,7 +148,7 @@ def test_closing_a_stream_frees_its_blocks(make: Callable[[], EngineClient]) -> 
                 stream.close()
             await until(lambda: all(not s.num_running + s.num_waiting for s in client.stats))
             await answer(client, "0", PROMPT, SamplingParams(max_tokens=2))  # the id is free again
-            free = [s.num_free_blocks for s in client.stats if s.num_steps]
+            free = [s.num_available_blocks for s in client.stats if s.num_steps]
             assert free and set(free) == {SETTINGS["num_blocks"]}
             assert client.outstanding_tokens == 0
             async for _ in streams[7]:

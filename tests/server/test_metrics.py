@@ -300,7 +300,7 @@ def test_counters_never_go_down_and_lose_nothing_reported(
         if what == "death":
             client.engines[place] = EngineStats()
         elif what == "command":
-            client.engines[place] = replace(now, num_free_blocks=more[0])
+            client.engines[place] = replace(now, num_available_blocks=more[0])
         else:
             # One that is back before its death was reported has made fewer steps than it had, or it is another
             # engine with the same past, which looks the same.
@@ -325,8 +325,8 @@ def test_counters_never_go_down_and_lose_nothing_reported(
 def test_only_a_step_is_told_to_listeners(engine: Engine) -> None:
     client, told = AsyncEngine(engine), list[int]()
     client.on_step = lambda stats: told.append(stats.num_steps)
-    for num_steps, num_free_blocks in ((0, 9), (3, 8), (3, 9), (4, 9)):  # a command repeats the steps
-        client._take(StepReport((), EngineStats(num_steps, num_free_blocks=num_free_blocks)))
+    for num_steps, num_available_blocks in ((0, 9), (3, 8), (3, 9), (4, 9)):  # a command repeats the steps
+        client._take(StepReport((), EngineStats(num_steps, num_available_blocks=num_available_blocks)))
     client._take(Failed("it broke"))
     client._take(StepReport((), EngineStats(1)))
     assert told == [3, 4, 1]
