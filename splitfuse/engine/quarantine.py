@@ -9,7 +9,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import msgspec
 
@@ -85,5 +84,7 @@ class Quarantine:
 
 
 def _digest(request: Add) -> bytes:
-    params = replace(request.params, logit_bias=dict(sorted(request.params.logit_bias.items())))
+    params = msgspec.to_builtins(
+        request.params, str_keys=True, order="deterministic"
+    )  # mappings in order of their keys
     return hashlib.blake2b(_encode((request.prompt_token_ids, params)), digest_size=16).digest()
