@@ -83,14 +83,14 @@ class TextService:
         """Return the request for a text or token ids. Raises InvalidRequestError if it is empty or no valid text, or
         PromptTooLongError, before all of it is read, if it surely exceeds `max_model_len` tokens.
         """
-        lane = self._lane(prompt if isinstance(prompt, str) else "")
 
-        def encoded() -> PreparedRequest:
-            return lane.encoder.encode(
-                prompt, params, add_special_tokens=add_special_tokens, max_model_len=max_model_len
-            )
+        def encoded(encoder: PromptEncoder) -> PreparedRequest:
+            return encoder.encode(prompt, params, add_special_tokens=add_special_tokens, max_model_len=max_model_len)
 
-        return await lane.run(encoded) if isinstance(prompt, str) else encoded()
+        if not isinstance(prompt, str):
+            return encoded(self._short.encoder)  # token ids, which no process reads
+        lane = self._lane(prompt)
+        return await lane.run(lambda: encoded(lane.encoder))
 
     async def encode_chat(
         self,
