@@ -32,8 +32,9 @@ class Router(EngineClient):
 
     @property
     def stage(self) -> Loading:
-        """Return the stage of the replica that has come farthest."""
-        return max((replica.stage for replica in self.replicas), key=_progress)
+        """Return the stage of the replica that has come farthest of those that are not ready; ready once all are."""
+        stages = [replica.stage for replica in self.replicas]
+        return max([stage for stage in stages if stage.stage != "ready"] or stages, key=_progress)
 
     @property
     def info(self) -> EngineInfo:

@@ -68,10 +68,13 @@ class AppState:
         client = self.service.client
         if self.admission.draining:
             return "draining", 0.0
-        if client.state is EngineState.READY:
-            return (EngineState.STARTING.value, 0.0) if self.service.is_starting else ("ready", 1.0)
+        is_ready = client.state is EngineState.READY
+        if is_ready and not self.service.is_starting:
+            return "ready", 1.0
         stage = client.stage
-        return (client.state.value, 0.0) if stage.stage == "ready" else (stage.stage, stage.fraction)
+        if stage.stage != "ready":  # of a replica that has not started yet, even if another has
+            return stage.stage, stage.fraction
+        return (EngineState.STARTING if is_ready else client.state).value, 0.0
 
     @property
     def schema_bounds(self) -> SchemaBounds:

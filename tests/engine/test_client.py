@@ -30,6 +30,7 @@ from splitfuse.engine.messages import (
     EngineStats,
     Failed,
     Finish,
+    Loading,
     StepReport,
     Stop,
     decode_command,
@@ -372,6 +373,17 @@ def test_other_replicas_continue_when_one_dies() -> None:
             await until(lambda: mortal.state is EngineState.READY)
 
     run(test())
+
+
+def test_a_router_tells_the_stage_of_those_not_ready() -> None:
+    first, second = (SubprocessEngine(CONFIG) for _ in range(2))
+    router = Router([first, second])
+    first.stage, second.stage = Loading("loading", 0.98), Loading("starting")
+    assert router.stage == first.stage
+    first.stage, second.stage = Loading("ready", 1.0), Loading("loading", 0.5)
+    assert router.stage == second.stage
+    second.stage = Loading("ready", 1.0)
+    assert router.stage == second.stage
 
 
 def test_a_silent_replica_gets_no_requests() -> None:
