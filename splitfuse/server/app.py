@@ -118,12 +118,12 @@ async def _explain(state: AppState, context: RequestContext) -> None:
 
 
 async def _openapi(state: AppState, context: RequestContext) -> None:
-    await context.answer(_document(state.schema_bounds))
+    await context.answer(_document(ROUTES, state.schema_bounds))
 
 
 @functools.lru_cache(maxsize=2)
-def _document(bounds: SchemaBounds) -> bytes:
-    return encode_json(document(ROUTES, bounds))
+def _document(routes: tuple[Route, ...], bounds: SchemaBounds) -> bytes:
+    return encode_json(document(routes, bounds))
 
 
 async def _no_such_route(_: AppState, context: RequestContext) -> None:
