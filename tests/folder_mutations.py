@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import odd_files
 import tiny_models
 import tiny_tokenizers
 import torch
@@ -390,25 +391,11 @@ def _mutate_bytes(path: Path, rng: random.Random) -> str:
 def _mutate_file(path: Path, rng: random.Random) -> str:
     """Put something else in place of a file."""
     path.unlink()
-    kind = rng.choice(("nothing", "pipe", "device", "folder", "endless", "sparse", "log", "loop", "random bytes"))
-    match kind:
-        case "pipe":
-            os.mkfifo(path)
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "folder":
-            path.mkdir()
-        case "endless":
-            path.symlink_to("/proc/self/pagemap")
-        case "sparse":
-            with path.open("wb") as file:
-                file.truncate(2**40)
-        case "log":
-            path.symlink_to("/proc/kmsg")
-        case "loop":
-            path.symlink_to(path)
-        case "random bytes":
-            path.write_bytes(rng.randbytes(1000))
+    kind = rng.choice((*odd_files.KINDS, "random bytes"))
+    if kind == "random bytes":
+        path.write_bytes(rng.randbytes(1000))
+    else:
+        odd_files.put_odd_file(path, kind)
     return f"replaced by: {kind}"
 
 
