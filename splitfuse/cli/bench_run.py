@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.bench.workload import Loads
-from splitfuse.cli.flags import ApiKeyFlag, first_key, flag_of, given, take, with_flags
+from splitfuse.cli.flags import ApiKeyFlag, flag_of, given, take, with_flags
 from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
 from splitfuse.cli.tables import print_results
 from splitfuse.config import EngineConfig
+from splitfuse.deploy.daemon import first_key
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:

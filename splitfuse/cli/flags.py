@@ -17,7 +17,7 @@ import typer
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import Parameter
-from splitfuse.deploy.daemon import KEY_VARIABLES
+from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
@@ -171,11 +171,6 @@ def connect(name: str | None, url: str | None, api_key: str | None) -> Client:
     if name is not None and url is not None:
         raise ConfigError("--name and --url are mutually exclusive")
     return client(url or name or ServerConfig().name, api_key=first_key(api_key))
-
-
-def first_key(api_keys: str | None) -> str | None:
-    """Return the first of several keys, as SPLITFUSE_API_KEY may have them for a server."""
-    return next(iter((api_keys or "").split()), None)
 
 
 def flag_of(name: str) -> str:

@@ -228,8 +228,7 @@ def connect(name_or_url: str, api_key: str | None) -> tuple[str, str | None, Dep
 
     Without `api_key`, the key is the first one in SPLITFUSE_API_KEY. Raises ServerError if no deployment has that name.
     """
-    keys = os.environ.get(daemon.KEY_VARIABLES["api_key"], "").split()
-    api_key = api_key or (keys[0] if keys else None)
+    api_key = api_key or daemon.first_key(os.environ.get(daemon.KEY_VARIABLES["api_key"]))
     if "://" not in name_or_url:
         deployment = registry.find(name_or_url)
         return deployment.url, api_key, deployment

@@ -116,6 +116,11 @@ def _wait_for(child: subprocess.Popen[bytes], log: BinaryIO, echo: TextIO, *, re
         time.sleep(POLL_SECONDS)
 
 
+def first_key(api_keys: str | None) -> str | None:
+    """Return the first of several keys, as SPLITFUSE_API_KEY may have them for a server."""
+    return next(iter((api_keys or "").split()), None)
+
+
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
     """Return settings as flags of the command line.
 
