@@ -8,6 +8,7 @@ transformers for the same files. In particular `tokenizer.json` says whether a t
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -75,9 +76,8 @@ class Tokenizer:
                 "only a SentencePiece tokenizer.model, which cannot be read as it is" if slow else "no tokenizer.json"
             )
             raise TokenizerError(f"{source.location} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
-        config = source.read_json("tokenizer_config.json", TokenizerError) or {}
-        if (added := config.get("added_tokens_decoder")) is None:
-            config |= source.read_json("special_tokens_map.json", TokenizerError) or {}
+        config = source.tokenizer_config(TokenizerError)
+        added = config.get("added_tokens_decoder")
         special, extra = _special_tokens(config), _extra_special_tokens(config)
         template = _chat_template(source, config)
         with _library_errors(f"the added tokens of {source.location} cannot be read"):
@@ -316,12 +316,16 @@ def _plain_added_tokens(ids: Mapping[str, Any], special: Set[str]) -> list[token
     ]
 
 
-@functools.lru_cache(maxsize=16)
+_tried: set[bytes] = set()
+"""Digests of the tokenizers that this process has tried: their content itself may be tens of MB."""
+
+
 def _try_apart(content: bytes) -> None:
     """Load a tokenizer in a process of its own, with limits: a few hundred kB can take gigabytes or overflow a stack.
     Raises ValueError if it cannot be loaded within them.
     """
-    if not sys.executable or sys.platform == "win32":  # no such limits there
+    digest = hashlib.sha256(content).digest()
+    if digest in _tried or not sys.executable or sys.platform == "win32":  # no such limits there
         return
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # threads have memory of their own
     ended = subprocess.run([sys.executable, "-c", _TRIAL], input=content, capture_output=True, env=environment)
@@ -329,6 +333,7 @@ def _try_apart(content: bytes) -> None:
         raise ValueError(ended.stdout.decode(errors="replace") or "it needs more than 400 MiB of memory")
     if ended.returncode:
         raise ValueError("loading it takes more than 400 MiB of memory or 4 s of computing time, or crashes")
+    _tried.add(digest)
 
 
 _TRIAL = """

@@ -9,15 +9,9 @@ from pathlib import Path
 from splitfuse.errors import ModelNotFoundError
 from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE, shard_names
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.source import ModelSource
+from splitfuse.models.sources.source import SMALL_FILES, ModelSource
 
 BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
-
-SMALL_FILES = (
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "adapter_config.json"),
-)
-"""Files that are read, but for the weights. Only these are fetched: never pickles, code or copies in other formats."""
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a folder that cannot be written, or not further."""
@@ -45,7 +39,9 @@ def open_model(model: str | None, revision: str | None = None, *, weights: bool 
         pass  # too long for a path, or the home of a user who does not exist
     if model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
         raise ModelNotFoundError(f"there is no folder {model}")
-    path = _fetch(model, revision, [*SMALL_FILES, *((SINGLE_FILE, INDEX_FILE) if weights else ())])
+    # Only what is read is fetched: never pickles, code or copies in other formats.
+    read = (*SMALL_FILES, "adapter_config.json", *((SINGLE_FILE, INDEX_FILE) if weights else ()))
+    path = _fetch(model, revision, read)
     if weights and not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
         _fetch(model, path.name, shard_names(path))  # of the same commit, whose folder has its name
     return ModelFolder(path)

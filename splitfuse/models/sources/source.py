@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 
-
-_SMALL_FILES = (
+SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja"),
 )
+"""Files that say what a model is, but for the weights."""
 
 
 class Piece(NamedTuple):
@@ -84,7 +84,7 @@ class ModelSource(ABC):
     def digest(self, *, weights: bool = True) -> str:
         """Return a digest of what the model's files say, with `weights` also of samples of its tensors."""
         digest = hashlib.sha256()
-        for file in _SMALL_FILES:
+        for file in SMALL_FILES:
             content: bytes | None = b""
             with suppress(OSError):  # whatever reads it for good says so
                 content = self.read(file, MAX_TOKENIZER_BYTES)
@@ -136,6 +136,16 @@ class ModelSource(ABC):
         values = self.read_json("adapter_config.json")
         return None if values is None else brief(values.get("base_model_name_or_path", "a model without a name"))
 
+    def tokenizer_config(self, error: type[ModelError] = ModelError) -> dict[str, Any]:
+        """Return tokenizer_config.json, empty if there is none. One without added_tokens_decoder, which old versions of
+        transformers wrote, has the special tokens of special_tokens_map.json too. Raises `error` as `read_json`.
+        """
+        config = self.read_json("tokenizer_config.json", error) or {}
+        if config.get("added_tokens_decoder") is not None:
+            return config
+        named = self.read_json("special_tokens_map.json", error) or {}
+        return {**config, **named, "added_tokens_decoder": None}
+
     def generation_config(self) -> dict[str, Any]:
         """Return generation_config.json, the model's defaults for sampling; empty if there is none."""
         return self.read_json("generation_config.json") or {}
@@ -155,9 +165,7 @@ class ModelSource(ABC):
         read is left to the tokenizer, which says so.
         """
         try:
-            config = self.read_json("tokenizer_config.json") or {}
-            if config.get("added_tokens_decoder") is None:
-                config |= self.read_json("special_tokens_map.json") or {}
+            config = self.tokenizer_config()
             token = config.get("eos_token")
             text = token.get("content") if isinstance(token, dict) else token
             content = self.read("tokenizer.json", MAX_TOKENIZER_BYTES)
