@@ -84,7 +84,6 @@ class Quarantine:
 
 
 def _digest(request: Add) -> bytes:
-    params = msgspec.to_builtins(
-        request.params, str_keys=True, order="deterministic"
-    )  # mappings in order of their keys
+    # Mappings in the order of their keys.
+    params = msgspec.to_builtins(request.params, str_keys=True, order="deterministic")
     return hashlib.blake2b(_encode((request.prompt_token_ids, params)), digest_size=16).digest()

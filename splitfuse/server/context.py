@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import suppress
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,7 +71,7 @@ class RequestContext:
         self._writing = asyncio.Lock()
         self._written_at = self.arrival
 
-    @property
+    @cached_property
     def headers(self) -> dict[bytes, bytes]:
         """Return the headers by lower-case name. Several of one name are joined by commas, as HTTP says: so two keys
         are none, whichever of them a proxy has checked.

@@ -46,7 +46,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whom the system does not know, without a folder to write to."""
+    """A user unknown to the system, without a folder to write to."""
 
     def unknown(_: int) -> Any:
         raise KeyError
