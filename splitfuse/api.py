@@ -66,6 +66,7 @@ def pipeline(
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
     source = open_model(config.model.model, config.model.revision, weights=config.model.load_format != "dummy")
+    source.config()  # before the tokenizer: a folder that is no model should be called that
     other = config.model.tokenizer
     tokenizer = Tokenizer.from_source(
         source if other is None else open_model(other, config.model.revision, weights=False)

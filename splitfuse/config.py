@@ -173,7 +173,7 @@ class EngineConfig:
         Raises ConfigError for an unknown name (with the nearest known one), or a value of the wrong type or range.
         """
         known = cls.setting_fields()
-        _refuse_unknown(settings, known)
+        refuse_unknown(settings, known)
         parts = {
             part: _parse(kind, {name: value for name, value in settings.items() if known[name][0] is kind})
             for part, kind in PARTS.items()
@@ -202,7 +202,9 @@ class ServerConfig:
     replicas: int = setting(1, "Number of engine processes, which divide the cores of this machine.")
     api_key: tuple[str, ...] = setting((), "API key that requests must send; may be repeated.")
     api_key_file: str | None = setting(
-        None, "File with an API key per line, optionally followed by name, weight, priority, ttft and itl."
+        None,
+        "File with an API key per line, optionally followed by settings such as name=alice weight=2 priority=low "
+        "ttft=1s itl=100ms.",
     )
     allow_origin: tuple[str, ...] = setting((), "Web origin allowed by CORS; * allows any. May be repeated.")
     tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, enables HTTPS.")
@@ -252,7 +254,7 @@ class ServerConfig:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
-        _refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
+        refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
         return _parse(cls, settings)
 
 
@@ -288,7 +290,8 @@ def _parse(part: type[_Part], settings: Mapping[str, Any]) -> _Part:
     return part(**values)
 
 
-def _refuse_unknown(settings: Iterable[str], known: Collection[str]) -> None:
+def refuse_unknown(settings: Iterable[str], known: Collection[str]) -> None:
+    """Raise ConfigError, with the nearest known name, for a setting that is not known."""
     for name in settings:
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}{did_you_mean(name, known)}")

@@ -168,6 +168,11 @@ def whole_seconds(wait: float) -> int:
     return math.ceil(min(max(wait, 1), MAX_WAIT))
 
 
+def unreadable(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read, without the number of the error and the path, which the caller names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def brief(value: object) -> str:
     """Return how an error shows a value: in 80 characters at most, however long or deep the value is."""
     try:

@@ -346,3 +346,11 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="there is no folder"):
         splitfuse.pipeline(tmp_path / "nothing")
+
+
+def test_a_folder_without_config_is_called_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(
+        ModelNotFoundError, match=r"has no config\.json: it is not a model folder .* GGUF, are not read"
+    ):
+        splitfuse.pipeline(tmp_path)

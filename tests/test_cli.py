@@ -211,7 +211,7 @@ def test_unknown_flag_ends_with_status_2(run: Run, arguments: list[str], message
 def test_missing_double_and_unreadable_prompts(run: Run, tmp_path: Path) -> None:
     run("generate").assert_mistake("no prompt: standard input is empty")
     run("generate", "hi", "--input", "x.txt").assert_mistake("prompts as arguments and --input are mutually exclusive")
-    run("generate", "--input", tmp_path / "no.txt").assert_mistake("no.txt cannot be read: ")
+    run("generate", "--input", tmp_path / "no.txt").assert_mistake("no.txt cannot be read: No such file or directory")
     run("generate", "--input", tmp_path).assert_mistake("cannot be read: ")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     run("generate", "--input", tmp_path / "latin").assert_mistake("latin cannot be read: ")

@@ -18,7 +18,7 @@ import msgspec
 
 from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
 from splitfuse.config import setting
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, unreadable
 
 Prompt: TypeAlias = tuple[int, ...] | str
 DEVIATION = 0.3
@@ -240,7 +240,7 @@ class Trace(Workload):
         try:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+            raise ConfigError(f"{path} cannot be read: {unreadable(error)}") from error
         lines = []
         for number, text in enumerate(texts, start=1):
             if text.strip():

@@ -14,7 +14,7 @@ import typer
 
 from splitfuse.cli.flags import JSONL_ONLY, SAMPLING_FLAGS, given, with_flags
 from splitfuse.config import EngineConfig
-from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean
+from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean, unreadable
 
 if typing.TYPE_CHECKING:
     from splitfuse.api import Pipeline
@@ -94,7 +94,7 @@ def _read(source: str) -> str:
     try:
         return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{source} cannot be read: {error}") from error
+        raise InvalidRequestError(f"{source} cannot be read: {unreadable(error)}") from error
 
 
 def _parse(line: str, number: int) -> _Request:

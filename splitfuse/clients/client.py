@@ -286,7 +286,7 @@ def _network_errors(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError as error:
-        raise ServerError(f"no server answers at {url}: {error}") from error
+        raise ServerError(f"no server answers at {url}: {error}; splitfuse ps lists those on this machine") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(f"the connection to {url} was lost: {error or type(error).__name__}") from error
 

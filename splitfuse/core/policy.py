@@ -175,4 +175,7 @@ def preemption_key(request: Request) -> tuple[int, int]:
 
 def slo_required() -> InvalidRequestError:
     """Return the error for a request with `on_time_only` and without an SLO."""
-    return InvalidRequestError("on_time_only requires an SLO: set targets.ttft or targets.itl", parameter="targets")
+    return InvalidRequestError(
+        "on_time_only requires an SLO: a ttft or itl of the request (splitfuse_slo) or of the server (--ttft, --itl)",
+        parameter="targets",
+    )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config import EngineConfig, ServerConfig, refuse_unknown
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import ConfigError, ServerError
@@ -42,6 +42,7 @@ def start(settings: Mapping[str, Any], *, wait: bool, echo: TextIO) -> Deploymen
     """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     server_names = ServerConfig.__dataclass_fields__
+    refuse_unknown(settings, [*EngineConfig.setting_fields(), *server_names])
     config = ServerConfig.from_settings({name: value for name, value in settings.items() if name in server_names})
     EngineConfig.from_settings({name: value for name, value in settings.items() if name not in server_names})
     registry.check_free(config.name)

@@ -118,9 +118,9 @@ def calibrate(
     fine, coarse = (grid.only(fits) for grid in (FINE, COARSE))
     if not fine.is_enough:
         raise CostModelError(
-            f"only {len(fine.fitted)} different steps fit an engine with {plan.max_model_len} tokens a request, "
-            f"{blocks} blocks and max_num_seqs {max_num_seqs}; at least {MIN_SAMPLES} are needed: "
-            "raise these"
+            f"SLO scheduling has to time at least {MIN_SAMPLES} different steps, but only {len(fine.fitted)} fit an "
+            f"engine with {plan.max_model_len} tokens a request, {blocks} blocks and max_num_seqs {max_num_seqs}: "
+            "raise --max-model-len or --kv-cache-memory-gib, or leave out --ttft, --itl and --enable-slo"
         )
     runs = _Runs(executor)
     fitted, checking = choose_grid(runs, fine, coarse, seconds=seconds)

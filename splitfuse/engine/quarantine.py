@@ -52,7 +52,8 @@ class Quarantine:
             self._deaths[digest] = count + 1, now
             if count + 1 == NUM_DEATHS:
                 _logger.error(
-                    "request %s was in the step in flight at %d deaths of an engine: its like is refused for %g s",
+                    "request %s was in the step in flight at %d deaths of an engine: requests with these tokens and "
+                    "parameters are refused (422) for %g s",
                     request.request_id,
                     NUM_DEATHS,
                     SECONDS,

@@ -128,7 +128,10 @@ def _document(routes: tuple[Route, ...], bounds: SchemaBounds) -> bytes:
 
 async def _no_such_route(_: AppState, context: RequestContext) -> None:
     openai.refuse_absent(context.scope["path"])
-    raise RefusedError(404, "there is no such route; /openapi.json lists all", code="no_such_route")
+    plain = re.sub(r"^(/v1)+(?=/)", "", context.scope["path"])  # a base URL without /v1, or one too many
+    meant = [route.path for route in ROUTES if route.path in (plain, f"/v1{plain}")]
+    hint = f"did you mean {meant[0]}?" if meant else "/openapi.json lists all"
+    raise RefusedError(404, f"there is no such route; {hint}", code="no_such_route")
 
 
 _EXPLAIN = "/v1/splitfuse/requests/{request}"

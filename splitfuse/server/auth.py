@@ -18,7 +18,7 @@ from pathlib import Path
 from splitfuse.config import SchedulerConfig, ServerConfig
 from splitfuse.core.request import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
-from splitfuse.errors import ConfigError, did_you_mean
+from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
 OPTIONS = ("name", "weight", "priority", "ttft", "itl")
@@ -95,7 +95,7 @@ def _read(path: str, owners: dict[str, Owner]) -> None:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"api_key_file {path} cannot be read: {error}") from error
+        raise ConfigError(f"api_key_file {path} cannot be read: {unreadable(error)}") from error
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         key, *options = line.split() or [""]
@@ -119,7 +119,9 @@ def _owner(options: list[str], *, name: str) -> Owner:
     for option in options:
         word, equals, value = option.partition("=")
         if word not in OPTIONS:
-            raise ConfigError(f"unknown option {option!r} after a key{did_you_mean(word, OPTIONS)}; write NAME=VALUE")
+            raise ConfigError(
+                f"unknown option {option!r} after a key{did_you_mean(word, OPTIONS)}; write for example name=alice"
+            )
         if not equals or not value:
             raise ConfigError(f"{option!r} after a key has no value: write {word}=VALUE, without spaces")
         if word in given:

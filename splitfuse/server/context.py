@@ -128,7 +128,7 @@ class RequestContext:
             except TimeoutError:
                 raise RefusedError(
                     408,
-                    f"the body did not come: {size} bytes in {timeout + size / SLOWEST:.0f} s",
+                    f"the body did not come: only {size} bytes in {timeout + size / SLOWEST:.0f} s (--client-timeout)",
                     code="body_timeout",
                     headers={"connection": "close"},
                 ) from None

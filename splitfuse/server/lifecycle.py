@@ -80,7 +80,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
         )
         is_listed = _register(deployment)
         if not deployment.needs_key and not registry.is_loopback(address):
-            _logger.warning("listening on %s without authentication; set --api-key", address)
+            _logger.warning("listening on %s without authentication; set SPLITFUSE_API_KEY or --api-key-file", address)
         try:
             client = make_replicas(engine, replicas=config.replicas, step_timeout=config.step_timeout)
             config = _bounded(config, max_connections)
@@ -210,6 +210,7 @@ def _make_app(
     model = engine.model
     # Fetched once, before several engines ask for it.
     source = open_model(model.model, model.revision, weights=model.load_format != "dummy")
+    source.config()  # before the tokenizer: a folder that is no model should be called that
     if model.tokenizer is not None:
         source = open_model(model.tokenizer, model.revision, weights=False)
     tokenizer = Tokenizer.from_source(source)

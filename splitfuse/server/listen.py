@@ -8,14 +8,15 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil
 from typing import Any
 
 import uvicorn
 
 from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError, EngineUnavailableError, ServerError
+from splitfuse.deploy import registry
+from splitfuse.errors import ConfigError, EngineUnavailableError, RegistryError, ServerError
 from splitfuse.server.auth import check_private
 from splitfuse.server.connections import Connection, Connections
 from splitfuse.server.dialect import encode_json
@@ -48,7 +49,7 @@ def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[so
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ServerError(
-                f"port {port} of {host} is in use by another program: choose another with --port; 0 takes a free one"
+                f"port {port} of {host} is in use by {_holder(port)}: choose another with --port; 0 takes a free one"
             ) from error
         raise ServerError(f"cannot listen on {host!r}, port {port}: {error.strerror}") from error
     with listener:
@@ -60,6 +61,15 @@ def listening_socket(host: str, port: int, client_timeout: float) -> Iterator[so
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * client_timeout))
         yield listener
+
+
+def _holder(port: int) -> str:
+    """Return what holds a port of this machine."""
+    with suppress(RegistryError):
+        for each in registry.deployments():
+            if each.port == port:
+                return f"the deployment {each.name!r}, which ends with splitfuse stop {each.name}"
+    return "another program"
 
 
 class HttpServer(uvicorn.Server):

@@ -119,9 +119,11 @@ def accepts_neutral(**neutral: Sequence[Any]) -> Callable[[type[_Body]], type[_B
 def decode(kind: type[_Body], body: bytes) -> _Body:
     """Return the request in a body of JSON.
 
-    Raises RefusedError (400) for invalid JSON, for a value of another type or out of bounds (naming its place, such as
-    `messages[0].content`), for an unknown field, and for a field that is known but not supported.
+    Raises RefusedError (400) for an empty body or invalid JSON, for a value of another type or out of bounds (naming
+    its place, such as `messages[0].content`), for an unknown field, and for a field that is known but not supported.
     """
+    if not body.strip():
+        raise RefusedError(400, "the body is empty: send a JSON object", code="invalid_json")
     try:
         try:
             request = msgspec.json.decode(body, type=kind)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import random
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -246,13 +248,18 @@ async def die_and_come_back(client: SubprocessEngine, harm: Callable[[int], None
     assert len(await answer(client, "after", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
 
 
-def test_a_killed_process_fails_its_requests_and_comes_back() -> None:
+def test_a_killed_process_fails_its_requests_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "splitfuse")
+
     async def test() -> None:
         async with running(SubprocessEngine(CONFIG)) as client:
             assert isinstance(client, SubprocessEngine)
             await die_and_come_back(client, lambda pid: os.kill(pid, signal.SIGKILL))
 
     run(test())
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "the engine died: its process ended with signal 9 (SIGKILL); starting it again in 0.5 s"
+    assert re.fullmatch(r"the engine is ready again after \d+\.\d s", lines[1]) and len(lines) == 2
 
 
 def test_a_hanging_process_is_found_and_its_stacks_logged(

@@ -59,12 +59,18 @@ def with_other(**changes: object) -> Add:
     return Add("a", (1, 2, 3), replace(PARAMS, **changes))  # type: ignore[arg-type]
 
 
-def test_two_deaths_refuse_a_request_for_ten_minutes(quarantine: Quarantine, clock: Clock) -> None:
+def test_two_deaths_refuse_a_request_for_ten_minutes(
+    quarantine: Quarantine, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not refuses(quarantine, ADD)
     quarantine.engine_died([ADD, Add("b", (4,), PARAMS)])
     clock.now += 100
     assert not refuses(quarantine, ADD)
     quarantine.engine_died([ADD])
+    assert caplog.messages == [
+        "request a was in the step in flight at 2 deaths of an engine: requests with these tokens and parameters are "
+        "refused (422) for 600 s"
+    ]
     with pytest.raises(
         RequestQuarantinedError, match=r"computed at 2 deaths of an engine, .* refused for another 600 s"
     ):

@@ -165,7 +165,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_endpoint(monkeypatch, "http://127.0.0.1:1", tmp_path)
     message = refused("owner/name")
     assert "the Hub cannot be reached" in message
-    assert "a local folder works without it" in message
+    assert "is no folder here" in message and "a local folder works without it" in message
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

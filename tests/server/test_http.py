@@ -93,6 +93,14 @@ def test_unknown_routes_and_methods(http: httpx.Client) -> None:
     for path in ("/", "/docs", "/redoc", "/v1", "/v1/completions/", "/v2/models", "/metrics/../etc/passwd", "/%00"):
         answer = http.get(path)
         assert (answer.status_code, error_of(answer)["code"]) == (404, "no_such_route")
+    for path, meant in (
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/v1/models", "did you mean /v1/models?"),
+        ("/v1/health", "did you mean /health?"),
+        ("/v3/models", "/openapi.json lists all"),
+    ):
+        answer = http.post(path, json={})
+        assert (answer.status_code, error_of(answer)["message"]) == (404, f"there is no such route; {meant}")
     for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("POST", "/health"), ("PUT", "/ready")):
         answer = http.request(method, path)
         assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")

@@ -145,6 +145,20 @@ def test_mismatches_are_described_in_json_terms(
         make(**body)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty: send a JSON object"),
+        (b" \n", "the body is empty: send a JSON object"),
+        (b"{", "the body is not valid JSON: "),
+    ],
+)
+def test_a_body_without_json_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(RefusedError, match=message) as refused:
+        decode(CompletionRequest, body)
+    assert (refused.value.status, refused.value.code) == (400, "invalid_json")
+
+
 def test_tool_messages_are_refused() -> None:
     request = chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
     with pytest.raises(InvalidRequestError, match=r"messages\[0\].role must be system, developer, user or assistant"):

@@ -99,7 +99,7 @@ def test_a_server_logs_its_start_is_listed_and_drains(folder: Path, run: Run) ->
             asyncio.run(run_server(EngineConfig(), ServerConfig(name="drained", port=0)))
         status, out, err = run("serve", "--port", client.url.rpartition(":")[2], "--name", "other")
         assert (status, out) == (1, "")
-        assert re.match(r"splitfuse: port \d+ of 127.0.0.1 is in use by another program: choose another", err)
+        assert re.match(r"splitfuse: port \d+ of 127.0.0.1 is in use by the deployment .drained., which ends with", err)
 
         pieces = client("Once upon a time", stream=True, **LONG_ENOUGH)
         first = next(pieces)
@@ -130,7 +130,13 @@ def test_listening_without_a_key_is_warned_of(
     config = ServerConfig(name="open", host=host, port=0, api_key=keys)
     with pytest.raises(ModelNotFoundError):
         asyncio.run(run_server(EngineConfig.from_settings({"model": "/nowhere/at/all"}), config))
-    assert ("listening on 0.0.0.0 without authentication" in caplog.text) is warned
+    warning = "listening on 0.0.0.0 without authentication; set SPLITFUSE_API_KEY or --api-key-file"
+    assert (warning in caplog.text) is warned
+
+
+def test_a_folder_without_config_is_called_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json: it is not a model folder"):
+        asyncio.run(run_server(EngineConfig.from_settings({"model": str(tmp_path)}), ServerConfig(name="no", port=0)))
 
 
 def test_a_second_sigterm_cuts_streams_off_with_an_error(folder: Path) -> None:
@@ -330,7 +336,8 @@ def test_a_detached_server_that_fails_shows_its_last_lines(tmp_path: Path, monke
 
 def test_an_invalid_setting_is_refused_before_the_start() -> None:
     for settings, message in (
-        ({"prot": 1}, "unknown setting 'prot'"),
+        ({"prot": 1}, "unknown setting 'prot'; did you mean 'port'"),
+        ({"api_keys": "k"}, "unknown setting 'api_keys'; did you mean 'api_key'"),
         ({"port": -1}, "port must be"),
         ({"api_key": "a b"}, "api_key must have no white space"),
     ):

@@ -68,7 +68,11 @@ def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> Non
     assert never.json()["error"]["param"] == "splitfuse_on_time_only"
     assert "its first token takes" in never.json()["error"]["message"]
     neither = http.post("/v1/completions", json={**body, "splitfuse_slo": {}})
-    assert neither.status_code == 400 and "requires an SLO" in neither.json()["error"]["message"]
+    assert neither.status_code == 400
+    assert neither.json()["error"]["param"] == "splitfuse_on_time_only"
+    assert neither.json()["error"]["message"] == (
+        "on_time_only requires an SLO: a ttft or itl of the request (splitfuse_slo) or of the server (--ttft, --itl)"
+    )
     long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_slo": {"ttft": 1000}, "stream": True}
     with http.stream("POST", "/v1/completions", json=long) as crowd:  # 12,000 tokens: 1.2 s and more
         # By the cost model, each takes 0.1 s and all 100 s. Corrected by at most 32, one alone is still in time
@@ -191,5 +195,8 @@ def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert error["param"] == "splitfuse_slo"
-        assert "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo" in error["message"]
+        assert error["message"] == (
+            "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo (--ttft, --itl, --enable-slo), "
+            "or leave splitfuse_slo out"
+        )
         assert slo_met(http, splitfuse_slo={}) is None

@@ -61,7 +61,7 @@ class SloTargets:
 
 
 NO_SLO = SloTargets()
-SLO_DISABLED = "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo"
+SLO_DISABLED = "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo (--ttft, --itl, --enable-slo)"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class SubprocessEngine(LocalClient):
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Failed | None = None
+        self._died_at: float | None = None
         self._last_heard = 0.0
         self._seconds_in_step = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -161,6 +162,8 @@ class SubprocessEngine(LocalClient):
                 return
             if self._closing:
                 return
+            if self._died_at is None:  # else it died again before it was ready
+                self._died_at = time.monotonic()
             if time.monotonic() - began > BACKOFF_RESET_SECONDS:
                 pause = FIRST_PAUSE
             _logger.error("the engine died: %s; starting it again in %g s", why, pause)
@@ -214,6 +217,9 @@ class SubprocessEngine(LocalClient):
                         self._weights.filled = True
                     if self._started is not None and not self._started.done():
                         self._started.set_result(None)
+                    if self._died_at is not None:
+                        _logger.info("the engine is ready again after %.1f s", time.monotonic() - self._died_at)
+                        self._died_at = None
         except (asyncio.IncompleteReadError, ConnectionError):
             return ""
         except (ValueError, msgspec.DecodeError, SplitfuseError) as error:

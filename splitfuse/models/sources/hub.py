@@ -71,7 +71,10 @@ def _fetch(model: str, revision: str | None, files: Sequence[str]) -> Path:
         reason = f"cannot be fetched: {error}"
     except Exception as error:  # every HTTP library that the Hub client has used brings exceptions of its own
         offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-        reason = f"is not in the local cache, and {offline} ({type(error).__name__}); a local folder works without it"
+        reason = (
+            f"is no folder here; as a Hub name it is not in the local cache, and {offline} ({type(error).__name__}); a "
+            "local folder works without it"
+        )
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             reason = f"cannot be stored: {error.strerror} ({error.filename}); set HF_HOME to a folder with room"
     raise ModelNotFoundError(f"{named} {reason}")

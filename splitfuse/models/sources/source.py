@@ -127,7 +127,8 @@ class ModelSource(ABC):
             )
         if values is None:
             raise ModelNotFoundError(
-                f"{self.location} has no config.json: it is not a model folder in Hugging Face format"
+                f"{self.location} has no config.json: it is not a model folder in Hugging Face format; "
+                "others, such as GGUF, are not read"
             )
         return values
 
