@@ -196,7 +196,7 @@ class Run:
             if output.finish_reason is not None:
                 self.note_breakdown(output.request_id)
             outcome.tokens += output.token_ids
-            outcome.prompt_logprobs += output.prompt_logprobs
+            outcome.prompt_logprobs += output.prompt_logprobs or ()
             outcome.finish_reason, outcome.error = output.finish_reason, output.error
         return outputs
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from struct import Struct, unpack_from
 from typing import TypeAlias
 
 from splitfuse.core.sampling_params import SamplingParams
 
 PLACEHOLDER = -1
 """Token id in a chunk for the one token that an earlier plan, not yet read back, is choosing for the same request."""
+
+_ID, _VALUE = Struct("i"), Struct("d")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,58 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Logprobs:
+    """Keeps TokenLogprobs in two buffers: a request may have millions of numbers, too many for objects.
+
+    Every entry has `width` tokens: its own, and as many of the most probable ones as the others.
+    """
+
+    width: int = 1
+    token_ids: bytearray = field(default_factory=bytearray)
+    values: bytearray = field(default_factory=bytearray)
+
+    @classmethod
+    def of(cls, entries: Sequence[TokenLogprob]) -> Logprobs | None:
+        """Return what keeps `entries`; None if there are none."""
+        if not entries:
+            return None
+        pairs = [pair for each in entries for pair in ((each.token_id, each.logprob), *each.top)]
+        token_ids, values = zip(*pairs, strict=True)
+        return cls(len(pairs) // len(entries), bytearray(array("i", token_ids)), bytearray(array("d", values)))
+
+    def __len__(self) -> int:
+        return len(self.values) // (_VALUE.size * self.width)
+
+    def __getitem__(self, index: int) -> TokenLogprob:
+        width, first = self.width, index * self.width
+        token_ids = unpack_from(f"{width}i", self.token_ids, first * _ID.size)
+        values = unpack_from(f"{width}d", self.values, first * _VALUE.size)
+        return TokenLogprob(token_ids[0], values[0], tuple(zip(token_ids[1:], values[1:], strict=True)))
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        return (self[index] for index in range(len(self)))
+
+    def chosen(self, index: int) -> tuple[int, float]:
+        """Return the token of an entry and its log-probability."""
+        first = index * self.width
+        token_id: int = _ID.unpack_from(self.token_ids, first * _ID.size)[0]
+        value: float = _VALUE.unpack_from(self.values, first * _VALUE.size)[0]
+        return token_id, value
+
+    def extend(self, others: Logprobs) -> None:
+        """Add entries, as wide as those that there are."""
+        assert self.width == others.width or not self.values, "entries of different widths"
+        self.width = others.width
+        self.token_ids += others.token_ids
+        self.values += others.values
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` entries."""
+        del self.token_ids[count * self.width * _ID.size :]
+        del self.values[count * self.width * _VALUE.size :]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.plan import PLACEHOLDER, SamplingState, TokenLogprob
+from splitfuse.core.plan import PLACEHOLDER, Logprobs, SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -196,8 +196,8 @@ class RequestOutput:
 
     request_id: str
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)

@@ -39,7 +39,7 @@ from splitfuse.core.events import (
 )
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, ChunkResult, Logprobs, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.slo.cost_model import features_of
@@ -231,8 +231,8 @@ class Scheduler:
         return RequestOutput(
             request.request_id,
             tokens,
-            result.logprobs,
-            result.prompt_logprobs,
+            Logprobs.of(result.logprobs),
+            Logprobs.of(result.prompt_logprobs),
             request.finish_reason,
             num_cached_tokens=request.kv.num_cached_tokens,
             slo_met=request.slo.met,

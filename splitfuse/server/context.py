@@ -7,8 +7,9 @@ disconnects. It also keeps the times of the request that explain.py divides into
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Coroutine, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from functools import cached_property
 from operator import attrgetter
@@ -68,6 +69,7 @@ class RequestContext:
         self._receive = receive
         self._send = send
         self._is_stream = False
+        self._last: Stream | None = None
         self._writing = asyncio.Lock()
         self._written_at = self.arrival
 
@@ -106,8 +108,10 @@ class RequestContext:
     @property
     def last(self) -> Stream | None:
         """Return the stream of the choice that ended last, or has not ended; None if no engine had any."""
-        streams = [g.stream for g in self.generations if g.stream is not None]
-        return max(streams, key=attrgetter("ended_at"), default=None)
+        if self._last is None or self._last.ended_at < math.inf:  # else another end changes nothing
+            streams = (g.stream for g in self.generations if g.stream is not None)
+            self._last = max(streams, key=attrgetter("ended_at"), default=None)
+        return self._last
 
     # The body --------------------------------------------------------------------------------------------------------
 
@@ -200,10 +204,19 @@ class RequestContext:
         await self._begin(status, content_type, {"content-length": str(len(body)), **(headers or {})})
         await self.send({"type": "http.response.body", "body": body})
 
+    async def answer_in_pieces(self, next_piece: Callable[[], Awaitable[bytes]]) -> None:
+        """Send a whole answer of JSON, piece by piece up to an empty one."""
+        piece = await next_piece()  # before the head: an error may take its place
+        await self._begin(200, "application/json", {})
+        while piece:
+            await self.send({"type": "http.response.body", "body": piece, "more_body": True})
+            piece = await next_piece()
+        await self.send({"type": "http.response.body", "body": b""})
+
     async def send_events(self, events: Iterable[Any]) -> None:
-        """Send events of a stream. The first one begins the answer."""
+        """Send events of a stream: bytes, or objects that the dialect writes. The first one begins the answer."""
         for event in events:
-            await self._write(self.dialect.event(event))
+            await self._write(event if isinstance(event, bytes) else self.dialect.event(event))
 
     async def end_events(self) -> None:
         """End the stream: all events are sent."""

@@ -7,7 +7,7 @@ which writes an answer whole or in events (both in generate.py); a `Dialect`; an
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,7 +16,54 @@ import msgspec
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body
 
-encode_json = msgspec.json.Encoder().encode
+PIECE_BYTES = 2**16
+"""Size of the pieces in which a large answer is sent."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class LazyList:
+    """Stands for a list in an answer, whose items are made as they are written: there may be millions."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the list as JSON, item by item."""
+        before = b"["
+        for item in self._items:
+            yield before + _encode(item)
+            before = b","
+        yield b"]" if before == b"," else b"[]"
+
+
+def _joined(value: Any) -> msgspec.Raw:
+    assert isinstance(value, LazyList), f"{type(value)} cannot be written as JSON"
+    return msgspec.Raw(b"".join(value))
+
+
+encode_json = msgspec.json.Encoder(enc_hook=_joined).encode
+"""Function that returns an object as JSON."""
+
+
+def json_pieces(content: Any) -> Iterator[bytes]:
+    """Yield the JSON of an object in pieces of some PIECE_BYTES: at no time are all items of its LazyLists there."""
+    lists: list[LazyList] = []
+
+    def mark(value: LazyList) -> msgspec.Raw:
+        lists.append(value)
+        return msgspec.Raw(b"\0")  # which JSON never has in it
+
+    first, *others = msgspec.json.Encoder(enc_hook=mark).encode(content).split(b"\0")
+    piece = bytearray(first)
+    for each, after in zip(lists, others, strict=True):
+        for item in each:
+            piece += item
+            if len(piece) >= PIECE_BYTES:
+                yield bytes(piece)
+                piece.clear()
+        piece += after
+    yield bytes(piece)
 
 
 def sse_event(content: Any) -> bytes:

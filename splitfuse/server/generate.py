@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from splitfuse.core.limits import EngineLimits
@@ -15,7 +16,7 @@ from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError, SplitfuseError
 from splitfuse.server.context import RequestContext, TokenCounts
-from splitfuse.server.dialect import encode_json
+from splitfuse.server.dialect import json_pieces
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
@@ -121,16 +122,24 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise _failure(generation)
                 if request.stream:
-                    events = await compute(lambda g=generation, t=text: list(responder.events(g, t)))  # type: ignore[misc]
-                    await context.send_events(events)
+                    await context.send_events(await compute(partial(_written, context, responder, generation, text)))
         timing = await timing_with_phases(context) if request.include_timing else None
         if request.stream:
             await context.send_events(responder.last_events(context.num_tokens, timing))
             await context.end_events()
         else:
             counts = context.num_tokens
-            whole = await compute(lambda: encode_json(responder.whole(context.generations, counts, timing)))
-            await context.answer(whole)
+            whole = await compute(lambda: responder.whole(context.generations, counts, timing))
+            if not is_large:
+                await context.answer(whole)
+                return
+            parts = json_pieces(whole)
+            await context.answer_in_pieces(lambda: service.off_loop(lambda: next(parts, b"")))
+
+
+def _written(context: RequestContext, responder: Responder, generation: Generation, text: str) -> list[bytes]:
+    """Return the events for a generation's new text, as they are sent."""
+    return list(map(context.dialect.event, responder.events(generation, text)))
 
 
 def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:

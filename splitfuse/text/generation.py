@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.client import Stream
 from splitfuse.text.prompts import PreparedRequest
@@ -37,8 +37,8 @@ class Generation:
         self.choice = choice
         self.text = ""
         self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs: list[TokenLogprob] = []
+        self.logprobs = Logprobs()
+        self.prompt_logprobs = Logprobs()
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
         self.error: str | None = None
@@ -78,8 +78,10 @@ class Generation:
         self.num_steps += 1
         self.slo_met = output.slo_met
         self.token_ids += output.token_ids
-        self.logprobs += output.logprobs
-        self.prompt_logprobs += output.prompt_logprobs
+        if output.logprobs is not None:
+            self.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs.extend(output.prompt_logprobs)
         self.num_cached_tokens = output.num_cached_tokens
         self.timings.tokens += [now] * len(output.token_ids)
         self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
@@ -155,5 +157,5 @@ class Generation:
         self.finish_reason = FinishReason.STOP
         count = self._detokenizer.num_tokens(self._unwatched + self._stop_strings.length)
         count = max(count, self.request.params.min_tokens)
-        for items in (self.token_ids, self.logprobs, self.timings.tokens):
-            del items[count:]
+        self.logprobs.truncate(count)
+        del self.token_ids[count:], self.timings.tokens[count:]

@@ -22,6 +22,7 @@ from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config import EngineConfig
+from splitfuse.core.plan import Logprobs, TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.targets import SloTargets
@@ -478,6 +479,9 @@ def test_cores_are_divided_into_runs_of_neighbours() -> None:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
+LOGPROBS = Logprobs.of([TokenLogprob(7, -0.1, ((7, -0.1), (8, -3.7)))])
+
+
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(max_tokens=3, stop=("a", "\ud7ff"), logit_bias={5: -1.5}, seed=2**64 - 1)
     for command in (
@@ -487,7 +491,7 @@ def test_messages_survive_the_wire() -> None:
     ):
         assert decode_command(encode(command)) == command
     for report in (
-        StepReport((RequestOutput("x", (1,), finish_reason=FinishReason.LENGTH),), EngineStats(num_steps=3)),
+        StepReport((RequestOutput("x", (1,), LOGPROBS, LOGPROBS, FinishReason.LENGTH),), EngineStats(num_steps=3)),
         Failed("why"),
     ):
         assert decode_report(encode(report)) == report

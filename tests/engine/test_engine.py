@@ -367,8 +367,8 @@ def test_logprobs_of_prompt_and_output_equal_those_of_transformers() -> None:
     of_output: list[TokenLogprob] = []
     while engine.has_unfinished:
         for output in engine.step():
-            of_prompt += output.prompt_logprobs
-            of_output += output.logprobs
+            of_prompt += output.prompt_logprobs or ()
+            of_output += output.logprobs or ()
     tokens = prompt + [entry.token_id for entry in of_output]
     assert [entry.token_id for entry in of_prompt] == prompt[1:] and len(of_output) == 6
 

@@ -14,6 +14,7 @@ from splitfuse.config import ServerConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, OverloadedError
+from splitfuse.server import generate
 from splitfuse.server.admission import Admission
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.endpoints import ABSENT
@@ -225,6 +226,33 @@ def test_seed_minus_1_is_a_new_one_each_time(http: httpx.Client) -> None:
     texts = {http.post(COMPLETIONS, json={**body, "seed": -1}).json()["choices"][0]["text"] for _ in range(4)}
     assert len(texts) > 1
     assert refusal_of(http.post(COMPLETIONS, json={**body, "seed": -2}))[0] == "seed"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 1}),
+        (COMPLETIONS, {"prompt": [PROMPT, "The cat"], "logprobs": 3, "echo": True, "prompt_logprobs": 2}),
+        (COMPLETIONS, {"prompt": PROMPT, "logprobs": 1, "echo": True, "max_tokens": 0}),
+        (COMPLETIONS, {"prompt": PROMPT, "logprobs": 2, "echo": True, "stream": True, "stop": "e"}),
+    ],
+)
+def test_many_logprobs_are_written_as_few_are(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    body = {"max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 5} | body
+
+    def answered() -> tuple[httpx.Response, list[str]]:
+        answer = http.post(path, json=body)
+        data = re.sub(r'"(id|created)":("[^"]*"|\d+)', "", answer.text)
+        return answer, sorted(data.splitlines())  # choices of a stream come in any order
+
+    few, lines = answered()
+    monkeypatch.setattr(generate, "MANY_LOGPROBS", 0)
+    many, same = answered()
+    assert few.status_code == many.status_code == 200 and lines == same
+    if not body.get("stream"):
+        assert "content-length" in few.headers and many.headers["transfer-encoding"] == "chunked"
 
 
 def test_prompt_logprobs_are_those_of_a_pipeline(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:

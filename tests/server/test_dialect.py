@@ -1,5 +1,8 @@
 """A dialect brings its own keys, errors and events; nothing of OpenAI's is left in them."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import msgspec
 import pytest
 from running_server import running_server
@@ -8,7 +11,7 @@ from splitfuse.config import ServerConfig
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server import app
 from splitfuse.server.context import RequestContext
-from splitfuse.server.dialect import Dialect, Route, encode_json
+from splitfuse.server.dialect import PIECE_BYTES, Dialect, LazyList, Route, encode_json, json_pieces
 from splitfuse.server.state import AppState
 
 
@@ -62,3 +65,36 @@ def test_a_dialect_brings_its_keys_errors_and_events(monkeypatch: pytest.MonkeyP
         answers = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()["paths"]["/lines"]["get"]
         schema = answers["responses"]["401"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Complaint"}
+
+
+def test_a_lazy_list_is_written_as_a_list_is() -> None:
+    for items in ([], [None], [Line("\0"), {"a": [1.5]}, "b"]):
+        whole = encode_json({"x": "\0", "first": items, "nested": {"second": [items, 3]}, "last": "\0"})
+
+        def lazy(items: list[Any] = items) -> Any:
+            return LazyList(iter(items))
+
+        def content() -> Any:
+            return {"x": "\0", "first": lazy(), "nested": {"second": [lazy(), 3]}, "last": "\0"}
+
+        assert encode_json(content()) == b"".join(json_pieces(content())) == whole
+
+
+def test_items_of_a_lazy_list_are_made_as_pieces_are_taken() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[str]:
+        for number in range(50):
+            made.append(number)
+            yield "x" * (PIECE_BYTES // 4)
+
+    pieces = json_pieces({"items": LazyList(items())})
+    sizes = [len(next(pieces))]
+    assert len(made) == 4
+    sizes += map(len, pieces)
+    assert len(made) == 50 and max(sizes) < 2 * PIECE_BYTES and len(sizes) == 13
+
+
+def test_what_is_neither_data_nor_a_lazy_list_is_a_fault() -> None:
+    with pytest.raises(AssertionError, match="cannot be written as JSON"):
+        encode_json({"x": object()})

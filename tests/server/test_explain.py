@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -145,6 +146,30 @@ def test_only_sending_after_the_end_in_the_engine_counts_for_the_client() -> Non
             await context.send_events([{}])
             seconds.append(context.client_seconds)
         assert 0 == seconds[0] < seconds[1] < seconds[2] < time.monotonic() - stream.ended_at
+
+    asyncio.run(work())
+
+
+def test_a_send_looks_at_all_choices_only_when_one_has_ended() -> None:
+    class Counted(list[Any]):
+        walks = 0
+
+        def __iter__(self) -> Any:
+            self.walks += 1
+            return super().__iter__()
+
+    async def work() -> None:
+        async def nothing(*_: Any) -> Any: ...
+
+        context = RequestContext({"headers": []}, nothing, nothing, dialect=OPENAI, unique_id="a")
+        streams = [Stream(Add(str(i), (1,), SamplingParams()), lambda _: None) for i in range(3)]
+        context.generations = choices = Counted(SimpleNamespace(stream=stream) for stream in streams)
+        for number, stream in enumerate(streams, 1):
+            for _ in range(100):
+                await context.send_events([{}])
+            assert choices.walks == number and context.client_seconds == 0
+            stream.close()
+        assert context.last is streams[-1]
 
     asyncio.run(work())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.context import TokenCounts
-from splitfuse.server.dialect import encode_json
+from splitfuse.server.dialect import LazyList
 from splitfuse.server.explain import Timing
 from splitfuse.server.generate import Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
@@ -26,10 +26,9 @@ from splitfuse.text.tokenizer import Detokenizer
 LOWEST_LOGPROB = -9999.0
 """Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
 
-_Entry = TypeVar("_Entry")
+_Item = TypeVar("_Item")
 
 EndedBy = Literal["stop", "length"]
-_Row = tuple[int, str, float | None, dict[str, float] | None]  # of a token, in the columns of CompletionLogprobs
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -228,13 +227,15 @@ class OpenAIResponder(Responder):
     def _prompt_logprobs(self, generation: Generation) -> PromptLogprobs | UnsetType:
         if (count := self._num_prompt_logprobs) is None:
             return UNSET
-        rows: PromptLogprobs = [None]
+        return _lazy(self._prompt_entries(generation, count))
+
+    def _prompt_entries(self, generation: Generation, count: int) -> Iterator[dict[str, PromptLogprob] | None]:
+        yield None
         for each in generation.prompt_logprobs:
             row = {str(each.token_id): PromptLogprob(_finite(each.logprob), None, self._piece(each.token_id).text)}
             for rank, (token_id, value) in enumerate(each.top[:count], 1):
                 row[str(token_id)] = PromptLogprob(_finite(value), rank, self._piece(token_id).text)
-            rows.append(_encoded(row))
-        return rows
+            yield row
 
     def _index(self, generation: Generation) -> int:
         return generation.index * self._n + generation.choice
@@ -278,23 +279,14 @@ class CompletionResponder(OpenAIResponder):
         return self._choice(generation, generation.text)
 
     def _choice(self, generation: Generation, text: str) -> CompletionChoice:
-        before, rows = "", []
-        is_first = generation not in self._num_sent
+        before = ""
+        echoes = self._echo and generation not in self._num_sent
         numbers = self._unsent(generation)
-        if self._echo and is_first:
+        if echoes:
             before = self._echoed[generation] = self._prompt_text(generation)
-            if self._logprobs is not None:
-                rows += self._prompt_rows(generation)
         if self._hides_output:
-            text = ""
-        elif self._logprobs is not None:
-            start = len(self._echoed.get(generation, ""))
-            offsets = generation.offsets(numbers.start, numbers.stop)
-            rows += [self._row(start + o, generation.logprobs[i]) for i, o in zip(numbers, offsets, strict=True)]
-        logprobs = None
-        if self._logprobs is not None:
-            offsets, tokens, values, tops = map(list, zip(*rows, strict=True)) if rows else ([], [], [], [])
-            logprobs = CompletionLogprobs(offsets, tokens, values, tops if self._logprobs else None)
+            text, numbers = "", range(0)
+        logprobs = None if self._logprobs is None else self._columns(generation, numbers, echoes=echoes)
         ids: list[int] | UnsetType = UNSET
         if self._returns_ids:
             ids = [] if self._hides_output else generation.take_ids()
@@ -305,19 +297,39 @@ class CompletionResponder(OpenAIResponder):
         prompt = generation.request.token_ids if self._is_truncated else self._prompts[generation.index]
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    def _prompt_rows(self, generation: Generation) -> list[_Row]:
-        token_ids = generation.request.token_ids
-        detokenizer = Detokenizer(self._tokenizer)
-        detokenizer.push(token_ids)
-        first: _Row = (0, self._piece(token_ids[0]).text, None, None)
-        return [first, *map(self._row, detokenizer.lengths, generation.prompt_logprobs)]
+    def _columns(self, generation: Generation, numbers: range, *, echoes: bool) -> CompletionLogprobs:
+        """Return the log-probabilities of some tokens, after those of the prompt if that is echoed."""
+        of_prompt, of_output = generation.prompt_logprobs, generation.logprobs
+        offsets: list[int] = []
+        chosen: list[tuple[int, float | None]] = []
+        if echoes:
+            detokenizer = Detokenizer(self._tokenizer)
+            detokenizer.push(generation.request.token_ids)
+            offsets = [0, *detokenizer.lengths[: len(of_prompt)]]
+            chosen = [(generation.request.token_ids[0], None), *map(of_prompt.chosen, range(len(of_prompt)))]
+        start = len(self._echoed.get(generation, ""))
+        offsets += [start + offset for offset in generation.offsets(numbers.start, numbers.stop)]
+        chosen += map(of_output.chosen, numbers)
 
-    def _row(self, offset: int, logprob: TokenLogprob) -> _Row:
+        def tops() -> Iterator[dict[str, float] | None]:
+            if echoes:
+                yield None
+                yield from map(self._top, of_prompt)
+            yield from (self._top(of_output[number]) for number in numbers)
+
+        return CompletionLogprobs(
+            offsets,
+            [self._piece(token_id).text for token_id, _ in chosen],
+            [None if value is None else _finite(value) for _, value in chosen],
+            _lazy(tops()) if self._logprobs else None,
+        )
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
         tops: dict[str, float] = {}
         for token_id, top in ((logprob.token_id, logprob.logprob), *logprob.top[: self._logprobs]):
             name = self._piece(token_id).text
             tops[name] = max(_finite(top), tops.get(name, LOWEST_LOGPROB))
-        return offset, self._piece(logprob.token_id).text, _finite(logprob.logprob), _encoded(tops)
+        return tops
 
 
 class ChatResponder(OpenAIResponder):
@@ -337,9 +349,9 @@ class ChatResponder(OpenAIResponder):
         index = self._index(generation)
         if generation not in self._num_sent:
             yield self._event(ChatChunkChoice(index, Delta(role="assistant", content="")))
-        logprobs = self._new_logprobs(generation)
-        if text or (logprobs and logprobs.content):
-            yield self._event(ChatChunkChoice(index, Delta(content=text), logprobs))
+        numbers = self._unsent(generation)
+        if text or (self._logprobs and numbers):
+            yield self._event(ChatChunkChoice(index, Delta(content=text), self._content(generation, numbers)))
         if ended_by := _ended_by(generation):
             yield self._event(ChatChunkChoice(index, Delta(), None, ended_by))
 
@@ -352,13 +364,13 @@ class ChatResponder(OpenAIResponder):
         ended_by = _ended_by(generation)
         assert ended_by is not None
         message = AssistantMessage(generation.text)
-        return ChatChoice(self._index(generation), message, self._new_logprobs(generation), ended_by)
+        logprobs = self._content(generation, range(len(generation.logprobs)))
+        return ChatChoice(self._index(generation), message, logprobs, ended_by)
 
-    def _new_logprobs(self, generation: Generation) -> ChatLogprobs | None:
-        numbers = self._unsent(generation)
+    def _content(self, generation: Generation, numbers: range) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        return ChatLogprobs([_encoded(self._entry(generation.logprobs[number])) for number in numbers])
+        return ChatLogprobs(_lazy(self._entry(generation.logprobs[number]) for number in numbers))
 
     def _entry(self, logprob: TokenLogprob) -> ChatLogprob:
         tops = [self._token(token_id, value) for token_id, value in logprob.top[: self._num_top]]
@@ -370,9 +382,9 @@ class ChatResponder(OpenAIResponder):
         return TopLogprob(piece.text, _finite(logprob), list(piece.utf8))
 
 
-def _encoded(entry: _Entry) -> _Entry:
-    """Return the JSON of an entry in its place: of millions at once, the encoder would hold the interpreter."""
-    return cast(_Entry, msgspec.Raw(encode_json(entry)))
+def _lazy(items: Iterable[_Item]) -> list[_Item]:
+    """Return a LazyList in place of a list, which its type in the document is."""
+    return cast(list[_Item], LazyList(items))
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:
