@@ -56,6 +56,7 @@ def make_app(
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
     state = AppState(service, config, admission, metrics, log, int(time.time()))
+    metrics.num_text_restarts = lambda: service.num_ended_processes
     keys = ApiKeys(config)
     app = Router(
         [StarletteRoute(route.path, _Endpoint(route, state, keys)) for route in ROUTES],

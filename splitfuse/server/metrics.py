@@ -89,6 +89,9 @@ FAMILIES = (
     Family("splitfuse:slo", "counter", "slo", "Requests with an SLO, by whether it was met.", ("met",)),
     Family("splitfuse:errors", "counter", "errors", "Requests that ended with an error, by its kind.", ("kind",)),
     Family("splitfuse:refused", "counter", "refused", "Requests refused before any work, by the reason.", ("kind",)),
+    Family(
+        "splitfuse:text_process_restarts", "counter", "text_restarts", "Processes for texts ended at a limit or killed."
+    ),
     Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
     Family("splitfuse:step_seconds", "histogram", "step_seconds", "Duration of a step."),
@@ -127,7 +130,13 @@ FAMILIES = (
 )
 """All metrics, ours first."""
 
-_COUNTERS = tuple({family.source: None for family in FAMILIES if family.kind == "counter" and not family.labels})
+_COUNTERS = tuple(
+    {
+        family.source: None
+        for family in FAMILIES
+        if family.kind == "counter" and family.source in EngineStats.__dataclass_fields__
+    }
+)
 """Counters of EngineStats that a family shows."""
 _read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS)
 
@@ -149,6 +158,8 @@ class Metrics(Collector):
         self._registry.register(self)
         self._rendering: asyncio.Task[bytes] | None = None
         self._rendered_at = -math.inf
+        self.num_text_restarts: Callable[[], int] = lambda: 0
+        """Function that returns how many processes for texts were ended."""
 
     def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
         """Count a step of an engine, whose counters `client.stats` has already."""
@@ -208,6 +219,7 @@ class Metrics(Collector):
         """Yield every family with its samples."""
         self._totals.update(self._client.stats)
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
+        single["text_restarts"] = self.num_text_restarts()
         for family in FAMILIES:
             labels = ("model_name", *family.labels)
             if family.kind == "histogram":

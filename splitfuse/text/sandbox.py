@@ -34,6 +34,8 @@ from splitfuse.text.sandbox_worker import (
 )
 from splitfuse.text.tokenizer import Tokenizer, check_unicode
 
+SECONDS = 5.0
+"""Computing time that a request may take."""
 START_SECONDS = 60.0
 """Time that a process has to start, with a large vocabulary on a busy machine."""
 WALL_SECONDS = 3.0
@@ -45,8 +47,8 @@ _decode = msgspec.msgpack.Decoder(Reply).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class _StoppedError(Exception):
-    """Says why the process was ended."""
+class StoppedError(Exception):
+    """Says why a process was ended: the cause of the error that a request gets which has exceeded a limit."""
 
 
 class Sandbox:
@@ -56,15 +58,17 @@ class Sandbox:
     '<|user|>Hello<|end|><|assistant|>'
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, seconds: float = 5.0) -> None:
-        """Let each request take `seconds` of computing time, and more for a long text."""
+    def __init__(self, tokenizer: Tokenizer, *, seconds: float = SECONDS, compile_seconds: float = SECONDS / 2) -> None:
+        """Let a request take `seconds` of computing time, more for a long text, and compiling `compile_seconds`."""
         self._tokenizer = tokenizer
         self._seconds = seconds
-        self._compile_seconds = seconds / 2
+        self._compile_seconds = compile_seconds
         self._turn = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._closed = False
+        self.num_ended = 0
+        """Number of processes that were ended at a limit, or killed by others."""
 
     @property
     def pid(self) -> int | None:
@@ -94,7 +98,7 @@ class Sandbox:
         seconds = self._seconds + len(text) / CHARACTERS_PER_SECOND
         try:
             reply = self._ask(Encode(text, add_special_tokens, seconds), seconds)
-        except _StoppedError as error:
+        except StoppedError as error:
             message = f"the tokenizer was stopped, at a text of {len(text)} characters: {error}"
             raise InvalidRequestError(message, parameter="prompt") from error
         assert isinstance(reply, Tokens)
@@ -113,13 +117,13 @@ class Sandbox:
         plain = as_json(messages, "messages"), as_json(variables or {}, "variables")
         try:
             reply = self._ask(Render(*plain, add_generation_prompt, self._seconds), self._seconds)
-        except _StoppedError as error:
+        except StoppedError as error:
             raise TokenizerError(f"the chat template was stopped: {error}") from error
         assert isinstance(reply, Text)
         return reply.text
 
     def _ask(self, request: Request, seconds: float) -> Tokens | Text:
-        """Return the reply. Raises _StoppedError if there is none, the errors of ChatTemplate and Tokenizer, and
+        """Return the reply. Raises StoppedError if there is none, the errors of ChatTemplate and Tokenizer, and
         EngineUnavailableError if there is no process, or others have killed it.
         """
         with self._turn:
@@ -130,7 +134,7 @@ class Sandbox:
                 answer = receive(connection)
             except TimeoutError:
                 self._stop()
-                raise _StoppedError(_too_slow(seconds)) from None
+                raise StoppedError(_too_slow(seconds)) from None
             except OSError:
                 answer = None
             if answer is None:
@@ -139,7 +143,7 @@ class Sandbox:
                     raise EngineUnavailableError("the server is shutting down")
                 if code == -signal.SIGKILL:  # not for its limits, but such as for want of memory
                     raise EngineUnavailableError("the process for texts was killed; try again")
-                raise _StoppedError(_too_slow(seconds) if code == -signal.SIGXCPU else _TOO_LARGE)
+                raise StoppedError(_too_slow(seconds) if code == -signal.SIGXCPU else _TOO_LARGE)
         reply: Reply = _decode(answer)
         if not isinstance(reply, Refused):
             return reply
@@ -195,6 +199,7 @@ class Sandbox:
         process, self._process, self._connection = self._process, None, None
         if process is None:
             return None
+        self.num_ended += not self._closed
         process.kill()
         return process.wait()
 

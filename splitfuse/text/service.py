@@ -18,17 +18,18 @@ from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, SchedulingO
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.messages import Add
-from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.generation import Generation
 from splitfuse.text.memory import give_back_memory
 from splitfuse.text.prompts import CHAT, GREEDY, ChatOptions, Message, PreparedRequest, PromptEncoder
-from splitfuse.text.sandbox import Sandbox
+from splitfuse.text.sandbox import Sandbox, StoppedError
 from splitfuse.text.tokenizer import Tokenizer
 
 _NUM_THREADS = 2  # for large bodies and answers: the cores belong to the engines
 _PAUSE = 1.0  # seconds between two times that memory is given back
 _SHORT = 16384  # characters of a text that takes a few milliseconds
+_SHORT_SECONDS = 0.5  # of computing time: what takes longer is done again where the long texts are
 
 _Result = TypeVar("_Result")
 
@@ -42,7 +43,8 @@ class TextService:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
         self.is_starting = False
         self._gives_back = False
-        self._short, self._long = _Lane(tokenizer), _Lane(tokenizer)
+        self._short = _Lane(Sandbox(tokenizer, seconds=_SHORT_SECONDS), tokenizer)
+        self._long = _Lane(Sandbox(tokenizer), tokenizer)
 
     async def start(self) -> None:
         """Start the client's engines and the process for short texts, together. `is_starting` until all are ready.
@@ -52,6 +54,11 @@ class TextService:
         self.is_starting = True
         await asyncio.gather(self._short.run(self._short.sandbox.start), self.client.start())
         self.is_starting = False
+
+    @property
+    def num_ended_processes(self) -> int:
+        """Return how many processes for texts were ended at a limit, or killed by others."""
+        return self._short.sandbox.num_ended + self._long.sandbox.num_ended
 
     def close(self) -> None:
         """End the processes for texts."""
@@ -89,8 +96,7 @@ class TextService:
 
         if not isinstance(prompt, str):
             return encoded(self._short.encoder)  # token ids, which no process reads
-        lane = self._lane(prompt)
-        return await lane.run(lambda: encoded(lane.encoder))
+        return await self._run(self._lane(prompt), encoded)
 
     async def encode_chat(
         self,
@@ -108,17 +114,27 @@ class TextService:
         """
         if self.tokenizer.chat_template is None:
             raise InvalidRequestError("the model has no chat template: use completions with plain prompts")
-        lane = self._lane(messages, options.variables)
 
-        def encoded() -> PreparedRequest:
-            return lane.encoder.encode_chat(
+        def encoded(encoder: PromptEncoder) -> PreparedRequest:
+            return encoder.encode_chat(
                 messages, params, options, add_special_tokens=add_special_tokens, max_model_len=max_model_len
             )
 
         try:
-            return await lane.run(encoded)
+            return await self._run(self._lane(messages, options.variables), encoded)
         except TokenizerError as error:  # the template's fault or the messages': others may work
             raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
+
+    async def _run(self, lane: _Lane, work: Callable[[PromptEncoder], _Result]) -> _Result:
+        """Return the result of `work` in a lane. What takes long among the short texts is done again in the other lane:
+        none of them waits for it.
+        """
+        try:
+            return await lane.run(lambda: work(lane.encoder))
+        except SplitfuseError as error:
+            if lane is self._long or not isinstance(error.__cause__, StoppedError):
+                raise
+        return await self._long.run(lambda: work(self._long.encoder))
 
     def _lane(self, *content: Any) -> _Lane:
         """Return the lane for texts of this length, so that short ones never wait for long ones."""
@@ -172,9 +188,9 @@ class TextService:
 class _Lane:
     """Encodes one text after another in a process of its own."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.sandbox = Sandbox(tokenizer)
-        self.encoder = PromptEncoder(tokenizer, self.sandbox)
+    def __init__(self, sandbox: Sandbox, tokenizer: Tokenizer) -> None:
+        self.sandbox = sandbox
+        self.encoder = PromptEncoder(tokenizer, sandbox)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._turn = asyncio.Lock()
 

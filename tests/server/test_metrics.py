@@ -251,6 +251,7 @@ def test_metrics_before_the_engine_is_ready(engine: Engine) -> None:
     figures = Figures(metrics)
     assert figures.get("splitfuse:ready") == figures.get("splitfuse:kv_cache_usage_ratio") == 0
     assert figures.get("splitfuse:refused_total", kind="overloaded") == 1
+    assert figures.get("splitfuse:text_process_restarts_total") == 0
     assert figures.model_names == {""}
     assert Figures(Metrics(AsyncEngine(engine), model_name='a "name"\n')).model_names == {'a "name"\n'}
 
@@ -440,6 +441,7 @@ def test_families_have_unique_names_and_a_source() -> None:
     client = Stated(1)
     metrics = Metrics(client)
     metrics.request_ended(replace(RECORD, error="ServerError"))
+    metrics.num_text_restarts = lambda: 3
     metrics.request_refused("overloaded")
     step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9))
     values = Figures(metrics).values

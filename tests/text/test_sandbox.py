@@ -26,7 +26,7 @@ HOLDS = """{% if messages[0].content == 'hold' %}{% set n = namespace(x=3) %}{% 
 
 def sandbox_of(template: str | None, *, seconds: float = 5.0) -> Sandbox:
     backend = tiny_tokenizers.KINDS["byte_level"]()
-    return Sandbox(Tokenizer(backend, chat_template=template), seconds=seconds)
+    return Sandbox(Tokenizer(backend, chat_template=template), seconds=seconds, compile_seconds=seconds / 2)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,11 @@ def test_a_template_that_holds_the_interpreter_is_stopped_and_the_next_works() -
     sandbox = sandbox_of(HOLDS, seconds=0.1)
     with pytest.raises(TokenizerError, match=r"the chat template was stopped: it ran for more than 0\.1 s"):
         sandbox.render([{"role": "user", "content": "hold"}])
-    assert sandbox.pid is None
+    assert sandbox.pid is None and sandbox.num_ended == 1
     sandbox._seconds = 20.0
     assert sandbox.render(HELLO) == "fine"
     sandbox.close()
+    assert sandbox.num_ended == 1
 
 
 def test_a_text_that_takes_too_long_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:

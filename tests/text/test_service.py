@@ -321,6 +321,33 @@ class NoEngines:
         pass
 
 
+def test_a_template_that_holds_does_not_hold_up_others() -> None:
+    holds = (
+        "{% if messages[0].content == 'hold' %}{% for i in range(10 ** 5) %}{% for i in range(10 ** 5) %}{% endfor %}"
+    )
+    template = holds + "{% endfor %}{% endif %}fine"
+
+    def chat(service: TextService, content: str) -> asyncio.Task[PreparedRequest]:
+        return asyncio.create_task(service.encode_chat([{"role": "user", "content": content}]))
+
+    async def run() -> None:
+        with closing(TextService(cast(AsyncEngine, NoEngines()), tokenizer)) as service:
+            service._short.sandbox._seconds, service._long.sandbox._seconds = 0.05, PATIENCE
+            held = chat(service, "hold")
+            while not service.num_ended_processes:
+                await asyncio.sleep(0.01)
+            service._short.sandbox._seconds = PATIENCE
+            assert (await chat(service, "Hi")).token_ids == tokenizer.encode("fine", add_special_tokens=False)
+            assert not held.done()
+            service.close()
+            with pytest.raises(EngineUnavailableError, match="shutting down"):
+                await held
+            assert service.num_ended_processes == 1
+
+    tokenizer = Tokenizer(tiny_tokenizers.KINDS["byte_level"](), chat_template=template)
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
 def test_a_start_that_fails_is_not_ready() -> None:
     client, tokenizer = cast(AsyncEngine, NoEngines()), Tokenizer.from_source(open_model(None))
     with closing(TextService(client, tokenizer)) as service:
