@@ -19,7 +19,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.engine.client import Stream
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.bodies import SLOWEST, BodyBudget
-from splitfuse.server.dialect import Dialect, encode_json
+from splitfuse.server.dialect import Dialect, encode_json, json_pieces
 from splitfuse.server.errors import ClientGoneError, RefusedError
 from splitfuse.server.listen import Receive, Scope, Send
 from splitfuse.text.generation import Generation
@@ -204,13 +204,18 @@ class RequestContext:
         await self._begin(status, content_type, {"content-length": str(len(body)), **(headers or {})})
         await self.send({"type": "http.response.body", "body": body})
 
-    async def answer_in_pieces(self, next_piece: Callable[[], Awaitable[bytes]]) -> None:
-        """Send a whole answer of JSON, piece by piece up to an empty one."""
-        piece = await next_piece()  # before the head: an error may take its place
+    async def answer_in_pieces(self, content: Any, off_loop: Callable[[Callable[[], bytes]], Awaitable[bytes]]) -> None:
+        """Send a whole answer of JSON in pieces, which `off_loop` makes: see json_pieces."""
+        pieces = json_pieces(content)
+
+        def next_piece() -> bytes:
+            return next(pieces, b"")
+
+        piece = await off_loop(next_piece)  # before the head: an error may take its place
         await self._begin(200, "application/json", {})
         while piece:
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
-            piece = await next_piece()
+            piece = await off_loop(next_piece)
         await self.send({"type": "http.response.body", "body": b""})
 
     async def send_events(self, events: Iterable[Any]) -> None:

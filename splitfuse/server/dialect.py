@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -18,6 +18,8 @@ from splitfuse.server.validation import Body
 
 PIECE_BYTES = 2**16
 """Size of the pieces in which a large answer is sent."""
+
+_Item = TypeVar("_Item")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -35,6 +37,11 @@ class LazyList:
             yield before + _encode(item)
             before = b","
         yield b"]" if before == b"," else b"[]"
+
+
+def lazy_list(items: Iterable[_Item]) -> list[_Item]:
+    """Return a LazyList in place of a list, which its type in the OpenAPI document is."""
+    return cast(list[_Item], LazyList(items))
 
 
 def _joined(value: Any) -> msgspec.Raw:

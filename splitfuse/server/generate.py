@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,9 +14,14 @@ from typing import Any, TypeVar
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError, SplitfuseError
+from splitfuse.errors import (
+    InvalidRequestError,
+    PromptTooLongError,
+    RequestFailedError,
+    SloUnattainableError,
+    SplitfuseError,
+)
 from splitfuse.server.context import RequestContext, TokenCounts
-from splitfuse.server.dialect import json_pieces
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
@@ -26,6 +31,9 @@ from splitfuse.text.service import TextService
 
 MANY_LOGPROBS = 4096
 """Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
+
+MAX_LENGTHS = 16
+"""Number of the model's lengths up to which a text is read whose tokens are cut or only counted."""
 
 _Result = TypeVar("_Result")
 
@@ -59,16 +67,27 @@ class GenerationRequest:
 
     async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
-        limit = max_model_len if self.keep_tokens is None else None
-        if self.messages is None:
-            encoded = [await service.encode(each, self.params, max_model_len=limit) for each in self.prompts]
-        else:
-            encoded = [await service.encode_chat(self.messages, self.params, self.chat, max_model_len=limit)]
+        limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
+        with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
+            if self.messages is None:
+                encoded = [await service.encode(each, self.params, max_model_len=limit) for each in self.prompts]
+            else:
+                encoded = [await service.encode_chat(self.messages, self.params, self.chat, max_model_len=limit)]
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:
             keep = max(max_model_len - (self.params.max_tokens or 1), 1)
         return [replace(each, token_ids=each.token_ids[-keep:]) for each in encoded]
+
+
+@contextmanager
+def reading_at_most(limit: int) -> Iterator[None]:
+    """Say of a text of more than `limit` tokens that it is not read, rather than that it exceeds the model."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        message = f"the text has more than {limit} tokens, {MAX_LENGTHS} times the model's length: send less of it"
+        raise PromptTooLongError(message, parameter="prompt") from error
 
 
 class Responder(ABC):
@@ -130,11 +149,10 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         else:
             counts = context.num_tokens
             whole = await compute(lambda: responder.whole(context.generations, counts, timing))
-            if not is_large:
+            if is_large:
+                await context.answer_in_pieces(whole, service.off_loop)
+            else:
                 await context.answer(whole)
-                return
-            parts = json_pieces(whole)
-            await context.answer_in_pieces(lambda: service.off_loop(lambda: next(parts, b"")))
 
 
 def _written(context: RequestContext, responder: Responder, generation: Generation, text: str) -> list[bytes]:

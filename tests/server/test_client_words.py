@@ -17,7 +17,7 @@ from splitfuse.errors import InvalidRequestError, OverloadedError
 from splitfuse.server import generate
 from splitfuse.server.admission import Admission
 from splitfuse.server.errors import answer_to
-from splitfuse.server.openai.endpoints import ABSENT
+from splitfuse.server.openai.endpoints import ABSENT, MANY_TOKENS
 from splitfuse.server.openai.protocol import ChatRequest
 from splitfuse.server.validation import decode
 
@@ -375,6 +375,29 @@ def test_an_answer_continues_the_final_message(http: httpx.Client) -> None:
     assert bare == len(tokens_of(http, *MESSAGES, add_generation_prompt=False)) < len(tokens_of(http, *MESSAGES))
 
 
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [("/tokenize", {}), (COMPLETIONS, {"truncate_prompt_tokens": 9}), (CHAT, {"truncate_prompt_tokens": -1})],
+)
+def test_a_text_far_beyond_the_model_is_not_read(
+    server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, more: Any
+) -> None:
+    encoder, read = server.service._long.encoder, list[int]()
+    tokenize = encoder._tokenize
+
+    def counted(text: str, **keywords: Any) -> tuple[int, ...]:
+        read.append(len(text))
+        return tokenize(text, **keywords)
+
+    monkeypatch.setattr(encoder, "_tokenize", counted)
+    text = "a cat " * 300_000
+    prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+    error = http.post(path, json=prompt | more).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+    assert error["message"] == "the text has more than 32768 tokens, 16 times the model's length: send less of it"
+    assert sum(read) < len(text) / 4
+
+
 def test_tokenize_takes_what_vllms_clients_send(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
     plain = tokens_of(http, *MESSAGES)
     assert tokens_of(http, *MESSAGES, add_special_tokens=False) == plain
@@ -383,6 +406,10 @@ def test_tokenize_takes_what_vllms_clients_send(http: httpx.Client, pipe: splitf
         answer = http.post("/tokenize", json={**body, "return_token_strs": True}).json()
         assert answer["token_strs"] == [pipe.tokenizer.token(token) for token in answer["tokens"]]
         assert "token_strs" not in http.post("/tokenize", json=body).json()
+    long = http.post("/tokenize", json={"prompt": LONG, "return_token_strs": True})
+    assert long.headers["transfer-encoding"] == "chunked" and len(long.json()["tokens"]) > MANY_TOKENS
+    assert long.json()["tokens"] == list(pipe.tokenizer.encode(LONG))
+    assert long.json()["token_strs"] == [pipe.tokenizer.token(token) for token in long.json()["tokens"]]
     assert http.post("/tokenize", json={"prompt": "", "return_token_strs": True}).json()["token_strs"] == []
     info = http.get("/tokenizer_info").json()
     assert (info["bos_token"], info["eos_token"], info["unk_token"]) == ("<|bos|>", "<|end|>", None)

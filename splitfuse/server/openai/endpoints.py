@@ -10,9 +10,9 @@ from msgspec import UNSET, UnsetType
 
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext, TokenCounts
-from splitfuse.server.dialect import Route
+from splitfuse.server.dialect import Route, lazy_list
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import generate
+from splitfuse.server.generate import MAX_LENGTHS, generate, reading_at_most
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import (
     ChatRequest,
@@ -30,6 +30,9 @@ from splitfuse.server.openai.responses import (
     OpenAIResponder,
 )
 from splitfuse.server.state import AppState
+
+MANY_TOKENS = 4096
+"""Number of tokens from which on they are written off the event loop, which they would hold up."""
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -122,20 +125,31 @@ async def tokenize(state: AppState, context: RequestContext, body: TokenizeReque
     """Answer POST /tokenize. Its text takes its turn among those of the queued requests, so it counts as one."""
     body.check()
     service, limit = state.service, state.service.client.info.limits.max_model_len
-    with state.admission.admit(0):
+    most = MAX_LENGTHS * limit
+    with state.admission.admit(0), reading_at_most(most):
         if body.messages is not None:
             messages = [message.plain(index) for index, message in enumerate(body.messages)]
             adds = bool(body.add_special_tokens)
-            work = service.encode_chat(messages, options=chat_options(body), add_special_tokens=adds)
+            work = service.encode_chat(
+                messages, options=chat_options(body), add_special_tokens=adds, max_model_len=most
+            )
         elif not body.prompt:
             await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))
             return
         else:
-            work = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            work = service.encode(
+                body.prompt, add_special_tokens=body.add_special_tokens is not False, max_model_len=most
+            )
         prompt = await context.unless_gone(work, deadline=None)
-    ids = list(prompt.token_ids)
-    strings = [service.tokenizer.token(token) or "" for token in ids] if body.return_token_strs else UNSET
-    await context.answer(Tokenized(len(ids), limit, ids, strings))
+    ids = prompt.token_ids
+    strings: list[str] | UnsetType = UNSET
+    if body.return_token_strs:
+        strings = lazy_list(service.tokenizer.token(token) or "" for token in ids)
+    answer = Tokenized(len(ids), limit, lazy_list(ids), strings)
+    if len(ids) > MANY_TOKENS:
+        await context.answer_in_pieces(answer, service.off_loop)
+    else:
+        await context.answer(answer)
 
 
 async def tokenizer_info(state: AppState, context: RequestContext) -> None:

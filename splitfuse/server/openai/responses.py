@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.context import TokenCounts
-from splitfuse.server.dialect import LazyList
+from splitfuse.server.dialect import lazy_list
 from splitfuse.server.explain import Timing
 from splitfuse.server.generate import Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
@@ -25,8 +25,6 @@ from splitfuse.text.tokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
-
-_Item = TypeVar("_Item")
 
 EndedBy = Literal["stop", "length"]
 
@@ -227,7 +225,7 @@ class OpenAIResponder(Responder):
     def _prompt_logprobs(self, generation: Generation) -> PromptLogprobs | UnsetType:
         if (count := self._num_prompt_logprobs) is None:
             return UNSET
-        return _lazy(self._prompt_entries(generation, count))
+        return lazy_list(self._prompt_entries(generation, count))
 
     def _prompt_entries(self, generation: Generation, count: int) -> Iterator[dict[str, PromptLogprob] | None]:
         yield None
@@ -321,7 +319,7 @@ class CompletionResponder(OpenAIResponder):
             offsets,
             [self._piece(token_id).text for token_id, _ in chosen],
             [None if value is None else _finite(value) for _, value in chosen],
-            _lazy(tops()) if self._logprobs else None,
+            lazy_list(tops()) if self._logprobs else None,
         )
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
@@ -370,7 +368,7 @@ class ChatResponder(OpenAIResponder):
     def _content(self, generation: Generation, numbers: range) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        return ChatLogprobs(_lazy(self._entry(generation.logprobs[number]) for number in numbers))
+        return ChatLogprobs(lazy_list(self._entry(generation.logprobs[number]) for number in numbers))
 
     def _entry(self, logprob: TokenLogprob) -> ChatLogprob:
         tops = [self._token(token_id, value) for token_id, value in logprob.top[: self._num_top]]
@@ -380,11 +378,6 @@ class ChatResponder(OpenAIResponder):
     def _token(self, token_id: int, logprob: float) -> TopLogprob:
         piece = self._piece(token_id)
         return TopLogprob(piece.text, _finite(logprob), list(piece.utf8))
-
-
-def _lazy(items: Iterable[_Item]) -> list[_Item]:
-    """Return a LazyList in place of a list, which its type in the document is."""
-    return cast(list[_Item], LazyList(items))
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:
