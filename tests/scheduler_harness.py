@@ -1,26 +1,38 @@
 """A scheduler driven to the end by a fake executor that computes every token from what the KV cache really holds.
 
 The executor keeps a cache of token ids instead of keys and values. A next token is a hash of everything the
-chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With no torch
-importable.
+chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With recurrent states,
+a slot holds a hash of all tokens so far in their order, and the cache that hash at each position, so a wrong slot, an
+overwritten snapshot or a missing load changes the output too. With no torch importable.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import accumulate
 from random import Random
 
 from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.plan import (
+    PLACEHOLDER,
+    ZERO_STATE,
+    Chunk,
+    ChunkResult,
+    StateSlots,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -39,11 +51,21 @@ def next_token(context: tuple[int, ...]) -> int:
     return zlib.crc32(bytes(context)) % VOCABULARY
 
 
-def reference(request: Request) -> tuple[list[int], FinishReason]:
+def states_after(tokens: Iterable[int], state: int = 0) -> list[int]:
+    """The fake recurrence: the state after each token."""
+    return list(accumulate(tokens, lambda state, token: zlib.crc32(b"%d %d" % (state, token)), initial=state))[1:]
+
+
+def cached(states: Iterable[int]) -> tuple[int, ...]:
+    """What a network with recurrent states writes to the cache at each position."""
+    return tuple(state % 256 for state in states)
+
+
+def reference(request: Request, *, recurrent: bool = False) -> tuple[list[int], FinishReason]:
     """What a request gives alone, computed without scheduler, blocks or chunks."""
     tokens = list(request.prompt_token_ids)
     while True:
-        tokens.append(next_token(tuple(tokens)))
+        tokens.append(next_token(cached(states_after(tokens)) if recurrent else tuple(tokens)))
         count = len(tokens) - request.num_prompt_tokens
         if tokens[-1] in request.eos_token_ids and count > request.params.min_tokens:
             return tokens[request.num_prompt_tokens :], FinishReason.STOP
@@ -66,6 +88,9 @@ class FakeExecutor:
         self.last_chosen: dict[str, int] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.failing: set[str] = set()
+        self.breaking: Random | None = None
+        """Breaks some steps off half way; like an engine, it then computes the chunks that can be repeated."""
+        self.states: dict[int, int] = {}
         self.submitted: deque[tuple[int, StepResult]] = deque()
 
     def submit(self, plan: StepPlan) -> int:
@@ -82,14 +107,32 @@ class FakeExecutor:
             del self.prompts[retired]
         for new in plan.new_requests:
             self.prompts[new.request_id] = new.prompt_token_ids
-        return {chunk.request_id: self._run(chunk) for chunk in plan.chunks}
+        self._check_states([chunk.state for chunk in plan.chunks if chunk.state is not None])
+        if self.breaking is None or self.breaking.random() > 0.1:
+            return {chunk.request_id: self._run(chunk) for chunk in plan.chunks}
+        self.states |= {chunk.state.write: -1 for chunk in plan.chunks if chunk.state is not None}
+        lost = ChunkResult(state_lost=True)
+        return {chunk.request_id: self._run(chunk) if chunk.is_repeatable else lost for chunk in plan.chunks}
+
+    @staticmethod
+    def _check_states(slots: list[StateSlots]) -> None:
+        """A slot that is written is neither read nor written by any other chunk of the step."""
+        written = {each.write for each in slots}
+        assert len(written) == len(slots)
+        assert all(each.read == each.write or each.read not in written for each in slots)
 
     def _run(self, chunk: Chunk) -> ChunkResult:
         assert chunk.samples <= chunk.num_logits <= len(chunk.token_ids)
         slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
-        for slot, token in zip(slots[chunk.start :], chunk.token_ids, strict=True):
-            # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
-            self.cache[slot] = self.last_chosen.get(chunk.request_id, 0) if token == PLACEHOLDER else token
+        # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
+        chosen = self.last_chosen.get(chunk.request_id, 0)
+        content = [chosen if token == PLACEHOLDER else token for token in chunk.token_ids]
+        if chunk.state is not None:
+            assert chunk.start or chunk.state.read == ZERO_STATE
+            states = states_after(content, 0 if chunk.start == 0 else self.states[chunk.state.read])
+            self.states[chunk.state.write] = states[-1]
+            content = list(cached(states))
+        self.cache |= zip(slots[chunk.start :], content, strict=True)
         if chunk.request_id in self.failing:
             return ChunkResult(error="the logits are NaN")
         prompt = self.prompts[chunk.request_id]
@@ -146,10 +189,18 @@ class Run:
         depth: int = 1,
         prefix: bool = True,
         policy: SchedulingPolicy | None = None,
+        spare_states: int | None = None,
+        interval: int = 1,
     ) -> Run:
-        allocator = BlockAllocator(
-            num_blocks, block_size, namer=BlockNamer(block_size, key=b"test") if prefix else None
-        )
+        """With recurrent states there are `spare_states` slots more than requests can hold, and snapshots every
+        `interval` blocks of a prompt.
+        """
+        states = None
+        if spare_states is not None:
+            num_slots = 2 * depth * max_num_seqs + spare_states
+            states = StateAllocator(num_slots, interval=interval * block_size if prefix else None)
+        namer = BlockNamer(block_size, key=b"test") if prefix else None
+        allocator = BlockAllocator(num_blocks, block_size, namer=namer, states=states)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         scheduler = Scheduler(config, allocator, policy)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
@@ -187,7 +238,7 @@ class Run:
         self._tick()
         self.ended.append(self.now)
         outputs = self.scheduler.update(plan, result, self.now)
-        if self.waiting and not self.running:
+        if self.waiting and not self.running and not any(each.state_lost for each in result.values()):
             assert self.waiting[0] not in running, "the oldest request was preempted"
         self.scheduler.check()
         for output in outputs:
@@ -207,6 +258,7 @@ class Run:
             assert limit, "does not end"
         self.scheduler.check()
         assert self.allocator.num_held == 0
+        assert self.allocator.states is None or self.allocator.states.num_held == 0
 
     @property
     def waiting(self) -> list[Request]:
@@ -248,7 +300,8 @@ class Run:
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
         if plan.num_tokens < self.budget and not self.in_flight and type(policy) is Fcfs:
-            self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
+            cut = {chunk.request_id for chunk in plan.chunks if self._is_cut(chunk)}
+            self._explain_unfilled(cut | {chunk.request_id for chunk in plan.chunks if chunk.samples})
         return plan
 
     def _check_whole(self, plan: StepPlan) -> None:
@@ -257,14 +310,18 @@ class Run:
         prompts = [len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1]
         assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
-    def _explain_unfilled(self, sampling: set[str]) -> None:
+    def _is_cut(self, chunk: Chunk) -> bool:
+        """Whether the chunk ends where the state is to be kept."""
+        return chunk.state is not None and chunk.end % self.allocator.block_size == 0
+
+    def _explain_unfilled(self, satisfied: set[str]) -> None:
         """A budget may stay unfilled only when no request can use more of it, or no block is left but one for each that
         runs.
         """
         if self.allocator.num_available <= len(self.running):
             return
         for request in self.running:
-            assert request.request_id in sampling or not request.num_unscheduled, (
+            assert request.request_id in satisfied or not request.num_unscheduled, (
                 "runnable work, a block and budget, and yet not filled"
             )
         assert not self.waiting or len(self.running) == self.max_num_seqs
@@ -275,10 +332,12 @@ class Workload:
     """Everything random about one run, from one seed."""
 
     seed: int
+    recurrent: bool = False
 
     def run(self, depth: int, *, policy: SchedulingPolicy | None = None, slo: bool = False, ticks: bool = False) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
-        targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call.
+        targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. `recurrent`
+        workloads have states, and with one plan at a time steps that break off.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -289,6 +348,7 @@ class Workload:
                 request.scheduling = replace(request.scheduling, targets=self._targets(rng))
             cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
             policy = DeadlinePolicy(LatencyPredictor(cost), token_budget=budget)
+        of_states = Random(f"states {self.seed}")
         largest = max(-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
@@ -298,7 +358,11 @@ class Workload:
             depth=depth,
             prefix=rng.random() < 0.7,
             policy=policy,
+            spare_states=of_states.choice((0, 1, 5, 50)) if self.recurrent else None,
+            interval=of_states.choice((1, 2, 3)),
         )
+        if self.recurrent and depth == 1 and of_states.random() < 0.3:
+            run.executor.breaking = of_states
         if ticks:
             run.now, run.ticks = Fraction(0), Random(self.seed)
         meddled: dict[str, int] = {}
@@ -351,10 +415,9 @@ class Workload:
             run.finish(name, FinishReason.STOP, rng.randint(0, len(run.outcomes[name].tokens)))
         return {name: len(run.outcomes[name].tokens)}
 
-    @staticmethod
-    def _compare(request: Request, run: Run, meddled: dict[str, int]) -> None:
+    def _compare(self, request: Request, run: Run, meddled: dict[str, int]) -> None:
         outcome = run.outcomes[request.request_id]
-        tokens, reason = reference(request)
+        tokens, reason = reference(request, recurrent=self.recurrent)
         if request.request_id in meddled:
             assert outcome.tokens == tokens[: meddled[request.request_id]]
             return

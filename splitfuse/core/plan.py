@@ -6,12 +6,27 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from struct import Struct, unpack_from
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from splitfuse.core.sampling_params import SamplingParams
 
 PLACEHOLDER = -1
 """Token id in a chunk for the one token that an earlier plan, not yet read back, is choosing for the same request."""
+
+ZERO_STATE = -1
+"""Slot of the recurrent state before the first token, which is zero."""
+
+
+class StateSlots(NamedTuple):
+    """Names the slots of a chunk in a network with recurrent states: the state before its first token is read from slot
+    `read`, the one after its last token written to slot `write`.
+
+    Several chunks of a step may read a slot; one that is written is neither read nor written by any other chunk.
+    """
+
+    read: int
+    write: int
+
 
 _ID, _VALUE = Struct("i"), Struct("d")
 
@@ -33,6 +48,12 @@ class Chunk:
     block_table: tuple[int, ...]
     num_logits: int
     samples: bool
+    state: StateSlots | None = None  # None: the network has no recurrent states
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Return whether it gives the same if it is computed again: it does not overwrite the state that it reads."""
+        return self.state is None or self.state.read != self.state.write
 
     @property
     def end(self) -> int:
@@ -138,12 +159,15 @@ class ChunkResult:
 
     `token_ids` has one token if the chunk sampled. `logprobs` has one entry for each of them if the request asked for
     logprobs; `prompt_logprobs` one for each prompt token whose logits the chunk computed, if it asked for those.
+    `state_lost` says that a failed step has left the request's recurrent state half written, and that there is nothing
+    else: it is recomputed.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+    state_lost: bool = False
 
 
 StepResult: TypeAlias = dict[str, ChunkResult]

@@ -184,6 +184,9 @@ class Scheduler:
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests: it takes O(num_blocks) time."""
         self._allocator.check(request.kv.blocks for request in self._requests.values())
+        if self._allocator.states is not None:
+            states = [request.kv.state for request in self._requests.values()]
+            self._allocator.states.check(slot for state in states if state is not None for slot in state.held)
         queue = self.queue
         for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
             assert requests == sorted(requests, key=by_sequence_number)
@@ -191,6 +194,7 @@ class Scheduler:
         assert len(queue.running) <= queue.max_num_seqs
         for request in queue.waiting:
             assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
+            assert request.kv.state is None
         for request in self._requests.values():
             num_slots = len(request.kv.blocks) * self._allocator.block_size
             assert request.kv.num_computed <= request.num_scheduled <= num_slots
@@ -214,6 +218,12 @@ class Scheduler:
         if result.error is not None:
             self._finish(request, FinishReason.ERROR, now)
             return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
+        state = request.kv.state
+        if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
+            request.kv.has_lost_state = state.is_lost = request.kv.preempt_on_return = True
+            return RequestOutput(request.request_id)
+        if state is not None and chunk.state is not None:
+            state.computed(chunk.state)
         request.kv.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens = result.token_ids
@@ -255,7 +265,9 @@ class Scheduler:
             del self._requests[request.request_id]
             if request.sent_to_executor:
                 self._retired.append(request.request_id)
-        elif request.kv.preempt_on_return and request is self.queue.running[0]:
-            request.kv.preempt_on_return = False  # those older than it have ended, and the oldest is not preempted
         elif request.kv.preempt_on_return:
-            self.queue.preempt(request, now)
+            state_lost = request.kv.state is not None and request.kv.state.is_lost
+            if request is self.queue.running[0] and not state_lost:
+                request.kv.preempt_on_return = False  # those older have ended, and the oldest keeps its blocks
+            else:
+                self.queue.preempt(request, now)

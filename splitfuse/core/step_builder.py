@@ -69,6 +69,7 @@ class RequestQueue:
         self.waiting.remove(request)
         insort(self.running, request, key=by_sequence_number)
         request.status = RequestStatus.RUNNING
+        request.kv.start(self._allocator, request.num_tokens)
         if request.params.prompt_logprobs is None:  # these need the logits of every position, so all are computed
             tokens = request.tokens(0, request.num_tokens)
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
@@ -211,7 +212,7 @@ class StepBuilder:
             return 0
         while not (available := self.available_slots(request)) and self.preempt_for(request):
             fitting = self.fitting_tokens(request, at_least=int(is_oldest))
-        count = min(fitting, available)
+        count = request.kv.cut(request.num_scheduled, min(fitting, available))
         if count:
             request.kv.grow(self._allocator, request.num_scheduled + count)
             self.granted[request] = count
@@ -278,6 +279,8 @@ class StepBuilder:
             if not request.sent_to_executor:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunk.start
+            if request.kv.state is not None:
+                request.kv.state.advance(chunk.start, chunk.end)
             request.num_scheduled = chunk.end
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1
@@ -292,4 +295,5 @@ class StepBuilder:
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
         blocks = request.kv.blocks[: self._allocator.blocks_for(end)]
-        return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples)
+        state = None if request.kv.state is None else request.kv.state.slots
+        return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples, state)

@@ -6,6 +6,9 @@ The allocator knows ids and tokens. It does not know what a key or a value is, n
 
 Prefix reuse: a full block is published under its name (names.py), so that requests with equal beginnings find it. Its
 tokens are compared on every hit; what precedes it is trusted by the name.
+
+In a network with recurrent states, a prefix is of use up to a snapshot of them (state_allocator.py). A snapshot goes
+with the block that it is named by.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.limits import ceil_div
 
 NAMED_TOGETHER = 16
@@ -27,10 +31,20 @@ class BlockAllocator:
     what they need, so that each name is computed once per request, however often it is matched, published or preempted.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, namer: BlockNamer | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        namer: BlockNamer | None = None,
+        states: StateAllocator | None = None,
+    ) -> None:
+        """`states` are those of a network with recurrent states."""
         assert namer is None or namer.block_size == block_size
+        assert states is None or states.interval is None or (namer is not None and states.interval % block_size == 0)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.states = states
         self._namer = namer
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -63,6 +77,8 @@ class BlockAllocator:
                 block, _ = self._cached.popitem(last=False)
                 name, _ = self._contents.pop(block)
                 del self._index[name]
+                if self.states is not None:
+                    self.states.forget(name)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -106,7 +122,8 @@ class BlockAllocator:
         """Publish the full blocks of `token_ids` from `first` on, which are in the same places of `blocks`.
 
         Those before `first` must have been published or matched. Returns how many leading blocks are published now; it
-        stops at a block whose name another block has already.
+        stops at a block whose name another block has already, unless there are states: then such a block was computed
+        for the state behind it, and what follows is found behind the other block.
         """
         if self._namer is None:
             return 0
@@ -114,7 +131,9 @@ class BlockAllocator:
         self._namer.extend(names, token_ids, num_full, salt=salt)
         for index in range(first, num_full):
             if names[index] in self._index:
-                return index
+                if self.states is None:
+                    return index
+                continue
             self._contents[blocks[index]] = names[index], self._tokens(token_ids, index)
             self._index[names[index]] = blocks[index]
         return max(first, num_full)
@@ -134,6 +153,7 @@ class BlockAllocator:
         assert {b for b in range(self.num_blocks) if not held[b]} == free | cached, "a block lost or given away twice"
         assert cached <= self._contents.keys() and not free & self._contents.keys(), "content in the wrong state"
         assert self._index == {name: block for block, (name, _) in self._contents.items()}, "index is stale"
+        assert self.states is None or self.states.names <= self._index.keys(), "a snapshot without its block"
 
     def _tokens(self, token_ids: Sequence[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])

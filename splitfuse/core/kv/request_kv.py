@@ -1,4 +1,4 @@
-"""Holds the KV cache state of one request: its blocks, and the positions computed in them."""
+"""Holds the KV cache state of one request: its blocks, the positions computed in them, and its recurrent state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.request_state import RequestState
 
 
 @dataclass(slots=True)
@@ -25,32 +26,69 @@ class RequestKv:
     """Leading positions which had been computed when the request was preempted, and must be recomputed."""
     num_preemptions: int = 0
     preempt_on_return: bool = False
-    """True if its blocks are to be taken when its last plan in flight is back."""
+    """True if its blocks, and its state, are to be taken when its last plan in flight is back."""
+    state: RequestState | None = None
+    """Its recurrent state while it runs, in a network that has them."""
+    has_lost_state: bool = False
+    """True once a failed step has left its state half written. From then on its chunks can be repeated."""
+
+    def start(self, allocator: BlockAllocator, num_tokens: int) -> None:
+        """Begin to run with `num_tokens` known tokens."""
+        if allocator.states is not None:
+            size = allocator.block_size
+            last_kept = (num_tokens - 1) // size * size  # a token is left, as `match` leaves one
+            self.state = RequestState(allocator.states, size, last_kept, always_copy=self.has_lost_state)
 
     def reuse_prefix(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
-        """Take the cached blocks which hold the longest known prefix of `token_ids`."""
+        """Take the cached blocks which hold the longest known prefix of `token_ids`, with states the longest that ends
+        in a snapshot.
+        """
         self.blocks = allocator.match(token_ids, self.block_names, salt=salt)
-        self.num_cached_blocks = len(self.blocks)
-        self.num_computed = len(self.blocks) * allocator.block_size
+        if self.state is not None:
+            self.state.shared_until = len(self.blocks) * allocator.block_size
+        self._begin_with_blocks(allocator)
 
     def drop_last_block(self, allocator: BlockAllocator) -> None:
-        """Give the last block back, whose tokens are then computed again."""
+        """Give the last block back, whose tokens are then computed again; with states, all after the next snapshot."""
         allocator.release([self.blocks.pop()])
+        self._begin_with_blocks(allocator)
+
+    def _begin_with_blocks(self, allocator: BlockAllocator) -> None:
+        if self.state is not None:
+            count = self.state.load(self.block_names[: len(self.blocks)])
+            allocator.release(self.blocks[count:])
+            del self.blocks[count:]
         self.num_cached_blocks = len(self.blocks)
         self.num_computed = len(self.blocks) * allocator.block_size
 
+    def cut(self, position: int, count: int) -> int:
+        """Return how many of the `count` tokens from `position` on make a chunk: all, or those up to where the
+        recurrent state is to be kept.
+        """
+        kept = None if self.state is None else self.state.next_kept(position)
+        return count if kept is None else min(count, kept - position)
+
     def grow(self, allocator: BlockAllocator, num_tokens: int) -> None:
-        """Allocate blocks until `num_tokens` positions are covered."""
+        """Allocate blocks until `num_tokens` positions are covered, and a slot for the state after them."""
         self.blocks += allocator.allocate(allocator.blocks_for(num_tokens) - len(self.blocks))
+        if self.state is not None:
+            self.state.reserve()
 
     def publish(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
-        """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache."""
+        """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache, and the state after
+        them if it is to be kept.
+        """
         self.num_cached_blocks = allocator.publish(
             self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
         )
+        if self.state is not None:
+            self.state.publish(len(token_ids), self.block_names)
 
     def release(self, allocator: BlockAllocator) -> None:
-        """Give all blocks back."""
+        """Give all blocks and state slots back."""
+        if self.state is not None:
+            self.state.release()
+            self.state = None
         allocator.release(self.blocks)
         self.blocks = []
         self.num_cached_blocks = self.num_computed = 0
