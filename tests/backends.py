@@ -16,7 +16,17 @@ from torch import Tensor
 from splitfuse.errors import KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
-from splitfuse.kernels.interface import AttentionSpec, Backend, Role, Store, Weight
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    Backend,
+    HeadNormSpec,
+    LayerWeights,
+    MlpSpec,
+    NormSpec,
+    Role,
+    RouterSpec,
+    Store,
+)
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 
@@ -102,12 +112,29 @@ def _runnable(name: str) -> list[pytest.MarkDecorator]:
 BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
 
 
-def pack_experts(backend: Backend, w13: Tensor, w2: Tensor) -> dict[str, list[Weight]]:
+def pack_experts(backend: Backend, w13: Tensor, w2: Tensor) -> LayerWeights:
     """w13 [E, 2I, C] and w2 [E, C, I] as `Backend.experts` takes them."""
-    return {
-        "w13": [backend.pack(each.chunk(2), role=Role.W13) for each in w13],
-        "w2": [backend.pack([each], role=Role.W2) for each in w2],
-    }
+    return LayerWeights(
+        w13=[backend.pack(each.chunk(2), role=Role.W13) for each in w13],
+        w2=[backend.pack([each], role=Role.W2) for each in w2],
+    )
+
+
+def experts(
+    backend: Backend, x: Tensor, ids: Tensor, weights: Tensor, layer: LayerWeights, kind: str = "silu"
+) -> Tensor:
+    """`Backend.experts` of gated experts with this activation."""
+    return backend.experts(x, ids, weights, MlpSpec(intermediate_size=1, activation=kind), layer)
+
+
+def route(backend: Backend, logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """`Backend.route` by softmax over all experts."""
+    return backend.route(logits, RouterSpec(num_experts=logits.shape[1], top_k=top_k, renormalize=renormalize))
+
+
+def rms_norm(backend: Backend, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`Backend.norm` with a weight that any dtype holds."""
+    return backend.norm(x, NormSpec(eps=eps), backend.pack([weight], role=Role.NORM))
 
 
 # --- blocked keys and values ------------------------------------------------------------------------------------------
@@ -151,12 +178,19 @@ def rope_store(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    **norms: Any,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """`Backend.rope_store` by the numbers and arrays."""
-    spec = AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    norms = None if q_norm is None else HeadNormSpec(norm=NormSpec(eps=eps))
+    spec = AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qk_norm=norms)
+    weights = LayerWeights(
+        q_norm=None if q_norm is None else backend.pack([q_norm], role=Role.NORM),
+        k_norm=None if k_norm is None else backend.pack([k_norm], role=Role.NORM),
+    )
     arrays = Arrays(positions=positions, slot_mapping=slot_mapping)
-    return backend.rope_store(qkv, store, spec, arrays, (cos, sin), **norms)
+    return backend.rope_store(qkv, store, spec, arrays, (cos, sin), weights)
 
 
 def attend(

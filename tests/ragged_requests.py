@@ -53,7 +53,8 @@ class Runner:
             backend=decoder.backend,
         )
         for store in self.cache.layers:
-            poison(store)
+            if store is not None:
+                poison(store)
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.spec import ModelSpec, RopeSpec
+
+
+def make_experts(num_experts: int, top_k: int, intermediate_size: int, *, renormalize: bool = True) -> ExpertsSpec:
+    """Return a mixture of gated experts."""
+    return ExpertsSpec(
+        router=RouterSpec(num_experts=num_experts, top_k=top_k, renormalize=renormalize),
+        expert=MlpSpec(intermediate_size=intermediate_size, activation="silu"),
+    )
 
 
 def make_spec(
@@ -30,12 +38,12 @@ def make_spec(
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim} | (attention or {})
     layers = tuple(
         LayerSpec(
-            attention=AttentionSpec(window=window, **heads),
+            mixer=AttentionSpec(window=window, **heads),
             mlp=dense if experts is None or number in dense_layers else experts,
         )
         for number, window in enumerate(windows or (None,) * num_layers)
     )
     assert len(layers) == num_layers
-    defaults = {"architecture": "LlamaForCausalLM", "dtype": "bfloat16", "norm_eps": 1e-5}
+    defaults = {"architecture": "LlamaForCausalLM", "dtype": "bfloat16", "norm": NormSpec(eps=1e-5)}
     ropes = (rope or RopeSpec(theta=10000.0, rotary_dim=head_dim),)
     return ModelSpec(layers=layers, ropes=ropes, **(defaults | network))

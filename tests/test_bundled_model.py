@@ -41,7 +41,7 @@ def test_there_are_many_possible_answers() -> None:
 def test_it_is_small_and_every_quantization_will_apply(pipe: splitfuse.Pipeline) -> None:
     assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()) <= 12_000_000
     spec = pipe.engine.model.spec
-    attention, inner = spec.layers[0].attention, spec.layers[0].mlp.intermediate_size
+    attention, inner = spec.layers[0].mixer, spec.layers[0].mlp.intermediate_size
     heads = (attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim)
     assert all(width % 256 == 0 for width in (*heads, spec.hidden_size, inner, spec.vocab_size))
 

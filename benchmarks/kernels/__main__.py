@@ -201,7 +201,8 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         weights = model.plan.weights
         if not spec.tied_embeddings:
             weights -= spec.vocab_size * spec.hidden_size * 2
-        attention = spec.layers[0].attention
+        attention = spec.layers[0].mixer
+        assert attention is not None
         linears = len(spec.layers) * sum(n * k for n, k in layer_sizes(shape))
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32

@@ -33,6 +33,45 @@ RopeTable: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """Describes a norm over the last dimension: RMS (Zhang and Sennrich, arXiv 1910.07467), or with `centered` layer
+    norm (Ba et al., arXiv 1607.06450), which subtracts the mean first.
+    """
+
+    eps: float
+    centered: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNormSpec:
+    """Describes the norms of queries and keys: of each head, or with `whole_row` of all heads of a token together.
+
+    Weights are [D] for all heads alike, [H, D] with `own_weights`, [H D] of a whole row; without `weight` there are
+    none.
+    """
+
+    norm: NormSpec
+    whole_row: bool = False
+    own_weights: bool = False
+    weight: bool = True
+    after_rope: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.whole_row or self.own_weights) and not self.weight:
+            raise ModelError("norms of queries and keys without weights are those of single heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryScaling:
+    """Scales the query at position p by `1 + beta * log(1 + floor((p + offset) / length))`."""
+
+    beta: float
+    length: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Describes the attention of one layer. Its keys and values are [Hk, D] for each token.
 
@@ -42,12 +81,18 @@ class AttentionSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: int = 0  # index into the network's rope tables
+    rope: int | None = 0  # index into the network's rope tables; None: positions are not rotated
     window: int | None = None  # positions that a query sees, its own included; None: all before it
+    chunk: int | None = None  # a query sees no key before the last multiple of it
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False  # RMS norms of each head's query and key
+    qk_norm: HeadNormSpec | None = None
+    v_norm: NormSpec | None = None  # of each head's value, without weights
+    gate: bool = False  # the output is multiplied by the sigmoid of a projection of the layer's input
+    sinks: bool = False  # each head has the score of a key without a value
+    alibi: bool = False  # scores fall linearly with distance (Press et al., arXiv 2108.12409)
     scale: float | None = None  # factor of query-key products; None: head_dim ** -0.5
+    query_scaling: QueryScaling | None = None
     softcap: float | None = None  # scores, scaled, become softcap * tanh(score / softcap)
 
     def __post_init__(self) -> None:
@@ -64,37 +109,99 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MlpSpec:
-    """Describes a gated MLP: `down(activation(gate) * up)`. `activation` is a key of `reference.ACTIVATIONS`."""
+    """Describes an MLP: `down(activation(gate) * up)`, or `down(activation(up))` if it is not gated. `activation` is a
+    key of `reference.ACTIVATIONS`, or if it is gated of `reference.GATED_ACTIVATIONS`.
+    """
 
     intermediate_size: int
     activation: str
+    gated: bool = True
     bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertsSpec:
-    """Describes a mixture of experts in place of an MLP: each token visits the `top_k` experts of highest probability.
+class RouterSpec:
+    """Describes how a token chooses its `top_k` experts of `num_experts`, and what weights they get.
 
-    Raises ModelError if there are fewer experts than that.
+    Each expert has a score, the softmax over all or the sigmoid of its logit. With `num_groups` a token chooses
+    among the `top_groups` groups of neighbouring experts whose two best scores have the largest sum. `choice_bias` is
+    added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437). Weights are the scores of the chosen, with
+    `renormalize` scaled to add up to 1, times `scale`.
+
+    Raises ModelError if there are fewer experts than a token visits.
     """
 
     num_experts: int
     top_k: int
-    intermediate_size: int
-    activation: str
-    renormalize: bool  # the chosen probabilities are scaled to add up to 1
+    renormalize: bool
+    sigmoid: bool = False
+    bias: bool = False  # of the logits
+    choice_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.top_k > self.num_experts:
             raise ModelError(f"a token cannot visit {self.top_k} experts: there are {self.num_experts}")
+        if self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
+            raise ModelError(
+                f"{self.num_experts} experts do not form {self.num_groups} equal groups of which {self.top_groups} are "
+                "chosen"
+            )
+        if self.top_k > self.num_experts // self.num_groups * self.top_groups:
+            raise ModelError(
+                f"a token cannot visit {self.top_k} experts: {self.top_groups} of {self.num_groups} groups have "
+                f"{self.num_experts // self.num_groups * self.top_groups}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """Describes a mixture of experts in place of an MLP: the weighted sum over the experts that a token chooses, and
+    with `shared` an MLP that every token visits, with `shared_gate` times the sigmoid of a projection to one number.
+    """
+
+    router: RouterSpec
+    expert: MlpSpec
+    shared: MlpSpec | None = None
+    shared_gate: bool = False
+
+
+class NormPlace(Enum):
+    """Says where the norms of a layer stand: on what a block reads, on what it gives, or on both."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    AROUND = "around"
+
+    @property
+    def before(self) -> bool:
+        """Return whether a block reads normed hidden states."""
+        return self is not NormPlace.AFTER
+
+    @property
+    def after(self) -> bool:
+        """Return whether what a block gives is normed before it is added."""
+        return self is not NormPlace.BEFORE
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Describes a pre-norm decoder layer: `x += attention(norm(x))`, then `x += mlp(norm(x))`."""
+    """Describes a decoder layer: `x += mixer(norm(x))`, then `x += mlp(norm(x))`; a block that is None is not there.
 
-    attention: AttentionSpec
-    mlp: MlpSpec | ExpertsSpec
+    With `parallel` both read the layer's input, `x += mixer(norm(x)) + mlp(norm(x))`: by norms of their own, or with
+    `shared_norm` by one. What a block gives is multiplied by `residual_scale`, and with `output_scale` the layer's
+    output by a stored number.
+    """
+
+    mixer: AttentionSpec | None
+    mlp: MlpSpec | ExpertsSpec | None
+    norms: NormPlace = NormPlace.BEFORE
+    parallel: bool = False
+    shared_norm: bool = False
+    residual_scale: float = 1.0
+    output_scale: bool = False
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -103,16 +210,20 @@ class LayerSpec:
 class Role(Enum):
     """Says what a weight is for: a backend chooses the format by it. Values are fields of LayerWeights, or "head".
 
-    PLAIN is everything that is looked up or added rather than multiplied: norms, biases, an embedding.
+    PLAIN is everything that is looked up or added rather than multiplied: biases, an embedding. NORM is kept in fp32.
     """
 
     PLAIN = "plain"
+    NORM = "norm"
     QKV = "qkv"
+    ATTN_GATE = "attn_gate"
     O = "o"  # noqa: E741 - the field's name for the output projection
     GATE_UP = "gate_up"
+    UP = "up"
     DOWN = "down"
     ROUTER = "router"
     W13 = "w13"
+    W1 = "w1"
     W2 = "w2"
     HEAD = "head"
 
@@ -121,28 +232,59 @@ class Role(Enum):
         """Return whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
         return self in (Role.GATE_UP, Role.W13)
 
+    @property
+    def linear(self) -> bool:
+        """Return whether the weight is multiplied, and packed for it."""
+        return self not in (Role.PLAIN, Role.NORM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpWeights:
+    """Holds the weights of an MLP: of a layer, or of the expert that all tokens share."""
+
+    gate_up: Weight = None  # [2I, C]
+    up: Weight = None  # [I, C]: in place of gate_up, if it is not gated
+    up_bias: Tensor | None = None  # of gate_up or up
+    down: Weight = None  # [C, I]
+    down_bias: Tensor | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """Holds the weights of one layer. Linear weights are packed; norms and biases are plain vectors, None where
-    its LayerSpec has none.
+    """Holds the weights of one layer. Linear weights are packed; norms are vectors in fp32, biases plain vectors. What
+    its LayerSpec does not have is None.
     """
 
-    attn_norm: Tensor
-    qkv: Weight  # [(H + 2 Hk) D, C]
+    attn_norm: Tensor | None = None
+    attn_norm_bias: Tensor | None = None
+    qkv: Weight = None  # [(H + 2 Hk) D, C]
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
+    q_norm_bias: Tensor | None = None
     k_norm: Tensor | None = None
-    o: Weight  # [C, H D]
+    k_norm_bias: Tensor | None = None
+    attn_gate: Weight = None  # [H D, C]
+    sinks: Tensor | None = None  # [H]
+    o: Weight = None  # [C, H D]
     o_bias: Tensor | None = None
-    mlp_norm: Tensor
-    gate_up: Weight = None  # [2I, C]
-    gate_up_bias: Tensor | None = None
-    down: Weight = None  # [C, I]
-    down_bias: Tensor | None = None
-    router: Weight = None  # [E, C]: with w13 and w2 in place of gate_up and down, in a layer with experts
+    post_attn_norm: Tensor | None = None
+    post_attn_norm_bias: Tensor | None = None
+    mlp_norm: Tensor | None = None
+    mlp_norm_bias: Tensor | None = None
+    mlp: MlpWeights | None = None
+    router: Weight = None  # [E, C]: with w13 or w1, and w2, in place of mlp, in a layer with experts
+    router_bias: Tensor | None = None  # [E]
+    choice_bias: Tensor | None = None  # [E]
     w13: Sequence[Weight] = ()  # of each expert [2I, C]
+    w1: Sequence[Weight] = ()  # of each expert [I, C], if they are not gated
+    w1_bias: Sequence[Tensor] = ()  # of w13 or w1
     w2: Sequence[Weight] = ()  # of each expert [C, I]
+    w2_bias: Sequence[Tensor] = ()
+    shared: MlpWeights | None = None
+    shared_gate: Weight = None  # [1, C]
+    post_mlp_norm: Tensor | None = None
+    post_mlp_norm_bias: Tensor | None = None
+    output_scale: Tensor | None = None  # [1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +292,12 @@ class NetworkWeights:
     """Holds all weights of a network."""
 
     embed: Weight  # [vocabulary, C]: a plain tensor, or the packed head if the two are tied
+    positions: Tensor | None = None  # [positions, C], added to the embedding
     layers: tuple[LayerWeights, ...]
     norm: Tensor
+    norm_bias: Tensor | None = None
     head: Weight  # [vocabulary, C]
+    head_bias: Tensor | None = None
 
 
 # --- a network in one call --------------------------------------------------------------------------------------------
@@ -165,7 +310,8 @@ class NetworkPlan:
     layers: tuple[LayerSpec, ...]
     weights: NetworkWeights
     ropes: tuple[RopeTable, ...]
-    norm_eps: float
+    norm: NormSpec
+    embed_scale: float = 1.0
 
 
 Network: TypeAlias = Callable[[Sequence[Store], RaggedBatch], Tensor]
@@ -290,17 +436,21 @@ class Backend(ABC):
     # Operations of a layer
 
     @abstractmethod
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return the RMS norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467), in fp32 or wider."""
+    def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the norm of x [T, C] over its last dimension, in fp32 or wider; `weight` and `bias` are [C]."""
 
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """Return `x @ weight.T + bias`: [T, K] -> [T, N]. Adds no residual: the decoder may sum over devices first."""
 
     @abstractmethod
+    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+        """Return `activation(linear(x, weight, bias))`: [T, K] -> [T, N]."""
+
+    @abstractmethod
     def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         """Return `activation(gate) * up`, where `linear(x, weight, bias)` is [gate, up]: x [T, K], weight [2I, K] ->
-        [T, I]. `activation` is a key of `reference.ACTIVATIONS`.
+        [T, I]. `activation` is a key of `reference.ACTIVATIONS` or of `reference.GATED_ACTIVATIONS`.
         """
 
     @abstractmethod
@@ -310,17 +460,15 @@ class Backend(ABC):
         store: Store,
         spec: AttentionSpec,
         batch: RaggedBatch,
-        rope: RopeTable,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
+        rope: RopeTable | None,
+        weights: LayerWeights,
     ) -> Tensor:
-        """Normalize the heads if there are weights [D] for it, rotate queries and keys, write keys and values to the
-        store.
+        """Normalize the heads as the spec says, rotate queries and keys, write keys and values to the store.
 
-        qkv [T, (H + 2 Hk) D] -> queries [T, H, D]. Rows of `rope`, [max_position, rotary_dim / 2], rotate the first
-        rotary_dim elements of a head, element i with element i + rotary_dim / 2 (Su et al., arXiv 2104.09864); the
-        others stay. A token of slot -1 is not written.
+        qkv [T, (H + 2 Hk) D] -> queries [T, H, D], scaled by position if the spec says so. Rows of `rope`,
+        [max_position, rotary_dim / 2], rotate the first rotary_dim elements of a head, element i with element i +
+        rotary_dim / 2 (Su et al., arXiv 2104.09864); the others stay. Of `weights` the norms of heads are read. A token
+        of slot -1 is not written.
         """
 
     @abstractmethod
@@ -332,27 +480,25 @@ class Backend(ABC):
 
         Request s owns the rows `query_start[s]` to `query_start[s + 1]` of `q`; they are the last of its `seq_lens[s]`
         positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before
-        it; with a window, only p - window + 1 to p. `sinks` [H] are scores of a key without a value. What is beyond the
-        request's positions is never read.
+        it; with a window, only p - window + 1 to p; with chunks, only its own chunk. `sinks` [H] are scores of a key
+        without a value. What is beyond the request's positions is never read.
         """
 
     @abstractmethod
-    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        """Return for a router's scores [T, E] each token's `top_k` best experts and their weights, both [T, top_k],
-        best first: the softmax over all experts, in fp32 or wider; with `renormalize` scaled to add up to 1.
+    def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return for a router's logits [T, E] each token's experts and their weights, both [T, top_k], best first, as
+        the spec says, in fp32 or wider.
 
         Source: Shazeer et al., arXiv 1701.06538; `renormalize` is Mixtral's rule (arXiv 2401.04088).
         """
 
     @abstractmethod
-    def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
-    ) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         """Return for every token the weighted sum over its k different experts: x [T, C], ids and weights [T, k] ->
         [T, C].
 
-        Expert e computes `gated(x, w13[e]) @ w2[e].T` with w13[e] [2I, C] and w2[e] [C, I]. The sum over a token's
-        experts runs in the order of its ids, whichever other tokens are in the step.
+        Expert e is the MLP of `spec` with the weights `layer.w13[e]` (or `w1`) and `layer.w2[e]`, and their biases. The
+        sum over a token's experts runs in the order of its ids, whichever other tokens are in the step.
         """
 
     # The network in one call

@@ -32,7 +32,7 @@ class OneDnnBackend(ReferenceBackend):
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return weight if role is Role.PLAIN else _Prepacked(weight, keep=role is Role.HEAD)
+        return _Prepacked(weight, keep=role is Role.HEAD) if role.linear else weight
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)

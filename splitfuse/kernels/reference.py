@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,8 +16,14 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     Capabilities,
+    HeadNormSpec,
+    LayerWeights,
+    MlpSpec,
+    NormSpec,
+    QueryScaling,
     Role,
     RopeTable,
+    RouterSpec,
     Store,
     Weight,
     exact_argmax,
@@ -26,7 +33,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
+
+SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
+
+
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate) * up
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return the gate of gpt-oss: both halves clamped, the up half shifted by one."""
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+
+
+GATED_ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: partial(_gated, function) for name, function in ACTIVATIONS.items()},
+    "clamped_swiglu": _clamped_swiglu,
+}
+"""Functions of a gate and an up half: an activation of the gate times the up half, and others."""
 
 QUERY_TILE = 256  # rows of one request scored at a time, at most: skips keys of the future
 MAX_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long the context
@@ -62,13 +90,13 @@ class ReferenceBackend(Backend):
         store.view(torch.uint8).fill_(byte)
 
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        del role
-        return math.prod(shape) * dtype.itemsize
+        kept = _wide(dtype) if role is Role.NORM else dtype
+        return math.prod(shape) * kept.itemsize
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
-        del role
         weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces))
-        return weight.to(dtype or weight.dtype)
+        dtype = dtype or weight.dtype
+        return weight.to(_wide(dtype) if role is Role.NORM else dtype).contiguous()
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return F.embedding(ids, table)
@@ -76,17 +104,18 @@ class ReferenceBackend(Backend):
     def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
         return exact_argmax(scores)
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (scaled * weight).to(x.dtype)
+    def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _norm(x, spec, weight, bias)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+        return ACTIVATIONS[activation](self.linear(x, weight, bias))
+
     def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate) * up
+        return GATED_ACTIVATIONS[activation](gate, up)
 
     def rope_store(
         self,
@@ -94,22 +123,14 @@ class ReferenceBackend(Backend):
         store: Store,
         spec: AttentionSpec,
         batch: RaggedBatch,
-        rope: RopeTable,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
+        rope: RopeTable | None,
+        weights: LayerWeights,
     ) -> Tensor:
-        sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
-        q, k, v = qkv.view(-1, sum(sizes), spec.head_dim).split_with_sizes(sizes, dim=1)
-        if q_norm is not None:
-            q = self.norm(q, q_norm, eps)
-        if k_norm is not None:
-            k = self.norm(k, k_norm, eps)
-        cos, sin = (table[batch.positions].unsqueeze(1) for table in rope)  # [tokens, 1, rotary_dim / 2]
+        q, k, v = place_heads(qkv, spec, batch, rope, weights)
         written = batch.slot_mapping >= 0
         slots: Tensor = store.view(2, -1, spec.num_kv_heads, spec.head_dim)
-        slots[:, batch.slot_mapping[written]] = torch.stack((_rotate(k, cos, sin), v))[:, written]
-        return _rotate(q, cos, sin)
+        slots[:, batch.slot_mapping[written]] = torch.stack((k, v))[:, written]
+        return q
 
     def attend(
         self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
@@ -122,28 +143,95 @@ class ReferenceBackend(Backend):
             for first in range(begin, end, tile):
                 last = min(first + tile, end)
                 key_end = seq_len - (end - last)
-                key_begin = 0 if spec.window is None else max(0, key_end - (last - first) - spec.window + 1)
+                key_begin = _first_seen(spec, key_end - (last - first))
                 keys, values = _read_kv(store, batch.block_tables[request], key_begin, key_end)
-                out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks)
+                out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks, key_begin)
         return out
 
-    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        probabilities = scores.to(_wide(scores.dtype)).softmax(dim=-1)
-        weights, expert_ids = probabilities.topk(top_k, dim=-1)
-        if renormalize:
+    def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        wide = logits.to(_wide(logits.dtype))
+        scores = wide.sigmoid() if spec.sigmoid else wide.softmax(dim=-1)
+        choice = scores if choice_bias is None else scores + choice_bias.to(scores.dtype)
+        if spec.num_groups > 1:
+            groups = choice.view(len(choice), spec.num_groups, -1)
+            best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
+            chosen = torch.zeros_like(best_two, dtype=torch.bool)
+            chosen.scatter_(1, best_two.topk(spec.top_groups, dim=-1).indices, True)
+            choice = groups.masked_fill(~chosen.unsqueeze(-1), -torch.inf).flatten(1)
+        expert_ids = choice.topk(spec.top_k, dim=-1).indices
+        weights = scores.gather(1, expert_ids)
+        if spec.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return expert_ids, weights
+        return expert_ids, weights * spec.scale
 
-    def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
-    ) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         k = ids.shape[1]
         outputs = x.new_empty(ids.numel(), x.shape[1])  # [tokens x k, hidden]
         for expert in sorted(set(ids.flatten().tolist())):
             pairs = (ids.flatten() == expert).nonzero().squeeze(1)
-            outputs[pairs] = self.linear(self.gated(x[pairs // k], w13[expert], None, activation), w2[expert])
+            biases = (layer.w1_bias[expert], layer.w2_bias[expert]) if spec.bias else (None, None)
+            if spec.gated:
+                inner = self.gated(x[pairs // k], layer.w13[expert], biases[0], spec.activation)
+            else:
+                inner = self.activated(x[pairs // k], layer.w1[expert], biases[0], spec.activation)
+            outputs[pairs] = self.linear(inner, layer.w2[expert], biases[1])
         weighted = outputs.view(-1, k, x.shape[1]) * weights.to(_wide(x.dtype)).unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
+
+
+def place_heads(
+    qkv: Tensor, spec: AttentionSpec, batch: RaggedBatch, rope: RopeTable | None, weights: LayerWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [T, H, D], keys and values [T, Hk, D] of qkv: normed, rotated and scaled as the spec says."""
+    sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    q, k, v = qkv.view(-1, sum(sizes), spec.head_dim).split_with_sizes(sizes, dim=1)
+    norms = spec.qk_norm
+    if norms is not None and not norms.after_rope:
+        q = _norm_heads(q, norms, weights.q_norm, weights.q_norm_bias)
+        k = _norm_heads(k, norms, weights.k_norm, weights.k_norm_bias)
+    if rope is not None:
+        cos, sin = (table[batch.positions].unsqueeze(1) for table in rope)  # [tokens, 1, rotary_dim / 2]
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if norms is not None and norms.after_rope:
+        q = _norm_heads(q, norms, weights.q_norm, weights.q_norm_bias)
+        k = _norm_heads(k, norms, weights.k_norm, weights.k_norm_bias)
+    if spec.query_scaling is not None:
+        q = (q * query_scales(spec.query_scaling, batch.positions).view(-1, 1, 1)).to(q.dtype)
+    if spec.v_norm is not None:
+        v = _norm(v, spec.v_norm)
+    return q, k, v
+
+
+def query_scales(scaling: QueryScaling, positions: Tensor) -> Tensor:
+    """Return the factors of queries at these positions, in fp32: each depends on its position alone."""
+    turns = torch.floor((positions + scaling.offset) / scaling.length)
+    return (1 + scaling.beta * torch.log1p(turns)).float()
+
+
+def _norm(x: Tensor, spec: NormSpec, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return the norm of the last dimension; `weight` and `bias` are shaped like its last dimensions."""
+    wide = x.to(_wide(x.dtype))
+    if spec.centered:
+        wide = wide - wide.mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+    if weight is not None:
+        normed = normed * weight
+    if bias is not None:
+        normed = normed + bias
+    return normed.to(x.dtype)
+
+
+def _norm_heads(heads: Tensor, spec: HeadNormSpec, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return normed heads [T, H, D]."""
+    if spec.whole_row:
+        return _norm(heads.flatten(1), spec.norm, weight, bias).view_as(heads)
+    return _norm(heads, spec.norm, weight, bias)
+
+
+def _first_seen(spec: AttentionSpec, position: int) -> int:
+    """Return the first position that the query at `position` sees."""
+    first = 0 if spec.window is None else max(0, position - spec.window + 1)
+    return first if spec.chunk is None else max(first, position // spec.chunk * spec.chunk)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -168,8 +256,24 @@ def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[
     return keys, values
 
 
-def _attend_last(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
-    """Return attention of queries [n, H, D] at the last n of L positions to keys and values [L, Hk, D]: [n, H, D]."""
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Return how much the score of each head falls with a position of distance, in fp32 (Press et al., arXiv
+    2108.12409): a geometric series for a power of two of heads; heads beyond it take every other number of the next.
+    """
+    whole = 2 ** math.floor(math.log2(num_heads))
+
+    def series(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
+
+    return torch.tensor(series(whole) + series(2 * whole)[0::2][: num_heads - whole])
+
+
+def _attend_last(
+    q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, sinks: Tensor | None, begin: int
+) -> Tensor:
+    """Return attention of queries [n, H, D] at the last n of L positions to keys and values [L, Hk, D]: [n, H, D]. The
+    first position is `begin`.
+    """
     rows, num_heads, head_dim = q.shape
     length, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
@@ -179,11 +283,15 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, s
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.view(num_kv_heads, group, rows, length)
+    if spec.alibi:
+        scores = scores + alibi_slopes(num_heads).to(scores).view(num_kv_heads, group, 1, 1) * torch.arange(
+            begin, begin + length, device=q.device
+        ).to(scores.dtype)
     if rows > 1:  # a single row sees every key that was read
-        visible = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        if spec.window is not None:
-            visible = visible.triu(length - rows - spec.window + 1)
-        scores = scores.masked_fill(~visible, -torch.inf)
+        positions = torch.arange(begin, begin + length, device=q.device)
+        first = torch.tensor([_first_seen(spec, begin + length - rows + row) for row in range(rows)], device=q.device)
+        queries = positions[length - rows :].unsqueeze(1)
+        scores = scores.masked_fill((positions > queries) | (positions < first.unsqueeze(1)), -torch.inf)
     if sinks is not None:
         column = sinks.to(wide).view(num_kv_heads, group, 1, 1).expand(-1, -1, rows, 1)
         scores = torch.cat((scores, column), dim=-1)

@@ -9,27 +9,45 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerWeights, MlpSpec, NetworkPlan, NetworkWeights
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    Backend,
+    ExpertsSpec,
+    LayerSpec,
+    LayerWeights,
+    MlpSpec,
+    MlpWeights,
+    NetworkPlan,
+    NetworkWeights,
+    Store,
+)
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
 
 
 class Decoder:
-    """Computes hidden states and logits of ragged batches.
+    """Computes hidden states and logits of ragged batches. `dtype` is that of weights, activations and the KV cache.
 
-    >>> decoder = Decoder(spec, weights, ReferenceBackend())                         # doctest: +SKIP
+    >>> decoder = Decoder(spec, weights, ReferenceBackend(), dtype=torch.float32)     # doctest: +SKIP
     >>> hidden = decoder.forward(batch, kv_cache)     # [rows that need logits, hidden]  # doctest: +SKIP
     >>> decoder.logits(hidden)                        # [rows, vocabulary], fp32         # doctest: +SKIP
     """
 
-    def __init__(self, spec: ModelSpec, weights: NetworkWeights, backend: Backend) -> None:
+    def __init__(self, spec: ModelSpec, weights: NetworkWeights, backend: Backend, *, dtype: torch.dtype) -> None:
         self.spec = spec
         self.weights = weights
         self.backend = backend
+        self.dtype = dtype
         self.ropes = tuple(rope_table(rope, spec.max_position, self.device) for rope in spec.ropes)
         self._fused = backend.compile_network(
-            NetworkPlan(layers=spec.layers, weights=weights, ropes=self.ropes, norm_eps=spec.norm_eps)
+            NetworkPlan(
+                layers=spec.layers,
+                weights=weights,
+                ropes=self.ropes,
+                norm=spec.norm,
+                embed_scale=spec.embed_scale,
+            )
         )
 
     @property
@@ -38,9 +56,9 @@ class Decoder:
         return self.weights.norm.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of weights, activations and the KV cache."""
-        return self.weights.norm.dtype
+    def is_fused(self) -> bool:
+        """Return whether the backend computes the network in one call."""
+        return self._fused is not None
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
         """Compute the batch and write its keys and values; return the normed hidden states [R, C] of its
@@ -48,32 +66,89 @@ class Decoder:
         """
         if self._fused is not None:
             return self._fused(kv_cache.layers, batch)
-        backend, eps = self.backend, self.spec.norm_eps
-        x = backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
+        x = self.backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
+        if self.spec.embed_scale != 1.0:
+            x = x * self.spec.embed_scale
+        if self.weights.positions is not None:
+            x = x + self.weights.positions[batch.positions + self.spec.position_offset]
         for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
-            spec = layer.attention
-            qkv = backend.linear(backend.norm(x, weights.attn_norm, eps), weights.qkv, weights.qkv_bias)
-            rope = self.ropes[spec.rope]
-            q = backend.rope_store(qkv, store, spec, batch, rope, weights.q_norm, weights.k_norm, eps)  # [T, H, D]
-            attended = backend.attend(q, store, spec, batch).flatten(1)
-            x = x + backend.linear(attended, weights.o, weights.o_bias)
-            x = x + mlp(backend.norm(x, weights.mlp_norm, eps), layer.mlp, weights, backend)
-        return backend.norm(x.index_select(0, batch.logit_rows), self.weights.norm, eps)
+            x = self._layer(x, layer, weights, store, batch)
+        return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head to rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
-        logits = self.backend.linear(hidden, self.weights.head)
+        logits = self.backend.linear(hidden, self.weights.head, self.weights.head_bias)
         if logits.dtype != torch.float32:
             logits = logits.float()
+        if self.spec.logit_scale != 1.0:
+            logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _layer(self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch) -> Tensor:
+        """Return the residual stream [T, C] after a layer."""
+        norms, read = layer.norms, None
+        if layer.mixer is not None:
+            read = self._norm(x, weights.attn_norm, weights.attn_norm_bias) if norms.before else x.to(self.dtype)
+            mixed = self._attention(read, layer.mixer, weights, store, batch)
+            if norms.after:
+                mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
+            x, before = _add(x, mixed, layer.residual_scale), x
+        if layer.mlp is not None:
+            source = before if layer.parallel else x
+            if not (layer.parallel and layer.shared_norm):
+                read = self._norm(source, weights.mlp_norm, weights.mlp_norm_bias) if norms.before else x.to(self.dtype)
+            assert read is not None
+            inner = mlp(read, layer.mlp, weights, self.backend)
+            if norms.after:
+                inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
+            x = _add(x, inner, layer.residual_scale)
+        return x if weights.output_scale is None else x * weights.output_scale
+
+    def _attention(
+        self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch
+    ) -> Tensor:
+        """Return the attention of normed hidden states: [T, C] -> [T, C]."""
+        backend = self.backend
+        qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
+        rope = None if spec.rope is None else self.ropes[spec.rope]
+        q = backend.rope_store(qkv, store, spec, batch, rope, weights)  # [T, H, D]
+        attended = backend.attend(q, store, spec, batch, weights.sinks).flatten(1)
+        if spec.gate:
+            gate = backend.linear(x, weights.attn_gate)
+            attended = (attended * torch.sigmoid(gate)).to(attended.dtype)
+        return backend.linear(attended, weights.o, weights.o_bias)
+
+    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return self.backend.norm(x, self.spec.norm, weight, bias)
 
 
 def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: Backend) -> Tensor:
     """Return the MLP or the mixture of experts of x: [T, C] -> [T, C]."""
     if isinstance(spec, MlpSpec):
-        gated = backend.gated(x, weights.gate_up, weights.gate_up_bias, spec.activation)
-        return backend.linear(gated, weights.down, weights.down_bias)
-    scores = backend.linear(x, weights.router)
-    expert_ids, expert_weights = backend.route(scores, spec.top_k, spec.renormalize)
-    return backend.experts(x, expert_ids, expert_weights, w13=weights.w13, w2=weights.w2, activation=spec.activation)
+        assert weights.mlp is not None
+        return _dense(x, spec, weights.mlp, backend)
+    logits = backend.linear(x, weights.router, weights.router_bias)
+    expert_ids, expert_weights = backend.route(logits, spec.router, weights.choice_bias)
+    y = backend.experts(x, expert_ids, expert_weights, spec.expert, weights)
+    if spec.shared is None:
+        return y
+    assert weights.shared is not None
+    shared = _dense(x, spec.shared, weights.shared, backend)
+    if spec.shared_gate:
+        shared = shared * torch.sigmoid(backend.linear(x, weights.shared_gate))
+    return y + shared
+
+
+def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend) -> Tensor:
+    if spec.gated:
+        inner = backend.gated(x, weights.gate_up, weights.up_bias, spec.activation)
+    else:
+        inner = backend.activated(x, weights.up, weights.up_bias, spec.activation)
+    return backend.linear(inner, weights.down, weights.down_bias)
+
+
+def _add(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    """Return the residual stream with what a block gave."""
+    return x + (branch if scale == 1.0 else branch * scale)

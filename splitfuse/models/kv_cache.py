@@ -14,11 +14,12 @@ from splitfuse.models.spec import ModelSpec
 
 def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend: Backend) -> int:
     """Return the bytes of one block over all layers."""
-    return sum(backend.kv_bytes(layer.attention, block_size=block_size, dtype=dtype) for layer in spec.layers)
+    mixers = (layer.mixer for layer in spec.layers if layer.mixer is not None)
+    return sum(backend.kv_bytes(mixer, block_size=block_size, dtype=dtype) for mixer in mixers)
 
 
 class KVCache:
-    """Holds `num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i.
+    """Holds `num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i, None if it has none.
 
     Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """
@@ -40,8 +41,9 @@ class KVCache:
         self.block_size = block_size
         try:
             self.layers = [
-                backend.allocate_kv(
-                    layer.attention, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
+                layer.mixer
+                and backend.allocate_kv(
+                    layer.mixer, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
                 for layer in spec.layers
             ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import ExpertsSpec, LayerSpec
+from splitfuse.kernels.interface import ExpertsSpec, LayerSpec, NormSpec
 
 MAX_EXPERTS = 100_000
 """Number of experts that all layers may have together: each has weights of its own, which are listed."""
@@ -82,20 +82,26 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     max_position: int
-    norm_eps: float
+    norm: NormSpec  # of all layers and the last
     ropes: tuple[RopeSpec, ...]  # `AttentionSpec.rope` is an index into it
     layers: tuple[LayerSpec, ...]
+    embed_scale: float = 1.0
+    learned_positions: bool = False  # a row for each position is added to the embedding
+    position_offset: int = 0  # row of position 0
     tied_embeddings: bool = False
+    head_bias: bool = False
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
-        experts = [layer.mlp.num_experts for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
+        experts = [layer.mlp.router.num_experts for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
         if sum(experts) > MAX_EXPERTS:
             raise ModelError(
                 f"{max(experts)} experts in {len(experts)} layers are {sum(experts)} in all; at most {MAX_EXPERTS} are "
                 "supported"
             )
-        for rope, head_dim in {(layer.attention.rope, layer.attention.head_dim) for layer in self.layers}:
+        mixers = {layer.mixer for layer in self.layers if layer.mixer is not None}
+        for rope, head_dim in {(mixer.rope, mixer.head_dim) for mixer in mixers if mixer.rope is not None}:
             rotary_dim = self.ropes[rope].rotary_dim
             if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
                 raise ModelError(

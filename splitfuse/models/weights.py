@@ -14,11 +14,25 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import Backend, LayerSpec, LayerWeights, MlpSpec, NetworkWeights, Role, Weight
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    Backend,
+    ExpertsSpec,
+    LayerSpec,
+    LayerWeights,
+    MlpSpec,
+    MlpWeights,
+    NetworkWeights,
+    NormSpec,
+    Role,
+    Weight,
+)
 from splitfuse.models.decoder import Decoder
+from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
 from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
@@ -37,77 +51,145 @@ Shapes: TypeAlias = dict[str, tuple[Shape, ...]]
 class Parameter:
     """Names one weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
 
-    name: str  # a field of LayerWeights, or of NetworkWeights where layer is None
+    name: str  # a field of LayerWeights, "mlp.up" of its MlpWeights, or of NetworkWeights where layer is None
     role: Role
     layer: int | None
     expert: int | None
-    pieces: tuple[Piece, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Return the tensors as they are stored."""
+        return tuple(part.piece for part in self.parts)
 
     @property
     def shape(self) -> Shape:
         """Return the shape of the whole."""
-        shapes = [piece.shape for piece in self.pieces]
+        shapes = [part.shape for part in self.parts]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Holds rows of a weight: the tensor that they are in, how they are taken from it, and their shape."""
+
+    piece: Piece
+    stored: Stored
+    place: Place
+    shape: Shape
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the rows, of the stored tensor."""
+        return self.stored.take(tensor, self.place)
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Return every weight that the network of `spec` has."""
     names = find_family(spec.architecture).names
 
-    def named(shapes: Shapes, layer: int | None = None, expert: int | None = None) -> Iterator[Parameter]:
+    def named(shapes: Shapes, place: Place) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
-            full = (tensor.format(layer=layer, expert=expert) for tensor in names[name])
-            named_pieces = tuple(Piece(*each) for each in zip(full, pieces, strict=True))
-            yield Parameter(name, _role(name, spec), layer, expert, named_pieces)
+            layout = [Stored(each) if isinstance(each, str) else each for each in names[name]]
+            if len(layout) == 1 < len(pieces):  # all pieces lie in one tensor, in our order
+                pieces = ((sum(piece[0] for piece in pieces), *pieces[0][1:]),)
+            parts = tuple(_part(*each, place) for each in zip(layout, pieces, strict=True))
+            yield Parameter(name, _role(name, spec), place.number, place.expert, parts)
 
-    found = list(named(_outer_shapes(spec)))
+    found = list(named(_outer_shapes(spec), Place()))
     for number, layer in enumerate(spec.layers):
-        found += named(_layer_shapes(layer, spec.hidden_size), number)
-        if not isinstance(layer.mlp, MlpSpec):
-            inner = (layer.mlp.intermediate_size, spec.hidden_size)
-            of_expert: Shapes = {"w13": (inner, inner), "w2": (inner[::-1],)}
-            for expert in range(layer.mlp.num_experts):
-                found += named(of_expert, number, expert)
+        found += named(_layer_shapes(layer, spec.norm, spec.hidden_size), Place(layer, number))
+        if isinstance(layer.mlp, ExpertsSpec):
+            of_expert = _expert_shapes(layer.mlp.expert, spec.hidden_size)
+            for expert in range(layer.mlp.router.num_experts):
+                found += named(of_expert, Place(layer, number, expert))
     return found
+
+
+def _part(stored: Stored, shape: Shape, place: Place) -> Part:
+    name = stored.name.format(layer=place.number, expert=place.expert)
+    return Part(Piece(name, stored.shape(shape, place)), stored, place, shape)
 
 
 def _role(name: str, spec: ModelSpec) -> Role:
     """Return the role of a weight: a tied embedding is the output head; what no Role is named after stays plain."""
     if name == "embed" and spec.tied_embeddings:
         return Role.HEAD
-    return Role(name) if name in {role.value for role in Role} else Role.PLAIN
+    last = name.rpartition(".")[2]
+    if last.removesuffix("_bias").endswith("norm") or last == "output_scale":
+        return Role.NORM
+    return Role(last) if last in {role.value for role in Role} else Role.PLAIN
 
 
 def _outer_shapes(spec: ModelSpec) -> Shapes:
     table = (spec.vocab_size, spec.hidden_size)
-    shapes: Shapes = {"embed": (table,), "norm": ((spec.hidden_size,),)}
+    shapes: Shapes = {"embed": (table,), **_norm_shapes("norm", spec.norm, spec.hidden_size)}
+    if spec.learned_positions:
+        shapes["positions"] = ((spec.max_position + spec.position_offset, spec.hidden_size),)
+    if spec.head_bias:
+        shapes["head_bias"] = ((spec.vocab_size,),)
     return shapes if spec.tied_embeddings else shapes | {"head": (table,)}
 
 
-def _layer_shapes(layer: LayerSpec, hidden: int) -> Shapes:
+def _norm_shapes(name: str, norm: NormSpec, *shape: int) -> Shapes:
+    return {name: (shape,), f"{name}_bias": (shape,)} if norm.bias else {name: (shape,)}
+
+
+def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
     """Return the weights of a layer but those of its experts."""
-    attention, mlp = layer.attention, layer.mlp
-    q, kv = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    shapes: Shapes = {
-        "attn_norm": ((hidden,),),
-        "qkv": ((q, hidden), (kv, hidden), (kv, hidden)),
-        "o": ((hidden, q),),
-        "mlp_norm": ((hidden,),),
-    }
-    if isinstance(mlp, MlpSpec):
-        inner = mlp.intermediate_size
-        shapes |= {"gate_up": ((inner, hidden), (inner, hidden)), "down": ((hidden, inner),)}
-    else:
-        shapes["router"] = ((mlp.num_experts, hidden),)
-    if attention.qkv_bias:
+    shapes: Shapes = {}
+    if layer.mixer is not None:
+        shapes |= _attention_shapes(layer.mixer, hidden)
+        shapes |= _norm_shapes("attn_norm", norm, hidden) if layer.norms.before else {}
+        shapes |= _norm_shapes("post_attn_norm", norm, hidden) if layer.norms.after else {}
+    if layer.mlp is not None:
+        own_norm = layer.norms.before and not (layer.parallel and layer.shared_norm)
+        shapes |= _norm_shapes("mlp_norm", norm, hidden) if own_norm else {}
+        shapes |= _norm_shapes("post_mlp_norm", norm, hidden) if layer.norms.after else {}
+    if isinstance(layer.mlp, MlpSpec):
+        shapes |= _mlp_shapes("mlp", layer.mlp, hidden)
+    elif layer.mlp is not None:
+        router = layer.mlp.router
+        shapes["router"] = ((router.num_experts, hidden),)
+        shapes |= {"router_bias": ((router.num_experts,),)} if router.bias else {}
+        shapes |= {"choice_bias": ((router.num_experts,),)} if router.choice_bias else {}
+        shapes |= _mlp_shapes("shared", layer.mlp.shared, hidden) if layer.mlp.shared else {}
+        shapes |= {"shared_gate": ((1, hidden),)} if layer.mlp.shared_gate else {}
+    return shapes | ({"output_scale": ((1,),)} if layer.output_scale else {})
+
+
+def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:
+    q, kv, dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.head_dim
+    shapes: Shapes = {"qkv": ((q, hidden), (kv, hidden), (kv, hidden)), "o": ((hidden, q),)}
+    if spec.qkv_bias:
         shapes["qkv_bias"] = ((q,), (kv,), (kv,))
-    if attention.o_bias:
+    if spec.o_bias:
         shapes["o_bias"] = ((hidden,),)
-    if isinstance(mlp, MlpSpec) and mlp.bias:
-        shapes |= {"gate_up_bias": ((inner,), (inner,)), "down_bias": ((hidden,),)}
-    if attention.qk_norm:
-        shapes |= {"q_norm": ((attention.head_dim,),), "k_norm": ((attention.head_dim,),)}
+    if spec.gate:
+        shapes["attn_gate"] = ((q, hidden),)
+    if spec.sinks:
+        shapes["sinks"] = ((spec.num_heads,),)
+    if (norms := spec.qk_norm) is not None and norms.weight:
+        for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+            shape = (heads * dim,) if norms.whole_row else (heads, dim) if norms.own_weights else (dim,)
+            shapes |= _norm_shapes(name, norms.norm, *shape)
     return shapes
+
+
+def _mlp_shapes(name: str, spec: MlpSpec, hidden: int) -> Shapes:
+    inner = spec.intermediate_size
+    halves = 2 if spec.gated else 1
+    shapes: Shapes = {
+        f"{name}.gate_up" if spec.gated else f"{name}.up": ((inner, hidden),) * halves,
+        f"{name}.down": ((hidden, inner),),
+    }
+    return shapes | ({f"{name}.up_bias": ((inner,),) * halves, f"{name}.down_bias": ((hidden,),)} if spec.bias else {})
+
+
+def _expert_shapes(spec: MlpSpec, hidden: int) -> Shapes:
+    inner = spec.intermediate_size
+    halves = 2 if spec.gated else 1
+    shapes: Shapes = {"w13" if spec.gated else "w1": ((inner, hidden),) * halves, "w2": ((hidden, inner),)}
+    return shapes | ({"w1_bias": ((inner,),) * halves, "w2_bias": ((hidden,),)} if spec.bias else {})
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend) -> int:
@@ -154,14 +236,18 @@ def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]
     found = parameters(spec)
     embed, head = _tied_pair(spec)
     if spec.tied_embeddings and embed.name not in weights and head.name in weights:
-        return [replace(each, pieces=(head,)) if each.pieces == (embed,) else each for each in found]
+        return [
+            replace(each, parts=(replace(each.parts[0], piece=head),)) if each.pieces == (embed,) else each
+            for each in found
+        ]
     return found
 
 
 def _tied_pair(spec: ModelSpec) -> tuple[Piece, Piece]:
     """Return the embedding and the output head, of which a tied network has one."""
     names, table = find_family(spec.architecture).names, (spec.vocab_size, spec.hidden_size)
-    return Piece(names["embed"][0], table), Piece(names["head"][0], table)
+    embed, head = (each.name if isinstance(each, Stored) else each for each in (names["embed"][0], names["head"][0]))
+    return Piece(embed, table), Piece(head, table)
 
 
 def _are_equal(weights: WeightSource, first: Piece, second: Piece) -> bool:
@@ -191,15 +277,26 @@ def load_decoder(
     for parameter in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
-            pieces = [stack.enter_context(weights.read(piece)).to(device) for piece in parameter.pieces]
-            weight = backend.pack(pieces, role=parameter.role, dtype=dtype)
+            parts = [part.take(stack.enter_context(weights.read(part.piece))).to(device) for part in parameter.parts]
+            weight = backend.pack(parts, role=parameter.role, dtype=dtype)
         if parameter.expert is None:
             target[parameter.name] = weight
         else:
             target.setdefault(parameter.name, []).append(weight)
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]
-    return Decoder(spec, NetworkWeights(layers=tuple(LayerWeights(**layer) for layer in layers), **outer), backend)
+    network = NetworkWeights(layers=tuple(map(_layer_weights, layers)), **outer)
+    return Decoder(spec, network, backend, dtype=dtype)
+
+
+def _layer_weights(weights: dict[str, Weight]) -> LayerWeights:
+    """Return the weights of a layer by their names; those of an MLP are named after it, as in "mlp.down"."""
+    plain = {name: weight for name, weight in weights.items() if "." not in name}
+    for part in {name.partition(".")[0] for name in weights if "." in name}:
+        plain[part] = MlpWeights(
+            **{name.partition(".")[2]: weight for name, weight in weights.items() if name.startswith(f"{part}.")}
+        )
+    return LayerWeights(**plain)
 
 
 def _with_progress(

@@ -13,7 +13,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import Backend, LayerSpec, MlpSpec
+from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
@@ -125,12 +125,15 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
     """Return how many numbers one token takes in a layer at most: its heads, and inputs, outputs and gate of the MLP
     or of each expert it is routed to.
     """
-    attention, mlp = layer.attention, layer.mlp
-    if isinstance(mlp, MlpSpec):
-        inner = 4 * mlp.intermediate_size
-    else:
-        inner = mlp.top_k * 2 * (hidden + mlp.intermediate_size) + mlp.num_experts
-    return 4 * hidden + inner + 3 * attention.num_heads * attention.head_dim
+    width, mixer, mlp = 4 * hidden, layer.mixer, layer.mlp
+    if isinstance(mlp, ExpertsSpec):
+        width += mlp.router.top_k * 2 * (hidden + mlp.expert.intermediate_size) + mlp.router.num_experts
+        mlp = mlp.shared
+    if mlp is not None:
+        width += 4 * mlp.intermediate_size
+    if mixer is not None:
+        width += (3 + mixer.gate) * mixer.num_heads * mixer.head_dim
+    return width
 
 
 def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:

@@ -26,9 +26,12 @@ from splitfuse.kernels.interface import (
     LayerSpec,
     LayerWeights,
     MlpSpec,
+    MlpWeights,
     NetworkPlan,
     NetworkWeights,
+    NormSpec,
     Role,
+    RouterSpec,
     Store,
 )
 
@@ -83,18 +86,19 @@ def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
     def linear(role: Role, *rows: int, columns: int) -> Any:
         return backend.pack([torch.randn(n, columns) for n in rows], role=role)
 
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    ones = torch.ones(HIDDEN)
     layer = LayerWeights(
         attn_norm=ones,
         qkv=linear(Role.QKV, 32, 16, 16, columns=HIDDEN),
         o=linear(Role.O, HIDDEN, columns=32),
         mlp_norm=ones,
-        gate_up=linear(Role.GATE_UP, 48, 48, columns=HIDDEN),
-        down=linear(Role.DOWN, HIDDEN, columns=48),
+        mlp=MlpWeights(
+            gate_up=linear(Role.GATE_UP, 48, 48, columns=HIDDEN), down=linear(Role.DOWN, HIDDEN, columns=48)
+        ),
     )
     head = linear(Role.HEAD, VOCABULARY, columns=HIDDEN)
     spec = LayerSpec(
-        attention=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16),
+        mixer=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16),
         mlp=MlpSpec(intermediate_size=48, activation="silu"),
     )
     fused = backend.compile_network(
@@ -102,7 +106,7 @@ def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
             layers=(spec,),
             weights=NetworkWeights(embed=head, layers=(layer,), norm=ones, head=head),
             ropes=((torch.ones(POSITIONS, 8), torch.zeros(POSITIONS, 8)),),
-            norm_eps=1e-5,
+            norm=NormSpec(eps=1e-5),
         )
     )
     assert fused is not None
@@ -188,7 +192,7 @@ def test_unknown_experts_are_refused(variant: str, expert: int) -> None:
     packed = pack_experts(backend, torch.randn(3, 32, 16), torch.randn(3, 16, 16))
     x, weights = torch.randn(2, 16).bfloat16(), torch.rand(2, 2)
     with pytest.raises(IndexError, match="an expert id is not below 3, the number of experts"):
-        backend.experts(x, torch.tensor([[0, 1], [2, expert]]), weights, **packed, activation="silu")
+        backends.experts(backend, x, torch.tensor([[0, 1], [2, expert]]), weights, packed)
 
 
 WRONG: dict[str, Callable[[CpuBackend], object]] = {
@@ -212,35 +216,37 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "gated-of-fp32": lambda k: k.gated(
         torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.GATE_UP), None, "silu"
     ),
-    "norm-of-bf16": lambda k: k.norm(torch.randn(2, 16).bfloat16(), torch.ones(16).bfloat16(), 1e-5),
-    "norm-with-fp32-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(16), 1e-5),
-    "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), torch.ones(15).bfloat16(), 1e-5),
+    "norm-of-bf16": lambda k: k.norm(torch.randn(2, 16).bfloat16(), NormSpec(eps=1e-5), torch.ones(16)),
+    "norm-with-bf16-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(16).bfloat16()),
+    "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(15)),
     "embed-of-fp32": lambda k: k.embed(torch.tensor([0]), torch.randn(3, 16)),
     "argmax-of-bf16": lambda k: k.argmax(torch.randn(2, 16).bfloat16()),
     "argmax-of-columns": lambda k: k.argmax(torch.randn(16, 2).T),
-    "experts-of-fp32": lambda k: k.experts(
+    "experts-of-fp32": lambda k: backends.experts(
+        k,
         torch.randn(1, 16),
         torch.tensor([[0]]),
         torch.ones(1, 1),
-        **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
-        activation="silu",
+        pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
     ),
-    "experts-of-other-width": lambda k: k.experts(
+    "experts-of-other-width": lambda k: backends.experts(
+        k,
         torch.randn(1, 17).bfloat16(),
         torch.tensor([[0]]),
         torch.ones(1, 1),
-        **pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
-        activation="silu",
+        pack_experts(k, torch.randn(1, 8, 16), torch.randn(1, 16, 4)),
     ),
-    "experts-twice": lambda k: k.experts(
+    "experts-twice": lambda k: backends.experts(
+        k,
         torch.randn(1, 16).bfloat16(),
         torch.tensor([[1, 1]]),
         torch.ones(1, 2),
-        **pack_experts(k, torch.randn(2, 8, 16), torch.randn(2, 16, 4)),
-        activation="silu",
+        pack_experts(k, torch.randn(2, 8, 16), torch.randn(2, 16, 4)),
     ),
-    "route-of-bf16": lambda k: k.route(torch.randn(1, 4).bfloat16(), 2, True),
-    "route-to-more-than-there-are": lambda k: k.route(torch.randn(1, 4), 5, True),
+    "route-of-bf16": lambda k: backends.route(k, torch.randn(1, 4).bfloat16(), 2, True),
+    "route-of-other-experts": lambda k: k.route(
+        torch.randn(1, 4), RouterSpec(num_experts=5, top_k=2, renormalize=True)
+    ),
     "attend-of-fp32": lambda k: attend(k, store_of(k), GOOD, q=torch.randn(4, 2, 16)),
     "attend-of-other-heads": lambda k: attend(k, store_of(k, head_dim=32), GOOD),
     "attend-of-other-kv-heads": lambda k: attend(k, store_of(k, num_kv_heads=3), GOOD),

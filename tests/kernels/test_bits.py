@@ -12,7 +12,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from backends import CPU, BackendCase, Requests, pack_experts, poison, variants
+from backends import CPU, BackendCase, Requests, pack_experts, poison, rms_norm, variants
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -75,12 +75,10 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
     for backend in teams(variant, quantization=quantization, group_size=group):
         packed = pack_experts(backend, w13, w2)
         if alone is None:
-            each = [backend.experts(x[[r]], ids[[r]], weights[[r]], **packed, activation="silu") for r in range(40)]
+            each = [backends.experts(backend, x[[r]], ids[[r]], weights[[r]], packed) for r in range(40)]
             alone = torch.cat(each)
         for rows in groups(40):
-            assert torch.equal(
-                backend.experts(x[rows], ids[rows], weights[rows], **packed, activation="silu"), alone[rows]
-            )
+            assert torch.equal(backends.experts(backend, x[rows], ids[rows], weights[rows], packed), alone[rows])
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -89,10 +87,10 @@ def test_experts_are_summed_in_the_order_of_ids(variant: str) -> None:
     one, large = torch.ones(1, 1, dtype=torch.bfloat16), 1e8
     for backend in teams(variant):
         packed = pack_experts(backend, torch.tensor([[100.0], [0.01]]).expand(3, 2, 1), torch.ones(3, 1, 1))
-        said = float(backend.experts(one, torch.tensor([[0]]), torch.ones(1, 1), **packed, activation="silu"))
+        said = float(backends.experts(backend, one, torch.tensor([[0]]), torch.ones(1, 1), packed))
         for ids in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
             weights = torch.tensor([[large, -large, 1.0]]) / said
-            ours = backend.experts(one, torch.tensor([ids]), weights, **packed, activation="silu")
+            ours = backends.experts(backend, one, torch.tensor([ids]), weights, packed)
             assert float(ours) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -104,28 +102,29 @@ def test_route(variant: str, num_experts: int, top_k: int) -> None:
         alone: list[Tensor] | None = None
         for backend in teams(variant):
             if alone is None:
-                each = [backend.route(scores[[r]], top_k, renormalize) for r in range(40)]
+                each = [backends.route(backend, scores[[r]], top_k, renormalize) for r in range(40)]
                 alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
             for rows in groups(40):
-                found = backend.route(scores[rows], top_k, renormalize)
+                found = backends.route(backend, scores[rows], top_k, renormalize)
                 assert all(torch.equal(a, b[rows]) for a, b in zip(found, alone, strict=True))
 
 
 @pytest.mark.parametrize("variant", variants())
 @pytest.mark.parametrize("columns", [33, 256, 1029])
 def test_norm_embed_and_argmax(variant: str, columns: int) -> None:
-    x, weight = torch.randn(29, columns), torch.randn(columns).bfloat16()
+    x, weight = torch.randn(29, columns), torch.randn(columns)
     found = []
     for backend in teams(variant):
         head = backend.pack([torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role=Role.HEAD)
         for rows in groups(29):
             assert torch.equal(
-                backend.norm(x[rows], weight, 1e-5), torch.cat([backend.norm(x[[r]], weight, 1e-5) for r in rows])
+                rms_norm(backend, x[rows], weight, 1e-5),
+                torch.cat([rms_norm(backend, x[[r]], weight, 1e-5) for r in rows]),
             )
         ids = torch.arange(29)
         best, peaks = backend.argmax(x)
         assert backend.argmax(x[5:6]) == (best[5:6], peaks[5:6])
-        found.append((backend.norm(x, weight, 1e-5), backend.embed(ids, head), torch.tensor([*best, *peaks])))
+        found.append((rms_norm(backend, x, weight, 1e-5), backend.embed(ids, head), torch.tensor([*best, *peaks])))
     for others in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from backends import CPU, variants
 from ragged_requests import Chunk, Request, Runner
-from specs import make_spec
+from specs import make_experts, make_spec
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -21,12 +21,16 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     ExpertsSpec,
+    HeadNormSpec,
     LayerSpec,
     LayerWeights,
     MlpSpec,
+    MlpWeights,
     NetworkPlan,
     NetworkWeights,
+    NormSpec,
     Role,
+    RouterSpec,
 )
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
@@ -51,7 +55,7 @@ EVERYTHING = make_spec(
     activation="gelu",
     mlp_bias=True,
     windows=(None, 9),
-    attention={"qkv_bias": True, "o_bias": True, "qk_norm": True, "softcap": 5.0},
+    attention={"qkv_bias": True, "o_bias": True, "qk_norm": HeadNormSpec(norm=NormSpec(eps=1e-5)), "softcap": 5.0},
     logit_softcap=20.0,
     tied_embeddings=True,
 )
@@ -65,7 +69,7 @@ ODD = make_spec(
 EXPERTS = make_spec(
     **SIZES,
     num_layers=3,
-    experts=ExpertsSpec(num_experts=20, top_k=3, intermediate_size=50, activation="silu", renormalize=True),
+    experts=make_experts(20, 3, 50),
     dense_layers={1},
 )
 SPECS = [
@@ -91,19 +95,24 @@ def random_weights(spec: ModelSpec, backend: Backend) -> NetworkWeights:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).bfloat16()
 
+    def norm(*shape: int) -> Tensor:
+        return backend.pack([normal(*shape)], role=Role.NORM)
+
     def linear(role: Role, *rows: int, columns: int) -> Any:
         return backend.pack([normal(n, columns) / columns**0.5 for n in rows], role=role)
 
     def mlp(spec: MlpSpec | ExpertsSpec) -> dict[str, Any]:
-        inner = spec.intermediate_size
+        inner = (spec if isinstance(spec, MlpSpec) else spec.expert).intermediate_size
         if isinstance(spec, MlpSpec):
             return {
-                "gate_up": linear(Role.GATE_UP, inner, inner, columns=hidden),
-                "gate_up_bias": normal(2 * inner) if spec.bias else None,
-                "down": linear(Role.DOWN, hidden, columns=inner),
-                "down_bias": normal(hidden) if spec.bias else None,
+                "mlp": MlpWeights(
+                    gate_up=linear(Role.GATE_UP, inner, inner, columns=hidden),
+                    up_bias=normal(2 * inner) if spec.bias else None,
+                    down=linear(Role.DOWN, hidden, columns=inner),
+                    down_bias=normal(hidden) if spec.bias else None,
+                )
             }
-        each = range(spec.num_experts)
+        each = range(spec.router.num_experts)
         return {
             "router": linear(Role.ROUTER, len(each), columns=hidden),
             "w13": [linear(Role.W13, inner, inner, columns=hidden) for _ in each],
@@ -111,28 +120,29 @@ def random_weights(spec: ModelSpec, backend: Backend) -> NetworkWeights:
         }
 
     def layer(spec: LayerSpec) -> LayerWeights:
-        a = spec.attention
+        a = spec.mixer
+        assert a is not None and spec.mlp is not None
         q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         return LayerWeights(
-            attn_norm=normal(hidden),
+            attn_norm=norm(hidden),
             qkv=linear(Role.QKV, q, kv, kv, columns=hidden),
             qkv_bias=normal(q + 2 * kv) if a.qkv_bias else None,
-            q_norm=normal(a.head_dim) if a.qk_norm else None,
-            k_norm=normal(a.head_dim) if a.qk_norm else None,
+            q_norm=norm(a.head_dim) if a.qk_norm else None,
+            k_norm=norm(a.head_dim) if a.qk_norm else None,
             o=linear(Role.O, hidden, columns=q),
             o_bias=normal(hidden) if a.o_bias else None,
-            mlp_norm=normal(hidden),
+            mlp_norm=norm(hidden),
             **mlp(spec.mlp),
         )
 
     layers = tuple(layer(each) for each in spec.layers)
     table = normal(spec.vocab_size, hidden)
     head = backend.pack([table], role=Role.HEAD)
-    return NetworkWeights(embed=head if spec.tied_embeddings else table, layers=layers, norm=normal(hidden), head=head)
+    return NetworkWeights(embed=head if spec.tied_embeddings else table, layers=layers, norm=norm(hidden), head=head)
 
 
 def decoder_of(backend: Backend, spec: ModelSpec = PLAIN) -> Decoder:
-    return Decoder(spec, random_weights(spec, backend), backend)
+    return Decoder(spec, random_weights(spec, backend), backend, dtype=torch.bfloat16)
 
 
 def prompts(lengths: tuple[int, ...] = (1, 3, 23, 70)) -> list[Request]:
@@ -179,12 +189,12 @@ def test_fused_equals_one_by_one(
 def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[str, Any]) -> None:
     """The fused network takes heads and their rotation to be alike in all layers; others are computed nevertheless."""
     first, second = PLAIN.layers
-    layers = (first, dataclasses.replace(second, attention=dataclasses.replace(second.attention, **attention)))
+    layers = (first, dataclasses.replace(second, mixer=dataclasses.replace(second.mixer, **attention)))
     spec = dataclasses.replace(PLAIN, layers=layers, ropes=(*PLAIN.ropes, RopeSpec(theta=100.0, rotary_dim=8)))
     cpu, reference = CpuBackend(variant=variant, num_threads=2), ReferenceBackend()
     decoder = decoder_of(cpu, spec)
     assert (
-        cpu.compile_network(NetworkPlan(layers=layers, weights=decoder.weights, ropes=decoder.ropes, norm_eps=1e-5))
+        cpu.compile_network(NetworkPlan(layers=layers, weights=decoder.weights, ropes=decoder.ropes, norm=spec.norm))
         is None
     )
     for ours, wanted in zip(logits(decoder), logits(decoder_of(reference, spec)), strict=True):
@@ -195,10 +205,14 @@ def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[
 def test_cpp_kernels_know_every_field_of_a_layer() -> None:
     """`CpuBackend` and `FusedNetwork` honour a new field, or `compile_network` gives None for it: then add it here."""
     known = {
-        LayerSpec: "attention mlp",
-        AttentionSpec: "num_heads num_kv_heads head_dim rope window qkv_bias o_bias qk_norm scale softcap",
-        MlpSpec: "intermediate_size activation bias",
-        ExpertsSpec: "num_experts top_k intermediate_size activation renormalize",
+        LayerSpec: "mixer mlp norms parallel shared_norm residual_scale output_scale",
+        AttentionSpec: "num_heads num_kv_heads head_dim rope window chunk qkv_bias o_bias qk_norm v_norm gate sinks "
+        "alibi scale query_scaling softcap",
+        MlpSpec: "intermediate_size activation gated bias",
+        ExpertsSpec: "router expert shared shared_gate",
+        RouterSpec: "num_experts top_k renormalize sigmoid bias choice_bias num_groups top_groups scale",
+        NormSpec: "eps centered bias",
+        HeadNormSpec: "norm whole_row own_weights weight after_rope",
     }
     for spec, names in known.items():
         assert [field.name for field in dataclasses.fields(spec)] == names.split()

@@ -96,10 +96,12 @@ def test_gated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int,
     ours = case.backend.gated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
     gate, up = (x @ weight.T + biased * bias).chunk(2, dim=-1)
     exact = formula(kind, gate) * up
-    # An error of the gate reaches the result with a slope of at most 1.2, one of `up` with that of the gate.
+    # An error of the gate reaches the result with the slope of the activation, one of `up` with its value.
     summed = (x.abs() @ weight.abs().T + biased * bias.abs()).chunk(2, dim=-1)
+    slope = 2 * gate.abs() if kind == "relu2" else 1.2
     assert ours.dtype == case.narrow
-    case.near(ours, exact, 1.2 * summed[0] * up.abs() + gate.abs() * summed[1] + exact.abs() + 1e-3 * up.abs())
+    value = gate**2 if kind == "relu2" else gate.abs()
+    case.near(ours, exact, slope * summed[0] * up.abs() + value * summed[1] + exact.abs() + 1e-3 * up.abs())
 
 
 def formula(kind: str, gate: Tensor) -> Tensor:
@@ -107,6 +109,8 @@ def formula(kind: str, gate: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-gate))
     if kind == "gelu":
         return gate * 0.5 * torch.erfc(-gate / math.sqrt(2))
+    if kind in ("relu", "relu2"):
+        return gate.relu() ** (1 if kind == "relu" else 2)
     assert kind == "gelu_tanh"
     return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
 
@@ -120,14 +124,15 @@ def test_gates_far_from_zero(case: BackendCase, kind: str) -> None:
     ours = case.backend.gated(x.to(case.narrow), packed, bias, kind).double()
     up = x + 1
     assert (ours[:4].abs() <= 1e-30 * up[:4] ** 2).all()
-    torch.testing.assert_close(ours[4:], x[4:] * up[4:], rtol=2**-6, atol=0)
+    far = x[4:] ** 2 if kind == "relu2" else x[4:]
+    torch.testing.assert_close(ours[4:], far * up[4:], rtol=2**-6, atol=0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 1), (1, 33), (3, 16), (7, 47), (40, 130)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_norm(case: BackendCase, rows: int, columns: int, scale: float) -> None:
     x, weight, eps = grid(rows, columns).mul(scale).bfloat16().double(), grid(columns), 1e-5
-    ours = case.backend.norm(x.to(case.wide), weight.to(case.narrow), eps)
+    ours = backends.rms_norm(case.backend, x.to(case.wide), weight.to(case.narrow), eps)
     exact = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
     assert ours.dtype == case.narrow
     case.near(ours, exact, exact.abs())
@@ -166,7 +171,7 @@ def test_experts(
             exact[token] += weight * (w2[expert] @ inside)
             magnitude[token] += weight * (w2[expert].abs() @ inside.abs())
     packed = pack_experts(case.backend, w13.to(case.narrow), w2.to(case.narrow))
-    ours = case.backend.experts(x.to(case.narrow), ids, weights, **packed, activation=kind)
+    ours = backends.experts(case.backend, x.to(case.narrow), ids, weights, packed, kind)
     assert ours.dtype == case.wide
     # An activation that rounds the other way than ours is off by a unit of its dtype.
     share = max(20 * case.sums, torch.finfo(case.narrow).eps)
@@ -177,13 +182,13 @@ def test_experts(
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 2), (33, 8), (128, 8), (20, 20)])
 def test_route(case: BackendCase, num_experts: int, top_k: int, renormalize: bool) -> None:
     scores = torch.stack([torch.randperm(num_experts).double() / 8 - 2 for _ in range(9)])
-    ids, weights = case.backend.route(scores.to(case.wide), top_k, renormalize)
+    ids, weights = backends.route(case.backend, scores.to(case.wide), top_k, renormalize)
     assert ids.tolist() == scores.argsort(dim=-1, descending=True)[:, :top_k].tolist()
     exact = scores.softmax(-1).sort(dim=-1, descending=True).values[:, :top_k]
     if renormalize:
         exact = exact / exact.sum(-1, keepdim=True)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
-    assert case.backend.route(scores[:0].to(case.wide), top_k, renormalize)[0].shape == (0, top_k)
+    assert backends.route(case.backend, scores[:0].to(case.wide), top_k, renormalize)[0].shape == (0, top_k)
 
 
 def test_route_of_nan(case: BackendCase) -> None:
@@ -192,7 +197,7 @@ def test_route_of_nan(case: BackendCase) -> None:
     for where, value in ((slice(None), torch.nan), (7, torch.nan), (7, torch.inf)):
         scores[1, where] = value
         for renormalize in (False, True):
-            ids, weights = case.backend.route(scores.to(case.wide), 4, renormalize)
+            ids, weights = backends.route(case.backend, scores.to(case.wide), 4, renormalize)
             assert weights[1].isnan().all()
             assert weights[[0, 2]].isfinite().all()
             assert all(len({*row}) == 4 and set(row) <= {*range(20)} for row in ids.tolist())
@@ -245,7 +250,7 @@ def test_nan_stays_in_its_row(case: BackendCase, value: float) -> None:
     assert not ours[2].isfinite().any()
     rest = [0, 1, 3, 4]
     case.near(ours[rest], (x @ weight.T)[rest], (x.abs() @ weight.abs().T)[rest])
-    normed = case.backend.norm(x.to(case.wide), torch.ones(40, dtype=case.narrow), 1e-5)
+    normed = backends.rms_norm(case.backend, x.to(case.wide), torch.ones(40, dtype=case.narrow), 1e-5)
     assert normed[rest].isfinite().all()
     assert not (normed[2].isfinite().all() and normed[2].abs().sum() > 0)
 

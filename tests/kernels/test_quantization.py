@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import backends
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -227,7 +228,7 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
     x, w13, w2 = torch.randn(11, 130).bfloat16(), torch.randn(5, 96, 130) / 8, torch.randn(5, 130, 48) / 8
     ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
     packed = pack_experts(backend, w13.bfloat16(), w2.bfloat16())
-    ours = backend.experts(x, ids, weights, **packed, activation="silu")
+    ours = backends.experts(backend, x, ids, weights, packed)
     wanted = torch.zeros(11, 130, dtype=torch.float64)
     for expert in range(5):
         gate_up = backend.pack(w13[expert].bfloat16().chunk(2), role=Role.GATE_UP)
@@ -302,10 +303,11 @@ def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -
     def size(role: Role) -> int:
         return backend.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
 
-    for role in set(Role) - {Role.PLAIN, Role.HEAD, Role.ROUTER}:
+    for role in set(Role) - {Role.PLAIN, Role.NORM, Role.HEAD, Role.ROUTER}:
         assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
     assert size(Role.HEAD) == (size(Role.O) if quantization == "int8" else 512 * 1024 + 512 * 2)
     assert size(Role.ROUTER) == size(Role.PLAIN) == 2 * 512 * 1024
+    assert size(Role.NORM) == 4 * 512 * 1024
 
 
 def test_int4_values_rise_and_fit_a_byte() -> None:

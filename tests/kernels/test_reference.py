@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels import reference
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.interface import LayerWeights, Role
 from splitfuse.kernels.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         root = math.sqrt(sum(v * v for v in row) / len(row) + eps)
         for i, v in enumerate(row):
             out[i] = v / root * float(weight[i])
-    assert_near(backend.norm(x, weight, eps), naive, dtype)
+    assert_near(backends.rms_norm(backend, x, weight, eps), naive, dtype)
 
 
 def gelu(x: float) -> float:
@@ -76,7 +76,13 @@ def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
 
-NAIVE_ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+NAIVE_ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+}
 
 
 def test_every_activation_has_a_formula() -> None:
@@ -119,7 +125,7 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
             inside = [silu(float(gate_up[i])) * float(gate_up[inner + i]) for i in range(inner)]
             naive[token] += weight * (w2[expert].double() @ torch.tensor(inside, dtype=torch.float64))
     assert_near(
-        backend.experts(x, ids, weights, **pack_experts(backend, w13, w2), activation="silu"),
+        backends.experts(backend, x, ids, weights, pack_experts(backend, w13, w2)),
         naive,
         dtype,
     )
@@ -128,10 +134,11 @@ def test_experts(dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) 
 def test_experts_do_not_see_other_tokens() -> None:
     x, w13, w2 = torch.randn(8, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
     ids, weights = torch.randint(3, (8, 1)), torch.rand(8, 1)
-    together = backend.experts(x, ids, weights, w13=list(w13), w2=list(w2), activation="gelu")
+    layer = LayerWeights(w13=list(w13), w2=list(w2))
+    together = backends.experts(backend, x, ids, weights, layer, "gelu")
     for token in range(8):
         row = slice(token, token + 1)
-        alone = backend.experts(x[row], ids[row], weights[row], w13=list(w13), w2=list(w2), activation="gelu")
+        alone = backends.experts(backend, x[row], ids[row], weights[row], layer, "gelu")
         torch.testing.assert_close(together[row], alone)
 
 

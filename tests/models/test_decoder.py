@@ -65,7 +65,9 @@ def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
 
 
 def test_logit_softcap(decoder: Decoder) -> None:
-    capped = Decoder(dataclasses.replace(decoder.spec, logit_softcap=0.5), decoder.weights, decoder.backend)
+    capped = Decoder(
+        dataclasses.replace(decoder.spec, logit_softcap=0.5), decoder.weights, decoder.backend, dtype=decoder.dtype
+    )
     raw = logits(decoder, [5, 6, 7])
     assert raw.abs().max() > 0.5
     torch.testing.assert_close(logits(capped, [5, 6, 7]), 0.5 * torch.tanh(raw / 0.5))
@@ -75,11 +77,11 @@ def test_each_layer_attends_by_its_spec(decoder: Decoder) -> None:
     backend = decoder.backend
     assert isinstance(backend, RecordingBackend)
     capped = [
-        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, softcap=2.0))
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, softcap=2.0))
         for layer in decoder.spec.layers[:2]
     ]
     spec = dataclasses.replace(decoder.spec, layers=(*capped, decoder.spec.layers[2]))
-    logits(Decoder(spec, decoder.weights, backend), [1, 2])
+    logits(Decoder(spec, decoder.weights, backend, dtype=decoder.dtype), [1, 2])
     assert backend.asked == [(8**-0.5, None, 2.0), (8**-0.5, 5, 2.0), (8**-0.5, 5, None)]
 
 

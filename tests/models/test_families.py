@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny_models
 from safetensors.torch import load_file
+from specs import make_experts
 from transformers import LlamaConfig
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
+from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
@@ -29,6 +30,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+NORMS = HeadNormSpec(norm=NormSpec(eps=1e-6))
+
+
 def spec_of(architecture: str, **fields: Any) -> ModelSpec:
     return spec_from_config({"architectures": [architecture], **SIZES, **fields})
 
@@ -41,26 +45,28 @@ def test_llama_2_from_its_config() -> None:
         vocab_size=100,
         hidden_size=64,
         max_position=512,
-        norm_eps=1e-5,
+        norm=NormSpec(eps=1e-5),
         ropes=(RopeSpec(theta=10000.0, rotary_dim=8),),
         layers=(
             LayerSpec(
-                attention=AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8),
+                mixer=AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=8),
                 mlp=MlpSpec(intermediate_size=160, activation="silu"),
             ),
         )
         * 3,
     )
-    assert spec.layers[0].attention.score_scale == 8**-0.5
+    assert spec.layers[0].mixer.score_scale == 8**-0.5
 
 
 def first(spec: ModelSpec) -> AttentionSpec:
     """Attention of the first layer."""
-    return spec.layers[0].attention
+    mixer = spec.layers[0].mixer
+    assert mixer is not None
+    return mixer
 
 
 def windows_of(spec: ModelSpec) -> tuple[int | None, ...]:
-    return tuple(layer.attention.window for layer in spec.layers)
+    return tuple(layer.mixer.window for layer in spec.layers)
 
 
 def test_family_defaults() -> None:
@@ -73,9 +79,9 @@ def test_family_defaults() -> None:
     assert windows_of(mistral) == (4096,) * 3
     assert windows_of(spec_of("MistralForCausalLM", sliding_window=None)) == (None,) * 3
     qwen2 = first(spec_of("Qwen2ForCausalLM"))
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, None)
     qwen3 = first(spec_of("Qwen3ForCausalLM"))
-    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, NORMS, 128)
     assert first(spec_of("Qwen3ForCausalLM", attention_bias=True)).o_bias
 
 
@@ -104,16 +110,16 @@ def test_qwen_windows(architecture: str, fields: dict[str, Any], windows: tuple[
 
 def test_family_defaults_with_experts() -> None:
     mixtral = spec_of("MixtralForCausalLM")
-    experts = ExpertsSpec(num_experts=8, top_k=2, intermediate_size=160, activation="silu", renormalize=True)
+    experts = make_experts(8, 2, 160)
     assert [layer.mlp for layer in mixtral.layers] == [experts] * 3
-    assert (first(mixtral).num_kv_heads, mixtral.norm_eps, mixtral.ropes[0].theta) == (8, 1e-5, 1e6)
+    assert (first(mixtral).num_kv_heads, mixtral.norm.eps, mixtral.ropes[0].theta) == (8, 1e-5, 1e6)
     assert windows_of(mixtral) == (None,) * 3
     assert windows_of(spec_of("MixtralForCausalLM", sliding_window=9)) == (9,) * 3
     qwen = spec_of("Qwen3MoeForCausalLM")
-    experts = ExpertsSpec(num_experts=128, top_k=8, intermediate_size=768, activation="silu", renormalize=False)
+    experts = make_experts(128, 8, 768, renormalize=False)
     assert [layer.mlp for layer in qwen.layers] == [experts] * 3
     heads = first(qwen)
-    assert (heads.num_kv_heads, heads.head_dim, heads.qk_norm, heads.o_bias) == (4, 8, True, False)
+    assert (heads.num_kv_heads, heads.head_dim, heads.qk_norm, heads.o_bias) == (4, 8, NORMS, False)
     assert windows_of(spec_of("Qwen3MoeForCausalLM", sliding_window=9, use_sliding_window=True)) == (9,) * 3
 
 
@@ -224,7 +230,7 @@ def test_unknown_architecture_lists_known_and_nearest() -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_experts": 8}, "num_experts"),
         ({"num_local_experts": 8}, "num_local_experts"),
-        ({"hidden_act": "relu2"}, "hidden_act 'relu2' .*: gelu, gelu_new"),
+        ({"hidden_act": "xielu"}, "hidden_act 'xielu' .*: gelu, gelu_fast"),
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),

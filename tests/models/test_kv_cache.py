@@ -48,7 +48,7 @@ def test_block_bytes_is_what_is_allocated() -> None:
 
 def test_layers_may_keep_keys_and_values_of_unequal_sizes() -> None:
     first, *others = SPEC.layers
-    wide = replace(first, attention=replace(first.attention, num_kv_heads=2, head_dim=8))
+    wide = replace(first, mixer=replace(first.mixer, num_kv_heads=2, head_dim=8))
     spec, backend = replace(SPEC, layers=(wide, *others)), ReferenceBackend()
     size = block_bytes(spec, block_size=16, dtype=torch.bfloat16, backend=backend)
     assert size == 2 * 16 * (2 * 8 + 4 * 3 * 4) * 2

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import backends
 import pytest
 import tiny_models
 import torch
 from ragged_requests import Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.interface import ExpertsSpec, LayerWeights
+from splitfuse.kernels.interface import ExpertsSpec, LayerWeights, MlpSpec, RouterSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder, mlp
 from splitfuse.models.families.registry import load_spec
@@ -21,13 +22,20 @@ from splitfuse.models.weights import load_decoder
 HIDDEN, INNER = 48, 6
 
 
+def mixture(num_experts: int, top_k: int, inner: int, renormalize: bool) -> ExpertsSpec:
+    return ExpertsSpec(
+        router=RouterSpec(num_experts=num_experts, top_k=top_k, renormalize=renormalize),
+        expert=MlpSpec(intermediate_size=inner, activation="silu"),
+    )
+
+
 def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: ExpertsSpec) -> Tensor:
     """The mixture, one token and one expert at a time."""
     out = torch.zeros_like(x)
     for token, row in enumerate(x):
         probabilities = torch.softmax(router @ row, dim=0)
-        chosen = sorted(range(moe.num_experts), key=lambda e: -float(probabilities[e]))[: moe.top_k]
-        total = sum(float(probabilities[e]) for e in chosen) if moe.renormalize else 1.0
+        chosen = sorted(range(moe.router.num_experts), key=lambda e: -float(probabilities[e]))[: moe.router.top_k]
+        total = sum(float(probabilities[e]) for e in chosen) if moe.router.renormalize else 1.0
         for expert in chosen:
             gate, up = (w13[expert] @ row)[:INNER], (w13[expert] @ row)[INNER:]
             out[token] += float(probabilities[expert]) / total * (w2[expert] @ (gate * torch.sigmoid(gate) * up))
@@ -35,13 +43,13 @@ def loop(x: Tensor, router: Tensor, w13: Tensor, w2: Tensor, moe: ExpertsSpec) -
 
 
 def make(moe: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(moe.num_experts)
-    e = moe.num_experts
+    torch.manual_seed(moe.router.num_experts)
+    e = moe.router.num_experts
     return torch.randn(e, HIDDEN), torch.randn(e, 2 * INNER, HIDDEN) / 7, torch.randn(e, HIDDEN, INNER) / 7
 
 
 MIXTURES = [
-    ExpertsSpec(num_experts=experts, top_k=top_k, intermediate_size=INNER, activation="silu", renormalize=renormalize)
+    mixture(experts, top_k, INNER, renormalize)
     for experts, top_k in [(1, 1), (4, 2), (5, 5), (8, 1)]
     for renormalize in (False, True)
 ]
@@ -52,14 +60,15 @@ MIXTURES = [
 def test_mixture(moe: ExpertsSpec, tokens: int) -> None:
     router, w13, w2 = make(moe)
     x = torch.randn(tokens, HIDDEN)
-    unused = torch.ones(HIDDEN)
-    weights = LayerWeights(attn_norm=unused, qkv=None, o=None, mlp_norm=unused, router=router, w13=w13, w2=w2)
+    weights = LayerWeights(router=router, w13=w13, w2=w2)
     ours = mlp(x, moe, weights, ReferenceBackend())
     torch.testing.assert_close(ours, loop(x, router, w13, w2, moe), rtol=1e-4, atol=1e-4)
 
 
 def test_routing_is_best_first_and_in_fp32() -> None:
-    ids, weights = ReferenceBackend().route(torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=torch.bfloat16), 2, True)
+    ids, weights = backends.route(
+        ReferenceBackend(), torch.tensor([[0.0, 3.0, 1.0, -1.0]], dtype=torch.bfloat16), 2, True
+    )
     assert ids.tolist() == [[1, 2]]
     assert weights.dtype == torch.float32
     assert float(weights.sum()) == pytest.approx(1)
@@ -75,17 +84,16 @@ def test_decoder_adds_experts_to_the_residual(tmp_path: Path) -> None:
     layers = tuple(
         dataclasses.replace(
             layer,
-            gate_up=None,
-            down=None,
+            mlp=None,
             router=torch.randn(1, spec.hidden_size),
-            w13=(layer.gate_up,),
-            w2=(layer.down,),
+            w13=(layer.mlp.gate_up,),
+            w2=(layer.mlp.down,),
         )
         for layer in dense.weights.layers
     )
-    moe = ExpertsSpec(num_experts=1, top_k=1, intermediate_size=72, activation="silu", renormalize=False)
+    moe = mixture(1, 1, 72, renormalize=False)
     sparse_spec = dataclasses.replace(spec, layers=tuple(dataclasses.replace(each, mlp=moe) for each in spec.layers))
-    sparse = Decoder(sparse_spec, dataclasses.replace(dense.weights, layers=layers), backend)
+    sparse = Decoder(sparse_spec, dataclasses.replace(dense.weights, layers=layers), backend, dtype=torch.float32)
     requests = [Request(list(range(12))) for _ in range(2)]
     for decoder, request in zip((dense, sparse), requests, strict=True):
         Runner(decoder, block_size=4).step([(request, 12)])

@@ -75,7 +75,7 @@ class Packing(ReferenceBackend):
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         assert dtype == torch.float32
-        if role is Role.PLAIN:
+        if not role.linear:
             return super().pack(pieces, role=role, dtype=dtype)
         return role.value, [tuple(piece.shape) for piece in pieces]
 
@@ -105,16 +105,16 @@ def test_pieces_are_fused_in_order(folder: Path) -> None:
     fused = [tensors[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(layer.qkv, torch.cat(fused))
     assert torch.equal(
-        layer.gate_up, torch.cat([tensors[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")])
+        layer.mlp.gate_up, torch.cat([tensors[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")])
     )
-    assert torch.equal(layer.down, tensors[f"{prefix}mlp.down_proj.weight"])
+    assert torch.equal(layer.mlp.down, tensors[f"{prefix}mlp.down_proj.weight"])
 
 
 def test_weights_are_packed_for_their_role(folder: Path) -> None:
     weights = load(folder, backend=Packing()).weights
     layer = weights.layers[0]
     assert (layer.qkv, layer.o) == (("qkv", [(48, 48), (16, 48), (16, 48)]), ("o", [(48, 48)]))
-    assert (layer.gate_up, layer.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
+    assert (layer.mlp.gate_up, layer.mlp.down) == (("gate_up", [(72, 48), (72, 48)]), ("down", [(48, 72)]))
     assert weights.head == ("head", [(tiny_models.VOCAB_SIZE, 48)])
     assert all(isinstance(w, Tensor) for w in (weights.embed, weights.norm, layer.attn_norm, layer.mlp_norm))
 
@@ -124,8 +124,8 @@ def test_each_expert_is_packed_by_itself(experts: Path) -> None:
     layers = load(experts, backend=Packing()).weights.layers
     for layer in (layers[0], layers[1], layers[2]):
         assert (layer.router, layer.w13, layer.w2) == (None, (), ())
-        assert layer.down == ("down", [(48, 72)])
-    assert (layers[3].gate_up, layers[3].down) == (None, None)
+        assert layer.mlp.down == ("down", [(48, 72)])
+    assert layers[3].mlp is None
     assert layers[3].router == ("router", [(10, 48)])
     assert layers[3].w13 == [("w13", [(20, 48), (20, 48)])] * 10
     assert layers[3].w2 == [("w2", [(48, 20)])] * 10
@@ -158,10 +158,10 @@ def test_a_tied_embedding_is_packed_as_the_head_and_kept_once(tmp_path: Path) ->
 
 def test_weights_do_not_alias_the_file(folder: Path) -> None:
     decoder = load(folder)
-    before = decoder.weights.layers[0].down.clone()
+    before = decoder.weights.layers[0].mlp.down.clone()
     size = (folder / SINGLE_FILE).stat().st_size
     (folder / SINGLE_FILE).write_bytes(b"\0" * size)
-    assert torch.equal(decoder.weights.layers[0].down, before)
+    assert torch.equal(decoder.weights.layers[0].mlp.down, before)
 
 
 def test_stored_precision_is_cast(folder: Path) -> None:
@@ -224,8 +224,10 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
 def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
     model = tiny_models.save(variant, tmp_path)
     count = sum(weight.numel() for weight in model.parameters())
-    assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.float32, ReferenceBackend()) == 4 * count
-    assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.bfloat16, ReferenceBackend()) == 2 * count
+    norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
+    spec = load_spec(ModelFolder(tmp_path))
+    assert weight_bytes(spec, torch.float32, ReferenceBackend()) == 4 * count
+    assert weight_bytes(spec, torch.bfloat16, ReferenceBackend()) == 2 * (count + norms)  # which are kept in fp32
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
@@ -241,6 +243,7 @@ def test_weight_bytes_is_what_the_cpp_kernels_keep(
     weights = load(tmp_path, dtype=torch.bfloat16, backend=backend).weights
     each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
     each += [[*layer.w13, *layer.w2] for layer in weights.layers]
+    each += [vars(layer.mlp).values() for layer in weights.layers if layer.mlp is not None]
     kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | bindings.Weight)}
     total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
     assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.bfloat16, backend) == total

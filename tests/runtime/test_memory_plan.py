@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from backends import variants
-from specs import make_spec
+from specs import make_experts, make_spec
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import ExpertsSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime import loading
@@ -37,6 +36,7 @@ SIZES: dict[str, Any] = {
 SPEC = make_spec(**SIZES)
 # Embedding, head and norm; then for each layer norms, q, k, v, o, gate, up and down.
 WEIGHTS = 4 * (2 * 100 * 64 + 64 + 3 * (2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96))
+NORMS = 4 * (64 + 3 * 2 * 64)  # always in fp32
 BLOCK = 4 * 3 * 2 * 32 * 2 * 16  # bytes x layers x keys and values x positions x heads x elements
 TOKEN = 4 * (4 * 64 + 4 * 96 + 3 * 4 * 16)
 HEAD = 64 * 100 * 16
@@ -70,11 +70,11 @@ def test_sizes_are_those_computed_by_hand() -> None:
     assert found.need == FIXED + 40 * BLOCK
     assert (found.max_model_len, found.model_len_lowered) == (1000, False)
     half = plan(FIXED + 100 * BLOCK, num_blocks=40, dtype="bfloat16")
-    assert (half.weights, half.block) == (WEIGHTS // 2, BLOCK // 2)
+    assert (half.weights, half.block) == ((WEIGHTS + NORMS) // 2, BLOCK // 2)
 
 
 def test_experts_and_their_activations_are_planned() -> None:
-    experts = ExpertsSpec(num_experts=10, top_k=3, intermediate_size=40, activation="silu", renormalize=True)
+    experts = make_experts(10, 3, 40)
     spec = make_spec(**SIZES, architecture="Qwen3MoeForCausalLM", experts=experts, dense_layers={1})
     found = plan_memory(spec, EngineConfig.from_settings({}), backend=ReferenceBackend(), available=2**30)
     assert found.weights == WEIGHTS + 4 * 2 * (10 * 64 + 10 * 3 * 64 * 40 - 3 * 64 * 96)
@@ -277,7 +277,7 @@ def test_available_memory_is_measured_by_default() -> None:
 def test_bf16_checkpoint_and_tied_embeddings_are_counted() -> None:
     spec = replace(SPEC, dtype="bfloat16", tied_embeddings=True)
     found = plan_memory(spec, EngineConfig(), backend=ReferenceBackend(), available=GIB)
-    assert found.weights == WEIGHTS // 2 - 2 * 100 * 64
+    assert found.weights == (WEIGHTS + NORMS) // 2 - 2 * 100 * 64
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cuda:99", "meta"])

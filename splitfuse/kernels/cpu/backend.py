@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
@@ -28,16 +29,20 @@ from splitfuse.kernels.cpu.bindings import (
     vector_address,
 )
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
-from splitfuse.kernels.cpu.network import compile_network
+from splitfuse.kernels.cpu.network import compile_network, uncovered
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     Capabilities,
+    LayerWeights,
+    MlpSpec,
     Network,
     NetworkPlan,
+    NormSpec,
     Role,
     RopeTable,
+    RouterSpec,
 )
 from splitfuse.kernels.sharing import WeightSharing
 
@@ -125,14 +130,14 @@ class CpuBackend(Backend):
     # Weights
 
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        if role is Role.PLAIN:
-            return math.prod(shape) * dtype.itemsize
+        if not role.linear:
+            return math.prod(shape) * (torch.float32 if role is Role.NORM else dtype).itemsize
         rows, columns = shape
         return self._weight_bytes(self._weight(rows, columns, role))
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Tensor | Weight:
-        if role is Role.PLAIN:
-            return self._keep(pieces, dtype or pieces[0].dtype)
+        if not role.linear:
+            return self._keep(pieces, torch.float32 if role is Role.NORM else dtype or pieces[0].dtype)
         columns = pieces[0].shape[1]
         assert all(piece.shape[1] == columns for piece in pieces)
         weight = self._weight(sum(len(piece) for piece in pieces), columns, role)
@@ -196,13 +201,14 @@ class CpuBackend(Backend):
 
     # Layers, one operation at a time
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert not spec.centered and bias is None
         check(x, torch.float32)
-        check(weight, torch.bfloat16)
+        check(weight, torch.float32)
         out = torch.empty_like(x, dtype=torch.bfloat16)
         rows, columns = x.shape
         assert len(weight) == columns
-        self.library.norm(x.data_ptr(), rows, columns, weight.data_ptr(), eps, out.data_ptr())
+        self.library.norm(x.data_ptr(), rows, columns, weight.data_ptr(), spec.eps, out.data_ptr())
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -212,6 +218,9 @@ class CpuBackend(Backend):
         bias_address = vector_address(bias, weight.rows)
         self.library.linear(weight.address, x.data_ptr(), len(x), bias_address, None, out.data_ptr())
         return out
+
+    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+        raise NotImplementedError
 
     def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         check(x, torch.bfloat16)
@@ -227,16 +236,14 @@ class CpuBackend(Backend):
         store: Store,
         spec: AttentionSpec,
         batch: RaggedBatch,
-        rope: RopeTable,
-        q_norm: Tensor | None = None,
-        k_norm: Tensor | None = None,
-        eps: float = 0.0,
+        rope: RopeTable | None,
+        weights: LayerWeights,
     ) -> Tensor:
         check(qkv, torch.float32)
         tokens, head_dim = len(qkv), spec.head_dim
         assert qkv.shape[1] == (spec.num_heads + 2 * spec.num_kv_heads) * head_dim
         assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
-        heads = Heads.of(spec, rope, eps)
+        heads = Heads.of(spec, rope, spec.qk_norm.norm.eps if spec.qk_norm else 0.0)
         assert heads.rotary_dim <= head_dim
         arrays = Step.of(tokens, positions=batch.positions, slot_mapping=batch.slot_mapping)
         arrays.check(self.library, store, max_position=heads.max_position)
@@ -246,8 +253,8 @@ class CpuBackend(Backend):
             heads.address,
             store.address,
             qkv.data_ptr(),
-            vector_address(q_norm, head_dim),
-            vector_address(k_norm, head_dim),
+            vector_address(weights.q_norm, head_dim, torch.float32),
+            vector_address(weights.k_norm, head_dim, torch.float32),
             q.data_ptr(),
         )
         return q
@@ -277,24 +284,28 @@ class CpuBackend(Backend):
         )
         return out
 
-    def route(self, scores: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-        check(scores, torch.float32)
-        tokens, num_experts = scores.shape
-        assert 1 <= top_k <= num_experts
+    def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check(logits, torch.float32)
+        assert logits.shape[1] == spec.num_experts and choice_bias is None
+        tokens, top_k = len(logits), spec.top_k
         ids, weights = torch.empty(tokens, top_k, dtype=torch.int32), torch.empty(tokens, top_k)
         self.library.route(
-            scores.data_ptr(), tokens, num_experts, top_k, renormalize, ids.data_ptr(), weights.data_ptr()
+            logits.data_ptr(),
+            tokens,
+            spec.num_experts,
+            top_k,
+            spec.renormalize,
+            ids.data_ptr(),
+            weights.data_ptr(),
         )
         return ids, weights
 
-    def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, *, w13: Sequence[Weight], w2: Sequence[Weight], activation: str
-    ) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(ids), weights.float().contiguous()
         top_k = ids.shape[1]
-        mixture = Mixture.of(w13, w2, top_k=top_k, activation=activation)
-        assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == w2[0].rows
+        mixture = Mixture.of(layer, top_k=top_k, activation=spec.activation)
+        assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == layer.w2[0].rows
         assert all(len(set(each)) == top_k for each in ids.tolist())
         if self.library.check_ids(ids.data_ptr(), ids.numel(), mixture.num_experts):
             raise IndexError(f"an expert id is not below {mixture.num_experts}, the number of experts")
@@ -305,4 +316,6 @@ class CpuBackend(Backend):
     # All of them in one call
 
     def compile_network(self, plan: NetworkPlan) -> Network | None:
+        if (reason := uncovered(plan)) is not None:
+            raise UnsupportedModelError(f"the C++ kernels do not compute {reason}: set kernels=reference")
         return compile_network(self.library, plan)

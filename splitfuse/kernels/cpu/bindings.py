@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.interface import AttentionSpec, RopeTable
+from splitfuse.kernels.interface import AttentionSpec, LayerWeights, RopeTable
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
 BF16, INT8, INT4 = range(3)
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 
 BROKEN_RULES = {
     1: "a position lies outside the rotary tables",
@@ -46,11 +46,11 @@ def check(tensor: Tensor, dtype: torch.dtype) -> None:
     )
 
 
-def vector_address(vector: Tensor | None, length: int) -> int | None:
-    """Return the address of a bias or a norm's weight [length] in bf16, if there is one."""
+def vector_address(vector: Tensor | None, length: int, dtype: torch.dtype = torch.bfloat16) -> int | None:
+    """Return the address of a bias [length], or of a norm's weight in fp32, if there is one."""
     if vector is None:
         return None
-    check(vector, torch.bfloat16)
+    check(vector, dtype)
     assert len(vector) == length
     return vector.data_ptr()
 
@@ -173,17 +173,16 @@ class Mixture(Struct):
     @classmethod
     def of(
         cls,
-        w13: Sequence[Weight],
-        w2: Sequence[Weight],
+        layer: LayerWeights,
         *,
         top_k: int,
         activation: str,
-        router: Weight | None = None,
         renormalize: bool = False,
     ) -> Mixture:
-        """Return the mixture of these experts; the caller keeps the weights alive. Only a whole network reads `router`
-        and `renormalize`.
+        """Return the mixture of a layer's experts; the caller keeps the weights alive. Only a whole network reads the
+        router and `renormalize`.
         """
+        router, w13, w2 = layer.router, layer.w13, layer.w2
         num_experts, hidden = len(w13), w2[0].rows
         assert len(w2) == num_experts >= top_k and (router is None or router.rows == num_experts)
         for first, second in zip(w13, w2, strict=True):

@@ -25,23 +25,70 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     vector_address,
 )
-from splitfuse.kernels.interface import ExpertsSpec, LayerSpec, LayerWeights, NetworkPlan
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ExpertsSpec,
+    HeadNormSpec,
+    LayerSpec,
+    LayerWeights,
+    NetworkPlan,
+    RouterSpec,
+)
 
 
 def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
     """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
-    heads = {replace(each.attention, window=None, qkv_bias=False, o_bias=False, qk_norm=False) for each in plan.layers}
+    mixers = [layer.mixer for layer in plan.layers if layer.mixer is not None]
+    heads = {replace(each, window=None, qkv_bias=False, o_bias=False, qk_norm=None) for each in mixers}
     return FusedNetwork(library, plan) if len(heads) == 1 else None
+
+
+COVERED = (
+    *("num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "qk_norm", "scale", "softcap"),
+)
+"""Fields of AttentionSpec that the kernels compute."""
+
+
+def uncovered(plan: NetworkPlan) -> str | None:
+    """Return the field of a layer that these kernels do not compute, or None."""
+    if plan.norm.centered or plan.norm.bias:
+        return "layer norms"
+    if plan.embed_scale != 1.0 or plan.weights.positions is not None:
+        return "its embedding"
+    for layer in plan.layers:
+        mixer, mlp = layer.mixer, layer.mlp
+        if mixer is None or mlp is None:
+            return "layers of one block"
+        if layer != LayerSpec(mixer=mixer, mlp=mlp):
+            return "another form of layers than that of Llama"
+        if mixer != AttentionSpec(**{name: getattr(mixer, name) for name in COVERED}) or mixer.rope is None:
+            return "its attention"
+        if (norms := mixer.qk_norm) is not None and norms != HeadNormSpec(norm=plan.norm):
+            return "its norms of heads"
+        inner = mlp.expert if isinstance(mlp, ExpertsSpec) else mlp
+        if not inner.gated or inner.activation not in ACTIVATIONS:
+            return "its MLP"
+        if isinstance(mlp, ExpertsSpec) and (
+            inner.bias
+            or mlp != ExpertsSpec(router=mlp.router, expert=inner)
+            or mlp.router
+            != RouterSpec(
+                num_experts=mlp.router.num_experts, top_k=mlp.router.top_k, renormalize=mlp.router.renormalize
+            )
+        ):
+            return "its mixture of experts"
+    return None
 
 
 class FusedNetwork:
     """Runs embedding, layers and last norm from tables of structs. Gives the same bits as the operations one by one."""
 
     def __init__(self, library: Library, plan: NetworkPlan) -> None:
-        weights, attention = plan.weights, plan.layers[0].attention
+        weights, attention = plan.weights, plan.layers[0].mixer
+        assert attention is not None and attention.rope is not None
         self._library = library
         self._weights = weights  # they own the memory
-        self._heads = Heads.of(attention, plan.ropes[attention.rope], plan.norm_eps)
+        self._heads = Heads.of(attention, plan.ropes[attention.rope], plan.norm.eps)
         self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
         self._mixtures: list[Mixture] = []
         self._layers = (Layer * len(plan.layers))()
@@ -58,34 +105,34 @@ class FusedNetwork:
             vocabulary,
             None if packed else weights.embed.data_ptr(),
             weights.embed.address if packed else None,
-            vector_address(weights.norm, hidden),
-            plan.norm_eps,
+            vector_address(weights.norm, hidden, torch.float32),
+            plan.norm.eps,
         )
 
     def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, hidden: int) -> None:
-        attention, mlp = spec.attention, spec.mlp
+        attention, mlp = spec.mixer, spec.mlp
+        assert attention is not None and mlp is not None
         heads_width = attention.num_heads * attention.head_dim
-        entry.attn_norm = vector_address(layer.attn_norm, hidden)
-        entry.q_norm = vector_address(layer.q_norm, attention.head_dim)
-        entry.k_norm = vector_address(layer.k_norm, attention.head_dim)
+        entry.attn_norm = vector_address(layer.attn_norm, hidden, torch.float32)
+        entry.q_norm = vector_address(layer.q_norm, attention.head_dim, torch.float32)
+        entry.k_norm = vector_address(layer.k_norm, attention.head_dim, torch.float32)
         _set_linear(entry, layer, "qkv", columns=hidden)
         _set_linear(entry, layer, "o", columns=heads_width)
         assert layer.o.rows == hidden
         entry.window = attention.window or 0
-        entry.mlp_norm = vector_address(layer.mlp_norm, hidden)
-        entry.activation = ACTIVATIONS[mlp.activation]
+        entry.mlp_norm = vector_address(layer.mlp_norm, hidden, torch.float32)
         if not isinstance(mlp, ExpertsSpec):
-            _set_linear(entry, layer, "gate_up", columns=hidden)
-            _set_linear(entry, layer, "down", columns=mlp.intermediate_size)
-            assert layer.down.rows == hidden and layer.gate_up.rows == 2 * mlp.intermediate_size
+            entry.activation = ACTIVATIONS[mlp.activation]
+            weights = layer.mlp
+            assert weights is not None
+            assert weights.gate_up.rows == 2 * weights.down.columns and weights.down.columns == mlp.intermediate_size
+            assert weights.gate_up.columns == weights.down.rows == hidden
+            entry.gate_up, entry.down = weights.gate_up.address, weights.down.address
+            entry.gate_up_bias = vector_address(weights.up_bias, weights.gate_up.rows)
+            entry.down_bias = vector_address(weights.down_bias, weights.down.rows)
             return
         mixture = Mixture.of(
-            layer.w13,
-            layer.w2,
-            top_k=mlp.top_k,
-            activation=mlp.activation,
-            router=layer.router,
-            renormalize=mlp.renormalize,
+            layer, top_k=mlp.router.top_k, activation=mlp.expert.activation, renormalize=mlp.router.renormalize
         )
         assert layer.w2[0].rows == layer.router.columns == hidden
         self._mixtures.append(mixture)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
 from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.layouts import Stored
 from splitfuse.models.families.rope_config import extended_length, read_rope
-from splitfuse.models.spec import ModelSpec
+from splitfuse.models.spec import ModelSpec, RopeSpec
 
-WeightNames: TypeAlias = Mapping[str, tuple[str, ...]]
+WeightNames: TypeAlias = Mapping[str, tuple[str | Stored, ...]]
 """Our name of a weight -> the checkpoint's tensors stacked to make it, with `{layer}` for the layer's number and
-`{expert}` for the expert's.
+`{expert}` for the expert's. One tensor in place of several holds all their rows.
 """
 
 Windows: TypeAlias = tuple[int | None, ...]
@@ -37,6 +38,9 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
 }
 
 MAX_LAYERS = 10_000  # a spec has an entry for each
@@ -53,85 +57,106 @@ DECODER_NAMES: WeightNames = {
     "o": ("model.layers.{layer}.self_attn.o_proj.weight",),
     "o_bias": ("model.layers.{layer}.self_attn.o_proj.bias",),
     "mlp_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
-    "gate_up": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up")),
-    "gate_up_bias": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up")),
-    "down": ("model.layers.{layer}.mlp.down_proj.weight",),
-    "down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
+    "mlp.gate_up": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up")),
+    "mlp.up_bias": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up")),
+    "mlp.down": ("model.layers.{layer}.mlp.down_proj.weight",),
+    "mlp.down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
 }
 
 
-def plain_decoder(
-    config: ConfigJson,
-    *,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    norm_eps: float = 1e-6,
-    rope_theta: float = 10_000.0,
-    windows: Windows | None = None,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-    mlps: Sequence[MlpSpec | ExpertsSpec] | None = None,
-) -> ModelSpec:
-    """Return the network of a config. `num_kv_heads`, `head_dim`, `norm_eps` and `rope_theta` are defaults for a config
-    that does not say; the others are the family's, `windows` and `mlps` with an entry for each layer.
+def read_attention(
+    config: ConfigJson, *, num_kv_heads: int | None = None, head_dim: int | None = None, **fields: Any
+) -> AttentionSpec:
+    """Return the attention of a config. `num_kv_heads` and `head_dim` are defaults for one that does not say, `fields`
+    those of AttentionSpec that the family has.
     """
-    count = num_layers(config)
-    num_heads = config.integer("num_attention_heads")
-    hidden_size = config.integer("hidden_size")
+    num_heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
     if "head_dim" not in config and head_dim is None and hidden_size % num_heads:
         raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of its {num_heads} attention heads")
-    head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads)
-    mlps = mlps or (mlp(config, bias=mlp_bias),) * count
-    rope = read_rope(config, head_dim=head_dim, theta=rope_theta)
-    if rope.rotary_dim != head_dim:  # transformers rotates whole heads in these families, whatever is said
+    return AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or num_heads),
+        head_dim=config.integer("head_dim", head_dim or hidden_size // num_heads),
+        **fields,
+    )
+
+
+def head_norms(config: ConfigJson, **fields: Any) -> HeadNormSpec:
+    """Return RMS norms of queries and keys; `fields` are those of HeadNormSpec that the family has."""
+    return HeadNormSpec(norm=NormSpec(eps=config.number("rms_norm_eps", 1e-6)), **fields)
+
+
+def in_windows(attention: AttentionSpec, windows: Windows) -> list[AttentionSpec]:
+    """Return the attention of each layer, with these windows."""
+    return [replace(attention, window=window) for window in windows]
+
+
+def decoder(
+    config: ConfigJson,
+    attention: AttentionSpec | Sequence[AttentionSpec],
+    mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec],
+    *,
+    ropes: Sequence[RopeSpec] | None = None,
+    rope_theta: float = 10_000.0,
+    norm: NormSpec | None = None,
+    norm_eps: float = 1e-6,
+    layer: Mapping[str, Any] | None = None,
+    **network: Any,
+) -> ModelSpec:
+    """Return the network of a config. `attention` and `mlps` are those of all layers, or have an entry for each.
+
+    `rope_theta` and `norm_eps` are defaults for a config that does not say; without `ropes` the config's one rotates
+    whole heads. `layer` are further fields of LayerSpec, `network` those of ModelSpec.
+    """
+    count = num_layers(config)
+    attentions = [attention] * count if isinstance(attention, AttentionSpec) else attention
+    each_mlp = [mlps] * count if isinstance(mlps, MlpSpec | ExpertsSpec) else mlps
+    if len(attentions) != count:
+        raise ModelError(f"config.json: layer_types describes {len(attentions)} layers, num_hidden_layers is {count}")
+    ropes = (_whole_rope(config, attentions[0].head_dim, rope_theta),) if ropes is None else tuple(ropes)
+    max_position = config.integer("max_position_embeddings")
+    fields: dict[str, Any] = {
+        "dtype": config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
+        "tied_embeddings": config.flag("tie_word_embeddings", False),
+        "max_position": max((extended_length(rope, max_position) for rope in ropes), default=max_position),
+    }
+    return ModelSpec(
+        architecture=config.raw("architectures")[0],
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=config.integer("hidden_size"),
+        norm=norm or NormSpec(eps=config.number("rms_norm_eps", norm_eps)),
+        ropes=ropes,
+        layers=tuple(
+            LayerSpec(mixer=each, mlp=inner, **(layer or {})) for each, inner in zip(attentions, each_mlp, strict=True)
+        ),
+        **(fields | network),
+    )
+
+
+def _whole_rope(config: ConfigJson, head_dim: int, theta: float) -> RopeSpec:
+    """Return the rope of a family that transformers rotates whole heads in, whatever is said."""
+    rope = read_rope(config, head_dim=head_dim, theta=theta)
+    if rope.rotary_dim != head_dim:
         raise UnsupportedModelError(
             f"config.json: a partial_rotary_factor that rotates {rope.rotary_dim} of {head_dim} elements of a head is "
             "not supported: use 1"
         )
-    windows = (None,) * count if windows is None else windows
-    if len(windows) != count:
-        raise ModelError(f"config.json: layer_types describes {len(windows)} layers, num_hidden_layers is {count}")
-    attentions = {
-        window: AttentionSpec(
-            num_heads=num_heads,
-            num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or num_heads),
-            head_dim=head_dim,
-            window=window,
-            qkv_bias=qkv_bias,
-            o_bias=o_bias,
-            qk_norm=qk_norm,
-        )
-        for window in set(windows)
-    }
-    return ModelSpec(
-        architecture=config.raw("architectures")[0],
-        dtype=config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
-        vocab_size=config.integer("vocab_size"),
-        hidden_size=hidden_size,
-        max_position=extended_length(rope, config.integer("max_position_embeddings")),
-        norm_eps=config.number("rms_norm_eps", norm_eps),
-        ropes=(rope,),
-        layers=tuple(
-            LayerSpec(attention=attentions[window], mlp=each) for window, each in zip(windows, mlps, strict=True)
-        ),
-        tied_embeddings=config.flag("tie_word_embeddings", False),
-    )
+    return rope
 
 
-def mlp(config: ConfigJson, *, bias: bool = False) -> MlpSpec:
-    """Return the dense MLP of a config."""
-    return MlpSpec(intermediate_size=config.integer("intermediate_size"), activation=activation(config), bias=bias)
+def mlp(config: ConfigJson, size: int | None = None, **fields: Any) -> MlpSpec:
+    """Return the dense MLP of a config, of `size` if that is not its intermediate_size; `fields` are those of MlpSpec
+    that the family has.
+    """
+    size = config.integer("intermediate_size") if size is None else size
+    return MlpSpec(**{"intermediate_size": size, "activation": activation(config), **fields})
 
 
-def activation(config: ConfigJson) -> str:
+def activation(config: ConfigJson, field: str = "hidden_act", default: str = "silu") -> str:
     """Return our name of the config's activation."""
-    name = config.text("hidden_act", "silu")
+    name = config.text(field, default)
     if name not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"hidden_act {name!r} is not one of those we know: {', '.join(sorted(ACTIVATIONS))}"
-        )
+        raise UnsupportedModelError(f"{field} {name!r} is not one of those we know: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 

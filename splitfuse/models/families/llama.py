@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec
+from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     WeightNames,
-    activation,
+    decoder,
+    mlp,
     num_experts,
-    num_layers,
-    plain_decoder,
+    read_attention,
     window,
 )
 from splitfuse.models.families.config_json import ConfigJson
@@ -26,26 +26,21 @@ MIXTRAL_NAMES: WeightNames = {
 def llama(config: ConfigJson) -> ModelSpec:
     """Return the network of a LlamaForCausalLM."""
     biased = config.flag("attention_bias", False)
-    return plain_decoder(config, qkv_bias=biased, o_bias=biased, mlp_bias=config.flag("mlp_bias", False))
+    attention = read_attention(config, qkv_bias=biased, o_bias=biased)
+    return decoder(config, attention, mlp(config, bias=config.flag("mlp_bias", False)))
 
 
 def mistral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MistralForCausalLM."""
-    return plain_decoder(config, num_kv_heads=8, windows=(window(config),) * num_layers(config))
+    return decoder(config, read_attention(config, num_kv_heads=8, window=window(config)), mlp(config))
 
 
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
-    count = num_layers(config)
     # Unlike Mistral, whose absent window is 4096: here absent is none, as in transformers.
     size = config.integer("sliding_window") if "sliding_window" in config else None
-    experts = ExpertsSpec(
-        num_experts=num_experts(config, 8),
-        top_k=config.integer("num_experts_per_tok", 2),
-        intermediate_size=config.integer("intermediate_size"),
-        activation=activation(config),
-        renormalize=True,
+    router = RouterSpec(
+        num_experts=num_experts(config, 8), top_k=config.integer("num_experts_per_tok", 2), renormalize=True
     )
-    return plain_decoder(
-        config, num_kv_heads=8, norm_eps=1e-5, rope_theta=1e6, windows=(size,) * count, mlps=(experts,) * count
-    )
+    attention = read_attention(config, num_kv_heads=8, window=size)
+    return decoder(config, attention, ExpertsSpec(router=router, expert=mlp(config)), norm_eps=1e-5, rope_theta=1e6)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec
+from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     WeightNames,
     Windows,
-    activation,
+    decoder,
+    head_norms,
+    in_windows,
     mlp,
     num_experts,
     num_layers,
-    plain_decoder,
+    read_attention,
     window,
 )
 from splitfuse.models.families.config_json import ConfigJson
@@ -27,36 +29,38 @@ QWEN3_MOE_NAMES: WeightNames = {
 
 def qwen2(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen2ForCausalLM."""
-    return plain_decoder(config, qkv_bias=True, windows=_upper_layer_windows(config))
+    attention = read_attention(config, qkv_bias=True)
+    return decoder(config, in_windows(attention, _upper_layer_windows(config)), mlp(config))
 
 
 def qwen3(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen3ForCausalLM."""
-    biased, windows = config.flag("attention_bias", False), _upper_layer_windows(config)
-    return plain_decoder(config, head_dim=128, qk_norm=True, qkv_bias=biased, o_bias=biased, windows=windows)
+    biased = config.flag("attention_bias", False)
+    attention = read_attention(config, head_dim=128, qk_norm=head_norms(config), qkv_bias=biased, o_bias=biased)
+    return decoder(config, in_windows(attention, _upper_layer_windows(config)), mlp(config))
 
 
 def qwen3_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen3MoeForCausalLM."""
-    biased, layers = config.flag("attention_bias", False), range(num_layers(config))
+    biased = config.flag("attention_bias", False)
     every, dense_layers = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
-    dense = mlp(config)
-    experts = ExpertsSpec(
+    router = RouterSpec(
         num_experts=num_experts(config, 128),
         top_k=config.integer("num_experts_per_tok", 8),
-        intermediate_size=config.integer("moe_intermediate_size", 768),
-        activation=activation(config),
         renormalize=config.flag("norm_topk_prob", False),
     )
-    return plain_decoder(
+    dense = mlp(config)
+    experts = ExpertsSpec(router=router, expert=mlp(config, config.integer("moe_intermediate_size", 768)))
+    attention = read_attention(
         config,
         num_kv_heads=4,
-        qk_norm=True,
+        qk_norm=head_norms(config),
         qkv_bias=biased,
         o_bias=biased,
-        windows=(window(config) if config.flag("use_sliding_window", False) else None,) * len(layers),
-        mlps=[dense if n in dense_layers or (n + 1) % every else experts for n in layers],
+        window=window(config) if config.flag("use_sliding_window", False) else None,
     )
+    mlps = [dense if n in dense_layers or (n + 1) % every else experts for n in range(num_layers(config))]
+    return decoder(config, attention, mlps)
 
 
 def _upper_layer_windows(config: ConfigJson) -> Windows:

@@ -94,7 +94,10 @@ def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
     """Refuse a config whose layer_types differs from what will be computed."""
     if "layer_types" not in config:
         return
-    computed = ["full_attention" if layer.attention.window is None else "sliding_attention" for layer in spec.layers]
+    computed = [
+        "full_attention" if layer.mixer is None or layer.mixer.window is None else "sliding_attention"
+        for layer in spec.layers
+    ]
     if config.raw("layer_types") != computed:
         raise UnsupportedModelError(
             f"layer_types {brief(config.raw('layer_types'))} is not supported here: "

@@ -8,7 +8,7 @@ namespace SF_VARIANT {
 
 // Writes the RMS norm of x [columns], computed in fp32 and rounded to bf16 once at the end.
 template <class Load>
-SF_INLINE void norm_row(Load x, i64 columns, const u16* weight, float eps, u16* out) {
+SF_INLINE void norm_row(Load x, i64 columns, const float* weight, float eps, u16* out) {
     Floats squares = broadcast(0.0f);
     for (i64 c = 0; c < columns; c += LANES) {
         Floats value = x(c, static_cast<int>(columns - c < LANES ? columns - c : LANES));
@@ -18,8 +18,8 @@ SF_INLINE void norm_row(Load x, i64 columns, const u16* weight, float eps, u16* 
     for (i64 c = 0; c < columns; c += LANES) {
         int count = static_cast<int>(columns - c < LANES ? columns - c : LANES);
         Floats value = x(c, count) * scale;
-        if (count == LANES) store_bf16(out + c, value * load_bf16(weight + c));
-        else store_bf16(out + c, value * load_bf16(weight + c, count), count);
+        if (count == LANES) store_bf16(out + c, value * load(weight + c));
+        else store_bf16(out + c, value * load(weight + c, count), count);
     }
 }
 
@@ -27,7 +27,7 @@ SF_INLINE auto floats_of(const float* x) {
     return [x](i64 column, int count) { return count == LANES ? load(x + column) : load(x + column, count); };
 }
 
-inline void norm(Team& team, const float* x, i64 rows, i64 columns, const u16* weight, float eps, u16* out) {
+inline void norm(Team& team, const float* x, i64 rows, i64 columns, const float* weight, float eps, u16* out) {
     team.split(rows, [&](i64 begin, i64 end) {
         for (i64 row = begin; row < end; ++row) norm_row(floats_of(x + row * columns), columns, weight, eps, out + row * columns);
     });

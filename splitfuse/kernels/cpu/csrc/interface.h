@@ -8,7 +8,7 @@ namespace splitfuse {
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
-enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
+enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4 };
 
 // A linear weight [rows, columns] in panels of 32 rows, which are columns of the product. See weights.h.
 struct Weight {
@@ -72,14 +72,14 @@ struct Mixture {
 
 // One pre-norm decoder layer; a null pointer is what the network does not have.
 struct Layer {
-    const std::uint16_t* attn_norm;  // [C]
+    const float* attn_norm;          // [C]
     const Weight* qkv;
     const std::uint16_t* qkv_bias;
-    const std::uint16_t* q_norm;     // [D]
-    const std::uint16_t* k_norm;
+    const float* q_norm;             // [D]
+    const float* k_norm;
     const Weight* o;
     const std::uint16_t* o_bias;
-    const std::uint16_t* mlp_norm;
+    const float* mlp_norm;
     const Weight* gate_up;
     const std::uint16_t* gate_up_bias;
     const Weight* down;
@@ -98,7 +98,7 @@ struct Network {
     std::int64_t vocabulary;
     const std::uint16_t* table;      // embedding [vocabulary, C], or null:
     const Weight* packed_table;      // the packed head that it is tied to
-    const std::uint16_t* norm;       // [C]
+    const float* norm;               // [C]
     float eps;
 };
 

@@ -83,7 +83,7 @@ SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, co
 }
 
 // Norms x [head_dim] if there is a weight, and rotates its first rotary_dim elements, element i with i + rotary_dim / 2.
-SF_INLINE void rotate_head(const float* x, i64 head_dim, const u16* weight, const Heads& heads, i64 position, float* out) {
+SF_INLINE void rotate_head(const float* x, i64 head_dim, const float* weight, const Heads& heads, i64 position, float* out) {
     alignas(64) float normed[MOST_HEAD_DIM];
     if (weight) {
         alignas(64) u16 narrowed[MOST_HEAD_DIM];
@@ -104,7 +104,7 @@ SF_INLINE void rotate_head(const float* x, i64 head_dim, const u16* weight, cons
 
 // Rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
 inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv,
-                       const u16* q_norm, const u16* k_norm, u16* q) {
+                       const float* q_norm, const float* k_norm, u16* q) {
     const Layout kv(store);
     const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * kv.num_kv_heads) * dim;
     const i64 per_token = heads.num_heads + kv.num_kv_heads;

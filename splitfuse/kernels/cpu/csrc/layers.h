@@ -8,7 +8,7 @@ namespace splitfuse {
 namespace SF_VARIANT {
 
 // Packs the normed rows of x, which the first product of each half of a layer reads.
-SF_INLINE Operand pack_normed_activations(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const u16* norm, float eps) {
+SF_INLINE Operand pack_normed_activations(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const float* norm, float eps) {
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
     return pack_activations(team, w, rows, work.memory(team.rank), [&](i64 row) {
         norm_row(floats_of(x + row * w.columns), w.columns, norm, eps, row_buffer);

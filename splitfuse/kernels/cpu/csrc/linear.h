@@ -113,6 +113,10 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 
 SF_INLINE Floats activate(Floats gate, i32 kind) {
     if (kind == SILU) return gate * sigmoid(gate);
+    if (kind == RELU || kind == RELU2) {
+        Floats positive = max(broadcast(0.0f), gate);  // in this order, which keeps NaN
+        return kind == RELU ? positive : positive * positive;
+    }
     if (kind == GELU_TANH) {  // Hendrycks and Gimpel, arXiv 1606.08415
         Floats inner = fma(gate * gate * gate, broadcast(0.044715f), gate) * broadcast(0.7978845608028654f);
         return broadcast(0.5f) * gate * (broadcast(1.0f) + tanh(inner));

@@ -65,7 +65,7 @@ SF_EXPORT(i32, gated)(Workspace* work, const Weight* w, const u16* x, i64 rows, 
     });
 }
 
-SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const u16* weight, float eps, u16* out) {
+SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const float* weight, float eps, u16* out) {
     parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { norm(team, x, rows, columns, weight, eps, out); });
 }
 
@@ -74,7 +74,7 @@ SF_EXPORT(void, embed)(Workspace* work, const i32* ids, i64 rows, const u16* tab
 }
 
 SF_EXPORT(void, rope_store)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const float* qkv,
-                            const u16* q_norm, const u16* k_norm, u16* q) {
+                            const float* q_norm, const float* k_norm, u16* q) {
     parallel(work->num_threads, [&](Team& team) { rope_store(team, *step, *heads, *store, qkv, q_norm, k_norm, q); });
 }
 

@@ -1,0 +1,75 @@
+"""Says how a checkpoint stores a weight where it is not one tensor with our rows in our order.
+
+A name table (`WeightNames`) gives for each of our weights the tensors that are stacked by rows to make it: a plain name
+for a tensor that is taken as it is, a `Stored` for one of which only some rows are ours, or in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.interface import AttentionSpec, LayerSpec
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Says which layer and which of its experts a weight belongs to; None: it belongs to none."""
+
+    layer: LayerSpec | None = None
+    number: int | None = None
+    expert: int | None = None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """Return the attention of the layer."""
+        assert self.layer is not None and self.layer.mixer is not None
+        return self.layer.mixer
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Names a stored tensor, and says how to take a weight's rows from it.
+
+    `take` returns our rows as a view of the stored tensor where it can; `shape` returns the shape of the stored tensor
+    for that of our rows.
+    """
+
+    name: str
+    take: Callable[[Tensor, Place], Tensor] = lambda tensor, _: tensor
+    shape: Callable[[Shape, Place], Shape] = lambda shape, _: shape
+
+
+def plus_one(name: str) -> Stored:
+    """Return a norm's weight that is stored as its distance from one."""
+    return Stored(name, lambda tensor, _: tensor.float() + 1)
+
+
+def transposed(name: str) -> Stored:
+    """Return a weight that is stored as [columns, rows]."""
+    return Stored(name, lambda tensor, _: tensor.T, lambda shape, _: shape[::-1])
+
+
+def of_heads(name: str, order: Callable[[AttentionSpec], Tensor]) -> Stored:
+    """Return rows of heads that are stored in another order: row i of ours is row `order(spec)[i]` of the tensor."""
+    return Stored(name, lambda tensor, place: tensor[order(place.attention)])
+
+
+def interleaved_rope(name: str, rotary_dim: Callable[[AttentionSpec], int]) -> Stored:
+    """Return queries or keys whose rope turns neighbouring elements of a head, element 2i with 2i + 1: in our order it
+    turns element i with i + rotary_dim / 2, which gives the same scores.
+    """
+
+    def take(tensor: Tensor, place: Place) -> Tensor:
+        dim = rotary_dim(place.attention)
+        heads = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:])
+        order = torch.cat((torch.arange(0, dim, 2), torch.arange(1, dim, 2), torch.arange(dim, heads.shape[1])))
+        return heads[:, order].view_as(tensor)
+
+    return Stored(name, take)
