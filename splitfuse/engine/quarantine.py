@@ -19,6 +19,10 @@ NUM_DEATHS = 2
 """Number of deaths after which a request is refused."""
 SECONDS = 600.0
 """Seconds for which it is refused, and after which a death is forgotten."""
+NUM_COMPLETED = 3
+"""Number of requests alike that ran to their end within SECONDS, after which one death is not put down to them."""
+MAX_REMEMBERED, MAX_TOKENS = 1024, 256
+"""Number of requests that are remembered for that, and the longest of their prompts."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _logger = logging.getLogger(__name__)
@@ -37,17 +41,16 @@ class Quarantine:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._deaths: dict[bytes, tuple[int, float]] = {}  # how many a request was in, and the time of the last one
-
-    @property
-    def has_suspects(self) -> bool:
-        """Return whether any request was in flight at a death."""
-        return bool(self._deaths)
+        self._completed: dict[bytes, tuple[int, float]] = {}  # how many ran to their end, and when; the oldest first
 
     def engine_died(self, in_flight: Iterable[Add]) -> None:
         """Note the requests that were in the step in flight when an engine died."""
         self._forget()
         now = self._clock()
         for digest, request in {_digest(request): request for request in in_flight}.items():  # choices count once
+            completed, last = self._completed.pop(digest, (0, 0.0))
+            if completed >= NUM_COMPLETED and now - last < SECONDS:
+                continue  # what is sent all the time, such as a load balancer's probe, is in flight at any death
             count, _ = self._deaths.get(digest, (0, 0.0))
             self._deaths[digest] = count + 1, now
             if count + 1 == NUM_DEATHS:
@@ -61,7 +64,14 @@ class Quarantine:
 
     def completed(self, request: Add) -> None:
         """Clear a request of suspicion, since one like it ran to its end. One that is refused stays so."""
+        if not self._deaths and len(request.prompt_token_ids) > MAX_TOKENS:
+            return  # its digest takes long, at every request
         digest = _digest(request)
+        now = self._clock()
+        completed, last = self._completed.pop(digest, (0, now))
+        self._completed[digest] = (completed + 1 if now - last < SECONDS else 1), now
+        if len(self._completed) > MAX_REMEMBERED:
+            del self._completed[next(iter(self._completed))]
         count, _ = self._deaths.get(digest, (0, 0.0))
         if 0 < count < NUM_DEATHS:
             del self._deaths[digest]

@@ -17,7 +17,7 @@ from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add, StepReport
-from splitfuse.engine.quarantine import NUM_DEATHS, SECONDS, Quarantine
+from splitfuse.engine.quarantine import MAX_REMEMBERED, MAX_TOKENS, NUM_COMPLETED, NUM_DEATHS, SECONDS, Quarantine
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.supervisor import SubprocessEngine
@@ -78,7 +78,7 @@ def test_two_deaths_refuse_a_request_for_ten_minutes(
     clock.now += 599
     assert refuses(quarantine, ADD) and not refuses(quarantine, Add("b", (4,), PARAMS))
     clock.now += 1
-    assert not refuses(quarantine, ADD) and not quarantine.has_suspects
+    assert not refuses(quarantine, ADD) and not quarantine._deaths
     quarantine.engine_died([ADD])
     assert not refuses(quarantine, ADD)  # it begins anew
 
@@ -104,11 +104,36 @@ def test_a_request_that_completes_is_cleared_but_not_released(quarantine: Quaran
         quarantine.engine_died([ADD])
         quarantine.completed(Add("b", (1, 2, 3), PARAMS))
         quarantine.completed(with_other(seed=2))
-    assert not refuses(quarantine, ADD) and not quarantine.has_suspects
+    assert not refuses(quarantine, ADD) and not quarantine._deaths
     for _ in range(NUM_DEATHS):
         quarantine.engine_died([ADD])
     quarantine.completed(ADD)
     assert refuses(quarantine, ADD)
+
+
+def test_what_completes_all_the_time_is_excused_from_one_death(quarantine: Quarantine, clock: Clock) -> None:
+    poison = Add("poison", (4,), PARAMS)
+    for _ in range(NUM_COMPLETED):
+        quarantine.completed(ADD)  # a probe, which is in flight at both deaths that another request causes
+    for _ in range(NUM_DEATHS):
+        quarantine.engine_died([ADD, poison])
+    assert refuses(quarantine, poison) and not refuses(quarantine, ADD)
+    quarantine.engine_died([ADD])
+    assert refuses(quarantine, ADD)  # it causes deaths itself
+    clock.now += SECONDS
+    for _ in range(NUM_COMPLETED):
+        quarantine.completed(ADD)
+    clock.now += SECONDS
+    for _ in range(NUM_DEATHS):
+        quarantine.engine_died([ADD])
+    assert refuses(quarantine, ADD)  # it is long ago that it completed
+
+
+def test_what_is_remembered_is_bounded(quarantine: Quarantine) -> None:
+    for number in range(2 * MAX_REMEMBERED):
+        quarantine.completed(Add("a", (number,), PARAMS))
+    quarantine.completed(Add("a", (5,) * (MAX_TOKENS + 1), PARAMS))
+    assert len(quarantine._completed) == MAX_REMEMBERED
 
 
 def test_choices_of_a_request_count_a_death_once(quarantine: Quarantine) -> None:

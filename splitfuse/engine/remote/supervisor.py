@@ -125,7 +125,7 @@ class SubprocessEngine(LocalClient):
         self._writer.write(frame(encode(command)))
 
     def _take(self, report: Report) -> None:
-        if isinstance(report, StepReport) and self._quarantine.has_suspects:
+        if isinstance(report, StepReport):
             for output in report.outputs:
                 if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and (
                     stream := self._ending.get(output.request_id) or self._streams.get(output.request_id)
