@@ -251,6 +251,33 @@ def test_a_fault_in_ending_a_request_harms_no_other(
     assert all(error is None for _, error in outcomes.values())
 
 
+def test_a_fault_in_giving_blocks_back_loses_these_blocks_only(
+    engine: Engine,
+    wanted: dict[str, tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    release, lost = engine.allocator.release, list[int]()
+
+    def failing(blocks: Sequence[int]) -> None:
+        if not lost:
+            lost.extend(blocks)
+            raise ArithmeticError("a fault")
+        release(blocks)
+
+    monkeypatch.setattr(engine.allocator, "release", failing)
+    add(engine, PROMPTS)
+    outcomes = {}
+    while engine.has_unfinished:
+        for output in engine.step(isolate=True):
+            tokens, _ = outcomes.get(output.request_id, ((), None))
+            outcomes[output.request_id] = (*tokens, *output.token_ids), output.error
+    assert {name: tokens for name, (tokens, error) in outcomes.items() if error is None} == wanted
+    assert engine.allocator.num_held == len(lost) > 0
+    engine.allocator.check([lost])
+    assert caplog.messages == [f"some of the {len(lost)} KV blocks of a request are lost until the engine restarts"]
+
+
 class FaultyExecutor(FakeExecutor):
     """Computes as FakeExecutor does, but some steps fail, before anything is computed or after all of it."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_state import RequestState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -85,14 +88,19 @@ class RequestKv:
             self.state.publish(len(token_ids), self.block_names)
 
     def release(self, allocator: BlockAllocator) -> None:
-        """Give all blocks and state slots back."""
-        if self.state is not None:
-            self.state.release()
-            self.state = None
-        allocator.release(self.blocks)
-        self.blocks = []
+        """Give all blocks and state slots back. A fault there loses those that were not given back yet, and ends nothing
+        else.
+        """
+        blocks, state = self.blocks, self.state
+        self.blocks, self.state = [], None
         self.num_cached_blocks = self.num_computed = 0
         self.preempt_on_return = False
+        try:
+            allocator.release(blocks)
+            if state is not None:
+                state.release()
+        except Exception:
+            logger.exception("some of the %d KV blocks of a request are lost until the engine restarts", len(blocks))
 
     def note_preemption(self) -> None:
         """Record that the blocks are about to be taken."""
