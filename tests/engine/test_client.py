@@ -249,13 +249,20 @@ async def die_and_come_back(client: SubprocessEngine, harm: Callable[[int], None
     assert len(await answer(client, "after", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))) == 3
 
 
-def test_a_killed_process_fails_its_requests_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_killed_process_fails_its_requests_and_comes_back(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "splitfuse")
+    monkeypatch.chdir(tmp_path)
+
+    def kill(pid: int) -> None:
+        tmp_path.rmdir()  # it comes back without its working directory too
+        os.kill(pid, signal.SIGKILL)
 
     async def test() -> None:
         async with running(SubprocessEngine(CONFIG)) as client:
             assert isinstance(client, SubprocessEngine)
-            await die_and_come_back(client, lambda pid: os.kill(pid, signal.SIGKILL))
+            await die_and_come_back(client, kill)
 
     run(test())
     lines = [record.getMessage() for record in caplog.records]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -44,6 +45,7 @@ async def launch(
             pass_fds=[theirs.fileno(), in_flight, *([weights.fd] if weights is not None else [])],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # what a library prints must not mix with our own output
+            cwd=_folder(),
         )
     except BaseException:
         ours.close()
@@ -51,3 +53,12 @@ async def launch(
     finally:
         theirs.close()
     return process, ours
+
+
+def _folder() -> str | None:
+    """Return where an engine runs: in our working directory (None), or at the root if that was deleted: MKL needs it."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return "/"
+    return None
