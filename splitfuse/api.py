@@ -5,7 +5,6 @@ Its keywords are in text/kwargs.py; `serve()` and `client()` are in clients/sync
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
+from splitfuse.engine import garbage
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.guard import Guard
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError
@@ -81,9 +81,7 @@ def pipeline(
             "weights and activations; the KV cache fills up in use",
             file=sys.stderr,
         )
-    gc.unfreeze()  # the model of an earlier call, which may be gone
-    gc.collect()
-    gc.freeze()  # no full collection walks what is loaded, which stops all requests for tens of milliseconds
+    garbage.freeze()
     return Pipeline(engine, tokenizer)
 
 

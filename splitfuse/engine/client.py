@@ -19,7 +19,7 @@ from typing import Self
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.engine.guard import FORKED
+from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
     Add,
     EngineInfo,
@@ -226,8 +226,7 @@ class LocalClient(EngineClient):
         )
 
     def open(self, request: Add) -> Stream:
-        if os.getpid() != self._pid:
-            raise EngineUnavailableError(FORKED)
+        check_process(self._pid)
         if self.state is EngineState.DEAD:
             raise EngineUnavailableError(f"the engine is dead: {self._death}")
         if self.state is not EngineState.READY:

@@ -21,9 +21,9 @@ _Result = TypeVar("_Result")
 _loaded_in: int | None = None  # process that made the last guard
 
 
-def check_process() -> None:
-    """Raise EngineUnavailableError in a fork of a process with an engine: OpenMP's threads would never answer here."""
-    if _loaded_in not in (None, os.getpid()):
+def check_process(pid: int | None = None) -> None:
+    """Raise EngineUnavailableError in a fork of process `pid`, or of that with an engine: it lacks the threads."""
+    if (pid or _loaded_in) not in (None, os.getpid()):
         raise EngineUnavailableError(FORKED)
 
 
@@ -53,8 +53,7 @@ class Guard:
         self._depth = 0
 
     def __enter__(self) -> None:
-        if os.getpid() != self._pid:
-            raise EngineUnavailableError(FORKED)
+        check_process(self._pid)
         this = threading.get_ident()
         if self._owner != this:
             with self._queue:  # a thread that comes back at once does not overtake those which wait

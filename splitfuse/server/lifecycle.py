@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
+from splitfuse.engine import garbage
 from splitfuse.engine.client import EngineClient, LocalClient
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import EngineStats, Loading
@@ -94,8 +94,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                     with closing(service):
                         _log_slo(engine.scheduler)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
-                        gc.collect()
-                        gc.freeze()  # as in an engine's process: no stream waits while what is loaded is walked
+                        garbage.freeze()
                         if is_listed:
                             with suppress(RegistryError):  # the folder has gone since
                                 registry.mark_ready(deployment)

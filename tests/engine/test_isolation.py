@@ -275,7 +275,7 @@ def test_a_fault_in_giving_blocks_back_loses_these_blocks_only(
     assert {name: tokens for name, (tokens, error) in outcomes.items() if error is None} == wanted
     assert engine.allocator.num_held == len(lost) > 0
     engine.allocator.check([lost])
-    assert caplog.messages == [f"some of the {len(lost)} KV blocks of a request are lost until the engine restarts"]
+    assert caplog.messages == [f"some of the {len(lost)} KV blocks of a request are lost until a restart"]
 
 
 class FaultyExecutor(FakeExecutor):

@@ -88,19 +88,17 @@ class RequestKv:
             self.state.publish(len(token_ids), self.block_names)
 
     def release(self, allocator: BlockAllocator) -> None:
-        """Give all blocks and state slots back. A fault there loses those that were not given back yet, and ends nothing
-        else.
-        """
+        """Give all blocks and state slots back. A fault there loses those that were not given back yet, no more."""
         blocks, state = self.blocks, self.state
         self.blocks, self.state = [], None
         self.num_cached_blocks = self.num_computed = 0
         self.preempt_on_return = False
         try:
-            allocator.release(blocks)
             if state is not None:
                 state.release()
+            allocator.release(blocks)
         except Exception:
-            logger.exception("some of the %d KV blocks of a request are lost until the engine restarts", len(blocks))
+            logger.exception("some of the %d KV blocks of a request are lost until a restart", len(blocks))
 
     def note_preemption(self) -> None:
         """Record that the blocks are about to be taken."""

@@ -56,7 +56,7 @@ async def launch(
 
 
 def _folder() -> str | None:
-    """Return where an engine runs: in our working directory (None), or at the root if that was deleted: MKL needs it."""
+    """Return where an engine runs: our working directory (None), or the root if that was deleted: MKL reads it."""
     try:
         Path.cwd()
     except FileNotFoundError:

@@ -8,7 +8,6 @@ one whose heartbeat tells an engine that computes from one that hangs.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import logging
 import os
 import queue
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
@@ -81,8 +81,7 @@ class Worker:
                 StepScheduled, lambda step: record.write([chunk.request_id for chunk in step.plan.chunks])
             )
             self._loop = EngineLoop(engine, self._reports.put)
-            gc.collect()
-            gc.freeze()  # no full collection walks what is loaded, which stopped all requests for tens of milliseconds
+            garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()
             self._reports.put(self._loop.info)
             self._loop.run()
