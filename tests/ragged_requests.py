@@ -10,6 +10,7 @@ import torch
 from backends import poison
 from torch import Tensor
 
+from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
@@ -23,6 +24,7 @@ class Chunk:
     token_ids: Sequence[int]
     block_table: Sequence[int]
     num_logits: int
+    state: StateSlots | None = None
 
 
 @dataclass
@@ -33,14 +35,20 @@ class Request:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    state: int = ZERO_STATE
 
     @property
     def num_pending(self) -> int:
         return len(self.token_ids) - self.num_computed
 
 
+NUM_STATES = 16
+
+
 class Runner:
-    """A decoder with a cache full of NaN, whose blocks are handed out in random order."""
+    """A decoder with a cache full of NaN, whose blocks and state slots are handed out in random order. A chunk leaves
+    its state where it found it or, as after a snapshot, in another slot: by chance.
+    """
 
     def __init__(self, decoder: Decoder, *, block_size: int, num_blocks: int = 64, seed: int = 0) -> None:
         self.decoder = decoder
@@ -51,24 +59,32 @@ class Runner:
             dtype=decoder.dtype,
             device=decoder.device,
             backend=decoder.backend,
+            num_states=NUM_STATES,
         )
         for store in self.cache.layers:
             if store is not None:
                 poison(store)
-        self.free = list(range(num_blocks))
-        random.Random(seed).shuffle(self.free)
+        self.free, self.free_states = list(range(num_blocks)), list(range(NUM_STATES))
+        self.rng = random.Random(seed)
+        self.rng.shuffle(self.free)
 
     def step(self, lengths: Sequence[tuple[Request, int]]) -> None:
         """One forward step of the next `length` pending tokens of each request; logits of all rows are kept."""
-        chunks = []
+        chunks, left = [], []  # left: slots of states that only this step reads
         for request, length in lengths:
             end = request.num_computed + length
             while len(request.blocks) * self.cache.block_size < end:
                 request.blocks.append(self.free.pop())
             ids = request.token_ids[request.num_computed : end]
-            chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length))
+            read = request.state
+            if read == ZERO_STATE or self.rng.random() < 0.5:
+                left += [read] * (read != ZERO_STATE)
+                request.state = self.free_states.pop(self.rng.randrange(len(self.free_states)))
+            state = StateSlots(read, request.state)
+            chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length, state))
         batch = build_batch(chunks, block_size=self.cache.block_size, device=self.decoder.device)
         rows = self.decoder.logits(self.decoder.forward(batch, self.cache))
+        self.free_states += left
         for (request, length), part in zip(lengths, rows.split([length for _, length in lengths]), strict=True):
             request.logits.extend(part)
             request.num_computed += length

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,10 +22,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 VOCAB_SIZE = 97
@@ -83,6 +91,47 @@ def qwen3_moe(**changes: Any) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes(**few, **changes)))
 
 
+def delta_sizes(**changes: Any) -> dict[str, Any]:
+    """Settings of a small hybrid of gated delta nets and attention, of odd head sizes; `changes` win."""
+    small: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 10,
+        "linear_value_head_dim": 18,
+    }
+    return sizes(**(small | changes))
+
+
+def qwen3_5(**changes: Any) -> PreTrainedModel:
+    """A Qwen3.5 with the changed settings."""
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**delta_sizes(**changes)))
+
+
+SHARED_EXPERT = {
+    "num_experts": 10,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+
+
+def qwen3_5_moe(**changes: Any) -> PreTrainedModel:
+    """A Qwen3.5-MoE with the changed settings."""
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**delta_sizes(**SHARED_EXPERT, **changes)))
+
+
+def qwen3_next(**changes: Any) -> PreTrainedModel:
+    """A Qwen3-Next with the changed settings."""
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**delta_sizes(**SHARED_EXPERT, **changes)))
+
+
+def lfm2(**changes: Any) -> PreTrainedModel:
+    """An LFM2 with the changed settings."""
+    return Lfm2ForCausalLM(Lfm2Config(**sizes(block_multiple_of=8, **changes)))
+
+
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-plain": lambda: llama(num_key_value_heads=6),
     "llama-gqa": llama,
@@ -116,6 +165,27 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "lfm2": lambda: lfm2(layer_types=["full_attention", "conv", "conv"]),
+    "lfm2-biases-untied": lambda: lfm2(
+        num_hidden_layers=2,
+        full_attn_idxs=[0],
+        conv_bias=True,
+        conv_L_cache=5,
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False,
+    ),
+    "qwen3.5": qwen3_5,
+    "qwen3.5-one-head-tied": lambda: qwen3_5(
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        linear_conv_kernel_dim=2,
+        tie_word_embeddings=True,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+        num_hidden_layers=3,
+        rope_parameters=rope("default", partial_rotary_factor=0.5),
+    ),
+    "qwen3.5-moe": lambda: qwen3_5_moe(full_attention_interval=2),
+    "qwen3-next": lambda: qwen3_next(mlp_only_layers=[1], norm_topk_prob=False),
     "mixtral-window": lambda: mixtral(sliding_window=7),
     "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True, tie_word_embeddings=True),
     "qwen3-moe-some-dense": lambda: qwen3_moe(

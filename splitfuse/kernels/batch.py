@@ -19,9 +19,10 @@ class RaggedBatch:
         self.num_requests = num_requests
         self.table_width = table_width
         self.num_rows = num_rows
-        per_token, per_request = (num_tokens,) * 3, (num_requests + 1, num_requests, num_requests * table_width)
+        per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3, num_requests * table_width)
         self.sizes = (*per_token, *per_request, num_rows)
-        ids, positions, slot_mapping, query_start, seq_lens, tables, logit_rows = packed.split_with_sizes(self.sizes)
+        parts = packed.split_with_sizes(self.sizes)
+        ids, positions, slot_mapping, query_start, seq_lens, state_reads, state_writes, tables, logit_rows = parts
         self.ids = ids
         """Token ids: [T]."""
         self.positions = positions
@@ -32,6 +33,10 @@ class RaggedBatch:
         """First row of each chunk, whose rows end where the next begin: [S + 1]."""
         self.seq_lens = seq_lens
         """Number of positions of each request that exist after this step: [S]."""
+        self.state_reads = state_reads
+        """Slots that recurrent states are read from, or -1 for a state of zeros: [S]."""
+        self.state_writes = state_writes
+        """Slots that they are written to, or -1 in a network without: [S]."""
         self.block_tables = tables.view(num_requests, table_width)
         """Block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
         self.logit_rows = logit_rows

@@ -24,7 +24,7 @@ from splitfuse.kernels.sharing import WeightSharing
 Weight: TypeAlias = Any
 """Linear weight as `Backend.pack` returns it."""
 Store: TypeAlias = Any
-"""Keys and values of one layer, as `Backend.allocate_kv` returns them."""
+"""Keys and values of one layer, as `Backend.allocate_kv` returns them, or its states, as `allocate_states` does."""
 RopeTable: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines [max_position, rotary_dim / 2] in fp32; a row for each position."""
 
@@ -105,6 +105,48 @@ class AttentionSpec:
     def score_scale(self) -> float:
         """Return the factor of query-key products."""
         return float(self.head_dim**-0.5) if self.scale is None else self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaSpec:
+    """Describes the gated delta net of one layer (Yang et al., arXiv 2412.06464), which keeps a state of one size for
+    each request in place of keys and values: for each value head a matrix [Dk, Dv], and the last `conv_size - 1` inputs
+    of a convolution over tokens, through which queries, keys and values go first.
+
+    Raises ModelError if the value heads cannot be divided among the key heads.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    conv_size: int  # tokens that the convolution sees, the newest included
+    norm: NormSpec  # of each head's output
+
+    def __post_init__(self) -> None:
+        if self.num_value_heads % self.num_key_heads:
+            raise ModelError(
+                f"{self.num_value_heads} value heads of a delta net cannot be shared evenly by {self.num_key_heads} "
+                "key heads"
+            )
+
+    @property
+    def num_channels(self) -> int:
+        """Return the number of elements of a token's queries, keys and values: what is convolved."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvSpec:
+    """Describes the gated short convolution of one layer of LFM2, whose state is its last inputs."""
+
+    num_channels: int
+    conv_size: int  # tokens that the convolution sees, the newest included
+    bias: bool = False  # of the projections and the convolution
+
+
+Mixer: TypeAlias = AttentionSpec | DeltaSpec | ConvSpec
+"""What mixes the tokens of a request in a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +237,7 @@ class LayerSpec:
     output by a stored number.
     """
 
-    mixer: AttentionSpec | None
+    mixer: Mixer | None
     mlp: MlpSpec | ExpertsSpec | None
     norms: NormPlace = NormPlace.BEFORE
     parallel: bool = False
@@ -210,13 +252,17 @@ class LayerSpec:
 class Role(Enum):
     """Says what a weight is for: a backend chooses the format by it. Values are fields of LayerWeights, or "head".
 
-    PLAIN is everything that is looked up or added rather than multiplied: biases, an embedding. NORM is kept in fp32.
+    PLAIN is everything that is looked up or added rather than multiplied: biases, an embedding. NORM is kept in fp32:
+    norms, and the small weights of recurrent layers.
     """
 
     PLAIN = "plain"
     NORM = "norm"
     QKV = "qkv"
     ATTN_GATE = "attn_gate"
+    IN_PROJ = "in_proj"
+    GATES = "gates"
+    OUT_PROJ = "out_proj"
     O = "o"  # noqa: E741 - the field's name for the output projection
     GATE_UP = "gate_up"
     UP = "up"
@@ -265,6 +311,16 @@ class LayerWeights:
     k_norm_bias: Tensor | None = None
     attn_gate: Weight = None  # [H D, C]
     sinks: Tensor | None = None  # [H]
+    in_proj: Weight = None  # of a delta net [queries, keys, values, z; C], of a convolution [b, c, x; C]
+    in_proj_bias: Tensor | None = None
+    gates: Weight = None  # of a delta net: [betas, rates; C], 2 Hv rows
+    conv: Tensor | None = None  # [conv_size, channels] in fp32, the oldest token first
+    conv_bias: Tensor | None = None  # in fp32
+    decay: Tensor | None = None  # [Hv] in fp32, and
+    decay_bias: Tensor | None = None  # a state keeps exp(-decay * softplus(rate + decay_bias)) of itself
+    delta_norm: Tensor | None = None  # [Dv]
+    out_proj: Weight = None  # of a delta net [C, Hv Dv], of a convolution [C, C]
+    out_proj_bias: Tensor | None = None
     o: Weight = None  # [C, H D]
     o_bias: Tensor | None = None
     post_attn_norm: Tensor | None = None
@@ -393,6 +449,19 @@ class Backend(ABC):
     def fill_kv(self, store: Store, byte: int) -> None:
         """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
 
+    # Recurrent states
+
+    @abstractmethod
+    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+        """Return the bytes of one state of one layer: exactly what `allocate_states` takes for it."""
+
+    @abstractmethod
+    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> Store:
+        """Return the states of one layer, in fp32. What a slot holds before it is written is never read.
+
+        Raises RuntimeError if there is no memory for them, ConfigError for sizes that the backend does not take.
+        """
+
     # Weights
 
     @abstractmethod
@@ -482,6 +551,30 @@ class Backend(ABC):
         positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before
         it; with a window, only p - window + 1 to p; with chunks, only its own chunk. `sinks` [H] are scores of a key
         without a value. What is beyond the request's positions is never read.
+        """
+
+    @abstractmethod
+    def delta(
+        self, x: Tensor, gates: Tensor, states: Store, spec: DeltaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        """Return the gated delta net of each request's newest tokens, and take its state through them: x [T, queries,
+        keys, values, z] and gates [T, betas, rates], projections of the layer's input -> [T, Hv Dv].
+
+        Queries, keys and values are convolved over tokens, with SiLU; queries and keys are then made unit vectors, and
+        queries divided by the root of Dk. For each token and value head, with the key head that it shares:
+
+            S = S * exp(-decay * softplus(rate + decay_bias))
+            S = S + k (v - k S) * sigmoid(beta)
+            out = norm(q S) * silu(z)
+
+        The state of request s is read from slot `state_reads[s]`, or is zero if that is -1, and written to slot
+        `state_writes[s]`. A token's result depends on its request's tokens alone, not on how they are cut into steps.
+        """
+
+    @abstractmethod
+    def conv(self, x: Tensor, states: Store, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
+        """Return the gated convolution of each request's newest tokens, with states as in `delta`: x [T, b, c, u], a
+        projection of the layer's input -> [T, C], which is c * convolution(b * u).
         """
 
     @abstractmethod

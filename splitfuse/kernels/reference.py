@@ -16,6 +16,8 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     Capabilities,
+    ConvSpec,
+    DeltaSpec,
     HeadNormSpec,
     LayerWeights,
     MlpSpec,
@@ -61,7 +63,8 @@ MAX_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long 
 
 
 class ReferenceBackend(Backend):
-    """Computes with PyTorch operations. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D].
+    """Computes with PyTorch operations. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D],
+    or [num_slots, numbers of a state].
 
     `why` says why no faster backend was chosen.
 
@@ -88,6 +91,12 @@ class ReferenceBackend(Backend):
 
     def fill_kv(self, store: Store, byte: int) -> None:
         store.view(torch.uint8).fill_(byte)
+
+    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+        return 4 * sum(_state_sizes(spec))
+
+    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> Store:
+        return torch.empty(num_slots, sum(_state_sizes(spec)), device=device)
 
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         kept = _wide(dtype) if role is Role.NORM else dtype
@@ -147,6 +156,47 @@ class ReferenceBackend(Backend):
                 keys, values = _read_kv(store, batch.block_tables[request], key_begin, key_end)
                 out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks, key_begin)
         return out
+
+    def delta(
+        self, x: Tensor, gates: Tensor, states: Store, spec: DeltaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        assert weights.conv is not None and weights.decay is not None and weights.decay_bias is not None
+        wide, group = _wide(x.dtype), spec.num_value_heads // spec.num_key_heads
+        keys, values = spec.num_key_heads * spec.key_dim, spec.num_value_heads * spec.value_dim
+        channels, z = x.split_with_sizes((spec.num_channels, values), dim=1)
+        beta, rate = gates.to(wide).chunk(2, dim=1)
+        kept = torch.exp(-weights.decay * F.softplus(rate + weights.decay_bias))  # [T, Hv]
+        beta, out = beta.sigmoid(), x.new_empty(len(x), values, dtype=wide)
+        for request, (begin, end) in enumerate(pairwise(batch.query_start.tolist())):
+            tail, state = _read_state(states, spec, batch, request)
+            mixed, tail = _convolve(channels[begin:end].to(wide), tail, weights.conv)
+            q, k, v = F.silu(mixed).split_with_sizes((keys, keys, values), dim=1)
+            q, k = (
+                _unit(each.view(-1, spec.num_key_heads, spec.key_dim)).repeat_interleave(group, dim=1)
+                for each in (q, k)
+            )
+            q, v = q * spec.key_dim**-0.5, v.view(-1, spec.num_value_heads, spec.value_dim)
+            state = state.view(spec.num_value_heads, spec.key_dim, spec.value_dim).to(wide)
+            for token in range(end - begin):
+                state = state * kept[begin + token].view(-1, 1, 1)
+                error = v[token] - torch.einsum("hk,hkv->hv", k[token], state)
+                state = state + k[token].unsqueeze(2) * (error * beta[begin + token].unsqueeze(1)).unsqueeze(1)
+                out[begin + token] = torch.einsum("hk,hkv->hv", q[token], state).flatten()
+            states[batch.state_writes[request]] = torch.cat((tail.flatten(), state.flatten()))
+        heads = _norm(out.view(len(x), spec.num_value_heads, spec.value_dim), spec.norm, weights.delta_norm)
+        return (heads.flatten(1) * F.silu(z.to(wide))).to(x.dtype)
+
+    def conv(self, x: Tensor, states: Store, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
+        assert weights.conv is not None
+        b, c, u = x.to(_wide(x.dtype)).chunk(3, dim=1)
+        inputs, out = b * u, torch.empty_like(b)
+        for request, (begin, end) in enumerate(pairwise(batch.query_start.tolist())):
+            tail, _ = _read_state(states, spec, batch, request)
+            out[begin:end], tail = _convolve(inputs[begin:end], tail, weights.conv)
+            states[batch.state_writes[request]] = tail.flatten()
+        if weights.conv_bias is not None:
+            out = out + weights.conv_bias
+        return (c * out).to(x.dtype)
 
     def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         wide = logits.to(_wide(logits.dtype))
@@ -232,6 +282,32 @@ def _first_seen(spec: AttentionSpec, position: int) -> int:
     """Return the first position that the query at `position` sees."""
     first = 0 if spec.window is None else max(0, position - spec.window + 1)
     return first if spec.chunk is None else max(first, position // spec.chunk * spec.chunk)
+
+
+def _state_sizes(spec: DeltaSpec | ConvSpec) -> tuple[int, int]:
+    """Return how many numbers of a state are inputs of the convolution, and how many the matrices of heads."""
+    matrices = spec.num_value_heads * spec.key_dim * spec.value_dim if isinstance(spec, DeltaSpec) else 0
+    return (spec.conv_size - 1) * spec.num_channels, matrices
+
+
+def _read_state(states: Tensor, spec: DeltaSpec | ConvSpec, batch: RaggedBatch, request: int) -> tuple[Tensor, Tensor]:
+    """Return the last inputs [conv_size - 1, channels] of a request before its chunk, and its matrices, flat."""
+    slot, sizes = int(batch.state_reads[request]), _state_sizes(spec)
+    state = states.new_zeros(sum(sizes)) if slot < 0 else states[slot]
+    tail, matrices = state.split_with_sizes(sizes)
+    return tail.view(spec.conv_size - 1, spec.num_channels), matrices
+
+
+def _convolve(inputs: Tensor, tail: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the convolution [n, channels] of inputs that follow those of the tail, and the new tail."""
+    whole = torch.cat((tail.to(inputs.dtype), inputs))
+    size = len(weight)
+    return (whole.unfold(0, size, 1) * weight.T).sum(-1), whole[len(whole) - size + 1 :]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return vectors of length 1, or less where they are nearly zero."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,11 @@ from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
+    DeltaSpec,
     ExpertsSpec,
     LayerSpec,
     LayerWeights,
+    Mixer,
     MlpSpec,
     MlpWeights,
     NetworkPlan,
@@ -90,7 +92,7 @@ class Decoder:
         norms, read = layer.norms, None
         if layer.mixer is not None:
             read = self._norm(x, weights.attn_norm, weights.attn_norm_bias) if norms.before else x.to(self.dtype)
-            mixed = self._attention(read, layer.mixer, weights, store, batch)
+            mixed = self._mix(read, layer.mixer, weights, store, batch)
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
             x, before = _add(x, mixed, layer.residual_scale), x
@@ -104,6 +106,18 @@ class Decoder:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
             x = _add(x, inner, layer.residual_scale)
         return x if weights.output_scale is None else x * weights.output_scale
+
+    def _mix(self, x: Tensor, spec: Mixer, weights: LayerWeights, store: Store, batch: RaggedBatch) -> Tensor:
+        """Return what the mixer of a layer gives of hidden states as it reads them: [T, C] -> [T, C]."""
+        if isinstance(spec, AttentionSpec):
+            return self._attention(x, spec, weights, store, batch)
+        projected = self.backend.linear(x, weights.in_proj, weights.in_proj_bias)
+        if isinstance(spec, DeltaSpec):
+            gates = self.backend.linear(x, weights.gates)
+            mixed = self.backend.delta(projected, gates, store, spec, batch, weights)
+        else:
+            mixed = self.backend.conv(projected, store, spec, batch, weights)
+        return self.backend.linear(mixed, weights.out_proj, weights.out_proj_bias)
 
     def _attention(
         self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch

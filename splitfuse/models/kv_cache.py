@@ -1,4 +1,5 @@
-"""Allocates the blocked KV cache: one store per layer. It decides the size, the backend the layout inside a block.
+"""Allocates the cache: for each layer a store of blocked keys and values, or one of recurrent states. It decides the
+sizes, the backend the layout inside a block or a state.
 
 Knows block numbers only as indices: which request owns a block is the allocator's business.
 """
@@ -8,18 +9,26 @@ from __future__ import annotations
 import torch
 
 from splitfuse.errors import MemoryPlanError
-from splitfuse.kernels.interface import Backend, Store
+from splitfuse.kernels.interface import AttentionSpec, Backend, ConvSpec, DeltaSpec, Mixer, Store
 from splitfuse.models.spec import ModelSpec
 
 
 def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend: Backend) -> int:
     """Return the bytes of one block over all layers."""
-    mixers = (layer.mixer for layer in spec.layers if layer.mixer is not None)
+    mixers = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
     return sum(backend.kv_bytes(mixer, block_size=block_size, dtype=dtype) for mixer in mixers)
 
 
+def state_bytes(spec: ModelSpec, backend: Backend) -> int:
+    """Return the bytes of one recurrent state over all layers; 0 in a network without."""
+    return sum(
+        backend.state_bytes(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, DeltaSpec | ConvSpec)
+    )
+
+
 class KVCache:
-    """Holds `num_blocks` blocks of `block_size` positions: `layers[i]` is the store of layer i, None if it has none.
+    """Holds `num_blocks` blocks of `block_size` positions, and `num_states` slots of recurrent states: `layers[i]` is
+    the store of layer i, None if it has none.
 
     Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """
@@ -35,18 +44,23 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
+        num_states: int = 0,
     ) -> None:
         backend.check_block_size(block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        try:
-            self.layers = [
-                layer.mixer
-                and backend.allocate_kv(
-                    layer.mixer, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
+
+        def allocate(mixer: Mixer | None) -> Store | None:
+            if mixer is None:
+                return None
+            if isinstance(mixer, AttentionSpec):
+                return backend.allocate_kv(
+                    mixer, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
-                for layer in spec.layers
-            ]
+            return backend.allocate_states(mixer, num_slots=num_states, device=device)
+
+        try:
+            self.layers = [allocate(layer.mixer) for layer in spec.layers]
         except RuntimeError as error:  # what torch raises on every device when memory runs out
             size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, backend=backend)
             raise MemoryPlanError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import ExpertsSpec, LayerSpec, NormSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec
 
 MAX_EXPERTS = 100_000
 """Number of experts that all layers may have together: each has weights of its own, which are listed."""
@@ -100,7 +100,7 @@ class ModelSpec:
                 f"{max(experts)} experts in {len(experts)} layers are {sum(experts)} in all; at most {MAX_EXPERTS} are "
                 "supported"
             )
-        mixers = {layer.mixer for layer in self.layers if layer.mixer is not None}
+        mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionSpec)}
         for rope, head_dim in {(mixer.rope, mixer.head_dim) for mixer in mixers if mixer.rope is not None}:
             rotary_dim = self.ropes[rope].rotary_dim
             if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:

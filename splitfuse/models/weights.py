@@ -21,9 +21,11 @@ from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
+    ConvSpec,
     ExpertsSpec,
     LayerSpec,
     LayerWeights,
+    Mixer,
     MlpSpec,
     MlpWeights,
     NetworkWeights,
@@ -115,7 +117,7 @@ def _role(name: str, spec: ModelSpec) -> Role:
     if name == "embed" and spec.tied_embeddings:
         return Role.HEAD
     last = name.rpartition(".")[2]
-    if last.removesuffix("_bias").endswith("norm") or last == "output_scale":
+    if last.removesuffix("_bias").endswith(("norm", "conv", "decay")) or last == "output_scale":
         return Role.NORM
     return Role(last) if last in {role.value for role in Role} else Role.PLAIN
 
@@ -138,7 +140,7 @@ def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
     """Return the weights of a layer but those of its experts."""
     shapes: Shapes = {}
     if layer.mixer is not None:
-        shapes |= _attention_shapes(layer.mixer, hidden)
+        shapes |= _mixer_shapes(layer.mixer, hidden)
         shapes |= _norm_shapes("attn_norm", norm, hidden) if layer.norms.before else {}
         shapes |= _norm_shapes("post_attn_norm", norm, hidden) if layer.norms.after else {}
     if layer.mlp is not None:
@@ -155,6 +157,25 @@ def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
         shapes |= _mlp_shapes("shared", layer.mlp.shared, hidden) if layer.mlp.shared else {}
         shapes |= {"shared_gate": ((1, hidden),)} if layer.mlp.shared_gate else {}
     return shapes | ({"output_scale": ((1,),)} if layer.output_scale else {})
+
+
+def _mixer_shapes(spec: Mixer, hidden: int) -> Shapes:
+    if isinstance(spec, AttentionSpec):
+        return _attention_shapes(spec, hidden)
+    channels = spec.num_channels
+    shapes: Shapes = {"conv": ((spec.conv_size, channels),)}
+    if isinstance(spec, ConvSpec):
+        shapes |= {"in_proj": ((3 * channels, hidden),), "out_proj": ((hidden, channels),)}
+        biases: Shapes = {
+            "in_proj_bias": ((3 * channels,),),
+            "conv_bias": ((channels,),),
+            "out_proj_bias": ((hidden,),),
+        }
+        return shapes | (biases if spec.bias else {})
+    heads, values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
+    shapes |= {"in_proj": ((channels, hidden), (values, hidden)), "gates": ((heads, hidden), (heads, hidden))}
+    shapes |= {"decay": ((heads,),), "decay_bias": ((heads,),), "delta_norm": ((spec.value_dim,),)}
+    return shapes | {"out_proj": ((hidden, values),)}
 
 
 def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:

@@ -8,8 +8,10 @@ from itertools import accumulate
 
 import torch
 
-from splitfuse.core.plan import Chunk
+from splitfuse.core.plan import ZERO_STATE, Chunk, StateSlots
 from splitfuse.kernels.batch import RaggedBatch
+
+NO_STATE = StateSlots(ZERO_STATE, ZERO_STATE)
 
 
 def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.device) -> RaggedBatch:
@@ -32,7 +34,9 @@ def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.devic
     query_start = [0, *accumulate(len(chunk.token_ids) for chunk in chunks)]
     seq_lens = [chunk.start + len(chunk.token_ids) for chunk in chunks]
     # array, not torch, reads the numbers: several times as fast for lists of this size
-    numbers = array("i", [*ids, *positions, *slots, *query_start, *seq_lens, *tables, *logit_rows])
+    slots_of_states = [chunk.state or NO_STATE for chunk in chunks]
+    states = [*(each.read for each in slots_of_states), *(each.write for each in slots_of_states)]
+    numbers = array("i", [*ids, *positions, *slots, *query_start, *seq_lens, *states, *tables, *logit_rows])
     packed = torch.frombuffer(numbers, dtype=torch.int32)
     if device.type != "cpu":
         packed = packed.to(device)

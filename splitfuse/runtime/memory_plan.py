@@ -13,7 +13,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec
+from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, ExpertsSpec, LayerSpec
 from splitfuse.models.kv_cache import block_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
@@ -131,7 +131,9 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
         mlp = mlp.shared
     if mlp is not None:
         width += 4 * mlp.intermediate_size
-    if mixer is not None:
+    if isinstance(mixer, DeltaSpec | ConvSpec):
+        width += 4 * mixer.num_channels
+    elif mixer is not None:
         width += (3 + mixer.gate) * mixer.num_heads * mixer.head_dim
     return width
 

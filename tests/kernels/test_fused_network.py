@@ -20,6 +20,8 @@ from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
+    ConvSpec,
+    DeltaSpec,
     ExpertsSpec,
     HeadNormSpec,
     LayerSpec,
@@ -208,6 +210,8 @@ def test_cpp_kernels_know_every_field_of_a_layer() -> None:
         LayerSpec: "mixer mlp norms parallel shared_norm residual_scale output_scale",
         AttentionSpec: "num_heads num_kv_heads head_dim rope window chunk qkv_bias o_bias qk_norm v_norm gate sinks "
         "alibi scale query_scaling softcap",
+        DeltaSpec: "num_key_heads num_value_heads key_dim value_dim conv_size norm",
+        ConvSpec: "num_channels conv_size bias",
         MlpSpec: "intermediate_size activation gated bias",
         ExpertsSpec: "router expert shared shared_gate",
         RouterSpec: "num_experts top_k renormalize sigmoid bias choice_bias num_groups top_groups scale",

@@ -17,9 +17,12 @@ from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
+    Delta,
     Heads,
     Library,
     Mixture,
+    ShortConv,
+    States,
     Step,
     Store,
     Weight,
@@ -35,6 +38,8 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     Capabilities,
+    ConvSpec,
+    DeltaSpec,
     LayerWeights,
     MlpSpec,
     Network,
@@ -126,6 +131,25 @@ class CpuBackend(Backend):
 
     def _store_bytes(self, store: Store) -> int:
         return int(self.library.store_bytes(store.address))
+
+    # Recurrent states
+
+    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+        return 4 * self._state_floats(spec)
+
+    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> States:
+        del device
+        states = States(None, num_slots, self._state_floats(spec))
+        states.memory = allocate(num_slots * self.state_bytes(spec))
+        states.data = states.memory.data_ptr()
+        return states
+
+    def _state_floats(self, spec: DeltaSpec | ConvSpec) -> int:
+        if isinstance(spec, DeltaSpec):
+            delta = Delta.of(spec, LayerWeights())
+            return int(self.library.delta_floats(delta.address))
+        conv = ShortConv.of(spec, LayerWeights())
+        return int(self.library.conv_floats(conv.address))
 
     # Weights
 
@@ -283,6 +307,40 @@ class CpuBackend(Backend):
             out.data_ptr(),
         )
         return out
+
+    def delta(
+        self, x: Tensor, gates: Tensor, states: States, spec: DeltaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        check(x, torch.float32)
+        check(gates, torch.float32)
+        values = spec.num_value_heads * spec.value_dim
+        assert x.shape == (len(gates), spec.num_channels + values) and gates.shape[1] == 2 * spec.num_value_heads
+        arrays, delta = self._recurrent_step(len(x), states, spec, batch), Delta.of(spec, weights)
+        out = torch.empty(len(x), values, dtype=torch.bfloat16)
+        self.library.delta(
+            arrays.address, delta.address, states.address, x.data_ptr(), gates.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    def conv(self, x: Tensor, states: States, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
+        check(x, torch.float32)
+        assert x.shape[1] == 3 * spec.num_channels
+        arrays, conv = self._recurrent_step(len(x), states, spec, batch), ShortConv.of(spec, weights)
+        out = torch.empty(len(x), spec.num_channels, dtype=torch.bfloat16)
+        self.library.conv(arrays.address, conv.address, states.address, x.data_ptr(), out.data_ptr())
+        return out
+
+    def _recurrent_step(self, num_tokens: int, states: States, spec: DeltaSpec | ConvSpec, batch: RaggedBatch) -> Step:
+        """Return the arrays of a step as a recurrent layer needs them, checked."""
+        assert states.slot_floats == self._state_floats(spec)
+        arrays = Step.of(
+            num_tokens,
+            query_start=batch.query_start,
+            state_reads=batch.state_reads,
+            state_writes=batch.state_writes,
+        )
+        arrays.check(self.library, None, states=states)
+        return arrays
 
     def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check(logits, torch.float32)

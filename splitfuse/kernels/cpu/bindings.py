@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.interface import AttentionSpec, LayerWeights, RopeTable
+from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, LayerWeights, RopeTable
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
@@ -35,6 +35,7 @@ BROKEN_RULES = {
     5: "a block table names a block that does not exist",
     6: "a token id outside the vocabulary",
     7: "a logit row outside the step",
+    8: "a state slot that does not exist",
 }
 """Rules of csrc/cpu.cpp that a step can break, by number."""
 
@@ -102,13 +103,25 @@ class Store(Struct):
         return self.memory.nbytes
 
 
+class States(Struct):
+    """Describes the recurrent states of one layer, which lie in `memory`."""
+
+    memory: Tensor
+    _fields_ = [("data", c_void_p), *_fields(c_int64, "num_slots", "slot_floats")]
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+
 class Step(Struct):
     """Points to the arrays of a step; null where an operation does not need one."""
 
     tensors: list[Tensor | None]
     _fields_ = [
         *_fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
-        *_fields(c_void_p, "ids", "positions", "slots", "query_start", "seq_lens", "tables", "rows"),
+        *_fields(c_void_p, "ids", "positions", "slots", "query_start", "seq_lens"),
+        *_fields(c_void_p, "state_reads", "state_writes", "tables", "rows"),
     ]
 
     @classmethod
@@ -116,21 +129,33 @@ class Step(Struct):
         """Return the step of one operation with the arrays that it needs, by their names in RaggedBatch; it keeps them
         alive.
         """
-        names = (None, "positions", "slot_mapping", "query_start", "seq_lens", "block_tables", None)
+        per_request = ("query_start", "seq_lens", "state_reads", "state_writes", "block_tables")
+        names = (None, "positions", "slot_mapping", *per_request, None)
         tensors = [int32(arrays[name]) if name in arrays else None for name in names]
-        _, positions, slots, query_start, seq_lens, tables, _ = tensors
+        _, positions, slots, query_start, seq_lens, reads, writes, tables, _ = tensors
         assert all(len(each) == num_tokens for each in (positions, slots) if each is not None)
-        num_requests, width = (0, 0) if tables is None else tables.shape
-        assert query_start is None or len(query_start) == num_requests + 1
-        assert seq_lens is None or len(seq_lens) == num_requests
+        num_requests, width = 0 if query_start is None else len(query_start) - 1, 0
+        if tables is not None:
+            width = tables.shape[1]
+        assert all(len(each) == num_requests for each in (seq_lens, reads, writes, tables) if each is not None)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         step = cls(num_tokens, num_requests, width, 0, *pointers)
         step.tensors = tensors
         return step
 
-    def check(self, library: Library, store: Store, *, max_position: int, vocabulary: int = 0) -> None:
-        """Raise IndexError if a number of the step would lead a kernel out of the store or a table."""
-        broken = library.check_step(self.address, max_position, store.num_blocks, store.block_size, vocabulary)
+    def check(
+        self,
+        library: Library,
+        store: Store | None,
+        *,
+        max_position: int = 0,
+        vocabulary: int = 0,
+        states: States | None = None,
+    ) -> None:
+        """Raise IndexError if a number of the step would lead a kernel out of a store, the states or a table."""
+        num_blocks, block_size = (0, 1) if store is None else (store.num_blocks, store.block_size)
+        num_states = 0 if states is None else states.num_slots
+        broken = library.check_step(self.address, max_position, num_blocks, block_size, vocabulary, num_states)
         if broken:
             raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
 
@@ -159,6 +184,55 @@ class Heads(Struct):
             heads.cos, heads.sin = cos.data_ptr(), sin.data_ptr()
             heads.rope = rope
         return heads
+
+
+class Delta(Struct):
+    """Describes a gated delta net."""
+
+    _fields_ = [
+        *_fields(c_void_p, "conv", "decay", "decay_bias", "norm"),
+        *_fields(c_int32, "key_heads", "value_heads", "key_dim", "value_dim", "taps"),
+        ("eps", c_float),
+    ]
+
+    @classmethod
+    def of(cls, spec: DeltaSpec, weights: LayerWeights) -> Delta:
+        """Return the delta net of a layer; the caller keeps the weights alive. Its sizes need none."""
+        delta = cls(
+            key_heads=spec.num_key_heads,
+            value_heads=spec.num_value_heads,
+            key_dim=spec.key_dim,
+            value_dim=spec.value_dim,
+            taps=spec.conv_size,
+            eps=spec.norm.eps,
+        )
+        delta.conv = _taps_address(weights.conv, spec)
+        delta.decay = vector_address(weights.decay, spec.num_value_heads, torch.float32)
+        delta.decay_bias = vector_address(weights.decay_bias, spec.num_value_heads, torch.float32)
+        delta.norm = vector_address(weights.delta_norm, spec.value_dim, torch.float32)
+        return delta
+
+
+class ShortConv(Struct):
+    """Describes a gated short convolution."""
+
+    _fields_ = [*_fields(c_void_p, "conv", "bias"), *_fields(c_int32, "channels", "taps")]
+
+    @classmethod
+    def of(cls, spec: ConvSpec, weights: LayerWeights) -> ShortConv:
+        """Return the convolution of a layer; the caller keeps the weights alive. Its sizes need none."""
+        conv = cls(channels=spec.num_channels, taps=spec.conv_size)
+        conv.conv = _taps_address(weights.conv, spec)
+        conv.bias = vector_address(weights.conv_bias, spec.num_channels, torch.float32)
+        return conv
+
+
+def _taps_address(taps: Tensor | None, spec: DeltaSpec | ConvSpec) -> int | None:
+    if taps is None:
+        return None
+    check(taps, torch.float32)
+    assert taps.shape == (spec.conv_size, spec.num_channels)
+    return taps.data_ptr()
 
 
 class Mixture(Struct):
@@ -226,6 +300,8 @@ class Network(Struct):
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "weight_bytes": ([c_void_p], c_int64),
     "store_bytes": ([c_void_p], c_int64),
+    "delta_floats": ([c_void_p], c_int64),
+    "conv_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "gated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
@@ -233,6 +309,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "embed": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], None),
     "rope_store": ([c_void_p] * 8, None),
     "attend": ([c_void_p] * 6 + [c_int64, c_void_p], c_int32),
+    "delta": ([c_void_p] * 7, c_int32),
+    "conv": ([c_void_p] * 6, None),
     "network": ([c_void_p] * 5, c_int32),
     "route": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
@@ -242,8 +320,15 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {"linear", "gated", "attend", "network", "experts"}  # functions that fail, returning 1, without memory
-PURE = {"weight_bytes", "store_bytes"}  # functions that need no workspace
+NEEDS_MEMORY = {
+    "linear",
+    "gated",
+    "attend",
+    "delta",
+    "network",
+    "experts",
+}  # functions that fail, returning 1, without memory
+PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats"}  # functions that need no workspace
 
 
 class Library:
@@ -259,7 +344,7 @@ class Library:
             function = getattr(shared, f"sf_{name}_{variant}")
             function.argtypes, function.restype = arguments, result
             setattr(self, name, function if name in PURE else self._in_workspace(function, name in NEEDS_MEMORY))
-        shared.sf_check_step.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_int64]
+        shared.sf_check_step.argtypes = [c_void_p, *(c_int64,) * 5]
         shared.sf_check_ids.argtypes = [c_void_p, c_int64, c_int64]
         self.check_step, self.check_ids = shared.sf_check_step, shared.sf_check_ids
         create = getattr(shared, f"sf_create_{variant}")

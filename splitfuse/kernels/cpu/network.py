@@ -38,10 +38,14 @@ from splitfuse.kernels.interface import (
 
 def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
     """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
-    mixers = [layer.mixer for layer in plan.layers if layer.mixer is not None]
+    mixers = [layer.mixer for layer in plan.layers if isinstance(layer.mixer, AttentionSpec)]
+    if len(mixers) < len(plan.layers):
+        return None
     heads = {replace(each, window=None, qkv_bias=False, o_bias=False, qk_norm=None) for each in mixers}
     return FusedNetwork(library, plan) if len(heads) == 1 else None
 
+
+MOST_TAPS = 16  # in csrc/delta.h too
 
 COVERED = (
     *("num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "qk_norm", "scale", "softcap"),
@@ -61,10 +65,13 @@ def uncovered(plan: NetworkPlan) -> str | None:
             return "layers of one block"
         if layer != LayerSpec(mixer=mixer, mlp=mlp):
             return "another form of layers than that of Llama"
-        if mixer != AttentionSpec(**{name: getattr(mixer, name) for name in COVERED}) or mixer.rope is None:
-            return "its attention"
-        if (norms := mixer.qk_norm) is not None and norms != HeadNormSpec(norm=plan.norm):
-            return "its norms of heads"
+        if isinstance(mixer, AttentionSpec):
+            if mixer != AttentionSpec(**{name: getattr(mixer, name) for name in COVERED}) or mixer.rope is None:
+                return "its attention"
+            if (norms := mixer.qk_norm) is not None and norms != HeadNormSpec(norm=plan.norm):
+                return "its norms of heads"
+        elif mixer.conv_size > MOST_TAPS:
+            return f"convolutions over more than {MOST_TAPS} tokens"
         inner = mlp.expert if isinstance(mlp, ExpertsSpec) else mlp
         if not inner.gated or inner.activation not in ACTIVATIONS:
             return "its MLP"
@@ -85,7 +92,7 @@ class FusedNetwork:
 
     def __init__(self, library: Library, plan: NetworkPlan) -> None:
         weights, attention = plan.weights, plan.layers[0].mixer
-        assert attention is not None and attention.rope is not None
+        assert isinstance(attention, AttentionSpec) and attention.rope is not None
         self._library = library
         self._weights = weights  # they own the memory
         self._heads = Heads.of(attention, plan.ropes[attention.rope], plan.norm.eps)
@@ -111,7 +118,7 @@ class FusedNetwork:
 
     def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, hidden: int) -> None:
         attention, mlp = spec.mixer, spec.mlp
-        assert attention is not None and mlp is not None
+        assert isinstance(attention, AttentionSpec) and mlp is not None
         heads_width = attention.num_heads * attention.head_dim
         entry.attn_norm = vector_address(layer.attn_norm, hidden, torch.float32)
         entry.q_norm = vector_address(layer.q_norm, attention.head_dim, torch.float32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, Mixer, MlpSpec, NormSpec
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import Stored
 from splitfuse.models.families.rope_config import extended_length, read_rope
@@ -93,7 +93,7 @@ def in_windows(attention: AttentionSpec, windows: Windows) -> list[AttentionSpec
 
 def decoder(
     config: ConfigJson,
-    attention: AttentionSpec | Sequence[AttentionSpec],
+    mixers: Mixer | Sequence[Mixer],
     mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec],
     *,
     ropes: Sequence[RopeSpec] | None = None,
@@ -103,17 +103,19 @@ def decoder(
     layer: Mapping[str, Any] | None = None,
     **network: Any,
 ) -> ModelSpec:
-    """Return the network of a config. `attention` and `mlps` are those of all layers, or have an entry for each.
+    """Return the network of a config. `mixers` and `mlps` are those of all layers, or have an entry for each.
 
     `rope_theta` and `norm_eps` are defaults for a config that does not say; without `ropes` the config's one rotates
     whole heads. `layer` are further fields of LayerSpec, `network` those of ModelSpec.
     """
     count = num_layers(config)
-    attentions = [attention] * count if isinstance(attention, AttentionSpec) else attention
+    each_mixer = [mixers] * count if isinstance(mixers, Mixer) else mixers
     each_mlp = [mlps] * count if isinstance(mlps, MlpSpec | ExpertsSpec) else mlps
-    if len(attentions) != count:
-        raise ModelError(f"config.json: layer_types describes {len(attentions)} layers, num_hidden_layers is {count}")
-    ropes = (_whole_rope(config, attentions[0].head_dim, rope_theta),) if ropes is None else tuple(ropes)
+    if len(each_mixer) != count:
+        raise ModelError(f"config.json: layer_types describes {len(each_mixer)} layers, num_hidden_layers is {count}")
+    if ropes is None:
+        attentions = [each for each in each_mixer if isinstance(each, AttentionSpec)]
+        ropes = [_whole_rope(config, attentions[0].head_dim, rope_theta)] if attentions else []
     max_position = config.integer("max_position_embeddings")
     fields: dict[str, Any] = {
         "dtype": config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
@@ -125,9 +127,9 @@ def decoder(
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
         norm=norm or NormSpec(eps=config.number("rms_norm_eps", norm_eps)),
-        ropes=ropes,
+        ropes=tuple(ropes),
         layers=tuple(
-            LayerSpec(mixer=each, mlp=inner, **(layer or {})) for each, inner in zip(attentions, each_mlp, strict=True)
+            LayerSpec(mixer=each, mlp=inner, **(layer or {})) for each, inner in zip(each_mixer, each_mlp, strict=True)
         ),
         **(fields | network),
     )

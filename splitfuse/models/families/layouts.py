@@ -29,7 +29,7 @@ class Place:
     @property
     def attention(self) -> AttentionSpec:
         """Return the attention of the layer."""
-        assert self.layer is not None and self.layer.mixer is not None
+        assert self.layer is not None and isinstance(self.layer.mixer, AttentionSpec)
         return self.layer.mixer
 
 
@@ -54,6 +54,11 @@ def plus_one(name: str) -> Stored:
 def transposed(name: str) -> Stored:
     """Return a weight that is stored as [columns, rows]."""
     return Stored(name, lambda tensor, _: tensor.T, lambda shape, _: shape[::-1])
+
+
+def conv1d(name: str) -> Stored:
+    """Return the weight of a convolution of each channel alone, which is stored as [channels, 1, taps]."""
+    return Stored(name, lambda tensor, _: tensor[:, 0].T, lambda shape, _: (shape[1], 1, shape[0]))
 
 
 def of_heads(name: str, order: Callable[[AttentionSpec], Tensor]) -> Stored:

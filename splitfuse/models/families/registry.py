@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
+from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, Mixer
 from splitfuse.models.families.common import DECODER_NAMES, Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
+from splitfuse.models.families.lfm2 import LFM2_NAMES, lfm2
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
 from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
+from splitfuse.models.families.qwen_hybrid import QWEN3_5_NAMES, QWEN3_NEXT_NAMES, qwen3_5, qwen3_5_moe, qwen3_next
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
@@ -39,6 +42,10 @@ FAMILIES: dict[str, Family] = {
     "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, honours=EXPERTS),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
     "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
+    "Lfm2ForCausalLM": Family("lfm2", lfm2, LFM2_NAMES),
+    "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES, honours=EXPERTS),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES, honours=EXPERTS),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
 }
 
@@ -94,12 +101,16 @@ def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
     """Refuse a config whose layer_types differs from what will be computed."""
     if "layer_types" not in config:
         return
-    computed = [
-        "full_attention" if layer.mixer is None or layer.mixer.window is None else "sliding_attention"
-        for layer in spec.layers
-    ]
+    computed = [_layer_type(layer.mixer) for layer in spec.layers]
     if config.raw("layer_types") != computed:
         raise UnsupportedModelError(
             f"layer_types {brief(config.raw('layer_types'))} is not supported here: "
             f"{spec.architecture} with this config computes {brief(computed)}"
         )
+
+
+def _layer_type(mixer: Mixer | None) -> str:
+    """Return the kind of a layer as layer_types names it."""
+    if isinstance(mixer, AttentionSpec):
+        return "full_attention" if mixer.window is None else "sliding_attention"
+    return {DeltaSpec: "linear_attention", ConvSpec: "conv"}.get(type(mixer), "none")

@@ -13,15 +13,15 @@ MAX_POSITION = 2**24
 """Length of the longest sequence: beyond it fp32 does not tell positions apart."""
 
 
-def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0) -> RopeSpec:
+def read_rope(config: ConfigJson, *, head_dim: int, theta: float = 10_000.0, share: float = 1.0) -> RopeSpec:
     """Return the rope of a config, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-    `theta` is the default of the family.
+    `theta` and the `share` of a head that is rotated are defaults of the family.
 
     Raises UnsupportedModelError for a type that is not in SCALINGS or a field that is not in KNOWN_FIELDS.
     """
     rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")  # {} is none
     theta = rope.number("rope_theta", config.number("rope_theta", theta))
-    share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
     if theta <= 1:
         raise ModelError(f"config.json: rope_theta must be above 1, not {theta}")
     kind = rope.text("rope_type", rope.text("type", "default"))

@@ -32,7 +32,7 @@ SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int
 // Returns 0, or the number of the rule that the step breaks; bindings.py has them in words. A step for rope_store has no
 // requests, one for attend no positions.
 SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_position, std::int64_t num_blocks, std::int64_t block_size,
-                            std::int64_t vocabulary) {
+                            std::int64_t vocabulary, std::int64_t num_states) {
     for (std::int32_t t = 0; t < step->tokens && step->positions; ++t) {
         if (step->positions[t] < 0 || step->positions[t] >= max_position) return 1;
         if (step->slots[t] < -1 || step->slots[t] >= num_blocks * block_size) return 2;
@@ -44,6 +44,11 @@ SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_positi
     for (std::int32_t s = 0; s < step->requests; ++s) {
         std::int64_t tokens = static_cast<std::int64_t>(step->query_start[s + 1]) - step->query_start[s];
         if (tokens < 0) return 3;
+        if (num_states) {
+            if (step->state_reads[s] < -1 || step->state_reads[s] >= num_states) return 8;
+            if (step->state_writes[s] < 0 || step->state_writes[s] >= num_states) return 8;
+        }
+        if (!step->seq_lens) continue;
         std::int64_t blocks = (step->seq_lens[s] + block_size - 1) / block_size;
         if (step->seq_lens[s] < tokens || blocks > step->table_width) return 4;
         for (std::int64_t b = 0; b < blocks; ++b) {

@@ -31,6 +31,13 @@ struct Store {
     std::int32_t int8;
 };
 
+// The states of one recurrent layer, in fp32. See delta.h.
+struct States {
+    float* data;
+    std::int64_t num_slots;
+    std::int64_t slot_floats;
+};
+
 // One step: T tokens of S requests, whose hidden states are wanted in R rows. The arrays are those of RaggedBatch; a kernel
 // that does not need one may be given null.
 struct Step {
@@ -43,6 +50,8 @@ struct Step {
     const std::int32_t* slots;        // [T]
     const std::int32_t* query_start;  // [S + 1]
     const std::int32_t* seq_lens;     // [S]
+    const std::int32_t* state_reads;  // [S], -1: a state of zeros
+    const std::int32_t* state_writes; // [S]
     const std::int32_t* tables;       // [S, table_width]
     const std::int32_t* rows;         // [R]
 };
@@ -57,6 +66,28 @@ struct Heads {
     float eps;                  // of q_norm and k_norm
     float scale;
     float softcap;              // 0: none
+};
+
+// A gated delta net. What its channels are, and the rest, is in delta.h.
+struct Delta {
+    const float* conv;        // [taps, channels]
+    const float* decay;       // [Hv]
+    const float* decay_bias;  // [Hv]
+    const float* norm;        // [Dv]
+    std::int32_t key_heads;
+    std::int32_t value_heads;
+    std::int32_t key_dim;     // of a head
+    std::int32_t value_dim;
+    std::int32_t taps;
+    float eps;                // of norm
+};
+
+// A gated short convolution.
+struct ShortConv {
+    const float* conv;        // [taps, channels]
+    const float* bias;        // [channels], or null
+    std::int32_t channels;
+    std::int32_t taps;
 };
 
 // A mixture of experts. Its experts are packed alike.

@@ -2,6 +2,7 @@
 // Python between them.
 #pragma once
 
+#include "delta.h"
 #include "experts.h"
 
 namespace splitfuse {

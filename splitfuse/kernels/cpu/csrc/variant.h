@@ -39,6 +39,9 @@ SF_EXPORT(i64, store_bytes)(const Store* store) {
     return store->num_blocks * kv.num_kv_heads * kv.pieces * kv.piece_bytes;
 }
 
+SF_EXPORT(i64, delta_floats)(const Delta* d) { return DeltaShape(*d).tail.slot_floats; }
+SF_EXPORT(i64, conv_floats)(const ShortConv* conv) { return Tail(conv->channels, conv->taps, 0).slot_floats; }
+
 SF_EXPORT(void, pack)(Workspace* work, const Weight* w, const u16* source, i64 first, i64 count) {
     parallel(work->num_threads, [&](Team& team) { pack(team, *w, source, first, count); });
 }
@@ -87,6 +90,17 @@ SF_EXPORT(i32, attend)(Workspace* work, const Step* step, const Heads* heads, co
             attend(team, attention, work->items, reinterpret_cast<float*>(work->partials.data()));
         });
     });
+}
+
+SF_EXPORT(i32, delta)(Workspace* work, const Step* step, const Delta* d, const States* states, const float* x, const float* gates, u16* out) {
+    return guarded([&] {
+        reserve_delta(*work, *d);
+        parallel(work->num_threads, [&](Team& team) { delta(team, *work, *step, *d, *states, x, gates, out); });
+    });
+}
+
+SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, const States* states, const float* x, u16* out) {
+    parallel(work->num_threads, [&](Team& team) { short_conv(team, *step, *conv, *states, x, out); });
 }
 
 SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Heads* heads, const Network* network, u16* rows) {

@@ -43,7 +43,7 @@ struct Visit {
 constexpr i64 VISIT_PADDING = 256;  // most bytes that the operand of a visit needs in addition to its share of one operand of all rows
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile, sums; };  // of one thread
+    struct Own { Buffer operand, row, tile, sums, delta; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 

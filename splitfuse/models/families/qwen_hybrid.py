@@ -1,0 +1,145 @@
+"""Reads Qwen3-Next and Qwen3.5: gated delta nets, and every few layers a gated attention; dense or with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from splitfuse.errors import UnsupportedModelError, brief
+from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec, RouterSpec
+from splitfuse.models.families.common import (
+    DECODER_NAMES,
+    WeightNames,
+    decoder,
+    head_norms,
+    mlp,
+    num_experts,
+    num_layers,
+    read_attention,
+)
+from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.layouts import Place, Stored, conv1d, plus_one
+from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.spec import ModelSpec
+
+HEAD_DIM = 256
+_LINEAR = "model.layers.{layer}.linear_attn"
+_Q_PROJ = "model.layers.{layer}.self_attn.q_proj.weight"
+
+
+def _delta(place: Place) -> DeltaSpec:
+    assert place.layer is not None and isinstance(place.layer.mixer, DeltaSpec)
+    return place.layer.mixer
+
+
+def _half_of_heads(half: int) -> Stored:
+    """Return the rows of queries (0) or gates (1), which alternate by head."""
+
+    def take(tensor: Tensor, place: Place) -> Tensor:
+        return tensor.view(place.attention.num_heads, 2, -1, tensor.shape[1])[:, half].flatten(0, 1)
+
+    return Stored(_Q_PROJ, take, lambda shape, _: (2 * shape[0], shape[1]))
+
+
+def _qkvz(tensor: Tensor, place: Place) -> Tensor:
+    """Return all queries, keys, values and z of rows that have those of one key head after the other."""
+    spec = _delta(place)
+    values = spec.num_value_heads // spec.num_key_heads * spec.value_dim
+    by_key_head = tensor.view(spec.num_key_heads, -1, tensor.shape[1])
+    parts = by_key_head.split_with_sizes((spec.key_dim, spec.key_dim, values, values), dim=1)
+    return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _by_key_head(tensor: Tensor, place: Place) -> Tensor:
+    """Return all betas, then all rates, of rows that have those of one key head after the other."""
+    by_key_head = tensor.view(_delta(place).num_key_heads, 2, -1, tensor.shape[1])
+    return by_key_head.transpose(0, 1).flatten(0, 2)
+
+
+QWEN3_NEXT_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "norm": (plus_one("model.norm.weight"),),
+    "attn_norm": (plus_one("model.layers.{layer}.input_layernorm.weight"),),
+    "mlp_norm": (plus_one("model.layers.{layer}.post_attention_layernorm.weight"),),
+    "q_norm": (plus_one("model.layers.{layer}.self_attn.q_norm.weight"),),
+    "k_norm": (plus_one("model.layers.{layer}.self_attn.k_norm.weight"),),
+    "qkv": (_half_of_heads(0), *DECODER_NAMES["qkv"][1:]),
+    "attn_gate": (_half_of_heads(1),),
+    "in_proj": (Stored(f"{_LINEAR}.in_proj_qkvz.weight", _qkvz),),
+    "gates": (Stored(f"{_LINEAR}.in_proj_ba.weight", _by_key_head),),
+    "conv": (conv1d(f"{_LINEAR}.conv1d.weight"),),
+    "decay": (Stored(f"{_LINEAR}.A_log", lambda tensor, _: tensor.float().exp()),),
+    "decay_bias": (f"{_LINEAR}.dt_bias",),
+    "delta_norm": (f"{_LINEAR}.norm.weight",),
+    "out_proj": (f"{_LINEAR}.out_proj.weight",),
+    "router": ("model.layers.{layer}.mlp.gate.weight",),
+    "w13": tuple(f"model.layers.{{layer}}.mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
+    "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+    "shared.gate_up": tuple(f"model.layers.{{layer}}.mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")),
+    "shared.down": ("model.layers.{layer}.mlp.shared_expert.down_proj.weight",),
+    "shared_gate": ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
+}
+QWEN3_5_NAMES: WeightNames = {
+    **QWEN3_NEXT_NAMES,
+    "in_proj": tuple(f"{_LINEAR}.in_proj_{part}.weight" for part in ("qkv", "z")),
+    "gates": tuple(f"{_LINEAR}.in_proj_{part}.weight" for part in "ba"),
+}
+
+
+def qwen3_next(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Qwen3NextForCausalLM."""
+    every, dense_layers = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
+    dense, experts = mlp(config), _experts(config, 512, 10, renormalize=config.flag("norm_topk_prob", True))
+    mlps = [dense if n in dense_layers or (n + 1) % every else experts for n in range(num_layers(config))]
+    return _hybrid(config, mlps, num_kv_heads=2)
+
+
+def qwen3_5(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Qwen3_5ForCausalLM."""
+    return _hybrid(config, mlp(config), num_kv_heads=4)
+
+
+def qwen3_5_moe(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Qwen3_5MoeForCausalLM."""
+    return _hybrid(config, _experts(config, 256, 8, renormalize=True), num_kv_heads=2)
+
+
+def _hybrid(
+    config: ConfigJson, mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec], *, num_kv_heads: int
+) -> ModelSpec:
+    for field, only in (("attention_bias", False), ("hidden_act", "silu")):
+        if field in config and config.raw(field) != only:
+            raise UnsupportedModelError(f"{field} {brief(config.raw(field))} is not supported here: use {brief(only)}")
+    delta = DeltaSpec(
+        num_key_heads=config.integer("linear_num_key_heads", 16),
+        num_value_heads=config.integer("linear_num_value_heads", 32),
+        key_dim=config.integer("linear_key_head_dim", 128),
+        value_dim=config.integer("linear_value_head_dim", 128),
+        conv_size=config.integer("linear_conv_kernel_dim", 4),
+        norm=NormSpec(eps=config.number("rms_norm_eps", 1e-6)),
+    )
+    attention = read_attention(
+        config, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, qk_norm=head_norms(config), gate=True
+    )
+    if "layer_types" in config:
+        is_delta = [kind == "linear_attention" for kind in config.texts("layer_types")]
+    else:
+        interval = config.integer("full_attention_interval", 4)
+        is_delta = [bool((n + 1) % interval) for n in range(num_layers(config))]
+    mixers: list[Mixer] = [delta if each else attention for each in is_delta]
+    return decoder(config, mixers, mlps, ropes=[read_rope(config, head_dim=attention.head_dim, share=0.25)])
+
+
+def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -> ExpertsSpec:
+    return ExpertsSpec(
+        router=RouterSpec(
+            num_experts=num_experts(config, count),
+            top_k=config.integer("num_experts_per_tok", top_k),
+            renormalize=renormalize,
+        ),
+        expert=mlp(config, config.integer("moe_intermediate_size", 512)),
+        shared=mlp(config, config.integer("shared_expert_intermediate_size", 512)),
+        shared_gate=True,
+    )
