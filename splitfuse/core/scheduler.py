@@ -220,10 +220,10 @@ class Scheduler:
             return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
         state = request.kv.state
         if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
-            request.kv.has_lost_state = state.is_lost = request.kv.preempt_on_return = True
+            state.is_lost = request.kv.repeatable = request.kv.preempt_on_return = True
             return RequestOutput(request.request_id)
-        if state is not None and chunk.state is not None:
-            state.computed(chunk.state)
+        if state is not None:
+            state.computed(chunk)
         request.kv.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens = result.token_ids

@@ -280,7 +280,7 @@ class StepBuilder:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunk.start
             if request.kv.state is not None:
-                request.kv.state.advance(chunk.start, chunk.end)
+                request.kv.state.advance(chunk)
             request.num_scheduled = chunk.end
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1

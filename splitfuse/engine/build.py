@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.scheduler import Scheduler
@@ -23,7 +25,11 @@ def build_scheduler(
     """
     caching = config.cache.enable_prefix_caching
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
-    allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer)
-    scheduler = Scheduler(config.scheduler, allocator, policy or make_policy(config.scheduler, cost))
+    states = None
+    if plan.num_states:
+        states = StateAllocator(plan.num_states, interval=plan.snapshot_interval if caching else None)
+    allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states)
+    settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
+    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost))
     latencies = LatencyLedger(scheduler.events, cost=cost)
     return scheduler, allocator, latencies

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.plan import Chunk, SamplingState, StepPlan
+from splitfuse.core.plan import Chunk, SamplingState, StateSlots, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, Sample, StepFeatures, fit
@@ -107,8 +107,9 @@ def calibrate(
     model = replace(model, plan=replace(plan, num_blocks=blocks))
     executor = model.make_executor()
     for store in executor.kv_cache.layers:  # untouched pages would read unrealistically fast
-        model.decoder.backend.fill_kv(store, SMALL_NUMBER)
-    max_num_seqs = config.scheduler.max_num_seqs
+        if store is not None:
+            model.decoder.backend.fill_kv(store, SMALL_NUMBER)
+    max_num_seqs = plan.max_num_seqs
     capacity = (blocks - max_num_seqs) * plan.block_size  # in KV positions: a request's last block is not full
 
     def fits(case: Case) -> bool:
@@ -280,22 +281,23 @@ class _Runs:
     def _plan(self, case: Case) -> StepPlan:
         num_blocks = self._executor.kv_cache.num_blocks
         free = iter(self._random.sample(range(num_blocks), num_blocks))
-        chunks = tuple(self._chunk(f"{self._step}-{i}", each, free) for i, each in enumerate(case.chunks))
+        chunks = tuple(self._chunk(i, each, free) for i, each in enumerate(case.chunks))
         new = tuple(SamplingState(chunk.request_id, chunk.token_ids, PARAMS, (), seed=0, choice=0) for chunk in chunks)
         return StepPlan(self._step, case.features.tokens, chunks, new, self._retired)
 
-    def _chunk(self, request_id: str, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:
+    def _chunk(self, number: int, chunk: tuple[int, int, bool], free: Iterator[int]) -> Chunk:
         start, count, samples = chunk
         vocab_size, block_size = self._executor.decoder.spec.vocab_size, self._executor.kv_cache.block_size
         tokens = tuple(self._random.randrange(vocab_size) for _ in range(count))
         table = tuple(next(free) for _ in range(ceil_div(start + count, block_size)))
-        return Chunk(request_id, start, tokens, table, int(samples), samples)
+        state = StateSlots(number, number) if self._executor.kv_cache.num_states else None
+        return Chunk(f"{self._step}-{number}", start, tokens, table, int(samples), samples, state)
 
 
 def scheduling_seconds(config: EngineConfig, model: LoadedModel, executor: Executor) -> float:
     """Return the seconds per request that planning a step and processing its result cost, while some requests run."""
     scheduler, _, _ = build_scheduler(config, model.plan)
-    count = min(16, config.scheduler.max_num_seqs)
+    count = min(16, model.plan.max_num_seqs)
     length = min(32, model.plan.max_model_len // 2)
     targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
     random = Random(2)

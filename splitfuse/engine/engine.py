@@ -213,7 +213,8 @@ class Engine:
 
     def _compute_isolated(self, plan: StepPlan) -> StepResult:
         """Return the result of a plan. If it fails, its halves are tried, and theirs, down to the requests that fail
-        alone: a chunk gives the same alone as with others.
+        alone: a chunk gives the same alone as with others. Those which overwrite the recurrent state that they read
+        cannot be tried again: their requests are computed again from a snapshot, by chunks which can.
         """
         errors: list[Exception] = []
         result = self._compute_halves(plan, errors)
@@ -226,18 +227,21 @@ class Engine:
         try:
             return self._compute(plan)
         except Exception as error:
-            if len(plan.chunks) == 1:
+            if len(plan.chunks) == 1 and plan.chunks[0].is_repeatable:
                 request_id = plan.chunks[0].request_id
                 logger.error("request %s failed: %r", request_id, error, exc_info=not errors)  # one traceback a step
                 errors.append(error)
                 return {request_id: ChunkResult(error=f"the forward step failed: {error!r}")}
             logger.warning("a step of %d requests failed, and is tried in halves: %r", len(plan.chunks), error)
-        result: StepResult = {}
-        middle = len(plan.chunks) // 2
-        for chunks in (plan.chunks[:middle], plan.chunks[middle:]):
+            lost = [chunk.request_id for chunk in plan.chunks if not chunk.is_repeatable]
+            errors += [error] * len(lost)
+        result: StepResult = {request_id: ChunkResult(state_lost=True) for request_id in lost}
+        again = [chunk for chunk in plan.chunks if chunk.is_repeatable]
+        middle = len(again) // 2
+        for chunks in filter(None, (again[:middle], again[middle:])):
             ids = {chunk.request_id for chunk in chunks}
             new = tuple(request for request in plan.new_requests if request.request_id in ids)
-            result |= self._compute_halves(replace(plan, chunks=chunks, new_requests=new), errors)
+            result |= self._compute_halves(replace(plan, chunks=tuple(chunks), new_requests=new), errors)
         return result
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_kv import RequestKv
+from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
 from splitfuse.engine.guard import Guard, check_process, guarded
@@ -34,7 +35,9 @@ class RaggedEngine:
         self._guard = Guard()
         self.config = config
         self.model = model
-        self._allocator = BlockAllocator(model.plan.num_blocks, model.plan.block_size)
+        plan = model.plan
+        states = StateAllocator(plan.num_states, interval=None) if plan.num_states else None
+        self._allocator = BlockAllocator(plan.num_blocks, plan.block_size, states=states)
         self._executor = model.make_executor()
         self._sequences: dict[int, RequestKv] = {}
 
@@ -64,11 +67,16 @@ class RaggedEngine:
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
         try:
             with torch.inference_mode():
-                return self._executor.decoder.logits(self._executor.hidden(chunks))
+                logits = self._executor.decoder.logits(self._executor.hidden(chunks))
         except BaseException:  # Ctrl-C too: the tokens count as not put
             for uid, num_tokens in before.items():
                 self._truncate(uid, num_tokens)
             raise
+        for uid, chunk in zip(uids, chunks, strict=True):
+            if (state := self._sequences[uid].state) is not None:
+                state.advance(chunk)
+                state.computed(chunk)
+        return logits
 
     @guarded
     def query(self, uid: int, max_tokens: int, max_blocks: int) -> tuple[int, int]:
@@ -87,30 +95,40 @@ class RaggedEngine:
 
     @guarded
     def flush(self, uid: int) -> None:
-        """Forget a sequence and free its blocks. Raises InvalidRequestError for an unknown id."""
+        """Forget a sequence and free its blocks and state. Raises InvalidRequestError for an unknown id."""
         if uid not in self._sequences:
             raise InvalidRequestError(f"there is no sequence {uid} to flush")
-        self._allocator.release(self._sequences.pop(uid).blocks)
+        self._sequences.pop(uid).release(self._allocator)
 
     def check(self) -> None:
-        """Assert that no block is lost. For tests."""
+        """Assert that no block and no state slot is lost. For tests."""
         self._allocator.check(sequence.blocks for sequence in self._sequences.values())
+        if self._allocator.states is not None:
+            states = [sequence.state for sequence in self._sequences.values()]
+            self._allocator.states.check(slot for state in states if state is not None for slot in state.held)
 
     def _append(self, uid: int, token_ids: tuple[int, ...]) -> Chunk:
-        sequence = self._sequences.setdefault(uid, RequestKv())
+        sequence = self._sequences.get(uid)
+        if sequence is None:
+            sequence = self._sequences[uid] = RequestKv(repeatable=True)  # a failed put leaves the state before it
+            sequence.start(self._allocator, len(token_ids))
         start, end = sequence.num_computed, sequence.num_computed + len(token_ids)
         sequence.grow(self._allocator, end)
         sequence.num_computed = end
-        return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False)
+        state = None if sequence.state is None else sequence.state.slots
+        return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False, state=state)
 
     def _truncate(self, uid: int, num_tokens: int) -> None:
         sequence = self._sequences[uid]
+        if num_tokens == 0:
+            self._sequences.pop(uid).release(self._allocator)
+            return
         kept = self._allocator.blocks_for(num_tokens)
         self._allocator.release(sequence.blocks[kept:])
         del sequence.blocks[kept:]
         sequence.num_computed = num_tokens
-        if num_tokens == 0:
-            del self._sequences[uid]
+        if sequence.state is not None:
+            sequence.state.cancel()
 
     def _missing(self, sequence: RequestKv, count: int) -> int:
         """Return the number of new blocks that `count` further tokens take."""
@@ -139,5 +157,10 @@ class RaggedEngine:
         if need > self.num_free_blocks:
             return RequestTooLargeError(
                 f"{need} KV blocks are needed, {self.num_free_blocks} are free: flush a sequence"
+            )
+        states = self._allocator.states
+        if states is not None and len(uids) > states.num_available:
+            return RequestTooLargeError(
+                f"{len(uids)} slots for recurrent states are needed, {states.num_available} are free: flush a sequence"
             )
         return None

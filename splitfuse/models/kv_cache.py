@@ -49,6 +49,7 @@ class KVCache:
         backend.check_block_size(block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_states = num_states
 
         def allocate(mixer: Mixer | None) -> Store | None:
             if mixer is None:

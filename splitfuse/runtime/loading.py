@@ -52,6 +52,7 @@ class LoadedModel:
             dtype=self.decoder.dtype,
             device=self.decoder.device,
             backend=self.decoder.backend,
+            num_states=self.plan.num_states,
         )
         return Executor(self.decoder, cache)
 

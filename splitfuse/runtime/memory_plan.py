@@ -14,7 +14,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, ExpertsSpec, LayerSpec
-from splitfuse.models.kv_cache import block_bytes
+from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.executor import HEAD_ROWS
@@ -25,6 +25,12 @@ LOGIT_BYTES = 16
 """Bytes of each logit while rows are sampled, about: in fp32, adjusted in fp64, and what drawing adds."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
+LARGEST_STATE_SHARE = 0.25
+"""Fraction of the memory left by weights and activations that recurrent states take."""
+STATE_SLOTS = 2
+"""Number of slots for recurrent states that a running request needs in a step: it may read a snapshot, and write."""
+SLOTS_WITH_SNAPSHOTS = 4
+"""Number of slots for each of max_num_seqs requests with a prefix cache: their own, and for snapshots that stay."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,10 @@ class MemoryPlan:
     available: int
     kernels: str  # in a line
     model_len_lowered: bool  # the model allows longer requests, the cache cannot hold them
+    max_num_seqs: int
+    state: int = 0  # one recurrent state over all layers; 0: the network has none
+    num_states: int = 0
+    num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
 
     @property
     def kv_cache(self) -> int:
@@ -47,9 +57,21 @@ class MemoryPlan:
         return self.num_blocks * self.block
 
     @property
+    def states(self) -> int:
+        """Return the size of all recurrent states in bytes."""
+        return self.num_states * self.state
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Return how many tokens of a prompt have as many bytes of keys and values as a recurrent state has, in whole
+        blocks: snapshots at that distance double the memory of a cached prompt.
+        """
+        return max(1, round(self.state / self.block)) * self.block_size
+
+    @property
     def need(self) -> int:
         """Return the sum of all that is needed, in bytes."""
-        return self.weights + self.activations + self.kv_cache
+        return self.weights + self.activations + self.states + self.kv_cache
 
     def __str__(self) -> str:
         sizes = f"{self.num_blocks} blocks of {self.block_size}: {self.num_blocks * self.block_size} tokens"
@@ -57,13 +79,20 @@ class MemoryPlan:
             self.kernels,
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
+            *([f"states       {self.states / GIB:8.3f} GiB   {self._states_line}"] if self.state else ()),
             f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}",
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
             f"longest request: {self.max_model_len} tokens"
             + (" (the model allows more: raise kv_cache_memory_gib)" if self.model_len_lowered else ""),
         ]
+        if self.num_seqs_lowered:
+            lines.append(f"running requests: {self.max_num_seqs} at most, as there is no memory for more states")
         return "\n".join(lines)
+
+    @property
+    def _states_line(self) -> str:
+        return f"{self.num_states} recurrent states, snapshots included, for {self.max_num_seqs} running requests"
 
 
 def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, available: int | None = None) -> MemoryPlan:
@@ -90,7 +119,10 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
         available=available_memory(config.model.device) if available is None else available,
         kernels=backend.describe(),
         model_len_lowered=False,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        state=state_bytes(spec, backend),
     )
+    plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
     if free < plan.block:
         raise MemoryPlanError(
@@ -138,13 +170,28 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
     return width
 
 
+def _with_states(plan: MemoryPlan, config: EngineConfig, *, free: int) -> MemoryPlan:
+    """Return the plan with slots for recurrent states, and with no more running requests than they do for."""
+    if not plan.state:
+        return plan
+    per_request = SLOTS_WITH_SNAPSHOTS if config.cache.enable_prefix_caching else STATE_SLOTS
+    affordable = max(int(free * LARGEST_STATE_SHARE) // plan.state, STATE_SLOTS)
+    most = min(plan.max_num_seqs, affordable // STATE_SLOTS)
+    return replace(
+        plan,
+        num_states=min(per_request * most, affordable),
+        max_num_seqs=most,
+        num_seqs_lowered=most < plan.max_num_seqs,
+    )
+
+
 def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     cache = config.cache
     if cache.num_blocks is not None:
         return cache.num_blocks
     if cache.kv_cache_memory_gib is not None:
         return int(cache.kv_cache_memory_gib * GIB) // plan.block
-    most_useful = config.scheduler.max_num_seqs * ceil_div(plan.max_model_len, plan.block_size)
+    most_useful = plan.max_num_seqs * ceil_div(plan.max_model_len, plan.block_size)
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 

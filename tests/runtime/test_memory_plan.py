@@ -14,6 +14,7 @@ from specs import make_experts, make_spec
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.interface import ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime import loading
@@ -46,6 +47,16 @@ FIXED = WEIGHTS + ACTIVATIONS
 
 def plan(available: int, **settings: Any) -> MemoryPlan:
     return plan_memory(SPEC, EngineConfig.from_settings(settings), backend=ReferenceBackend(), available=available)
+
+
+STATE = 2 * 4 * 64 * 1000
+RECURRENT = replace(SPEC.layers[0], mixer=ConvSpec(num_channels=64, conv_size=1001))
+HYBRID = replace(SPEC, architecture="Lfm2ForCausalLM", layers=(RECURRENT, RECURRENT, SPEC.layers[0]))
+
+
+def hybrid_plan(available: int, **settings: Any) -> MemoryPlan:
+    """A plan for a network whose first layers have a recurrent state."""
+    return plan_memory(HYBRID, EngineConfig.from_settings(settings), backend=ReferenceBackend(), available=available)
 
 
 def refusal(available: int, **settings: Any) -> str:
@@ -105,6 +116,30 @@ def test_the_plan_prints_need_and_have() -> None:
     assert lines[0] == ReferenceBackend().describe()
     assert [line.split()[0] for line in lines[1:]] == ["weights", "activations", "KV", "need", "have", "longest"]
     assert lines[3].endswith("40 blocks of 32: 1280 tokens")
+
+
+def test_states_of_a_hybrid_are_planned_with_their_snapshots() -> None:
+    found = hybrid_plan(GIB)
+    assert found.state == STATE
+    assert (found.num_states, found.max_num_seqs, found.num_seqs_lowered) == (4 * 64, 64, False)
+    assert found.need == found.weights + found.activations + 256 * STATE + found.kv_cache
+    assert found.snapshot_interval == 32 * round(STATE / found.block)
+    lines = str(found).splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["weights", "activations", "states", "KV"]
+    assert lines[3].endswith("256 recurrent states, snapshots included, for 64 running requests")
+    assert hybrid_plan(GIB, enable_prefix_caching=False).num_states == 2 * 64
+
+
+def test_fewer_requests_run_if_their_states_do_not_fit() -> None:
+    fixed = hybrid_plan(GIB).weights + hybrid_plan(GIB).activations
+    found = hybrid_plan(fixed + 4 * 21 * STATE)
+    assert (found.num_states, found.max_num_seqs, found.num_seqs_lowered) == (21, 10, True)
+    assert str(found).splitlines()[-1] == "running requests: 10 at most, as there is no memory for more states"
+    assert found.need <= found.available
+    least = hybrid_plan(fixed + 2 * STATE + found.block)
+    assert (least.num_states, least.max_num_seqs, least.num_blocks) == (2, 1, 1)
+    with pytest.raises(MemoryPlanError, match="the model does not fit into memory"):
+        hybrid_plan(fixed + 2 * STATE)
 
 
 def test_anonymous_memory_is_what_the_system_says(tmp_path: Path) -> None:

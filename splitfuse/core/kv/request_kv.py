@@ -32,15 +32,15 @@ class RequestKv:
     """True if its blocks, and its state, are to be taken when its last plan in flight is back."""
     state: RequestState | None = None
     """Its recurrent state while it runs, in a network that has them."""
-    has_lost_state: bool = False
-    """True once a failed step has left its state half written. From then on its chunks can be repeated."""
+    repeatable: bool = False
+    """True if its chunks are to be such that each can be computed again: see RequestState."""
 
     def start(self, allocator: BlockAllocator, num_tokens: int) -> None:
         """Begin to run with `num_tokens` known tokens."""
         if allocator.states is not None:
             size = allocator.block_size
             last_kept = (num_tokens - 1) // size * size  # a token is left, as `match` leaves one
-            self.state = RequestState(allocator.states, size, last_kept, always_copy=self.has_lost_state)
+            self.state = RequestState(allocator.states, size, last_kept, repeatable=self.repeatable)
 
     def reuse_prefix(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
         """Take the cached blocks which hold the longest known prefix of `token_ids`, with states the longest that ends

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.state_allocator import StateAllocator
-from splitfuse.core.plan import ZERO_STATE, StateSlots
+from splitfuse.core.plan import ZERO_STATE, Chunk, StateSlots
 
 
 @dataclass(slots=True)
@@ -24,8 +24,8 @@ class RequestState:
     block_size: int
     last_kept: int
     """Last position to keep of the tokens known at the start."""
-    always_copy: bool = False
-    """True if a chunk never overwrites the state that it reads, so that it can be repeated."""
+    repeatable: bool = False
+    """True if no chunk overwrites the state that it reads, so that each can be computed again."""
     shared_until: int = 0
     """End of the cached blocks that it begins with."""
     newest: int = ZERO_STATE
@@ -63,7 +63,7 @@ class RequestState:
             return
         in_place = (
             self.newest != ZERO_STATE
-            and not self.always_copy
+            and not self.repeatable
             and self.newest not in self._to_keep.values()
             and self.allocator.is_overwritable(self.newest)
         )
@@ -75,20 +75,29 @@ class RequestState:
         assert self._next is not None, "a chunk without a slot for its state"
         return StateSlots(self.newest, self._next)
 
-    def advance(self, start: int, end: int) -> None:
-        """Note that the chunk from `start` to `end` is in flight. It holds what it reads until it is back."""
-        slots = self.slots
-        if slots.read not in (ZERO_STATE, slots.write):
-            self._read.append(slots.read)
-        self.newest, self._next = slots.write, None
-        if end == self.next_kept(start):
-            self._to_keep[end] = slots.write
+    def cancel(self) -> None:
+        """Give back the slot for the next chunk, which is not computed after all."""
+        if self._next not in (None, self.newest):
+            self.allocator.release(self._next)
+        self._next = None
 
-    def computed(self, slots: StateSlots) -> None:
+    def advance(self, chunk: Chunk) -> None:
+        """Note that a chunk is in flight. It holds the slot that it reads until it is back."""
+        assert chunk.state == self.slots
+        read, write = self.slots
+        if read not in (ZERO_STATE, write):
+            self._read.append(read)
+        self.newest, self._next = write, None
+        if chunk.end == self.next_kept(chunk.start):
+            self._to_keep[chunk.end] = write
+
+    def computed(self, chunk: Chunk) -> None:
         """Note that a chunk is back."""
-        if slots.read not in (ZERO_STATE, slots.write):
-            self._read.remove(slots.read)
-            self.allocator.release(slots.read)
+        assert chunk.state is not None
+        read, write = chunk.state
+        if read not in (ZERO_STATE, write):
+            self._read.remove(read)
+            self.allocator.release(read)
 
     def publish(self, position: int, names: Sequence[bytes]) -> None:
         """Make the state at `position`, which is computed, a snapshot if it is to be kept. `names` are those of the

@@ -33,9 +33,14 @@ class StateAllocator:
         self._index: dict[bytes, int] = {}  # name -> slot of the snapshot
 
     @property
+    def num_available(self) -> int:
+        """Return how many slots `allocate` can give: free ones, and those of cached snapshots."""
+        return len(self._free) + len(self._cached)
+
+    @property
     def num_held(self) -> int:
         """Return how many slots are held."""
-        return self.num_slots - len(self._free) - len(self._cached)
+        return self.num_slots - self.num_available
 
     @property
     def names(self) -> KeysView[bytes]:
@@ -44,7 +49,7 @@ class StateAllocator:
 
     def allocate(self) -> int:
         """Return a slot with one reference and no known content: a free one, or that of the oldest cached snapshot."""
-        assert self._free or self._cached, f"all {self.num_slots} state slots are held"
+        assert self.num_available, f"all {self.num_slots} state slots are held"
         if not self._free:
             slot, _ = self._cached.popitem(last=False)
             del self._index[self._names.pop(slot)]
