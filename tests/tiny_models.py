@@ -13,12 +13,17 @@ import torch
 from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
+    ArceeForCausalLM,
+    CwmForCausalLM,
+    GraniteForCausalLM,
+    HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -32,6 +37,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    SeedOssForCausalLM,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB_SIZE = 97
@@ -60,6 +67,11 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, **fields}
 
 
+def tiny(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
+    """A model of that class with the changed settings."""
+    return model(model.config_class(**sizes(**changes)))
+
+
 def llama(**changes: Any) -> PreTrainedModel:
     """A Llama with the changed settings."""
     return LlamaForCausalLM(LlamaConfig(**sizes(**changes)))
@@ -83,6 +95,14 @@ def qwen3(**changes: Any) -> PreTrainedModel:
 def mixtral(**changes: Any) -> PreTrainedModel:
     """A Mixtral with the changed settings."""
     return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=5, **changes)))
+
+
+def phi3_longrope(original: int, **changes: Any) -> PreTrainedModel:
+    """A Phi-3 whose texts of more than `original` tokens are long: all but those of one token if it is 1."""
+    factors = {"short_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 8.0, 13.0, 21.0]}
+    scaling = rope("longrope", attention_factor=1.19, partial_rotary_factor=0.75, **factors)
+    large = {"hidden_size": 96, "original_max_position_embeddings": original, "rope_parameters": scaling}
+    return tiny(Phi3ForCausalLM, **large, **changes)
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
@@ -151,8 +171,57 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-rope-yarn": lambda: llama(
         rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32),
     ),
+    "arcee": lambda: tiny(ArceeForCausalLM),
+    "arcee-biases": lambda: tiny(ArceeForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True),
+    "cwm": lambda: tiny(
+        CwmForCausalLM, bos_token_id=0, head_dim=10, num_hidden_layers=5, sliding_window=6, mlp_bias=True
+    ),
+    "cwm-layer-types": lambda: tiny(
+        CwmForCausalLM,
+        bos_token_id=0,
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters=rope("default"),
+    ),
+    "granite": lambda: tiny(
+        GraniteForCausalLM,
+        tie_word_embeddings=True,
+        embedding_multiplier=12.0,
+        logits_scaling=8.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.0078125,
+    ),
+    "granite-biases": lambda: tiny(
+        GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, attention_multiplier=0.3
+    ),
+    "hunyuan-dense-alpha": lambda: tiny(
+        HunYuanDenseV1ForCausalLM,
+        head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters=rope("dynamic", alpha=1000.0, factor=1.0, mscale=1.0, mscale_all_dim=1.0),
+    ),
+    "hunyuan-dense-biases": lambda: tiny(HunYuanDenseV1ForCausalLM, head_dim=8, attention_bias=True),
     "mistral-window": lambda: mistral(sliding_window=7),
     "mistral-no-window": lambda: mistral(sliding_window=None, rope_parameters=rope("default")),
+    "phi3": lambda: tiny(Phi3ForCausalLM, tie_word_embeddings=True),
+    "phi3-window": lambda: tiny(Phi3ForCausalLM, sliding_window=7, num_attention_heads=14, hidden_size=112),
+    "phi3-longrope-short": lambda: phi3_longrope(MAX_POSITION),
+    "phi3-longrope-long": lambda: phi3_longrope(1),
+    "seed-oss": lambda: tiny(SeedOssForCausalLM, head_dim=10),
+    "seed-oss-biases": lambda: tiny(
+        SeedOssForCausalLM, head_dim=16, attention_bias=False, attention_out_bias=True, mlp_bias=True
+    ),
+    "smollm3": lambda: tiny(SmolLM3ForCausalLM, num_hidden_layers=5),
+    "smollm3-windows": lambda: tiny(
+        SmolLM3ForCausalLM,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+        no_rope_layers=[0, 1, 0],
+        use_sliding_window=True,
+        sliding_window=6,
+    ),
     "qwen2": qwen2,
     "qwen2-tied-upper-windows": lambda: qwen2(
         tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1

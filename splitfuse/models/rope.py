@@ -1,7 +1,8 @@
 """Computes the tables of cosines and sines of rotary position embeddings.
 
 A row of a table depends on its position alone, never on the length of a batch or of a request, so that a token's result
-does not change with the other tokens of a step.
+does not change with the other tokens of a step. Only LongRoPE looks at the length of the table too: its two sets of
+frequencies do not mix, so a network computes all its requests with one of them.
 """
 
 from __future__ import annotations
@@ -12,30 +13,38 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.interface import RopeTable
-from splitfuse.models.spec import DynamicScaling, LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
+from splitfuse.models.spec import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeSpec,
+    YarnScaling,
+)
 
 ROWS = 65536
 """Number of positions that are computed at a time, so that nothing but the tables is large."""
 
 
 def rope_table(rope: RopeSpec, max_position: int, device: torch.device) -> RopeTable:
-    """Return cosines and sines [max_position, rotary_dim / 2] in fp32, with the attention factor of YaRN multiplied in.
+    """Return cosines and sines [max_position, rotary_dim / 2] in fp32, with the attention factor of YaRN or LongRoPE multiplied
+    in.
 
     >>> cos, sin = rope_table(RopeSpec(theta=10000.0, rotary_dim=64), 4096, torch.device("cpu"))
     >>> cos.shape
     torch.Size([4096, 32])
     """
-    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling | LongRopeScaling) else 1.0
     cos, sin = (torch.empty(max_position, rope.rotary_dim // 2, device=device) for _ in range(2))
     for start in range(0, max_position, ROWS):
         positions = torch.arange(start, min(start + ROWS, max_position), dtype=torch.float32).unsqueeze(1)
-        angles = positions * _frequencies(rope, positions)
+        angles = positions * _frequencies(rope, positions, max_position)
         cos[start : start + ROWS] = angles.cos() * factor
         sin[start : start + ROWS] = angles.sin() * factor
     return cos, sin
 
 
-def _frequencies(rope: RopeSpec, positions: Tensor) -> Tensor:
+def _frequencies(rope: RopeSpec, positions: Tensor, max_position: int) -> Tensor:
     """Return the radians by which pairs rotate from one position to the next: [1 or positions, rotary_dim / 2]."""
     dim = rope.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32).unsqueeze(0) / dim
@@ -56,6 +65,9 @@ def _frequencies(rope: RopeSpec, positions: Tensor) -> Tensor:
             return torch.lerp(plain / llama.factor, plain, kept.clamp(0, 1))
         case YarnScaling() as yarn:
             return torch.lerp(plain, plain / yarn.factor, _yarn_ramp(rope, yarn))
+        case LongRopeScaling() as long:
+            is_long = max_position > long.original_max_position
+            return plain / torch.tensor(long.long_factors if is_long else long.short_factors)
 
 
 def _yarn_ramp(rope: RopeSpec, yarn: YarnScaling) -> Tensor:

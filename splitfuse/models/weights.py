@@ -99,7 +99,10 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
 
     found = list(named(_outer_shapes(spec), Place()))
     for number, layer in enumerate(spec.layers):
-        found += named(_layer_shapes(layer, spec.norm, spec.hidden_size), Place(layer, number))
+        mixer = layer.mixer
+        rotary_dim = 0 if mixer is None or mixer.rope is None else spec.ropes[mixer.rope].rotary_dim
+        place = Place(layer, number, rotary_dim=rotary_dim)
+        found += named(_layer_shapes(layer, spec.norm, spec.hidden_size), place)
         if isinstance(layer.mlp, ExpertsSpec):
             of_expert = _expert_shapes(layer.mlp.expert, spec.hidden_size)
             for expert in range(layer.mlp.router.num_experts):

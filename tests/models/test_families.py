@@ -11,6 +11,7 @@ import tiny_models
 from safetensors.torch import load_file
 from specs import make_experts
 from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIGS
 
 from splitfuse.errors import ModelError, UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
@@ -83,6 +84,14 @@ def test_family_defaults() -> None:
     qwen3 = first(spec_of("Qwen3ForCausalLM"))
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, NORMS, 128)
     assert first(spec_of("Qwen3ForCausalLM", attention_bias=True)).o_bias
+
+
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if family.model_type in CONFIGS])
+def test_defaults_are_those_of_transformers(architecture: str) -> None:
+    """A config that leaves everything out is that in which transformers has written everything."""
+    sizes = {**SIZES, "hidden_size": 256, "num_attention_heads": 32}  # as many as Qwen has key/value heads by default
+    theirs = CONFIGS[FAMILIES[architecture].model_type](**sizes).to_dict()
+    assert spec_of(architecture, **sizes) == spec_from_config({**theirs, "architectures": [architecture]})
 
 
 @pytest.mark.parametrize(
@@ -233,7 +242,7 @@ def test_unknown_architecture_lists_known_and_nearest() -> None:
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' .*: gelu, gelu_fast"),
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional'"),
     ],
 )
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])

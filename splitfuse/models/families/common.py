@@ -58,6 +58,7 @@ DECODER_NAMES: WeightNames = {
     "o_bias": ("model.layers.{layer}.self_attn.o_proj.bias",),
     "mlp_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
     "mlp.gate_up": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.weight" for part in ("gate", "up")),
+    "mlp.up": ("model.layers.{layer}.mlp.up_proj.weight",),
     "mlp.up_bias": tuple(f"model.layers.{{layer}}.mlp.{part}_proj.bias" for part in ("gate", "up")),
     "mlp.down": ("model.layers.{layer}.mlp.down_proj.weight",),
     "mlp.down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
@@ -71,11 +72,12 @@ def read_attention(
     those of AttentionSpec that the family has.
     """
     num_heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
+    defaults_to = num_heads if num_kv_heads is None or config.is_null("num_key_value_heads") else num_kv_heads
     if "head_dim" not in config and head_dim is None and hidden_size % num_heads:
         raise ModelError(f"config.json: hidden_size {hidden_size} is not a multiple of its {num_heads} attention heads")
     return AttentionSpec(
         num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or num_heads),
+        num_kv_heads=config.integer("num_key_value_heads", defaults_to),
         head_dim=config.integer("head_dim", head_dim or hidden_size // num_heads),
         **fields,
     )
@@ -165,6 +167,18 @@ def activation(config: ConfigJson, field: str = "hidden_act", default: str = "si
 def num_layers(config: ConfigJson) -> int:
     """Return the number of layers."""
     return config.integer("num_hidden_layers", most=MAX_LAYERS)
+
+
+def windowed_layers(config: ConfigJson, otherwise: Callable[[int], bool]) -> list[bool]:
+    """Return which layers have a window: as `layer_types` says, else as `otherwise` does of the number of a layer."""
+    if "layer_types" in config:
+        return [kind == "sliding_attention" for kind in config.texts("layer_types")]
+    return [otherwise(number) for number in range(num_layers(config))]
+
+
+def optional_window(config: ConfigJson) -> int | None:
+    """Return the sliding window of a family that has none if the config does not say."""
+    return config.integer("sliding_window") if "sliding_window" in config else None
 
 
 def window(config: ConfigJson) -> int | None:

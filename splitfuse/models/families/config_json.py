@@ -78,6 +78,18 @@ class ConfigJson:
         value: list[int] = self._value(name, default, "a list of whole numbers from 0 on", valid)
         return value
 
+    def numbers(self, name: str, length: int) -> list[float]:
+        """Return a list of `length` positive numbers."""
+        valid = _list_of(lambda item: _is_number(item) and 0 < item <= sys.float_info.max)
+        wanted = f"a list of {length} positive finite numbers"
+        value: list[float] = self._value(name, None, wanted, lambda value: valid(value) and len(value) == length)
+        return list(map(float, value))
+
+    def with_defaults(self, others: ConfigJson | Mapping[str, Any]) -> ConfigJson:
+        """Return these fields, and of the others those that are not among them."""
+        values = others._values if isinstance(others, ConfigJson) else others
+        return ConfigJson({**values, **self._values}, self._section)
+
     def section(self, name: str) -> ConfigJson:
         """Return a nested object; empty if absent."""
         value = self._value(name, {}, "an object", lambda value: isinstance(value, dict))

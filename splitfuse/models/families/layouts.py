@@ -20,11 +20,14 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Says which layer and which of its experts a weight belongs to; None: it belongs to none."""
+    """Says which layer and which of its experts a weight belongs to; None: it belongs to none. `rotary_dim` is how many
+    elements of a head the layer's rope rotates.
+    """
 
     layer: LayerSpec | None = None
     number: int | None = None
     expert: int | None = None
+    rotary_dim: int = 0
 
     @property
     def attention(self) -> AttentionSpec:
@@ -66,14 +69,13 @@ def of_heads(name: str, order: Callable[[AttentionSpec], Tensor]) -> Stored:
     return Stored(name, lambda tensor, place: tensor[order(place.attention)])
 
 
-def interleaved_rope(name: str, rotary_dim: Callable[[AttentionSpec], int]) -> Stored:
+def interleaved_rope(name: str) -> Stored:
     """Return queries or keys whose rope turns neighbouring elements of a head, element 2i with 2i + 1: in our order it
     turns element i with i + rotary_dim / 2, which gives the same scores.
     """
 
     def take(tensor: Tensor, place: Place) -> Tensor:
-        dim = rotary_dim(place.attention)
-        heads = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:])
+        heads, dim = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:]), place.rotary_dim
         order = torch.cat((torch.arange(0, dim, 2), torch.arange(1, dim, 2), torch.arange(dim, heads.shape[1])))
         return heads[:, order].view_as(tensor)
 

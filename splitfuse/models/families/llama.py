@@ -1,18 +1,30 @@
-"""Llama and its kin: Mistral has a window in every layer, Mixtral also experts."""
+"""Reads Llama and its kin, which differ from it in a property or two: windows, layers without rope, multipliers, an MLP
+without gate, norms of heads.
+"""
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
+from dataclasses import replace
+from typing import Any
+
+from splitfuse.errors import UnsupportedModelError
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     WeightNames,
     decoder,
+    head_norms,
+    in_windows,
     mlp,
     num_experts,
+    num_layers,
+    optional_window,
     read_attention,
     window,
+    windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec
 
 MIXTRAL_NAMES: WeightNames = {
@@ -21,13 +33,46 @@ MIXTRAL_NAMES: WeightNames = {
     "w13": tuple(f"model.layers.{{layer}}.block_sparse_moe.experts.{{expert}}.{part}.weight" for part in ("w1", "w3")),
     "w2": ("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",),
 }
+PHI3_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "qkv": ("model.layers.{layer}.self_attn.qkv_proj.weight",),
+    "mlp.gate_up": ("model.layers.{layer}.mlp.gate_up_proj.weight",),
+}
+ARCEE_NAMES: WeightNames = {**DECODER_NAMES, "mlp.up_bias": ("model.layers.{layer}.mlp.up_proj.bias",)}
+HUNYUAN_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "q_norm": ("model.layers.{layer}.self_attn.query_layernorm.weight",),
+    "k_norm": ("model.layers.{layer}.self_attn.key_layernorm.weight",),
+}
+
+CWM_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def llama(config: ConfigJson) -> ModelSpec:
     """Return the network of a LlamaForCausalLM."""
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(config, qkv_bias=biased, o_bias=biased)
-    return decoder(config, attention, mlp(config, bias=config.flag("mlp_bias", False)))
+    return decoder(config, _biased(config), mlp(config, bias=config.flag("mlp_bias", False)))
+
+
+def original_llama(config: ConfigJson) -> ModelSpec:
+    """Return the network of a LLaMAForCausalLM, as first converted: its length has a name of its own."""
+    length = config.integer("max_sequence_length", 2048)
+    return llama(config.with_defaults({"max_position_embeddings": length}))
+
+
+def internlm3(config: ConfigJson) -> ModelSpec:
+    """Return the network of an InternLM3ForCausalLM: Llama with other names of the biases, which come all or none."""
+    biased = config.flag("qkv_bias", config.flag("attention_bias", False))
+    if config.flag("bias", config.flag("mlp_bias", False)) != biased:
+        raise UnsupportedModelError("config.json: qkv_bias other than bias is not supported: set them alike")
+    attention = read_attention(config, num_kv_heads=2, head_dim=128, qkv_bias=biased, o_bias=biased)
+    return decoder(config, attention, mlp(config, bias=biased), norm_eps=1e-5)
 
 
 def mistral(config: ConfigJson) -> ModelSpec:
@@ -37,10 +82,100 @@ def mistral(config: ConfigJson) -> ModelSpec:
 
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
-    # Unlike Mistral, whose absent window is 4096: here absent is none, as in transformers.
-    size = config.integer("sliding_window") if "sliding_window" in config else None
     router = RouterSpec(
         num_experts=num_experts(config, 8), top_k=config.integer("num_experts_per_tok", 2), renormalize=True
     )
-    attention = read_attention(config, num_kv_heads=8, window=size)
+    # Unlike Mistral, whose absent window is 4096: here absent is none, as in transformers.
+    attention = read_attention(config, num_kv_heads=8, window=optional_window(config))
     return decoder(config, attention, ExpertsSpec(router=router, expert=mlp(config)), norm_eps=1e-5, rope_theta=1e6)
+
+
+def phi3(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Phi3ForCausalLM: Phi-3, 3.5, 4 and 4-mini."""
+    attention = read_attention(config, window=optional_window(config))
+    rope = read_rope(config, head_dim=attention.head_dim)
+    return decoder(config, attention, mlp(config), ropes=[rope], norm_eps=1e-5)
+
+
+def smollm3(config: ConfigJson) -> ModelSpec:
+    """Return the network of a SmolLM3ForCausalLM: every fourth layer has no rope, and the window if there is one."""
+    every = config.integer("no_rope_layer_interval", 4)
+    rotated = config.integers("no_rope_layers", [int((n + 1) % every > 0) for n in range(num_layers(config))])
+    size = optional_window(config) if config.flag("use_sliding_window", False) else None
+    inside = windowed_layers(config, lambda number: size is not None and not rotated[number])
+    attention = _biased(config, num_kv_heads=4)
+    layers = [
+        replace(attention, rope=0 if has_rope else None, window=size if windowed else None)
+        for has_rope, windowed in zip(rotated, inside, strict=False)
+    ]
+    return decoder(
+        config,
+        layers,
+        mlp(config, bias=config.flag("mlp_bias", False)),
+        rope_theta=2e6,
+        tied_embeddings=config.flag("tie_word_embeddings", True),
+    )
+
+
+def cwm(config: ConfigJson) -> ModelSpec:
+    """Return the network of a CwmForCausalLM: Llama with windows but in every fourth layer."""
+    if "rope_scaling" not in config:
+        config = config.with_defaults({"rope_parameters": CWM_ROPE})
+    inside = windowed_layers(config, lambda number: number % 4 > 0)
+    size = None if config.is_null("sliding_window") else config.integer("sliding_window", 8192)
+    attention = read_attention(config, num_kv_heads=8, head_dim=128)
+    windows = tuple(size if windowed else None for windowed in inside)
+    return decoder(
+        config,
+        in_windows(attention, windows),
+        mlp(config, bias=config.flag("mlp_bias", False)),
+        rope_theta=1e6,
+        norm_eps=1e-5,
+    )
+
+
+def granite(config: ConfigJson) -> ModelSpec:
+    """Return the network of a GraniteForCausalLM: Llama with multipliers of embedding, scores, blocks and logits."""
+    return decoder(
+        config,
+        _biased(config, scale=config.number("attention_multiplier", 1.0)),
+        mlp(config, bias=config.flag("mlp_bias", False)),
+        layer={"residual_scale": config.number("residual_multiplier", 1.0)},
+        embed_scale=config.number("embedding_multiplier", 1.0),
+        logit_scale=1 / config.number("logits_scaling", 1.0),
+    )
+
+
+def arcee(config: ConfigJson) -> ModelSpec:
+    """Return the network of an ArceeForCausalLM: Llama with an MLP without gate."""
+    bias, name = config.flag("mlp_bias", False), config.text("hidden_act", "relu2")
+    inner = mlp(config.with_defaults({"hidden_act": name}), gated=False, bias=bias)
+    return decoder(config, _biased(config), inner, norm_eps=1e-5)
+
+
+def seed_oss(config: ConfigJson) -> ModelSpec:
+    """Return the network of a SeedOssForCausalLM: Llama with a flag for each kind of bias."""
+    attention = read_attention(
+        config,
+        num_kv_heads=8,
+        head_dim=128,
+        qkv_bias=config.flag("attention_bias", True),
+        o_bias=config.flag("attention_out_bias", False),
+    )
+    return decoder(config, attention, mlp(config, bias=config.flag("mlp_bias", False)))
+
+
+def hunyuan_dense(config: ConfigJson) -> ModelSpec:
+    """Return the network of a HunYuanDenseV1ForCausalLM: Llama with norms of heads behind the rope, whose `alpha`
+    stretches its base.
+    """
+    norms = head_norms(config.with_defaults({"rms_norm_eps": 1e-5}), after_rope=True)
+    attention = _biased(config, qk_norm=norms)
+    rope = read_rope(config, head_dim=attention.head_dim, honours=["alpha"])
+    return decoder(config, attention, mlp(config), ropes=[rope], norm_eps=1e-5)
+
+
+def _biased(config: ConfigJson, **fields: Any) -> AttentionSpec:
+    """Return attention with biases on all products or on none; `fields` are those of `read_attention`."""
+    biased = config.flag("attention_bias", False)
+    return read_attention(config, qkv_bias=biased, o_bias=biased, **fields)

@@ -18,6 +18,24 @@ from splitfuse.models.families.common import DECODER_NAMES, Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.lfm2 import LFM2_NAMES, lfm2
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
+from splitfuse.models.families.llama import (
+    ARCEE_NAMES,
+    HUNYUAN_NAMES,
+    MIXTRAL_NAMES,
+    PHI3_NAMES,
+    arcee,
+    cwm,
+    granite,
+    hunyuan_dense,
+    internlm3,
+    llama,
+    mistral,
+    mixtral,
+    original_llama,
+    phi3,
+    seed_oss,
+    smollm3,
+)
 from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
 from splitfuse.models.families.qwen_hybrid import QWEN3_5_NAMES, QWEN3_NEXT_NAMES, qwen3_5, qwen3_5_moe, qwen3_next
 from splitfuse.models.sources.source import ModelSource
@@ -38,8 +56,17 @@ EXPERTS = frozenset({"num_experts", "num_local_experts"})
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
+    "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),
+    "AquilaForCausalLM": Family("aquila", llama, DECODER_NAMES),
+    "AquilaModel": Family("aquila", llama, DECODER_NAMES),
+    "ArceeForCausalLM": Family("arcee", arcee, ARCEE_NAMES),
+    "CwmForCausalLM": Family("cwm", cwm, DECODER_NAMES),
+    "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
+    "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense", hunyuan_dense, HUNYUAN_NAMES),
+    "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
     "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
     "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, honours=EXPERTS),
+    "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
     "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
     "Lfm2ForCausalLM": Family("lfm2", lfm2, LFM2_NAMES),
@@ -47,6 +74,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
     "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES, honours=EXPERTS),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
+    "SeedOssForCausalLM": Family("seed_oss", seed_oss, DECODER_NAMES),
+    "SmolLM3ForCausalLM": Family("smollm3", smollm3, DECODER_NAMES),
+    "XverseForCausalLM": Family("xverse", llama, DECODER_NAMES),
 }
 
 
