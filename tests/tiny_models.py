@@ -15,6 +15,12 @@ from transformers import (
     Lfm2ForCausalLM,
     ArceeForCausalLM,
     CwmForCausalLM,
+    Exaone4ForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GemmaForCausalLM,
+    Glm4ForCausalLM,
+    GlmForCausalLM,
     GraniteForCausalLM,
     HunYuanDenseV1ForCausalLM,
     LlamaConfig,
@@ -64,7 +70,7 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
     """A `rope_parameters` section."""
-    return {"rope_type": kind, "rope_theta": 10000.0, **fields}
+    return {"rope_type": kind, "rope_theta": 10000.0} | fields
 
 
 def tiny(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
@@ -184,6 +190,73 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         rope_parameters=rope("default"),
     ),
+    "exaone4": lambda: tiny(Exaone4ForCausalLM, num_hidden_layers=5, sliding_window=6, head_dim=10),
+    "exaone4-no-window": lambda: tiny(
+        Exaone4ForCausalLM,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        layer_types=["full_attention"] * 3,
+        rope_parameters=rope("default"),
+    ),
+    "exaone4-layer-types": lambda: tiny(
+        Exaone4ForCausalLM,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        head_dim=10,
+    ),
+    "gemma": lambda: tiny(GemmaForCausalLM, head_dim=16, num_key_value_heads=1),
+    "gemma-biases": lambda: tiny(
+        GemmaForCausalLM, head_dim=10, tie_word_embeddings=False, attention_bias=True, hidden_act="silu"
+    ),
+    "gemma2": lambda: tiny(
+        Gemma2ForCausalLM,
+        head_dim=16,
+        num_hidden_layers=4,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma2-no-softcaps": lambda: tiny(
+        Gemma2ForCausalLM,
+        head_dim=10,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        sliding_window=9,
+        layer_types=["full_attention", "full_attention", "sliding_attention"],
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+    ),
+    "gemma3": lambda: tiny(
+        Gemma3ForCausalLM,
+        head_dim=16,
+        num_hidden_layers=7,
+        query_pre_attn_scalar=24,
+        sliding_window=6,
+        rope_parameters={
+            "sliding_attention": rope("default"),
+            "full_attention": rope("linear", factor=8.0, rope_theta=1e6),
+        },
+    ),
+    "gemma3-final-softcap": lambda: tiny(
+        Gemma3ForCausalLM,
+        head_dim=10,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        final_logit_softcapping=5.0,
+    ),
+    "glm": lambda: tiny(GlmForCausalLM, head_dim=16, tie_word_embeddings=True),
+    "glm-quarter-rope": lambda: tiny(
+        GlmForCausalLM,
+        head_dim=16,
+        attention_bias=False,
+        rope_parameters=rope("default", partial_rotary_factor=0.25),
+    ),
+    "glm4": lambda: tiny(Glm4ForCausalLM, head_dim=12, num_attention_heads=7, num_key_value_heads=1),
     "granite": lambda: tiny(
         GraniteForCausalLM,
         tie_word_embeddings=True,

@@ -120,7 +120,7 @@ def decoder(
         ropes = [_whole_rope(config, attentions[0].head_dim, rope_theta)] if attentions else []
     max_position = config.integer("max_position_embeddings")
     fields: dict[str, Any] = {
-        "dtype": config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
+        "dtype": checkpoint_dtype(config),
         "tied_embeddings": config.flag("tie_word_embeddings", False),
         "max_position": max((extended_length(rope, max_position) for rope in ropes), default=max_position),
     }
@@ -162,6 +162,18 @@ def activation(config: ConfigJson, field: str = "hidden_act", default: str = "si
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(f"{field} {name!r} is not one of those we know: {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
+
+
+def checkpoint_dtype(config: ConfigJson) -> str:
+    """Return the name of the dtype that the checkpoint is in."""
+    return config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch.")
+
+
+def optional_number(config: ConfigJson, name: str, default: float | None) -> float | None:
+    """Return a positive number, or None where null is written out; `default` if the field is absent."""
+    if config.is_null(name) or (default is None and name not in config):
+        return None
+    return config.number(name, default)
 
 
 def num_layers(config: ConfigJson) -> int:

@@ -18,6 +18,9 @@ from splitfuse.models.families.common import DECODER_NAMES, Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.lfm2 import LFM2_NAMES, lfm2
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
+from splitfuse.models.families.exaone import EXAONE4_NAMES, exaone4
+from splitfuse.models.families.gemma import GEMMA2_NAMES, GEMMA_NAMES, gemma, gemma2, gemma3
+from splitfuse.models.families.glm import GLM4_NAMES, GLM_NAMES, glm, glm4
 from splitfuse.models.families.llama import (
     ARCEE_NAMES,
     HUNYUAN_NAMES,
@@ -53,6 +56,7 @@ FOREIGN_FEATURES = (
     "use_mrope",
 )
 EXPERTS = frozenset({"num_experts", "num_local_experts"})
+SOFTCAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
@@ -61,6 +65,12 @@ FAMILIES: dict[str, Family] = {
     "AquilaModel": Family("aquila", llama, DECODER_NAMES),
     "ArceeForCausalLM": Family("arcee", arcee, ARCEE_NAMES),
     "CwmForCausalLM": Family("cwm", cwm, DECODER_NAMES),
+    "Exaone4ForCausalLM": Family("exaone4", exaone4, EXAONE4_NAMES),
+    "GemmaForCausalLM": Family("gemma", gemma, GEMMA_NAMES),
+    "Gemma2ForCausalLM": Family("gemma2", gemma2, GEMMA2_NAMES, honours=SOFTCAPS),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3, GEMMA2_NAMES, honours=SOFTCAPS),
+    "GlmForCausalLM": Family("glm", glm, GLM_NAMES),
+    "Glm4ForCausalLM": Family("glm4", glm4, GLM4_NAMES),
     "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
     "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense", hunyuan_dense, HUNYUAN_NAMES),
     "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
