@@ -18,6 +18,7 @@ from transformers import (
     Exaone4ForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     GemmaForCausalLM,
     Glm4ForCausalLM,
     GlmForCausalLM,
@@ -25,24 +26,28 @@ from transformers import (
     HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Qwen3VLForConditionalGeneration,
     SeedOssForCausalLM,
     SmolLM3ForCausalLM,
 )
@@ -76,6 +81,19 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
 def tiny(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
     """A model of that class with the changed settings."""
     return model(model.config_class(**sizes(**changes)))
+
+
+def tiny_with_vision(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
+    """A vision-language model whose text has the changed settings."""
+    vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
+    if "Qwen" in model.__name__:
+        vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0]}
+        if model is Qwen2VLForConditionalGeneration:
+            vision |= {"hidden_size": 48, "embed_dim": 16}
+    else:
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "image_size": 16}
+    tied = {"tie_word_embeddings": changes.pop("tie_word_embeddings", False)}
+    return model(model.config_class(text_config=sizes(**changes), vision_config=vision, **tied))
 
 
 def llama(**changes: Any) -> PreTrainedModel:
@@ -249,6 +267,9 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         final_logit_softcapping=5.0,
     ),
+    "gemma3-vision": lambda: tiny_with_vision(
+        Gemma3ForConditionalGeneration, head_dim=16, num_hidden_layers=6, sliding_window=6, tie_word_embeddings=True
+    ),
     "glm": lambda: tiny(GlmForCausalLM, head_dim=16, tie_word_embeddings=True),
     "glm-quarter-rope": lambda: tiny(
         GlmForCausalLM,
@@ -328,6 +349,26 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3.5-moe": lambda: qwen3_5_moe(full_attention_interval=2),
     "qwen3-next": lambda: qwen3_next(mlp_only_layers=[1], norm_topk_prob=False),
+    "mistral3-vision": lambda: tiny_with_vision(
+        Mistral3ForConditionalGeneration, model_type="mistral", head_dim=10, sliding_window=None
+    ),
+    "qwen2-vision": lambda: tiny_with_vision(
+        Qwen2VLForConditionalGeneration,
+        tie_word_embeddings=True,
+        rope_parameters=rope("default", mrope_section=[1, 2, 1], rope_theta=1e6),
+    ),
+    "qwen2.5-vision-windows": lambda: tiny_with_vision(
+        Qwen2_5_VLForConditionalGeneration,
+        rope_parameters=rope("default", mrope_section=[1, 2, 1]),
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+    ),
+    "qwen3-vision": lambda: tiny_with_vision(
+        Qwen3VLForConditionalGeneration,
+        head_dim=16,
+        rope_parameters=rope("default", mrope_section=[4, 2, 2], mrope_interleaved=True),
+    ),
     "mixtral-window": lambda: mixtral(sliding_window=7),
     "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True, tie_word_embeddings=True),
     "qwen3-moe-some-dense": lambda: qwen3_moe(

@@ -36,6 +36,7 @@ from splitfuse.kernels.interface import (
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
+from splitfuse.models.families.wrappers import kind_aside, text_names
 from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
@@ -241,9 +242,10 @@ def check_weights(weights: WeightSource, spec: ModelSpec) -> ModelSpec:
     Raises WeightsError if a weight is missing, surplus, misshapen or not floating point.
     """
     plan = [piece for parameter in stored_parameters(weights, spec) for piece in parameter.pieces]
-    embed, head = _tied_pair(spec)
+    embed, head = _tied_pair(weights, spec)
     both = spec.tied_embeddings and embed.name in weights and head.name in weights
-    weights.check([*plan, head] if both else plan, architecture=spec.architecture)
+    aside = [name for names in left_aside(weights, spec).values() for name in names]
+    weights.check([*plan, head] if both else plan, architecture=spec.architecture, aside=aside)
     if not both or _are_equal(weights, embed, head):
         return spec
     _logger.warning(
@@ -255,10 +257,29 @@ def check_weights(weights: WeightSource, spec: ModelSpec) -> ModelSpec:
     return replace(spec, tied_embeddings=False)
 
 
+def left_aside(weights: WeightSource, spec: ModelSpec) -> dict[str, list[str]]:
+    """Return the tensors that do not belong to the network of `spec` and need not, by kind: vision, audio, ..."""
+    family = find_family(spec.architecture)
+    num_layers = len(spec.layers) if family.further_layers else None
+    found: dict[str, list[str]] = {}
+    for name in weights.names():
+        kind = kind_aside(name, wrapper=bool(family.text_types), num_layers=num_layers)
+        if kind is not None:
+            found.setdefault(kind, []).append(name)
+    return found
+
+
 def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:
-    """Return `parameters` under the names of the checkpoint: a tied pair may be stored as the head alone."""
+    """Return `parameters` under the names of the checkpoint: a language model in a larger one has names of its own, and
+    a tied pair may be stored as the head alone.
+    """
     found = parameters(spec)
-    embed, head = _tied_pair(spec)
+    if find_family(spec.architecture).text_types:
+        rename = _renaming(weights, spec)
+        found = [
+            replace(each, parts=tuple(replace(part, piece=rename(part.piece)) for part in each.parts)) for each in found
+        ]
+    embed, head = _tied_pair(weights, spec)
     if spec.tied_embeddings and embed.name not in weights and head.name in weights:
         return [
             replace(each, parts=(replace(each.parts[0], piece=head),)) if each.pieces == (embed,) else each
@@ -267,11 +288,20 @@ def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]
     return found
 
 
-def _tied_pair(spec: ModelSpec) -> tuple[Piece, Piece]:
+def _tied_pair(weights: WeightSource, spec: ModelSpec) -> tuple[Piece, Piece]:
     """Return the embedding and the output head, of which a tied network has one."""
     names, table = find_family(spec.architecture).names, (spec.vocab_size, spec.hidden_size)
     embed, head = (each.name if isinstance(each, Stored) else each for each in (names["embed"][0], names["head"][0]))
-    return Piece(embed, table), Piece(head, table)
+    rename = _renaming(weights, spec)
+    return rename(Piece(embed, table)), rename(Piece(head, table))
+
+
+def _renaming(weights: WeightSource, spec: ModelSpec) -> Callable[[Piece], Piece]:
+    """Return how the checkpoint calls the pieces of the network."""
+    if not find_family(spec.architecture).text_types:
+        return lambda piece: piece
+    name = text_names(weights)
+    return lambda piece: piece._replace(name=name(piece.name))
 
 
 def _are_equal(weights: WeightSource, first: Piece, second: Piece) -> bool:

@@ -24,12 +24,18 @@ Windows: TypeAlias = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Describes an architecture: its config reader, its weight names, which of FOREIGN_FEATURES its reader honours."""
+    """Describes an architecture: its config reader, its weight names, which of FOREIGN_FEATURES its reader honours.
+
+    One with `text_types` is a vision-language model, of which the text is computed: the reader gets its `text_config`,
+    which has one of these model types. With `further_layers` a checkpoint may hold layers beyond the network's.
+    """
 
     model_type: str
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
     honours: frozenset[str] = frozenset()
+    text_types: tuple[str, ...] = ()
+    further_layers: bool = False
 
 
 ACTIVATIONS = {

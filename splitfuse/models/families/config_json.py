@@ -90,6 +90,10 @@ class ConfigJson:
         values = others._values if isinstance(others, ConfigJson) else others
         return ConfigJson({**values, **self._values}, self._section)
 
+    def with_values(self, values: Mapping[str, Any]) -> ConfigJson:
+        """Return these fields, with other values of some."""
+        return ConfigJson({**self._values, **values}, self._section)
+
     def section(self, name: str) -> ConfigJson:
         """Return a nested object; empty if absent."""
         value = self._value(name, {}, "an object", lambda value: isinstance(value, dict))

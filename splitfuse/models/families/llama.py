@@ -80,6 +80,11 @@ def mistral(config: ConfigJson) -> ModelSpec:
     return decoder(config, read_attention(config, num_kv_heads=8, window=window(config)), mlp(config))
 
 
+def mistral3(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Mistral3ForConditionalGeneration: the text of Mistral Small 3.1 and 3.2."""
+    return mistral(config.with_defaults({"tie_word_embeddings": True}))
+
+
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
     router = RouterSpec(

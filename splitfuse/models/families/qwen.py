@@ -1,4 +1,6 @@
-"""Reads Qwen2, Qwen3 and Qwen3-MoE: windows from a layer on, biases or norms of heads, experts in some layers."""
+"""Reads Qwen2, Qwen3 and Qwen3-MoE: windows from a layer on, biases or norms of heads, experts in some layers; and the
+text of their vision-language models.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from splitfuse.models.families.common import (
     window,
 )
 from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec
+
+MROPE = ("mrope_section", "mrope_interleaved")
+"""Fields of ropes that take parts of a head's pairs from the time, height and width of an image's parts."""
 
 QWEN3_MOE_NAMES: WeightNames = {
     **DECODER_NAMES,
@@ -61,6 +67,26 @@ def qwen3_moe(config: ConfigJson) -> ModelSpec:
     )
     mlps = [dense if n in dense_layers or (n + 1) % every else experts for n in range(num_layers(config))]
     return decoder(config, attention, mlps)
+
+
+def qwen2_vl(config: ConfigJson) -> ModelSpec:
+    """Return the network of the text of Qwen2-VL and Qwen2.5-VL: Qwen2. Where there is no image, the three positions of a
+    token are one, and its rope is a plain one.
+    """
+    attention = read_attention(config, num_kv_heads=8, qkv_bias=True)
+    windows = _upper_layer_windows(config.with_defaults({"max_window_layers": 80}))
+    rope = read_rope(config, head_dim=attention.head_dim, theta=1e6, honours=MROPE)
+    return decoder(config, in_windows(attention, windows), mlp(config), ropes=[rope], norm_eps=1e-5)
+
+
+def qwen3_vl(config: ConfigJson) -> ModelSpec:
+    """Return the network of the text of Qwen3-VL: Qwen3 without windows."""
+    biased = config.flag("attention_bias", False)
+    attention = read_attention(
+        config, num_kv_heads=32, head_dim=128, qk_norm=head_norms(config), qkv_bias=biased, o_bias=biased
+    )
+    rope = read_rope(config, head_dim=attention.head_dim, theta=5e5, honours=MROPE)
+    return decoder(config, attention, mlp(config), ropes=[rope])
 
 
 def _upper_layer_windows(config: ConfigJson) -> Windows:

@@ -33,6 +33,7 @@ from splitfuse.models.families.llama import (
     internlm3,
     llama,
     mistral,
+    mistral3,
     mixtral,
     original_llama,
     phi3,
@@ -41,6 +42,8 @@ from splitfuse.models.families.llama import (
 )
 from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen3, qwen3_moe
 from splitfuse.models.families.qwen_hybrid import QWEN3_5_NAMES, QWEN3_NEXT_NAMES, qwen3_5, qwen3_5_moe, qwen3_next
+from splitfuse.models.families.qwen import QWEN3_MOE_NAMES, qwen2, qwen2_vl, qwen3, qwen3_moe, qwen3_vl
+from splitfuse.models.families.wrappers import text_config
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
@@ -69,15 +72,24 @@ FAMILIES: dict[str, Family] = {
     "GemmaForCausalLM": Family("gemma", gemma, GEMMA_NAMES),
     "Gemma2ForCausalLM": Family("gemma2", gemma2, GEMMA2_NAMES, honours=SOFTCAPS),
     "Gemma3ForCausalLM": Family("gemma3_text", gemma3, GEMMA2_NAMES, honours=SOFTCAPS),
+    "Gemma3ForConditionalGeneration": Family(
+        "gemma3", gemma3, GEMMA2_NAMES, honours=SOFTCAPS, text_types=("gemma3_text",)
+    ),
     "GlmForCausalLM": Family("glm", glm, GLM_NAMES),
     "Glm4ForCausalLM": Family("glm4", glm4, GLM4_NAMES),
     "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
     "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense", hunyuan_dense, HUNYUAN_NAMES),
     "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
     "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
+    "Mistral3ForConditionalGeneration": Family("mistral3", mistral3, DECODER_NAMES, text_types=("mistral",)),
     "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, honours=EXPERTS),
     "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
+    "Qwen2VLForConditionalGeneration": Family("qwen2_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_vl_text",)),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_5_vl_text",)
+    ),
+    "Qwen3VLForConditionalGeneration": Family("qwen3_vl", qwen3_vl, DECODER_NAMES, text_types=("qwen3_vl_text",)),
     "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
     "Lfm2ForCausalLM": Family("lfm2", lfm2, LFM2_NAMES),
     "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES, honours=EXPERTS),
@@ -111,13 +123,14 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
     for feature in FOREIGN_FEATURES:
         if config.raw(feature) and feature not in family.honours:
             raise UnsupportedModelError(f"config.json has {feature}, which is not supported")
-    spec = family.read(config)
+    text = text_config(config, family.text_types) if family.text_types else config
+    spec = family.read(text)
     if config.text("model_type", family.model_type) != family.model_type:
         raise UnsupportedModelError(
             f"config.json contradicts itself: {architectures[0]} has the model_type {family.model_type}, not "
             f"{brief(values['model_type'])}"
         )
-    _check_layer_types(config, spec)
+    _check_layer_types(text, spec)
     return spec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
-from splitfuse.errors import ModelError, UnsupportedModelError
+from splitfuse.errors import ModelError, UnsupportedModelError, brief
 from splitfuse.models.families.config_json import LARGEST_INTEGER, ConfigJson
 from splitfuse.models.spec import (
     DynamicScaling,
@@ -47,6 +47,9 @@ def read_rope(
     kind = rope.text("rope_type", rope.text("type", "default"))
     if "alpha" in honours and kind == "dynamic" and "alpha" in rope:
         kind, theta = "default", theta * rope.number("alpha") ** (head_dim / max(head_dim - 2, 1))
+    if "mrope_section" in honours:
+        kind = "default" if kind == "mrope" else kind
+        _check_mrope(rope, head_dim // 2)
     if kind not in SCALINGS:
         raise UnsupportedModelError(f"rope type {kind!r} is not one of those we know: {', '.join(SCALINGS)}")
     if unknown := set(rope) - KNOWN_FIELDS - set(honours):
@@ -72,6 +75,13 @@ def read_layer_ropes(config: ConfigJson, *, head_dim: int, theta: float, local_t
         read_rope(config, head_dim=head_dim, theta=theta, section=full),
         read_rope(config, head_dim=head_dim, theta=local_theta, section=local),
     )
+
+
+def _check_mrope(rope: ConfigJson, num_pairs: int) -> None:
+    """Refuse sections of a head's pairs that do not add up to all of them."""
+    sections = rope.integers("mrope_section", [num_pairs])
+    if sum(sections) != num_pairs:
+        raise ModelError(f"config.json: mrope_section {brief(sections)} must add up to the {num_pairs} pairs of a head")
 
 
 def extended_length(rope: RopeSpec, max_position: int) -> int:

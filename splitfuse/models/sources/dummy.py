@@ -24,7 +24,10 @@ class DummyWeights(WeightSource):
     def __contains__(self, name: str) -> bool:
         return False
 
-    def check(self, wanted: Collection[Piece], *, architecture: str) -> None:
+    def names(self) -> Collection[str]:
+        return ()
+
+    def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
         """Accept everything."""
 
     @contextmanager

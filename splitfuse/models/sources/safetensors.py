@@ -49,11 +49,15 @@ class SafetensorsWeights(WeightSource):
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def check(self, wanted: Collection[Piece], *, architecture: str) -> None:
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
         names = {piece.name for piece in wanted}
         if missing := names - self._files.keys():
             raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
-        if surplus := {name for name in self._files.keys() - names if not name.endswith(COMPUTED_SUFFIXES)}:
+        others = self._files.keys() - names - set(aside)
+        if surplus := {name for name in others if not name.endswith(COMPUTED_SUFFIXES)}:
             raise WeightsError(
                 f"weights that {architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
             )

@@ -48,8 +48,12 @@ class WeightSource(ABC):
         """Return whether a tensor of that name is stored."""
 
     @abstractmethod
-    def check(self, wanted: Collection[Piece], *, architecture: str) -> None:
-        """Raise WeightsError unless all of `wanted` is there, and no other tensor.
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors that are stored."""
+
+    @abstractmethod
+    def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
+        """Raise WeightsError unless all of `wanted` is there, and no other tensor but those left `aside`.
 
         `architecture` is the network that wants them, for messages.
         """
