@@ -27,8 +27,7 @@ ROWS = 65536
 
 
 def rope_table(rope: RopeSpec, max_position: int, device: torch.device) -> RopeTable:
-    """Return cosines and sines [max_position, rotary_dim / 2] in fp32, with the attention factor of YaRN or LongRoPE multiplied
-    in.
+    """Return cosines and sines [max_position, rotary_dim / 2] in fp32, times the attention factor of YaRN or LongRoPE.
 
     >>> cos, sin = rope_table(RopeSpec(theta=10000.0, rotary_dim=64), 4096, torch.device("cpu"))
     >>> cos.shape

@@ -61,8 +61,8 @@ class YarnScaling:
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
     """Divides each pair's frequency by a factor of its own, with a factor on queries and keys (LongRoPE: Ding et al.,
-    arXiv 2402.13753): by `short_factors` in a network of at most `original_max_position` positions, by `long_factors` in
-    a longer one.
+    arXiv 2402.13753): by `short_factors` in a network of at most `original_max_position` positions, by `long_factors`
+    in a longer one.
     """
 
     short_factors: tuple[float, ...]

@@ -269,6 +269,14 @@ def left_aside(weights: WeightSource, spec: ModelSpec) -> dict[str, list[str]]:
     return found
 
 
+def describe_aside(weights: WeightSource, spec: ModelSpec) -> list[str]:
+    """Return a line on what of the checkpoint is left aside, if anything is."""
+    counts = [f"{len(names)} tensors of {kind}" for kind, names in left_aside(weights, spec).items()]
+    text = "text alone is computed, images are refused" if find_family(spec.architecture).text_types else ""
+    aside = f"left aside: {', '.join(counts)}" if counts else ""
+    return ["; ".join(filter(None, (text, aside)))] if text or aside else []
+
+
 def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:
     """Return `parameters` under the names of the checkpoint: a language model in a larger one has names of its own, and
     a tied pair may be stored as the head alone.
@@ -300,7 +308,7 @@ def _renaming(weights: WeightSource, spec: ModelSpec) -> Callable[[Piece], Piece
     """Return how the checkpoint calls the pieces of the network."""
     if not find_family(spec.architecture).text_types:
         return lambda piece: piece
-    name = text_names(weights)
+    name = text_names(weights.names())
     return lambda piece: piece._replace(name=name(piece.name))
 
 

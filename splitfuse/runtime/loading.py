@@ -19,7 +19,7 @@ from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.hub import open_model
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
+from splitfuse.models.weights import check_weights, describe_aside, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint
@@ -86,6 +86,7 @@ def load_model(
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
     backend = choose_backend(config, dtype)
     plan = _plan(spec, config, backend, weight_sharing)
+    plan = replace(plan, remarks=(*plan.remarks, *describe_aside(weights, spec)))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(

@@ -15,7 +15,7 @@ from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, ExpertsSpec, LayerSpec
 from splitfuse.models.kv_cache import block_bytes, state_bytes
-from splitfuse.models.spec import ModelSpec
+from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.executor import HEAD_ROWS
 from splitfuse.runtime.machine import GIB, available_memory
@@ -50,6 +50,7 @@ class MemoryPlan:
     state: int = 0  # one recurrent state over all layers; 0: the network has none
     num_states: int = 0
     num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
+    remarks: tuple[str, ...] = ()  # lines at the end
 
     @property
     def kv_cache(self) -> int:
@@ -85,6 +86,7 @@ class MemoryPlan:
             f"have         {self.available / GIB:8.3f} GiB",
             f"longest request: {self.max_model_len} tokens"
             + (" (the model allows more: raise kv_cache_memory_gib)" if self.model_len_lowered else ""),
+            *self.remarks,
         ]
         if self.num_seqs_lowered:
             lines.append(f"running requests: {self.max_num_seqs} at most, as there is no memory for more states")
@@ -134,11 +136,22 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
         raise MemoryPlanError(f"the KV cache does not fit into memory\n{plan}\n{fitting} would fit")
     longest = plan.num_blocks * size + 1  # the last token of a request is never attended to
     if longest >= wanted_len:
-        return plan
+        return replace(plan, remarks=_rope_remarks(spec, wanted_len))
     if config.model.max_model_len is None and longest >= SHORTEST_MODEL_LEN:
-        return replace(plan, max_model_len=longest, model_len_lowered=True)
+        remarks = _rope_remarks(spec, longest)
+        return replace(plan, max_model_len=longest, model_len_lowered=True, remarks=remarks)
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
+    )
+
+
+def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:
+    """Return a line where requests of any length are rotated as long ones are (LongRoPE)."""
+    lengths = {rope.scaling.original_max_position for rope in spec.ropes if isinstance(rope.scaling, LongRopeScaling)}
+    return tuple(
+        f"rope: as in texts of more than {length} tokens, for all requests (max_model_len={length}: as in shorter ones)"
+        for length in sorted(lengths)
+        if max_model_len > length
     )
 
 

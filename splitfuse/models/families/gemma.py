@@ -108,8 +108,8 @@ def gemma3(config: ConfigJson) -> ModelSpec:
 
 
 def _outside(config: ConfigJson) -> dict[str, Any]:
-    """Return what all have outside the layers. The scale of embeddings is rounded to the checkpoint's dtype, in which the
-    models are trained.
+    """Return what all have outside the layers. The scale of embeddings is rounded to the checkpoint's dtype, in which
+    the models are trained.
     """
     scale = torch.tensor(config.integer("hidden_size") ** 0.5)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(checkpoint_dtype(config), torch.float32)

@@ -70,8 +70,8 @@ def qwen3_moe(config: ConfigJson) -> ModelSpec:
 
 
 def qwen2_vl(config: ConfigJson) -> ModelSpec:
-    """Return the network of the text of Qwen2-VL and Qwen2.5-VL: Qwen2. Where there is no image, the three positions of a
-    token are one, and its rope is a plain one.
+    """Return the network of the text of Qwen2-VL and Qwen2.5-VL: Qwen2. Where there is no image, the three positions of
+    a token are one, and its rope is a plain one.
     """
     attention = read_attention(config, num_kv_heads=8, qkv_bias=True)
     windows = _upper_layer_windows(config.with_defaults({"max_window_layers": 80}))

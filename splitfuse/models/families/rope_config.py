@@ -58,7 +58,9 @@ def read_rope(
     return RopeSpec(theta=theta, rotary_dim=rotary_dim, scaling=SCALINGS[kind](rope, config, rotary_dim))
 
 
-def read_layer_ropes(config: ConfigJson, *, head_dim: int, theta: float, local_theta: float) -> tuple[RopeSpec, RopeSpec]:
+def read_layer_ropes(
+    config: ConfigJson, *, head_dim: int, theta: float, local_theta: float
+) -> tuple[RopeSpec, RopeSpec]:
     """Return the rope of layers without and of those with a window, whose bases are `theta` and `local_theta` if the
     config does not say: `rope_parameters` by kind of layer (transformers 5), or `rope_theta` and `rope_scaling` for the
     first and `rope_local_base_freq` for the second (before).

@@ -1,4 +1,4 @@
-"""Finds the language model in checkpoints that hold more: its fields in config.json, its tensors, and what is left aside.
+"""Finds the language model in checkpoints that hold more: its fields in config.json, its tensors, what is left aside.
 
 A vision-language checkpoint is read for its text alone: no image, audio or video is ever computed.
 """
@@ -57,7 +57,9 @@ def text_names(stored: Container[str]) -> Callable[[str], str]:
     head = "language_model.lm_head." if prefix == "language_model.model." else "lm_head."
 
     def name(plain: str) -> str:
-        return head + plain.removeprefix("lm_head.") if plain.startswith("lm_head.") else prefix + plain[len("model.") :]
+        return (
+            head + plain.removeprefix("lm_head.") if plain.startswith("lm_head.") else prefix + plain[len("model.") :]
+        )
 
     return name
 

@@ -191,7 +191,14 @@ class ModelSource(ABC):
             return None
 
     def _stated_eos_token_ids(self) -> tuple[int, ...]:
-        for file, values in (("generation_config.json", self.generation_config()), ("config.json", self.config())):
+        config = self.config()
+        text = config.get("text_config")
+        places = (
+            ("generation_config.json", self.generation_config()),
+            ("config.json", config),
+            ("config.json", text if isinstance(text, dict) else {}),
+        )
+        for file, values in places:
             value = values.get("eos_token_id")
             if value is None:
                 continue

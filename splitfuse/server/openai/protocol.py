@@ -183,7 +183,8 @@ class ContentPart(Body, kw_only=True, frozen=True):
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
-            ("image_url", "input_audio", "file"), "messages are text, and parts of them have the type text"
+            ("image_url", "input_audio", "file"),
+            "messages are text, also to vision-language models: use parts of the type text",
         ),
         "cache_control": "prompts stay in the prefix cache as long as there is room",
     }
