@@ -235,7 +235,7 @@ def test_unknown_architecture_lists_known_and_nearest() -> None:
     for architecture in FAMILIES:
         assert architecture in str(refused.value)
     assert "the nearest is Qwen3ForCausalLM" in str(refused.value)
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM, MistralForCausalLM") as refused:
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM") as refused:
         spec_of("ZZZ")
     assert "nearest" not in str(refused.value)
 
@@ -246,6 +246,32 @@ def test_unknown_architecture_lists_known_and_nearest() -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_experts": 8}, "num_experts"),
         ({"num_local_experts": 8}, "num_local_experts"),
+        ({"n_routed_experts": 8}, "n_routed_experts = 8: experts"),
+        ({"n_group": 4}, "n_group = 4: experts chosen by groups"),
+        ({"use_mrope": True}, "use_mrope = True: positions of images"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope type 'mrope'"),
+        ({"hc_mult": 4}, "hc_mult = 4: hyper-connections"),
+        ({"index_topk": 2048}, "index_topk = 2048: a sparse index of keys"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size = 8192: chunked attention"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank = 512: latent attention"),
+        ({"mamba_d_state": 16}, "mamba_d_state = 16: a recurrent state"),
+        ({"linear_num_value_heads": 32}, "linear_num_value_heads = 32: a recurrent state"),
+        ({"ngram_vocab_size_base": 9}, "ngram_vocab_size_base = 9: embeddings of n-grams"),
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256: embeddings for each layer"),
+        ({"num_kv_shared_layers": 15}, "num_kv_shared_layers = 15: keys and values of other layers"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True: attention to later tokens"),
+        ({"alibi": True}, "alibi = True: scores that fall with distance"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50.0: soft caps"),
+        ({"clip_qkv": 8.0}, r"clip_qkv = 8.0: clipped projections"),
+        ({"attn_temperature_tuning": True}, "attn_temperature_tuning = True: queries scaled by position"),
+        ({"residual_multiplier": 0.22}, r"residual_multiplier = 0.22: multipliers"),
+        ({"logits_scaling": 8}, "logits_scaling = 8: scaled logits"),
+        ({"lm_head_bias": True}, "lm_head_bias = True: biases"),
+        ({"use_qk_norm": True}, "use_qk_norm = True: norms of heads"),
+        ({"parallel_attn": True}, "parallel_attn = True: parallel blocks"),
+        ({"no_rope_layers": [1, 0, 1]}, "no_rope_layers = .*: layers without rope"),
+        ({"num_attention_heads_per_layer": [8, 4, 8]}, "num_attention_heads_per_layer = .*: layers of different sizes"),
+        ({"layers_block_type": ["mamba"] * 3}, "layers_block_type = .*: a recurrent state"),
         ({"hidden_act": "xielu"}, "hidden_act 'xielu' .*: gelu, gelu_fast"),
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
@@ -259,7 +285,8 @@ def test_features_not_honoured_are_refused(architecture: str, fields: dict[str, 
 
 
 def test_features_switched_off_are_accepted() -> None:
-    spec_of("Qwen2ForCausalLM", use_mrope=False, quantization_config=None, layer_types=["full_attention"] * 3)
+    off = {"use_mrope": False, "quantization_config": None, "layer_types": ["full_attention"] * 3, "n_group": 1}
+    spec_of("Qwen2ForCausalLM", residual_multiplier=1.0, logits_scaling=1, clip_qkv=0, no_rope_layers=[], **off)
 
 
 @pytest.mark.parametrize(

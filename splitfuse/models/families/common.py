@@ -24,7 +24,7 @@ Windows: TypeAlias = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Describes an architecture: its config reader, its weight names, which of FOREIGN_FEATURES its reader honours.
+    """Describes an architecture: its config reader and its weight names.
 
     One with `text_types` is a vision-language model, of which the text is computed: the reader gets its `text_config`,
     which has one of these model types. With `further_layers` a checkpoint may hold layers beyond the network's.
@@ -33,7 +33,6 @@ class Family:
     model_type: str
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
-    honours: frozenset[str] = frozenset()
     text_types: tuple[str, ...] = ()
     further_layers: bool = False
 
@@ -206,4 +205,4 @@ def window(config: ConfigJson) -> int | None:
 
 def num_experts(config: ConfigJson, default: int) -> int:
     """Return the number of experts; transformers 5 takes either name for the other."""
-    return config.integer("num_local_experts" if "num_local_experts" in config else "num_experts", default)
+    return config.integer("num_local_experts", config.integer("num_experts", default))

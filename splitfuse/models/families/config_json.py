@@ -25,9 +25,10 @@ class ConfigJson:
     Each getter raises ModelError if the field is absent and there is no default, or if its value is not valid.
     """
 
-    def __init__(self, values: Mapping[str, Any], section: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], section: str = "", read: set[str] | None = None) -> None:
         self._values = values
         self._section = section
+        self._read = set() if read is None else read
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
@@ -37,7 +38,12 @@ class ConfigJson:
 
     def raw(self, name: str) -> Any:
         """Return the value as JSON gave it, or None."""
+        self._read.add(name)
         return self._values.get(name)
+
+    def unread(self) -> list[str]:
+        """Return the fields that no getter was called for, neither here nor of a copy with other values."""
+        return [name for name in self._values if name not in self._read]
 
     def is_null(self, name: str) -> bool:
         """Return whether null is written out, which for a few fields differs from absence."""
@@ -88,11 +94,11 @@ class ConfigJson:
     def with_defaults(self, others: ConfigJson | Mapping[str, Any]) -> ConfigJson:
         """Return these fields, and of the others those that are not among them."""
         values = others._values if isinstance(others, ConfigJson) else others
-        return ConfigJson({**values, **self._values}, self._section)
+        return ConfigJson({**values, **self._values}, self._section, self._read)
 
     def with_values(self, values: Mapping[str, Any]) -> ConfigJson:
         """Return these fields, with other values of some."""
-        return ConfigJson({**self._values, **values}, self._section)
+        return ConfigJson({**self._values, **values}, self._section, self._read)
 
     def section(self, name: str) -> ConfigJson:
         """Return a nested object; empty if absent."""
@@ -100,6 +106,7 @@ class ConfigJson:
         return ConfigJson(value, section=f"{self._section}{name}.")
 
     def _value(self, name: str, default: Any, wanted: str, is_valid: Callable[[Any], bool]) -> Any:
+        self._read.add(name)
         value = default if self._values.get(name) is None else self._values[name]
         if value is None:
             raise ModelError(f"config.json has no {self._section}{name}")

@@ -19,6 +19,7 @@ from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.lfm2 import LFM2_NAMES, lfm2
 from splitfuse.models.families.llama import MIXTRAL_NAMES, llama, mistral, mixtral
 from splitfuse.models.families.exaone import EXAONE4_NAMES, exaone4
+from splitfuse.models.families.features import refuse_unread
 from splitfuse.models.families.gemma import GEMMA2_NAMES, GEMMA_NAMES, gemma, gemma2, gemma3
 from splitfuse.models.families.glm import GLM4_NAMES, GLM_NAMES, glm, glm4
 from splitfuse.models.families.llama import (
@@ -47,20 +48,6 @@ from splitfuse.models.families.wrappers import text_config
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
-# Fields that would change the computation: refused by a family that does not honour them.
-FOREIGN_FEATURES = (
-    "quantization_config",
-    "compression_config",
-    "alibi",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "num_experts",
-    "num_local_experts",
-    "use_mrope",
-)
-EXPERTS = frozenset({"num_experts", "num_local_experts"})
-SOFTCAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
-
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
     "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),
@@ -70,11 +57,9 @@ FAMILIES: dict[str, Family] = {
     "CwmForCausalLM": Family("cwm", cwm, DECODER_NAMES),
     "Exaone4ForCausalLM": Family("exaone4", exaone4, EXAONE4_NAMES),
     "GemmaForCausalLM": Family("gemma", gemma, GEMMA_NAMES),
-    "Gemma2ForCausalLM": Family("gemma2", gemma2, GEMMA2_NAMES, honours=SOFTCAPS),
-    "Gemma3ForCausalLM": Family("gemma3_text", gemma3, GEMMA2_NAMES, honours=SOFTCAPS),
-    "Gemma3ForConditionalGeneration": Family(
-        "gemma3", gemma3, GEMMA2_NAMES, honours=SOFTCAPS, text_types=("gemma3_text",)
-    ),
+    "Gemma2ForCausalLM": Family("gemma2", gemma2, GEMMA2_NAMES),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3, GEMMA2_NAMES),
+    "Gemma3ForConditionalGeneration": Family("gemma3", gemma3, GEMMA2_NAMES, text_types=("gemma3_text",)),
     "GlmForCausalLM": Family("glm", glm, GLM_NAMES),
     "Glm4ForCausalLM": Family("glm4", glm4, GLM4_NAMES),
     "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
@@ -82,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
     "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
     "Mistral3ForConditionalGeneration": Family("mistral3", mistral3, DECODER_NAMES, text_types=("mistral",)),
-    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, honours=EXPERTS),
+    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES),
     "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
     "Qwen2VLForConditionalGeneration": Family("qwen2_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_vl_text",)),
@@ -96,6 +81,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
     "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES, honours=EXPERTS),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES, honours=EXPERTS),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES),
     "SeedOssForCausalLM": Family("seed_oss", seed_oss, DECODER_NAMES),
     "SmolLM3ForCausalLM": Family("smollm3", smollm3, DECODER_NAMES),
     "XverseForCausalLM": Family("xverse", llama, DECODER_NAMES),
@@ -120,9 +106,6 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
         )
     family = find_family(architectures[0])
     config = ConfigJson(values)
-    for feature in FOREIGN_FEATURES:
-        if config.raw(feature) and feature not in family.honours:
-            raise UnsupportedModelError(f"config.json has {feature}, which is not supported")
     text = text_config(config, family.text_types) if family.text_types else config
     spec = family.read(text)
     if config.text("model_type", family.model_type) != family.model_type:
@@ -130,6 +113,7 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
             f"config.json contradicts itself: {architectures[0]} has the model_type {family.model_type}, not "
             f"{brief(values['model_type'])}"
         )
+    refuse_unread(text, architectures[0])
     _check_layer_types(text, spec)
     return spec
 
