@@ -121,12 +121,12 @@ def mixtral(**changes: Any) -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=5, **changes)))
 
 
-def phi3_longrope(original: int, **changes: Any) -> PreTrainedModel:
+def phi3_longrope(original: int) -> PreTrainedModel:
     """A Phi-3 whose texts of more than `original` tokens are long: all but those of one token if it is 1."""
     factors = {"short_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 8.0, 13.0, 21.0]}
-    scaling = rope("longrope", attention_factor=1.19, partial_rotary_factor=0.75, **factors)
-    large = {"hidden_size": 96, "original_max_position_embeddings": original, "rope_parameters": scaling}
-    return tiny(Phi3ForCausalLM, **large, **changes)
+    scaling = rope("longrope", attention_factor=1.05, partial_rotary_factor=0.75, **factors)
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    return tiny(Phi3ForCausalLM, original_max_position_embeddings=original, rope_parameters=scaling, **heads)
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
@@ -287,7 +287,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         attention_multiplier=0.0078125,
     ),
     "granite-biases": lambda: tiny(
-        GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, attention_multiplier=0.3
+        GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, residual_multiplier=0.5
     ),
     "hunyuan-dense-alpha": lambda: tiny(
         HunYuanDenseV1ForCausalLM,
