@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from splitfuse.kernels.interface import NormPlace
 from splitfuse.models.families.common import (
+    Family,
     DECODER_NAMES,
     WeightNames,
     decoder,
@@ -41,3 +42,6 @@ def exaone4(config: ConfigJson) -> ModelSpec:
         norm_eps=1e-5,
         layer={"norms": NormPlace.AFTER},
     )
+
+
+FAMILIES = {"Exaone4ForCausalLM": Family("exaone4", exaone4, EXAONE4_NAMES)}

@@ -11,6 +11,7 @@ import torch
 
 from splitfuse.kernels.interface import NormPlace
 from splitfuse.models.families.common import (
+    Family,
     DECODER_NAMES,
     WeightNames,
     activation,
@@ -114,3 +115,11 @@ def _outside(config: ConfigJson) -> dict[str, Any]:
     scale = torch.tensor(config.integer("hidden_size") ** 0.5)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(checkpoint_dtype(config), torch.float32)
     return {"embed_scale": scale.to(dtype).item(), "tied_embeddings": config.flag("tie_word_embeddings", True)}
+
+
+FAMILIES = {
+    "Gemma2ForCausalLM": Family("gemma2", gemma2, GEMMA2_NAMES),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3, GEMMA2_NAMES),
+    "Gemma3ForConditionalGeneration": Family("gemma3", gemma3, GEMMA2_NAMES, text_types=("gemma3_text",)),
+    "GemmaForCausalLM": Family("gemma", gemma, GEMMA_NAMES),
+}

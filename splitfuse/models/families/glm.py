@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from splitfuse.kernels.interface import NormPlace
-from splitfuse.models.families.common import DECODER_NAMES, WeightNames, decoder, mlp, read_attention
+from splitfuse.models.families.common import DECODER_NAMES, Family, WeightNames, decoder, mlp, read_attention
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import interleaved_rope
 from splitfuse.models.families.rope_config import read_rope
@@ -45,3 +45,9 @@ def glm(config: ConfigJson, **layer: Any) -> ModelSpec:
 def glm4(config: ConfigJson) -> ModelSpec:
     """Return the network of a Glm4ForCausalLM."""
     return glm(config, norms=NormPlace.AROUND)
+
+
+FAMILIES = {
+    "Glm4ForCausalLM": Family("glm4", glm4, GLM4_NAMES),
+    "GlmForCausalLM": Family("glm", glm, GLM_NAMES),
+}

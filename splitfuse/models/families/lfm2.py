@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splitfuse.kernels.interface import ConvSpec, HeadNormSpec, Mixer, MlpSpec, NormSpec
-from splitfuse.models.families.common import DECODER_NAMES, WeightNames, decoder, num_layers, read_attention
+from splitfuse.models.families.common import DECODER_NAMES, Family, WeightNames, decoder, num_layers, read_attention
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import conv1d
 from splitfuse.models.spec import ModelSpec
@@ -64,3 +64,6 @@ def _intermediate_size(config: ConfigJson) -> int:
     size = int(config.number("block_ffn_dim_multiplier", 1.0) * size)
     multiple = config.integer("block_multiple_of", 256)
     return -(-size // multiple) * multiple
+
+
+FAMILIES = {"Lfm2ForCausalLM": Family("lfm2", lfm2, LFM2_NAMES)}

@@ -10,6 +10,7 @@ from typing import Any
 from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
+    Family,
     DECODER_NAMES,
     WeightNames,
     decoder,
@@ -184,3 +185,23 @@ def _biased(config: ConfigJson, **fields: Any) -> AttentionSpec:
     """Return attention with biases on all products or on none; `fields` are those of `read_attention`."""
     biased = config.flag("attention_bias", False)
     return read_attention(config, qkv_bias=biased, o_bias=biased, **fields)
+
+
+FAMILIES = {
+    "AquilaForCausalLM": Family("aquila", llama, DECODER_NAMES),
+    "AquilaModel": Family("aquila", llama, DECODER_NAMES),
+    "ArceeForCausalLM": Family("arcee", arcee, ARCEE_NAMES),
+    "CwmForCausalLM": Family("cwm", cwm, DECODER_NAMES),
+    "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
+    "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense", hunyuan_dense, HUNYUAN_NAMES),
+    "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
+    "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),
+    "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
+    "Mistral3ForConditionalGeneration": Family("mistral3", mistral3, DECODER_NAMES, text_types=("mistral",)),
+    "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
+    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES),
+    "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),
+    "SeedOssForCausalLM": Family("seed_oss", seed_oss, DECODER_NAMES),
+    "SmolLM3ForCausalLM": Family("smollm3", smollm3, DECODER_NAMES),
+    "XverseForCausalLM": Family("xverse", llama, DECODER_NAMES),
+}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
+    Family,
     DECODER_NAMES,
     WeightNames,
     Windows,
@@ -99,3 +100,15 @@ def _upper_layer_windows(config: ConfigJson) -> Windows:
         return tuple(size if kind == "sliding_attention" else None for kind in config.texts("layer_types"))
     first = config.integer("max_window_layers", 28, least=0)
     return tuple(size if layer >= first else None for layer in layers)
+
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
+    "Qwen2VLForConditionalGeneration": Family("qwen2_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_vl_text",)),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_5_vl_text",)
+    ),
+    "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES),
+    "Qwen3VLForConditionalGeneration": Family("qwen3_vl", qwen3_vl, DECODER_NAMES, text_types=("qwen3_vl_text",)),
+}

@@ -10,6 +10,7 @@ from torch import Tensor
 from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
+    Family,
     DECODER_NAMES,
     WeightNames,
     decoder,
@@ -143,3 +144,10 @@ def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -
         shared=mlp(config, config.integer("shared_expert_intermediate_size", 512)),
         shared_gate=True,
     )
+
+
+FAMILIES = {
+    "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES),
+}
