@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    Lfm2Config,
-    Lfm2ForCausalLM,
     ArceeForCausalLM,
     CwmForCausalLM,
     Exaone4ForCausalLM,
@@ -24,6 +22,8 @@ from transformers import (
     GlmForCausalLM,
     GraniteForCausalLM,
     HunYuanDenseV1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3ForConditionalGeneration,
@@ -36,11 +36,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLForConditionalGeneration,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,

@@ -101,7 +101,8 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     found = list(named(_outer_shapes(spec), Place()))
     for number, layer in enumerate(spec.layers):
         mixer = layer.mixer
-        rotary_dim = 0 if mixer is None or mixer.rope is None else spec.ropes[mixer.rope].rotary_dim
+        rope = mixer.rope if isinstance(mixer, AttentionSpec) else None
+        rotary_dim = 0 if rope is None else spec.ropes[rope].rotary_dim
         place = Place(layer, number, rotary_dim=rotary_dim)
         found += named(_layer_shapes(layer, spec.norm, spec.hidden_size), place)
         if isinstance(layer.mlp, ExpertsSpec):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from splitfuse.kernels.interface import NormPlace
 from splitfuse.models.families.common import (
-    Family,
     DECODER_NAMES,
+    Family,
     WeightNames,
     decoder,
     head_norms,

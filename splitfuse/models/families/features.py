@@ -29,7 +29,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
             r"time_step_\w+",
             r"(short_)?conv\w*_(kernel|kernel_size|width)",
         ),
-        *("layers_block_type", "block_types", "full_attn_idxs", r"attn_layer_\w+"),
+        *("layers_block_type", "block_types", r"attn_layer_\w+"),
     ),
     "hyper-connections": (r"hc_\w+",),
     "embeddings of n-grams": (r"ngram_\w+", "heads_per_ngram"),

@@ -11,8 +11,8 @@ import torch
 
 from splitfuse.kernels.interface import NormPlace
 from splitfuse.models.families.common import (
-    Family,
     DECODER_NAMES,
+    Family,
     WeightNames,
     activation,
     checkpoint_dtype,

@@ -10,8 +10,8 @@ from typing import Any
 from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
-    Family,
     DECODER_NAMES,
+    Family,
     WeightNames,
     decoder,
     head_norms,

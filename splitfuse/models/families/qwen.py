@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
-    Family,
     DECODER_NAMES,
+    Family,
     WeightNames,
     Windows,
     decoder,

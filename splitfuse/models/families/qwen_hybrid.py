@@ -10,8 +10,8 @@ from torch import Tensor
 from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
-    Family,
     DECODER_NAMES,
+    Family,
     WeightNames,
     decoder,
     head_norms,
