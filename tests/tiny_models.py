@@ -13,17 +13,25 @@ import torch
 from transformers import (
     ArceeForCausalLM,
     CwmForCausalLM,
+    DeepseekV2ForCausalLM,
+    DeepseekV3ForCausalLM,
     Exaone4ForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4UnifiedForCausalLM,
     GemmaForCausalLM,
     Glm4ForCausalLM,
+    Glm4MoeLiteForCausalLM,
     GlmForCausalLM,
     GraniteForCausalLM,
     HunYuanDenseV1ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3ForConditionalGeneration,
@@ -175,6 +183,36 @@ def lfm2(**changes: Any) -> PreTrainedModel:
     """An LFM2 with the changed settings."""
     return Lfm2ForCausalLM(Lfm2Config(**sizes(block_multiple_of=8, **changes)))
 
+
+GEMMA4: dict[str, Any] = {
+    "head_dim": 10,
+    "global_head_dim": 14,
+    "num_hidden_layers": 4,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+LLAMA4: dict[str, Any] = {
+    "head_dim": 10,
+    "num_hidden_layers": 4,
+    "intermediate_size_mlp": 30,
+    "num_local_experts": 5,
+    "attention_chunk_size": 9,
+    "floor_scale": 5,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+}
+"""Settings of latent attention and of the experts that come with it."""
 
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-plain": lambda: llama(num_key_value_heads=6),
@@ -369,6 +407,96 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         head_dim=16,
         rope_parameters=rope("default", mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
+    "deepseek-v2-groups-biases": lambda: tiny(
+        DeepseekV2ForCausalLM,
+        **LATENT,
+        topk_method="group_limited_greedy",
+        first_k_dense_replace=1,
+        attention_bias=True,
+        mlp_bias=True,
+        routed_scaling_factor=3.0,
+    ),
+    "deepseek-v2-direct-queries": lambda: tiny(
+        DeepseekV2ForCausalLM, **LATENT | {"q_lora_rank": None, "qk_nope_head_dim": 4, "n_shared_experts": 1}
+    ),
+    "deepseek-v3": lambda: tiny(
+        DeepseekV3ForCausalLM,
+        **LATENT,
+        first_k_dense_replace=1,
+        rope_parameters=rope(
+            "yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.3, beta_fast=8.0
+        ),
+    ),
+    "glm4-moe-lite": lambda: tiny(
+        Glm4MoeLiteForCausalLM,
+        **LATENT | {"n_group": 1, "topk_group": 1, "v_head_dim": 18},
+        norm_topk_prob=False,
+        attention_bias=True,
+        mlp_layer_types=["sparse", "dense", "sparse"],
+    ),
+    "gemma4-keys-as-values": lambda: tiny(
+        Gemma4ForCausalLM,
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        final_logit_softcapping=5.0,
+        hidden_activation="silu",
+    ),
+    "gemma4-experts": lambda: tiny(
+        Gemma4ForCausalLM,
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=5,
+        top_k_experts=2,
+        moe_intermediate_size=20,
+        rms_norm_eps=1e-5,
+    ),
+    "gemma4-vision-per-layer-embeddings": lambda: tiny_with_vision(
+        Gemma4ForConditionalGeneration,
+        **GEMMA4,
+        pad_token_id=0,
+        hidden_size_per_layer_input=12,
+        vocab_size_per_layer_input=101,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        tie_word_embeddings=True,
+    ),
+    "gemma4-unified-shared-keys": lambda: tiny(
+        Gemma4UnifiedForCausalLM,
+        **GEMMA4 | {"num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2},
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "sliding_attention": rope("linear", factor=2.0),
+            "full_attention": rope("proportional", partial_rotary_factor=0.6, factor=2.0),
+        },
+    ),
+    "llama4-vision": lambda: tiny_with_vision(
+        Llama4ForConditionalGeneration,
+        **LLAMA4,
+        interleave_moe_layer_step=2,
+        num_key_value_heads=1,
+        num_attention_heads=7,
+        attn_scale=0.7,
+    ),
+    "llama4-two-experts-plain-heads": lambda: tiny(
+        Llama4ForCausalLM,
+        **LLAMA4,
+        use_qk_norm=False,
+        attention_bias=True,
+        num_experts_per_tok=2,
+        no_rope_layers=[0, 1, 0, 1],
+        attn_temperature_tuning=False,
+        moe_layers=[0, 1, 3],
+        layer_types=["full_attention", "full_attention", "chunked_attention", "chunked_attention"],
+        rope_parameters=rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        ),
+    ),
     "mixtral-window": lambda: mixtral(sliding_window=7),
     "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True, tie_word_embeddings=True),
     "qwen3-moe-some-dense": lambda: qwen3_moe(
@@ -392,6 +520,8 @@ def make(variant: str) -> PreTrainedModel:
                 weight.normal_(mean=float("norm" in name), std=0.3)
             else:
                 weight.normal_(std=0.15)
+        for name in sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):
+            model.get_buffer(name).normal_(mean=1.0, std=0.3)
     return model.float().eval()
 
 

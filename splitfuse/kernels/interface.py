@@ -72,6 +72,28 @@ class QueryScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Describes queries, keys and values that are projected from compressed vectors (multi-head latent attention:
+    DeepSeek-V2, arXiv 2405.04434).
+
+    Queries come from a vector of `q_rank`, without it from the hidden states; the last `nope_dim` elements of keys and
+    the values, `v_dim` long, from one of `kv_rank`; both vectors are normed. The first `rope_dim` elements of queries
+    and keys are rotated, and those of keys are the same in all heads.
+    """
+
+    norm: NormSpec
+    q_rank: int | None
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+
+    def q_width(self, num_heads: int) -> int:
+        """Return how many elements of queries are projected from the hidden states."""
+        return self.q_rank or num_heads * (self.rope_dim + self.nope_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Describes the attention of one layer. Its keys and values are [Hk, D] for each token.
 
@@ -81,6 +103,7 @@ class AttentionSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent: LatentSpec | None = None  # queries, keys and values of `head_dim`, filled up, come from compressed vectors
     rope: int | None = 0  # index into the network's rope tables; None: positions are not rotated
     window: int | None = None  # positions that a query sees, its own included; None: all before it
     chunk: int | None = None  # a query sees no key before the last multiple of it
@@ -88,6 +111,8 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: HeadNormSpec | None = None
     v_norm: NormSpec | None = None  # of each head's value, without weights
+    value_is_key: bool = False  # values are projected by the keys' rows, which are kept twice
+    kv_layer: int | None = None  # keys and values are those of this layer before it; it has none of its own
     gate: bool = False  # the output is multiplied by the sigmoid of a projection of the layer's input
     sinks: bool = False  # each head has the score of a key without a value
     alibi: bool = False  # scores fall linearly with distance (Press et al., arXiv 2108.12409)
@@ -96,6 +121,9 @@ class AttentionSpec:
     softcap: float | None = None  # scores, scaled, become softcap * tanh(score / softcap)
 
     def __post_init__(self) -> None:
+        if (latent := self.latent) is not None:
+            assert self.num_heads == self.num_kv_heads
+            assert self.head_dim == max(latent.rope_dim + latent.nope_dim, latent.v_dim)
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.num_heads} attention heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
@@ -181,7 +209,11 @@ class RouterSpec:
     choice_bias: bool = False
     num_groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
+    min_sum: float = 0.0
     scale: float = 1.0
+    scales_input: bool = False  # a weight multiplies what its expert reads, not what it gives
+    expert_scale: bool = False  # the weight of an expert is multiplied by a stored number of its own
 
     def __post_init__(self) -> None:
         if self.top_k > self.num_experts:
@@ -202,12 +234,16 @@ class RouterSpec:
 class ExpertsSpec:
     """Describes a mixture of experts in place of an MLP: the weighted sum over the experts that a token chooses, and
     with `shared` an MLP that every token visits, with `shared_gate` times the sigmoid of a projection to one number.
+
+    With `own_norm` experts and router read the layer's input by norms of their own, and what the experts and what the
+    shared MLP gives is normed before both are added (Gemma 4).
     """
 
     router: RouterSpec
     expert: MlpSpec
     shared: MlpSpec | None = None
     shared_gate: bool = False
+    own_norm: NormSpec | None = None
 
 
 class NormPlace(Enum):
@@ -229,6 +265,16 @@ class NormPlace(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenInputSpec:
+    """Describes what a layer adds from an embedding of its own, of `size` elements for each token, after the MLP:
+    `x += norm(out(activation(gate(x)) * input))`.
+    """
+
+    size: int
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Describes a decoder layer: `x += mixer(norm(x))`, then `x += mlp(norm(x))`; a block that is None is not there.
 
@@ -243,6 +289,7 @@ class LayerSpec:
     parallel: bool = False
     shared_norm: bool = False
     residual_scale: float = 1.0
+    token_input: TokenInputSpec | None = None
     output_scale: bool = False
 
 
@@ -259,6 +306,8 @@ class Role(Enum):
     PLAIN = "plain"
     NORM = "norm"
     QKV = "qkv"
+    Q_B = "q_b"
+    KV_B = "kv_b"
     ATTN_GATE = "attn_gate"
     IN_PROJ = "in_proj"
     GATES = "gates"
@@ -267,6 +316,9 @@ class Role(Enum):
     GATE_UP = "gate_up"
     UP = "up"
     DOWN = "down"
+    TOKEN_PROJECTION = "token_projection"
+    TOKEN_GATE = "token_gate"
+    TOKEN_OUT = "token_out"
     ROUTER = "router"
     W13 = "w13"
     W1 = "w1"
@@ -303,12 +355,16 @@ class LayerWeights:
 
     attn_norm: Tensor | None = None
     attn_norm_bias: Tensor | None = None
-    qkv: Weight = None  # [(H + 2 Hk) D, C]
+    qkv: Weight = None  # [(H + 2 Hk) D, C], or [H D, C] if keys and values are another layer's
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     q_norm_bias: Tensor | None = None
     k_norm: Tensor | None = None
     k_norm_bias: Tensor | None = None
+    q_a_norm: Tensor | None = None  # [q_rank]: this and the next three of latent attention, whose qkv is
+    q_b: Weight = None  # [H (rope_dim + nope_dim), q_rank]       [q_width + kv_rank + rope_dim, C]
+    kv_a_norm: Tensor | None = None  # [kv_rank]
+    kv_b: Weight = None  # [H (nope_dim + v_dim), kv_rank]
     attn_gate: Weight = None  # [H D, C]
     sinks: Tensor | None = None  # [H]
     in_proj: Weight = None  # of a delta net [queries, keys, values, z; C], of a convolution [b, c, x; C]
@@ -321,7 +377,7 @@ class LayerWeights:
     delta_norm: Tensor | None = None  # [Dv]
     out_proj: Weight = None  # of a delta net [C, Hv Dv], of a convolution [C, C]
     out_proj_bias: Tensor | None = None
-    o: Weight = None  # [C, H D]
+    o: Weight = None  # [C, H D], of latent attention [C, H v_dim]
     o_bias: Tensor | None = None
     post_attn_norm: Tensor | None = None
     post_attn_norm_bias: Tensor | None = None
@@ -336,10 +392,18 @@ class LayerWeights:
     w1_bias: Sequence[Tensor] = ()  # of w13 or w1
     w2: Sequence[Weight] = ()  # of each expert [C, I]
     w2_bias: Sequence[Tensor] = ()
+    expert_scale: Tensor | None = None  # [E]
+    router_norm: Tensor | None = None
+    expert_norm: Tensor | None = None
+    post_expert_norm: Tensor | None = None
     shared: MlpWeights | None = None
     shared_gate: Weight = None  # [1, C]
+    post_shared_norm: Tensor | None = None
     post_mlp_norm: Tensor | None = None
     post_mlp_norm_bias: Tensor | None = None
+    token_gate: Weight = None  # [P, C]
+    token_out: Weight = None  # [C, P]
+    token_norm: Tensor | None = None
     output_scale: Tensor | None = None  # [1]
 
 
@@ -349,6 +413,9 @@ class NetworkWeights:
 
     embed: Weight  # [vocabulary, C]: a plain tensor, or the packed head if the two are tied
     positions: Tensor | None = None  # [positions, C], added to the embedding
+    token_inputs: Tensor | None = None  # [rows, L P], of which each layer gets P elements
+    token_projection: Weight = None  # [L P, C], of the embedding
+    token_input_norm: Tensor | None = None  # [P]
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     norm_bias: Tensor | None = None

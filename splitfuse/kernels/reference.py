@@ -136,6 +136,8 @@ class ReferenceBackend(Backend):
         weights: LayerWeights,
     ) -> Tensor:
         q, k, v = place_heads(qkv, spec, batch, rope, weights)
+        if spec.kv_layer is not None:
+            return q
         written = batch.slot_mapping >= 0
         slots: Tensor = store.view(2, -1, spec.num_kv_heads, spec.head_dim)
         slots[:, batch.slot_mapping[written]] = torch.stack((k, v))[:, written]
@@ -203,15 +205,15 @@ class ReferenceBackend(Backend):
         scores = wide.sigmoid() if spec.sigmoid else wide.softmax(dim=-1)
         choice = scores if choice_bias is None else scores + choice_bias.to(scores.dtype)
         if spec.num_groups > 1:
-            groups = choice.view(len(choice), spec.num_groups, -1)
-            best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
-            chosen = torch.zeros_like(best_two, dtype=torch.bool)
-            chosen.scatter_(1, best_two.topk(spec.top_groups, dim=-1).indices, True)
-            choice = groups.masked_fill(~chosen.unsqueeze(-1), -torch.inf).flatten(1)
-        expert_ids = choice.topk(spec.top_k, dim=-1).indices
+            size = spec.num_experts // spec.num_groups
+            groups = choice.view(-1, spec.num_groups, size)
+            sums = groups.topk(min(spec.group_best, size), dim=-1).values.sum(dim=-1)
+            left_out = torch.ones_like(sums, dtype=torch.bool).scatter(1, _best(sums, spec.top_groups), False)
+            choice = groups.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)
+        expert_ids = _best(choice, spec.top_k)
         weights = scores.gather(1, expert_ids)
         if spec.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=spec.min_sum)
         return expert_ids, weights * spec.scale
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
@@ -232,8 +234,11 @@ class ReferenceBackend(Backend):
 def place_heads(
     qkv: Tensor, spec: AttentionSpec, batch: RaggedBatch, rope: RopeTable | None, weights: LayerWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [T, H, D], keys and values [T, Hk, D] of qkv: normed, rotated and scaled as the spec says."""
-    sizes = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    """Return queries [T, H, D], keys and values [T, Hk, D] of qkv: normed, rotated and scaled as the spec says. If they
+    are another layer's, there are no keys and values.
+    """
+    num_kv_heads = spec.num_kv_heads if spec.kv_layer is None else 0
+    sizes = (spec.num_heads, num_kv_heads, num_kv_heads)
     q, k, v = qkv.view(-1, sum(sizes), spec.head_dim).split_with_sizes(sizes, dim=1)
     norms = spec.qk_norm
     if norms is not None and not norms.after_rope:
@@ -276,6 +281,11 @@ def _norm_heads(heads: Tensor, spec: HeadNormSpec, weight: Tensor | None, bias: 
     if spec.whole_row:
         return _norm(heads.flatten(1), spec.norm, weight, bias).view_as(heads)
     return _norm(heads, spec.norm, weight, bias)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Return the indices of each row's largest, best first and of equal ones the lower first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _first_seen(spec: AttentionSpec, position: int) -> int:

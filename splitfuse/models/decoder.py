@@ -6,6 +6,7 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
@@ -22,8 +23,10 @@ from splitfuse.kernels.interface import (
     NetworkPlan,
     NetworkWeights,
     Store,
+    TokenInputSpec,
 )
 from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.latent import expanded
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
 
@@ -73,8 +76,13 @@ class Decoder:
             x = x * self.spec.embed_scale
         if self.weights.positions is not None:
             x = x + self.weights.positions[batch.positions + self.spec.position_offset]
-        for layer, weights, store in zip(self.spec.layers, self.weights.layers, kv_cache.layers, strict=True):
-            x = self._layer(x, layer, weights, store, batch)
+        token_inputs = self._token_inputs(batch.ids, x)
+        for number, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
+            x = self._layer(x, layer, weights, kv_cache.layers[number], batch)
+            if layer.token_input is not None:
+                x = self._with_token_input(x, token_inputs[:, number], layer.token_input, weights)
+            if weights.output_scale is not None:
+                x = x * weights.output_scale
         return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -101,11 +109,28 @@ class Decoder:
             if not (layer.parallel and layer.shared_norm):
                 read = self._norm(source, weights.mlp_norm, weights.mlp_norm_bias) if norms.before else x.to(self.dtype)
             assert read is not None
-            inner = mlp(read, layer.mlp, weights, self.backend)
+            inner = mlp(read, layer.mlp, weights, self.backend, source)
             if norms.after:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
             x = _add(x, inner, layer.residual_scale)
-        return x if weights.output_scale is None else x * weights.output_scale
+        return x
+
+    def _token_inputs(self, ids: Tensor, x: Tensor) -> Tensor:
+        """Return the input of each layer's own, from ids [T] and their embedding [T, C]: [T, L, P]."""
+        table, size = self.weights.token_inputs, self.spec.token_input_size
+        if table is None:
+            return x.new_empty(len(x), 0)
+        projected = self.backend.linear(x.to(self.dtype), self.weights.token_projection) * x.shape[1] ** -0.5
+        projected = self._norm(projected.view(-1, size), self.weights.token_input_norm, None)
+        looked_up = F.embedding(ids, table) * size**0.5
+        both: Tensor = (projected.view_as(looked_up) + looked_up) * 2**-0.5
+        return both.view(len(x), -1, size)
+
+    def _with_token_input(self, x: Tensor, own: Tensor, spec: TokenInputSpec, weights: LayerWeights) -> Tensor:
+        """Return the residual stream [T, C] with what a layer adds from its own input [T, P]."""
+        gate = self.backend.activated(x.to(self.dtype), weights.token_gate, None, spec.activation)
+        out = self.backend.linear((gate * own).to(self.dtype), weights.token_out)
+        return x + self._norm(out, weights.token_norm, None)
 
     def _mix(self, x: Tensor, spec: Mixer, weights: LayerWeights, store: Store, batch: RaggedBatch) -> Tensor:
         """Return what the mixer of a layer gives of hidden states as it reads them: [T, C] -> [T, C]."""
@@ -124,10 +149,16 @@ class Decoder:
     ) -> Tensor:
         """Return the attention of normed hidden states: [T, C] -> [T, C]."""
         backend = self.backend
-        qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
+        if spec.latent is None:
+            qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
+        else:
+            qkv = expanded(x, spec, weights, backend)
         rope = None if spec.rope is None else self.ropes[spec.rope]
         q = backend.rope_store(qkv, store, spec, batch, rope, weights)  # [T, H, D]
-        attended = backend.attend(q, store, spec, batch, weights.sinks).flatten(1)
+        attended = backend.attend(q, store, spec, batch, weights.sinks)
+        if spec.latent is not None:
+            attended = attended[:, :, : spec.latent.v_dim]
+        attended = attended.flatten(1)
         if spec.gate:
             gate = backend.linear(x, weights.attn_gate)
             attended = (attended * torch.sigmoid(gate)).to(attended.dtype)
@@ -138,21 +169,47 @@ class Decoder:
         return self.backend.norm(x, self.spec.norm, weight, bias)
 
 
-def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: Backend) -> Tensor:
-    """Return the MLP or the mixture of experts of x: [T, C] -> [T, C]."""
+def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: Backend, source: Tensor) -> Tensor:
+    """Return the MLP or the mixture of experts of x: [T, C] -> [T, C]. `source` is x before its norm."""
     if isinstance(spec, MlpSpec):
         assert weights.mlp is not None
         return _dense(x, spec, weights.mlp, backend)
-    logits = backend.linear(x, weights.router, weights.router_bias)
+    routed, read = x, x
+    if spec.own_norm is not None:
+        routed = _own_norm(source, spec, weights.router_norm, backend)
+        read = _own_norm(source, spec, weights.expert_norm, backend)
+    logits = backend.linear(routed, weights.router, weights.router_bias)
     expert_ids, expert_weights = backend.route(logits, spec.router, weights.choice_bias)
-    y = backend.experts(x, expert_ids, expert_weights, spec.expert, weights)
+    if weights.expert_scale is not None:
+        expert_weights = expert_weights * weights.expert_scale[expert_ids]
+    y = _experts(read, expert_ids, expert_weights, spec, weights, backend)
     if spec.shared is None:
         return y
     assert weights.shared is not None
     shared = _dense(x, spec.shared, weights.shared, backend)
     if spec.shared_gate:
         shared = shared * torch.sigmoid(backend.linear(x, weights.shared_gate))
+    if spec.own_norm is not None:
+        y = _own_norm(y, spec, weights.post_expert_norm, backend)
+        shared = _own_norm(shared, spec, weights.post_shared_norm, backend)
     return y + shared
+
+
+def _own_norm(x: Tensor, spec: ExpertsSpec, weight: Tensor | None, backend: Backend) -> Tensor:
+    assert spec.own_norm is not None and weight is not None
+    return backend.norm(x, spec.own_norm, weight)
+
+
+def _experts(
+    x: Tensor, ids: Tensor, scores: Tensor, spec: ExpertsSpec, weights: LayerWeights, backend: Backend
+) -> Tensor:
+    """Return the sum over each token's experts, what they read or what they give weighted by their scores."""
+    if not spec.router.scales_input:
+        return backend.experts(x, ids, scores, spec.expert, weights)
+    scaled = (x.unsqueeze(1) * scores.unsqueeze(-1)).to(x.dtype).flatten(0, 1)  # [T x top_k, C]
+    ones = torch.ones_like(scores).reshape(-1, 1)
+    each = backend.experts(scaled, ids.reshape(-1, 1), ones, spec.expert, weights)
+    return each.view(*ids.shape, -1).sum(dim=1)
 
 
 def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend) -> Tensor:

@@ -15,7 +15,8 @@ from splitfuse.models.spec import ModelSpec
 
 def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend: Backend) -> int:
     """Return the bytes of one block over all layers."""
-    mixers = (layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec))
+    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
+    mixers = [mixer for mixer in mixers if mixer.kv_layer is None]
     return sum(backend.kv_bytes(mixer, block_size=block_size, dtype=dtype) for mixer in mixers)
 
 
@@ -28,7 +29,7 @@ def state_bytes(spec: ModelSpec, backend: Backend) -> int:
 
 class KVCache:
     """Holds `num_blocks` blocks of `block_size` positions, and `num_states` slots of recurrent states: `layers[i]` is
-    the store of layer i, None if it has none.
+    the store that layer i reads, which may be that of a layer before it; None if it reads none.
 
     Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """
@@ -55,13 +56,17 @@ class KVCache:
             if mixer is None:
                 return None
             if isinstance(mixer, AttentionSpec):
+                if mixer.kv_layer is not None:
+                    return self.layers[mixer.kv_layer]
                 return backend.allocate_kv(
                     mixer, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
             return backend.allocate_states(mixer, num_slots=num_states, device=device)
 
+        self.layers = []
         try:
-            self.layers = [allocate(layer.mixer) for layer in spec.layers]
+            for layer in spec.layers:
+                self.layers.append(allocate(layer.mixer))
         except RuntimeError as error:  # what torch raises on every device when memory runs out
             size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, backend=backend)
             raise MemoryPlanError(

@@ -18,6 +18,7 @@ from splitfuse.models.spec import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeSpec,
     YarnScaling,
 )
@@ -53,6 +54,9 @@ def _frequencies(rope: RopeSpec, positions: Tensor, max_position: int) -> Tensor
             return plain
         case LinearScaling(factor=factor):
             return plain / factor
+        case ProportionalScaling(share=share, factor=factor):
+            pairs = torch.arange(dim // 2)
+            return (plain / factor).where(pairs < int(share * dim // 2), 0.0)
         case DynamicScaling(factor=factor, original_max_position=original):
             # The token at p is the last of p + 1: the frequencies that generating token by token gives it.
             lengths = (positions + 1).clamp(min=original)

@@ -71,7 +71,19 @@ class LongRopeScaling:
     original_max_position: int
 
 
-RopeScaling: TypeAlias = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+@dataclass(frozen=True, kw_only=True)
+class ProportionalScaling:
+    """Rotates the first `share` of the pairs of elements as if all were rotated, with positions divided by `factor`;
+    the others stay (Gemma 4).
+    """
+
+    share: float
+    factor: float
+
+
+RopeScaling: TypeAlias = (
+    ProportionalScaling | LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,7 @@ class ModelSpec:
     embed_scale: float = 1.0
     learned_positions: bool = False  # a row for each position is added to the embedding
     position_offset: int = 0  # row of position 0
+    token_input_rows: int = 0  # of the embedding that gives each layer an input of its own
     tied_embeddings: bool = False
     head_bias: bool = False
     logit_scale: float = 1.0
@@ -120,3 +133,8 @@ class ModelSpec:
                 raise ModelError(
                     f"the rotary part of a head must be an even number from 2 to head_dim {head_dim}, not {rotary_dim}"
                 )
+
+    @property
+    def token_input_size(self) -> int:
+        """Return the size of the input that each layer has of its own, 0 if it has none."""
+        return max((layer.token_input.size for layer in self.layers if layer.token_input is not None), default=0)

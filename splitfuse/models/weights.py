@@ -23,6 +23,7 @@ from splitfuse.kernels.interface import (
     Backend,
     ConvSpec,
     ExpertsSpec,
+    LatentSpec,
     LayerSpec,
     LayerWeights,
     Mixer,
@@ -34,6 +35,7 @@ from splitfuse.kernels.interface import (
     Weight,
 )
 from splitfuse.models.decoder import Decoder
+from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
 from splitfuse.models.families.wrappers import kind_aside, text_names
@@ -92,7 +94,7 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
 
     def named(shapes: Shapes, place: Place) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
-            layout = [Stored(each) if isinstance(each, str) else each for each in names[name]]
+            layout = _layout(names, name, place)
             if len(layout) == 1 < len(pieces):  # all pieces lie in one tensor, in our order
                 pieces = ((sum(piece[0] for piece in pieces), *pieces[0][1:]),)
             parts = tuple(_part(*each, place) for each in zip(layout, pieces, strict=True))
@@ -112,6 +114,13 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     return found
 
 
+def _layout(names: WeightNames, name: str, place: Place) -> list[Stored]:
+    """Return the tensors that a weight of `place` is made of."""
+    layout = names[name]
+    parts = layout(place) if callable(layout) else layout
+    return [Stored(each) if isinstance(each, str) else each for each in parts]
+
+
 def _part(stored: Stored, shape: Shape, place: Place) -> Part:
     name = stored.name.format(layer=place.number, expert=place.expert)
     return Part(Piece(name, stored.shape(shape, place)), stored, place, shape)
@@ -122,7 +131,8 @@ def _role(name: str, spec: ModelSpec) -> Role:
     if name == "embed" and spec.tied_embeddings:
         return Role.HEAD
     last = name.rpartition(".")[2]
-    if last.removesuffix("_bias").endswith(("norm", "conv", "decay")) or last == "output_scale":
+    others = ("output_scale", "choice_bias", "expert_scale")
+    if last.removesuffix("_bias").endswith(("norm", "conv", "decay")) or last in others:
         return Role.NORM
     return Role(last) if last in {role.value for role in Role} else Role.PLAIN
 
@@ -132,6 +142,11 @@ def _outer_shapes(spec: ModelSpec) -> Shapes:
     shapes: Shapes = {"embed": (table,), **_norm_shapes("norm", spec.norm, spec.hidden_size)}
     if spec.learned_positions:
         shapes["positions"] = ((spec.max_position + spec.position_offset, spec.hidden_size),)
+    if spec.token_input_rows:
+        size = spec.token_input_size
+        width = size * len(spec.layers)
+        shapes |= {"token_inputs": ((spec.token_input_rows, width),), "token_projection": ((width, spec.hidden_size),)}
+        shapes["token_input_norm"] = ((size,),)
     if spec.head_bias:
         shapes["head_bias"] = ((spec.vocab_size,),)
     return shapes if spec.tied_embeddings else shapes | {"head": (table,)}
@@ -159,8 +174,15 @@ def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
         shapes["router"] = ((router.num_experts, hidden),)
         shapes |= {"router_bias": ((router.num_experts,),)} if router.bias else {}
         shapes |= {"choice_bias": ((router.num_experts,),)} if router.choice_bias else {}
+        shapes |= {"expert_scale": ((router.num_experts,),)} if router.expert_scale else {}
+        if layer.mlp.own_norm is not None:
+            shapes |= dict.fromkeys(("router_norm", "expert_norm", "post_expert_norm"), ((hidden,),))
+            shapes |= {"post_shared_norm": ((hidden,),)} if layer.mlp.shared else {}
         shapes |= _mlp_shapes("shared", layer.mlp.shared, hidden) if layer.mlp.shared else {}
         shapes |= {"shared_gate": ((1, hidden),)} if layer.mlp.shared_gate else {}
+    if layer.token_input is not None:
+        size = layer.token_input.size
+        shapes |= {"token_gate": ((size, hidden),), "token_out": ((hidden, size),), "token_norm": ((hidden,),)}
     return shapes | ({"output_scale": ((1,),)} if layer.output_scale else {})
 
 
@@ -185,9 +207,14 @@ def _mixer_shapes(spec: Mixer, hidden: int) -> Shapes:
 
 def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:
     q, kv, dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.head_dim
-    shapes: Shapes = {"qkv": ((q, hidden), (kv, hidden), (kv, hidden)), "o": ((hidden, q),)}
+    own_kv = spec.kv_layer is None
+    rows: tuple[int, ...] = (q, kv, kv) if own_kv else (q,)
+    shapes: Shapes = {"qkv": tuple((count, hidden) for count in rows), "o": ((hidden, q),)}
+    if (latent := spec.latent) is not None:
+        rows = (latent.q_width(spec.num_heads), latent.kv_rank + latent.rope_dim)
+        shapes = _latent_shapes(latent, spec.num_heads, hidden) | {"qkv": tuple((count, hidden) for count in rows)}
     if spec.qkv_bias:
-        shapes["qkv_bias"] = ((q,), (kv,), (kv,))
+        shapes["qkv_bias"] = tuple((count,) for count in rows)
     if spec.o_bias:
         shapes["o_bias"] = ((hidden,),)
     if spec.gate:
@@ -195,10 +222,22 @@ def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:
     if spec.sinks:
         shapes["sinks"] = ((spec.num_heads,),)
     if (norms := spec.qk_norm) is not None and norms.weight:
-        for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+        for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads))[: 1 + own_kv]:
             shape = (heads * dim,) if norms.whole_row else (heads, dim) if norms.own_weights else (dim,)
             shapes |= _norm_shapes(name, norms.norm, *shape)
     return shapes
+
+
+def _latent_shapes(spec: LatentSpec, heads: int, hidden: int) -> Shapes:
+    """Return the weights of latent attention but those that read the hidden states."""
+    shapes: Shapes = {
+        "kv_a_norm": ((spec.kv_rank,),),
+        "kv_b": ((heads * (spec.nope_dim + spec.v_dim), spec.kv_rank),),
+        "o": ((hidden, heads * spec.v_dim),),
+    }
+    if (rank := spec.q_rank) is None:
+        return shapes
+    return shapes | {"q_a_norm": ((rank,),), "q_b": ((heads * (spec.rope_dim + spec.nope_dim), rank),)}
 
 
 def _mlp_shapes(name: str, spec: MlpSpec, hidden: int) -> Shapes:
@@ -262,9 +301,11 @@ def left_aside(weights: WeightSource, spec: ModelSpec) -> dict[str, list[str]]:
     """Return the tensors that do not belong to the network of `spec` and need not, by kind: vision, audio, ..."""
     family = find_family(spec.architecture)
     num_layers = len(spec.layers) if family.further_layers else None
+    mixers = [layer.mixer for layer in spec.layers]
+    reusing = {n for n, mixer in enumerate(mixers) if isinstance(mixer, AttentionSpec) and mixer.kv_layer is not None}
     found: dict[str, list[str]] = {}
     for name in weights.names():
-        kind = kind_aside(name, wrapper=bool(family.text_types), num_layers=num_layers)
+        kind = kind_aside(name, wrapper=bool(family.text_types), num_layers=num_layers, reusing=reusing)
         if kind is not None:
             found.setdefault(kind, []).append(name)
     return found
@@ -300,7 +341,7 @@ def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]
 def _tied_pair(weights: WeightSource, spec: ModelSpec) -> tuple[Piece, Piece]:
     """Return the embedding and the output head, of which a tied network has one."""
     names, table = find_family(spec.architecture).names, (spec.vocab_size, spec.hidden_size)
-    embed, head = (each.name if isinstance(each, Stored) else each for each in (names["embed"][0], names["head"][0]))
+    embed, head = (_layout(names, name, Place())[0].name for name in ("embed", "head"))
     rename = _renaming(weights, spec)
     return rename(Piece(embed, table)), rename(Piece(head, table))
 

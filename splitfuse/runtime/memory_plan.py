@@ -163,7 +163,9 @@ def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype)
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes of one token at the widest moment of a step, generously."""
-    return max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) * max(dtype.itemsize, 4)
+    token_inputs = 3 * spec.token_input_size * len(spec.layers)
+    width = max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) + token_inputs
+    return width * max(dtype.itemsize, 4)
 
 
 def _layer_width(layer: LayerSpec, hidden: int) -> int:
@@ -179,7 +181,8 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
     if isinstance(mixer, DeltaSpec | ConvSpec):
         width += 4 * mixer.num_channels
     elif mixer is not None:
-        width += (3 + mixer.gate) * mixer.num_heads * mixer.head_dim
+        copies = 2 if mixer.latent is not None else 1  # as projected, and filled up
+        width += (3 * copies + mixer.gate) * mixer.num_heads * mixer.head_dim
     return width
 
 

@@ -207,14 +207,15 @@ def test_layers_with_unequal_heads_run_one_by_one(variant: str, attention: dict[
 def test_cpp_kernels_know_every_field_of_a_layer() -> None:
     """`CpuBackend` and `FusedNetwork` honour a new field, or `compile_network` gives None for it: then add it here."""
     known = {
-        LayerSpec: "mixer mlp norms parallel shared_norm residual_scale output_scale",
-        AttentionSpec: "num_heads num_kv_heads head_dim rope window chunk qkv_bias o_bias qk_norm v_norm gate sinks "
-        "alibi scale query_scaling softcap",
+        LayerSpec: "mixer mlp norms parallel shared_norm residual_scale token_input output_scale",
+        AttentionSpec: "num_heads num_kv_heads head_dim latent rope window chunk qkv_bias o_bias qk_norm v_norm "
+        "value_is_key kv_layer gate sinks alibi scale query_scaling softcap",
         DeltaSpec: "num_key_heads num_value_heads key_dim value_dim conv_size norm",
         ConvSpec: "num_channels conv_size bias",
         MlpSpec: "intermediate_size activation gated bias",
-        ExpertsSpec: "router expert shared shared_gate",
-        RouterSpec: "num_experts top_k renormalize sigmoid bias choice_bias num_groups top_groups scale",
+        ExpertsSpec: "router expert shared shared_gate own_norm",
+        RouterSpec: "num_experts top_k renormalize sigmoid bias choice_bias num_groups top_groups "
+        "group_best min_sum scale scales_input expert_scale",
         NormSpec: "eps centered bias",
         HeadNormSpec: "norm whole_row own_weights weight after_rope",
     }

@@ -61,7 +61,7 @@ def test_mixture(moe: ExpertsSpec, tokens: int) -> None:
     router, w13, w2 = make(moe)
     x = torch.randn(tokens, HIDDEN)
     weights = LayerWeights(router=router, w13=w13, w2=w2)
-    ours = mlp(x, moe, weights, ReferenceBackend())
+    ours = mlp(x, moe, weights, ReferenceBackend(), x)
     torch.testing.assert_close(ours, loop(x, router, w13, w2, moe), rtol=1e-4, atol=1e-4)
 
 

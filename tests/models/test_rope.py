@@ -133,7 +133,7 @@ def test_extended_length() -> None:
         assert extended_length(rope_of(rope), MAX_POSITION) == length
 
 
-@pytest.mark.parametrize("kind", ["proportional", "mrope", ""])
+@pytest.mark.parametrize("kind", ["axial", "mrope", ""])
 def test_unknown_type_lists_the_known(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match="default, linear, dynamic, llama3, yarn"):
         rope_of({"rope_type": kind})

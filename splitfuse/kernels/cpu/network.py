@@ -49,6 +49,7 @@ MOST_TAPS = 16  # in csrc/delta.h too
 
 COVERED = (
     *("num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "qk_norm", "scale", "softcap"),
+    "value_is_key",  # keys' rows are kept twice
 )
 """Fields of AttentionSpec that the kernels compute."""
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, Mixer, MlpSpec, NormSpec
+from splitfuse.errors import ModelError, UnsupportedModelError, brief
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ExpertsSpec,
+    HeadNormSpec,
+    LayerSpec,
+    Mixer,
+    MlpSpec,
+    NormSpec,
+    RouterSpec,
+)
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import Stored
+from splitfuse.models.families.layouts import Layout, Place, Stored, of_expert
 from splitfuse.models.families.rope_config import extended_length, read_rope
 from splitfuse.models.spec import ModelSpec, RopeSpec
 
-WeightNames: TypeAlias = Mapping[str, tuple[str | Stored, ...]]
+WeightNames: TypeAlias = Mapping[str, Layout | Callable[[Place], Layout]]
 """Our name of a weight -> the checkpoint's tensors stacked to make it, with `{layer}` for the layer's number and
 `{expert}` for the expert's. One tensor in place of several holds all their rows.
 """
@@ -50,7 +60,7 @@ ACTIVATIONS = {
 
 MAX_LAYERS = 10_000  # a spec has an entry for each
 
-DECODER_NAMES: WeightNames = {
+DECODER_NAMES: Mapping[str, Layout] = {
     "embed": ("model.embed_tokens.weight",),
     "norm": ("model.norm.weight",),
     "head": ("lm_head.weight",),
@@ -68,6 +78,24 @@ DECODER_NAMES: WeightNames = {
     "mlp.down": ("model.layers.{layer}.mlp.down_proj.weight",),
     "mlp.down_bias": ("model.layers.{layer}.mlp.down_proj.bias",),
 }
+
+
+EXPERT_NAMES: Mapping[str, Layout] = {
+    **DECODER_NAMES,
+    "router": ("model.layers.{layer}.mlp.gate.weight",),
+    "w13": tuple(f"model.layers.{{layer}}.mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
+    "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+    "choice_bias": ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
+    "shared.gate_up": tuple(f"model.layers.{{layer}}.mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up")),
+    "shared.down": ("model.layers.{layer}.mlp.shared_experts.down_proj.weight",),
+}
+
+FUSED_EXPERT_NAMES: WeightNames = {
+    "router": ("model.layers.{layer}.mlp.gate.weight",),
+    "w13": (of_expert(Stored("model.layers.{layer}.mlp.experts.gate_up_proj")),),
+    "w2": (of_expert(Stored("model.layers.{layer}.mlp.experts.down_proj")),),
+}
+"""Names of experts of which a layer has one tensor, as transformers 5 keeps them in memory."""
 
 
 def read_attention(
@@ -201,6 +229,28 @@ def optional_window(config: ConfigJson) -> int | None:
 def window(config: ConfigJson) -> int | None:
     """Return the sliding window: if absent it is 4096, as in transformers; only null says that there is none."""
     return None if config.is_null("sliding_window") else config.integer("sliding_window", 4096)
+
+
+def accept_only(config: ConfigJson, **values: Any) -> None:
+    """Raise UnsupportedModelError if a field says something else than the one value that is computed."""
+    for field, value in values.items():
+        if field in config and config.raw(field) != value:
+            raise UnsupportedModelError(
+                f"config.json: {field} {brief(config.raw(field))} is not supported: use {json.dumps(value)}"
+            )
+
+
+def sigmoid_router(config: ConfigJson, **fields: Any) -> RouterSpec:
+    """Return the router of DeepSeek-V3 and its kin; `fields` are those of RouterSpec that differ."""
+    read = {
+        "num_experts": config.integer("n_routed_experts", 128),
+        "top_k": config.integer("num_experts_per_tok", 8),
+        "renormalize": config.flag("norm_topk_prob", True),
+        "num_groups": config.integer("n_group", 1),
+        "top_groups": config.integer("topk_group", 1),
+        "scale": config.number("routed_scaling_factor", 1.0),
+    }
+    return RouterSpec(sigmoid=True, choice_bias=True, min_sum=1e-20, **(read | fields))
 
 
 def num_experts(config: ConfigJson, default: int) -> int:

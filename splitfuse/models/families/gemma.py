@@ -55,7 +55,7 @@ def gemma(config: ConfigJson) -> ModelSpec:
     attention = read_attention(config, num_kv_heads=16, head_dim=256, qkv_bias=biased, o_bias=biased)
     function = activation(config, "hidden_act", TANH)
     inner = mlp(config, activation="gelu_tanh" if function == "gelu" else function)  # the first configs say gelu
-    return decoder(config, attention, inner, **_outside(config))
+    return decoder(config, attention, inner, **outside_layers(config))
 
 
 def gemma2(config: ConfigJson) -> ModelSpec:
@@ -78,7 +78,7 @@ def gemma2(config: ConfigJson) -> ModelSpec:
         mlp(config, activation=activation(config, "hidden_activation", TANH)),
         layer={"norms": NormPlace.AROUND},
         logit_softcap=optional_number(config, "final_logit_softcapping", 30.0),
-        **_outside(config),
+        **outside_layers(config),
     )
 
 
@@ -104,11 +104,11 @@ def gemma3(config: ConfigJson) -> ModelSpec:
         ropes=read_layer_ropes(config, head_dim=attention.head_dim, theta=1e6, local_theta=1e4),
         layer={"norms": NormPlace.AROUND},
         logit_softcap=optional_number(config, "final_logit_softcapping", None),
-        **_outside(config),
+        **outside_layers(config),
     )
 
 
-def _outside(config: ConfigJson) -> dict[str, Any]:
+def outside_layers(config: ConfigJson) -> dict[str, Any]:
     """Return what all have outside the layers. The scale of embeddings is rounded to the checkpoint's dtype, in which
     the models are trained.
     """

@@ -1,7 +1,8 @@
 """Says how a checkpoint stores a weight where it is not one tensor with our rows in our order.
 
 A name table (`WeightNames`) gives for each of our weights the tensors that are stacked by rows to make it: a plain name
-for a tensor that is taken as it is, a `Stored` for one of which only some rows are ours, or in another order.
+for a tensor that is taken as it is, a `Stored` for one of which only some rows are ours, or in another order. A
+function of the place gives them where layers differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, LayerSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -35,6 +36,12 @@ class Place:
         assert self.layer is not None and isinstance(self.layer.mixer, AttentionSpec)
         return self.layer.mixer
 
+    @property
+    def num_experts(self) -> int:
+        """Return the number of experts of the layer."""
+        assert self.layer is not None and isinstance(self.layer.mlp, ExpertsSpec)
+        return self.layer.mlp.router.num_experts
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -47,6 +54,10 @@ class Stored:
     name: str
     take: Callable[[Tensor, Place], Tensor] = lambda tensor, _: tensor
     shape: Callable[[Shape, Place], Shape] = lambda shape, _: shape
+
+
+Layout: TypeAlias = tuple[str | Stored, ...]
+"""Stored tensors that are stacked by rows to make a weight."""
 
 
 def plus_one(name: str) -> Stored:
@@ -64,6 +75,24 @@ def conv1d(name: str) -> Stored:
     return Stored(name, lambda tensor, _: tensor[:, 0].T, lambda shape, _: (shape[1], 1, shape[0]))
 
 
+def every_other(stored: Stored, first: int) -> Stored:
+    """Return every second row of a weight, from row `first` on."""
+    return Stored(
+        stored.name,
+        lambda tensor, place: stored.take(tensor, place)[first::2],
+        lambda shape, place: stored.shape((2 * shape[0], *shape[1:]), place),
+    )
+
+
+def of_expert(stored: Stored) -> Stored:
+    """Return an expert's weight, of a tensor that holds those of all experts of a layer: [experts, ...]."""
+    return Stored(
+        stored.name,
+        lambda tensor, place: stored.take(tensor[place.expert], place),
+        lambda shape, place: (place.num_experts, *stored.shape(shape, place)),
+    )
+
+
 def of_heads(name: str, order: Callable[[AttentionSpec], Tensor]) -> Stored:
     """Return rows of heads that are stored in another order: row i of ours is row `order(spec)[i]` of the tensor."""
     return Stored(name, lambda tensor, place: tensor[order(place.attention)])
@@ -76,7 +105,8 @@ def interleaved_rope(name: str) -> Stored:
 
     def take(tensor: Tensor, place: Place) -> Tensor:
         heads, dim = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:]), place.rotary_dim
-        order = torch.cat((torch.arange(0, dim, 2), torch.arange(1, dim, 2), torch.arange(dim, heads.shape[1])))
+        pairs = torch.arange(dim).view(dim // 2, 2)
+        order = torch.cat((pairs.T.flatten(), torch.arange(dim, heads.shape[1])))
         return heads[:, order].view_as(tensor)
 
     return Stored(name, take)

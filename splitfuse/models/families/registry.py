@@ -14,7 +14,7 @@ from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, Mixer
-from splitfuse.models.families import exaone, gemma, glm, lfm2, llama, qwen, qwen_hybrid
+from splitfuse.models.families import deepseek, exaone, gemma, gemma4, glm, lfm2, llama, llama4, qwen, qwen_hybrid
 from splitfuse.models.families.common import Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.features import refuse_unread
@@ -23,11 +23,14 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {
+    **deepseek.FAMILIES,
     **exaone.FAMILIES,
     **gemma.FAMILIES,
+    **gemma4.FAMILIES,
     **glm.FAMILIES,
     **lfm2.FAMILIES,
     **llama.FAMILIES,
+    **llama4.FAMILIES,
     **qwen.FAMILIES,
     **qwen_hybrid.FAMILIES,
 }
@@ -94,5 +97,6 @@ def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
 def _layer_type(mixer: Mixer | None) -> str:
     """Return the kind of a layer as layer_types names it."""
     if isinstance(mixer, AttentionSpec):
-        return "full_attention" if mixer.window is None else "sliding_attention"
+        full = "full_attention" if mixer.chunk is None else "chunked_attention"
+        return full if mixer.window is None else "sliding_attention"
     return {DeltaSpec: "linear_attention", ConvSpec: "conv"}.get(type(mixer), "none")

@@ -12,6 +12,7 @@ from splitfuse.models.spec import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -54,6 +55,8 @@ def read_rope(
         raise UnsupportedModelError(f"rope type {kind!r} is not one of those we know: {', '.join(SCALINGS)}")
     if unknown := set(rope) - KNOWN_FIELDS - set(honours):
         raise UnsupportedModelError(f"rope settings that are not supported: {', '.join(sorted(unknown)):.200}")
+    if kind == "proportional":
+        share = 1.0  # it says itself which pairs it rotates
     rotary_dim = int(min(head_dim * share, LARGEST_INTEGER))
     return RopeSpec(theta=theta, rotary_dim=rotary_dim, scaling=SCALINGS[kind](rope, config, rotary_dim))
 
@@ -106,6 +109,11 @@ def extended_length(rope: RopeSpec, max_position: int) -> int:
 
 def _read_linear(rope: ConfigJson, _config: ConfigJson, _dim: int) -> RopeScaling:
     return LinearScaling(factor=rope.number("factor"))
+
+
+def _read_proportional(rope: ConfigJson, _config: ConfigJson, _dim: int) -> RopeScaling:
+    share = rope.number("partial_rotary_factor", 1.0, most=1.0)
+    return ProportionalScaling(share=share, factor=rope.number("factor", 1.0))
 
 
 def _read_dynamic(rope: ConfigJson, config: ConfigJson, _dim: int) -> RopeScaling:
@@ -173,6 +181,7 @@ SCALINGS: dict[str, Callable[[ConfigJson, ConfigJson, int], RopeScaling | None]]
     "dynamic": _read_dynamic,
     "llama3": _read_llama3,
     "yarn": _read_yarn,
+    "proportional": _read_proportional,
     "longrope": _read_longrope,
     "su": _read_longrope,  # its name before
 }

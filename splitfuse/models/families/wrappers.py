@@ -30,6 +30,8 @@ OF_WRAPPERS = ("vision", "audio", "projector")
 
 _LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.")
 
+_KEYS_AND_VALUES = re.compile(r"\.self_attn\.([kv]_proj\.weight|[kv]_proj\.bias|k_norm\.weight)$")
+
 
 def text_config(config: ConfigJson, model_types: Collection[str]) -> ConfigJson:
     """Return the fields of the language model: those of `text_config`, or all where older files have them at one level.
@@ -64,12 +66,14 @@ def text_names(stored: Container[str]) -> Callable[[str], str]:
     return name
 
 
-def kind_aside(name: str, *, wrapper: bool, num_layers: int | None = None) -> str | None:
+def kind_aside(name: str, *, wrapper: bool, num_layers: int | None = None, reusing: Collection[int] = ()) -> str | None:
     """Return the kind of a tensor that is left aside, or None. With `num_layers` the layers beyond it are: they predict
-    further tokens.
+    further tokens. Layers that are `reusing` another's keys and values have no use for their own.
     """
     for kind, pattern in ASIDE.items():
         if (wrapper or kind not in OF_WRAPPERS) and pattern.match(name):
             return kind
-    layer = None if num_layers is None else _LAYER.match(name)
-    return "multi-token prediction" if layer and int(layer[1]) >= (num_layers or 0) else None
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) in reusing and _KEYS_AND_VALUES.search(name):
+        return "unused keys and values"
+    return "multi-token prediction" if layer and num_layers is not None and int(layer[1]) >= num_layers else None
