@@ -49,6 +49,7 @@ class MemoryPlan:
     max_num_seqs: int
     state: int = 0  # one recurrent state over all layers; 0: the network has none
     num_states: int = 0
+    snapshot_interval: int = 0  # tokens of a prompt between snapshots of its state
     num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
     remarks: tuple[str, ...] = ()  # lines at the end
 
@@ -61,13 +62,6 @@ class MemoryPlan:
     def states(self) -> int:
         """Return the size of all recurrent states in bytes."""
         return self.num_states * self.state
-
-    @property
-    def snapshot_interval(self) -> int:
-        """Return how many tokens of a prompt have as many bytes of keys and values as a recurrent state has, in whole
-        blocks: snapshots at that distance double the memory of a cached prompt.
-        """
-        return max(1, round(self.state / self.block)) * self.block_size
 
     @property
     def need(self) -> int:
@@ -187,14 +181,22 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
 
 
 def _with_states(plan: MemoryPlan, config: EngineConfig, *, free: int) -> MemoryPlan:
-    """Return the plan with slots for recurrent states, and with no more running requests than they do for."""
+    """Return the plan with slots for recurrent states, and with no more running requests than they do for.
+
+    Between two snapshots of a prompt are about as many bytes of keys and values as one has, in whole budgets: chunks
+    that end at snapshots are no shorter for it.
+    """
     if not plan.state:
         return plan
     per_request = SLOTS_WITH_SNAPSHOTS if config.cache.enable_prefix_caching else STATE_SLOTS
     affordable = max(int(free * LARGEST_STATE_SHARE) // plan.state, STATE_SLOTS)
     most = min(plan.max_num_seqs, affordable // STATE_SLOTS)
+    blocks_of_budget = ceil_div(config.scheduler.max_num_batched_tokens, plan.block_size)
     return replace(
         plan,
+        snapshot_interval=max(1, round(plan.state / plan.block / blocks_of_budget))
+        * blocks_of_budget
+        * plan.block_size,
         num_states=min(per_request * most, affordable),
         max_num_seqs=most,
         num_seqs_lowered=most < plan.max_num_seqs,

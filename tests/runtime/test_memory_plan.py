@@ -123,7 +123,9 @@ def test_states_of_a_hybrid_are_planned_with_their_snapshots() -> None:
     assert found.state == STATE
     assert (found.num_states, found.max_num_seqs, found.num_seqs_lowered) == (4 * 64, 64, False)
     assert found.need == found.weights + found.activations + 256 * STATE + found.kv_cache
-    assert found.snapshot_interval == 32 * round(STATE / found.block)
+    assert found.state == 62.5 * found.block and found.snapshot_interval == 64 * 32, "whole budgets of 8 blocks"
+    assert hybrid_plan(GIB, max_num_batched_tokens=33).snapshot_interval == 31 * 64
+    assert hybrid_plan(GIB, max_num_batched_tokens=9000).snapshot_interval == 9024, "no more than one in a step"
     lines = str(found).splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["weights", "activations", "states", "KV"]
     assert lines[3].endswith("256 recurrent states, snapshots included, for 64 running requests")
