@@ -250,6 +250,8 @@ class ServerConfig:
             raise ConfigError("tls_certificate and tls_key go together: give both or none")
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key must not be empty")
+        if not all(key.isprintable() for key in self.api_key):
+            raise ConfigError("api_key must have no line end, nor any other control character, in it")
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:

@@ -84,7 +84,7 @@ class Parameter:
 
     def _check_token_id(self, value: Any) -> None:
         if not _is_int(value, 0, MAX_INT):
-            raise _refused(self.name, value, f"a whole number from 0 to {MAX_INT}")
+            raise _refused(self.name, value, "token ids of the model, from 0 on")
 
     def _check_number(self, value: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

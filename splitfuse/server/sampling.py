@@ -17,7 +17,6 @@ from splitfuse.server.slo_params import SloParams
 MAX_STOP_CHARACTERS = 8192
 """Number of characters that all stop strings of a request may have together."""
 
-TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
 _STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
 _BIAS = Annotated[float, Meta(ge=PARAMETERS["logit_bias"].minimum, le=PARAMETERS["logit_bias"].maximum)]
 
@@ -26,10 +25,11 @@ _JSON_TYPES: dict[str, Any] = {
     "top_k": Annotated[int, Meta(ge=-1, le=MAX_INT, description="0 and -1: all tokens")],
     "repetition_penalty": Annotated[float, Meta(ge=0.01, le=PARAMETERS["repetition_penalty"].maximum)],
     "stop": _STOP | Annotated[list[_STOP], Meta(max_length=MAX_STOP_STRINGS)],
-    "stop_token_ids": Annotated[list[TokenId], Meta(max_length=1024)],
-    "logit_bias": Annotated[dict[TokenId, _BIAS], Meta(max_length=1024)],
+    "stop_token_ids": Annotated[list[int], Meta(max_length=1024)],
+    "logit_bias": Annotated[dict[int, _BIAS], Meta(max_length=1024)],
 }
-"""Types of parameters that are written in another way, or within narrower bounds, than SamplingParams takes them."""
+"""Types of parameters that are written in another way, or within narrower bounds, than SamplingParams takes them. Token
+ids have no bounds here: an error names those of the model."""
 
 FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs"))
 """Names of the parameters that all routes for generating text share."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_template import check_syntax
+
+_logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names of tokens that a configuration may have, in the order of transformers."""
@@ -357,7 +360,13 @@ def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None
         raise TokenizerError(f"{source.location}/chat_template.jinja cannot be read: {error}") from error
     template = config.get("chat_template") if template is None else template
     if isinstance(template, list) and all(isinstance(entry, dict) and "name" in entry for entry in template):
-        template = next((entry.get("template") for entry in template if entry["name"] == "default"), None)
+        named = {str(entry["name"]): entry.get("template") for entry in template}
+        if "default" not in named:
+            names = ", ".join(named) or "none at all"
+            _logger.warning(
+                "%s has chat templates (%.200s), but none named default: chats are refused", source.location, names
+            )
+        template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise TokenizerError(
             f"chat_template in {source.location}/tokenizer_config.json must be text or a list of named texts"

@@ -85,7 +85,15 @@ def test_detokenize_inverts_tokenize(http: httpx.Client) -> None:
         ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
     ):
         assert error_of(http.post("/tokenize", json=body))["param"] == param
-    assert error_of(http.post("/detokenize", json={"tokens": [3072]}))["param"] == "tokens"
+    for token in (-1, 3072, 2**31, 2**70):
+        error = error_of(http.post("/detokenize", json={"tokens": [token]}))
+        assert error["param"] == "tokens"
+        assert error["message"] == f"tokens has the token id {token}, but the model's are from 0 to 3071"
+        for name, value in (("stop_token_ids", [token]), ("logit_bias", {str(token): 1})):
+            error = error_of(http.post(COMPLETIONS, json={"prompt": "a", name: value}))
+            known = f"{name} has the token id {token}, but the model's are from 0 to 3071"
+            other = f"{name} must be token ids of the model, from 0 on, not {token}"
+            assert (error["param"], error["message"]) == (name, known if token == 3072 else other)
     assert http.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
 
 
@@ -560,7 +568,7 @@ def test_a_template_that_holds_the_interpreter_fails_one_chat() -> None:
         server.service.tokenizer.chat_template = (
             f"{{% if messages[0].content == 'hold' %}}{holds}{{% endif %}}{{{{ messages[0].content }}}}"
         )
-        server.service._short.sandbox._seconds = 0.1
+        server.service._short.sandbox._seconds = server.service._long.sandbox._seconds = 0.1
         chat = {"messages": [{"role": "user", "content": "hold"}], "max_tokens": 1}
         with ThreadPoolExecutor(1) as pool:
             held = pool.submit(http.post, CHAT, json=chat)

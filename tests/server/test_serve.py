@@ -340,6 +340,7 @@ def test_an_invalid_setting_is_refused_before_the_start() -> None:
         ({"api_keys": "k"}, "unknown setting 'api_keys'; did you mean 'api_key'"),
         ({"port": -1}, "port must be"),
         ({"api_key": "a b"}, "api_key must have no white space"),
+        ({"api_key": ("fine", "line\n")}, "api_key must have no line end"),
     ):
         with pytest.raises(ConfigError, match=message):
             splitfuse.serve(deployment_name="refused", **settings)

@@ -178,10 +178,15 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_chat_template_of_the_configuration(tmp_path: Path, template: Any, expected: str | None) -> None:
+def test_chat_template_of_the_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: Any, expected: str | None
+) -> None:
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, {"chat_template": template})
     assert Tokenizer.from_source(ModelFolder(tmp_path)).chat_template == expected
+    lacks_default = isinstance(template, list) and expected is None
+    warning = f"{tmp_path} has chat templates (tool_use), but none named default: chats are refused"
+    assert caplog.messages == [warning] * lacks_default
 
 
 def test_chat_template_file_comes_first(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
-from splitfuse.server.sampling import SamplingFields, TokenId, sampling_params
+from splitfuse.server.sampling import SamplingFields, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.prompts import ChatOptions
 
@@ -401,7 +401,7 @@ _TOKENIZE = {
 class DetokenizeRequest(Body, kw_only=True, frozen=True):
     """Asks for the text of tokens: POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: list[int]
     model: Annotated[str, Meta(max_length=512)] | None = None
     skip_special_tokens: Annotated[bool, Meta(description="Left out: true")] | None = None
 
