@@ -100,6 +100,45 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "scale"), [("bfloat16", 50.5), ("torch.float16", 50.59375), ("float32", 50.59644317626953)]
+)
+def test_gemma_scales_embeddings_by_a_rounded_number(dtype: str, scale: float) -> None:
+    for architecture in ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"):
+        assert spec_of(architecture, hidden_size=2560, num_key_value_heads=1, torch_dtype=dtype).embed_scale == scale
+
+
+def test_null_heads_are_as_many_as_those_of_queries() -> None:
+    """In transformers only an absent number of key/value heads is the default of the family."""
+    assert first(spec_of("MistralForCausalLM", num_key_value_heads=None, num_attention_heads=16)).num_kv_heads == 16
+    assert first(spec_of("SmolLM3ForCausalLM")).num_kv_heads == 4
+
+
+def test_length_of_the_first_llama() -> None:
+    sizes = {name: value for name, value in SIZES.items() if name != "max_position_embeddings"}
+    config = {"architectures": ["LLaMAForCausalLM"], "model_type": "llama", **sizes}
+    assert spec_from_config(config).max_position == 2048
+    assert spec_from_config({**config, "max_sequence_length": 512}).max_position == 512
+
+
+def test_biases_of_internlm3_come_all_or_none() -> None:
+    spec = spec_of("InternLM3ForCausalLM", qkv_bias=True, bias=True)
+    assert (first(spec).qkv_bias, first(spec).o_bias, spec.layers[0].mlp.bias) == (True, True, True)
+    with pytest.raises(UnsupportedModelError, match="qkv_bias other than bias"):
+        spec_of("InternLM3ForCausalLM", qkv_bias=True)
+
+
+def test_ropes_of_gemma_3_by_kind_of_layer_or_by_field() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0}
+    before = spec_of("Gemma3ForCausalLM", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=linear)
+    sections = {"full_attention": {**linear, "rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+    assert before.ropes == spec_of("Gemma3ForCausalLM", rope_parameters=sections).ropes
+    assert [rope.theta for rope in before.ropes] == [5e5, 2e4]
+    assert [rope.scaling for rope in before.ropes] == [LinearScaling(factor=8.0), None]
+    with pytest.raises(UnsupportedModelError, match=r"those of full_attention and of sliding_attention .* \['factor'"):
+        spec_of("Gemma3ForCausalLM", rope_parameters=linear)
+
+
+@pytest.mark.parametrize(
     ("fields", "windows"),
     [
         ({"sliding_window": 9}, (None, None, None)),

@@ -26,6 +26,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0],
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -85,6 +90,19 @@ def test_dynamic_rows_equal_those_of_generation(fields: dict[str, Any]) -> None:
         half = their_cos.shape[-1] // 2
         torch.testing.assert_close(cos[position], their_cos[0, 0, :half], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(sin[position], their_sin[0, 0, :half], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_position", [1, 16, 17, 64])
+@pytest.mark.parametrize(
+    "fields", [{}, {"rope_type": "su"}, {"rope_type": "yarn"}, {"factor": 8.0}, {"attention_factor": 1.3}], ids=str
+)
+def test_longrope_is_that_of_the_longest_request(fields: dict[str, Any], max_position: int) -> None:
+    """Every row of the table is that of transformers for a text of the table's length."""
+    rope = {**LONGROPE, **fields}
+    ours = rope_table(rope_of(rope, original_max_position_embeddings=16), max_position, CPU)
+    embedding = oracle({**rope, "rope_type": "longrope"}, original_max_position_embeddings=16)
+    for table, theirs in zip(ours, embedding(torch.empty(0), torch.arange(max_position)[None]), strict=True):
+        torch.testing.assert_close(table, theirs[0, :, : HEAD_DIM // 2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
@@ -160,6 +178,10 @@ def test_unknown_setting_is_refused(rope: dict[str, Any]) -> None:
         ({"rope_type": "linear", "factor": float("inf")}, "not inf"),
         ({"rope_type": "linear", "factor": "2"}, "not '2'"),
         ({"rope_type": "default", "rope_theta": 1.0}, "rope_theta must be above 1"),
+        ({**LONGROPE, "short_factor": None}, "no rope_parameters.short_factor"),
+        ({**LONGROPE, "short_factor": [1.0] * 7}, "short_factor must be a list of 8 positive finite numbers, not"),
+        ({**LONGROPE, "long_factor": [0.0] * 8}, "long_factor must be a list of 8 positive finite numbers, not"),
+        ({**LONGROPE, "long_factor": "4"}, "long_factor must be a list of 8 positive finite numbers, not '4'"),
         ({**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor"),
         ({**YARN, "truncate": 1}, "truncate must be true or false"),
         ({**YARN, "original_max_position_embeddings": 1.5}, "whole number"),

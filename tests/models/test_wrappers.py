@@ -138,7 +138,7 @@ def test_sections_of_mrope_must_be_those_of_a_head(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["rope_parameters"]["mrope_section"] = [1, 2, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"mrope_section \[1, 2, 2\] must add up to the 4 pairs of a head"):
+    with pytest.raises(ModelError, match=r"mrope_section \[1, 2, 2\] must add up to the 4 pairs that are rotated"):
         load_spec(ModelFolder(tmp_path))
 
 

@@ -17,6 +17,7 @@ from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.models.spec import LongRopeScaling, RopeSpec
 from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
@@ -116,6 +117,16 @@ def test_the_plan_prints_need_and_have() -> None:
     assert lines[0] == ReferenceBackend().describe()
     assert [line.split()[0] for line in lines[1:]] == ["weights", "activations", "KV", "need", "have", "longest"]
     assert lines[3].endswith("40 blocks of 32: 1280 tokens")
+
+
+def test_the_plan_says_that_all_requests_are_rotated_as_long_ones() -> None:
+    scaling = LongRopeScaling(
+        short_factors=(1.0,) * 8, long_factors=(2.0,) * 8, attention_factor=1.0, original_max_position=600
+    )
+    spec = replace(SPEC, ropes=(RopeSpec(theta=1e4, rotary_dim=16, scaling=scaling),))
+    for settings, is_long in (({}, True), ({"max_model_len": 601}, True), ({"max_model_len": 600}, False)):
+        found = plan_memory(spec, EngineConfig.from_settings(settings), backend=ReferenceBackend(), available=GIB)
+        assert ("rope: as in texts of more than 600 tokens, for all requests" in str(found)) == is_long
 
 
 def test_states_of_a_hybrid_are_planned_with_their_snapshots() -> None:

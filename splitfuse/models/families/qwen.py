@@ -20,11 +20,8 @@ from splitfuse.models.families.common import (
     window,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.families.rope_config import MROPE, read_rope
 from splitfuse.models.spec import ModelSpec
-
-MROPE = ("mrope_section", "mrope_interleaved")
-"""Fields of ropes that take parts of a head's pairs from the time, height and width of an image's parts."""
 
 QWEN3_MOE_NAMES: WeightNames = {
     **DECODER_NAMES,

@@ -22,7 +22,7 @@ from splitfuse.models.families.common import (
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import Place, Stored, conv1d, plus_one
-from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.families.rope_config import MROPE, read_rope
 from splitfuse.models.spec import ModelSpec
 
 HEAD_DIM = 256
@@ -130,7 +130,8 @@ def _hybrid(
         interval = config.integer("full_attention_interval", 4)
         is_delta = [bool((n + 1) % interval) for n in range(num_layers(config))]
     mixers: list[Mixer] = [delta if each else attention for each in is_delta]
-    return decoder(config, mixers, mlps, ropes=[read_rope(config, head_dim=attention.head_dim, share=0.25)])
+    rope = read_rope(config, head_dim=attention.head_dim, share=0.25, honours=MROPE)
+    return decoder(config, mixers, mlps, ropes=[rope])
 
 
 def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -> ExpertsSpec:
@@ -149,5 +150,9 @@ def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -
 FAMILIES = {
     "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES),
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
+    "Qwen3_5ForConditionalGeneration": Family("qwen3_5", qwen3_5, QWEN3_5_NAMES, text_types=("qwen3_5_text",)),
     "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES),
+    "Qwen3_5MoeForConditionalGeneration": Family(
+        "qwen3_5_moe", qwen3_5_moe, QWEN3_5_NAMES, text_types=("qwen3_5_moe_text",)
+    ),
 }

@@ -22,6 +22,10 @@ MAX_POSITION = 2**24
 """Length of the longest sequence: beyond it fp32 does not tell positions apart."""
 
 
+MROPE = ("mrope_section", "mrope_interleaved")
+"""Fields of ropes that take parts of a head's pairs from the time, height and width of an image's parts."""
+
+
 def read_rope(
     config: ConfigJson,
     *,
@@ -48,16 +52,16 @@ def read_rope(
     kind = rope.text("rope_type", rope.text("type", "default"))
     if "alpha" in honours and kind == "dynamic" and "alpha" in rope:
         kind, theta = "default", theta * rope.number("alpha") ** (head_dim / max(head_dim - 2, 1))
+    if kind == "proportional":
+        share = 1.0  # it says itself which pairs it rotates
+    rotary_dim = int(min(head_dim * share, LARGEST_INTEGER))
     if "mrope_section" in honours:
         kind = "default" if kind == "mrope" else kind
-        _check_mrope(rope, head_dim // 2)
+        _check_mrope(rope, rotary_dim // 2)
     if kind not in SCALINGS:
         raise UnsupportedModelError(f"rope type {kind!r} is not one of those we know: {', '.join(SCALINGS)}")
     if unknown := set(rope) - KNOWN_FIELDS - set(honours):
         raise UnsupportedModelError(f"rope settings that are not supported: {', '.join(sorted(unknown)):.200}")
-    if kind == "proportional":
-        share = 1.0  # it says itself which pairs it rotates
-    rotary_dim = int(min(head_dim * share, LARGEST_INTEGER))
     return RopeSpec(theta=theta, rotary_dim=rotary_dim, scaling=SCALINGS[kind](rope, config, rotary_dim))
 
 
@@ -83,10 +87,12 @@ def read_layer_ropes(
 
 
 def _check_mrope(rope: ConfigJson, num_pairs: int) -> None:
-    """Refuse sections of a head's pairs that do not add up to all of them."""
+    """Refuse sections of a head's rotated pairs that do not add up to all of them."""
     sections = rope.integers("mrope_section", [num_pairs])
     if sum(sections) != num_pairs:
-        raise ModelError(f"config.json: mrope_section {brief(sections)} must add up to the {num_pairs} pairs of a head")
+        raise ModelError(
+            f"config.json: mrope_section {brief(sections)} must add up to the {num_pairs} pairs that are rotated"
+        )
 
 
 def extended_length(rope: RopeSpec, max_position: int) -> int:
