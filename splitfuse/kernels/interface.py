@@ -115,7 +115,7 @@ class AttentionSpec:
     kv_layer: int | None = None  # keys and values are those of this layer before it; it has none of its own
     gate: bool = False  # the output is multiplied by the sigmoid of a projection of the layer's input
     sinks: bool = False  # each head has the score of a key without a value
-    alibi: bool = False  # scores fall linearly with distance (Press et al., arXiv 2108.12409)
+    alibi: float | None = None  # scores fall with distance, by this times a slope per head (arXiv 2108.12409)
     scale: float | None = None  # factor of query-key products; None: head_dim ** -0.5
     query_scaling: QueryScaling | None = None
     softcap: float | None = None  # scores, scaled, become softcap * tanh(score / softcap)

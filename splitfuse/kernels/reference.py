@@ -342,16 +342,17 @@ def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[
     return keys, values
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(spec: AttentionSpec) -> Tensor:
     """Return how much the score of each head falls with a position of distance, in fp32 (Press et al., arXiv
     2108.12409): a geometric series for a power of two of heads; heads beyond it take every other number of the next.
     """
-    whole = 2 ** math.floor(math.log2(num_heads))
+    assert spec.alibi is not None
+    num_heads, whole = spec.num_heads, 2 ** math.floor(math.log2(spec.num_heads))
 
     def series(count: int) -> list[float]:
         return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
 
-    return torch.tensor(series(whole) + series(2 * whole)[0::2][: num_heads - whole])
+    return torch.tensor(series(whole) + series(2 * whole)[0::2][: num_heads - whole]) * spec.alibi
 
 
 def _attend_last(
@@ -369,8 +370,8 @@ def _attend_last(
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.view(num_kv_heads, group, rows, length)
-    if spec.alibi:
-        scores = scores + alibi_slopes(num_heads).to(scores).view(num_kv_heads, group, 1, 1) * torch.arange(
+    if spec.alibi is not None:
+        scores = scores + alibi_slopes(spec).to(scores).view(num_kv_heads, group, 1, 1) * torch.arange(
             begin, begin + length, device=q.device
         ).to(scores.dtype)
     if rows > 1:  # a single row sees every key that was read

@@ -88,16 +88,18 @@ class Part:
         return self.stored.take(tensor, self.place)
 
 
-def parameters(spec: ModelSpec) -> list[Parameter]:
-    """Return every weight that the network of `spec` has."""
-    names = find_family(spec.architecture).names
+def parameters(spec: ModelSpec, alternative: WeightNames | None = None) -> list[Parameter]:
+    """Return every weight that the network of `spec` has, by the names of its family or an alternative of it."""
+    names = {**find_family(spec.architecture).names, **(alternative or {})}
 
     def named(shapes: Shapes, place: Place) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
             layout = _layout(names, name, place)
+            if "{head}" in layout[0].name:
+                layout *= len(pieces)
             if len(layout) == 1 < len(pieces):  # all pieces lie in one tensor, in our order
                 pieces = ((sum(piece[0] for piece in pieces), *pieces[0][1:]),)
-            parts = tuple(_part(*each, place) for each in zip(layout, pieces, strict=True))
+            parts = tuple(_part(*each, place, head) for head, each in enumerate(zip(layout, pieces, strict=True)))
             yield Parameter(name, _role(name, spec), place.number, place.expert, parts)
 
     found = list(named(_outer_shapes(spec), Place()))
@@ -121,8 +123,8 @@ def _layout(names: WeightNames, name: str, place: Place) -> list[Stored]:
     return [Stored(each) if isinstance(each, str) else each for each in parts]
 
 
-def _part(stored: Stored, shape: Shape, place: Place) -> Part:
-    name = stored.name.format(layer=place.number, expert=place.expert)
+def _part(stored: Stored, shape: Shape, place: Place, head: int) -> Part:
+    name = stored.name.format(layer=place.number, expert=place.expert, head=head)
     return Part(Piece(name, stored.shape(shape, place)), stored, place, shape)
 
 
@@ -223,8 +225,8 @@ def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:
         shapes["sinks"] = ((spec.num_heads,),)
     if (norms := spec.qk_norm) is not None and norms.weight:
         for name, heads in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads))[: 1 + own_kv]:
-            shape = (heads * dim,) if norms.whole_row else (heads, dim) if norms.own_weights else (dim,)
-            shapes |= _norm_shapes(name, norms.norm, *shape)
+            pieces = ((1, dim),) * heads if norms.own_weights else ((heads * dim if norms.whole_row else dim,),)
+            shapes |= {name: pieces, f"{name}_bias": pieces} if norms.norm.bias else {name: pieces}
     return shapes
 
 
@@ -323,12 +325,12 @@ def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]
     """Return `parameters` under the names of the checkpoint: a language model in a larger one has names of its own, and
     a tied pair may be stored as the head alone.
     """
-    found = parameters(spec)
-    if find_family(spec.architecture).text_types:
-        rename = _renaming(weights, spec)
-        found = [
-            replace(each, parts=tuple(replace(part, piece=rename(part.piece)) for part in each.parts)) for each in found
-        ]
+    rename = _renaming(weights, spec)
+    choices = [
+        [replace(each, parts=tuple(replace(part, piece=rename(part.piece)) for part in each.parts)) for each in found]
+        for found in (parameters(spec, names) for names in (None, *find_family(spec.architecture).alternatives))
+    ]
+    found = max(choices, key=lambda each: sum(piece.name in weights for p in each for piece in p.pieces))
     embed, head = _tied_pair(weights, spec)
     if spec.tied_embeddings and embed.name not in weights and head.name in weights:
         return [
@@ -347,11 +349,16 @@ def _tied_pair(weights: WeightSource, spec: ModelSpec) -> tuple[Piece, Piece]:
 
 
 def _renaming(weights: WeightSource, spec: ModelSpec) -> Callable[[Piece], Piece]:
-    """Return how the checkpoint calls the pieces of the network."""
-    if not find_family(spec.architecture).text_types:
+    """Return how the checkpoint calls the pieces of the network: those of one without a head may lack the prefix."""
+    family = find_family(spec.architecture)
+    if family.text_types:
+        name = text_names(weights.names())
+        return lambda piece: piece._replace(name=name(piece.name))
+    embed = str(family.names["embed"][0])
+    prefix, _, bare = embed.partition(".")
+    if embed in weights or bare not in weights:
         return lambda piece: piece
-    name = text_names(weights.names())
-    return lambda piece: piece._replace(name=name(piece.name))
+    return lambda piece: piece._replace(name=piece.name.removeprefix(f"{prefix}."))
 
 
 def _are_equal(weights: WeightSource, first: Piece, second: Piece) -> bool:

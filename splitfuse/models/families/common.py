@@ -19,7 +19,7 @@ from splitfuse.kernels.interface import (
     RouterSpec,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import Layout, Place, Stored, of_expert
+from splitfuse.models.families.layouts import Layout, Place, Stored, interleaved_norm, interleaved_rope, of_expert
 from splitfuse.models.families.rope_config import extended_length, read_rope
 from splitfuse.models.spec import ModelSpec, RopeSpec
 
@@ -37,12 +37,14 @@ class Family:
     """Describes an architecture: its config reader and its weight names.
 
     One with `text_types` is a vision-language model, of which the text is computed: the reader gets its `text_config`,
-    which has one of these model types. With `further_layers` a checkpoint may hold layers beyond the network's.
+    which has one of these model types. `alternatives` are names in place of some of `names`, for checkpoints that are
+    stored in another way. With `further_layers` a checkpoint may hold layers beyond the network's.
     """
 
     model_type: str
     read: Callable[[ConfigJson], ModelSpec]
     names: WeightNames
+    alternatives: tuple[WeightNames, ...] = ()
     text_types: tuple[str, ...] = ()
     further_layers: bool = False
 
@@ -51,6 +53,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -98,6 +103,35 @@ FUSED_EXPERT_NAMES: WeightNames = {
 """Names of experts of which a layer has one tensor, as transformers 5 keeps them in memory."""
 
 
+def with_biases(names: Mapping[str, Layout]) -> Mapping[str, Layout]:
+    """Return the names with those of biases, which stand next to their weights."""
+    biases = {
+        f"{key}_bias": tuple(str(name).removesuffix("weight") + "bias" for name in stored)
+        for key, stored in names.items()
+    }
+    return {**names, **biases}
+
+
+LAYER_NORM_NAMES: Mapping[str, Layout] = {
+    **DECODER_NAMES,
+    **with_biases({key: DECODER_NAMES[key] for key in ("norm", "attn_norm", "mlp_norm")}),
+}
+
+
+def with_layout(names: Mapping[str, Layout], how: Callable[[str], Stored], *keys: str) -> Mapping[str, Layout]:
+    """Return the names, with the tensors of `keys` stored in another way."""
+    return {**names, **{key: tuple(how(str(name)) for name in names[key]) for key in keys}}
+
+
+def with_interleaved_rope(names: Mapping[str, Layout]) -> Mapping[str, Layout]:
+    """Return the names of a family whose rope turns neighbouring elements of a head."""
+    names = with_layout(names, interleaved_norm, *(key for key in ("q_norm", "k_norm") if key in names))
+    for key in ("qkv", "qkv_bias"):
+        q, k, v = names[key]
+        names = {**names, key: (interleaved_rope(str(q)), interleaved_rope(str(k)), v)}
+    return names
+
+
 def read_attention(
     config: ConfigJson, *, num_kv_heads: int | None = None, head_dim: int | None = None, **fields: Any
 ) -> AttentionSpec:
@@ -116,9 +150,9 @@ def read_attention(
     )
 
 
-def head_norms(config: ConfigJson, **fields: Any) -> HeadNormSpec:
-    """Return RMS norms of queries and keys; `fields` are those of HeadNormSpec that the family has."""
-    return HeadNormSpec(norm=NormSpec(eps=config.number("rms_norm_eps", 1e-6)), **fields)
+def head_norms(config: ConfigJson, *, eps: float = 1e-6, **fields: Any) -> HeadNormSpec:
+    """Return RMS norms of queries and keys; `eps` is a default, `fields` are those of HeadNormSpec that there are."""
+    return HeadNormSpec(norm=NormSpec(eps=config.number("rms_norm_eps", eps)), **fields)
 
 
 def in_windows(attention: AttentionSpec, windows: Windows) -> list[AttentionSpec]:
@@ -187,6 +221,18 @@ def mlp(config: ConfigJson, size: int | None = None, **fields: Any) -> MlpSpec:
     """
     size = config.integer("intermediate_size") if size is None else size
     return MlpSpec(**{"intermediate_size": size, "activation": activation(config), **fields})
+
+
+def plain_mlp(
+    config: ConfigJson, size: int | None = None, *, act: str, field: str = "hidden_act", bias: bool = True
+) -> MlpSpec:
+    """Return the MLP without a gate, of `size` as in `mlp`; `field` names its activation, which by default is `act`."""
+    return mlp(config, size, activation=activation(config, field, act), gated=False, bias=bias)
+
+
+def layer_norm(config: ConfigJson, eps: str, *, bias: bool = True) -> NormSpec:
+    """Return layer norm, whose epsilon the config calls `eps`."""
+    return NormSpec(eps=config.number(eps, 1e-5), centered=True, bias=bias)
 
 
 def activation(config: ConfigJson, field: str = "hidden_act", default: str = "silu") -> str:

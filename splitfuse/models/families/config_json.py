@@ -25,10 +25,17 @@ class ConfigJson:
     Each getter raises ModelError if the field is absent and there is no default, or if its value is not valid.
     """
 
-    def __init__(self, values: Mapping[str, Any], section: str = "", read: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        section: str = "",
+        read: set[str] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         self._values = values
         self._section = section
         self._read = set() if read is None else read
+        self._names = names or {}
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
@@ -94,11 +101,20 @@ class ConfigJson:
     def with_defaults(self, others: ConfigJson | Mapping[str, Any]) -> ConfigJson:
         """Return these fields, and of the others those that are not among them."""
         values = others._values if isinstance(others, ConfigJson) else others
-        return ConfigJson({**values, **self._values}, self._section, self._read)
+        return ConfigJson({**values, **self._values}, self._section, self._read, self._names)
+
+    def renamed(self, names: Mapping[str, str]) -> ConfigJson:
+        """Return these fields, some also under our names: `names` leads from ours to the config's own.
+
+        >>> ConfigJson({"n_head": 12}).renamed({"num_attention_heads": "n_head"}).integer("num_attention_heads")
+        12
+        """
+        ours = {name: self._values[own] for name, own in names.items() if own in self._values}
+        return ConfigJson({**self._values, **ours}, self._section, self._read, {**self._names, **names})
 
     def with_values(self, values: Mapping[str, Any]) -> ConfigJson:
         """Return these fields, with other values of some."""
-        return ConfigJson({**self._values, **values}, self._section, self._read)
+        return ConfigJson({**self._values, **values}, self._section, self._read, self._names)
 
     def section(self, name: str) -> ConfigJson:
         """Return a nested object; empty if absent."""
@@ -106,12 +122,13 @@ class ConfigJson:
         return ConfigJson(value, section=f"{self._section}{name}.")
 
     def _value(self, name: str, default: Any, wanted: str, is_valid: Callable[[Any], bool]) -> Any:
-        self._read.add(name)
+        self._read |= {name, self._names.get(name, name)}
         value = default if self._values.get(name) is None else self._values[name]
         if value is None:
-            raise ModelError(f"config.json has no {self._section}{name}")
+            raise ModelError(f"config.json has no {self._section}{self._names.get(name, name)}")
         if not is_valid(value):
-            raise ModelError(f"config.json: {self._section}{name} must be {wanted}, not {brief(value)}")
+            field = f"{self._section}{self._names.get(name, name)}"
+            raise ModelError(f"config.json: {field} must be {wanted}, not {brief(value)}")
         return value
 
 

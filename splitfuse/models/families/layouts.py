@@ -98,15 +98,41 @@ def of_heads(name: str, order: Callable[[AttentionSpec], Tensor]) -> Stored:
     return Stored(name, lambda tensor, place: tensor[order(place.attention)])
 
 
+def of_kv_heads(name: str) -> Stored:
+    """Return queries, keys and values that are stored by key/value heads: the queries of one, its key, its value."""
+
+    def order(spec: AttentionSpec) -> Tensor:
+        num_rows = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        heads = torch.arange(num_rows).view(spec.num_kv_heads, -1, spec.head_dim)
+        return torch.cat((heads[:, :-2].flatten(), heads[:, -2].flatten(), heads[:, -1].flatten()))
+
+    return of_heads(name, order)
+
+
+def of_each_head(name: str) -> Stored:
+    """Return a weight of heads of which each has a tensor of its own, with `{head}` in its name."""
+    return Stored(name, lambda tensor, _: tensor.unsqueeze(0), lambda shape, _: shape[1:])
+
+
 def interleaved_rope(name: str) -> Stored:
     """Return queries or keys whose rope turns neighbouring elements of a head, element 2i with 2i + 1: in our order it
     turns element i with i + rotary_dim / 2, which gives the same scores.
     """
 
     def take(tensor: Tensor, place: Place) -> Tensor:
-        heads, dim = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:]), place.rotary_dim
-        pairs = torch.arange(dim).view(dim // 2, 2)
-        order = torch.cat((pairs.T.flatten(), torch.arange(dim, heads.shape[1])))
-        return heads[:, order].view_as(tensor)
+        heads = tensor.view(-1, place.attention.head_dim, *tensor.shape[1:])
+        return heads[:, _halves_apart(place)].view_as(tensor)
 
     return Stored(name, take)
+
+
+def interleaved_norm(name: str) -> Stored:
+    """Return the weight of the norm of such queries or keys."""
+    return Stored(
+        name, lambda tensor, place: tensor.view(-1, place.attention.head_dim)[:, _halves_apart(place)].view_as(tensor)
+    )
+
+
+def _halves_apart(place: Place) -> Tensor:
+    turned, kept = torch.arange(place.attention.head_dim).tensor_split([place.rotary_dim])
+    return torch.cat((turned[0::2], turned[1::2], kept))

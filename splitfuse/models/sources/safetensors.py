@@ -20,7 +20,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 MAX_HEADER_BYTES = 32 * MIB
 """Size of all headers of a checkpoint together: parsed they take ten times that. 140,000 tensors have 21 MB."""
-COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+COMPUTED_SUFFIXES = (
+    *(".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"),
+    *(".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"),  # causal masks
+)
 """Endings of tensors that old checkpoints store although they follow from the config."""
 
 
