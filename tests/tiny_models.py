@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from transformers import (
     ArceeForCausalLM,
+    Cohere2ForCausalLM,
+    CohereForCausalLM,
     CwmForCausalLM,
     DeepseekV2ForCausalLM,
     DeepseekV3ForCausalLM,
     Exaone4ForCausalLM,
+    FalconForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -26,6 +29,10 @@ from transformers import (
     Glm4ForCausalLM,
     Glm4MoeLiteForCausalLM,
     GlmForCausalLM,
+    GPT2LMHeadModel,
+    GPTBigCodeForCausalLM,
+    GPTJForCausalLM,
+    GPTNeoXForCausalLM,
     GraniteForCausalLM,
     HunYuanDenseV1ForCausalLM,
     Lfm2Config,
@@ -34,12 +41,20 @@ from transformers import (
     Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
+    MinistralForCausalLM,
     Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MptForCausalLM,
+    NemotronForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
+    OPTForCausalLM,
     Phi3ForCausalLM,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -59,6 +74,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SeedOssForCausalLM,
     SmolLM3ForCausalLM,
+    StableLmForCausalLM,
+    Starcoder2ForCausalLM,
 )
 
 VOCAB_SIZE = 97
@@ -128,6 +145,28 @@ def qwen3(**changes: Any) -> PreTrainedModel:
 def mixtral(**changes: Any) -> PreTrainedModel:
     """A Mixtral with the changed settings."""
     return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=5, **changes)))
+
+
+def falcon(**changes: Any) -> PreTrainedModel:
+    """A Falcon with the changed settings; six heads have slopes that bf16 holds, as which its oracle keeps them."""
+    return tiny(FalconForCausalLM, num_key_value_heads=None, **changes)
+
+
+def gpt(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
+    """A GPT-2 or a decoder with the same names of sizes, with the changed settings."""
+    small = {"vocab_size": VOCAB_SIZE, "n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": MAX_POSITION}
+    return model(model.config_class(**{**small, "bos_token_id": None, "eos_token_id": None, **changes}))
+
+
+def mpt(**changes: Any) -> PreTrainedModel:
+    """An MPT with the changed settings."""
+    small = {"vocab_size": VOCAB_SIZE, "d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": MAX_POSITION}
+    return MptForCausalLM(MptForCausalLM.config_class(**small, **changes))
+
+
+def opt(**changes: Any) -> PreTrainedModel:
+    """An OPT with the changed settings."""
+    return tiny(OPTForCausalLM, ffn_dim=72, num_key_value_heads=None, **changes)
 
 
 def phi3_longrope(original: int) -> PreTrainedModel:
@@ -335,6 +374,106 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         rope_parameters=rope("dynamic", alpha=1000.0, factor=1.0, mscale=1.0, mscale_all_dim=1.0),
     ),
     "hunyuan-dense-biases": lambda: tiny(HunYuanDenseV1ForCausalLM, head_dim=8, attention_bias=True),
+    "cohere-qk-norm": lambda: tiny(CohereForCausalLM, use_qk_norm=True, attention_bias=True),
+    "cohere-untied": lambda: tiny(CohereForCausalLM, tie_word_embeddings=False, logit_scale=0.3),
+    "cohere2": lambda: tiny(Cohere2ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True),
+    "cohere2-layer-types": lambda: tiny(
+        Cohere2ForCausalLM, sliding_window=6, layer_types=["full_attention", "sliding_attention", "sliding_attention"]
+    ),
+    "falcon-7b": lambda: falcon(num_attention_heads=7, hidden_size=56, ffn_hidden_size=70),
+    "falcon-40b": lambda: falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon-11b": lambda: falcon(
+        new_decoder_architecture=True,
+        num_kv_heads=3,
+        num_ln_in_parallel_attn=1,
+        tie_word_embeddings=False,
+        rope_parameters=rope("linear", factor=3.0),
+    ),
+    "falcon-rw": lambda: falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
+    "falcon-alibi-one-kv-head": lambda: falcon(alibi=True, parallel_attn=False, activation="gelu_pytorch_tanh"),
+    "gpt2": lambda: gpt(GPT2LMHeadModel),
+    "gpt2-scales": lambda: gpt(
+        GPT2LMHeadModel,
+        n_inner=70,
+        tie_word_embeddings=False,
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
+        activation_function="relu",
+    ),
+    "gpt-bigcode": lambda: gpt(GPTBigCodeForCausalLM),
+    "gpt-bigcode-many-heads": lambda: gpt(GPTBigCodeForCausalLM, multi_query=False, n_inner=70),
+    "gptj": lambda: gpt(GPTJForCausalLM, rotary_dim=6),
+    "gpt-neox": lambda: tiny(GPTNeoXForCausalLM, num_key_value_heads=None),
+    "gpt-neox-sequential": lambda: tiny(
+        GPTNeoXForCausalLM,
+        num_key_value_heads=None,
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        hidden_act="gelu_fast",
+        rope_parameters=rope("linear", factor=4.0, partial_rotary_factor=1.0),
+    ),
+    "ministral": lambda: tiny(MinistralForCausalLM, sliding_window=7, head_dim=10),
+    "ministral-layer-types": lambda: tiny(
+        MinistralForCausalLM,
+        head_dim=8,
+        sliding_window=6,
+        tie_word_embeddings=True,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "ministral3": lambda: tiny(
+        Ministral3ForCausalLM,
+        head_dim=12,
+        rope_parameters=rope(
+            "yarn",
+            factor=8.0,
+            original_max_position_embeddings=8,
+            llama_4_scaling_beta=0.5,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+        ),
+    ),
+    "ministral3-window": lambda: tiny(
+        Ministral3ForCausalLM,
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        sliding_window=7,
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.1),
+    ),
+    "mpt": lambda: mpt(),
+    "mpt-scale": lambda: mpt(tie_word_embeddings=False, attn_config={"softmax_scale": 0.3}),
+    "nemotron": lambda: tiny(NemotronForCausalLM, head_dim=12),
+    "nemotron-biases": lambda: tiny(
+        NemotronForCausalLM, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, num_key_value_heads=1
+    ),
+    "olmo2": lambda: tiny(Olmo2ForCausalLM),
+    "olmo2-biases": lambda: tiny(Olmo2ForCausalLM, attention_bias=True, tie_word_embeddings=True, head_dim=10),
+    "olmo3": lambda: tiny(Olmo3ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True),
+    "olmo3-yarn-layer-types": lambda: tiny(
+        Olmo3ForCausalLM,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": rope("yarn", factor=4.0, original_max_position_embeddings=32),
+            "sliding_attention": rope("default") | {"rope_theta": 500.0},
+        },
+    ),
+    "opt": lambda: opt(),
+    "opt-without-biases": lambda: opt(enable_bias=False, tie_word_embeddings=False, activation_function="gelu"),
+    "phi2": lambda: tiny(PhiForCausalLM, hidden_size=72),
+    "phi2-qk-layernorm": lambda: tiny(
+        PhiForCausalLM, hidden_size=96, qk_layernorm=True, tie_word_embeddings=True, hidden_act="relu"
+    ),
+    "stablelm": lambda: tiny(StableLmForCausalLM, use_qkv_bias=True),
+    "stablelm-parallel-qk-layernorm": lambda: tiny(
+        StableLmForCausalLM, use_parallel_residual=True, qk_layernorm=True, tie_word_embeddings=True
+    ),
+    "starcoder2": lambda: tiny(Starcoder2ForCausalLM, sliding_window=7),
+    "starcoder2-without-biases": lambda: tiny(
+        Starcoder2ForCausalLM, use_bias=False, tie_word_embeddings=False, head_dim=10, hidden_act="gelu"
+    ),
     "mistral-window": lambda: mistral(sliding_window=7),
     "mistral-no-window": lambda: mistral(sliding_window=None, rope_parameters=rope("default")),
     "phi3": lambda: tiny(Phi3ForCausalLM, tie_word_embeddings=True),
@@ -521,6 +660,11 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def is_norm(name: str) -> bool:
+    """Whether a weight is one of a norm."""
+    return "norm" in name or ".ln_" in name
+
+
 def make(variant: str) -> PreTrainedModel:
     """The model of that name, the same at every call, all weights random."""
     torch.manual_seed(sum(variant.encode()))
@@ -528,7 +672,7 @@ def make(variant: str) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:
-                weight.normal_(mean=float("norm" in name), std=0.3)
+                weight.normal_(mean=float(is_norm(name)), std=0.3)
             else:
                 weight.normal_(std=0.15)
         for name in sorted(model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()):

@@ -354,7 +354,7 @@ def _renaming(weights: WeightSource, spec: ModelSpec) -> Callable[[Piece], Piece
     if family.text_types:
         name = text_names(weights.names())
         return lambda piece: piece._replace(name=name(piece.name))
-    embed = str(family.names["embed"][0])
+    embed = _layout(family.names, "embed", Place())[0].name
     prefix, _, bare = embed.partition(".")
     if embed in weights or bare not in weights:
         return lambda piece: piece

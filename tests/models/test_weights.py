@@ -222,7 +222,7 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
     assert "Loading weights: 100%" in shown.err
 
 
-IN_FP32 = re.compile(r"norm|conv\.conv|conv1d|A_log|dt_bias")
+IN_FP32 = re.compile(r"norm|\.ln_|conv\.conv|conv1d|A_log|dt_bias")
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)

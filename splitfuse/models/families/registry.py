@@ -14,7 +14,24 @@ from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, Mixer
-from splitfuse.models.families import deepseek, exaone, gemma, gemma4, glm, lfm2, llama, llama4, qwen, qwen_hybrid
+from splitfuse.models.families import (
+    cohere,
+    deepseek,
+    exaone,
+    falcon,
+    gemma,
+    gemma4,
+    glm,
+    gpt,
+    lfm2,
+    llama,
+    llama4,
+    ministral,
+    olmo,
+    qwen,
+    qwen_hybrid,
+    stablelm,
+)
 from splitfuse.models.families.common import Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.features import refuse_unread
@@ -23,17 +40,30 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {
+    **cohere.FAMILIES,
     **deepseek.FAMILIES,
     **exaone.FAMILIES,
+    **falcon.FAMILIES,
     **gemma.FAMILIES,
     **gemma4.FAMILIES,
     **glm.FAMILIES,
+    **gpt.FAMILIES,
     **lfm2.FAMILIES,
     **llama.FAMILIES,
     **llama4.FAMILIES,
+    **ministral.FAMILIES,
+    **olmo.FAMILIES,
     **qwen.FAMILIES,
     **qwen_hybrid.FAMILIES,
+    **stablelm.FAMILIES,
 }
+
+REFUSED = {
+    "BloomForCausalLM": "Bloom, whose embeddings have a norm, is not supported: use a later model, such as Falcon",
+    "OlmoForCausalLM": "the first OLMo, whose norms have no weights, is not supported: use OLMo 2",
+    "QWenLMHeadModel": "the first Qwen, whose tokenizer is a tiktoken file, is not supported: use Qwen1.5 or later",
+}
+"""Architectures that are known and not loaded -> the reason, and what to use."""
 
 
 def load_spec(source: ModelSource) -> ModelSpec:
@@ -74,6 +104,8 @@ def find_family(architecture: str) -> Family:
     """
     if architecture in FAMILIES:
         return FAMILIES[architecture]
+    if architecture in REFUSED:
+        raise UnsupportedModelError(f"architecture {architecture}: {REFUSED[architecture]}")
     architecture = architecture[:LONGEST_NAME]
     near = difflib.get_close_matches(architecture, FAMILIES, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""

@@ -1,0 +1,60 @@
+"""Reads OLMo 2 and 3: norms behind the blocks alone, norms of whole rows of queries and keys; in OLMo 3 windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splitfuse.kernels.interface import AttentionSpec, NormPlace
+from splitfuse.models.families.common import (
+    DECODER_NAMES,
+    Family,
+    WeightNames,
+    accept_only,
+    decoder,
+    head_norms,
+    mlp,
+    read_attention,
+    window,
+    windowed_layers,
+)
+from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.rope_config import read_layer_ropes
+from splitfuse.models.spec import ModelSpec
+
+OLMO2_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "post_attn_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
+    "post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
+}
+
+
+def olmo2(config: ConfigJson) -> ModelSpec:
+    """Return the network of an Olmo2ForCausalLM."""
+    return decoder(config, _attention(config), mlp(config), norm_eps=1e-5, layer={"norms": NormPlace.AFTER})
+
+
+def olmo3(config: ConfigJson) -> ModelSpec:
+    """Return the network of an Olmo3ForCausalLM."""
+    attention, size = _attention(config), window(config)
+    kinds = (attention, replace(attention, window=size, rope=1))
+    windowed = windowed_layers(config, lambda number: (number + 1) % 4 > 0)
+    return decoder(
+        config,
+        [kinds[inside] for inside in windowed],
+        mlp(config),
+        ropes=read_layer_ropes(config, head_dim=attention.head_dim, theta=500_000.0, local_theta=500_000.0),
+        norm_eps=1e-5,
+        layer={"norms": NormPlace.AFTER},
+    )
+
+
+def _attention(config: ConfigJson) -> AttentionSpec:
+    accept_only(config, clip_qkv=None)
+    biased = config.flag("attention_bias", False)
+    return read_attention(config, qkv_bias=biased, o_bias=biased, qk_norm=head_norms(config, eps=1e-5, whole_row=True))
+
+
+FAMILIES = {
+    "Olmo2ForCausalLM": Family("olmo2", olmo2, OLMO2_NAMES),
+    "Olmo3ForCausalLM": Family("olmo3", olmo3, OLMO2_NAMES),
+}
