@@ -118,6 +118,8 @@ def tiny_with_vision(model: type[PreTrainedModel], **changes: Any) -> PreTrained
             vision |= {"hidden_size": 48, "embed_dim": 16}
     else:
         vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "image_size": 16}
+    if model is Llama4ForConditionalGeneration:
+        vision |= {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     tied = {"tie_word_embeddings": changes.pop("tie_word_embeddings", False)}
     return model(model.config_class(text_config=sizes(**changes), vision_config=vision, **tied))
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig
 
-from splitfuse.errors import ModelError
+from splitfuse.errors import ModelError, WeightsError
 from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, MlpSpec, NormPlace, NormSpec
-from splitfuse.models.families.registry import spec_from_config
+from splitfuse.models.families.registry import load_spec, spec_from_config
+from splitfuse.models.sources.files import SINGLE_FILE
+from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import ModelSpec, ProportionalScaling, RopeSpec
+from splitfuse.models.weights import check_weights, left_aside
 
 SIZES: dict[str, Any] = {
     "architectures": ["Gemma4ForCausalLM"],
@@ -104,3 +111,18 @@ def test_gemma4_layers_reuse_keys_of_the_last_of_their_kind() -> None:
 def test_gemma4_refuses(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         spec_of(**fields)
+
+
+def test_gemma4_keys_that_are_not_used_may_be_stored(tmp_path: Path) -> None:
+    tiny_models.save("gemma4-vision-per-layer-embeddings", tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    attention = "model.language_model.layers.{}.self_attn.{}"
+    unused = [attention.format(3, name) for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight")]
+    save_file(tensors | {name: torch.zeros(3) for name in unused}, tmp_path / SINGLE_FILE)
+    source = ModelFolder(tmp_path)
+    spec = load_spec(source)
+    assert sorted(left_aside(source.weights(), spec)["unused keys and values"]) == sorted(unused)
+    check_weights(source.weights(), spec)
+    save_file(tensors | {attention.format(1, "k_proj.bias"): torch.zeros(3)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(WeightsError, match=r"does not use \(1\)"):
+        check_weights(source.weights(), spec)

@@ -23,10 +23,11 @@ from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import check_weights, load_decoder
 from splitfuse.runtime.loading import load_model
 
+VISION = ("qwen2-vision", "qwen3-vision", "mistral3-vision", "gemma3-vision")
 PROMPT = [5, 90, 17, 3, 3, 41, 8, 77, 60, 1]
 
 
-@pytest.fixture(scope="module", params=["qwen2-vision", "qwen3-vision", "mistral3-vision", "gemma3-vision"])
+@pytest.fixture(scope="module", params=[*VISION, "gemma4-vision-per-layer-embeddings", "llama4-vision"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     tiny_models.save(request.param, folder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
 from splitfuse.kernels.interface import (
@@ -156,7 +157,7 @@ def _attentions(config: ConfigJson, kinds: list[str]) -> list[AttentionSpec]:
                 raise ModelError(f"config.json: num_kv_shared_layers leaves no {kind} layer that has keys and values")
             kv_layer = first_reuse - 1 - kinds[first_reuse - 1 :: -1].index(kind)
         attention = read_attention(
-            sizes.with_defaults(config),
+            config.with_values(sizes),
             num_kv_heads=4,
             head_dim=256,
             rope=sorted(set(kinds)).index(kind),
@@ -173,24 +174,25 @@ def _attentions(config: ConfigJson, kinds: list[str]) -> list[AttentionSpec]:
     return layers
 
 
-def _sizes(config: ConfigJson, kinds: list[str], same: bool) -> list[ConfigJson]:
+def _sizes(config: ConfigJson, kinds: list[str], same: bool) -> list[dict[str, Any]]:
     """Return what each layer says of its heads: by `per_layer_config`, as transformers writes it, else by the fields of
     the labs' checkpoints for layers without a window.
     """
     if "per_layer_config" in config:
         section = config.section("per_layer_config")
         layers = {int(name): section.section(name) for name in section if name.isdecimal()}
-        unknown = {field for layer in layers.values() for field in layer} - {"head_dim", "num_key_value_heads"}
+        sizes = {number: {field: layer.raw(field) for field in layer} for number, layer in layers.items()}
+        unknown = {field for layer in sizes.values() for field in layer} - {"head_dim", "num_key_value_heads"}
         if unknown or len(layers) < len(list(section)) or set(layers) - set(range(len(kinds))):
             raise UnsupportedModelError(
                 "config.json: per_layer_config must be by the numbers of layers, and give head_dim and "
                 f"num_key_value_heads alone, not {brief(config.raw('per_layer_config'))}"
             )
-        return [layers.get(number, ConfigJson({})) for number in range(len(kinds))]
+        return [sizes.get(number, {}) for number in range(len(kinds))]
     full = {"head_dim": config.integer("global_head_dim", 512)}
     if same and "num_global_key_value_heads" in config:
         full["num_key_value_heads"] = config.integer("num_global_key_value_heads")
-    return [ConfigJson(full if kind == FULL else {}) for kind in kinds]
+    return [full if kind == FULL else {} for kind in kinds]
 
 
 def _ropes(config: ConfigJson, kinds: list[str], attentions: list[AttentionSpec]) -> list[RopeSpec]:

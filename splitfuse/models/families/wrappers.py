@@ -19,7 +19,7 @@ PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
 _PREFIX = r"(model\.)?"
 ASIDE = {
-    "vision": re.compile(_PREFIX + r"(visual|vision_tower|vision_model|vision_encoder|embed_vision)\."),
+    "vision": re.compile(_PREFIX + r"(visual|vision_tower|vision_model|vision_encoder|vision_embedder|embed_vision)\."),
     "audio": re.compile(_PREFIX + r"(audio_tower|audio_model|audio_encoder|embed_audio)\."),
     "projector": re.compile(_PREFIX + r"(multi_modal_projector|patch_merger|mm_projector|vision_projection)\."),
     "multi-token prediction": re.compile(_PREFIX + r"mtp\."),
