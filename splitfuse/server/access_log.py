@@ -41,7 +41,7 @@ class RequestRecord:
     time_to_first_token_seconds: float | None = None
     """Time until the first token of any choice."""
     inter_token_latency_seconds: tuple[float, ...] = ()
-    """Times between each token and the next of the same choice, all choices one after the other."""
+    """Times between each token and the next of the same choice, in rising order: there may be a hundred thousand."""
     steps: int = 0
     """Number of forward steps that computed a part of it."""
     slo_met: bool | None = None

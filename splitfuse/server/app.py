@@ -253,7 +253,7 @@ def record_of(
         error=error.code if isinstance(error, RefusedError) else None if error is None else type(error).__name__,
         queue_seconds=timing.queued,
         time_to_first_token_seconds=timing.first_token,
-        inter_token_latency_seconds=tuple(timing.gaps),
+        inter_token_latency_seconds=tuple(sorted(timing.gaps)),
         steps=timing.steps,
         slo_met=timing.slo_met,
     )

@@ -11,7 +11,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
+from operator import sub
 from typing import NamedTuple
 
 import msgspec
@@ -58,7 +58,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
     return Timing(
         queued=min(first_steps) - context.arrival if first_steps else None,
         first_token=min(first_tokens) - context.arrival if first_tokens else None,
-        gaps=[b - a for g in begun for a, b in pairwise(g.timings.tokens)],
+        gaps=[gap for g in begun for gap in map(sub, g.timings.tokens[1:], g.timings.tokens)],
         steps=sum(g.num_steps for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
         slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,

@@ -395,13 +395,31 @@ TIMES = {
 }
 
 
+VALUES = st.lists(st.floats(0, 1e5) | st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0, 480.0, 7680.0]), max_size=20)
+
+
 @pytest.mark.parametrize(("name", "field"), TIMES.items())
 @settings(max_examples=50, deadline=None)
-@given(values=st.lists(st.floats(0, 1e5) | st.sampled_from([0.01, 0.1, 0.5, 1.0, 5.0, 480.0, 7680.0]), max_size=20))
+@given(values=VALUES)
 def test_histograms_equal_the_librarys(name: str, field: str, values: list[float]) -> None:
     metrics = Metrics(Stated(1))
     for value in values:
         metrics.request_ended(replace(RECORD, **{field: value}))
+    check_with_library(metrics, name, values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(VALUES, max_size=3))
+def test_gaps_of_a_request_are_counted_together(parts: list[list[float]]) -> None:
+    metrics = Metrics(Stated(1))
+    for values in parts:
+        metrics.request_ended(replace(RECORD, inter_token_latency_seconds=tuple(sorted(values))))
+    check_with_library(
+        metrics, "splitfuse:inter_token_latency_seconds", [value for values in parts for value in values]
+    )
+
+
+def check_with_library(metrics: Metrics, name: str, values: list[float]) -> None:
     figures = Figures(metrics, collected=True)
     bounds = figures.bounds(f"{name}_bucket")
     oracle = prometheus_client.Histogram(
