@@ -1,4 +1,5 @@
-"""`python -m benchmarks.kernels linear attention step guard neighbours`: kernels and steps against the machine limits.
+"""`python -m benchmarks.kernels linear attention delta step guard neighbours`: kernels and steps against the limits of
+the machine.
 
 `linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
 products in registers, as they do when the compiler spills their accumulators. `neighbours` times steps next to busy
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
+from benchmarks.kernels.recurrent import delta
 from benchmarks.kernels.steps import CONTEXT, forward, make_chunks
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
@@ -202,7 +204,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         if not spec.tied_embeddings:
             weights -= spec.vocab_size * spec.hidden_size * 2
         attention = spec.layers[0].mixer
-        assert attention is not None
+        assert isinstance(attention, AttentionSpec)
         linears = len(spec.layers) * sum(n * k for n, k in layer_sizes(shape))
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
@@ -263,6 +265,7 @@ def make_backend(name: str, variant: str | None, threads: int) -> CpuBackend:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "linear": linear,
     "attention": attention,
+    "delta": delta,
     "step": step,
     "guard": guard,
     "neighbours": neighbours,

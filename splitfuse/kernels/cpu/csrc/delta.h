@@ -220,13 +220,15 @@ SF_INLINE void put_gates(const Delta& d, i64 head, const float* rows, i64 tokens
     }
 }
 
-// Writes a head's output, normed and gated by `z`, in bf16.
-SF_INLINE void put_gated_norm(const float* x, const float* z, i64 dim, const float* weight, float eps, u16* out) {
+// Writes a head's output, normed and gated by `z`, in bf16. Those of the next token lie z_stride and out_stride behind.
+SF_INLINE void put_gated_norm(const float* x, const float* z, i64 z_stride, i64 dim, const float* weight, float eps, u16* out, i64 out_stride) {
     Floats squares = broadcast(0.0f);
     for (i64 c = 0; c < dim; c += LANES) squares = fma(load(x + c), load(x + c), squares);  // zero where it is padded
     const Floats scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(dim) + eps));
     for (i64 c = 0; c < dim; c += LANES) {
         const int count = lanes_left(dim, c);
+        _mm_prefetch(reinterpret_cast<const char*>(z + AHEAD * z_stride + c), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(out + AHEAD * out_stride + c), _MM_HINT_T0);
         const Floats gate = load(z + c, count);
         store_bf16(out + c, load(x + c) * scale * load(weight + c, count) * (gate * sigmoid(gate)), count);
     }
@@ -270,8 +272,8 @@ inline void delta(Team& team, Workspace& work, const Step& step, const Delta& d,
                                   state + h * shape.head_floats + c * key_dim);
                     for (i64 t = 0; t < count; ++t) {
                         const i64 token = row + first + t;
-                        put_gated_norm(values + t * shape.padded, x + token * width + shape.tail.channels + (head + h) * value_dim, value_dim, d.norm, d.eps,
-                                       out + (token * shape.value_heads + head + h) * value_dim);
+                        put_gated_norm(values + t * shape.padded, x + token * width + shape.tail.channels + (head + h) * value_dim, width, value_dim,
+                                       d.norm, d.eps, out + (token * shape.value_heads + head + h) * value_dim, shape.value_heads * value_dim);
                     }
                 }
             }
