@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIGS
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
+from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
@@ -112,6 +112,43 @@ def test_null_heads_are_as_many_as_those_of_queries() -> None:
     """In transformers only an absent number of key/value heads is the default of the family."""
     assert first(spec_of("MistralForCausalLM", num_key_value_heads=None, num_attention_heads=16)).num_kv_heads == 16
     assert first(spec_of("SmolLM3ForCausalLM")).num_kv_heads == 4
+
+
+def test_hybrids_of_gated_delta_nets() -> None:
+    def kinds(**fields: Any) -> str:
+        spec = spec_of("Qwen3_5ForCausalLM", num_hidden_layers=5, **fields)
+        return "".join("d" if isinstance(layer.mixer, DeltaSpec) else "a" for layer in spec.layers)
+
+    assert (kinds(), kinds(full_attention_interval=2)) == ("dddad", "dadad")
+    types = ["full_attention", "linear_attention", "linear_attention", "full_attention", "full_attention"]
+    assert kinds(layer_types=types, attn_output_gate=True, mamba_ssm_dtype="float32") == "addaa"
+    for field, value in {
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "attn_output_gate": False,
+        "mamba_ssm_dtype": "bfloat16",
+        "layer_types": ["sliding_attention", *types[1:]],
+    }.items():
+        with pytest.raises(UnsupportedModelError, match=f"{field} .* is not supported here"):
+            kinds(**{field: value})
+    with pytest.raises(ModelError, match="6 value heads of a delta net cannot be shared evenly by 4 key heads"):
+        kinds(linear_num_value_heads=6, linear_num_key_heads=4)
+
+
+def test_sizes_of_lfm2() -> None:
+    """The inner size that a config says is not that of its MLPs, unless it says so."""
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 3000}
+    for fields, size in (
+        ({}, 2048),
+        ({"block_ff_dim": 6000}, 4096),
+        ({"block_ffn_dim_multiplier": 1.5, "block_multiple_of": 10}, 3000),
+        ({"block_ffn_dim_multiplier": None}, 2000),
+        ({"block_auto_adjust_ff_dim": False}, 3000),
+    ):
+        assert spec_of("Lfm2ForCausalLM", **sizes, **fields).layers[0].mlp.intermediate_size == size
+    spec = spec_of("Lfm2ForCausalLM", **sizes, full_attn_idxs=[1], conv_L_cache=4)
+    assert [isinstance(layer.mixer, ConvSpec) for layer in spec.layers] == [True, False, True]
+    assert spec.tied_embeddings and not spec_of("Lfm2ForCausalLM", **sizes, tie_embedding=False).tied_embeddings
 
 
 def test_length_of_the_first_llama() -> None:

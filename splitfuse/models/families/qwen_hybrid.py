@@ -26,6 +26,8 @@ from splitfuse.models.families.rope_config import MROPE, read_rope
 from splitfuse.models.spec import ModelSpec
 
 HEAD_DIM = 256
+ONLY = {"attention_bias": False, "hidden_act": "silu", "attn_output_gate": True, "mamba_ssm_dtype": "float32"}
+"""Fields whose other values are refused: the last two are in checkpoints, but not in transformers."""
 _LINEAR = "model.layers.{layer}.linear_attn"
 _Q_PROJ = "model.layers.{layer}.self_attn.q_proj.weight"
 
@@ -98,19 +100,19 @@ def qwen3_next(config: ConfigJson) -> ModelSpec:
 
 
 def qwen3_5(config: ConfigJson) -> ModelSpec:
-    """Return the network of a Qwen3_5ForCausalLM."""
+    """Return the network of Qwen3.5, or of its text."""
     return _hybrid(config, mlp(config), num_kv_heads=4)
 
 
 def qwen3_5_moe(config: ConfigJson) -> ModelSpec:
-    """Return the network of a Qwen3_5MoeForCausalLM."""
+    """Return the network of Qwen3.5-MoE, or of its text."""
     return _hybrid(config, _experts(config, 256, 8, renormalize=True), num_kv_heads=2)
 
 
 def _hybrid(
     config: ConfigJson, mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec], *, num_kv_heads: int
 ) -> ModelSpec:
-    for field, only in (("attention_bias", False), ("hidden_act", "silu")):
+    for field, only in ONLY.items():
         if field in config and config.raw(field) != only:
             raise UnsupportedModelError(f"{field} {brief(config.raw(field))} is not supported here: use {brief(only)}")
     delta = DeltaSpec(
