@@ -41,6 +41,7 @@ from transformers import (
     Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    MellumForCausalLM,
     Ministral3ForCausalLM,
     MinistralForCausalLM,
     Mistral3ForConditionalGeneration,
@@ -415,6 +416,22 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         hidden_act="gelu_fast",
         rope_parameters=rope("linear", factor=4.0, partial_rotary_factor=1.0),
     ),
+    "mellum": lambda: tiny(
+        MellumForCausalLM,
+        head_dim=10,
+        num_hidden_layers=4,
+        sliding_window=7,
+        attention_bias=True,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=20,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        mlp_layer_types=["dense", "sparse", "sparse", "dense"],
+        rope_parameters={
+            "full_attention": rope("yarn", factor=4.0, original_max_position_embeddings=32, rope_theta=500.0),
+            "sliding_attention": rope("default"),
+        },
+    ),
     "ministral": lambda: tiny(MinistralForCausalLM, sliding_window=7, head_dim=10),
     "ministral-layer-types": lambda: tiny(
         MinistralForCausalLM,
@@ -539,6 +556,12 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3.5-moe": lambda: qwen3_5_moe(full_attention_interval=2),
     "qwen3-next": lambda: qwen3_next(mlp_only_layers=[1], norm_topk_prob=False),
+    "ministral3-vision": lambda: tiny_with_vision(
+        Mistral3ForConditionalGeneration,
+        model_type="ministral3",
+        head_dim=12,
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.2),
+    ),
     "mistral3-vision": lambda: tiny_with_vision(
         Mistral3ForConditionalGeneration, model_type="mistral", head_dim=10, sliding_window=None
     ),

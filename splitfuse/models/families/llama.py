@@ -81,11 +81,6 @@ def mistral(config: ConfigJson) -> ModelSpec:
     return decoder(config, read_attention(config, num_kv_heads=8, window=window(config)), mlp(config))
 
 
-def mistral3(config: ConfigJson) -> ModelSpec:
-    """Return the network of a Mistral3ForConditionalGeneration: the text of Mistral Small 3.1 and 3.2."""
-    return mistral(config.with_defaults({"tie_word_embeddings": True}))
-
-
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
     router = RouterSpec(
@@ -197,7 +192,6 @@ FAMILIES = {
     "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
     "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),
     "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
-    "Mistral3ForConditionalGeneration": Family("mistral3", mistral3, DECODER_NAMES, text_types=("mistral",)),
     "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
     "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES),
     "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),

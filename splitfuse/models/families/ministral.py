@@ -18,6 +18,7 @@ from splitfuse.models.families.common import (
     windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.llama import mistral
 from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec, YarnScaling
 
@@ -57,7 +58,16 @@ def ministral3(config: ConfigJson) -> ModelSpec:
     return decoder(config, attention, mlp(config), ropes=(rope,), norm_eps=1e-5)
 
 
+def mistral3(config: ConfigJson) -> ModelSpec:
+    """Return the network of the text in a Mistral3ForConditionalGeneration: Mistral Small 3 or Ministral 3."""
+    read = ministral3 if config.text("model_type", "mistral") == "ministral3" else mistral
+    return read(config.with_defaults({"tie_word_embeddings": True}))
+
+
 FAMILIES = {
+    "Mistral3ForConditionalGeneration": Family(
+        "mistral3", mistral3, DECODER_NAMES, text_types=("mistral", "ministral3")
+    ),
     "MinistralForCausalLM": Family("ministral", ministral, DECODER_NAMES),
     "Ministral3ForCausalLM": Family("ministral3", ministral3, DECODER_NAMES),
 }

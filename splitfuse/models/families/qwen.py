@@ -1,10 +1,13 @@
-"""Reads Qwen2, Qwen3 and Qwen3-MoE: windows from a layer on, biases or norms of heads, experts in some layers; and the
-text of their vision-language models.
+"""Reads Qwen2, Qwen3, Qwen3-MoE and Mellum: windows in some layers, biases or norms of heads, experts in some layers;
+and the text of Qwen's vision-language models.
 """
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
+from dataclasses import replace
+
+from splitfuse.errors import UnsupportedModelError
+from splitfuse.kernels.interface import ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,
@@ -18,9 +21,10 @@ from splitfuse.models.families.common import (
     num_layers,
     read_attention,
     window,
+    windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.rope_config import MROPE, read_rope
+from splitfuse.models.families.rope_config import MROPE, read_layer_ropes, read_rope
 from splitfuse.models.spec import ModelSpec
 
 QWEN3_MOE_NAMES: WeightNames = {
@@ -87,6 +91,31 @@ def qwen3_vl(config: ConfigJson) -> ModelSpec:
     return decoder(config, attention, mlp(config), ropes=[rope])
 
 
+def mellum(config: ConfigJson) -> ModelSpec:
+    """Return the network of a MellumForCausalLM: Qwen3-MoE with windows, and a rope for each kind of layer."""
+    biased, size = config.flag("attention_bias", False), config.integer("sliding_window", 1024)
+    attention = read_attention(
+        config, num_kv_heads=4, head_dim=128, qk_norm=head_norms(config), qkv_bias=biased, o_bias=biased
+    )
+    kinds = (attention, replace(attention, window=size, rope=1))
+    router = RouterSpec(
+        num_experts=num_experts(config, 64),
+        top_k=config.integer("num_experts_per_tok", 8),
+        renormalize=config.flag("norm_topk_prob", True),
+    )
+    experts = ExpertsSpec(router=router, expert=mlp(config, config.integer("moe_intermediate_size", 896)))
+    mlps: dict[str, MlpSpec | ExpertsSpec] = {"sparse": experts, "dense": mlp(config)}
+    inner = config.texts("mlp_layer_types") if "mlp_layer_types" in config else ["sparse"] * num_layers(config)
+    if unknown := set(inner) - set(mlps):
+        raise UnsupportedModelError(f"config.json: mlp_layer_types must be sparse or dense, not {', '.join(unknown)}")
+    return decoder(
+        config,
+        [kinds[inside] for inside in windowed_layers(config, lambda _: False)],
+        [mlps[kind] for kind in inner],
+        ropes=read_layer_ropes(config, head_dim=attention.head_dim, theta=500_000.0, local_theta=10_000.0),
+    )
+
+
 def _upper_layer_windows(config: ConfigJson) -> Windows:
     """Qwen's rule: if windows are on, layer_types says where; without it, the layers from max_window_layers on."""
     layers = range(num_layers(config))
@@ -100,6 +129,7 @@ def _upper_layer_windows(config: ConfigJson) -> Windows:
 
 
 FAMILIES = {
+    "MellumForCausalLM": Family("mellum", mellum, QWEN3_MOE_NAMES),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
     "Qwen2VLForConditionalGeneration": Family("qwen2_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_vl_text",)),
     "Qwen2_5_VLForConditionalGeneration": Family(
