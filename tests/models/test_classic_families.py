@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from ragged_requests import Request, Runner
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +31,59 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 NEW_FALCON = {"new_decoder_architecture": True}
+
+
+HUB: dict[str, dict[str, Any]] = {
+    "CohereForCausalLM": {"logit_scale": 0.8, "rope_theta": 75e6, "use_qk_norm": True, "tie_word_embeddings": True},
+    "Cohere2ForCausalLM": {"sliding_window_pattern": 2, "rope_theta": 50000, "logit_scale": 0.25, "rotary_pct": 1.0},
+    "FalconForCausalLM": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "GPT2LMHeadModel": {"n_embd": 96, "n_head": 4, "n_layer": 2, "n_positions": 256, "n_ctx": 256, "n_inner": 100},
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.5, "rotary_emb_base": 5000, "use_parallel_residual": False},
+    "Ministral3ForCausalLM": {
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "MptForCausalLM": {
+        "d_model": 96,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 256,
+        "norm_type": "low_precision_layernorm",
+        "attn_config": {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "softmax_scale": 0.5, "qk_ln": False},
+    },
+    "NemotronForCausalLM": {"partial_rotary_factor": 0.25, "rope_theta": 5000.0, "head_dim": 16, "norm_eps": 1e-6},
+    "OPTForCausalLM": {"do_layer_norm_before": True, "word_embed_proj_dim": 64, "ffn_dim": 80, "enable_bias": False},
+    "Olmo3ForCausalLM": {
+        "rope_theta": 500000,
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 32},
+    },
+    "PhiForCausalLM": {"partial_rotary_factor": 0.25, "rope_theta": 5000.0, "rope_scaling": None, "qk_layernorm": True},
+    "StableLmForCausalLM": {"partial_rotary_factor": 0.5, "num_key_value_heads": 2, "rope_theta": 5000},
+    "Starcoder2ForCausalLM": {
+        "norm_epsilon": 1e-4,
+        "norm_type": "layer_norm",
+        "mlp_type": "default",
+        "use_bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", HUB)
+def test_a_config_of_before_means_what_transformers_reads(architecture: str) -> None:
+    """Fields as the labs wrote them, and as transformers 5 writes what it has read."""
+    said = {"architectures": [architecture], **SIZES, **HUB[architecture]}
+    read = getattr(transformers, architecture).config_class(**copy.deepcopy(said)).to_dict()
+    assert spec_from_config(said) == spec_from_config(read)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +127,7 @@ def test_what_is_not_computed_is_refused(architecture: str, fields: dict[str, An
 
 def test_an_error_names_the_field_as_the_config_does() -> None:
     with pytest.raises(ModelError, match="n_head must be a whole number"):
-        spec_from_config({"architectures": ["GPT2LMHeadModel"], **SIZES, "n_head": 0})
+        spec_from_config({"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_head": 0})
     with pytest.raises(ModelError, match=r"config\.json has no n_head"):
         spec_from_config({"architectures": ["GPT2LMHeadModel"]})
 

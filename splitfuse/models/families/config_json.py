@@ -104,13 +104,14 @@ class ConfigJson:
         return ConfigJson({**values, **self._values}, self._section, self._read, self._names)
 
     def renamed(self, names: Mapping[str, str]) -> ConfigJson:
-        """Return these fields, some also under our names: `names` leads from ours to the config's own.
+        """Return these fields, some also under our names, which `names` leads from to the config's own. One that is
+        already there under ours keeps its value, as in transformers.
 
         >>> ConfigJson({"n_head": 12}).renamed({"num_attention_heads": "n_head"}).integer("num_attention_heads")
         12
         """
         ours = {name: self._values[own] for name, own in names.items() if own in self._values}
-        return ConfigJson({**self._values, **ours}, self._section, self._read, {**self._names, **names})
+        return ConfigJson({**ours, **self._values}, self._section, self._read, {**self._names, **names})
 
     def with_values(self, values: Mapping[str, Any]) -> ConfigJson:
         """Return these fields, with other values of some."""

@@ -262,6 +262,7 @@ FAMILIES = {
     "GPTJForCausalLM": Family("gptj", gptj, GPTJ_NAMES),
     "GPTNeoXForCausalLM": Family("gpt_neox", gpt_neox, GPT_NEOX_NAMES, alternatives=(GPT_NEOX_LATER_NAMES,)),
     "MptForCausalLM": Family("mpt", mpt, MPT_NAMES),
+    "MPTForCausalLM": Family("mpt", mpt, MPT_NAMES),
     "OPTForCausalLM": Family("opt", opt, OPT_NAMES),
     "PhiForCausalLM": Family("phi", phi, PHI_NAMES),
 }
