@@ -291,7 +291,9 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
+    alibi: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the last n positions of one request see, exactly: q [n, H, D], keys and values [L, Hk, D], all in fp64.
@@ -304,10 +306,23 @@ def attention(
     scores = torch.einsum("nhd,lhd->hnl", q, keys) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(length - rows, length).unsqueeze(1) - torch.arange(length)
-    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    query, key = torch.arange(length - rows, length).unsqueeze(1), torch.arange(length)
+    if alibi is not None:
+        scores = scores - alibi * slopes(num_heads).view(-1, 1, 1) * (query - key)
+    hidden = query < key
+    if window is not None:
+        hidden |= query - key >= window
+    if chunk is not None:
+        hidden |= query // chunk != key // chunk
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.double().view(-1, 1, 1).expand(-1, rows, 1)), dim=-1)
     weights = scores.softmax(dim=-1)[..., :length]
     return torch.einsum("hnl,lhd->nhd", weights, values), torch.einsum("hnl,lhd->nhd", weights, values.abs())
+
+
+def slopes(num_heads: int) -> Tensor:
+    """Those of ALiBi, in fp32: falling in equal steps to 2**-8, then every other one of twice as many."""
+    most = 1 << (num_heads.bit_length() - 1)
+    powers = [8 * (head + 1) / most for head in range(most)] + [4 * (2 * n + 1) / most for n in range(num_heads - most)]
+    return torch.tensor([2.0**-power for power in powers], dtype=torch.float32).double()

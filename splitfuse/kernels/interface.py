@@ -435,6 +435,7 @@ class NetworkPlan:
     ropes: tuple[RopeTable, ...]
     norm: NormSpec
     embed_scale: float = 1.0
+    position_offset: int = 0  # row of `weights.positions` for position 0
 
 
 Network: TypeAlias = Callable[[Sequence[Store], RaggedBatch], Tensor]

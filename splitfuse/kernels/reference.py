@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
 }
 
 SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
@@ -370,14 +371,13 @@ def _attend_last(
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.view(num_kv_heads, group, rows, length)
+    positions = torch.arange(begin, begin + length, device=q.device)
+    queries = positions[length - rows :].unsqueeze(1)
     if spec.alibi is not None:
-        scores = scores + alibi_slopes(spec).to(scores).view(num_kv_heads, group, 1, 1) * torch.arange(
-            begin, begin + length, device=q.device
-        ).to(scores.dtype)
+        slopes = alibi_slopes(spec).to(scores).view(num_kv_heads, group, 1, 1)
+        scores = scores + slopes * (positions - queries).to(scores.dtype)
     if rows > 1:  # a single row sees every key that was read
-        positions = torch.arange(begin, begin + length, device=q.device)
         first = torch.tensor([_first_seen(spec, begin + length - rows + row) for row in range(rows)], device=q.device)
-        queries = positions[length - rows :].unsqueeze(1)
         scores = scores.masked_fill((positions > queries) | (positions < first.unsqueeze(1)), -torch.inf)
     if sinks is not None:
         column = sinks.to(wide).view(num_kv_heads, group, 1, 1).expand(-1, -1, rows, 1)

@@ -22,6 +22,7 @@ from splitfuse.kernels.interface import (
     MlpWeights,
     NetworkPlan,
     NetworkWeights,
+    NormPlace,
     Store,
     TokenInputSpec,
 )
@@ -52,6 +53,7 @@ class Decoder:
                 ropes=self.ropes,
                 norm=spec.norm,
                 embed_scale=spec.embed_scale,
+                position_offset=spec.position_offset,
             )
         )
 
@@ -99,7 +101,7 @@ class Decoder:
         """Return the residual stream [T, C] after a layer."""
         norms, read = layer.norms, None
         if layer.mixer is not None:
-            read = self._norm(x, weights.attn_norm, weights.attn_norm_bias) if norms.before else x.to(self.dtype)
+            read = self._read(x, norms, weights.attn_norm, weights.attn_norm_bias)
             mixed = self._mix(read, layer.mixer, weights, store, batch)
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
@@ -107,7 +109,7 @@ class Decoder:
         if layer.mlp is not None:
             source = before if layer.parallel else x
             if not (layer.parallel and layer.shared_norm):
-                read = self._norm(source, weights.mlp_norm, weights.mlp_norm_bias) if norms.before else x.to(self.dtype)
+                read = self._read(source, norms, weights.mlp_norm, weights.mlp_norm_bias)
             assert read is not None
             inner = mlp(read, layer.mlp, weights, self.backend, source)
             if norms.after:
@@ -160,9 +162,12 @@ class Decoder:
             attended = attended[:, :, : spec.latent.v_dim]
         attended = attended.flatten(1)
         if spec.gate:
-            gate = backend.linear(x, weights.attn_gate)
-            attended = (attended * torch.sigmoid(gate)).to(attended.dtype)
+            attended = attended * backend.activated(x, weights.attn_gate, None, "sigmoid")
         return backend.linear(attended, weights.o, weights.o_bias)
+
+    def _read(self, x: Tensor, norms: NormPlace, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return what a block reads of the residual stream."""
+        return self._norm(x, weight, bias) if norms.before else x.to(self.dtype)
 
     def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
@@ -222,4 +227,4 @@ def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend) -> T
 
 def _add(x: Tensor, branch: Tensor, scale: float) -> Tensor:
     """Return the residual stream with what a block gave."""
-    return x + (branch if scale == 1.0 else branch * scale)
+    return x + (branch if scale == 1.0 else branch.to(x.dtype) * scale)

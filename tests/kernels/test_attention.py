@@ -14,10 +14,10 @@ from typing import Any
 import backends
 import pytest
 import torch
-from backends import CPU, BackendCase, Requests, attention, poison
+from backends import CPU, Arrays, BackendCase, Requests, attention, poison
 from torch import Tensor
 
-from splitfuse.kernels.interface import Store
+from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LayerWeights, NormSpec, QueryScaling, Role, Store
 from splitfuse.kernels.reference import ReferenceBackend
 
 
@@ -83,6 +83,19 @@ def test_the_largest_heads(case: BackendCase) -> None:
 def test_windows_caps_and_sinks(case: BackendCase, window: int | None, softcap: float | None, sinks: bool) -> None:
     column = torch.tensor([-3.0, 0.0, 2.5, 8.0]) if sinks else None
     check(case, MIXED, window=window, softcap=softcap, sinks=column, head_dim=32)
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(1, None), (31, None), (64, 40), (500, None), (512, 40), (700, 513)])
+def test_chunked(case: BackendCase, chunk: int, window: int | None) -> None:
+    check(case, [*MIXED, (511, 3), (690, 22)], chunk=chunk, window=window, head_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [(1, {}), (4, {"softcap": 0.7}), (7, {"window": 33}), (12, {"sinks": torch.linspace(-3, 3, 12)})],
+)
+def test_scores_that_fall_with_distance(case: BackendCase, heads: int, options: dict[str, Any]) -> None:
+    check(case, MIXED, heads=heads, kv_heads=1, alibi=0.5, head_dim=32, **options)
 
 
 @pytest.mark.parametrize("window", [None, 50, 700])
@@ -205,6 +218,94 @@ def test_rotated_and_normed(
     ours = attend(case, q, store, requests, [(0, length)], scale=head_dim**-0.5)
     exact, magnitude = attention(q.double(), keys, values, scale=head_dim**-0.5)
     case.near(ours, exact, magnitude, share=2 * case.attention)
+
+
+NORMS = [
+    HeadNormSpec(norm=NormSpec(eps=0.02)),
+    HeadNormSpec(norm=NormSpec(eps=0.02), own_weights=True),
+    HeadNormSpec(norm=NormSpec(eps=0.02), whole_row=True),
+    HeadNormSpec(norm=NormSpec(eps=0.02), weight=False),
+    HeadNormSpec(norm=NormSpec(eps=0.02), weight=False, after_rope=True),
+    HeadNormSpec(norm=NormSpec(eps=0.02), own_weights=True, after_rope=True),
+    HeadNormSpec(norm=NormSpec(eps=0.02, centered=True)),
+    HeadNormSpec(norm=NormSpec(eps=0.02, centered=True, bias=True), own_weights=True),
+    HeadNormSpec(norm=NormSpec(eps=0.02, centered=True, bias=True), whole_row=True),
+]
+
+
+def normed(x: Tensor, spec: HeadNormSpec, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Heads [T, H, D] normed in fp64."""
+    rows = x.flatten(1) if spec.whole_row else x
+    if spec.norm.centered:
+        rows = rows - rows.mean(-1, keepdim=True)
+    rows = rows / torch.sqrt(rows.square().mean(-1, keepdim=True) + spec.norm.eps)
+    rows = rows if weight is None else rows * weight
+    return (rows if bias is None else rows + bias).view_as(x)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "rotary_dim"), [(4, 2, 48, 0), (7, 1, 35, 20)])
+@pytest.mark.parametrize("norms", [None, *NORMS])
+def test_heads_in_every_form(
+    case: BackendCase, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, norms: HeadNormSpec | None
+) -> None:
+    """Norms of queries and keys before and after rope, of values, and queries scaled by position."""
+    length, backend = 45, case.backend
+    scaling = QueryScaling(beta=0.7, length=10, offset=1)
+    spec = AttentionSpec(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        qk_norm=norms,
+        v_norm=NormSpec(eps=0.1) if norms else None,
+        query_scaling=scaling,
+    )
+    requests = Requests.random([length], block_size=32, num_kv_heads=kv_heads, head_dim=head_dim)
+    store = backend.allocate_kv(spec, num_blocks=requests.num_blocks, block_size=32, dtype=case.narrow, device=CPU)
+    poison(store)
+    positions = torch.randperm(100)[:length]
+    angles = torch.rand(100, rotary_dim // 2, dtype=torch.float64) * 6
+    table = torch.float64 if case.wide == torch.float64 else torch.float32
+    rope = (angles.cos().to(table), angles.sin().to(table)) if rotary_dim else None
+    weights: dict[str, Tensor] = {}
+    if norms is not None and norms.weight:
+        for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
+            shape = (count * head_dim,) if norms.whole_row else (count, head_dim) if norms.own_weights else (head_dim,)
+            weights[name] = torch.randn(shape).bfloat16().double()
+            if norms.norm.bias:
+                weights[f"{name}_bias"] = torch.randn(shape).bfloat16().double()
+    packed = {name: backend.pack([value.to(case.narrow)], role=Role.NORM) for name, value in weights.items()}
+    qkv = torch.randn(length, heads + 2 * kv_heads, head_dim).bfloat16().double()
+    arrays = Arrays(positions=positions.int(), slot_mapping=requests.slots(0, 0, length).int())
+    q = backend.rope_store(qkv.flatten(1).to(case.wide), store, spec, arrays, rope, LayerWeights(**packed))
+
+    def exact(x: Tensor, name: str) -> Tensor:
+        for turn in (False, True) if norms is None or not norms.after_rope else (True, False):
+            if turn:
+                x = turned(x, None, 0.0, angles[positions], torch.float64)
+            elif norms is not None:
+                x = normed(x, norms, weights.get(name), weights.get(f"{name}_bias"))
+        return x
+
+    q_in, k_in, values = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    factors = 1 + scaling.beta * torch.log1p(((positions + scaling.offset) // scaling.length).double())
+    exact_q = exact(q_in, "q_norm") * factors.view(-1, 1, 1)
+    assert q.dtype == case.narrow
+    largest = exact_q.flatten(1).norm(dim=-1).view(-1, 1, 1)
+    case.near(q, exact_q, largest, share=max(case.sums, torch.finfo(q.dtype).eps / 2, 2e-7))  # factors are fp32
+    if norms:
+        values = values / torch.sqrt(values.square().mean(-1, keepdim=True) + 0.1)
+    ours = backends.attend(
+        backend,
+        q,
+        store,
+        query_start=torch.tensor([0, length], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        block_tables=requests.block_tables,
+        scale=0.1 * head_dim**-0.5,
+    )
+    keys = exact(k_in, "k_norm").to(case.narrow).double()
+    wanted, magnitude = attention(q.double(), keys, values, scale=0.1 * head_dim**-0.5)
+    case.near(ours, wanted, magnitude, share=2 * case.attention)
 
 
 def bits(store: Store) -> Tensor:

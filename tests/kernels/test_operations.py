@@ -15,9 +15,9 @@ import torch
 from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.interface import NormSpec, Role
 from splitfuse.kernels.onednn import OneDnnBackend
-from splitfuse.kernels.reference import ACTIVATIONS
+from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
 
 SHAPES = [  # rows, K, N: nothing; single ones; odd, even and beyond every block, panel and slab of the kernels
     (0, 32, 32),
@@ -87,6 +87,20 @@ def test_weight_bytes_is_what_is_kept(case: BackendCase, role: Role, shape: tupl
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "inner", "biased"), [(0, 8, 8, True), (1, 64, 33, True), (6, 65, 15, False), (17, 130, 48, True)]
+)
+def test_activated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
+    x, weight, bias = grid(rows, inputs), grid(inner, inputs) / 4, grid(inner)
+    packed = case.backend.pack([weight.to(case.narrow)], role=Role.UP)
+    ours = case.backend.activated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
+    product = x @ weight.T + biased * bias
+    exact, summed = formula(kind, product), x.abs() @ weight.abs().T + biased * bias.abs()
+    assert ours.dtype == case.narrow
+    case.near(ours, exact, slope(kind, product) * summed + exact.abs() + 1e-3)
+
+
+@pytest.mark.parametrize("kind", GATED_ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "inputs", "inner"), [(0, 8, 8), (1, 1, 1), (1, 64, 33), (6, 65, 15), (17, 130, 48)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
@@ -95,27 +109,40 @@ def test_gated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int,
     packed = case.backend.pack(halves, role=Role.GATE_UP)
     ours = case.backend.gated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
     gate, up = (x @ weight.T + biased * bias).chunk(2, dim=-1)
-    exact = formula(kind, gate) * up
-    # An error of the gate reaches the result with the slope of the activation, one of `up` with its value.
-    summed = (x.abs() @ weight.abs().T + biased * bias.abs()).chunk(2, dim=-1)
-    slope = 2 * gate.abs() if kind == "relu2" else 1.2
+    exact = gated(kind, gate, up)
+    # An error of the gate reaches the result with the slope of the activation, one of `up` with the activation.
+    of_gate, of_up = (x.abs() @ weight.abs().T + biased * bias.abs()).chunk(2, dim=-1)
+    factor = gate.abs() * (gate.abs() if kind == "relu2" else 1) + 1
     assert ours.dtype == case.narrow
-    value = gate**2 if kind == "relu2" else gate.abs()
-    case.near(ours, exact, slope * summed[0] * up.abs() + value * summed[1] + exact.abs() + 1e-3 * up.abs())
+    case.near(ours, exact, (slope(kind, gate) * of_gate + 1e-3) * (up.abs() + 1) + factor * of_up + exact.abs())
 
 
 def formula(kind: str, gate: Tensor) -> Tensor:
     if kind == "silu":
         return gate / (1 + torch.exp(-gate))
+    if kind == "sigmoid":
+        return 1 / (1 + torch.exp(-gate))
     if kind == "gelu":
         return gate * 0.5 * torch.erfc(-gate / math.sqrt(2))
     if kind in ("relu", "relu2"):
-        return gate.relu() ** (1 if kind == "relu" else 2)
+        return gate * (gate > 0) * (gate if kind == "relu2" else 1)
     assert kind == "gelu_tanh"
     return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+def slope(kind: str, gate: Tensor) -> Tensor:
+    """At least how fast the activation rises here."""
+    return 2 * gate.abs() if kind == "relu2" else torch.full_like(gate, 1.2)
+
+
+def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:
+    if kind != "clamped_swiglu":
+        return formula(kind, gate) * up
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ACTIVATIONS if kind != "sigmoid"])
 def test_gates_far_from_zero(case: BackendCase, kind: str) -> None:
     gates = torch.tensor([-1e30, -3e4, -300.0, -100.0, 100.0, 300.0, 3e4], dtype=torch.float64).bfloat16().double()
     packed = case.backend.pack([torch.ones(1, 1, dtype=case.narrow)] * 2, role=Role.GATE_UP)
@@ -136,6 +163,21 @@ def test_norm(case: BackendCase, rows: int, columns: int, scale: float) -> None:
     exact = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
     assert ours.dtype == case.narrow
     case.near(ours, exact, exact.abs())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 1), (1, 33), (3, 16), (7, 47), (40, 130)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_layer_norm(case: BackendCase, rows: int, columns: int, biased: bool, mean: float) -> None:
+    x, weight, bias = (grid(rows, columns) + mean).bfloat16().double(), grid(columns), grid(columns)
+    packed, packed_bias = (case.backend.pack([each.to(case.narrow)], role=Role.NORM) for each in (weight, bias))
+    spec = NormSpec(eps=1e-5, centered=True, bias=biased)
+    ours = case.backend.norm(x.to(case.wide), spec, packed, packed_bias if biased else None)
+    centered = x - x.mean(-1, keepdim=True)
+    deviation = torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-5)
+    exact = centered / deviation * weight + biased * bias
+    assert ours.dtype == case.narrow
+    case.near(ours, exact, (x.abs() + mean) / deviation * weight.abs() + bias.abs())
 
 
 def test_embed_picks_rows(case: BackendCase) -> None:

@@ -82,6 +82,7 @@ NAIVE_ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
     "relu": lambda x: max(x, 0.0),
     "relu2": lambda x: max(x, 0.0) ** 2,
+    "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
 }
 
 

@@ -21,6 +21,7 @@ from splitfuse.kernels.cpu.bindings import (
     Heads,
     Library,
     Mixture,
+    Norm,
     ShortConv,
     States,
     Step,
@@ -226,13 +227,11 @@ class CpuBackend(Backend):
     # Layers, one operation at a time
 
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        assert not spec.centered and bias is None
         check(x, torch.float32)
-        check(weight, torch.float32)
         out = torch.empty_like(x, dtype=torch.bfloat16)
         rows, columns = x.shape
-        assert len(weight) == columns
-        self.library.norm(x.data_ptr(), rows, columns, weight.data_ptr(), spec.eps, out.data_ptr())
+        norm = Norm.of(spec, weight, bias, columns)
+        self.library.norm(x.data_ptr(), rows, columns, norm.address, out.data_ptr())
         return out
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -244,14 +243,19 @@ class CpuBackend(Backend):
         return out
 
     def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
-        raise NotImplementedError
+        assert not weight.gated
+        return self._activated(x, weight, bias, activation, weight.rows)
 
     def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+        assert weight.gated
+        return self._activated(x, weight, bias, activation, weight.rows // 2)
+
+    def _activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, columns: int) -> Tensor:
         check(x, torch.bfloat16)
-        assert x.shape[1] == weight.columns and weight.gated
-        out = torch.empty(len(x), weight.rows // 2, dtype=torch.bfloat16)
+        assert x.shape[1] == weight.columns
+        out = torch.empty(len(x), columns, dtype=torch.bfloat16)
         bias_address, function = vector_address(bias, weight.rows), ACTIVATIONS[activation]
-        self.library.gated(weight.address, x.data_ptr(), len(x), bias_address, function, out.data_ptr())
+        self.library.activated(weight.address, x.data_ptr(), len(x), bias_address, function, out.data_ptr())
         return out
 
     def rope_store(
@@ -267,20 +271,11 @@ class CpuBackend(Backend):
         tokens, head_dim = len(qkv), spec.head_dim
         assert qkv.shape[1] == (spec.num_heads + 2 * spec.num_kv_heads) * head_dim
         assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
-        heads = Heads.of(spec, rope, spec.qk_norm.norm.eps if spec.qk_norm else 0.0)
-        assert heads.rotary_dim <= head_dim
+        heads = Heads.of(spec, rope=rope, weights=weights)
         arrays = Step.of(tokens, positions=batch.positions, slot_mapping=batch.slot_mapping)
         arrays.check(self.library, store, max_position=heads.max_position)
         q = torch.empty(tokens, spec.num_heads, head_dim, dtype=torch.bfloat16)
-        self.library.rope_store(
-            arrays.address,
-            heads.address,
-            store.address,
-            qkv.data_ptr(),
-            vector_address(weights.q_norm, head_dim, torch.float32),
-            vector_address(weights.k_norm, head_dim, torch.float32),
-            q.data_ptr(),
-        )
+        self.library.rope_store(arrays.address, heads.address, store.address, qkv.data_ptr(), q.data_ptr())
         return q
 
     def attend(
@@ -289,23 +284,12 @@ class CpuBackend(Backend):
         check(q, torch.bfloat16)
         assert q.shape[1:] == (spec.num_heads, spec.head_dim)
         assert (spec.num_kv_heads, spec.head_dim) == (store.num_kv_heads, store.head_dim)
-        assert sinks is None or len(sinks) == spec.num_heads
         arrays = Step.of(
             len(q), query_start=batch.query_start, seq_lens=batch.seq_lens, block_tables=batch.block_tables
         )
         arrays.check(self.library, store, max_position=0)
-        heads = Heads.of(spec)
-        wide_sinks = None if sinks is None else sinks.float().contiguous()
-        out = torch.empty_like(q)
-        self.library.attend(
-            arrays.address,
-            heads.address,
-            store.address,
-            q.data_ptr(),
-            None if wide_sinks is None else wide_sinks.data_ptr(),
-            spec.window or 0,
-            out.data_ptr(),
-        )
+        heads, out = Heads.of(spec, sinks=sinks), torch.empty_like(q)
+        self.library.attend(arrays.address, heads.address, store.address, q.data_ptr(), out.data_ptr())
         return out
 
     def delta(

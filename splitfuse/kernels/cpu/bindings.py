@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,25 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, LayerWeights, RopeTable
+from splitfuse.kernels import reference
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ConvSpec,
+    DeltaSpec,
+    LayerWeights,
+    MlpSpec,
+    MlpWeights,
+    NormSpec,
+    RopeTable,
+)
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
 BF16, INT8, INT4 = range(3)
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
+LARGEST = 2**31 - 1
+"""Largest number that C++ counts positions with."""
 
 BROKEN_RULES = {
     1: "a position lies outside the rotary tables",
@@ -52,7 +64,7 @@ def vector_address(vector: Tensor | None, length: int, dtype: torch.dtype = torc
     if vector is None:
         return None
     check(vector, dtype)
-    assert len(vector) == length
+    assert vector.numel() == length
     return vector.data_ptr()
 
 
@@ -160,30 +172,113 @@ class Step(Struct):
             raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
 
 
-class Heads(Struct):
-    """Says how heads are rotated and attended."""
+class Norm(Struct):
+    """Describes a norm; without a weight there is none."""
 
-    rope: RopeTable
+    _fields_ = [*_fields(c_void_p, "weight", "bias"), ("eps", c_float), ("centered", c_int32)]
+
+    @classmethod
+    def of(cls, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, length: int) -> Norm:
+        """Return the norm with a weight and a bias of `length` elements; the caller keeps them alive."""
+        addresses = (vector_address(vector, length, torch.float32) for vector in (weight, bias))
+        return cls(*addresses, spec.eps, spec.centered)
+
+
+class Heads(Struct):
+    """Says how the heads of a layer are normed, rotated and attended."""
+
+    max_position: int
+    """Number of positions that the rope table has, or LARGEST without one."""
+    vectors: list[Tensor]
     _fields_ = [
         *_fields(c_int32, "num_heads", "rotary_dim"),
-        ("max_position", c_int64),
         *_fields(c_void_p, "cos", "sin"),
-        *_fields(c_float, "eps", "scale", "softcap"),
+        *_fields(Norm, "q_norm", "k_norm", "v_norm"),
+        *_fields(c_int32, "own_norms", "whole_rows", "norms_last", "window", "chunk"),
+        *_fields(c_float, "scale", "softcap"),
+        *_fields(c_int32, "query_length", "query_offset"),
+        ("query_beta", c_double),
+        *_fields(c_void_p, "sinks", "slopes"),
     ]
 
     @classmethod
-    def of(cls, spec: AttentionSpec, rope: RopeTable | None = None, eps: float = 0.0) -> Heads:
-        """Return the heads of a layer, which keep the rope table alive that rotates them, if one does."""
-        heads = cls(spec.num_heads, 0, 0, None, None, eps, spec.score_scale, spec.softcap or 0.0)
+    def of(
+        cls,
+        spec: AttentionSpec,
+        *,
+        rope: RopeTable | None = None,
+        weights: LayerWeights | None = None,
+        sinks: Tensor | None = None,
+    ) -> Heads:
+        """Return the heads of a layer, which are rotated with a table, and normed with weights; the caller keeps those
+        alive.
+        """
+        heads = cls(num_heads=spec.num_heads, scale=spec.score_scale, softcap=spec.softcap or 0.0)
+        heads.window, heads.chunk = (min(number or 0, LARGEST) for number in (spec.window, spec.chunk))
+        heads.vectors, heads.max_position = [], LARGEST
         if rope is not None:
-            cos, sin = rope
-            check(cos, torch.float32)
-            check(sin, torch.float32)
-            assert cos.shape == sin.shape
-            heads.max_position, heads.rotary_dim = len(cos), 2 * cos.shape[1]
-            heads.cos, heads.sin = cos.data_ptr(), sin.data_ptr()
-            heads.rope = rope
+            heads._set_rope(*rope, spec.head_dim)
+        if weights is not None:
+            heads._set_norms(spec, weights)
+        if (scaling := spec.query_scaling) is not None:
+            heads.query_beta, heads.query_length, heads.query_offset = scaling.beta, scaling.length, scaling.offset
+        if sinks is not None:
+            heads.sinks = heads._keep(sinks, spec.num_heads)
+        if spec.alibi is not None:
+            heads.slopes = heads._keep(reference.alibi_slopes(spec), spec.num_heads)
         return heads
+
+    def _set_rope(self, cos: Tensor, sin: Tensor, head_dim: int) -> None:
+        self.max_position, self.rotary_dim = len(cos), 2 * cos.shape[1]
+        assert cos.shape == sin.shape and self.rotary_dim <= head_dim
+        for table in (cos, sin):
+            check(table, torch.float32)
+            self.vectors.append(table)
+        self.cos, self.sin = cos.data_ptr(), sin.data_ptr()
+
+    def _set_norms(self, spec: AttentionSpec, weights: LayerWeights) -> None:
+        dim, norms = spec.head_dim, spec.qk_norm
+        ones = torch.ones(dim)  # in place of no weight: the same numbers
+        if norms is not None:
+            self.own_norms, self.whole_rows = norms.whole_row or norms.own_weights, norms.whole_row
+            self.norms_last = norms.after_rope
+            for name, count in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+                weight = getattr(weights, name) if norms.weight else ones
+                assert weight is not None
+                length = count * dim if self.own_norms else dim
+                setattr(self, name, Norm.of(norms.norm, weight, getattr(weights, f"{name}_bias"), length))
+        if spec.v_norm is not None:
+            self.v_norm = Norm.of(spec.v_norm, ones, None, dim)
+        self.vectors.append(ones)
+
+    def _keep(self, vector: Tensor, length: int) -> int:
+        """Return the address of a copy in fp32."""
+        wide = vector.float().contiguous()
+        assert wide.shape == (length,)
+        self.vectors.append(wide)
+        return wide.data_ptr()
+
+
+class Mlp(Struct):
+    """Describes an MLP."""
+
+    _fields_ = [*_fields(c_void_p, "up", "up_bias", "down", "down_bias"), ("activation", c_int32)]
+
+    @classmethod
+    def of(cls, spec: MlpSpec, weights: MlpWeights, hidden: int) -> Mlp:
+        """Return the MLP with these weights, which the caller keeps alive."""
+        up: Weight = weights.gate_up if spec.gated else weights.up
+        down: Weight = weights.down
+        assert spec.gated or spec.activation in reference.ACTIVATIONS
+        assert bool(up.gated) == spec.gated and up.rows == spec.intermediate_size * (2 if spec.gated else 1)
+        assert down.columns == spec.intermediate_size and up.columns == down.rows == hidden
+        return cls(
+            up.address,
+            vector_address(weights.up_bias, up.rows),
+            down.address,
+            vector_address(weights.down_bias, down.rows),
+            ACTIVATIONS[spec.activation],
+        )
 
 
 class Delta(Struct):
@@ -276,13 +371,18 @@ class Mixture(Struct):
 
 
 class Layer(Struct):
-    """Describes a pre-norm decoder layer; what it does not have is null."""
+    """Describes a decoder layer; what it does not have is null."""
 
     _fields_ = [
-        *_fields(c_void_p, "attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-        *_fields(c_void_p, "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "mixture"),
+        *_fields(Norm, "attn_norm", "post_attn_norm"),
+        *_fields(c_void_p, "qkv", "qkv_bias", "attn_gate", "o", "o_bias"),
+        ("heads", Heads),
         ("store", Store),
-        *_fields(c_int32, "window", "activation"),
+        *_fields(Norm, "mlp_norm", "post_mlp_norm"),
+        ("mlp", Mlp),
+        ("mixture", c_void_p),
+        ("parallel", c_int32),
+        *_fields(c_float, "residual_scale", "output_scale"),
     ]
 
 
@@ -292,8 +392,9 @@ class Network(Struct):
     _fields_ = [
         ("layers", c_void_p),
         *_fields(c_int64, "num_layers", "hidden", "vocabulary"),
-        *_fields(c_void_p, "table", "packed_table", "norm"),
-        ("eps", c_float),
+        *_fields(c_void_p, "table", "packed_table", "positions"),
+        ("embed_scale", c_float),
+        ("norm", Norm),
     ]
 
 
@@ -304,14 +405,14 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
-    "gated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
-    "norm": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p], None),
+    "activated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
+    "norm": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),
     "embed": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], None),
-    "rope_store": ([c_void_p] * 8, None),
-    "attend": ([c_void_p] * 6 + [c_int64, c_void_p], c_int32),
+    "rope_store": ([c_void_p] * 6, None),
+    "attend": ([c_void_p] * 6, c_int32),
     "delta": ([c_void_p] * 7, c_int32),
     "conv": ([c_void_p] * 6, None),
-    "network": ([c_void_p] * 5, c_int32),
+    "network": ([c_void_p] * 4, c_int32),
     "route": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
@@ -320,14 +421,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {
-    "linear",
-    "gated",
-    "attend",
-    "delta",
-    "network",
-    "experts",
-}  # functions that fail, returning 1, without memory
+NEEDS_MEMORY = {"linear", "activated", "attend", "delta", "network", "experts"}  # functions that return 1 without it
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats"}  # functions that need no workspace
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -14,11 +13,14 @@ from torch import Tensor
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
+    LARGEST,
     Heads,
     Layer,
     Library,
     Mixture,
+    Mlp,
     Network,
+    Norm,
     Step,
     Store,
     Weight,
@@ -27,58 +29,47 @@ from splitfuse.kernels.cpu.bindings import (
 )
 from splitfuse.kernels.interface import (
     AttentionSpec,
+    ConvSpec,
+    DeltaSpec,
     ExpertsSpec,
-    HeadNormSpec,
     LayerSpec,
     LayerWeights,
     NetworkPlan,
+    NormSpec,
+    RopeTable,
     RouterSpec,
 )
 
-
-def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
-    """Return the network as one call; None if its layers differ in what csrc/layers.h takes to be the same for all."""
-    mixers = [layer.mixer for layer in plan.layers if isinstance(layer.mixer, AttentionSpec)]
-    if len(mixers) < len(plan.layers):
-        return None
-    heads = {replace(each, window=None, qkv_bias=False, o_bias=False, qk_norm=None) for each in mixers}
-    return FusedNetwork(library, plan) if len(heads) == 1 else None
-
-
 MOST_TAPS = 16  # in csrc/delta.h too
 
-COVERED = (
-    *("num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "qk_norm", "scale", "softcap"),
-    "value_is_key",  # keys' rows are kept twice
-)
-"""Fields of AttentionSpec that the kernels compute."""
+
+def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
+    """Return the network as one call; None if it has layers that csrc/layers.h does not compute."""
+    if any(isinstance(layer.mixer, DeltaSpec | ConvSpec) for layer in plan.layers):
+        return None
+    return FusedNetwork(library, plan)
 
 
 def uncovered(plan: NetworkPlan) -> str | None:
     """Return the field of a layer that these kernels do not compute, or None."""
-    if plan.norm.centered or plan.norm.bias:
-        return "layer norms"
-    if plan.embed_scale != 1.0 or plan.weights.positions is not None:
-        return "its embedding"
     for layer in plan.layers:
         mixer, mlp = layer.mixer, layer.mlp
-        if mixer is None or mlp is None:
-            return "layers of one block"
-        if layer != LayerSpec(mixer=mixer, mlp=mlp):
-            return "another form of layers than that of Llama"
+        if layer.token_input is not None:
+            return "inputs of layers of their own"
         if isinstance(mixer, AttentionSpec):
-            if mixer != AttentionSpec(**{name: getattr(mixer, name) for name in COVERED}) or mixer.rope is None:
-                return "its attention"
-            if (norms := mixer.qk_norm) is not None and norms != HeadNormSpec(norm=plan.norm):
-                return "its norms of heads"
-        elif mixer.conv_size > MOST_TAPS:
+            if mixer.latent is not None:
+                return "latent attention"
+            if mixer.kv_layer is not None:
+                return "keys and values of another layer"
+            if (norms := mixer.qk_norm) is not None and norms.whole_row and norms.after_rope:
+                return "norms of whole rows of queries and keys after they are rotated"
+        if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
-        inner = mlp.expert if isinstance(mlp, ExpertsSpec) else mlp
-        if not inner.gated or inner.activation not in ACTIVATIONS:
-            return "its MLP"
         if isinstance(mlp, ExpertsSpec) and (
-            inner.bias
-            or mlp != ExpertsSpec(router=mlp.router, expert=inner)
+            mlp.expert.bias
+            or not mlp.expert.gated
+            or mlp.expert.activation not in ACTIVATIONS
+            or mlp != ExpertsSpec(router=mlp.router, expert=mlp.expert)
             or mlp.router
             != RouterSpec(
                 num_experts=mlp.router.num_experts, top_k=mlp.router.top_k, renormalize=mlp.router.renormalize
@@ -92,20 +83,26 @@ class FusedNetwork:
     """Runs embedding, layers and last norm from tables of structs. Gives the same bits as the operations one by one."""
 
     def __init__(self, library: Library, plan: NetworkPlan) -> None:
-        weights, attention = plan.weights, plan.layers[0].mixer
-        assert isinstance(attention, AttentionSpec) and attention.rope is not None
+        weights = plan.weights
         self._library = library
-        self._weights = weights  # they own the memory
-        self._heads = Heads.of(attention, plan.ropes[attention.rope], plan.norm.eps)
-        self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
+        self._weights = weights  # they own the memory, and these own vectors and arrays:
+        self._heads: list[Heads] = []
         self._mixtures: list[Mixture] = []
+        self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
         self._layers = (Layer * len(plan.layers))()
         packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:
             check(weights.embed, torch.bfloat16)
         for entry, spec, layer in zip(self._layers, plan.layers, weights.layers, strict=True):
-            self._set_layer(entry, spec, layer, hidden)
+            self._set_layer(entry, spec, layer, plan, hidden)
+        self._max_position = min((heads.max_position for heads in self._heads), default=LARGEST)
+        positions = None
+        if (table := weights.positions) is not None:
+            check(table, torch.bfloat16)
+            assert table.shape[1] == hidden
+            self._max_position = min(self._max_position, len(table) - plan.position_offset)
+            positions = table[plan.position_offset :].data_ptr()
         self._network = Network(
             ctypes.addressof(self._layers),
             len(self._layers),
@@ -113,40 +110,55 @@ class FusedNetwork:
             vocabulary,
             None if packed else weights.embed.data_ptr(),
             weights.embed.address if packed else None,
-            vector_address(weights.norm, hidden, torch.float32),
-            plan.norm.eps,
+            positions,
+            plan.embed_scale,
+            Norm.of(plan.norm, weights.norm, weights.norm_bias, hidden),
         )
 
-    def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, hidden: int) -> None:
-        attention, mlp = spec.mixer, spec.mlp
-        assert isinstance(attention, AttentionSpec) and mlp is not None
-        heads_width = attention.num_heads * attention.head_dim
-        entry.attn_norm = vector_address(layer.attn_norm, hidden, torch.float32)
-        entry.q_norm = vector_address(layer.q_norm, attention.head_dim, torch.float32)
-        entry.k_norm = vector_address(layer.k_norm, attention.head_dim, torch.float32)
-        _set_linear(entry, layer, "qkv", columns=hidden)
-        _set_linear(entry, layer, "o", columns=heads_width)
-        assert layer.o.rows == hidden
-        entry.window = attention.window or 0
-        entry.mlp_norm = vector_address(layer.mlp_norm, hidden, torch.float32)
-        if not isinstance(mlp, ExpertsSpec):
-            entry.activation = ACTIVATIONS[mlp.activation]
-            weights = layer.mlp
-            assert weights is not None
-            assert weights.gate_up.rows == 2 * weights.down.columns and weights.down.columns == mlp.intermediate_size
-            assert weights.gate_up.columns == weights.down.rows == hidden
-            entry.gate_up, entry.down = weights.gate_up.address, weights.down.address
-            entry.gate_up_bias = vector_address(weights.up_bias, weights.gate_up.rows)
-            entry.down_bias = vector_address(weights.down_bias, weights.down.rows)
-            return
+    def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, plan: NetworkPlan, hidden: int) -> None:
+        if isinstance(spec.mixer, AttentionSpec):
+            self._set_attention(entry, spec.mixer, layer, plan.ropes, hidden)
+        if isinstance(spec.mlp, ExpertsSpec):
+            self._set_experts(entry, spec.mlp, layer, hidden)
+        elif spec.mlp is not None:
+            assert layer.mlp is not None
+            entry.mlp = Mlp.of(spec.mlp, layer.mlp, hidden)
+        shared = spec.parallel and spec.shared_norm
+        for name in ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm"):
+            source = "attn_norm" if shared and name == "mlp_norm" else name
+            setattr(entry, name, _norm(plan.norm, layer, source, hidden))
+        entry.parallel = spec.parallel
+        entry.residual_scale = spec.residual_scale
+        entry.output_scale = 1.0 if layer.output_scale is None else float(layer.output_scale)
+
+    def _set_attention(
+        self, entry: Layer, spec: AttentionSpec, layer: LayerWeights, ropes: Sequence[RopeTable], hidden: int
+    ) -> None:
+        rope = None if spec.rope is None else ropes[spec.rope]
+        heads = Heads.of(spec, rope=rope, weights=layer, sinks=layer.sinks)
+        self._heads.append(heads)
+        entry.heads = heads
+        width = spec.num_heads * spec.head_dim
+        assert layer.qkv.columns == layer.o.rows == hidden and layer.o.columns == width
+        assert layer.qkv.rows == (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        entry.qkv, entry.o = layer.qkv.address, layer.o.address
+        entry.qkv_bias = vector_address(layer.qkv_bias, layer.qkv.rows)
+        entry.o_bias = vector_address(layer.o_bias, hidden)
+        if spec.gate:
+            gate = layer.attn_gate
+            assert (gate.rows, gate.columns) == (width, hidden)
+            assert (gate.format, gate.group) == (layer.qkv.format, layer.qkv.group)  # what they multiply is packed once
+            entry.attn_gate = gate.address
+
+    def _set_experts(self, entry: Layer, spec: ExpertsSpec, layer: LayerWeights, hidden: int) -> None:
         mixture = Mixture.of(
-            layer, top_k=mlp.router.top_k, activation=mlp.expert.activation, renormalize=mlp.router.renormalize
+            layer, top_k=spec.router.top_k, activation=spec.expert.activation, renormalize=spec.router.renormalize
         )
         assert layer.w2[0].rows == layer.router.columns == hidden
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 
-    def __call__(self, stores: Sequence[Store], batch: RaggedBatch) -> Tensor:
+    def __call__(self, stores: Sequence[Store | None], batch: RaggedBatch) -> Tensor:
         """Return the normed hidden states [R, C] of `logit_rows`, in bf16.
 
         Raises IndexError for a step that cannot be computed.
@@ -155,21 +167,20 @@ class FusedNetwork:
         *addresses, end = accumulate((4 * size for size in batch.sizes), initial=batch.packed.data_ptr())
         assert end == batch.packed.data_ptr() + batch.packed.nbytes
         arrays = Step(batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows, *addresses)
+        first = next(store for store in stores if store is not None)
         vocabulary = self._network.vocabulary
-        arrays.check(self._library, stores[0], max_position=self._heads.max_position, vocabulary=vocabulary)
+        arrays.check(self._library, first, max_position=self._max_position, vocabulary=vocabulary)
         rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
-            if self._first_store is None or self._first_store() is not stores[0]:
+            if self._first_store is None or self._first_store() is not first:
                 for entry, store in zip(self._layers, stores, strict=True):
-                    entry.store = store
-                self._first_store = weakref.ref(stores[0])
-            self._library.network(arrays.address, self._heads.address, self._network.address, rows.data_ptr())
+                    if store is not None:
+                        entry.store = store
+                self._first_store = weakref.ref(first)
+            self._library.network(arrays.address, self._network.address, rows.data_ptr())
         return rows
 
 
-def _set_linear(entry: Layer, layer: LayerWeights, name: str, *, columns: int) -> None:
-    """Give the entry this weight of the layer, and its bias if it has one."""
-    weight: Weight = getattr(layer, name)
-    assert weight.columns == columns
-    setattr(entry, name, weight.address)
-    setattr(entry, f"{name}_bias", vector_address(getattr(layer, f"{name}_bias"), weight.rows))
+def _norm(spec: NormSpec, layer: LayerWeights, name: str, hidden: int) -> Norm:
+    """Return this norm of a layer, if it has it."""
+    return Norm.of(spec, getattr(layer, name), getattr(layer, f"{name}_bias"), hidden)

@@ -40,8 +40,6 @@ struct Attention {
     const Heads& heads;
     const Store& store;
     const u16* q;               // [T, H, D]
-    const float* sinks;         // [H] or null
-    i64 window;                 // 0: none
     u16* out;                   // [T, H, D]
     u8* widened;                // int8 only: this thread's buffer for one tile
 
@@ -49,11 +47,15 @@ struct Attention {
     i64 start(const Item& item) const {
         return step.seq_lens[item.request] - (step.query_start[item.request + 1] - step.query_start[item.request]);
     }
+    // The first position that the query at `position` sees.
+    i64 first_seen(i64 position) const {
+        i64 first = heads.window ? std::max<i64>(0, position - heads.window + 1) : 0;
+        return heads.chunk ? std::max(first, position / heads.chunk * heads.chunk) : first;
+    }
     // The first of the item's tiles that any row sees.
     i64 first_tile(const Item& item) const {
-        if (!window) return item.begin_tile;
-        i64 first_seen = start(item) + item.first / (heads.num_heads / store.num_kv_heads) - window + 1;
-        return std::max<i64>(item.begin_tile, std::max<i64>(first_seen, 0) / TILE);
+        i64 position = start(item) + item.first / (heads.num_heads / store.num_kv_heads);
+        return std::max<i64>(item.begin_tile, first_seen(position) / TILE);
     }
 };
 
@@ -114,7 +116,7 @@ SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& ite
     const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE;
     const i64 start = a.start(item);
     const i64 last_position = start + (item.first + item.rows - 1) / group;
-    const i64 first_seen = a.window ? std::max<i64>(0, start + item.first / group - a.window + 1 - first_key) : 0;
+    const i64 first_seen = std::max<i64>(0, a.first_seen(start + item.first / group) - first_key);
     pieces.keys = std::min<i64>(last_position + 1 - first_key, TILE);
     pieces.first = first_seen / PIECE;
     pieces.end = ceil_div(pieces.keys, PIECE);
@@ -156,6 +158,15 @@ SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, 
 SF_INLINE void cap(float* scores, i64 begin, i64 end, float scale, float softcap) {  // afterwards in powers of two
     for (i64 k = begin; k < end; k += LANES)
         store(scores + k, tanh(load(scores + k) * broadcast(scale / softcap)) * broadcast(softcap * LOG2E));
+}
+
+// Lowers scores by their distance from key `last`, the query's own, as ALiBi does. Afterwards they are in powers of two.
+SF_INLINE void lower(float* scores, i64 begin, i64 end, float scale, float slope, i64 last) {
+    alignas(64) static constexpr float NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (i64 k = begin; k < end; k += LANES) {
+        Floats distance = broadcast(static_cast<float>(k - last)) + load(NUMBERS);  // 0 or less, where a row sees
+        store(scores + k, fma(distance, broadcast(slope), load(scores + k) * broadcast(scale)));
+    }
 }
 
 SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
@@ -205,7 +216,8 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         multiply_each(rows, queries + row * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
     }
 
-    const float scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
+    const bool in_powers = a.heads.softcap > 0.0f || a.heads.slopes;  // of two, once they are capped or lowered
+    const float scale = in_powers ? 1.0f : a.heads.scale * LOG2E;
     const bool streams = item.rows == group;  // a single token: no other item has brought its keys and values near
     for (i32 r = 0; r < item.rows; ++r) {
         if (streams)
@@ -214,9 +226,14 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
         i64 position = start + (item.first + r) / group;
         i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
-        i64 seen = a.window ? std::min(std::max<i64>(position - a.window + 1 - first_key, 0), seen_end) : 0;
+        i64 seen = std::min(std::max<i64>(a.first_seen(position) - first_key, 0), seen_end);
         if (kv.int8) multiply_by(row, key_scales, first * PIECE, end * PIECE);
         if (a.heads.softcap > 0.0f) cap(row, first * PIECE, end * PIECE, a.heads.scale, a.heads.softcap);
+        if (a.heads.slopes) {
+            const float capped_scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
+            const i64 head = item.head * group + (item.first + r) % group;
+            lower(row, first * PIECE, end * PIECE, capped_scale, a.heads.slopes[head] * LOG2E, position - first_key);
+        }
         soften(row, seen, seen_end, end * PIECE, scale, row_weights, out.maximum[r], out.total[r]);
         if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen, seen_end);
     }
@@ -260,8 +277,8 @@ SF_INLINE void merge(const Partial& tile, i64 padded, i32 rows, Partial& all) {
 SF_INLINE void begin_rows(const Attention& a, const Item& item, i64 group, i64 padded, Partial& all) {
     for (i32 r = 0; r < item.rows; ++r) {
         i64 head = item.head * group + (item.first + r) % group;
-        all.maximum[r] = a.sinks ? a.sinks[head] * LOG2E : NOTHING;
-        all.total[r] = a.sinks ? 1.0f : 0.0f;
+        all.maximum[r] = a.heads.sinks ? a.heads.sinks[head] * LOG2E : NOTHING;
+        all.total[r] = a.heads.sinks ? 1.0f : 0.0f;
         std::memset(all.values + r * padded, 0, padded * sizeof(float));
     }
 }
@@ -311,8 +328,8 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             }
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
             // Without sinks the first tile merged with nothing is itself.
-            const bool alone = item.partial < 0 && !a.sinks;
-            if (item.partial < 0 && a.sinks) begin_rows(a, item, group, kv.padded, all);
+            const bool alone = item.partial < 0 && !a.heads.sinks;
+            if (item.partial < 0 && a.heads.sinks) begin_rows(a, item, group, kv.padded, all);
             for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(partials + (item.partial + t) * stride, kv.padded);
             Pieces pieces{0, 0, 0, {}};
             if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);

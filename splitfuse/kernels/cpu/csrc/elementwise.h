@@ -6,41 +6,86 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Writes the RMS norm of x [columns], computed in fp32 and rounded to bf16 once at the end.
-template <class Load>
-SF_INLINE void norm_row(Load x, i64 columns, const float* weight, float eps, u16* out) {
-    Floats squares = broadcast(0.0f);
-    for (i64 c = 0; c < columns; c += LANES) {
-        Floats value = x(c, static_cast<int>(columns - c < LANES ? columns - c : LANES));
-        squares = fma(value, value, squares);
+// Load and store the lanes that are left of a vector, at most all.
+SF_INLINE Floats load_left(const float* p, i64 left) { return left < LANES ? load(p, static_cast<int>(left)) : load(p); }
+SF_INLINE Floats load_left(const u16* p, i64 left) { return left < LANES ? load_bf16(p, static_cast<int>(left)) : load_bf16(p); }
+SF_INLINE void store_left(float* p, Floats a, i64 left) {
+    if (left < LANES) store(p, a, static_cast<int>(left));
+    else store(p, a);
+}
+SF_INLINE void store_left(u16* p, Floats a, i64 left) {
+    if (left < LANES) store_bf16(p, a, static_cast<int>(left));
+    else store_bf16(p, a);
+}
+
+// What a norm subtracts from all elements of a vector, and then multiplies them by.
+struct Moments { float mean, scale; };
+
+SF_INLINE Moments moments_of(const float* x, i64 columns, const Norm& norm) {
+    Floats squares = broadcast(0.0f), zero = broadcast(0.0f);
+    float mean = 0.0f;
+    if (norm.centered) {
+        Floats total = zero;
+        for (i64 c = 0; c < columns; c += LANES) total += load_left(x + c, columns - c);
+        mean = sum(total) / static_cast<float>(columns);
+        for (i64 c = 0; c < columns; c += LANES) {
+            Floats value = load_left(x + c, columns - c) - broadcast(mean);
+            if (columns - c < LANES) value = between(0, static_cast<int>(columns - c), value, zero);
+            squares = fma(value, value, squares);
+        }
+    } else {
+        for (i64 c = 0; c < columns; c += LANES) {
+            Floats value = load_left(x + c, columns - c);
+            squares = fma(value, value, squares);
+        }
     }
-    Floats scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(columns) + eps));
+    return {mean, 1.0f / std::sqrt(sum(squares) / static_cast<float>(columns) + norm.eps)};
+}
+
+// Writes the norm of x [columns], computed in fp32 and rounded to bf16 once at the end.
+SF_INLINE void put_normed(const float* x, i64 columns, const Norm& norm, Moments moments, u16* out) {
+    Floats mean = broadcast(moments.mean), scale = broadcast(moments.scale);
     for (i64 c = 0; c < columns; c += LANES) {
-        int count = static_cast<int>(columns - c < LANES ? columns - c : LANES);
-        Floats value = x(c, count) * scale;
-        if (count == LANES) store_bf16(out + c, value * load(weight + c));
-        else store_bf16(out + c, value * load(weight + c, count), count);
+        const i64 left = columns - c;
+        Floats value = load_left(x + c, left);
+        if (norm.centered) value = value - mean;
+        value = value * scale * load_left(norm.weight + c, left);
+        if (norm.bias) value = value + load_left(norm.bias + c, left);
+        store_left(out + c, value, left);
     }
 }
 
-SF_INLINE auto floats_of(const float* x) {
-    return [x](i64 column, int count) { return count == LANES ? load(x + column) : load(x + column, count); };
+SF_INLINE void norm_row(const float* x, i64 columns, const Norm& norm, u16* out) {
+    put_normed(x, columns, norm, moments_of(x, columns, norm), out);
 }
 
-inline void norm(Team& team, const float* x, i64 rows, i64 columns, const float* weight, float eps, u16* out) {
+// Writes what a block reads of x [columns] in bf16: its norm, if there is one.
+SF_INLINE void read_row(const float* x, i64 columns, const Norm& norm, u16* out) {
+    if (norm.weight) return norm_row(x, columns, norm, out);
+    for (i64 c = 0; c < columns; c += LANES) store_left(out + c, load_left(x + c, columns - c), columns - c);
+}
+
+inline void read_rows(Team& team, const float* x, i64 rows, i64 columns, const Norm& norm, u16* out) {
     team.split(rows, [&](i64 begin, i64 end) {
-        for (i64 row = begin; row < end; ++row) norm_row(floats_of(x + row * columns), columns, weight, eps, out + row * columns);
+        for (i64 row = begin; row < end; ++row) read_row(x + row * columns, columns, norm, out + row * columns);
     });
 }
 
-// Writes rows of an embedding [vocabulary, columns] in fp32, from a table in bf16 or from the packed head that it is tied to.
+// Writes x times y, both [columns] in bf16.
+SF_INLINE void multiply_row(const u16* x, const u16* y, i64 columns, u16* out) {
+    for (i64 c = 0; c < columns; c += LANES)
+        store_left(out + c, load_left(x + c, columns - c) * load_left(y + c, columns - c), columns - c);
+}
+
+// Writes a row of an embedding [vocabulary, columns] in fp32, from a table in bf16 or from the packed head that it is tied to.
+SF_INLINE void embed_row(i32 id, const u16* table, const Weight* packed, i64 columns, float* x) {
+    if (packed) unpack_row(*packed, id, x);
+    else for (i64 c = 0; c < columns; ++c) x[c] = widen(table[id * columns + c]);
+}
+
 inline void embed(Team& team, const i32* ids, i64 rows, const u16* table, const Weight* packed, i64 columns, float* out) {
     team.split(rows, [&](i64 begin, i64 end) {
-        for (i64 row = begin; row < end; ++row) {
-            float* x = out + row * columns;
-            if (packed) unpack_row(*packed, ids[row], x);
-            else for (i64 c = 0; c < columns; ++c) x[c] = widen(table[ids[row] * columns + c]);
-        }
+        for (i64 row = begin; row < end; ++row) embed_row(ids[row], table, packed, columns, out + row * columns);
     });
 }
 

@@ -148,7 +148,7 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     else pack_visits(team, work, *m.w13, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
     multiply_visits(team, work, m.w13, most, one, [&](const Visit& visit) {
         Output first;
-        first.gated = gated + visit.begin * inner;
+        first.activated = gated + visit.begin * inner;
         first.activation = m.activation;
         return first;
     });

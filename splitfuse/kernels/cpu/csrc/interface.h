@@ -8,7 +8,7 @@ namespace splitfuse {
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
-enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4 };
+enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, CLAMPED_SWIGLU = 6 };
 
 // A linear weight [rows, columns] in panels of 32 rows, which are columns of the product. See weights.h.
 struct Weight {
@@ -56,16 +56,44 @@ struct Step {
     const std::int32_t* rows;         // [R]
 };
 
-// How heads are rotated and attended.
+// A norm of vectors, RMS or layer norm; without a weight there is none.
+struct Norm {
+    const float* weight;
+    const float* bias;      // or null
+    float eps;
+    std::int32_t centered;  // layer norm: the mean is subtracted first
+};
+
+// How the heads of a layer are normed, rotated and attended.
 struct Heads {
     std::int32_t num_heads;
-    std::int32_t rotary_dim;
-    std::int64_t max_position;  // rows of cos and sin
-    const float* cos;           // [max_position, rotary_dim / 2]
+    std::int32_t rotary_dim;     // 0: positions are not rotated
+    const float* cos;            // [positions, rotary_dim / 2]
     const float* sin;
-    float eps;                  // of q_norm and k_norm
+    Norm q_norm;                 // weights [D], or of each head [H, D]
+    Norm k_norm;
+    Norm v_norm;                 // weights [D]
+    std::int32_t own_norms;      // each head has weights of its own
+    std::int32_t whole_rows;     // all heads of a token are normed together
+    std::int32_t norms_last;     // queries and keys are normed after they are rotated
+    std::int32_t window;         // 0: none
+    std::int32_t chunk;          // 0: none
     float scale;
-    float softcap;              // 0: none
+    float softcap;               // 0: none
+    std::int32_t query_length;   // 0: queries are not scaled by position
+    std::int32_t query_offset;
+    double query_beta;
+    const float* sinks;          // [H] or null
+    const float* slopes;         // [H], of ALiBi, or null
+};
+
+// An MLP: down(activation(gate) * up) if `up` is gated, else down(activation(up)).
+struct Mlp {
+    const Weight* up;
+    const std::uint16_t* up_bias;
+    const Weight* down;
+    const std::uint16_t* down_bias;
+    std::int32_t activation;
 };
 
 // A gated delta net. What its channels are, and the rest, is in delta.h.
@@ -101,24 +129,24 @@ struct Mixture {
     std::int32_t activation;
 };
 
-// One pre-norm decoder layer; a null pointer is what the network does not have.
+// One decoder layer; a null pointer is what it does not have. A block is a mixer or an MLP.
 struct Layer {
-    const float* attn_norm;          // [C]
+    Norm attn_norm;                  // of what a block reads, [C]
+    Norm post_attn_norm;             // of what a block gives, [C]
     const Weight* qkv;
     const std::uint16_t* qkv_bias;
-    const float* q_norm;             // [D]
-    const float* k_norm;
+    const Weight* attn_gate;
     const Weight* o;
     const std::uint16_t* o_bias;
-    const float* mlp_norm;
-    const Weight* gate_up;
-    const std::uint16_t* gate_up_bias;
-    const Weight* down;
-    const std::uint16_t* down_bias;
-    const Mixture* mixture;          // if there is one, there is no gate_up and no down
+    Heads heads;
     Store store;
-    std::int32_t window;             // 0: none
-    std::int32_t activation;
+    Norm mlp_norm;
+    Norm post_mlp_norm;
+    Mlp mlp;
+    const Mixture* mixture;          // in place of the MLP
+    std::int32_t parallel;           // both blocks read the layer's input
+    float residual_scale;            // of what a block gives
+    float output_scale;              // of what the layer gives
 };
 
 // All of a network but its output head.
@@ -129,8 +157,9 @@ struct Network {
     std::int64_t vocabulary;
     const std::uint16_t* table;      // embedding [vocabulary, C], or null:
     const Weight* packed_table;      // the packed head that it is tied to
-    const float* norm;               // [C]
-    float eps;
+    const std::uint16_t* positions;  // [positions, C], added to the embedding, or null
+    float embed_scale;
+    Norm norm;                       // [C]
 };
 
 }  // namespace splitfuse

@@ -82,15 +82,8 @@ SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, co
     }
 }
 
-// Norms x [head_dim] if there is a weight, and rotates its first rotary_dim elements, element i with i + rotary_dim / 2.
-SF_INLINE void rotate_head(const float* x, i64 head_dim, const float* weight, const Heads& heads, i64 position, float* out) {
-    alignas(64) float normed[MOST_HEAD_DIM];
-    if (weight) {
-        alignas(64) u16 narrowed[MOST_HEAD_DIM];
-        norm_row(floats_of(x), head_dim, weight, heads.eps, narrowed);
-        for (i64 d = 0; d < head_dim; ++d) normed[d] = widen(narrowed[d]);
-        x = normed;
-    }
+// Rotates the first rotary_dim elements of x [head_dim], element i with i + rotary_dim / 2.
+SF_INLINE void rotate_head(const float* x, i64 head_dim, const Heads& heads, i64 position, float* out) {
     i64 half = heads.rotary_dim / 2;
     const float *cos = heads.cos + position * half, *sin = heads.sin + position * half;
     for (i64 d = 0; d < half; d += LANES) {
@@ -102,32 +95,72 @@ SF_INLINE void rotate_head(const float* x, i64 head_dim, const float* weight, co
     for (i64 d = heads.rotary_dim; d < head_dim; ++d) out[d] = x[d];
 }
 
-// Rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
-inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv,
-                       const float* q_norm, const float* k_norm, u16* q) {
+// Writes a head's norm, which is rounded to bf16. `out` may be x.
+SF_INLINE void norm_head(const float* x, i64 head_dim, const Norm& norm, Moments moments, float* out) {
+    alignas(64) u16 narrowed[MOST_HEAD_DIM];
+    put_normed(x, head_dim, norm, moments, narrowed);
+    for (i64 d = 0; d < head_dim; ++d) out[d] = widen(narrowed[d]);
+}
+
+// Norms and rotates a head of queries or keys; `whole` are the moments of the token's row, if it is normed as one.
+SF_INLINE void place_head(const float* x, i64 head_dim, const Norm& norm, const Moments* whole, const Heads& heads, i64 position, float* out) {
+    alignas(64) float normed[MOST_HEAD_DIM];
+    if (norm.weight && !heads.norms_last) {
+        norm_head(x, head_dim, norm, whole ? *whole : moments_of(x, head_dim, norm), normed);
+        x = normed;
+    }
+    rotate_head(x, head_dim, heads, position, out);
+    if (norm.weight && heads.norms_last) norm_head(out, head_dim, norm, moments_of(out, head_dim, norm), out);
+}
+
+// Returns the part of a norm that is for the elements from `first` on.
+SF_INLINE Norm part_of(Norm norm, i64 first) {
+    norm.weight += first;
+    if (norm.bias) norm.bias += first;
+    return norm;
+}
+
+// Returns the factor of a query at `position`: 1 + beta log(1 + floor((position + offset) / length)).
+SF_INLINE float query_scale(const Heads& heads, i64 position) {
+    if (!heads.query_length) return 1.0f;
+    i64 lengths = (position + heads.query_offset) / heads.query_length;
+    return static_cast<float>(1.0 + heads.query_beta * std::log1p(static_cast<double>(lengths)));
+}
+
+// Norms and rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
+inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv, u16* q) {
     const Layout kv(store);
     const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * kv.num_kv_heads) * dim;
     const i64 per_token = heads.num_heads + kv.num_kv_heads;
     // By token and head, so that a step of one token has work for all threads.
     team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
-        alignas(64) float rotated[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
+        alignas(64) float placed[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
+        i64 known_row = -1;  // whose moments these are
+        Moments moments{};
         for (i64 unit = begin; unit < end; ++unit) {
-            i64 token = unit / per_token, head = unit % per_token;
-            const float* row = qkv + token * width;
-            i64 position = step.positions[token], slot = step.slots[token];
-            if (head < heads.num_heads) {
-                rotate_head(row + head * dim, dim, q_norm, heads, position, rotated);
-                u16* out = q + (token * heads.num_heads + head) * dim;
-                for (i64 d = 0; d < dim; d += LANES) {
-                    if (dim - d < LANES) store_bf16(out + d, load(rotated + d), static_cast<int>(dim - d));
-                    else store_bf16(out + d, load(rotated + d));
-                }
-            } else if (slot >= 0) {
-                rotate_head(row + head * dim, dim, k_norm, heads, position, rotated);
-                std::memcpy(value, row + (head + kv.num_kv_heads) * dim, dim * sizeof(float));
-                bool next_too = token + 1 < step.tokens && step.slots[token + 1] == slot + 1;
-                put_kv(kv, slot, head - heads.num_heads, rotated, value, slot % 2 == 0 && !next_too);
+            const i64 token = unit / per_token, head = unit % per_token, slot = step.slots[token], position = step.positions[token];
+            const bool is_key = head >= heads.num_heads;
+            if (is_key && slot < 0) continue;
+            const float* row = qkv + token * width + (is_key ? heads.num_heads * dim : 0);
+            const i64 index = is_key ? head - heads.num_heads : head;
+            const Norm& norm = is_key ? heads.k_norm : heads.q_norm;
+            if (heads.whole_rows && known_row != 2 * token + is_key) {
+                known_row = 2 * token + is_key;
+                moments = moments_of(row, (is_key ? kv.num_kv_heads : heads.num_heads) * dim, norm);
             }
+            place_head(row + index * dim, dim, heads.own_norms ? part_of(norm, index * dim) : norm,
+                       heads.whole_rows ? &moments : nullptr, heads, position, placed);
+            if (!is_key) {
+                Floats scale = broadcast(query_scale(heads, position));
+                u16* out = q + (token * heads.num_heads + head) * dim;
+                for (i64 d = 0; d < dim; d += LANES) store_left(out + d, load(placed + d) * scale, dim - d);
+                continue;
+            }
+            const float* source = row + (kv.num_kv_heads + index) * dim;
+            if (heads.v_norm.weight) norm_head(source, dim, heads.v_norm, moments_of(source, dim, heads.v_norm), value);
+            else std::memcpy(value, source, dim * sizeof(float));
+            const bool next_too = token + 1 < step.tokens && step.slots[token + 1] == slot + 1;
+            put_kv(kv, slot, index, placed, value, slot % 2 == 0 && !next_too);
         }
     });
 }

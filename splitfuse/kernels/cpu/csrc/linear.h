@@ -113,8 +113,9 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 
 SF_INLINE Floats activate(Floats gate, i32 kind) {
     if (kind == SILU) return gate * sigmoid(gate);
+    if (kind == SIGMOID) return sigmoid(gate);
     if (kind == RELU || kind == RELU2) {
-        Floats positive = max(broadcast(0.0f), gate);  // in this order, which keeps NaN
+        Floats positive = max(broadcast(0.0f), gate);  // in this order NaN stays NaN
         return kind == RELU ? positive : positive * positive;
     }
     if (kind == GELU_TANH) {  // Hendrycks and Gimpel, arXiv 1606.08415
@@ -127,12 +128,21 @@ SF_INLINE Floats activate(Floats gate, i32 kind) {
     return load(lanes);
 }
 
-// Where a product goes: y = x w (+ bias) (+ residual) in fp32, or activation(gate) * up in bf16 for a gated weight.
+// The gate of gpt-oss: both halves clamped, the up half shifted by one.
+SF_INLINE Floats clamped_swiglu(Floats gate, Floats up) {
+    gate = min(broadcast(7.0f), gate);  // in this order NaN stays NaN
+    up = max(broadcast(-7.0f), min(broadcast(7.0f), up));
+    return gate * sigmoid(gate * broadcast(1.702f)) * (up + broadcast(1.0f));
+}
+
+// Where a product goes: y = (x w + bias) * scale + residual in fp32, without a residual y = x w + bias; or in bf16
+// activation(x w + bias), of a gated weight activation(gate) * up.
 struct Output {
     float* y = nullptr;              // [rows, N]; may be the residual itself
-    u16* gated = nullptr;            // [rows, N / 2]
+    u16* activated = nullptr;        // [rows, N], of a gated weight [rows, N / 2]
     const u16* bias = nullptr;       // [N]
     const float* residual = nullptr; // [rows, N]
+    float scale = 1.0f;
     i32 activation = SILU;
     const i32* rows = nullptr;       // row of y for each row of x; null: the same
 };
@@ -143,13 +153,23 @@ SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column,
     i64 at = row * width + column;
     if (count == LANES) {
         if (out.bias) value = value + load_bf16(out.bias + column);
-        if (out.residual) value = value + load(out.residual + at);
+        if (out.residual) value = value * broadcast(out.scale) + load(out.residual + at);
         store(out.y + at, value);
     } else {
         if (out.bias) value = value + load_bf16(out.bias + column, count);
-        if (out.residual) value = value + load(out.residual + at, count);
+        if (out.residual) value = value * broadcast(out.scale) + load(out.residual + at, count);
         store(out.y + at, value, count);
     }
+}
+
+SF_INLINE void put_activated(const Output& out, Floats value, i64 row, i64 column, i64 width) {
+    int count = static_cast<int>(width - column < LANES ? width - column : LANES);
+    if (count <= 0) return;
+    if (out.bias) value = value + load_bf16(out.bias + column, count);
+    value = activate(value, out.activation);
+    u16* at = out.activated + row * width + column;
+    if (count == LANES) store_bf16(at, value);
+    else store_bf16(at, value, count);
 }
 
 SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64 column, i64 width) {
@@ -158,8 +178,8 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
         gate = gate + load_bf16(out.bias + column, count);
         up = up + load_bf16(out.bias + width + column, count);
     }
-    Floats value = activate(gate, out.activation) * up;
-    u16* at = out.gated + row * width + column;
+    Floats value = out.activation == CLAMPED_SWIGLU ? clamped_swiglu(gate, up) : activate(gate, out.activation) * up;
+    u16* at = out.activated + row * width + column;
     if (count == LANES) store_bf16(at, value);
     else store_bf16(at, value, count);
 }
@@ -189,6 +209,9 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
         i64 row = out.rows ? out.rows[begin + r] : begin + r;
         if (w.gated) {
             put_gated(out, left, right, row, panel * LANES, w.rows / 2);
+        } else if (out.activated) {
+            put_activated(out, left, row, panel * PANEL, w.rows);
+            put_activated(out, right, row, panel * PANEL + LANES, w.rows);
         } else {
             put_columns(out, left, row, panel * PANEL, w.rows);
             put_columns(out, right, row, panel * PANEL + LANES, w.rows);

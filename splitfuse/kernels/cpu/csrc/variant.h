@@ -57,37 +57,36 @@ SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows,
     });
 }
 
-SF_EXPORT(i32, gated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation, u16* y) {
+SF_EXPORT(i32, activated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation, u16* y) {
     return guarded([&] {
         work->reserve_operand(*w, rows);
         Output out;
-        out.gated = y;
+        out.activated = y;
         out.bias = bias;
         out.activation = activation;
         parallel(work->num_threads, [&](Team& team) { linear(team, x, rows, *w, work->memory(team.rank), out); });
     });
 }
 
-SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const float* weight, float eps, u16* out) {
-    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { norm(team, x, rows, columns, weight, eps, out); });
+SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const Norm* norm, u16* out) {
+    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { read_rows(team, x, rows, columns, *norm, out); });
 }
 
 SF_EXPORT(void, embed)(Workspace* work, const i32* ids, i64 rows, const u16* table, const Weight* packed, i64 columns, float* out) {
     parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { embed(team, ids, rows, table, packed, columns, out); });
 }
 
-SF_EXPORT(void, rope_store)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const float* qkv,
-                            const float* q_norm, const float* k_norm, u16* q) {
-    parallel(work->num_threads, [&](Team& team) { rope_store(team, *step, *heads, *store, qkv, q_norm, k_norm, q); });
+SF_EXPORT(void, rope_store)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const float* qkv, u16* q) {
+    parallel(work->num_threads, [&](Team& team) { rope_store(team, *step, *heads, *store, qkv, q); });
 }
 
-SF_EXPORT(i32, attend)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const u16* q,
-                        const float* sinks, i64 window, u16* out) {
+SF_EXPORT(i32, attend)(Workspace* work, const Step* step, const Heads* heads, const Store* store, const u16* q, u16* out) {
     return guarded([&] {
-        work->reserve_attention(*step, heads->num_heads, *store);
+        work->begin_step();
+        work->reserve_attention(*step, *heads, *store);
         parallel(work->num_threads, [&](Team& team) {
-            Attention attention{*step, *heads, *store, q, sinks, window, out, work->own[team.rank].tile.data()};
-            attend(team, attention, work->items, reinterpret_cast<float*>(work->partials.data()));
+            Attention attention{*step, *heads, *store, q, out, work->own[team.rank].tile.data()};
+            attend(team, attention, work->items[0].items, reinterpret_cast<float*>(work->partials.data()));
         });
     });
 }
@@ -103,8 +102,8 @@ SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, 
     parallel(work->num_threads, [&](Team& team) { short_conv(team, *step, *conv, *states, x, out); });
 }
 
-SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Heads* heads, const Network* network, u16* rows) {
-    return guarded([&] { run_network(*work, *step, *heads, *network, rows); });
+SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Network* network, u16* rows) {
+    return guarded([&] { run_network(*work, *step, *network, rows); });
 }
 
 SF_EXPORT(void, route)(Workspace* work, const float* scores, i64 tokens, i64 num_experts, i64 k, i32 renormalize, i32* ids, float* shares) {

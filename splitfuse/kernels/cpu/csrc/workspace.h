@@ -42,16 +42,23 @@ struct Visit {
 
 constexpr i64 VISIT_PADDING = 256;  // most bytes that the operand of a visit needs in addition to its share of one operand of all rows
 
+// Attention's items of a step for all layers with these numbers of heads, and how many of its tiles get partials.
+struct HeadItems {
+    i64 num_heads, num_kv_heads, tiles;
+    std::vector<Item> items;
+};
+
 struct Workspace {
     struct Own { Buffer operand, row, tile, sums, delta; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
-    Buffer operand, hidden, qkv, queries, attn_out, gated, partials;
-    Buffer normed, scores, ids, shares, order, expert_out;  // of mixtures of experts
+    Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gated, partials;
+    Buffer scores, ids, shares, order, expert_out;  // of mixtures of experts
     std::vector<Own> own;
-    std::vector<Item> items;
+    std::vector<HeadItems> items;  // the first `num_items` are of this step
+    size_t num_items = 0;
     std::vector<Visit> visits;
     std::vector<i32> counts;
 
@@ -65,10 +72,23 @@ struct Workspace {
     void reserve_rows(i64 columns) {
         for (Own& each : own) each.row.reserve(columns * 2);
     }
-    void reserve_attention(const Step& step, i64 num_heads, const Store& store) {
+    void begin_step() { num_items = 0; }
+    HeadItems* find_items(const Heads& heads, const Store& store) {
+        for (size_t i = 0; i < num_items; ++i)
+            if (items[i].num_heads == heads.num_heads && items[i].num_kv_heads == store.num_kv_heads) return &items[i];
+        return nullptr;
+    }
+    void reserve_attention(const Step& step, const Heads& heads, const Store& store) {
         Layout kv(store);
-        i64 tiles = make_items(step, num_heads, store.num_kv_heads, num_threads, items);
-        partials.reserve(tiles * partial_floats(kv.padded) * 4);
+        HeadItems* found = find_items(heads, store);
+        if (!found) {
+            if (num_items == items.size()) items.emplace_back();
+            found = &items[num_items++];
+            found->num_heads = heads.num_heads;
+            found->num_kv_heads = store.num_kv_heads;
+            found->tiles = make_items(step, heads.num_heads, store.num_kv_heads, num_threads, found->items);
+        }
+        partials.reserve(found->tiles * partial_floats(kv.padded) * 4);
         if (store.int8)
             for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
     }
