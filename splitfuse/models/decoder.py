@@ -84,7 +84,7 @@ class Decoder:
             if layer.token_input is not None:
                 x = self._with_token_input(x, token_inputs[:, number], layer.token_input, weights)
             if weights.output_scale is not None:
-                x = x * weights.output_scale
+                x = (x * weights.output_scale).to(x.dtype)
         return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
