@@ -1,6 +1,6 @@
 """The documents say what the code does: flags, routes, parameters, error codes, links, examples.
 
-`python tests/test_docs.py` writes the tables of flags and of sampling parameters into docs/server.md.
+`python tests/test_docs.py` writes the tables of flags, of sampling parameters and of models into their pages.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from splitfuse.errors import (
     RequestQuarantinedError,
     RequestTooLargeError,
 )
+from splitfuse.models.families.table import rows as model_rows
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
@@ -68,7 +69,28 @@ def sampling_table() -> str:
     return "".join(["| parameter | value | left out |\n", "|---|---|---|\n", *lines])
 
 
-TABLES = {"flags": flag_table, "sampling": sampling_table}
+def model_table() -> str:
+    """Every architecture, as a table."""
+    lines = [
+        f"| `{row.architecture}` | {row.models} | {', '.join(row.properties)} | {row.limits} |\n"
+        for row in model_rows()
+    ]
+    return "".join(["| architecture | models | beyond Llama | limits |\n", "|---|---|---|---|\n", *lines])
+
+
+def model_sentence() -> str:
+    """The number of architectures, and what is known by them."""
+    found = model_rows()
+    models = sorted({row.models for row in found if row.models}, key=str.lower)
+    return f"{len(found)} architectures: {'; '.join(models)}.\n"
+
+
+TABLES = {
+    "flags": (SERVER_PAGE, flag_table),
+    "sampling": (SERVER_PAGE, sampling_table),
+    "models": (ROOT / "docs" / "models.md", model_table),
+    "architectures": (ROOT / "README.md", model_sentence),
+}
 
 
 def _default(name: str, value: object) -> str:
@@ -96,8 +118,9 @@ def code(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_generated_table_is_that_of_the_code(name: str) -> None:
-    written = text_of(SERVER_PAGE).partition(BEGIN.format(name))[2].partition(END.format(name))[0].strip()
-    assert written == TABLES[name]().strip(), "run python tests/test_docs.py"
+    page, table = TABLES[name]
+    written = text_of(page).partition(BEGIN.format(name))[2].partition(END.format(name))[0].strip()
+    assert written == table().strip(), "run python tests/test_docs.py"
 
 
 def test_the_table_of_flags_has_what_the_command_takes() -> None:
@@ -224,13 +247,11 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def write() -> None:
-    page = text_of(SERVER_PAGE)
-    for name, table in TABLES.items():
-        before, begin, rest = page.partition(BEGIN.format(name))
+    for name, (page, table) in TABLES.items():
+        before, begin, rest = text_of(page).partition(BEGIN.format(name))
         _, end, after = rest.partition(END.format(name))
         assert begin and end, f"the place of the table of {name} is not marked"
-        page = before + begin + "\n" + table() + "\n" + end + after
-    SERVER_PAGE.write_text(page, encoding="utf-8")
+        page.write_text(before + begin + "\n" + table() + "\n" + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from splitfuse.cli.calibrate import calibrate
 from splitfuse.cli.chat import chat
 from splitfuse.cli.explain import explain
 from splitfuse.cli.generate import generate
+from splitfuse.cli.models import models
 from splitfuse.cli.plan_memory import plan_memory
 from splitfuse.cli.ps import ps
 from splitfuse.cli.serve import serve
@@ -35,6 +36,7 @@ app.command()(serve)
 app.command()(ps)
 app.command()(stop)
 app.command()(explain)
+app.command()(models)
 app.command("plan-memory")(plan_memory)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")
 bench.command("run")(bench_run)

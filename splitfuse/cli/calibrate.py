@@ -57,7 +57,7 @@ def _print_checked(cost: CostModel, checked: list[Timed]) -> None:
         for timed in checked
     ]
     heads = ("step", "tokens", "rows", "positions read", "measured ms", "predicted ms", "error")
-    console().print(make_table("held-out steps", heads, rows, left="step"))
+    console().print(make_table("held-out steps", heads, rows, left=["step"]))
     print(
         f"a step takes {1e3 * cost.floor:.3g} ms, {1e3 * cost.per_token:.3g} ms/token, "
         f"{1e3 * (cost.per_token + cost.per_token_beyond):.3g} ms/token beyond {cost.knee:.0f},\n"

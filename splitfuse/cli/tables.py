@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,14 +17,14 @@ PAGE_ONLY = ("latency", "ITL\nP90 ms", "counted")
 
 
 def make_table(
-    title: str | None, heads: Iterable[str], rows: Iterable[Sequence[str]], *, left: str | None = None
+    title: str | None, heads: Iterable[str], rows: Iterable[Sequence[str]], *, left: Collection[str] = ()
 ) -> Table:
-    """Return a table of numbers; the column `left` is text."""
+    """Return a table of numbers; the columns `left` are text."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
     for head in heads:
-        table.add_column(head, justify="left" if head == left else "right")
+        table.add_column(head, justify="left" if head in left else "right")
     for row in rows:
         table.add_row(*row)
     return table

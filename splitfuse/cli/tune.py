@@ -131,7 +131,7 @@ def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
         for point in points
     ]
     heads = ("tokens", "measured ms", "fit ms", "tokens/s", "")
-    console().print(make_table(f"a step of {calibration.name}", heads, rows, left=""))
+    console().print(make_table(f"a step of {calibration.name}", heads, rows, left=[""]))
     if (error := calibration.cost.error) is not None:
         print(f"error of the fit over held-out steps: median {error.median:.1%}, P95 {error.p95:.1%}")
 

@@ -1,0 +1,50 @@
+"""The table of architectures: each has a row, and what it says is in the spec."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+from typer.testing import CliRunner
+
+from splitfuse.cli import app
+from splitfuse.kernels import interface
+from splitfuse.models import spec as specs
+from splitfuse.models.families import table
+from splitfuse.models.families.registry import FAMILIES
+
+
+def test_every_architecture_has_a_row() -> None:
+    assert {row.architecture for row in table.rows()} == set(FAMILIES)
+
+
+def test_words_are_of_fields_that_specs_have() -> None:
+    kinds = {name: kind for name, kind in {**vars(interface), **vars(specs)}.items() if is_dataclass(kind)}
+    known = {f"{name}.{field.name}" for name, kind in kinds.items() for field in fields(kind)} | set(kinds)
+    assert set(table.WORDS) <= known
+
+
+@pytest.mark.parametrize(
+    ("architecture", "properties"),
+    [
+        ("LlamaForCausalLM", ()),
+        ("SmolLM3ForCausalLM", ("no rope in some layers",)),
+        ("GlmForCausalLM", ("biases", "rope of a part of each head")),
+        ("Qwen3_5ForConditionalGeneration", ("gated attention", "norms of heads", "gated delta nets")),
+    ],
+)
+def test_properties_of_a_family(architecture: str, properties: tuple[str, ...]) -> None:
+    assert set(properties) <= set(table.properties(table.default_spec(architecture)))
+
+
+def test_a_property_is_one_of_any_layer() -> None:
+    spec = table.default_spec("LlamaForCausalLM")
+    layer = replace(spec.layers[3], mixer=replace(spec.layers[3].mixer, window=9))
+    assert table.properties(replace(spec, layers=(*spec.layers[:3], layer, *spec.layers[4:]))) == ("windows",)
+
+
+def test_the_command_prints_the_table() -> None:
+    ended = CliRunner().invoke(app, ["models"])
+    assert ended.exit_code == 0
+    assert all(name in ended.output for name in FAMILIES)
+    assert "text alone" in ended.output
