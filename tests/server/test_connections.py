@@ -20,6 +20,7 @@ from splitfuse.server.connections import (
     FILES_OF_A_REPLICA,
     FILES_OF_OUR_OWN,
     LEAST_CONNECTIONS,
+    MAX_HEADERS,
     connection_limit,
     num_newcomers,
 )
@@ -258,6 +259,22 @@ def test_a_client_silent_in_the_handshake_gives_way(tmp_path: Path) -> None:
             server.now = 4.0
             for peer in silent:
                 await closed(peer)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("behind", [b"", GET, POST + b"{}"], ids=["first", "second", "pipelined"])
+def test_a_head_of_too_many_headers_is_refused_unread(behind: bytes) -> None:
+    async def run() -> None:
+        async with serving() as server:
+            server.go_on.set()
+            most = b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * MAX_HEADERS
+            peer = await server.connect(behind + most.replace(b"x: y", b"host: x", 1) + b"\r\n" + most + b"x: y\r\n")
+            for _ in range(2 if behind else 1):
+                assert await is_answered(peer, b"")
+            answer = await peer[0].read()
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert b"a request has at most 200 headers" in answer
 
     asyncio.run(run())
 
