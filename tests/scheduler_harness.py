@@ -61,6 +61,11 @@ def cached(states: Iterable[int]) -> tuple[int, ...]:
     return tuple(state % 256 for state in states)
 
 
+def written(slots: StateSlots) -> list[int]:
+    """The slots that a chunk writes."""
+    return [slots.write, *(slot for _, slot in slots.kept)]
+
+
 def reference(request: Request, *, recurrent: bool = False) -> tuple[list[int], FinishReason]:
     """What a request gives alone, computed without scheduler, blocks or chunks."""
     tokens = list(request.prompt_token_ids)
@@ -110,16 +115,16 @@ class FakeExecutor:
         self._check_states([chunk.state for chunk in plan.chunks if chunk.state is not None])
         if self.breaking is None or self.breaking.random() > 0.1:
             return {chunk.request_id: self._run(chunk) for chunk in plan.chunks}
-        self.states |= {chunk.state.write: -1 for chunk in plan.chunks if chunk.state is not None}
+        self.states |= {slot: -1 for chunk in plan.chunks if chunk.state is not None for slot in written(chunk.state)}
         lost = ChunkResult(state_lost=True)
         return {chunk.request_id: self._run(chunk) if chunk.is_repeatable else lost for chunk in plan.chunks}
 
     @staticmethod
     def _check_states(slots: list[StateSlots]) -> None:
         """A slot that is written is neither read nor written by any other chunk of the step."""
-        written = {each.write for each in slots}
-        assert len(written) == len(slots)
-        assert all(each.read == each.write or each.read not in written for each in slots)
+        all_written = [slot for each in slots for slot in written(each)]
+        assert len(set(all_written)) == len(all_written)
+        assert all(each.read == each.write or each.read not in all_written for each in slots)
 
     def _run(self, chunk: Chunk) -> ChunkResult:
         assert chunk.samples <= chunk.num_logits <= len(chunk.token_ids)
@@ -130,7 +135,8 @@ class FakeExecutor:
         if chunk.state is not None:
             assert chunk.start or chunk.state.read == ZERO_STATE
             states = states_after(content, 0 if chunk.start == 0 else self.states[chunk.state.read])
-            self.states[chunk.state.write] = states[-1]
+            for position, slot in (*chunk.state.kept, (chunk.end, chunk.state.write)):
+                self.states[slot] = states[position - chunk.start - 1]
             content = list(cached(states))
         self.cache |= zip(slots[chunk.start :], content, strict=True)
         if chunk.request_id in self.failing:
@@ -198,7 +204,9 @@ class Run:
         states = None
         if spare_states is not None:
             num_slots = 2 * depth * max_num_seqs + spare_states
-            states = StateAllocator(num_slots, interval=interval * block_size if prefix else None)
+            states = StateAllocator(
+                num_slots, interval=interval * block_size if prefix else None, num_reserved=depth * max_num_seqs
+            )
         namer = BlockNamer(block_size, key=b"test") if prefix else None
         allocator = BlockAllocator(num_blocks, block_size, namer=namer, states=states)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
@@ -300,8 +308,7 @@ class Run:
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
         if plan.num_tokens < self.budget and not self.in_flight and type(policy) is Fcfs:
-            cut = {chunk.request_id for chunk in plan.chunks if self._is_cut(chunk)}
-            self._explain_unfilled(cut | {chunk.request_id for chunk in plan.chunks if chunk.samples})
+            self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
         return plan
 
     def _check_whole(self, plan: StepPlan) -> None:
@@ -310,18 +317,14 @@ class Run:
         prompts = [len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1]
         assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
-    def _is_cut(self, chunk: Chunk) -> bool:
-        """Whether the chunk ends where the state is to be kept."""
-        return chunk.state is not None and chunk.end % self.allocator.block_size == 0
-
-    def _explain_unfilled(self, satisfied: set[str]) -> None:
+    def _explain_unfilled(self, sampling: set[str]) -> None:
         """A budget may stay unfilled only when no request can use more of it, or no block is left but one for each that
         runs.
         """
         if self.allocator.num_available <= len(self.running):
             return
         for request in self.running:
-            assert request.request_id in satisfied or not request.num_unscheduled, (
+            assert request.request_id in sampling or not request.num_unscheduled, (
                 "runnable work, a block and budget, and yet not filled"
             )
         assert not self.waiting or len(self.running) == self.max_num_seqs

@@ -19,13 +19,15 @@ ZERO_STATE = -1
 
 class StateSlots(NamedTuple):
     """Names the slots of a chunk in a network with recurrent states: the state before its first token is read from slot
-    `read`, the one after its last token written to slot `write`.
+    `read`, the one after its last token written to slot `write`. On the way, the state at each position of `kept`, in
+    ascending order, is written to its slot too.
 
     Several chunks of a step may read a slot; one that is written is neither read nor written by any other chunk.
     """
 
     read: int
     write: int
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 _ID, _VALUE = Struct("i"), Struct("d")

@@ -222,8 +222,6 @@ class Scheduler:
         if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
             state.is_lost = request.kv.repeatable = request.kv.preempt_on_return = True
             return RequestOutput(request.request_id)
-        if state is not None:
-            state.computed(chunk)
         request.kv.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens = result.token_ids
@@ -236,6 +234,8 @@ class Scheduler:
         if chunk.end // size > chunk.start // size:  # it has filled a block
             computed = request.tokens(0, chunk.end)
             request.kv.publish(self._allocator, computed, salt=request.scheduling.cache_salt)
+        if state is not None:
+            state.computed(chunk, request.kv.block_names)
         if tokens and (reason := request.reason_to_finish):
             self._finish(request, reason, now)
         return RequestOutput(

@@ -212,9 +212,9 @@ class StepBuilder:
             return 0
         while not (available := self.available_slots(request)) and self.preempt_for(request):
             fitting = self.fitting_tokens(request, at_least=int(is_oldest))
-        count = request.kv.cut(request.num_scheduled, min(fitting, available))
+        count = min(fitting, available)
         if count:
-            request.kv.grow(self._allocator, request.num_scheduled + count)
+            request.kv.grow(self._allocator, request.num_scheduled, request.num_scheduled + count)
             self.granted[request] = count
             self.tokens_left -= count
             self.features = self._plus(request, count)

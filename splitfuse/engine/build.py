@@ -27,7 +27,8 @@ def build_scheduler(
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
     states = None
     if plan.num_states:
-        states = StateAllocator(plan.num_states, interval=plan.snapshot_interval if caching else None)
+        interval = plan.snapshot_interval if caching else None
+        states = StateAllocator(plan.num_states, interval=interval, num_reserved=plan.max_num_seqs)
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states)
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
     scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost))

@@ -73,9 +73,10 @@ class RaggedEngine:
                 self._truncate(uid, num_tokens)
             raise
         for uid, chunk in zip(uids, chunks, strict=True):
-            if (state := self._sequences[uid].state) is not None:
+            sequence = self._sequences[uid]
+            if (state := sequence.state) is not None:
                 state.advance(chunk)
-                state.computed(chunk)
+                state.computed(chunk, sequence.block_names)
         return logits
 
     @guarded
@@ -113,7 +114,7 @@ class RaggedEngine:
             sequence = self._sequences[uid] = RequestKv(repeatable=True)  # a failed put leaves the state before it
             sequence.start(self._allocator, len(token_ids))
         start, end = sequence.num_computed, sequence.num_computed + len(token_ids)
-        sequence.grow(self._allocator, end)
+        sequence.grow(self._allocator, start, end)
         sequence.num_computed = end
         state = None if sequence.state is None else sequence.state.slots
         return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False, state=state)

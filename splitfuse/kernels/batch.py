@@ -36,7 +36,9 @@ class RaggedBatch:
         self.state_reads = state_reads
         """Slots that recurrent states are read from, or -1 for a state of zeros: [S]."""
         self.state_writes = state_writes
-        """Slots that they are written to, or -1 in a network without: [S]."""
+        """Slots that they are written to, or -1 in a network without: [S]. A chunk may read what the one just before it
+        in the batch writes, if both are parts of the same request; otherwise no chunk reads what another writes.
+        """
         self.block_tables = tables.view(num_requests, table_width)
         """Block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
         self.logit_rows = logit_rows

@@ -636,7 +636,8 @@ class Backend(ABC):
             out = norm(q S) * silu(z)
 
         The state of request s is read from slot `state_reads[s]`, or is zero if that is -1, and written to slot
-        `state_writes[s]`. A token's result depends on its request's tokens alone, not on how they are cut into steps.
+        `state_writes[s]`. If that is the slot that request s + 1 reads, the two are parts of one request, and the
+        second goes on from there. A token's result depends on its request's tokens alone, not on how they are cut.
         """
 
     @abstractmethod

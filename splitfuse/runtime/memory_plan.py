@@ -183,8 +183,8 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
 def _with_states(plan: MemoryPlan, config: EngineConfig, *, free: int) -> MemoryPlan:
     """Return the plan with slots for recurrent states, and with no more running requests than they do for.
 
-    Between two snapshots of a prompt are about as many bytes of keys and values as one has, in whole budgets: chunks
-    that end at snapshots are no shorter for it.
+    Between two snapshots of a prompt are about as many bytes of keys and values as one has, in whole token budgets: of
+    small states too, a step keeps one.
     """
     if not plan.state:
         return plan

@@ -73,10 +73,17 @@ def test_an_answer_leaves_one_snapshot_besides_those_of_intervals() -> None:
     assert kept == [8, 16, 32, 48, 64, 68], "end of the prompt, intervals, end of the answer"
 
 
-def test_a_prompt_is_cut_at_intervals_and_at_its_last_block() -> None:
+def kept(chunk: Chunk) -> list[int]:
+    """The positions on the way through a chunk at which its state is kept."""
+    assert chunk.state is not None
+    return [position for position, _ in chunk.state.kept]
+
+
+def test_a_prompt_is_kept_at_intervals_and_at_its_last_block() -> None:
     run = make_run()
     drain(run, request("a", (1,) * 43, max_tokens=1))
-    assert [chunk.end for chunk in chunks_of(run, "a")] == [16, 32, 40, 43]
+    (chunk,) = chunks_of(run, "a")
+    assert (chunk.end, kept(chunk)) == (43, [16, 32, 40])
     drain(run, request("again", (1,) * 43, max_tokens=1))
     assert [(chunk.start, chunk.end) for chunk in chunks_of(run, "again")] == [(40, 43)]
 
@@ -121,7 +128,15 @@ def test_nothing_is_shared_between_salts() -> None:
         assert chunks_of(run, f"salt {salt}")[0].start == 0
 
 
-def test_without_a_prefix_cache_nothing_is_cut_or_copied() -> None:
+def test_no_state_is_kept_where_running_requests_may_need_the_slots() -> None:
+    run = make_run(max_num_seqs=2, spare_states=0)
+    run.add(request("a", (1,) * 43))
+    run.step()
+    assert kept(run.plans[-1].chunks[0]) == [16], "of 4 slots it writes one, and two are for what runs"
+    run.drain()
+
+
+def test_without_a_prefix_cache_nothing_is_kept_or_copied() -> None:
     run = make_run(prefix=False)
     drain(run, request("a", (1,) * 43, max_tokens=20))
     first, *others = chunks_of(run, "a")

@@ -129,7 +129,7 @@ class Layer:
         return self.compute(backend, dtype, self.states(backend), parts)
 
     def split(self, backend: Backend, dtype: torch.dtype, rng: random.Random) -> list[Tensor]:
-        """The same in random chunks and company, through random slots."""
+        """The same in random chunks, or parts of chunks, and company, through random slots."""
         states, free = self.states(backend), list(range(NUM_SLOTS))
         done, slots, found = [0] * len(LENGTHS), [ZERO_STATE] * len(LENGTHS), [list[Tensor]() for _ in LENGTHS]
         while pending := [request for request, length in enumerate(LENGTHS) if done[request] < length]:
@@ -140,6 +140,11 @@ class Layer:
                 if read == ZERO_STATE or rng.random() < 0.5:
                     left += [read] * (read != ZERO_STATE)
                     slots[request] = free.pop(rng.randrange(len(free)))
+                if end - done[request] > 1 and rng.random() < 0.4:  # two parts of a chunk: one goes on from the other
+                    middle, kept = rng.randint(done[request] + 1, end - 1), free.pop()
+                    parts.append((request, done[request], middle, read, kept))
+                    left.append(kept)
+                    done[request], read = middle, kept
                 parts.append((request, done[request], end, read, slots[request]))
                 done[request] = end
             for part, rows in zip(parts, self.compute(backend, dtype, states, parts), strict=True):

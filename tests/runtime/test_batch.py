@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from ragged_requests import Chunk
 
+from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.runtime.batch import build_batch
 
 CPU = torch.device("cpu")
@@ -35,11 +36,26 @@ def test_a_step_is_one_tensor_with_its_parts_in_their_order() -> None:
     batch = build_batch([Chunk(2, (10, 11), (4, 2), 1), Chunk(0, (9,), (7,), 1)], block_size=2, device=CPU)
     parts = (
         *(batch.ids, batch.positions, batch.slot_mapping, batch.query_start, batch.seq_lens),
-        *(batch.block_tables, batch.logit_rows),
+        *(batch.state_reads, batch.state_writes, batch.block_tables, batch.logit_rows),
     )
     assert batch.packed.tolist() == [number for part in parts for number in part.flatten().tolist()]
     assert batch.packed.dtype == torch.int32
     assert batch.packed.is_contiguous()
+
+
+def test_a_chunk_whose_state_is_kept_on_the_way_is_two() -> None:
+    chunks = [
+        Chunk(3, range(10, 18), (4, 2, 9, 1, 6, 3), 2, StateSlots(5, 5, ((4, 7), (8, 0)))),
+        Chunk(0, (20, 21), (8,), 0, StateSlots(ZERO_STATE, 1)),
+    ]
+    batch = build_batch(chunks, block_size=2, device=CPU)
+    assert batch.query_start.tolist() == [0, 1, 5, 8, 10]
+    assert batch.seq_lens.tolist() == [4, 8, 11, 2]
+    assert batch.state_reads.tolist() == [5, 7, 0, ZERO_STATE]
+    assert batch.state_writes.tolist() == [7, 0, 5, 1]
+    assert batch.block_tables.tolist() == [[4, 2, 9, 1, 6, 3]] * 3 + [[8, 0, 0, 0, 0, 0]]
+    assert batch.logit_rows.tolist() == [6, 7]
+    assert (batch.num_tokens, batch.num_requests) == (10, 4)
 
 
 def test_an_empty_step() -> None:

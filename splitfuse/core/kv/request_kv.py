@@ -64,28 +64,17 @@ class RequestKv:
         self.num_cached_blocks = len(self.blocks)
         self.num_computed = len(self.blocks) * allocator.block_size
 
-    def cut(self, position: int, count: int) -> int:
-        """Return how many of the `count` tokens from `position` on make a chunk: all, or those up to where the
-        recurrent state is to be kept.
-        """
-        kept = None if self.state is None else self.state.next_kept(position)
-        return count if kept is None else min(count, kept - position)
-
-    def grow(self, allocator: BlockAllocator, num_tokens: int) -> None:
-        """Allocate blocks until `num_tokens` positions are covered, and a slot for the state after them."""
-        self.blocks += allocator.allocate(allocator.blocks_for(num_tokens) - len(self.blocks))
+    def grow(self, allocator: BlockAllocator, start: int, end: int) -> None:
+        """Allocate what a chunk from position `start` to `end` needs: blocks, and slots for the state."""
+        self.blocks += allocator.allocate(allocator.blocks_for(end) - len(self.blocks))
         if self.state is not None:
-            self.state.reserve()
+            self.state.reserve(start, end)
 
     def publish(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
-        """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache, and the state after
-        them if it is to be kept.
-        """
+        """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache."""
         self.num_cached_blocks = allocator.publish(
             self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
         )
-        if self.state is not None:
-            self.state.publish(len(token_ids), self.block_names)
 
     def release(self, allocator: BlockAllocator) -> None:
         """Give all blocks and state slots back. A fault there loses those that were not given back yet, no more."""

@@ -14,10 +14,10 @@ class RequestState:
     """Holds the state slots of a request while it runs.
 
     A chunk reads the state that the one before has left, and overwrites it. If that is a snapshot, it writes to another
-    slot instead: so a snapshot is taken, and loaded, without a copy. Where the state is to be kept, the scheduler ends
-    a chunk: at the end of the prompt, rounded down to a block; every `interval` tokens before; where the blocks of an
-    earlier request end that it has in common; and at each block of the answer, whose end is not known beforehand.
-    There a snapshot takes the place of the one before.
+    slot instead: so a snapshot is loaded, and left, without a copy. On its way the state is kept at the end of the
+    prompt, rounded down to a block; every `interval` tokens before; where the blocks of an earlier request end that it
+    has in common; and at each block of the answer, whose end is not known beforehand. There a snapshot takes the place
+    of the one before.
     """
 
     allocator: StateAllocator
@@ -32,16 +32,17 @@ class RequestState:
     """Slot of the state after all chunks scheduled."""
     is_lost: bool = False
     """True if a failed step has left `newest` half written."""
-    _next: int | None = None  # slot that the next chunk writes, once one is granted
-    _read: list[int] = field(default_factory=list)  # slots that chunks in flight read and do not overwrite
-    _to_keep: dict[int, int] = field(default_factory=dict)  # position -> slot, of chunks in flight
+    _next: StateSlots | None = None  # slots of the next chunk, once one is granted
+    _busy: list[int] = field(default_factory=list)  # slots that chunks in flight read or keep states in, but `newest`
+    _unpublished: list[int] = field(default_factory=list)  # slots that chunks in flight write and leave
     _newest_of_answer: bytes | None = None  # name of the snapshot that the next one of the answer takes the place of
 
     @property
     def held(self) -> list[int]:
         """Return the slots that it holds a reference of."""
-        own = {self.newest, self.newest if self._next is None else self._next} - {ZERO_STATE}
-        return [*own, *self._read]
+        reserved = [] if self._next is None else [slot for _, slot in self._next.kept]
+        own = {self.newest, self.newest if self._next is None else self._next.write} - {ZERO_STATE}
+        return [*own, *reserved, *self._busy]
 
     def load(self, names: Sequence[bytes]) -> int:
         """Begin with the longest prefix of the blocks of these names that has a snapshot. Returns how many it has."""
@@ -49,62 +50,71 @@ class RequestState:
         count, self.newest = self.allocator.match(names)
         return count
 
-    def next_kept(self, position: int) -> int | None:
-        """Return the first position after `position` at which the state is kept: a chunk ends there, or before."""
-        if (interval := self.allocator.interval) is None:
-            return None
-        step = interval if position < self.last_kept else self.block_size
-        places = (self.shared_until, self.last_kept, (position // step + 1) * step)
-        return min(place for place in places if place > position)
+    def is_kept(self, position: int) -> bool:
+        """Return whether the state is kept at a position."""
+        interval = self.allocator.interval
+        if interval is None or position % self.block_size:
+            return False
+        return position in (self.shared_until, self.last_kept) or position > self.last_kept or position % interval == 0
 
-    def reserve(self) -> None:
-        """Choose the slot for the next chunk to write."""
-        if self._next is not None:
-            return
+    def reserve(self, start: int, end: int) -> None:
+        """Choose the slots of the next chunk, from position `start` to `end`."""
+        self.cancel()
         in_place = (
             self.newest != ZERO_STATE
             and not self.repeatable
-            and self.newest not in self._to_keep.values()
+            and self.newest not in self._unpublished
             and self.allocator.is_overwritable(self.newest)
         )
-        self._next = self.newest if in_place else self.allocator.allocate()
+        write = self.newest if in_place else self.allocator.allocate()
+        ends = range((start // self.block_size + 1) * self.block_size, end, self.block_size)
+        kept = [(p, self.allocator.allocate()) for p in ends if self.is_kept(p) and self.allocator.has_spare]
+        self._next = StateSlots(self.newest, write, tuple(kept))
+
+    def cancel(self) -> None:
+        """Give back the slots of the next chunk, which is not computed after all."""
+        if self._next is not None:
+            for slot in {self._next.write, *(slot for _, slot in self._next.kept)} - {self.newest}:
+                self.allocator.release(slot)
+            self._next = None
 
     @property
     def slots(self) -> StateSlots:
         """Return the slots of the next chunk."""
         assert self._next is not None, "a chunk without a slot for its state"
-        return StateSlots(self.newest, self._next)
-
-    def cancel(self) -> None:
-        """Give back the slot for the next chunk, which is not computed after all."""
-        if self._next not in (None, self.newest):
-            self.allocator.release(self._next)
-        self._next = None
+        return self._next
 
     def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk is in flight. It holds the slot that it reads until it is back."""
-        assert chunk.state == self.slots
-        read, write = self.slots
+        """Note that a chunk is in flight. It holds its slots until it is back."""
+        read, write, kept = self.slots
+        self._busy += [slot for _, slot in kept]
         if read not in (ZERO_STATE, write):
-            self._read.append(read)
+            self._busy.append(read)
+        if self.is_kept(chunk.end):
+            self._unpublished.append(write)
         self.newest, self._next = write, None
-        if chunk.end == self.next_kept(chunk.start):
-            self._to_keep[chunk.end] = write
 
-    def computed(self, chunk: Chunk) -> None:
-        """Note that a chunk is back."""
+    def computed(self, chunk: Chunk, names: Sequence[bytes]) -> None:
+        """Note that a chunk is back: the states to keep become snapshots. `names` are those of all blocks so far."""
         assert chunk.state is not None
-        read, write = chunk.state
+        read, write, kept = chunk.state
         if read not in (ZERO_STATE, write):
-            self._read.remove(read)
-            self.allocator.release(read)
+            self._give_back(read)
+        for position, slot in kept:
+            self._publish(slot, position, names)
+            self._give_back(slot)
+        if self.is_kept(chunk.end):
+            self._publish(write, chunk.end, names)
+            self._unpublished.remove(write)
 
-    def publish(self, position: int, names: Sequence[bytes]) -> None:
-        """Make the state at `position`, which is computed, a snapshot if it is to be kept. `names` are those of the
-        blocks up to there.
-        """
-        slot = self._to_keep.pop(position, None)
-        if slot is None or not self.allocator.publish(slot, name := names[position // self.block_size - 1]):
+    def release(self) -> None:
+        """Give all slots back. What follows is `load`, or nothing."""
+        for slot in self.held:
+            self.allocator.release(slot)
+
+    def _publish(self, slot: int, position: int, names: Sequence[bytes]) -> None:
+        name = names[position // self.block_size - 1]
+        if not self.allocator.publish(slot, name):
             return
         if self._newest_of_answer is not None:
             self.allocator.forget(self._newest_of_answer)
@@ -112,7 +122,6 @@ class RequestState:
         stays = position <= self.last_kept or position % self.allocator.interval == 0
         self._newest_of_answer = None if stays else name
 
-    def release(self) -> None:
-        """Give all slots back. What follows is `load`, or nothing."""
-        for slot in self.held:
-            self.allocator.release(slot)
+    def _give_back(self, slot: int) -> None:
+        self._busy.remove(slot)
+        self.allocator.release(slot)

@@ -22,10 +22,14 @@ class StateAllocator:
     In a step a running request may read a snapshot and write another slot: two slots for each always suffice.
     """
 
-    def __init__(self, num_slots: int, *, interval: int | None) -> None:
-        """`interval` is how many tokens of a prompt lie between snapshots at most; None: no snapshots are taken."""
+    def __init__(self, num_slots: int, *, interval: int | None, num_reserved: int = 0) -> None:
+        """`interval` is how many tokens of a prompt lie between snapshots at most; None: no snapshots are taken.
+        `num_reserved` slots must stay available when one is kept on the way through a chunk: those that running
+        requests may need to write before it is back.
+        """
         self.num_slots = num_slots
         self.interval = interval
+        self._num_reserved = num_reserved
         self._references = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -36,6 +40,11 @@ class StateAllocator:
     def num_available(self) -> int:
         """Return how many slots `allocate` can give: free ones, and those of cached snapshots."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def has_spare(self) -> bool:
+        """Return whether a slot is available beyond those reserved."""
+        return self.num_available > self._num_reserved
 
     @property
     def num_held(self) -> int:

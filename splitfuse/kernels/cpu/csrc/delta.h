@@ -171,6 +171,19 @@ SF_INLINE Inputs inputs_of(const Tail& tail, const States& states, const Step& s
     return {x + step.query_start[request] * width, width, read < 0 ? nullptr : slot_of(states, read) + tail.offset, tail.channels, tail.inputs};
 }
 
+// Returns whether a chunk goes on from the state that the one before it in the step leaves: the same thread must take both.
+SF_INLINE bool goes_on(const Step& step, i64 request) {
+    return request > 0 && step.state_reads[request] >= 0 && step.state_reads[request] == step.state_writes[request - 1];
+}
+
+// Calls `take` with each chunk that follows on `request`, itself first, and with none if `request` follows on another.
+template <class Take>
+SF_INLINE void follow(const Step& step, i64 request, Take take) {
+    if (goes_on(step, request)) return;
+    do take(request);
+    while (++request < step.requests && goes_on(step, request));
+}
+
 constexpr i64 AHEAD = 8;  // tokens that their inputs are prefetched before: a row is pages long, which hardware does not see
 
 // Convolves `dim` channels of token `i`, with SiLU, padded with zeros; with `scale` it makes a vector of that length.
@@ -241,7 +254,8 @@ inline void reserve_delta(Workspace& work, const Delta& d) {
 // Computes a gated delta net (Yang et al., arXiv 2412.06464): projected inputs x [T, queries, keys, values, z] and gates
 // [T, betas, rates] -> out [T, Hv Dv] in bf16. States go from slot to slot as the step says.
 //
-// A unit of work is a request's way through the heads of one key: they share it, and no other unit reads their channels.
+// A unit of work is a request's way through the heads of one key: they share it, and no other unit reads their channels. It
+// takes along the chunks that go on from there.
 inline void delta(Team& team, Workspace& work, const Step& step, const Delta& d, const States& states, const float* x, const float* gates, u16* out) {
     const DeltaShape shape(d);
     const DeltaTile tile(shape, reinterpret_cast<float*>(work.own[team.rank].delta.data()));
@@ -249,39 +263,43 @@ inline void delta(Team& team, Workspace& work, const Step& step, const Delta& d,
     const float query_length = 1.0f / std::sqrt(static_cast<float>(key_dim));
     team.share(step.requests * shape.key_heads, [&](i64 begin, i64 end, i64) {
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 request = unit / shape.key_heads, key_head = unit % shape.key_heads, head = key_head * shape.group;
-            const i64 row = step.query_start[request], tokens = step.query_start[request + 1] - row;
-            const i32 read = step.state_reads[request], write = step.state_writes[request];
-            const Inputs in = inputs_of(shape.tail, states, step, request, x, width);
-            float *slot = slot_of(states, write), *state = slot + head * shape.head_floats;
-            const i64 bytes = shape.group * shape.head_floats * sizeof(float);
-            if (read < 0) std::memset(state, 0, bytes);
-            else if (read != write) std::memcpy(state, slot_of(states, read) + head * shape.head_floats, bytes);
+            const i64 key_head = unit % shape.key_heads, head = key_head * shape.group;
+            follow(step, unit / shape.key_heads, [&](i64 request) {
+                const i64 row = step.query_start[request], tokens = step.query_start[request + 1] - row;
+                const i32 read = step.state_reads[request], write = step.state_writes[request];
+                const Inputs in = inputs_of(shape.tail, states, step, request, x, width);
+                float *slot = slot_of(states, write), *state = slot + head * shape.head_floats;
+                const i64 bytes = shape.group * shape.head_floats * sizeof(float);
+                if (read < 0) std::memset(state, 0, bytes);
+                else if (read != write) std::memcpy(state, slot_of(states, read) + head * shape.head_floats, bytes);
 
-            for (i64 first = 0; first < tokens; first += DELTA_TOKENS) {
-                const i64 count = std::min(DELTA_TOKENS, tokens - first);
-                for (i64 t = 0; t < count; ++t) convolve(in, first + t, key_head * key_dim, key_dim, d.conv, query_length, tile.queries_keys + t * 2 * key_dim);
-                for (i64 t = 0; t < count; ++t)
-                    convolve(in, first + t, shape.keys + key_head * key_dim, key_dim, d.conv, 1.0f, tile.queries_keys + (2 * t + 1) * key_dim);
-                for (i64 h = 0; h < shape.group; ++h) {
-                    float *values = tile.values + h * DELTA_TOKENS * shape.padded, *head_gates = tile.gates + h * DELTA_TOKENS * 2;
-                    for (i64 t = 0; t < count; ++t) convolve(in, first + t, shape.values + (head + h) * value_dim, value_dim, d.conv, 0.0f, values + t * shape.padded);
-                    put_gates(d, head + h, gates + (row + first) * 2 * shape.value_heads, count, head_gates);
-                    for (i64 c = 0; c < shape.padded; c += PANEL_COLUMNS)
-                        run_panel({tile.queries_keys, head_gates, values + c, count, key_dim, shape.padded}, std::min(PANEL_COLUMNS, shape.padded - c) / LANES,
-                                  state + h * shape.head_floats + c * key_dim);
-                    for (i64 t = 0; t < count; ++t) {
-                        const i64 token = row + first + t;
-                        put_gated_norm(values + t * shape.padded, x + token * width + shape.tail.channels + (head + h) * value_dim, width, value_dim,
-                                       d.norm, d.eps, out + (token * shape.value_heads + head + h) * value_dim, shape.value_heads * value_dim);
+                for (i64 first = 0; first < tokens; first += DELTA_TOKENS) {
+                    const i64 count = std::min(DELTA_TOKENS, tokens - first);
+                    for (i64 t = 0; t < count; ++t)
+                        convolve(in, first + t, key_head * key_dim, key_dim, d.conv, query_length, tile.queries_keys + t * 2 * key_dim);
+                    for (i64 t = 0; t < count; ++t)
+                        convolve(in, first + t, shape.keys + key_head * key_dim, key_dim, d.conv, 1.0f, tile.queries_keys + (2 * t + 1) * key_dim);
+                    for (i64 h = 0; h < shape.group; ++h) {
+                        float *values = tile.values + h * DELTA_TOKENS * shape.padded, *head_gates = tile.gates + h * DELTA_TOKENS * 2;
+                        for (i64 t = 0; t < count; ++t)
+                            convolve(in, first + t, shape.values + (head + h) * value_dim, value_dim, d.conv, 0.0f, values + t * shape.padded);
+                        put_gates(d, head + h, gates + (row + first) * 2 * shape.value_heads, count, head_gates);
+                        for (i64 c = 0; c < shape.padded; c += PANEL_COLUMNS)
+                            run_panel({tile.queries_keys, head_gates, values + c, count, key_dim, shape.padded},
+                                      std::min(PANEL_COLUMNS, shape.padded - c) / LANES, state + h * shape.head_floats + c * key_dim);
+                        for (i64 t = 0; t < count; ++t) {
+                            const i64 token = row + first + t;
+                            put_gated_norm(values + t * shape.padded, x + token * width + shape.tail.channels + (head + h) * value_dim, width, value_dim,
+                                           d.norm, d.eps, out + (token * shape.value_heads + head + h) * value_dim, shape.value_heads * value_dim);
+                        }
                     }
                 }
-            }
 
-            const i64 channels[3][2] = {{key_head * key_dim, key_dim}, {shape.keys + key_head * key_dim, key_dim},
-                                        {shape.values + head * value_dim, shape.group * value_dim}};
-            for (auto [channel, many] : channels)
-                put_tail(in, tokens, channel, channel + many, [](const float* at, i64 c) { return at[c]; }, slot + shape.tail.offset);
+                const i64 channels[3][2] = {{key_head * key_dim, key_dim}, {shape.keys + key_head * key_dim, key_dim},
+                                            {shape.values + head * value_dim, shape.group * value_dim}};
+                for (auto [channel, many] : channels)
+                    put_tail(in, tokens, channel, channel + many, [](const float* at, i64 c) { return at[c]; }, slot + shape.tail.offset);
+            });
         }
     });
 }
@@ -294,24 +312,27 @@ inline void short_conv(Team& team, const Step& step, const ShortConv& conv, cons
     const i64 channels = conv.channels, width = 3 * channels, parts = ceil_div(channels, CONV_CHANNELS);
     team.share(step.requests * parts, [&](i64 begin, i64 end, i64) {
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 request = unit / parts, left = unit % parts * CONV_CHANNELS, right = std::min(left + CONV_CHANNELS, channels);
-            const i64 row = step.query_start[request], tokens = step.query_start[request + 1] - row;
-            const Inputs in = inputs_of(tail, states, step, request, x, width);
-            for (i64 t = 0; t < tokens; ++t) {
-                const float* rows[MOST_TAPS];
-                const i64 first = in.rows_of(t, rows), own = std::max(in.inputs - t, i64{0});  // own: the first tap on a row of this step
-                for (i64 c = left; c < right; c += LANES) {
-                    const int count = lanes_left(right, c);
-                    Floats value = conv.bias ? load(conv.bias + c, count) : broadcast(0.0f);
-                    for (i64 tap = first; tap <= in.inputs; ++tap) {
-                        Floats input = load(rows[tap] + c, count);
-                        if (tap >= own) input = input * load(rows[tap] + 2 * channels + c, count);
-                        value = fma(load(conv.conv + tap * channels + c, count), input, value);
+            const i64 left = unit % parts * CONV_CHANNELS, right = std::min(left + CONV_CHANNELS, channels);
+            follow(step, unit / parts, [&](i64 request) {
+                const i64 row = step.query_start[request], tokens = step.query_start[request + 1] - row;
+                const Inputs in = inputs_of(tail, states, step, request, x, width);
+                for (i64 t = 0; t < tokens; ++t) {
+                    const float* rows[MOST_TAPS];
+                    const i64 first = in.rows_of(t, rows), own = std::max(in.inputs - t, i64{0});  // own: the first tap on a row of this step
+                    for (i64 c = left; c < right; c += LANES) {
+                        const int count = lanes_left(right, c);
+                        Floats value = conv.bias ? load(conv.bias + c, count) : broadcast(0.0f);
+                        for (i64 tap = first; tap <= in.inputs; ++tap) {
+                            Floats input = load(rows[tap] + c, count);
+                            if (tap >= own) input = input * load(rows[tap] + 2 * channels + c, count);
+                            value = fma(load(conv.conv + tap * channels + c, count), input, value);
+                        }
+                        store_bf16(out + (row + t) * channels + c, value * load(x + (row + t) * width + channels + c, count), count);
                     }
-                    store_bf16(out + (row + t) * channels + c, value * load(x + (row + t) * width + channels + c, count), count);
                 }
-            }
-            put_tail(in, tokens, left, right, [&](const float* at, i64 c) { return at[c] * at[2 * channels + c]; }, slot_of(states, step.state_writes[request]));
+                float* slot = slot_of(states, step.state_writes[request]);
+                put_tail(in, tokens, left, right, [&](const float* at, i64 c) { return at[c] * at[2 * channels + c]; }, slot);
+            });
         }
     });
 }
