@@ -228,8 +228,8 @@ def lfm2(**changes: Any) -> PreTrainedModel:
 
 
 GEMMA4: dict[str, Any] = {
-    "head_dim": 10,
-    "global_head_dim": 14,
+    "head_dim": 6,
+    "global_head_dim": 10,
     "num_hidden_layers": 4,
     "sliding_window": 7,
     "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -124,8 +124,8 @@ class Decoder:
             return x.new_empty(len(x), 0)
         projected = self.backend.linear(x.to(self.dtype), self.weights.token_projection) * x.shape[1] ** -0.5
         projected = self._norm(projected.view(-1, size), self.weights.token_input_norm, None)
-        looked_up = F.embedding(ids, table) * size**0.5
-        both: Tensor = (projected.view_as(looked_up) + looked_up) * 2**-0.5
+        looked_up = F.embedding(ids, table).to(x.dtype) * size**0.5
+        both: Tensor = (projected.to(x.dtype).view_as(looked_up) + looked_up) * 2**-0.5
         return both.view(len(x), -1, size)
 
     def _with_token_input(self, x: Tensor, own: Tensor, spec: TokenInputSpec, weights: LayerWeights) -> Tensor:

@@ -90,7 +90,8 @@ class Part:
 
 def parameters(spec: ModelSpec, alternative: WeightNames | None = None) -> list[Parameter]:
     """Return every weight that the network of `spec` has, by the names of its family or an alternative of it."""
-    names = {**find_family(spec.architecture).names, **(alternative or {})}
+    names = find_family(spec.architecture).names
+    names = {**names, **alternative} if alternative else names
 
     def named(shapes: Shapes, place: Place) -> Iterator[Parameter]:
         for name, pieces in shapes.items():

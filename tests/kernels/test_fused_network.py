@@ -26,6 +26,7 @@ from splitfuse.kernels.interface import (
     DeltaSpec,
     ExpertsSpec,
     HeadNormSpec,
+    LatentSpec,
     LayerSpec,
     MlpSpec,
     NetworkPlan,
@@ -33,6 +34,7 @@ from splitfuse.kernels.interface import (
     NormSpec,
     QueryScaling,
     RouterSpec,
+    TokenInputSpec,
 )
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
@@ -163,8 +165,30 @@ TEMPERED = network(  # gates, chunks, queries scaled by position, norms of heads
         parallel=True,
     ),
 )
+LATENT: dict[str, Any] = {"norm": NormSpec(eps=1e-6), "kv_rank": 20, "rope_dim": 16}
+FEW_VALUES = LatentSpec(**LATENT, q_rank=28, nope_dim=7, v_dim=14)
+MANY_VALUES = LatentSpec(**LATENT, q_rank=None, nope_dim=3, v_dim=33)
+OWN_INPUT = TokenInputSpec(size=12, activation="gelu_tanh")
+BORROWED = network(  # latent attention, keys and values of another layer, inputs of layers of their own
+    LayerSpec(
+        mixer=heads(num_kv_heads=6, head_dim=23, latent=FEW_VALUES, qkv_bias=True, o_bias=True, scale=0.3),
+        mlp=dense(130, "silu"),
+        token_input=OWN_INPUT,
+    ),
+    LayerSpec(mixer=heads(window=9), mlp=dense(50, "silu"), token_input=OWN_INPUT, output_scale=True),
+    LayerSpec(
+        mixer=heads(num_kv_heads=6, head_dim=33, latent=MANY_VALUES), mlp=dense(33, "silu"), norms=NormPlace.AROUND
+    ),
+    LayerSpec(
+        mixer=heads(window=9, kv_layer=1, qkv_bias=True, qk_norm=HeadNormSpec(norm=EPS)),
+        mlp=dense(50, "gelu"),
+        norms=NormPlace.AROUND,
+        token_input=OWN_INPUT,
+    ),
+    token_input_rows=71,
+)
 UNIFORM = {"plain": PLAIN, "everything": EVERYTHING, "odd": ODD, "experts": EXPERTS}
-UNEQUAL = {"sandwich": SANDWICH, "classic": CLASSIC, "tempered": TEMPERED}
+UNEQUAL = {"sandwich": SANDWICH, "classic": CLASSIC, "tempered": TEMPERED, "borrowed": BORROWED}
 SPECS = [pytest.param(spec, id=name) for name, spec in (UNIFORM | UNEQUAL).items()]
 
 

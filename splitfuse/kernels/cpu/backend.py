@@ -30,6 +30,7 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     choose_variant,
     int32,
+    projected_heads,
     vector_address,
 )
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
@@ -269,7 +270,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         check(qkv, torch.float32)
         tokens, head_dim = len(qkv), spec.head_dim
-        assert qkv.shape[1] == (spec.num_heads + 2 * spec.num_kv_heads) * head_dim
+        assert qkv.shape[1] == projected_heads(spec) * head_dim
         assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
         heads = Heads.of(spec, rope=rope, weights=weights)
         arrays = Step.of(tokens, positions=batch.positions, slot_mapping=batch.slot_mapping)

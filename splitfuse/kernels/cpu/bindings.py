@@ -24,11 +24,13 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,
+    LatentSpec,
     LayerWeights,
     MlpSpec,
     MlpWeights,
     NormSpec,
     RopeTable,
+    TokenInputSpec,
 )
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
@@ -184,6 +186,11 @@ class Norm(Struct):
         return cls(*addresses, spec.eps, spec.centered)
 
 
+def projected_heads(spec: AttentionSpec) -> int:
+    """Return how many heads of queries, keys and values are projected at once."""
+    return spec.num_heads + (2 * spec.num_kv_heads if spec.kv_layer is None else 0)
+
+
 class Heads(Struct):
     """Says how the heads of a layer are normed, rotated and attended."""
 
@@ -194,7 +201,7 @@ class Heads(Struct):
         *_fields(c_int32, "num_heads", "rotary_dim"),
         *_fields(c_void_p, "cos", "sin"),
         *_fields(Norm, "q_norm", "k_norm", "v_norm"),
-        *_fields(c_int32, "own_norms", "whole_rows", "norms_last", "window", "chunk"),
+        *_fields(c_int32, "own_norms", "whole_rows", "norms_last", "foreign_kv", "window", "chunk"),
         *_fields(c_float, "scale", "softcap"),
         *_fields(c_int32, "query_length", "query_offset"),
         ("query_beta", c_double),
@@ -215,7 +222,7 @@ class Heads(Struct):
         """
         heads = cls(num_heads=spec.num_heads, scale=spec.score_scale, softcap=spec.softcap or 0.0)
         heads.window, heads.chunk = (min(number or 0, LARGEST) for number in (spec.window, spec.chunk))
-        heads.vectors, heads.max_position = [], LARGEST
+        heads.vectors, heads.max_position, heads.foreign_kv = [], LARGEST, spec.kv_layer is not None
         if rope is not None:
             heads._set_rope(*rope, spec.head_dim)
         if weights is not None:
@@ -242,7 +249,8 @@ class Heads(Struct):
         if norms is not None:
             self.own_norms, self.whole_rows = norms.whole_row or norms.own_weights, norms.whole_row
             self.norms_last = norms.after_rope
-            for name, count in (("q_norm", spec.num_heads), ("k_norm", spec.num_kv_heads)):
+            counts = {"q_norm": spec.num_heads} | ({} if self.foreign_kv else {"k_norm": spec.num_kv_heads})
+            for name, count in counts.items():
                 weight = getattr(weights, name) if norms.weight else ones
                 assert weight is not None
                 length = count * dim if self.own_norms else dim
@@ -257,6 +265,48 @@ class Heads(Struct):
         assert wide.shape == (length,)
         self.vectors.append(wide)
         return wide.data_ptr()
+
+
+class Latent(Struct):
+    """Describes queries, keys and values that come from compressed vectors."""
+
+    _fields_ = [
+        *_fields(c_void_p, "q_b", "kv_b"),
+        *_fields(Norm, "q_norm", "kv_norm"),
+        *_fields(c_int32, "q_width", "kv_rank", "rope_dim", "nope_dim", "v_dim"),
+    ]
+
+    @classmethod
+    def of(cls, spec: LatentSpec, num_heads: int, weights: LayerWeights) -> Latent:
+        """Return the latent attention of a layer; the caller keeps the weights alive."""
+        kv_b, q_width = weights.kv_b, spec.q_width(num_heads)
+        assert (kv_b.rows, kv_b.columns) == (num_heads * (spec.nope_dim + spec.v_dim), spec.kv_rank)
+        assert weights.qkv.rows == q_width + spec.kv_rank + spec.rope_dim
+        latent = cls(
+            kv_b=kv_b.address,
+            kv_norm=Norm.of(spec.norm, weights.kv_a_norm, None, spec.kv_rank),
+            **{name: getattr(spec, name) for name in ("kv_rank", "rope_dim", "nope_dim", "v_dim")},
+            q_width=q_width,
+        )
+        if spec.q_rank is not None:
+            q_b = weights.q_b
+            assert (q_b.rows, q_b.columns) == (num_heads * (spec.rope_dim + spec.nope_dim), spec.q_rank)
+            latent.q_b, latent.q_norm = q_b.address, Norm.of(spec.norm, weights.q_a_norm, None, spec.q_rank)
+        return latent
+
+
+class TokenInput(Struct):
+    """Describes what a layer adds from an input of its own."""
+
+    _fields_ = [*_fields(c_void_p, "gate", "out"), ("norm", Norm), ("activation", c_int32)]
+
+    @classmethod
+    def of(cls, spec: TokenInputSpec, norm: NormSpec, weights: LayerWeights, hidden: int) -> TokenInput:
+        """Return what a layer adds; the caller keeps the weights alive."""
+        gate, out = weights.token_gate, weights.token_out
+        assert (gate.rows, gate.columns) == (out.columns, out.rows) == (spec.size, hidden)
+        norms = Norm.of(norm, weights.token_norm, None, hidden)
+        return cls(gate.address, out.address, norms, ACTIVATIONS[spec.activation])
 
 
 class Mlp(Struct):
@@ -376,11 +426,13 @@ class Layer(Struct):
     _fields_ = [
         *_fields(Norm, "attn_norm", "post_attn_norm"),
         *_fields(c_void_p, "qkv", "qkv_bias", "attn_gate", "o", "o_bias"),
+        ("latent", Latent),
         ("heads", Heads),
         ("store", Store),
         *_fields(Norm, "mlp_norm", "post_mlp_norm"),
         ("mlp", Mlp),
         ("mixture", c_void_p),
+        ("token_input", TokenInput),
         ("parallel", c_int32),
         *_fields(c_float, "residual_scale", "output_scale"),
     ]
@@ -395,6 +447,9 @@ class Network(Struct):
         *_fields(c_void_p, "table", "packed_table", "positions"),
         ("embed_scale", c_float),
         ("norm", Norm),
+        *_fields(c_void_p, "token_inputs", "token_projection"),
+        ("token_input_norm", Norm),
+        ("token_input_size", c_int64),
     ]
 
 

@@ -15,6 +15,7 @@ from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
     LARGEST,
     Heads,
+    Latent,
     Layer,
     Library,
     Mixture,
@@ -23,8 +24,10 @@ from splitfuse.kernels.cpu.bindings import (
     Norm,
     Step,
     Store,
+    TokenInput,
     Weight,
     check,
+    projected_heads,
     vector_address,
 )
 from splitfuse.kernels.interface import (
@@ -54,15 +57,9 @@ def uncovered(plan: NetworkPlan) -> str | None:
     """Return the field of a layer that these kernels do not compute, or None."""
     for layer in plan.layers:
         mixer, mlp = layer.mixer, layer.mlp
-        if layer.token_input is not None:
-            return "inputs of layers of their own"
-        if isinstance(mixer, AttentionSpec):
-            if mixer.latent is not None:
-                return "latent attention"
-            if mixer.kv_layer is not None:
-                return "keys and values of another layer"
-            if (norms := mixer.qk_norm) is not None and norms.whole_row and norms.after_rope:
-                return "norms of whole rows of queries and keys after they are rotated"
+        norms = mixer.qk_norm if isinstance(mixer, AttentionSpec) else None
+        if norms is not None and norms.whole_row and norms.after_rope:
+            return "norms of whole rows of queries and keys after they are rotated"
         if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
         if isinstance(mlp, ExpertsSpec) and (
@@ -114,6 +111,19 @@ class FusedNetwork:
             plan.embed_scale,
             Norm.of(plan.norm, weights.norm, weights.norm_bias, hidden),
         )
+        if weights.token_inputs is not None:
+            self._set_token_inputs(plan, hidden)
+
+    def _set_token_inputs(self, plan: NetworkPlan, hidden: int) -> None:
+        network, weights, projection = self._network, plan.weights, plan.weights.token_projection
+        assert weights.token_inputs is not None
+        check(weights.token_inputs, torch.bfloat16)
+        width = weights.token_inputs.shape[1]
+        assert (projection.rows, projection.columns) == (width, hidden)
+        assert len(weights.token_inputs) >= network.vocabulary
+        network.token_input_size = width // len(plan.layers)
+        network.token_inputs, network.token_projection = weights.token_inputs.data_ptr(), projection.address
+        network.token_input_norm = Norm.of(plan.norm, weights.token_input_norm, None, network.token_input_size)
 
     def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, plan: NetworkPlan, hidden: int) -> None:
         if isinstance(spec.mixer, AttentionSpec):
@@ -127,6 +137,8 @@ class FusedNetwork:
         for name in ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm"):
             source = "attn_norm" if shared and name == "mlp_norm" else name
             setattr(entry, name, _norm(plan.norm, layer, source, hidden))
+        if spec.token_input is not None:
+            entry.token_input = TokenInput.of(spec.token_input, plan.norm, layer, hidden)
         entry.parallel = spec.parallel
         entry.residual_scale = spec.residual_scale
         entry.output_scale = 1.0 if layer.output_scale is None else float(layer.output_scale)
@@ -139,8 +151,12 @@ class FusedNetwork:
         self._heads.append(heads)
         entry.heads = heads
         width = spec.num_heads * spec.head_dim
-        assert layer.qkv.columns == layer.o.rows == hidden and layer.o.columns == width
-        assert layer.qkv.rows == (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        assert layer.qkv.columns == layer.o.rows == hidden
+        if spec.latent is not None:
+            entry.latent = Latent.of(spec.latent, spec.num_heads, layer)
+            assert layer.o.columns == spec.num_heads * spec.latent.v_dim
+        else:
+            assert layer.qkv.rows == projected_heads(spec) * spec.head_dim and layer.o.columns == width
         entry.qkv, entry.o = layer.qkv.address, layer.o.address
         entry.qkv_bias = vector_address(layer.qkv_bias, layer.qkv.rows)
         entry.o_bias = vector_address(layer.o_bias, hidden)

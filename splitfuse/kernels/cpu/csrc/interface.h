@@ -76,6 +76,7 @@ struct Heads {
     std::int32_t own_norms;      // each head has weights of its own
     std::int32_t whole_rows;     // all heads of a token are normed together
     std::int32_t norms_last;     // queries and keys are normed after they are rotated
+    std::int32_t foreign_kv;     // keys and values are another layer's: here are queries alone
     std::int32_t window;         // 0: none
     std::int32_t chunk;          // 0: none
     float scale;
@@ -93,6 +94,27 @@ struct Mlp {
     const std::uint16_t* up_bias;
     const Weight* down;
     const std::uint16_t* down_bias;
+    std::int32_t activation;
+};
+
+// Queries, keys and values that come from compressed vectors, which are normed; the other attention has no kv_b.
+struct Latent {
+    const Weight* q_b;        // [H (rope_dim + nope_dim), q_width], or null: queries lie in qkv's rows
+    const Weight* kv_b;       // [H (nope_dim + v_dim), kv_rank]
+    Norm q_norm;
+    Norm kv_norm;
+    std::int32_t q_width;     // of what is read of queries in qkv's rows, before [kv_rank] and [rope_dim]
+    std::int32_t kv_rank;
+    std::int32_t rope_dim;
+    std::int32_t nope_dim;
+    std::int32_t v_dim;
+};
+
+// What a layer adds from an input of its own: norm(out(activation(gate(x)) * input)); without a gate there is none.
+struct TokenInput {
+    const Weight* gate;       // [P, C]
+    const Weight* out;        // [C, P]
+    Norm norm;                // [C]
     std::int32_t activation;
 };
 
@@ -138,12 +160,14 @@ struct Layer {
     const Weight* attn_gate;
     const Weight* o;
     const std::uint16_t* o_bias;
+    Latent latent;
     Heads heads;
     Store store;
     Norm mlp_norm;
     Norm post_mlp_norm;
     Mlp mlp;
     const Mixture* mixture;          // in place of the MLP
+    TokenInput token_input;
     std::int32_t parallel;           // both blocks read the layer's input
     float residual_scale;            // of what a block gives
     float output_scale;              // of what the layer gives
@@ -160,6 +184,10 @@ struct Network {
     const std::uint16_t* positions;  // [positions, C], added to the embedding, or null
     float embed_scale;
     Norm norm;                       // [C]
+    const std::uint16_t* token_inputs;  // [rows, L P], of which each layer gets P elements, or null
+    const Weight* token_projection;  // [L P, C], of the embedding
+    Norm token_input_norm;           // [P]
+    std::int64_t token_input_size;   // P
 };
 
 }  // namespace splitfuse

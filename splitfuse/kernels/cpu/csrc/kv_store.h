@@ -130,8 +130,9 @@ SF_INLINE float query_scale(const Heads& heads, i64 position) {
 // Norms and rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
 inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv, u16* q) {
     const Layout kv(store);
-    const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * kv.num_kv_heads) * dim;
-    const i64 per_token = heads.num_heads + kv.num_kv_heads;
+    const i64 num_kv_heads = heads.foreign_kv ? 0 : kv.num_kv_heads;
+    const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * num_kv_heads) * dim;
+    const i64 per_token = heads.num_heads + num_kv_heads;
     // By token and head, so that a step of one token has work for all threads.
     team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
         alignas(64) float placed[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};

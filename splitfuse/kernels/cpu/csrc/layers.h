@@ -50,9 +50,70 @@ inline void scale_rows(Team& team, float scale, i64 rows, i64 columns, float* x)
     });
 }
 
+// Writes the rows that other attention projects at once, [T, 3 H D], from compressed vectors: heads of queries and of keys
+// with the rotated elements first, and of values, filled up with zeros. `operand` is what qkv reads.
+inline void expand_latent(Team& team, Workspace& work, const Layer& layer, const Operand& operand, float* qkv) {
+    const Latent& l = layer.latent;
+    const i64 tokens = operand.rows, num_heads = layer.heads.num_heads, dim = layer.store.head_dim, width = layer.qkv->rows;
+    const i64 qk_dim = l.rope_dim + l.nope_dim, kv_dim = l.nope_dim + l.v_dim;
+    const Memory memory = work.memory(team.rank);
+    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
+    float* compressed = reinterpret_cast<float*>(work.compressed.data());
+    const float* queries = compressed;
+    i64 query_stride = width;
+    Output out;
+    out.y = compressed;
+    out.bias = layer.qkv_bias;
+    multiply(team, operand, *layer.qkv, out);
+    out.bias = nullptr;
+    if (l.q_b) {
+        Operand normed = pack_activations(team, *l.q_b, tokens, memory, [&](i64 row) {
+            norm_row(compressed + row * width, l.q_width, l.q_norm, row_buffer);
+            return row_buffer;
+        });
+        out.y = reinterpret_cast<float*>(work.latent_queries.data());
+        multiply(team, normed, *l.q_b, out);
+        queries = out.y;
+        query_stride = num_heads * qk_dim;
+    }
+    Operand normed = pack_activations(team, *l.kv_b, tokens, memory, [&](i64 row) {
+        norm_row(compressed + row * width + l.q_width, l.kv_rank, l.kv_norm, row_buffer);
+        return row_buffer;
+    });
+    out.y = reinterpret_cast<float*>(work.latent_kv.data());
+    multiply(team, normed, *l.kv_b, out);
+    const float* kv = out.y;
+    team.split(tokens * num_heads, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; ++unit) {
+            const i64 token = unit / num_heads, head = unit % num_heads;
+            float* query = qkv + (token * 3 * num_heads + head) * dim;
+            float *key = query + num_heads * dim, *value = key + num_heads * dim;
+            const float* source = kv + unit * kv_dim;
+            std::copy_n(queries + token * query_stride + head * qk_dim, qk_dim, query);
+            std::copy_n(compressed + token * width + l.q_width + l.kv_rank, l.rope_dim, key);
+            std::copy_n(source, l.nope_dim, key + l.rope_dim);
+            std::copy_n(source + l.nope_dim, l.v_dim, value);
+            std::fill(query + qk_dim, query + dim, 0.0f);
+            std::fill(key + qk_dim, key + dim, 0.0f);
+            std::fill(value + l.v_dim, value + dim, 0.0f);
+        }
+    });
+}
+
+inline void reserve_latent(Workspace& work, const Layer& layer, i64 tokens) {
+    const Latent& l = layer.latent;
+    work.compressed.reserve(tokens * layer.qkv->rows * 4);
+    work.latent_kv.reserve(tokens * l.kv_b->rows * 4);
+    work.reserve_operand(*l.kv_b, tokens);
+    work.reserve_rows(std::max<i64>({l.q_width, l.kv_rank, layer.o->columns}));
+    if (!l.q_b) return;
+    work.latent_queries.reserve(tokens * l.q_b->rows * 4);
+    work.reserve_operand(*l.q_b, tokens);
+}
+
 // Computes a layer's attention of x, the residual stream.
 inline void attention_block(Team& team, Workspace& work, const Step& step, const Layer& layer, const float* x, Output out) {
-    const i64 tokens = step.tokens, width = layer.o->columns;
+    const i64 tokens = step.tokens, width = layer.heads.num_heads * layer.store.head_dim;
     const Memory memory = work.memory(team.rank);
     u16* queries = reinterpret_cast<u16*>(work.queries.data());
     u16* attn_out = reinterpret_cast<u16*>(work.attn_out.data());
@@ -60,7 +121,8 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     qkv.y = reinterpret_cast<float*>(work.qkv.data());
     qkv.bias = layer.qkv_bias;
     Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm);
-    multiply(team, operand, *layer.qkv, qkv);
+    if (layer.latent.kv_b) expand_latent(team, work, layer, operand, qkv.y);
+    else multiply(team, operand, *layer.qkv, qkv);
     if (layer.attn_gate) {  // packed as qkv is
         gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
         gate.activation = SIGMOID;
@@ -71,10 +133,15 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
 
     out.bias = layer.o_bias;
-    if (!layer.attn_gate) return linear(team, attn_out, tokens, *layer.o, memory, out);
+    if (!layer.attn_gate && layer.o->columns == width) return linear(team, attn_out, tokens, *layer.o, memory, out);
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
     operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
-        multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
+        if (layer.attn_gate) {
+            multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
+        } else {  // the values' elements alone
+            for (i64 head = 0; head < layer.heads.num_heads; ++head)
+                std::copy_n(attn_out + row * width + head * layer.store.head_dim, layer.latent.v_dim, row_buffer + head * layer.latent.v_dim);
+        }
         return row_buffer;
     });
     multiply(team, operand, *layer.o, out);
@@ -83,9 +150,11 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
 inline void reserve_attention_block(Workspace& work, const Step& step, const Layer& layer) {
     const i64 tokens = step.tokens;
     for (const Weight* w : {layer.qkv, layer.o}) work.reserve_operand(*w, tokens);
-    work.qkv.reserve(tokens * layer.qkv->rows * 4);
-    work.queries.reserve(tokens * layer.o->columns * 2);
-    work.attn_out.reserve(tokens * layer.o->columns * 2);
+    const i64 width = layer.heads.num_heads * layer.store.head_dim;
+    work.qkv.reserve(tokens * (layer.latent.kv_b ? 3 * width : layer.qkv->rows) * 4);
+    work.queries.reserve(tokens * width * 2);
+    work.attn_out.reserve(tokens * width * 2);
+    if (layer.latent.kv_b) reserve_latent(work, layer, tokens);
     if (layer.attn_gate) {
         work.attn_gate.reserve(tokens * layer.o->columns * 2);
         work.reserve_rows(layer.o->columns);
@@ -134,8 +203,35 @@ inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens)
     work.shares.reserve(tokens * m.top_k * 4);
 }
 
-// Computes a layer: adds to x, the residual stream, what its blocks give.
-inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 hidden, float* x) {
+// Adds to x, the residual stream, what a layer makes of its own input [T, P], whose rows are `stride` apart.
+inline void token_input_block(Team& team, Workspace& work, const TokenInput& t, const float* input, i64 stride, i64 tokens, float* x) {
+    const i64 size = t.gate->rows;
+    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
+    Output gate, out;
+    gate.activated = reinterpret_cast<u16*>(work.gated.data());
+    gate.activation = t.activation;
+    multiply(team, pack_read(team, work, *t.gate, x, tokens, Norm{}), *t.gate, gate);
+    Operand operand = pack_activations(team, *t.out, tokens, work.memory(team.rank), [&](i64 row) {
+        for (i64 c = 0; c < size; c += LANES) {
+            const i64 left = size - c;
+            store_left(row_buffer + c, load_left(gate.activated + row * size + c, left) * load_left(input + row * stride + c, left), left);
+        }
+        return row_buffer;
+    });
+    out.y = reinterpret_cast<float*>(work.branch.data());
+    multiply(team, operand, *t.out, out);
+    add_branch(team, work, t.norm, 1.0f, tokens, t.out->rows, x);
+}
+
+inline void reserve_token_input(Workspace& work, const TokenInput& t, i64 tokens) {
+    for (const Weight* w : {t.gate, t.out}) work.reserve_operand(*w, tokens);
+    work.gated.reserve(tokens * t.gate->rows * 2);
+    work.branch.reserve(tokens * t.out->rows * 4);
+    work.reserve_rows(t.gate->rows);
+}
+
+// Computes a layer: adds to x, the residual stream, what its blocks give. `input` is the layer's own, if it has one.
+inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 hidden, const float* input, i64 stride, float* x) {
     const i64 tokens = step.tokens;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
     if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
@@ -154,6 +250,7 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
         mlp_block(team, work, layer.mlp, operand, block_output(work, layer, layer.post_mlp_norm, x));
         if (layer.post_mlp_norm.weight) add_branch(team, work, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     }
+    if (layer.token_input.gate) token_input_block(team, work, layer.token_input, input, stride, tokens, x);
     if (layer.output_scale != 1.0f) scale_rows(team, layer.output_scale, tokens, hidden, x);
 }
 
@@ -162,6 +259,7 @@ inline void reserve_layer(Workspace& work, const Step& step, const Layer& layer,
     if (layer.qkv) reserve_attention_block(work, step, layer);
     if (layer.mixture) reserve_experts_block(work, *layer.mixture, tokens);
     else if (layer.mlp.up) reserve_mlp_block(work, layer.mlp, tokens);
+    if (layer.token_input.gate) reserve_token_input(work, layer.token_input, tokens);
     if (layer.parallel || layer.mixture) work.normed.reserve(tokens * hidden * 2);
     if (layer.post_attn_norm.weight || layer.post_mlp_norm.weight || (layer.mixture && branches_off(layer)))
         work.branch.reserve(tokens * hidden * 4);
@@ -182,6 +280,36 @@ inline void embed_step(Team& team, const Step& step, const Network& network, flo
     });
 }
 
+// Writes the input of each layer's own, [T, L, P]: what the embedding x is projected to, normed, and what is looked up.
+inline void token_inputs(Team& team, Workspace& work, const Step& step, const Network& network, const float* x) {
+    const i64 tokens = step.tokens, size = network.token_input_size, layers = network.num_layers, width = layers * size;
+    const Floats shrink = broadcast(static_cast<float>(std::pow(static_cast<double>(network.hidden), -0.5)));
+    const Floats grow = broadcast(static_cast<float>(std::pow(static_cast<double>(size), 0.5)));
+    const Floats half = broadcast(static_cast<float>(std::pow(2.0, -0.5)));
+    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
+    Output out;
+    out.y = reinterpret_cast<float*>(work.token_inputs.data());
+    multiply(team, pack_read(team, work, *network.token_projection, x, tokens, Norm{}), *network.token_projection, out);
+    team.split(tokens * layers, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; ++unit) {
+            float* own = out.y + unit * size;
+            const u16* looked_up = network.token_inputs + step.ids[unit / layers] * width + unit % layers * size;
+            for (i64 c = 0; c < size; c += LANES) store_left(own + c, load_left(own + c, size - c) * shrink, size - c);
+            norm_row(own, size, network.token_input_norm, row_buffer);
+            for (i64 c = 0; c < size; c += LANES) {
+                const i64 left = size - c;
+                store_left(own + c, (load_left(row_buffer + c, left) + load_left(looked_up + c, left) * grow) * half, left);
+            }
+        }
+    });
+}
+
+inline void reserve_token_inputs(Workspace& work, const Network& network, i64 tokens) {
+    work.reserve_operand(*network.token_projection, tokens);
+    work.token_inputs.reserve(tokens * network.num_layers * network.token_input_size * 4);
+    work.reserve_rows(network.token_input_size);
+}
+
 // Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to.
 inline void run_network(Workspace& work, const Step& step, const Network& network, u16* rows) {
     const i64 hidden = network.hidden;
@@ -189,11 +317,16 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     work.hidden.reserve(step.tokens * hidden * 4);
     work.reserve_rows(hidden);
     for (i64 i = 0; i < network.num_layers; ++i) reserve_layer(work, step, network.layers[i], hidden);
+    if (network.token_inputs) reserve_token_inputs(work, network, step.tokens);
     float* x = reinterpret_cast<float*>(work.hidden.data());
 
     parallel(work.num_threads, [&](Team& team) {
         embed_step(team, step, network, x);
-        for (i64 i = 0; i < network.num_layers; ++i) run_layer(team, work, step, network.layers[i], hidden, x);
+        if (network.token_inputs) token_inputs(team, work, step, network, x);
+        for (i64 i = 0; i < network.num_layers; ++i) {
+            const float* input = reinterpret_cast<const float*>(work.token_inputs.data()) + i * network.token_input_size;
+            run_layer(team, work, step, network.layers[i], hidden, input, network.num_layers * network.token_input_size, x);
+        }
         team.split(step.num_rows, [&](i64 begin, i64 end) {
             for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);
         });

@@ -54,7 +54,8 @@ struct Workspace {
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
-    Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gated, partials;
+    Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gated, partials, token_inputs;
+    Buffer compressed, latent_queries, latent_kv;  // of latent attention
     Buffer scores, ids, shares, order, expert_out;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<HeadItems> items;  // the first `num_items` are of this step
