@@ -406,7 +406,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt-bigcode": lambda: gpt(GPTBigCodeForCausalLM),
     "gpt-bigcode-many-heads": lambda: gpt(GPTBigCodeForCausalLM, multi_query=False, n_inner=70),
     "gptj": lambda: gpt(GPTJForCausalLM, rotary_dim=6),
-    "gpt-neox": lambda: tiny(GPTNeoXForCausalLM, num_key_value_heads=None),
+    "gpt-neox": lambda: tiny(GPTNeoXForCausalLM, hidden_size=96, num_key_value_heads=None),
     "gpt-neox-sequential": lambda: tiny(
         GPTNeoXForCausalLM,
         num_key_value_heads=None,
@@ -485,9 +485,9 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "phi2-qk-layernorm": lambda: tiny(
         PhiForCausalLM, hidden_size=96, qk_layernorm=True, tie_word_embeddings=True, hidden_act="relu"
     ),
-    "stablelm": lambda: tiny(StableLmForCausalLM, use_qkv_bias=True),
+    "stablelm": lambda: tiny(StableLmForCausalLM, hidden_size=96, use_qkv_bias=True),
     "stablelm-parallel-qk-layernorm": lambda: tiny(
-        StableLmForCausalLM, use_parallel_residual=True, qk_layernorm=True, tie_word_embeddings=True
+        StableLmForCausalLM, hidden_size=96, use_parallel_residual=True, qk_layernorm=True, tie_word_embeddings=True
     ),
     "starcoder2": lambda: tiny(Starcoder2ForCausalLM, sliding_window=7),
     "starcoder2-without-biases": lambda: tiny(
