@@ -112,11 +112,14 @@ def _runnable(name: str) -> list[pytest.MarkDecorator]:
 BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
 
 
-def pack_experts(backend: Backend, w13: Tensor, w2: Tensor) -> LayerWeights:
-    """w13 [E, 2I, C] and w2 [E, C, I] as `Backend.experts` takes them."""
+def pack_experts(backend: Backend, w13: Tensor, w2: Tensor, *biases: Tensor) -> LayerWeights:
+    """w13 [E, 2I, C] and w2 [E, C, I] as `Backend.experts` takes them, and their biases [E, 2I] and [E, C] if given."""
+    w1_bias, w2_bias = biases or ((), ())
     return LayerWeights(
         w13=[backend.pack(each.chunk(2), role=Role.W13) for each in w13],
         w2=[backend.pack([each], role=Role.W2) for each in w2],
+        w1_bias=[backend.pack([each], role=Role.PLAIN) for each in w1_bias],
+        w2_bias=[backend.pack([each], role=Role.PLAIN) for each in w2_bias],
     )
 
 
@@ -124,7 +127,8 @@ def experts(
     backend: Backend, x: Tensor, ids: Tensor, weights: Tensor, layer: LayerWeights, kind: str = "silu"
 ) -> Tensor:
     """`Backend.experts` of gated experts with this activation."""
-    return backend.experts(x, ids, weights, MlpSpec(intermediate_size=1, activation=kind), layer)
+    spec = MlpSpec(intermediate_size=1, activation=kind, bias=bool(layer.w1_bias))
+    return backend.experts(x, ids, weights, spec, layer)
 
 
 def route(backend: Backend, logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -194,9 +194,10 @@ class RouterSpec:
     """Describes how a token chooses its `top_k` experts of `num_experts`, and what weights they get.
 
     Each expert has a score, the softmax over all or the sigmoid of its logit. With `num_groups` a token chooses
-    among the `top_groups` groups of neighbouring experts whose two best scores have the largest sum. `choice_bias` is
-    added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437). Weights are the scores of the chosen, with
-    `renormalize` scaled to add up to 1, times `scale`.
+    among the `top_groups` groups of neighbouring experts whose `group_best` best scores have the largest sum.
+    `choice_bias` is added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437). Of equal scores, and of
+    equal groups, the lower comes first. Weights are the scores of the chosen, with `renormalize` divided by their sum
+    or by `min_sum` if that is larger, times `scale`.
 
     Raises ModelError if there are fewer experts than a token visits.
     """
@@ -320,6 +321,7 @@ class Role(Enum):
     TOKEN_GATE = "token_gate"
     TOKEN_OUT = "token_out"
     ROUTER = "router"
+    SHARED_GATE = "shared_gate"
     W13 = "w13"
     W1 = "w1"
     W2 = "w2"

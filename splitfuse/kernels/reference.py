@@ -207,7 +207,7 @@ class ReferenceBackend(Backend):
         choice = scores if choice_bias is None else scores + choice_bias.to(scores.dtype)
         if spec.num_groups > 1:
             size = spec.num_experts // spec.num_groups
-            groups = choice.view(-1, spec.num_groups, size)
+            groups = choice.reshape(len(choice), spec.num_groups, size)
             sums = groups.topk(min(spec.group_best, size), dim=-1).values.sum(dim=-1)
             left_out = torch.ones_like(sums, dtype=torch.bool).scatter(1, _best(sums, spec.top_groups), False)
             choice = groups.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(1)

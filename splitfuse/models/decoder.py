@@ -193,7 +193,7 @@ def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: 
     assert weights.shared is not None
     shared = _dense(x, spec.shared, weights.shared, backend)
     if spec.shared_gate:
-        shared = shared * torch.sigmoid(backend.linear(x, weights.shared_gate))
+        shared = shared * backend.activated(x, weights.shared_gate, None, "sigmoid")
     if spec.own_norm is not None:
         y = _own_norm(y, spec, weights.post_expert_norm, backend)
         shared = _own_norm(shared, spec, weights.post_shared_norm, backend)

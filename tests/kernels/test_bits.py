@@ -16,7 +16,7 @@ from backends import CPU, BackendCase, Requests, pack_experts, poison, rms_norm,
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.interface import Role, RouterSpec
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -70,10 +70,11 @@ def test_experts(variant: str, quantization: str | None, group: int | None) -> N
     """Which tokens visit the same expert, and how many, changes nothing."""
     x = torch.randn(40, 130).bfloat16()
     w13, w2 = torch.randn(6, 2 * 47, 130).bfloat16() / 8, torch.randn(6, 130, 47).bfloat16() / 8
+    biases = torch.randn(6, 2 * 47).bfloat16(), torch.randn(6, 130).bfloat16()
     ids, weights = torch.stack([torch.randperm(6)[:3] for _ in range(40)]), torch.rand(40, 3)
     alone: Tensor | None = None
     for backend in teams(variant, quantization=quantization, group_size=group):
-        packed = pack_experts(backend, w13, w2)
+        packed = pack_experts(backend, w13, w2, *biases)
         if alone is None:
             each = [backends.experts(backend, x[[r]], ids[[r]], weights[[r]], packed) for r in range(40)]
             alone = torch.cat(each)
@@ -107,6 +108,22 @@ def test_route(variant: str, num_experts: int, top_k: int) -> None:
             for rows in groups(40):
                 found = backends.route(backend, scores[rows], top_k, renormalize)
                 assert all(torch.equal(a, b[rows]) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_route_by_groups(variant: str) -> None:
+    logits, bias = torch.randn(40, 60).bfloat16().float(), torch.randn(60).bfloat16().float()
+    spec = RouterSpec(
+        num_experts=60, top_k=7, renormalize=True, sigmoid=True, choice_bias=True, num_groups=6, top_groups=2, scale=2.5
+    )
+    alone: list[Tensor] | None = None
+    for backend in teams(variant):
+        if alone is None:
+            each = [backend.route(logits[[r]], spec, bias) for r in range(40)]
+            alone = [torch.cat(parts) for parts in zip(*each, strict=True)]
+        for rows in groups(40):
+            found = backend.route(logits[rows], spec, bias)
+            assert all(torch.equal(a, b[rows]) for a, b in zip(found, alone, strict=True))
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -83,6 +83,42 @@ EXPERTS = make_spec(
     experts=make_experts(20, 3, 50),
     dense_layers={1},
 )
+EXPERTS = dataclasses.replace(
+    EXPERTS,
+    layers=(
+        *EXPERTS.layers[:2],
+        dataclasses.replace(
+            EXPERTS.layers[2],
+            mlp=ExpertsSpec(
+                router=RouterSpec(
+                    num_experts=24,
+                    top_k=3,
+                    renormalize=True,
+                    sigmoid=True,
+                    bias=True,
+                    choice_bias=True,
+                    num_groups=4,
+                    top_groups=2,
+                    min_sum=1e-20,
+                    scale=1.5,
+                ),
+                expert=MlpSpec(intermediate_size=50, activation="clamped_swiglu", bias=True),
+                shared=MlpSpec(intermediate_size=70, activation="silu", bias=True),
+                shared_gate=True,
+            ),
+        ),
+        dataclasses.replace(
+            EXPERTS.layers[2],
+            mlp=ExpertsSpec(
+                router=RouterSpec(
+                    num_experts=12, top_k=2, renormalize=False, num_groups=6, top_groups=2, group_best=1, scale=4.0
+                ),
+                expert=MlpSpec(intermediate_size=33, activation="relu2", gated=False, bias=True),
+                shared=MlpSpec(intermediate_size=33, activation="relu2", gated=False),
+            ),
+        ),
+    ),
+)
 
 
 def heads(**fields: Any) -> AttentionSpec:

@@ -6,6 +6,7 @@ to the dtype it comes in. Quantized weights are in test_quantization.py, attenti
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
-from splitfuse.kernels.interface import NormSpec, Role
+from splitfuse.kernels.interface import NormSpec, Role, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
 
@@ -155,6 +156,16 @@ def test_gates_far_from_zero(case: BackendCase, kind: str) -> None:
     torch.testing.assert_close(ours[4:], far * up[4:], rtol=2**-6, atol=0)
 
 
+def test_clamped_swiglu_far_from_zero(case: BackendCase) -> None:
+    gate = [1e30, 1e30, -1e4, 7.5, 2.0, 1.0, torch.nan]
+    up = [1e30, -1e30, 1e30, 9.0, -1.0, -50.0, 1.0]
+    x = torch.tensor([gate, up]).T.contiguous().to(case.narrow)
+    packed = case.backend.pack([torch.tensor([side]).to(case.narrow) for side in ([1, 0], [0, 1])], role=Role.GATE_UP)
+    ours = case.backend.gated(x, packed, None, "clamped_swiglu")[:, 0].double()
+    exact = gated("clamped_swiglu", *x.double().T)
+    torch.testing.assert_close(ours, exact, rtol=2**-6, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(0, 4), (1, 1), (1, 33), (3, 16), (7, 47), (40, 130)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_norm(case: BackendCase, rows: int, columns: int, scale: float) -> None:
@@ -193,7 +204,7 @@ def test_embed_picks_rows(case: BackendCase) -> None:
         assert case.backend.embed(none, plain).shape == case.backend.embed(none, head).shape == (0, columns)
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", GATED_ACTIVATIONS)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "inner", "num_experts", "top_k"),
     [(0, 8, 4, 3, 2), (1, 1, 1, 1, 1), (6, 33, 17, 5, 2), (40, 64, 48, 4, 3), (3, 96, 16, 60, 4)],
@@ -202,17 +213,20 @@ def test_experts(
     case: BackendCase, kind: str, tokens: int, hidden: int, inner: int, num_experts: int, top_k: int
 ) -> None:
     x, w13, w2 = grid(tokens, hidden), grid(num_experts, 2 * inner, hidden) / 8, grid(num_experts, hidden, inner) / 8
+    biased = kind in ("gelu", "clamped_swiglu")
+    biases = [biased * grid(num_experts, 2 * inner), biased * grid(num_experts, hidden)]
     ids = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(max(1, tokens))])[:tokens]
     weights = torch.rand(tokens, top_k)
     exact, magnitude = torch.zeros_like(x), torch.zeros_like(x)
     for token in range(tokens):
         for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
-            gate, up = (w13[expert] @ x[token]).chunk(2)
+            gate, up = (w13[expert] @ x[token] + biases[0][expert]).chunk(2)
             # Between its two products an expert's activations are rounded as the backend says.
-            inside = (formula(kind, gate) * up).to(case.narrow).double()
-            exact[token] += weight * (w2[expert] @ inside)
-            magnitude[token] += weight * (w2[expert].abs() @ inside.abs())
-    packed = pack_experts(case.backend, w13.to(case.narrow), w2.to(case.narrow))
+            inside = gated(kind, gate, up).to(case.narrow).double()
+            exact[token] += weight * (w2[expert] @ inside + biases[1][expert])
+            magnitude[token] += weight * (w2[expert].abs() @ inside.abs() + biases[1][expert].abs())
+    given = [each.to(case.narrow) for each in biases] if biased else []
+    packed = pack_experts(case.backend, w13.to(case.narrow), w2.to(case.narrow), *given)
     ours = backends.experts(case.backend, x.to(case.narrow), ids, weights, packed, kind)
     assert ours.dtype == case.wide
     # An activation that rounds the other way than ours is off by a unit of its dtype.
@@ -231,6 +245,71 @@ def test_route(case: BackendCase, num_experts: int, top_k: int, renormalize: boo
         exact = exact / exact.sum(-1, keepdim=True)
     torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)
     assert backends.route(case.backend, scores[:0].to(case.wide), top_k, renormalize)[0].shape == (0, top_k)
+
+
+ROUTERS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"sigmoid": True, "renormalize": False},
+    "softmax-bias": {"choice_bias": True, "renormalize": True},
+    "sigmoid-bias-scale": {"sigmoid": True, "choice_bias": True, "scale": 2.5, "min_sum": 1e-20},
+    "groups": {"sigmoid": True, "choice_bias": True, "num_groups": 6, "top_groups": 3},
+    "groups-by-one": {"num_groups": 6, "top_groups": 2, "group_best": 1, "scale": 16.0, "renormalize": False},
+    "groups-of-one": {"num_groups": 24, "top_groups": 6, "sigmoid": True},
+    "large-sum": {"sigmoid": True, "min_sum": 3.0},
+}
+
+
+def route_exactly(logits: list[float], spec: RouterSpec, bias: list[float]) -> tuple[list[int], list[float]]:
+    """One token's experts and weights, in Python's numbers."""
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    scores = [1 / (1 + math.exp(-x)) for x in logits] if spec.sigmoid else [p / sum(powers) for p in powers]
+    choice = [score + more for score, more in zip(scores, bias, strict=True)]
+    size = spec.num_experts // spec.num_groups
+    groups = [range(first, first + size) for first in range(0, spec.num_experts, size)]
+    groups.sort(key=lambda group: -sum(sorted((choice[e] for e in group), reverse=True)[: spec.group_best]))
+    allowed = sorted(expert for group in groups[: spec.top_groups] for expert in group)
+    ids = sorted(allowed, key=lambda expert: -choice[expert])[: spec.top_k]
+    total = max(sum(scores[expert] for expert in ids), spec.min_sum) if spec.renormalize else 1
+    return ids, [scores[expert] / total * spec.scale for expert in ids]
+
+
+@pytest.mark.parametrize("fields", ROUTERS.values(), ids=ROUTERS)
+def test_routers(case: BackendCase, fields: dict[str, Any]) -> None:
+    spec = RouterSpec(**{"num_experts": 24, "top_k": 5, "renormalize": True} | fields)
+    logits = torch.stack([torch.randperm(24).double() / 4 - 3 for _ in range(9)])
+    bias = torch.randn(24).double() if spec.choice_bias else torch.zeros(24).double()
+    packed = case.backend.pack([bias], role=Role.NORM, dtype=case.narrow) if spec.choice_bias else None
+    ids, weights = case.backend.route(logits.to(case.wide), spec, packed)
+    exact = [route_exactly(row, spec, bias.tolist()) for row in logits.tolist()]
+    assert ids.tolist() == [chosen for chosen, _ in exact]
+    torch.testing.assert_close(weights.double(), torch.tensor([w for _, w in exact]).double(), rtol=2e-6, atol=0)
+    assert case.backend.route(logits[:0].to(case.wide), spec, packed)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("num_experts", [12, 40, 128])
+def test_of_equal_scores_the_lower_expert_comes_first(case: BackendCase, num_experts: int, sigmoid: bool) -> None:
+    logits = torch.zeros(1, num_experts)
+    spec = RouterSpec(num_experts=num_experts, top_k=3, renormalize=True, sigmoid=sigmoid)
+    assert case.backend.route(logits.to(case.wide), spec)[0].tolist() == [[0, 1, 2]]
+    logits[0, [4, 9]] = 2.0
+    assert case.backend.route(logits.to(case.wide), spec)[0].tolist() == [[4, 9, 0]]
+    grouped = dataclasses.replace(spec, num_groups=4, top_groups=2)
+    second = num_experts // 4
+    logits[0] = 0.0
+    logits[0, [second, -1]] = 2.0
+    expected = [second, num_experts - 1, second + 1]
+    assert case.backend.route(logits.to(case.wide), grouped)[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_sigmoid_router_of_nan(case: BackendCase, value: float) -> None:
+    logits = torch.randn(3, 20)
+    logits[1, 7] = value
+    spec = RouterSpec(num_experts=20, top_k=4, renormalize=True, sigmoid=True, num_groups=4, top_groups=2)
+    ids, weights = case.backend.route(logits.to(case.wide), spec)
+    assert weights[1].isnan().all() if math.isnan(value) else weights[1, 0] == weights[1].max()
+    assert weights[[0, 2]].isfinite().all()
+    assert all(len({*row}) == 4 and set(row) <= {*range(20)} for row in ids.tolist())
 
 
 def test_route_of_nan(case: BackendCase) -> None:

@@ -22,6 +22,7 @@ from splitfuse.kernels.cpu.bindings import (
     Library,
     Mixture,
     Norm,
+    Router,
     ShortConv,
     States,
     Step,
@@ -329,29 +330,21 @@ class CpuBackend(Backend):
 
     def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check(logits, torch.float32)
-        assert logits.shape[1] == spec.num_experts and choice_bias is None
-        tokens, top_k = len(logits), spec.top_k
-        ids, weights = torch.empty(tokens, top_k, dtype=torch.int32), torch.empty(tokens, top_k)
-        self.library.route(
-            logits.data_ptr(),
-            tokens,
-            spec.num_experts,
-            top_k,
-            spec.renormalize,
-            ids.data_ptr(),
-            weights.data_ptr(),
-        )
+        assert logits.shape[1] == spec.num_experts
+        router, overwritten = Router.of(spec, choice_bias), logits.clone()
+        ids, weights = (torch.empty(len(logits), spec.top_k, dtype=dtype) for dtype in (torch.int32, torch.float32))
+        self.library.route(router.address, overwritten.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr())
         return ids, weights
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         check(x, torch.bfloat16)
         ids, weights = int32(ids), weights.float().contiguous()
         top_k = ids.shape[1]
-        mixture = Mixture.of(layer, top_k=top_k, activation=spec.activation)
+        mixture = Mixture.of(layer, spec, top_k=top_k)
         assert ids.shape == weights.shape == (len(x), top_k) and x.shape[1] == layer.w2[0].rows
         assert all(len(set(each)) == top_k for each in ids.tolist())
-        if self.library.check_ids(ids.data_ptr(), ids.numel(), mixture.num_experts):
-            raise IndexError(f"an expert id is not below {mixture.num_experts}, the number of experts")
+        if self.library.check_ids(ids.data_ptr(), ids.numel(), len(layer.w2)):
+            raise IndexError(f"an expert id is not below {len(layer.w2)}, the number of experts")
         out = torch.empty(x.shape)
         self.library.experts(mixture.address, x.data_ptr(), len(x), ids.data_ptr(), weights.data_ptr(), out.data_ptr())
         return out

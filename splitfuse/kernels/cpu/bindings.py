@@ -24,12 +24,14 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,
+    ExpertsSpec,
     LatentSpec,
     LayerWeights,
     MlpSpec,
     MlpWeights,
     NormSpec,
     RopeTable,
+    RouterSpec,
     TokenInputSpec,
 )
 
@@ -38,6 +40,8 @@ VARIANTS = ("avx512_bf16", "avx512", "avx2")
 
 BF16, INT8, INT4 = range(3)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
+MAX_GROUPS = 64
+"""Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""
 LARGEST = 2**31 - 1
 """Largest number that C++ counts positions with."""
 
@@ -380,44 +384,74 @@ def _taps_address(taps: Tensor | None, spec: DeltaSpec | ConvSpec) -> int | None
     return taps.data_ptr()
 
 
-class Mixture(Struct):
-    """Lists the experts of a layer, packed alike and side by side."""
+class Router(Struct):
+    """Says how tokens choose among experts by their scores."""
 
-    arrays: list[Any]
     _fields_ = [
-        *_fields(c_void_p, "router", "w13", "w2"),
-        *_fields(c_int32, "num_experts", "top_k", "renormalize", "activation"),
+        ("choice_bias", c_void_p),
+        *_fields(c_int32, "num_experts", "top_k", "sigmoid", "renormalize", "num_groups", "top_groups", "group_best"),
+        *_fields(c_float, "min_sum", "scale"),
     ]
 
     @classmethod
-    def of(
-        cls,
-        layer: LayerWeights,
-        *,
-        top_k: int,
-        activation: str,
-        renormalize: bool = False,
-    ) -> Mixture:
-        """Return the mixture of a layer's experts; the caller keeps the weights alive. Only a whole network reads the
-        router and `renormalize`.
-        """
-        router, w13, w2 = layer.router, layer.w13, layer.w2
-        num_experts, hidden = len(w13), w2[0].rows
-        assert len(w2) == num_experts >= top_k and (router is None or router.rows == num_experts)
-        for first, second in zip(w13, w2, strict=True):
-            assert first.gated and (first.rows, first.columns) == (2 * w2[0].columns, hidden)
-            assert not second.gated and (second.rows, second.columns) == (hidden, w2[0].columns)
-        arrays = [(Weight * num_experts)(*each) for each in (w13, w2)]
-        mixture = cls(
-            None if router is None else router.address,
-            *(ctypes.addressof(array) for array in arrays),
-            num_experts,
-            top_k,
-            renormalize,
-            ACTIVATIONS[activation],
+    def of(cls, spec: RouterSpec, choice_bias: Tensor | None) -> Router:
+        """Return the router of a layer; the caller keeps the bias alive."""
+        assert spec.num_groups <= MAX_GROUPS and spec.group_best in (1, 2)
+        return cls(
+            vector_address(choice_bias, spec.num_experts, torch.float32),
+            *(spec.num_experts, spec.top_k, spec.sigmoid, spec.renormalize),
+            *(spec.num_groups, spec.top_groups, spec.group_best, spec.min_sum, spec.scale),
         )
-        mixture.arrays = arrays
+
+
+class Mixture(Struct):
+    """Lists the experts of a layer, packed alike and side by side. Only a whole network reads the router and the shared
+    expert.
+    """
+
+    arrays: list[Any]
+    choice: Router
+    _fields_ = [
+        ("choice", Router),
+        *_fields(c_void_p, "router", "router_bias", "up", "down", "up_bias", "down_bias"),
+        ("activation", c_int32),
+        ("shared", Mlp),
+        ("shared_gate", c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, layer: LayerWeights, spec: MlpSpec, *, top_k: int) -> Mixture:
+        """Return the mixture of a layer's experts; the caller keeps the weights alive."""
+        up, down = layer.w13 if spec.gated else layer.w1, layer.w2
+        num_experts, (hidden, inner) = len(up), (down[0].rows, down[0].columns)
+        assert len(down) == num_experts >= top_k and (spec.gated or spec.activation in reference.ACTIVATIONS)
+        for first, second in zip(up, down, strict=True):
+            assert bool(first.gated) == spec.gated and first.columns == hidden
+            assert first.rows == inner * (2 if spec.gated else 1)
+            assert not second.gated and (second.rows, second.columns) == (hidden, inner)
+        mixture = cls(activation=ACTIVATIONS[spec.activation])
+        mixture.choice.num_experts, mixture.choice.top_k = num_experts, top_k
+        mixture.arrays = [(Weight * num_experts)(*each) for each in (up, down)]
+        if spec.bias:
+            for biases, weights in ((layer.w1_bias, up), (layer.w2_bias, down)):
+                assert len(biases) == num_experts
+                mixture.arrays.append((c_void_p * num_experts)(*(vector_address(b, weights[0].rows) for b in biases)))
+        for name, array in zip(("up", "down", "up_bias", "down_bias"), mixture.arrays, strict=False):
+            setattr(mixture, name, ctypes.addressof(array))
         return mixture
+
+    def set_block(self, layer: LayerWeights, spec: ExpertsSpec, hidden: int) -> None:
+        """Give the mixture what a whole network reads of the layer."""
+        router, gate = layer.router, layer.shared_gate
+        assert router.rows == spec.router.num_experts == self.choice.num_experts and router.columns == hidden
+        self.choice = Router.of(spec.router, layer.choice_bias)
+        self.router, self.router_bias = router.address, vector_address(layer.router_bias, router.rows)
+        if spec.shared is not None:
+            assert layer.shared is not None
+            self.shared = Mlp.of(spec.shared, layer.shared, hidden)
+        if spec.shared_gate:
+            assert (gate.rows, gate.columns) == (1, hidden)
+            self.shared_gate = gate.address
 
 
 class Layer(Struct):
@@ -468,7 +502,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "delta": ([c_void_p] * 7, c_int32),
     "conv": ([c_void_p] * 6, None),
     "network": ([c_void_p] * 4, c_int32),
-    "route": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p], None),
+    "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),

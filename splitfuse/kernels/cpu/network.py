@@ -12,8 +12,8 @@ from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
-    ACTIVATIONS,
     LARGEST,
+    MAX_GROUPS,
     Heads,
     Latent,
     Layer,
@@ -40,7 +40,6 @@ from splitfuse.kernels.interface import (
     NetworkPlan,
     NormSpec,
     RopeTable,
-    RouterSpec,
 )
 
 MOST_TAPS = 16  # in csrc/delta.h too
@@ -62,17 +61,11 @@ def uncovered(plan: NetworkPlan) -> str | None:
             return "norms of whole rows of queries and keys after they are rotated"
         if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
-        if isinstance(mlp, ExpertsSpec) and (
-            mlp.expert.bias
-            or not mlp.expert.gated
-            or mlp.expert.activation not in ACTIVATIONS
-            or mlp != ExpertsSpec(router=mlp.router, expert=mlp.expert)
-            or mlp.router
-            != RouterSpec(
-                num_experts=mlp.router.num_experts, top_k=mlp.router.top_k, renormalize=mlp.router.renormalize
-            )
-        ):
-            return "its mixture of experts"
+        if isinstance(mlp, ExpertsSpec):
+            if mlp.own_norm is not None or mlp.router.scales_input or mlp.router.expert_scale:
+                return "its mixture of experts"
+            if mlp.router.num_groups > MAX_GROUPS:
+                return f"more than {MAX_GROUPS} groups of experts"
     return None
 
 
@@ -167,10 +160,9 @@ class FusedNetwork:
             entry.attn_gate = gate.address
 
     def _set_experts(self, entry: Layer, spec: ExpertsSpec, layer: LayerWeights, hidden: int) -> None:
-        mixture = Mixture.of(
-            layer, top_k=spec.router.top_k, activation=spec.expert.activation, renormalize=spec.router.renormalize
-        )
-        assert layer.w2[0].rows == layer.router.columns == hidden
+        mixture = Mixture.of(layer, spec.expert, top_k=spec.router.top_k)
+        mixture.set_block(layer, spec, hidden)
+        assert layer.w2[0].rows == hidden
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 

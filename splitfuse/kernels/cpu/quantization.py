@@ -34,7 +34,7 @@ def choose_format(role: Role, quantization: str | None, group_size: int | None) 
     >>> choose_format(Role.HEAD, "int4", None) == WeightFormat(INT8)
     True
     """
-    if quantization is None or role in (Role.ROUTER, Role.GATES):
+    if quantization is None or role in (Role.ROUTER, Role.SHARED_GATE, Role.GATES):
         return WeightFormat(BF16)
     if quantization not in GROUP_SIZES:
         raise ConfigError(f"quantization={quantization!r} is unknown: use {' or '.join(GROUP_SIZES)}")

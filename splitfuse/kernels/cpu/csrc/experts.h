@@ -9,39 +9,99 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Finds in one row of scores [E] the k best experts, best first and of equal ones the lower first, and their shares of the
-// softmax over all experts; with `renormalize`, over the k. A NaN among the scores makes all shares NaN.
-SF_INLINE void route_row(const float* scores, i64 num_experts, i64 k, bool renormalize, i32* ids, float* shares) {
-    i64 found = 0;
-    for (i64 expert = 0; expert < num_experts; ++expert) {
-        if (found == k && !(scores[expert] > scores[ids[k - 1]])) continue;
-        i64 place = found < k ? found++ : k - 1;
-        for (; place > 0 && scores[expert] > scores[ids[place - 1]]; --place) ids[place] = ids[place - 1];
-        ids[place] = static_cast<i32>(expert);
-    }
-    const Floats most = broadcast(scores[ids[0]]), log2e = broadcast(LOG2E);
+// Returns the sum over all experts of what body(first expert, count) gives for LANES of them at a time.
+template <class Body>
+SF_INLINE float sum_experts(i64 num_experts, Body body) {
     Floats totals = broadcast(0.0f);
     for (i64 e = 0; e < num_experts; e += LANES) {
-        int count = static_cast<int>(std::min<i64>(num_experts - e, LANES));
-        Floats power = exp2((load(scores + e, count) - most) * log2e);
-        totals += count < LANES ? between(0, count, power, broadcast(0.0f)) : power;
+        const int count = static_cast<int>(std::min<i64>(num_experts - e, LANES));
+        totals += between(0, count, body(e, count), broadcast(0.0f));
     }
-    float total = sum(totals), chosen = 0.0f;
-    for (i64 choice = 0; choice < k; ++choice) {
-        alignas(64) float lanes[LANES];
-        store(lanes, exp2((broadcast(scores[ids[choice]]) - most) * log2e));
-        shares[choice] = lanes[0] / total;
-        chosen += shares[choice];
-    }
-    if (renormalize)
-        for (i64 choice = 0; choice < k; ++choice) shares[choice] /= chosen;
+    return sum(totals);
 }
 
-// Routes all tokens: scores [T, E] -> ids and shares [T, k].
-inline void route(Team& team, const float* scores, i64 tokens, i64 num_experts, i64 k, bool renormalize, i32* ids, float* shares) {
+// Replaces one row of logits [E] by the scores of the experts, and returns a number that is NaN if a logit is.
+SF_INLINE float score_row(const Router& r, float* row) {
+    if (r.sigmoid)
+        return sum_experts(r.num_experts, [&](i64 e, int count) {
+            const Floats score = sigmoid(load(row + e, count));
+            store(row + e, score, count);
+            return score;
+        });
+    Floats most = broadcast(-INFINITY);
+    for (i64 e = 0; e < r.num_experts; e += LANES) {
+        const int count = static_cast<int>(std::min<i64>(r.num_experts - e, LANES));
+        most = max(between(0, count, load(row + e, count), most), most);
+    }
+    most = broadcast(highest(most));
+    const float total = sum_experts(r.num_experts, [&](i64 e, int count) {
+        const Floats power = exp2((load(row + e, count) - most) * broadcast(LOG2E));
+        store(row + e, power, count);
+        return power;
+    });
+    for (i64 e = 0; e < r.num_experts; e += LANES) {
+        const int count = static_cast<int>(std::min<i64>(r.num_experts - e, LANES));
+        store(row + e, load(row + e, count) / broadcast(total), count);
+    }
+    return total;
+}
+
+// Returns the groups among which a token chooses, as bits: those whose best scores have the largest sums, of equal ones the
+// lower. `score_of(expert)` is what the choice goes by.
+template <class ScoreOf>
+SF_INLINE std::uint64_t choose_groups(const Router& r, ScoreOf score_of) {
+    const i64 size = r.num_experts / r.num_groups;
+    float sums[64];
+    for (i64 group = 0; group < r.num_groups; ++group) {
+        float first = -INFINITY, second = -INFINITY;
+        for (i64 expert = group * size; expert < (group + 1) * size; ++expert) {
+            const float score = score_of(expert);
+            if (score > first) {
+                second = first;
+                first = score;
+            } else if (score > second) {
+                second = score;
+            }
+        }
+        sums[group] = r.group_best == 1 || size == 1 ? first : first + second;
+    }
+    std::uint64_t chosen = 0;
+    for (i64 n = 0; n < r.top_groups; ++n) {
+        i64 best = -1;
+        for (i64 group = 0; group < r.num_groups; ++group)
+            if (!(chosen >> group & 1) && (best < 0 || sums[group] > sums[best])) best = group;
+        chosen |= std::uint64_t{1} << best;
+    }
+    return chosen;
+}
+
+// Finds the experts of one token and their weights, best first and of equal ones the lower first, from its row of logits [E],
+// which is overwritten. A NaN among the logits makes all weights NaN.
+SF_INLINE void route_row(const Router& r, float* row, i32* ids, float* weights) {
+    const float total = score_row(r, row);
+    const auto score_of = [&](i64 expert) { return r.choice_bias ? row[expert] + r.choice_bias[expert] : row[expert]; };
+    const i64 size = r.num_experts / r.num_groups, k = r.top_k;
+    const std::uint64_t groups = r.num_groups == 1 ? 1 : choose_groups(r, score_of);
+    i64 found = 0;
+    for (i64 expert = 0; expert < r.num_experts; ++expert) {
+        if (!(groups >> expert / size & 1)) continue;
+        const float score = score_of(expert);
+        if (found == k && !(score > score_of(ids[k - 1]))) continue;
+        i64 place = found < k ? found++ : k - 1;
+        for (; place > 0 && score > score_of(ids[place - 1]); --place) ids[place] = ids[place - 1];
+        ids[place] = static_cast<i32>(expert);
+    }
+    float chosen = 0.0f;
+    for (i64 choice = 0; choice < k; ++choice) chosen += row[ids[choice]];
+    const float sum = !r.renormalize ? 1.0f : std::max(chosen, r.min_sum);
+    for (i64 choice = 0; choice < k; ++choice) weights[choice] = std::isnan(total) ? total : row[ids[choice]] / sum * r.scale;
+}
+
+// Routes all tokens: logits [T, E], which are overwritten -> ids and weights [T, k].
+inline void route(Team& team, const Router& r, float* logits, i64 tokens, i32* ids, float* weights) {
     team.split(tokens, [&](i64 begin, i64 end) {
         for (i64 token = begin; token < end; ++token)
-            route_row(scores + token * num_experts, num_experts, k, renormalize, ids + token * k, shares + token * k);
+            route_row(r, logits + token * r.num_experts, ids + token * r.top_k, weights + token * r.top_k);
     });
 }
 
@@ -50,31 +110,31 @@ SF_INLINE i64 most_visits(i64 pairs, i64 num_experts) { return std::min(pairs, n
 
 // Reserves buffers for one mixture. This happens before the parallel region, when it is not known which tokens visit which experts.
 inline void reserve_experts(Workspace& work, const Mixture& m, i64 tokens) {
-    const i64 pairs = tokens * m.top_k, visits = most_visits(pairs, m.num_experts);
-    for (const Weight* w : {m.w13, m.w2}) work.reserve_operand(*w, pairs);
-    work.operand.reserve(std::max(operand_bytes(*m.w13, pairs), operand_bytes(*m.w2, pairs)) + visits * VISIT_PADDING);
-    work.gated.reserve(pairs * m.w2->columns * 2);
-    work.expert_out.reserve(pairs * m.w2->rows * 4);
+    const i64 pairs = tokens * m.choice.top_k, visits = most_visits(pairs, m.choice.num_experts);
+    for (const Weight* w : {m.up, m.down}) work.reserve_operand(*w, pairs);
+    work.operand.reserve(std::max(operand_bytes(*m.up, pairs), operand_bytes(*m.down, pairs)) + visits * VISIT_PADDING);
+    work.gated.reserve(pairs * m.down->columns * 2);
+    work.expert_out.reserve(pairs * m.down->rows * 4);
     work.order.reserve(pairs * 4);
     work.visits.resize(std::max<size_t>(work.visits.size(), visits));
-    work.counts.resize(std::max<size_t>(work.counts.size(), m.num_experts));
+    work.counts.resize(std::max<size_t>(work.counts.size(), m.choice.num_experts));
 }
 
 // Sorts the pairs by expert, and notes which of them each expert has and where its operand will lie.
 inline void gather_visits(Workspace& work, const Mixture& m, i64 pairs, const i32* ids) {
-    const i64 most = most_visits(pairs, m.num_experts);
+    const i64 num_experts = m.choice.num_experts, most = most_visits(pairs, num_experts);
     i32* counts = work.counts.data();
     i32* order = reinterpret_cast<i32*>(work.order.data());
-    std::fill(counts, counts + m.num_experts, 0);
+    std::fill(counts, counts + num_experts, 0);
     for (i64 pair = 0; pair < pairs; ++pair) ++counts[ids[pair]];
     i32 first = 0;
     i64 visit = 0, place = 0;
-    for (i32 expert = 0; expert < m.num_experts; ++expert) {
+    for (i32 expert = 0; expert < num_experts; ++expert) {
         const i32 count = counts[expert];
         counts[expert] = first;
         if (!count) continue;
         work.visits[visit++] = Visit{expert, first, first + count, place};
-        place += std::max(operand_bytes(*m.w13, count), operand_bytes(*m.w2, count));
+        place += std::max(operand_bytes(*m.up, count), operand_bytes(*m.down, count));
         first += count;
     }
     for (; visit < most; ++visit) work.visits[visit] = Visit{0, 0, 0, 0};
@@ -132,31 +192,34 @@ SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weight
     });
 }
 
-// Computes a mixture: x [T, C] in bf16, ids and shares [T, k] -> out [T, C] in fp32. For every token it sums over its
-// experts in the order of its ids, and adds the residual last, if there is one; out may be the residual itself.
-inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x, i64 tokens, const i32* ids, const float* shares,
-                    const float* residual, float* out) {
-    const i64 k = m.top_k, pairs = tokens * k, most = most_visits(pairs, m.num_experts);
-    const i64 hidden = m.w2->rows, inner = m.w2->columns;
+// Computes a mixture: x [T, C] in bf16, ids and weights [T, k] -> out [T, C] in fp32. For every token it sums over its
+// experts in the order of its ids, and adds last, if there are any, what the shared expert gave, times its gate [T], and the
+// residual; out may be the residual itself.
+inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x, i64 tokens, const i32* ids, const float* weights,
+                    const float* shared, const u16* gates, const float* residual, float* out) {
+    const i64 k = m.choice.top_k, pairs = tokens * k, most = most_visits(pairs, m.choice.num_experts);
+    const i64 hidden = m.down->rows, inner = m.down->columns;
     const i32* order = reinterpret_cast<const i32*>(work.order.data());
     u16* gated = reinterpret_cast<u16*>(work.gated.data());
     float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
     team.split(std::min<i64>(tokens, 1), [&](i64, i64) { gather_visits(work, m, pairs, ids); });
 
     const bool one = tokens == 1;
-    if (one) put_row(make_operand(*m.w13, 1, work.memory(team.rank).own), 0, x);
-    else pack_visits(team, work, *m.w13, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
-    multiply_visits(team, work, m.w13, most, one, [&](const Visit& visit) {
+    if (one) put_row(make_operand(*m.up, 1, work.memory(team.rank).own), 0, x);
+    else pack_visits(team, work, *m.up, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
+    multiply_visits(team, work, m.up, most, one, [&](const Visit& visit) {
         Output first;
         first.activated = gated + visit.begin * inner;
         first.activation = m.activation;
+        if (m.up_bias) first.bias = m.up_bias[visit.expert];
         return first;
     });
-    pack_visits(team, work, *m.w2, pairs, [&](i64 at) { return gated + at * inner; });
-    multiply_visits(team, work, m.w2, most, false, [&](const Visit& visit) {
+    pack_visits(team, work, *m.down, pairs, [&](i64 at) { return gated + at * inner; });
+    multiply_visits(team, work, m.down, most, false, [&](const Visit& visit) {
         Output second;
         second.y = expert_out;
         second.rows = order + visit.begin;
+        if (m.down_bias) second.bias = m.down_bias[visit.expert];
         return second;
     });
     team.split(tokens, [&](i64 begin, i64 end) {
@@ -165,7 +228,11 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
                 int count = static_cast<int>(std::min<i64>(hidden - c, LANES));
                 Floats total = broadcast(0.0f);
                 for (i64 pair = token * k; pair < (token + 1) * k; ++pair)
-                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(shares[pair]), total);
+                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(weights[pair]), total);
+                if (shared) {
+                    const Floats more = load(shared + token * hidden + c, count);
+                    total = total + (gates ? more * broadcast(widen(gates[token])) : more);
+                }
                 if (residual) total = load(residual + token * hidden + c, count) + total;
                 store(out + token * hidden + c, total, count);
             }

@@ -140,15 +140,32 @@ struct ShortConv {
     std::int32_t taps;
 };
 
-// A mixture of experts. Its experts are packed alike.
-struct Mixture {
-    const Weight* router;   // [E, C]
-    const Weight* w13;      // [E], gated
-    const Weight* w2;       // [E]
+// How tokens choose among experts by their scores. See RouterSpec in kernels/interface.py.
+struct Router {
+    const float* choice_bias;  // [E], or null
     std::int32_t num_experts;
     std::int32_t top_k;
+    std::int32_t sigmoid;      // scores are sigmoids of the logits; else their softmax
     std::int32_t renormalize;
+    std::int32_t num_groups;   // at most 64
+    std::int32_t top_groups;
+    std::int32_t group_best;   // 1 or 2
+    float min_sum;
+    float scale;
+};
+
+// A mixture of experts, which are packed alike.
+struct Mixture {
+    Router choice;
+    const Weight* router;      // [E, C]
+    const std::uint16_t* router_bias;
+    const Weight* up;          // [E], gated or not
+    const Weight* down;        // [E]
+    const std::uint16_t* const* up_bias;    // [E], or null
+    const std::uint16_t* const* down_bias;
     std::int32_t activation;
+    Mlp shared;                // every token visits it, if it is there
+    const Weight* shared_gate; // [1, C], or null: what it gives is not gated
 };
 
 // One decoder layer; a null pointer is what it does not have. A block is a mixer or an MLP.

@@ -186,21 +186,42 @@ inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 t
     const Mixture& m = *layer.mixture;
     const u16* normed = reinterpret_cast<const u16*>(work.normed.data());
     i32* ids = reinterpret_cast<i32*>(work.ids.data());
-    float* shares = reinterpret_cast<float*>(work.shares.data());
-    Output scores;
-    scores.y = reinterpret_cast<float*>(work.scores.data());
-    linear(team, normed, tokens, *m.router, work.memory(team.rank), scores);
-    route(team, scores.y, tokens, m.num_experts, m.top_k, m.renormalize, ids, shares);
-    if (branches_off(layer)) experts(team, work, m, normed, tokens, ids, shares, nullptr, reinterpret_cast<float*>(work.branch.data()));
-    else experts(team, work, m, normed, tokens, ids, shares, x, x);
+    float* weights = reinterpret_cast<float*>(work.expert_weights.data());
+    const Memory memory = work.memory(team.rank);
+    Output logits, shared, gates;
+    logits.y = reinterpret_cast<float*>(work.router_logits.data());
+    logits.bias = m.router_bias;
+    linear(team, normed, tokens, *m.router, memory, logits);
+    route(team, m.choice, logits.y, tokens, ids, weights);
+    if (m.shared.up) {
+        shared.y = reinterpret_cast<float*>(work.shared_out.data());
+        const i64 hidden = m.shared.up->columns;
+        mlp_block(team, work, m.shared, pack_activations(team, *m.shared.up, tokens, memory, [&](i64 row) { return normed + row * hidden; }), shared);
+    }
+    if (m.shared_gate) {
+        gates.activated = reinterpret_cast<u16*>(work.shared_gates.data());
+        gates.activation = SIGMOID;
+        linear(team, normed, tokens, *m.shared_gate, memory, gates);
+    }
+    const bool branches = branches_off(layer);
+    float* out = branches ? reinterpret_cast<float*>(work.branch.data()) : x;
+    experts(team, work, m, normed, tokens, ids, weights, shared.y, gates.activated, branches ? nullptr : x, out);
 }
 
 inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens) {
     work.reserve_operand(*m.router, tokens);
     reserve_experts(work, m, tokens);
-    work.scores.reserve(tokens * m.num_experts * 4);
-    work.ids.reserve(tokens * m.top_k * 4);
-    work.shares.reserve(tokens * m.top_k * 4);
+    work.router_logits.reserve(tokens * m.choice.num_experts * 4);
+    work.ids.reserve(tokens * m.choice.top_k * 4);
+    work.expert_weights.reserve(tokens * m.choice.top_k * 4);
+    if (m.shared.up) {
+        reserve_mlp_block(work, m.shared, tokens);
+        work.shared_out.reserve(tokens * m.shared.down->rows * 4);
+    }
+    if (m.shared_gate) {
+        work.reserve_operand(*m.shared_gate, tokens);
+        work.shared_gates.reserve(tokens * 2);
+    }
 }
 
 // Adds to x, the residual stream, what a layer makes of its own input [T, P], whose rows are `stride` apart.

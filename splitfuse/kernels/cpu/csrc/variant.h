@@ -106,14 +106,14 @@ SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Network* networ
     return guarded([&] { run_network(*work, *step, *network, rows); });
 }
 
-SF_EXPORT(void, route)(Workspace* work, const float* scores, i64 tokens, i64 num_experts, i64 k, i32 renormalize, i32* ids, float* shares) {
-    parallel(tokens == 1 ? 1 : work->num_threads, [&](Team& team) { route(team, scores, tokens, num_experts, k, renormalize, ids, shares); });
+SF_EXPORT(void, route)(Workspace* work, const Router* router, float* logits, i64 tokens, i32* ids, float* weights) {
+    parallel(tokens == 1 ? 1 : work->num_threads, [&](Team& team) { route(team, *router, logits, tokens, ids, weights); });
 }
 
-SF_EXPORT(i32, experts)(Workspace* work, const Mixture* mixture, const u16* x, i64 tokens, const i32* ids, const float* shares, float* out) {
+SF_EXPORT(i32, experts)(Workspace* work, const Mixture* mixture, const u16* x, i64 tokens, const i32* ids, const float* weights, float* out) {
     return guarded([&] {
         reserve_experts(*work, *mixture, tokens);
-        parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, shares, nullptr, out); });
+        parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, weights, nullptr, nullptr, nullptr, out); });
     });
 }
 
