@@ -17,6 +17,9 @@ from transformers import (
     CwmForCausalLM,
     DeepseekV2ForCausalLM,
     DeepseekV3ForCausalLM,
+    Dots1ForCausalLM,
+    Ernie4_5_MoeForCausalLM,
+    Ernie4_5ForCausalLM,
     Exaone4ForCausalLM,
     FalconForCausalLM,
     Gemma2ForCausalLM,
@@ -27,12 +30,14 @@ from transformers import (
     Gemma4UnifiedForCausalLM,
     GemmaForCausalLM,
     Glm4ForCausalLM,
+    Glm4MoeForCausalLM,
     Glm4MoeLiteForCausalLM,
     GlmForCausalLM,
     GPT2LMHeadModel,
     GPTBigCodeForCausalLM,
     GPTJForCausalLM,
     GPTNeoXForCausalLM,
+    GptOssForCausalLM,
     GraniteForCausalLM,
     HunYuanDenseV1ForCausalLM,
     Lfm2Config,
@@ -42,6 +47,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MellumForCausalLM,
+    MiniMaxM2ForCausalLM,
     Ministral3ForCausalLM,
     MinistralForCausalLM,
     Mistral3ForConditionalGeneration,
@@ -53,6 +59,7 @@ from transformers import (
     NemotronForCausalLM,
     Olmo2ForCausalLM,
     Olmo3ForCausalLM,
+    OlmoeForCausalLM,
     OPTForCausalLM,
     Phi3ForCausalLM,
     PhiForCausalLM,
@@ -60,6 +67,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeForCausalLM,
     Qwen2VLForConditionalGeneration,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
@@ -256,6 +264,53 @@ LATENT: dict[str, Any] = {
     "topk_group": 2,
 }
 """Settings of latent attention and of the experts that come with it."""
+
+
+def qwen2_moe(**changes: Any) -> PreTrainedModel:
+    """A Qwen2-MoE with the changed settings."""
+    few = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    return tiny(Qwen2MoeForCausalLM, **few, shared_expert_intermediate_size=28, **changes)
+
+
+def gpt_oss(**changes: Any) -> PreTrainedModel:
+    """A gpt-oss with the changed settings."""
+    few = {"head_dim": 10, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 7}
+    return tiny(GptOssForCausalLM, **(few | changes))
+
+
+def olmoe(**changes: Any) -> PreTrainedModel:
+    """An OLMoE with the changed settings."""
+    return tiny(OlmoeForCausalLM, num_experts=6, num_experts_per_tok=2, **changes)
+
+
+def glm4_moe(**changes: Any) -> PreTrainedModel:
+    """A GLM-4.5 with the changed settings."""
+    few = {"head_dim": 20, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    return tiny(Glm4MoeForCausalLM, **few, **changes)
+
+
+def dots1(**changes: Any) -> PreTrainedModel:
+    """A dots.llm1 with the changed settings."""
+    few = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    return tiny(Dots1ForCausalLM, **(few | changes))
+
+
+def minimax_m2(**changes: Any) -> PreTrainedModel:
+    """A MiniMax-M2 with the changed settings."""
+    few = {"head_dim": 20, "num_local_experts": 6, "num_experts_per_tok": 2}
+    return tiny(MiniMaxM2ForCausalLM, **few, **changes)
+
+
+def ernie(**changes: Any) -> PreTrainedModel:
+    """An Ernie 4.5 with the changed settings."""
+    return tiny(Ernie4_5ForCausalLM, **changes)
+
+
+def ernie_moe(**changes: Any) -> PreTrainedModel:
+    """An Ernie 4.5 with experts and the changed settings."""
+    few = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 20}
+    return tiny(Ernie4_5_MoeForCausalLM, **few, **changes)
+
 
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-plain": lambda: llama(num_key_value_heads=6),
@@ -681,6 +736,46 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         mlp_only_layers=[1],
         use_sliding_window=True,
         sliding_window=6,
+    ),
+    "qwen2-moe": qwen2_moe,
+    "qwen2-moe-some-dense": lambda: qwen2_moe(
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        qkv_bias=False,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+    ),
+    "gpt-oss": lambda: gpt_oss(num_attention_heads=7, num_key_value_heads=1),
+    "gpt-oss-tied-layer-types": lambda: gpt_oss(
+        tie_word_embeddings=True,
+        attention_bias=False,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters=rope("default"),
+    ),
+    "olmoe": lambda: olmoe(num_attention_heads=8),
+    "olmoe-biases": lambda: olmoe(attention_bias=True, norm_topk_prob=True, tie_word_embeddings=True),
+    "glm-moe-groups": lambda: glm4_moe(n_group=4, topk_group=2, routed_scaling_factor=1.5, attention_bias=True),
+    "glm-moe-norms": lambda: glm4_moe(
+        use_qk_norm=True, norm_topk_prob=False, n_shared_experts=2, first_k_dense_replace=0, tie_word_embeddings=True
+    ),
+    "dots1": lambda: dots1(n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=True),
+    "dots1-upper-windows": lambda: dots1(
+        attention_bias=True, sliding_window=6, max_window_layers=1, n_shared_experts=2, tie_word_embeddings=True
+    ),
+    "minimax-m2": lambda: minimax_m2(rotary_dim=12),
+    "minimax-m2-tied": lambda: minimax_m2(tie_word_embeddings=True, num_attention_heads=7, num_key_value_heads=1),
+    "ernie": lambda: ernie(head_dim=10, tie_word_embeddings=False),
+    "ernie-biases": lambda: ernie(use_bias=True),
+    "ernie-moe": lambda: ernie_moe(moe_num_shared_experts=1),
+    "ernie-moe-some-dense": lambda: ernie_moe(
+        use_bias=True,
+        tie_word_embeddings=False,
+        num_hidden_layers=5,
+        moe_layer_interval=2,
+        moe_layer_end_index=3,
+        moe_num_shared_experts=0,
     ),
 }
 

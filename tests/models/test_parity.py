@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2**-9) a dozen times a layer
 NOT_IN_CPP: tuple[str, ...] = ("deepseek", "gemma4-experts", "glm4-moe", "llama4", "qwen3-next", "qwen3.5-moe")
 """Beginnings of the variants whose networks the C++ kernels may refuse."""
-OTHER_EXPERT = 0.2  # where two experts are nearly as good, the other one may be chosen: of few tokens, and so far off
+OTHER_EXPERT = 0.5  # where two experts are nearly as good, the other one may be chosen: of few tokens, and so far off
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Decoder:
@@ -137,7 +137,7 @@ def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
     few, far = (
         (0, 0.0)
         if all(isinstance(layer.mlp, MlpSpec) for layer in decoder.spec.layers)
-        else (len(misses) // 8, OTHER_EXPERT)
+        else (len(misses) // 5, OTHER_EXPERT)
     )
     assert len(off) <= few and (off <= far).all()
     for block_size in (32, 64):

@@ -222,13 +222,14 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
     assert "Loading weights: 100%" in shown.err
 
 
-IN_FP32 = re.compile(r"norm|\.ln_|conv\.conv|conv1d|A_log|dt_bias")
+IN_FP32 = re.compile(r"norm|\.ln_|conv\.conv|conv1d|A_log|dt_bias|correction_bias")
 
 
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
 def test_weight_bytes_counts_every_weight_once(variant: str, tmp_path: Path) -> None:
     model = tiny_models.save(variant, tmp_path)
-    text = {name: weight for name, weight in model.named_parameters() if kind_aside(name, wrapper=True) is None}
+    stored = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+    text = {name: weight for name, weight in stored if kind_aside(name, wrapper=True) is None}
     count = sum(weight.numel() for weight in text.values())
     norms = sum(weight.numel() for name, weight in text.items() if IN_FP32.search(name))
     spec = load_spec(ModelFolder(tmp_path))

@@ -11,6 +11,7 @@ from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
+    FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     decoder,
@@ -193,7 +194,7 @@ FAMILIES = {
     "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),
     "LlamaForCausalLM": Family("llama", llama, DECODER_NAMES),
     "MistralForCausalLM": Family("mistral", mistral, DECODER_NAMES),
-    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES),
+    "MixtralForCausalLM": Family("mixtral", mixtral, MIXTRAL_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
     "Phi3ForCausalLM": Family("phi3", phi3, PHI3_NAMES),
     "SeedOssForCausalLM": Family("seed_oss", seed_oss, DECODER_NAMES),
     "SmolLM3ForCausalLM": Family("smollm3", smollm3, DECODER_NAMES),

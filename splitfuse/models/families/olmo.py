@@ -1,18 +1,21 @@
-"""Reads OLMo 2 and 3: norms behind the blocks alone, norms of whole rows of queries and keys; in OLMo 3 windows."""
+"""Reads OLMo 2, OLMo 3 and OLMoE: norms of whole rows of queries and keys; behind the blocks alone but in OLMoE."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.kernels.interface import AttentionSpec, NormPlace
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, NormPlace, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
+    EXPERT_NAMES,
+    FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     accept_only,
     decoder,
     head_norms,
     mlp,
+    num_experts,
     read_attention,
     window,
     windowed_layers,
@@ -48,6 +51,16 @@ def olmo3(config: ConfigJson) -> ModelSpec:
     )
 
 
+def olmoe(config: ConfigJson) -> ModelSpec:
+    """Return the network of an OlmoeForCausalLM."""
+    router = RouterSpec(
+        num_experts=num_experts(config, 64),
+        top_k=config.integer("num_experts_per_tok", 8),
+        renormalize=config.flag("norm_topk_prob", False),
+    )
+    return decoder(config, _attention(config), ExpertsSpec(router=router, expert=mlp(config)), norm_eps=1e-5)
+
+
 def _attention(config: ConfigJson) -> AttentionSpec:
     accept_only(config, clip_qkv=None)
     biased = config.flag("attention_bias", False)
@@ -57,4 +70,5 @@ def _attention(config: ConfigJson) -> AttentionSpec:
 FAMILIES = {
     "Olmo2ForCausalLM": Family("olmo2", olmo2, OLMO2_NAMES),
     "Olmo3ForCausalLM": Family("olmo3", olmo3, OLMO2_NAMES),
+    "OlmoeForCausalLM": Family("olmoe", olmoe, EXPERT_NAMES, (FUSED_EXPERT_NAMES,)),
 }

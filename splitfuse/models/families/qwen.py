@@ -10,6 +10,8 @@ from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
+    EXPERT_NAMES,
+    FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     Windows,
@@ -27,11 +29,11 @@ from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.rope_config import MROPE, read_layer_ropes, read_rope
 from splitfuse.models.spec import ModelSpec
 
-QWEN3_MOE_NAMES: WeightNames = {
-    **DECODER_NAMES,
-    "router": ("model.layers.{layer}.mlp.gate.weight",),
-    "w13": tuple(f"model.layers.{{layer}}.mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
-    "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
+QWEN2_MOE_NAMES: WeightNames = {
+    **EXPERT_NAMES,
+    "shared.gate_up": tuple(f"model.layers.{{layer}}.mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")),
+    "shared.down": ("model.layers.{layer}.mlp.shared_expert.down_proj.weight",),
+    "shared_gate": ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
 }
 
 
@@ -48,16 +50,35 @@ def qwen3(config: ConfigJson) -> ModelSpec:
     return decoder(config, in_windows(attention, _upper_layer_windows(config)), mlp(config))
 
 
+def qwen2_moe(config: ConfigJson) -> ModelSpec:
+    """Return the network of a Qwen2MoeForCausalLM."""
+    router = RouterSpec(
+        num_experts=num_experts(config, 60),
+        top_k=config.integer("num_experts_per_tok", 4),
+        renormalize=config.flag("norm_topk_prob", False),
+    )
+    experts = ExpertsSpec(
+        router=router,
+        expert=mlp(config, config.integer("moe_intermediate_size", 1408)),
+        shared=mlp(config, config.integer("shared_expert_intermediate_size", 5632)),
+        shared_gate=True,
+    )
+    attention = read_attention(config, num_kv_heads=16, qkv_bias=config.flag("qkv_bias", True))
+    size = window(config) if config.flag("use_sliding_window", False) else None
+    end = config.integer("max_window_layers", 28, least=0)
+    inside = windowed_layers(config, lambda layer: size is not None and layer % 2 == 0 and layer < end)
+    layers = in_windows(attention, tuple(size if windowed else None for windowed in inside))
+    return decoder(config, layers, _sparse(config, experts))
+
+
 def qwen3_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen3MoeForCausalLM."""
     biased = config.flag("attention_bias", False)
-    every, dense_layers = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
     router = RouterSpec(
         num_experts=num_experts(config, 128),
         top_k=config.integer("num_experts_per_tok", 8),
         renormalize=config.flag("norm_topk_prob", False),
     )
-    dense = mlp(config)
     experts = ExpertsSpec(router=router, expert=mlp(config, config.integer("moe_intermediate_size", 768)))
     attention = read_attention(
         config,
@@ -67,8 +88,13 @@ def qwen3_moe(config: ConfigJson) -> ModelSpec:
         o_bias=biased,
         window=window(config) if config.flag("use_sliding_window", False) else None,
     )
-    mlps = [dense if n in dense_layers or (n + 1) % every else experts for n in range(num_layers(config))]
-    return decoder(config, attention, mlps)
+    return decoder(config, attention, _sparse(config, experts))
+
+
+def _sparse(config: ConfigJson, experts: ExpertsSpec) -> list[MlpSpec | ExpertsSpec]:
+    """Return the MLP of each layer: every `decoder_sparse_step`-th has experts, but those of `mlp_only_layers`."""
+    every, dense = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
+    return [mlp(config) if n in dense or (n + 1) % every else experts for n in range(num_layers(config))]
 
 
 def qwen2_vl(config: ConfigJson) -> ModelSpec:
@@ -129,13 +155,14 @@ def _upper_layer_windows(config: ConfigJson) -> Windows:
 
 
 FAMILIES = {
-    "MellumForCausalLM": Family("mellum", mellum, QWEN3_MOE_NAMES),
+    "MellumForCausalLM": Family("mellum", mellum, EXPERT_NAMES),
     "Qwen2ForCausalLM": Family("qwen2", qwen2, DECODER_NAMES),
     "Qwen2VLForConditionalGeneration": Family("qwen2_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_vl_text",)),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "qwen2_5_vl", qwen2_vl, DECODER_NAMES, text_types=("qwen2_5_vl_text",)
     ),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", qwen2_moe, QWEN2_MOE_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
     "Qwen3ForCausalLM": Family("qwen3", qwen3, DECODER_NAMES),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, QWEN3_MOE_NAMES),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe, EXPERT_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
     "Qwen3VLForConditionalGeneration": Family("qwen3_vl", qwen3_vl, DECODER_NAMES, text_types=("qwen3_vl_text",)),
 }

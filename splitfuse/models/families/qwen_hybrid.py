@@ -11,6 +11,7 @@ from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
+    FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     decoder,
@@ -150,11 +151,11 @@ def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -
 
 
 FAMILIES = {
-    "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES),
+    "Qwen3NextForCausalLM": Family("qwen3_next", qwen3_next, QWEN3_NEXT_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", qwen3_5, QWEN3_5_NAMES),
     "Qwen3_5ForConditionalGeneration": Family("qwen3_5", qwen3_5, QWEN3_5_NAMES, text_types=("qwen3_5_text",)),
-    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", qwen3_5_moe, QWEN3_5_NAMES, (FUSED_EXPERT_NAMES,)),
     "Qwen3_5MoeForConditionalGeneration": Family(
-        "qwen3_5_moe", qwen3_5_moe, QWEN3_5_NAMES, text_types=("qwen3_5_moe_text",)
+        "qwen3_5_moe", qwen3_5_moe, QWEN3_5_NAMES, (FUSED_EXPERT_NAMES,), text_types=("qwen3_5_moe_text",)
     ),
 }

@@ -22,7 +22,7 @@ ASIDE = {
     "vision": re.compile(_PREFIX + r"(visual|vision_tower|vision_model|vision_encoder|vision_embedder|embed_vision)\."),
     "audio": re.compile(_PREFIX + r"(audio_tower|audio_model|audio_encoder|embed_audio)\."),
     "projector": re.compile(_PREFIX + r"(multi_modal_projector|patch_merger|mm_projector|vision_projection)\."),
-    "multi-token prediction": re.compile(_PREFIX + r"mtp\."),
+    "multi-token prediction": re.compile(_PREFIX + r"mtp[._]"),
 }
 """Kind of what is left aside -> names of its tensors."""
 OF_WRAPPERS = ("vision", "audio", "projector")

@@ -1,0 +1,66 @@
+"""Reads gpt-oss: windows and whole contexts in turns, sinks, experts with biases and a clamped gate."""
+
+from __future__ import annotations
+
+from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
+from splitfuse.models.families.common import (
+    DECODER_NAMES,
+    Family,
+    WeightNames,
+    accept_only,
+    decoder,
+    in_windows,
+    mlp,
+    num_experts,
+    read_attention,
+    windowed_layers,
+)
+from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.layouts import Stored, every_other, of_expert, transposed
+from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.spec import ModelSpec
+
+_LAYER = "model.layers.{layer}"
+
+GPT_OSS_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "sinks": (f"{_LAYER}.self_attn.sinks",),
+    "router": (f"{_LAYER}.mlp.router.weight",),
+    "router_bias": (f"{_LAYER}.mlp.router.bias",),
+    "w13": tuple(of_expert(every_other(transposed(f"{_LAYER}.mlp.experts.gate_up_proj"), half)) for half in (0, 1)),
+    "w1_bias": tuple(
+        of_expert(every_other(Stored(f"{_LAYER}.mlp.experts.gate_up_proj_bias"), half)) for half in (0, 1)
+    ),
+    "w2": (of_expert(transposed(f"{_LAYER}.mlp.experts.down_proj")),),
+    "w2_bias": (of_expert(Stored(f"{_LAYER}.mlp.experts.down_proj_bias")),),
+}
+
+ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+"""Rope of a config that has none."""
+
+
+def gpt_oss(config: ConfigJson) -> ModelSpec:
+    """Return the network of a GptOssForCausalLM."""
+    accept_only(config, swiglu_alpha=1.702, swiglu_limit=7.0, hidden_act="silu")
+    biased = config.flag("attention_bias", True)
+    attention = read_attention(config, num_kv_heads=8, head_dim=64, qkv_bias=biased, o_bias=biased, sinks=True)
+    size = None if config.is_null("sliding_window") else config.integer("sliding_window", 128)
+    inside = windowed_layers(config, lambda number: number % 2 == 0)
+    router = RouterSpec(
+        num_experts=num_experts(config, 128),
+        top_k=config.integer("num_experts_per_tok", 4),
+        renormalize=True,
+        bias=True,
+    )
+    if "rope_scaling" not in config and "rope_parameters" not in config:
+        config = config.with_values({"rope_parameters": ROPE})
+    return decoder(
+        config,
+        in_windows(attention, tuple(size if windowed else None for windowed in inside)),
+        ExpertsSpec(router=router, expert=mlp(config, activation="clamped_swiglu", bias=True)),
+        ropes=(read_rope(config, head_dim=attention.head_dim, theta=150_000.0),),
+        norm_eps=1e-5,
+    )
+
+
+FAMILIES = {"GptOssForCausalLM": Family("gpt_oss", gpt_oss, GPT_OSS_NAMES)}
