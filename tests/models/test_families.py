@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_co
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import LinearScaling, ModelSpec, RopeSpec
-from splitfuse.models.weights import left_aside, stored_parameters
+from splitfuse.models.weights import left_aside, parameters, stored_parameters
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -64,6 +65,21 @@ def first(spec: ModelSpec) -> AttentionSpec:
     mixer = spec.layers[0].mixer
     assert mixer is not None
     return mixer
+
+
+def test_the_example_of_the_docs_is_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adding-a-family.md").read_text()
+    defined: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], defined)
+    monkeypatch.setitem(FAMILIES, "HeronForCausalLM", defined["FAMILIES"]["HeronForCausalLM"])
+    spec = spec_of("HeronForCausalLM", num_hidden_layers=4, local_window=9, num_key_value_heads=2)
+    assert windows_of(spec) == (9, 9, 9, None)
+    assert [isinstance(layer.mlp, MlpSpec) for layer in spec.layers] == [True, False, False, False]
+    stored = dict(piece for parameter in parameters(spec) for piece in parameter.pieces)
+    assert stored["model.layers.3.self_attn.qkv.weight"] == ((8 + 2 * 2) * 8, 64)
+    assert "model.norm.bias" in stored
+    with pytest.raises(UnsupportedModelError, match="use_beak True is not supported: use false"):
+        spec_of("HeronForCausalLM", use_beak=True)
 
 
 def windows_of(spec: ModelSpec) -> tuple[int | None, ...]:
