@@ -246,6 +246,9 @@ class ExpertsSpec:
     shared_gate: bool = False
     own_norm: NormSpec | None = None
 
+    def __post_init__(self) -> None:
+        assert self.own_norm is None or (self.shared is not None and not self.shared_gate)
+
 
 class NormPlace(Enum):
     """Says where the norms of a layer stand: on what a block reads, on what it gives, or on both."""

@@ -5,6 +5,8 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -195,8 +197,8 @@ def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: 
     if spec.shared_gate:
         shared = shared * backend.activated(x, weights.shared_gate, None, "sigmoid")
     if spec.own_norm is not None:
-        y = _own_norm(y, spec, weights.post_expert_norm, backend)
-        shared = _own_norm(shared, spec, weights.post_shared_norm, backend)
+        y = _own_norm(y, spec, weights.post_expert_norm, backend).to(source.dtype)
+        shared = _own_norm(shared, spec, weights.post_shared_norm, backend).to(source.dtype)
     return y + shared
 
 
@@ -214,7 +216,7 @@ def _experts(
     scaled = (x.unsqueeze(1) * scores.unsqueeze(-1)).to(x.dtype).flatten(0, 1)  # [T x top_k, C]
     ones = torch.ones_like(scores).reshape(-1, 1)
     each = backend.experts(scaled, ids.reshape(-1, 1), ones, spec.expert, weights)
-    return each.view(*ids.shape, -1).sum(dim=1)
+    return reduce(torch.add, each.view(*ids.shape, -1).unbind(1))
 
 
 def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend) -> Tensor:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,6 +126,10 @@ def heads(**fields: Any) -> AttentionSpec:
     return AttentionSpec(**{"num_heads": 6, "num_kv_heads": 2, "head_dim": 16} | fields)
 
 
+def scaled_router(**fields: Any) -> RouterSpec:
+    return RouterSpec(num_experts=9, top_k=3, renormalize=False, sigmoid=True, **fields)
+
+
 def dense(size: int, activation: str, **fields: Any) -> MlpSpec:
     return MlpSpec(intermediate_size=size, activation=activation, **fields)
 
@@ -223,8 +228,22 @@ BORROWED = network(  # latent attention, keys and values of another layer, input
     ),
     token_input_rows=71,
 )
+BRANCHES = network(  # experts next to an MLP with norms of their own, experts whose weights scale what they read
+    LayerSpec(
+        mixer=heads(),
+        mlp=replace(
+            make_experts(9, 3, 50), shared=dense(70, "gelu_tanh"), own_norm=EPS, router=scaled_router(expert_scale=True)
+        ),
+        norms=NormPlace.AROUND,
+    ),
+    LayerSpec(
+        mixer=heads(),
+        mlp=replace(make_experts(9, 3, 50), shared=dense(70, "silu"), router=scaled_router(scales_input=True)),
+    ),
+    LayerSpec(mixer=heads(), mlp=replace(make_experts(9, 3, 50), shared=dense(70, "silu"), own_norm=EPS)),
+)
 UNIFORM = {"plain": PLAIN, "everything": EVERYTHING, "odd": ODD, "experts": EXPERTS}
-UNEQUAL = {"sandwich": SANDWICH, "classic": CLASSIC, "tempered": TEMPERED, "borrowed": BORROWED}
+UNEQUAL = {"sandwich": SANDWICH, "classic": CLASSIC, "tempered": TEMPERED, "borrowed": BORROWED, "branches": BRANCHES}
 SPECS = [pytest.param(spec, id=name) for name, spec in (UNIFORM | UNEQUAL).items()]
 
 

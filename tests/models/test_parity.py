@@ -29,7 +29,7 @@ PROMPT_LENGTHS = (1, 9, 20, 37)
 NUM_GENERATED = 32
 CPU = torch.device("cpu")
 CPP_TOLERANCE = 3e-2  # of the largest logit: activations are rounded to bf16 (2**-9) a dozen times a layer
-NOT_IN_CPP: tuple[str, ...] = ("deepseek", "gemma4-experts", "glm4-moe", "llama4", "qwen3-next", "qwen3.5-moe")
+NOT_IN_CPP: tuple[str, ...] = ("qwen3-next", "qwen3.5-moe")
 """Beginnings of the variants whose networks the C++ kernels may refuse."""
 OTHER_EXPERT = 0.5  # where two experts are nearly as good, the other one may be chosen: of few tokens, and so far off
 

@@ -416,7 +416,9 @@ class Mixture(Struct):
         *_fields(c_void_p, "router", "router_bias", "up", "down", "up_bias", "down_bias"),
         ("activation", c_int32),
         ("shared", Mlp),
-        ("shared_gate", c_void_p),
+        *_fields(c_void_p, "shared_gate", "expert_scale"),
+        ("scales_input", c_int32),
+        *_fields(Norm, "router_norm", "expert_norm", "post_expert_norm", "post_shared_norm"),
     ]
 
     @classmethod
@@ -452,6 +454,11 @@ class Mixture(Struct):
         if spec.shared_gate:
             assert (gate.rows, gate.columns) == (1, hidden)
             self.shared_gate = gate.address
+        self.scales_input = spec.router.scales_input
+        self.expert_scale = vector_address(layer.expert_scale, spec.router.num_experts, torch.float32)
+        if spec.own_norm is not None:
+            for name in ("router_norm", "expert_norm", "post_expert_norm", "post_shared_norm"):
+                setattr(self, name, Norm.of(spec.own_norm, getattr(layer, name), None, hidden))
 
 
 class Layer(Struct):

@@ -61,11 +61,8 @@ def uncovered(plan: NetworkPlan) -> str | None:
             return "norms of whole rows of queries and keys after they are rotated"
         if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
-        if isinstance(mlp, ExpertsSpec):
-            if mlp.own_norm is not None or mlp.router.scales_input or mlp.router.expert_scale:
-                return "its mixture of experts"
-            if mlp.router.num_groups > MAX_GROUPS:
-                return f"more than {MAX_GROUPS} groups of experts"
+        if isinstance(mlp, ExpertsSpec) and mlp.router.num_groups > MAX_GROUPS:
+            return f"more than {MAX_GROUPS} groups of experts"
     return None
 
 

@@ -192,6 +192,20 @@ SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weight
     });
 }
 
+// Multiplies the weights of all choices with numbers of the experts.
+inline void scale_choices(Team& team, const Mixture& m, i64 tokens, const i32* ids, float* weights) {
+    team.split(tokens * m.choice.top_k, [&](i64 begin, i64 end) {
+        for (i64 pair = begin; pair < end; ++pair) weights[pair] *= m.expert_scale[ids[pair]];
+    });
+}
+
+// Writes x times a factor, [columns].
+SF_INLINE const u16* scaled_row(const u16* x, float factor, i64 columns, u16* out) {
+    for (i64 c = 0; c < columns; c += LANES)
+        store_left(out + c, load_left(x + c, columns - c) * broadcast(factor), columns - c);
+    return out;
+}
+
 // Computes a mixture: x [T, C] in bf16, ids and weights [T, k] -> out [T, C] in fp32. For every token it sums over its
 // experts in the order of its ids, and adds last, if there are any, what the shared expert gave, times its gate [T], and the
 // residual; out may be the residual itself.
@@ -204,9 +218,13 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
     team.split(std::min<i64>(tokens, 1), [&](i64, i64) { gather_visits(work, m, pairs, ids); });
 
-    const bool one = tokens == 1;
+    const bool one = tokens == 1 && !m.scales_input;
+    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
     if (one) put_row(make_operand(*m.up, 1, work.memory(team.rank).own), 0, x);
-    else pack_visits(team, work, *m.up, pairs, [&](i64 at) { return x + order[at] / k * hidden; });
+    else pack_visits(team, work, *m.up, pairs, [&](i64 at) {
+        const u16* row = x + order[at] / k * hidden;
+        return m.scales_input ? scaled_row(row, weights[order[at]], hidden, row_buffer) : row;
+    });
     multiply_visits(team, work, m.up, most, one, [&](const Visit& visit) {
         Output first;
         first.activated = gated + visit.begin * inner;
@@ -228,7 +246,7 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
                 int count = static_cast<int>(std::min<i64>(hidden - c, LANES));
                 Floats total = broadcast(0.0f);
                 for (i64 pair = token * k; pair < (token + 1) * k; ++pair)
-                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(weights[pair]), total);
+                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(m.scales_input ? 1.0f : weights[pair]), total);
                 if (shared) {
                     const Floats more = load(shared + token * hidden + c, count);
                     total = total + (gates ? more * broadcast(widen(gates[token])) : more);

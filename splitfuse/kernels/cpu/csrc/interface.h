@@ -166,6 +166,12 @@ struct Mixture {
     std::int32_t activation;
     Mlp shared;                // every token visits it, if it is there
     const Weight* shared_gate; // [1, C], or null: what it gives is not gated
+    const float* expert_scale; // [E], of the weights, or null
+    std::int32_t scales_input; // a weight multiplies what its expert reads
+    Norm router_norm;          // of the layer's input, in place of mlp_norm, as is the next
+    Norm expert_norm;
+    Norm post_expert_norm;     // of what the experts give, and of what the shared MLP gives
+    Norm post_shared_norm;
 };
 
 // One decoder layer; a null pointer is what it does not have. A block is a mixer or an MLP.

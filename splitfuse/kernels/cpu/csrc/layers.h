@@ -181,21 +181,49 @@ inline void reserve_mlp_block(Workspace& work, const Mlp& mlp, i64 tokens) {
 // Returns whether a layer's experts give their sum to the buffer rather than onto x.
 SF_INLINE bool branches_off(const Layer& layer) { return layer.post_mlp_norm.weight || layer.residual_scale != 1.0f; }
 
+// Writes the sum of what the experts and what the shared MLP give, each normed, plus the residual if there is one.
+inline void add_normed(Team& team, Workspace& work, const Mixture& m, const float* experts, const float* shared, i64 rows, i64 columns,
+                       const float* residual, float* out) {
+    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
+    team.split(rows, [&](i64 begin, i64 end) {
+        for (i64 row = begin; row < end; ++row) {
+            const i64 first = row * columns;
+            norm_row(experts + first, columns, m.post_expert_norm, row_buffer);
+            norm_row(shared + first, columns, m.post_shared_norm, row_buffer + columns);
+            for (i64 c = 0; c < columns; c += LANES) {
+                const i64 left = columns - c;
+                Floats total = load_left(row_buffer + c, left) + load_left(row_buffer + columns + c, left);
+                if (residual) total = load_left(residual + first + c, left) + total;
+                store_left(out + first + c, total, left);
+            }
+        }
+    });
+}
+
 // Computes a layer's experts of `normed`, what they read of x, the residual stream.
 inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 tokens, float* x) {
     const Mixture& m = *layer.mixture;
+    const i64 hidden = m.down->rows;
     const u16* normed = reinterpret_cast<const u16*>(work.normed.data());
+    const u16* read = normed;
     i32* ids = reinterpret_cast<i32*>(work.ids.data());
     float* weights = reinterpret_cast<float*>(work.expert_weights.data());
     const Memory memory = work.memory(team.rank);
     Output logits, shared, gates;
     logits.y = reinterpret_cast<float*>(work.router_logits.data());
     logits.bias = m.router_bias;
-    linear(team, normed, tokens, *m.router, memory, logits);
+    if (m.router_norm.weight) {
+        multiply(team, pack_read(team, work, *m.router, x, tokens, m.router_norm), *m.router, logits);
+        u16* own = reinterpret_cast<u16*>(work.expert_in.data());
+        read_rows(team, x, tokens, hidden, m.expert_norm, own);
+        read = own;
+    } else {
+        linear(team, normed, tokens, *m.router, memory, logits);
+    }
     route(team, m.choice, logits.y, tokens, ids, weights);
+    if (m.expert_scale) scale_choices(team, m, tokens, ids, weights);
     if (m.shared.up) {
         shared.y = reinterpret_cast<float*>(work.shared_out.data());
-        const i64 hidden = m.shared.up->columns;
         mlp_block(team, work, m.shared, pack_activations(team, *m.shared.up, tokens, memory, [&](i64 row) { return normed + row * hidden; }), shared);
     }
     if (m.shared_gate) {
@@ -205,7 +233,11 @@ inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 t
     }
     const bool branches = branches_off(layer);
     float* out = branches ? reinterpret_cast<float*>(work.branch.data()) : x;
-    experts(team, work, m, normed, tokens, ids, weights, shared.y, gates.activated, branches ? nullptr : x, out);
+    const float* residual = branches ? nullptr : x;
+    if (!m.router_norm.weight) return experts(team, work, m, read, tokens, ids, weights, shared.y, gates.activated, residual, out);
+    float* sum = reinterpret_cast<float*>(work.expert_sum.data());
+    experts(team, work, m, read, tokens, ids, weights, nullptr, nullptr, nullptr, sum);
+    add_normed(team, work, m, sum, shared.y, tokens, hidden, residual, out);
 }
 
 inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens) {
@@ -217,6 +249,11 @@ inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens)
     if (m.shared.up) {
         reserve_mlp_block(work, m.shared, tokens);
         work.shared_out.reserve(tokens * m.shared.down->rows * 4);
+    }
+    if (m.router_norm.weight) {
+        work.expert_in.reserve(tokens * m.down->rows * 2);
+        work.expert_sum.reserve(tokens * m.down->rows * 4);
+        work.reserve_rows(2 * m.down->rows);
     }
     if (m.shared_gate) {
         work.reserve_operand(*m.shared_gate, tokens);
