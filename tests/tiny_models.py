@@ -420,7 +420,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         embedding_multiplier=12.0,
         logits_scaling=8.0,
         residual_multiplier=0.22,
-        attention_multiplier=0.0078125,
+        attention_multiplier=0.2,
     ),
     "granite-biases": lambda: tiny(
         GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, residual_multiplier=0.5
