@@ -13,6 +13,7 @@ import typer
 from running_server import running_server
 
 from splitfuse.cli import app
+from splitfuse.cli.models import HEADS, cells
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
@@ -71,11 +72,8 @@ def sampling_table() -> str:
 
 def model_table() -> str:
     """Every architecture, as a table."""
-    lines = [
-        f"| `{row.architecture}` | {row.models} | {', '.join(row.properties)} | {row.limits} |\n"
-        for row in model_rows()
-    ]
-    return "".join(["| architecture | models | beyond Llama | limits |\n", "|---|---|---|---|\n", *lines])
+    lines = [f"| `{name}` | {' | '.join(others)} |\n" for name, *others in cells()]
+    return "".join([f"| {' | '.join(HEADS)} |\n", f"|{'---|' * len(HEADS)}\n", *lines])
 
 
 def model_sentence() -> str:

@@ -16,7 +16,8 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS
-from splitfuse.kernels.interface import Backend, Capabilities, Role
+from splitfuse.kernels.cpu.network import in_one_call, uncovered
+from splitfuse.kernels.interface import Backend, Capabilities, LayerSpec, NetworkPlan, NetworkWeights, NormSpec, Role
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.runtime.machine import usable_cores
@@ -57,6 +58,15 @@ class Candidate:
             if value is not None and value not in honoured:
                 return f"{name}={value}"
         return None
+
+
+def in_cpp(layers: tuple[LayerSpec, ...]) -> str:
+    """Return how the C++ kernels compute such layers, in a word or two: in one call, operation by operation, or not."""
+    weights = NetworkWeights(embed=None, layers=(), norm=torch.empty(0), head=None)
+    plan = NetworkPlan(layers=layers, weights=weights, ropes=(), norm=NormSpec(eps=1e-6))
+    if (reason := uncovered(plan)) is not None:
+        return f"no: {reason}"
+    return "fused" if in_one_call(plan) else "by operation"
 
 
 def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:

@@ -1,7 +1,7 @@
 """Wrong on purpose: each field of the spec of each variant, changed alone, is no longer the network of transformers.
 
-
-
+So the parity tests look at all that a spec says: a change asks for other weights, or changes a logit by more than they
+allow.
 """
 
 from __future__ import annotations

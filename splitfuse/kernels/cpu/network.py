@@ -47,9 +47,12 @@ MOST_TAPS = 16  # in csrc/delta.h too
 
 def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
     """Return the network as one call; None if it has layers that csrc/layers.h does not compute."""
-    if any(isinstance(layer.mixer, DeltaSpec | ConvSpec) for layer in plan.layers):
-        return None
-    return FusedNetwork(library, plan)
+    return FusedNetwork(library, plan) if in_one_call(plan) else None
+
+
+def in_one_call(plan: NetworkPlan) -> bool:
+    """Return whether csrc/layers.h computes all layers."""
+    return not any(isinstance(layer.mixer, DeltaSpec | ConvSpec) for layer in plan.layers)
 
 
 def uncovered(plan: NetworkPlan) -> str | None:

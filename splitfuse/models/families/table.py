@@ -146,12 +146,15 @@ WORDS: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Describes an architecture: models that have it, what its network has, and what is not computed."""
+    """Describes an architecture: models that have it, what its network has, what is not computed, and the network of a
+    config that says nothing but sizes.
+    """
 
     architecture: str
     models: str
     properties: tuple[str, ...]
     limits: str
+    spec: ModelSpec
 
 
 def rows() -> list[Row]:
@@ -164,8 +167,9 @@ def rows() -> list[Row]:
         Row(
             architecture=name,
             models=MODELS.get(name, ""),
-            properties=properties(default_spec(name)),
+            properties=properties(spec := default_spec(name)),
             limits="text alone" if family.text_types else "",
+            spec=spec,
         )
         for name, family in sorted(FAMILIES.items(), key=lambda item: item[0].lower())
     ]
