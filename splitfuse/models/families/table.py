@@ -77,6 +77,7 @@ MODELS = {
     "Mistral3ForConditionalGeneration": "Mistral Small 3.1 and 3.2",
     "MistralForCausalLM": "Mistral, Mistral Nemo, Zephyr",
     "MixtralForCausalLM": "Mixtral",
+    "MPTForCausalLM": "MPT",
     "MptForCausalLM": "MPT",
     "NemotronForCausalLM": "Nemotron 4, Minitron",
     "OPTForCausalLM": "OPT",
