@@ -9,6 +9,7 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, StateSlots
+from splitfuse.core.policy import PlanningError
 from splitfuse.core.request import FinishReason, Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 
@@ -176,6 +177,18 @@ def test_a_state_lost_in_a_failed_step_is_computed_again() -> None:
     later = [chunk for plan in run.plans[before:] for chunk in plan.chunks]
     assert later[0].start == 20, "from the last snapshot"
     assert all(chunk.is_repeatable for chunk in later), "a second failure of its step finds its cause"
+
+
+def test_a_step_that_cannot_be_planned_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    run.add(request("a", (1,) * 43))
+    with monkeypatch.context() as patch:
+        patch.setattr(Request, "sampling_state", lambda _: 1 // 0)
+        with pytest.raises(PlanningError):
+            run.scheduler.schedule()
+    run.scheduler.check()
+    run.drain()
+    assert run.outcomes["a"].tokens == reference(request("a", (1,) * 43), recurrent=True)[0]
 
 
 def test_an_aborted_request_gives_its_slots_back_when_its_plan_is_back() -> None:
