@@ -74,7 +74,7 @@ MODELS = {
     "MiniMaxM2ForCausalLM": "MiniMax M2",
     "Ministral3ForCausalLM": "Ministral 3",
     "MinistralForCausalLM": "Ministral",
-    "Mistral3ForConditionalGeneration": "Mistral Small 3.1 and 3.2",
+    "Mistral3ForConditionalGeneration": "Mistral Small 3.1 and 3.2, Ministral 3",
     "MistralForCausalLM": "Mistral, Mistral Nemo, Zephyr",
     "MixtralForCausalLM": "Mixtral",
     "MPTForCausalLM": "MPT",
@@ -187,6 +187,8 @@ def properties(spec: ModelSpec) -> tuple[str, ...]:
     heads = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
     if any(each.rope is not None and spec.ropes[each.rope].rotary_dim < each.head_dim for each in heads):
         found.add("RopeSpec.rotary_dim")
+    if not spec.ropes:  # its positions are learned or ALiBi's
+        found.discard("AttentionSpec.rope")
     return tuple(dict.fromkeys(word for part, word in WORDS.items() if part in found and word))
 
 
