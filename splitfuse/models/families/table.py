@@ -39,7 +39,7 @@ MODELS = {
     "CohereForCausalLM": "Command R, R+",
     "CwmForCausalLM": "Code World Model",
     "DeepseekV2ForCausalLM": "DeepSeek V2",
-    "DeepseekV3ForCausalLM": "DeepSeek V3, R1, Kimi K2",
+    "DeepseekV3ForCausalLM": "DeepSeek V3, R1",
     "Dots1ForCausalLM": "dots.llm1",
     "Ernie4_5ForCausalLM": "Ernie 4.5",
     "Ernie4_5_MoeForCausalLM": "Ernie 4.5 with experts",
