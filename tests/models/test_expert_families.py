@@ -198,7 +198,17 @@ def first_logits(folder: Path) -> tuple[torch.Tensor, Decoder]:
 
 @pytest.mark.parametrize(
     "variant",
-    ["mixtral-window", "qwen3-moe", "qwen2-moe", "glm-moe-groups", "ernie-moe", "olmoe", "dots1", "minimax-m2"],
+    [
+        "mixtral-window",
+        "qwen3-moe",
+        "qwen2-moe",
+        "glm-moe-groups",
+        "ernie-moe",
+        "olmoe",
+        "dots1",
+        "minimax-m2",
+        "deepseek-v3",
+    ],
 )
 def test_experts_in_one_tensor_are_the_same_network(variant: str, tmp_path: Path) -> None:
     """transformers writes each expert apart, and keeps them in memory as one tensor, which other tools write."""

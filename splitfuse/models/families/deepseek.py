@@ -12,6 +12,7 @@ from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
     EXPERT_NAMES,
+    FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     accept_only,
@@ -195,7 +196,13 @@ def _magnitude(config: ConfigJson) -> float:
 
 
 FAMILIES = {
-    "DeepseekV2ForCausalLM": Family("deepseek_v2", deepseek_v2, DEEPSEEK_NAMES, further_layers=True),
-    "DeepseekV3ForCausalLM": Family("deepseek_v3", deepseek_v3, DEEPSEEK_NAMES, further_layers=True),
-    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", glm4_moe_lite, DEEPSEEK_NAMES, further_layers=True),
+    "DeepseekV2ForCausalLM": Family(
+        "deepseek_v2", deepseek_v2, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        "deepseek_v3", deepseek_v3, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
+    ),
+    "Glm4MoeLiteForCausalLM": Family(
+        "glm4_moe_lite", glm4_moe_lite, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
+    ),
 }
