@@ -39,6 +39,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     GptOssForCausalLM,
     GraniteForCausalLM,
+    GraniteMoeForCausalLM,
     HunYuanDenseV1ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -424,6 +425,15 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "granite-biases": lambda: tiny(
         GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, residual_multiplier=0.5
+    ),
+    "granite-moe": lambda: tiny(
+        GraniteMoeForCausalLM,
+        num_local_experts=6,
+        attention_bias=True,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
     ),
     "hunyuan-dense-alpha": lambda: tiny(
         HunYuanDenseV1ForCausalLM,

@@ -17,6 +17,7 @@ from transformers import (
     Ernie4_5Config,
     Glm4MoeConfig,
     GptOssConfig,
+    GraniteMoeConfig,
     MiniMaxM2Config,
     OlmoeConfig,
     PreTrainedConfig,
@@ -47,6 +48,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "Ernie4_5_MoeForCausalLM": Ernie4_5_MoeConfig,
     "Glm4MoeForCausalLM": Glm4MoeConfig,
     "GptOssForCausalLM": GptOssConfig,
+    "GraniteMoeForCausalLM": GraniteMoeConfig,
     "MiniMaxM2ForCausalLM": MiniMaxM2Config,
     "OlmoeForCausalLM": OlmoeConfig,
     "Qwen2MoeForCausalLM": Qwen2MoeConfig,
@@ -208,6 +210,7 @@ def first_logits(folder: Path) -> tuple[torch.Tensor, Decoder]:
         "dots1",
         "minimax-m2",
         "deepseek-v3",
+        "granite-moe",
     ],
 )
 def test_experts_in_one_tensor_are_the_same_network(variant: str, tmp_path: Path) -> None:

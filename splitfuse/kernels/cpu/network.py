@@ -64,6 +64,8 @@ def uncovered(plan: NetworkPlan) -> str | None:
             return "norms of whole rows of queries and keys after they are rotated"
         if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
+        if isinstance(mlp, ExpertsSpec) and mlp.own_norm is not None and (mlp.shared is None or layer.parallel):
+            return "norms of experts of their own in such a layer"
         if isinstance(mlp, ExpertsSpec) and mlp.router.num_groups > MAX_GROUPS:
             return f"more than {MAX_GROUPS} groups of experts"
     return None

@@ -26,6 +26,7 @@ from splitfuse.models.families.common import (
     windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.layouts import Stored, of_expert
 from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec
 
@@ -39,6 +40,18 @@ PHI3_NAMES: WeightNames = {
     **DECODER_NAMES,
     "qkv": ("model.layers.{layer}.self_attn.qkv_proj.weight",),
     "mlp.gate_up": ("model.layers.{layer}.mlp.gate_up_proj.weight",),
+}
+_BLOCK_SPARSE = "model.layers.{layer}.block_sparse_moe."
+GRANITE_MOE_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    "router": (f"{_BLOCK_SPARSE}router.layer.weight",),
+    "w13": (of_expert(Stored(f"{_BLOCK_SPARSE}input_linear.weight")),),
+    "w2": (of_expert(Stored(f"{_BLOCK_SPARSE}output_linear.weight")),),
+}
+GRANITE_MOE_IN_MEMORY: WeightNames = {
+    "router": (f"{_BLOCK_SPARSE}router.weight",),
+    "w13": (of_expert(Stored(f"{_BLOCK_SPARSE}experts.gate_up_proj")),),
+    "w2": (of_expert(Stored(f"{_BLOCK_SPARSE}experts.down_proj")),),
 }
 ARCEE_NAMES: WeightNames = {**DECODER_NAMES, "mlp.up_bias": ("model.layers.{layer}.mlp.up_proj.bias",)}
 HUNYUAN_NAMES: WeightNames = {
@@ -136,16 +149,26 @@ def cwm(config: ConfigJson) -> ModelSpec:
     )
 
 
-def granite(config: ConfigJson) -> ModelSpec:
-    """Return the network of a GraniteForCausalLM: Llama with multipliers of embedding, scores, blocks and logits."""
+def granite(config: ConfigJson, inner: ExpertsSpec | None = None) -> ModelSpec:
+    """Return the network of a GraniteForCausalLM: Llama with multipliers of embedding, scores, blocks and logits, and
+    with `inner` experts in place of its MLP.
+    """
     return decoder(
         config,
         _biased(config, scale=config.number("attention_multiplier", 1.0)),
-        mlp(config, bias=config.flag("mlp_bias", False)),
+        inner or mlp(config, bias=config.flag("mlp_bias", False)),
         layer={"residual_scale": config.number("residual_multiplier", 1.0)},
         embed_scale=config.number("embedding_multiplier", 1.0),
         logit_scale=1 / config.number("logits_scaling", 1.0),
     )
+
+
+def granite_moe(config: ConfigJson) -> ModelSpec:
+    """Return the network of a GraniteMoeForCausalLM."""
+    router = RouterSpec(
+        num_experts=num_experts(config, 8), top_k=config.integer("num_experts_per_tok", 2), renormalize=True
+    )
+    return granite(config, ExpertsSpec(router=router, expert=mlp(config)))
 
 
 def arcee(config: ConfigJson) -> ModelSpec:
@@ -189,6 +212,7 @@ FAMILIES = {
     "ArceeForCausalLM": Family("arcee", arcee, ARCEE_NAMES),
     "CwmForCausalLM": Family("cwm", cwm, DECODER_NAMES),
     "GraniteForCausalLM": Family("granite", granite, DECODER_NAMES),
+    "GraniteMoeForCausalLM": Family("granitemoe", granite_moe, GRANITE_MOE_NAMES, (GRANITE_MOE_IN_MEMORY,)),
     "HunYuanDenseV1ForCausalLM": Family("hunyuan_v1_dense", hunyuan_dense, HUNYUAN_NAMES),
     "InternLM3ForCausalLM": Family("internlm3", internlm3, DECODER_NAMES),
     "LLaMAForCausalLM": Family("llama", original_llama, DECODER_NAMES),

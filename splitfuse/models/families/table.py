@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
 
 TYPICAL: dict[str, dict[str, Any]] = {
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    "GraniteMoeForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
     "Lfm2ForCausalLM": {"full_attn_idxs": [2, 5, 8, 10]},
 }
 """Fields of real models of families whose defaults hide what they have."""
@@ -63,6 +64,7 @@ MODELS = {
     "GlmForCausalLM": "GLM-4 9B",
     "GptOssForCausalLM": "gpt-oss",
     "GraniteForCausalLM": "Granite 3, 4 dense",
+    "GraniteMoeForCausalLM": "Granite 3 with experts",
     "HunYuanDenseV1ForCausalLM": "Hunyuan dense",
     "InternLM3ForCausalLM": "InternLM 3",
     "LLaMAForCausalLM": "LLaMA as first converted",
