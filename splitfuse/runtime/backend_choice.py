@@ -16,7 +16,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS
-from splitfuse.kernels.cpu.network import in_one_call, uncovered
+from splitfuse.kernels.cpu.network import uncovered
 from splitfuse.kernels.interface import Backend, Capabilities, LayerSpec, NetworkPlan, NetworkWeights, NormSpec, Role
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
@@ -61,12 +61,11 @@ class Candidate:
 
 
 def in_cpp(layers: tuple[LayerSpec, ...]) -> str:
-    """Return how the C++ kernels compute such layers, in a word or two: in one call, operation by operation, or not."""
+    """Return how the C++ kernels compute such layers, in a word or two: in one call, or not."""
     weights = NetworkWeights(embed=None, layers=(), norm=torch.empty(0), head=None)
     plan = NetworkPlan(layers=layers, weights=weights, ropes=(), norm=NormSpec(eps=1e-6))
-    if (reason := uncovered(plan)) is not None:
-        return f"no: {reason}"
-    return "fused" if in_one_call(plan) else "by operation"
+    reason = uncovered(plan)
+    return "fused" if reason is None else f"no: {reason}"
 
 
 def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:

@@ -242,8 +242,40 @@ BRANCHES = network(  # experts next to an MLP with norms of their own, experts w
     ),
     LayerSpec(mixer=heads(), mlp=replace(make_experts(9, 3, 50), shared=dense(70, "silu"), own_norm=EPS)),
 )
+
+
+def delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, conv_size: int) -> DeltaSpec:
+    return DeltaSpec(
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        conv_size=conv_size,
+        norm=EPS,
+    )
+
+
+RECURRENT = network(
+    LayerSpec(mixer=delta_net(2, 6, 10, 18, 4), mlp=dense(130, "silu")),
+    LayerSpec(mixer=ConvSpec(num_channels=96, conv_size=3), mlp=make_experts(5, 2, 50)),
+    LayerSpec(mixer=heads(gate=True, qk_norm=HeadNormSpec(norm=EPS)), mlp=dense(17, "silu")),
+    LayerSpec(mixer=delta_net(1, 1, 33, 70, 2), mlp=dense(40, "silu"), parallel=True),
+    LayerSpec(
+        mixer=ConvSpec(num_channels=50, conv_size=5, bias=True),
+        mlp=None,
+        norms=NormPlace.AROUND,
+        residual_scale=0.7,
+    ),
+)
 UNIFORM = {"plain": PLAIN, "everything": EVERYTHING, "odd": ODD, "experts": EXPERTS}
-UNEQUAL = {"sandwich": SANDWICH, "classic": CLASSIC, "tempered": TEMPERED, "borrowed": BORROWED, "branches": BRANCHES}
+UNEQUAL = {
+    "sandwich": SANDWICH,
+    "classic": CLASSIC,
+    "tempered": TEMPERED,
+    "borrowed": BORROWED,
+    "branches": BRANCHES,
+    "recurrent": RECURRENT,
+}
 SPECS = [pytest.param(spec, id=name) for name, spec in (UNIFORM | UNEQUAL).items()]
 
 
@@ -270,8 +302,9 @@ class RandomWeights(DummyWeights):
     @contextmanager
     def read(self, piece: Piece) -> Iterator[Tensor]:
         with super().read(piece) as tensor:
-            is_table = piece.name.startswith(("embed", "positions")) or len(piece.shape) == 1
-            yield tensor / SCALE / (1 if is_table else piece.shape[1] ** 0.5)
+            is_table = piece.name.startswith(("embed", "positions", "conv")) or len(piece.shape) == 1
+            scaled = tensor / SCALE / (1 if is_table else piece.shape[1] ** 0.5)
+            yield scaled.abs() if piece.name.startswith("decay of") else scaled
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ from splitfuse.kernels.cpu.bindings import (
     vector_address,
 )
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
-from splitfuse.kernels.cpu.network import compile_network, uncovered
+from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
 from splitfuse.kernels.interface import (
     AttentionSpec,
@@ -354,4 +354,4 @@ class CpuBackend(Backend):
     def compile_network(self, plan: NetworkPlan) -> Network | None:
         if (reason := uncovered(plan)) is not None:
             raise UnsupportedModelError(f"the C++ kernels do not compute {reason}: set kernels=reference")
-        return compile_network(self.library, plan)
+        return FusedNetwork(self.library, plan)

@@ -384,6 +384,36 @@ def _taps_address(taps: Tensor | None, spec: DeltaSpec | ConvSpec) -> int | None
     return taps.data_ptr()
 
 
+class Recurrent(Struct):
+    """Describes a mixer with a state; what it does not have is null."""
+
+    _fields_ = [
+        *_fields(c_void_p, "in_proj", "in_proj_bias", "gates", "out_proj", "out_proj_bias"),
+        ("delta", Delta),
+        ("conv", ShortConv),
+        ("states", States),
+    ]
+
+    @classmethod
+    def of(cls, spec: DeltaSpec | ConvSpec, weights: LayerWeights, hidden: int) -> Recurrent:
+        """Return the mixer of a layer without its states; the caller keeps the weights alive."""
+        in_proj, out_proj = weights.in_proj, weights.out_proj
+        assert in_proj.columns == out_proj.rows == hidden
+        mixer = cls(in_proj=in_proj.address, out_proj=out_proj.address)
+        mixer.in_proj_bias = vector_address(weights.in_proj_bias, in_proj.rows)
+        mixer.out_proj_bias = vector_address(weights.out_proj_bias, hidden)
+        if isinstance(spec, DeltaSpec):
+            values = spec.num_value_heads * spec.value_dim
+            assert (in_proj.rows, out_proj.columns) == (spec.num_channels + values, values)
+            assert (weights.gates.rows, weights.gates.columns) == (2 * spec.num_value_heads, hidden)
+            assert weights.gates.format == BF16  # packed as in_proj is, if that is in bf16
+            mixer.gates, mixer.delta = weights.gates.address, Delta.of(spec, weights)
+        else:
+            assert (in_proj.rows, out_proj.columns) == (3 * spec.num_channels, spec.num_channels)
+            mixer.conv = ShortConv.of(spec, weights)
+        return mixer
+
+
 class Router(Struct):
     """Says how tokens choose among experts by their scores."""
 
@@ -470,6 +500,7 @@ class Layer(Struct):
         ("latent", Latent),
         ("heads", Heads),
         ("store", Store),
+        ("recurrent", Recurrent),
         *_fields(Norm, "mlp_norm", "post_mlp_norm"),
         ("mlp", Mlp),
         ("mixture", c_void_p),

@@ -22,6 +22,8 @@ from splitfuse.kernels.cpu.bindings import (
     Mlp,
     Network,
     Norm,
+    Recurrent,
+    States,
     Step,
     Store,
     TokenInput,
@@ -43,16 +45,6 @@ from splitfuse.kernels.interface import (
 )
 
 MOST_TAPS = 16  # in csrc/delta.h too
-
-
-def compile_network(library: Library, plan: NetworkPlan) -> FusedNetwork | None:
-    """Return the network as one call; None if it has layers that csrc/layers.h does not compute."""
-    return FusedNetwork(library, plan) if in_one_call(plan) else None
-
-
-def in_one_call(plan: NetworkPlan) -> bool:
-    """Return whether csrc/layers.h computes all layers."""
-    return not any(isinstance(layer.mixer, DeltaSpec | ConvSpec) for layer in plan.layers)
 
 
 def uncovered(plan: NetworkPlan) -> str | None:
@@ -80,7 +72,7 @@ class FusedNetwork:
         self._weights = weights  # they own the memory, and these own vectors and arrays:
         self._heads: list[Heads] = []
         self._mixtures: list[Mixture] = []
-        self._first_store: weakref.ref[Store] | None = None  # weak: a cache that its engine gave up is not kept
+        self._first_store: weakref.ref[Store | States] | None = None  # weak: a cache that is given up is not kept
         self._layers = (Layer * len(plan.layers))()
         packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
@@ -123,6 +115,8 @@ class FusedNetwork:
     def _set_layer(self, entry: Layer, spec: LayerSpec, layer: LayerWeights, plan: NetworkPlan, hidden: int) -> None:
         if isinstance(spec.mixer, AttentionSpec):
             self._set_attention(entry, spec.mixer, layer, plan.ropes, hidden)
+        elif spec.mixer is not None:
+            entry.recurrent = Recurrent.of(spec.mixer, layer, hidden)
         if isinstance(spec.mlp, ExpertsSpec):
             self._set_experts(entry, spec.mlp, layer, hidden)
         elif spec.mlp is not None:
@@ -168,7 +162,7 @@ class FusedNetwork:
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 
-    def __call__(self, stores: Sequence[Store | None], batch: RaggedBatch) -> Tensor:
+    def __call__(self, stores: Sequence[Store | States | None], batch: RaggedBatch) -> Tensor:
         """Return the normed hidden states [R, C] of `logit_rows`, in bf16.
 
         Raises IndexError for a step that cannot be computed.
@@ -178,13 +172,20 @@ class FusedNetwork:
         assert end == batch.packed.data_ptr() + batch.packed.nbytes
         arrays = Step(batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows, *addresses)
         first = next(store for store in stores if store is not None)
-        vocabulary = self._network.vocabulary
-        arrays.check(self._library, first, max_position=self._max_position, vocabulary=vocabulary)
+        arrays.check(
+            self._library,
+            next((store for store in stores if isinstance(store, Store)), None),
+            max_position=self._max_position,
+            vocabulary=self._network.vocabulary,
+            states=next((store for store in stores if isinstance(store, States)), None),
+        )
         rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not first:
                 for entry, store in zip(self._layers, stores, strict=True):
-                    if store is not None:
+                    if isinstance(store, States):
+                        entry.recurrent.states = store
+                    elif store is not None:
                         entry.store = store
                 self._first_store = weakref.ref(first)
             self._library.network(arrays.address, self._network.address, rows.data_ptr())

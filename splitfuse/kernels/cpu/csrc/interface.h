@@ -140,6 +140,18 @@ struct ShortConv {
     std::int32_t taps;
 };
 
+// A mixer with a state: a delta net, or a short convolution if there are no gates.
+struct Recurrent {
+    const Weight* in_proj;
+    const std::uint16_t* in_proj_bias;
+    const Weight* gates;
+    const Weight* out_proj;
+    const std::uint16_t* out_proj_bias;
+    Delta delta;
+    ShortConv conv;
+    States states;
+};
+
 // How tokens choose among experts by their scores. See RouterSpec in kernels/interface.py.
 struct Router {
     const float* choice_bias;  // [E], or null
@@ -186,6 +198,7 @@ struct Layer {
     Latent latent;
     Heads heads;
     Store store;
+    Recurrent recurrent;             // in place of attention
     Norm mlp_norm;
     Norm post_mlp_norm;
     Mlp mlp;

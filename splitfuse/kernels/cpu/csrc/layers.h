@@ -162,6 +162,39 @@ inline void reserve_attention_block(Workspace& work, const Step& step, const Lay
     work.reserve_attention(step, layer.heads, layer.store);
 }
 
+// Computes a layer's delta net or short convolution of x, the residual stream.
+inline void recurrent_block(Team& team, Workspace& work, const Step& step, const Layer& layer, const float* x, Output out) {
+    const Recurrent& r = layer.recurrent;
+    const i64 tokens = step.tokens;
+    u16* mixed = reinterpret_cast<u16*>(work.attn_out.data());
+    Output projected, gates;
+    projected.y = reinterpret_cast<float*>(work.qkv.data());
+    projected.bias = r.in_proj_bias;
+    Operand operand = pack_read(team, work, *r.in_proj, x, tokens, layer.attn_norm);
+    multiply(team, operand, *r.in_proj, projected);
+    if (r.gates) {
+        if (r.gates->format != r.in_proj->format) operand = pack_read(team, work, *r.gates, x, tokens, layer.attn_norm);
+        gates.y = reinterpret_cast<float*>(work.gates.data());
+        multiply(team, operand, *r.gates, gates);
+        delta(team, work, step, r.delta, r.states, projected.y, gates.y, mixed);
+    } else {
+        short_conv(team, step, r.conv, r.states, projected.y, mixed);
+    }
+    out.bias = r.out_proj_bias;
+    linear(team, mixed, tokens, *r.out_proj, work.memory(team.rank), out);
+}
+
+inline void reserve_recurrent_block(Workspace& work, const Step& step, const Recurrent& r) {
+    const i64 tokens = step.tokens;
+    for (const Weight* w : {r.in_proj, r.out_proj}) work.reserve_operand(*w, tokens);
+    work.qkv.reserve(tokens * r.in_proj->rows * 4);
+    work.attn_out.reserve(tokens * r.out_proj->columns * 2);
+    if (!r.gates) return;
+    work.reserve_operand(*r.gates, tokens);
+    work.gates.reserve(tokens * r.gates->rows * 4);
+    reserve_delta(work, r.delta);
+}
+
 // Computes an MLP of rows that are packed.
 inline void mlp_block(Team& team, Workspace& work, const Mlp& mlp, const Operand& operand, Output out) {
     Output inner;
@@ -293,8 +326,10 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
     const i64 tokens = step.tokens;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
     if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
-    if (layer.qkv) {
-        attention_block(team, work, step, layer, x, block_output(work, layer, layer.post_attn_norm, x));
+    if (layer.qkv || layer.recurrent.in_proj) {
+        const Output out = block_output(work, layer, layer.post_attn_norm, x);
+        if (layer.qkv) attention_block(team, work, step, layer, x, out);
+        else recurrent_block(team, work, step, layer, x, out);
         if (layer.post_attn_norm.weight) add_branch(team, work, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
     }
     if (layer.mixture) {
@@ -315,6 +350,7 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
 inline void reserve_layer(Workspace& work, const Step& step, const Layer& layer, i64 hidden) {
     const i64 tokens = step.tokens;
     if (layer.qkv) reserve_attention_block(work, step, layer);
+    else if (layer.recurrent.in_proj) reserve_recurrent_block(work, step, layer.recurrent);
     if (layer.mixture) reserve_experts_block(work, *layer.mixture, tokens);
     else if (layer.mlp.up) reserve_mlp_block(work, layer.mlp, tokens);
     if (layer.token_input.gate) reserve_token_input(work, layer.token_input, tokens);

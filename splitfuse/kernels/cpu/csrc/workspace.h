@@ -54,7 +54,7 @@ struct Workspace {
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
-    Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gated, partials, token_inputs;
+    Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_kv;  // of latent attention
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
