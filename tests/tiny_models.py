@@ -599,7 +599,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         block_auto_adjust_ff_dim=False,
         tie_word_embeddings=False,
     ),
-    "qwen3.5": qwen3_5,
+    "qwen3.5": lambda: qwen3_5(max_position_embeddings=640),
     "qwen3.5-vision": lambda: tiny_with_vision(
         Qwen3_5ForConditionalGeneration,
         head_dim=16,
