@@ -80,7 +80,7 @@ def model_sentence() -> str:
     """The number of architectures, and what is known by them."""
     found = model_rows()
     models = sorted({row.models for row in found if row.models}, key=str.lower)
-    return f"{len(found)} architectures: {'; '.join(models)}.\n"
+    return f"{len(found)} architectures, among them {'; '.join(models)}.\n"
 
 
 TABLES = {

@@ -1,4 +1,4 @@
-"""Keeps the garbage collector off what is loaded for good."""
+"""Exempt loaded objects from garbage collection: a full collection pauses all requests for tens of milliseconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 
 
 def freeze() -> None:
-    """Let no full collection walk what is there now, which stops all requests for tens of milliseconds."""
+    """Collect once, then exempt every object that is left from later collections."""
     gc.unfreeze()  # what an earlier call has frozen, and is gone since
     gc.collect()
     gc.freeze()

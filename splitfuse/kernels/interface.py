@@ -301,10 +301,11 @@ class LayerSpec:
 
 
 class Role(Enum):
-    """Says what a weight is for: a backend chooses the format by it. Values are fields of LayerWeights, or "head".
+    """Says what a weight is for: a backend chooses the format by it. Values, but for "plain" and "norm", are fields of
+    LayerWeights, MlpWeights and NetworkWeights.
 
     PLAIN is everything that is looked up or added rather than multiplied: biases, an embedding. NORM is kept in fp32:
-    norms, and the small weights of recurrent layers.
+    norms, the small weights of recurrent layers, choice_bias, expert_scale and output_scale.
     """
 
     PLAIN = "plain"

@@ -51,7 +51,6 @@ def test_latent_attention_defaults(architecture: str, theirs: Any) -> None:
             nope_dim=theirs.qk_nope_head_dim,
             v_dim=theirs.v_head_dim,
         ),
-        scale=width**-0.5,
     )
     assert {layer.mixer for layer in spec.layers} == {attention}
     assert (spec.norm.eps, spec.tied_embeddings) == (theirs.rms_norm_eps, False)

@@ -28,23 +28,37 @@ def test_words_are_of_fields_that_specs_have() -> None:
     ("architecture", "properties"),
     [
         ("LlamaForCausalLM", ()),
-        ("SmolLM3ForCausalLM", ("no rope in some layers",)),
-        ("GlmForCausalLM", ("biases", "rope of a part of each head")),
-        ("Qwen3_5ForConditionalGeneration", ("gated attention", "norms of heads", "gated delta nets")),
+        ("SmolLM3ForCausalLM", ("NoPE layers",)),
+        ("GlmForCausalLM", ("biases", "partial rope")),
+        ("Qwen3_5ForConditionalGeneration", ("gated attention", "QK norm", "gated delta nets")),
     ],
 )
 def test_properties_of_a_family(architecture: str, properties: tuple[str, ...]) -> None:
     assert set(properties) <= set(table.properties(table.default_spec(architecture)))
 
 
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM"])
+def test_the_default_scale_of_mla_is_no_property(architecture: str) -> None:
+    found = table.properties(table.default_spec(architecture))
+    assert "MLA" in found
+    assert "attention scale" not in found
+
+
+def test_models_published_quantized_need_a_bf16_copy() -> None:
+    limits = {row.architecture: row.limits for row in table.rows()}
+    assert limits["GptOssForCausalLM"] == "needs a bf16 copy"
+    assert limits["Qwen3VLForConditionalGeneration"] == "text only"
+    assert limits["LlamaForCausalLM"] == ""
+
+
 def test_a_property_is_one_of_any_layer() -> None:
     spec = table.default_spec("LlamaForCausalLM")
     layer = replace(spec.layers[3], mixer=replace(spec.layers[3].mixer, window=9))
-    assert table.properties(replace(spec, layers=(*spec.layers[:3], layer, *spec.layers[4:]))) == ("windows",)
+    assert table.properties(replace(spec, layers=(*spec.layers[:3], layer, *spec.layers[4:]))) == ("sliding window",)
 
 
 def test_the_command_prints_the_table() -> None:
     ended = CliRunner().invoke(app, ["models"])
     assert ended.exit_code == 0
     assert all(name in ended.output for name in FAMILIES)
-    assert "text alone" in ended.output
+    assert "text only" in ended.output

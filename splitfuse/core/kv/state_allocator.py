@@ -19,7 +19,8 @@ from splitfuse.core.plan import ZERO_STATE
 class StateAllocator:
     """Hands out `num_slots` slots. Not thread-safe.
 
-    In a step a running request may read a snapshot and write another slot: two slots for each always suffice.
+    In a step a running request may read a snapshot and write another slot: two slots for each always suffice while
+    only one step is in flight. With two steps, the slot that the first writes and the second reads would be a third.
     """
 
     def __init__(self, num_slots: int, *, interval: int | None, num_reserved: int = 0) -> None:

@@ -287,7 +287,7 @@ def accept_only(config: ConfigJson, **values: Any) -> None:
 
 
 def sigmoid_router(config: ConfigJson, **fields: Any) -> RouterSpec:
-    """Return the router of DeepSeek-V3 and its kin; `fields` are those of RouterSpec that differ."""
+    """Return the router of DeepSeek-V3 and similar models; `fields` are those of RouterSpec that differ."""
     read = {
         "num_experts": config.integer("n_routed_experts", 128),
         "top_k": config.integer("num_experts_per_tok", 8),

@@ -174,14 +174,16 @@ def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec]) -> Model
     if rope.rotary_dim != latent.rope_dim:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1 is not supported")
     width = latent.rope_dim + latent.nope_dim
+    head_dim = max(width, latent.v_dim)
+    scale = width**-0.5 * _magnitude(config) ** 2
     attention = AttentionSpec(
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=max(width, latent.v_dim),
+        head_dim=head_dim,
         latent=latent,
         qkv_bias=biased,
         o_bias=biased,
-        scale=width**-0.5 * _magnitude(config) ** 2,
+        scale=None if scale == head_dim**-0.5 else scale,
     )
     return decoder(config, attention, mlps, ropes=[rope])
 

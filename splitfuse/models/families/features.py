@@ -16,9 +16,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "experts": (r"(num|n|moe_num)_(local_|routed_|shared_)?experts", r"shared_experts?_\w+", "moe_intermediate_size"),
     "layers without experts among those with": ("first_k_dense_replace", "mlp_only_layers", "moe_layer_freq"),
     "experts chosen by groups": ("n_group", "topk_group"),
-    "experts beside an MLP": ("enable_moe_block", "moe_latent_size"),
+    "experts in addition to an MLP": ("enable_moe_block", "moe_latent_size"),
     "gates of experts of their own": (r"swiglu_(limit|alpha)", "zero_expert_num", "moe_apply_router_weight_on_input"),
-    "latent attention": (r"(q|kv|o)_lora_rank", "v_head_dim", r"qk_(nope|rope)_head_dim"),
+    "MLA": (r"(q|kv|o)_lora_rank", "v_head_dim", r"qk_(nope|rope)_head_dim"),
     "a sparse index of keys": (r"index_\w+", r"indexer_\w+", r"compress_\w+"),
     "differential attention": ("lambda_std_dev",),
     "chunked attention": ("attention_chunk_size",),
@@ -33,8 +33,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "hyper-connections": (r"hc_\w+",),
     "embeddings of n-grams": (r"ngram_\w+", "heads_per_ngram"),
-    "embeddings for each layer": (r"\w+_per_layer_input", r"ple_\w+", r"altup_\w+", "laurel_rank"),
-    "keys and values of other layers": ("num_kv_shared_layers", "attention_k_eq_v"),
+    "per-layer embeddings": (r"\w+_per_layer_input", r"ple_\w+", r"altup_\w+", "laurel_rank"),
+    "shared KV": ("num_kv_shared_layers",),
+    "K = V": ("attention_k_eq_v",),
     "attention to later tokens": (
         *(
             "use_bidirectional_attention",
@@ -72,14 +73,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "adapters": ("adapter_rank", "use_shared_attention_adapter"),
     "scaled logits": ("logit_scale", "logits_scaling", "mup_width_scale"),
     "biases": (r"(attention|mlp|qkv|lm_head|attention_out)_bias", r"use_(qkv_)?bias", "add_bias_linear", "bias"),
-    "norms of heads": ("qk_layernorm", "use_qk_norm", "qk_norm"),
-    "norms around blocks": ("use_sandwich_norm", "use_post_norm", "apply_residual_connection_post_layernorm"),
+    "QK norm": ("qk_layernorm", "use_qk_norm", "qk_norm"),
+    "post-norms": ("use_sandwich_norm", "use_post_norm"),
+    "residuals of normed inputs": ("apply_residual_connection_post_layernorm",),
     "parallel blocks": ("parallel_attn", "use_parallel_residual", "new_decoder_architecture"),
     "gated attention": ("use_attention_gate", "attn_output_gate", "use_gated_attn"),
-    "layers without rope": ("no_rope_layers", "no_rope_layer_interval"),
+    "NoPE layers": ("no_rope_layers", "no_rope_layer_interval"),
     "a rope for each layer": ("rope_local_base_freq", "layer_rope_theta", "swa_rope_theta"),
 }
-"""What a network has -> patterns of the fields that ask for it, if they are neither null, false, 0, 1 nor empty."""
+"""Feature -> patterns of its fields. A field asks for it unless it is null, false, 0, 1 or empty."""
 
 _PATTERNS = {what: re.compile("|".join(patterns)) for what, patterns in FEATURES.items()}
 

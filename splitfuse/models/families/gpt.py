@@ -163,7 +163,7 @@ def gptj(config: ConfigJson) -> ModelSpec:
 
 
 def gpt_neox(config: ConfigJson) -> ModelSpec:
-    """Return the network of a GPTNeoXForCausalLM: Pythia and its kin."""
+    """Return the network of a GPTNeoXForCausalLM: Pythia and similar models."""
     config = config.renamed({"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"})
     biased = config.flag("attention_bias", True)
     attention = read_attention(config, qkv_bias=biased, o_bias=biased)

@@ -1,5 +1,5 @@
-"""Reads Llama and its kin, which differ from it in a property or two: windows, layers without rope, multipliers, an MLP
-without gate, norms of heads.
+"""Reads Llama and similar models, which differ from it in a property or two: sliding windows, NoPE layers, multipliers,
+an ungated MLP, QK norm.
 """
 
 from __future__ import annotations

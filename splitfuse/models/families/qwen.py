@@ -143,7 +143,7 @@ def mellum(config: ConfigJson) -> ModelSpec:
 
 
 def _upper_layer_windows(config: ConfigJson) -> Windows:
-    """Qwen's rule: if windows are on, layer_types says where; without it, the layers from max_window_layers on."""
+    """Return the window of each layer: from layer_types, else from max_window_layers on."""
     layers = range(num_layers(config))
     if not config.flag("use_sliding_window", False):
         return (None,) * len(layers)

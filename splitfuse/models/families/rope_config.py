@@ -23,7 +23,7 @@ MAX_POSITION = 2**24
 
 
 MROPE = ("mrope_section", "mrope_interleaved")
-"""Fields of ropes that take parts of a head's pairs from the time, height and width of an image's parts."""
+"""Rope fields that assign pairs of a head to time, height and width (multimodal rope)."""
 
 
 def read_rope(

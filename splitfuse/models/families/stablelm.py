@@ -78,7 +78,7 @@ def starcoder2(config: ConfigJson) -> ModelSpec:
 
 
 def nemotron(config: ConfigJson) -> ModelSpec:
-    """Return the network of a NemotronForCausalLM: Minitron and its kin."""
+    """Return the network of a NemotronForCausalLM: Minitron and similar models."""
     biased = config.flag("attention_bias", False)
     attention = read_attention(config, qkv_bias=biased, o_bias=biased)
     return decoder(

@@ -30,7 +30,7 @@ TYPICAL: dict[str, dict[str, Any]] = {
     "GraniteMoeForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
     "Lfm2ForCausalLM": {"full_attn_idxs": [2, 5, 8, 10]},
 }
-"""Fields of real models of families whose defaults hide what they have."""
+"""Config fields of released models, for families whose defaults leave a feature off."""
 
 MODELS = {
     "AquilaForCausalLM": "Aquila 2",
@@ -63,7 +63,7 @@ MODELS = {
     "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
     "GlmForCausalLM": "GLM-4 9B",
     "GptOssForCausalLM": "gpt-oss",
-    "GraniteForCausalLM": "Granite 3, 4 dense",
+    "GraniteForCausalLM": "Granite 3",
     "GraniteMoeForCausalLM": "Granite 3 with experts",
     "HunYuanDenseV1ForCausalLM": "Hunyuan dense",
     "InternLM3ForCausalLM": "InternLM 3",
@@ -108,35 +108,38 @@ MODELS = {
 }
 """Architecture -> models that have it."""
 
+QUANTIZED = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "MiniMaxM2ForCausalLM")
+"""Architectures whose models are published in FP8 or MXFP4, which is refused."""
+
 WORDS: dict[str, str | None] = {
     "AttentionSpec.alibi": "ALiBi",
     "AttentionSpec.chunk": "chunked attention",
     "AttentionSpec.gate": "gated attention",
-    "AttentionSpec.kv_layer": "keys and values of other layers",
-    "AttentionSpec.latent": "latent attention",
+    "AttentionSpec.kv_layer": "shared KV",
+    "AttentionSpec.latent": "MLA",
     "AttentionSpec.o_bias": "biases",
-    "AttentionSpec.qk_norm": "norms of heads",
+    "AttentionSpec.qk_norm": "QK norm",
     "AttentionSpec.qkv_bias": "biases",
     "AttentionSpec.query_scaling": "queries scaled by position",
-    "AttentionSpec.rope": "no rope in some layers",
-    "RopeSpec.rotary_dim": "rope of a part of each head",
-    "AttentionSpec.scale": "scaled scores",
+    "AttentionSpec.rope": "NoPE layers",
+    "RopeSpec.rotary_dim": "partial rope",
+    "AttentionSpec.scale": "attention scale",
     "AttentionSpec.sinks": "attention sinks",
     "AttentionSpec.softcap": "soft caps",
     "AttentionSpec.v_norm": "norms of values",
-    "AttentionSpec.value_is_key": "values by the rows of keys",
-    "AttentionSpec.window": "windows",
+    "AttentionSpec.value_is_key": "K = V",
+    "AttentionSpec.window": "sliding window",
     "ConvSpec": "short convolutions",
     "DeltaSpec": "gated delta nets",
     "ExpertsSpec": "experts",
     "ExpertsSpec.shared": "a shared expert",
-    "LayerSpec.norms": "norms behind the blocks",
+    "LayerSpec.norms": "post-norms",
     "LayerSpec.output_scale": "scaled layers",
     "LayerSpec.parallel": "parallel blocks",
     "LayerSpec.residual_scale": "scaled blocks",
-    "LayerSpec.token_input": "inputs for each layer",
+    "LayerSpec.token_input": "per-layer embeddings",
     "MlpSpec.bias": "biases",
-    "MlpSpec.gated": "MLPs without gate",
+    "MlpSpec.gated": "ungated MLP",
     "ModelSpec.embed_scale": "scaled embeddings",
     "ModelSpec.head_bias": "biases",
     "ModelSpec.learned_positions": "learned positions",
@@ -164,17 +167,17 @@ def rows() -> list[Row]:
     """Return a row for each architecture, in alphabetical order.
 
     >>> next(row for row in rows() if row.architecture == "SmolLM3ForCausalLM").properties
-    ('no rope in some layers',)
+    ('NoPE layers',)
     """
     return [
         Row(
             architecture=name,
             models=MODELS.get(name, ""),
             properties=properties(spec := default_spec(name)),
-            limits="text alone" if family.text_types else "",
+            limits=", ".join(_limits(name)),
             spec=spec,
         )
-        for name, family in sorted(FAMILIES.items(), key=lambda item: item[0].lower())
+        for name in sorted(FAMILIES, key=str.lower)
     ]
 
 
@@ -192,6 +195,14 @@ def properties(spec: ModelSpec) -> tuple[str, ...]:
     if not spec.ropes:  # its positions are learned or ALiBi's
         found.discard("AttentionSpec.rope")
     return tuple(dict.fromkeys(word for part, word in WORDS.items() if part in found and word))
+
+
+def _limits(architecture: str) -> Iterator[str]:
+    """Yield the limits of an architecture, in words."""
+    if FAMILIES[architecture].text_types:
+        yield "text only"
+    if architecture in QUANTIZED:
+        yield "needs a bf16 copy"
 
 
 def _parts(value: Any) -> Iterator[str]:

@@ -15,7 +15,9 @@ SEED = 0
 
 
 class DummyWeights(WeightSource):
-    """Makes every tensor that is asked for: the same at each start, too small to overflow, norms of 1."""
+    """Makes every tensor that is asked for, the same at each start: ones if its name ends in norm.weight, else random
+    numbers too small to overflow.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
