@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import re
 import resource
 import socket
 import ssl
@@ -222,12 +223,12 @@ class _BoundedHeads(h11.Connection):
     is_too_long = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """h11."""
+        """Refuse a head of too many lines, then parse as h11 does."""
         if self.their_state is h11.IDLE:
-            head = self.trailing_data[0].partition(b"\r\n\r\n")[0]
+            head = re.split(rb"\n\r?\n", self.trailing_data[0], maxsplit=1)[0]  # h11 takes bare line feeds too
             if head.count(b"\n") > MAX_HEADERS:
                 self.is_too_long = True
-                raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
+                raise h11.RemoteProtocolError("too many headers")
         return super().next_event()
 
 
@@ -252,12 +253,12 @@ class Connection(H11Protocol):
         return Waits.REQUEST if is_between else Waits.HEAD
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio."""
+        """Give the place of the connection free."""
         super().connection_lost(exc)
         self._all.gone(self)
 
     def data_received(self, data: bytes) -> None:
-        """asyncio."""
+        """Read as uvicorn does, note what the connection waits for, and keep reading behind a pipelined request."""
         super().data_received(data)
         is_body = self.cycle is not None and self.cycle.more_body
         self._all.note(self, self.waits, anew=is_body)
@@ -269,10 +270,10 @@ class Connection(H11Protocol):
                 self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn."""
+        """Answer 400; a head of too many lines has a message of its own."""
         super().send_400_response(f"a request has at most {MAX_HEADERS} headers" if self.conn.is_too_long else msg)
 
     def on_response_complete(self) -> None:
-        """uvicorn."""
+        """Go on as uvicorn does, and note that the connection waits for another request."""
         super().on_response_complete()
         self._all.note(self, self.waits, anew=True)

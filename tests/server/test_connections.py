@@ -279,6 +279,17 @@ def test_a_head_of_too_many_headers_is_refused_unread(behind: bytes) -> None:
     asyncio.run(run())
 
 
+def test_lines_of_a_body_are_none_of_a_head_that_ends_in_bare_line_feeds() -> None:
+    async def run() -> None:
+        async with serving() as server:
+            server.go_on.set()
+            body = b"\n" * (MAX_HEADERS + 1)
+            head = b"POST /slow HTTP/1.1\nhost: x\ncontent-length: %d\n\n" % len(body)
+            assert await is_answered(await server.connect(), head + body)
+
+    asyncio.run(run())
+
+
 PIPELINED = {"nothing": b"", "a byte": b"G", "a request": GET, "in one packet": GET}
 
 
