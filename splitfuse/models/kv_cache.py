@@ -69,6 +69,8 @@ class KVCache:
                 self.layers.append(allocate(layer.mixer))
         except RuntimeError as error:  # what torch raises on every device when memory runs out
             size = num_blocks * block_bytes(spec, block_size=block_size, dtype=dtype, backend=backend)
-            raise MemoryPlanError(
-                f"no memory for a KV cache of {num_blocks} blocks ({size / 2**30:.1f} GiB): choose a smaller num_blocks"
-            ) from error
+            wanted, settings = f"a KV cache of {num_blocks} blocks ({size / 2**30:.1f} GiB)", "num_blocks"
+            if size := num_states * state_bytes(spec, backend):
+                wanted += f" and {num_states} recurrent states ({size / 2**30:.1f} GiB)"
+                settings += " or max_num_seqs"
+            raise MemoryPlanError(f"no memory for {wanted}: choose a smaller {settings}") from error

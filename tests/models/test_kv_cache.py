@@ -10,7 +10,7 @@ from backends import variants
 
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.interface import Backend, ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.families.registry import spec_from_config
 from splitfuse.models.kv_cache import KVCache, block_bytes
@@ -68,7 +68,7 @@ def test_block_bytes_of_the_cpp_kernels(variant: str, kv_int8: bool) -> None:
 
 
 def test_out_of_memory() -> None:
-    with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
+    with pytest.raises(MemoryPlanError, match=r"choose a smaller num_blocks$"):
         cache(num_blocks=10**12, block_size=16)
 
 
@@ -76,6 +76,25 @@ def test_out_of_memory() -> None:
 def test_out_of_memory_in_cpp(variant: str) -> None:
     with pytest.raises(MemoryPlanError, match="choose a smaller num_blocks"):
         cache(num_blocks=10**12, block_size=32, backend=CpuBackend(variant=variant))
+
+
+def test_out_of_memory_names_the_states_of_a_hybrid() -> None:
+    mixer = ConvSpec(num_channels=2**20, conv_size=3)
+    spec = replace(SPEC, layers=(replace(SPEC.layers[0], mixer=mixer), *SPEC.layers[1:]))
+    wanted = (
+        r"no memory for a KV cache of 1 blocks \(0\.0 GiB\) and 128000000 recurrent states \(1000000\.0 GiB\): "
+        "choose a smaller num_blocks or max_num_seqs$"
+    )
+    with pytest.raises(MemoryPlanError, match=wanted):
+        KVCache(
+            spec,
+            num_blocks=1,
+            block_size=16,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            backend=ReferenceBackend(),
+            num_states=128 * 10**6,
+        )
 
 
 def test_block_size_is_checked_by_the_backend() -> None:
