@@ -6,6 +6,7 @@ Without a C++ compiler, or on another CPU, the package installs without it and c
 SPLITFUSE_KERNELS=required makes a missing compiler an error, SPLITFUSE_KERNELS=none leaves the library out: for wheels.
 """
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -43,10 +44,14 @@ class BuildWheel(bdist_wheel):
 
 wanted = os.environ.get("SPLITFUSE_KERNELS", "optional")
 extra = SANITIZE if os.environ.get("SPLITFUSE_SANITIZE") else []
+sources, headers = (sorted(SOURCES.glob(pattern)) for pattern in ("*.cpp", "*.h"))
+# The library tells bindings.py from which sources it was compiled: others' structs and functions may be different.
+digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, *headers))).hexdigest()
 library = Extension(
     "splitfuse.kernels.cpu.libsplitfuse_cpu",
-    sources=[str(path) for path in sorted(SOURCES.glob("*.cpp"))],
-    depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+    sources=[str(path) for path in sources],
+    depends=[str(path) for path in headers],
+    define_macros=[("SF_SOURCES", f"0x{digest[:16]}")],
     extra_compile_args=FLAGS + extra,
     extra_link_args=["-fopenmp", *extra],
     language="c++",

@@ -5,6 +5,7 @@ tensors that are not what the C++ functions take for granted are our own bugs.
 from __future__ import annotations
 
 import ctypes
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
-from splitfuse.kernels.cpu.bindings import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
+from splitfuse.kernels.cpu.bindings import BROKEN_RULES, MOST_TAPS, VARIANTS, choose_variant, supported_variants
 from splitfuse.kernels.interface import (
     AttentionSpec,
+    ConvSpec,
     LayerSpec,
     LayerWeights,
     MlpSpec,
@@ -140,6 +142,15 @@ def attend(backend: CpuBackend, store: Store, parts: dict[str, Any], **changes: 
     return backends.attend(backend, **options | named | changes)
 
 
+def conv(backend: CpuBackend, *, conv_size: int = 3, num_states: int = 1, state_write: int = 0) -> Tensor:
+    """Convolve the first two tokens of a request, from a state of zeros."""
+    spec = ConvSpec(num_channels=8, conv_size=conv_size)
+    states = backend.allocate_states(spec, num_slots=num_states, device=CPU)
+    numbers = {"query_start": [0, 2], "state_reads": [-1], "state_writes": [state_write]}
+    batch: Any = SimpleNamespace(**{name: torch.tensor(each, dtype=torch.int32) for name, each in numbers.items()})
+    return backend.conv(torch.ones(2, 24), states, spec, batch, LayerWeights(conv=torch.ones(conv_size, 8)))
+
+
 @pytest.mark.parametrize("variant", variants())
 def test_a_good_step_is_computed(variant: str) -> None:
     backend = CpuBackend(variant=variant, num_threads=1)
@@ -170,6 +181,21 @@ def test_a_step_that_leads_out_of_memory_is_refused(
                 operation(backend, store, broken)
             assert str(refusal.value) == f"a step that cannot be computed: {BROKEN_RULES[rule]}"
     assert torch.equal(store.memory, before)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("state_write", [-1, 0])
+def test_a_store_of_no_states_has_no_slot_to_write(variant: str, state_write: int) -> None:
+    with pytest.raises(IndexError, match="a state slot that does not exist"):
+        conv(CpuBackend(variant=variant, num_threads=1), num_states=0, state_write=state_write)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_most_taps_of_a_convolution(variant: str) -> None:
+    backend = CpuBackend(variant=variant, num_threads=1)
+    assert conv(backend, conv_size=MOST_TAPS).float().tolist() == [[1.0] * 8, [2.0] * 8]
+    with pytest.raises(AssertionError):
+        conv(backend, conv_size=MOST_TAPS + 1)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -353,6 +379,27 @@ def test_a_file_that_is_not_a_library(other_library: Callable[[Path], None], tmp
     (tmp_path / "broken.so").write_bytes(b"\x7fELF nothing")
     other_library(tmp_path / "broken.so")
     with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be loaded"):
+        CpuBackend()
+
+
+def test_a_library_of_other_sources(
+    other_library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    edited = shutil.copytree(bindings.SOURCES, tmp_path / "csrc")
+    library = bindings.SOURCES.with_name("libsplitfuse_cpu.so")
+    other_library(library)
+    monkeypatch.setattr(bindings, "SOURCES", edited)
+    assert supported_variants()
+    with (edited / "interface.h").open("a") as file:
+        file.write("\n")
+    refusal = r"were compiled from other sources than those in .*csrc: compile them again with python setup.py"
+    with pytest.raises(KernelError, match=refusal):
+        CpuBackend()
+
+
+def test_a_library_that_does_not_say_its_sources(other_library: Callable[[Path], None]) -> None:
+    other_library(Path(torch._C.__file__))
+    with pytest.raises(KernelError, match="were compiled from other sources"):
         CpuBackend()
 
 

@@ -7,10 +7,11 @@ to: its caller keeps the tensors alive, except those in its own attributes.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import threading
 from collections.abc import Callable
-from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from splitfuse.kernels.interface import (
     TokenInputSpec,
 )
 
+SOURCES = Path(__file__).with_name("csrc")
+"""Folder of what the library is compiled from."""
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
@@ -42,6 +45,8 @@ BF16, INT8, INT4 = range(3)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
 MAX_GROUPS = 64
 """Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""
+MOST_TAPS = 16
+"""Number of tokens that a convolution can see, the newest included. It is in csrc/delta.h too."""
 LARGEST = 2**31 - 1
 """Largest number that C++ counts positions with."""
 
@@ -172,7 +177,7 @@ class Step(Struct):
     ) -> None:
         """Raise IndexError if a number of the step would lead a kernel out of a store, the states or a table."""
         num_blocks, block_size = (0, 1) if store is None else (store.num_blocks, store.block_size)
-        num_states = 0 if states is None else states.num_slots
+        num_states = -1 if states is None else states.num_slots
         broken = library.check_step(self.address, max_position, num_blocks, block_size, vocabulary, num_states)
         if broken:
             raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
@@ -380,7 +385,7 @@ def _taps_address(taps: Tensor | None, spec: DeltaSpec | ConvSpec) -> int | None
     if taps is None:
         return None
     check(taps, torch.float32)
-    assert taps.shape == (spec.conv_size, spec.num_channels)
+    assert taps.shape == (spec.conv_size, spec.num_channels) and spec.conv_size <= MOST_TAPS
     return taps.data_ptr()
 
 
@@ -625,6 +630,20 @@ def _load() -> ctypes.CDLL:
             f"the C++ kernels were not compiled ({path.name} is missing): installing needs a C++ compiler"
         )
     try:  # after torch, whose OpenMP it then shares: see the import above
-        return ctypes.CDLL(str(path))
+        shared = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(f"the C++ kernels cannot be loaded: {error}") from error
+    if (compiled_from := getattr(shared, "sf_sources", None)) is not None:
+        compiled_from.restype = c_uint64
+    if compiled_from is None or compiled_from() != _hash_of_sources():
+        raise KernelError(
+            f"the C++ kernels ({path.name}) were compiled from other sources than those in {SOURCES}: "
+            "compile them again with python setup.py build_ext --inplace --force"
+        )
+    return shared
+
+
+def _hash_of_sources() -> int:
+    """Return the number that setup.py compiles into a library of these sources."""
+    files = [path for pattern in ("*.cpp", "*.h") for path in sorted(SOURCES.glob(pattern))]
+    return int(hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16], 16)

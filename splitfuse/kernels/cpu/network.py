@@ -14,6 +14,7 @@ from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     LARGEST,
     MAX_GROUPS,
+    MOST_TAPS,
     Heads,
     Latent,
     Layer,
@@ -43,8 +44,6 @@ from splitfuse.kernels.interface import (
     NormSpec,
     RopeTable,
 )
-
-MOST_TAPS = 16  # in csrc/delta.h too
 
 
 def uncovered(plan: NetworkPlan) -> str | None:

@@ -9,6 +9,9 @@ bool splitfuse::forked = false;
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
+// Returns the hash of the sources, from setup.py, by which bindings.py knows a library that was compiled from others.
+SF_EXPORT std::uint64_t sf_sources() { return SF_SOURCES; }
+
 SF_EXPORT int sf_supports_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -30,7 +33,7 @@ SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int
 }
 
 // Returns 0, or the number of the rule that the step breaks; bindings.py has them in words. A step for rope_store has no
-// requests, one for attend no positions.
+// requests, one for attend no positions; one without states has -1 for their number.
 SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_position, std::int64_t num_blocks, std::int64_t block_size,
                             std::int64_t vocabulary, std::int64_t num_states) {
     for (std::int32_t t = 0; t < step->tokens && step->positions; ++t) {
@@ -44,7 +47,7 @@ SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_positi
     for (std::int32_t s = 0; s < step->requests; ++s) {
         std::int64_t tokens = static_cast<std::int64_t>(step->query_start[s + 1]) - step->query_start[s];
         if (tokens < 0) return 3;
-        if (num_states) {
+        if (num_states >= 0) {
             if (step->state_reads[s] < -1 || step->state_reads[s] >= num_states) return 8;
             if (step->state_writes[s] < 0 || step->state_writes[s] >= num_states) return 8;
         }
