@@ -279,7 +279,7 @@ def test_a_head_of_too_many_headers_is_refused_unread(behind: bytes) -> None:
     asyncio.run(run())
 
 
-def test_lines_of_a_body_are_none_of_a_head_that_ends_in_bare_line_feeds() -> None:
+def test_a_body_of_many_lines_after_bare_line_feeds() -> None:
     async def run() -> None:
         async with serving() as server:
             server.go_on.set()
