@@ -118,6 +118,7 @@ class ModelSpec:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    further_layers: int = 0  # that predict further tokens: a checkpoint may hold them, and they are not computed
 
     def __post_init__(self) -> None:
         experts = [layer.mlp.router.num_experts for layer in self.layers if isinstance(layer.mlp, ExpertsSpec)]
@@ -127,12 +128,31 @@ class ModelSpec:
                 "supported"
             )
         mixers = {layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionSpec)}
+        if not mixers:
+            raise ModelError("no layer keeps keys and values: at least one must be full or sliding attention")
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, AttentionSpec) and layer.mixer.kv_layer is not None:
+                self._check_reuse(number, layer.mixer, layer.mixer.kv_layer)
         for rope, head_dim in {(mixer.rope, mixer.head_dim) for mixer in mixers if mixer.rope is not None}:
             rotary_dim = self.ropes[rope].rotary_dim
             if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
                 raise ModelError(
                     f"the rotary part of a head must be an even number from 2 to head_dim {head_dim}, not {rotary_dim}"
                 )
+
+    def _check_reuse(self, number: int, mixer: AttentionSpec, source: int) -> None:
+        """Refuse a layer that takes the keys and values of one that keeps none, or keeps others than it reads."""
+        kept = self.layers[source].mixer if 0 <= source < number else None
+        if not isinstance(kept, AttentionSpec) or kept.kv_layer is not None:
+            raise ModelError(
+                f"layer {number} takes the keys and values of layer {source}, which must be one before it that has some"
+            )
+        sizes, wanted = (kept.num_kv_heads, kept.head_dim), (mixer.num_kv_heads, mixer.head_dim)
+        if sizes != wanted:
+            raise ModelError(
+                f"layer {number} takes the keys and values of layer {source}, which has {sizes[0]} key/value heads of "
+                f"{sizes[1]}: it must have as many, not {wanted[0]} of {wanted[1]}"
+            )
 
     @property
     def token_input_size(self) -> int:

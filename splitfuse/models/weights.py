@@ -303,12 +303,12 @@ def check_weights(weights: WeightSource, spec: ModelSpec) -> ModelSpec:
 def left_aside(weights: WeightSource, spec: ModelSpec) -> dict[str, list[str]]:
     """Return the tensors that do not belong to the network of `spec` and need not, by kind: vision, audio, ..."""
     family = find_family(spec.architecture)
-    num_layers = len(spec.layers) if family.further_layers else None
+    further = range(len(spec.layers), len(spec.layers) + spec.further_layers)
     mixers = [layer.mixer for layer in spec.layers]
     reusing = {n for n, mixer in enumerate(mixers) if isinstance(mixer, AttentionSpec) and mixer.kv_layer is not None}
     found: dict[str, list[str]] = {}
     for name in weights.names():
-        kind = kind_aside(name, wrapper=bool(family.text_types), num_layers=num_layers, reusing=reusing)
+        kind = kind_aside(name, wrapper=bool(family.text_types), further=further, reusing=reusing)
         if kind is not None:
             found.setdefault(kind, []).append(name)
     return found

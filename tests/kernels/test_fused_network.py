@@ -397,6 +397,16 @@ def test_cpp_kernels_know_every_field_of_a_layer() -> None:
         assert [field.name for field in dataclasses.fields(spec)] == names.split()
 
 
+@pytest.mark.parametrize("fields", [{"head_dim": 18}, {"num_kv_heads": 1}], ids=str)
+def test_a_store_of_other_heads_is_not_read(fields: dict[str, Any]) -> None:
+    decoder = decoder_of(CpuBackend())
+    runner = Runner(decoder, block_size=32, num_blocks=4)
+    other = make_spec(**SIZES | fields, num_layers=2)
+    runner.cache.layers[1] = Runner(decoder_of(CpuBackend(), other), block_size=32, num_blocks=4).cache.layers[1]
+    with pytest.raises(AssertionError):
+        decoder.forward(build_batch([Chunk(0, range(20), (1,), 1)], block_size=32, device=CPU), runner.cache)
+
+
 @pytest.mark.parametrize("variant", variants())
 def test_only_wanted_rows_come_back(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))

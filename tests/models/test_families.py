@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     """A config that leaves everything out is that in which transformers has written everything."""
     sizes = {**SIZES, "hidden_size": 2048, "num_attention_heads": 32}  # as many as Qwen has key/value heads by default
     sizes |= {"ffn_dim": 160, "max_seq_len": 512}  # names of OPT and MPT
+    sizes |= {"num_hidden_layers": 4}  # of hybrids every fourth layer is attention
     if architecture == "DeepseekV2ForCausalLM":
         sizes["num_experts_per_tok"] = 6  # the only one that has no default
     family = FAMILIES[architecture]
@@ -165,6 +167,41 @@ def test_sizes_of_lfm2() -> None:
     spec = spec_of("Lfm2ForCausalLM", **sizes, full_attn_idxs=[1], conv_L_cache=4)
     assert [isinstance(layer.mixer, ConvSpec) for layer in spec.layers] == [True, False, True]
     assert spec.tied_embeddings and not spec_of("Lfm2ForCausalLM", **sizes, tie_embedding=False).tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("Lfm2ForCausalLM", {"full_attn_idxs": []}),
+        ("Lfm2ForCausalLM", {"layer_types": ["conv"] * 3}),
+        ("Qwen3_5ForCausalLM", {"layer_types": ["linear_attention"] * 3}),
+    ],
+)
+def test_a_network_without_attention_is_refused(architecture: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="no layer keeps keys and values: at least one must be"):
+        spec_of(architecture, **fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "message"),
+    [
+        (1, {}, "layer 1 takes the keys and values of layer 1, which must be one before it"),
+        (-1, {}, "layer 1 takes the keys and values of layer -1, which must be one before it"),
+        (0, {"head_dim": 16}, "layer 0, which has 8 key/value heads of 8: it must have as many, not 8 of 16"),
+        (0, {"num_kv_heads": 4}, "layer 0, which has 8 key/value heads of 8: it must have as many, not 4 of 8"),
+    ],
+)
+def test_keys_of_another_layer_are_of_the_same_sizes(source: int, fields: dict[str, Any], message: str) -> None:
+    spec = spec_of("LlamaForCausalLM")
+    below, layer, above = spec.layers
+    layer = replace(layer, mixer=replace(layer.mixer, kv_layer=source, **fields))
+    with pytest.raises(ModelError, match=message):
+        replace(spec, layers=(below, layer, above))
+    reusing = replace(layer, mixer=replace(first(spec), kv_layer=0))
+    replace(spec, layers=(below, reusing, reusing))
+    chained = replace(layer, mixer=replace(first(spec), kv_layer=1))
+    with pytest.raises(ModelError, match="layer 2 takes the keys and values of layer 1, which must be one before it"):
+        replace(spec, layers=(below, reusing, chained))
 
 
 def test_length_of_the_first_llama() -> None:

@@ -31,6 +31,9 @@ SIZES: dict[str, Any] = {
 }
 
 
+KINDS = ["full_attention", *["sliding_attention"] * 5, "full_attention"]
+
+
 def spec_of(**fields: Any) -> ModelSpec:
     return spec_from_config({**SIZES, **fields})
 
@@ -105,6 +108,11 @@ def test_gemma4_layers_reuse_keys_of_the_last_of_their_kind() -> None:
         ({"num_kv_shared_layers": 8}, "num_kv_shared_layers must be a whole number from 0 to 7, not 8"),
         ({"per_layer_config": {"7": {"head_dim": 8}}}, "per_layer_config must be by the numbers of layers"),
         ({"per_layer_config": {"1": {"sliding_window": 8}}}, "per_layer_config must be by the numbers of layers"),
+        ({"per_layer_config": {"6": {"head_dim": 8}}}, r"gives full_attention layers heads of \[8, 256\]: give those"),
+        (
+            {"layer_types": KINDS, "num_kv_shared_layers": 2, "per_layer_config": {"5": {"num_key_value_heads": 2}}},
+            "layer 5 takes the keys and values of layer 4, which has 4 key/value heads of 256: .* not 2 of 256",
+        ),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters must be those of sliding_attention and"),
     ],
 )

@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # of the largest logit, as in the parity tests
 QUICK = ("smollm3-windows", "glm4", "granite")
 """Variants whose fields are changed in every run."""
 
-NOT_OF_THE_NETWORK = {"architecture", "dtype", "max_position"}
+NOT_OF_THE_NETWORK = {"architecture", "dtype", "max_position", "further_layers"}
 IN_PLACE_OF_NONE: dict[str, Any] = {
     "window": 5,
     "chunk": 5,

@@ -32,7 +32,7 @@ from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.source import WeightSource
-from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
+from splitfuse.models.weights import check_weights, left_aside, load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -290,6 +290,24 @@ def test_resolve_dtype(saved: Path) -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["deepseek-v3", "glm4-moe-lite", "glm-moe-norms", "minimax-m2"])
+def test_layers_for_further_tokens_are_as_many_as_said(variant: str, tmp_path: Path) -> None:
+    """A config that says fewer layers than there are is not answered with a part of the network."""
+    tiny_models.save(variant, tmp_path)
+    path, weights = tmp_path / "config.json", ModelFolder(tmp_path).weights()
+    count = json.loads(path.read_text())["num_hidden_layers"]
+    kinds = json.loads(path.read_text()).get("mlp_layer_types") or []
+    field = "num_mtp_modules" if variant == "minimax-m2" else "num_nextn_predict_layers"
+    last = {name for name in weights.names() if f"layers.{count - 1}." in name}
+    edit_json(path, num_hidden_layers=count - 1, **{field: 1}, **({"mlp_layer_types": kinds[:-1]} if kinds else {}))
+    spec = load_spec(ModelFolder(tmp_path))
+    check_weights(weights, spec)
+    assert set(left_aside(weights, spec)["multi-token prediction"]) == last != set()
+    edit_json(path, **{field: 0})
+    with pytest.raises(WeightsError, match=rf"does not use \({len(last)}\)"):
+        check_weights(weights, load_spec(ModelFolder(tmp_path)))
 
 
 def test_missing_weight(folder: Path) -> None:

@@ -73,6 +73,7 @@ class FusedNetwork:
         self._mixtures: list[Mixture] = []
         self._first_store: weakref.ref[Store | States] | None = None  # weak: a cache that is given up is not kept
         self._layers = (Layer * len(plan.layers))()
+        self._mixers = [spec.mixer for spec in plan.layers]
         packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:
@@ -181,10 +182,12 @@ class FusedNetwork:
         rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not first:
-                for entry, store in zip(self._layers, stores, strict=True):
+                for entry, mixer, store in zip(self._layers, self._mixers, stores, strict=True):
                     if isinstance(store, States):
                         entry.recurrent.states = store
                     elif store is not None:
+                        assert isinstance(mixer, AttentionSpec)
+                        assert (store.num_kv_heads, store.head_dim) == (mixer.num_kv_heads, mixer.head_dim)
                         entry.store = store
                 self._first_store = weakref.ref(first)
             self._library.network(arrays.address, self._network.address, rows.data_ptr())

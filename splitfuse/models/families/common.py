@@ -38,7 +38,7 @@ class Family:
 
     One with `text_types` is a vision-language model, of which the text is computed: the reader gets its `text_config`,
     which has one of these model types. `alternatives` are names in place of some of `names`, for checkpoints that are
-    stored in another way. With `further_layers` a checkpoint may hold layers beyond the network's.
+    stored in another way.
     """
 
     model_type: str
@@ -46,7 +46,6 @@ class Family:
     names: WeightNames
     alternatives: tuple[WeightNames, ...] = ()
     text_types: tuple[str, ...] = ()
-    further_layers: bool = False
 
 
 ACTIVATIONS = {
@@ -258,6 +257,11 @@ def optional_number(config: ConfigJson, name: str, default: float | None) -> flo
 def num_layers(config: ConfigJson) -> int:
     """Return the number of layers."""
     return config.integer("num_hidden_layers", most=MAX_LAYERS)
+
+
+def further_layers(config: ConfigJson, default: int) -> int:
+    """Return the number of layers for further tokens that DeepSeek-V3 and its kin may store behind the others."""
+    return config.integer("num_nextn_predict_layers", config.integer("num_mtp_layers", default, least=0), least=0)
 
 
 def windowed_layers(config: ConfigJson, otherwise: Callable[[int], bool]) -> list[bool]:

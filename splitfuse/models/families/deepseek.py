@@ -17,6 +17,7 @@ from splitfuse.models.families.common import (
     WeightNames,
     accept_only,
     decoder,
+    further_layers,
     mlp,
     num_layers,
     sigmoid_router,
@@ -133,7 +134,8 @@ def deepseek_v3(config: ConfigJson) -> ModelSpec:
     """Return the network of a DeepseekV3ForCausalLM."""
     config = config.with_defaults(V3_DEFAULTS)
     experts, dense = _sigmoid_experts(config), config.integer("first_k_dense_replace", least=0)
-    return _decoder(config, [mlp(config) if number < dense else experts for number in range(num_layers(config))])
+    mlps = [mlp(config) if number < dense else experts for number in range(num_layers(config))]
+    return _decoder(config, mlps, mtp_layers=1)
 
 
 def glm4_moe_lite(config: ConfigJson) -> ModelSpec:
@@ -157,8 +159,8 @@ def _sigmoid_experts(config: ConfigJson) -> ExpertsSpec:
     return ExpertsSpec(router=sigmoid_router(config), expert=mlp(config, size), shared=shared)
 
 
-def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec]) -> ModelSpec:
-    """Return a network of latent attention with these MLPs."""
+def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec], *, mtp_layers: int = 0) -> ModelSpec:
+    """Return a network of latent attention with these MLPs; `mtp_layers` is a default."""
     heads, biased = config.integer("num_attention_heads"), config.flag("attention_bias", False)
     latent = LatentSpec(
         norm=NormSpec(eps=1e-6),
@@ -185,7 +187,7 @@ def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec]) -> Model
         o_bias=biased,
         scale=None if scale == head_dim**-0.5 else scale,
     )
-    return decoder(config, attention, mlps, ropes=[rope])
+    return decoder(config, attention, mlps, ropes=[rope], further_layers=further_layers(config, mtp_layers))
 
 
 def _magnitude(config: ConfigJson) -> float:
@@ -198,13 +200,7 @@ def _magnitude(config: ConfigJson) -> float:
 
 
 FAMILIES = {
-    "DeepseekV2ForCausalLM": Family(
-        "deepseek_v2", deepseek_v2, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
-    ),
-    "DeepseekV3ForCausalLM": Family(
-        "deepseek_v3", deepseek_v3, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
-    ),
-    "Glm4MoeLiteForCausalLM": Family(
-        "glm4_moe_lite", glm4_moe_lite, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,), further_layers=True
-    ),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", deepseek_v2, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,)),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", deepseek_v3, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,)),
+    "Glm4MoeLiteForCausalLM": Family("glm4_moe_lite", glm4_moe_lite, DEEPSEEK_NAMES, (FUSED_EXPERT_NAMES,)),
 }

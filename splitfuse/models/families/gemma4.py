@@ -188,7 +188,16 @@ def _sizes(config: ConfigJson, kinds: list[str], same: bool) -> list[dict[str, A
                 "config.json: per_layer_config must be by the numbers of layers, and give head_dim and "
                 f"num_key_value_heads alone, not {brief(config.raw('per_layer_config'))}"
             )
-        return [sizes.get(number, {}) for number in range(len(kinds))]
+        each = [sizes.get(number, {}) for number in range(len(kinds))]
+        for kind in set(kinds):
+            alike = [own for own, its in zip(each, kinds, strict=True) if its == kind]
+            head_dims = sorted({config.with_values(own).integer("head_dim", 256) for own in alike})
+            if len(head_dims) > 1:
+                raise UnsupportedModelError(
+                    f"config.json: per_layer_config gives {kind} layers heads of {brief(head_dims)}: give those that "
+                    "share a rope one head_dim"
+                )
+        return each
     full = {"head_dim": config.integer("global_head_dim", 512)}
     if same and "num_global_key_value_heads" in config:
         full["num_key_value_heads"] = config.integer("num_global_key_value_heads")

@@ -10,6 +10,7 @@ from splitfuse.models.families.common import (
     FUSED_EXPERT_NAMES,
     Family,
     decoder,
+    further_layers,
     head_norms,
     in_windows,
     mlp,
@@ -30,7 +31,8 @@ def glm4_moe(config: ConfigJson) -> ModelSpec:
     attention = read_attention(config, num_kv_heads=8, qkv_bias=config.flag("attention_bias", False), qk_norm=norms)
     mlps = _experts_from(1, config)
     rope = read_rope(config, head_dim=attention.head_dim, share=0.5)
-    return decoder(config, attention, mlps, ropes=(rope,), norm_eps=1e-5)
+    further = further_layers(config, 1)
+    return decoder(config, attention, mlps, ropes=(rope,), norm_eps=1e-5, further_layers=further)
 
 
 def dots1(config: ConfigJson) -> ModelSpec:
@@ -57,7 +59,5 @@ def _experts_from(first: int, config: ConfigJson, **router: Any) -> list[MlpSpec
 
 FAMILIES = {
     "Dots1ForCausalLM": Family("dots1", dots1, EXPERT_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
-    "Glm4MoeForCausalLM": Family(
-        "glm4_moe", glm4_moe, EXPERT_NAMES, further_layers=True, alternatives=(FUSED_EXPERT_NAMES,)
-    ),
+    "Glm4MoeForCausalLM": Family("glm4_moe", glm4_moe, EXPERT_NAMES, alternatives=(FUSED_EXPERT_NAMES,)),
 }

@@ -40,11 +40,9 @@ def minimax_m2(config: ConfigJson) -> ModelSpec:
     )
     share = config.integer("rotary_dim", attention.head_dim) / attention.head_dim
     rope = read_rope(config, head_dim=attention.head_dim, theta=5e6, share=share)
-    return decoder(config, attention, ExpertsSpec(router=router, expert=mlp(config)), ropes=(rope,))
+    further = config.integer("num_mtp_modules", 0, least=0)
+    experts = ExpertsSpec(router=router, expert=mlp(config))
+    return decoder(config, attention, experts, ropes=(rope,), further_layers=further)
 
 
-FAMILIES = {
-    "MiniMaxM2ForCausalLM": Family(
-        "minimax_m2", minimax_m2, MINIMAX_NAMES, further_layers=True, alternatives=MINIMAX_ALTERNATIVES
-    )
-}
+FAMILIES = {"MiniMaxM2ForCausalLM": Family("minimax_m2", minimax_m2, MINIMAX_NAMES, alternatives=MINIMAX_ALTERNATIVES)}

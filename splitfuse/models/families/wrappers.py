@@ -66,9 +66,9 @@ def text_names(stored: Container[str]) -> Callable[[str], str]:
     return name
 
 
-def kind_aside(name: str, *, wrapper: bool, num_layers: int | None = None, reusing: Collection[int] = ()) -> str | None:
-    """Return the kind of a tensor that is left aside, or None. With `num_layers` the layers beyond it are: they predict
-    further tokens. Layers that are `reusing` another's keys and values have no use for their own.
+def kind_aside(name: str, *, wrapper: bool, further: Container[int] = (), reusing: Collection[int] = ()) -> str | None:
+    """Return the kind of a tensor that is left aside, or None. Layers that are `further` ones predict further tokens;
+    those that are `reusing` another's keys and values have no use for their own.
     """
     for kind, pattern in ASIDE.items():
         if (wrapper or kind not in OF_WRAPPERS) and pattern.match(name):
@@ -76,4 +76,4 @@ def kind_aside(name: str, *, wrapper: bool, num_layers: int | None = None, reusi
     layer = _LAYER.match(name)
     if layer and int(layer[1]) in reusing and _KEYS_AND_VALUES.search(name):
         return "unused keys and values"
-    return "multi-token prediction" if layer and num_layers is not None and int(layer[1]) >= num_layers else None
+    return "multi-token prediction" if layer and int(layer[1]) in further else None
