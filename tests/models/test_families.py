@@ -16,7 +16,18 @@ from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIGS
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, HeadNormSpec, LayerSpec, MlpSpec, NormSpec
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ConvSpec,
+    DeltaSpec,
+    HeadNormSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+    QueryScaling,
+)
+from splitfuse.models.families.common import decoder, mlp, read_attention
+from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
@@ -202,6 +213,67 @@ def test_keys_of_another_layer_are_of_the_same_sizes(source: int, fields: dict[s
     chained = replace(layer, mixer=replace(first(spec), kv_layer=1))
     with pytest.raises(ModelError, match="layer 2 takes the keys and values of layer 1, which must be one before it"):
         replace(spec, layers=(below, reusing, chained))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no_rope_layers describes 2 layers, num_hidden_layers is 3"),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 9},
+            "no_rope_layers describes 2 layers",
+        ),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1] * 4}, "no_rope_layers describes 4 layers"),
+        ("MellumForCausalLM", {"mlp_layer_types": ["sparse"] * 2}, "mlp_layer_types describes 2 layers"),
+        ("MellumForCausalLM", {"layer_types": ["full_attention"] * 4}, "json: layer_types describes 4 layers"),
+        ("Lfm2ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types describes 1 layers"),
+        ("Qwen3_5ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types describes 1 layers"),
+    ],
+)
+def test_a_list_describes_every_layer(architecture: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        spec_of(architecture, **fields)
+
+
+@pytest.mark.parametrize(("mixers", "mlps", "message"), [(2, 3, "mixers of 2 layers"), (3, 4, "MLPs of 4 layers")])
+def test_mixers_and_mlps_are_as_many_as_layers(mixers: int, mlps: int, message: str) -> None:
+    config = ConfigJson({"architectures": ["LlamaForCausalLM"], **SIZES})
+    with pytest.raises(ModelError, match=f"config.json describes the {message}, num_hidden_layers is 3"):
+        decoder(config, [read_attention(config)] * mixers, [mlp(config)] * mlps)
+
+
+def test_norms_of_hunyuan_may_be_said() -> None:
+    spec = spec_of("HunYuanDenseV1ForCausalLM", use_qk_norm=True)
+    assert first(spec).qk_norm is not None
+    assert spec == spec_of("HunYuanDenseV1ForCausalLM")
+    with pytest.raises(UnsupportedModelError, match="use_qk_norm False is not supported: use true"):
+        spec_of("HunYuanDenseV1ForCausalLM", use_qk_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("CwmForCausalLM", {"rope_parameters": None, "rope_scaling": {}}),
+        ("GptOssForCausalLM", {"rope_parameters": None, "rope_scaling": {}}),
+        ("Ministral3ForCausalLM", {"rope_parameters": None, "rope_scaling": {}}),
+        ("DeepseekV3ForCausalLM", {"n_group": None, "first_k_dense_replace": None}),
+        ("HunYuanDenseV1ForCausalLM", {"rms_norm_eps": None}),
+    ],
+)
+def test_null_is_absent_where_a_family_has_a_default(architecture: str, fields: dict[str, Any]) -> None:
+    assert spec_of(architecture, **fields) == spec_of(architecture)
+
+
+def test_null_rank_of_queries_is_none() -> None:
+    ranks = [first(spec_of("Glm4MoeLiteForCausalLM", **fields)).latent for fields in ({}, {"q_lora_rank": None})]
+    assert [latent and latent.q_rank for latent in ranks] == [768, None]
+
+
+def test_ministral_scales_queries_as_the_section_of_its_rope_says() -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.3}
+    for fields in ({"rope_parameters": rope, "rope_scaling": {}}, {"rope_scaling": rope}):
+        assert first(spec_of("Ministral3ForCausalLM", **fields)).query_scaling == QueryScaling(beta=0.3, length=64)
 
 
 def test_length_of_the_first_llama() -> None:

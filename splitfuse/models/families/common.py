@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
 from splitfuse.kernels.interface import (
@@ -27,6 +27,8 @@ WeightNames: TypeAlias = Mapping[str, Layout | Callable[[Place], Layout]]
 """Our name of a weight -> the checkpoint's tensors stacked to make it, with `{layer}` for the layer's number and
 `{expert}` for the expert's. One tensor in place of several holds all their rows.
 """
+
+_Value = TypeVar("_Value")
 
 Windows: TypeAlias = tuple[int | None, ...]
 """Window of each layer: `AttentionSpec.window`."""
@@ -179,8 +181,11 @@ def decoder(
     count = num_layers(config)
     each_mixer = [mixers] * count if isinstance(mixers, Mixer) else mixers
     each_mlp = [mlps] * count if isinstance(mlps, MlpSpec | ExpertsSpec) else mlps
-    if len(each_mixer) != count:
-        raise ModelError(f"config.json: layer_types describes {len(each_mixer)} layers, num_hidden_layers is {count}")
+    for what, each_layer in (("mixers", each_mixer), ("MLPs", each_mlp)):
+        if len(each_layer) != count:
+            raise ModelError(
+                f"config.json describes the {what} of {len(each_layer)} layers, num_hidden_layers is {count}"
+            )
     if ropes is None:
         attentions = [each for each in each_mixer if isinstance(each, AttentionSpec)]
         ropes = [_whole_rope(config, attentions[0].head_dim, rope_theta)] if attentions else []
@@ -264,10 +269,22 @@ def further_layers(config: ConfigJson, default: int) -> int:
     return config.integer("num_nextn_predict_layers", config.integer("num_mtp_layers", default, least=0), least=0)
 
 
+def per_layer(config: ConfigJson, field: str, values: list[_Value]) -> list[_Value]:
+    """Return the values of a field, of which each layer has one. Raises ModelError if there are more or fewer."""
+    if len(values) != (count := num_layers(config)):
+        raise ModelError(f"config.json: {field} describes {len(values)} layers, num_hidden_layers is {count}")
+    return values
+
+
+def layer_types(config: ConfigJson, field: str = "layer_types") -> list[str]:
+    """Return the kind of each layer."""
+    return per_layer(config, field, config.texts(field))
+
+
 def windowed_layers(config: ConfigJson, otherwise: Callable[[int], bool]) -> list[bool]:
     """Return which layers have a window: as `layer_types` says, else as `otherwise` does of the number of a layer."""
     if "layer_types" in config:
-        return [kind == "sliding_attention" for kind in config.texts("layer_types")]
+        return [kind == "sliding_attention" for kind in layer_types(config)]
     return [otherwise(number) for number in range(num_layers(config))]
 
 

@@ -99,9 +99,10 @@ class ConfigJson:
         return list(map(float, value))
 
     def with_defaults(self, others: ConfigJson | Mapping[str, Any]) -> ConfigJson:
-        """Return these fields, and of the others those that are not among them."""
+        """Return these fields, and of the others those that are not among them, or are null."""
         values = others._values if isinstance(others, ConfigJson) else others
-        return ConfigJson({**values, **self._values}, self._section, self._read, self._names)
+        absent = {name: value for name, value in values.items() if name not in self}
+        return ConfigJson({**self._values, **absent}, self._section, self._read, self._names)
 
     def renamed(self, names: Mapping[str, str]) -> ConfigJson:
         """Return these fields, some also under our names, which `names` leads from to the config's own. One that is

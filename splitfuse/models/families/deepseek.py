@@ -24,7 +24,7 @@ from splitfuse.models.families.common import (
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import Layout, Place, Stored
-from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.families.rope_config import read_rope, rope_section
 from splitfuse.models.spec import ModelSpec
 
 _ATTENTION = "model.layers.{layer}.self_attn"
@@ -97,7 +97,6 @@ GLM_DEFAULTS = {
     "num_experts_per_tok": 4,
     "routed_scaling_factor": 1.8,
     "moe_intermediate_size": 1536,
-    "q_lora_rank": 768,
     "qk_nope_head_dim": 192,
     "v_head_dim": 256,
     "rms_norm_eps": 1e-5,
@@ -149,7 +148,8 @@ def glm4_moe_lite(config: ConfigJson) -> ModelSpec:
         )
     if "mlp_layer_types" not in config:
         accept_only(config, first_k_dense_replace=1)
-    return _decoder(config, [mlp(config) if kind == "dense" else experts for kind in kinds])
+    # Its rank is no default of GLM_DEFAULTS, since null says that there is none.
+    return _decoder(config, [mlp(config) if kind == "dense" else experts for kind in kinds], q_rank=768)
 
 
 def _sigmoid_experts(config: ConfigJson) -> ExpertsSpec:
@@ -159,12 +159,14 @@ def _sigmoid_experts(config: ConfigJson) -> ExpertsSpec:
     return ExpertsSpec(router=sigmoid_router(config), expert=mlp(config, size), shared=shared)
 
 
-def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec], *, mtp_layers: int = 0) -> ModelSpec:
-    """Return a network of latent attention with these MLPs; `mtp_layers` is a default."""
+def _decoder(
+    config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec], *, q_rank: int = 1536, mtp_layers: int = 0
+) -> ModelSpec:
+    """Return a network of latent attention with these MLPs; `q_rank` and `mtp_layers` are defaults."""
     heads, biased = config.integer("num_attention_heads"), config.flag("attention_bias", False)
     latent = LatentSpec(
         norm=NormSpec(eps=1e-6),
-        q_rank=None if config.is_null("q_lora_rank") else config.integer("q_lora_rank", 1536),
+        q_rank=None if config.is_null("q_lora_rank") else config.integer("q_lora_rank", q_rank),
         kv_rank=config.integer("kv_lora_rank", 512),
         rope_dim=config.integer("qk_rope_head_dim", 64),
         nope_dim=config.integer("qk_nope_head_dim", 128),
@@ -192,7 +194,7 @@ def _decoder(config: ConfigJson, mlps: Sequence[MlpSpec | ExpertsSpec], *, mtp_l
 
 def _magnitude(config: ConfigJson) -> float:
     """Return the factor that YaRN's `mscale_all_dim` puts on queries and keys as a whole."""
-    rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    rope = rope_section(config)
     if rope.text("rope_type", rope.text("type", "default")) == "default" or not rope.raw("mscale_all_dim"):
         return 1.0
     factor = rope.number("factor")

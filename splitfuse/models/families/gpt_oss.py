@@ -52,8 +52,7 @@ def gpt_oss(config: ConfigJson) -> ModelSpec:
         renormalize=True,
         bias=True,
     )
-    if "rope_scaling" not in config and "rope_parameters" not in config:
-        config = config.with_values({"rope_parameters": ROPE})
+    config = config.with_defaults({"rope_parameters": ROPE})
     return decoder(
         config,
         in_windows(attention, tuple(size if windowed else None for windowed in inside)),

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from splitfuse.kernels.interface import ConvSpec, HeadNormSpec, Mixer, MlpSpec, NormSpec
-from splitfuse.models.families.common import DECODER_NAMES, Family, WeightNames, decoder, num_layers, read_attention
+from splitfuse.models.families.common import (
+    DECODER_NAMES,
+    Family,
+    WeightNames,
+    decoder,
+    layer_types,
+    num_layers,
+    read_attention,
+)
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import conv1d
 from splitfuse.models.spec import ModelSpec
@@ -40,7 +48,7 @@ def lfm2(config: ConfigJson) -> ModelSpec:
     )
     layers = list(range(num_layers(config)))
     if "layer_types" in config:
-        mixers: list[Mixer] = [attention if kind == "full_attention" else conv for kind in config.texts("layer_types")]
+        mixers: list[Mixer] = [attention if kind == "full_attention" else conv for kind in layer_types(config)]
     else:
         attending = set(config.integers("full_attn_idxs", layers))
         mixers = [attention if number in attending else conv for number in layers]

@@ -14,6 +14,7 @@ from splitfuse.models.families.common import (
     FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
+    accept_only,
     decoder,
     head_norms,
     in_windows,
@@ -21,6 +22,7 @@ from splitfuse.models.families.common import (
     num_experts,
     num_layers,
     optional_window,
+    per_layer,
     read_attention,
     window,
     windowed_layers,
@@ -115,13 +117,14 @@ def phi3(config: ConfigJson) -> ModelSpec:
 def smollm3(config: ConfigJson) -> ModelSpec:
     """Return the network of a SmolLM3ForCausalLM: every fourth layer has no rope, and the window if there is one."""
     every = config.integer("no_rope_layer_interval", 4)
-    rotated = config.integers("no_rope_layers", [int((n + 1) % every > 0) for n in range(num_layers(config))])
+    default = [int((n + 1) % every > 0) for n in range(num_layers(config))]
+    rotated = per_layer(config, "no_rope_layers", config.integers("no_rope_layers", default))
     size = optional_window(config) if config.flag("use_sliding_window", False) else None
     inside = windowed_layers(config, lambda number: size is not None and not rotated[number])
     attention = _biased(config, num_kv_heads=4)
     layers = [
         replace(attention, rope=0 if has_rope else None, window=size if windowed else None)
-        for has_rope, windowed in zip(rotated, inside, strict=False)
+        for has_rope, windowed in zip(rotated, inside, strict=True)
     ]
     return decoder(
         config,
@@ -134,8 +137,7 @@ def smollm3(config: ConfigJson) -> ModelSpec:
 
 def cwm(config: ConfigJson) -> ModelSpec:
     """Return the network of a CwmForCausalLM: Llama with windows but in every fourth layer."""
-    if "rope_scaling" not in config:
-        config = config.with_defaults({"rope_parameters": CWM_ROPE})
+    config = config.with_defaults({"rope_parameters": CWM_ROPE})
     inside = windowed_layers(config, lambda number: number % 4 > 0)
     size = None if config.is_null("sliding_window") else config.integer("sliding_window", 8192)
     attention = read_attention(config, num_kv_heads=8, head_dim=128)
@@ -194,6 +196,7 @@ def hunyuan_dense(config: ConfigJson) -> ModelSpec:
     """Return the network of a HunYuanDenseV1ForCausalLM: Llama with norms of heads behind the rope, whose `alpha`
     stretches its base.
     """
+    accept_only(config, use_qk_norm=True)
     norms = head_norms(config.with_defaults({"rms_norm_eps": 1e-5}), after_rope=True)
     attention = _biased(config, qk_norm=norms)
     rope = read_rope(config, head_dim=attention.head_dim, honours=["alpha"])

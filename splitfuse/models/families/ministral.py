@@ -19,7 +19,7 @@ from splitfuse.models.families.common import (
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.llama import mistral
-from splitfuse.models.families.rope_config import read_rope
+from splitfuse.models.families.rope_config import read_rope, rope_section
 from splitfuse.models.spec import ModelSpec, YarnScaling
 
 MINISTRAL3_ROPE = {
@@ -43,9 +43,8 @@ def ministral(config: ConfigJson) -> ModelSpec:
 
 def ministral3(config: ConfigJson) -> ModelSpec:
     """Return the network of a Ministral3ForCausalLM."""
-    if "rope_scaling" not in config:
-        config = config.with_defaults({"rope_parameters": MINISTRAL3_ROPE})
-    section = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters")
+    config = config.with_defaults({"rope_parameters": MINISTRAL3_ROPE})
+    section = rope_section(config)
     head_dim = None if config.is_null("head_dim") else 128
     attention = read_attention(config, num_kv_heads=8, head_dim=head_dim, window=optional_window(config))
     # Its section repeats the length of the config.

@@ -18,6 +18,7 @@ from splitfuse.models.families.common import (
     decoder,
     head_norms,
     in_windows,
+    layer_types,
     mlp,
     num_experts,
     num_layers,
@@ -131,7 +132,7 @@ def mellum(config: ConfigJson) -> ModelSpec:
     )
     experts = ExpertsSpec(router=router, expert=mlp(config, config.integer("moe_intermediate_size", 896)))
     mlps: dict[str, MlpSpec | ExpertsSpec] = {"sparse": experts, "dense": mlp(config)}
-    inner = config.texts("mlp_layer_types") if "mlp_layer_types" in config else ["sparse"] * num_layers(config)
+    inner = layer_types(config, "mlp_layer_types") if "mlp_layer_types" in config else ["sparse"] * num_layers(config)
     if unknown := set(inner) - set(mlps):
         raise UnsupportedModelError(f"config.json: mlp_layer_types must be sparse or dense, not {', '.join(unknown)}")
     return decoder(
@@ -149,7 +150,7 @@ def _upper_layer_windows(config: ConfigJson) -> Windows:
         return (None,) * len(layers)
     size = window(config)
     if "layer_types" in config:
-        return tuple(size if kind == "sliding_attention" else None for kind in config.texts("layer_types"))
+        return tuple(size if kind == "sliding_attention" else None for kind in layer_types(config))
     first = config.integer("max_window_layers", 28, least=0)
     return tuple(size if layer >= first else None for layer in layers)
 

@@ -16,6 +16,7 @@ from splitfuse.models.families.common import (
     WeightNames,
     decoder,
     head_norms,
+    layer_types,
     mlp,
     num_experts,
     num_layers,
@@ -128,7 +129,7 @@ def _hybrid(
         config, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, qk_norm=head_norms(config), gate=True
     )
     if "layer_types" in config:
-        is_delta = [kind == "linear_attention" for kind in config.texts("layer_types")]
+        is_delta = [kind == "linear_attention" for kind in layer_types(config)]
     else:
         interval = config.integer("full_attention_interval", 4)
         is_delta = [bool((n + 1) % interval) for n in range(num_layers(config))]

@@ -43,7 +43,7 @@ def read_rope(
     """
     rope = section
     if rope is None:
-        rope = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")  # {} is none
+        rope = rope_section(config)
         theta = config.number("rope_theta", theta)
     theta = rope.number("rope_theta", theta)
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
@@ -63,6 +63,13 @@ def read_rope(
     if unknown := set(rope) - KNOWN_FIELDS - set(honours):
         raise UnsupportedModelError(f"rope settings that are not supported: {', '.join(sorted(unknown)):.200}")
     return RopeSpec(theta=theta, rotary_dim=rotary_dim, scaling=SCALINGS[kind](rope, config, rotary_dim))
+
+
+def rope_section(config: ConfigJson) -> ConfigJson:
+    """Return the section of a config that describes its one rope: `rope_scaling` unless it is null or {}, which say
+    nothing, else `rope_parameters`.
+    """
+    return config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
 
 
 def read_layer_ropes(
