@@ -294,6 +294,9 @@ def test_error_of_normal_weights(variant: str, quantization: str, group: int | N
     assert np.sqrt(np.square(error).mean()) <= {"int8": 0.009, "int4": 0.1}[quantization]
 
 
+NEVER_QUANTIZED = (Role.ROUTER, Role.SHARED_GATE, Role.GATES)
+
+
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -> None:
     backend = kernels_of(variant, quantization, group)
@@ -303,7 +306,7 @@ def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -
     def size(role: Role) -> int:
         return backend.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
 
-    for role in set(Role) - {Role.PLAIN, Role.NORM, Role.HEAD, Role.ROUTER}:
+    for role in set(Role) - {Role.PLAIN, Role.NORM, Role.HEAD, *NEVER_QUANTIZED}:
         assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
     assert size(Role.HEAD) == (size(Role.O) if quantization == "int8" else 512 * 1024 + 512 * 2)
     assert size(Role.ROUTER) == size(Role.PLAIN) == 2 * 512 * 1024
@@ -317,16 +320,16 @@ def test_int4_values_rise_and_fit_a_byte() -> None:
     assert list(QVALUES) == [qvalue + 128 for qvalue in INT4_QVALUES]
 
 
-@pytest.mark.parametrize("role", [role for role in Role if role is not Role.PLAIN], ids=str)
+@pytest.mark.parametrize("role", [role for role in Role if role.linear], ids=str)
 def test_formats_by_role(role: Role) -> None:
     def found(quantization: str | None, group: int | None) -> tuple[int, int | None]:
         chosen = choose_format(role, quantization, group)
         return chosen.number, chosen.group
 
     assert found(None, None) == (BF16, None)
-    layers = role not in (Role.HEAD, Role.ROUTER)
+    layers = role not in (Role.HEAD, *NEVER_QUANTIZED)
     for group in (None, 128):
-        assert found("int8", group) == ((BF16, None) if role is Role.ROUTER else (INT8, group))
+        assert found("int8", group) == ((BF16, None) if role in NEVER_QUANTIZED else (INT8, group))
     for group, resolved in ((None, 64), (64, 64), (128, 128)):
         wanted = (INT4, resolved) if layers else (INT8, None) if role is Role.HEAD else (BF16, None)
         assert found("int4", group) == wanted

@@ -433,11 +433,10 @@ def test_config_without_architecture(architectures: Any) -> None:
         spec_from_config(SIZES)
 
 
-def test_unknown_architecture_lists_known_and_nearest() -> None:
+def test_unknown_architecture_says_where_known_ones_are_listed() -> None:
     with pytest.raises(UnsupportedModelError) as refused:
         spec_of("Qwen3VLForCausalLM")
-    for architecture in FAMILIES:
-        assert architecture in str(refused.value)
+    assert f"not one of the {len(FAMILIES)} that `splitfuse models` lists" in str(refused.value)
     assert "the nearest is Qwen3ForCausalLM" in str(refused.value)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM") as refused:
         spec_of("ZZZ")

@@ -105,7 +105,7 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
 
 
 def find_family(architecture: str) -> Family:
-    """Return the entry of FAMILIES. Raises UnsupportedModelError that names the known architectures and the nearest.
+    """Return the entry of FAMILIES. Raises UnsupportedModelError that names the nearest architecture.
 
     >>> find_family("Qwen3ForCausalLM").names["norm"]
     ('model.norm.weight',)
@@ -118,7 +118,8 @@ def find_family(architecture: str) -> Family:
     near = difflib.get_close_matches(architecture, FAMILIES, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
     raise UnsupportedModelError(
-        f"architecture {architecture!r} is not one of those we know: {', '.join(sorted(FAMILIES))}{hint}"
+        f"architecture {architecture!r} is not one of the {len(FAMILIES)} that `splitfuse models` lists, such as "
+        f"LlamaForCausalLM{hint}"
     )
 
 
