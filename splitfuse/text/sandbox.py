@@ -159,6 +159,8 @@ class Sandbox:
                 self._start()
             except OSError as error:  # no descriptors, memory or processes now: there may be later
                 self._stop()
+                if self._closed:  # meanwhile, by another thread
+                    raise EngineUnavailableError("the server is shutting down") from error
                 raise EngineUnavailableError(
                     f"the process for texts could not be started: {error}; try again"
                 ) from error

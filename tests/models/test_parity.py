@@ -122,7 +122,7 @@ def _families_and_variants() -> Iterator[Any]:
             yield pytest.param(name, family, id=f"{name}-{family}", marks=[*variant.marks, *slow])
 
 
-@pytest.mark.parametrize(("variant", "family"), _families_and_variants())
+@pytest.mark.parametrize(("variant", "family"), list(_families_and_variants()))
 def test_cpp_kernels(variant: str, family: str, tmp_path: Path) -> None:
     """In bf16, near to transformers in fp32 with the same bf16 weights; and the same bits whole and split."""
     model = tiny_models.save(family, tmp_path)
