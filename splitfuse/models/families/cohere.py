@@ -13,10 +13,10 @@ from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,
     accept_only,
+    biased_attention,
     decoder,
     layer_norm,
     mlp,
-    read_attention,
     window,
     windowed_layers,
     with_interleaved_rope,
@@ -30,22 +30,17 @@ COHERE_NAMES = with_interleaved_rope(DECODER_NAMES)
 def cohere(config: ConfigJson) -> ModelSpec:
     """Return the network of a CohereForCausalLM."""
     norms = HeadNormSpec(norm=_norm(config), own_weights=True) if config.flag("use_qk_norm", False) else None
-    return _parallel(config, _biased(config, qk_norm=norms), rope_theta=500_000.0)
+    return _parallel(config, biased_attention(config, qk_norm=norms), rope_theta=500_000.0)
 
 
 def cohere2(config: ConfigJson) -> ModelSpec:
     """Return the network of a Cohere2ForCausalLM."""
     accept_only(config, use_qk_norm=False)
     every = config.integer("sliding_window_pattern", 4)
-    size, attention = window(config), _biased(config)
+    size, attention = window(config), biased_attention(config)
     near, far = replace(attention, window=size), replace(attention, rope=None)
     windowed = windowed_layers(config, lambda number: (number + 1) % every > 0)
     return _parallel(config, [near if size and inside else far for inside in windowed])
-
-
-def _biased(config: ConfigJson, **fields: Any) -> AttentionSpec:
-    biased = config.flag("attention_bias", False)
-    return read_attention(config, qkv_bias=biased, o_bias=biased, **fields)
 
 
 def _norm(config: ConfigJson) -> NormSpec:

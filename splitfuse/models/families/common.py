@@ -30,9 +30,6 @@ WeightNames: TypeAlias = Mapping[str, Layout | Callable[[Place], Layout]]
 
 _Value = TypeVar("_Value")
 
-Windows: TypeAlias = tuple[int | None, ...]
-"""Window of each layer: `AttentionSpec.window`."""
-
 
 @dataclass(frozen=True)
 class Family:
@@ -93,7 +90,15 @@ EXPERT_NAMES: Mapping[str, Layout] = {
     "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
     "choice_bias": ("model.layers.{layer}.mlp.gate.e_score_correction_bias",),
     "shared.gate_up": tuple(f"model.layers.{{layer}}.mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up")),
+    "shared.up_bias": tuple(f"model.layers.{{layer}}.mlp.shared_experts.{part}_proj.bias" for part in ("gate", "up")),
     "shared.down": ("model.layers.{layer}.mlp.shared_experts.down_proj.weight",),
+    "shared.down_bias": ("model.layers.{layer}.mlp.shared_experts.down_proj.bias",),
+}
+
+POST_NORM_NAMES: Mapping[str, Layout] = {
+    **DECODER_NAMES,
+    "post_attn_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
+    "post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
 }
 
 FUSED_EXPERT_NAMES: WeightNames = {
@@ -151,14 +156,24 @@ def read_attention(
     )
 
 
+def biased_attention(
+    config: ConfigJson, flag: str = "attention_bias", default: bool = False, **fields: Any
+) -> AttentionSpec:
+    """Return attention with biases on all products or on none, as a flag of the config says; `fields` are those of
+    `read_attention`.
+    """
+    biased = config.flag(flag, default)
+    return read_attention(config, qkv_bias=biased, o_bias=biased, **fields)
+
+
 def head_norms(config: ConfigJson, *, eps: float = 1e-6, **fields: Any) -> HeadNormSpec:
     """Return RMS norms of queries and keys; `eps` is a default, `fields` are those of HeadNormSpec that there are."""
     return HeadNormSpec(norm=NormSpec(eps=config.number("rms_norm_eps", eps)), **fields)
 
 
-def in_windows(attention: AttentionSpec, windows: Windows) -> list[AttentionSpec]:
-    """Return the attention of each layer, with these windows."""
-    return [replace(attention, window=window) for window in windows]
+def in_windows(attention: AttentionSpec, size: int | None, inside: Sequence[bool]) -> list[AttentionSpec]:
+    """Return the attention of each layer, with a window of `size` where it is `inside`."""
+    return [replace(attention, window=size) if windowed else attention for windowed in inside]
 
 
 def decoder(
@@ -305,6 +320,15 @@ def accept_only(config: ConfigJson, **values: Any) -> None:
             raise UnsupportedModelError(
                 f"config.json: {field} {brief(config.raw(field))} is not supported: use {json.dumps(value)}"
             )
+
+
+def read_router(config: ConfigJson, count: int, top_k: int, **fields: Any) -> RouterSpec:
+    """Return the router of a config. `count` and `top_k` are defaults for one that does not say, `fields` are those of
+    RouterSpec that the family has.
+    """
+    return RouterSpec(
+        num_experts=num_experts(config, count), top_k=config.integer("num_experts_per_tok", top_k), **fields
+    )
 
 
 def sigmoid_router(config: ConfigJson, **fields: Any) -> RouterSpec:

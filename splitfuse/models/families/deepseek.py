@@ -80,8 +80,6 @@ DEEPSEEK_NAMES: WeightNames = {
     "q_b": (_queries(f"{_ATTENTION}.q_b_proj.weight"),),
     "kv_a_norm": (f"{_ATTENTION}.kv_a_layernorm.weight",),
     "kv_b": (f"{_ATTENTION}.kv_b_proj.weight",),
-    "shared.up_bias": tuple(f"model.layers.{{layer}}.mlp.shared_experts.{part}_proj.bias" for part in ("gate", "up")),
-    "shared.down_bias": ("model.layers.{layer}.mlp.shared_experts.down_proj.bias",),
 }
 
 V3_DEFAULTS = {

@@ -10,19 +10,15 @@ from splitfuse.models.families.common import (
     FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
+    biased_attention,
     decoder,
     mlp,
     num_layers,
-    read_attention,
+    with_interleaved_rope,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import Stored, interleaved_rope
+from splitfuse.models.families.layouts import Stored
 from splitfuse.models.spec import ModelSpec
-
-
-def _qkv(kind: str) -> tuple[str | Stored, ...]:
-    q, k, v = (f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in "qkv")
-    return interleaved_rope(q), interleaved_rope(k), v
 
 
 def _choice_bias(place: str) -> Stored:
@@ -31,13 +27,9 @@ def _choice_bias(place: str) -> Stored:
 
 
 ERNIE_NAMES: WeightNames = {
-    **EXPERT_NAMES,
-    "qkv": _qkv("weight"),
-    "qkv_bias": _qkv("bias"),
+    **with_interleaved_rope(EXPERT_NAMES),
     "choice_bias": (_choice_bias("moe_statics"),),
     "head_bias": ("lm_head.bias",),
-    "shared.up_bias": tuple(f"model.layers.{{layer}}.mlp.shared_experts.{part}_proj.bias" for part in ("gate", "up")),
-    "shared.down_bias": ("model.layers.{layer}.mlp.shared_experts.down_proj.bias",),
 }
 
 ERNIE_ALTERNATIVES = ({**FUSED_EXPERT_NAMES, "choice_bias": (_choice_bias("gate.moe_statics"),)},)
@@ -45,7 +37,7 @@ ERNIE_ALTERNATIVES = ({**FUSED_EXPERT_NAMES, "choice_bias": (_choice_bias("gate.
 
 def ernie4_5(config: ConfigJson) -> ModelSpec:
     """Return the network of an Ernie4_5ForCausalLM."""
-    attention = _attention(config, num_kv_heads=2, head_dim=128)
+    attention = biased_attention(config, "use_bias", num_kv_heads=2, head_dim=128)
     return _ernie(config, attention, mlp(config, bias=config.flag("use_bias", False)))
 
 
@@ -69,12 +61,7 @@ def ernie4_5_moe(config: ConfigJson) -> ModelSpec:
     layers = range(num_layers(config))
     sparse = {n for n in layers if (n + 1) % every == 0 and first <= n <= (len(layers) if last < 0 else last)}
     mlps = [experts if n in sparse else dense for n in layers]
-    return _ernie(config, _attention(config, num_kv_heads=4), mlps, head_bias=biased)
-
-
-def _attention(config: ConfigJson, **defaults: int) -> AttentionSpec:
-    biased = config.flag("use_bias", False)
-    return read_attention(config, qkv_bias=biased, o_bias=biased, **defaults)
+    return _ernie(config, biased_attention(config, "use_bias", num_kv_heads=4), mlps, head_bias=biased)
 
 
 def _ernie(

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from splitfuse.kernels.interface import NormPlace
 from splitfuse.models.families.common import (
-    DECODER_NAMES,
+    POST_NORM_NAMES,
     Family,
-    WeightNames,
     decoder,
     head_norms,
     mlp,
@@ -18,12 +17,6 @@ from splitfuse.models.families.common import (
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.spec import ModelSpec
-
-EXAONE4_NAMES: WeightNames = {
-    **DECODER_NAMES,
-    "post_attn_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
-    "post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
-}
 
 
 def exaone4(config: ConfigJson) -> ModelSpec:
@@ -44,4 +37,4 @@ def exaone4(config: ConfigJson) -> ModelSpec:
     )
 
 
-FAMILIES = {"Exaone4ForCausalLM": Family("exaone4", exaone4, EXAONE4_NAMES)}
+FAMILIES = {"Exaone4ForCausalLM": Family("exaone4", exaone4, POST_NORM_NAMES)}

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from splitfuse.kernels.interface import NormPlace
+from splitfuse.kernels.interface import AttentionSpec, NormPlace
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,
     WeightNames,
     activation,
+    biased_attention,
     checkpoint_dtype,
     decoder,
     head_norms,
     in_windows,
     mlp,
     optional_number,
-    read_attention,
     window,
     windowed_layers,
 )
@@ -51,8 +51,7 @@ TANH = "gelu_pytorch_tanh"
 
 def gemma(config: ConfigJson) -> ModelSpec:
     """Return the network of a GemmaForCausalLM."""
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(config, num_kv_heads=16, head_dim=256, qkv_bias=biased, o_bias=biased)
+    attention = biased_attention(config, num_kv_heads=16, head_dim=256)
     function = activation(config, "hidden_act", TANH)
     inner = mlp(config, activation="gelu_tanh" if function == "gelu" else function)  # the first configs say gelu
     return decoder(config, attention, inner, **outside_layers(config))
@@ -61,20 +60,10 @@ def gemma(config: ConfigJson) -> ModelSpec:
 def gemma2(config: ConfigJson) -> ModelSpec:
     """Return the network of a Gemma2ForCausalLM: every other layer has a window, from the first on."""
     inside = windowed_layers(config, lambda number: number % 2 == 0)
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(
-        config,
-        num_kv_heads=4,
-        head_dim=256,
-        qkv_bias=biased,
-        o_bias=biased,
-        scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
-        softcap=optional_number(config, "attn_logit_softcapping", 50.0),
-    )
-    windows = tuple(window(config) if windowed else None for windowed in inside)
+    attention = _scaled(config, softcap=optional_number(config, "attn_logit_softcapping", 50.0))
     return decoder(
         config,
-        in_windows(attention, windows),
+        in_windows(attention, window(config), inside),
         mlp(config, activation=activation(config, "hidden_activation", TANH)),
         layer={"norms": NormPlace.AROUND},
         logit_softcap=optional_number(config, "final_logit_softcapping", 30.0),
@@ -86,16 +75,7 @@ def gemma3(config: ConfigJson) -> ModelSpec:
     """Return the network of a Gemma3ForCausalLM: five layers of six have a window, and a rope of their own."""
     every = config.integer("sliding_window_pattern", 6)
     inside = windowed_layers(config, lambda number: (number + 1) % every > 0)
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(
-        config,
-        num_kv_heads=4,
-        head_dim=256,
-        qkv_bias=biased,
-        o_bias=biased,
-        scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
-        qk_norm=head_norms(config),
-    )
+    attention = _scaled(config, qk_norm=head_norms(config))
     local = replace(attention, rope=1, window=window(config))
     return decoder(
         config,
@@ -106,6 +86,12 @@ def gemma3(config: ConfigJson) -> ModelSpec:
         logit_softcap=optional_number(config, "final_logit_softcapping", None),
         **outside_layers(config),
     )
+
+
+def _scaled(config: ConfigJson, **fields: Any) -> AttentionSpec:
+    """Return the attention of Gemma 2 and 3, whose scores have a scale of their own."""
+    scale = config.number("query_pre_attn_scalar", 256) ** -0.5
+    return biased_attention(config, num_kv_heads=4, head_dim=256, scale=scale, **fields)
 
 
 def outside_layers(config: ConfigJson) -> dict[str, Any]:

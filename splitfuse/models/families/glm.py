@@ -7,24 +7,21 @@ from __future__ import annotations
 from typing import Any
 
 from splitfuse.kernels.interface import NormPlace
-from splitfuse.models.families.common import DECODER_NAMES, Family, WeightNames, decoder, mlp, read_attention
+from splitfuse.models.families.common import (
+    DECODER_NAMES,
+    Family,
+    WeightNames,
+    decoder,
+    mlp,
+    read_attention,
+    with_interleaved_rope,
+)
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import interleaved_rope
 from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec
 
-_ATTENTION = "model.layers.{layer}.self_attn."
-
 GLM_NAMES: WeightNames = {
-    **DECODER_NAMES,
-    **{
-        ours: (
-            interleaved_rope(f"{_ATTENTION}q_proj.{kind}"),
-            interleaved_rope(f"{_ATTENTION}k_proj.{kind}"),
-            f"{_ATTENTION}v_proj.{kind}",
-        )
-        for ours, kind in (("qkv", "weight"), ("qkv_bias", "bias"))
-    },
+    **with_interleaved_rope(DECODER_NAMES),
     "mlp.gate_up": ("model.layers.{layer}.mlp.gate_up_proj.weight",),
 }
 GLM4_NAMES: WeightNames = {

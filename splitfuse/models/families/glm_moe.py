@@ -9,6 +9,7 @@ from splitfuse.models.families.common import (
     EXPERT_NAMES,
     FUSED_EXPERT_NAMES,
     Family,
+    biased_attention,
     decoder,
     further_layers,
     head_norms,
@@ -37,12 +38,11 @@ def glm4_moe(config: ConfigJson) -> ModelSpec:
 
 def dots1(config: ConfigJson) -> ModelSpec:
     """Return the network of a Dots1ForCausalLM."""
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(config, num_kv_heads=32, qk_norm=head_norms(config), qkv_bias=biased, o_bias=biased)
+    attention = biased_attention(config, num_kv_heads=32, qk_norm=head_norms(config))
     mlps = _experts_from(0, config, renormalize=config.flag("norm_topk_prob", False))
     size, first = window(config), config.integer("max_window_layers", 62, least=0)
     inside = windowed_layers(config, lambda number: number >= first)
-    return decoder(config, in_windows(attention, tuple(size if windowed else None for windowed in inside)), mlps)
+    return decoder(config, in_windows(attention, size, inside), mlps)
 
 
 def _experts_from(first: int, config: ConfigJson, **router: Any) -> list[MlpSpec | ExpertsSpec]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
+from splitfuse.kernels.interface import ExpertsSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,
     WeightNames,
     accept_only,
+    biased_attention,
     decoder,
     in_windows,
     mlp,
-    num_experts,
-    read_attention,
+    read_router,
     windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
@@ -42,20 +42,14 @@ ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_po
 def gpt_oss(config: ConfigJson) -> ModelSpec:
     """Return the network of a GptOssForCausalLM."""
     accept_only(config, swiglu_alpha=1.702, swiglu_limit=7.0, hidden_act="silu")
-    biased = config.flag("attention_bias", True)
-    attention = read_attention(config, num_kv_heads=8, head_dim=64, qkv_bias=biased, o_bias=biased, sinks=True)
+    attention = biased_attention(config, default=True, num_kv_heads=8, head_dim=64, sinks=True)
     size = None if config.is_null("sliding_window") else config.integer("sliding_window", 128)
     inside = windowed_layers(config, lambda number: number % 2 == 0)
-    router = RouterSpec(
-        num_experts=num_experts(config, 128),
-        top_k=config.integer("num_experts_per_tok", 4),
-        renormalize=True,
-        bias=True,
-    )
+    router = read_router(config, 128, 4, renormalize=True, bias=True)
     config = config.with_defaults({"rope_parameters": ROPE})
     return decoder(
         config,
-        in_windows(attention, tuple(size if windowed else None for windowed in inside)),
+        in_windows(attention, size, inside),
         ExpertsSpec(router=router, expert=mlp(config, activation="clamped_swiglu", bias=True)),
         ropes=(read_rope(config, head_dim=attention.head_dim, theta=150_000.0),),
         norm_eps=1e-5,

@@ -5,25 +5,25 @@ an ungated MLP, QK norm.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, RouterSpec
+from splitfuse.kernels.interface import ExpertsSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     FUSED_EXPERT_NAMES,
     Family,
     WeightNames,
     accept_only,
+    biased_attention,
     decoder,
     head_norms,
     in_windows,
     mlp,
-    num_experts,
     num_layers,
     optional_window,
     per_layer,
     read_attention,
+    read_router,
     window,
     windowed_layers,
 )
@@ -74,7 +74,7 @@ CWM_ROPE = {
 
 def llama(config: ConfigJson) -> ModelSpec:
     """Return the network of a LlamaForCausalLM."""
-    return decoder(config, _biased(config), mlp(config, bias=config.flag("mlp_bias", False)))
+    return decoder(config, biased_attention(config), mlp(config, bias=config.flag("mlp_bias", False)))
 
 
 def original_llama(config: ConfigJson) -> ModelSpec:
@@ -99,9 +99,7 @@ def mistral(config: ConfigJson) -> ModelSpec:
 
 def mixtral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MixtralForCausalLM."""
-    router = RouterSpec(
-        num_experts=num_experts(config, 8), top_k=config.integer("num_experts_per_tok", 2), renormalize=True
-    )
+    router = read_router(config, 8, 2, renormalize=True)
     # Unlike Mistral, whose absent window is 4096: here absent is none, as in transformers.
     attention = read_attention(config, num_kv_heads=8, window=optional_window(config))
     return decoder(config, attention, ExpertsSpec(router=router, expert=mlp(config)), norm_eps=1e-5, rope_theta=1e6)
@@ -121,7 +119,7 @@ def smollm3(config: ConfigJson) -> ModelSpec:
     rotated = per_layer(config, "no_rope_layers", config.integers("no_rope_layers", default))
     size = optional_window(config) if config.flag("use_sliding_window", False) else None
     inside = windowed_layers(config, lambda number: size is not None and not rotated[number])
-    attention = _biased(config, num_kv_heads=4)
+    attention = biased_attention(config, num_kv_heads=4)
     layers = [
         replace(attention, rope=0 if has_rope else None, window=size if windowed else None)
         for has_rope, windowed in zip(rotated, inside, strict=True)
@@ -141,10 +139,9 @@ def cwm(config: ConfigJson) -> ModelSpec:
     inside = windowed_layers(config, lambda number: number % 4 > 0)
     size = None if config.is_null("sliding_window") else config.integer("sliding_window", 8192)
     attention = read_attention(config, num_kv_heads=8, head_dim=128)
-    windows = tuple(size if windowed else None for windowed in inside)
     return decoder(
         config,
-        in_windows(attention, windows),
+        in_windows(attention, size, inside),
         mlp(config, bias=config.flag("mlp_bias", False)),
         rope_theta=1e6,
         norm_eps=1e-5,
@@ -157,7 +154,7 @@ def granite(config: ConfigJson, inner: ExpertsSpec | None = None) -> ModelSpec:
     """
     return decoder(
         config,
-        _biased(config, scale=config.number("attention_multiplier", 1.0)),
+        biased_attention(config, scale=config.number("attention_multiplier", 1.0)),
         inner or mlp(config, bias=config.flag("mlp_bias", False)),
         layer={"residual_scale": config.number("residual_multiplier", 1.0)},
         embed_scale=config.number("embedding_multiplier", 1.0),
@@ -167,9 +164,7 @@ def granite(config: ConfigJson, inner: ExpertsSpec | None = None) -> ModelSpec:
 
 def granite_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of a GraniteMoeForCausalLM."""
-    router = RouterSpec(
-        num_experts=num_experts(config, 8), top_k=config.integer("num_experts_per_tok", 2), renormalize=True
-    )
+    router = read_router(config, 8, 2, renormalize=True)
     return granite(config, ExpertsSpec(router=router, expert=mlp(config)))
 
 
@@ -177,7 +172,7 @@ def arcee(config: ConfigJson) -> ModelSpec:
     """Return the network of an ArceeForCausalLM: Llama with an MLP without gate."""
     bias, name = config.flag("mlp_bias", False), config.text("hidden_act", "relu2")
     inner = mlp(config.with_defaults({"hidden_act": name}), gated=False, bias=bias)
-    return decoder(config, _biased(config), inner, norm_eps=1e-5)
+    return decoder(config, biased_attention(config), inner, norm_eps=1e-5)
 
 
 def seed_oss(config: ConfigJson) -> ModelSpec:
@@ -198,15 +193,9 @@ def hunyuan_dense(config: ConfigJson) -> ModelSpec:
     """
     accept_only(config, use_qk_norm=True)
     norms = head_norms(config.with_defaults({"rms_norm_eps": 1e-5}), after_rope=True)
-    attention = _biased(config, qk_norm=norms)
+    attention = biased_attention(config, qk_norm=norms)
     rope = read_rope(config, head_dim=attention.head_dim, honours=["alpha"])
     return decoder(config, attention, mlp(config), ropes=[rope], norm_eps=1e-5)
-
-
-def _biased(config: ConfigJson, **fields: Any) -> AttentionSpec:
-    """Return attention with biases on all products or on none; `fields` are those of `read_attention`."""
-    biased = config.flag("attention_bias", False)
-    return read_attention(config, qkv_bias=biased, o_bias=biased, **fields)
 
 
 FAMILIES = {

@@ -6,33 +6,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 from splitfuse.errors import ModelError, brief
-from splitfuse.kernels.interface import ExpertsSpec, HeadNormSpec, NormSpec, QueryScaling, RouterSpec
+from splitfuse.kernels.interface import ExpertsSpec, HeadNormSpec, NormSpec, QueryScaling
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,
     WeightNames,
+    biased_attention,
     decoder,
     mlp,
-    num_experts,
     num_layers,
-    read_attention,
+    read_router,
+    with_interleaved_rope,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import interleaved_rope, of_expert, transposed
+from splitfuse.models.families.layouts import of_expert, transposed
 from splitfuse.models.spec import ModelSpec
 
 _LAYER = "model.layers.{layer}"
 
 LLAMA4_NAMES: WeightNames = {
-    **DECODER_NAMES,
-    "qkv": (
-        *(interleaved_rope(f"{_LAYER}.self_attn.{part}_proj.weight") for part in "qk"),
-        f"{_LAYER}.self_attn.v_proj.weight",
-    ),
-    "qkv_bias": (
-        *(interleaved_rope(f"{_LAYER}.self_attn.{part}_proj.bias") for part in "qk"),
-        f"{_LAYER}.self_attn.v_proj.bias",
-    ),
+    **with_interleaved_rope(DECODER_NAMES),
     "mlp.gate_up": tuple(f"{_LAYER}.feed_forward.{part}_proj.weight" for part in ("gate", "up")),
     "mlp.down": (f"{_LAYER}.feed_forward.down_proj.weight",),
     "router": (f"{_LAYER}.feed_forward.router.weight",),
@@ -54,8 +47,8 @@ def llama4(config: ConfigJson) -> ModelSpec:
             f"config.json: no_rope_layers and layer_types must have an entry for each of {len(layers)} layers, not "
             f"{brief(rotated)} and {brief(kinds)}"
         )
-    biased, norm = config.flag("attention_bias", False), NormSpec(eps=config.number("rms_norm_eps", 1e-5))
-    attention = read_attention(config, num_kv_heads=8, head_dim=128, qkv_bias=biased, o_bias=biased)
+    norm = NormSpec(eps=config.number("rms_norm_eps", 1e-5))
+    attention = biased_attention(config, num_kv_heads=8, head_dim=128)
     chunk = config.integer("attention_chunk_size", 8192)
     with_rope = replace(
         attention,
@@ -64,13 +57,7 @@ def llama4(config: ConfigJson) -> ModelSpec:
     scaling = QueryScaling(beta=config.number("attn_scale", 0.1), length=config.integer("floor_scale", 8192), offset=1)
     tuned = config.flag("attn_temperature_tuning", True)
     without = replace(attention, rope=None, query_scaling=scaling if tuned else None)
-    router = RouterSpec(
-        num_experts=num_experts(config, 16),
-        top_k=config.integer("num_experts_per_tok", 1),
-        renormalize=False,
-        sigmoid=True,
-        scales_input=True,
-    )
+    router = read_router(config, 16, 1, renormalize=False, sigmoid=True, scales_input=True)
     experts = ExpertsSpec(router=router, expert=mlp(config), shared=mlp(config))
     dense = mlp(config, config.integer("intermediate_size_mlp", 16384))
     step = config.integer("interleave_moe_layer_step", 1)

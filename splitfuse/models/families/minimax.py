@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec, RouterSpec
+from splitfuse.kernels.interface import ExpertsSpec
 from splitfuse.models.families.common import (
     FUSED_EXPERT_NAMES,
     Family,
@@ -11,8 +11,8 @@ from splitfuse.models.families.common import (
     decoder,
     head_norms,
     mlp,
-    num_experts,
     read_attention,
+    read_router,
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.llama import MIXTRAL_NAMES
@@ -31,13 +31,7 @@ def minimax_m2(config: ConfigJson) -> ModelSpec:
     accept_only(config, scoring_func="sigmoid", use_routing_bias=True, use_qk_norm=True, qk_norm_type="per_layer")
     norms = head_norms(config, whole_row=True)
     attention = read_attention(config, num_kv_heads=8, head_dim=128, qk_norm=norms)
-    router = RouterSpec(
-        num_experts=num_experts(config, 256),
-        top_k=config.integer("num_experts_per_tok", 8),
-        renormalize=True,
-        sigmoid=True,
-        choice_bias=True,
-    )
+    router = read_router(config, 256, 8, renormalize=True, sigmoid=True, choice_bias=True)
     share = config.integer("rotary_dim", attention.head_dim) / attention.head_dim
     rope = read_rope(config, head_dim=attention.head_dim, theta=5e6, share=share)
     further = config.integer("num_mtp_modules", 0, least=0)

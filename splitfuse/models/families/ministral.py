@@ -37,8 +37,8 @@ MINISTRAL3_ROPE = {
 def ministral(config: ConfigJson) -> ModelSpec:
     """Return the network of a MinistralForCausalLM."""
     size = window(config)
-    windows = tuple(size if inside else None for inside in windowed_layers(config, lambda _: size is not None))
-    return decoder(config, in_windows(read_attention(config, num_kv_heads=8), windows), mlp(config))
+    inside = windowed_layers(config, lambda _: size is not None)
+    return decoder(config, in_windows(read_attention(config, num_kv_heads=8), size, inside), mlp(config))
 
 
 def ministral3(config: ConfigJson) -> ModelSpec:

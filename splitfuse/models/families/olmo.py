@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, NormPlace, RouterSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, NormPlace
 from splitfuse.models.families.common import (
-    DECODER_NAMES,
     EXPERT_NAMES,
     FUSED_EXPERT_NAMES,
+    POST_NORM_NAMES,
     Family,
-    WeightNames,
     accept_only,
+    biased_attention,
     decoder,
     head_norms,
     mlp,
-    num_experts,
-    read_attention,
+    read_router,
     window,
     windowed_layers,
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.rope_config import read_layer_ropes
 from splitfuse.models.spec import ModelSpec
-
-OLMO2_NAMES: WeightNames = {
-    **DECODER_NAMES,
-    "post_attn_norm": ("model.layers.{layer}.post_attention_layernorm.weight",),
-    "post_mlp_norm": ("model.layers.{layer}.post_feedforward_layernorm.weight",),
-}
 
 
 def olmo2(config: ConfigJson) -> ModelSpec:
@@ -53,22 +46,17 @@ def olmo3(config: ConfigJson) -> ModelSpec:
 
 def olmoe(config: ConfigJson) -> ModelSpec:
     """Return the network of an OlmoeForCausalLM."""
-    router = RouterSpec(
-        num_experts=num_experts(config, 64),
-        top_k=config.integer("num_experts_per_tok", 8),
-        renormalize=config.flag("norm_topk_prob", False),
-    )
+    router = read_router(config, 64, 8, renormalize=config.flag("norm_topk_prob", False))
     return decoder(config, _attention(config), ExpertsSpec(router=router, expert=mlp(config)), norm_eps=1e-5)
 
 
 def _attention(config: ConfigJson) -> AttentionSpec:
     accept_only(config, clip_qkv=None)
-    biased = config.flag("attention_bias", False)
-    return read_attention(config, qkv_bias=biased, o_bias=biased, qk_norm=head_norms(config, eps=1e-5, whole_row=True))
+    return biased_attention(config, qk_norm=head_norms(config, eps=1e-5, whole_row=True))
 
 
 FAMILIES = {
-    "Olmo2ForCausalLM": Family("olmo2", olmo2, OLMO2_NAMES),
-    "Olmo3ForCausalLM": Family("olmo3", olmo3, OLMO2_NAMES),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2, POST_NORM_NAMES),
+    "Olmo3ForCausalLM": Family("olmo3", olmo3, POST_NORM_NAMES),
     "OlmoeForCausalLM": Family("olmoe", olmoe, EXPERT_NAMES, (FUSED_EXPERT_NAMES,)),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, brief
-from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     FUSED_EXPERT_NAMES,
@@ -18,12 +18,13 @@ from splitfuse.models.families.common import (
     head_norms,
     layer_types,
     mlp,
-    num_experts,
     num_layers,
     read_attention,
+    read_router,
 )
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.layouts import Place, Stored, conv1d, plus_one
+from splitfuse.models.families.qwen import QWEN2_MOE_NAMES, gated_shared_experts, sparse_layers
 from splitfuse.models.families.rope_config import MROPE, read_rope
 from splitfuse.models.spec import ModelSpec
 
@@ -64,7 +65,7 @@ def _by_key_head(tensor: Tensor, place: Place) -> Tensor:
 
 
 QWEN3_NEXT_NAMES: WeightNames = {
-    **DECODER_NAMES,
+    **QWEN2_MOE_NAMES,
     "norm": (plus_one("model.norm.weight"),),
     "attn_norm": (plus_one("model.layers.{layer}.input_layernorm.weight"),),
     "mlp_norm": (plus_one("model.layers.{layer}.post_attention_layernorm.weight"),),
@@ -79,12 +80,6 @@ QWEN3_NEXT_NAMES: WeightNames = {
     "decay_bias": (f"{_LINEAR}.dt_bias",),
     "delta_norm": (f"{_LINEAR}.norm.weight",),
     "out_proj": (f"{_LINEAR}.out_proj.weight",),
-    "router": ("model.layers.{layer}.mlp.gate.weight",),
-    "w13": tuple(f"model.layers.{{layer}}.mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
-    "w2": ("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",),
-    "shared.gate_up": tuple(f"model.layers.{{layer}}.mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up")),
-    "shared.down": ("model.layers.{layer}.mlp.shared_expert.down_proj.weight",),
-    "shared_gate": ("model.layers.{layer}.mlp.shared_expert_gate.weight",),
 }
 QWEN3_5_NAMES: WeightNames = {
     **QWEN3_NEXT_NAMES,
@@ -95,10 +90,9 @@ QWEN3_5_NAMES: WeightNames = {
 
 def qwen3_next(config: ConfigJson) -> ModelSpec:
     """Return the network of a Qwen3NextForCausalLM."""
-    every, dense_layers = config.integer("decoder_sparse_step", 1), set(config.integers("mlp_only_layers", []))
-    dense, experts = mlp(config), _experts(config, 512, 10, renormalize=config.flag("norm_topk_prob", True))
-    mlps = [dense if n in dense_layers or (n + 1) % every else experts for n in range(num_layers(config))]
-    return _hybrid(config, mlps, num_kv_heads=2)
+    router = read_router(config, 512, 10, renormalize=config.flag("norm_topk_prob", True))
+    experts = gated_shared_experts(config, router, 512, 512)
+    return _hybrid(config, sparse_layers(config, experts), num_kv_heads=2)
 
 
 def qwen3_5(config: ConfigJson) -> ModelSpec:
@@ -108,7 +102,8 @@ def qwen3_5(config: ConfigJson) -> ModelSpec:
 
 def qwen3_5_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of Qwen3.5-MoE, or of its text."""
-    return _hybrid(config, _experts(config, 256, 8, renormalize=True), num_kv_heads=2)
+    router = read_router(config, 256, 8, renormalize=True)
+    return _hybrid(config, gated_shared_experts(config, router, 512, 512), num_kv_heads=2)
 
 
 def _hybrid(
@@ -136,19 +131,6 @@ def _hybrid(
     mixers: list[Mixer] = [delta if each else attention for each in is_delta]
     rope = read_rope(config, head_dim=attention.head_dim, share=0.25, honours=MROPE)
     return decoder(config, mixers, mlps, ropes=[rope])
-
-
-def _experts(config: ConfigJson, count: int, top_k: int, *, renormalize: bool) -> ExpertsSpec:
-    return ExpertsSpec(
-        router=RouterSpec(
-            num_experts=num_experts(config, count),
-            top_k=config.integer("num_experts_per_tok", top_k),
-            renormalize=renormalize,
-        ),
-        expert=mlp(config, config.integer("moe_intermediate_size", 512)),
-        shared=mlp(config, config.integer("shared_expert_intermediate_size", 512)),
-        shared_gate=True,
-    )
 
 
 FAMILIES = {

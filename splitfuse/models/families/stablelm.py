@@ -9,6 +9,7 @@ from splitfuse.models.families.common import (
     LAYER_NORM_NAMES,
     Family,
     WeightNames,
+    biased_attention,
     decoder,
     layer_norm,
     mlp,
@@ -66,12 +67,10 @@ def stablelm(config: ConfigJson) -> ModelSpec:
 
 def starcoder2(config: ConfigJson) -> ModelSpec:
     """Return the network of a Starcoder2ForCausalLM."""
-    biased = config.flag("use_bias", True)
-    window = optional_window(config)
     return decoder(
         config,
-        read_attention(config, num_kv_heads=2, qkv_bias=biased, o_bias=biased, window=window),
-        plain_mlp(config, act="gelu_pytorch_tanh", bias=biased),
+        biased_attention(config, "use_bias", True, num_kv_heads=2, window=optional_window(config)),
+        plain_mlp(config, act="gelu_pytorch_tanh", bias=config.flag("use_bias", True)),
         norm=layer_norm(config, "norm_epsilon"),
         tied_embeddings=config.flag("tie_word_embeddings", True),
     )
@@ -79,8 +78,7 @@ def starcoder2(config: ConfigJson) -> ModelSpec:
 
 def nemotron(config: ConfigJson) -> ModelSpec:
     """Return the network of a NemotronForCausalLM: Minitron and similar models."""
-    biased = config.flag("attention_bias", False)
-    attention = read_attention(config, qkv_bias=biased, o_bias=biased)
+    attention = biased_attention(config)
     return decoder(
         config,
         attention,
