@@ -74,6 +74,9 @@ class FusedNetwork:
         self._first_store: weakref.ref[Store | States] | None = None  # weak: a cache that is given up is not kept
         self._layers = (Layer * len(plan.layers))()
         self._mixers = [spec.mixer for spec in plan.layers]
+        kinds = [type(mixer) for mixer in self._mixers]
+        self._attention = kinds.index(AttentionSpec) if AttentionSpec in kinds else None  # the first layer of its kind
+        self._recurrent = next((n for n, kind in enumerate(kinds) if kind in (DeltaSpec, ConvSpec)), None)
         packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:
@@ -171,24 +174,27 @@ class FusedNetwork:
         *addresses, end = accumulate((4 * size for size in batch.sizes), initial=batch.packed.data_ptr())
         assert end == batch.packed.data_ptr() + batch.packed.nbytes
         arrays = Step(batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows, *addresses)
-        first = next(store for store in stores if store is not None)
+        store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
+        assert isinstance(store, Store | None) and isinstance(states, States | None)
         arrays.check(
             self._library,
-            next((store for store in stores if isinstance(store, Store)), None),
+            store,
             max_position=self._max_position,
             vocabulary=self._network.vocabulary,
-            states=next((store for store in stores if isinstance(store, States)), None),
+            states=states,
         )
+        first = store or states
+        assert first is not None
         rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not first:
-                for entry, mixer, store in zip(self._layers, self._mixers, stores, strict=True):
-                    if isinstance(store, States):
-                        entry.recurrent.states = store
-                    elif store is not None:
+                for entry, mixer, each in zip(self._layers, self._mixers, stores, strict=True):
+                    if isinstance(each, States):
+                        entry.recurrent.states = each
+                    elif each is not None:
                         assert isinstance(mixer, AttentionSpec)
-                        assert (store.num_kv_heads, store.head_dim) == (mixer.num_kv_heads, mixer.head_dim)
-                        entry.store = store
+                        assert (each.num_kv_heads, each.head_dim) == (mixer.num_kv_heads, mixer.head_dim)
+                        entry.store = each
                 self._first_store = weakref.ref(first)
             self._library.network(arrays.address, self._network.address, rows.data_ptr())
         return rows
