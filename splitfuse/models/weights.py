@@ -111,7 +111,7 @@ def parameters(spec: ModelSpec, alternative: WeightNames | None = None) -> list[
         place = Place(layer, number, rotary_dim=rotary_dim)
         found += named(_layer_shapes(layer, spec.norm, spec.hidden_size), place)
         if isinstance(layer.mlp, ExpertsSpec):
-            of_expert = _expert_shapes(layer.mlp.expert, spec.hidden_size)
+            of_expert = _mlp_shapes(layer.mlp.expert, spec.hidden_size, gate_up="w13", up="w1", down="w2")
             for expert in range(layer.mlp.router.num_experts):
                 found += named(of_expert, Place(layer, number, expert))
     return found
@@ -171,7 +171,7 @@ def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
         shapes |= _norm_shapes("mlp_norm", norm, hidden) if own_norm else {}
         shapes |= _norm_shapes("post_mlp_norm", norm, hidden) if layer.norms.after else {}
     if isinstance(layer.mlp, MlpSpec):
-        shapes |= _mlp_shapes("mlp", layer.mlp, hidden)
+        shapes |= _mlp_shapes(layer.mlp, hidden, gate_up="mlp.gate_up", up="mlp.up", down="mlp.down")
     elif layer.mlp is not None:
         router = layer.mlp.router
         shapes["router"] = ((router.num_experts, hidden),)
@@ -181,7 +181,8 @@ def _layer_shapes(layer: LayerSpec, norm: NormSpec, hidden: int) -> Shapes:
         if layer.mlp.own_norm is not None:
             shapes |= dict.fromkeys(("router_norm", "expert_norm", "post_expert_norm"), ((hidden,),))
             shapes |= {"post_shared_norm": ((hidden,),)} if layer.mlp.shared else {}
-        shapes |= _mlp_shapes("shared", layer.mlp.shared, hidden) if layer.mlp.shared else {}
+        if (shared := layer.mlp.shared) is not None:
+            shapes |= _mlp_shapes(shared, hidden, gate_up="shared.gate_up", up="shared.up", down="shared.down")
         shapes |= {"shared_gate": ((1, hidden),)} if layer.mlp.shared_gate else {}
     if layer.token_input is not None:
         size = layer.token_input.size
@@ -243,21 +244,12 @@ def _latent_shapes(spec: LatentSpec, heads: int, hidden: int) -> Shapes:
     return shapes | {"q_a_norm": ((rank,),), "q_b": ((heads * (spec.rope_dim + spec.nope_dim), rank),)}
 
 
-def _mlp_shapes(name: str, spec: MlpSpec, hidden: int) -> Shapes:
+def _mlp_shapes(spec: MlpSpec, hidden: int, *, gate_up: str, up: str, down: str) -> Shapes:
+    """Return the weights of an MLP or an expert: `gate_up`, or `up` if it is not gated, and `down`, by these names."""
     inner = spec.intermediate_size
     halves = 2 if spec.gated else 1
-    shapes: Shapes = {
-        f"{name}.gate_up" if spec.gated else f"{name}.up": ((inner, hidden),) * halves,
-        f"{name}.down": ((hidden, inner),),
-    }
-    return shapes | ({f"{name}.up_bias": ((inner,),) * halves, f"{name}.down_bias": ((hidden,),)} if spec.bias else {})
-
-
-def _expert_shapes(spec: MlpSpec, hidden: int) -> Shapes:
-    inner = spec.intermediate_size
-    halves = 2 if spec.gated else 1
-    shapes: Shapes = {"w13" if spec.gated else "w1": ((inner, hidden),) * halves, "w2": ((hidden, inner),)}
-    return shapes | ({"w1_bias": ((inner,),) * halves, "w2_bias": ((hidden,),)} if spec.bias else {})
+    shapes: Shapes = {gate_up if spec.gated else up: ((inner, hidden),) * halves, down: ((hidden, inner),)}
+    return shapes | ({f"{up}_bias": ((inner,),) * halves, f"{down}_bias": ((hidden,),)} if spec.bias else {})
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend) -> int:
