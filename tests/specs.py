@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.interface import AttentionSpec, DeltaSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.spec import ModelSpec, RopeSpec
 
 
@@ -14,6 +14,20 @@ def make_experts(num_experts: int, top_k: int, intermediate_size: int, *, renorm
     return ExpertsSpec(
         router=RouterSpec(num_experts=num_experts, top_k=top_k, renormalize=renormalize),
         expert=MlpSpec(intermediate_size=intermediate_size, activation="silu"),
+    )
+
+
+def make_delta(
+    key_heads: int, value_heads: int, key_dim: int, value_dim: int, conv_size: int = 4, eps: float = 1e-6
+) -> DeltaSpec:
+    """Return a gated delta net."""
+    return DeltaSpec(
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        conv_size=conv_size,
+        norm=NormSpec(eps=eps),
     )
 
 

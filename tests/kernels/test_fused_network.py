@@ -16,7 +16,7 @@ import pytest
 import torch
 from backends import CPU, variants
 from ragged_requests import Chunk, Request, Runner
-from specs import make_experts, make_spec
+from specs import make_delta, make_experts, make_spec
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -244,22 +244,11 @@ BRANCHES = network(  # experts next to an MLP with norms of their own, experts w
 )
 
 
-def delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, conv_size: int) -> DeltaSpec:
-    return DeltaSpec(
-        num_key_heads=key_heads,
-        num_value_heads=value_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        conv_size=conv_size,
-        norm=EPS,
-    )
-
-
 RECURRENT = network(
-    LayerSpec(mixer=delta_net(2, 6, 10, 18, 4), mlp=dense(130, "silu")),
+    LayerSpec(mixer=make_delta(2, 6, 10, 18, 4, eps=1e-5), mlp=dense(130, "silu")),
     LayerSpec(mixer=ConvSpec(num_channels=96, conv_size=3), mlp=make_experts(5, 2, 50)),
     LayerSpec(mixer=heads(gate=True, qk_norm=HeadNormSpec(norm=EPS)), mlp=dense(17, "silu")),
-    LayerSpec(mixer=delta_net(1, 1, 33, 70, 2), mlp=dense(40, "silu"), parallel=True),
+    LayerSpec(mixer=make_delta(1, 1, 33, 70, 2, eps=1e-5), mlp=dense(40, "silu"), parallel=True),
     LayerSpec(
         mixer=ConvSpec(num_channels=50, conv_size=5, bias=True),
         mlp=None,

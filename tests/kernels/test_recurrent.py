@@ -14,31 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import CPU, BackendCase, poison, variants
+from specs import make_delta
 from torch import Tensor
 
 from splitfuse.core.plan import ZERO_STATE
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, LayerWeights, NormSpec, Role, Store
+from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, LayerWeights, Role, Store
 
 LENGTHS = (1, 2, 150, 9)
 NUM_SLOTS = 12
 
 
-def delta_spec(key_heads: int, value_heads: int, key_dim: int, value_dim: int, conv_size: int = 4) -> DeltaSpec:
-    return DeltaSpec(
-        num_key_heads=key_heads,
-        num_value_heads=value_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        conv_size=conv_size,
-        norm=NormSpec(eps=1e-6),
-    )
-
-
 SPECS = [
-    pytest.param(delta_spec(2, 4, 16, 16), id="delta"),
-    pytest.param(delta_spec(1, 3, 10, 70, conv_size=2), id="delta-odd"),
-    pytest.param(delta_spec(3, 3, 33, 130), id="delta-wide"),
+    pytest.param(make_delta(2, 4, 16, 16), id="delta"),
+    pytest.param(make_delta(1, 3, 10, 70, conv_size=2), id="delta-odd"),
+    pytest.param(make_delta(3, 3, 33, 130), id="delta-wide"),
     pytest.param(ConvSpec(num_channels=48, conv_size=3), id="conv"),
     pytest.param(ConvSpec(num_channels=270, conv_size=5, bias=True), id="conv-bias"),
 ]
@@ -204,6 +194,6 @@ def test_states_take_the_bytes_that_are_planned(case: BackendCase, spec: DeltaSp
 @pytest.mark.parametrize("slots", [(ZERO_STATE - 1, 0), (NUM_SLOTS, 0), (0, ZERO_STATE), (0, NUM_SLOTS)])
 @pytest.mark.parametrize("variant", variants())
 def test_slots_that_do_not_exist_are_refused(variant: str, slots: tuple[int, int]) -> None:
-    backend, layer = CpuBackend(variant=variant, num_threads=1), Layer.random(delta_spec(1, 1, 8, 8))
+    backend, layer = CpuBackend(variant=variant, num_threads=1), Layer.random(make_delta(1, 1, 8, 8))
     with pytest.raises(IndexError, match="a state slot that does not exist"):
         layer.compute(backend, torch.float32, layer.states(backend), [(2, 0, 5, *slots)])
