@@ -77,11 +77,12 @@ JSON = st.recursive(
 )
 
 
-@given(JSON, st.booleans(), st.integers(0, 16))
-def test_values_are_counted_outside_of_texts(value: Any, ascii_only: bool, most: int) -> None:
+@given(JSON, st.booleans(), st.integers(0, 16), st.integers(1, 16))
+def test_values_are_counted_outside_of_texts(value: Any, ascii_only: bool, most: int, piece: int) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":")).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("splitfuse.server.bodies.MAX_VALUES", most)
+        patch.setattr("splitfuse.server.bodies._PIECE", piece)
         assert (_num_values(body) > most) == (count(value) > most)
 
 

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -118,13 +119,13 @@ def _soak(server: ServerProcess, http: httpx.Client, minutes: float, connections
     wait_until_idle(http)
     before, log_before = Measured.of(pid), server.log.stat().st_size + server.out.stat().st_size
     print(f"before, at rest: {before}", flush=True)
-    outcomes, delays = Outcomes(), []
+    outcomes, answers = Outcomes(), list[_Answer]()
     for half in range(2):
         health = _Health(address)
         health.start()
         crowd = _crowd(address, outcomes, connections=connections, seconds=30 * minutes, seed=seed + half, pid=pid)
         asyncio.run(crowd)
-        delays += health.stop()
+        answers += health.stop()
         wait_until_idle(http)
         print(f"after {30 * (half + 1) * minutes:.0f} s, at rest: {Measured.of(pid)}", flush=True)
     after, log_after = Measured.of(pid), server.log.stat().st_size + server.out.stat().st_size
@@ -133,13 +134,17 @@ def _soak(server: ServerProcess, http: httpx.Client, minutes: float, connections
     print(f"log: {(log_after - log_before) / 2**20:.1f} MiB for {outcomes.correct.total()} correct requests")
     for name in "correct", "must_fail", "hostile":
         print(f"{name}: {dict(getattr(outcomes, name).most_common())}")
-    delays.sort()
+    delays = sorted(delay for _, delay in answers)
     answered = [delay for delay in delays if delay < _Health.LIMIT]
     quantiles = {share: delays[min(int(share * len(delays)), len(delays) - 1)] for share in (0.5, 0.99, 0.999)}
     print(
         f"/health: {len(delays)} asked, {len(delays) - len(answered)} without an answer; "
         + ", ".join(f"p{100 * share:g} {1000 * delay:.1f} ms" for share, delay in quantiles.items())
         + f", longest {1000 * delays[-1]:.0f} ms"
+    )
+    slowest = sorted(sorted(answers, key=lambda answer: answer[1])[-40:])
+    print(
+        "slowest at (ms):", " ".join(f"{when:%H:%M:%S.%f}"[:-5] + f" ({1000 * delay:.0f})" for when, delay in slowest)
     )
     faults = outcomes.wrong[:20]
     if after.num_files > before.num_files or after.num_threads > before.num_threads:
@@ -400,6 +405,9 @@ async def _hostile_client(address: Address, random: Random, outcomes: Outcomes, 
 # /health -------------------------------------------------------------------------------------------------------------
 
 
+_Answer = tuple[datetime, float]  # when it came, and after how many seconds
+
+
 class _Health:
     """Asks /health ten times a second in a process of its own."""
 
@@ -414,16 +422,15 @@ class _Health:
     def start(self) -> None:
         self._process.start()
 
-    def stop(self) -> list[float]:
-        """Return the delays in seconds."""
+    def stop(self) -> list[_Answer]:
         self._ours.send(None)
-        delays: list[float] = self._ours.recv()
+        answers: list[_Answer] = self._ours.recv()
         self._process.join()
-        return delays
+        return answers
 
 
 def _ask_health(address: Address, pipe: Any) -> None:
-    delays: list[float] = []
+    answers: list[_Answer] = []
     due = time.monotonic()
     while not pipe.poll(max(due - time.monotonic(), 0)):
         began = max(due, time.monotonic() - 0.1)
@@ -434,8 +441,8 @@ def _ask_health(address: Address, pipe: Any) -> None:
                 answered = connection.recv(100).startswith(b"HTTP/1.1 200")
         except OSError:
             answered = False
-        delays.append(time.monotonic() - began if answered else _Health.LIMIT)
-    pipe.send(delays)
+        answers.append((datetime.now(), time.monotonic() - began if answered else _Health.LIMIT))
+    pipe.send(answers)
 
 
 if __name__ == "__main__":
