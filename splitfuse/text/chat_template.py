@@ -185,9 +185,11 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def as_json(value: Any, name: str) -> str:
-    """Return JSON. Raises InvalidRequestError, naming the value, for anything but plain data."""
+    """Return JSON. Raises InvalidRequestError, naming the value, for anything but plain data in valid Unicode."""
     try:
-        return json.dumps(value)
+        text = json.dumps(value, ensure_ascii=False)  # to escape millions of characters takes 20 times as long
+        text.encode()  # not with half a surrogate pair
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{name} must be plain JSON data: {error}", parameter=name) from error
 

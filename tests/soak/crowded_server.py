@@ -127,25 +127,14 @@ def _soak(server: ServerProcess, http: httpx.Client, minutes: float, connections
         asyncio.run(crowd)
         answers += health.stop()
         wait_until_idle(http)
-        print(f"after {30 * (half + 1) * minutes:.0f} s, at rest: {Measured.of(pid)}", flush=True)
+        print(f"after {30 * (half + 1) * minutes:.0f} s, at rest: {Measured.of(pid)}\n{_summary(answers)}", flush=True)
     after, log_after = Measured.of(pid), server.log.stat().st_size + server.out.stat().st_size
     peak = _peak_memory(pid)
     print(f"the front's peak {peak / 2**20:.0f} MiB; deaths of the engine: {outcomes.num_deaths}")
     print(f"log: {(log_after - log_before) / 2**20:.1f} MiB for {outcomes.correct.total()} correct requests")
     for name in "correct", "must_fail", "hostile":
         print(f"{name}: {dict(getattr(outcomes, name).most_common())}")
-    delays = sorted(delay for _, delay in answers)
-    answered = [delay for delay in delays if delay < _Health.LIMIT]
-    quantiles = {share: delays[min(int(share * len(delays)), len(delays) - 1)] for share in (0.5, 0.99, 0.999)}
-    print(
-        f"/health: {len(delays)} asked, {len(delays) - len(answered)} without an answer; "
-        + ", ".join(f"p{100 * share:g} {1000 * delay:.1f} ms" for share, delay in quantiles.items())
-        + f", longest {1000 * delays[-1]:.0f} ms"
-    )
-    slowest = sorted(sorted(answers, key=lambda answer: answer[1])[-40:])
-    print(
-        "slowest at (ms):", " ".join(f"{when:%H:%M:%S.%f}"[:-5] + f" ({1000 * delay:.0f})" for when, delay in slowest)
-    )
+    print(_summary(answers))
     faults = outcomes.wrong[:20]
     if after.num_files > before.num_files or after.num_threads > before.num_threads:
         faults.append(f"descriptors or threads grew: {before} -> {after}")
@@ -406,6 +395,19 @@ async def _hostile_client(address: Address, random: Random, outcomes: Outcomes, 
 
 
 _Answer = tuple[datetime, float]  # when it came, and after how many seconds
+
+
+def _summary(answers: list[_Answer]) -> str:
+    """The delays of /health, and when the longest were."""
+    delays = sorted(delay for _, delay in answers)
+    quantiles = {share: delays[min(int(share * len(delays)), len(delays) - 1)] for share in (0.5, 0.99, 0.999, 1)}
+    slowest = sorted(sorted(answers, key=lambda answer: answer[1])[-40:])
+    return (
+        f"/health: {len(delays)} asked, {sum(delay >= _Health.LIMIT for delay in delays)} without an answer; "
+        + ", ".join(f"p{100 * share:g} {1000 * delay:.1f} ms" for share, delay in quantiles.items())
+        + "; slowest "
+        + ", ".join(f"{1000 * delay:.0f} at {when:%H:%M:%S.%f}"[:-5] for when, delay in slowest)
+    )
 
 
 class _Health:

@@ -62,7 +62,7 @@ def test_errors_are_those_of_template_and_tokenizer(bundled: Sandbox) -> None:
         bundled.render(HELLO, variables={"x": object()})
     with pytest.raises(InvalidRequestError, match="half a surrogate pair at character 1"):
         bundled.encode("a\ud800")
-    with pytest.raises(InvalidRequestError, match="half a surrogate pair"):
+    with pytest.raises(InvalidRequestError, match=r"messages must be plain JSON data: .* surrogates not allowed"):
         bundled.render([{"role": "user", "content": "\ud800"}])
     sandbox = sandbox_of(None)
     with pytest.raises(TokenizerError, match="no chat template"):
