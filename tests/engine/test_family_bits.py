@@ -1,10 +1,11 @@
-"""With the C++ kernels a hybrid of gated delta nets and attention gives each request the same bits, whatever is reused,
-preempted or computed beside it.
+"""With the C++ kernels a model of each kind gives each request the same bits, whatever is reused, preempted or computed
+beside it: a hybrid of delta nets and attention, mixtures of experts, shared experts, sinks, windows, latent attention.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,10 +26,16 @@ Outcome = list[RequestOutput]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("hybrid")
-    tiny_models.save("qwen3.5", path)
-    return path
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def folder(model: str) -> Path:
+        path = tmp_path_factory.mktemp(model)
+        network = tiny_models.make(model)
+        network.config.max_position_embeddings = 640
+        network.save_pretrained(path)
+        return path
+
+    return folder
 
 
 @functools.cache
@@ -82,23 +89,39 @@ def alone(folder: Path, variant: str, quantization: str | None) -> dict[str, lis
     return found
 
 
-EVERY: list[tuple[Any, ...]] = [  # budget, threads, quantization, other settings
+SETTINGS: list[tuple[Any, ...]] = [  # budget, threads, quantization, other settings
     (64, 2, "int8", {"block_size": 64}),
     (1, 2, None, {}),
     (7, 1, None, {"num_blocks": 24}),
     (512, 2, None, {"max_num_seqs": 8}),
 ]
+MODELS = {  # of what kind it is
+    "qwen3.5": "hybrid",
+    "qwen3-moe": "experts",
+    "glm-moe-groups": "shared experts",
+    "gpt-oss": "sinks, experts with biases",
+    "gemma3": "windows",
+    "deepseek-v3": "latent attention",
+}
 CASES = [
-    pytest.param(*case.values, *settings, id=f"{case.id}-budget-{settings[0]}", marks=case.marks)
+    pytest.param(model, *case.values, *settings, id=f"{model}-{case.id}-budget-{settings[0]}", marks=case.marks)
     for case in variants()
-    for settings in (EVERY if case.id == "avx512" else EVERY[:1])
+    for model in MODELS
+    for settings in (SETTINGS if case.id == "avx512" else SETTINGS[:1])
 ]
 
 
-@pytest.mark.parametrize(("variant", "budget", "threads", "quantization", "changes"), CASES)
+@pytest.mark.parametrize(("model", "variant", "budget", "threads", "quantization", "changes"), CASES)
 def test_equal_bits_alone_and_in_a_crowd(
-    folder: Path, variant: str, budget: int, threads: int, quantization: str | None, changes: dict[str, Any]
+    folders: Callable[[str], Path],
+    model: str,
+    variant: str,
+    budget: int,
+    threads: int,
+    quantization: str | None,
+    changes: dict[str, Any],
 ) -> None:
+    folder = folders(model)
     settings = config(folder, variant, threads, quantization, max_num_batched_tokens=budget, **changes)
     engine = Engine(settings, loaded(folder, variant, threads, quantization))
     if budget > 1:
