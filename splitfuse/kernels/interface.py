@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
 
 Weight: TypeAlias = Any
@@ -550,6 +551,19 @@ class Backend(ABC):
 
         A packed HEAD is read by `embed` too, if the two are tied. PLAIN stays a tensor of the pieces' shape.
         """
+
+    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+        """Return whether `pack_quantized` takes weights of a role that a checkpoint stores in this format, and keeps
+        their bits. Those that it does not take are dequantized and given to `pack`.
+        """
+        del stored, role
+        return False
+
+    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+        """Return a linear weight as `pack` does, of pieces of which at least one is quantized, each in a format that
+        `accepts` was asked about: they may differ, and some may be dense. `dtype` is what to compute in.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} keep no weights as a checkpoint has quantized them")
 
     def quantized(self, quantization: str) -> Backend:
         """Return a backend like this one whose weights are kept in `quantization`: for plans, not for computing."""

@@ -34,6 +34,7 @@ from splitfuse.kernels.interface import (
     Role,
     Weight,
 )
+from splitfuse.kernels.quantized import QuantizedWeight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
@@ -86,6 +87,13 @@ class Part:
     def take(self, tensor: Tensor) -> Tensor:
         """Return the rows, of the stored tensor."""
         return self.stored.take(tensor, self.place)
+
+    def row_numbers(self) -> Tensor | None:
+        """Return which rows of the stored tensor these are, in order; None if they are no whole rows of it."""
+        if len(self.piece.shape) != 2:
+            return None
+        numbers = self.take(torch.arange(self.piece.shape[0]).unsqueeze(1))
+        return numbers[:, 0] if numbers.shape == (self.shape[0], 1) else None
 
 
 def parameters(spec: ModelSpec, alternative: WeightNames | None = None) -> list[Parameter]:
@@ -381,8 +389,12 @@ def load_decoder(
     for parameter in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
-            parts = [part.take(stack.enter_context(weights.read(part.piece))).to(device) for part in parameter.parts]
-            weight = backend.pack(parts, role=parameter.role, dtype=dtype)
+            parts = [_read_part(weights, part, parameter.role, backend, dtype, stack) for part in parameter.parts]
+            tensors = [part.to(device) for part in parts if isinstance(part, Tensor)]
+            if len(tensors) == len(parts):
+                weight = backend.pack(tensors, role=parameter.role, dtype=dtype)
+            else:
+                weight = backend.pack_quantized(parts, role=parameter.role, dtype=dtype)
         if parameter.expert is None:
             target[parameter.name] = weight
         else:
@@ -391,6 +403,21 @@ def load_decoder(
         outer["head"] = outer["embed"]
     network = NetworkWeights(layers=tuple(map(_layer_weights, layers)), **outer)
     return Decoder(spec, network, backend, dtype=dtype)
+
+
+def _read_part(
+    weights: WeightSource, part: Part, role: Role, backend: Backend, dtype: torch.dtype, stack: ExitStack
+) -> Tensor | QuantizedWeight:
+    """Return rows of a weight for as long as the contexts of `stack` last: quantized if they are stored so and the
+    backend keeps that.
+    """
+    stored = weights.quantization(part.piece.name)
+    if stored is None:
+        return part.take(stack.enter_context(weights.read(part.piece)))
+    quantized = stack.enter_context(weights.read_quantized(part.piece))
+    if backend.accepts(stored, role) and (rows := part.row_numbers()) is not None:
+        return quantized.rows(rows)
+    return part.take(quantized.dequantize(dtype))
 
 
 def _layer_weights(weights: dict[str, Weight]) -> LayerWeights:

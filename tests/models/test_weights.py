@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Role, Weight
+from splitfuse.kernels.quantized import GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
@@ -31,7 +33,7 @@ from splitfuse.models.families.wrappers import kind_aside
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.source import WeightSource
+from splitfuse.models.sources.source import Piece, WeightSource
 from splitfuse.models.weights import check_weights, left_aside, load_decoder, resolve_dtype, weight_bytes
 
 CPU = torch.device("cpu")
@@ -422,3 +424,91 @@ def test_weight_in_two_shards(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     save_file({**load_file(first), **load_file(second)}, second)
     assert "which another file of the checkpoint holds too" in refused(sharded)
+
+
+# --- quantized checkpoints --------------------------------------------------------------------------------------------
+
+IN_GROUPS = GroupFormat(name="groups of 4", bits=4, group_size=4, mins=True)
+
+
+class QuantizedWeights(WeightSource):
+    """Gives the matrices of a folder quantized."""
+
+    def __init__(self, folder: Path) -> None:
+        self._dense = ModelFolder(folder).weights()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._dense
+
+    def names(self) -> Collection[str]:
+        return self._dense.names()
+
+    def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
+        self._dense.check(wanted, architecture=architecture, aside=aside)
+
+    def quantization(self, name: str) -> GroupFormat | None:
+        return IN_GROUPS if name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight")) else None
+
+    def read(self, piece: Piece) -> AbstractContextManager[Tensor]:
+        assert self.quantization(piece.name) is None
+        return self._dense.read(piece)
+
+    @contextmanager
+    def read_quantized(self, piece: Piece) -> Iterator[GroupQuantized]:
+        with self._dense.read(piece) as tensor:
+            groups = tensor.view(len(tensor), -1, 4)
+            low, high = groups.amin(-1), groups.amax(-1)
+            scales = (high - low) / 15
+            levels = ((groups - low.unsqueeze(-1)) / scales.unsqueeze(-1)).round().byte()
+        yield GroupQuantized(format=IN_GROUPS, levels=levels.view(tensor.shape), scales=scales, mins=-low)
+
+
+class KeepingQuantized(ReferenceBackend):
+    """Keeps quantized matrices of layers as they are stored."""
+
+    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+        return stored == IN_GROUPS and role is not Role.HEAD and role.linear
+
+    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+        assert all(isinstance(piece, GroupQuantized) for piece in pieces)
+        return self.pack([piece.dequantize(dtype) for piece in pieces if not isinstance(piece, Tensor)], role=role)
+
+
+def test_quantized_tensors_are_dequantized_or_kept(folder: Path) -> None:
+    """The same network, whether a backend keeps the levels and scales or not; near the one that was quantized."""
+    weights = QuantizedWeights(folder)
+    plain = load(folder).weights
+    dequantized, kept = (
+        load(folder, weights, backend=each).weights for each in (ReferenceBackend(), KeepingQuantized())
+    )
+    for layer, ours, other in zip(plain.layers, dequantized.layers, kept.layers, strict=True):
+        for name in ("qkv", "o", "attn_norm"):
+            assert torch.equal(getattr(ours, name), getattr(other, name))
+        assert torch.equal(layer.attn_norm, ours.attn_norm) and not torch.equal(layer.qkv, ours.qkv)
+        assert (layer.qkv - ours.qkv).abs().max() < 0.06 * layer.qkv.abs().max()
+    assert torch.equal(dequantized.head, kept.head)
+
+
+def test_rows_in_another_order_are_kept_quantized(tmp_path: Path) -> None:
+    """Interleaved rows of heads, and halves of one tensor."""
+    for variant in ("cohere2", "phi3", "glm4"):
+        tiny_models.save(variant, tmp_path / variant)
+        weights = QuantizedWeights(tmp_path / variant)
+        loaded = [load(tmp_path / variant, weights, backend=each) for each in (ReferenceBackend(), KeepingQuantized())]
+        for one, other in zip(*(decoder.weights.layers for decoder in loaded), strict=True):
+            assert torch.equal(one.qkv, other.qkv) and torch.equal(one.mlp.gate_up, other.mlp.gate_up)
+
+
+def test_super_groups_and_tables_are_dequantized_in_fp32() -> None:
+    stored = GroupFormat(name="two levels", bits=2, group_size=2, mins=True, super_groups=2, table=(-3, 0, 5, 7))
+    weight = GroupQuantized(
+        format=stored,
+        levels=torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.uint8),
+        scales=torch.tensor([[1, 2], [3, -4]], dtype=torch.int8),
+        mins=torch.tensor([[1, 0], [2, 5]], dtype=torch.uint8),
+        super_scales=torch.tensor([[0.5], [0.25]], dtype=torch.float16),
+        super_mins=torch.tensor([[2.0], [1.0]], dtype=torch.float16),
+    )
+    expected = torch.tensor([[-3.5, -2.0, 5.0, 7.0], [3.25, 1.75, -5.0, -2.0]])
+    assert torch.equal(weight.dequantize(torch.float32), expected)
+    assert torch.equal(weight.rows(torch.tensor([1])).dequantize(torch.bfloat16), expected[1:].bfloat16())

@@ -31,14 +31,19 @@ class ModelFolder(ModelSource):
         from splitfuse.models.sources.safetensors import weight_files  # only here: it imports torch
 
         for path in weight_files(self.path):
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                yield size.to_bytes(8, "little")
-                for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
-                    file.seek(start)
-                    yield file.read(SAMPLE_BYTES)
+            yield from sample(path)
 
     def weights(self) -> WeightSource:
         from splitfuse.models.sources.safetensors import SafetensorsWeights  # only here: it imports torch
 
         return SafetensorsWeights(self.path)
+
+
+def sample(path: Path) -> Iterator[bytes]:
+    """Yield the size of a file, and bytes from all over it. Raises OSError."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        yield size.to_bytes(8, "little")
+        for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
+            file.seek(start)
+            yield file.read(SAMPLE_BYTES)

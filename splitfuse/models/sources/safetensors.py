@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitfuse.errors import WeightsError, brief
 from splitfuse.models.sources.files import INDEX_FILE, MIB, SINGLE_FILE, read_beginning, shard_names
-from splitfuse.models.sources.source import Piece, WeightSource
+from splitfuse.models.sources.source import Piece, WeightSource, check_names, listing
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -56,14 +56,7 @@ class SafetensorsWeights(WeightSource):
         return self._files.keys()
 
     def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
-        names = {piece.name for piece in wanted}
-        if missing := names - self._files.keys():
-            raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
-        others = self._files.keys() - names - set(aside)
-        if surplus := {name for name in others if not name.endswith(COMPUTED_SUFFIXES)}:
-            raise WeightsError(
-                f"weights that {architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
-            )
+        check_names(self.names(), wanted, architecture=architecture, aside=aside, computed=COMPUTED_SUFFIXES)
         for piece in wanted:
             self._check_tensor(piece)
 
@@ -85,13 +78,6 @@ class SafetensorsWeights(WeightSource):
                 f"weight {name} is stored as {header.get_dtype()}, but must be one of {', '.join(FLOAT_DTYPES)}: "
                 "quantized checkpoints are not supported"
             )
-
-
-def listing(names: Iterable[str], most: int = 5) -> str:
-    """Return the first names in order, and how many more there are."""
-    ordered = [f"{name:.100}" for name in sorted(names)]
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,17 +6,19 @@ import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from splitfuse.errors import ModelError, ModelNotFoundError, brief
+from splitfuse.errors import ModelError, ModelNotFoundError, WeightsError, brief
 from splitfuse.models.sources.files import MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, check_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -60,7 +62,18 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, piece: Piece) -> AbstractContextManager[Tensor]:
-        """Return a tensor for as long as the context lasts: copy what is to be kept. Call `check` first."""
+        """Return a tensor that is not quantized for as long as the context lasts: copy what is to be kept. Call `check`
+        first.
+        """
+
+    def quantization(self, name: str) -> QuantizedFormat | None:
+        """Return how a tensor is quantized, or None if it is not."""
+        del name
+        return None
+
+    def read_quantized(self, piece: Piece) -> AbstractContextManager[QuantizedWeight]:
+        """Return a tensor that is quantized, as `read` does one that is not."""
+        raise NotImplementedError(f"{piece.name} is not quantized")
 
 
 class ModelSource(ABC):
@@ -209,6 +222,33 @@ class ModelSource(ABC):
                 )
             return tuple(ids)
         return ()
+
+
+def check_names(
+    stored: Collection[str],
+    wanted: Collection[Piece],
+    *,
+    architecture: str,
+    aside: Collection[str] = (),
+    computed: tuple[str, ...] = (),
+) -> None:
+    """Raise WeightsError unless all of `wanted` is stored, and nothing else but what is left `aside` and names that end
+    in one of `computed`.
+    """
+    names, there = {piece.name for piece in wanted}, set(stored)
+    if missing := names - there:
+        raise WeightsError(f"weights missing from the checkpoint ({len(missing)}): {listing(missing)}")
+    if surplus := {name for name in there - names - set(aside) if not name.endswith(computed)}:
+        raise WeightsError(
+            f"weights that {architecture} with this config.json does not use ({len(surplus)}): {listing(surplus)}"
+        )
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names in order, and how many more there are."""
+    ordered = [f"{name:.100}" for name in sorted(names)]
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
 
 
 class _AddedToken(msgspec.Struct):
