@@ -20,6 +20,7 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     HeadNormSpec,
+    LatentSpec,
     LayerWeights,
     MlpSpec,
     NormSpec,
@@ -155,19 +156,29 @@ class Arrays:
     block_tables: Any = None
 
 
-def kv_spec(num_kv_heads: int, head_dim: int) -> AttentionSpec:
+def kv_spec(num_kv_heads: int, head_dim: int, latent: LatentSpec | None = None) -> AttentionSpec:
     """Attention whose keys and values are of this shape."""
-    return AttentionSpec(num_heads=num_kv_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    return AttentionSpec(num_heads=num_kv_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, latent=latent)
 
 
-def allocate_kv(backend: Backend, *, num_kv_heads: int, head_dim: int, **options: Any) -> Store:
+def latent_spec(head_dim: int, value_from: int) -> LatentSpec:
+    """Latent attention whose values are the elements of keys from `value_from` on."""
+    sizes = {"kv_rank": head_dim - value_from, "rope_dim": value_from, "nope_dim": 1, "v_dim": 1}
+    return LatentSpec(norm=NormSpec(eps=1e-6), q_rank=None, **sizes)
+
+
+def allocate_kv(
+    backend: Backend, *, num_kv_heads: int, head_dim: int, latent: LatentSpec | None = None, **options: Any
+) -> Store:
     """`Backend.allocate_kv` by the numbers."""
-    return backend.allocate_kv(kv_spec(num_kv_heads, head_dim), **options)
+    return backend.allocate_kv(kv_spec(num_kv_heads, head_dim, latent), **options)
 
 
-def kv_bytes(backend: Backend, *, num_kv_heads: int, head_dim: int, **options: Any) -> int:
+def kv_bytes(
+    backend: Backend, *, num_kv_heads: int, head_dim: int, latent: LatentSpec | None = None, **options: Any
+) -> int:
     """`Backend.kv_bytes` by the numbers."""
-    return backend.kv_bytes(kv_spec(num_kv_heads, head_dim), **options)
+    return backend.kv_bytes(kv_spec(num_kv_heads, head_dim, latent), **options)
 
 
 def rope_store(
@@ -185,10 +196,12 @@ def rope_store(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    latent: LatentSpec | None = None,
 ) -> Tensor:
     """`Backend.rope_store` by the numbers and arrays."""
     norms = None if q_norm is None else HeadNormSpec(norm=NormSpec(eps=eps))
-    spec = AttentionSpec(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qk_norm=norms)
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    spec = AttentionSpec(**shape, qk_norm=norms, latent=latent)
     weights = LayerWeights(
         q_norm=None if q_norm is None else backend.pack([q_norm], role=Role.NORM),
         k_norm=None if k_norm is None else backend.pack([k_norm], role=Role.NORM),
@@ -225,16 +238,27 @@ def poison(store: Store) -> None:
 
 @dataclass(frozen=True)
 class Requests:
-    """Keys and values [length, Hk, D] of some requests on the grid of bf16, and the blocks that are theirs."""
+    """Keys and values [length, Hk, D] of some requests on the grid of bf16, and the blocks that are theirs. With
+    `latent` values are parts of keys.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     block_tables: Tensor
     block_size: int
     num_blocks: int
+    latent: LatentSpec | None = None
 
     @classmethod
-    def random(cls, lengths: Sequence[int], *, block_size: int, num_kv_heads: int, head_dim: int) -> Requests:
+    def random(
+        cls,
+        lengths: Sequence[int],
+        *,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        latent: LatentSpec | None = None,
+    ) -> Requests:
         def grid(length: int) -> Tensor:
             return torch.randn(length, num_kv_heads, head_dim).bfloat16().double()
 
@@ -244,7 +268,9 @@ class Requests:
         tables = torch.zeros(len(lengths), max(counts, default=0), dtype=torch.int32)
         for row, part in zip(tables, order[: sum(counts)].split(counts) if counts else (), strict=True):
             row[: len(part)] = part
-        return cls([grid(n) for n in lengths], [grid(n) for n in lengths], tables, block_size, num_blocks)
+        keys = [grid(n) for n in lengths]
+        values = [grid(n) for n in lengths] if latent is None else [each[..., latent.rope_dim :] for each in keys]
+        return cls(keys, values, tables, block_size, num_blocks, latent)
 
     def slots(self, request: int, begin: int, end: int) -> Tensor:
         """Where the positions begin to end - 1 of a request lie."""
@@ -262,6 +288,7 @@ class Requests:
             block_size=self.block_size,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
+            latent=self.latent,
             dtype=case.narrow,
             device=CPU,
         )
@@ -271,7 +298,8 @@ class Requests:
             while begin < len(keys):
                 end = min(begin + step, len(keys))
                 begin, step, span = end, 2 * step + 1, slice(begin, end)
-                rows = torch.cat((torch.zeros_like(keys[span]), keys[span], values[span]), dim=1).flatten(1)
+                kept = (keys[span], values[span]) if self.latent is None else (keys[span],)
+                rows = torch.cat((torch.zeros_like(keys[span]), *kept), dim=1).flatten(1)
                 slots = self.slots(request, span.start, span.stop)
                 rope_store(
                     case.backend,
@@ -284,6 +312,7 @@ class Requests:
                     num_heads=num_kv_heads,
                     num_kv_heads=num_kv_heads,
                     head_dim=head_dim,
+                    latent=self.latent,
                 )
         return store
 

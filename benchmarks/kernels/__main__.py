@@ -135,8 +135,6 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
                         settings.address,
                         store.address,
                         q.data_ptr(),
-                        None,
-                        0,
                         out.data_ptr(),
                     )
 

@@ -74,12 +74,12 @@ class QueryScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """Describes queries, keys and values that are projected from compressed vectors (multi-head latent attention:
-    DeepSeek-V2, arXiv 2405.04434).
+    """Describes attention to one key for all heads, of `rope_dim` rotated elements and a latent vector of `kv_rank`,
+    which is the value too (multi-head latent attention, absorbed: DeepSeek-V2, arXiv 2405.04434).
 
-    Queries come from a vector of `q_rank`, without it from the hidden states; the last `nope_dim` elements of keys and
-    the values, `v_dim` long, from one of `kv_rank`; both vectors are normed. The first `rope_dim` elements of queries
-    and keys are rotated, and those of keys are the same in all heads.
+    Queries come from a vector of `q_rank`, without it from the hidden states. Of each head `rope_dim` elements are
+    rotated; `nope_dim` others are projected to `kv_rank`, and what the head gives is projected from `kv_rank` to
+    `v_dim`. The vectors of `q_rank` and `kv_rank` are normed.
     """
 
     norm: NormSpec
@@ -96,7 +96,8 @@ class LatentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Describes the attention of one layer. Its keys and values are [Hk, D] for each token.
+    """Describes the attention of one layer. Its keys and values are [Hk, D] for each token; with `latent` it keeps one
+    key, [1, D], which ends with the value.
 
     Raises ModelError if the query heads cannot be divided among the key/value heads.
     """
@@ -104,7 +105,7 @@ class AttentionSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    latent: LatentSpec | None = None  # queries, keys and values of `head_dim`, filled up, come from compressed vectors
+    latent: LatentSpec | None = None
     rope: int | None = 0  # index into the network's rope tables; None: positions are not rotated
     window: int | None = None  # positions that a query sees, its own included; None: all before it
     chunk: int | None = None  # a query sees no key before the last multiple of it
@@ -117,14 +118,15 @@ class AttentionSpec:
     gate: bool = False  # the output is multiplied by the sigmoid of a projection of the layer's input
     sinks: bool = False  # each head has the score of a key without a value
     alibi: float | None = None  # scores fall with distance, by this times a slope per head (arXiv 2108.12409)
-    scale: float | None = None  # factor of query-key products; None: head_dim ** -0.5
+    scale: float | None = None  # factor of query-key products; None: the size of a query as projected ** -0.5
     query_scaling: QueryScaling | None = None
     softcap: float | None = None  # scores, scaled, become softcap * tanh(score / softcap)
 
     def __post_init__(self) -> None:
         if (latent := self.latent) is not None:
-            assert self.num_heads == self.num_kv_heads
-            assert self.head_dim == max(latent.rope_dim + latent.nope_dim, latent.v_dim)
+            assert (self.num_kv_heads, self.head_dim) == (1, latent.rope_dim + latent.kv_rank)
+            without = (self.qk_norm, self.v_norm, self.kv_layer, self.query_scaling)
+            assert without == (None,) * 4 and not self.gate
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.num_heads} attention heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
@@ -133,7 +135,18 @@ class AttentionSpec:
     @property
     def score_scale(self) -> float:
         """Return the factor of query-key products."""
-        return float(self.head_dim**-0.5) if self.scale is None else self.scale
+        size = self.head_dim if self.latent is None else self.latent.rope_dim + self.latent.nope_dim
+        return float(size**-0.5) if self.scale is None else self.scale
+
+    @property
+    def value_from(self) -> int:
+        """Return the element of a key that its value begins at; 0: values are kept apart from keys."""
+        return 0 if self.latent is None else self.latent.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Return the size of a value."""
+        return self.head_dim - self.value_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +326,8 @@ class Role(Enum):
     NORM = "norm"
     QKV = "qkv"
     Q_B = "q_b"
-    KV_B = "kv_b"
+    K_B = "k_b"
+    V_B = "v_b"
     ATTN_GATE = "attn_gate"
     IN_PROJ = "in_proj"
     GATES = "gates"
@@ -342,6 +356,11 @@ class Role(Enum):
         """Return whether the weight is multiplied, and packed for it."""
         return self not in (Role.PLAIN, Role.NORM)
 
+    @property
+    def by_head(self) -> bool:
+        """Return whether the weight is one of each head, [H, N, K], multiplied by `Backend.linear_heads`."""
+        return self in (Role.K_B, Role.V_B)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlpWeights:
@@ -368,10 +387,11 @@ class LayerWeights:
     q_norm_bias: Tensor | None = None
     k_norm: Tensor | None = None
     k_norm_bias: Tensor | None = None
-    q_a_norm: Tensor | None = None  # [q_rank]: this and the next three of latent attention, whose qkv is
-    q_b: Weight = None  # [H (rope_dim + nope_dim), q_rank]       [q_width + kv_rank + rope_dim, C]
+    q_a_norm: Tensor | None = None  # [q_rank]: this and the next four of latent attention, whose qkv is
+    q_b: Weight = None  # [H (rope_dim + nope_dim), q_rank]      [q_width + kv_rank + rope_dim, C]
     kv_a_norm: Tensor | None = None  # [kv_rank]
-    kv_b: Weight = None  # [H (nope_dim + v_dim), kv_rank]
+    k_b: Weight = None  # [H, kv_rank, nope_dim]
+    v_b: Weight = None  # [H, v_dim, kv_rank]
     attn_gate: Weight = None  # [H D, C]
     sinks: Tensor | None = None  # [H]
     in_proj: Weight = None  # of a delta net [queries, keys, values, z; C], of a convolution [b, c, x; C]
@@ -546,8 +566,8 @@ class Backend(ABC):
     @abstractmethod
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         """Return a linear weight [N, K] in the form that `linear`, `gated` or `experts` wants, from the pieces of its
-        rows in their order. Pieces may be maps of files that are given back afterwards: what is kept must be a copy.
-        `dtype` is what to compute in, if that is not the pieces' own.
+        rows in their order, or one [H, N, K] that `linear_heads` wants. Pieces may be maps of files that are given back
+        afterwards: what is kept must be a copy. `dtype` is what to compute in, if that is not the pieces' own.
 
         A packed HEAD is read by `embed` too, if the two are tied. PLAIN stays a tensor of the pieces' shape.
         """
@@ -601,6 +621,12 @@ class Backend(ABC):
         """Return `x @ weight.T + bias`: [T, K] -> [T, N]. Adds no residual: the decoder may sum over devices first."""
 
     @abstractmethod
+    def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
+        """Return the product of each head's vector with a weight of its own: x [T, H, K], weight [H, N, K] ->
+        [T, H, N].
+        """
+
+    @abstractmethod
     def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         """Return `activation(linear(x, weight, bias))`: [T, K] -> [T, N]."""
 
@@ -622,10 +648,10 @@ class Backend(ABC):
     ) -> Tensor:
         """Normalize the heads as the spec says, rotate queries and keys, write keys and values to the store.
 
-        qkv [T, (H + 2 Hk) D] -> queries [T, H, D], scaled by position if the spec says so. Rows of `rope`,
-        [max_position, rotary_dim / 2], rotate the first rotary_dim elements of a head, element i with element i +
-        rotary_dim / 2 (Su et al., arXiv 2104.09864); the others stay. Of `weights` the norms of heads are read. A token
-        of slot -1 is not written.
+        qkv [T, (H + 2 Hk) D], of latent attention [T, (H + 1) D] -> queries [T, H, D], scaled by position if the spec
+        says so. Rows of `rope`, [max_position, rotary_dim / 2], rotate the first rotary_dim elements of a head, element
+        i with element i + rotary_dim / 2 (Su et al., arXiv 2104.09864); the others stay. Of `weights` the norms of
+        heads are read. A token of slot -1 is not written.
         """
 
     @abstractmethod
@@ -633,7 +659,7 @@ class Backend(ABC):
         self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
     ) -> Tensor:
         """Return causal attention of each request's newest tokens to all its tokens, over blocked KV: [T, H, D] ->
-        [T, H, D].
+        [T, H, size of a value].
 
         Request s owns the rows `query_start[s]` to `query_start[s + 1]` of `q`; they are the last of its `seq_lens[s]`
         positions, whose keys lie in the blocks `block_tables[s]`. The query at position p sees p and what is before

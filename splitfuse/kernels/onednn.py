@@ -32,7 +32,7 @@ class OneDnnBackend(ReferenceBackend):
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return _Prepacked(weight, keep=role is Role.HEAD) if role.linear else weight
+        return _Prepacked(weight, keep=role is Role.HEAD) if role.linear and not role.by_head else weight
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)

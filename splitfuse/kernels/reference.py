@@ -65,7 +65,7 @@ MAX_SCORES = 2**24  # of one tile, over all heads: 64 MiB in fp32, however long 
 
 class ReferenceBackend(Backend):
     """Computes with PyTorch operations. Here a weight is the tensor itself, a store [2, num_blocks, block_size, Hk, D],
-    or [num_slots, numbers of a state].
+    of latent attention [1, ...], or [num_slots, numbers of a state].
 
     `why` says why no faster backend was chosen.
 
@@ -82,12 +82,12 @@ class ReferenceBackend(Backend):
         return "reference kernels in PyTorch" + (f": {self.why}" if self.why else "")
 
     def kv_bytes(self, spec: AttentionSpec, *, block_size: int, dtype: torch.dtype) -> int:
-        return 2 * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+        return _num_kept(spec) * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
     def allocate_kv(
         self, spec: AttentionSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> Store:
-        shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (_num_kept(spec), num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         return torch.empty(shape, dtype=dtype, device=device)
 
     def fill_kv(self, store: Store, byte: int) -> None:
@@ -120,6 +120,10 @@ class ReferenceBackend(Backend):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
+        y: Tensor = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
+        return y.transpose(0, 1)
+
     def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         return ACTIVATIONS[activation](self.linear(x, weight, bias))
 
@@ -140,14 +144,15 @@ class ReferenceBackend(Backend):
         if spec.kv_layer is not None:
             return q
         written = batch.slot_mapping >= 0
-        slots: Tensor = store.view(2, -1, spec.num_kv_heads, spec.head_dim)
-        slots[:, batch.slot_mapping[written]] = torch.stack((k, v))[:, written]
+        kept = torch.stack((k, v)[: _num_kept(spec)])
+        slots: Tensor = store.view(len(kept), -1, spec.num_kv_heads, spec.head_dim)
+        slots[:, batch.slot_mapping[written]] = kept[:, written]
         return q
 
     def attend(
         self, q: Tensor, store: Store, spec: AttentionSpec, batch: RaggedBatch, sinks: Tensor | None = None
     ) -> Tensor:
-        out = torch.zeros_like(q)
+        out = q.new_zeros(*q.shape[:2], spec.value_dim)
         for request, (seq_len, (begin, end)) in enumerate(
             zip(batch.seq_lens.tolist(), pairwise(batch.query_start.tolist()), strict=True)
         ):
@@ -156,7 +161,7 @@ class ReferenceBackend(Backend):
                 last = min(first + tile, end)
                 key_end = seq_len - (end - last)
                 key_begin = _first_seen(spec, key_end - (last - first))
-                keys, values = _read_kv(store, batch.block_tables[request], key_begin, key_end)
+                keys, values = _read_kv(store, spec, batch.block_tables[request], key_begin, key_end)
                 out[first:last] = _attend_last(q[first:last], keys, values, spec, sinks, key_begin)
         return out
 
@@ -234,10 +239,10 @@ def place_heads(
     qkv: Tensor, spec: AttentionSpec, batch: RaggedBatch, rope: RopeTable | None, weights: LayerWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [T, H, D], keys and values [T, Hk, D] of qkv: normed, rotated and scaled as the spec says. If they
-    are another layer's, there are no keys and values.
+    are another layer's, there are no keys and values; values that are parts of keys are left out.
     """
     num_kv_heads = spec.num_kv_heads if spec.kv_layer is None else 0
-    sizes = (spec.num_heads, num_kv_heads, num_kv_heads)
+    sizes = (spec.num_heads, num_kv_heads, 0 if spec.value_from else num_kv_heads)
     q, k, v = qkv.view(-1, sum(sizes), spec.head_dim).split_with_sizes(sizes, dim=1)
     norms = spec.qk_norm
     if norms is not None and not norms.after_rope:
@@ -331,14 +336,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 
-def _read_kv(store: Tensor, block_table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def _num_kept(spec: AttentionSpec) -> int:
+    """Return how many vectors a token keeps of each head: its key, and its value unless that is part of the key."""
+    return 1 if spec.value_from else 2
+
+
+def _read_kv(store: Tensor, spec: AttentionSpec, block_table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Return keys and values [end - begin, Hk, D] of a request's positions begin to end - 1."""
     block_size = store.shape[2]
     first_block = begin // block_size
-    blocks = store[:, block_table[first_block : -(-end // block_size)]]  # [2, blocks, block_size, Hk, D]
+    blocks = store[:, block_table[first_block : -(-end // block_size)]]  # [1 or 2, blocks, block_size, Hk, D]
     offset = first_block * block_size
-    keys, values = blocks.flatten(1, 2)[:, begin - offset : end - offset]
-    return keys, values
+    kept = blocks.flatten(1, 2)[:, begin - offset : end - offset]
+    return kept[0], kept[-1][..., spec.value_from :]
 
 
 def alibi_slopes(spec: AttentionSpec) -> Tensor:
@@ -357,8 +367,8 @@ def alibi_slopes(spec: AttentionSpec) -> Tensor:
 def _attend_last(
     q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, sinks: Tensor | None, begin: int
 ) -> Tensor:
-    """Return attention of queries [n, H, D] at the last n of L positions to keys and values [L, Hk, D]: [n, H, D]. The
-    first position is `begin`.
+    """Return attention of queries [n, H, D] at the last n of L positions to keys and values [L, Hk, D], of which values
+    may be shorter: [n, H, Dv]. The first position is `begin`.
     """
     rows, num_heads, head_dim = q.shape
     length, num_kv_heads, _ = keys.shape
@@ -381,5 +391,5 @@ def _attend_last(
         column = sinks.to(wide).view(num_kv_heads, group, 1, 1).expand(-1, -1, rows, 1)
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(dim=-1)[..., :length].reshape(num_kv_heads, -1, length)
-    y = (weights @ values.to(wide).transpose(0, 1)).view(num_kv_heads, group, rows, head_dim)
-    return y.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim).to(q.dtype)
+    y = (weights @ values.to(wide).transpose(0, 1)).view(num_kv_heads, group, rows, -1)
+    return y.permute(2, 0, 1, 3).reshape(rows, num_heads, -1).to(q.dtype)

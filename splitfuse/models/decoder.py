@@ -29,7 +29,7 @@ from splitfuse.kernels.interface import (
     TokenInputSpec,
 )
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.models.latent import expanded
+from splitfuse.models.latent import compressed
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
 
@@ -156,12 +156,12 @@ class Decoder:
         if spec.latent is None:
             qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
         else:
-            qkv = expanded(x, spec, weights, backend)
+            qkv = compressed(x, spec, weights, backend)
         rope = None if spec.rope is None else self.ropes[spec.rope]
         q = backend.rope_store(qkv, store, spec, batch, rope, weights)  # [T, H, D]
         attended = backend.attend(q, store, spec, batch, weights.sinks)
         if spec.latent is not None:
-            attended = attended[:, :, : spec.latent.v_dim]
+            attended = backend.linear_heads(attended, weights.v_b)
         attended = attended.flatten(1)
         if spec.gate:
             attended = attended * backend.activated(x, weights.attn_gate, None, "sigmoid")

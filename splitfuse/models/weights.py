@@ -244,7 +244,8 @@ def _latent_shapes(spec: LatentSpec, heads: int, hidden: int) -> Shapes:
     """Return the weights of latent attention but those that read the hidden states."""
     shapes: Shapes = {
         "kv_a_norm": ((spec.kv_rank,),),
-        "kv_b": ((heads * (spec.nope_dim + spec.v_dim), spec.kv_rank),),
+        "k_b": ((heads, spec.kv_rank, spec.nope_dim),),
+        "v_b": ((heads, spec.v_dim, spec.kv_rank),),
         "o": ((hidden, heads * spec.v_dim),),
     }
     if (rank := spec.q_rank) is None:

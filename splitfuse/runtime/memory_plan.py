@@ -175,8 +175,7 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
     if isinstance(mixer, DeltaSpec | ConvSpec):
         width += 4 * mixer.num_channels
     elif mixer is not None:
-        copies = 2 if mixer.latent is not None else 1  # as projected, and filled up
-        width += (3 * copies + mixer.gate) * mixer.num_heads * mixer.head_dim
+        width += (3 + mixer.gate) * mixer.num_heads * mixer.head_dim
     return width
 
 

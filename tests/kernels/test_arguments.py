@@ -333,7 +333,7 @@ def test_piece_length_is_the_same_in_cpp(variant: str) -> None:
 def test_heads_that_are_too_large(variant: str) -> None:
     backend = CpuBackend(variant=variant)
     store_of(backend, head_dim=MAX_HEAD_DIM)
-    with pytest.raises(ConfigError, match=r"head_dim=513 is too large for the C\+\+ kernels"):
+    with pytest.raises(ConfigError, match=r"head_dim=1025 is too large for the C\+\+ kernels"):
         store_of(backend, head_dim=MAX_HEAD_DIM + 1)
 
 

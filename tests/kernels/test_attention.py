@@ -14,10 +14,19 @@ from typing import Any
 import backends
 import pytest
 import torch
-from backends import CPU, Arrays, BackendCase, Requests, attention, poison
+from backends import CPU, Arrays, BackendCase, Requests, attention, latent_spec, poison
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LayerWeights, NormSpec, QueryScaling, Role, Store
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    HeadNormSpec,
+    LatentSpec,
+    LayerWeights,
+    NormSpec,
+    QueryScaling,
+    Role,
+    Store,
+)
 from splitfuse.kernels.reference import ReferenceBackend
 
 
@@ -44,14 +53,19 @@ def check(
     kv_heads: int = 2,
     head_dim: int = 64,
     block_size: int = 32,
+    latent: LatentSpec | None = None,
     **options: Any,
 ) -> None:
     requests = Requests.random(
-        [before + count for before, count in chunks], block_size=block_size, num_kv_heads=kv_heads, head_dim=head_dim
+        [before + count for before, count in chunks],
+        block_size=block_size,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        latent=latent,
     )
     q = torch.randn(sum(count for _, count in chunks), heads, head_dim).bfloat16().double()
     options.setdefault("scale", 1.3 * head_dim**-0.5)
-    ours = attend(case, q, requests.store(case), requests, chunks, **options)
+    ours = attend(case, q, requests.store(case), requests, chunks, latent=latent, **options)
     assert ours.dtype == case.narrow
     starts = [0, *accumulate(count for _, count in chunks)]
     for (begin, end), keys, values in zip(pairwise(starts), requests.keys, requests.values, strict=True):
@@ -74,7 +88,17 @@ def test_groups(case: BackendCase, heads: int, kv_heads: int) -> None:
 
 
 def test_the_largest_heads(case: BackendCase) -> None:
-    check(case, [(0, 40), (70, 1)], heads=2, kv_heads=1, head_dim=512)
+    check(case, [(0, 40), (70, 1)], heads=2, kv_heads=1, head_dim=1024)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "value_from"), [(1, 3, 2), (5, 63, 30), (20, 576, 64), (128, 96, 32), (3, 1023, 30)]
+)
+def test_values_that_are_parts_of_keys(case: BackendCase, heads: int, head_dim: int, value_from: int) -> None:
+    latent, sinks = latent_spec(head_dim, value_from), torch.randn(heads)
+    check(case, MIXED, heads=heads, kv_heads=1, head_dim=head_dim, latent=latent, block_size=64)
+    options = {"window": 37, "softcap": 0.7, "sinks": sinks}
+    check(case, [(0, 9), (40, 1), (500, 20)], heads=heads, kv_heads=1, head_dim=head_dim, latent=latent, **options)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 31, 32, 33, 300, 513, 5000])

@@ -66,6 +66,22 @@ def test_gated(variant: str, quantization: str | None, group: int | None, inputs
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+def test_linear_heads(variant: str, quantization: str | None, group: int | None) -> None:
+    """400 rows are more than a thread packs of a head at once."""
+    x, weight = torch.randn(400, 3, 130).bfloat16(), torch.randn(3, 47, 130).bfloat16()
+    whole: Tensor | None = None
+    for backend in teams(variant, quantization=quantization, group_size=group):
+        packed = backend.pack([weight], role=Role.V_B)
+        if whole is None:
+            whole = backend.linear_heads(x, packed)
+            each = [backend.pack([head], role=Role.O) for head in weight]
+            wanted = torch.stack([backend.linear(x[:, h].contiguous(), each[h]) for h in range(3)], dim=1)
+            assert torch.equal(whole, wanted.bfloat16())
+        for rows in ([0], [7, 3], list(range(100, 250)), list(range(400))):
+            assert torch.equal(backend.linear_heads(x[rows], packed), whole[rows])
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
 def test_experts(variant: str, quantization: str | None, group: int | None) -> None:
     """Which tokens visit the same expert, and how many, changes nothing."""
     x = torch.randn(40, 130).bfloat16()

@@ -206,20 +206,30 @@ TEMPERED = network(  # gates, chunks, queries scaled by position, norms of heads
         parallel=True,
     ),
 )
-LATENT: dict[str, Any] = {"norm": NormSpec(eps=1e-6), "kv_rank": 20, "rope_dim": 16}
-FEW_VALUES = LatentSpec(**LATENT, q_rank=28, nope_dim=7, v_dim=14)
-MANY_VALUES = LatentSpec(**LATENT, q_rank=None, nope_dim=3, v_dim=33)
-OWN_INPUT = TokenInputSpec(size=12, activation="gelu_tanh")
-BORROWED = network(  # latent attention, keys and values of another layer, inputs of layers of their own
+
+
+def latent_heads(num_heads: int, **fields: Any) -> AttentionSpec:
+    """Return latent attention with the other fields of its own."""
+    own = {name: fields.pop(name) for name in ("q_rank", "kv_rank", "nope_dim", "v_dim")}
+    latent = LatentSpec(norm=NormSpec(eps=1e-6), rope_dim=16, **own)
+    return AttentionSpec(num_heads=num_heads, num_kv_heads=1, head_dim=16 + latent.kv_rank, latent=latent, **fields)
+
+
+LATENT = network(  # ranks and sizes of heads that are no whole panels, a key of more than one slab
     LayerSpec(
-        mixer=heads(num_kv_heads=6, head_dim=23, latent=FEW_VALUES, qkv_bias=True, o_bias=True, scale=0.3),
+        mixer=latent_heads(6, q_rank=28, kv_rank=20, nope_dim=7, v_dim=14, qkv_bias=True, o_bias=True, scale=0.3),
         mlp=dense(130, "silu"),
-        token_input=OWN_INPUT,
     ),
-    LayerSpec(mixer=heads(window=9), mlp=dense(50, "silu"), token_input=OWN_INPUT, output_scale=True),
     LayerSpec(
-        mixer=heads(num_kv_heads=6, head_dim=33, latent=MANY_VALUES), mlp=dense(33, "silu"), norms=NormPlace.AROUND
+        mixer=latent_heads(40, q_rank=None, kv_rank=515, nope_dim=3, v_dim=33, window=300, softcap=5.0, sinks=True),
+        mlp=dense(33, "silu"),
+        norms=NormPlace.AROUND,
     ),
+)
+OWN_INPUT = TokenInputSpec(size=12, activation="gelu_tanh")
+BORROWED = network(  # keys and values of another layer, inputs of layers of their own
+    LayerSpec(mixer=heads(num_kv_heads=3), mlp=dense(130, "silu"), token_input=OWN_INPUT),
+    LayerSpec(mixer=heads(window=9), mlp=dense(50, "silu"), token_input=OWN_INPUT, output_scale=True),
     LayerSpec(
         mixer=heads(window=9, kv_layer=1, qkv_bias=True, qk_norm=HeadNormSpec(norm=EPS)),
         mlp=dense(50, "gelu"),
@@ -264,6 +274,7 @@ UNEQUAL = {
     "borrowed": BORROWED,
     "branches": BRANCHES,
     "recurrent": RECURRENT,
+    "latent": LATENT,
 }
 SPECS = [pytest.param(spec, id=name) for name, spec in (UNIFORM | UNEQUAL).items()]
 
@@ -332,9 +343,10 @@ EVERY_FORMAT = [
 ]
 SOME_FORMATS = [
     pytest.param(*case.values, kv_int8, spec, id=f"{case.id}-{kv_int8}-{name}", marks=case.marks)
-    for weights, kv_int8 in (((None, None), False), (("int8", 128), True), (("int4", 64), False))
+    for weights, int8 in (((None, None), False), (("int8", 128), True), (("int4", 64), False))
     for case in variants(*weights, id="-".join(map(str, weights)))
     for name, spec in UNEQUAL.items()
+    for kv_int8 in [int8 and spec is not LATENT]  # which is kept in bf16 alone
 ]
 
 

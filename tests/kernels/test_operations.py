@@ -57,6 +57,18 @@ def test_linear(case: BackendCase, rows: int, inputs: int, outputs: int) -> None
     case.near(linear(bias.to(case.narrow)), exact + bias, magnitude + bias.abs())
 
 
+@pytest.mark.parametrize(
+    ("rows", "heads", "inputs", "outputs"),
+    [(0, 2, 4, 4), (1, 1, 1, 1), (5, 3, 33, 31), (300, 2, 40, 65), (2, 5, 64, 96)],
+)
+def test_linear_heads(case: BackendCase, rows: int, heads: int, inputs: int, outputs: int) -> None:
+    x, weight = grid(rows, heads, inputs), grid(heads, outputs, inputs)
+    packed = case.backend.pack([weight.to(case.narrow)], role=Role.K_B)
+    ours = case.backend.linear_heads(x.to(case.narrow), packed)
+    exact, magnitude = (torch.einsum("thk,hnk->thn", *each) for each in ((x, weight), (x.abs(), weight.abs())))
+    case.near(ours, exact, magnitude)
+
+
 def test_pieces_are_packed_in_order(case: BackendCase) -> None:
     pieces = [grid(rows, 70) for rows in (50, 1, 16, 33)]
     x = grid(3, 70)

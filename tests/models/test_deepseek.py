@@ -38,11 +38,10 @@ def experts_of(spec: ModelSpec) -> list[ExpertsSpec | None]:
 )
 def test_latent_attention_defaults(architecture: str, theirs: Any) -> None:
     spec = spec_of(architecture)
-    width = theirs.qk_rope_head_dim + theirs.qk_nope_head_dim
     attention = AttentionSpec(
         num_heads=8,
-        num_kv_heads=8,
-        head_dim=max(width, theirs.v_head_dim),
+        num_kv_heads=1,
+        head_dim=theirs.qk_rope_head_dim + theirs.kv_lora_rank,
         latent=LatentSpec(
             norm=NormSpec(eps=1e-6),
             q_rank=theirs.q_lora_rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,18 +16,17 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.families.registry import spec_from_config
 from splitfuse.models.kv_cache import KVCache, block_bytes
 
-SPEC = spec_from_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 10,
-        "hidden_size": 24,
-        "intermediate_size": 8,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 64,
-    }
-)
+SIZES = {
+    "vocab_size": 10,
+    "hidden_size": 24,
+    "intermediate_size": 8,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+}
+SPEC = spec_from_config({"architectures": ["LlamaForCausalLM"], **SIZES})
+DEEPSEEK = spec_from_config({"architectures": ["DeepseekV3ForCausalLM"], **SIZES})
 
 
 def cache(*, num_blocks: int, block_size: int, backend: Backend | None = None) -> KVCache:
@@ -54,6 +54,21 @@ def test_layers_may_keep_keys_and_values_of_unequal_sizes() -> None:
     assert size == 2 * 16 * (2 * 8 + 4 * 3 * 4) * 2
     options = {"block_size": 16, "dtype": torch.bfloat16, "device": torch.device("cpu"), "backend": backend}
     assert sum(store.nbytes for store in KVCache(spec, num_blocks=7, **options).layers) == 7 * size
+
+
+@pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])
+def test_latent_attention_keeps_one_vector_of_a_token(make_backend: Callable[[], Backend]) -> None:
+    """512 elements and 64 rotated ones for all heads, in bf16: 1.125 KiB a token and layer."""
+    backend = make_backend()
+    size = block_bytes(DEEPSEEK, block_size=64, dtype=torch.bfloat16, backend=backend)
+    assert size == 5 * 64 * 1152
+    options = {"block_size": 64, "dtype": torch.bfloat16, "device": torch.device("cpu"), "backend": backend}
+    assert sum(store.nbytes for store in KVCache(DEEPSEEK, num_blocks=3, **options).layers) == 3 * size
+
+
+def test_latent_attention_refuses_an_int8_cache() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype=int8 is not supported with latent attention"):
+        block_bytes(DEEPSEEK, block_size=64, dtype=torch.bfloat16, backend=CpuBackend(kv_int8=True))
 
 
 @pytest.mark.parametrize("kv_int8", [False, True])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitfuse.errors import UnsupportedModelError
+from splitfuse.errors import ConfigError, UnsupportedModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
@@ -55,7 +55,7 @@ from splitfuse.kernels.interface import (
 from splitfuse.kernels.sharing import WeightSharing
 
 PIECE = 32  # tokens that the KV layout keeps together
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 1024
 """Largest head size. Both numbers are in csrc/kv_store.h too."""
 
 
@@ -130,7 +130,11 @@ class CpuBackend(Backend):
     def _store(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> Store:
         self.check_block_size(block_size)
         self.check_head_dim(spec.head_dim)
-        return Store(None, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_int8)
+        if spec.latent is not None and self.kv_int8:
+            raise ConfigError(
+                "kv_cache_dtype=int8 is not supported with latent attention, whose cache is small already: use auto"
+            )
+        return Store(None, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_int8, spec.value_from)
 
     def _store_bytes(self, store: Store) -> int:
         return int(self.library.store_bytes(store.address))
@@ -159,26 +163,34 @@ class CpuBackend(Backend):
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         if not role.linear:
             return math.prod(shape) * (torch.float32 if role is Role.NORM else dtype).itemsize
-        rows, columns = shape
-        return self._weight_bytes(self._weight(rows, columns, role))
+        *heads, rows, columns = shape
+        return math.prod(heads) * self._weight_bytes(self._weight(rows, columns, role))
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Tensor | Weight:
         if not role.linear:
             return self._keep(pieces, torch.float32 if role is Role.NORM else dtype or pieces[0].dtype)
-        columns = pieces[0].shape[1]
-        assert all(piece.shape[1] == columns for piece in pieces)
-        weight = self._weight(sum(len(piece) for piece in pieces), columns, role)
-        weight.memory = self._weights.take(self._weight_bytes(weight))
+        heads = [[head] for piece in pieces for head in piece] if role.by_head else [pieces]
+        columns = heads[0][0].shape[1]
+        assert all(piece.shape[1] == columns for piece in heads[0])
+        weight = self._weight(sum(len(piece) for piece in heads[0]), columns, role)
+        head_bytes = self._weight_bytes(weight)
+        weight.memory, weight.num_heads = self._weights.take(len(heads) * head_bytes), len(heads)
         weight.data = weight.memory.data_ptr()
         if self._weights.filled:
             return weight
-        first, rows_at_once = 0, max(1, 2**23 // columns)
+        for number, head in enumerate(heads):
+            of_head = Weight.from_buffer_copy(weight)
+            of_head.data = weight.data + number * head_bytes
+            self._fill(of_head, head)
+        return weight
+
+    def _fill(self, weight: Weight, pieces: Sequence[Tensor]) -> None:
+        first, rows_at_once = 0, max(1, 2**23 // weight.columns)
         for piece in pieces:
             for begin in range(0, len(piece), rows_at_once):  # what is converted exists twice
                 source = piece[begin : begin + rows_at_once].to(torch.bfloat16).contiguous()
                 self.library.pack(weight.address, source.data_ptr(), first, len(source))
                 first += len(source)
-        return weight
 
     def _keep(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return a copy of what is not packed."""
@@ -244,6 +256,13 @@ class CpuBackend(Backend):
         self.library.linear(weight.address, x.data_ptr(), len(x), bias_address, None, out.data_ptr())
         return out
 
+    def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
+        check(x, torch.bfloat16)
+        assert x.shape[1:] == (weight.num_heads, weight.columns)
+        out = torch.empty(len(x), weight.num_heads, weight.rows, dtype=torch.bfloat16)
+        self.library.linear_heads(weight.address, weight.num_heads, x.data_ptr(), len(x), out.data_ptr())
+        return out
+
     def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
         assert not weight.gated
         return self._activated(x, weight, bias, activation, weight.rows)
@@ -272,7 +291,7 @@ class CpuBackend(Backend):
         check(qkv, torch.float32)
         tokens, head_dim = len(qkv), spec.head_dim
         assert qkv.shape[1] == projected_heads(spec) * head_dim
-        assert (spec.num_kv_heads, head_dim) == (store.num_kv_heads, store.head_dim)
+        assert store.fits(spec)
         heads = Heads.of(spec, rope=rope, weights=weights)
         arrays = Step.of(tokens, positions=batch.positions, slot_mapping=batch.slot_mapping)
         arrays.check(self.library, store, max_position=heads.max_position)
@@ -285,12 +304,12 @@ class CpuBackend(Backend):
     ) -> Tensor:
         check(q, torch.bfloat16)
         assert q.shape[1:] == (spec.num_heads, spec.head_dim)
-        assert (spec.num_kv_heads, spec.head_dim) == (store.num_kv_heads, store.head_dim)
+        assert store.fits(spec)
         arrays = Step.of(
             len(q), query_start=batch.query_start, seq_lens=batch.seq_lens, block_tables=batch.block_tables
         )
         arrays.check(self.library, store, max_position=0)
-        heads, out = Heads.of(spec, sinks=sinks), torch.empty_like(q)
+        heads, out = Heads.of(spec, sinks=sinks), q.new_empty(*q.shape[:2], spec.value_dim)
         self.library.attend(arrays.address, heads.address, store.address, q.data_ptr(), out.data_ptr())
         return out
 

@@ -100,9 +100,12 @@ class Struct(ctypes.Structure):
 
 
 class Weight(Struct):
-    """Describes a linear weight [rows, columns] in panels, which lie in `memory`."""
+    """Describes a linear weight [rows, columns] in panels, which lie in `memory`; of a weight of each head that of the
+    first, which the others follow.
+    """
 
     memory: Tensor
+    num_heads: int
     _fields_ = [
         *_fields(c_int32, "format", "gated"),
         *_fields(c_int64, "rows", "columns", "group"),
@@ -118,8 +121,16 @@ class Store(Struct):
     _fields_ = [
         ("data", c_void_p),
         ("num_blocks", c_int64),
-        *_fields(c_int32, "block_size", "num_kv_heads", "head_dim", "int8"),
+        *_fields(c_int32, "block_size", "num_kv_heads", "head_dim", "int8", "value_from"),
     ]
+
+    def fits(self, spec: AttentionSpec) -> bool:
+        """Return whether the store has the shape that the attention of a layer reads."""
+        return (self.num_kv_heads, self.head_dim, self.value_from) == (
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.value_from,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -196,8 +207,9 @@ class Norm(Struct):
 
 
 def projected_heads(spec: AttentionSpec) -> int:
-    """Return how many heads of queries, keys and values are projected at once."""
-    return spec.num_heads + (2 * spec.num_kv_heads if spec.kv_layer is None else 0)
+    """Return how many heads of queries, keys and values `rope_store` takes."""
+    kept = 0 if spec.kv_layer is not None else 1 if spec.value_from else 2
+    return spec.num_heads + kept * spec.num_kv_heads
 
 
 class Heads(Struct):
@@ -277,10 +289,10 @@ class Heads(Struct):
 
 
 class Latent(Struct):
-    """Describes queries, keys and values that come from compressed vectors."""
+    """Describes latent attention."""
 
     _fields_ = [
-        *_fields(c_void_p, "q_b", "kv_b"),
+        *_fields(c_void_p, "q_b", "k_b", "v_b"),
         *_fields(Norm, "q_norm", "kv_norm"),
         *_fields(c_int32, "q_width", "kv_rank", "rope_dim", "nope_dim", "v_dim"),
     ]
@@ -288,11 +300,13 @@ class Latent(Struct):
     @classmethod
     def of(cls, spec: LatentSpec, num_heads: int, weights: LayerWeights) -> Latent:
         """Return the latent attention of a layer; the caller keeps the weights alive."""
-        kv_b, q_width = weights.kv_b, spec.q_width(num_heads)
-        assert (kv_b.rows, kv_b.columns) == (num_heads * (spec.nope_dim + spec.v_dim), spec.kv_rank)
+        k_b, v_b, q_width = weights.k_b, weights.v_b, spec.q_width(num_heads)
+        assert (k_b.num_heads, k_b.rows, k_b.columns) == (num_heads, spec.kv_rank, spec.nope_dim)
+        assert (v_b.num_heads, v_b.rows, v_b.columns) == (num_heads, spec.v_dim, spec.kv_rank)
         assert weights.qkv.rows == q_width + spec.kv_rank + spec.rope_dim
         latent = cls(
-            kv_b=kv_b.address,
+            k_b=k_b.address,
+            v_b=v_b.address,
             kv_norm=Norm.of(spec.norm, weights.kv_a_norm, None, spec.kv_rank),
             **{name: getattr(spec, name) for name in ("kv_rank", "rope_dim", "nope_dim", "v_dim")},
             q_width=q_width,
@@ -537,6 +551,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
+    "linear_heads": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p], c_int32),
     "activated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
     "norm": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),
     "embed": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], None),
@@ -553,7 +568,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {"linear", "activated", "attend", "delta", "network", "experts"}  # functions that return 1 without it
+NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "network", "experts"}  # return 1 without it
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats"}  # functions that need no workspace
 
 

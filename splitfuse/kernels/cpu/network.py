@@ -192,8 +192,7 @@ class FusedNetwork:
                     if isinstance(each, States):
                         entry.recurrent.states = each
                     elif each is not None:
-                        assert isinstance(mixer, AttentionSpec)
-                        assert (each.num_kv_heads, each.head_dim) == (mixer.num_kv_heads, mixer.head_dim)
+                        assert isinstance(mixer, AttentionSpec) and each.fits(mixer)
                         entry.store = each
                 self._first_store = weakref.ref(first)
             self._library.network(arrays.address, self._network.address, rows.data_ptr())

@@ -23,7 +23,7 @@ from splitfuse.models.families.common import (
     sigmoid_router,
 )
 from splitfuse.models.families.config_json import ConfigJson
-from splitfuse.models.families.layouts import Layout, Place, Stored
+from splitfuse.models.families.layouts import Layout, Place, Shape, Stored
 from splitfuse.models.families.rope_config import read_rope, rope_section
 from splitfuse.models.spec import ModelSpec
 
@@ -52,13 +52,26 @@ def _queries(name: str) -> Stored:
 
 
 def _keys_and_values(name: str) -> Stored:
-    """Return the compressed vector and the rotated elements of keys."""
+    """Return the compressed vector of keys and values, and the rotated elements of keys."""
 
     def take(tensor: Tensor, place: Place) -> Tensor:
         rope, rank = _latent(place).rope_dim, _latent(place).kv_rank
         return tensor[torch.cat((torch.arange(rank), rank + _pairs(rope)))]
 
     return Stored(name, take)
+
+
+def _of_heads(name: str, take: Callable[[Tensor, LatentSpec], Tensor]) -> Stored:
+    """Return a weight of each head, [H, N, K], of a tensor that has the rows of each head's key, then of its value."""
+
+    def heads(tensor: Tensor, place: Place) -> Tensor:
+        return take(tensor.view(place.attention.num_heads, -1, tensor.shape[1]), _latent(place))
+
+    def shape(_: Shape, place: Place) -> Shape:
+        latent = _latent(place)
+        return place.attention.num_heads * (latent.nope_dim + latent.v_dim), latent.kv_rank
+
+    return Stored(name, heads, shape)
 
 
 def _compressed(end: str) -> Callable[[Place], Layout]:
@@ -79,7 +92,8 @@ DEEPSEEK_NAMES: WeightNames = {
     "q_a_norm": (f"{_ATTENTION}.q_a_layernorm.weight",),
     "q_b": (_queries(f"{_ATTENTION}.q_b_proj.weight"),),
     "kv_a_norm": (f"{_ATTENTION}.kv_a_layernorm.weight",),
-    "kv_b": (f"{_ATTENTION}.kv_b_proj.weight",),
+    "k_b": (_of_heads(f"{_ATTENTION}.kv_b_proj.weight", lambda rows, latent: rows[:, : latent.nope_dim].mT),),
+    "v_b": (_of_heads(f"{_ATTENTION}.kv_b_proj.weight", lambda rows, latent: rows[:, latent.nope_dim :]),),
 }
 
 V3_DEFAULTS = {
@@ -175,17 +189,15 @@ def _decoder(
     rope = read_rope(config, head_dim=latent.rope_dim)
     if rope.rotary_dim != latent.rope_dim:
         raise UnsupportedModelError("config.json: partial_rotary_factor other than 1 is not supported")
-    width = latent.rope_dim + latent.nope_dim
-    head_dim = max(width, latent.v_dim)
-    scale = width**-0.5 * _magnitude(config) ** 2
+    magnitude = _magnitude(config)
     attention = AttentionSpec(
         num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
+        num_kv_heads=1,
+        head_dim=latent.rope_dim + latent.kv_rank,
         latent=latent,
         qkv_bias=biased,
         o_bias=biased,
-        scale=None if scale == head_dim**-0.5 else scale,
+        scale=None if magnitude == 1.0 else (latent.rope_dim + latent.nope_dim) ** -0.5 * magnitude**2,
     )
     return decoder(config, attention, mlps, ropes=[rope], further_layers=further_layers(config, mtp_layers))
 

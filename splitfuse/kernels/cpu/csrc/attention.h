@@ -20,6 +20,10 @@ constexpr float NOTHING = -1e30f;               // The maximum of no scores.
 
 // Rows of an item. With the small tiles of AVX2 an item has two tiles, so that keys and values come from memory once for both.
 constexpr int ITEM_ROWS = MAX_ROWS < 12 ? 2 * MAX_ROWS : MAX_ROWS;
+constexpr int MOST_ITEM_ROWS = 2 * ITEM_ROWS;
+
+// More rows share the work of turning keys into values.
+SF_INLINE int item_rows(const Layout& kv) { return kv.value_from ? MOST_ITEM_ROWS : ITEM_ROWS; }
 
 // Rows `first` to first + rows - 1 of one request and kv head, flattened (token, head of the group); tiles begin to end.
 struct Item {
@@ -31,7 +35,7 @@ struct Item {
 
 // The result of one tile, or of several merged, for the rows of an item.
 struct Partial {
-    float maximum[ITEM_ROWS], total[ITEM_ROWS];
+    float maximum[MOST_ITEM_ROWS], total[MOST_ITEM_ROWS];
     float* values;  // [rows, padded]
 };
 
@@ -40,7 +44,7 @@ struct Attention {
     const Heads& heads;
     const Store& store;
     const u16* q;               // [T, H, D]
-    u16* out;                   // [T, H, D]
+    u16* out;                   // [T, H, D], or [T, H, value_dim]
     u8* widened;                // int8 only: this thread's buffer for one tile
 
     // Position of the item's request's first row.
@@ -60,13 +64,13 @@ struct Attention {
 };
 
 // Makes the items of all requests, longest first; if there are few, long ones in parts. Returns how many tiles get partials.
-inline i64 make_items(const Step& step, i64 num_heads, i64 num_kv_heads, int num_threads, std::vector<Item>& items) {
+inline i64 make_items(const Step& step, i64 num_heads, const Layout& kv, int num_threads, std::vector<Item>& items) {
     items.clear();
-    i64 group = num_heads / num_kv_heads;
+    const i64 group = num_heads / kv.num_kv_heads;
     for (i32 request = 0; request < step.requests; ++request) {
         i64 tokens = step.query_start[request + 1] - step.query_start[request];
-        i64 rows = tokens * group, blocks = ceil_div(rows, ITEM_ROWS);
-        for (i32 head = 0; head < num_kv_heads; ++head)
+        i64 rows = tokens * group, blocks = ceil_div(rows, item_rows(kv));
+        for (i32 head = 0; head < kv.num_kv_heads; ++head)
             for (i64 block = 0; block < blocks; ++block) {
                 i64 first = rows * block / blocks, end = rows * (block + 1) / blocks;
                 i64 last_position = step.seq_lens[request] - tokens + (end - 1) / group;
@@ -181,11 +185,51 @@ SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end,
     }
 }
 
-// Computes one tile for the rows of an item. `queries` is a slab of q, `next` the pieces that will be read after these.
+// Rows `first` to first + rows - 1 of an item, which are multiplied at once.
+struct RowTile { int first, rows; };
+
+SF_INLINE int num_row_tiles(const Item& item) { return (item.rows + MAX_ROWS - 1) / MAX_ROWS; }
+SF_INLINE RowTile row_tile(const Item& item, int number) {
+    const int count = num_row_tiles(item), first = item.rows * number / count;
+    return {first, item.rows * (number + 1) / count - first};
+}
+
+// Slabs that a query takes.
+SF_INLINE i64 num_slabs(const Layout& kv) { return ceil_div(kv.head_dim, 2 * SLAB_STEPS); }
+
+// Copies the queries of an item, as multiply_each() reads them: of each tile of rows slab after slab.
+SF_INLINE void copy_queries(const Attention& a, const Layout& kv, const Item& item, u32* queries) {
+    const i64 group = a.heads.num_heads / kv.num_kv_heads, slabs = num_slabs(kv), slab_dim = 2 * SLAB_STEPS;
+    for (int t = 0; t < num_row_tiles(item); ++t) {
+        const RowTile tile = row_tile(item, t);
+        for (int r = 0; r < tile.rows; ++r) {
+            const i64 row = item.first + tile.first + r, token = a.step.query_start[item.request] + row / group;
+            const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
+            for (i64 slab = 0; slab < slabs; ++slab) {
+                Element* place = reinterpret_cast<Element*>(queries + (tile.first * slabs + slab * tile.rows + r) * SLAB_STRIDE);
+                const i64 count = std::min(kv.head_dim - slab * slab_dim, slab_dim);
+                copy_elements(place, q + slab * slab_dim, count);
+                if (count % 2) place[count] = 0;
+            }
+        }
+    }
+}
+
+// Writes the values of 32 tokens from their keys: 32 elements from `column` on.
+SF_INLINE void turn_piece(const Layout& kv, const u8* keys, i64 column, i64 tokens, u8* values) {
+    turn_pairs(keys + (kv.value_from + column) / 2 * STEP_BYTES, values);
+    if (tokens < PIECE && tokens % 2) {  // the last has a neighbour that may be NaN
+        u16* halves = reinterpret_cast<u16*>(values + tokens / 2 * STEP_BYTES);
+        for (int d = 0; d < PANEL; ++d) halves[2 * d + 1] = 0;
+    }
+}
+
+// Computes one tile for the rows of an item. `queries` are its slabs of q, `next` the pieces that will be read after these.
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
-    alignas(64) float scores[ITEM_ROWS * SCORE_STRIDE];
-    alignas(64) u32 weights[ITEM_ROWS * SLAB_STRIDE];
+    alignas(64) float scores[MOST_ITEM_ROWS * SCORE_STRIDE];
+    alignas(64) u32 weights[MOST_ITEM_ROWS * SLAB_STRIDE];
+    alignas(64) u8 turned[TILE_PIECES][PIECE / 2 * STEP_BYTES];
     alignas(64) float key_scales[TILE], value_scales[TILE];
     const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *prefetches[TILE_PIECES];
     const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE, start = a.start(item);
@@ -195,7 +239,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     // of the next tile with the values.
     for (i64 p = first; p < end; ++p) {
         keys_of[p] = pieces.of[p];
-        values_of[p] = pieces.of[p] + kv.half_bytes;
+        values_of[p] = kv.value_from ? pieces.of[p] : pieces.of[p] + kv.half_bytes;
         if (kv.int8) {
             std::memcpy(key_scales + p * PIECE, kv.scales(pieces.of[p]), PIECE * sizeof(float));
             std::memcpy(value_scales + p * PIECE, kv.scales(pieces.of[p]) + PIECE, PIECE * sizeof(float));
@@ -207,13 +251,13 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     }
     const i64 steps = ceil_div(kv.head_dim, 2);
     // Tiles of rows, each of which prefetches its part.
-    const int row_tiles = (item.rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int row_tiles = num_row_tiles(item);
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
     for (int t = 0; t < row_tiles; ++t) {
-        const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+        const auto [row, rows] = row_tile(item, t);
         for (i64 p = first; p < end; ++p) prefetches[p] = values_of[p] + t * steps * prefetch_stride;
         const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, prefetch_stride};
-        multiply_each(rows, queries + row * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
+        multiply_each(rows, queries + row * num_slabs(kv) * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
     }
 
     const bool in_powers = a.heads.softcap > 0.0f || a.heads.slopes;  // of two, once they are capped or lowered
@@ -240,22 +284,25 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 
     // Only pairs with a key that exists: what follows may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
-    for (i64 column = 0; column < kv.padded;) {
-        const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.padded;
+    for (i64 column = 0; column < kv.value_padded;) {
+        const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.value_padded && !kv.value_from;
         const u8* starts[TILE_PIECES];
-        for (i64 p = first; p < end; ++p) starts[p - first] = values_of[p] + column * 4;
+        for (i64 p = first; p < end; ++p) {
+            if (kv.value_from) turn_piece(kv, values_of[p], column, pieces.keys - p * PIECE, turned[p]);
+            starts[p - first] = kv.value_from ? turned[p] : values_of[p] + column * 4;
+        }
         for (int t = 0; t < row_tiles; ++t) {
-            const int row = item.rows * t / row_tiles, rows = item.rows * (t + 1) / row_tiles - row;
+            const auto [row, rows] = row_tile(item, t);
             for (i64 p = first; p < end; ++p) {
                 bool known = p >= next.first && p < next.end;
                 i64 ahead = column / PANEL * (PIECE / 2) * STEP_BYTES + t * (PIECE / 2) * prefetch_stride;
                 prefetches[p - first] = known ? next.of[p] + ahead : starts[p - first];
             }
-            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.padded * 4, prefetch_stride};
+            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, prefetch_stride};
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
-            float* sums = out.values + row * kv.padded + column;
-            if (two) multiply_two(rows, x, values, sums, kv.padded);
-            else multiply(rows, x, values, sums, kv.padded);
+            float* sums = out.values + row * kv.value_padded + column;
+            if (two) multiply_two(rows, x, values, sums, kv.value_padded);
+            else multiply(rows, x, values, sums, kv.value_padded);
         }
         column += two ? 2 * PANEL : PANEL;
     }
@@ -287,50 +334,46 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
     for (i32 r = 0; r < item.rows; ++r) {
         i64 row = item.first + r;
         i64 token = a.step.query_start[item.request] + row / group;
-        u16* out = a.out + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
+        u16* out = a.out + (token * a.heads.num_heads + item.head * group + row % group) * kv.value_dim;
         Floats total = broadcast(all.total[r]);
-        for (i64 d = 0; d < kv.head_dim; d += LANES) {
-            Floats value = load(all.values + r * kv.padded + d) / total;
-            if (kv.head_dim - d < LANES) store_bf16(out + d, value, static_cast<int>(kv.head_dim - d));
+        for (i64 d = 0; d < kv.value_dim; d += LANES) {
+            Floats value = load(all.values + r * kv.value_padded + d) / total;
+            if (kv.value_dim - d < LANES) store_bf16(out + d, value, static_cast<int>(kv.value_dim - d));
             else store_bf16(out + d, value);
         }
     }
 }
 
-// Number of floats of one tile's result that is kept for merging.
-SF_INLINE i64 partial_floats(i64 padded) { return ITEM_ROWS * (2 + padded); }
+// Number of floats of one tile's result that is kept for merging: maxima, totals, values.
+SF_INLINE i64 partial_floats(const Layout& kv) { return item_rows(kv) * (2 + kv.value_padded); }
 
 // Writes the result of a tile that no row sees.
-SF_INLINE void forget(float* place, i64 padded) {
-    for (int r = 0; r < ITEM_ROWS; ++r) place[r] = NOTHING;
-    std::memset(place + ITEM_ROWS, 0, (partial_floats(padded) - ITEM_ROWS) * sizeof(float));
+SF_INLINE void forget(const Layout& kv, float* place) {
+    const int rows = item_rows(kv);
+    for (int r = 0; r < rows; ++r) place[r] = NOTHING;
+    std::memset(place + rows, 0, (partial_floats(kv) - rows) * sizeof(float));
 }
 
 // Computes all items; `partials` has room for the number of tiles that make_items() returned. Returns when all are done.
 inline void attend(Team& team, const Attention& a, const std::vector<Item>& items, float* partials) {
     const Layout kv(a.store);
-    const i64 group = a.heads.num_heads / kv.num_kv_heads, stride = partial_floats(kv.padded);
+    const i64 group = a.heads.num_heads / kv.num_kv_heads, stride = partial_floats(kv);
+    const int most_rows = item_rows(kv);
     bool split = false;
     for (const Item& item : items) split |= item.partial >= 0;
 
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
-        alignas(64) u32 queries[ITEM_ROWS * SLAB_STRIDE];
-        alignas(64) float tile_values[ITEM_ROWS * MOST_HEAD_DIM], all_values[ITEM_ROWS * MOST_HEAD_DIM];
+        alignas(64) u32 queries[MOST_ITEM_ROWS * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
+        alignas(64) float tile_values[MOST_ITEM_ROWS * MOST_HEAD_DIM], all_values[MOST_ITEM_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
-            for (i32 r = 0; r < item.rows; ++r) {
-                i64 row = item.first + r, token = a.step.query_start[item.request] + row / group;
-                Element* place = reinterpret_cast<Element*>(queries + r * SLAB_STRIDE);
-                const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
-                copy_elements(place, q, kv.head_dim);
-                if (kv.head_dim % 2) place[kv.head_dim] = 0;
-            }
+            copy_queries(a, kv, item, queries);
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
             // Without sinks the first tile merged with nothing is itself.
             const bool alone = item.partial < 0 && !a.heads.sinks;
-            if (item.partial < 0 && a.heads.sinks) begin_rows(a, item, group, kv.padded, all);
-            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(partials + (item.partial + t) * stride, kv.padded);
+            if (item.partial < 0 && a.heads.sinks) begin_rows(a, item, group, kv.value_padded, all);
+            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, partials + (item.partial + t) * stride);
             Pieces pieces{0, 0, 0, {}};
             if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
             for (i64 t = first_tile; t < item.end_tile; ++t) {
@@ -342,13 +385,13 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                     attend_tile(a, kv, item, t, pieces, following, queries, all);
                 } else if (item.partial < 0) {
                     attend_tile(a, kv, item, t, pieces, following, queries, tile);
-                    merge(tile, kv.padded, item.rows, all);
+                    merge(tile, kv.value_padded, item.rows, all);
                 } else {
                     float* place = partials + (item.partial + t) * stride;
-                    Partial part{{}, {}, place + 2 * ITEM_ROWS};
+                    Partial part{{}, {}, place + 2 * most_rows};
                     attend_tile(a, kv, item, t, pieces, following, queries, part);
-                    std::memcpy(place, part.maximum, sizeof part.maximum);
-                    std::memcpy(place + ITEM_ROWS, part.total, sizeof part.total);
+                    std::copy_n(part.maximum, most_rows, place);
+                    std::copy_n(part.total, most_rows, place + most_rows);
                 }
                 pieces = following;
             }
@@ -357,20 +400,20 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     });
     if (!split) return;
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
-        alignas(64) float all_values[ITEM_ROWS * MOST_HEAD_DIM];
+        alignas(64) float all_values[MOST_ITEM_ROWS * MOST_HEAD_DIM];
         Partial all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
             if (item.partial < 0 || item.begin_tile > 0) continue;  // the first part of each stands for the whole
             i64 tokens = a.step.query_start[item.request + 1] - a.step.query_start[item.request];
             i64 last_position = a.step.seq_lens[item.request] - tokens + (item.first + item.rows - 1) / group;
-            begin_rows(a, item, group, kv.padded, all);
+            begin_rows(a, item, group, kv.value_padded, all);
             for (i64 t = 0; t <= last_position / TILE; ++t) {
                 float* place = partials + (item.partial + t) * stride;
-                Partial part{{}, {}, place + 2 * ITEM_ROWS};
-                std::memcpy(part.maximum, place, sizeof part.maximum);
-                std::memcpy(part.total, place + ITEM_ROWS, sizeof part.total);
-                merge(part, kv.padded, item.rows, all);
+                Partial part{{}, {}, place + 2 * most_rows};
+                std::copy_n(place, most_rows, part.maximum);
+                std::copy_n(place + most_rows, most_rows, part.total);
+                merge(part, kv.value_padded, item.rows, all);
             }
             end_rows(a, kv, item, group, all);
         }

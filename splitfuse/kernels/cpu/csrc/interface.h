@@ -8,7 +8,7 @@ namespace splitfuse {
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2 };
-enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, CLAMPED_SWIGLU = 6 };
+enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, CLAMPED_SWIGLU = 6, IDENTITY = 7 };
 
 // A linear weight [rows, columns] in panels of 32 rows, which are columns of the product. See weights.h.
 struct Weight {
@@ -29,6 +29,7 @@ struct Store {
     std::int32_t num_kv_heads;
     std::int32_t head_dim;
     std::int32_t int8;
+    std::int32_t value_from;  // the element of a key that its value begins at; 0: values are kept apart
 };
 
 // The states of one recurrent layer, in fp32. See delta.h.
@@ -97,10 +98,12 @@ struct Mlp {
     std::int32_t activation;
 };
 
-// Queries, keys and values that come from compressed vectors, which are normed; the other attention has no kv_b.
+// Attention to one key for all heads, whose last kv_rank elements, a normed vector, are the value; the other attention has
+// no k_b. A query's last nope_dim elements are multiplied by k_b, and what a head gives by v_b: see linear_heads().
 struct Latent {
     const Weight* q_b;        // [H (rope_dim + nope_dim), q_width], or null: queries lie in qkv's rows
-    const Weight* kv_b;       // [H (nope_dim + v_dim), kv_rank]
+    const Weight* k_b;        // of each head [kv_rank, nope_dim]
+    const Weight* v_b;        // of each head [v_dim, kv_rank]
     Norm q_norm;
     Norm kv_norm;
     std::int32_t q_width;     // of what is read of queries in qkv's rows, before [kv_rank] and [rope_dim]

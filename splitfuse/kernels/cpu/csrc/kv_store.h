@@ -5,6 +5,9 @@
 //   values  [16 steps][D] words of the same element of two tokens       (panels of 32 columns = elements)
 // in bf16, with D padded to a multiple of 32. In int8 bytes take the place of bf16 (a word is two bytes), followed by 32
 // fp32 scales of the keys and 32 of the values: one for each token and head, so that no token changes another.
+//
+// Of latent attention, in bf16 alone, a value is the last part of its key: a piece is keys, which are turned into values
+// when they are read (turn_pairs).
 #pragma once
 
 #include "elementwise.h"
@@ -13,19 +16,24 @@ namespace splitfuse {
 namespace SF_VARIANT {
 
 constexpr int PIECE = PANEL;         // tokens
-constexpr int MOST_HEAD_DIM = 512;
+constexpr int MOST_HEAD_DIM = 1024;
+constexpr int MOST_PADDED = MOST_HEAD_DIM + PANEL;  // see Layout
 
 struct Layout {
-    i64 head_dim, padded;            // D, and D padded
+    i64 head_dim;                    // D
+    i64 value_from;                  // the element of a key that its value begins at; 0: values are kept apart
+    i64 value_dim, value_padded;     // of a value; padded to whole panels
+    i64 padded;                      // D padded, to whole panels of the value's elements too
     i64 half_bytes;                  // of the keys of a piece, or of its values
     i64 piece_bytes, pieces, num_kv_heads, block_size;
     bool int8;
     u8* data;
 
     explicit Layout(const Store& store)
-        : head_dim(store.head_dim), padded(ceil_div(store.head_dim, PANEL) * PANEL),
+        : head_dim(store.head_dim), value_from(store.value_from), value_dim(head_dim - value_from),
+          value_padded(ceil_div(value_dim, PANEL) * PANEL), padded(ceil_div(value_from + value_padded, PANEL) * PANEL),
           half_bytes(PIECE * padded * (store.int8 ? 1 : 2)),
-          piece_bytes(2 * half_bytes + (store.int8 ? 2 * PIECE * sizeof(float) : 0)),
+          piece_bytes((value_from ? 1 : 2) * half_bytes + (store.int8 ? 2 * PIECE * sizeof(float) : 0)),
           pieces(store.block_size / PIECE), num_kv_heads(store.num_kv_heads), block_size(store.block_size),
           int8(store.int8), data(store.data) {}
 
@@ -53,12 +61,12 @@ SF_INLINE float to_qvalues(const float* x, i64 count, i8* qvalues) {
 
 // Writes one token's key and value of one head, [padded] with zeros after D, to its place. A value at an even place
 // clears its odd neighbour, unless that is written in the same step: the pair is read together, and the neighbour may
-// be NaN.
+// be NaN. A value that is part of its key is not given.
 SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, const float* value, bool clear_next) {
     u8* piece = kv.piece(slot / kv.block_size, head, slot % kv.block_size);
     i64 place = slot % PIECE;
     if (kv.int8) {
-        alignas(64) i8 qvalues[MOST_HEAD_DIM];
+        alignas(64) i8 qvalues[MOST_PADDED];
         i8* keys = reinterpret_cast<i8*>(piece);
         kv.scales(piece)[place] = to_qvalues(key, kv.padded, qvalues);
         for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + (d / 2 * PIECE + place) * 2, qvalues + d, 2);
@@ -67,10 +75,11 @@ SF_INLINE void put_kv(const Layout& kv, i64 slot, i64 head, const float* key, co
         for (i64 d = 0; d < kv.padded; ++d) values[2 * d + place % 2] = qvalues[d];
         return;  // any byte of its neighbour is a number
     }
-    alignas(64) u16 narrowed[MOST_HEAD_DIM];
+    alignas(64) u16 narrowed[MOST_PADDED];
     for (i64 d = 0; d < kv.padded; d += LANES) store_bf16(narrowed + d, load(key + d));
     u32* keys = reinterpret_cast<u32*>(piece);
     for (i64 d = 0; d < kv.padded; d += 2) std::memcpy(keys + d / 2 * PIECE + place, narrowed + d, 4);
+    if (kv.value_from) return;
     for (i64 d = 0; d < kv.padded; d += LANES) store_bf16(narrowed + d, load(value + d));
     u8* values = piece + kv.half_bytes + place / 2 * kv.padded * 4;
     if (clear_next) {
@@ -128,14 +137,15 @@ SF_INLINE float query_scale(const Heads& heads, i64 position) {
 }
 
 // Norms and rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
+// Values that are parts of their keys are not in qkv.
 inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv, u16* q) {
     const Layout kv(store);
     const i64 num_kv_heads = heads.foreign_kv ? 0 : kv.num_kv_heads;
-    const i64 dim = kv.head_dim, width = (heads.num_heads + 2 * num_kv_heads) * dim;
+    const i64 dim = kv.head_dim, width = (heads.num_heads + (kv.value_from ? 1 : 2) * num_kv_heads) * dim;
     const i64 per_token = heads.num_heads + num_kv_heads;
     // By token and head, so that a step of one token has work for all threads.
     team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
-        alignas(64) float placed[MOST_HEAD_DIM] = {}, value[MOST_HEAD_DIM] = {};
+        alignas(64) float placed[MOST_PADDED] = {}, value[MOST_PADDED] = {};
         i64 known_row = -1;  // whose moments these are
         Moments moments{};
         for (i64 unit = begin; unit < end; ++unit) {
@@ -155,6 +165,10 @@ inline void rope_store(Team& team, const Step& step, const Heads& heads, const S
                 Floats scale = broadcast(query_scale(heads, position));
                 u16* out = q + (token * heads.num_heads + head) * dim;
                 for (i64 d = 0; d < dim; d += LANES) store_left(out + d, load(placed + d) * scale, dim - d);
+                continue;
+            }
+            if (kv.value_from) {
+                put_kv(kv, slot, index, placed, nullptr, false);
                 continue;
             }
             const float* source = row + (kv.num_kv_heads + index) * dim;

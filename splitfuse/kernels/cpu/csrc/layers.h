@@ -50,52 +50,53 @@ inline void scale_rows(Team& team, float scale, i64 rows, i64 columns, float* x)
     });
 }
 
-// Writes the rows that other attention projects at once, [T, 3 H D], from compressed vectors: heads of queries and of keys
-// with the rotated elements first, and of values, filled up with zeros. `operand` is what qkv reads.
-inline void expand_latent(Team& team, Workspace& work, const Layer& layer, const Operand& operand, float* qkv) {
+// Writes the queries of latent attention, [T, H, D] in bf16, whose first rope_dim elements are rotated and whose others are
+// multiplied by k_b; each token's key goes to its slot. `operand` is what qkv reads.
+inline void place_latent(Team& team, Workspace& work, const Step& step, const Layer& layer, const Operand& operand, u16* queries) {
     const Latent& l = layer.latent;
-    const i64 tokens = operand.rows, num_heads = layer.heads.num_heads, dim = layer.store.head_dim, width = layer.qkv->rows;
-    const i64 qk_dim = l.rope_dim + l.nope_dim, kv_dim = l.nope_dim + l.v_dim;
+    const i64 tokens = step.tokens, num_heads = layer.heads.num_heads, dim = layer.store.head_dim, width = layer.qkv->rows;
+    const i64 qk_dim = l.rope_dim + l.nope_dim;
     const Memory memory = work.memory(team.rank);
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    float* compressed = reinterpret_cast<float*>(work.compressed.data());
-    const float* queries = compressed;
-    i64 query_stride = width;
+    float* compressed = reinterpret_cast<float*>(work.compressed.data());  // of queries, of keys and values, rotated keys
+    const float* projected = compressed;
+    i64 stride = width;
     Output out;
     out.y = compressed;
     out.bias = layer.qkv_bias;
     multiply(team, operand, *layer.qkv, out);
-    out.bias = nullptr;
     if (l.q_b) {
         Operand normed = pack_activations(team, *l.q_b, tokens, memory, [&](i64 row) {
             norm_row(compressed + row * width, l.q_width, l.q_norm, row_buffer);
             return row_buffer;
         });
         out.y = reinterpret_cast<float*>(work.latent_queries.data());
+        out.bias = nullptr;
         multiply(team, normed, *l.q_b, out);
-        queries = out.y;
-        query_stride = num_heads * qk_dim;
+        projected = out.y;
+        stride = num_heads * qk_dim;
     }
-    Operand normed = pack_activations(team, *l.kv_b, tokens, memory, [&](i64 row) {
-        norm_row(compressed + row * width + l.q_width, l.kv_rank, l.kv_norm, row_buffer);
+    auto not_rotated = [&](i64 row, i64 head) {
+        const float* source = projected + row * stride + head * qk_dim + l.rope_dim;
+        for (i64 d = 0; d < l.nope_dim; d += LANES) store_left(row_buffer + d, load_left(source + d, l.nope_dim - d), l.nope_dim - d);
         return row_buffer;
-    });
-    out.y = reinterpret_cast<float*>(work.latent_kv.data());
-    multiply(team, normed, *l.kv_b, out);
-    const float* kv = out.y;
-    team.split(tokens * num_heads, [&](i64 begin, i64 end) {
+    };
+    linear_heads(team, *l.k_b, num_heads, tokens, memory, not_rotated, queries + l.rope_dim, dim, num_heads * dim);
+    const Layout kv(layer.store);
+    team.split(tokens * (num_heads + 1), [&](i64 begin, i64 end) {
+        alignas(64) float placed[MOST_PADDED] = {};
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 token = unit / num_heads, head = unit % num_heads;
-            float* query = qkv + (token * 3 * num_heads + head) * dim;
-            float *key = query + num_heads * dim, *value = key + num_heads * dim;
-            const float* source = kv + unit * kv_dim;
-            std::copy_n(queries + token * query_stride + head * qk_dim, qk_dim, query);
-            std::copy_n(compressed + token * width + l.q_width + l.kv_rank, l.rope_dim, key);
-            std::copy_n(source, l.nope_dim, key + l.rope_dim);
-            std::copy_n(source + l.nope_dim, l.v_dim, value);
-            std::fill(query + qk_dim, query + dim, 0.0f);
-            std::fill(key + qk_dim, key + dim, 0.0f);
-            std::fill(value + l.v_dim, value + dim, 0.0f);
+            const i64 token = unit / (num_heads + 1), head = unit % (num_heads + 1), position = step.positions[token];
+            if (head < num_heads) {
+                u16* query = queries + (token * num_heads + head) * dim;
+                rotate_head(projected + token * stride + head * qk_dim, l.rope_dim, layer.heads, position, placed);
+                for (i64 d = 0; d < l.rope_dim; d += LANES) store_left(query + d, load(placed + d), l.rope_dim - d);
+            } else if (step.slots[token] >= 0) {
+                const float* source = compressed + token * width + l.q_width;
+                rotate_head(source + l.kv_rank, l.rope_dim, layer.heads, position, placed);
+                norm_head(source, l.kv_rank, l.kv_norm, moments_of(source, l.kv_rank, l.kv_norm), placed + l.rope_dim);
+                put_kv(kv, step.slots[token], 0, placed, nullptr, false);
+            }
         }
     });
 }
@@ -103,9 +104,9 @@ inline void expand_latent(Team& team, Workspace& work, const Layer& layer, const
 inline void reserve_latent(Workspace& work, const Layer& layer, i64 tokens) {
     const Latent& l = layer.latent;
     work.compressed.reserve(tokens * layer.qkv->rows * 4);
-    work.latent_kv.reserve(tokens * l.kv_b->rows * 4);
-    work.reserve_operand(*l.kv_b, tokens);
-    work.reserve_rows(std::max<i64>({l.q_width, l.kv_rank, layer.o->columns}));
+    work.latent_values.reserve(tokens * layer.o->columns * 2);
+    for (const Weight* w : {l.k_b, l.v_b}) work.reserve_heads(*w, tokens);
+    work.reserve_rows(std::max(l.q_width, l.nope_dim));
     if (!l.q_b) return;
     work.latent_queries.reserve(tokens * l.q_b->rows * 4);
     work.reserve_operand(*l.q_b, tokens);
@@ -113,7 +114,8 @@ inline void reserve_latent(Workspace& work, const Layer& layer, i64 tokens) {
 
 // Computes a layer's attention of x, the residual stream.
 inline void attention_block(Team& team, Workspace& work, const Step& step, const Layer& layer, const float* x, Output out) {
-    const i64 tokens = step.tokens, width = layer.heads.num_heads * layer.store.head_dim;
+    const Layout kv(layer.store);
+    const i64 tokens = step.tokens, num_heads = layer.heads.num_heads, width = num_heads * kv.value_dim;
     const Memory memory = work.memory(team.rank);
     u16* queries = reinterpret_cast<u16*>(work.queries.data());
     u16* attn_out = reinterpret_cast<u16*>(work.attn_out.data());
@@ -121,40 +123,48 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     qkv.y = reinterpret_cast<float*>(work.qkv.data());
     qkv.bias = layer.qkv_bias;
     Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm);
-    if (layer.latent.kv_b) expand_latent(team, work, layer, operand, qkv.y);
-    else multiply(team, operand, *layer.qkv, qkv);
-    if (layer.attn_gate) {  // packed as qkv is
-        gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
-        gate.activation = SIGMOID;
-        multiply(team, operand, *layer.attn_gate, gate);
+    if (layer.latent.k_b) {
+        place_latent(team, work, step, layer, operand, queries);
+    } else {
+        multiply(team, operand, *layer.qkv, qkv);
+        if (layer.attn_gate) {  // packed as qkv is
+            gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
+            gate.activation = SIGMOID;
+            multiply(team, operand, *layer.attn_gate, gate);
+        }
+        rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
     }
-    rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
     Attention attention{step, layer.heads, layer.store, queries, attn_out, work.own[team.rank].tile.data()};
     attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
 
     out.bias = layer.o_bias;
-    if (!layer.attn_gate && layer.o->columns == width) return linear(team, attn_out, tokens, *layer.o, memory, out);
-    u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
-        if (layer.attn_gate) {
+    if (layer.attn_gate) {
+        u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
+        operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
             multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
-        } else {  // the values' elements alone
-            for (i64 head = 0; head < layer.heads.num_heads; ++head)
-                std::copy_n(attn_out + row * width + head * layer.store.head_dim, layer.latent.v_dim, row_buffer + head * layer.latent.v_dim);
-        }
-        return row_buffer;
-    });
-    multiply(team, operand, *layer.o, out);
+            return row_buffer;
+        });
+        return multiply(team, operand, *layer.o, out);
+    }
+    const u16* heads = attn_out;
+    if (layer.latent.k_b) {
+        const Weight& v_b = *layer.latent.v_b;
+        u16* values = reinterpret_cast<u16*>(work.latent_values.data());
+        auto source = [&](i64 row, i64 head) { return attn_out + row * width + head * kv.value_dim; };
+        linear_heads(team, v_b, num_heads, tokens, memory, source, values, v_b.rows, layer.o->columns);
+        heads = values;
+    }
+    linear(team, heads, tokens, *layer.o, memory, out);
 }
 
 inline void reserve_attention_block(Workspace& work, const Step& step, const Layer& layer) {
-    const i64 tokens = step.tokens;
+    const Layout kv(layer.store);
+    const i64 tokens = step.tokens, num_heads = layer.heads.num_heads;
     for (const Weight* w : {layer.qkv, layer.o}) work.reserve_operand(*w, tokens);
-    const i64 width = layer.heads.num_heads * layer.store.head_dim;
-    work.qkv.reserve(tokens * (layer.latent.kv_b ? 3 * width : layer.qkv->rows) * 4);
-    work.queries.reserve(tokens * width * 2);
-    work.attn_out.reserve(tokens * width * 2);
-    if (layer.latent.kv_b) reserve_latent(work, layer, tokens);
+    work.queries.reserve(tokens * num_heads * kv.head_dim * 2);
+    work.attn_out.reserve(tokens * num_heads * kv.value_dim * 2);
+    if (layer.latent.k_b) reserve_latent(work, layer, tokens);
+    else work.qkv.reserve(tokens * layer.qkv->rows * 4);
     if (layer.attn_gate) {
         work.attn_gate.reserve(tokens * layer.o->columns * 2);
         work.reserve_rows(layer.o->columns);

@@ -112,6 +112,7 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 }
 
 SF_INLINE Floats activate(Floats gate, i32 kind) {
+    if (kind == IDENTITY) return gate;
     if (kind == SILU) return gate * sigmoid(gate);
     if (kind == SIGMOID) return sigmoid(gate);
     if (kind == RELU || kind == RELU2) {
@@ -140,6 +141,7 @@ SF_INLINE Floats clamped_swiglu(Floats gate, Floats up) {
 struct Output {
     float* y = nullptr;              // [rows, N]; may be the residual itself
     u16* activated = nullptr;        // [rows, N], of a gated weight [rows, N / 2]
+    i64 stride = 0;                  // from row to row of `activated` of an ungated weight, if it is not N
     const u16* bias = nullptr;       // [N]
     const float* residual = nullptr; // [rows, N]
     float scale = 1.0f;
@@ -167,7 +169,7 @@ SF_INLINE void put_activated(const Output& out, Floats value, i64 row, i64 colum
     if (count <= 0) return;
     if (out.bias) value = value + load_bf16(out.bias + column, count);
     value = activate(value, out.activation);
-    u16* at = out.activated + row * width + column;
+    u16* at = out.activated + row * (out.stride ? out.stride : width) + column;
     if (count == LANES) store_bf16(at, value);
     else store_bf16(at, value, count);
 }
@@ -346,6 +348,37 @@ SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const 
 inline void linear(Team& team, const u16* x, i64 rows, const Weight& w, const Memory& memory, const Output& out) {
     Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; });
     multiply(team, operand, w, out);
+}
+
+constexpr i64 HEAD_ROWS = 16 * MAX_ROWS;  // rows of one head that a thread packs and multiplies at once
+
+// Multiplies each of `heads` weights [N, K], which lie one after the other from w on, with rows of its own: `source(row,
+// head)` returns the address of K of them in bf16. Head h of a row goes to y + row * stride + h * head_stride, N in bf16.
+// Returns when all threads are done.
+template <class Source>
+SF_INLINE void linear_heads(Team& team, const Weight& w, i64 heads, i64 rows, const Memory& memory, Source source, u16* y,
+                            i64 head_stride, i64 stride) {
+    const Shape s = shape_of(w);
+    const i64 chunks = ceil_div(rows, HEAD_ROWS), parts = std::min(s.panels, ceil_div(8 * team.size, std::max<i64>(1, heads * chunks)));
+    team.share(heads * chunks * parts, [&](i64 begin, i64 end, i64) {
+        for (i64 unit = begin; unit < end; ++unit) {
+            const i64 head = unit / (chunks * parts), chunk = unit / parts % chunks, part = unit % parts;
+            const i64 first = rows * chunk / chunks, last_panel = s.panels * (part + 1) / parts;
+            Weight of_head = w;
+            of_head.data += head * s.panels * s.panel_bytes;
+            Operand x = make_operand(w, rows * (chunk + 1) / chunks - first, memory.own);
+            x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
+            for (i64 row = 0; row < x.rows; ++row) put_row(x, row, source(first + row, head));
+            Output out;
+            out.activated = y + first * stride + head * head_stride;
+            out.stride = stride;
+            out.activation = IDENTITY;
+            for (i64 panel = s.panels * part / parts; panel < last_panel; ++panel) {
+                const u8* next = panel + 1 < last_panel ? of_head.data + (panel + 1) * s.panel_bytes : nullptr;
+                multiply_panel_by_all(x, of_head, s, panel, 0, x.blocks, next, unit == begin, out);
+            }
+        }
+    });
 }
 
 }  // namespace SF_VARIANT

@@ -57,6 +57,16 @@ SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows,
     });
 }
 
+SF_EXPORT(i32, linear_heads)(Workspace* work, const Weight* w, i64 heads, const u16* x, i64 rows, u16* y) {
+    return guarded([&] {
+        work->reserve_heads(*w, rows);
+        parallel(work->num_threads, [&](Team& team) {
+            auto source = [&](i64 row, i64 head) { return x + (row * heads + head) * w->columns; };
+            linear_heads(team, *w, heads, rows, work->memory(team.rank), source, y, w->rows, heads * w->rows);
+        });
+    });
+}
+
 SF_EXPORT(i32, activated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation, u16* y) {
     return guarded([&] {
         work->reserve_operand(*w, rows);

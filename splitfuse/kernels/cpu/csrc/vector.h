@@ -109,6 +109,28 @@ SF_INLINE Packed load_packed(const void* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Packed broadcast_packed(u32 a) { return {_mm512_set1_epi32(static_cast<i32>(a))}; }
 SF_INLINE Packed low_nibbles(Packed a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 SF_INLINE Packed high_nibbles(Packed a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
+// Turns keys, [16 steps][32 tokens] words of two elements, into values, [16 pairs of tokens][32 elements] words of two tokens.
+SF_INLINE void turn_pairs(const u8* keys, u8* values) {
+    const __m512i swap = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int step = 0; step < 16; step += 8)
+        for (int token = 0; token < 32; token += 16) {
+            __m512i a[8], b[8];  // a: for each of eight pairs of tokens both elements of a step
+            for (int j = 0; j < 8; ++j) a[j] = _mm512_shuffle_epi8(_mm512_loadu_si512(keys + ((step + j) * 32 + token) * 4), swap);
+            for (int j = 0; j < 8; j += 2) {
+                b[j] = _mm512_unpacklo_epi64(a[j], a[j + 1]);
+                b[j + 1] = _mm512_unpackhi_epi64(a[j], a[j + 1]);
+            }
+            for (int odd = 0; odd < 2; ++odd) {  // b[odd], b[2 + odd], ...: 128 bits for each of four pairs
+                const __m512i even_lanes = _mm512_shuffle_i32x4(b[odd], b[2 + odd], 0x88), odd_lanes = _mm512_shuffle_i32x4(b[odd], b[2 + odd], 0xdd);
+                const __m512i even_next = _mm512_shuffle_i32x4(b[4 + odd], b[6 + odd], 0x88), odd_next = _mm512_shuffle_i32x4(b[4 + odd], b[6 + odd], 0xdd);
+                auto put = [&](int pair, __m512i words) { _mm512_storeu_si512(values + ((token / 2 + pair) * 32 + 2 * step) * 4, words); };
+                put(odd, _mm512_shuffle_i32x4(even_lanes, even_next, 0x88));
+                put(2 + odd, _mm512_shuffle_i32x4(odd_lanes, odd_next, 0x88));
+                put(4 + odd, _mm512_shuffle_i32x4(even_lanes, even_next, 0xdd));
+                put(6 + odd, _mm512_shuffle_i32x4(odd_lanes, odd_next, 0xdd));
+            }
+        }
+}
 // Loads 16 quantized values, each + QVALUE_BIAS, to look nibbles up in.
 SF_INLINE Packed load_qvalues(const u8* qvalues) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)qvalues))};
@@ -259,6 +281,23 @@ SF_INLINE Packed load_packed(const void* p) {
 SF_INLINE void store_packed(void* p, Packed a) {
     _mm256_storeu_si256((__m256i*)p, a.lo);
     _mm256_storeu_si256((__m256i*)p + 1, a.hi);
+}
+// Does what its namesake of AVX-512 does.
+SF_INLINE void turn_pairs(const u8* keys, u8* values) {
+    const __m256i swap = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    for (int step = 0; step < 16; step += 4)
+        for (int token = 0; token < 32; token += 8) {
+            __m256i a[4];  // for each of four pairs of tokens both elements of a step
+            for (int j = 0; j < 4; ++j)
+                a[j] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)(keys + ((step + j) * 32 + token) * 4)), swap);
+            const __m256i even = _mm256_unpacklo_epi64(a[0], a[1]), odd = _mm256_unpackhi_epi64(a[0], a[1]);
+            const __m256i even_next = _mm256_unpacklo_epi64(a[2], a[3]), odd_next = _mm256_unpackhi_epi64(a[2], a[3]);
+            auto put = [&](int pair, __m256i words) { _mm256_storeu_si256((__m256i*)(values + ((token / 2 + pair) * 32 + 2 * step) * 4), words); };
+            put(0, _mm256_permute2x128_si256(even, even_next, 0x20));
+            put(1, _mm256_permute2x128_si256(odd, odd_next, 0x20));
+            put(2, _mm256_permute2x128_si256(even, even_next, 0x31));
+            put(3, _mm256_permute2x128_si256(odd, odd_next, 0x31));
+        }
 }
 SF_INLINE Packed broadcast_packed(u32 a) {
     __m256i both = _mm256_set1_epi32(static_cast<i32>(a));

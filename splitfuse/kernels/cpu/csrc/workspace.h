@@ -55,7 +55,7 @@ struct Workspace {
 
     const int num_threads;
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
-    Buffer compressed, latent_queries, latent_kv;  // of latent attention
+    Buffer compressed, latent_queries, latent_values;  // of latent attention
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<HeadItems> items;  // the first `num_items` are of this step
@@ -69,6 +69,10 @@ struct Workspace {
             each.operand.reserve(operand_bytes(w, 1));
             if (WIDE_ROWS < MAX_ROWS) each.sums.reserve(rows * PANEL * 4);
         }
+    }
+    void reserve_heads(const Weight& w, i64 rows) {  // for linear_heads()
+        reserve_operand(w, std::min(rows, HEAD_ROWS));
+        for (Own& each : own) each.operand.reserve(operand_bytes(w, std::min(rows, HEAD_ROWS)));
     }
     void reserve_rows(i64 columns) {
         for (Own& each : own) each.row.reserve(columns * 2);
@@ -87,9 +91,9 @@ struct Workspace {
             found = &items[num_items++];
             found->num_heads = heads.num_heads;
             found->num_kv_heads = store.num_kv_heads;
-            found->tiles = make_items(step, heads.num_heads, store.num_kv_heads, num_threads, found->items);
+            found->tiles = make_items(step, heads.num_heads, kv, num_threads, found->items);
         }
-        partials.reserve(found->tiles * partial_floats(kv.padded) * 4);
+        partials.reserve(found->tiles * partial_floats(kv) * 4);
         if (store.int8)
             for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
     }
