@@ -5,30 +5,39 @@ the weights are dequantized while they are loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 2**22
 """Number of elements, about, that are dequantized at a time: they exist in fp32 too."""
+FP8_GROUP = 128
+"""Number of columns of a row in FP8 that share a scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFormat:
     """Describes weights that are quantized in groups of neighbouring columns: which numbers a group has.
 
-    A weight is `scale * level`, or with `mins` `scale * level - min`, in fp32. With `super_groups` the scales and mins
-    of so many neighbouring groups are whole numbers, multiples of one scale and of one min. With a `table` levels are
-    indices into it.
+    A weight is `scale * level`, with `mins` `scale * level - min`, with `zeros` `scale * (level - zero)`, in fp32. With
+    `super_groups` the scales and mins of so many neighbouring groups are whole numbers, multiples of one scale and of
+    one min. With a `table` levels are indices into it; without table, mins and zeros they have signs.
     """
 
     name: str  # as its files and messages call it: "Q4_K"
     bits: int  # of a level
     group_size: int
     mins: bool = False
+    zeros: bool = False
     super_groups: int | None = None
     table: tuple[int, ...] | None = None
+    scale_dtype: torch.dtype = torch.float16  # of scales and mins, or of what they are multiples of
+
+    @property
+    def signed(self) -> bool:
+        """Return whether levels are int8, else uint8."""
+        return self.table is None and not self.mins and not self.zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +55,12 @@ class GroupQuantized:
 
     format: GroupFormat
     levels: Tensor  # [N, K], int8 or uint8
-    scales: Tensor  # [N, K / group_size]: floats, or int8 or uint8 multiples of super_scales
+    scales: Tensor  # [N, K / group_size], rounded up: floats, or int8 or uint8 multiples of super_scales
     mins: Tensor | None = None  # likewise
+    zeros: Tensor | None = None  # the same shape, uint8
     super_scales: Tensor | None = None  # [N, K / (group_size * super_groups)], floats
     super_mins: Tensor | None = None
+    order: Tensor | None = None  # [K]: column i is column order[i] of the weight; None: i
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,44 +70,91 @@ class GroupQuantized:
 
     def rows(self, index: Tensor | slice) -> GroupQuantized:
         """Return some of the rows, or all in another order."""
-
-        def taken(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[index]
-
-        return replace(
-            self,
-            levels=self.levels[index],
-            scales=self.scales[index],
-            mins=taken(self.mins),
-            super_scales=taken(self.super_scales),
-            super_mins=taken(self.super_mins),
-        )
+        names = ("levels", "scales", "mins", "zeros", "super_scales", "super_mins")
+        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight: what fp32 arithmetic makes of it, rounded to `dtype`."""
         (num_rows, columns), out = self.shape, torch.empty(self.shape, dtype=dtype)
         step = max(1, ROWS_AT_ONCE // columns)
         for begin in range(0, num_rows, step):
-            out[begin : begin + step] = self.rows(slice(begin, begin + step))._in_fp32()
+            weights = self.rows(slice(begin, begin + step))._in_fp32()
+            if self.order is None:
+                out[begin : begin + step] = weights
+            else:
+                out[begin : begin + step, self.order.long()] = weights.to(dtype)
         return out
 
     def _in_fp32(self) -> Tensor:
-        table, size = self.format.table, self.format.group_size
-        levels = self.levels.float() if table is None else torch.tensor(table).float()[self.levels.int()]
-        weights = levels.view(len(levels), -1, size) * self._spread(self.scales, self.super_scales).unsqueeze(-1)
-        if self.mins is not None:
-            weights -= self._spread(self.mins, self.super_mins).unsqueeze(-1)
-        return weights.view(self.shape)
+        if self.format.table is None:
+            weights = self.levels.float()
+        else:
+            weights = torch.tensor(self.format.table, dtype=torch.float32)[self.levels.int()]
+        if self.zeros is not None:
+            weights -= self._spread(self.zeros.float())
+        weights *= self._spread(self.group_scales())
+        if (mins := self.group_mins()) is not None:
+            weights -= self._spread(mins)
+        return weights
 
-    def _spread(self, numbers: Tensor, factors: Tensor | None) -> Tensor:
-        """Return the scale or min of each group, in fp32."""
+    def group_scales(self) -> Tensor:
+        """Return the scale of each group, in fp32."""
+        return self._times(self.scales, self.super_scales)
+
+    def group_mins(self) -> Tensor | None:
+        """Return the min of each group, in fp32, if there are mins."""
+        return None if self.mins is None else self._times(self.mins, self.super_mins)
+
+    def _times(self, numbers: Tensor, factors: Tensor | None) -> Tensor:
         if factors is None:
             return numbers.float()
-        groups = numbers.float().view(*factors.shape, -1)
-        return (groups * factors.float().unsqueeze(-1)).view(numbers.shape)
+        spread = factors.float().repeat_interleave(self.format.super_groups or 1, dim=1)
+        return numbers.float() * spread[:, : numbers.shape[1]]
+
+    def _spread(self, numbers: Tensor) -> Tensor:
+        """Return the numbers of groups for each of their columns."""
+        return numbers.repeat_interleave(self.format.group_size, dim=1)[:, : self.levels.shape[1]]
 
 
-QuantizedFormat: TypeAlias = GroupFormat
+@dataclass(frozen=True, kw_only=True)
+class Fp8Format:
+    """Describes weights in FP8 (e4m3), each `FP8_GROUP` columns of a row times a scale in fp32."""
+
+    name: str = "FP8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Quantized:
+    """Holds a weight [N, K] in FP8.
+
+    >>> values = torch.ones(1, 2).to(torch.float8_e4m3fn)
+    >>> Fp8Quantized(values=values, scales=torch.tensor([[0.5]])).dequantize(torch.float32)
+    tensor([[0.5000, 0.5000]])
+    """
+
+    values: Tensor  # [N, K], float8_e4m3fn
+    scales: Tensor  # [N, K / FP8_GROUP], rounded up, fp32
+    format: Fp8Format = Fp8Format()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the weight."""
+        rows, columns = self.values.shape
+        return rows, columns
+
+    def rows(self, index: Tensor | slice) -> Fp8Quantized:
+        """Return some of the rows, or all in another order."""
+        values = self.values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
+        return replace(self, values=values, scales=self.scales[index])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight: what fp32 arithmetic makes of it, rounded to `dtype`."""
+        scales = self.scales.repeat_interleave(FP8_GROUP, dim=1)[:, : self.shape[1]]
+        return (self.values.float() * scales).to(dtype)
+
+
+QuantizedFormat: TypeAlias = GroupFormat | Fp8Format
 """Description of how a tensor of a checkpoint is quantized: all that a backend must know to accept it."""
-QuantizedWeight: TypeAlias = GroupQuantized
+QuantizedWeight: TypeAlias = GroupQuantized | Fp8Quantized
 """Weight as a checkpoint stores it, in one of these formats."""

@@ -25,7 +25,7 @@ from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Role, Weight
-from splitfuse.kernels.quantized import GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
@@ -512,3 +512,25 @@ def test_super_groups_and_tables_are_dequantized_in_fp32() -> None:
     expected = torch.tensor([[-3.5, -2.0, 5.0, 7.0], [3.25, 1.75, -5.0, -2.0]])
     assert torch.equal(weight.dequantize(torch.float32), expected)
     assert torch.equal(weight.rows(torch.tensor([1])).dequantize(torch.bfloat16), expected[1:].bfloat16())
+
+
+def test_zeros_order_and_a_short_last_group_are_dequantized() -> None:
+    stored = GroupFormat(name="zeros", bits=4, group_size=2, zeros=True)
+    weight = GroupQuantized(
+        format=stored,
+        levels=torch.tensor([[0, 5, 15], [1, 2, 3]], dtype=torch.uint8),
+        scales=torch.tensor([[0.5, 2.0], [0.25, 1.0]], dtype=torch.float16),
+        zeros=torch.tensor([[8, 14], [0, 16]], dtype=torch.uint8),
+        order=torch.tensor([2, 0, 1]),
+    )
+    expected = torch.tensor([[-1.5, 2.0, -4.0], [0.5, -13.0, 0.25]])
+    assert torch.equal(weight.dequantize(torch.float32), expected) and not stored.signed
+    assert torch.equal(weight.rows(slice(1, 2)).dequantize(torch.bfloat16), expected[1:].bfloat16())
+
+
+def test_fp8_is_dequantized_by_scales_of_128_columns() -> None:
+    values = torch.tensor([[1.0, -448.0] + [2.0] * 127, [0.5] * 129]).to(torch.float8_e4m3fn)
+    weight = Fp8Quantized(values=values, scales=torch.tensor([[0.5, 4.0], [1.0, 3.0]]))
+    expected = torch.tensor([[0.5, -224.0] + [1.0] * 126 + [8.0], [0.5] * 128 + [1.5]])
+    assert torch.equal(weight.dequantize(torch.float32), expected)
+    assert torch.equal(weight.rows(torch.tensor([1, 0])).dequantize(torch.float32), expected.flip(0))
