@@ -46,7 +46,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sig
 MAX_GROUPS = 64
 """Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""
 MOST_TAPS = 16
-"""Number of tokens that a convolution can see, the newest included. It is in csrc/delta.h too."""
+"""Number of tokens that a convolution can see, the newest included. It is in csrc/states.h too."""
 LARGEST = 2**31 - 1
 """Largest number that C++ counts positions with."""
 

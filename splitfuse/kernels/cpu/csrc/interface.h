@@ -32,7 +32,7 @@ struct Store {
     std::int32_t value_from;  // the element of a key that its value begins at; 0: values are kept apart
 };
 
-// The states of one recurrent layer, in fp32. See delta.h.
+// The states of one recurrent layer, in fp32. See states.h.
 struct States {
     float* data;
     std::int64_t num_slots;
@@ -121,7 +121,7 @@ struct TokenInput {
     std::int32_t activation;
 };
 
-// A gated delta net. What its channels are, and the rest, is in delta.h.
+// A gated delta net. See delta.h.
 struct Delta {
     const float* conv;        // [taps, channels]
     const float* decay;       // [Hv]

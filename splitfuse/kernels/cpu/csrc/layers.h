@@ -4,6 +4,7 @@
 
 #include "delta.h"
 #include "experts.h"
+#include "short_conv.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {

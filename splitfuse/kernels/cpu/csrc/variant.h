@@ -39,7 +39,7 @@ SF_EXPORT(i64, store_bytes)(const Store* store) {
     return store->num_blocks * kv.num_kv_heads * kv.pieces * kv.piece_bytes;
 }
 
-SF_EXPORT(i64, delta_floats)(const Delta* d) { return DeltaShape(*d).tail.slot_floats; }
+SF_EXPORT(i64, delta_floats)(const Delta* d) { return shape_of(*d).tail.slot_floats; }
 SF_EXPORT(i64, conv_floats)(const ShortConv* conv) { return Tail(conv->channels, conv->taps, 0).slot_floats; }
 
 SF_EXPORT(void, pack)(Workspace* work, const Weight* w, const u16* source, i64 first, i64 count) {

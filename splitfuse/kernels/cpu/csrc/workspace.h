@@ -49,7 +49,7 @@ struct HeadItems {
 };
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile, sums, delta; };  // of one thread
+    struct Own { Buffer operand, row, tile, sums, state; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
