@@ -65,12 +65,13 @@ def pipeline(
     >>> print(pipe("What is the capital of France?", chat=True, max_new_tokens=32)[0])
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
-    source = open_model(config.model.model, config.model.revision, weights=config.model.load_format != "dummy")
-    source.config()  # before the tokenizer: a folder that is no model should be called that
-    other = config.model.tokenizer
-    tokenizer = Tokenizer.from_source(
-        source if other is None else open_model(other, config.model.revision, weights=False)
+    chosen = config.model
+    source = open_model(
+        chosen.model, chosen.revision, gguf_file=chosen.gguf_file, weights=chosen.load_format != "dummy"
     )
+    source.config()  # before the tokenizer: a folder that is no model should be called that
+    other = chosen.tokenizer
+    tokenizer = Tokenizer.from_source(source if other is None else open_model(other, chosen.revision, weights=False))
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
     if observer is not None:
         engine.events.subscribe(StepRecord, observer)

@@ -51,8 +51,11 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every comm
 class ModelConfig:
     """Says which model is loaded, with which numeric formats and backend."""
 
-    model: str | None = setting(None, "Model folder or Hugging Face Hub name (default: the bundled model).")
+    model: str | None = setting(
+        None, "Model folder, GGUF file, Hugging Face Hub name, or smollm2 (default: the bundled model)."
+    )
     revision: str | None = setting(None, "Branch, tag or commit on the Hub.")
+    gguf_file: str | None = setting(None, "Name of a GGUF file in the folder or Hub model, if it has several.")
     tokenizer: str | None = setting(None, "Folder or Hub name of another tokenizer (default: the model's).")
     dtype: str = setting(
         "auto", "Dtype of weights and activations: auto (the checkpoint's), bfloat16, float16 or float32."

@@ -192,7 +192,7 @@ def phi3_longrope(original: int) -> PreTrainedModel:
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
     """A Qwen3-MoE with the changed settings."""
     few = {"head_dim": 16, "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes(**few, **changes)))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes(**(few | changes))))
 
 
 def delta_sizes(**changes: Any) -> dict[str, Any]:
@@ -795,10 +795,10 @@ def is_norm(name: str) -> bool:
     return "norm" in name or ".ln_" in name
 
 
-def make(variant: str) -> PreTrainedModel:
-    """The model of that name, the same at every call, all weights random."""
+def make(variant: str, other: Callable[[], PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of that name, or another one, the same at every call, all weights random."""
     torch.manual_seed(sum(variant.encode()))
-    model = VARIANTS[variant]()
+    model = (other or VARIANTS[variant])()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:

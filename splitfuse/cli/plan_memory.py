@@ -20,6 +20,8 @@ def plan_memory(**flags: Any) -> None:
 
     config = EngineConfig.from_settings(given(flags))
     parse_device(config.model.device)
-    spec = load_spec(open_model(config.model.model, config.model.revision, weights=False))
+    spec = load_spec(
+        open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
+    )
     backend = choose_backend(config, resolve_dtype(config.model.dtype, spec))
     print(memory_plan.plan_memory(spec, config, backend=backend), flush=True)

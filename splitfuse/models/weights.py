@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -321,6 +322,12 @@ def describe_aside(weights: WeightSource, spec: ModelSpec) -> list[str]:
     text = "text alone is computed, images are refused" if find_family(spec.architecture).text_types else ""
     aside = f"left aside: {', '.join(counts)}" if counts else ""
     return ["; ".join(filter(None, (text, aside)))] if text or aside else []
+
+
+def describe_quantization(weights: WeightSource) -> str:
+    """Return how many tensors of a checkpoint are quantized in which formats; empty if none is."""
+    formats = Counter(stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
+    return ", ".join(f"{count} tensors in {name}" for name, count in formats.most_common())
 
 
 def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:

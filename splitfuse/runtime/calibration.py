@@ -68,7 +68,9 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     from splitfuse.runtime.loading import parse_device
     from splitfuse.runtime.machine import gpu, processor
 
-    source = source or open_model(config.model.model, config.model.revision, weights=False)
+    source = source or open_model(
+        config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False
+    )
     spec = load_spec(source)
     dtype = resolve_dtype(config.model.dtype, spec)
     identity = {

@@ -19,7 +19,14 @@ from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.hub import open_model
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import check_weights, describe_aside, load_decoder, resolve_dtype, weight_bytes
+from splitfuse.models.weights import (
+    check_weights,
+    describe_aside,
+    describe_quantization,
+    load_decoder,
+    resolve_dtype,
+    weight_bytes,
+)
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint
@@ -74,7 +81,9 @@ def load_model(
     Raises ModelError, MemoryPlanError or ConfigError.
     """
     dummy = config.model.load_format == "dummy"
-    source = source or open_model(config.model.model, config.model.revision, weights=not dummy)
+    source = source or open_model(
+        config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=not dummy
+    )
     spec = load_spec(source)
     device = parse_device(config.model.device)
     if device.type == "cpu" and (cores := usable_cores()) < torch.get_num_threads():
@@ -84,9 +93,18 @@ def load_model(
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
     if (adapter := source.adapter()) is not None:
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
+    quantized = describe_quantization(weights)
+    if quantized and config.model.quantization is not None:
+        raise ConfigError(
+            f"quantization={config.model.quantization} would quantize {source.location} a second time, which has "
+            f"{quantized}: leave quantization out"
+        )
     backend = choose_backend(config, dtype)
     plan = _plan(spec, config, backend, weight_sharing)
     plan = replace(plan, remarks=(*plan.remarks, *describe_aside(weights, spec)))
+    if quantized:
+        remark = f"quantized: {quantized}; dequantized while they are loaded"
+        plan = replace(plan, remarks=(*plan.remarks, remark))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(

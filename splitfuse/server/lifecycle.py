@@ -216,7 +216,7 @@ def _make_app(
 
     model = engine.model
     # Fetched once, before several engines ask for it.
-    source = open_model(model.model, model.revision, weights=model.load_format != "dummy")
+    source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=model.load_format != "dummy")
     source.config()  # before the tokenizer: a folder that is no model should be called that
     if model.tokenizer is not None:
         source = open_model(model.tokenizer, model.revision, weights=False)

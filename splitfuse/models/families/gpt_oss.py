@@ -35,6 +35,15 @@ GPT_OSS_NAMES: WeightNames = {
     "w2_bias": (of_expert(Stored(f"{_LAYER}.mlp.experts.down_proj_bias")),),
 }
 
+_EXPERT = f"{_LAYER}.mlp.experts.{{expert}}"
+SEPARATE_EXPERTS: WeightNames = {
+    "w13": tuple(f"{_EXPERT}.{part}_proj.weight" for part in ("gate", "up")),
+    "w1_bias": tuple(f"{_EXPERT}.{part}_proj.bias" for part in ("gate", "up")),
+    "w2": (f"{_EXPERT}.down_proj.weight",),
+    "w2_bias": (f"{_EXPERT}.down_proj.bias",),
+}
+"""Names of experts that are stored one by one, as GGUF files give them."""
+
 ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 """Rope of a config that has none."""
 
@@ -56,4 +65,4 @@ def gpt_oss(config: ConfigJson) -> ModelSpec:
     )
 
 
-FAMILIES = {"GptOssForCausalLM": Family("gpt_oss", gpt_oss, GPT_OSS_NAMES)}
+FAMILIES = {"GptOssForCausalLM": Family("gpt_oss", gpt_oss, GPT_OSS_NAMES, (SEPARATE_EXPERTS,))}

@@ -144,8 +144,8 @@ class ModelSource(ABC):
             )
         if values is None:
             raise ModelNotFoundError(
-                f"{self.location} has no config.json: it is not a model folder in Hugging Face format; "
-                "others, such as GGUF, are not read"
+                f"{self.location} has no config.json: it is neither a model folder in Hugging Face format nor one of "
+                "GGUF files"
             )
         return values
 
