@@ -64,6 +64,8 @@ class Quarantine:
 
     def completed(self, request: Add) -> None:
         """Clear a request of suspicion, since one like it ran to its end. One that is refused stays so."""
+        if request.choice > 0:
+            return  # a request with several choices counts once
         if not self._deaths and len(request.prompt_token_ids) > MAX_TOKENS:
             return  # its digest takes long, at every request
         digest = _digest(request)

@@ -141,6 +141,14 @@ def test_choices_of_a_request_count_a_death_once(quarantine: Quarantine) -> None
     assert not refuses(quarantine, ADD)
 
 
+def test_choices_of_a_request_count_a_completion_once(quarantine: Quarantine) -> None:
+    for choice in range(NUM_COMPLETED):
+        quarantine.completed(Add(f"a.{choice}", (1, 2, 3), PARAMS, choice))
+    for _ in range(NUM_DEATHS):
+        quarantine.engine_died([ADD])
+    assert refuses(quarantine, ADD)
+
+
 def test_a_record_outlives_the_process_that_wrote_it() -> None:
     record = InFlightRecord()
     record.write([])
