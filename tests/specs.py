@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, DeltaSpec, ExpertsSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    DeltaSpec,
+    ExpertsSpec,
+    LayerSpec,
+    MambaSpec,
+    MlpSpec,
+    NormSpec,
+    RouterSpec,
+)
 from splitfuse.models.spec import ModelSpec, RopeSpec
 
 
@@ -28,6 +37,21 @@ def make_delta(
         value_dim=value_dim,
         conv_size=conv_size,
         norm=NormSpec(eps=eps),
+    )
+
+
+def make_mamba(
+    groups: int, heads: int, state_dim: int, head_dim: int, conv_size: int = 4, eps: float = 1e-6, **fields: Any
+) -> MambaSpec:
+    """Return a Mamba-2 mixer; `fields` are those of MambaSpec that differ from the defaults."""
+    return MambaSpec(
+        num_groups=groups,
+        num_heads=heads,
+        state_dim=state_dim,
+        head_dim=head_dim,
+        conv_size=conv_size,
+        norm=NormSpec(eps=eps),
+        **fields,
     )
 
 

@@ -64,7 +64,7 @@ def delta(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             conv=torch.randn(spec.conv_size, spec.num_channels),
             decay=torch.rand(heads),
             decay_bias=torch.randn(heads),
-            delta_norm=torch.ones(shape.head_dim),
+            out_norm=torch.ones(shape.head_dim),
         )
         layer = [backend.pack([torch.randn(n, k).mul_(0.02).bfloat16()], role=Role.O) for n, k in shape.linears]
         states = backend.allocate_states(spec, num_slots=SLOTS, device=torch.device("cpu"))

@@ -187,7 +187,40 @@ class ConvSpec:
     bias: bool = False  # of the projections and the convolution
 
 
-Mixer: TypeAlias = AttentionSpec | DeltaSpec | ConvSpec
+@dataclass(frozen=True, kw_only=True)
+class MambaSpec:
+    """Describes the Mamba-2 mixer of one layer (Dao and Gu, arXiv 2405.21060), whose state is a matrix [N, P] for each
+    head and the last inputs of a convolution. Heads of a group share what is read from a state, and where it is
+    written.
+
+    Raises ModelError if the heads cannot be divided among the groups.
+    """
+
+    num_heads: int
+    num_groups: int
+    state_dim: int  # N
+    head_dim: int  # P
+    conv_size: int  # tokens that the convolution sees, the newest included
+    norm: NormSpec  # of each group's output, which is gated first
+    bias: bool = False  # of the projections
+    conv_bias: bool = False
+    dt_min: float = 0.0  # of time steps
+    dt_max: float | None = None  # None: they may be of any length
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_groups:
+            raise ModelError(f"{self.num_heads} heads of a Mamba cannot be shared evenly by {self.num_groups} groups")
+
+    @property
+    def num_channels(self) -> int:
+        """Return the number of elements of a token that are convolved."""
+        return 2 * self.num_groups * self.state_dim + self.num_heads * self.head_dim
+
+
+RecurrentSpec: TypeAlias = DeltaSpec | ConvSpec | MambaSpec
+"""Mixers that keep a state of one size for each request in place of keys and values."""
+
+Mixer: TypeAlias = AttentionSpec | RecurrentSpec
 """What mixes the tokens of a request in a layer."""
 
 
@@ -394,15 +427,17 @@ class LayerWeights:
     v_b: Weight = None  # [H, v_dim, kv_rank]
     attn_gate: Weight = None  # [H D, C]
     sinks: Tensor | None = None  # [H]
-    in_proj: Weight = None  # of a delta net [queries, keys, values, z; C], of a convolution [b, c, x; C]
+    in_proj: Weight = None  # [channels and z; C] of a delta net or Mamba, [b, c, u; C] of a convolution
     in_proj_bias: Tensor | None = None
-    gates: Weight = None  # of a delta net: [betas, rates; C], 2 Hv rows
+    gates: Weight = None  # of a delta net [betas, rates; C], of Mamba time steps [H, C]
+    gates_bias: Tensor | None = None
     conv: Tensor | None = None  # [conv_size, channels] in fp32, the oldest token first
-    conv_bias: Tensor | None = None  # in fp32
-    decay: Tensor | None = None  # [Hv] in fp32, and
-    decay_bias: Tensor | None = None  # a state keeps exp(-decay * softplus(rate + decay_bias)) of itself
-    delta_norm: Tensor | None = None  # [Dv]
-    out_proj: Weight = None  # of a delta net [C, Hv Dv], of a convolution [C, C]
+    conv_bias: Tensor | None = None  # [channels] in fp32
+    decay: Tensor | None = None  # [Hv] in fp32, of Mamba [H], as is decay_bias:
+    decay_bias: Tensor | None = None  # see `Backend.delta` and `Backend.mamba`
+    skip: Tensor | None = None  # of Mamba [H] in fp32
+    out_norm: Tensor | None = None  # of a delta net [Dv], of Mamba [H P]
+    out_proj: Weight = None  # [C, Hv Dv], of Mamba [C, H P], of a convolution [C, channels]
     out_proj_bias: Tensor | None = None
     o: Weight = None  # [C, H D], of latent attention [C, H v_dim]
     o_bias: Tensor | None = None
@@ -547,11 +582,11 @@ class Backend(ABC):
     # Recurrent states
 
     @abstractmethod
-    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+    def state_bytes(self, spec: RecurrentSpec) -> int:
         """Return the bytes of one state of one layer: exactly what `allocate_states` takes for it."""
 
     @abstractmethod
-    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> Store:
+    def allocate_states(self, spec: RecurrentSpec, *, num_slots: int, device: torch.device) -> Store:
         """Return the states of one layer, in fp32. What a slot holds before it is written is never read.
 
         Raises RuntimeError if there is no memory for them, ConfigError for sizes that the backend does not take.
@@ -684,6 +719,22 @@ class Backend(ABC):
         The state of request s is read from slot `state_reads[s]`, or is zero if that is -1, and written to slot
         `state_writes[s]`. If that is the slot that request s + 1 reads, the two are parts of one request, and the
         second goes on from there. A token's result depends on its request's tokens alone, not on how they are cut.
+        """
+
+    @abstractmethod
+    def mamba(
+        self, x: Tensor, dt: Tensor, states: Store, spec: MambaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        """Return the Mamba-2 mixer of each request's newest tokens, with states as in `delta`: x [T, c, b, v, z] and dt
+        [T, H], projections of the layer's input -> [T, H P].
+
+        c and b of each group, and v of each head, are convolved over tokens, with SiLU. For each token and head:
+
+            dt = softplus(dt + decay_bias), limited to dt_min and dt_max
+            S = S * exp(-decay * dt) + b (v dt)
+            out = (c S + skip v) * silu(z)
+
+        The output of all heads of a group is normed together.
         """
 
     @abstractmethod

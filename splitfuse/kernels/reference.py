@@ -20,9 +20,11 @@ from splitfuse.kernels.interface import (
     DeltaSpec,
     HeadNormSpec,
     LayerWeights,
+    MambaSpec,
     MlpSpec,
     NormSpec,
     QueryScaling,
+    RecurrentSpec,
     Role,
     RopeTable,
     RouterSpec,
@@ -93,10 +95,10 @@ class ReferenceBackend(Backend):
     def fill_kv(self, store: Store, byte: int) -> None:
         store.view(torch.uint8).fill_(byte)
 
-    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+    def state_bytes(self, spec: RecurrentSpec) -> int:
         return 4 * sum(_state_sizes(spec))
 
-    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> Store:
+    def allocate_states(self, spec: RecurrentSpec, *, num_slots: int, device: torch.device) -> Store:
         return torch.empty(num_slots, sum(_state_sizes(spec)), device=device)
 
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
@@ -189,8 +191,35 @@ class ReferenceBackend(Backend):
                 state.baddbmm_(k[token].transpose(1, 2), error)
                 torch.bmm(q[token], state, out=out[begin + token])
             states[batch.state_writes[request]] = torch.cat((tail.flatten(), state.flatten()))
-        heads = _norm(out.view(len(x), spec.num_value_heads, spec.value_dim), spec.norm, weights.delta_norm)
+        heads = _norm(out.view(len(x), spec.num_value_heads, spec.value_dim), spec.norm, weights.out_norm)
         return (heads.flatten(1) * F.silu(z.to(wide))).to(x.dtype)
+
+    def mamba(
+        self, x: Tensor, dt: Tensor, states: Store, spec: MambaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        assert weights.conv is not None and weights.out_norm is not None and weights.skip is not None
+        assert weights.decay is not None and weights.decay_bias is not None
+        wide, heads, group = _wide(x.dtype), spec.num_heads, spec.num_heads // spec.num_groups
+        shared, values = spec.num_groups * spec.state_dim, heads * spec.head_dim
+        channels, z = x.split_with_sizes((spec.num_channels, values), dim=1)
+        dt = F.softplus(dt.to(wide) + weights.decay_bias).clamp(spec.dt_min, spec.dt_max)  # [T, H]
+        kept, out = torch.exp(-weights.decay * dt), x.new_empty(len(x), heads, 1, spec.head_dim, dtype=wide)
+        for request, (begin, end) in enumerate(pairwise(batch.query_start.tolist())):
+            tail, state = _read_state(states, spec, batch, request)
+            mixed, tail = _convolve(channels[begin:end].to(wide), tail, weights.conv, weights.conv_bias)
+            c, b, v = F.silu(mixed).split_with_sizes((shared, shared, values), dim=1)
+            c, b = (each.view(-1, spec.num_groups, spec.state_dim).repeat_interleave(group, dim=1) for each in (c, b))
+            v = v.view(-1, heads, 1, spec.head_dim)
+            added = v * dt[begin:end].view(-1, heads, 1, 1)
+            state = state.view(heads, spec.state_dim, spec.head_dim).to(wide, copy=True)
+            for token in range(end - begin):
+                state *= kept[begin + token].view(-1, 1, 1)
+                state.baddbmm_(b[token].unsqueeze(2), added[token])
+                torch.bmm(c[token].unsqueeze(1), state, out=out[begin + token])
+            out[begin:end] += v * weights.skip.view(-1, 1, 1)
+            states[batch.state_writes[request]] = torch.cat((tail.flatten(), state.flatten()))
+        gated = (out.flatten(1) * F.silu(z.to(wide))).view(len(x), spec.num_groups, values // spec.num_groups)
+        return _norm(gated, spec.norm, weights.out_norm.view(spec.num_groups, -1)).flatten(1).to(x.dtype)
 
     def conv(self, x: Tensor, states: Store, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
         assert weights.conv is not None
@@ -198,10 +227,8 @@ class ReferenceBackend(Backend):
         inputs, out = b * u, torch.empty_like(b)
         for request, (begin, end) in enumerate(pairwise(batch.query_start.tolist())):
             tail, _ = _read_state(states, spec, batch, request)
-            out[begin:end], tail = _convolve(inputs[begin:end], tail, weights.conv)
+            out[begin:end], tail = _convolve(inputs[begin:end], tail, weights.conv, weights.conv_bias)
             states[batch.state_writes[request]] = tail.flatten()
-        if weights.conv_bias is not None:
-            out = out + weights.conv_bias
         return (c * out).to(x.dtype)
 
     def route(self, logits: Tensor, spec: RouterSpec, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -298,13 +325,17 @@ def _first_seen(spec: AttentionSpec, position: int) -> int:
     return first if spec.chunk is None else max(first, position // spec.chunk * spec.chunk)
 
 
-def _state_sizes(spec: DeltaSpec | ConvSpec) -> tuple[int, int]:
+def _state_sizes(spec: RecurrentSpec) -> tuple[int, int]:
     """Return how many numbers of a state are inputs of the convolution, and how many the matrices of heads."""
-    matrices = spec.num_value_heads * spec.key_dim * spec.value_dim if isinstance(spec, DeltaSpec) else 0
+    matrices = 0
+    if isinstance(spec, DeltaSpec):
+        matrices = spec.num_value_heads * spec.key_dim * spec.value_dim
+    elif isinstance(spec, MambaSpec):
+        matrices = spec.num_heads * spec.state_dim * spec.head_dim
     return (spec.conv_size - 1) * spec.num_channels, matrices
 
 
-def _read_state(states: Tensor, spec: DeltaSpec | ConvSpec, batch: RaggedBatch, request: int) -> tuple[Tensor, Tensor]:
+def _read_state(states: Tensor, spec: RecurrentSpec, batch: RaggedBatch, request: int) -> tuple[Tensor, Tensor]:
     """Return the last inputs [conv_size - 1, channels] of a request before its chunk, and its matrices, flat."""
     slot, sizes = int(batch.state_reads[request]), _state_sizes(spec)
     state = states.new_zeros(sum(sizes)) if slot < 0 else states[slot]
@@ -312,11 +343,12 @@ def _read_state(states: Tensor, spec: DeltaSpec | ConvSpec, batch: RaggedBatch, 
     return tail.view(spec.conv_size - 1, spec.num_channels), matrices
 
 
-def _convolve(inputs: Tensor, tail: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve(inputs: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the convolution [n, channels] of inputs that follow those of the tail, and the new tail."""
     whole = torch.cat((tail.to(inputs.dtype), inputs))
     size = len(weight)
-    return (whole.unfold(0, size, 1) * weight.T).sum(-1), whole[len(whole) - size + 1 :]
+    out = (whole.unfold(0, size, 1) * weight.T).sum(-1)
+    return out if bias is None else out + bias, whole[len(whole) - size + 1 :]
 
 
 def _unit(x: Tensor) -> Tensor:

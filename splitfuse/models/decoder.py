@@ -19,6 +19,7 @@ from splitfuse.kernels.interface import (
     ExpertsSpec,
     LayerSpec,
     LayerWeights,
+    MambaSpec,
     Mixer,
     MlpSpec,
     MlpWeights,
@@ -141,9 +142,12 @@ class Decoder:
         if isinstance(spec, AttentionSpec):
             return self._attention(x, spec, weights, store, batch)
         projected = self.backend.linear(x, weights.in_proj, weights.in_proj_bias)
-        if isinstance(spec, DeltaSpec):
-            gates = self.backend.linear(x, weights.gates)
-            mixed = self.backend.delta(projected, gates, store, spec, batch, weights)
+        if isinstance(spec, DeltaSpec | MambaSpec):
+            gates = self.backend.linear(x, weights.gates, weights.gates_bias)
+            if isinstance(spec, DeltaSpec):
+                mixed = self.backend.delta(projected, gates, store, spec, batch, weights)
+            else:
+                mixed = self.backend.mamba(projected, gates, store, spec, batch, weights)
         else:
             mixed = self.backend.conv(projected, store, spec, batch, weights)
         return self.backend.linear(mixed, weights.out_proj, weights.out_proj_bias)

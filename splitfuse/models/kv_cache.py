@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from splitfuse.errors import MemoryPlanError
-from splitfuse.kernels.interface import AttentionSpec, Backend, ConvSpec, DeltaSpec, Mixer, Store
+from splitfuse.kernels.interface import AttentionSpec, Backend, Mixer, RecurrentSpec, Store
 from splitfuse.models.spec import ModelSpec
 
 
@@ -22,9 +22,7 @@ def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend
 
 def state_bytes(spec: ModelSpec, backend: Backend) -> int:
     """Return the bytes of one recurrent state over all layers; 0 in a network without."""
-    return sum(
-        backend.state_bytes(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, DeltaSpec | ConvSpec)
-    )
+    return sum(backend.state_bytes(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, RecurrentSpec))
 
 
 class KVCache:

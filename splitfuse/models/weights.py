@@ -23,6 +23,7 @@ from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
     ConvSpec,
+    DeltaSpec,
     ExpertsSpec,
     LatentSpec,
     LayerSpec,
@@ -143,7 +144,7 @@ def _role(name: str, spec: ModelSpec) -> Role:
     if name == "embed" and spec.tied_embeddings:
         return Role.HEAD
     last = name.rpartition(".")[2]
-    others = ("output_scale", "choice_bias", "expert_scale")
+    others = ("output_scale", "choice_bias", "expert_scale", "skip")
     if last.removesuffix("_bias").endswith(("norm", "conv", "decay")) or last in others:
         return Role.NORM
     return Role(last) if last in {role.value for role in Role} else Role.PLAIN
@@ -212,10 +213,21 @@ def _mixer_shapes(spec: Mixer, hidden: int) -> Shapes:
             "out_proj_bias": ((hidden,),),
         }
         return shapes | (biases if spec.bias else {})
-    heads, values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
-    shapes |= {"in_proj": ((channels, hidden), (values, hidden)), "gates": ((heads, hidden), (heads, hidden))}
-    shapes |= {"decay": ((heads,),), "decay_bias": ((heads,),), "delta_norm": ((spec.value_dim,),)}
-    return shapes | {"out_proj": ((hidden, values),)}
+    if isinstance(spec, DeltaSpec):
+        heads, values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
+        shapes |= {"gates": ((heads, hidden), (heads, hidden)), "out_norm": ((spec.value_dim,),)}
+    else:
+        heads, values = spec.num_heads, spec.num_heads * spec.head_dim
+        shapes |= {"gates": ((heads, hidden),), "out_norm": ((values,),), "skip": ((heads,),)}
+        shapes |= {"conv_bias": ((channels,),)} if spec.conv_bias else {}
+        if spec.bias:
+            shapes |= {
+                "in_proj_bias": ((channels,), (values,)),
+                "gates_bias": ((heads,),),
+                "out_proj_bias": ((hidden,),),
+            }
+    shapes |= {"in_proj": ((channels, hidden), (values, hidden)), "out_proj": ((hidden, values),)}
+    return shapes | {"decay": ((heads,),), "decay_bias": ((heads,),)}
 
 
 def _attention_shapes(spec: AttentionSpec, hidden: int) -> Shapes:

@@ -13,7 +13,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, ExpertsSpec, LayerSpec
+from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.weights import resolve_dtype, weight_bytes
@@ -172,7 +172,7 @@ def _layer_width(layer: LayerSpec, hidden: int) -> int:
         mlp = mlp.shared
     if mlp is not None:
         width += 4 * mlp.intermediate_size
-    if isinstance(mixer, DeltaSpec | ConvSpec):
+    if isinstance(mixer, RecurrentSpec):
         width += 4 * mixer.num_channels
     elif mixer is not None:
         width += (3 + mixer.gate) * mixer.num_heads * mixer.head_dim

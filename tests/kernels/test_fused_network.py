@@ -16,7 +16,7 @@ import pytest
 import torch
 from backends import CPU, variants
 from ragged_requests import Chunk, Request, Runner
-from specs import make_delta, make_experts, make_spec
+from specs import make_delta, make_experts, make_mamba, make_spec
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -29,6 +29,7 @@ from splitfuse.kernels.interface import (
     HeadNormSpec,
     LatentSpec,
     LayerSpec,
+    MambaSpec,
     MlpSpec,
     NetworkPlan,
     NormPlace,
@@ -265,6 +266,9 @@ RECURRENT = network(
         norms=NormPlace.AROUND,
         residual_scale=0.7,
     ),
+    LayerSpec(mixer=make_mamba(2, 6, 10, 18, eps=1e-5, bias=True, conv_bias=True, dt_min=0.3, dt_max=2.0), mlp=None),
+    LayerSpec(mixer=None, mlp=make_experts(5, 2, 50)),
+    LayerSpec(mixer=make_mamba(1, 3, 33, 70, 2, eps=1e-5), mlp=dense(40, "silu"), parallel=True, residual_scale=0.7),
 )
 UNIFORM = {"plain": PLAIN, "everything": EVERYTHING, "odd": ODD, "experts": EXPERTS}
 UNEQUAL = {
@@ -387,6 +391,7 @@ def test_cpp_kernels_know_every_field_of_a_layer() -> None:
         "value_is_key kv_layer gate sinks alibi scale query_scaling softcap",
         DeltaSpec: "num_key_heads num_value_heads key_dim value_dim conv_size norm",
         ConvSpec: "num_channels conv_size bias",
+        MambaSpec: "num_heads num_groups state_dim head_dim conv_size norm bias conv_bias dt_min dt_max",
         MlpSpec: "intermediate_size activation gated bias",
         ExpertsSpec: "router expert shared shared_gate own_norm",
         RouterSpec: "num_experts top_k renormalize sigmoid bias choice_bias num_groups top_groups "

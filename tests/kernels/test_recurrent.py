@@ -1,10 +1,11 @@
-"""Gated delta nets and short convolutions of every backend: near to the exact result, however a request is cut into
-chunks and whichever slots its state goes through; on the C++ kernels the same bits, for any number of threads.
+"""Gated delta nets, Mamba-2 and short convolutions of every backend: near to the exact result, however a request is cut
+into chunks and whichever slots its state goes through; on the C++ kernels the same bits, for any number of threads.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
@@ -14,12 +15,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import CPU, BackendCase, poison, variants
-from specs import make_delta
+from specs import make_delta, make_mamba
 from torch import Tensor
 
 from splitfuse.core.plan import ZERO_STATE
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, LayerWeights, Role, Store
+from splitfuse.kernels.interface import (
+    Backend,
+    ConvSpec,
+    DeltaSpec,
+    LayerWeights,
+    MambaSpec,
+    RecurrentSpec,
+    Role,
+    Store,
+)
 
 LENGTHS = (1, 2, 150, 9)
 NUM_SLOTS = 12
@@ -29,6 +39,9 @@ SPECS = [
     pytest.param(make_delta(2, 4, 16, 16), id="delta"),
     pytest.param(make_delta(1, 3, 10, 70, conv_size=2), id="delta-odd"),
     pytest.param(make_delta(3, 3, 33, 130), id="delta-wide"),
+    pytest.param(make_mamba(2, 4, 16, 16), id="mamba"),
+    pytest.param(make_mamba(1, 3, 10, 70, conv_size=2, conv_bias=True, dt_min=0.3, dt_max=0.9), id="mamba-odd"),
+    pytest.param(make_mamba(3, 6, 33, 130, conv_bias=True), id="mamba-wide"),
     pytest.param(ConvSpec(num_channels=48, conv_size=3), id="conv"),
     pytest.param(ConvSpec(num_channels=270, conv_size=5, bias=True), id="conv-bias"),
 ]
@@ -36,23 +49,32 @@ SPECS = [
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, and the projected tokens of some requests: `gates` are those of a delta net."""
+    """A layer, and the projected tokens of some requests: `gates` are those of a delta net, or time steps of Mamba."""
 
-    spec: DeltaSpec | ConvSpec
+    spec: RecurrentSpec
     weights: dict[str, Tensor]
     rows: list[Tensor]
     gates: list[Tensor]
 
     @classmethod
-    def random(cls, spec: DeltaSpec | ConvSpec) -> Layer:
-        weights, width, heads = {"conv": torch.randn(spec.conv_size, spec.num_channels)}, 3 * spec.num_channels, 1
+    def random(cls, spec: RecurrentSpec) -> Layer:
+        weights, width, gates_width = {"conv": torch.randn(spec.conv_size, spec.num_channels)}, 3 * spec.num_channels, 1
         if isinstance(spec, DeltaSpec):
             heads, width = spec.num_value_heads, spec.num_channels + spec.num_value_heads * spec.value_dim
+            gates_width = 2 * heads
             weights |= {"decay": torch.rand(heads) * 3, "decay_bias": torch.randn(heads)}
-            weights |= {"delta_norm": torch.rand(spec.value_dim) + 0.5}
-        elif spec.bias:
+            weights |= {"out_norm": torch.rand(spec.value_dim) + 0.5}
+        elif isinstance(spec, MambaSpec):
+            heads, width, gates_width = (
+                spec.num_heads,
+                spec.num_channels + spec.num_heads * spec.head_dim,
+                spec.num_heads,
+            )
+            weights |= {"decay": torch.rand(heads), "decay_bias": torch.randn(heads), "skip": torch.randn(heads)}
+            weights |= {"out_norm": torch.rand(heads * spec.head_dim) + 0.5}
+        if spec.conv_bias if isinstance(spec, MambaSpec) else isinstance(spec, ConvSpec) and spec.bias:
             weights |= {"conv_bias": torch.randn(spec.num_channels)}
-        rows, gates = ([torch.randn(length, n).bfloat16() for length in LENGTHS] for n in (width, 2 * heads))
+        rows, gates = ([torch.randn(length, n).bfloat16() for length in LENGTHS] for n in (width, gates_width))
         return cls(spec, weights, rows, gates)
 
     def exact(self, request: int) -> Tensor:
@@ -62,11 +84,14 @@ class Layer:
 
         def convolved(inputs: Tensor) -> Tensor:
             padded = F.pad(inputs.T.unsqueeze(0), (spec.conv_size - 1, 0))
-            return F.conv1d(padded, weights["conv"].T.unsqueeze(1), groups=spec.num_channels)[0].T
+            out = F.conv1d(padded, weights["conv"].T.unsqueeze(1), weights.get("conv_bias"), groups=spec.num_channels)
+            return out[0].T
 
         if isinstance(spec, ConvSpec):
             b, c, u = rows.chunk(3, dim=1)
-            return c * (convolved(b * u) + weights.get("conv_bias", torch.zeros(())))
+            return c * convolved(b * u)
+        if isinstance(spec, MambaSpec):
+            return self._exact_mamba(spec, rows, self.gates[request].double(), weights, convolved)
         heads, length = spec.num_value_heads, len(rows)
         channels, z = rows.split((spec.num_channels, heads * spec.value_dim), dim=1)
         mixed = F.silu(convolved(channels))
@@ -85,8 +110,29 @@ class Layer:
                 state *= kept[t, head]
                 state += torch.outer(k[t, head], v[t, head] - k[t, head] @ state) * beta[t, head].sigmoid()
                 out[t, head] = q[t, head] @ state / spec.key_dim**0.5
-        out *= torch.rsqrt(out.square().mean(-1, keepdim=True) + spec.norm.eps) * weights["delta_norm"]
+        out *= torch.rsqrt(out.square().mean(-1, keepdim=True) + spec.norm.eps) * weights["out_norm"]
         return out.flatten(1) * F.silu(z)
+
+    @staticmethod
+    def _exact_mamba(
+        spec: MambaSpec, rows: Tensor, dt: Tensor, weights: dict[str, Tensor], convolved: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """As sums over all tokens before, each decayed by the steps between: no state."""
+        heads, length, group = spec.num_heads, len(rows), spec.num_heads // spec.num_groups
+        shared, values = spec.num_groups * spec.state_dim, heads * spec.head_dim
+        channels, z = rows.split((spec.num_channels, values), dim=1)
+        c, b, v = F.silu(convolved(channels)).split((shared, shared, values), dim=1)
+        c, b = (each.view(length, spec.num_groups, -1).repeat_interleave(group, dim=1) for each in (c, b))
+        v, dt = v.view(length, heads, -1), torch.log1p(torch.exp(dt + weights["decay_bias"]))
+        dt = dt.clamp(spec.dt_min, spec.dt_max)
+        passed = torch.cumsum(dt * weights["decay"], dim=0)  # decay since the beginning, as a logarithm
+        kept = torch.exp(-(passed.unsqueeze(1) - passed.unsqueeze(0)).clamp(min=0))  # [T, T, H]: from column to row
+        kept = kept * torch.ones(length, length).tril().unsqueeze(-1)
+        scores = torch.einsum("thn,shn->tsh", c, b) * kept * dt.unsqueeze(0)
+        out = torch.einsum("tsh,shp->thp", scores, v) + weights["skip"].unsqueeze(-1) * v
+        gated = (out.flatten(1) * F.silu(z)).view(length, spec.num_groups, -1)
+        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + spec.norm.eps)
+        return normed.flatten(1) * weights["out_norm"]
 
     def compute(self, backend: Backend, dtype: torch.dtype, states: Store, parts: list[Any]) -> list[Tensor]:
         """What a backend gives of parts (request, begin, end, slot to read, slot to write) in one step."""
@@ -103,6 +149,8 @@ class Layer:
         )
         if isinstance(self.spec, DeltaSpec):
             out = backend.delta(x, gates, states, self.spec, batch, packed)
+        elif isinstance(self.spec, MambaSpec):
+            out = backend.mamba(x, gates, states, self.spec, batch, packed)
         else:
             out = backend.conv(x, states, self.spec, batch, packed)
         return list(out.split(lengths))
@@ -144,7 +192,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_near_to_the_exact_result(case: BackendCase, spec: DeltaSpec | ConvSpec) -> None:
+def test_near_to_the_exact_result(case: BackendCase, spec: RecurrentSpec) -> None:
     layer = Layer.random(spec)
     exact = [layer.exact(request) for request in range(len(LENGTHS))]
     for found in (
@@ -152,13 +200,13 @@ def test_near_to_the_exact_result(case: BackendCase, spec: DeltaSpec | ConvSpec)
         layer.split(case.backend, case.wide, random.Random(1)),
     ):
         for ours, wanted in zip(found, exact, strict=True):
-            # Rows of a delta net are normed, whose error is that of the largest of a row.
+            # Rows of a delta net or Mamba are normed, whose error is that of the largest of a row.
             case.near(ours, wanted, wanted.abs().amax(dim=1, keepdim=True), share=1e-5)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("variant", variants())
-def test_equal_bits_however_cut(variant: str, spec: DeltaSpec | ConvSpec) -> None:
+def test_equal_bits_however_cut(variant: str, spec: RecurrentSpec) -> None:
     layer = Layer.random(spec)
     wanted = layer.whole(CpuBackend(variant=variant, num_threads=1), torch.float32)
     for threads in (1, 2, 3):
@@ -171,7 +219,7 @@ def test_equal_bits_however_cut(variant: str, spec: DeltaSpec | ConvSpec) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_state_that_is_read_stays_as_it_is(case: BackendCase, spec: DeltaSpec | ConvSpec) -> None:
+def test_a_state_that_is_read_stays_as_it_is(case: BackendCase, spec: RecurrentSpec) -> None:
     """Several requests may go on from one state, in one step."""
     layer = Layer.random(spec)
     states = layer.states(case.backend)
@@ -186,7 +234,7 @@ def test_a_state_that_is_read_stays_as_it_is(case: BackendCase, spec: DeltaSpec 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_states_take_the_bytes_that_are_planned(case: BackendCase, spec: DeltaSpec | ConvSpec) -> None:
+def test_states_take_the_bytes_that_are_planned(case: BackendCase, spec: RecurrentSpec) -> None:
     states = case.backend.allocate_states(spec, num_slots=NUM_SLOTS, device=CPU)
     assert states.nbytes == NUM_SLOTS * case.backend.state_bytes(spec)
 

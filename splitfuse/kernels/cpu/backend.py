@@ -20,6 +20,7 @@ from splitfuse.kernels.cpu.bindings import (
     Delta,
     Heads,
     Library,
+    Mamba,
     Mixture,
     Norm,
     Router,
@@ -44,10 +45,12 @@ from splitfuse.kernels.interface import (
     ConvSpec,
     DeltaSpec,
     LayerWeights,
+    MambaSpec,
     MlpSpec,
     Network,
     NetworkPlan,
     NormSpec,
+    RecurrentSpec,
     Role,
     RopeTable,
     RouterSpec,
@@ -141,20 +144,23 @@ class CpuBackend(Backend):
 
     # Recurrent states
 
-    def state_bytes(self, spec: DeltaSpec | ConvSpec) -> int:
+    def state_bytes(self, spec: RecurrentSpec) -> int:
         return 4 * self._state_floats(spec)
 
-    def allocate_states(self, spec: DeltaSpec | ConvSpec, *, num_slots: int, device: torch.device) -> States:
+    def allocate_states(self, spec: RecurrentSpec, *, num_slots: int, device: torch.device) -> States:
         del device
         states = States(None, num_slots, self._state_floats(spec))
         states.memory = allocate(num_slots * self.state_bytes(spec))
         states.data = states.memory.data_ptr()
         return states
 
-    def _state_floats(self, spec: DeltaSpec | ConvSpec) -> int:
+    def _state_floats(self, spec: RecurrentSpec) -> int:
         if isinstance(spec, DeltaSpec):
             delta = Delta.of(spec, LayerWeights())
             return int(self.library.delta_floats(delta.address))
+        if isinstance(spec, MambaSpec):
+            mamba = Mamba.of(spec, LayerWeights())
+            return int(self.library.mamba_floats(mamba.address))
         conv = ShortConv.of(spec, LayerWeights())
         return int(self.library.conv_floats(conv.address))
 
@@ -327,6 +333,18 @@ class CpuBackend(Backend):
         )
         return out
 
+    def mamba(
+        self, x: Tensor, dt: Tensor, states: States, spec: MambaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        check(x, torch.float32)
+        check(dt, torch.float32)
+        values = spec.num_heads * spec.head_dim
+        assert x.shape == (len(dt), spec.num_channels + values) and dt.shape[1] == spec.num_heads
+        arrays, mamba = self._recurrent_step(len(x), states, spec, batch), Mamba.of(spec, weights)
+        out = torch.empty(len(x), values, dtype=torch.bfloat16)
+        self.library.mamba(arrays.address, mamba.address, states.address, x.data_ptr(), dt.data_ptr(), out.data_ptr())
+        return out
+
     def conv(self, x: Tensor, states: States, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
         check(x, torch.float32)
         assert x.shape[1] == 3 * spec.num_channels
@@ -335,7 +353,7 @@ class CpuBackend(Backend):
         self.library.conv(arrays.address, conv.address, states.address, x.data_ptr(), out.data_ptr())
         return out
 
-    def _recurrent_step(self, num_tokens: int, states: States, spec: DeltaSpec | ConvSpec, batch: RaggedBatch) -> Step:
+    def _recurrent_step(self, num_tokens: int, states: States, spec: RecurrentSpec, batch: RaggedBatch) -> Step:
         """Return the arrays of a step as a recurrent layer needs them, checked."""
         assert states.slot_floats == self._state_floats(spec)
         arrays = Step.of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -28,9 +29,11 @@ from splitfuse.kernels.interface import (
     ExpertsSpec,
     LatentSpec,
     LayerWeights,
+    MambaSpec,
     MlpSpec,
     MlpWeights,
     NormSpec,
+    RecurrentSpec,
     RopeTable,
     RouterSpec,
     TokenInputSpec,
@@ -377,7 +380,7 @@ class Delta(Struct):
         delta.conv = _taps_address(weights.conv, spec)
         delta.decay = vector_address(weights.decay, spec.num_value_heads, torch.float32)
         delta.decay_bias = vector_address(weights.decay_bias, spec.num_value_heads, torch.float32)
-        delta.norm = vector_address(weights.delta_norm, spec.value_dim, torch.float32)
+        delta.norm = vector_address(weights.out_norm, spec.value_dim, torch.float32)
         return delta
 
 
@@ -395,7 +398,38 @@ class ShortConv(Struct):
         return conv
 
 
-def _taps_address(taps: Tensor | None, spec: DeltaSpec | ConvSpec) -> int | None:
+class Mamba(Struct):
+    """Describes a Mamba-2 mixer."""
+
+    _fields_ = [
+        *_fields(c_void_p, "conv", "conv_bias", "decay", "decay_bias", "skip", "norm"),
+        *_fields(c_int32, "groups", "heads", "state_dim", "head_dim", "taps"),
+        *_fields(c_float, "eps", "dt_min", "dt_max"),
+    ]
+
+    @classmethod
+    def of(cls, spec: MambaSpec, weights: LayerWeights) -> Mamba:
+        """Return the mixer of a layer; the caller keeps the weights alive. Its sizes need none."""
+        assert not (spec.norm.centered or spec.norm.bias)
+        mamba = cls(
+            groups=spec.num_groups,
+            heads=spec.num_heads,
+            state_dim=spec.state_dim,
+            head_dim=spec.head_dim,
+            taps=spec.conv_size,
+            eps=spec.norm.eps,
+            dt_min=spec.dt_min,
+            dt_max=math.inf if spec.dt_max is None else spec.dt_max,
+        )
+        mamba.conv = _taps_address(weights.conv, spec)
+        mamba.conv_bias = vector_address(weights.conv_bias, spec.num_channels, torch.float32)
+        for name in ("decay", "decay_bias", "skip"):
+            setattr(mamba, name, vector_address(getattr(weights, name), spec.num_heads, torch.float32))
+        mamba.norm = vector_address(weights.out_norm, spec.num_heads * spec.head_dim, torch.float32)
+        return mamba
+
+
+def _taps_address(taps: Tensor | None, spec: RecurrentSpec) -> int | None:
     if taps is None:
         return None
     check(taps, torch.float32)
@@ -407,29 +441,35 @@ class Recurrent(Struct):
     """Describes a mixer with a state; what it does not have is null."""
 
     _fields_ = [
-        *_fields(c_void_p, "in_proj", "in_proj_bias", "gates", "out_proj", "out_proj_bias"),
+        *_fields(c_void_p, "in_proj", "in_proj_bias", "gates", "gates_bias", "out_proj", "out_proj_bias"),
         ("delta", Delta),
         ("conv", ShortConv),
+        ("mamba", Mamba),
         ("states", States),
     ]
 
     @classmethod
-    def of(cls, spec: DeltaSpec | ConvSpec, weights: LayerWeights, hidden: int) -> Recurrent:
+    def of(cls, spec: RecurrentSpec, weights: LayerWeights, hidden: int) -> Recurrent:
         """Return the mixer of a layer without its states; the caller keeps the weights alive."""
         in_proj, out_proj = weights.in_proj, weights.out_proj
         assert in_proj.columns == out_proj.rows == hidden
         mixer = cls(in_proj=in_proj.address, out_proj=out_proj.address)
         mixer.in_proj_bias = vector_address(weights.in_proj_bias, in_proj.rows)
         mixer.out_proj_bias = vector_address(weights.out_proj_bias, hidden)
-        if isinstance(spec, DeltaSpec):
-            values = spec.num_value_heads * spec.value_dim
-            assert (in_proj.rows, out_proj.columns) == (spec.num_channels + values, values)
-            assert (weights.gates.rows, weights.gates.columns) == (2 * spec.num_value_heads, hidden)
-            assert weights.gates.format == BF16  # packed as in_proj is, if that is in bf16
-            mixer.gates, mixer.delta = weights.gates.address, Delta.of(spec, weights)
-        else:
+        if isinstance(spec, ConvSpec):
             assert (in_proj.rows, out_proj.columns) == (3 * spec.num_channels, spec.num_channels)
             mixer.conv = ShortConv.of(spec, weights)
+            return mixer
+        if isinstance(spec, DeltaSpec):
+            values, gates = spec.num_value_heads * spec.value_dim, 2 * spec.num_value_heads
+            mixer.delta = Delta.of(spec, weights)
+        else:
+            values, gates = spec.num_heads * spec.head_dim, spec.num_heads
+            mixer.mamba = Mamba.of(spec, weights)
+        assert (in_proj.rows, out_proj.columns) == (spec.num_channels + values, values)
+        assert (weights.gates.rows, weights.gates.columns) == (gates, hidden)
+        assert weights.gates.format == BF16  # packed as in_proj is, if that is in bf16
+        mixer.gates, mixer.gates_bias = weights.gates.address, vector_address(weights.gates_bias, gates)
         return mixer
 
 
@@ -549,6 +589,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "store_bytes": ([c_void_p], c_int64),
     "delta_floats": ([c_void_p], c_int64),
     "conv_floats": ([c_void_p], c_int64),
+    "mamba_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "linear_heads": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p], c_int32),
@@ -559,6 +600,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "attend": ([c_void_p] * 6, c_int32),
     "delta": ([c_void_p] * 7, c_int32),
     "conv": ([c_void_p] * 6, None),
+    "mamba": ([c_void_p] * 7, c_int32),
     "network": ([c_void_p] * 4, c_int32),
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
@@ -568,8 +610,10 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "network", "experts"}  # return 1 without it
-PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats"}  # functions that need no workspace
+NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "experts"}
+"""Functions that return 1 without it."""
+PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats"}
+"""Functions that need no workspace."""
 
 
 class Library:

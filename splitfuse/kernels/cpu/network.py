@@ -35,13 +35,12 @@ from splitfuse.kernels.cpu.bindings import (
 )
 from splitfuse.kernels.interface import (
     AttentionSpec,
-    ConvSpec,
-    DeltaSpec,
     ExpertsSpec,
     LayerSpec,
     LayerWeights,
     NetworkPlan,
     NormSpec,
+    RecurrentSpec,
     RopeTable,
 )
 
@@ -53,7 +52,7 @@ def uncovered(plan: NetworkPlan) -> str | None:
         norms = mixer.qk_norm if isinstance(mixer, AttentionSpec) else None
         if norms is not None and norms.whole_row and norms.after_rope:
             return "norms of whole rows of queries and keys after they are rotated"
-        if isinstance(mixer, DeltaSpec | ConvSpec) and mixer.conv_size > MOST_TAPS:
+        if isinstance(mixer, RecurrentSpec) and mixer.conv_size > MOST_TAPS:
             return f"convolutions over more than {MOST_TAPS} tokens"
         if isinstance(mlp, ExpertsSpec) and mlp.own_norm is not None and (mlp.shared is None or layer.parallel):
             return "norms of experts of their own in such a layer"
@@ -74,9 +73,9 @@ class FusedNetwork:
         self._first_store: weakref.ref[Store | States] | None = None  # weak: a cache that is given up is not kept
         self._layers = (Layer * len(plan.layers))()
         self._mixers = [spec.mixer for spec in plan.layers]
-        kinds = [type(mixer) for mixer in self._mixers]
-        self._attention = kinds.index(AttentionSpec) if AttentionSpec in kinds else None  # the first layer of its kind
-        self._recurrent = next((n for n, kind in enumerate(kinds) if kind in (DeltaSpec, ConvSpec)), None)
+        mixers = list(enumerate(self._mixers))  # of each kind the first
+        self._attention = next((n for n, mixer in mixers if isinstance(mixer, AttentionSpec)), None)
+        self._recurrent = next((n for n, mixer in mixers if isinstance(mixer, RecurrentSpec)), None)
         packed = isinstance(weights.embed, Weight)
         vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         if not packed:

@@ -78,7 +78,7 @@ QWEN3_NEXT_NAMES: WeightNames = {
     "conv": (conv1d(f"{_LINEAR}.conv1d.weight"),),
     "decay": (Stored(f"{_LINEAR}.A_log", lambda tensor, _: tensor.float().exp()),),
     "decay_bias": (f"{_LINEAR}.dt_bias",),
-    "delta_norm": (f"{_LINEAR}.norm.weight",),
+    "out_norm": (f"{_LINEAR}.norm.weight",),
     "out_proj": (f"{_LINEAR}.out_proj.weight",),
 }
 QWEN3_5_NAMES: WeightNames = {

@@ -143,15 +143,35 @@ struct ShortConv {
     std::int32_t taps;
 };
 
-// A mixer with a state: a delta net, or a short convolution if there are no gates.
+// A Mamba-2 mixer. See mamba.h.
+struct Mamba {
+    const float* conv;        // [taps, channels]
+    const float* conv_bias;   // [channels], or null
+    const float* decay;       // [H]
+    const float* decay_bias;  // [H]
+    const float* skip;        // [H]
+    const float* norm;        // [H P]
+    std::int32_t groups;
+    std::int32_t heads;
+    std::int32_t state_dim;
+    std::int32_t head_dim;    // P
+    std::int32_t taps;
+    float eps;                // of norm
+    float dt_min;             // of time steps
+    float dt_max;
+};
+
+// A mixer with a state: a short convolution if there are no gates, else the one of the two that has a convolution.
 struct Recurrent {
     const Weight* in_proj;
     const std::uint16_t* in_proj_bias;
     const Weight* gates;
+    const std::uint16_t* gates_bias;
     const Weight* out_proj;
     const std::uint16_t* out_proj_bias;
     Delta delta;
     ShortConv conv;
+    Mamba mamba;
     States states;
 };
 

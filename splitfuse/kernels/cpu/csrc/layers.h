@@ -4,6 +4,7 @@
 
 #include "delta.h"
 #include "experts.h"
+#include "mamba.h"
 #include "short_conv.h"
 
 namespace splitfuse {
@@ -173,7 +174,7 @@ inline void reserve_attention_block(Workspace& work, const Step& step, const Lay
     work.reserve_attention(step, layer.heads, layer.store);
 }
 
-// Computes a layer's delta net or short convolution of x, the residual stream.
+// Computes a layer's mixer with a state of x, the residual stream.
 inline void recurrent_block(Team& team, Workspace& work, const Step& step, const Layer& layer, const float* x, Output out) {
     const Recurrent& r = layer.recurrent;
     const i64 tokens = step.tokens;
@@ -186,8 +187,10 @@ inline void recurrent_block(Team& team, Workspace& work, const Step& step, const
     if (r.gates) {
         if (r.gates->format != r.in_proj->format) operand = pack_read(team, work, *r.gates, x, tokens, layer.attn_norm);
         gates.y = reinterpret_cast<float*>(work.gates.data());
+        gates.bias = r.gates_bias;
         multiply(team, operand, *r.gates, gates);
-        delta(team, work, step, r.delta, r.states, projected.y, gates.y, mixed);
+        if (r.mamba.conv) mamba(team, work, step, r.mamba, r.states, projected.y, gates.y, mixed);
+        else delta(team, work, step, r.delta, r.states, projected.y, gates.y, mixed);
     } else {
         short_conv(team, step, r.conv, r.states, projected.y, mixed);
     }
@@ -203,7 +206,8 @@ inline void reserve_recurrent_block(Workspace& work, const Step& step, const Rec
     if (!r.gates) return;
     work.reserve_operand(*r.gates, tokens);
     work.gates.reserve(tokens * r.gates->rows * 4);
-    reserve_delta(work, r.delta);
+    if (r.mamba.conv) reserve_mamba(work, r.mamba, tokens);
+    else reserve_delta(work, r.delta);
 }
 
 // Computes an MLP of rows that are packed.

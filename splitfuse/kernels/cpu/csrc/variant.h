@@ -41,6 +41,7 @@ SF_EXPORT(i64, store_bytes)(const Store* store) {
 
 SF_EXPORT(i64, delta_floats)(const Delta* d) { return shape_of(*d).tail.slot_floats; }
 SF_EXPORT(i64, conv_floats)(const ShortConv* conv) { return Tail(conv->channels, conv->taps, 0).slot_floats; }
+SF_EXPORT(i64, mamba_floats)(const Mamba* m) { return shape_of(*m).tail.slot_floats; }
 
 SF_EXPORT(void, pack)(Workspace* work, const Weight* w, const u16* source, i64 first, i64 count) {
     parallel(work->num_threads, [&](Team& team) { pack(team, *w, source, first, count); });
@@ -105,6 +106,13 @@ SF_EXPORT(i32, delta)(Workspace* work, const Step* step, const Delta* d, const S
     return guarded([&] {
         reserve_delta(*work, *d);
         parallel(work->num_threads, [&](Team& team) { delta(team, *work, *step, *d, *states, x, gates, out); });
+    });
+}
+
+SF_EXPORT(i32, mamba)(Workspace* work, const Step* step, const Mamba* m, const States* states, const float* x, const float* dt, u16* out) {
+    return guarded([&] {
+        reserve_mamba(*work, *m, step->tokens);
+        parallel(work->num_threads, [&](Team& team) { mamba(team, *work, *step, *m, *states, x, dt, out); });
     });
 }
 

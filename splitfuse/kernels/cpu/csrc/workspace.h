@@ -56,6 +56,7 @@ struct Workspace {
     const int num_threads;
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_values;  // of latent attention
+    Buffer queries_keys, gated_heads;  // of Mamba
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<HeadItems> items;  // the first `num_items` are of this step
