@@ -1,5 +1,6 @@
 """With the C++ kernels a model of each kind gives each request the same bits, whatever is reused, preempted or computed
-beside it: a hybrid of delta nets and attention, mixtures of experts, shared experts, sinks, windows, latent attention.
+beside it: hybrids of attention with delta nets or Mamba-2, mixtures of experts, shared experts, sinks, windows, latent
+attention.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ SETTINGS: list[tuple[Any, ...]] = [  # budget, threads, quantization, other sett
 ]
 MODELS = {  # of what kind it is
     "qwen3.5": "hybrid",
+    "nemotron-h": "hybrid of single blocks, experts",
     "qwen3-moe": "experts",
     "glm-moe-groups": "shared experts",
     "gpt-oss": "sinks, experts with biases",

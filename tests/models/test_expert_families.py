@@ -211,6 +211,8 @@ def first_logits(folder: Path) -> tuple[torch.Tensor, Decoder]:
         "minimax-m2",
         "deepseek-v3",
         "granite-moe",
+        "granite-hybrid",
+        "nemotron-h",
     ],
 )
 def test_experts_in_one_tensor_are_the_same_network(variant: str, tmp_path: Path) -> None:

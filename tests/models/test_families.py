@@ -22,6 +22,7 @@ from splitfuse.kernels.interface import (
     DeltaSpec,
     HeadNormSpec,
     LayerSpec,
+    MambaSpec,
     MlpSpec,
     NormSpec,
     QueryScaling,
@@ -122,6 +123,8 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     sizes |= {"num_hidden_layers": 4}  # of hybrids every fourth layer is attention
     if architecture == "DeepseekV2ForCausalLM":
         sizes["num_experts_per_tok"] = 6  # the only one that has no default
+    if architecture == "GraniteMoeHybridForCausalLM":  # by default it has no attention
+        sizes["layer_types"] = ["linear_attention", "full_attention"] * 2
     family = FAMILIES[architecture]
     fields = {"text_config": {**sizes, "model_type": family.text_types[0]}} if family.text_types else sizes
     named = {"architectures": [architecture]}
@@ -162,6 +165,113 @@ def test_hybrids_of_gated_delta_nets() -> None:
             kinds(**{field: value})
     with pytest.raises(ModelError, match="6 value heads of a delta net cannot be shared evenly by 4 key heads"):
         kinds(linear_num_value_heads=6, linear_num_key_heads=4)
+
+
+KINDS = ["linear_attention", "full_attention", "linear_attention"]
+HYBRID, NEMOTRON_H = "GraniteMoeHybridForCausalLM", "NemotronHForCausalLM"
+GRANITE = {"hidden_size": 64, "mamba_n_heads": 8, "layer_types": KINDS}
+
+
+def kinds_of(spec: ModelSpec) -> str:
+    """The kinds of layers as `hybrid_override_pattern` names them."""
+
+    def kind(layer: LayerSpec) -> str:
+        if layer.mixer is None:
+            return "-" if isinstance(layer.mlp, MlpSpec) else "E"
+        return "M" if isinstance(layer.mixer, MambaSpec) else "*"
+
+    return "".join(map(kind, spec.layers))
+
+
+@pytest.mark.parametrize("types", [KINDS, ["mamba", "attention", "mamba"]])
+def test_granite_hybrid_of_its_lab(types: list[str]) -> None:
+    spec = spec_of(
+        "GraniteMoeHybridForCausalLM",
+        **GRANITE | {"layer_types": types},
+        mamba_d_head=16,
+        mamba_d_state=32,
+        mamba_chunk_size=256,
+        num_experts_per_tok=0,
+        num_local_experts=0,
+        shared_intermediate_size=96,
+        normalization_function="rmsnorm",
+        position_embedding_type="nope",
+        time_step_limit=[0.0, {"__float__": "Infinity"}],
+    )
+    assert kinds_of(spec) == "M*M"
+    assert spec.layers[0].mixer == MambaSpec(
+        num_heads=8, num_groups=1, state_dim=32, head_dim=16, conv_size=4, conv_bias=True, norm=NormSpec(eps=1e-6)
+    )
+    assert spec.layers[0].mlp == MlpSpec(intermediate_size=96, activation="silu")
+    assert (first(replace(spec, layers=spec.layers[1:])).rope, spec.ropes) == (None, ())
+    assert spec_of("GraniteMoeHybridForCausalLM", **GRANITE, position_embedding_type="rope").ropes[0].rotary_dim == 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hybrid_override_pattern": "M*E-M", "num_hidden_layers": 5},
+        {"layers_block_type": ["mamba", "attention", "moe", "mlp", "mamba"], "num_hidden_layers": 5},
+        {
+            "layer_types": ["linear_attention", "full_attention", "moe", "mlp", "linear_attention"],
+            "num_hidden_layers": 5,
+        },
+        {"hybrid_override_pattern": "M*E-M", "num_hidden_layers": None},
+    ],
+)
+def test_layers_of_nemotron_h_by_list_or_pattern(fields: dict[str, Any]) -> None:
+    limits = {"time_step_limit": [0.0, float("inf")], "time_step_min": 0.001, "mamba_ssm_cache_dtype": "float32"}
+    spec = spec_of("NemotronHForCausalLM", **fields, **limits, use_mamba_kernels=True, sliding_window=None)
+    assert kinds_of(spec) == "M*E-M"
+    assert isinstance(mixer := spec.layers[0].mixer, MambaSpec)
+    assert (mixer.num_heads, mixer.num_groups, mixer.dt_min, mixer.dt_max) == (128, 8, 0.0, None)
+    assert spec.layers[3].mlp == MlpSpec(intermediate_size=160, activation="relu2", gated=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        (HYBRID, {"mamba_n_heads": 7}, "mamba_expand x hidden_size is 128, which 7 heads of 18"),
+        (HYBRID, {"mamba_d_head": 8}, "is 128, which 8 heads of 8 .* do not fill"),
+        (
+            HYBRID,
+            {"mamba_n_groups": 3},
+            "8 heads of a Mamba cannot be shared evenly by 3 groups",
+        ),
+        (HYBRID, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported: use \"silu\""),
+        (HYBRID, {"position_embedding_type": "alibi"}, "'alibi' is not supported: use \"nope\""),
+        (
+            HYBRID,
+            {"layer_types": ["moe", *KINDS[1:]]},
+            r"layer_types \['moe', .* is not supported",
+        ),
+        (HYBRID, {"mlp_bias": True}, "mlp_bias = True: biases"),
+        (HYBRID, {"time_step_limit": [0.1]}, r"such as \[0.0, Infinity\], not \[0.1\]"),
+        (
+            HYBRID,
+            {"time_step_limit": [0.2, 0.1]},
+            r"time_step_limit must be .* not \[0.2, 0.1\]",
+        ),
+        (HYBRID, {"time_step_limit": ["0", True]}, "time_step_limit must be the least and"),
+        (NEMOTRON_H, {"hybrid_override_pattern": "M*X"}, "hybrid_override_pattern has 'X': use M .Mamba"),
+        (NEMOTRON_H, {"hybrid_override_pattern": "M*"}, "the mixers of 2 layers, num_hidden_layers is 3"),
+        (
+            NEMOTRON_H,
+            {"layers_block_type": ["moe", "rnn", "mlp"]},
+            "layers_block_type has 'rnn': use linear",
+        ),
+        (NEMOTRON_H, {"hybrid_override_pattern": "M-M"}, "no layer keeps keys and values"),
+        (NEMOTRON_H, {"attention_bias": True}, "attention_bias True is not supported: use false"),
+        (NEMOTRON_H, {"sliding_window": 9}, "sliding_window 9 is not supported: use null"),
+        (NEMOTRON_H, {"moe_latent_size": 8}, "moe_latent_size = 8: experts of compressed inputs"),
+        (NEMOTRON_H, {"mamba_n_groups": 4}, "mamba_n_groups = 4: a recurrent state"),
+        (NEMOTRON_H, {"n_groups": 3}, "128 heads of a Mamba cannot be shared evenly by 3 groups"),
+    ],
+)
+def test_what_hybrids_of_mamba_refuse(architecture: str, fields: dict[str, Any], message: str) -> None:
+    own = GRANITE if architecture == HYBRID else {"hybrid_override_pattern": "M*-"}
+    with pytest.raises((ModelError, UnsupportedModelError), match=message):
+        spec_of(architecture, **own | fields)
 
 
 def test_sizes_of_lfm2() -> None:

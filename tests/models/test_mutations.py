@@ -41,6 +41,7 @@ IN_PLACE_OF_NONE: dict[str, Any] = {
     "logit_softcap": 0.05,
     "scale": 1.0,
     "alibi": 1.0,
+    "dt_max": 0.1,
     "rope": 0,
     "v_norm": NormSpec(eps=1e-6),
     "qk_norm": HeadNormSpec(norm=NormSpec(eps=1e-6), weight=False),
@@ -125,6 +126,8 @@ def has_no_effect(spec: ModelSpec, name: str) -> bool:
             return mixer.latent is not None or not callable(find_family(spec.architecture).names["qkv"])
         if field == "after_rope":  # a rotation keeps the norm of a head
             return mixer.rope is None or (mixer.qk_norm is not None and not mixer.qk_norm.weight)
+    if field == "parallel" and None in (layer.mixer, layer.mlp):
+        return True  # there is one block
     return field == "shared_norm" and not layer.parallel
 
 

@@ -30,6 +30,7 @@ def test_words_are_of_fields_that_specs_have() -> None:
         ("LlamaForCausalLM", ()),
         ("SmolLM3ForCausalLM", ("NoPE layers",)),
         ("GlmForCausalLM", ("biases", "partial rope")),
+        ("GraniteMoeHybridForCausalLM", ("Mamba-2", "NoPE layers", "experts", "a shared expert")),
         ("Qwen3_5ForConditionalGeneration", ("gated attention", "QK norm", "gated delta nets")),
     ],
 )

@@ -225,7 +225,7 @@ def test_progress_goes_to_stderr_when_asked(folder: Path, capsys: pytest.Capture
 
 
 IN_FP32 = re.compile(
-    r"norm|\.ln_|conv\.conv|conv1d|A_log|dt_bias|correction_bias|layer_scalar|router\.scale|expert_scale"
+    r"norm|\.ln_|conv\.conv|conv1d|A_log|dt_bias|\.D$|correction_bias|layer_scalar|router\.scale|expert_scale"
 )
 BUFFERS = re.compile(r"correction_bias|layer_scalar")
 

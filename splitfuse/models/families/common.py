@@ -61,6 +61,9 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 
+LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Kinds of layers as files from before transformers 5 name them -> as they are named since."""
+
 MAX_LAYERS = 10_000  # a spec has an entry for each
 
 DECODER_NAMES: Mapping[str, Layout] = {
@@ -178,8 +181,8 @@ def in_windows(attention: AttentionSpec, size: int | None, inside: Sequence[bool
 
 def decoder(
     config: ConfigJson,
-    mixers: Mixer | Sequence[Mixer],
-    mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec],
+    mixers: Mixer | Sequence[Mixer | None],
+    mlps: MlpSpec | ExpertsSpec | Sequence[MlpSpec | ExpertsSpec | None],
     *,
     ropes: Sequence[RopeSpec] | None = None,
     rope_theta: float = 10_000.0,
@@ -188,7 +191,8 @@ def decoder(
     layer: Mapping[str, Any] | None = None,
     **network: Any,
 ) -> ModelSpec:
-    """Return the network of a config. `mixers` and `mlps` are those of all layers, or have an entry for each.
+    """Return the network of a config. `mixers` and `mlps` are those of all layers, or have an entry for each: None for
+    a block that a layer does not have.
 
     `rope_theta` and `norm_eps` are defaults for a config that does not say; without `ropes` the config's one rotates
     whole heads. `layer` are further fields of LayerSpec, `network` those of ModelSpec.

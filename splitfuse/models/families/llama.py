@@ -4,10 +4,12 @@ an ungated MLP, QK norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import ExpertsSpec
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, Mixer, MlpSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     FUSED_EXPERT_NAMES,
@@ -148,24 +150,35 @@ def cwm(config: ConfigJson) -> ModelSpec:
     )
 
 
-def granite(config: ConfigJson, inner: ExpertsSpec | None = None) -> ModelSpec:
-    """Return the network of a GraniteForCausalLM: Llama with multipliers of embedding, scores, blocks and logits, and
-    with `inner` experts in place of its MLP.
-    """
+def granite_attention(config: ConfigJson) -> AttentionSpec:
+    """Return the attention of Granite, whose scale is a field."""
+    return biased_attention(config, scale=config.number("attention_multiplier", 1.0))
+
+
+def granite_decoder(
+    config: ConfigJson, mixers: Mixer | Sequence[Mixer], mlps: MlpSpec | ExpertsSpec, **network: Any
+) -> ModelSpec:
+    """Return a network with the multipliers of embedding, blocks and logits of Granite; `network` as in `decoder`."""
     return decoder(
         config,
-        biased_attention(config, scale=config.number("attention_multiplier", 1.0)),
-        inner or mlp(config, bias=config.flag("mlp_bias", False)),
+        mixers,
+        mlps,
         layer={"residual_scale": config.number("residual_multiplier", 1.0)},
         embed_scale=config.number("embedding_multiplier", 1.0),
         logit_scale=1 / config.number("logits_scaling", 1.0),
+        **network,
     )
+
+
+def granite(config: ConfigJson) -> ModelSpec:
+    """Return the network of a GraniteForCausalLM: Llama with multipliers."""
+    return granite_decoder(config, granite_attention(config), mlp(config, bias=config.flag("mlp_bias", False)))
 
 
 def granite_moe(config: ConfigJson) -> ModelSpec:
     """Return the network of a GraniteMoeForCausalLM."""
     router = read_router(config, 8, 2, renormalize=True)
-    return granite(config, ExpertsSpec(router=router, expert=mlp(config)))
+    return granite_decoder(config, granite_attention(config), ExpertsSpec(router=router, expert=mlp(config)))
 
 
 def arcee(config: ConfigJson) -> ModelSpec:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
-from splitfuse.kernels.interface import AttentionSpec, ConvSpec, DeltaSpec, Mixer
+from splitfuse.kernels.interface import AttentionSpec, ConvSpec, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.models.families import (
     cohere,
     deepseek,
@@ -29,6 +29,7 @@ from splitfuse.models.families import (
     lfm2,
     llama,
     llama4,
+    mamba_hybrid,
     minimax,
     ministral,
     olmo,
@@ -36,7 +37,7 @@ from splitfuse.models.families import (
     qwen_hybrid,
     stablelm,
 )
-from splitfuse.models.families.common import Family
+from splitfuse.models.families.common import LEGACY_LAYER_TYPES, Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.features import refuse_unread
 from splitfuse.models.families.wrappers import text_config
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     **lfm2.FAMILIES,
     **llama.FAMILIES,
     **llama4.FAMILIES,
+    **mamba_hybrid.FAMILIES,
     **minimax.FAMILIES,
     **ministral.FAMILIES,
     **olmo.FAMILIES,
@@ -127,17 +129,21 @@ def _check_layer_types(config: ConfigJson, spec: ModelSpec) -> None:
     """Refuse a config whose layer_types differs from what will be computed."""
     if "layer_types" not in config:
         return
-    computed = [_layer_type(layer.mixer) for layer in spec.layers]
-    if config.raw("layer_types") != computed:
+    computed = [_layer_type(layer) for layer in spec.layers]
+    legacy = {new: old for old, new in LEGACY_LAYER_TYPES.items()}
+    if config.raw("layer_types") not in (computed, [legacy.get(kind, kind) for kind in computed]):
         raise UnsupportedModelError(
             f"layer_types {brief(config.raw('layer_types'))} is not supported here: "
             f"{spec.architecture} with this config computes {brief(computed)}"
         )
 
 
-def _layer_type(mixer: Mixer | None) -> str:
+def _layer_type(layer: LayerSpec) -> str:
     """Return the kind of a layer as layer_types names it."""
+    mixer = layer.mixer
     if isinstance(mixer, AttentionSpec):
         full = "full_attention" if mixer.chunk is None else "chunked_attention"
         return full if mixer.window is None else "sliding_attention"
-    return {DeltaSpec: "linear_attention", ConvSpec: "conv"}.get(type(mixer), "none")
+    if isinstance(mixer, RecurrentSpec):
+        return "conv" if isinstance(mixer, ConvSpec) else "linear_attention"
+    return "moe" if isinstance(layer.mlp, ExpertsSpec) else "mlp"

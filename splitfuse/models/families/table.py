@@ -28,7 +28,14 @@ SIZES: dict[str, Any] = {
 TYPICAL: dict[str, dict[str, Any]] = {
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     "GraniteMoeForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    "GraniteMoeHybridForCausalLM": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "layer_types": (["mamba"] * 5 + ["attention"]) * 2,
+    },
     "Lfm2ForCausalLM": {"full_attn_idxs": [2, 5, 8, 10]},
+    "NemotronHForCausalLM": {"hybrid_override_pattern": "MEMEM*EMEMEM"},
 }
 """Config fields of released models, for families whose defaults leave a feature off."""
 
@@ -65,6 +72,7 @@ MODELS = {
     "GptOssForCausalLM": "gpt-oss",
     "GraniteForCausalLM": "Granite 3",
     "GraniteMoeForCausalLM": "Granite 3 with experts",
+    "GraniteMoeHybridForCausalLM": "Granite 4, 4 H",
     "HunYuanDenseV1ForCausalLM": "Hunyuan dense",
     "InternLM3ForCausalLM": "InternLM 3",
     "LLaMAForCausalLM": "LLaMA as first converted",
@@ -82,6 +90,7 @@ MODELS = {
     "MPTForCausalLM": "MPT",
     "MptForCausalLM": "MPT",
     "NemotronForCausalLM": "Nemotron 4, Minitron",
+    "NemotronHForCausalLM": "Nemotron-H, Nemotron Nano 2, 3 Nano",
     "OPTForCausalLM": "OPT",
     "Olmo2ForCausalLM": "OLMo 2",
     "Olmo3ForCausalLM": "OLMo 3",
@@ -138,6 +147,8 @@ WORDS: dict[str, str | None] = {
     "LayerSpec.parallel": "parallel blocks",
     "LayerSpec.residual_scale": "scaled blocks",
     "LayerSpec.token_input": "per-layer embeddings",
+    "MambaSpec": "Mamba-2",
+    "MambaSpec.bias": "biases",
     "MlpSpec.bias": "biases",
     "MlpSpec.gated": "ungated MLP",
     "ModelSpec.embed_scale": "scaled embeddings",
@@ -192,7 +203,7 @@ def properties(spec: ModelSpec) -> tuple[str, ...]:
     heads = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
     if any(each.rope is not None and spec.ropes[each.rope].rotary_dim < each.head_dim for each in heads):
         found.add("RopeSpec.rotary_dim")
-    if not spec.ropes:  # its positions are learned or ALiBi's
+    if spec.learned_positions or "AttentionSpec.alibi" in found:
         found.discard("AttentionSpec.rope")
     return tuple(dict.fromkeys(word for part, word in WORDS.items() if part in found and word))
 
