@@ -4,13 +4,16 @@ order of each architecture.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
@@ -235,3 +238,35 @@ def rope_factors(model: PreTrainedModel) -> dict[str, Tensor]:
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return {"rope_freqs.weight": torch.tensor(factors)}
+
+
+def tokenizer_metadata(tokenizer: tokenizers.Tokenizer, **changes: Any) -> dict[str, Any]:
+    """The metadata of a BPE tokenizer as converters write it, by keys without "tokenizer."; `changes` win."""
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = sorted(ids, key=lambda token: ids[token])
+    kinds = {each["content"]: 3 if each["special"] else 4 for each in content["added_tokens"]}
+    types = [kinds.get(token, 6 if re.fullmatch("<0x[0-9A-F]{2}>", token) else 1) for token in tokens]
+    merges = [tuple(merge) for merge in model["merges"]]
+    values: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": types, "ggml.add_bos_token": True}
+    if model["byte_fallback"]:
+        ranks = {left + right: float(-rank) for rank, (left, right) in reversed(list(enumerate(merges)))}
+        values |= {"ggml.model": "llama", "ggml.scores": [ranks.get(token, -1e6) for token in tokens]}
+    else:
+        values |= {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.merges": list(map(" ".join, merges))}
+    for role, token in {"bos": "<s>", "eos": "</s>", "unknown": "<unk>"}.items():
+        if token in ids:
+            values[f"ggml.{role}_token_id"] = ids[token]
+    return values | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+def write_tokenizer(path: Path, values: Mapping[str, Any]) -> Path:
+    """Write a file of a tokenizer alone."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for key, value in values.items():
+        put(writer, f"tokenizer.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path

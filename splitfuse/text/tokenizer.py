@@ -268,6 +268,8 @@ def _library_errors(message: str, kind: type[SplitfuseError] = TokenizerError) -
     """Raise errors of the tokenizers library, panics of its Rust code among them, as one of ours."""
     try:
         yield
+    except SplitfuseError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise kind(f"{message}: {error!s:.300}") from error

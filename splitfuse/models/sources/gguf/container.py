@@ -107,7 +107,7 @@ class TensorInfo:
 
 
 class GgufFile:
-    """Maps one GGUF file: its `metadata`, its `tensors` by name, and their bytes.
+    """Maps one GGUF file: its `metadata`, its `tensors` by name, the size of this header, and the bytes of tensors.
 
     Raises ModelError for a file that cannot be trusted, UnsupportedModelError for one that is not read.
     """
@@ -120,6 +120,7 @@ class GgufFile:
             num_tensors, num_entries = reader.begin()
             self.metadata = reader.metadata(num_entries)
             self.tensors = reader.tensors(num_tensors, _alignment(path, self.metadata))
+            self.header_bytes = reader.at
         except BaseException:
             self._map.close()
             raise
@@ -204,13 +205,13 @@ class _Reader:
         self._map = mapped
         self._size = len(mapped)
         self._end = min(self._size, MAX_HEADER_BYTES)
-        self._at = 0
+        self.at = 0
 
     def begin(self) -> tuple[int, int]:
         """Return the number of tensors and that of metadata entries."""
         if self._map[:4] != MAGIC:
             self._fail(f"it begins with {bytes(self._map[:4])!r}, not with {MAGIC!r}")
-        self._at = 4
+        self.at = 4
         version = self._integer("I", "the version")
         if version not in VERSIONS and version.bit_length() > 16:
             raise UnsupportedModelError(f"{self._path} is a big-endian GGUF file: only little-endian ones are read")
@@ -235,8 +236,8 @@ class _Reader:
     def tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
         """Return the tensors by name."""
         listed = [self._tensor(alignment) for _ in range(count)]
-        begin = -(-self._at // alignment) * alignment
-        if (total := sum(each.num_bytes for each in listed)) > self._size - self._at:
+        begin = -(-self.at // alignment) * alignment
+        if (total := sum(each.num_bytes for each in listed)) > self._size - self.at:
             self._fail(f"its tensors have {total} bytes, and the file {self._size}: perhaps it is cut short")
         tensors: dict[str, TensorInfo] = {}
         for each in listed:
@@ -328,8 +329,8 @@ class _Reader:
     def _count(self, what: str, least_bytes: int) -> int:
         """Return a number of things of which each takes at least `least_bytes`."""
         count = self._integer("Q", f"the number of {what}")
-        if count * least_bytes > self._end - self._at:
-            self._fail(f"it is said to have {count} {what}, for which there are {self._end - self._at} bytes")
+        if count * least_bytes > self._end - self.at:
+            self._fail(f"it is said to have {count} {what}, for which there are {self._end - self.at} bytes")
         return count
 
     def _integer(self, code: str, what: str) -> int:
@@ -337,11 +338,11 @@ class _Reader:
         return value
 
     def _bytes(self, count: int, what: str) -> bytes:
-        if count > self._end - self._at:
+        if count > self._end - self.at:
             limit = f"the {MAX_HEADER_BYTES} bytes that a header may have" if self._end < self._size else "its end"
-            self._fail(f"{what} has {count} bytes at {self._at}, beyond {limit}: perhaps it is cut short")
-        self._at += count
-        return self._map[self._at - count : self._at]
+            self._fail(f"{what} has {count} bytes at {self.at}, beyond {limit}: perhaps it is cut short")
+        self.at += count
+        return self._map[self.at - count : self.at]
 
     def _fail(self, reason: str) -> NoReturn:
         raise ModelError(f"{self._path} is not a whole GGUF file: {reason}")

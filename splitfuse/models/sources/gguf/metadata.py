@@ -73,9 +73,11 @@ class Metadata:
 
     def numbers(self, key: str, length: int) -> Sequence[float]:
         """Return `length` numbers; empty if there are none."""
+        if key not in self:
+            return ()
         return self._value(
             key,
-            (),
+            None,
             f"{length} numbers",
             lambda value: not isinstance(value, str | list) and isinstance(value, Sequence) and len(value) == length,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import struct
 from collections.abc import Collection, Iterator
@@ -50,6 +51,17 @@ class GgufModel(ModelSource):
         if content is not None and len(content) > most:
             raise OSError(f"it has more than the {most // MIB} MiB that such a file may have")
         return content
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(self._tokenizer.end_ids())
+
+    def digest(self, *, weights: bool = True) -> str:
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(file.view(0, file.header_bytes))  # all that files are made of
+        for sampled in self.weight_samples() if weights else ():
+            digest.update(sampled)
+        return digest.hexdigest()
 
     def weight_samples(self) -> Iterator[bytes]:
         for file in self._files:
