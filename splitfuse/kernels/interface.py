@@ -351,11 +351,13 @@ class Role(Enum):
     """Says what a weight is for: a backend chooses the format by it. Values, but for "plain" and "norm", are fields of
     LayerWeights, MlpWeights and NetworkWeights.
 
-    PLAIN is everything that is looked up or added rather than multiplied: biases, an embedding. NORM is kept in fp32:
-    norms, the small weights of recurrent layers, choice_bias, expert_scale and output_scale.
+    PLAIN is everything that is looked up or added rather than multiplied, such as biases; EMBED is an embedding that is
+    no output head too. NORM is kept in fp32: norms, the small weights of recurrent layers, choice_bias, expert_scale
+    and output_scale.
     """
 
     PLAIN = "plain"
+    EMBED = "embed"
     NORM = "norm"
     QKV = "qkv"
     Q_B = "q_b"
@@ -387,7 +389,7 @@ class Role(Enum):
     @property
     def linear(self) -> bool:
         """Return whether the weight is multiplied, and packed for it."""
-        return self not in (Role.PLAIN, Role.NORM)
+        return self not in (Role.PLAIN, Role.EMBED, Role.NORM)
 
     @property
     def by_head(self) -> bool:

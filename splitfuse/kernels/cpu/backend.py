@@ -8,7 +8,8 @@ variants.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from splitfuse.kernels.cpu.bindings import (
     States,
     Step,
     Store,
+    Stored,
     Weight,
     check,
     choose_variant,
@@ -38,6 +40,16 @@ from splitfuse.kernels.cpu.bindings import (
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
+from splitfuse.kernels.cpu.stored import (
+    common_format,
+    converted,
+    fp8_weight,
+    kind_of,
+    read_alike,
+    stacked,
+    stored_fp8,
+    stored_groups,
+)
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -55,6 +67,7 @@ from splitfuse.kernels.interface import (
     RopeTable,
     RouterSpec,
 )
+from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
 
 PIECE = 32  # tokens that the KV layout keeps together
@@ -197,6 +210,52 @@ class CpuBackend(Backend):
                 source = piece[begin : begin + rows_at_once].to(torch.bfloat16).contiguous()
                 self.library.pack(weight.address, source.data_ptr(), first, len(source))
                 first += len(source)
+
+    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+        if isinstance(stored, GroupFormat):
+            kept = (role.linear and not role.by_head) or role is Role.EMBED
+            return kept and kind_of(stored) is not None
+        dense = role.by_head or role is Role.HEAD  # FP8
+        return self.quantization is None and role.linear and not dense
+
+    def pack_quantized(
+        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype
+    ) -> Tensor | Weight:
+        groups = [piece for piece in pieces if isinstance(piece, GroupQuantized)]
+        values = [piece for piece in pieces if isinstance(piece, Fp8Quantized)]
+        if len(values) == len(pieces):
+            weight = fp8_weight(sum(len(each.values) for each in values), values[0].shape[1], gated=role.gated)
+            return self._pack_stored(weight, map(stored_fp8, values))
+        if len(groups) == len(pieces) and read_alike(groups):
+            return self._pack_groups(groups, gated=role.gated)
+        dense = [piece if isinstance(piece, Tensor) else piece.dequantize(dtype) for piece in pieces]
+        return self.pack(dense, role=role, dtype=dtype)  # in several formats: as none of them
+
+    def _pack_groups(self, pieces: Sequence[GroupQuantized], *, gated: bool) -> Weight:
+        """Return a weight of pieces in groups: of parts, where their kinds differ."""
+        if gated and len({kind_of(piece.format) for piece in pieces}) > 1:  # which are neighbours in a panel
+            common = common_format([piece.format for piece in pieces])
+            pieces = [converted(piece, common) for piece in pieces]
+        order = None if pieces[0].order is None else int32(pieces[0].order)
+        weights = []
+        for kind, run in groupby(pieces, lambda piece: kind_of(piece.format)):
+            assert kind is not None
+            alike = list(run)
+            weight = kind.weight(sum(len(piece.levels) for piece in alike), alike[0].shape[1], gated=gated)
+            if order is not None:
+                weight.order, weight.kept = order.data_ptr(), (order,)
+            weights.append(self._pack_stored(weight, map(stored_groups, alike)))
+        return stacked(weights)
+
+    def _pack_stored(self, weight: Weight, rows: Iterable[Stored]) -> Weight:
+        """Return the weight with memory, in which rows are packed as a checkpoint holds them."""
+        weight.memory = self._weights.take(self._weight_bytes(weight))
+        weight.data = weight.memory.data_ptr()
+        first = 0
+        for each in () if self._weights.filled else rows:
+            self.library.pack_stored(weight.address, each.address, first, each.num_rows)
+            first += each.num_rows
+        return weight
 
     def _keep(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return a copy of what is not packed."""

@@ -44,7 +44,8 @@ SOURCES = Path(__file__).with_name("csrc")
 VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
-BF16, INT8, INT4 = range(3)
+BF16, INT8, INT4, GROUPED, FP8 = range(5)
+NONE, F32, F16, BFLOAT16, U8, I8, E8M0 = range(7)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
 MAX_GROUPS = 64
 """Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""
@@ -109,12 +110,34 @@ class Weight(Struct):
 
     memory: Tensor
     num_heads: int
+    kept: tuple[Any, ...]
+    """What else the struct points to, and parts of it."""
     _fields_ = [
         *_fields(c_int32, "format", "gated"),
         *_fields(c_int64, "rows", "columns", "group"),
         ("data", c_void_p),
         ("qvalues", c_uint8 * 16),
+        *_fields(c_int32, "bits", "bias", "scale_type", "offset_type", "zeros", "two_level"),
+        *_fields(c_void_p, "order", "parts"),
+        ("num_parts", c_int64),
     ]
+
+
+class Stored(Struct):
+    """Points to rows of a weight as a checkpoint holds them, which it keeps alive."""
+
+    num_rows: int
+    tensors: tuple[Tensor | None, ...]
+    _fields_ = _fields(c_void_p, "levels", "scales", "offsets", "scale_units", "offset_units")
+
+    @classmethod
+    def of(cls, levels: Tensor, *others: Tensor | None) -> Stored:
+        """Return the struct of tensors in the order of its fields."""
+        tensors = (levels, *others)
+        whole = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+        stored = cls(*(None if tensor is None else tensor.data_ptr() for tensor in whole))
+        stored.num_rows, stored.tensors = len(levels), whole
+        return stored
 
 
 class Store(Struct):
@@ -591,6 +614,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv_floats": ([c_void_p], c_int64),
     "mamba_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
+    "pack_stored": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "linear_heads": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p], c_int32),
     "activated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),

@@ -11,6 +11,6 @@
 #include <utility>
 #include <vector>
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define SF_VARIANT avx2
 #include "variant.h"

@@ -23,7 +23,9 @@ SF_EXPORT int sf_supports_avx512_bf16() { return sf_supports_avx512() && __built
 // measured on Emerald Rapids, 88 against 166 billion operations a second.
 SF_EXPORT int sf_prefers_avx512_bf16() { return !__builtin_cpu_is("intel"); }
 
-SF_EXPORT int sf_supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+SF_EXPORT int sf_supports_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 // Returns 0, or 1 if an id is not a row of the table.
 SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int64_t rows) {

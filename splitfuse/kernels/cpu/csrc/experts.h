@@ -143,9 +143,7 @@ inline void gather_visits(Workspace& work, const Mixture& m, i64 pairs, const i3
 
 // Returns the operand of an expert's pairs. In a step of one token each thread packs it once, for all experts.
 SF_INLINE Operand operand_of(Workspace& work, const Memory& memory, const Weight& w, const Visit& visit, bool own) {
-    Operand x = make_operand(w, visit.end - visit.begin, own ? memory.own : work.operand.data() + visit.operand);
-    x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
-    return x;
+    return make_operand(w, visit.end - visit.begin, own ? memory.own : work.operand.data() + visit.operand, memory.sums);
 }
 
 // Packs the activations of all pairs, in order, from `source(place in the order)`.
@@ -220,7 +218,7 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
 
     const bool one = tokens == 1 && !m.scales_input;
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    if (one) put_row(make_operand(*m.up, 1, work.memory(team.rank).own), 0, x);
+    if (one) put_row(make_operand(*m.up, 1, work.memory(team.rank).own, nullptr), 0, x);
     else pack_visits(team, work, *m.up, pairs, [&](i64 at) {
         const u16* row = x + order[at] / k * hidden;
         return m.scales_input ? scaled_row(row, weights[order[at]], hidden, row_buffer) : row;

@@ -129,7 +129,8 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
         place_latent(team, work, step, layer, operand, queries);
     } else {
         multiply(team, operand, *layer.qkv, qkv);
-        if (layer.attn_gate) {  // packed as qkv is
+        if (layer.attn_gate) {
+            if (!read_alike(*layer.attn_gate, *layer.qkv)) operand = pack_read(team, work, *layer.attn_gate, x, tokens, layer.attn_norm);
             gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
             gate.activation = SIGMOID;
             multiply(team, operand, *layer.attn_gate, gate);
@@ -168,6 +169,7 @@ inline void reserve_attention_block(Workspace& work, const Step& step, const Lay
     if (layer.latent.k_b) reserve_latent(work, layer, tokens);
     else work.qkv.reserve(tokens * layer.qkv->rows * 4);
     if (layer.attn_gate) {
+        work.reserve_operand(*layer.attn_gate, tokens);
         work.attn_gate.reserve(tokens * layer.o->columns * 2);
         work.reserve_rows(layer.o->columns);
     }
@@ -185,7 +187,7 @@ inline void recurrent_block(Team& team, Workspace& work, const Step& step, const
     Operand operand = pack_read(team, work, *r.in_proj, x, tokens, layer.attn_norm);
     multiply(team, operand, *r.in_proj, projected);
     if (r.gates) {
-        if (r.gates->format != r.in_proj->format) operand = pack_read(team, work, *r.gates, x, tokens, layer.attn_norm);
+        if (!read_alike(*r.gates, *r.in_proj)) operand = pack_read(team, work, *r.gates, x, tokens, layer.attn_norm);
         gates.y = reinterpret_cast<float*>(work.gates.data());
         gates.bias = r.gates_bias;
         multiply(team, operand, *r.gates, gates);

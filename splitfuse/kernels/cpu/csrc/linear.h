@@ -13,10 +13,12 @@ namespace SF_VARIANT {
 struct Operand {
     u32* words;
     float* scales;   // [rows]
-    i32* sums;       // [rows][spans], for weights read as qvalue + 128
+    i32* sums;       // [rows][spans]; for weights in groups running sums, the first of which is 0
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     bool quantized;
+    bool grouped;    // for weights in groups
+    const i32* order;  // of elements in the row that is packed, or null
     float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is widened for all rows; else null
 
     i64 block_begin(i64 block) const { return rows * block / blocks; }
@@ -26,7 +28,8 @@ struct Operand {
 
 constexpr i64 WIDENED_BLOCKS = 4;  // from this number on it pays to widen a quantized panel, if tiles are small
 
-SF_INLINE i64 align_up(i64 bytes) { return ceil_div(bytes, 64) * 64; }
+// Returns whether panels of a weight are widened for all rows, whatever their number.
+SF_INLINE bool is_widened(const Weight& w) { return w.format == GROUPED || w.format == FP8; }
 
 // Returns the bytes that the operand of `rows` rows for this weight needs.
 SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
@@ -35,7 +38,14 @@ SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
            align_up(rows * s.num_spans * 4) + 64;
 }
 
-SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory) {
+// Returns whether x is packed alike for two weights.
+SF_INLINE bool read_alike(const Weight& a, const Weight& b) {
+    const bool same = a.format == b.format && a.columns == b.columns && a.order == b.order;
+    return same && (a.format == GROUPED || a.group == b.group);
+}
+
+// Returns the operand of `rows` rows in `memory`. `sums` is this thread's buffer for all rows of a panel.
+SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sums) {
     Shape s = shape_of(w);
     Operand x{};
     x.rows = rows;
@@ -45,11 +55,14 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory) {
     x.span_steps = s.span_steps;
     x.num_spans = s.num_spans;
     x.blocks = ceil_div(rows, MAX_ROWS);
-    x.quantized = w.format != BF16;
+    x.quantized = w.format != BF16 && w.format != FP8;
+    x.grouped = w.format == GROUPED;
+    x.order = w.order;
     x.words = reinterpret_cast<u32*>(memory);
     memory += align_up(rows * x.slabs * SLAB_STRIDE * 4);
     x.scales = reinterpret_cast<float*>(memory);
     x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
+    x.sums_of_panel = is_widened(w) || (x.quantized && x.blocks >= WIDENED_BLOCKS) ? sums : nullptr;
     return x;
 }
 
@@ -85,6 +98,8 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     }
     i64 span = x.span_steps * 4;
     i32* sums = x.quantized ? x.sums + row * x.num_spans : nullptr;
+    i32 running = 0;
+    if (x.grouped) *sums++ = 0;
     for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
         i64 first = slab * slab_columns;
         i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
@@ -100,8 +115,16 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 #else
         i8 qvalues[SLAB_STEPS * 4];
 #endif
-        for (i64 k = 0; k < count; k += span)
-            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+        const u16* source = values + first;
+        u16 ordered[SLAB_STEPS * 4];
+        if (x.order) {
+            for (i64 k = 0; k < count; ++k) ordered[k] = values[x.order[first + k]];
+            source = ordered;
+        }
+        for (i64 k = 0; k < count; k += span) {
+            running = (x.grouped ? running : 0) + quantize(source + k, count - k < span ? count - k : span, inverse, qvalues + k);
+            *sums++ = running;
+        }
 #ifdef SF_BYTE_DOTS
         std::memset(qvalues + count, 0, padded - count);
 #else
@@ -141,7 +164,7 @@ SF_INLINE Floats clamped_swiglu(Floats gate, Floats up) {
 struct Output {
     float* y = nullptr;              // [rows, N]; may be the residual itself
     u16* activated = nullptr;        // [rows, N], of a gated weight [rows, N / 2]
-    i64 stride = 0;                  // from row to row of `activated` of an ungated weight, if it is not N
+    i64 stride = 0;                  // from row to row of an ungated weight's y or `activated`, if it is not N
     const u16* bias = nullptr;       // [N]
     const float* residual = nullptr; // [rows, N]
     float scale = 1.0f;
@@ -152,7 +175,7 @@ struct Output {
 SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column, i64 width) {
     int count = static_cast<int>(width - column < LANES ? width - column : LANES);
     if (count <= 0) return;
-    i64 at = row * width + column;
+    i64 at = row * (out.stride ? out.stride : width) + column;
     if (count == LANES) {
         if (out.bias) value = value + load_bf16(out.bias + column);
         if (out.residual) value = value * broadcast(out.scale) + load(out.residual + at);
@@ -284,10 +307,76 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 }
 #endif
 
+// Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `body(data, at,
+// words, tile)` returns the bytes of the run that begins at word `at` of x, after it called multiply(block's rows, ...).
+template <class Widen, class Multiply>
+SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out,
+                             Widen widen, Multiply multiply_run) {
+    const u8* data = w.data + panel * s.panel_bytes;
+    auto tile_of = [&](i64 block) { return x.sums_of_panel + (x.block_begin(block) - x.block_begin(first)) * PANEL; };
+    std::memset(tile_of(first), 0, (x.block_begin(last) - x.block_begin(first)) * PANEL * sizeof(float));
+    for (i64 at = 0; at < s.x_steps; at += RUN_STEPS) {
+        const i64 x_steps = std::min<i64>(RUN_STEPS, s.x_steps - at), bytes = widen(data, at);
+        Prefetch prefetch{data + PREFETCH_BYTES, ceil_div(bytes, x_steps)};
+        for (i64 block = first; block < last; ++block, prefetch.stride = 0) {
+            const i64 begin = x.block_begin(block);
+            const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+            const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
+            multiply_run(words, at, x_steps, begin, rows, prefetch, tile_of(block));
+        }
+        data += bytes;
+    }
+    for (i64 block = first; block < last; ++block) put_tile(x, w, panel, block, tile_of(block), out);
+}
+
+// Multiplies one panel of a weight in groups with the blocks `first` to last - 1.
+SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
+    constexpr i64 MOST_GROUPS = RUN_COLUMNS / LEAST_GROUP;
+    alignas(64) u8 widened[RUN_STEPS * STEP_BYTES];
+    alignas(64) float scales[MOST_GROUPS * PANEL], offsets[MOST_GROUPS * PANEL];
+    const u8* levels = nullptr;
+    auto widen = [&](const u8* data, i64 at) {
+        const RunShape run = run_of(w, std::min(RUN_COLUMNS, w.columns - at * 4));
+        widen_scales(w, run, data, scales, offsets);
+        levels = widen_levels(w, run, data, widened);
+        return run.bytes;
+    };
+    multiply_runs(x, w, s, panel, first, last, out, widen,
+                  [&](const u32* words, i64 at, i64 x_steps, i64 begin, int rows, const Prefetch& prefetch, float* tile) {
+        const i32* sums = x.sums + begin * x.num_spans + at / SUM_STEPS;
+        const float* added = w.offset_type == NONE ? nullptr : offsets;
+        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, sums, x.num_spans, w.bias, prefetch}, tile);
+    });
+}
+
+// Does the same in FP8.
+SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
+    alignas(64) u8 widened[FP8_COLUMNS / 2 * STEP_BYTES];
+    alignas(64) float product[MAX_ROWS * PANEL];
+    const float* scales = nullptr;
+    auto widen = [&](const u8* data, i64 at) {
+        const i64 steps = ceil_div(std::min(FP8_COLUMNS, w.columns - at * 2), 4);
+        scales = reinterpret_cast<const float*>(data);
+        widen_fp8(data + PANEL * 4, steps, widened);
+        return PANEL * 4 + steps * STEP_BYTES;
+    };
+    multiply_runs(x, w, s, panel, first, last, out, widen,
+                  [&](const u32* words, i64, i64 x_steps, i64, int rows, const Prefetch& prefetch, float* tile) {
+        const u8* data = widened;
+        multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(x_steps), x_steps, STEP_BYTES, prefetch.stride}, product, PANEL);
+        for (i64 column = 0; column < PANEL; column += LANES) {
+            const Floats scale = load(scales + column);
+            for (i64 at = column; at < rows * PANEL; at += PANEL) store(tile + at, fma(load(product + at), scale, load(tile + at)));
+        }
+    });
+}
+
 // Multiplies one panel with the blocks `first` to last - 1. `next` is the panel that this thread multiplies then, or null;
 // `cold` says that no thread has prefetched this one.
 SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                      bool cold, const Output& out) {
+    if (w.format == GROUPED) return multiply_grouped_panel(x, w, s, panel, first, last, out);
+    if (w.format == FP8) return multiply_fp8_panel(x, w, s, panel, first, last, out);
 #ifndef SF_BYTE_DOTS
     if (x.sums_of_panel) {
         multiply_widened_panel(x, w, s, panel, first, last, out);
@@ -301,8 +390,8 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
     }
 }
 
-// Multiplies a packed x with a weight. Returns when all threads are done.
-SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
+// Multiplies a packed x with a weight that is none of parts. Returns when all threads are done.
+SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, const Output& out) {
     Shape s = shape_of(w);
     i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
     if (parts > x.blocks) parts = x.blocks;
@@ -321,20 +410,33 @@ SF_INLINE void multiply(Team& team, const Operand& x, const Weight& w, const Out
     });
 }
 
+// Multiplies a packed x with a weight. Returns when all threads are done.
+inline void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
+    if (!w.parts) return multiply_whole(team, x, w, out);
+    Output of_part = out;
+    of_part.stride = w.rows;
+    for (i64 i = 0; i < w.num_parts; ++i) {
+        const i64 rows = w.parts[i].rows;
+        multiply_whole(team, x, w.parts[i], of_part);
+        of_part.y += rows;
+        if (out.bias) of_part.bias += rows;
+        if (out.residual) of_part.residual += rows;
+    }
+}
+
 // Memory for packed activations: shared by the team, or each thread's own for a single row, which all threads pack alike
 // rather than wait for one.
 struct Memory {
     u8* shared;
     u8* own;
-    float* sums;  // each thread's own, for all rows of a panel; null if tiles are as wide as panels
+    float* sums;  // each thread's own, for all rows of a panel; null if no panel is widened
 };
 
 // Packs all rows of x [rows, columns] in bf16, row i from the address that `source(i)` returns. Returns when all threads
 // are done.
 template <class Source>
 SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
-    Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared);
-    x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
+    Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared, memory.sums);
     if (rows == 1) {
         put_row(x, 0, source(i64{0}));
         return x;
@@ -366,8 +468,7 @@ SF_INLINE void linear_heads(Team& team, const Weight& w, i64 heads, i64 rows, co
             const i64 first = rows * chunk / chunks, last_panel = s.panels * (part + 1) / parts;
             Weight of_head = w;
             of_head.data += head * s.panels * s.panel_bytes;
-            Operand x = make_operand(w, rows * (chunk + 1) / chunks - first, memory.own);
-            x.sums_of_panel = x.quantized && x.blocks >= WIDENED_BLOCKS ? memory.sums : nullptr;
+            Operand x = make_operand(w, rows * (chunk + 1) / chunks - first, memory.own, memory.sums);
             for (i64 row = 0; row < x.rows; ++row) put_row(x, row, source(first + row, head));
             Output out;
             out.activated = y + first * stride + head * head_stride;

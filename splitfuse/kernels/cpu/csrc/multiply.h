@@ -399,6 +399,78 @@ SF_LEAF void multiply_widened(const Spans& spans, float* out) {
 }
 #endif
 
+constexpr int SUM_STEPS = 4;  // words of x between two of its running sums
+
+// Groups of a panel whose levels lie there as bytes, and x that lies in one slab.
+struct Groups {
+    const u32* x;          // of the first row
+    const u8* levels;      // [x_steps][PANEL] words of four
+    const float* scales;   // [groups][PANEL]
+    const float* offsets;  // [groups][PANEL], of kernels with OFFSETS
+    i64 x_steps;           // of all groups
+    i64 group_steps;       // of each but the last, which may have fewer
+    const i32* sums;       // [rows, sums_stride]: of a row's elements before the first word, and every SUM_STEPS words further
+    i64 sums_stride;
+    i32 bias;              // of the levels; 0 for kernels with OFFSETS
+    Prefetch prefetch;
+};
+
+template <bool OFFSETS>
+SF_INLINE void put_group(Ints value, Floats scale, Floats offset, i32 sum, float* out) {
+    Floats total = fma(to_floats(value), scale, load(out));
+    if constexpr (OFFSETS) total = fma(to_floats(broadcast(sum)), offset, total);
+    store(out, total);
+}
+
+// Ends a group in vector V of a tile. `at` is its first column in the scales.
+template <bool OFFSETS, int V, int ROWS, int WIDTH, int... R>
+SF_INLINE void end_group(const Ints (&acc)[ROWS][WIDTH], const Groups& g, i64 at, const i32* sums, i64 count, float* out,
+                         std::integer_sequence<int, R...>) {
+    const Floats scale = load(g.scales + at), offset = OFFSETS ? load(g.offsets + at) : scale;
+    (put_group<OFFSETS>(acc[R][V], scale, offset, sums[R * g.sums_stride + count] - sums[R * g.sums_stride], out + R * PANEL), ...);
+}
+
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], i32 bias, const i32* sums, i64 count, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(-bias * (sums[R * stride + count] - sums[R * stride])), acc[R][WIDTH - 1] = acc[R][0]), ...);
+}
+
+// Computes out[r][0..31] += for each group: scale[0..31] * sum over it of x[r][k] * (level[k][0..31] - bias), and with
+// OFFSETS + offset[0..31] * sum over it of x[r][k].
+template <bool OFFSETS, int ROWS>
+SF_LEAF void multiply_groups(const Groups& g, float* out) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
+    const u8* levels = g.levels;
+    const u32* x = g.x;
+    const i32* sums = g.sums;
+    Prefetch prefetch = g.prefetch;
+    i64 group = 0;
+    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group) {
+        const i64 steps = std::min(left, g.group_steps), count = (steps + SUM_STEPS - 1) / SUM_STEPS;
+        for (int part = 0; part < 2; part += WIDTH) {
+            const u8* at = levels + part * VECTOR_BYTES;
+            Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
+            Ints acc[ROWS][WIDTH];
+            start_group(acc, OFFSETS ? 0 : g.bias, sums, count, g.sums_stride, rows);
+            for (const u32 *place = x, *end = x + steps; place < end; ++place, at += STEP_BYTES) {
+                prefetch_step<WIDTH>(lines);
+                Packed words[WIDTH];
+                for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+                qvalues_step(acc, words, place, rows);
+            }
+            const i64 columns = group * PANEL + part * LANES;
+            end_group<OFFSETS, 0>(acc, g, columns, sums, count, out + part * LANES, rows);
+            if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(acc, g, columns + LANES, sums, count, out + LANES, rows);
+            asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
+        }
+        x += steps;
+        levels += steps * STEP_BYTES;
+        sums += count;
+        prefetch.from += steps * prefetch.stride;
+    }
+}
+
 using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 using MultiplyQValues = void (*)(const Spans&, float*);
 
@@ -445,6 +517,17 @@ SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R.
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
     choose_qvalues<BITS>(rows, ALL_ROWS)(spans, out);
+}
+using MultiplyGroups = void (*)(const Groups&, float*);
+
+template <bool OFFSETS, int... R>
+SF_INLINE MultiplyGroups choose_groups(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyGroups table[] = {multiply_groups<OFFSETS, R + 1>...};
+    return table[rows - 1];
+}
+SF_INLINE void multiply(int rows, const Groups& groups, float* out) {
+    if (groups.offsets) choose_groups<true>(rows, ALL_ROWS)(groups, out);
+    else choose_groups<false>(rows, ALL_ROWS)(groups, out);
 }
 #ifndef SF_BYTE_DOTS
 template <int... R>

@@ -47,6 +47,10 @@ SF_EXPORT(void, pack)(Workspace* work, const Weight* w, const u16* source, i64 f
     parallel(work->num_threads, [&](Team& team) { pack(team, *w, source, first, count); });
 }
 
+SF_EXPORT(void, pack_stored)(Workspace* work, const Weight* w, const Stored* stored, i64 first, i64 count) {
+    parallel(work->num_threads, [&](Team& team) { pack_stored(team, *w, *stored, first, count); });
+}
+
 SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual, float* y) {
     return guarded([&] {
         work->reserve_operand(*w, rows);

@@ -136,6 +136,32 @@ SF_INLINE Packed load_qvalues(const u8* qvalues) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)qvalues))};
 }
 SF_INLINE Packed look_up(Packed qvalues, Packed nibbles) { return {_mm512_shuffle_epi8(qvalues.v, nibbles.v)}; }
+SF_INLINE void store_packed(void* p, Packed a) { _mm512_storeu_si512(p, a.v); }
+// Returns 16-bit halves of lanes moved up by SHIFT bits, or down, of which the bits of `mask` are kept in each byte.
+template <int SHIFT>
+SF_INLINE Packed bits_of(Packed a, int mask) {
+    const __m512i moved = SHIFT > 0 ? _mm512_slli_epi16(a.v, SHIFT > 0 ? SHIFT : 0) : _mm512_srli_epi16(a.v, SHIFT < 0 ? -SHIFT : 0);
+    return {_mm512_and_si512(moved, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+SF_INLINE Packed operator|(Packed a, Packed b) { return {_mm512_or_si512(a.v, b.v)}; }
+SF_INLINE Floats load_f16(const u16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+SF_INLINE Floats load_u8(const u8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+// Loads powers of two, 2^(byte - 127), but 0 for a byte of zero.
+SF_INLINE Floats load_e8m0(const u8* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23))};
+}
+// Returns the bf16 of an e4m3 in the lower byte of each 16 bits, whose upper byte is zero: exact, but NaN is 480.
+SF_INLINE __m512i widen_e4m3_16(__m512i a) {
+    const __m512i subnormals = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m512i magnitude = _mm512_and_si512(a, _mm512_set1_epi16(0x7f));
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    const __m512i widened = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormals);
+    return _mm512_or_si512(widened, _mm512_slli_epi16(_mm512_xor_si512(a, magnitude), 8));
+}
+// Widen the first and third, and the second and fourth e4m3 of each lane.
+SF_INLINE Packed widen_even_e4m3(Packed a) { return {widen_e4m3_16(_mm512_and_si512(a.v, _mm512_set1_epi16(255)))}; }
+SF_INLINE Packed widen_odd_e4m3(Packed a) { return {widen_e4m3_16(_mm512_srli_epi16(a.v, 8))}; }
 
 #ifdef SF_BF16_DOTS
 // Returns a + the products of each lane's two bf16, by vdpbf16ps, which takes subnormals for zero.
@@ -316,6 +342,46 @@ SF_INLINE Packed load_qvalues(const u8* qvalues) {
 }
 SF_INLINE Packed look_up(Packed qvalues, Packed nibbles) {
     return {_mm256_shuffle_epi8(qvalues.lo, nibbles.lo), _mm256_shuffle_epi8(qvalues.hi, nibbles.hi)};
+}
+template <int SHIFT>
+SF_INLINE Packed bits_of(Packed a, int mask) {
+    const __m256i kept = _mm256_set1_epi8(static_cast<char>(mask));
+    constexpr int UP = SHIFT > 0 ? SHIFT : 0, DOWN = SHIFT < 0 ? -SHIFT : 0;
+    if constexpr (SHIFT > 0)
+        return {_mm256_and_si256(_mm256_slli_epi16(a.lo, UP), kept), _mm256_and_si256(_mm256_slli_epi16(a.hi, UP), kept)};
+    else
+        return {_mm256_and_si256(_mm256_srli_epi16(a.lo, DOWN), kept), _mm256_and_si256(_mm256_srli_epi16(a.hi, DOWN), kept)};
+}
+SF_INLINE Packed operator|(Packed a, Packed b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+SF_INLINE Floats load_f16(const u16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+SF_INLINE Floats load_u8(const u8* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+SF_INLINE Floats load_e8m0(const u8* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), 23))};
+}
+SF_INLINE __m256i widen_e4m3_16(__m256i a) {
+    // Entries 0 to 7: the lower bytes of the bf16 of subnormals, 8 to 15: the upper ones.
+    const __m256i subnormals = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, static_cast<char>(0x80), static_cast<char>(0xc0), 0, 0x20, 0x40, 0x60,
+                                                                        0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c));
+    const __m256i magnitude = _mm256_and_si256(a, _mm256_set1_epi16(0x7f));
+    const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
+    const __m256i both = _mm256_or_si256(_mm256_or_si256(magnitude, _mm256_slli_epi16(magnitude, 8)), _mm256_set1_epi16(0x0800));
+    const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
+    const __m256i widened = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(subnormals, both), small);
+    return _mm256_or_si256(widened, _mm256_slli_epi16(_mm256_xor_si256(a, magnitude), 8));
+}
+SF_INLINE Packed widen_even_e4m3(Packed a) {
+    __m256i mask = _mm256_set1_epi16(255);
+    return {widen_e4m3_16(_mm256_and_si256(a.lo, mask)), widen_e4m3_16(_mm256_and_si256(a.hi, mask))};
+}
+SF_INLINE Packed widen_odd_e4m3(Packed a) {
+    return {widen_e4m3_16(_mm256_srli_epi16(a.lo, 8)), widen_e4m3_16(_mm256_srli_epi16(a.hi, 8))};
 }
 SF_INLINE Floats first_of_pairs(Packed a) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};

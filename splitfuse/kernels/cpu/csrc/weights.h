@@ -12,14 +12,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "interface.h"
-#include "multiply.h"
+#include "groups.h"
 #include "team.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {
-
-SF_INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // K elements of one step of x, of one step of a panel, and the sizes that follow.
 struct Shape {
@@ -34,10 +31,22 @@ struct Shape {
 
 SF_INLINE Shape shape_of(const Weight& w) {
     Shape s{};
+    s.panels = w.gated ? ceil_div(w.rows / 2, LANES) : ceil_div(w.rows, PANEL);
+    if (w.format == GROUPED) {
+        s.x_steps = ceil_div(w.columns, 4);
+        s.span_steps = SUM_STEPS;
+        s.num_spans = ceil_div(s.x_steps, SUM_STEPS) + 1;  // of running sums, the first of which is 0
+        s.panel_bytes = grouped_panel_bytes(w);
+        return s;
+    }
+    if (w.format == FP8) {
+        s.x_steps = 2 * ceil_div(w.columns, 4);
+        s.panel_bytes = fp8_panel_bytes(w);
+        return s;
+    }
     i64 panel_columns = w.format == BF16 ? 2 : w.format == INT8 ? 4 : 8;
     i64 steps = ceil_div(w.columns, panel_columns);
     s.x_steps = w.format == INT4 ? 2 * steps : steps;
-    s.panels = w.gated ? ceil_div(w.rows / 2, LANES) : ceil_div(w.rows, PANEL);
     if (w.format != BF16) {
         i64 group = w.group ? w.group : w.columns;
         s.group_steps = ceil_div(group, 4);
@@ -188,34 +197,53 @@ SF_INLINE void pack_qvalues_row(const Weight& w, const Shape& s, const QValues& 
     }
 }
 
-// Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The panels must be zero before.
-inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
-    constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: this part of the panel stays in the first cache
+// Calls body(data of a panel, rows) for each panel that has some of `count` rows from `first` on; rows[column] is the number
+// of a row among those, or -1. By panels: neighbours in a panel share its lines, and no two threads write the same.
+template <class Body>
+SF_INLINE void share_panels(Team& team, const Weight& w, i64 first, i64 count, Body body) {
     const Shape s = shape_of(w);
-    const QValues qvalues(w.qvalues);
-    // By panels: neighbours in a panel share its lines, and no two threads write the same.
     i64 begin_panel = place_of(w, first).panel, end_panel = place_of(w, first + count - 1).panel + 1;
     if (w.gated) begin_panel = 0, end_panel = s.panels;
     team.share(end_panel - begin_panel, [&](i64 begin, i64 end, i64) {
         for (i64 panel = begin_panel + begin; panel < begin_panel + end; ++panel) {
-            u8* data = w.data + panel * s.panel_bytes;
-            const u16* rows[PANEL];  // null: not among these
+            i64 rows[PANEL];
             for (int column = 0; column < PANEL; ++column) {
                 i64 row = !w.gated ? panel * PANEL + column : panel * LANES + column % LANES;
                 bool exists = !w.gated || row < w.rows / 2;
                 if (w.gated && column >= LANES) row += w.rows / 2;
                 exists = exists && row >= first && row < first + count;
-                rows[column] = exists ? source + (row - first) * w.columns : nullptr;
+                rows[column] = exists ? row - first : -1;
             }
-            if (w.format == BF16) {
-                for (i64 k = 0; k < w.columns; k += AT_ONCE)
-                    for (int column = 0; column < PANEL; ++column)
-                        if (rows[column])
-                            pack_bf16_row(reinterpret_cast<u32*>(data), column, rows[column], k, std::min(k + AT_ONCE, w.columns));
-            } else {
+            body(w.data + panel * s.panel_bytes, rows);
+        }
+    });
+}
+
+// Packs `count` rows of the weight from `first` on, read from [count, columns] bf16. The panels must be zero before.
+inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
+    constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: this part of the panel stays in the first cache
+    const Shape s = shape_of(w);
+    const QValues qvalues(w.qvalues);
+    share_panels(team, w, first, count, [&](u8* data, const i64* rows) {
+        if (w.format == BF16) {
+            for (i64 k = 0; k < w.columns; k += AT_ONCE)
                 for (int column = 0; column < PANEL; ++column)
-                    if (rows[column]) pack_qvalues_row(w, s, qvalues, data, column, rows[column]);
-            }
+                    if (rows[column] >= 0)
+                        pack_bf16_row(reinterpret_cast<u32*>(data), column, source + rows[column] * w.columns, k, std::min(k + AT_ONCE, w.columns));
+        } else {
+            for (int column = 0; column < PANEL; ++column)
+                if (rows[column] >= 0) pack_qvalues_row(w, s, qvalues, data, column, source + rows[column] * w.columns);
+        }
+    });
+}
+
+// Packs rows as a checkpoint has quantized them. The panels must be zero before.
+inline void pack_stored(Team& team, const Weight& w, const Stored& stored, i64 first, i64 count) {
+    share_panels(team, w, first, count, [&](u8* data, const i64* rows) {
+        for (int column = 0; column < PANEL; ++column) {
+            if (rows[column] < 0) continue;
+            if (w.format == FP8) pack_fp8_row(w, data, column, stored, rows[column]);
+            else pack_grouped_row(w, data, column, stored, rows[column]);
         }
     });
 }
@@ -253,6 +281,7 @@ inline void unpack_row(const Weight& w, i64 row, float* out) {
             out[k] = widen(reinterpret_cast<const u16*>(panel)[(k / 2 * PANEL + place.column) * 2 + k % 2]);
         return;
     }
+    if (w.format == GROUPED) return unpack_grouped_row(w, panel, place.column, out);
     i64 group = w.group ? w.group : w.columns;
     for (i64 first = 0; first < w.columns; first += group) {
         float scale = widen(reinterpret_cast<const u16*>(panel)[place.column]);

@@ -68,7 +68,7 @@ struct Workspace {
         operand.reserve(operand_bytes(w, rows));
         for (Own& each : own) {
             each.operand.reserve(operand_bytes(w, 1));
-            if (WIDE_ROWS < MAX_ROWS) each.sums.reserve(rows * PANEL * 4);
+            if (WIDE_ROWS < MAX_ROWS || is_widened(w)) each.sums.reserve(rows * PANEL * 4);
         }
     }
     void reserve_heads(const Weight& w, i64 rows) {  // for linear_heads()

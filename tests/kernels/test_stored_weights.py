@@ -1,0 +1,264 @@
+"""Weights that are kept as a checkpoint has quantized them: products equal those of the dequantized weights with our
+quantized activations up to fp32's rounding, with the same bits whatever else is in a step.
+"""
+
+from __future__ import annotations
+
+import backends
+import pytest
+import torch
+from backends import make_case, variants
+from torch import Tensor
+
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.stored import kind_of
+from splitfuse.kernels.interface import LayerWeights, Role
+from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, GroupQuantized, QuantizedWeight
+from splitfuse.kernels.reference import ReferenceBackend
+
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+BF16, F32 = torch.bfloat16, torch.float32
+FORMATS = {
+    each.name: each
+    for each in (
+        GroupFormat(name="Q4_0", bits=4, group_size=32),
+        GroupFormat(name="Q4_1", bits=4, group_size=32, mins=True),
+        GroupFormat(name="Q5_0", bits=5, group_size=32),
+        GroupFormat(name="Q5_1", bits=5, group_size=32, mins=True),
+        GroupFormat(name="Q8_0", bits=8, group_size=32),
+        GroupFormat(name="Q4_K", bits=4, group_size=32, mins=True, super_groups=8),
+        GroupFormat(name="Q5_K", bits=5, group_size=32, mins=True, super_groups=8),
+        GroupFormat(name="Q6_K", bits=6, group_size=16, super_groups=16),
+        GroupFormat(name="IQ4_NL", bits=4, group_size=32, table=IQ4),
+        GroupFormat(name="IQ4_XS", bits=4, group_size=32, table=IQ4, super_groups=8),
+        GroupFormat(name="MXFP4", bits=4, group_size=32, table=E2M1, scale_dtype=torch.float8_e8m0fnu),
+        GroupFormat(name="GPTQ", bits=4, group_size=128, zeros=True),
+        GroupFormat(name="GPTQ of 8 bits", bits=8, group_size=64, zeros=True, scale_dtype=BF16),
+        GroupFormat(name="int4 in groups of 96", bits=4, group_size=96, scale_dtype=BF16),
+        GroupFormat(name="int8 by row", bits=8, group_size=2304, scale_dtype=F32),
+    )
+}
+FILE_BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
+FILE_BITS |= {"IQ4_NL": 4.5, "IQ4_XS": 4.25, "MXFP4": 4.25, "GPTQ": 4.15625, "GPTQ of 8 bits": 8.375}
+FILE_BITS |= {"int8 by row": 8}
+CASES = [case for name in FORMATS for case in variants(name, id=name)]
+
+
+def kernels(variant: str) -> CpuBackend:
+    backend = make_case(variant).backend
+    assert isinstance(backend, CpuBackend)
+    return backend
+
+
+def weight_in(stored: GroupFormat, rows: int, columns: int) -> GroupQuantized:
+    """A random weight, whose levels, scales, mins and zeros are all those there are."""
+    groups, runs = -(-columns // stored.group_size), -(-columns // 256)
+    least = -(2 ** (stored.bits - 1)) if stored.signed else 0
+    levels = torch.randint(least, least + 2**stored.bits, (rows, columns))
+    scales, more = torch.randn(rows, groups).to(stored.scale_dtype), {}
+    if stored.scale_dtype == torch.float8_e8m0fnu:
+        scales = torch.randint(110, 130, (rows, groups)).to(torch.uint8).view(torch.float8_e8m0fnu)
+    if stored.super_groups:
+        scales = torch.randint(*((0, 64) if stored.mins else (-128, 128)), (rows, groups))
+        scales = scales.to(torch.uint8 if stored.mins else torch.int8)
+        more["super_scales"] = torch.randn(rows, runs).half()
+    if stored.mins:
+        more["mins"] = torch.randn(rows, groups).to(stored.scale_dtype)
+    if stored.mins and stored.super_groups:
+        more["mins"] = torch.randint(0, 64, (rows, groups)).to(torch.uint8)
+        more["super_mins"] = torch.randn(rows, runs).half()
+    if stored.zeros:
+        more["zeros"] = torch.randint(0, 2**stored.bits, (rows, groups)).to(torch.uint8)
+    levels = levels.to(torch.int8 if stored.signed else torch.uint8)
+    return GroupQuantized(format=stored, levels=levels, scales=scales, **more)
+
+
+def fp8(rows: int, columns: int) -> Fp8Quantized:
+    codes = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
+    values = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    return Fp8Quantized(values=values, scales=torch.randn(rows, -(-columns // 128)))
+
+
+def quantized(x: Tensor) -> Tensor:
+    """Activations as the kernels quantize them: whole numbers up to 127, times one scale for each row."""
+    most = x.float().abs().amax(dim=1, keepdim=True)
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0.0)
+    return (x.float() * inverse).round().double() * (most * torch.tensor(1 / 127)).double()
+
+
+def assert_product(ours: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+    """Assert that it is right up to what fp32 additions may be off by."""
+    wanted = weight.dequantize(F32).double()
+    bound = x.double().abs() @ wanted.abs().T * 3e-6
+    if isinstance(weight, GroupQuantized) and weight.mins is not None:  # which may cancel what levels give
+        bound = bound * 10
+    assert ((ours.double() - x.double() @ wanted.T).abs() <= bound + 1e-30).all()
+
+
+SHAPES = [(1, 32), (40, 96), (33, 256), (70, 2272)]
+
+
+@pytest.mark.parametrize(("variant", "name"), CASES)
+def test_products_and_their_bits(variant: str, name: str) -> None:
+    backend = kernels(variant)
+    for outputs, inputs in SHAPES:
+        weight = weight_in(FORMATS[name], outputs, inputs)
+        packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+        x = (torch.randn(31, inputs) * 10 ** torch.randn(31, 1)).bfloat16()
+        x[3] = 0
+        ours = backend.linear(x, packed)
+        assert_product(ours, quantized(x), weight)
+        for begin, end in ((0, 1), (1, 6), (6, 20), (20, 31)):
+            assert torch.equal(backend.linear(x[begin:end], packed), ours[begin:end])
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_products_in_fp8_and_their_bits(variant: str) -> None:
+    backend = kernels(variant)
+    for outputs, inputs in ((1, 1), (3, 7), (40, 127), (33, 130), (70, 1029)):
+        weight = fp8(outputs, inputs)
+        packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+        x = torch.randn(31, inputs).bfloat16()
+        ours = backend.linear(x, packed)
+        assert_product(ours, x, weight)
+        for begin, end in ((0, 1), (1, 6), (6, 20), (20, 31)):
+            assert torch.equal(backend.linear(x[begin:end], packed), ours[begin:end])
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_every_number_of_fp8_is_exact(variant: str) -> None:
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127]).to(torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).unsqueeze(0).expand(3, -1)
+    weight = Fp8Quantized(values=values.contiguous(), scales=torch.ones(3, 2))
+    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    found = kernels(variant).linear(torch.eye(len(codes)).bfloat16(), packed)
+    assert torch.equal(found, weight.dequantize(F32).T)
+
+
+@pytest.mark.parametrize(("variant", "name"), CASES)
+def test_embedding_reads_the_packed_weight(variant: str, name: str) -> None:
+    weight = weight_in(FORMATS[name], 40, 544)
+    packed = kernels(variant).pack_quantized([weight], role=Role.HEAD, dtype=BF16)
+    rows = kernels(variant).embed(torch.arange(40), packed)
+    assert torch.equal(rows, weight.dequantize(F32))
+
+
+@pytest.mark.parametrize("name", FILE_BITS)
+def test_bytes_are_those_of_the_file(name: str) -> None:
+    backend = CpuBackend(num_threads=1)
+    weight = weight_in(FORMATS[name], 64, 2304)
+    packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    assert FILE_BITS[name] * 0.999 <= packed.memory.nbytes * 8 / weight.levels.numel() <= FILE_BITS[name] * 1.05
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_pieces_of_two_formats_are_stacked(variant: str) -> None:
+    backend = kernels(variant)
+    pieces = [weight_in(FORMATS[name], rows, 512) for name, rows in (("Q4_K", 70), ("Q4_K", 33), ("Q6_K", 40))]
+    x, bias = torch.randn(17, 512).bfloat16(), torch.randn(143).bfloat16()
+    whole = backend.linear(x, backend.pack_quantized(pieces, role=Role.QKV, dtype=BF16), bias)
+    apart = [
+        backend.linear(x, backend.pack_quantized([piece], role=Role.QKV, dtype=BF16), own.contiguous())
+        for piece, own in zip(pieces, bias.split([70, 33, 40]), strict=True)
+    ]
+    assert torch.equal(whole, torch.cat(apart, dim=1))
+
+
+@pytest.mark.parametrize("names", [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("GPTQ", "IQ4_NL"), ("FP8", "FP8")], ids=str)
+@pytest.mark.parametrize("variant", variants())
+def test_gate_and_up_of_one_format_or_two(variant: str, names: tuple[str, str]) -> None:
+    backend, x = kernels(variant), torch.randn(5, 512).bfloat16()
+    pieces = [fp8(48, 512) if name == "FP8" else weight_in(FORMATS[name], 48, 512) for name in names]
+    read = x.double() if names[0] == "FP8" else quantized(x)
+    gate, up = (read @ piece.dequantize(F32).double().T / 1000 for piece in pieces)
+    for piece in pieces:  # products of about 1
+        if isinstance(piece, Fp8Quantized):
+            piece.scales.mul_(1 / 1000)
+    ours = backend.gated(x, backend.pack_quantized(pieces, role=Role.GATE_UP, dtype=BF16), None, "relu").double()
+    wanted = gate.relu() * up * (1 if names[0] == "FP8" else 1e6)
+    assert ((ours - wanted).abs() <= 2**-7 * wanted.abs() + 1e-4 * wanted.abs().mean()).all()
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_dense_piece_makes_all_dense(variant: str) -> None:
+    backend, x = kernels(variant), torch.randn(3, 512).bfloat16()
+    weight, dense = weight_in(FORMATS["Q8_0"], 40, 512), torch.randn(33, 512).bfloat16()
+    packed = backend.pack_quantized([weight, dense], role=Role.QKV, dtype=BF16)
+    wanted = backend.pack([weight.dequantize(BF16), dense], role=Role.QKV)
+    assert torch.equal(backend.linear(x, packed), backend.linear(x, wanted))
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "GPTQ", "FP8"])
+@pytest.mark.parametrize("variant", variants())
+def test_experts(variant: str, name: str) -> None:
+    """The mixture is the sum of dense networks that are packed alike."""
+    backend, x = kernels(variant), torch.randn(11, 256).bfloat16()
+    ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
+
+    def packed(rows: int, columns: int, role: Role) -> list[backends.Any]:
+        halves = 2 if role is Role.W13 else 1
+        pieces = [
+            [fp8(rows, columns) if name == "FP8" else weight_in(FORMATS[name], rows, columns) for _ in range(halves)]
+            for _ in range(5)
+        ]
+        return [backend.pack_quantized(each, role=role, dtype=BF16) for each in pieces]
+
+    layer = LayerWeights(w13=packed(128, 256, Role.W13), w2=packed(256, 128, Role.W2), w1_bias=(), w2_bias=())
+    ours = backends.experts(backend, x, ids, weights, layer)
+    wanted = torch.zeros(11, 256, dtype=torch.float64)
+    for expert in range(5):
+        given = backend.linear(backend.gated(x, layer.w13[expert], None, "silu"), layer.w2[expert])
+        wanted += (ids == expert).double().mul(weights).sum(1, keepdim=True) * given
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+    one = backends.experts(backend, x[4:5], ids[4:5], weights[4:5], layer)
+    assert torch.equal(one, ours[4:5])
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_columns_in_another_order(variant: str) -> None:
+    backend, x = kernels(variant), torch.randn(17, 2048).bfloat16()
+    weight, order = weight_in(FORMATS["GPTQ"], 40, 2048), torch.randperm(2048)
+    ordered = GroupQuantized(**{**vars(weight), "order": order})
+    assert torch.equal(ordered.dequantize(F32)[:, order], weight.dequantize(F32))
+    ours = backend.linear(x, backend.pack_quantized([ordered], role=Role.O, dtype=BF16))
+    plain = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    assert torch.equal(ours, backend.linear(x[:, order].contiguous(), plain))
+    # Pieces in different orders cannot be read at once.
+    dense = backend.pack([each.dequantize(BF16) for each in (weight, ordered)], role=Role.QKV)
+    both = backend.pack_quantized([weight, ordered], role=Role.QKV, dtype=BF16)
+    assert torch.equal(backend.linear(x, both), backend.linear(x, dense))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "FP8"])
+@pytest.mark.parametrize("variant", variants())
+def test_nan_is_not_hidden(variant: str, name: str) -> None:
+    backend = kernels(variant)
+    if name == "FP8":
+        weight: QuantizedWeight = fp8(40, 512)
+        weight.values.view(torch.uint8)[3, 300] = 0x7F
+    else:
+        weight = weight_in(FORMATS[name], 40, 512)
+        (weight.scales if weight.super_scales is None else weight.super_scales)[3, 1] = torch.nan
+    x = torch.randn(6, 512).bfloat16()
+    x[1, 7] = torch.nan
+    ours = backend.linear(x, backend.pack_quantized([weight], role=Role.O, dtype=BF16)).isfinite()
+    assert not ours[1].any() and not ours[:, 3].any()
+    assert ours[[0, 2, 3, 4, 5]][:, [c for c in range(40) if c != 3]].all()
+
+
+def test_formats_that_are_kept_and_others() -> None:
+    backend = CpuBackend(num_threads=1)
+    assert all(backend.accepts(each, Role.O) and backend.accepts(each, Role.EMBED) for each in FORMATS.values())
+    assert not backend.accepts(FORMATS["Q8_0"], Role.PLAIN)
+    assert backend.accepts(Fp8Format(), Role.O) and not backend.accepts(Fp8Format(), Role.HEAD)
+    assert not CpuBackend(num_threads=1, quantization="int8").accepts(Fp8Format(), Role.O)
+    assert not ReferenceBackend().accepts(FORMATS["Q8_0"], Role.O)
+    for odd in (
+        GroupFormat(name="groups of 8", bits=4, group_size=8),
+        GroupFormat(name="more than a byte", bits=9, group_size=32),
+        GroupFormat(name="levels that are no bytes", bits=4, group_size=32, table=(0, 200)),
+        GroupFormat(name="scales in fp64", bits=4, group_size=32, scale_dtype=torch.float64),
+        GroupFormat(name="short super groups", bits=4, group_size=32, super_groups=4),
+    ):
+        assert kind_of(odd) is None
