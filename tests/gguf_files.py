@@ -97,6 +97,27 @@ def write(
     return path
 
 
+def write_parts(model: PreTrainedModel, stem: Path) -> list[Path]:
+    """Write a model in two files, as llama.cpp splits them: the metadata is in the first."""
+    arch = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
+    listed = list(tensors(model, arch).items())
+    paths = [stem.with_name(f"{stem.name}-{number:05}-of-00002.gguf") for number in (1, 2)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(str(path), arch)
+        for key, value in (keys(model, arch) if number == 0 else {}).items():
+            put(writer, f"{arch}.{key}", value)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(listed))
+        for name, tensor in listed[number::2]:
+            put_tensor(writer, name, tensor, Type.F32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
 def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add a value of the type that converters write."""
     match value:
