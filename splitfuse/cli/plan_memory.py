@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from splitfuse.cli.flags import given, with_flags
 from splitfuse.config import EngineConfig
+
+if TYPE_CHECKING:
+    from splitfuse.models.sources.source import WeightSource
 
 
 @with_flags()
 def plan_memory(**flags: Any) -> None:
     """Print the memory that a model needs, and what is available."""
+    from splitfuse.errors import WeightsError
     from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import open_model
-    from splitfuse.models.weights import resolve_dtype
+    from splitfuse.models.weights import describe_kept, resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
-    from splitfuse.runtime.loading import parse_device
+    from splitfuse.runtime.loading import check_quantization, parse_device
 
     config = EngineConfig.from_settings(given(flags))
     parse_device(config.model.device)
-    spec = load_spec(
-        open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
-    )
-    backend = choose_backend(config, resolve_dtype(config.model.dtype, spec))
-    print(memory_plan.plan_memory(spec, config, backend=backend), flush=True)
+    source = open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
+    spec = load_spec(source)
+    weights: WeightSource | None = None
+    with suppress(WeightsError):  # of the Hub they are not fetched
+        weights = source.weights()
+        check_quantization(config, source, weights)
+    backend = choose_backend(config, dtype := resolve_dtype(config.model.dtype, spec))
+    plan = memory_plan.plan_memory(spec, config, backend=backend, weights=weights)
+    if weights is not None:
+        plan = replace(plan, remarks=(*plan.remarks, *describe_kept(weights, spec, backend, dtype)))
+    print(plan, flush=True)

@@ -622,6 +622,14 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"{self.capabilities.name} keep no weights as a checkpoint has quantized them")
 
+    def quantized_weight_bytes(
+        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+    ) -> int:
+        """Return the bytes of what `pack_quantized` makes of pieces, of which the format and the number of rows is
+        given in their order; None: the piece is dense.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} keep no weights as a checkpoint has quantized them")
+
     def quantized(self, quantization: str) -> Backend:
         """Return a backend like this one whose weights are kept in `quantization`: for plans, not for computing."""
         raise NotImplementedError(f"{self.capabilities.name} do not support quantization={quantization}")

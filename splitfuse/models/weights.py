@@ -36,7 +36,7 @@ from splitfuse.kernels.interface import (
     Role,
     Weight,
 )
-from splitfuse.kernels.quantized import QuantizedWeight
+from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat, QuantizedWeight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
@@ -274,11 +274,29 @@ def _mlp_shapes(spec: MlpSpec, hidden: int, *, gate_up: str, up: str, down: str)
     return shapes | ({f"{up}_bias": ((inner,),) * halves, f"{down}_bias": ((hidden,),)} if spec.bias else {})
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend) -> int:
-    """Return the bytes of all weights as `backend` keeps those of `dtype`."""
-    return sum(
-        backend.weight_bytes(parameter.shape, role=parameter.role, dtype=dtype) for parameter in parameters(spec)
-    )
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights: WeightSource | None = None) -> int:
+    """Return the bytes of all weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
+    if weights is None:
+        return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
+    return sum(_parameter_bytes(each, weights, dtype, backend) for each in stored_parameters(weights, spec))
+
+
+def _parameter_bytes(parameter: Parameter, weights: WeightSource, dtype: torch.dtype, backend: Backend) -> int:
+    formats = [_kept_format(weights, part, parameter.role, backend) for part in parameter.parts]
+    if not any(formats):
+        return backend.weight_bytes(parameter.shape, role=parameter.role, dtype=dtype)
+    pieces = [(each, part.shape[0]) for each, part in zip(formats, parameter.parts, strict=True)]
+    return backend.quantized_weight_bytes(pieces, columns=parameter.shape[1], role=parameter.role, dtype=dtype)
+
+
+def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
+    """Return the format that a backend keeps rows of a weight in as they are stored; None if they are dense, or will
+    be: they are not rows of a stored matrix, or the backend does not take the format.
+    """
+    stored = weights.quantization(part.piece.name) if part.piece.name in weights else None
+    if stored is None or not backend.accepts(stored, role) or part.row_numbers() is None:
+        return None
+    return stored
 
 
 def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
@@ -338,8 +356,33 @@ def describe_aside(weights: WeightSource, spec: ModelSpec) -> list[str]:
 
 def describe_quantization(weights: WeightSource) -> str:
     """Return how many tensors of a checkpoint are quantized in which formats; empty if none is."""
-    formats = Counter(stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
-    return ", ".join(f"{count} tensors in {name}" for name, count in formats.most_common())
+    return ", ".join(f"{count} tensors in {name}" for name, count in Counter(_formats(weights)).most_common())
+
+
+def may_be_quantized(weights: WeightSource, quantization: str) -> bool:
+    """Return whether weights may be kept in `quantization`: those that are dense, and to int8 those in FP8."""
+    formats = [stored for name in weights.names() if (stored := weights.quantization(name)) is not None]
+    return all(quantization == "int8" and isinstance(stored, Fp8Format) for stored in formats)
+
+
+def _formats(weights: WeightSource) -> Iterator[str]:
+    return (stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
+
+
+def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:
+    """Return a line on what becomes of the tensors that are quantized, if any is, and what else is not as they say."""
+    kinds: Counter[tuple[str, bool]] = Counter()
+    for parameter in stored_parameters(weights, spec):
+        for part in parameter.parts:
+            if part.piece.name in weights and (stored := weights.quantization(part.piece.name)) is not None:
+                kinds[stored.name, _kept_format(weights, part, parameter.role, backend) is not None] += 1
+    if not kinds:
+        return []
+    dense = f"dequantized to {str(dtype).removeprefix('torch.')}"
+    if backend.quantization is not None:
+        dense = f"quantized anew to {backend.quantization} from what they mean"
+    parts = [f"{count} of {name} {'kept as stored' if kept else dense}" for (name, kept), count in kinds.most_common()]
+    return [f"quantized weights: {', '.join(parts)}", *weights.remarks()]
 
 
 def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:
@@ -383,7 +426,9 @@ def _renaming(weights: WeightSource, spec: ModelSpec) -> Callable[[Piece], Piece
 
 
 def _are_equal(weights: WeightSource, first: Piece, second: Piece) -> bool:
-    """Return whether two tensors of one shape hold the same numbers."""
+    """Return whether two tensors of one shape hold the same numbers; one that is quantized differs."""
+    if weights.quantization(first.name) or weights.quantization(second.name):
+        return False
     rows = max(1, COMPARED_NUMBERS // first.shape[1])
     with weights.read(first) as one, weights.read(second) as other:
         pairs = zip(torch.split(one, rows), torch.split(other, rows), strict=True)
@@ -431,11 +476,10 @@ def _read_part(
     """Return rows of a weight for as long as the contexts of `stack` last: quantized if they are stored so and the
     backend keeps that.
     """
-    stored = weights.quantization(part.piece.name)
-    if stored is None:
+    if weights.quantization(part.piece.name) is None:
         return part.take(stack.enter_context(weights.read(part.piece)))
     quantized = stack.enter_context(weights.read_quantized(part.piece))
-    if backend.accepts(stored, role) and (rows := part.row_numbers()) is not None:
+    if _kept_format(weights, part, role, backend) is not None and (rows := part.row_numbers()) is not None:
         return quantized.rows(rows)
     return part.take(quantized.dequantize(dtype))
 

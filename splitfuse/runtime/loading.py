@@ -17,13 +17,15 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.hub import open_model
-from splitfuse.models.sources.source import ModelSource
+from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import (
     check_weights,
     describe_aside,
+    describe_kept,
     describe_quantization,
     load_decoder,
+    may_be_quantized,
     resolve_dtype,
     weight_bytes,
 )
@@ -93,18 +95,11 @@ def load_model(
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
     if (adapter := source.adapter()) is not None:
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
-    quantized = describe_quantization(weights)
-    if quantized and config.model.quantization is not None:
-        raise ConfigError(
-            f"quantization={config.model.quantization} would quantize {source.location} a second time, which has "
-            f"{quantized}: leave quantization out"
-        )
+    check_quantization(config, source, weights)
     backend = choose_backend(config, dtype)
-    plan = _plan(spec, config, backend, weight_sharing)
-    plan = replace(plan, remarks=(*plan.remarks, *describe_aside(weights, spec)))
-    if quantized:
-        remark = f"quantized: {quantized}; dequantized while they are loaded"
-        plan = replace(plan, remarks=(*plan.remarks, remark))
+    plan = _plan(spec, config, backend, weights, weight_sharing)
+    remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
+    plan = replace(plan, remarks=(*plan.remarks, *remarks))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     decoder = load_decoder(
@@ -121,19 +116,30 @@ def load_model(
     return LoadedModel(source, spec, plan, end_tokens(source, spec.vocab_size), decoder, name)
 
 
-def _plan(spec: ModelSpec, config: EngineConfig, backend: Backend, sharing: WeightSharing | None) -> MemoryPlan:
+def check_quantization(config: EngineConfig, source: ModelSource, weights: WeightSource) -> None:
+    """Raise ConfigError if the settings would quantize weights that are quantized already."""
+    if config.model.quantization is not None and not may_be_quantized(weights, config.model.quantization):
+        raise ConfigError(
+            f"quantization={config.model.quantization} would quantize {source.location} a second time, which has "
+            f"{describe_quantization(weights)}: leave quantization out"
+        )
+
+
+def _plan(
+    spec: ModelSpec, config: EngineConfig, backend: Backend, weights: WeightSource, sharing: WeightSharing | None
+) -> MemoryPlan:
     """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
     memory; what remains is divided among the processes that share them.
     """
     if sharing is None:
-        return plan_memory(spec, config, backend=backend)
+        return plan_memory(spec, config, backend=backend, weights=weights)
     free = available_memory(config.model.device)
     if not backend.capabilities.shares_weights:  # each has weights of its own
-        return plan_memory(spec, config, backend=backend, available=free // sharing.num_sharers)
-    weights = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend)
-    remaining = free if sharing.filled else free - weights
-    plan = plan_memory(spec, config, backend=backend, available=weights + remaining // sharing.num_sharers)
-    backend.share_weights(sharing, weights)
+        return plan_memory(spec, config, backend=backend, weights=weights, available=free // sharing.num_sharers)
+    size = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend, weights)
+    available = size + (free if sharing.filled else free - size) // sharing.num_sharers
+    plan = plan_memory(spec, config, backend=backend, weights=weights, available=available)
+    backend.share_weights(sharing, size)
     return plan
 
 

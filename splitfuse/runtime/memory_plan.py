@@ -15,8 +15,9 @@ from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.models.kv_cache import block_bytes, state_bytes
+from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
-from splitfuse.models.weights import resolve_dtype, weight_bytes
+from splitfuse.models.weights import may_be_quantized, resolve_dtype, weight_bytes
 from splitfuse.runtime.executor import HEAD_ROWS
 from splitfuse.runtime.machine import GIB, available_memory
 
@@ -91,8 +92,16 @@ class MemoryPlan:
         return f"{self.num_states} recurrent states, snapshots included, for {self.max_num_seqs} running requests"
 
 
-def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, available: int | None = None) -> MemoryPlan:
-    """Return the plan for one model on one device; `available` bytes are measured if not given.
+def plan_memory(
+    spec: ModelSpec,
+    config: EngineConfig,
+    *,
+    backend: Backend,
+    weights: WeightSource | None = None,
+    available: int | None = None,
+) -> MemoryPlan:
+    """Return the plan for one model on one device; `available` bytes are measured if not given. Without `weights` those
+    of a quantized checkpoint count as dense ones.
 
     Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
     `max_model_len` exceeds what the model allows.
@@ -106,7 +115,7 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
     plan = MemoryPlan(
-        weights=weight_bytes(spec, dtype, backend),
+        weights=weight_bytes(spec, dtype, backend, weights),
         activations=_activation_bytes(spec, config, dtype),
         block=block_bytes(spec, block_size=size, dtype=dtype, backend=backend),
         block_size=size,
@@ -122,7 +131,7 @@ def plan_memory(spec: ModelSpec, config: EngineConfig, *, backend: Backend, avai
     free = plan.available - plan.need
     if free < plan.block:
         raise MemoryPlanError(
-            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, backend, plan)}"
+            f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, backend, weights, plan)}"
         )
     plan = replace(plan, num_blocks=_num_blocks(config, plan, free))
     if plan.need > plan.available:
@@ -212,15 +221,18 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
 
 
-def _smaller_model(spec: ModelSpec, config: EngineConfig, backend: Backend, plan: MemoryPlan) -> str:
+def _smaller_model(
+    spec: ModelSpec, config: EngineConfig, backend: Backend, weights: WeightSource | None, plan: MemoryPlan
+) -> str:
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
     budget = config.scheduler.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
-    if plan.weights - weight_bytes(spec, torch.bfloat16, backend) >= missing:
+    if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights) >= missing:
         options.append("dtype=bfloat16")
-    if quantization := _quantization(spec, backend, plan.weights - missing):
+    quantization = _quantization(spec, backend, plan.weights - missing)
+    if quantization and (weights is None or may_be_quantized(weights, quantization)):
         options.append(f"quantization={quantization}")
     if not options:
         return "no setting makes it fit: choose a smaller model or a larger machine"

@@ -556,7 +556,7 @@ def test_unknown_architecture_says_where_known_ones_are_listed() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "the quant_method 'aqlm' is not known"),
         ({"num_experts": 8}, "num_experts"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"n_routed_experts": 8}, "n_routed_experts = 8: experts"),

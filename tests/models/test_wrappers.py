@@ -152,4 +152,4 @@ def test_end_tokens_of_the_text(saved: Path, tmp_path: Path) -> None:
 
 def test_quantization_of_the_whole_is_that_of_the_text(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="quantization_config"):
-        load_spec(ModelFolder(changed(saved, tmp_path, str, quantization_config={"quant_method": "fp8"})))
+        load_spec(ModelFolder(changed(saved, tmp_path, str, quantization_config={"quant_method": "aqlm"})))

@@ -67,7 +67,14 @@ from splitfuse.kernels.interface import (
     RopeTable,
     RouterSpec,
 )
-from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.quantized import (
+    Fp8Format,
+    Fp8Quantized,
+    GroupFormat,
+    GroupQuantized,
+    QuantizedFormat,
+    QuantizedWeight,
+)
 from splitfuse.kernels.sharing import WeightSharing
 
 PIECE = 32  # tokens that the KV layout keeps together
@@ -230,6 +237,25 @@ class CpuBackend(Backend):
             return self._pack_groups(groups, gated=role.gated)
         dense = [piece if isinstance(piece, Tensor) else piece.dequantize(dtype) for piece in pieces]
         return self.pack(dense, role=role, dtype=dtype)  # in several formats: as none of them
+
+    def quantized_weight_bytes(
+        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+    ) -> int:
+        num_rows = sum(rows for _, rows in pieces)
+        formats = [stored for stored, _ in pieces if isinstance(stored, GroupFormat)]
+        if all(isinstance(stored, Fp8Format) for stored, _ in pieces):
+            return self._weight_bytes(fp8_weight(num_rows, columns, gated=role.gated))
+        if len(formats) < len(pieces):
+            return self.weight_bytes((num_rows, columns), role=role, dtype=dtype)
+        kinds = [kind_of(stored) for stored in formats]
+        if role.gated and len(set(kinds)) > 1:
+            kinds = [kind_of(common_format(formats))] * len(pieces)
+        total = 0
+        for kind, run in groupby(zip(kinds, pieces, strict=True), lambda each: each[0]):
+            assert kind is not None
+            rows = sum(rows for _, (_, rows) in run)
+            total += self._weight_bytes(kind.weight(rows, columns, gated=role.gated))
+        return total
 
     def _pack_groups(self, pieces: Sequence[GroupQuantized], *, gated: bool) -> Weight:
         """Return a weight of pieces in groups: of parts, where their kinds differ."""

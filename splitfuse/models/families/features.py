@@ -12,7 +12,6 @@ from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.models.families.config_json import ConfigJson
 
 FEATURES: dict[str, tuple[str, ...]] = {
-    "quantized weights": ("quantization_config", "compression_config"),
     "experts": (r"(num|n|moe_num)_(local_|routed_|shared_)?experts", r"shared_experts?_\w+", "moe_intermediate_size"),
     "layers without experts among those with": ("first_k_dense_replace", "mlp_only_layers", "moe_layer_freq"),
     "experts chosen by groups": ("n_group", "topk_group"),

@@ -43,6 +43,11 @@ SEPARATE_EXPERTS: WeightNames = {
     "w2_bias": (f"{_EXPERT}.down_proj.bias",),
 }
 """Names of experts that are stored one by one, as GGUF files give them."""
+MXFP4_NAMES: WeightNames = {
+    "w13": tuple(every_other(Stored(f"{_EXPERT}.gate_up_proj_blocks"), half) for half in (0, 1)),
+    "w2": (f"{_EXPERT}.down_proj_blocks",),
+}
+"""Names of weights of experts as they are released: in MXFP4, of which the reader gives one by one."""
 
 ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
 """Rope of a config that has none."""
@@ -65,4 +70,4 @@ def gpt_oss(config: ConfigJson) -> ModelSpec:
     )
 
 
-FAMILIES = {"GptOssForCausalLM": Family("gpt_oss", gpt_oss, GPT_OSS_NAMES, (SEPARATE_EXPERTS,))}
+FAMILIES = {"GptOssForCausalLM": Family("gpt_oss", gpt_oss, GPT_OSS_NAMES, (SEPARATE_EXPERTS, MXFP4_NAMES))}

@@ -41,6 +41,7 @@ from splitfuse.models.families.common import LEGACY_LAYER_TYPES, Family
 from splitfuse.models.families.config_json import LONGEST_NAME, ConfigJson
 from splitfuse.models.families.features import refuse_unread
 from splitfuse.models.families.wrappers import text_config
+from splitfuse.models.sources.quantized.config import read_quantization
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.spec import ModelSpec
 
@@ -102,6 +103,7 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
             f"{brief(values['model_type'])}"
         )
     refuse_unread(text, architectures[0])
+    read_quantization(values)  # refuses what the source of the weights would
     _check_layer_types(text, spec)
     return spec
 

@@ -117,9 +117,6 @@ MODELS = {
 }
 """Architecture -> models that have it."""
 
-QUANTIZED = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "MiniMaxM2ForCausalLM")
-"""Architectures whose models are published in FP8 or MXFP4, which is refused."""
-
 WORDS: dict[str, str | None] = {
     "AttentionSpec.alibi": "ALiBi",
     "AttentionSpec.chunk": "chunked attention",
@@ -212,8 +209,6 @@ def _limits(architecture: str) -> Iterator[str]:
     """Yield the limits of an architecture, in words."""
     if FAMILIES[architecture].text_types:
         yield "text only"
-    if architecture in QUANTIZED:
-        yield "needs a bf16 copy"
 
 
 def _parts(value: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Container
 from splitfuse.errors import UnsupportedModelError, brief
 from splitfuse.models.families.config_json import ConfigJson
 
-OUTER_FIELDS = ("dtype", "torch_dtype", "quantization_config", "compression_config")
+OUTER_FIELDS = ("dtype", "torch_dtype")
 """Fields of the whole that hold for the text too, if it does not say."""
 
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from splitfuse.models.sources.files import MAX_FILE_BYTES, read_file
 from splitfuse.models.sources.source import ModelSource, WeightSource
 
+OLD_GPTQ_FILE = "quantize_config.json"
+"""Name of the file in which old checkpoints of GPTQ have their quantization_config."""
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
 """Number and size of the samples of a file of weights."""
@@ -34,9 +37,19 @@ class ModelFolder(ModelSource):
             yield from sample(path)
 
     def weights(self) -> WeightSource:
-        from splitfuse.models.sources.safetensors import SafetensorsWeights  # only here: it imports torch
+        # only here: they import torch
+        from splitfuse.models.sources.quantized.config import read_quantization
+        from splitfuse.models.sources.quantized.weights import QuantizedWeights
+        from splitfuse.models.sources.safetensors import SafetensorsWeights
 
-        return SafetensorsWeights(self.path)
+        quantization = read_quantization(self.config())
+        stored = SafetensorsWeights(self.path)
+        return stored if quantization is None else QuantizedWeights(stored, quantization)
+
+    def config(self) -> dict[str, Any]:
+        values = super().config()
+        own = self.read_json(OLD_GPTQ_FILE)
+        return values if own is None else {"quantization_config": {"quant_method": "gptq", **own}, **values}
 
 
 def sample(path: Path) -> Iterator[bytes]:

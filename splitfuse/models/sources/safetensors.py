@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +52,41 @@ class SafetensorsWeights(WeightSource):
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def names(self) -> Collection[str]:
+    def names(self) -> Set[str]:
         return self._files.keys()
 
     def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
         check_names(self.names(), wanted, architecture=architecture, aside=aside, computed=COMPUTED_SUFFIXES)
         for piece in wanted:
-            self._check_tensor(piece)
+            self.check_tensor(piece)
+
+    def read(self, piece: Piece) -> AbstractContextManager[Tensor]:
+        return self.tensor(piece.name)
 
     @contextmanager
-    def read(self, piece: Piece) -> Iterator[Tensor]:
-        tensor: Tensor = self._files[piece.name].get_tensor(piece.name)  # mapped from its file
+    def tensor(self, name: str) -> Iterator[Tensor]:
+        """Return a tensor of any dtype for as long as the context lasts."""
+        tensor: Tensor = self._files[name].get_tensor(name)  # mapped from its file
         yield tensor
         _release(tensor)
 
-    def _check_tensor(self, piece: Piece) -> None:
-        name, shape = piece
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Return the shape of a tensor and the name of its dtype."""
         header = self._files[name].get_slice(name)
-        if tuple(header.get_shape()) != shape:
+        return tuple(header.get_shape()), header.get_dtype()
+
+    def check_tensor(self, piece: Piece) -> None:
+        """Raise WeightsError unless a tensor has this shape, and is not quantized."""
+        name, expected = piece
+        shape, dtype = self.header(name)
+        if shape != expected:
             raise WeightsError(
-                f"weight {name} has shape {brief(list(header.get_shape()))}, but config.json implies {list(shape)}"
+                f"weight {name} has shape {brief(list(shape))}, but config.json implies {list(expected)}"
             )
-        if header.get_dtype() not in FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise WeightsError(
-                f"weight {name} is stored as {header.get_dtype()}, but must be one of {', '.join(FLOAT_DTYPES)}: "
-                "quantized checkpoints are not supported"
+                f"weight {name} is stored as {dtype}, but must be one of {', '.join(FLOAT_DTYPES)}: no "
+                "quantization_config says what else it means"
             )
 
 

@@ -24,7 +24,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja"),
+    *("added_tokens.json", "chat_template.jinja", "quantize_config.json"),
 )
 """Files that say what a model is, but for the weights."""
 
@@ -74,6 +74,10 @@ class WeightSource(ABC):
     def read_quantized(self, piece: Piece) -> AbstractContextManager[QuantizedWeight]:
         """Return a tensor that is quantized, as `read` does one that is not."""
         raise NotImplementedError(f"{piece.name} is not quantized")
+
+    def remarks(self) -> list[str]:
+        """Return lines on what of the checkpoint is computed in another way than it says."""
+        return []
 
 
 class ModelSource(ABC):
