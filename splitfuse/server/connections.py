@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import re
 import resource
 import socket
 import ssl
+import termios
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import Enum
+from heapq import merge
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -152,6 +157,7 @@ class Connections:
                 accepted.close()
                 self.gone(connection)
 
+        connection.accepted = accepted
         loop = asyncio.get_running_loop()
         opening = loop.create_task(loop.connect_accepted_socket(lambda: connection, accepted, ssl=tls))
         opening.add_done_callback(begun)
@@ -166,26 +172,38 @@ class Connections:
         while not self._has_room():
             self._log(f"{self.limit} connections are open, the most that this server keeps: idle ones are closed")
             self._changed.clear()
-            if len(self._open) - len(self._closing) >= self.limit:
-                self._give_way()
-            if self._has_room():
-                return
-            await self._changed.wait()
+            if len(self._open) - len(self._closing) >= self.limit and not self._give_way():
+                await asyncio.sleep(0)  # a turn of the loop reads what has come
+            elif not self._has_room():
+                await self._changed.wait()
 
     def _has_room(self) -> bool:
         num_kept, most_closing = len(self._open) - len(self._closing), num_newcomers(self.limit) // 4
         return num_kept < self.limit and len(self._closing) <= most_closing
 
-    def _give_way(self) -> None:
-        """Close the connection that has waited for its client the longest, if there is one."""
+    def _give_way(self) -> bool:
+        """Close the connection that has waited for its client the longest, if there is one. Return False if there are
+        only such whose clients have sent what was not yet read: a loop that was held up comes to it next.
+        """
+        is_unread = False
         while True:
-            new = [each for waits in (Waits.HEAD, Waits.BODY) if (each := self._oldest(waits)) is not None]
-            num_new = len(self._waiting[Waits.HEAD]) + len(self._waiting[Waits.BODY])
-            oldest = self._oldest(Waits.REQUEST)
-            if oldest is None or num_new >= num_newcomers(self.limit):
-                oldest = min(new, key=itemgetter(1), default=None)
-            if oldest is None or self._close(oldest[0]):
-                return
+            for connection in self._by_waiting():
+                if not connection.has_unread:
+                    break
+                is_unread = True
+            else:
+                return not is_unread
+            if self._close(connection):
+                return True
+
+    def _by_waiting(self) -> Iterator[Connection]:
+        """Yield the connections that wait for their clients, in the order in which they give way."""
+        head, body = self._waiting[Waits.HEAD], self._waiting[Waits.BODY]
+        new = merge(head.items(), body.items(), key=itemgetter(1))
+        both = [(connection for connection, _ in new), self._waiting[Waits.REQUEST]]
+        if len(head) + len(body) < num_newcomers(self.limit):
+            both.reverse()
+        return chain(*both)
 
     def _oldest(self, waits: Waits) -> tuple[Connection, float] | None:
         """Return the connection that has waited so the longest, and since when."""
@@ -237,6 +255,8 @@ class Connection(H11Protocol):
     when it waits for its client.
     """
 
+    accepted: socket.socket
+
     def __init__(self, config: uvicorn.Config, state: ServerState, connections: Connections) -> None:
         super().__init__(config, state, {})
         self.conn: _BoundedHeads = _BoundedHeads(h11.SERVER)
@@ -251,6 +271,16 @@ class Connection(H11Protocol):
             return Waits.BODY if self.cycle.more_body else None
         is_between = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
         return Waits.REQUEST if is_between else Waits.HEAD
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether bytes of the client have come, and will be read in the loop's next turn."""
+        if self.transport is not None and not self.transport.is_reading():  # closed, or told to pause
+            return False
+        count = array("i", [0])
+        with suppress(OSError, ValueError):  # it was closed
+            fcntl.ioctl(self.accepted.fileno(), termios.FIONREAD, count)
+        return count[0] > 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place of the connection free."""

@@ -173,6 +173,24 @@ def test_the_longest_idle_connection_gives_way() -> None:
     asyncio.run(run())
 
 
+def test_no_client_gives_way_whose_request_has_come() -> None:
+    """Requests come on all idle connections, and new clients too, while the loop is held up."""
+
+    async def run() -> None:
+        async with serving(32) as server:
+            peers = [await server.connect() for _ in range(32)]
+            assert all([await is_answered(peer) for peer in peers])
+            for _, writer in peers:  # from here on without a turn of the loop
+                writer.get_extra_info("socket")._sock.send(GET)
+            new = [socket.create_connection(server.address) for _ in range(8)]
+            for peer in new:
+                peer.sendall(GET)
+            peers += [await asyncio.open_connection(sock=peer) for peer in new]
+            assert all([await is_answered(peer, b"") for peer in peers])
+
+    asyncio.run(run())
+
+
 def test_a_new_client_waits_while_all_are_busy() -> None:
     async def run() -> None:
         async with serving(4) as server:
