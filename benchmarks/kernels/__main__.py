@@ -1,5 +1,5 @@
-"""`python -m benchmarks.kernels linear attention delta step guard neighbours`: kernels and steps against the limits of
-the machine.
+"""`python -m benchmarks.kernels linear attention recurrent step guard neighbours`: kernels and steps against the limits
+of the machine.
 
 `linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
 products in registers, as they do when the compiler spills their accumulators. `neighbours` times steps next to busy
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
-from benchmarks.kernels.recurrent import delta
+from benchmarks.kernels.recurrent import recurrent
 from benchmarks.kernels.steps import CONTEXT, forward, make_chunks
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
@@ -263,7 +263,7 @@ def make_backend(name: str, variant: str | None, threads: int) -> CpuBackend:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "linear": linear,
     "attention": attention,
-    "delta": delta,
+    "recurrent": recurrent,
     "step": step,
     "guard": guard,
     "neighbours": neighbours,

@@ -100,7 +100,7 @@ inline void delta(Team& team, Workspace& work, const Step& step, const Delta& d,
                         for (i64 t = 0; t < count; ++t)
                             convolve(in, first + t, shape.values + (head + h) * value_dim, value_dim, d.conv, nullptr, true, values + t * shape.padded);
                         put_gates(d, head + h, gates + (row + first) * 2 * shape.value_heads, count, head_gates);
-                        run_state<true>(shape, {tile.queries_keys, head_gates, values, count, key_dim, shape.padded, 0.0f}, state + h * shape.head_floats);
+                        run_state<Correct>(shape, {tile.queries_keys, head_gates, values, count, key_dim, shape.padded, 0.0f}, state + h * shape.head_floats);
                         for (i64 t = 0; t < count; ++t) {
                             const i64 token = row + first + t;
                             put_gated_norm(values + t * shape.padded, x + token * width + shape.tail.channels + (head + h) * value_dim, width, value_dim,

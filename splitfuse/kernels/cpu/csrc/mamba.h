@@ -82,7 +82,7 @@ inline void mamba(Team& team, Workspace& work, const Step& step, const Mamba& m,
                     const i64 count = std::min(TILE_TOKENS, tokens - first), token = row + first;
                     for (i64 t = 0; t < count; ++t) convolve(in, first + t, channel, dim, m.conv, m.conv_bias, true, values + t * shape.padded);
                     put_steps(m, head, dt + token * m.heads, count, gates);
-                    run_state<false>(shape, {shared_of(head / shape.group, token), gates, values, count, state_dim, shape.padded, m.skip[head]}, state);
+                    run_state<Add>(shape, {shared_of(head / shape.group, token), gates, values, count, state_dim, shape.padded, m.skip[head]}, state);
                     for (i64 t = 0; t < count; ++t)
                         put_gated(values + t * shape.padded, x + (token + t) * width + shape.tail.channels + head * dim, width, dim,
                                   gated + (token + t) * all_heads + head * dim, all_heads);

@@ -167,54 +167,83 @@ struct Recurrence {
     const float* gates;         // [tokens][2]: what the state keeps of itself, and how much of a value or its error is added
     float* values;              // [tokens][stride]: outputs take their place
     i64 tokens, key_dim, stride;
-    float skip;                 // of a value that is not corrected: how much of it is added to the output
+    float skip;                 // where values are added: how much of one is added to its output too
 };
 
-// For each token: S = S kept; S = S + k (v beta); out = q S + v skip. With CORRECTED the state finds first what it already has
-// for the key: S = S + k (v - k S) beta; out = q S. The new state is read for this token's output and for what the next one's
-// key finds in it while it is in a register.
-template <bool CORRECTED, int WIDTH>
-SF_LEAF void run_panel(const Recurrence& r, float* state) {
-    const i64 key_dim = r.key_dim;
-    const float* qk = r.queries_keys;
-    Floats found[WIDTH], out[WIDTH], added[WIDTH];
-    if (CORRECTED) {
+// For each token: S = S kept; S = S + k (v - k S) beta; out = q S. The new state is read for this token's output and for what
+// the next one's key finds in it while it is in a register.
+struct Correct {
+    template <int WIDTH>
+    SF_LEAF void run(const Recurrence& r, float* state) {
+        const i64 key_dim = r.key_dim;
+        const float* qk = r.queries_keys;
+        Floats found[WIDTH], out[WIDTH], error[WIDTH];
         for (int w = 0; w < WIDTH; ++w) found[w] = broadcast(0.0f);
         for (i64 i = 0; i < key_dim; ++i) {
             const Floats key = broadcast(qk[key_dim + i]);
             for (int w = 0; w < WIDTH; ++w) found[w] = fma(key, load(state + (i * WIDTH + w) * LANES), found[w]);
         }
-    }
-    for (i64 t = 0; t < r.tokens; ++t, qk += 2 * key_dim) {
-        const Floats kept = broadcast(r.gates[2 * t]), beta = broadcast(r.gates[2 * t + 1]);
-        float* values = r.values + t * r.stride;
-        for (int w = 0; w < WIDTH; ++w) {
-            const Floats value = load(values + w * LANES);
-            if (CORRECTED) {
-                added[w] = (value - found[w] * kept) * beta;
-                found[w] = out[w] = broadcast(0.0f);
-            } else {
-                added[w] = value * beta;
-                out[w] = value * broadcast(r.skip);
-            }
-        }
-        const float *query = qk, *key = qk + key_dim, *next_key = t + 1 < r.tokens ? key + 2 * key_dim : key;
-        float* row = state;
-        for (i64 i = 0; i < key_dim; ++i, row += WIDTH * LANES) {
-            const Floats q = broadcast(query[i]), k = broadcast(key[i]), next = broadcast(next_key[i]);
+        for (i64 t = 0; t < r.tokens; ++t, qk += 2 * key_dim) {
+            const Floats kept = broadcast(r.gates[2 * t]), beta = broadcast(r.gates[2 * t + 1]);
+            float* values = r.values + t * r.stride;
             for (int w = 0; w < WIDTH; ++w) {
-                const Floats s = fma(k, added[w], load(row + w * LANES) * kept);
-                store(row + w * LANES, s);
-                out[w] = fma(q, s, out[w]);
-                if (CORRECTED) found[w] = fma(next, s, found[w]);
+                error[w] = (load(values + w * LANES) - found[w] * kept) * beta;
+                found[w] = out[w] = broadcast(0.0f);
+            }
+            const float *query = qk, *key = qk + key_dim, *next_key = t + 1 < r.tokens ? key + 2 * key_dim : key;
+            float* row = state;
+            for (i64 i = 0; i < key_dim; ++i, row += WIDTH * LANES) {
+                const Floats q = broadcast(query[i]), k = broadcast(key[i]), next = broadcast(next_key[i]);
+                for (int w = 0; w < WIDTH; ++w) {
+                    const Floats s = fma(k, error[w], load(row + w * LANES) * kept);
+                    store(row + w * LANES, s);
+                    out[w] = fma(q, s, out[w]);
+                    found[w] = fma(next, s, found[w]);
+                }
+            }
+            for (int w = 0; w < WIDTH; ++w) store(values + w * LANES, out[w]);
+        }
+    }
+};
+
+// For each token: S = S kept; S = S + k (v beta); out = q S + v skip. Two tokens at a time, while a row is in registers.
+struct Add {
+    template <int WIDTH, int TOKENS>
+    SF_INLINE void step(const Recurrence& r, i64 t, float* state) {
+        const i64 key_dim = r.key_dim;
+        const float* qk = r.queries_keys + t * 2 * key_dim;
+        Floats kept[TOKENS], added[TOKENS][WIDTH], out[TOKENS][WIDTH];
+        for (int n = 0; n < TOKENS; ++n) {
+            kept[n] = broadcast(r.gates[2 * (t + n)]);
+            for (int w = 0; w < WIDTH; ++w) {
+                const Floats value = load(r.values + (t + n) * r.stride + w * LANES);
+                added[n][w] = value * broadcast(r.gates[2 * (t + n) + 1]);
+                out[n][w] = value * broadcast(r.skip);
             }
         }
-        for (int w = 0; w < WIDTH; ++w) store(values + w * LANES, out[w]);
+        for (i64 i = 0; i < key_dim; ++i, state += WIDTH * LANES)
+            for (int w = 0; w < WIDTH; ++w) {
+                Floats s = load(state + w * LANES);
+                for (int n = 0; n < TOKENS; ++n) {
+                    s = fma(broadcast(qk[(2 * n + 1) * key_dim + i]), added[n][w], s * kept[n]);
+                    out[n][w] = fma(broadcast(qk[2 * n * key_dim + i]), s, out[n][w]);
+                }
+                store(state + w * LANES, s);
+            }
+        for (int n = 0; n < TOKENS; ++n)
+            for (int w = 0; w < WIDTH; ++w) store(r.values + (t + n) * r.stride + w * LANES, out[n][w]);
     }
-}
+
+    template <int WIDTH>
+    SF_LEAF void run(const Recurrence& r, float* state) {
+        i64 t = 0;
+        for (; t + 2 <= r.tokens; t += 2) step<WIDTH, 2>(r, t, state);
+        if (t < r.tokens) step<WIDTH, 1>(r, t, state);
+    }
+};
 
 // Takes a head's state, all its columns, through tokens.
-template <bool CORRECTED>
+template <class How>
 SF_INLINE void run_state(const StateShape& shape, Recurrence r, float* state) {
     float* values = r.values;
     for (i64 c = 0; c < shape.padded; c += PANEL_COLUMNS) {
@@ -222,12 +251,12 @@ SF_INLINE void run_state(const StateShape& shape, Recurrence r, float* state) {
         float* panel = state + c * shape.key_dim;
         r.values = values + c;
 #ifdef SF_AVX512
-        if (width == 4) run_panel<CORRECTED, 4>(r, panel);
-        else if (width == 3) run_panel<CORRECTED, 3>(r, panel);
-        else if (width == 2) run_panel<CORRECTED, 2>(r, panel);
+        if (width == 4) How::template run<4>(r, panel);
+        else if (width == 3) How::template run<3>(r, panel);
+        else if (width == 2) How::template run<2>(r, panel);
         else
 #endif
-        run_panel<CORRECTED, 1>(r, panel);
+        How::template run<1>(r, panel);
         (void)width;
     }
 }
