@@ -141,7 +141,7 @@ class Pipeline:
         """
         refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS})
         check_flags(chat=chat, return_full_text=return_full_text)
-        params = sampling_params(**keywords)
+        params = self._encoder.compile(sampling_params(**keywords))
         listed = as_list(prompts, chat)
         prepared = []
         for index, prompt in enumerate(listed):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import (
+    FORM_FLAGS,
     SAMPLING_FLAGS,
     ApiKeyFlag,
     NameFlag,
@@ -19,6 +20,7 @@ from splitfuse.cli.flags import (
     flag_of,
     given,
     with_flags,
+    with_form,
 )
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
@@ -38,7 +40,7 @@ Messages = list[dict[str, str]]
 Answer = Callable[[Messages], "Iterator[Piece]"]
 
 
-@with_flags(sampling=CHAT_SAMPLING)
+@with_flags(sampling={**CHAT_SAMPLING, **FORM_FLAGS})
 def chat(
     name: NameFlag = None,
     url: UrlFlag = None,
@@ -53,7 +55,7 @@ def chat(
     Ctrl-D ends, and Ctrl-C interrupts an answer.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
-    with _model(name, url, api_key, settings, list(changed(settings)), given(flags)) as answer:
+    with _model(name, url, api_key, settings, list(changed(settings)), given(with_form(flags))) as answer:
         interactive = sys.stdin.isatty()
         lines = _typed() if interactive else _joined(sys.stdin)
         succeeded = _Conversation(answer, system).run(lines, interactive=interactive)

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -19,13 +20,13 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
-from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.errors import ConfigError, SplitfuseError, unreadable
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
 if typing.TYPE_CHECKING:
     from splitfuse.clients.sync import Client
 
-JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs")
+JSONL_ONLY = ("logit_bias", "stop_token_ids", "prompt_logprobs", "structured_outputs")
 """Sampling parameters without a flag, which a line of a .jsonl file can set."""
 
 
@@ -52,6 +53,11 @@ SAMPLING_FLAGS: dict[str, Flag] = {
     "chat": Flag(bool, False, "Send each prompt through the model's chat template, as a user's turn."),
     "return_full_text": Flag(bool, False, "Put the prompt before the answer."),
 }
+FORM_FLAGS: dict[str, Flag] = {
+    "json_schema": Flag(str | None, None, "File with a JSON schema, which the answer keeps to."),
+    "regex": Flag(str | None, None, "Regular expression, which the whole answer matches."),
+}
+"""Flags that say which form an answer has: see `with_form`."""
 NameFlag = Annotated[str | None, typer.Option(help="Name of a deployment (default: splitfuse).")]
 UrlFlag = Annotated[str | None, typer.Option(help="URL of a server, such as http://127.0.0.1:8000.")]
 ApiKeyFlag = Annotated[str | None, typer.Option(help="API key of the server.", envvar=KEY_VARIABLES["api_key"])]
@@ -171,6 +177,21 @@ def connect(name: str | None, url: str | None, api_key: str | None) -> Client:
     if name is not None and url is not None:
         raise ConfigError("--name and --url are mutually exclusive")
     return client(url or name or ServerConfig().name, api_key=first_key(api_key))
+
+
+def with_form(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags with those of FORM_FLAGS as the keyword structured_outputs. Raises ConfigError for a file that
+    cannot be read.
+    """
+    others = {name: value for name, value in flags.items() if name not in FORM_FLAGS}
+    file, regex = flags.get("json_schema"), flags.get("regex")
+    form = {} if regex is None else {"regex": regex}
+    if file is not None:
+        try:
+            form["json"] = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--json-schema {file} cannot be read: {unreadable(error)}") from error
+    return {**others, "structured_outputs": form} if form else others
 
 
 def flag_of(name: str) -> str:

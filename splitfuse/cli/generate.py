@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import JSONL_ONLY, SAMPLING_FLAGS, given, with_flags
+from splitfuse.cli.flags import FORM_FLAGS, JSONL_ONLY, SAMPLING_FLAGS, given, with_flags, with_form
 from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean, unreadable
 
@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 JSONL_KEYWORDS = {*SAMPLING_FLAGS, *JSONL_ONLY, "max_length", "do_sample"}
 
 
-@with_flags(sampling=SAMPLING_FLAGS)
+@with_flags(sampling={**SAMPLING_FLAGS, **FORM_FLAGS})
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts (default: from --input or standard input).")
@@ -42,10 +42,11 @@ def generate(
     """Generate answers: streamed to a terminal, as one JSON object per answer to a file or a pipe.
 
     A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name,
-    and max_length, do_sample, stop_token_ids, logit_bias and prompt_logprobs. The index of an answer is that of its
-    prompt or input line, from 0; rejected requests come first.
+    and max_length, do_sample, stop_token_ids, logit_bias, prompt_logprobs and structured_outputs. The index of an
+    answer is that of its prompt or input line, from 0; rejected requests come first.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
+    flags = with_form(flags)
     requests = _requests(prompts or [], input, lines=lines)
     from splitfuse.api import pipeline
 

@@ -41,7 +41,7 @@ from splitfuse.text.responses import Response, TextLogprob
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
 """Keywords of a call that are not sampling parameters."""
-OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs")
+OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs", "structured_outputs")
 """Sampling parameters with another name, form or default in a body than in a call."""
 
 
@@ -91,6 +91,8 @@ class RemoteRequest:
                 body[name] = value
         if params.logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+        if params.structured_outputs is not None:
+            body["structured_outputs"] = params.structured_outputs.as_dict()
         if params.logprobs is not None or self.counts_logprobs:
             count = params.logprobs or 0
             body |= {"logprobs": True, "top_logprobs": count} if self.is_chat else {"logprobs": count}

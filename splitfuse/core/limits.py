@@ -58,6 +58,11 @@ class EngineLimits:
             ("stop_token_ids", params.stop_token_ids),
         ):
             check_token_ids(name, ids, self.vocab_size, parameter=name)
+        if params.structured_outputs is not None and not params.structured_outputs.compiled:
+            raise InvalidRequestError(
+                "structured_outputs has no grammar: compile it first, with compile_structured_outputs",
+                parameter="structured_outputs",
+            )
         check_blocks(
             length, self.max_new_tokens(length, params), num_blocks=self.num_blocks, block_size=self.block_size
         )

@@ -161,6 +161,7 @@ class ChunkResult:
 
     `token_ids` has one token if the chunk sampled. `logprobs` has one entry for each of them if the request asked for
     logprobs; `prompt_logprobs` one for each prompt token whose logits the chunk computed, if it asked for those.
+    `is_complete` says that the answer has the form which the request asked for, and that nothing can follow.
     `state_lost` says that a failed step has left the request's recurrent state half written, and that there is nothing
     else: it is recomputed.
     """
@@ -169,6 +170,7 @@ class ChunkResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     error: str | None = None
+    is_complete: bool = False
     state_lost: bool = False
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError, brief
 
 MAX_INT = 2**31 - 1
@@ -61,6 +62,9 @@ class Parameter:
             self._check_int(value)
         elif self.type is float:
             self._check_number(value)
+        elif self.type is StructuredOutputs:
+            if not isinstance(value, StructuredOutputs):
+                raise _refused(self.name, value, "a StructuredOutputs")
         elif self.type == tuple[str, ...]:
             if not isinstance(value, tuple | list) or not all(isinstance(text, str) and text for text in value):
                 raise _refused(self.name, value, "a list of non-empty strings")
@@ -117,7 +121,8 @@ class SamplingParams:
     """Says how the tokens of one request are chosen, and when it ends. Temperature 0 is greedy.
 
     The order of processing is that of Hugging Face transformers: logit_bias, penalties, min_tokens, temperature, top_k,
-    top_p, min_p. Raises InvalidRequestError, naming the parameter, for any value out of range.
+    top_p, min_p; tokens that structured_outputs forbid have no part in it. Raises InvalidRequestError, naming the
+    parameter, for any value out of range.
 
     >>> SamplingParams(max_tokens=64, temperature=0.8, top_p=0.95, seed=1)
     """
@@ -172,6 +177,9 @@ class SamplingParams:
     )
     prompt_logprobs: int | None = parameter(
         None, "Report log-probabilities of the prompt, with this many alternatives.", maximum=MAX_LOGPROBS
+    )
+    structured_outputs: StructuredOutputs | None = parameter(  # noqa: RUF009 - it declares a field
+        None, "Form of the answer: one of json (a schema), json_object, regex, choice, grammar."
     )
     n: int = parameter(1, "Answers to each prompt.", minimum=1, maximum=128)
 

@@ -236,7 +236,8 @@ class Scheduler:
             request.kv.publish(self._allocator, computed, salt=request.scheduling.cache_salt)
         if state is not None:
             state.computed(chunk, request.kv.block_names)
-        if tokens and (reason := request.reason_to_finish):
+        reason = FinishReason.STOP if result.is_complete else request.reason_to_finish if tokens else None
+        if reason is not None:
             self._finish(request, reason, now)
         return RequestOutput(
             request.request_id,

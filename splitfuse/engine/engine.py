@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+
+from llguidance import LLMatcher
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
@@ -20,7 +24,7 @@ from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.messages import Add, Finish
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -29,7 +33,20 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 MAX_BROKEN_STEPS = 3
 """Number of consecutive steps of which nothing could be computed, after which the engine is taken to be broken."""
 
+HOLD_SECONDS = 0.01
+"""Longest time that a step waits for the grammar of a request if there is nothing else to do."""
+
 logger = logging.getLogger(__name__)
+
+
+def rejection(request_id: str, error: InvalidRequestError | SloUnattainableError | RequestFailedError) -> RequestOutput:
+    """Return the last output of a request that is not accepted."""
+    retry_after: float | None = None
+    if isinstance(error, SloUnattainableError):
+        retry_after = error.retry_after
+    elif isinstance(error, InvalidRequestError):
+        retry_after = math.inf
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)
 
 
 class Engine:
@@ -63,6 +80,7 @@ class Engine:
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
         self._num_broken_steps = 0
+        self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -101,7 +119,12 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Return whether any request is waiting or running."""
-        return self.scheduler.has_unfinished
+        return bool(self._held) or self.scheduler.has_unfinished
+
+    @property
+    def num_held(self) -> int:
+        """Return how many requests wait for their grammar, and are unknown to the scheduler."""
+        return len(self._held)
 
     def add_request(
         self,
@@ -124,12 +147,23 @@ class Engine:
         each choice is a request.
 
         Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, SloUnattainableError if it has
-        `on_time_only` and cannot meet its SLO now. Then nothing is changed.
+        `on_time_only` and cannot meet its SLO now. Then nothing is changed. A request whose grammar is not ready is
+        held until it is, and may be rejected by a step.
         """
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(SLO_DISABLED, parameter="targets")
+        if (form := params.structured_outputs) is not None:
+            matcher = self.model.grammars.prepare(form)
+            if not matcher.done() or matcher.exception() is not None:
+                self._held[request.request_id] = request, matcher
+                return
+        self._accept(request)
+
+    def _accept(self, request: Add) -> None:
+        """Hand a request to the scheduler. Raises SloUnattainableError."""
+        num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         now = time.monotonic()
         # SchedulingOptions from outside may leave the default SLO and the arrival time open: here they are settled.
         scheduling = replace(
@@ -160,9 +194,11 @@ class Engine:
         ends only the requests that it belongs to, with a reason; it is raised after MAX_BROKEN_STEPS steps in a row of
         which nothing could be computed.
         """
-        ended: list[RequestOutput] = []
+        ended = self._accept_held() if self._held else []
         plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
         if plan is None:
+            if self._held and not ended:
+                wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             return ended
         try:
@@ -179,6 +215,8 @@ class Engine:
         if it has ended already.
         """
         request_id, reason, now = command.request_id, command.reason, time.monotonic()
+        if self._held.pop(request_id, None) is not None:
+            return RequestOutput(request_id, finish_reason=reason)
         kept, until = command.num_tokens, command.ended
         if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
             return None
@@ -186,12 +224,27 @@ class Engine:
 
     def is_unfinished(self, request_id: str) -> bool:
         """Return whether a request of that id is waiting or running."""
+        if request_id in self._held:
+            return True
         request = self.scheduler.get(request_id)
         return request is not None and not request.is_finished
 
     def abort(self, request_id: str) -> bool:
         """End a request whose output is not wanted any more. Returns False if it has ended already."""
         return self.finish(Finish(request_id, FinishReason.ABORT)) is not None
+
+    def _accept_held(self) -> list[RequestOutput]:
+        """Accept the requests whose grammar is ready. Returns the last output of each that is rejected."""
+        outputs = []
+        for request_id, (request, matcher) in list(self._held.items()):
+            if matcher.done():
+                del self._held[request_id]
+                try:
+                    matcher.result()
+                    self._accept(request)
+                except (InvalidRequestError, SloUnattainableError, RequestFailedError) as error:
+                    outputs.append(rejection(request_id, error))
+        return outputs
 
     def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
         """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""

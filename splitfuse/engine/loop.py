@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from dataclasses import replace
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.engine.engine import Engine
+from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
 
@@ -79,7 +78,7 @@ class EngineLoop:
                     try:
                         self._engine.add(command)
                     except (InvalidRequestError, SloUnattainableError) as error:
-                        outputs.append(_refusal(command.request_id, error))
+                        outputs.append(rejection(command.request_id, error))
                     except Exception as error:
                         logger.exception("a request could not be added: %s", command.request_id)
                         reason = f"it could not be added: {error!r}"
@@ -113,13 +112,8 @@ class EngineLoop:
         return replace(
             self._stats,
             num_running=len(queue.running),
-            num_waiting=len(queue.waiting),
+            num_waiting=len(queue.waiting) + self._engine.num_held,
             num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
         )
-
-
-def _refusal(request_id: str, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
-    retry_after = error.retry_after if isinstance(error, SloUnattainableError) else math.inf
-    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
@@ -16,6 +17,7 @@ from splitfuse.errors import RequestFailedError
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.sampling.grammar import Grammars, Masks
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 HEAD_ROWS = 64
@@ -42,9 +44,11 @@ class Executor:
         outputs = scheduler.update(plan, executor.collect(handle))
     """
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, kv_cache: KVCache, grammars: Grammars) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self._grammars = grammars
+        self._matchers: dict[str, LLMatcher] = {}  # of the requests with structured_outputs
         self._states: dict[str, SamplingState] = {}
         self._num_submitted = 0
         self._last_collected = 0
@@ -72,21 +76,38 @@ class Executor:
     def _execute(self, plan: StepPlan) -> StepResult:
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
+            self._matchers.pop(request_id, None)
         for new in plan.new_requests:
             self._states[new.request_id] = replace(new, output_token_ids=[])  # a plan stays as it was made
+            if (form := new.params.structured_outputs) is not None:
+                self._matchers[new.request_id] = self._grammars.matcher(form)
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
+        sampling = {chunk.request_id for chunk in chunks if chunk.samples} if self._matchers else ()
+        masks = self._grammars.begin_masks({name: self._matchers[name] for name in sampling if name in self._matchers})
+        try:
+            results = self._compute(chunks, masks)
+        finally:
+            masks.wait()
+        for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
+            self._states[request_id].output_token_ids.extend(result.token_ids)
+            if result.token_ids and (matcher := self._matchers.get(request_id)) is not None:
+                matcher.consume_tokens(list(result.token_ids))
+                if matcher.is_stopped() and not matcher.is_error():
+                    results[request_id] = replace(result, is_complete=True)
+        return results
+
+    def _compute(self, chunks: Sequence[Chunk], masks: Masks) -> dict[str, ChunkResult]:
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
             row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
-            results = self._sample(hidden, [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples])
+            sampling = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
+            results = self._sample(hidden, sampling, masks)
             for chunk, end in zip(chunks, row_ends, strict=True):
                 result = results.get(chunk.request_id, ChunkResult())
                 if chunk.num_logits > chunk.samples and result.error is None:
                     rows = hidden[end - chunk.num_logits : end - chunk.samples]
                     result = self._with_prompt_logprobs(result, chunk, rows)
                 results[chunk.request_id] = result
-        for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
-            self._states[request_id].output_token_ids.extend(result.token_ids)
         return results
 
     def _with_known_tokens(self, chunk: Chunk) -> Chunk:
@@ -97,7 +118,7 @@ class Executor:
         newest = chosen[-1] if chosen else 0
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))
 
-    def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
+    def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]], masks: Masks) -> dict[str, ChunkResult]:
         """Choose a token for each chunk, from its row of `hidden`."""
         results: dict[str, ChunkResult] = {}
         for start in range(0, len(sampling), HEAD_ROWS):
@@ -105,8 +126,13 @@ class Executor:
             rows = [row for _, row in part]
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
-            chosen = sample(logits, states, argmax=self.decoder.backend.argmax)
+            masks.wait()
+            allowed = [masks.of(state) for state in states]
+            chosen = sample(logits, states, argmax=self.decoder.backend.argmax, masks=allowed)
             results |= {chunk.request_id: result for (chunk, _), result in zip(part, chosen, strict=True)}
+        for request_id in results:
+            if (error := masks.error(request_id)) is not None:
+                results[request_id] = ChunkResult(error=error)
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:

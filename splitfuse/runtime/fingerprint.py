@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
+import llguidance
 import msgspec
 import torch
 
@@ -24,7 +25,7 @@ def fingerprint(
     """
     model, is_dummy = config.model, config.model.load_format == "dummy"
     parts = {
-        "versions": (__version__, str(torch.__version__)),
+        "versions": (__version__, str(torch.__version__), llguidance.__version__),
         "model": source.digest(weights=not is_dummy),
         "tokenizer": model.tokenizer,
         "formats": (model.load_format, model.dtype, model.quantization, model.quantization_group_size),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from splitfuse.config import EngineConfig
-from splitfuse.errors import ConfigError, brief
+from splitfuse.errors import ConfigError, ModelError, brief
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.sources.dummy import DummyWeights
+from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
 from splitfuse.models.sources.hub import open_model
 from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
@@ -34,6 +36,7 @@ from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+from splitfuse.runtime.sampling.grammar import Grammars
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     decoder: Decoder
     fingerprint: str
+    grammars: Grammars
 
     def make_executor(self) -> Executor:
         """Return an executor with a KV cache of its own, as large as planned: each engine makes one.
@@ -63,7 +67,7 @@ class LoadedModel:
             backend=self.decoder.backend,
             num_states=self.plan.num_states,
         )
-        return Executor(self.decoder, cache)
+        return Executor(self.decoder, cache, self.grammars)
 
 
 def load_model(
@@ -113,7 +117,18 @@ def load_model(
     )
     backend.finish_loading()
     name = fingerprint(source, config, backend=backend, plan=plan, device=device)
-    return LoadedModel(source, spec, plan, end_tokens(source, spec.vocab_size), decoder, name)
+    ends = end_tokens(source, spec.vocab_size)
+    grammars = Grammars(partial(_tokenizer_json, config, source), spec.vocab_size, ends)
+    return LoadedModel(source, spec, plan, ends, decoder, name, grammars)
+
+
+def _tokenizer_json(config: EngineConfig, source: ModelSource) -> str:
+    """Return the tokenizer.json of a model. Raises ModelError if it has none."""
+    if (other := config.model.tokenizer) is not None:
+        source = open_model(other, config.model.revision, weights=False)
+    if (content := source.read("tokenizer.json", MAX_TOKENIZER_BYTES)) is None:
+        raise ModelError(f"{source.location} has no tokenizer.json")
+    return content.decode()
 
 
 def check_quantization(config: EngineConfig, source: ModelSource, weights: WeightSource) -> None:

@@ -32,6 +32,9 @@ from splitfuse.text.service import TextService
 MANY_LOGPROBS = 4096
 """Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
 
+FORM = "structured_outputs"
+"""Name of the form of an answer in SamplingParams, and in errors about it."""
+
 MAX_LENGTHS = 16
 """Number of the model's lengths up to which a text is read whose tokens are cut or only counted."""
 
@@ -53,6 +56,8 @@ class GenerationRequest:
     """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
     deadline: float | None = None
     """Seconds after its arrival at which the request is given up."""
+    form_name: str = ""
+    """Name by which the request gives params.structured_outputs, for errors."""
     stream: bool = False
     each_token: bool = False
     """Flag that gives the responder each token of a stream, even one whose text is held back."""
@@ -67,12 +72,14 @@ class GenerationRequest:
 
     async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
+        with form_named(self.form_name):
+            params = await service.compile(self.params)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
             if self.messages is None:
-                encoded = [await service.encode(each, self.params, max_model_len=limit) for each in self.prompts]
+                encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
             else:
-                encoded = [await service.encode_chat(self.messages, self.params, self.chat, max_model_len=limit)]
+                encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:
@@ -88,6 +95,19 @@ def reading_at_most(limit: int) -> Iterator[None]:
     except PromptTooLongError as error:
         message = f"the text has more than {limit} tokens, {MAX_LENGTHS} times the model's length: send less of it"
         raise PromptTooLongError(message, parameter="prompt") from error
+
+
+@contextmanager
+def form_named(name: str) -> Iterator[None]:
+    """Make errors about structured_outputs that are raised inside name it as the request does."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        place = error.parameter or ""
+        if place.partition(".")[0] == FORM and name != FORM:
+            error.args = (str(error).replace(place, name, 1),)
+            error.parameter = name
+        raise
 
 
 class Responder(ABC):

@@ -31,7 +31,7 @@ _JSON_TYPES: dict[str, Any] = {
 """Types of parameters that are written in another way, or within narrower bounds, than SamplingParams takes them. Token
 ids have no bounds here: an error names those of the model."""
 
-FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs"))
+FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs", "structured_outputs"))
 """Names of the parameters that all routes for generating text share."""
 
 

@@ -107,7 +107,10 @@ def accepts_neutral(**neutral: Sequence[Any]) -> Callable[[type[_Body]], type[_B
             [(name, Any, None) for name in neutral],
             bases=(kind,),
             module=kind.__module__,
-            namespace={"__doc__": kind.__doc__, "NEUTRAL": {name: (None, *neutral[name]) for name in neutral}},
+            namespace={
+                "__doc__": kind.__doc__,
+                "NEUTRAL": {**kind.NEUTRAL, **{name: (None, *neutral[name]) for name in neutral}},
+            },
             kw_only=True,
             forbid_unknown_fields=True,
             frozen=True,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from splitfuse.core.sampling_params import PARAMETERS, Parameter, SamplingParams
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError, PromptTooLongError, did_you_mean
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -151,7 +152,11 @@ def respell(error: InvalidRequestError) -> None:
 
 
 def _immutable(parameter: Parameter, value: Any) -> Any:
-    """Return a mapping as a copy, a list as a tuple and a single stop string as a tuple of it; others as they are."""
+    """Return a mapping as a copy or as StructuredOutputs, a list as a tuple and a single stop string as a tuple of it;
+    others as they are.
+    """
+    if parameter.type is StructuredOutputs:
+        return StructuredOutputs.of(value)
     if isinstance(value, Mapping) and parameter.is_collection:
         return copy(value)
     if isinstance(value, str) and parameter.type == tuple[str, ...]:

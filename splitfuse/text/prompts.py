@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfuse.core.limits import EngineLimits, prompt_too_long
@@ -119,6 +119,15 @@ class PromptEncoder:
             text = _before_end(text, end)
         token_ids = self._encode_text(text, add_special_tokens, max_model_len)
         return PreparedRequest(token_ids, params, continues=options.continue_final_message)
+
+    def compile(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with the grammar of their structured_outputs, if they have any. Raises
+        InvalidRequestError for a form that cannot be enforced.
+        """
+        form = params.structured_outputs
+        if form is None or form.compiled:
+            return params
+        return replace(params, structured_outputs=self._sandbox.compile(form))
 
     def _encode_text(self, text: str, add_special_tokens: bool, max_model_len: int | None) -> tuple[int, ...]:
         if max_model_len is not None and len(text) > LONG * max_model_len:

@@ -1,4 +1,4 @@
-"""Renders chat templates and tokenizes texts in a process with limits of time and memory.
+"""Renders chat templates, tokenizes texts and compiles grammars in a process with limits of time and memory.
 
 Templates and tokenizers come with the weights, and texts from anyone: a template may compute forever in one C call, a
 text may need gigabytes. A process that exceeds its limits is killed, the one request fails, and the next one gets a new
@@ -18,11 +18,14 @@ from typing import Any
 
 import msgspec
 
+from splitfuse.core.structured_outputs import StructuredOutputs, refused
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import as_json
 from splitfuse.text.sandbox_worker import (
     MEMORY_BYTES,
+    Compile,
+    Compiled,
     Encode,
     Refused,
     Render,
@@ -36,6 +39,8 @@ from splitfuse.text.tokenizer import Tokenizer, check_unicode
 
 SECONDS = 5.0
 """Computing time that a request may take."""
+GRAMMAR_SECONDS = 0.5
+"""Computing time that the form of an answer may take to be compiled. The engine's own copy takes about as long."""
 START_SECONDS = 60.0
 """Time that a process has to start, with a large vocabulary on a busy machine."""
 WALL_SECONDS = 3.0
@@ -122,7 +127,19 @@ class Sandbox:
         assert isinstance(reply, Text)
         return reply.text
 
-    def _ask(self, request: Request, seconds: float) -> Tokens | Text:
+    def compile(self, form: StructuredOutputs) -> StructuredOutputs:
+        """Return the form with its grammar, as compile_structured_outputs does. Raises InvalidRequestError also if that
+        takes too much time or memory.
+        """
+        check_unicode(form.source)
+        try:
+            reply = self._ask(Compile(form, GRAMMAR_SECONDS), GRAMMAR_SECONDS)
+        except StoppedError as error:
+            raise refused(f"could not be compiled: {error}", form.kind) from error
+        assert isinstance(reply, Compiled)
+        return reply.form
+
+    def _ask(self, request: Request, seconds: float) -> Tokens | Text | Compiled:
         """Return the reply. Raises StoppedError if there is none, the errors of ChatTemplate and Tokenizer, and
         EngineUnavailableError if there is no process, or others have killed it.
         """

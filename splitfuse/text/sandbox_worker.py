@@ -11,12 +11,14 @@ import resource
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import tokenizers
 
+from splitfuse.core.structured_outputs import StructuredOutputs, refused
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import ChatTemplate
@@ -57,7 +59,14 @@ class Render(msgspec.Struct, frozen=True, tag=True):
     seconds: float
 
 
-Request = Encode | Render
+class Compile(msgspec.Struct, frozen=True, tag=True):
+    """Asks for the grammar of an answer's form."""
+
+    form: StructuredOutputs
+    seconds: float
+
+
+Request = Encode | Render | Compile
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -72,6 +81,12 @@ class Text(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
+class Compiled(msgspec.Struct, frozen=True, tag=True):
+    """Answers Compile."""
+
+    form: StructuredOutputs
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """Says what is wrong: with the request, or else with the template or the tokenizer."""
 
@@ -80,7 +95,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     is_request: bool
 
 
-Reply = Tokens | Text | Refused
+Reply = Tokens | Text | Compiled | Refused
 
 
 class Worker:
@@ -110,6 +125,8 @@ class Worker:
                     return Tokens(self._encode(request))
                 case Render():
                     return Text(self._render(request))
+                case Compile():
+                    return Compiled(_compile(request))
         except InvalidRequestError as error:
             return Refused(_valid(error), error.parameter, is_request=True)
         except TokenizerError as error:
@@ -134,6 +151,16 @@ class Worker:
             raise TokenizerError(f"it wrote {len(text)} characters; at most {MAX_RENDERED} are accepted")
         check_unicode(text)
         return text
+
+
+def _compile(request: Compile) -> StructuredOutputs:
+    from splitfuse.text.grammar import compile_structured_outputs  # a library that few requests need
+
+    began = time.process_time()
+    compiled = compile_structured_outputs(request.form)
+    if (took := time.process_time() - began) > request.seconds:  # the system counts whole seconds
+        raise refused(f"took {took:.1f} s of computing time to compile; at most {request.seconds:g} s are accepted")
+    return compiled
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Turns text into text with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
 
-Two processes render templates and tokenize all texts, one for short and one for long texts (sandbox.py); threads handle
-large bodies and answers. The event loop turns an engine's outputs into text as they come. What a caller reads equals
-what `pipeline` gives, token for token.
+Two processes render templates and tokenize all texts, one for short and one for long texts, and a third compiles
+grammars (sandbox.py); threads handle large bodies and answers. The event loop turns an engine's outputs into text as
+they come. What a caller reads equals what `pipeline` gives, token for token.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class TextService:
         self._gives_back = False
         self._short = _Lane(Sandbox(tokenizer, seconds=_SHORT_SECONDS), tokenizer)
         self._long = _Lane(Sandbox(tokenizer), tokenizer)
+        self._grammars = _Lane(Sandbox(tokenizer), tokenizer)  # where a hostile one holds up no text
+        self._lanes = (self._short, self._long, self._grammars)
 
     async def start(self) -> None:
         """Start the client's engines and the process for short texts, together. `is_starting` until all are ready.
@@ -58,12 +60,12 @@ class TextService:
     @property
     def num_ended_processes(self) -> int:
         """Return how many processes for texts were ended at a limit, or killed by others."""
-        return self._short.sandbox.num_ended + self._long.sandbox.num_ended
+        return sum(lane.sandbox.num_ended for lane in self._lanes)
 
     def close(self) -> None:
         """End the processes for texts."""
-        self._short.sandbox.close()
-        self._long.sandbox.close()
+        for lane in self._lanes:
+            lane.sandbox.close()
 
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
         """Return the result of `work`, which runs on one of a few threads while the event loop continues."""
@@ -124,6 +126,15 @@ class TextService:
             return await self._run(self._lane(messages, options.variables), encoded)
         except TokenizerError as error:  # the template's fault or the messages': others may work
             raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
+
+    async def compile(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with the grammar of their structured_outputs, if they have any. Raises
+        InvalidRequestError for a form that cannot be enforced.
+        """
+        if params.structured_outputs is None:
+            return params
+        lane = self._grammars
+        return await lane.run(lambda: lane.encoder.compile(params))
 
     async def _run(self, lane: _Lane, work: Callable[[PromptEncoder], _Result]) -> _Result:
         """Return the result of `work` in a lane. What takes long among the short texts is done again in the other lane:

@@ -6,9 +6,9 @@ may change with the shape of the batch. Rows are grouped by what they need, so t
 
 The order of processing, and the rules of what is kept, are those of Hugging Face transformers (`generation/utils.py`,
 `logits_process.py`): logit_bias, repetition penalty, presence and frequency penalty, min_tokens (adjust.py), then
-temperature, top_k, top_p, min_p (draw.py). This package knows nothing of models, the cache or scheduling. Token ids in
-the settings are checked where a request enters, and those of a model where it is loaded; one outside the vocabulary
-changes nothing here.
+temperature, top_k, top_p, min_p (draw.py). Tokens that a grammar forbids (grammar.py) have no score. This package knows
+nothing of models, the cache or scheduling. Token ids in the settings are checked where a request enters, and those of a
+model where it is loaded; one outside the vocabulary changes nothing here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
@@ -23,14 +24,22 @@ from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.interface import exact_argmax
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
+from splitfuse.runtime.sampling.grammar import Mask, forbid, permits, permitted
 from splitfuse.runtime.sampling.logprobs import report_logprobs
 
 Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
 """Type of `Backend.argmax`, which gives the lowest index of each row's largest element, and that element."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = exact_argmax) -> list[ChunkResult]:
-    """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`.
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingState],
+    *,
+    argmax: Argmax = exact_argmax,
+    masks: Sequence[Mask | None] = (),
+) -> list[ChunkResult]:
+    """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`, among those that its mask
+    allows if there are `masks`.
 
     A row without a finite maximum, before or after its own adjustments, gives a ChunkResult with `error`, and does not
     affect the others.
@@ -40,22 +49,34 @@ def sample(logits: Tensor, rows: Sequence[SamplingState], *, argmax: Argmax = ex
         return []
     best, peaks = argmax(logits)
     faults = _faults(peaks)
-    if not faults and all(_is_plain(row) for row in rows):
+    adjusts = [is_adjusted(row) for row in rows]
+    for i, mask in enumerate(masks):
+        if mask is None or i in faults:
+            continue
+        if rows[i].params.temperature:
+            adjusts[i] = True
+        elif not adjusts[i] and not permits(mask, best[i]):  # mostly the best token is allowed, and there is no more
+            best[i], peaks[i] = _best_permitted(logits[i], mask)
+    unchosen = _faults(peaks)
+    if not unchosen and not any(adjusts) and all(_is_plain(row) for row in rows):
         return [ChunkResult((token,)) for token in best]
-    errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
+    errors = {i: f"structured_outputs leave nothing to choose: {fault}" for i, fault in unchosen.items()}
+    errors |= {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
     tokens: dict[int, int] = {}
     for adjusting in (False, True):
-        members = [i for i, row in enumerate(rows) if i not in errors and is_adjusted(row) is adjusting]
+        members = [i for i in range(len(rows)) if i not in errors and adjusts[i] is adjusting]
         if not members:
             continue
         scores = _take(logits, members)
         if adjusting:
             scores = adjusted(scores, [rows[i] for i in members])
+            if masks:
+                forbid(scores, [masks[i] for i in members])
             adjusted_best, adjusted_peaks = exact_argmax(scores)
             for index, token in zip(members, adjusted_best, strict=True):
                 best[index] = token
             for index, fault in _faults(adjusted_peaks).items():
-                errors[members[index]] = f"logit_bias, penalties and min_tokens leave nothing to choose: {fault}"
+                errors[members[index]] = f"{_causes(masks, members[index])} leave nothing to choose: {fault}"
         tokens.update((i, best[i]) for i in members if i not in errors and rows[i].params.temperature == 0.0)
         drawing = [n for n, i in enumerate(members) if i not in errors and rows[i].params.temperature]
         for filtering in (False, True):
@@ -92,8 +113,24 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
 
 
 def _is_plain(row: SamplingState) -> bool:
-    """Return whether a row is greedy and nothing else, as most are."""
-    return row.params.temperature == 0.0 and row.params.logprobs is None and not is_adjusted(row)
+    """Return whether a row that is not adjusted is greedy and nothing else, as most are."""
+    return row.params.temperature == 0.0 and row.params.logprobs is None
+
+
+def _best_permitted(logits: Tensor, mask: Mask) -> tuple[int, float]:
+    """Return the token with the largest of `logits` [vocab] that a mask allows, the first of equal ones, and the logit:
+    -inf if it allows none.
+    """
+    tokens = permitted(mask, len(logits))
+    if not len(tokens):
+        return 0, -math.inf
+    (index,), (peak,) = exact_argmax(logits[torch.from_numpy(tokens).to(logits.device)].unsqueeze(0))
+    return int(tokens[index]), peak
+
+
+def _causes(masks: Sequence[Mask | None], row: int) -> str:
+    causes = "logit_bias, penalties and min_tokens"
+    return f"structured_outputs with {causes}" if masks and masks[row] is not None else causes
 
 
 def _faults(peaks: Sequence[float]) -> dict[int, str]:

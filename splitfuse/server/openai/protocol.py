@@ -7,6 +7,7 @@ parameter is refused, and so is a known one that is not supported, unless its va
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -16,7 +17,8 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
-from splitfuse.server.sampling import SamplingFields, sampling_params
+from splitfuse.server.openai.structured import StructuredFields
+from splitfuse.server.sampling import sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.prompts import ChatOptions
 
@@ -41,7 +43,7 @@ class StreamOptions(Body, kw_only=True, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerateBody(SamplingFields, kw_only=True, frozen=True):
+class GenerateBody(StructuredFields, kw_only=True, frozen=True):
     """Holds the parameters that both routes for generating text share. null is a parameter left out."""
 
     PATH: ClassVar[str]
@@ -76,9 +78,11 @@ class GenerateBody(SamplingFields, kw_only=True, frozen=True):
                 "truncate_prompt_tokens must be at least 1, or -1 for as many as fit, not 0",
                 parameter="truncate_prompt_tokens",
             )
+        name, form = self.form() or ("", None)
         return GenerationRequest(
             **self.content(),
-            params=self.params(),
+            params=replace(self.params(), structured_outputs=form),
+            form_name=name,
             scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
             keep_tokens=self.truncate_prompt_tokens,
@@ -275,7 +279,6 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     prediction=[],
     prompt_cache_retention=["in_memory", "in-memory"],
     reasoning_effort=["none"],
-    response_format=[{"type": "text"}],
     service_tier=["auto", "default"],
     store=[False],
     tool_choice=["none", "auto"],

@@ -1,0 +1,162 @@
+"""Allow only tokens with which an answer can have the form that its request asks for.
+
+Each such request has a matcher, which knows the tokens chosen so far and gives a mask: a bit for each token of the
+vocabulary. A matcher depends on nothing but its grammar and these tokens, so that a request has the same tokens in any
+company, and preempted or not. The masks of a step are computed on threads while the network runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
+from numpy.typing import NDArray
+from torch import Tensor
+
+from splitfuse.core.plan import SamplingState
+from splitfuse.core.structured_outputs import StructuredOutputs
+from splitfuse.errors import RequestFailedError
+
+MAX_KEPT = 64
+"""Number of grammars whose compiled form is kept for further requests."""
+
+Mask: TypeAlias = NDArray[np.int32]
+"""Type of a mask: a bit for each token, the first in the lowest bit of the first number."""
+
+
+class Grammars:
+    """Makes matchers for one model, and their masks. Safe to share between threads.
+
+    `tokenizer` returns the model's tokenizer.json; it is read for the first request that asks for a form.
+    """
+
+    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, end_tokens: Sequence[int]) -> None:
+        self._read_tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        # The library wants an end token: of a model without one, its last token, which `Masks` never allows.
+        self._end_tokens = list(end_tokens) or [vocab_size - 1]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._kept: dict[str, Future[LLMatcher]] = {}  # the least recently used first
+        self._lock = threading.Lock()
+
+    def prepare(self, form: StructuredOutputs) -> Future[LLMatcher]:
+        """Begin to make what `matcher` copies, unless it is kept. The result raises RequestFailedError if the grammar
+        cannot be enforced with this tokenizer.
+        """
+        with self._lock:
+            made = self._kept.pop(form.compiled, None)
+            if made is None or made.cancelled() or (made.done() and made.exception() is not None):
+                made = self._thread.submit(self._make, form.compiled)
+            self._kept[form.compiled] = made
+            if len(self._kept) > MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            return made
+
+    def matcher(self, form: StructuredOutputs) -> LLMatcher:
+        """Return a matcher at the beginning of an answer. Raises as the result of `prepare`, for which it waits."""
+        return self.prepare(form).result().deep_copy()
+
+    def begin_masks(self, matchers: Mapping[str, LLMatcher]) -> Masks:
+        """Begin to fill the masks of the next tokens, by request id."""
+        mask = np.empty((len(matchers), (self._vocab_size + 31) // 32), dtype=np.int32)
+        filled = None
+        if matchers:
+            rows = [(matcher, row) for row, matcher in enumerate(matchers.values())]
+            filled = self._filler.submit(fill_next_token_bitmask_par, self._executor, rows, mask)
+        return Masks(matchers, mask, filled, self._end_tokens)
+
+    def _make(self, compiled: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, compiled, log_level=0)
+        if matcher.is_error():
+            raise RequestFailedError(f"structured_outputs cannot be enforced: {matcher.get_error():.300}")
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Return the vocabulary as the library needs it, which takes seconds for a large one."""
+        try:
+            return LLTokenizer(self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=self._end_tokens)
+        except BaseException as error:  # a panic of the library is no Exception
+            reason = f"structured_outputs cannot be enforced with this model's tokenizer: {error!s:.200}"
+            raise RequestFailedError(reason) from error
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor(torch.get_num_threads())
+
+    @cached_property
+    def _filler(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+
+class Masks:
+    """Holds the masks of one step."""
+
+    def __init__(
+        self,
+        matchers: Mapping[str, LLMatcher],
+        mask: NDArray[np.int32],
+        filled: Future[None] | None,
+        end_tokens: Sequence[int],
+    ) -> None:
+        self._matchers = matchers
+        self._rows = {request_id: row for row, request_id in enumerate(matchers)}
+        self._mask = mask
+        self._filled = filled
+        self._end_tokens = end_tokens
+
+    def wait(self) -> None:
+        """Wait until the masks are filled."""
+        if self._filled is not None:
+            self._filled.result()
+
+    def error(self, request_id: str) -> str | None:
+        """Return why the grammar of a request has no mask, if it has none: it leads to more than the parser holds."""
+        matcher = self._matchers.get(request_id)
+        if matcher is None or not matcher.is_error():
+            return None
+        return f"structured_outputs cannot be enforced any further: {matcher.get_error().split('<state>')[0]:.300}"
+
+    def of(self, state: SamplingState) -> Mask | None:
+        """Return the mask of a request; None if it may have any token. It allows tokens that end the answer only if
+        they end it for the request, or if it has no other.
+        """
+        row = self._rows.get(state.request_id)
+        if row is None:
+            return None
+        mask: Mask = self._mask[row]
+        ends = [token for token in self._end_tokens if token not in state.eos_token_ids]
+        if ends:
+            others = mask.copy()
+            for token in ends:
+                others[token >> 5] &= ~np.int32(np.uint32(1 << (token & 31)).view(np.int32))
+            mask = others if others.any() else mask
+        return mask
+
+
+def permits(mask: Mask, token: int) -> bool:
+    """Return whether a mask allows a token."""
+    return bool(mask[token >> 5] >> (token & 31) & 1)
+
+
+def permitted(mask: Mask, vocab_size: int) -> NDArray[np.intp]:
+    """Return the tokens that a mask allows, in ascending order."""
+    words = np.flatnonzero(mask)  # few where the grammar says how the answer goes on
+    bits = np.unpackbits(mask[words].view(np.uint8).reshape(len(words), 4), axis=1, bitorder="little")
+    tokens: NDArray[np.intp] = (words[:, None] * 32 + np.arange(32))[bits.view(bool)]
+    return tokens[: np.searchsorted(tokens, vocab_size)]
+
+
+def forbid(scores: Tensor, masks: Sequence[Mask | None]) -> None:
+    """Set the scores [rows, vocabulary] of tokens that their rows' masks do not allow to -inf."""
+    for row, mask in zip(scores, masks, strict=True):
+        if mask is not None:
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(row))
+            row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -torch.inf)

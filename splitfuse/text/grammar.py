@@ -1,0 +1,170 @@
+"""Compiles the form that an answer must have into a grammar for the engine, and refuses what cannot be enforced.
+
+`llguidance` knows the languages: JSON schemas, regular expressions, Lark and GBNF. It passes over keys of a schema that
+it has never heard of; here they are refused, so that a schema is honoured or refused. A grammar is tried over bytes: no
+vocabulary is needed to find that it is invalid, too large, or can never begin. What is compiled comes from anyone: a
+server does this in a process with limits (sandbox.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from splitfuse.core.structured_outputs import StructuredOutputs, refused
+from splitfuse.errors import brief
+
+MAX_DEPTH = 64
+"""Number of schemas within each other."""
+TRIED_BYTES = 32
+"""Number of bytes of an answer that a grammar is tried with."""
+WHITESPACE = r" |\n[ \t]{0,40}"
+"""White space between the values of JSON: a space, or a line break and an indentation. With more, a model that repeats
+spaces would never end."""
+
+_ANNOTATIONS = frozenset(
+    (
+        *("$anchor", "$comment", "$id", "$schema", "$vocabulary", "contentEncoding", "contentMediaType"),
+        *("contentSchema", "default", "deprecated", "description", "discriminator", "example", "examples"),
+        *("externalDocs", "id", "readOnly", "title", "writeOnly", "xml"),
+    )
+)
+_VALUES = frozenset(
+    (
+        *("$ref", "additionalItems", "const", "enum", "exclusiveMaximum", "exclusiveMinimum", "format", "maximum"),
+        *("maxItems", "maxLength", "maxProperties", "minimum", "minItems", "minLength", "minProperties", "multipleOf"),
+        *("pattern", "required", "type"),
+    )
+)
+_SCHEMAS = frozenset(("additionalItems", "additionalProperties", "items"))
+_LISTS = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
+_MAPPINGS = frozenset(("$defs", "definitions", "patternProperties", "properties"))
+_KNOWN = _ANNOTATIONS | _VALUES | _SCHEMAS | _LISTS | _MAPPINGS
+"""Keys of a schema that are honoured, or that say nothing about what is valid; and where further schemas are."""
+
+_UNENFORCED = re.compile(r"%(json|llguidance)\b|\b(temperature)\s*=")
+"""Parts of a Lark grammar that would be passed over, wholly or in part."""
+
+
+def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
+    """Return the form with its grammar. Raises InvalidRequestError that says what cannot be enforced, and where.
+
+    >>> compile_structured_outputs(StructuredOutputs.of({"regex": "[0-9]+"})).compiled
+    '{"grammars": [{"lark_grammar": "start: /[0-9]+/"}]}'
+    """
+    part: dict[str, Any]
+    match form.kind:
+        case "json":
+            part = {"json_schema": _schema(form)}
+        case "regex":
+            part = json.loads(LLMatcher.grammar_from_regex(form.source))["grammars"][0]
+        case "choice":
+            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(form.source))
+            part = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}  # a terminal: one item, however many there are
+        case _:
+            part = {"lark_grammar": _lark(form.source)}
+    compiled = json.dumps({"grammars": [{name: value for name, value in part.items() if value is not None}]})
+    _try(compiled, form.kind)
+    return replace(form, compiled=compiled)
+
+
+def _schema(form: StructuredOutputs) -> dict[str, Any]:
+    schema = json.loads(form.source)
+    _check_schema(schema)
+    spaces = {"whitespace_flexible": False} if form.disable_any_whitespace else {"whitespace_pattern": WHITESPACE}
+    return {**schema, "x-guidance": spaces}
+
+
+def _lark(source: str) -> str:
+    if (found := _UNENFORCED.search(source)) is not None:
+        raise refused(f"has {found[0]!r}, which is not supported: leave it out", "grammar")
+    try:
+        return any_to_lark(source)
+    except Exception as error:  # a converter in Python, of texts from anyone
+        raise refused(f"is neither Lark nor GBNF: {error}", "grammar") from error
+
+
+def _check_schema(schema: Any) -> None:
+    """Raise InvalidRequestError, naming the place, for a key that is not honoured, and for a reference to what has not
+    been checked.
+    """
+    rest = [("#", schema, 1)]
+    places, references = {"#"}, {}
+    while rest:
+        place, each, depth = rest.pop()
+        places.add(place)
+        if isinstance(each, bool):
+            continue
+        if not isinstance(each, dict):
+            raise refused(f"has at {place:.200} {brief(each)}, which is no schema", "json")
+        if depth > MAX_DEPTH:
+            raise refused(f"has more than {MAX_DEPTH} schemas within each other", "json")
+        for key in each:
+            if key not in _KNOWN and (not key.startswith("x-") or key == "x-guidance"):
+                raise refused(f"has the key {key!r:.80} at {place:.200}, which is not supported", "json")
+        references[place] = each.get("$ref", "#")
+        rest.extend((f"{place}/{name}", part, depth + 1) for name, part in _parts(each))
+    for place, reference in references.items():
+        if unquote(str(reference)).replace("~1", "/").replace("~0", "~") not in places:
+            raise refused(
+                f"has at {place:.200} the $ref {brief(reference)}: only schemas within it can be referred to, such as "
+                "#/$defs/name",
+                "json",
+            )
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the schemas directly within a schema, with their places in it."""
+    for key, value in schema.items():
+        if key in _LISTS and isinstance(value, list):
+            yield from ((f"{key}/{index}", each) for index, each in enumerate(value))
+        elif key in _MAPPINGS and isinstance(value, dict):
+            yield from ((f"{key}/{name}", each) for name, each in value.items())
+        elif key in _SCHEMAS:
+            yield key, value
+        elif key in _LISTS | _MAPPINGS:
+            kind = "a list" if key in _LISTS else "an object"
+            raise refused(f"has a key {key!r} whose value must be {kind}, not {brief(value)}", "json")
+
+
+@functools.cache
+def _bytes() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+def _try(compiled: str, kind: str) -> None:
+    """Raise InvalidRequestError for a grammar that is invalid, by which no answer can begin, or whose first bytes lead
+    to more than the parser holds.
+    """
+    matcher = LLMatcher(_bytes(), compiled, log_level=0)
+    allowed: list[int] = []
+    for _ in range(TRIED_BYTES):
+        if matcher.is_error():
+            break
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = [byte for byte in range(256) if mask >> byte & 1]
+        if not allowed:
+            break
+        visible = [byte for byte in allowed if chr(byte) not in " \t\n\r"]
+        matcher.consume_token((visible or allowed)[len(visible) // 2])
+    if not (error := matcher.get_error()):
+        return
+    if "NoExtension" in error:
+        raise refused("allows no answer at all", kind)
+    if "coerce_one_of" in error:
+        raise refused("has the key 'oneOf' with alternatives that may overlap, which is not supported: use anyOf", kind)
+    raise refused(f"cannot be enforced: {_sentence(error)}", kind)
+
+
+def _sentence(error: str) -> str:
+    """Return the part of an error that tells of the grammar, without the parser's state."""
+    lines: Iterable[str] = (line.rstrip() for line in error.split("<state>")[0].splitlines())
+    return " ".join(line for line in lines if line)[:500]

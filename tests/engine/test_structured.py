@@ -1,0 +1,133 @@
+"""Answers of a form in the engine: the same tokens preempted and in broken steps, and ends that are clear."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from forced_preemption import force_preemptions
+
+import splitfuse
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.structured_outputs import StructuredOutputs
+from splitfuse.engine.engine import Engine
+from splitfuse.runtime.executor import Executor
+from splitfuse.text.prompts import PreparedRequest
+from splitfuse.text.responses import Response
+
+FORMS: tuple[dict[str, Any], ...] = (
+    {"json": {"type": "array", "items": {"enum": ["a", "b", 3, None]}, "minItems": 4, "maxItems": 9}},
+    {"regex": "([a-d]{2} ){3,6}!"},
+    {"grammar": 'root ::= "(" root ")" | "x" | "y" root'},
+)
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.5, "seed": 1, "n": 3},
+    {"temperature": 1.0, "top_k": 5, "seed": 2, "repetition_penalty": 1.3, "min_new_tokens": 4},
+    {"stop": ["!", "b"], "logprobs": 1},
+)
+
+
+@pytest.fixture
+def pipe() -> Iterator[splitfuse.Pipeline]:
+    """An engine of its own: tests change how it works."""
+    yield splitfuse.pipeline(dtype="float32", max_num_batched_tokens=64)
+
+
+def prepare(pipe: splitfuse.Pipeline) -> list[Any]:
+    return [
+        request
+        for form in (*FORMS, None)
+        for settings in SETTINGS
+        for request in pipe.prepare(
+            f"Once upon a time {len(settings)}", max_new_tokens=14, structured_outputs=form, **settings
+        )
+    ]
+
+
+def answers(pipe: splitfuse.Pipeline, requests: list[Any]) -> list[tuple[object, ...]]:
+    responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
+    pipe.engine.scheduler.check()
+    return [outcome(response) for response in sorted(responses, key=lambda each: (each.index, each.choice))]
+
+
+def outcome(response: Response) -> tuple[object, ...]:
+    return response.token_ids, response.generated_text, response.finish_reason, response.error
+
+
+def test_tokens_are_equal_alone_and_preempted(pipe: splitfuse.Pipeline) -> None:
+    requests = prepare(pipe)
+    alone = [answer for request in requests for answer in answers(pipe, [request])]
+    assert all(error is None for *_, error in alone)
+    force_preemptions(pipe.engine)
+    assert answers(pipe, requests) == alone
+
+
+def test_a_step_that_fails_advances_no_grammar(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = prepare(pipe)
+    wanted = answers(pipe, requests)
+    sample, step, calls = Executor._sample, Engine.step, 0
+
+    def failing(self: Executor, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        results = sample(self, *arguments)
+        if len(results) > 1 and calls % 3 == 0:
+            raise RuntimeError("broken after its tokens were chosen")
+        return results
+
+    monkeypatch.setattr(Executor, "_sample", failing)
+    monkeypatch.setattr(Engine, "step", lambda self: step(self, isolate=True))
+    assert answers(pipe, requests) == wanted
+
+
+def test_a_grammar_that_outgrows_the_parser_ends_its_request_alone(pipe: splitfuse.Pipeline) -> None:
+    rules = "".join(f"r{i}: r{i + 1} r{i + 1} | r{i + 1}\n" for i in range(30))
+    ambiguous = StructuredOutputs("grammar", "r", compiled=lark(f'start: r0\n{rules}r30: "a"+ |'))
+    free, other = pipe.prepare(["a", "b"], max_new_tokens=60, ignore_eos=True)
+    hostile = PreparedRequest(free.token_ids, replace(free.params, structured_outputs=ambiguous))
+    results = {piece.index: piece.response for piece in pipe.run([hostile, other]) if piece.response is not None}
+    assert results[0] is not None and "cannot be enforced any further" in (results[0].error or "")
+    assert results[1] is not None and results[1].generated_length == 60
+
+
+def lark(text: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
+
+
+def test_a_tokenizer_that_cannot_be_used_fails_the_request(
+    pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe.engine.model.grammars, "_read_tokenizer", lambda: "{}")
+    (constrained,) = pipe.prepare("a", structured_outputs={"regex": "a+"}, max_new_tokens=3)
+    (free,) = pipe.prepare("a", max_new_tokens=3)
+    results = {piece.index: piece.response for piece in pipe.run([constrained, free]) if piece.response is not None}
+    assert results[0] is not None and "this model's tokenizer" in (results[0].error or "")
+    assert results[1] is not None and results[1].error is None
+
+
+def test_a_held_request_can_be_given_up(pipe: splitfuse.Pipeline) -> None:
+    (request,) = pipe.prepare("a", structured_outputs={"regex": "[b-d]{40}"}, max_new_tokens=30)
+    pieces = pipe.run([request])
+    pieces.close()
+    assert not pipe.engine.has_unfinished
+    assert isinstance(pipe("a", structured_outputs={"choice": ["z"]})[0].generated_text, str)
+
+
+def test_a_form_must_be_compiled_before_the_engine_gets_it(pipe: splitfuse.Pipeline) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputs.of({"regex": "a"}))
+    with pytest.raises(splitfuse.InvalidRequestError, match="compile it first"):
+        pipe.engine.add_request("a", [1], params)
+
+
+def test_a_form_is_one_of_those_known() -> None:
+    form = StructuredOutputs.of({"json": {"type": "string"}, "disable_any_whitespace": True})
+    assert StructuredOutputs.of(form.as_dict()) == form and StructuredOutputs.of(form) is form
+    choice = StructuredOutputs.of({"choice": ("a", "b")})
+    assert choice.as_dict() == {"choice": ["a", "b"]} and isinstance(choice, StructuredOutputs)
+    for wrong in ("a+", {"regex": 3}, {"choice": "ab"}, {"choice": []}, {"json": 3}, {"json_object": "yes"}):
+        with pytest.raises(splitfuse.InvalidRequestError, match="structured_outputs"):
+            StructuredOutputs.of(wrong)
+    with pytest.raises(splitfuse.InvalidRequestError, match="needs json"):
+        StructuredOutputs.of({"regex": "a", "disable_any_whitespace": True})
