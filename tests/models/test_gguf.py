@@ -4,6 +4,7 @@ what is wrong with a file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from splitfuse.errors import ModelError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
+from splitfuse.models.sources.gguf.architectures import ARCHITECTURES
 from splitfuse.models.sources.gguf.blocks import FORMATS, unpack
 from splitfuse.models.sources.gguf.container import TYPES
 from splitfuse.models.sources.gguf.model import GgufModel
@@ -194,3 +196,9 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 )
 def test_metadata_is_honoured_or_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert message in refused(write(tiny_models.make("llama-gqa"), tmp_path / "model.gguf", **changes))
+
+
+def test_the_page_of_models_lists_what_is_read() -> None:
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    [architectures] = re.findall(r"^\| architectures \| (.*) \|$", page.read_text(), re.MULTILINE)
+    assert re.sub(r" \([^)]*\)", "", architectures).split(", ") == sorted(ARCHITECTURES)
