@@ -1,5 +1,5 @@
-"""`python -m benchmarks.kernels linear attention recurrent step guard neighbours`: kernels and steps against the limits
-of the machine.
+"""`python -m benchmarks.kernels linear attention latent recurrent step guard neighbours`: kernels and steps against the
+limits of the machine.
 
 `linear` also times PyTorch's own products in turns with ours. `guard` fails if the micro-kernels fall behind the dot
 products in registers, as they do when the compiler spills their accumulators. `neighbours` times steps next to busy
@@ -20,14 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
-from benchmarks.kernels.steps import CONTEXT, forward, make_chunks
+from benchmarks.kernels.steps import CONTEXT, forward, make_chunks, scattered_steps
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import VARIANTS, Heads, Step
+from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
 from splitfuse.kernels.interface import AttentionSpec, Role
 from splitfuse.runtime.loading import load_model
 
@@ -114,19 +115,8 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
         ]:
             q = torch.randn(requests * rows, heads, dim).bfloat16()
             out = torch.empty_like(q)
-            per_request = context // 32
-            places = torch.randperm(num_blocks, dtype=torch.int32)
-            many = max(1, num_blocks // (requests * per_request)) if rows == 1 else 1
-            steps = [
-                Step.of(
-                    requests * rows,
-                    query_start=torch.arange(0, requests * rows + 1, rows, dtype=torch.int32),
-                    seq_lens=torch.full((requests,), context, dtype=torch.int32),
-                    block_tables=places.roll(-i * requests * per_request)[: requests * per_request].view(requests, -1),
-                )
-                for i in range(many)
-            ]
-            settings = Heads.of(spec)
+            steps = scattered_steps(requests, rows, context, num_blocks)
+            settings, many = Heads.of(spec), len(steps)
 
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
                 for step in steps:
@@ -263,6 +253,7 @@ def make_backend(name: str, variant: str | None, threads: int) -> CpuBackend:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "linear": linear,
     "attention": attention,
+    "latent": latent,
     "recurrent": recurrent,
     "step": step,
     "guard": guard,

@@ -182,7 +182,7 @@ def rows() -> list[Row]:
             architecture=name,
             models=MODELS.get(name, ""),
             properties=properties(spec := default_spec(name)),
-            limits=", ".join(_limits(name)),
+            limits=", ".join(_limits(name, spec)),
             spec=spec,
         )
         for name in sorted(FAMILIES, key=str.lower)
@@ -205,10 +205,12 @@ def properties(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for part, word in WORDS.items() if part in found and word))
 
 
-def _limits(architecture: str) -> Iterator[str]:
+def _limits(architecture: str, spec: ModelSpec) -> Iterator[str]:
     """Yield the limits of an architecture, in words."""
     if FAMILIES[architecture].text_types:
         yield "text only"
+    if any(isinstance(layer.mixer, AttentionSpec) and layer.mixer.latent is not None for layer in spec.layers):
+        yield "no int8 cache"
 
 
 def _parts(value: Any) -> Iterator[str]:

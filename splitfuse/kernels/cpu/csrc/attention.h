@@ -20,7 +20,7 @@ constexpr float NOTHING = -1e30f;               // The maximum of no scores.
 
 // Rows of an item. With the small tiles of AVX2 an item has two tiles, so that keys and values come from memory once for both.
 constexpr int ITEM_ROWS = MAX_ROWS < 12 ? 2 * MAX_ROWS : MAX_ROWS;
-constexpr int MOST_ITEM_ROWS = 2 * ITEM_ROWS;
+constexpr int MOST_ITEM_ROWS = 4 * ITEM_ROWS;
 
 // More rows share the work of turning keys into values.
 SF_INLINE int item_rows(const Layout& kv) { return kv.value_from ? MOST_ITEM_ROWS : ITEM_ROWS; }
@@ -197,7 +197,7 @@ SF_INLINE RowTile row_tile(const Item& item, int number) {
 // Slabs that a query takes.
 SF_INLINE i64 num_slabs(const Layout& kv) { return ceil_div(kv.head_dim, 2 * SLAB_STEPS); }
 
-// Copies the queries of an item, as multiply_each() reads them: of each tile of rows slab after slab.
+// Copies the queries of an item, as the micro-kernels read them: of each tile of rows slab after slab.
 SF_INLINE void copy_queries(const Attention& a, const Layout& kv, const Item& item, u32* queries) {
     const i64 group = a.heads.num_heads / kv.num_kv_heads, slabs = num_slabs(kv), slab_dim = 2 * SLAB_STEPS;
     for (int t = 0; t < num_row_tiles(item); ++t) {
@@ -249,15 +249,24 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             values_of[p] = wide + half_wide;
         }
     }
-    const i64 steps = ceil_div(kv.head_dim, 2);
+    const i64 steps = ceil_div(kv.head_dim, 2), slabs = num_slabs(kv);
     // Tiles of rows, each of which prefetches its part.
     const int row_tiles = num_row_tiles(item);
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
     for (int t = 0; t < row_tiles; ++t) {
         const auto [row, rows] = row_tile(item, t);
         for (i64 p = first; p < end; ++p) prefetches[p] = values_of[p] + t * steps * prefetch_stride;
-        const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, prefetch_stride};
-        multiply_each(rows, queries + row * num_slabs(kv) * SLAB_STRIDE, keys, scores + row * SCORE_STRIDE + first * PIECE, SCORE_STRIDE);
+        float* row_scores = scores + row * SCORE_STRIDE;
+        const u32* q = queries + row * slabs * SLAB_STRIDE;
+        if (slabs == 1) {
+            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, prefetch_stride};
+            multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
+        } else {
+            for (i64 p = first; p < end; ++p) {
+                const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
+                multiply(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
+            }
+        }
     }
 
     const bool in_powers = a.heads.softcap > 0.0f || a.heads.slopes;  // of two, once they are capped or lowered

@@ -187,9 +187,7 @@ SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float*
     }
 }
 
-SF_INLINE int steps_of_slab(int left) { return left < SLAB_STEPS ? left : SLAB_STEPS; }
-
-// Computes the same for each segment by itself: out[r][32 s ..] for segment s. All have the same steps.
+// Computes the same for each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
 template <int ROWS>
 SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -202,12 +200,9 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
             if constexpr (WIDTH == 1) prefetch = half_of(prefetch, segments.steps, part);
             Floats acc[ROWS][WIDTH];
             clear(acc, rows);
-            const u32* slab = x;
-            for (int left = segments.steps; left > 0; left -= SLAB_STEPS, slab += ROWS * SLAB_STRIDE) {
-                for (const u32 *at = slab, *end = slab + steps_of_slab(left) * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
-                    prefetch_step<WIDTH>(prefetch);
-                    bf16_step(acc, weights, at, rows);
-                }
+            for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
+                prefetch_step<WIDTH>(prefetch);
+                bf16_step(acc, weights, at, rows);
             }
             store_tile(acc, out, out_stride, rows);
         }
@@ -228,16 +223,13 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
         Floats a[ROWS][2], b[ROWS][2];
         clear(a, rows);
         clear(b, rows);
-        const u32* slab = x;
-        for (int left = segments.steps; left > 0; left -= SLAB_STEPS, slab += ROWS * SLAB_STRIDE) {
-            for (const u32 *at = slab, *end = slab + steps_of_slab(left) * PAIR_WORDS; at < end; at += PAIR_WORDS) {
-                prefetch_step<2>(prefetch_first);
-                prefetch_step<2>(prefetch_second);
-                bf16_step(a, first, at, rows);
-                bf16_step(b, second, at, rows);
-                first += STEP_BYTES;
-                second += STEP_BYTES;
-            }
+        for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
+            prefetch_step<2>(prefetch_first);
+            prefetch_step<2>(prefetch_second);
+            bf16_step(a, first, at, rows);
+            bf16_step(b, second, at, rows);
+            first += STEP_BYTES;
+            second += STEP_BYTES;
         }
         store_tile(a, out, out_stride, rows);
         if (other != segment) store_tile(b, out + PANEL, out_stride, rows);
