@@ -65,8 +65,8 @@ def gptq(
     size = columns if group_size == -1 else group_size
     groups = -(-columns // size)
     group_of = np.arange(columns) // size
-    if act_order:
-        group_of = rng.permutation(group_of)
+    if act_order:  # layers that read the same have the same order
+        group_of = np.random.default_rng(columns).permutation(group_of)
     levels = draw(rng, rows, columns, bits)
     scales = scales_of(rng, (groups, rows), torch.float16, 0.2 / 2**bits)
     zeros = np.full((groups, rows), 2 ** (bits - 1)) if symmetric else rng.integers(least_zero, 2**bits, (groups, rows))
@@ -112,8 +112,8 @@ def packed(
     """A layer of "pack-quantized"."""
     size = group_size or columns
     group_of = np.arange(columns) // size
-    if act_order:
-        group_of = rng.permutation(group_of)
+    if act_order:  # layers that read the same have the same order
+        group_of = np.random.default_rng(columns).permutation(group_of)
     levels = draw(rng, rows, columns, bits)
     shape = (1, 1) if one_scale else (rows, -(-columns // size))
     scales = scales_of(rng, shape, torch.bfloat16, 0.2 / 2**bits)

@@ -259,7 +259,7 @@ def model_folder(path: Path, kind: str) -> None:
     ("kind", "sentence"),
     [
         ("architecture", "MambaForCausalLM"),
-        ("no-config", "has no config.json: it is not a model folder"),
+        ("no-config", "has no config.json: it is neither a model folder"),
         ("pickle", "only pickled weights (pytorch_model.bin)"),
         ("truncated", "is not a whole safetensors file, perhaps cut short"),
         ("no-tokenizer", "has no tokenizer.json"),
@@ -290,6 +290,17 @@ def test_plan_memory_prints_need_and_have_without_loading(run: Run, tmp_path: Pa
     run("plan-memory", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
     run("plan-memory", "--device", "meta").assert_mistake("device 'meta' cannot be used")
     run("plan-memory", "--model", "/no/such/folder").assert_mistake("there is no folder /no/such/folder")
+
+
+def test_models_check_says_what_a_model_is(run: Run, tmp_path: Path) -> None:
+    lines = run("models", "--check", BUNDLED_MODEL).out.splitlines()
+    assert lines[0].startswith(f"{BUNDLED_MODEL}: LlamaForCausalLM (Llama 2, ")
+    assert lines[1].startswith("weights: 9.0 MiB in 1 files") and "29 tensors in BF16: as bfloat16, exact" in lines[2]
+    assert lines[-2:] == ["tokenizer: 2354 tokens, a chat template", "it can be loaded"]
+    run("models", "--check", tmp_path).assert_mistake("has no config.json")
+    (tmp_path / "config.json").write_text((BUNDLED_MODEL / "config.json").read_text())
+    ended = run("models", "--check", tmp_path)
+    assert (ended.status, len(ended.out.splitlines())) == (1, 1) and "has no weights" in ended.err
 
 
 def test_quantization_and_kernels_are_flags(run: Run) -> None:

@@ -19,7 +19,8 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.errors import WeightsError
     from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import open_model
-    from splitfuse.models.weights import describe_kept, resolve_dtype
+    from splitfuse.models.storage import describe_kept
+    from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.loading import check_quantization, parse_device

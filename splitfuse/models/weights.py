@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from splitfuse.kernels.interface import (
     Role,
     Weight,
 )
-from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
@@ -278,18 +277,19 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights:
     """Return the bytes of all weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
     if weights is None:
         return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
-    return sum(_parameter_bytes(each, weights, dtype, backend) for each in stored_parameters(weights, spec))
+    return sum(parameter_bytes(each, weights, dtype, backend) for each in stored_parameters(weights, spec))
 
 
-def _parameter_bytes(parameter: Parameter, weights: WeightSource, dtype: torch.dtype, backend: Backend) -> int:
-    formats = [_kept_format(weights, part, parameter.role, backend) for part in parameter.parts]
+def parameter_bytes(parameter: Parameter, weights: WeightSource, dtype: torch.dtype, backend: Backend) -> int:
+    """Return the bytes of a weight as `backend` keeps it."""
+    formats = [kept_format(weights, part, parameter.role, backend) for part in parameter.parts]
     if not any(formats):
         return backend.weight_bytes(parameter.shape, role=parameter.role, dtype=dtype)
     pieces = [(each, part.shape[0]) for each, part in zip(formats, parameter.parts, strict=True)]
     return backend.quantized_weight_bytes(pieces, columns=parameter.shape[1], role=parameter.role, dtype=dtype)
 
 
-def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
+def kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
     """Return the format that a backend keeps rows of a weight in as they are stored; None if they are dense, or will
     be: they are not rows of a stored matrix, or the backend does not take the format.
     """
@@ -352,37 +352,6 @@ def describe_aside(weights: WeightSource, spec: ModelSpec) -> list[str]:
     text = "text alone is computed, images are refused" if find_family(spec.architecture).text_types else ""
     aside = f"left aside: {', '.join(counts)}" if counts else ""
     return ["; ".join(filter(None, (text, aside)))] if text or aside else []
-
-
-def describe_quantization(weights: WeightSource) -> str:
-    """Return how many tensors of a checkpoint are quantized in which formats; empty if none is."""
-    return ", ".join(f"{count} tensors in {name}" for name, count in Counter(_formats(weights)).most_common())
-
-
-def may_be_quantized(weights: WeightSource, quantization: str) -> bool:
-    """Return whether weights may be kept in `quantization`: those that are dense, and to int8 those in FP8."""
-    formats = [stored for name in weights.names() if (stored := weights.quantization(name)) is not None]
-    return all(quantization == "int8" and isinstance(stored, Fp8Format) for stored in formats)
-
-
-def _formats(weights: WeightSource) -> Iterator[str]:
-    return (stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
-
-
-def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:
-    """Return a line on what becomes of the tensors that are quantized, if any is, and what else is not as they say."""
-    kinds: Counter[tuple[str, bool]] = Counter()
-    for parameter in stored_parameters(weights, spec):
-        for part in parameter.parts:
-            if part.piece.name in weights and (stored := weights.quantization(part.piece.name)) is not None:
-                kinds[stored.name, _kept_format(weights, part, parameter.role, backend) is not None] += 1
-    if not kinds:
-        return []
-    dense = f"dequantized to {str(dtype).removeprefix('torch.')}"
-    if backend.quantization is not None:
-        dense = f"quantized anew to {backend.quantization} from what they mean"
-    parts = [f"{count} of {name} {'kept as stored' if kept else dense}" for (name, kept), count in kinds.most_common()]
-    return [f"quantized weights: {', '.join(parts)}", *weights.remarks()]
 
 
 def stored_parameters(weights: WeightSource, spec: ModelSpec) -> list[Parameter]:
@@ -479,7 +448,7 @@ def _read_part(
     if weights.quantization(part.piece.name) is None:
         return part.take(stack.enter_context(weights.read(part.piece)))
     quantized = stack.enter_context(weights.read_quantized(part.piece))
-    if _kept_format(weights, part, role, backend) is not None and (rows := part.row_numbers()) is not None:
+    if kept_format(weights, part, role, backend) is not None and (rows := part.row_numbers()) is not None:
         return quantized.rows(rows)
     return part.take(quantized.dequantize(dtype))
 

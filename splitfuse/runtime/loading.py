@@ -21,13 +21,11 @@ from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
 from splitfuse.models.sources.hub import open_model
 from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
+from splitfuse.models.storage import describe_kept, describe_quantization, may_be_quantized
 from splitfuse.models.weights import (
     check_weights,
     describe_aside,
-    describe_kept,
-    describe_quantization,
     load_decoder,
-    may_be_quantized,
     resolve_dtype,
     weight_bytes,
 )

@@ -17,7 +17,8 @@ from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec, Recurre
 from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
-from splitfuse.models.weights import may_be_quantized, resolve_dtype, weight_bytes
+from splitfuse.models.storage import may_be_quantized
+from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.executor import HEAD_ROWS
 from splitfuse.runtime.machine import GIB, available_memory
 

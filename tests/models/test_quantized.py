@@ -24,6 +24,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, ModelError
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import table
@@ -31,7 +33,8 @@ from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.quantized.schemes import Header, PackedIntegers
 from splitfuse.models.sources.source import Piece
-from splitfuse.models.weights import check_weights, load_decoder
+from splitfuse.models.storage import tensor_groups
+from splitfuse.models.weights import check_weights, load_decoder, weight_bytes
 from splitfuse.runtime.loading import load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -81,8 +84,8 @@ DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
 CASES = {
     "gptq": Case(gptq, gptq_config()),
     "gptq-v2-zeros-act-order": Case(
-        partial(gptq, symmetric=False, act_order=True, minus_one=False, least_zero=0, group_size=8),
-        gptq_config(checkpoint_format="gptq_v2", sym=False, desc_act=True, group_size=8),
+        partial(gptq, symmetric=False, act_order=True, minus_one=False, least_zero=0),
+        gptq_config(checkpoint_format="gptq_v2", sym=False, desc_act=True),
     ),
     "gptq-int8-rows-zeros": Case(
         partial(gptq, bits=8, group_size=-1, symmetric=False), gptq_config(bits=8, group_size=-1, sym=False)
@@ -108,8 +111,8 @@ CASES = {
         awq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 16}
     ),
     "packed-groups-act-order": Case(
-        partial(packed, act_order=True, group_size=8),
-        compressed("pack-quantized", strategy="group", group_size=8, actorder="group"),
+        partial(packed, act_order=True),
+        compressed("pack-quantized", strategy="group", group_size=16, actorder="group"),
     ),
     "packed-zeros": Case(
         partial(packed, symmetric=False),
@@ -163,10 +166,11 @@ CONTRADICTIONS = {
 }
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+def load(folder: Path, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Decoder:
     weights, spec = ModelFolder(folder).weights(), load_spec(ModelFolder(folder))
     spec = check_weights(weights, spec)
-    return load_decoder(weights, spec, dtype=dtype, device=torch.device("cpu"), backend=ReferenceBackend())
+    backend = backend or ReferenceBackend()
+    return load_decoder(weights, spec, dtype=dtype, device=torch.device("cpu"), backend=backend)
 
 
 def write(case: str, folder: Path) -> dict[str, Tensor]:
@@ -186,12 +190,16 @@ def dense(folder: Path, weights: dict[str, Tensor]) -> Any:
     return AutoModelForCausalLM.from_pretrained(target)
 
 
+def logits(decoder: Decoder) -> Tensor:
+    request = Request(list(PROMPT))
+    Runner(decoder, block_size=32).step([(request, len(PROMPT))])
+    return torch.stack(request.logits)
+
+
 @torch.no_grad()
 def assert_same_logits(decoder: Decoder, model: Any) -> None:
-    request = Request(list(PROMPT))
-    Runner(decoder, block_size=4).step([(request, len(PROMPT))])
     oracle = model(input_ids=torch.tensor([PROMPT])).logits[0]
-    assert (torch.stack(request.logits) - oracle).abs().max() <= 1e-4 * oracle.abs().max()
+    assert (logits(decoder) - oracle).abs().max() <= 1e-4 * oracle.abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -400,6 +408,30 @@ def test_quantizing_a_second_time_is_refused_but_fp8_to_int8(tmp_path: Path) -> 
             ConfigError, match=f"={quantization} would quantize .* a second time, which has 21 tensors in"
         ):
             load_model(EngineConfig.from_settings(settings))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["gptq-v2-zeros-act-order", "awq", "packed-one-scale-experts", "int8-rows", "fp8-blocks-bf16-scales-experts"],
+)
+@pytest.mark.parametrize("variant", variants())
+def test_cpp_kernels_keep_what_is_stored(
+    variant: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In as many bytes as are planned; the network is near to that in fp32, although inputs are rounded to 8 bits."""
+    write(case, tmp_path)
+    backend = CpuBackend(variant=variant, num_threads=1)
+    taken: list[int] = []
+    own = backend._weights.take
+    monkeypatch.setattr(backend._weights, "take", lambda size: taken.append(size) or own(size))
+    ours, exact = logits(load(tmp_path, torch.bfloat16, backend)), logits(load(tmp_path))
+    assert (ours - exact).abs().max() <= 0.05 * exact.abs().max()
+    weights, spec = ModelFolder(tmp_path).weights(), load_spec(ModelFolder(tmp_path))
+    assert sum(taken) == weight_bytes(spec, torch.bfloat16, backend, weights)
+    groups = tensor_groups(weights, spec, backend, torch.bfloat16)
+    quantized = {group.kept: group for group in groups if "BF16" not in group.stored and "F32" not in group.stored}
+    assert sum(group.num_bytes for group in groups) == pytest.approx(sum(taken), abs=100)  # of each weight, whole bytes
+    assert quantized["kept as stored"].exact and quantized["kept as stored"].count >= 18
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -30,10 +30,13 @@ class ModelFolder(ModelSource):
     def read(self, file: str, most: int = MAX_FILE_BYTES) -> bytes | None:
         return read_file(self.path / file, most)
 
-    def weight_samples(self) -> Iterator[bytes]:
+    def files(self) -> list[Path]:
         from splitfuse.models.sources.safetensors import weight_files  # only here: it imports torch
 
-        for path in weight_files(self.path):
+        return weight_files(self.path)
+
+    def weight_samples(self) -> Iterator[bytes]:
+        for path in self.files():
             yield from sample(path)
 
     def weights(self) -> WeightSource:

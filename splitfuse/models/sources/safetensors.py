@@ -75,6 +75,9 @@ class SafetensorsWeights(WeightSource):
         header = self._files[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
+    def stored_as(self, name: str) -> str:
+        return self.header(name)[1]
+
     def check_tensor(self, piece: Piece) -> None:
         """Raise WeightsError unless a tensor has this shape, and is not quantized."""
         name, expected = piece

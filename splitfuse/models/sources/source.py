@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -75,6 +76,11 @@ class WeightSource(ABC):
         """Return a tensor that is quantized, as `read` does one that is not."""
         raise NotImplementedError(f"{piece.name} is not quantized")
 
+    def stored_as(self, name: str) -> str:
+        """Return how a tensor is stored, as files call it: its dtype or its format."""
+        stored = self.quantization(name)
+        return "dense" if stored is None else stored.name
+
     def remarks(self) -> list[str]:
         """Return lines on what of the checkpoint is computed in another way than it says."""
         return []
@@ -113,6 +119,10 @@ class ModelSource(ABC):
         for sample in self.weight_samples() if weights else ():
             digest.update(sample)
         return digest.hexdigest()
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Return the files that hold the tensors. Raises WeightsError."""
 
     @abstractmethod
     def weight_samples(self) -> Iterator[bytes]:

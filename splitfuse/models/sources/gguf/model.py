@@ -63,9 +63,12 @@ class GgufModel(ModelSource):
             digest.update(sampled)
         return digest.hexdigest()
 
+    def files(self) -> list[Path]:
+        return [file.path for file in self._files]
+
     def weight_samples(self) -> Iterator[bytes]:
-        for file in self._files:
-            yield from sample(file.path)
+        for path in self.files():
+            yield from sample(path)
 
     def weights(self) -> WeightSource:
         located = locate(self._metadata, {name: info for name, (_, info) in self._places.items()}, self._config)
@@ -152,6 +155,9 @@ class GgufWeights(WeightSource):
         from splitfuse.models.sources.gguf.blocks import FORMATS
 
         return FORMATS.get(self._tensors[name][1].info.type.name)
+
+    def stored_as(self, name: str) -> str:
+        return self._tensors[name][1].info.type.name
 
     @contextmanager
     def read(self, piece: Piece) -> Iterator[Tensor]:

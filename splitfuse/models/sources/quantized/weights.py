@@ -85,6 +85,10 @@ class QuantizedWeights(WeightSource):
                 raise WeightsError(f"{piece.name} is stored with {error}") from error
             yield weight
 
+    def stored_as(self, name: str) -> str:
+        layer = self._layers.get(name)
+        return self._stored.stored_as(name) if layer is None else layer.scheme.label
+
     def remarks(self) -> list[str]:
         return list(self._quantization.remarks) if self._layers else []
 

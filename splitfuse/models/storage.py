@@ -1,0 +1,87 @@
+"""Says how the tensors of a checkpoint are stored, and what becomes of them, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from splitfuse.kernels.interface import Backend, Role
+from splitfuse.kernels.quantized import Fp8Format
+from splitfuse.models.sources.source import WeightSource
+from splitfuse.models.spec import ModelSpec
+from splitfuse.models.weights import Part, kept_format, parameter_bytes, stored_parameters
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Dtypes as files call them."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Describes tensors that are stored alike and kept alike: `exact` if no number of them is rounded."""
+
+    stored: str  # "BF16", "GPTQ int4"
+    kept: str  # "kept as stored", "as bfloat16"
+    exact: bool
+    count: int
+    num_bytes: int  # in memory
+
+
+def tensor_groups(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[TensorGroup]:
+    """Return what becomes of the tensors of a checkpoint, the largest group first."""
+    names: dict[tuple[str, str, bool], set[str]] = {}
+    sizes: Counter[tuple[str, str, bool]] = Counter()
+    for parameter in stored_parameters(weights, spec):
+        size, num_rows = parameter_bytes(parameter, weights, dtype, backend), parameter.shape[0]
+        for part in parameter.parts:
+            kind = _kind(weights, part, parameter.role, backend, dtype)
+            names.setdefault(kind, set()).add(part.piece.name)
+            sizes[kind] += size * part.shape[0] // num_rows
+    return [TensorGroup(*kind, count=len(names[kind]), num_bytes=size) for kind, size in sizes.most_common()]
+
+
+def _kind(weights: WeightSource, part: Part, role: Role, backend: Backend, dtype: torch.dtype) -> tuple[str, str, bool]:
+    """Return how a tensor is stored, how it is kept, and whether that is exact."""
+    name = part.piece.name
+    stored, quantized = weights.stored_as(name), weights.quantization(name) is not None
+    if kept_format(weights, part, role, backend) is not None:
+        return stored, "kept as stored", True
+    if backend.quantization is not None and role.linear:
+        return stored, f"quantized to {backend.quantization}", False
+    kept = torch.float32 if role is Role.NORM else dtype
+    how = "dequantized to" if quantized else "as"
+    exact = kept in (torch.float32, None if quantized else DTYPES.get(stored))
+    return stored, f"{how} {str(kept).removeprefix('torch.')}", exact
+
+
+def describe_quantization(weights: WeightSource) -> str:
+    """Return how many tensors of a checkpoint are quantized in which formats; empty if none is."""
+    return ", ".join(f"{count} tensors in {name}" for name, count in Counter(_formats(weights)).most_common())
+
+
+def may_be_quantized(weights: WeightSource, quantization: str) -> bool:
+    """Return whether weights may be kept in `quantization`: those that are dense, and to int8 those in FP8."""
+    formats = [stored for name in weights.names() if (stored := weights.quantization(name)) is not None]
+    return all(quantization == "int8" and isinstance(stored, Fp8Format) for stored in formats)
+
+
+def _formats(weights: WeightSource) -> Iterator[str]:
+    return (stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
+
+
+def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:
+    """Return a line on what becomes of the tensors that are quantized, if any is, and what else is not as they say."""
+    kinds: Counter[tuple[str, bool]] = Counter()
+    for parameter in stored_parameters(weights, spec):
+        for part in parameter.parts:
+            if part.piece.name in weights and (stored := weights.quantization(part.piece.name)) is not None:
+                kinds[stored.name, kept_format(weights, part, parameter.role, backend) is not None] += 1
+    if not kinds:
+        return []
+    dense = f"dequantized to {str(dtype).removeprefix('torch.')}"
+    if backend.quantization is not None:
+        dense = f"quantized anew to {backend.quantization} from what they mean"
+    parts = [f"{count} of {name} {'kept as stored' if kept else dense}" for (name, kept), count in kinds.most_common()]
+    return [f"quantized weights: {', '.join(parts)}", *weights.remarks()]
