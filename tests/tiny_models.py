@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     ArceeForCausalLM,
+    BambaForCausalLM,
     Cohere2ForCausalLM,
     CohereForCausalLM,
     CwmForCausalLM,
@@ -651,6 +652,16 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         layer_types=["full_attention", "linear_attention", "linear_attention"],
         num_hidden_layers=3,
         rope_parameters=rope("default", partial_rotary_factor=0.5),
+    ),
+    "bamba": lambda: tiny(
+        BambaForCausalLM,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_n_groups=4,
+        mamba_d_state=10,
+        mamba_chunk_size=16,
+        mlp_bias=True,
+        tie_word_embeddings=True,
     ),
     "granite-hybrid": lambda: tiny(GraniteMoeHybridForCausalLM, **GRANITE_HYBRID, tie_word_embeddings=True),
     "granite-hybrid-dense-rope": lambda: tiny(

@@ -123,8 +123,8 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     sizes |= {"num_hidden_layers": 4}  # of hybrids every fourth layer is attention
     if architecture == "DeepseekV2ForCausalLM":
         sizes["num_experts_per_tok"] = 6  # the only one that has no default
-    if architecture == "GraniteMoeHybridForCausalLM":  # by default it has no attention
-        sizes["layer_types"] = ["linear_attention", "full_attention"] * 2
+    if architecture in ("BambaForCausalLM", "GraniteMoeHybridForCausalLM"):  # by default they have no attention
+        sizes |= {"layer_types": KINDS + KINDS[1:2]} if "Granite" in architecture else {"attn_layer_indices": [1, 3]}
     family = FAMILIES[architecture]
     fields = {"text_config": {**sizes, "model_type": family.text_types[0]}} if family.text_types else sizes
     named = {"architectures": [architecture]}

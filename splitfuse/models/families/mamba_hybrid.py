@@ -1,4 +1,4 @@
-"""Reads hybrids of Mamba-2 and attention: Granite 4, and Nemotron-H, whose layers are a mixer or an MLP each."""
+"""Reads hybrids of Mamba-2 and attention: Bamba, Granite 4, and Nemotron-H, whose layers are a mixer or an MLP each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from splitfuse.errors import ModelError, brief
 from splitfuse.kernels.interface import ExpertsSpec, MambaSpec, Mixer, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
+    DECODER_NAMES,
     LEGACY_LAYER_TYPES,
     Family,
     WeightNames,
     accept_only,
+    biased_attention,
     decoder,
     further_layers,
     layer_types,
@@ -35,6 +37,7 @@ from splitfuse.models.families.llama import (
     granite_attention,
     granite_decoder,
 )
+from splitfuse.models.families.rope_config import read_rope
 from splitfuse.models.spec import ModelSpec
 
 PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -86,6 +89,7 @@ def _mamba_names(mixer: str) -> Mapping[str, Layout]:
     }
 
 
+_MLP = [key for key in DECODER_NAMES if key.startswith("mlp.")]
 _SHARED = {
     "gate_up": ("model.layers.{layer}.shared_mlp.input_linear.weight",),
     "down": ("model.layers.{layer}.shared_mlp.output_linear.weight",),
@@ -94,6 +98,14 @@ GRANITE_HYBRID_NAMES: WeightNames = {
     **GRANITE_MOE_NAMES,
     **_mamba_names("model.layers.{layer}.mamba"),
     **{f"{mlp}.{name}": stored for mlp in ("mlp", "shared") for name, stored in _SHARED.items()},
+}
+
+BAMBA_NAMES: WeightNames = {
+    **DECODER_NAMES,
+    **{key: tuple(str(name).replace(".mlp.", ".feed_forward.") for name in DECODER_NAMES[key]) for key in _MLP},
+    "norm": ("model.final_layernorm.weight",),
+    "mlp_norm": ("model.layers.{layer}.pre_ff_layernorm.weight",),
+    **_mamba_names("model.layers.{layer}.mamba"),
 }
 
 
@@ -136,28 +148,7 @@ NEMOTRON_H_IN_MEMORY: WeightNames = {
 def granite_moe_hybrid(config: ConfigJson) -> ModelSpec:
     """Return the network of a GraniteMoeHybridForCausalLM: Granite 4, with experts or without."""
     accept_only(config, hidden_act="silu", normalization_function="rmsnorm")
-    width, heads = (
-        config.integer("mamba_expand", 2) * config.integer("hidden_size"),
-        config.integer("mamba_n_heads", 128),
-    )
-    automatic = config.raw("mamba_d_head") in (None, "auto")
-    head_dim = max(width // heads, 1) if automatic else config.integer("mamba_d_head")
-    if heads * head_dim != width:
-        raise ModelError(
-            f"config.json: mamba_expand x hidden_size is {width}, which {heads} heads of {head_dim} (mamba_n_heads, "
-            "mamba_d_head) do not fill"
-        )
-    mamba = _mamba(
-        config,
-        num_heads=heads,
-        num_groups=config.integer("mamba_n_groups", 1),
-        state_dim=config.integer("mamba_d_state", 256),
-        head_dim=head_dim,
-        conv_size=config.integer("mamba_d_conv", 4),
-        norm=NormSpec(eps=config.number("rms_norm_eps", 1e-6)),
-        bias=config.flag("mamba_proj_bias", False),
-        conv_bias=config.flag("mamba_conv_bias", True),
-    )
+    mamba = _wide_mamba(config, eps=1e-6)
     attention, rope = granite_attention(config), config.text("position_embedding_type", "nope")
     accept_only(config, position_embedding_type="rope" if rope == "rope" else "nope")
     if rope == "nope":
@@ -170,6 +161,16 @@ def granite_moe_hybrid(config: ConfigJson) -> ModelSpec:
         router = RouterSpec(num_experts=count, top_k=config.integer("num_experts_per_tok", 2), renormalize=True)
         shared = ExpertsSpec(router=router, expert=mlp(config), shared=shared)
     return granite_decoder(config, mixers, shared, **({} if rope == "rope" else {"ropes": ()}))
+
+
+def bamba(config: ConfigJson) -> ModelSpec:
+    """Return the network of a BambaForCausalLM: attention rotates half of each head."""
+    accept_only(config, hidden_act="silu", mamba_use_mlp=True)
+    mamba, attention = _wide_mamba(config, eps=1e-5), biased_attention(config, num_kv_heads=8)
+    attending = set(config.integers("attn_layer_indices", []))
+    mixers: list[Mixer] = [attention if number in attending else mamba for number in range(num_layers(config))]
+    rope = read_rope(config, head_dim=attention.head_dim, share=0.5)
+    return decoder(config, mixers, mlp(config, bias=config.flag("mlp_bias", False)), ropes=(rope,), norm_eps=1e-5)
 
 
 def nemotron_h(config: ConfigJson) -> ModelSpec:
@@ -211,6 +212,32 @@ def nemotron_h(config: ConfigJson) -> ModelSpec:
     )
 
 
+def _wide_mamba(config: ConfigJson, *, eps: float) -> MambaSpec:
+    """Return the Mamba of Granite 4 and Bamba, as wide as `mamba_expand` says; `eps` is a default."""
+    width, heads = (
+        config.integer("hidden_size") * config.integer("mamba_expand", 2),
+        config.integer("mamba_n_heads", 128),
+    )
+    automatic = config.raw("mamba_d_head") in (None, "auto")
+    head_dim = max(width // heads, 1) if automatic else config.integer("mamba_d_head")
+    if heads * head_dim != width:
+        raise ModelError(
+            f"config.json: mamba_expand x hidden_size is {width}, which {heads} heads of {head_dim} (mamba_n_heads, "
+            "mamba_d_head) do not fill"
+        )
+    return _mamba(
+        config,
+        num_heads=heads,
+        num_groups=config.integer("mamba_n_groups", 1),
+        state_dim=config.integer("mamba_d_state", 256),
+        head_dim=head_dim,
+        conv_size=config.integer("mamba_d_conv", 4),
+        norm=NormSpec(eps=config.number("rms_norm_eps", eps)),
+        bias=config.flag("mamba_proj_bias", False),
+        conv_bias=config.flag("mamba_conv_bias", True),
+    )
+
+
 def _mamba(config: ConfigJson, **fields: Any) -> MambaSpec:
     """Return the Mamba of a config; `fields` are those that each family calls in its own way."""
     for field in EXECUTION_FIELDS:
@@ -247,6 +274,7 @@ def _nemotron_kinds(config: ConfigJson) -> list[str]:
 
 
 FAMILIES = {
+    "BambaForCausalLM": Family("bamba", bamba, BAMBA_NAMES),
     "GraniteMoeHybridForCausalLM": Family(
         "granitemoehybrid", granite_moe_hybrid, GRANITE_HYBRID_NAMES, alternatives=(GRANITE_MOE_IN_MEMORY,)
     ),

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
 """Fields without which no config is read, under the names of all families; nothing that is shown depends on them."""
 
 TYPICAL: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {"attn_layer_indices": [3, 9]},
     "GraniteForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     "GraniteMoeForCausalLM": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
     "GraniteMoeHybridForCausalLM": {
@@ -43,6 +44,7 @@ MODELS = {
     "AquilaForCausalLM": "Aquila 2",
     "AquilaModel": "Aquila",
     "ArceeForCausalLM": "Arcee AFM",
+    "BambaForCausalLM": "Bamba",
     "Cohere2ForCausalLM": "Command R7B, Command A",
     "CohereForCausalLM": "Command R, R+",
     "CwmForCausalLM": "Code World Model",
