@@ -61,6 +61,7 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "olmo3": "olmo2",
     "cohere": "command-r",
     "gpt_oss": "gpt-oss",
 }
@@ -170,12 +171,18 @@ def keys(model: PreTrainedModel, arch: str) -> dict[str, Any]:
     if rope["rope_type"] in ("linear", "yarn"):
         values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
         if rope["rope_type"] == "yarn":
+            values["rope.scaling.yarn_beta_fast"] = rope.get("beta_fast")
             values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     if rope["rope_type"] == "longrope":
         values["rope.scaling.original_context_length"] = config.original_max_position_embeddings
         values["rope.scaling.attn_factor"] = rope["attention_factor"]
-    if arch in ("gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "cohere2", "exaone4"):
+    if (
+        arch in ("gemma2", "gemma3", "phi3", "starcoder2", "gpt-oss", "cohere2", "exaone4")
+        or config.model_type == "olmo3"
+    ):
         values["attention.sliding_window"] = config.sliding_window
+    if hasattr(config, "layer_types") and arch in ("exaone4", "olmo2") and values.get("attention.sliding_window"):
+        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
     if arch in ("gemma2", "gemma3"):
         values["final_logit_softcapping"] = config.final_logit_softcapping
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
@@ -282,9 +289,9 @@ def tokenizer_metadata(tokenizer: tokenizers.Tokenizer, **changes: Any) -> dict[
     return values | {key.replace("__", "."): value for key, value in changes.items()}
 
 
-def write_tokenizer(path: Path, values: Mapping[str, Any]) -> Path:
+def write_tokenizer(path: Path, values: Mapping[str, Any], architecture: str = "llama") -> Path:
     """Write a file of a tokenizer alone."""
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in values.items():
         put(writer, f"tokenizer.{key}", value)
     writer.write_header_to_file()

@@ -24,6 +24,7 @@ from transformers import (
     Exaone4ForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Olmo3ForCausalLM,
     PreTrainedModel,
 )
 
@@ -99,6 +100,15 @@ OWN_VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt-oss-yarn": lambda: tiny_models.gpt_oss(rope_parameters=GPT_OSS_ROPE),
     "exaone4-windows": lambda: tiny_models.tiny(Exaone4ForCausalLM, num_hidden_layers=5, sliding_window=6, head_dim=10),
     "cohere2-windows": lambda: tiny_models.tiny(Cohere2ForCausalLM, num_hidden_layers=5, sliding_window=7),
+    "olmo3-yarn": lambda: tiny_models.tiny(
+        Olmo3ForCausalLM,
+        num_hidden_layers=5,
+        sliding_window=6,
+        rope_parameters={
+            "full_attention": tiny_models.rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0),
+            "sliding_attention": tiny_models.rope("default"),
+        },
+    ),
     "qwen3-moe-all": lambda: tiny_models.qwen3_moe(norm_topk_prob=True),
 }
 VARIANTS = (
@@ -191,6 +201,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
         ({"rope.freq_base": -1.0}, "llama.rope.freq_base must be a positive finite number, not -1.0"),
         ({"attn_logit_softcapping": 30.0}, "has llama.attn_logit_softcapping = 30.0, which is not supported"),
         ({"expert_gating_func": 2}, "experts that are not chosen by a softmax"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "llama.rope.scaling.original_context_length"),
         ({"block_count": "three"}, "llama.block_count must be a whole number from 1 to 2147483647, not 'three'"),
     ],
 )
@@ -202,3 +213,8 @@ def test_the_page_of_models_lists_what_is_read() -> None:
     page = Path(__file__).parents[2] / "docs" / "models.md"
     [architectures] = re.findall(r"^\| architectures \| (.*) \|$", page.read_text(), re.MULTILINE)
     assert re.sub(r" \([^)]*\)", "", architectures).split(", ") == sorted(ARCHITECTURES)
+
+
+def test_granite_without_rope_is_refused(tmp_path: Path) -> None:
+    path = write(tiny_models.make("granite"), tmp_path / "model.gguf", **{"rope.scaling.finetuned": False})
+    assert "granite.rope.scaling.finetuned false, no rope, is not supported" in refused(path)

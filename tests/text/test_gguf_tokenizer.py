@@ -71,6 +71,15 @@ def test_a_message_of_gpt_oss_ends_no_answer(tmp_path: Path) -> None:
     assert [origin.id_to_token(i) for i in ids] == ["<|return|>", "<|call|>"]
 
 
+def test_tokens_of_phi3_take_white_space_behind_them(tmp_path: Path) -> None:
+    origin = byte_fallback()
+    origin.add_special_tokens([tokenizers.AddedToken("<|end|>", rstrip=True)])
+    values = tokenizer_metadata(origin)
+    path = write_tokenizer(tmp_path / "model.gguf", values, architecture="phi3")
+    text = "the <|end|>\n cat"
+    assert Tokenizer.from_source(GgufModel(path)).encode(text) == Tokenizer(origin).encode(text)
+
+
 TEXT = "It's 12345 HTTPServer naïve\n\n  x//y"
 CUTS = {
     "gpt-2": ["It", "'s", " 12345", " HTTPServer", " naïve", "\n\n ", " x", "//", "y"],

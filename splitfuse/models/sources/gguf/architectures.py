@@ -6,7 +6,6 @@ Keys and tensor names are those of llama.cpp's converter. What of a file changes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,11 @@ Floats: TypeAlias = Callable[[str], list[float]]
 """Reads a short tensor of fp32."""
 
 LARGEST_EXPERTS = 10_000
-REMARKS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal")
-"""Keys that do not change a network: the vocabulary is that of the embedding, attention is causal or not converted."""
+REMARKS = (
+    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal"),
+    *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
+)
+"""Keys that do not change a network: the vocabulary is that of the embedding, and norms have one epsilon."""
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -92,6 +94,10 @@ def _llama(metadata: Metadata, _config: Config) -> Config:
 
 
 def _granite(metadata: Metadata, config: Config) -> Config:
+    if not metadata.flag("rope.scaling.finetuned", True):  # what llama.cpp knows by it that there is no rope
+        raise UnsupportedModelError(
+            f"{metadata.location}: granite.rope.scaling.finetuned false, no rope, is not supported"
+        )
     return {
         "attention_multiplier": metadata.number("attention.scale", config["head_dim"] ** -0.5),
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
@@ -133,7 +139,7 @@ def _gemma3(metadata: Metadata, config: Config) -> Config:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _gemma_scalar(config, 62),
-        "sliding_window": metadata.integer("attention.sliding_window"),
+        **_windows(metadata, config),
         "rope_parameters": {"full_attention": full, "sliding_attention": local},
         **({cap: metadata.number(cap)} if cap in metadata else {}),
     }
@@ -169,30 +175,49 @@ def _gpt_oss(metadata: Metadata, config: Config) -> Config:
     if rope["rope_type"] == "yarn":
         rope["truncate"] = False
     return {
-        "sliding_window": metadata.integer("attention.sliding_window"),
+        **_windows(metadata, config),
         "num_local_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": metadata.integer("expert_used_count"),
         "intermediate_size": metadata.integer("expert_feed_forward_length"),
     }
 
 
-def _cohere2(metadata: Metadata, _config: Config) -> Config:
-    return {
-        "logit_scale": metadata.number("logit_scale"),
-        "sliding_window": metadata.integer("attention.sliding_window"),
-        "sliding_window_pattern": 4,
-    }
+def _cohere2(metadata: Metadata, config: Config) -> Config:
+    return {"logit_scale": metadata.number("logit_scale"), **_windows(metadata, config)}
 
 
 def _command_r(metadata: Metadata, _config: Config) -> Config:
+    return {"logit_scale": metadata.number("logit_scale")}
+
+
+def _exaone4(metadata: Metadata, config: Config) -> Config:
+    if not metadata.integer("attention.sliding_window", 0):
+        return {"sliding_window": None}
+    return _windows(metadata, config)
+
+
+def _olmo2(metadata: Metadata, config: Config) -> Config:
+    """Return what OLMo 3 has besides, whose files have the same architecture: windows, in layers with a plain rope."""
+    if not metadata.integer("attention.sliding_window", 0):
+        return {}
+    rope = config.pop("rope_parameters")
+    local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return {
-        "logit_scale": metadata.number("logit_scale"),
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+        **_windows(metadata, config),
     }
 
 
-def _exaone4(metadata: Metadata, _config: Config) -> Config:
-    window = metadata.optional_integer("attention.sliding_window")
-    return {"sliding_window": window or None, "sliding_window_pattern": 4}
+def _windows(metadata: Metadata, config: Config) -> Config:
+    """Return the sliding window and, where a file says so, which layers have it; else the family knows."""
+    count, key = config["num_hidden_layers"], "attention.sliding_window_pattern"
+    windows: Config = {"sliding_window": metadata.integer("attention.sliding_window")}
+    if key not in metadata:
+        return windows
+    inside = metadata.flags(key, count)
+    return {**windows, "layer_types": ["sliding_attention" if each else "full_attention" for each in inside]}
 
 
 ARCHITECTURES = {
@@ -248,7 +273,7 @@ ARCHITECTURES = {
         _starcoder2,
         epsilon="norm_epsilon",
     ),
-    "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {**_DECODER, **_HEAD_NORMS, **_NORMS_BEHIND}),
+    "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {**_DECODER, **_HEAD_NORMS, **_NORMS_BEHIND}, _olmo2),
     "cohere2": Architecture("Cohere2ForCausalLM", "cohere2", _DECODER, _cohere2, epsilon="layer_norm_eps"),
     "command-r": Architecture("CohereForCausalLM", "cohere", _DECODER, _command_r, epsilon="layer_norm_eps"),
     "exaone4": Architecture("Exaone4ForCausalLM", "exaone4", {**_DECODER, **_HEAD_NORMS, **_NORMS_BEHIND}, _exaone4),
@@ -369,20 +394,21 @@ def _rope(metadata: Metadata, tensors: Tensors, floats: Floats, head_dim: int) -
     if scaled:
         rope |= {"rope_type": kind, "factor": metadata.number("rope.scaling.factor")}
     if scaled and kind == "yarn":
-        factor, original = rope["factor"], metadata.integer("rope.scaling.original_context_length", least=1)
-        rope |= {"original_max_position_embeddings": original, **_yarn(metadata, factor)}
+        original = metadata.integer("rope.scaling.original_context_length", least=1)
+        rope |= {"original_max_position_embeddings": original, **_yarn(metadata)}
     metadata.integer("rope.scaling.original_context_length", 0)
     return rope
 
 
-def _yarn(metadata: Metadata, factor: float) -> Config:
-    """Return what further fields of YaRN say: the factor of ggml comes on top of the usual one."""
-    names = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-    fields: Config = {name: metadata.number(key) for name, key in names.items() if key in metadata}
-    for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        if key in metadata:
-            fields["attention_factor"] = metadata.number(key) * (0.1 * math.log(factor) + 1.0)
-    return fields
+def _yarn(metadata: Metadata) -> Config:
+    """Return what further fields of YaRN say."""
+    if metadata.number("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"{metadata.location}: a {metadata.architecture}.rope.scaling.yarn_ext_factor other than 1 is not supported"
+        )
+    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+    keys = {name: f"rope.scaling.{key}" for name, key in names.items()}
+    return {name: metadata.number(key) for name, key in keys.items() if key in metadata}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,13 @@ class Metadata:
         """Return true or false."""
         return self._value(key, default, "true or false", lambda value: isinstance(value, bool))
 
+    def flags(self, key: str, length: int) -> list[bool]:
+        """Return a flag for each of `length` layers; of a number n, all but each n-th have it."""
+        if isinstance(self._values.get(self._full(key)), int):
+            every = self.integer(key, least=1)
+            return [(number + 1) % every > 0 for number in range(length)]
+        return [bool(each) for each in self.numbers(key, length)]
+
     def texts(self, key: str) -> list[str]:
         """Return a list of texts."""
         return self._value(key, None, "a list of texts", _is_texts)

@@ -136,9 +136,17 @@ class GgufTokenizer:
 
     def _added(self) -> list[Json]:
         """Return the tokens that are found in texts before these are cut."""
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        flags = {"single_word": False, "lstrip": False, "normalized": False}
+        # What files do not say: the tokens of Phi-3 take the white space behind them.
+        strips = self._metadata.architecture == "phi3" and self._kind == "llama"
         return [
-            {"id": i, "content": text, **flags, "special": kind in (CONTROL, UNKNOWN)}
+            {
+                "id": i,
+                "content": text,
+                **flags,
+                "special": kind in (CONTROL, UNKNOWN),
+                "rstrip": strips and text not in ("<unk>", "<s>", "<|endoftext|>"),
+            }
             for i, (text, kind) in enumerate(zip(self._tokens, self._types, strict=True))
             if kind in (CONTROL, UNKNOWN, USER_DEFINED) and text
         ]
