@@ -38,6 +38,14 @@ MAX_GROWTH = 64
 HARMLESS_BYTES = 64 * 1024
 """Size of a tokenizer.json that is loaded untried: what it says cannot take more than some 200 MB."""
 _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of Hugging Face transformers writes one"
+OTHER_FILES = {
+    "tokenizer.model": ("only a SentencePiece tokenizer.model, which cannot be read as it is", _CONVERT),
+    "tekken.json": (
+        "only Mistral's tekken.json, which cannot be read as it is",
+        "convert_tekken_tokenizer(file).save_pretrained(folder) of transformers.integrations.mistral writes one",
+    ),
+}
+"""File of a tokenizer in another format -> what it is, and how to convert it."""
 
 
 class Tokenizer:
@@ -74,11 +82,11 @@ class Tokenizer:
             content = source.read("tokenizer.json", MAX_TOKENIZER_BYTES)
             check_json(content or b"")
         if content is None:
-            slow = source.read("tokenizer.model") is not None
-            found = (
-                "only a SentencePiece tokenizer.model, which cannot be read as it is" if slow else "no tokenizer.json"
+            found, convert = next(
+                (each for file, each in OTHER_FILES.items() if source.read(file, MAX_TOKENIZER_BYTES) is not None),
+                ("no tokenizer.json", _CONVERT),
             )
-            raise TokenizerError(f"{source.location} has {found}; a fast tokenizer.json is needed: {_CONVERT}")
+            raise TokenizerError(f"{source.location} has {found}; a fast tokenizer.json is needed: {convert}")
         config = source.tokenizer_config(TokenizerError)
         added = config.get("added_tokens_decoder")
         special, extra = _special_tokens(config), _extra_special_tokens(config)

@@ -202,6 +202,9 @@ def test_chat_template_file_comes_first(tmp_path: Path) -> None:
 def test_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json.*save_pretrained"):
         Tokenizer.from_source(ModelFolder(tmp_path))
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"only Mistral's tekken\.json.*convert_tekken_tokenizer\(file\)"):
+        Tokenizer.from_source(ModelFolder(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     with pytest.raises(TokenizerError, match=r"only a SentencePiece tokenizer\.model.*save_pretrained"):
         Tokenizer.from_source(ModelFolder(tmp_path))
