@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +170,32 @@ def test_a_row_gives_the_same_bits_alone_and_batched(count: int, vocab: int) -> 
     for _ in range(10):
         batch = rng.sample(range(count), rng.randint(2, count))
         assert sample(logits[batch], [rows[i] for i in batch]) == [alone[i] for i in batch]
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.05, 0.9])
+def test_a_mask_is_as_if_other_tokens_had_no_logit(share: float) -> None:
+    rng, count, vocab = random.Random(3), 30, 20_001
+    logits = random_logits(count, vocab, 2)
+    allowed = torch.rand(count, vocab, generator=torch.Generator().manual_seed(4)) < share
+    allowed[:, EOS + 5] = True
+    padded = torch.zeros(count, (vocab + 31) // 32 * 32, dtype=torch.bool)
+    padded[:, :vocab] = allowed
+    masks: list[Any] = list(np.packbits(padded.numpy(), axis=1, bitorder="little").view(np.int32))
+    rows = [row(random_params(rng, vocab), seed=rng.randrange(2**64), output=(7,) * (n % 3)) for n in range(count)]
+    wanted = sample(torch.where(allowed, logits, -torch.inf), rows)
+    alone = [sample(logits[i : i + 1], [rows[i]], masks=[masks[i]])[0] for i in range(count)]
+    assert [each.token_ids for each in alone] == [each.token_ids for each in wanted]
+    masks[3] = None
+    alone[3] = sample(logits[3:4], [rows[3]])[0]
+    assert sample(logits, rows, masks=masks) == alone
+
+
+def test_a_mask_of_no_token_fails_its_row_alone() -> None:
+    rows = [row(SamplingParams(temperature=temperature)) for temperature in (0.0, 0.0, 1.0)]
+    masks: list[Any] = [None, np.zeros(4, dtype=np.int32), np.zeros(4, dtype=np.int32)]
+    free, *others = sample(random_logits(3, 101, 0), rows, masks=masks)
+    assert free.error is None
+    assert all("leave nothing to choose" in (each.error or "") for each in others)
 
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:

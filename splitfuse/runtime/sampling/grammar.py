@@ -27,6 +27,9 @@ from splitfuse.errors import RequestFailedError
 MAX_KEPT = 64
 """Number of grammars whose compiled form is kept for further requests."""
 
+FEW_WORDS = 256
+"""Number of a mask's 32-bit words with an allowed token up to which its tokens are looked at one by one."""
+
 Mask: TypeAlias = NDArray[np.int32]
 """Type of a mask: a bit for each token, the first in the lowest bit of the first number."""
 
@@ -146,17 +149,34 @@ def permits(mask: Mask, token: int) -> bool:
     return bool(mask[token >> 5] >> (token & 31) & 1)
 
 
-def permitted(mask: Mask, vocab_size: int) -> NDArray[np.intp]:
-    """Return the tokens that a mask allows, in ascending order."""
-    words = np.flatnonzero(mask)  # few where the grammar says how the answer goes on
-    bits = np.unpackbits(mask[words].view(np.uint8).reshape(len(words), 4), axis=1, bitorder="little")
-    tokens: NDArray[np.intp] = (words[:, None] * 32 + np.arange(32))[bits.view(bool)]
-    return tokens[: np.searchsorted(tokens, vocab_size)]
+def penalties(mask: Mask, vocab_size: int) -> NDArray[np.float32]:
+    """Return what to add to the scores of all tokens: 0 to those that a mask allows, -inf to others."""
+    return _OF_BYTE.take(mask.view(np.uint8), axis=0).reshape(-1)[:vocab_size]
+
+
+_OF_BYTE = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+_OF_BYTE = _OF_BYTE.astype(np.float32)
+"""Penalties of eight tokens, for each value of a byte: several times as fast as a choice by single bits."""
+
+
+def best_permitted(logits: Tensor, mask: Mask) -> tuple[int, float]:
+    """Return the token with the largest of `logits` [vocabulary] that a mask allows, the first of equal ones, and the
+    logit: -inf if it allows none.
+    """
+    numbers = logits.float().cpu().numpy()
+    words = np.flatnonzero(mask)
+    if 0 < len(words) <= FEW_WORDS:  # mostly, but for within strings: a tenth of the time
+        bits = np.unpackbits(mask[words].view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+        tokens = (words[:, None] * 32 + np.arange(32))[bits.view(bool)]
+        best = int(tokens[numbers[tokens].argmax()])
+        return best, float(numbers[best])
+    numbers = numbers + penalties(mask, len(numbers))
+    best = int(numbers.argmax())
+    return best, float(numbers[best])
 
 
 def forbid(scores: Tensor, masks: Sequence[Mask | None]) -> None:
     """Set the scores [rows, vocabulary] of tokens that their rows' masks do not allow to -inf."""
     for row, mask in zip(scores, masks, strict=True):
         if mask is not None:
-            bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(row))
-            row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -torch.inf)
+            row.add_(torch.from_numpy(penalties(mask, len(row))).to(row.device))

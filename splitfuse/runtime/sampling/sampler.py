@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
@@ -24,7 +23,7 @@ from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.interface import exact_argmax
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
-from splitfuse.runtime.sampling.grammar import Mask, forbid, permits, permitted
+from splitfuse.runtime.sampling.grammar import Mask, best_permitted, forbid, permits
 from splitfuse.runtime.sampling.logprobs import report_logprobs
 
 Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
@@ -56,7 +55,7 @@ def sample(
         if rows[i].params.temperature:
             adjusts[i] = True
         elif not adjusts[i] and not permits(mask, best[i]):  # mostly the best token is allowed, and there is no more
-            best[i], peaks[i] = _best_permitted(logits[i], mask)
+            best[i], peaks[i] = best_permitted(logits[i], mask)
     unchosen = _faults(peaks)
     if not unchosen and not any(adjusts) and all(_is_plain(row) for row in rows):
         return [ChunkResult((token,)) for token in best]
@@ -115,17 +114,6 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
 def _is_plain(row: SamplingState) -> bool:
     """Return whether a row that is not adjusted is greedy and nothing else, as most are."""
     return row.params.temperature == 0.0 and row.params.logprobs is None
-
-
-def _best_permitted(logits: Tensor, mask: Mask) -> tuple[int, float]:
-    """Return the token with the largest of `logits` [vocab] that a mask allows, the first of equal ones, and the logit:
-    -inf if it allows none.
-    """
-    tokens = permitted(mask, len(logits))
-    if not len(tokens):
-        return 0, -math.inf
-    (index,), (peak,) = exact_argmax(logits[torch.from_numpy(tokens).to(logits.device)].unsqueeze(0))
-    return int(tokens[index]), peak
 
 
 def _causes(masks: Sequence[Mask | None], row: int) -> str:
