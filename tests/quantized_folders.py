@@ -165,7 +165,7 @@ def fp8(
         whole = np.repeat(spread(scales.double().numpy(), block[1], columns), block[0], axis=0)[:rows]
     tensors = {".weight": values, ending: scales}
     if static:
-        tensors[".input_scale"] = torch.tensor(0.5)
+        tensors |= {".input_scale": torch.tensor(0.5), ".k_scale": torch.tensor(0.25)}
     return tensors, values.double().numpy() * whole
 
 

@@ -20,7 +20,7 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.models.families.registry import load_spec
     from splitfuse.models.sources.hub import open_model
     from splitfuse.models.storage import describe_kept
-    from splitfuse.models.weights import resolve_dtype
+    from splitfuse.models.weights import check_weights, resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.loading import check_quantization, parse_device
@@ -32,6 +32,8 @@ def plan_memory(**flags: Any) -> None:
     weights: WeightSource | None = None
     with suppress(WeightsError):  # of the Hub they are not fetched
         weights = source.weights()
+    if weights is not None:
+        spec = check_weights(weights, spec)
         check_quantization(config, source, weights)
     backend = choose_backend(config, dtype := resolve_dtype(config.model.dtype, spec))
     plan = memory_plan.plan_memory(spec, config, backend=backend, weights=weights)

@@ -34,7 +34,7 @@ from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.quantized.schemes import Header, PackedIntegers
 from splitfuse.models.sources.source import Piece
 from splitfuse.models.storage import tensor_groups
-from splitfuse.models.weights import check_weights, load_decoder, weight_bytes
+from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.loading import load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -143,7 +143,10 @@ CASES = {
     ),
     "fp8-rows": Case(
         partial(fp8, block=None, scale_shape=lambda rows: (rows, 1), ending=".weight_scale", dtype=torch.bfloat16),
-        compressed("float-quantized", num_bits=8, type="float", inputs={**DYNAMIC, "type": "float"}),
+        {
+            **compressed("float-quantized", num_bits=8, type="float", inputs={**DYNAMIC, "type": "float"}),
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        },
     ),
     "fp8-rows-fbgemm": Case(
         partial(fp8, block=None, scale_shape=lambda rows: (rows, 1), ending=".weight_scale"),
@@ -281,6 +284,18 @@ def test_biases_of_zeros_that_old_tools_wrote_are_left_aside(tmp_path: Path) -> 
     assert bias in refusal(tmp_path)
 
 
+def test_quantized_checkpoints_in_float16_are_computed_in_bfloat16(tmp_path: Path) -> None:
+    write("gptq", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    source = ModelFolder(tmp_path)
+    assert resolve_dtype("auto", load_spec(source)) == torch.bfloat16
+    assert resolve_dtype("float16", load_spec(source)) == torch.float16
+    assert source.weights().remarks() == [
+        "dtype=auto is bfloat16 for quantized checkpoints that say float16, as this one does"
+    ]
+
+
 def test_the_config_of_old_gptq_files_is_read(tmp_path: Path) -> None:
     meaning = write("gptq", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -314,6 +329,7 @@ def refusal_of(config: Any) -> str:
         ),
         ({"quant_method": "aqlm"}, "the quant_method 'aqlm' is not known: gptq, awq, "),
         (gptq_config(bits=3), "bits = 3 is not read: 2 or 4 or 8 is"),
+        (gptq_config(act_bits=8), "act_bits = 8 is not read"),
         (gptq_config(checkpoint_format="marlin"), "checkpoint_format = 'marlin' is not read"),
         (gptq_config(group_size=0), "group_size = 0"),
         (gptq_config(group_size="128"), "group_size must be a whole number"),
@@ -385,6 +401,7 @@ def test_tensors_that_contradict_the_config_are_refused(
         ("mixed", "quantized weights: 9 of GPTQ int4 dequantized to float32"),
         ("int8-rows", "inputs of linear layers are not rounded to dynamic int8, as this checkpoint's"),
         ("fp8-static", "inputs of linear layers are not rounded to static FP8, as this checkpoint's"),
+        ("fp8-rows", "keys and values are kept as kv_cache_dtype says, not in the FP8 of this checkpoint's"),
     ],
 )
 def test_the_memory_plan_says_what_is_dequantized(case: str, line: str, tmp_path: Path) -> None:

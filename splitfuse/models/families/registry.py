@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
@@ -103,8 +104,9 @@ def spec_from_config(values: Mapping[str, Any]) -> ModelSpec:
             f"{brief(values['model_type'])}"
         )
     refuse_unread(text, architectures[0])
-    read_quantization(values)  # refuses what the source of the weights would
     _check_layer_types(text, spec)
+    if read_quantization(values) is not None and spec.dtype == "float16":  # refuses what the source of weights would
+        return replace(spec, dtype="bfloat16")  # in which there are kernels: only what is dense loses bits
     return spec
 
 

@@ -27,33 +27,21 @@ SECTIONS = ("quantization_config", "compression_config")
 """Names of the section in config.json, of which the second is that of old files of compressed-tensors."""
 
 CALIBRATION = {
-    *("tokenizer", "dataset", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "meta"),
-    *("act_group_aware", "model_seqlen", "batch_size", "pad_token_id", "mse", "desc_act", "quant_method", "version"),
-    *("block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize"),
+    *("tokenizer", "dataset", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "meta", "mse"),
+    *("act_group_aware", "model_seqlen", "batch_size", "pad_token_id", "desc_act", "quant_method", "method", "version"),
+    *("block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "provider"),
     *("cache_block_outputs", "max_input_length", "backend", "use_cuda_fp16", "use_exllama", "disable_exllama"),
-    *("exllama_config", "model_name_or_path", "model_file_base_name", "lm_head", "failsafe", "offload_to_disk"),
-    *("exllama_version", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "hyb_act", "process", "uri", "adapter"),
+    *("exllama_config", "exllama_version", "model_name_or_path", "model_file_base_name", "lm_head", "failsafe"),
+    *("offload_to_disk", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "hyb_act", "process", "uri", "adapter"),
+    # of AutoRound, which also writes files that are called GPTQ or AWQ
+    *("iters", "lr", "minmax_lr", "nsamples", "seqlen", "autoround_version", "enable_quanted_input", "amp", "seed"),
+    *("gradient_accumulate_steps", "enable_minmax_tuning", "enable_norm_bias_tuning", "low_gpu_mem_usage", "sampler"),
+    *("scale_dtype", "train_bs", "to_quant_block_names", "act_dynamic", "act_group_size", "act_sym", "act_data_type"),
+    *("enable_alg_ext", "enable_torch_compile", "disable_opt_rtn"),
 }
-"""Fields that say how a file of GPTQ or AWQ was made, or how other engines are to compute it; of desc_act the tensors
-tell, and of lm_head.
+"""Fields that say how a file of GPTQ, AWQ or AutoRound was made, or how other engines are to compute it; of desc_act
+and lm_head the tensors tell.
 """
-AUTO_ROUND = {
-    *(
-        "iters",
-        "lr",
-        "minmax_lr",
-        "nsamples",
-        "seqlen",
-        "autoround_version",
-        "enable_quanted_input",
-        "amp",
-        "gradient_accumulate_steps",
-    ),
-    *("enable_minmax_tuning", "enable_norm_bias_tuning", "low_gpu_mem_usage", "scale_dtype", "sampler", "train_bs"),
-    *("to_quant_block_names", "super_bits", "super_group_size", "act_dynamic", "act_group_size", "act_sym"),
-    *("act_data_type", "enable_alg_ext", "enable_torch_compile", "seed", "disable_opt_rtn", "static_kv_dtype"),
-}
-"""Further such fields of AutoRound."""
 OBSERVED = {"observer", "observer_kwargs", "scale_dtype", "zp_dtype"}
 """Fields of weights in compressed-tensors that say how the file was made; of the dtypes the tensors tell."""
 
@@ -66,6 +54,8 @@ REFUSED = {
 }
 """Methods that are known and not read -> what to do."""
 
+HALVES = "dtype=auto is bfloat16 for quantized checkpoints that say float16, as this one does"
+"""Remark on such a checkpoint."""
 MOST_WILDCARDS = 4
 """Number of wildcards that a pattern of module names may have: each multiplies the time by the length of a name."""
 
@@ -127,7 +117,9 @@ def read_quantization(values: Mapping[str, Any]) -> Quantization | None:
     for place in (values, text if isinstance(text, dict) else {}):
         for section in SECTIONS:
             if place.get(section):
-                return _read(ConfigJson(place).section(section))
+                found = _read(ConfigJson(place).section(section))
+                halves = "float16" in (place.get("dtype"), place.get("torch_dtype"))
+                return replace(found, remarks=(*found.remarks, HALVES)) if halves else found
     return None
 
 
@@ -180,7 +172,7 @@ def _group_size(config: ConfigJson) -> int | None:
 
 
 def _gptq(config: ConfigJson) -> Quantization:
-    _only(config, bits=(2, 4, 8), pack_dtype=("int32",), is_marlin_format=(False,))
+    _only(config, bits=(2, 4, 8), act_bits=(16, 32), pack_dtype=("int32",), is_marlin_format=(False,))
     kinds = ("gptq", "gptq_v2")
     _only(config, checkpoint_format=kinds, format=kinds)
     version = config.text("checkpoint_format", config.text("format", "gptq")).lower()
@@ -216,7 +208,7 @@ def _is_of_gptqmodel(meta: ConfigJson) -> bool:
 
 
 def _awq(config: ConfigJson) -> Quantization:
-    _only(config, bits=(4,), zero_point=(True,), pack_dtype=("int32",))
+    _only(config, bits=(4,), act_bits=(16, 32), zero_point=(True,), pack_dtype=("int32",))
     _only(config, version=("gemm",), format=("gemm",), checkpoint_format=("gemm",))
     scheme = Awq(label="AWQ int4", bits=config.integer("bits", 4), group_size=_group_size(config), zeros=True)
     found = Quantization((Group(scheme),), _ignored(config, "modules_to_not_convert"))
@@ -247,7 +239,7 @@ def _auto_round(config: ConfigJson) -> Quantization:
     scheme = found.groups[0].scheme
     assert isinstance(scheme, Gptq | Awq)
     named = replace(scheme, label=f"AutoRound int{scheme.bits}")
-    _refuse_unread(config, CALIBRATION | AUTO_ROUND)
+    _refuse_unread(config, CALIBRATION)
     return Quantization((Group(named),))
 
 
@@ -269,9 +261,9 @@ def _fp8(config: ConfigJson) -> Quantization:
         (Group(InverseFp8(label=label, block=block)), Group(Fp8(label=label, block=block))),
         _ignored(config, "modules_to_not_convert", "ignored_layers"),
         aside=(".input_scale", ".activation_scale", ".input_scale_inv", *KV_SCALES),
-        remarks=(_unquantized_inputs(f"{config.text('activation_scheme', 'dynamic')} FP8"),),
+        remarks=(_unquantized_inputs(f"{config.text('activation_scheme', 'dynamic')} FP8"), *_kv_remark(config)),
     )
-    _refuse_unread(config, {"quant_method", "dequantize", "kv_cache_scheme", "ignore"})
+    _refuse_unread(config, {"quant_method", "dequantize"})
     return found
 
 
@@ -292,6 +284,14 @@ KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 
 def _unquantized_inputs(kind: str) -> str:
     return f"inputs of linear layers are not rounded to {kind}, as this checkpoint's quantization_config has it"
+
+
+def _kv_remark(config: ConfigJson) -> tuple[str, ...]:
+    if config.raw("kv_cache_scheme"):
+        return (
+            "keys and values are kept as kv_cache_dtype says, not in the FP8 of this checkpoint's quantization_config",
+        )
+    return ()
 
 
 def _mxfp4(config: ConfigJson) -> Quantization:
@@ -332,9 +332,9 @@ def _compressed_tensors(config: ConfigJson) -> Quantization:
         tuple(groups),
         _ignored(config, "ignore"),
         aside=(".input_scale", ".input_zero_point", ".input_global_scale", *KV_SCALES),
-        remarks=tuple(dict.fromkeys(remarks)),
+        remarks=tuple(dict.fromkeys([*remarks, *_kv_remark(config)])),
     )
-    _refuse_unread(config, {"quant_method", "global_compression_ratio", "version", "kv_cache_scheme", "run_compressed"})
+    _refuse_unread(config, {"quant_method", "global_compression_ratio", "version", "run_compressed", "dequantize"})
     return found
 
 

@@ -28,6 +28,10 @@ class Header(NamedTuple):
     shape: Shape
     dtype: str
 
+    def size(self, axis: int) -> int:
+        """Return the size of an axis; 0 if there is no such: it has not been checked."""
+        return self.shape[axis] if axis < len(self.shape) else 0
+
 
 class Wanted(NamedTuple):
     """Holds the shapes and dtypes that a stored tensor may have."""
@@ -119,7 +123,7 @@ class Gptq(Groups):
         }
 
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
-        return self._format(headers["scales"], headers["qweight"].shape[0] * 32 // self.bits)
+        return self._format(headers["scales"], headers["qweight"].size(0) * 32 // self.bits)
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         del shape
@@ -151,7 +155,7 @@ class Awq(Groups):
         }
 
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
-        return self._format(headers["scales"], headers["qweight"].shape[0])
+        return self._format(headers["scales"], headers["qweight"].size(0))
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         del shape
@@ -200,7 +204,7 @@ class PackedIntegers(CompressedIntegers):
         }
 
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
-        return self._format(headers["scales"], headers["packed"].shape[-1] * 32 // self.bits)
+        return self._format(headers["scales"], headers["packed"].size(1) * 32 // self.bits)
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         assert isinstance(stored, GroupFormat)
@@ -228,7 +232,7 @@ class PlainIntegers(CompressedIntegers):
         }
 
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
-        return self._format(headers["scales"], headers["values"].shape[-1])
+        return self._format(headers["scales"], headers["values"].size(1))
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
         assert isinstance(stored, GroupFormat)
