@@ -25,6 +25,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.bindings import BF16
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
@@ -272,6 +273,18 @@ def test_layers_that_the_checkpoint_leaves_out_stay_dense(tmp_path: Path) -> Non
     which = re.compile(r"layers\.[02]\..*(q|down)_proj\.weight")
     meaning = quantize(tmp_path / "source", tmp_path, case.layer, case.config, which=which)
     assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
+
+
+@pytest.mark.parametrize("case", ["packed-zeros", "fp8-rows"])
+def test_time_steps_of_a_quantized_projection_are_dense(case: str, tmp_path: Path) -> None:
+    """They are rows of the same tensor as the rest of what a Mamba reads, which stays as it is stored."""
+    tiny_models.save("granite-hybrid-dense-rope", tmp_path / "source")
+    meaning = quantize(tmp_path / "source", tmp_path, CASES[case].layer, CASES[case].config)
+    assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
+    decoder = load(tmp_path, torch.bfloat16, CpuBackend(num_threads=2))
+    layer = decoder.weights.layers[0]
+    assert layer.gates.format == BF16 != layer.in_proj.format
+    assert logits(decoder).isfinite().all()
 
 
 def test_biases_of_zeros_that_old_tools_wrote_are_left_aside(tmp_path: Path) -> None:

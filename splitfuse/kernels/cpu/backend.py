@@ -219,6 +219,8 @@ class CpuBackend(Backend):
                 first += len(source)
 
     def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+        if role is Role.GATES:  # one format for all: states depend on them exponentially
+            return False
         if isinstance(stored, GroupFormat):
             kept = (role.linear and not role.by_head) or role is Role.EMBED
             return kept and kind_of(stored) is not None
