@@ -6,6 +6,8 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
+constexpr i64 SHARED_CHANNELS = 64;  // of a unit of work: all heads wait for these
+
 SF_INLINE StateShape shape_of(const Mamba& m) { return {m.groups, m.heads, m.state_dim, m.head_dim, m.taps}; }
 
 // Writes for `tokens` tokens what a head's state keeps of itself, and the time step, from rows of [H].
@@ -46,8 +48,8 @@ inline void reserve_mamba(Workspace& work, const Mamba& m, i64 tokens) {
 // Computes a Mamba-2 mixer (Dao and Gu, arXiv 2405.21060): projected inputs x [T, c, b, v, z] and time steps dt [T, H] -> out
 // [T, H P] in bf16. States go from slot to slot as the step says.
 //
-// Units of work are first a request's way through c and b of a group, then its way through a head; no other unit reads their
-// channels. They take along the chunks that go on from there. A norm is over all heads of a group, and comes last.
+// Units of work are first a request's way through some channels of c or b, then its way through a head; no other unit reads
+// their channels. They take along the chunks that go on from there. A norm is over all heads of a group, and comes last.
 inline void mamba(Team& team, Workspace& work, const Step& step, const Mamba& m, const States& states, const float* x, const float* dt, u16* out) {
     const StateShape shape = shape_of(m);
     const i64 width = shape.width(), state_dim = shape.key_dim, dim = shape.value_dim, all_heads = m.heads * dim;
@@ -55,19 +57,17 @@ inline void mamba(Team& team, Workspace& work, const Step& step, const Mamba& m,
     float* values = reinterpret_cast<float*>(work.own[team.rank].state.data());
     float* gates = values + TILE_TOKENS * shape.padded;
     const auto shared_of = [&](i64 group, i64 token) { return queries_keys + (group * step.tokens + token) * 2 * state_dim; };
-    team.share(step.requests * m.groups, [&](i64 begin, i64 end, i64) {
+    const i64 blocks = ceil_div(state_dim, SHARED_CHANNELS), parts = 2 * m.groups * blocks;
+    team.share(step.requests * parts, [&](i64 begin, i64 end, i64) {
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 group = unit % m.groups;
-            follow(step, unit / m.groups, [&](i64 request) {
+            const i64 part = unit % parts / blocks, group = part % m.groups, left = unit % blocks * SHARED_CHANNELS;
+            const i64 channel = part * state_dim + left, count = std::min(SHARED_CHANNELS, state_dim - left);
+            const i64 place = part / m.groups * state_dim + left;  // b lies behind c
+            follow(step, unit / parts, [&](i64 request) {
                 const i64 row = step.query_start[request], tokens = step.query_start[request + 1] - row;
                 const Inputs in = inputs_of(shape.tail, states, step, request, x, width);
-                float* tail = slot_of(states, step.state_writes[request]) + shape.tail.offset;
-                for (i64 part = 0; part < 2; ++part) {
-                    const i64 channel = part * shape.keys + group * state_dim;
-                    for (i64 t = 0; t < tokens; ++t)
-                        convolve(in, t, channel, state_dim, m.conv, m.conv_bias, false, shared_of(group, row + t) + part * state_dim);
-                    put_tail(in, tokens, channel, state_dim, tail);
-                }
+                for (i64 t = 0; t < tokens; ++t) convolve(in, t, channel, count, m.conv, m.conv_bias, false, shared_of(group, row + t) + place);
+                put_tail(in, tokens, channel, count, slot_of(states, step.state_writes[request]) + shape.tail.offset);
             });
         }
     });
