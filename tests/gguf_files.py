@@ -28,6 +28,8 @@ MODULES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -52,6 +54,7 @@ OTHER_MODULES = {
     "exaone4": NORMS_BEHIND,
     "glm4": {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
     "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
+    "seed_oss": {"post_attention_layernorm": "post_attention_norm"},
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ARCHITECTURES = {
@@ -62,11 +65,12 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "olmo3": "olmo2",
+    "hunyuan_v1_dense": "hunyuan-dense",
     "cohere": "command-r",
     "gpt_oss": "gpt-oss",
 }
 """model_type of transformers -> architecture of GGUF files, where they differ."""
-INTERLEAVED = ("llama", "granite", "smollm3")
+INTERLEAVED = ("llama", "granite", "smollm3", "arcee")
 
 
 def write(
@@ -195,7 +199,7 @@ def keys(model: PreTrainedModel, arch: str) -> dict[str, Any]:
         values["logit_scale"] = config.logit_scale
     if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         values |= {"expert_count": experts, "expert_used_count": config.num_experts_per_tok}
-        if arch != "llama":
+        if arch not in ("llama", "olmoe"):
             inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
             values["expert_feed_forward_length"] = inner
         if arch == "qwen2moe":

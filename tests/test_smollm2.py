@@ -89,7 +89,7 @@ def test_its_logits_and_tokens_are_those_of_transformers(path: Path) -> None:
 
 def test_it_knows_the_capital_of_france(pipe: splitfuse.Pipeline) -> None:
     [answer] = pipe(QUESTION, chat=True, do_sample=False, max_new_tokens=40)
-    assert answer.generated_text == "The capital of France is Paris." and answer.finish_reason == "stop"
+    assert "The capital of France is Paris" in answer.generated_text and answer.finish_reason == "stop"
     assert "Q4_1" in str(pipe.engine.model.plan)
 
 

@@ -114,7 +114,20 @@ OWN_VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
 VARIANTS = (
     *("llama-gqa", "llama-rope-llama3", "llama-rope-yarn", "llama-rope-linear"),
     *("mistral-no-window", "granite", "smollm3", "qwen2", "qwen3", "qwen2-moe", "gemma", "phi3", "phi3-window"),
-    *("phi3-longrope-short", "starcoder2", "olmo2", "exaone4-no-window", "glm4", "granite-biases", "cohere-untied"),
+    *(
+        "phi3-longrope-short",
+        "starcoder2",
+        "olmo2",
+        "exaone4-no-window",
+        "glm4",
+        "granite-biases",
+        "arcee",
+        "seed-oss",
+        "ernie",
+        "hunyuan-dense-biases",
+        "olmoe",
+        "cohere-untied",
+    ),
     *OWN_VARIANTS,
 )
 
@@ -201,6 +214,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
         ({"rope.freq_base": -1.0}, "llama.rope.freq_base must be a positive finite number, not -1.0"),
         ({"attn_logit_softcapping": 30.0}, "has llama.attn_logit_softcapping = 30.0, which is not supported"),
         ({"expert_gating_func": 2}, "experts that are not chosen by a softmax"),
+        ({"attention.causal": False}, "attention to later tokens is not supported"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "llama.rope.scaling.original_context_length"),
         ({"block_count": "three"}, "llama.block_count must be a whole number from 1 to 2147483647, not 'three'"),
     ],
@@ -218,3 +232,19 @@ def test_the_page_of_models_lists_what_is_read() -> None:
 def test_granite_without_rope_is_refused(tmp_path: Path) -> None:
     path = write(tiny_models.make("granite"), tmp_path / "model.gguf", **{"rope.scaling.finetuned": False})
     assert "granite.rope.scaling.finetuned false, no rope, is not supported" in refused(path)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_names_of_tensors_are_those_of_the_gguf_package(name: str) -> None:
+    """Its map leads from transformers' names, of experts one by one those of all together, to those of a file."""
+    arch = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    theirs = gguf.get_tensor_name_map(arch, 1)
+    for module, target in ARCHITECTURES[name].modules.items():
+        if "block_sparse_moe" in target:
+            target = (
+                f"layers.0.feed_forward.experts.{target[-2:]}" if "expert" in target else f"model.layers.0.{target}"
+            )
+        else:
+            target = f"model.layers.0.{target}".replace(".{expert}", "")
+        expected = (f"blk.0.{module.removesuffix('.weight')}", None)  # None: the architecture has no such tensor
+        assert theirs.get_name(target.removesuffix(".weight")) in expected

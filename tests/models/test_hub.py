@@ -239,6 +239,19 @@ def test_all_parts_of_a_file_are_fetched(repository: Callable[..., list[list[str
     assert fetched == [list(PARTS)]
 
 
+def test_files_in_the_cache_are_found_without_the_hub(
+    repository: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository(("m-Q4_0.gguf",))
+    assert open_model("owner/m").location.endswith("m-Q4_0.gguf")
+
+    def fail(*_: object, **__: object) -> list[str]:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    assert open_model("owner/m").location.endswith("m-Q4_0.gguf")
+
+
 def test_a_gguf_file_and_a_folder_with_one(gguf_file: Path, tmp_path: Path) -> None:
     assert open_model(str(gguf_file)).name == "m"
     assert open_model(str(gguf_file.parent)).location == str(gguf_file)

@@ -60,7 +60,7 @@ def open_model(
     read = (*SMALL_FILES, "adapter_config.json", *((SINGLE_FILE, INDEX_FILE) if weights else ()))
     path = _fetch(model, revision, read)
     whole = (SINGLE_FILE, INDEX_FILE) if weights else ("tokenizer.json", SINGLE_FILE, INDEX_FILE)
-    if not any((path / file).exists() for file in whole) and (files := _hub_gguf_files(model, revision)):
+    if not any((path / file).exists() for file in whole) and (files := _hub_gguf_files(model, revision, path)):
         return _open_hub_file(model, revision, _only_file(model, files))
     if weights and not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
         _fetch(model, path.name, shard_names(path))  # of the same commit, whose folder has its name
@@ -95,18 +95,18 @@ def _open_hub_file(model: str, revision: str | None, gguf_file: str) -> ModelSou
     folder = Path(gguf_file).parent
     path = _fetch(model, revision, [str(folder / name) for name in part_names(Path(gguf_file).name)])
     if not (path / gguf_file).is_file():
-        raise _absent_file(model, gguf_file, _hub_gguf_files(model, revision))
+        raise _absent_file(model, gguf_file, _hub_gguf_files(model, revision, path))
     return GgufModel(path / gguf_file)
 
 
-def _hub_gguf_files(model: str, revision: str | None) -> list[str]:
-    """Return the GGUF files of a Hub model, the first of each split one; none if the Hub cannot be asked."""
+def _hub_gguf_files(model: str, revision: str | None, snapshot: Path) -> list[str]:
+    """Return the GGUF files of a Hub model, the first of each split one; those in the cache without the Hub."""
     import huggingface_hub
 
     try:
         files = huggingface_hub.list_repo_files(model, revision=revision)
     except Exception:  # of many kinds, as in _fetch
-        return []
+        files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob(f"*{GGUF_SUFFIX}")]
     return _first_parts(file for file in files if file.endswith(GGUF_SUFFIX))
 
 

@@ -21,8 +21,9 @@ Floats: TypeAlias = Callable[[str], list[float]]
 """Reads a short tensor of fp32."""
 
 LARGEST_EXPERTS = 10_000
+"""Number of experts of a layer that a file may have: each has an entry."""
 REMARKS = (
-    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal"),
+    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
     *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
 )
 """Keys that do not change a network: the vocabulary is that of the embedding, and norms have one epsilon."""
@@ -39,14 +40,13 @@ _ATTENTION = {
     "attn_output": "self_attn.o_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_NORM = {"ffn_norm": "post_attention_layernorm"}
 _MLP = {
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 _EXPERTS = {
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.gate",
     **{f"ffn_{part}_exps": f"mlp.experts.{{expert}}.{part}_proj" for part in ("gate", "up", "down")},
 }
@@ -56,7 +56,7 @@ _MIXTRAL = {
     "ffn_up_exps": "block_sparse_moe.experts.{expert}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{expert}.w2",
 }
-_DECODER = {**_ATTENTION, **_MLP}
+_DECODER = {**_ATTENTION, **_NORM, **_MLP}
 _NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 
 
@@ -84,7 +84,6 @@ class Architecture:
 def _llama(metadata: Metadata, _config: Config) -> Config:
     if not metadata.integer("expert_count", 0):
         return {}
-    metadata.integer("expert_used_count")
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -170,6 +169,18 @@ def _starcoder2(metadata: Metadata, config: Config) -> Config:
     }
 
 
+def _arcee(_metadata: Metadata, _config: Config) -> Config:
+    return {"hidden_act": "relu2"}
+
+
+def _olmoe(metadata: Metadata, _config: Config) -> Config:
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "norm_topk_prob": metadata.flag("expert_weights_norm", False),
+    }
+
+
 def _gpt_oss(metadata: Metadata, config: Config) -> Config:
     rope = config["rope_parameters"]
     if rope["rope_type"] == "yarn":
@@ -237,6 +248,7 @@ ARCHITECTURES = {
         "qwen2_moe",
         {
             **_ATTENTION,
+            **_NORM,
             **_EXPERTS,
             "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
             **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
@@ -244,7 +256,9 @@ ARCHITECTURES = {
         _qwen_moe,
         flat=("ffn_gate_inp_shexp",),
     ),
-    "qwen3moe": Architecture("Qwen3MoeForCausalLM", "qwen3_moe", {**_ATTENTION, **_EXPERTS, **_HEAD_NORMS}, _qwen_moe),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM", "qwen3_moe", {**_ATTENTION, **_NORM, **_EXPERTS, **_HEAD_NORMS}, _qwen_moe
+    ),
     "gemma": Architecture("GemmaForCausalLM", "gemma", _DECODER, _gemma, plus_one=True),
     "gemma2": Architecture(
         "Gemma2ForCausalLM",
@@ -269,14 +283,16 @@ ARCHITECTURES = {
     "starcoder2": Architecture(
         "Starcoder2ForCausalLM",
         "starcoder2",
-        {**_ATTENTION, **_MLP, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        {**_DECODER, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
         _starcoder2,
         epsilon="norm_epsilon",
     ),
-    "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {**_DECODER, **_HEAD_NORMS, **_NORMS_BEHIND}, _olmo2),
+    "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {**_ATTENTION, **_MLP, **_HEAD_NORMS, **_NORMS_BEHIND}, _olmo2),
     "cohere2": Architecture("Cohere2ForCausalLM", "cohere2", _DECODER, _cohere2, epsilon="layer_norm_eps"),
     "command-r": Architecture("CohereForCausalLM", "cohere", _DECODER, _command_r, epsilon="layer_norm_eps"),
-    "exaone4": Architecture("Exaone4ForCausalLM", "exaone4", {**_DECODER, **_HEAD_NORMS, **_NORMS_BEHIND}, _exaone4),
+    "exaone4": Architecture(
+        "Exaone4ForCausalLM", "exaone4", {**_ATTENTION, **_MLP, **_HEAD_NORMS, **_NORMS_BEHIND}, _exaone4
+    ),
     "glm4": Architecture(
         "Glm4ForCausalLM",
         "glm4",
@@ -286,6 +302,20 @@ ARCHITECTURES = {
             "post_attention_norm": "post_self_attn_layernorm",
             "post_ffw_norm": "post_mlp_layernorm",
         },
+        biased="attn_q",
+    ),
+    "arcee": Architecture("ArceeForCausalLM", "arcee", _DECODER, _arcee, permuted=True),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", "ernie4_5", _DECODER),
+    "hunyuan-dense": Architecture(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        {**_DECODER, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+    "olmoe": Architecture("OlmoeForCausalLM", "olmoe", {**_ATTENTION, **_NORM, **_EXPERTS, **_HEAD_NORMS}, _olmoe),
+    "seed_oss": Architecture(
+        "SeedOssForCausalLM",
+        "seed_oss",
+        {**_ATTENTION, **_MLP, "post_attention_norm": "post_attention_layernorm"},
         biased="attn_q",
     ),
     "gpt-oss": Architecture(
@@ -346,6 +376,8 @@ def read_config(metadata: Metadata, tensors: Tensors, floats: Floats) -> Config:
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "rope_parameters": _rope(metadata, tensors, floats, head_dim),
     }
+    if not metadata.flag("attention.causal", True):
+        raise UnsupportedModelError(f"{metadata.location}: attention to later tokens is not supported")
     if metadata.integer("expert_gating_func", 1) != 1:
         raise UnsupportedModelError(f"{metadata.location}: experts that are not chosen by a softmax are not supported")
     config |= found.read(metadata, config)

@@ -71,10 +71,9 @@ class GgufModel(ModelSource):
             yield from sample(path)
 
     def weights(self) -> WeightSource:
-        located = locate(self._metadata, {name: info for name, (_, info) in self._places.items()}, self._config)
-        return GgufWeights(
-            self.location, {name: (self._places[each.info.name][0], each) for name, each in located.items()}
-        )
+        located = locate(self._metadata, self._infos, self._config)
+        tensors = {name: (self._places[each.info.name][0], each) for name, each in located.items()}
+        return GgufWeights(self.location, tensors)
 
     @property
     def _infos(self) -> dict[str, TensorInfo]:
