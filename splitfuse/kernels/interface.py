@@ -125,7 +125,6 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if (latent := self.latent) is not None:
             assert (self.num_kv_heads, self.head_dim) == (1, latent.rope_dim + latent.kv_rank)
-            assert latent.rope_dim >= 2 and latent.rope_dim % 2 == 0  # pairs, and `value_from` is never 0
             without = (self.qk_norm, self.v_norm, self.kv_layer, self.query_scaling)
             assert without == (None,) * 4 and not self.gate
         if self.num_heads % self.num_kv_heads:

@@ -106,6 +106,7 @@ def test_yarn_puts_a_factor_on_the_scores() -> None:
         (V3, {"rope_interleave": False}, "rope_interleave False is not supported: use true"),
         (V3, {"q_lora_rank": None, "attention_bias": True}, "attention_bias without q_lora_rank is not supported"),
         (V3, {"n_group": 7}, "256 experts do not form 7 equal groups"),
+        (V3, {"qk_rope_head_dim": 7}, "rotary part of a head must be an even number from 2 to head_dim 519, not 7"),
         (GLM, {"mlp_layer_types": ["dense"]}, "mlp_layer_types must be 4 times dense or sparse, not"),
         (GLM, {"first_k_dense_replace": 2}, "first_k_dense_replace 2 is not supported: use 1"),
         (GLM, {"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
