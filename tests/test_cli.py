@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,21 @@ def test_text_file_is_one_prompt_or_a_prompt_per_line(run: Run, pipe: splitfuse.
 def test_standard_input_is_the_default(run: Run, pipe: splitfuse.Pipeline) -> None:
     assert texts(run("generate", *READABLE, stdin=f"{PROMPT}\n")) == expected(pipe, [PROMPT])
     assert texts(run("generate", "--input", "-", "--lines", *READABLE, stdin="{a\nb\n")) == expected(pipe, ["{a", "b"])
+
+
+def test_answers_have_the_form_of_a_flag_or_a_line(run: Run, tmp_path: Path) -> None:
+    schema, lines = tmp_path / "schema.json", tmp_path / "requests.jsonl"
+    schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}')
+    lines.write_text(json.dumps({"prompt": PROMPT, "structured_outputs": {"choice": ["left", "right"]}}))
+    flags = ["--temperature", 1, "--seed", 5, "--max-new-tokens", 60]
+    (text,) = texts(run("generate", PROMPT, "--json-schema", schema, *flags))
+    assert 2 <= len(json.loads(text)) <= 3
+    assert re.fullmatch("[ab]{4}", *texts(run("generate", PROMPT, "--regex", "[ab]{4}", *flags)))
+    assert texts(run("generate", "--input", lines))[0] in ("left", "right")
+    assert re.fullmatch("[ab]{4}\n", run("chat", "--dtype", "float32", "--regex", "[ab]{4}", stdin="Hello\n").out)
+    run("generate", PROMPT, "--json-schema", tmp_path).assert_mistake("--json-schema", "cannot be read")
+    both = run("generate", PROMPT, "--json-schema", schema, "--regex", "a")
+    assert both.status == 1 and "json and regex together" in both.answers[0]["error"]
 
 
 def test_jsonl_line_has_its_own_keywords(run: Run, pipe: splitfuse.Pipeline, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ _MAPPINGS = frozenset(("$defs", "definitions", "patternProperties", "properties"
 _KNOWN = _ANNOTATIONS | _VALUES | _SCHEMAS | _LISTS | _MAPPINGS
 """Keys of a schema that are honoured, or that say nothing about what is valid; and where further schemas are."""
 
-_UNENFORCED = re.compile(r"%(json|llguidance)\b|\b(temperature)\s*=")
+_UNENFORCED = re.compile(r"%json\s*\{|^[ \t]*%llguidance\b|^[ \t]*[\w.]+[ \t]*\[[^]\n]*\btemperature\s*=", re.MULTILINE)
 """Parts of a Lark grammar that would be passed over, wholly or in part."""
 
 
@@ -58,7 +58,7 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
     """Return the form with its grammar. Raises InvalidRequestError that says what cannot be enforced, and where.
 
     >>> compile_structured_outputs(StructuredOutputs.of({"regex": "[0-9]+"})).compiled
-    '{"grammars": [{"lark_grammar": "start: /[0-9]+/"}]}'
+    '{"grammars": [{"name": "regex", "lark_grammar": "start: /[0-9]+/"}]}'
     """
     part: dict[str, Any]
     match form.kind:
@@ -73,7 +73,7 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
             part = {"lark_grammar": _lark(form.source)}
     compiled = json.dumps({"grammars": [{name: value for name, value in part.items() if value is not None}]})
     _try(compiled, form.kind)
-    return replace(form, compiled=compiled)
+    return replace(form, source="", compiled=compiled)  # once is enough in each message
 
 
 def _schema(form: StructuredOutputs) -> dict[str, Any]:

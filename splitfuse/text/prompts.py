@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from splitfuse.core.limits import EngineLimits, prompt_too_long
@@ -19,6 +20,8 @@ LONG = 8
 """Characters of a text for each token that the model can read, from which on its tokens are first counted in pieces."""
 PIECE = 16384
 """Characters of these pieces."""
+MAX_FORMS = 64
+"""Number of forms of answers whose grammars are kept for further requests."""
 
 Message = Mapping[str, Any]
 
@@ -66,6 +69,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, sandbox: Sandbox | None = None) -> None:
         self._tokenize = tokenizer.encode if sandbox is None else sandbox.encode
         self._sandbox = sandbox or Sandbox(tokenizer)
+        self._compile = lru_cache(MAX_FORMS)(self._sandbox.compile)
 
     def encode(
         self,
@@ -127,7 +131,7 @@ class PromptEncoder:
         form = params.structured_outputs
         if form is None or form.compiled:
             return params
-        return replace(params, structured_outputs=self._sandbox.compile(form))
+        return replace(params, structured_outputs=self._compile(form))
 
     def _encode_text(self, text: str, add_special_tokens: bool, max_model_len: int | None) -> tuple[int, ...]:
         if max_model_len is not None and len(text) > LONG * max_model_len:

@@ -3,9 +3,10 @@
 import asyncio
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from running_server import RunningServer, running_server
 
@@ -404,6 +405,22 @@ def test_neutral_values_are_accepted(ai: openai.OpenAI) -> None:
         metadata=None,
     )
     assert answer.choices[0].message.content
+
+
+class Animal(pydantic.BaseModel):
+    kind: Literal["cat", "dog"]
+    age: int = pydantic.Field(ge=0, le=30)
+    names: list[Literal["Tom", "Rex"]] = pydantic.Field(min_length=1, max_length=2)
+    home: "Animal | None"
+
+
+def test_answers_are_parsed_into_classes(ai: openai.OpenAI) -> None:
+    sampled: dict[str, Any] = {**SAMPLED, "max_tokens": 400}
+    answer = ai.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Animal, **sampled)
+    parsed = answer.choices[0].message.parsed
+    assert isinstance(parsed, Animal) and parsed.names and answer.choices[0].finish_reason == "stop"
+    with ai.chat.completions.stream(model=MODEL, messages=MESSAGES, response_format=Animal, **sampled) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
 
 
 def test_another_model_is_not_found(ai: openai.OpenAI) -> None:
