@@ -172,9 +172,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_request_that_kills_twice_is_refused_alone(
-    clock: Clock, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
+    clock: Clock, quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(supervisor, "STABLE_SECONDS", 0.0)
     long = SamplingParams(max_tokens=900, ignore_eos=True)
     engine = SubprocessEngine(
         EngineConfig.from_settings({"num_blocks": 256, "max_num_seqs": 1, "num_threads": 1}), quarantine=quarantine
@@ -233,3 +234,4 @@ def test_a_request_that_kills_twice_is_refused_alone(
             await engine.close()
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
+    assert caplog.text.count("starting it again in 0.01 s") == 2  # no longer pause, for it had been ready

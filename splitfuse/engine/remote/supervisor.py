@@ -39,7 +39,7 @@ from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
-BACKOFF_RESET_SECONDS = 60.0  # uptime after which the backoff resets
+STABLE_SECONDS = 10.0  # for which an engine has been ready if its death is the first of a series again
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
@@ -74,6 +74,7 @@ class SubprocessEngine(LocalClient):
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Failed | None = None
+        self._ready_at: float | None = None
         self._died_at: float | None = None
         self._last_heard = 0.0
         self._seconds_in_step = 0.0
@@ -146,7 +147,6 @@ class SubprocessEngine(LocalClient):
         """
         pause = FIRST_PAUSE
         while not self._closing:
-            began = time.monotonic()
             try:
                 why = await self._live()
             except OSError as error:  # no descriptors, memory or processes now: there may be later
@@ -164,7 +164,7 @@ class SubprocessEngine(LocalClient):
                 return
             if self._died_at is None:  # else it died again before it was ready
                 self._died_at = time.monotonic()
-            if time.monotonic() - began > BACKOFF_RESET_SECONDS:
+            if self._ready_at is not None and time.monotonic() - self._ready_at >= STABLE_SECONDS:
                 pause = FIRST_PAUSE
             _logger.error("the engine died: %s; starting it again in %g s", why, pause)
             await asyncio.sleep(pause)
@@ -172,7 +172,7 @@ class SubprocessEngine(LocalClient):
 
     async def _live(self) -> str:
         """Run the process once; return why it ended."""
-        self._failure, self._seconds_in_step = None, 0.0
+        self._failure, self._seconds_in_step, self._ready_at = None, 0.0, None
         self.state, self.stage = EngineState.STARTING, Loading("starting")
         if self._in_flight is None:
             self._in_flight = InFlightRecord()
@@ -213,6 +213,7 @@ class SubprocessEngine(LocalClient):
                     case _:
                         self._take(report)
                 if isinstance(report, EngineInfo):
+                    self._ready_at = time.monotonic()
                     if self._weights is not None:
                         self._weights.filled = True
                     if self._started is not None and not self._started.done():
