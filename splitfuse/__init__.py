@@ -13,6 +13,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from splitfuse.engine import garbage
 from splitfuse.errors import ConfigError as ConfigError
 from splitfuse.errors import DrainingError as DrainingError
 from splitfuse.errors import EngineUnavailableError as EngineUnavailableError
@@ -71,8 +72,9 @@ __all__ = sorted([*_MODULES, *(name for name in globals() if name.endswith("Erro
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'splitfuse' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    with garbage.paused():
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

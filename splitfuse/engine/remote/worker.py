@@ -64,9 +64,10 @@ class Worker:
         failed = True
         try:
             self._reports.put(Loading("importing"))
-            from splitfuse.core.events import StepScheduled
-            from splitfuse.engine.engine import Engine
-            from splitfuse.engine.loop import EngineLoop
+            with garbage.paused():
+                from splitfuse.core.events import StepScheduled
+                from splitfuse.engine.engine import Engine
+                from splitfuse.engine.loop import EngineLoop
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
