@@ -27,6 +27,8 @@ FORMATS = {
         GroupFormat(name="Q5_0", bits=5, group_size=32),
         GroupFormat(name="Q5_1", bits=5, group_size=32, mins=True),
         GroupFormat(name="Q8_0", bits=8, group_size=32),
+        GroupFormat(name="Q2_K", bits=2, group_size=16, mins=True, super_groups=16),
+        GroupFormat(name="Q3_K", bits=3, group_size=16, super_groups=16),
         GroupFormat(name="Q4_K", bits=4, group_size=32, mins=True, super_groups=8),
         GroupFormat(name="Q5_K", bits=5, group_size=32, mins=True, super_groups=8),
         GroupFormat(name="Q6_K", bits=6, group_size=16, super_groups=16),
@@ -40,7 +42,15 @@ FORMATS = {
     )
 }
 FILE_BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
-FILE_BITS |= {"IQ4_NL": 4.5, "IQ4_XS": 4.25, "MXFP4": 4.25, "GPTQ": 4.15625, "GPTQ of 8 bits": 8.375}
+FILE_BITS |= {
+    "Q2_K": 2.625,
+    "Q3_K": 3.4375,
+    "IQ4_NL": 4.5,
+    "IQ4_XS": 4.25,
+    "MXFP4": 4.25,
+    "GPTQ": 4.15625,
+    "GPTQ of 8 bits": 8.375,
+}
 FILE_BITS |= {"int8 by row": 8}
 CASES = [case for name in FORMATS for case in variants(name, id=name)]
 
@@ -58,15 +68,16 @@ def weight_in(stored: GroupFormat, rows: int, columns: int) -> GroupQuantized:
     levels = torch.randint(least, least + 2**stored.bits, (rows, columns))
     scales, more = torch.randn(rows, groups).to(stored.scale_dtype), {}
     if stored.scale_dtype == torch.float8_e8m0fnu:
-        scales = torch.randint(110, 130, (rows, groups)).to(torch.uint8).view(torch.float8_e8m0fnu)
+        scales = torch.randint(0, 130, (rows, groups)).to(torch.uint8).view(torch.float8_e8m0fnu)
     if stored.super_groups:
-        scales = torch.randint(*((0, 64) if stored.mins else (-128, 128)), (rows, groups))
+        most = 16 if stored.bits == 2 else 64
+        scales = torch.randint(*((0, most) if stored.mins else (-128, 128)), (rows, groups))
         scales = scales.to(torch.uint8 if stored.mins else torch.int8)
         more["super_scales"] = torch.randn(rows, runs).half()
     if stored.mins:
         more["mins"] = torch.randn(rows, groups).to(stored.scale_dtype)
     if stored.mins and stored.super_groups:
-        more["mins"] = torch.randint(0, 64, (rows, groups)).to(torch.uint8)
+        more["mins"] = torch.randint(0, 16 if stored.bits == 2 else 64, (rows, groups)).to(torch.uint8)
         more["super_mins"] = torch.randn(rows, runs).half()
     if stored.zeros:
         more["zeros"] = torch.randint(0, 2**stored.bits, (rows, groups)).to(torch.uint8)

@@ -45,7 +45,7 @@ VARIANTS = ("avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
 
 BF16, INT8, INT4, GROUPED, FP8 = range(5)
-NONE, F32, F16, BFLOAT16, U8, I8, E8M0 = range(7)
+NONE, F32, F16, BFLOAT16, U8, I8, E8M0, LOW_BITS, HIGH_BITS = range(9)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
 MAX_GROUPS = 64
 """Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""

@@ -10,14 +10,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu.bindings import BFLOAT16, E8M0, F16, F32, FP8, GROUPED, I8, NONE, U8, Stored, Weight
+from splitfuse.kernels.cpu.bindings import (
+    BFLOAT16,
+    E8M0,
+    F16,
+    F32,
+    FP8,
+    GROUPED,
+    HIGH_BITS,
+    I8,
+    LOW_BITS,
+    NONE,
+    U8,
+    Stored,
+    Weight,
+)
 from splitfuse.kernels.quantized import FP8_GROUP, Fp8Quantized, GroupFormat, GroupQuantized
 
 RUN = 256
 """Number of columns that a panel keeps together, and of which two-level scales share theirs."""
 LEAST_GROUP = 16
-BITS = (4, 5, 6, 8)
-"""Bits that a level may be kept in: fewer are kept in 4, 7 in 8."""
+BITS = (2, 3, 4, 5, 6, 8)
+"""Bits that a level may be kept in: 7 are kept in 8."""
 NUMBERS = {
     torch.float32: F32,
     torch.float16: F16,
@@ -75,7 +89,12 @@ def kind_of(stored: GroupFormat) -> Kind | None:
         return kind
     if stored.group_size * stored.super_groups != RUN or scale_type != F16 or stored.zeros:
         return None
-    return replace(kind, two_level=True, scale_type=U8 if stored.mins else I8, offset_type=U8 if stored.mins else NONE)
+    kind = replace(kind, two_level=True)
+    if not stored.mins:
+        return replace(kind, scale_type=I8)
+    if bits == 2:  # Q2_K, whose scales and mins have four bits each
+        return replace(kind, scale_type=LOW_BITS, offset_type=HIGH_BITS)
+    return replace(kind, scale_type=U8, offset_type=U8)
 
 
 def stored_groups(rows: GroupQuantized) -> Stored:
@@ -88,7 +107,7 @@ def stored_groups(rows: GroupQuantized) -> Stored:
     def spread(numbers: Tensor | None, number: int) -> Tensor | None:
         if numbers is None:
             return None
-        assert NUMBERS[numbers.dtype] == number
+        assert NUMBERS[numbers.dtype] == (U8 if number == LOW_BITS else number)
         numbers = numbers.view(torch.uint8) if number == E8M0 else numbers
         spread = numbers.repeat_interleave(repeats, dim=1)[:, :num_groups].contiguous()
         assert spread.shape[1] == num_groups
@@ -98,11 +117,14 @@ def stored_groups(rows: GroupQuantized) -> Stored:
     if kind.bias and rows.format.signed:
         levels = (levels.view(torch.uint8) + kind.bias).contiguous()  # modulo 256
     assert levels.dtype == torch.uint8
-    offsets = rows.zeros if kind.zeros else rows.mins
+    scales, offsets = rows.scales, rows.zeros if kind.zeros else rows.mins
+    if kind.offset_type == HIGH_BITS:
+        assert offsets is not None and int(scales.max()) < 16 and int(offsets.max()) < 16
+        scales, offsets = scales | offsets << 4, None
     units = (rows.super_scales, rows.super_mins)
     for unit in units:
         assert unit is None or (unit.shape[1] == num_runs and unit.dtype == torch.float16)
-    return Stored.of(levels, spread(rows.scales, kind.scale_type), spread(offsets, kind.offset_type), *units)
+    return Stored.of(levels, spread(scales, kind.scale_type), spread(offsets, kind.offset_type), *units)
 
 
 def stored_fp8(rows: Fp8Quantized) -> Stored:

@@ -6,8 +6,8 @@
 //   scales      [groups][32]
 //   offsets     [groups][32]: mins or zeros, if groups have any
 //   levels      from the next cache line on, units of 32 columns: four words of eight nibbles as in int4, the lower four
-//               bits of levels, then of 5 bits one word of upper bits, bit j of byte i for element 4 j + i; of 6 bits two
-//               words of two upper bits each, for 16 elements each; of 8 bits eight words
+//               bits of levels, or of 2 and 3 bits two words of two bits, for 16 elements each; then of 3 and 5 bits one
+//               word of upper bits, bit j of byte i for element 4 j + i, of 6 bits two words of two; of 8 bits eight words
 // Levels become bytes, and scales and offsets fp32, in the first cache, a run at a time for all rows of x.
 //
 // FP8 (e4m3): a panel is a row of runs, each of 128 columns: [32 fp32 scales][32 steps][32 rows] words of four, in the order
@@ -30,7 +30,7 @@ constexpr i64 UNIT_WORDS = 8;               // of levels that are packed togethe
 constexpr i64 LEAST_GROUP = 4 * SUM_STEPS;  // columns
 constexpr i64 FP8_COLUMNS = 128;            // of a run
 
-SF_INLINE i64 bytes_of(i32 number) { return number == NONE ? 0 : number == F32 ? 4 : number == F16 || number == BFLOAT16 ? 2 : 1; }
+SF_INLINE i64 bytes_of(i32 number) { return number == NONE ? 0 : number == F32 ? 4 : number == F16 || number == BFLOAT16 ? 2 : number == HIGH_BITS ? 0 : 1; }
 
 // Bytes of a run from its beginning to its parts and its end.
 struct RunShape { i64 x_steps, groups, scales, offsets, levels, bytes; };
@@ -67,6 +67,9 @@ struct Stored {
 
 SF_INLINE void put_bytes(u8* to, const u8* from, i64 count) { std::memcpy(to, from, count); }
 
+// Bits of a level that lie in the first words of a unit, as many words as these are.
+constexpr i32 lower_bits(i32 bits) { return bits < 4 ? 2 : 4; }
+
 // Packs the levels of a unit of a row. `unit` is the address of the row's first word in it.
 SF_INLINE void pack_unit(u8* unit, i32 bits, const u8* levels, i64 count) {
     u32 words[UNIT_WORDS] = {};
@@ -76,13 +79,19 @@ SF_INLINE void pack_unit(u8* unit, i32 bits, const u8* levels, i64 count) {
         for (i64 i = 0; i < UNIT_WORDS; ++i) put(i, words[i]);
         return;
     }
-    u32 upper[2] = {};
-    for (i64 i = 0; i < UNIT_WORDS; i += 2) put(i / 2, (words[i] & 0x0f0f0f0f) | (words[i + 1] & 0x0f0f0f0f) << 4);
-    for (i64 i = 0; i < UNIT_WORDS; ++i) {
-        if (bits == 5) upper[0] |= (words[i] >> 4 & 0x01010101) << i;
-        if (bits == 6) upper[i / 4] |= (words[i] >> 4 & 0x03030303) << i % 4 * 2;
-    }
-    for (i64 i = 4; i < bits; ++i) put(i, upper[i - 4]);
+    auto put_pairs = [&](i64 word, int shift) {
+        u32 pairs[2] = {};
+        for (i64 i = 0; i < UNIT_WORDS; ++i) pairs[i / 4] |= (words[i] >> shift & 0x03030303) << i % 4 * 2;
+        for (i64 i = 0; i < 2; ++i) put(word + i, pairs[i]);
+    };
+    const i32 lower = lower_bits(bits);
+    if (lower == 2) put_pairs(0, 0);
+    else for (i64 i = 0; i < UNIT_WORDS; i += 2) put(i / 2, (words[i] & 0x0f0f0f0f) | (words[i + 1] & 0x0f0f0f0f) << 4);
+    if (bits - lower == 2) put_pairs(lower, lower);
+    if (bits - lower != 1) return;
+    u32 upper = 0;
+    for (i64 i = 0; i < UNIT_WORDS; ++i) upper |= (words[i] >> lower & 0x01010101) << i;
+    put(lower, upper);
 }
 
 // Packs row `row` of what is stored as a column of a panel.
@@ -135,13 +144,17 @@ SF_INLINE Floats load_numbers(i32 number, const u8* from) {
         case BFLOAT16: return load_bf16(reinterpret_cast<const u16*>(from));
         case U8: return load_u8(from);
         case E8M0: return load_e8m0(from);
+        case LOW_BITS: return load_nibbles(from, 0);
+        case HIGH_BITS: return load_nibbles(from, 4);
         default: return load_i8(reinterpret_cast<const i8*>(from));
     }
 }
 
 // Widens the scales and offsets of a run: [groups][PANEL] each.
 SF_INLINE void widen_scales(const Weight& w, const RunShape& run, const u8* data, float* scales, float* offsets) {
-    const i64 scale_bytes = bytes_of(w.scale_type), offset_bytes = bytes_of(w.offset_type);
+    const bool shared = w.offset_type == HIGH_BITS;
+    const i64 scale_bytes = bytes_of(w.scale_type), offset_bytes = shared ? scale_bytes : bytes_of(w.offset_type);
+    const u8 *scale_data = data + run.scales, *offset_data = shared ? scale_data : data + run.offsets;
     for (i64 column = 0; column < PANEL; column += LANES) {
         Floats scale_unit = broadcast(1.0f), offset_unit = scale_unit;
         if (w.two_level) {
@@ -150,10 +163,10 @@ SF_INLINE void widen_scales(const Weight& w, const RunShape& run, const u8* data
             if (offset_bytes) offset_unit = load_f16(units + PANEL);
         }
         for (i64 at = column, g = 0; g < run.groups; ++g, at += PANEL) {
-            const Floats scale = load_numbers(w.scale_type, data + run.scales + at * scale_bytes) * scale_unit;
+            const Floats scale = load_numbers(w.scale_type, scale_data + at * scale_bytes) * scale_unit;
             store(scales + at, scale);
             if (!offset_bytes) continue;
-            const Floats offset = load_numbers(w.offset_type, data + run.offsets + at * offset_bytes);
+            const Floats offset = load_numbers(w.offset_type, offset_data + at * offset_bytes);
             store(offsets + at, broadcast(0.0f) - offset * (w.zeros ? scale : offset_unit));
         }
     }
@@ -162,11 +175,18 @@ SF_INLINE void widen_scales(const Weight& w, const RunShape& run, const u8* data
 // Widens word WORD of a unit of levels, 16 columns of it.
 template <int BITS, int WORD>
 SF_INLINE void widen_word(const u8* unit, Packed table, u8* out) {
-    const Packed both = load_packed(unit + WORD / 2 * STEP_BYTES);
-    Packed level = WORD % 2 ? high_nibbles(both) : low_nibbles(both);
+    constexpr int LOWER = lower_bits(BITS);
+    Packed level;
+    if constexpr (LOWER == 2) {
+        level = bits_of<WORD % 4 * -2>(load_packed(unit + WORD / 4 * STEP_BYTES), 3);
+    } else {
+        const Packed both = load_packed(unit + WORD / 2 * STEP_BYTES);
+        level = WORD % 2 ? high_nibbles(both) : low_nibbles(both);
+    }
+    const u8* upper = unit + LOWER * STEP_BYTES;
     if constexpr (BITS == 4) level = look_up(table, level);
-    if constexpr (BITS == 5) level = level | bits_of<4 - WORD>(load_packed(unit + 4 * STEP_BYTES), 0x10);
-    if constexpr (BITS == 6) level = level | bits_of<4 - WORD % 4 * 2>(load_packed(unit + (4 + WORD / 4) * STEP_BYTES), 0x30);
+    if constexpr (BITS - LOWER == 1) level = level | bits_of<LOWER - WORD>(load_packed(upper), 1 << LOWER);
+    if constexpr (BITS - LOWER == 2) level = level | bits_of<LOWER - WORD % 4 * 2>(load_packed(upper + WORD / 4 * STEP_BYTES), 3 << LOWER);
     store_packed(out + WORD * STEP_BYTES, level);
 }
 template <int BITS, int... WORD>
@@ -184,6 +204,8 @@ inline const u8* widen_levels(const Weight& w, const RunShape& run, const u8* da
     const i64 units = ceil_div(run.x_steps, UNIT_WORDS);
     const Packed table = load_qvalues(w.qvalues);
     if (w.bits == 8) return levels;
+    if (w.bits == 2) widen_units<2>(levels, units, table, out, words);
+    if (w.bits == 3) widen_units<3>(levels, units, table, out, words);
     if (w.bits == 4) widen_units<4>(levels, units, table, out, words);
     if (w.bits == 5) widen_units<5>(levels, units, table, out, words);
     if (w.bits == 6) widen_units<6>(levels, units, table, out, words);

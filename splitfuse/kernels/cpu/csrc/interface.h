@@ -8,7 +8,7 @@ namespace splitfuse {
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2, GROUPED = 3, FP8 = 4 };
-enum Number : std::int32_t { NONE = 0, F32 = 1, F16 = 2, BFLOAT16 = 3, U8 = 4, I8 = 5, E8M0 = 6 };
+enum Number : std::int32_t { NONE = 0, F32 = 1, F16 = 2, BFLOAT16 = 3, U8 = 4, I8 = 5, E8M0 = 6, LOW_BITS = 7, HIGH_BITS = 8 };
 enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, CLAMPED_SWIGLU = 6, IDENTITY = 7 };
 
 // A linear weight [rows, columns] in panels of 32 rows, which are columns of the product. See weights.h, and groups.h for
@@ -21,10 +21,10 @@ struct Weight {
     std::int64_t group;      // columns that share a scale; not used in bf16
     std::uint8_t* data;
     std::uint8_t qvalues[16];  // int4, and GROUPED of 4 bits: what the nibbles stand for
-    std::int32_t bits;         // from here on of GROUPED. 4, 5, 6 or 8
+    std::int32_t bits;         // from here on of GROUPED. 2 to 6, or 8
     std::int32_t bias;         // what is added to each level as it is kept
     std::int32_t scale_type;   // Number
-    std::int32_t offset_type;  // Number, of the mins or zeros of groups; NONE: groups have none
+    std::int32_t offset_type;  // Number, of the mins or zeros of groups; NONE: groups have none; HIGH_BITS: of the scales' bytes
     std::int32_t zeros;        // offsets are levels that stand for zero
     std::int32_t two_level;    // scales and mins are multiples of two numbers in fp16 for each 256 columns
     const std::int32_t* order; // [columns]: which element of x each column is multiplied with, or null: in order

@@ -146,9 +146,10 @@ SF_INLINE Packed bits_of(Packed a, int mask) {
 SF_INLINE Packed operator|(Packed a, Packed b) { return {_mm512_or_si512(a.v, b.v)}; }
 SF_INLINE Floats load_f16(const u16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 SF_INLINE Floats load_u8(const u8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
-// Loads powers of two, 2^(byte - 127), but 0 for a byte of zero.
+// Loads powers of two, 2^(byte - 127), of which the least is no normal fp32.
 SF_INLINE Floats load_e8m0(const u8* p) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23))};
+    const __m512i exponents = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23);
+    return {_mm512_castsi512_ps(_mm512_max_epi32(exponents, _mm512_set1_epi32(1 << 22)))};
 }
 // Returns the bf16 of an e4m3 in the lower byte of each 16 bits, whose upper byte is zero: exact, but NaN is 480.
 SF_INLINE __m512i widen_e4m3_16(__m512i a) {
@@ -362,8 +363,11 @@ SF_INLINE Floats load_u8(const u8* p) {
 }
 SF_INLINE Floats load_e8m0(const u8* p) {
     __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)),
-            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), 23))};
+    const __m256i least = _mm256_set1_epi32(1 << 22);
+    auto widen = [&](__m128i eight) {
+        return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight), 23), least));
+    };
+    return {widen(bytes), widen(_mm_srli_si128(bytes, 8))};
 }
 SF_INLINE __m256i widen_e4m3_16(__m256i a) {
     // Entries 0 to 7: the lower bytes of the bf16 of subnormals, 8 to 15: the upper ones.
@@ -422,6 +426,14 @@ SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
 }
 
 #endif
+
+// Loads 16 numbers of four bits, from bit `shift` of a byte each.
+SF_INLINE Floats load_nibbles(const u8* p, int shift) {
+    alignas(16) u8 nibbles[LANES];
+    const __m128i moved = _mm_srl_epi16(_mm_loadu_si128((const __m128i*)p), _mm_cvtsi32_si128(shift));
+    _mm_store_si128((__m128i*)nibbles, _mm_and_si128(moved, _mm_set1_epi8(15)));
+    return load_u8(nibbles);
+}
 
 SF_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
 
