@@ -171,9 +171,8 @@ def mxfp4(stored: GroupFormat, blocks: Tensor, exponents: Tensor) -> GroupQuanti
 
     Source: OCP Microscaling Formats (MX) 1.0; gpt-oss, `gpt_oss/torch/weights.py`.
     """
-    powers = torch.ldexp(torch.ones(256), torch.arange(256) - 128)  # of FP4_TABLE, which has twice the numbers
-    scales = powers.to(torch.bfloat16)[exponents.int()]
-    return GroupQuantized(format=stored, levels=unpack(blocks, 4), scales=scales)
+    halved = (exponents.int() - 1).clamp(min=0).to(torch.uint8)  # since FP4_TABLE is doubled; 2^-128 becomes 2^-127
+    return GroupQuantized(format=stored, levels=unpack(blocks, 4), scales=halved.view(torch.float8_e8m0fnu))
 
 
 def centered(levels: Tensor, bits: int) -> Tensor:

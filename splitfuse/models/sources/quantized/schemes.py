@@ -18,6 +18,8 @@ Shape: TypeAlias = tuple[int, ...]
 INT32, SCALES = ("I32",), ("F16", "BF16", "F32")
 BYTES = ("U8", "I8", "F8_E8M0")
 SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+WHOLE_ROWS = 256
+"""Number of columns that the group of a whole row is a multiple of, so that all rows have a size that backends keep."""
 MX_GROUP = 32
 """Number of columns that share an exponent in the formats of MX."""
 
@@ -89,7 +91,7 @@ class Groups(Scheme):
         return GroupFormat(
             name=self.label,
             bits=self.bits,
-            group_size=self.group_size or columns,
+            group_size=self.group_size or -(-columns // WHOLE_ROWS) * WHOLE_ROWS,
             zeros=self.zeros,
             scale_dtype=SCALE_DTYPES.get(scales.dtype, torch.float32),
         )
@@ -296,7 +298,7 @@ class Mxfp4(Scheme):
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
         del headers
         return GroupFormat(
-            name=self.label, bits=4, group_size=MX_GROUP, table=layouts.FP4_TABLE, scale_dtype=torch.bfloat16
+            name=self.label, bits=4, group_size=MX_GROUP, table=layouts.FP4_TABLE, scale_dtype=torch.float8_e8m0fnu
         )
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
