@@ -352,7 +352,6 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
 // Does the same in FP8.
 SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
     alignas(64) u8 widened[FP8_COLUMNS / 2 * STEP_BYTES];
-    alignas(64) float product[MAX_ROWS * PANEL];
     const float* scales = nullptr;
     auto widen = [&](const u8* data, i64 at) {
         const i64 steps = ceil_div(std::min(FP8_COLUMNS, w.columns - at * 2), 4);
@@ -362,12 +361,7 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
     };
     multiply_runs(x, w, s, panel, first, last, out, widen,
                   [&](const u32* words, i64, i64 x_steps, i64, int rows, const Prefetch& prefetch, float* tile) {
-        const u8* data = widened;
-        multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(x_steps), x_steps, STEP_BYTES, prefetch.stride}, product, PANEL);
-        for (i64 column = 0; column < PANEL; column += LANES) {
-            const Floats scale = load(scales + column);
-            for (i64 at = column; at < rows * PANEL; at += PANEL) store(tile + at, fma(load(product + at), scale, load(tile + at)));
-        }
+        multiply(rows, Fp8Run{words, widened, scales, x_steps, prefetch}, tile);
     });
 }
 

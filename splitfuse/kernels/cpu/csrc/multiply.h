@@ -463,6 +463,67 @@ SF_LEAF void multiply_groups(const Groups& g, float* out) {
     }
 }
 
+// A run of a panel in FP8 that was widened to bf16, and x that lies in one slab.
+struct Fp8Run {
+    const u32* x;         // of the first row
+    const u8* weights;    // [steps][STEP_BYTES]
+    const float* scales;  // [PANEL]
+    i64 steps;            // even
+    Prefetch prefetch;
+};
+
+SF_INLINE void put_fp8(Floats first, Floats second, Floats scale, float* out) { store(out, fma(first + second, scale, load(out))); }
+
+template <int V, int ROWS, int WIDTH, int... R>
+SF_INLINE void put_fp8_rows(const Floats (&a)[ROWS][WIDTH], const Floats (&b)[ROWS][WIDTH], Floats scale, float* out,
+                            std::integer_sequence<int, R...>) {
+    (put_fp8(a[R][V], b[R][V], scale, out + R * PANEL), ...);
+}
+template <int V, int ROWS, int WIDTH, int... R>
+SF_INLINE void put_fp8_rows(const float* a, const Floats (&b)[ROWS][WIDTH], Floats scale, float* out, std::integer_sequence<int, R...>) {
+    (put_fp8(load(a + R * PANEL), b[R][V], scale, out + R * PANEL), ...);
+}
+
+// Computes out[r][0..31] += scale[0..31] * (sum over the first half of the run + sum over the second) of x[r][k] *
+// weights[k][0..31]. With few rows both halves at once, so that enough sums are under way.
+template <int ROWS>
+SF_LEAF void multiply_fp8(const Fp8Run& run, float* out) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    const i64 half = run.steps / 2, x_half = half * PAIR_WORDS;
+    Prefetch prefetch = run.prefetch;
+    if constexpr (ROWS <= FEW_ROWS) {
+        prefetch.stride *= 2;  // two steps at a time
+        Floats a[ROWS][2], b[ROWS][2];
+        clear(a, rows);
+        clear(b, rows);
+        const u8* weights = run.weights;
+        for (const u32 *x = run.x, *end = x + x_half; x < end; x += PAIR_WORDS, weights += STEP_BYTES) {
+            prefetch_step<2>(prefetch);
+            bf16_step(a, weights, x, rows);
+            bf16_step(b, weights + half * STEP_BYTES, x + x_half, rows);
+        }
+        put_fp8_rows<0>(a, b, load(run.scales), out, rows);
+        put_fp8_rows<1>(a, b, load(run.scales + LANES), out + LANES, rows);
+    } else {
+        constexpr int WIDTH = width_of(ROWS);
+        alignas(64) float first[ROWS * PANEL];
+        for (int part = 0; part < 2; part += WIDTH) {
+            const u8* weights = run.weights + part * VECTOR_BYTES;
+            Floats acc[ROWS][WIDTH];
+            for (int n = 0; n < 2; ++n) {
+                clear(acc, rows);
+                for (const u32 *x = run.x + n * x_half, *end = x + x_half; x < end; x += PAIR_WORDS, weights += STEP_BYTES) {
+                    if (part == 0) prefetch_step<1>(prefetch);
+                    bf16_step(acc, weights, x, rows);
+                }
+                if (n == 0) store_tile(acc, first, PANEL, rows);
+            }
+            put_fp8_rows<0>(first, acc, load(run.scales + part * LANES), out + part * LANES, rows);
+            if constexpr (WIDTH == 2) put_fp8_rows<1>(first + LANES, acc, load(run.scales + LANES), out + LANES, rows);
+        }
+    }
+}
+
 using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 using MultiplyQValues = void (*)(const Spans&, float*);
 
@@ -521,6 +582,15 @@ SF_INLINE void multiply(int rows, const Groups& groups, float* out) {
     if (groups.offsets) choose_groups<true>(rows, ALL_ROWS)(groups, out);
     else choose_groups<false>(rows, ALL_ROWS)(groups, out);
 }
+
+using MultiplyFp8 = void (*)(const Fp8Run&, float*);
+
+template <int... R>
+SF_INLINE MultiplyFp8 choose_fp8(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyFp8 table[] = {multiply_fp8<R + 1>...};
+    return table[rows - 1];
+}
+SF_INLINE void multiply(int rows, const Fp8Run& run, float* out) { choose_fp8(rows, ALL_ROWS)(run, out); }
 #ifndef SF_BYTE_DOTS
 template <int... R>
 SF_INLINE MultiplyQValues choose_widened(int rows, std::integer_sequence<int, R...>) {
