@@ -155,12 +155,12 @@ def granite_moe_hybrid(config: ConfigJson) -> ModelSpec:
         attention = replace(attention, rope=None)
     kinds = layer_types(config) if "layer_types" in config else ["mamba"] * num_layers(config)
     mixers: list[Mixer] = [mamba if kind in ("mamba", "linear_attention") else attention for kind in kinds]
-    shared: MlpSpec | ExpertsSpec = mlp(config, config.integer("shared_intermediate_size", 1024))
+    dense = mlp(config, config.integer("shared_intermediate_size", 1024))
+    inner: MlpSpec | ExpertsSpec = dense
     if count := config.integer("num_local_experts", 8, least=0):
-        assert isinstance(shared, MlpSpec)
         router = RouterSpec(num_experts=count, top_k=config.integer("num_experts_per_tok", 2), renormalize=True)
-        shared = ExpertsSpec(router=router, expert=mlp(config), shared=shared)
-    return granite_decoder(config, mixers, shared, **({} if rope == "rope" else {"ropes": ()}))
+        inner = ExpertsSpec(router=router, expert=mlp(config), shared=dense)
+    return granite_decoder(config, mixers, inner, **({} if rope == "rope" else {"ropes": ()}))
 
 
 def bamba(config: ConfigJson) -> ModelSpec:
