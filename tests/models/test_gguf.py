@@ -76,6 +76,22 @@ def test_blocks_are_dequantized_as_by_gguf_bit_for_bit(name: str) -> None:
     assert np.array_equal(weight.dequantize(torch.float32).numpy().view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_numbers_of_blocks_have_the_types_that_their_format_says(name: str) -> None:
+    """Kernels that keep them as they are stored go by it."""
+    kind = next(each for each in TYPES.values() if each.name == name)
+    weight, stored = unpack(name, torch.zeros(2, 3, kind.block_bytes, dtype=torch.uint8)), FORMATS[name]
+    levels = weight.levels.view(2, -1, stored.group_size)
+    assert weight.levels.dtype == (torch.int8 if stored.signed else torch.uint8)
+    assert weight.scales.shape == levels.shape[:2] and (weight.mins is not None) == stored.mins
+    if stored.super_groups is None:
+        assert {each.dtype for each in (weight.scales, weight.mins) if each is not None} == {stored.scale_dtype}
+    else:
+        assert weight.super_scales is not None and weight.super_scales.dtype == stored.scale_dtype
+        assert weight.scales.dtype == (torch.uint8 if stored.mins else torch.int8)
+        assert weight.scales.shape[1] == weight.super_scales.shape[1] * stored.super_groups
+
+
 # --- architectures ----------------------------------------------------------------------------------------------------
 
 GEMMA3_ROPES = {

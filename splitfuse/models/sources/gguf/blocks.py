@@ -34,7 +34,7 @@ FORMATS = {
     "Q6_K": GroupFormat(name="Q6_K", bits=6, group_size=16, super_groups=16),
     "IQ4_NL": GroupFormat(name="IQ4_NL", bits=4, group_size=32, table=IQ4_TABLE),
     "IQ4_XS": GroupFormat(name="IQ4_XS", bits=4, group_size=32, super_groups=8, table=IQ4_TABLE),
-    "MXFP4": GroupFormat(name="MXFP4", bits=4, group_size=32, table=E2M1_TABLE),
+    "MXFP4": GroupFormat(name="MXFP4", bits=4, group_size=32, table=E2M1_TABLE, scale_dtype=torch.bfloat16),
 }
 """Name of a tensor type -> how it is quantized."""
 
@@ -176,7 +176,7 @@ def mxfp4(blocks: Tensor) -> dict[str, Tensor]:
     e, nibbles = _cut(blocks, 1, 16)
     exponent = _rows(e).int()
     bits = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), exponent - 1 << 23)
-    return {"levels": _rows(_halves(nibbles)), "scales": bits.view(torch.float32)}
+    return {"levels": _rows(_halves(nibbles)), "scales": bits.view(torch.float32).bfloat16()}
 
 
 _UNPACKERS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
