@@ -24,7 +24,7 @@ from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.messages import Add, Finish
-from splitfuse.errors import InvalidRequestError, RequestFailedError, SloUnattainableError
+from splitfuse.errors import InvalidRequestError, SloUnattainableError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -39,13 +39,9 @@ HOLD_SECONDS = 0.01
 logger = logging.getLogger(__name__)
 
 
-def rejection(request_id: str, error: InvalidRequestError | SloUnattainableError | RequestFailedError) -> RequestOutput:
+def rejection(request_id: str, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
     """Return the last output of a request that is not accepted."""
-    retry_after: float | None = None
-    if isinstance(error, SloUnattainableError):
-        retry_after = error.retry_after
-    elif isinstance(error, InvalidRequestError):
-        retry_after = math.inf
+    retry_after = error.retry_after if isinstance(error, SloUnattainableError) else math.inf
     return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)
 
 
@@ -242,7 +238,7 @@ class Engine:
                 try:
                     matcher.result()
                     self._accept(request)
-                except (InvalidRequestError, SloUnattainableError, RequestFailedError) as error:
+                except (InvalidRequestError, SloUnattainableError) as error:
                     outputs.append(rejection(request_id, error))
         return outputs
 

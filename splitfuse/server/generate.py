@@ -159,7 +159,8 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise _failure(generation)
+                    with form_named(request.form_name):
+                        raise _failure(generation)
                 if request.stream:
                     await context.send_events(await compute(partial(_written, context, responder, generation, text)))
         timing = await timing_with_phases(context) if request.include_timing else None
@@ -196,7 +197,7 @@ def _failure(generation: Generation) -> SplitfuseError:
     if retry_after is None:
         return RequestFailedError(f"the request failed while it ran: {reason}")
     if retry_after == math.inf:
-        return InvalidRequestError(reason, parameter="splitfuse_on_time_only")
+        return InvalidRequestError(reason, parameter=FORM if FORM in reason else "splitfuse_on_time_only")
     return SloUnattainableError(reason, retry_after=retry_after)
 
 

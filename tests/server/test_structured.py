@@ -284,6 +284,18 @@ def test_a_client_gets_what_a_pipeline_gives(server: RunningServer, pipe: splitf
             client("x", structured_outputs={"regexp": "a"})
 
 
+def test_a_tokenizer_that_cannot_be_used_is_a_400(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = server.engine.model.grammars
+    monkeypatch.setattr(grammars, "_tokenizer", None, raising=False)
+    monkeypatch.delattr(grammars, "_tokenizer")  # as if it had not been prepared
+    monkeypatch.setattr(grammars, "_read_tokenizer", lambda: "{}")
+    with server.http() as http:
+        response = http.post(CHAT, json=body(CHAT, {"guided_regex": "of no other test"}))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "guided_regex" and "this model's tokenizer" in error["message"]
+
+
 def test_a_grammar_that_is_made_holds_up_no_other_request(server: RunningServer) -> None:
     """Many properties take a while to compile; requests without a form are answered meanwhile, in whatever order."""
     slow = {f"p{i}": {"type": "string"} for i in range(400)}

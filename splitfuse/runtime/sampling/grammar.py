@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfuse.core.plan import SamplingState
-from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.errors import RequestFailedError
+from splitfuse.core.structured_outputs import StructuredOutputs, refused
 
 MAX_KEPT = 64
 """Number of grammars whose compiled form is kept for further requests."""
@@ -50,7 +49,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self, form: StructuredOutputs) -> Future[LLMatcher]:
-        """Begin to make what `matcher` copies, unless it is kept. The result raises RequestFailedError if the grammar
+        """Begin to make what `matcher` copies, unless it is kept. The result raises InvalidRequestError if the grammar
         cannot be enforced with this tokenizer.
         """
         with self._lock:
@@ -78,7 +77,7 @@ class Grammars:
     def _make(self, compiled: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, compiled, log_level=0)
         if matcher.is_error():
-            raise RequestFailedError(f"structured_outputs cannot be enforced: {matcher.get_error():.300}")
+            raise refused(f"cannot be enforced: {matcher.get_error():.300}")
         return matcher
 
     @cached_property
@@ -87,8 +86,7 @@ class Grammars:
         try:
             return LLTokenizer(self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=self._end_tokens)
         except BaseException as error:  # a panic of the library is no Exception
-            reason = f"structured_outputs cannot be enforced with this model's tokenizer: {error!s:.200}"
-            raise RequestFailedError(reason) from error
+            raise refused(f"cannot be enforced with this model's tokenizer: {error!s:.200}") from error
 
     @cached_property
     def _executor(self) -> LLExecutor:
