@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import table
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.quantized.config import read_quantization
 from splitfuse.models.sources.quantized.schemes import Header, PackedIntegers
 from splitfuse.models.sources.source import Piece
 from splitfuse.models.storage import tensor_groups
@@ -378,6 +379,30 @@ def refusal_of(config: Any) -> str:
 )
 def test_configs_that_are_not_read_are_refused_by_name(config: Any, reason: str) -> None:
     assert reason in refusal_of(config)
+
+
+ODD_VALUES: tuple[Any, ...] = (None, True, 0, -1, 3, 10**30, 1e300, "", "a", [], [1], ["re:("], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_odd_values_in_the_config_are_read_or_refused(case: str) -> None:
+    """Each field of a config, and of what is in it, with each value."""
+
+    def odd(value: Any) -> Iterator[Any]:
+        yield from ODD_VALUES
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from ({**value, name: other} for other in odd(inner))
+            yield {**value, "other": 1}
+
+    refused = 0
+    for config in odd(CASES[case].config):
+        try:
+            read_quantization({"quantization_config": config})
+        except ModelError as error:
+            refused += 1
+            assert len(str(error)) < 500
+    assert refused >= 30
 
 
 @pytest.mark.parametrize(

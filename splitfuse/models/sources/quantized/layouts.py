@@ -30,9 +30,10 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     in_bytes: Tensor = words.contiguous().view(torch.uint8)
     if bits == 8:
         return in_bytes
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    numbers: Tensor = (in_bytes.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return numbers.flatten(1)
+    # The numbers of a byte, in a word with a byte for each: vectorized, unlike shifts by several amounts.
+    wide = in_bytes.to(torch.int16 if bits == 4 else torch.int32)
+    spread = wide | wide << 4 if bits == 4 else wide | wide << 6 | wide << 12 | wide << 18
+    return (spread & (0x0F0F if bits == 4 else 0x03030303)).view(torch.uint8)
 
 
 def gptq(
@@ -63,17 +64,17 @@ def gptq(
         )
     if minus_one:
         qzeros = qzeros + (ones if ones < 2**31 else ones - 2**32)  # modulo 2**32, as it was subtracted
-    zeros = unpack(qzeros, bits)[:, : scales.shape[1]].T
+    scales, zeros = scales.T.contiguous(), unpack(qzeros, bits).T.contiguous()
     levels = unpack(qweight.T, bits)
     order = None if g_idx is None else column_order(g_idx, stored.group_size)
     if order is not None:
         levels = levels[:, order]
     if stored.zeros:
-        return GroupQuantized(format=stored, levels=levels, scales=scales.T, zeros=zeros, order=order)
+        return GroupQuantized(format=stored, levels=levels, scales=scales, zeros=zeros, order=order)
     middle = 1 << (bits - 1)
     if not bool((zeros == middle).all()):
         raise WeightsError(f"zero points that are not {middle}, although quantization_config has sym = true")
-    return GroupQuantized(format=stored, levels=centered(levels, bits), scales=scales.T, order=order)
+    return GroupQuantized(format=stored, levels=centered(levels, bits), scales=scales, order=order)
 
 
 def column_order(g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -99,12 +100,16 @@ def awq(stored: GroupFormat, qweight: Tensor, qzeros: Tensor, scales: Tensor) ->
 
     Source: AutoAWQ, `modules/linear/gemm.py` and `utils/packing_utils.py`.
     """
-    places = torch.tensor(AWQ_ORDER).argsort()
 
     def along_rows(words: Tensor) -> Tensor:
-        return unpack(words, 4).view(len(words), -1, 8)[:, :, places].flatten(1).T
+        words = words.T.contiguous()
+        rows = torch.empty(len(words), 8, words.shape[1], dtype=torch.uint8)
+        for place, row in enumerate(AWQ_ORDER):
+            rows[:, row] = words >> 4 * place & 15
+        return rows.view(-1, words.shape[1])
 
-    return GroupQuantized(format=stored, levels=along_rows(qweight), scales=scales.T, zeros=along_rows(qzeros))
+    scales = scales.T.contiguous()
+    return GroupQuantized(format=stored, levels=along_rows(qweight), scales=scales, zeros=along_rows(qzeros))
 
 
 def packed_integers(
