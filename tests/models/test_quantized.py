@@ -277,12 +277,13 @@ def test_layers_that_the_checkpoint_leaves_out_stay_dense(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("case", ["packed-zeros", "fp8-rows"])
-def test_time_steps_of_a_quantized_projection_are_dense(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", variants())
+def test_time_steps_of_a_quantized_projection_are_dense(variant: str, case: str, tmp_path: Path) -> None:
     """They are rows of the same tensor as the rest of what a Mamba reads, which stays as it is stored."""
     tiny_models.save("granite-hybrid-dense-rope", tmp_path / "source")
     meaning = quantize(tmp_path / "source", tmp_path, CASES[case].layer, CASES[case].config)
     assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
-    decoder = load(tmp_path, torch.bfloat16, CpuBackend(num_threads=2))
+    decoder = load(tmp_path, torch.bfloat16, CpuBackend(variant=variant, num_threads=2))
     layer = decoder.weights.layers[0]
     assert layer.gates.format == BF16 != layer.in_proj.format
     assert logits(decoder).isfinite().all()
