@@ -412,7 +412,8 @@ inline void multiply(Team& team, const Operand& x, const Weight& w, const Output
     for (i64 i = 0; i < w.num_parts; ++i) {
         const i64 rows = w.parts[i].rows;
         multiply_whole(team, x, w.parts[i], of_part);
-        of_part.y += rows;
+        if (out.activated) of_part.activated += rows;
+        else of_part.y += rows;
         if (out.bias) of_part.bias += rows;
         if (out.residual) of_part.residual += rows;
     }

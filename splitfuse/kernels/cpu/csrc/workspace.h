@@ -42,9 +42,10 @@ struct Visit {
 
 constexpr i64 VISIT_PADDING = 256;  // most bytes that the operand of a visit needs in addition to its share of one operand of all rows
 
-// Attention's items of a step for all layers with these numbers of heads, and how many of its tiles get partials.
+// Attention's items of a step for all layers with these numbers of heads and of rows of an item, and how many of its tiles get
+// partials.
 struct HeadItems {
-    i64 num_heads, num_kv_heads, tiles;
+    i64 num_heads, num_kv_heads, rows, tiles;
     std::vector<Item> items;
 };
 
@@ -80,8 +81,9 @@ struct Workspace {
     }
     void begin_step() { num_items = 0; }
     HeadItems* find_items(const Heads& heads, const Store& store) {
+        const i64 rows = item_rows(Layout(store));
         for (size_t i = 0; i < num_items; ++i)
-            if (items[i].num_heads == heads.num_heads && items[i].num_kv_heads == store.num_kv_heads) return &items[i];
+            if (items[i].num_heads == heads.num_heads && items[i].num_kv_heads == store.num_kv_heads && items[i].rows == rows) return &items[i];
         return nullptr;
     }
     void reserve_attention(const Step& step, const Heads& heads, const Store& store) {
@@ -92,6 +94,7 @@ struct Workspace {
             found = &items[num_items++];
             found->num_heads = heads.num_heads;
             found->num_kv_heads = store.num_kv_heads;
+            found->rows = item_rows(kv);
             found->tiles = make_items(step, heads.num_heads, kv, num_threads, found->items);
         }
         partials.reserve(found->tiles * partial_floats(kv) * 4);
