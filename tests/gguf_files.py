@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 import torch
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -71,6 +72,16 @@ ARCHITECTURES = {
 }
 """model_type of transformers -> architecture of GGUF files, where they differ."""
 INTERLEAVED = ("llama", "granite", "smollm3", "arcee")
+
+
+def random_blocks(name: str, rows: int, count: int) -> NDArray[np.uint8]:
+    """Draw blocks [rows, count, bytes] of a type: random bytes, but for the numbers in fp16, which are finite."""
+    rng = np.random.default_rng(20)
+    blocks = rng.integers(0, 256, (rows, count, gguf.GGML_QUANT_SIZES[Type[name]][1]), dtype=np.uint8)
+    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}.get(name, (0,))
+    for begin in (*places, 2) if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else places:
+        blocks[..., begin : begin + 2] = rng.normal(size=(rows, count)).astype(np.float16)[..., None].view(np.uint8)
+    return blocks
 
 
 def write(

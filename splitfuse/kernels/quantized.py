@@ -44,7 +44,7 @@ class GroupFormat:
 class GroupQuantized:
     """Holds a weight [N, K] in a `GroupFormat`, unpacked: what is kept of it must be a copy.
 
-    >>> format = GroupFormat(name="Q4_1", bits=4, group_size=32, mins=True)
+    >>> format = GroupFormat(name="Q4_1", bits=4, group_size=32, mins=True, scale_dtype=torch.float32)
     >>> ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
     >>> weight = GroupQuantized(
     ...     format=format, levels=torch.arange(64, dtype=torch.uint8).view(1, 64) % 16, scales=ones, mins=zeros
@@ -61,6 +61,10 @@ class GroupQuantized:
     super_scales: Tensor | None = None  # [N, K / (group_size * super_groups)], floats
     super_mins: Tensor | None = None
     order: Tensor | None = None  # [K]: column i is column order[i] of the weight; None: i
+
+    def __post_init__(self) -> None:
+        floats = (self.super_scales, self.super_mins) if self.format.super_groups else (self.scales, self.mins)
+        assert all(each is None or each.dtype == self.format.scale_dtype for each in floats), self.format.name
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,7 +4,10 @@ quantized activations up to fp32's rounding, with the same bits whatever else is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import backends
+import gguf_files
 import pytest
 import torch
 from backends import make_case, variants
@@ -15,26 +18,13 @@ from splitfuse.kernels.cpu.stored import kind_of
 from splitfuse.kernels.interface import LayerWeights, Role
 from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, GroupQuantized, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models.sources.gguf import blocks
 
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 BF16, F32 = torch.bfloat16, torch.float32
-FORMATS = {
+FORMATS = blocks.FORMATS | {
     each.name: each
     for each in (
-        GroupFormat(name="Q4_0", bits=4, group_size=32),
-        GroupFormat(name="Q4_1", bits=4, group_size=32, mins=True),
-        GroupFormat(name="Q5_0", bits=5, group_size=32),
-        GroupFormat(name="Q5_1", bits=5, group_size=32, mins=True),
-        GroupFormat(name="Q8_0", bits=8, group_size=32),
-        GroupFormat(name="Q2_K", bits=2, group_size=16, mins=True, super_groups=16),
-        GroupFormat(name="Q3_K", bits=3, group_size=16, super_groups=16),
-        GroupFormat(name="Q4_K", bits=4, group_size=32, mins=True, super_groups=8),
-        GroupFormat(name="Q5_K", bits=5, group_size=32, mins=True, super_groups=8),
-        GroupFormat(name="Q6_K", bits=6, group_size=16, super_groups=16),
-        GroupFormat(name="IQ4_NL", bits=4, group_size=32, table=IQ4),
-        GroupFormat(name="IQ4_XS", bits=4, group_size=32, table=IQ4, super_groups=8),
-        GroupFormat(name="MXFP4", bits=4, group_size=32, table=E2M1, scale_dtype=torch.float8_e8m0fnu),
+        GroupFormat(name="MX", bits=4, group_size=32, table=blocks.E2M1_TABLE, scale_dtype=torch.float8_e8m0fnu),
         GroupFormat(name="GPTQ", bits=4, group_size=128, zeros=True),
         GroupFormat(name="GPTQ of 8 bits", bits=8, group_size=64, zeros=True, scale_dtype=BF16),
         GroupFormat(name="int4 in groups of 96", bits=4, group_size=96, scale_dtype=BF16),
@@ -47,7 +37,7 @@ FILE_BITS |= {
     "Q3_K": 3.4375,
     "IQ4_NL": 4.5,
     "IQ4_XS": 4.25,
-    "MXFP4": 4.25,
+    "MX": 4.25,
     "GPTQ": 4.15625,
     "GPTQ of 8 bits": 8.375,
 }
@@ -122,6 +112,17 @@ def test_products_and_their_bits(variant: str, name: str) -> None:
         assert_product(ours, quantized(x), weight)
         for begin, end in ((0, 1), (1, 6), (6, 20), (20, 31)):
             assert torch.equal(backend.linear(x[begin:end], packed), ours[begin:end])
+
+
+@pytest.mark.parametrize(("variant", "name"), [case for name in blocks.FORMATS for case in variants(name, id=name)])
+def test_products_with_blocks_of_gguf_files(variant: str, name: str) -> None:
+    stored = gguf_files.random_blocks(name, 40, 2)
+    if name == "MXFP4":  # products of all exponents are no finite numbers
+        stored[..., 0] = stored[..., 0] % 32 + 112
+    weight = blocks.unpack(name, torch.from_numpy(stored))
+    x = torch.randn(7, weight.shape[1]).bfloat16()
+    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    assert_product(kernels(variant).linear(x, packed), quantized(x), weight)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -200,20 +201,22 @@ def test_a_dense_piece_makes_all_dense(variant: str) -> None:
     assert torch.equal(backend.linear(x, packed), backend.linear(x, wanted))
 
 
-@pytest.mark.parametrize("name", ["Q6_K", "GPTQ", "FP8"])
+@pytest.mark.parametrize("name", ["Q6_K", "GPTQ", "GPTQ in orders", "FP8"])
 @pytest.mark.parametrize("variant", variants())
 def test_experts(variant: str, name: str) -> None:
-    """The mixture is the sum of dense networks that are packed alike."""
+    """The mixture is the sum of dense networks that are packed alike, but each in an order of columns of its own."""
     backend, x = kernels(variant), torch.randn(11, 256).bfloat16()
     ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
 
     def packed(rows: int, columns: int, role: Role) -> list[backends.Any]:
-        halves = 2 if role is Role.W13 else 1
-        pieces = [
-            [fp8(rows, columns) if name == "FP8" else weight_in(FORMATS[name], rows, columns) for _ in range(halves)]
-            for _ in range(5)
-        ]
-        return [backend.pack_quantized(each, role=role, dtype=BF16) for each in pieces]
+        def half() -> QuantizedWeight:
+            return fp8(rows, columns) if name == "FP8" else weight_in(FORMATS[name.split()[0]], rows, columns)
+
+        experts = [[half() for _ in range(2 if role.gated else 1)] for _ in range(5)]
+        for pieces in experts[1:] if name == "GPTQ in orders" else ():
+            order = torch.randperm(columns)
+            pieces[:] = [replace(piece, order=order) for piece in pieces if isinstance(piece, GroupQuantized)]
+        return [backend.pack_quantized(pieces, role=role, dtype=BF16) for pieces in experts]
 
     layer = LayerWeights(w13=packed(128, 256, Role.W13), w2=packed(256, 128, Role.W2), w1_bias=(), w2_bias=())
     ours = backends.experts(backend, x, ids, weights, layer)
@@ -222,8 +225,9 @@ def test_experts(variant: str, name: str) -> None:
         given = backend.linear(backend.gated(x, layer.w13[expert], None, "silu"), layer.w2[expert])
         wanted += (ids == expert).double().mul(weights).sum(1, keepdim=True) * given
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
-    one = backends.experts(backend, x[4:5], ids[4:5], weights[4:5], layer)
-    assert torch.equal(one, ours[4:5])
+    for token in range(11):
+        one = backends.experts(backend, *(each[token : token + 1] for each in (x, ids, weights)), layer)
+        assert torch.equal(one, ours[token : token + 1])
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -428,7 +428,7 @@ def test_weight_in_two_shards(sharded: Path) -> None:
 
 # --- quantized checkpoints --------------------------------------------------------------------------------------------
 
-IN_GROUPS = GroupFormat(name="groups of 4", bits=4, group_size=4, mins=True)
+IN_GROUPS = GroupFormat(name="groups of 4", bits=4, group_size=4, mins=True, scale_dtype=torch.float32)
 
 
 class QuantizedWeights(WeightSource):
