@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 LAYERS = re.compile(r"layers\.\d+\.\w+\.(\w+_proj|experts\.\d+\.\w+)\.weight$")
+SIBLINGS = re.compile(r"\.(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3)\.weight$")
+"""Endings of layers that read the same as others: act-order puts their columns in the same order."""
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 Stored = tuple[dict[str, Tensor], NDArray[np.float64]]
@@ -60,13 +64,14 @@ def gptq(
     act_order: bool = False,
     minus_one: bool = True,
     least_zero: int = 1,
+    order_seed: int = 0,
 ) -> Stored:
     """A layer of GPTQ: words along the columns, zero points along the rows."""
     size = columns if group_size == -1 else group_size
     groups = -(-columns // size)
     group_of = np.arange(columns) // size
-    if act_order:  # layers that read the same have the same order
-        group_of = np.random.default_rng(columns).permutation(group_of)
+    if act_order:
+        group_of = np.random.default_rng(order_seed).permutation(group_of)
     levels = draw(rng, rows, columns, bits)
     scales = scales_of(rng, (groups, rows), torch.float16, 0.2 / 2**bits)
     zeros = np.full((groups, rows), 2 ** (bits - 1)) if symmetric else rng.integers(least_zero, 2**bits, (groups, rows))
@@ -108,12 +113,13 @@ def packed(
     symmetric: bool = True,
     one_scale: bool = False,
     act_order: bool = False,
+    order_seed: int = 0,
 ) -> Stored:
     """A layer of "pack-quantized"."""
     size = group_size or columns
     group_of = np.arange(columns) // size
-    if act_order:  # layers that read the same have the same order
-        group_of = np.random.default_rng(columns).permutation(group_of)
+    if act_order:
+        group_of = np.random.default_rng(order_seed).permutation(group_of)
     levels = draw(rng, rows, columns, bits)
     shape = (1, 1) if one_scale else (rows, -(-columns // size))
     scales = scales_of(rng, shape, torch.bfloat16, 0.2 / 2**bits)
@@ -182,6 +188,10 @@ def mxfp4(rng: np.random.Generator, rows: int, columns: int) -> Stored:
     return tensors, values * spread(2.0 ** (exponents - 127), 32, columns)
 
 
+def _act_order(layer: Callable[..., Stored]) -> bool:
+    return isinstance(layer, partial) and bool(layer.keywords.get("act_order"))
+
+
 def quantize(
     source: Path,
     folder: Path,
@@ -204,7 +214,8 @@ def quantize(
             stored |= {name + ending: each.unflatten(0, (experts, rows)) for ending, each in tensors.items()}
             meaning[name] = torch.from_numpy(weight).view(experts, rows, columns).transpose(1, 2)
         elif which.search(name) and tensor.dim() == 2:
-            tensors, weight = layer(rng, *tensor.shape)
+            more = {"order_seed": zlib.crc32(SIBLINGS.sub("", name).encode())} if _act_order(layer) else {}
+            tensors, weight = layer(rng, *tensor.shape, **more)
             stored |= {name.removesuffix(".weight") + ending: each for ending, each in tensors.items()}
             meaning[name] = torch.from_numpy(np.ascontiguousarray(weight))
         else:

@@ -12,7 +12,7 @@ from splitfuse.kernels.interface import Backend, Role
 from splitfuse.kernels.quantized import Fp8Format
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import Part, kept_format, parameter_bytes, stored_parameters
+from splitfuse.models.weights import Part, kept_formats, parameter_bytes, stored_parameters
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Dtypes as files call them."""
@@ -33,21 +33,22 @@ def tensor_groups(weights: WeightSource, spec: ModelSpec, backend: Backend, dtyp
     """Return what becomes of the tensors of a checkpoint, the largest group first."""
     names: dict[tuple[str, str, bool], set[str]] = {}
     sizes: Counter[tuple[str, str, bool]] = Counter()
-    for parameter in stored_parameters(weights, spec):
-        size, num_rows = parameter_bytes(parameter, weights, dtype, backend), parameter.shape[0]
-        for part in parameter.parts:
-            kind = _kind(weights, part, parameter.role, backend, dtype)
+    plan = stored_parameters(weights, spec)
+    for parameter, formats in zip(plan, kept_formats(weights, plan, backend), strict=True):
+        size, num_rows = parameter_bytes(parameter, formats, dtype, backend), parameter.shape[0]
+        for part, kept in zip(parameter.parts, formats, strict=True):
+            kind = (weights.stored_as(part.piece.name), "kept as stored", True)
+            if kept is None:
+                kind = _kind(weights, part, parameter.role, backend, dtype)
             names.setdefault(kind, set()).add(part.piece.name)
             sizes[kind] += size * part.shape[0] // num_rows
     return [TensorGroup(*kind, count=len(names[kind]), num_bytes=size) for kind, size in sizes.most_common()]
 
 
 def _kind(weights: WeightSource, part: Part, role: Role, backend: Backend, dtype: torch.dtype) -> tuple[str, str, bool]:
-    """Return how a tensor is stored, how it is kept, and whether that is exact."""
+    """Return how a tensor that is not kept as stored is stored, how it is kept, and whether that is exact."""
     name = part.piece.name
     stored, quantized = weights.stored_as(name), weights.quantization(name) is not None
-    if kept_format(weights, part, role, backend) is not None:
-        return stored, "kept as stored", True
     if backend.quantization is not None and role.linear:
         return stored, f"quantized to {backend.quantization}", False
     kept = torch.float32 if role is Role.NORM else dtype
@@ -74,14 +75,15 @@ def _formats(weights: WeightSource) -> Iterator[str]:
 def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:
     """Return a line on what becomes of the tensors that are quantized, if any is, and what else is not as they say."""
     kinds: Counter[tuple[str, bool]] = Counter()
-    for parameter in stored_parameters(weights, spec):
-        for part in parameter.parts:
+    plan = stored_parameters(weights, spec)
+    for parameter, formats in zip(plan, kept_formats(weights, plan, backend), strict=True):
+        for part, kept in zip(parameter.parts, formats, strict=True):
             if part.piece.name in weights and (stored := weights.quantization(part.piece.name)) is not None:
-                kinds[stored.name, kept_format(weights, part, parameter.role, backend) is not None] += 1
+                kinds[stored.name, kept is not None] += 1
     if not kinds:
         return []
     dense = f"dequantized to {str(dtype).removeprefix('torch.')}"
     if backend.quantization is not None:
         dense = f"quantized anew to {backend.quantization} from what they mean"
-    parts = [f"{count} of {name} {'kept as stored' if kept else dense}" for (name, kept), count in kinds.most_common()]
+    parts = [f"{count} of {name} {'kept as stored' if same else dense}" for (name, same), count in kinds.most_common()]
     return [f"quantized weights: {', '.join(parts)}", *weights.remarks()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -52,6 +52,8 @@ _logger = logging.getLogger(__name__)
 
 Shapes: TypeAlias = dict[str, tuple[Shape, ...]]
 """Name of a weight -> shapes of the pieces that are stacked by rows to make it."""
+KeptFormats: TypeAlias = tuple[QuantizedFormat | None, ...]
+"""Formats that a backend keeps the parts of a weight in as they are stored; None: dense, or dequantized."""
 
 
 @dataclass(frozen=True)
@@ -277,21 +279,47 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights:
     """Return the bytes of all weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
     if weights is None:
         return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
-    return sum(parameter_bytes(each, weights, dtype, backend) for each in stored_parameters(weights, spec))
+    plan = stored_parameters(weights, spec)
+    formats = kept_formats(weights, plan, backend)
+    return sum(parameter_bytes(each, kept, dtype, backend) for each, kept in zip(plan, formats, strict=True))
 
 
-def parameter_bytes(parameter: Parameter, weights: WeightSource, dtype: torch.dtype, backend: Backend) -> int:
-    """Return the bytes of a weight as `backend` keeps it."""
-    formats = [kept_format(weights, part, parameter.role, backend) for part in parameter.parts]
+def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dtype, backend: Backend) -> int:
+    """Return the bytes of a weight as `backend` keeps it, of parts in these formats."""
     if not any(formats):
         return backend.weight_bytes(parameter.shape, role=parameter.role, dtype=dtype)
     pieces = [(each, part.shape[0]) for each, part in zip(formats, parameter.parts, strict=True)]
     return backend.quantized_weight_bytes(pieces, columns=parameter.shape[1], role=parameter.role, dtype=dtype)
 
 
-def kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
-    """Return the format that a backend keeps rows of a weight in as they are stored; None if they are dense, or will
-    be: they are not rows of a stored matrix, or the backend does not take the format.
+def kept_formats(weights: WeightSource, plan: Sequence[Parameter], backend: Backend) -> list[KeptFormats]:
+    """Return for each weight the formats that its parts are kept in.
+
+    The parts of a weight read the same x, and the experts of a layer are packed alike: where a checkpoint stores only
+    some of them quantized, or with their columns in different orders, or experts in different formats, all are dense.
+    """
+    formats = [_kept_formats(weights, parameter, backend) for parameter in plan]
+    of_experts: dict[tuple[int | None, str], set[KeptFormats]] = {}
+    for parameter, kept in zip(plan, formats, strict=True):
+        of_experts.setdefault((parameter.layer, parameter.name), set()).add(kept)
+    return [
+        kept if len(of_experts[parameter.layer, parameter.name]) == 1 else (None,) * len(kept)
+        for parameter, kept in zip(plan, formats, strict=True)
+    ]
+
+
+def _kept_formats(weights: WeightSource, parameter: Parameter, backend: Backend) -> KeptFormats:
+    formats = tuple(_kept_format(weights, part, parameter.role, backend) for part in parameter.parts)
+    if len({type(each) for each in formats}) == 1 and (
+        None in formats or weights.in_one_order([part.piece.name for part in parameter.parts])
+    ):
+        return formats
+    return (None,) * len(formats)
+
+
+def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
+    """Return the format that a backend could keep rows of a weight in: None if they are dense, or no rows of a stored
+    matrix, or if the backend does not take the format.
     """
     stored = weights.quantization(part.piece.name) if part.piece.name in weights else None
     if stored is None or not backend.accepts(stored, role) or part.row_numbers() is None:
@@ -420,10 +448,14 @@ def load_decoder(
     plan = stored_parameters(weights, spec)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in spec.layers]
-    for parameter in _with_progress(plan, dtype, progress, on_progress):
+    formats = kept_formats(weights, plan, backend)
+    for parameter, kept in zip(_with_progress(plan, dtype, progress, on_progress), formats, strict=True):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
-            parts = [_read_part(weights, part, parameter.role, backend, dtype, stack) for part in parameter.parts]
+            parts = [
+                _read_part(weights, part, dtype, stack, quantized=stored is not None)
+                for part, stored in zip(parameter.parts, kept, strict=True)
+            ]
             tensors = [part.to(device) for part in parts if isinstance(part, Tensor)]
             if len(tensors) == len(parts):
                 weight = backend.pack(tensors, role=parameter.role, dtype=dtype)
@@ -440,17 +472,15 @@ def load_decoder(
 
 
 def _read_part(
-    weights: WeightSource, part: Part, role: Role, backend: Backend, dtype: torch.dtype, stack: ExitStack
+    weights: WeightSource, part: Part, dtype: torch.dtype, stack: ExitStack, *, quantized: bool
 ) -> Tensor | QuantizedWeight:
-    """Return rows of a weight for as long as the contexts of `stack` last: quantized if they are stored so and the
-    backend keeps that.
-    """
+    """Return rows of a weight for as long as the contexts of `stack` last, `quantized` as they are stored."""
     if weights.quantization(part.piece.name) is None:
         return part.take(stack.enter_context(weights.read(part.piece)))
-    quantized = stack.enter_context(weights.read_quantized(part.piece))
-    if kept_format(weights, part, role, backend) is not None and (rows := part.row_numbers()) is not None:
-        return quantized.rows(rows)
-    return part.take(quantized.dequantize(dtype))
+    stored = stack.enter_context(weights.read_quantized(part.piece))
+    if quantized and (rows := part.row_numbers()) is not None:
+        return stored.rows(rows)
+    return part.take(stored.dequantize(dtype))
 
 
 def _layer_weights(weights: dict[str, Weight]) -> LayerWeights:

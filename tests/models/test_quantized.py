@@ -35,7 +35,7 @@ from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.quantized.config import read_quantization
 from splitfuse.models.sources.quantized.schemes import Header, PackedIntegers
 from splitfuse.models.sources.source import Piece
-from splitfuse.models.storage import tensor_groups
+from splitfuse.models.storage import TensorGroup, tensor_groups
 from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.loading import load_model
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -124,6 +124,7 @@ CASES = {
         partial(packed, bits=8, group_size=None, symmetric=False),
         compressed("pack-quantized", num_bits=8, symmetric=False),
     ),
+    "gptq-act-order-experts": Case(partial(gptq, act_order=True), gptq_config(desc_act=True), "mixtral-window"),
     "packed-one-scale-experts": Case(
         partial(packed, group_size=None, one_scale=True),
         compressed("pack-quantized", strategy="tensor", targets=["re:.*experts.*", "re:.*self_attn\\.[qkvo]_proj$"]),
@@ -223,9 +224,9 @@ def test_weights_and_logits(case: str, tmp_path: Path) -> None:
     assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
 
 
-def test_mxfp4_experts_as_gpt_oss_is_released(tmp_path: Path) -> None:
+def test_mxfp4_experts_as_gpt_oss_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two numbers a byte, rows as rows, all experts in one tensor: what transformers makes of them."""
-    model = tiny_models.gpt_oss(hidden_size=64, intermediate_size=32, num_local_experts=5)
+    model = tiny_models.gpt_oss(hidden_size=64, intermediate_size=32, num_local_experts=5, num_experts_per_tok=5)
     model.float().save_pretrained(tmp_path / "source")
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     meaning = quantize(tmp_path / "source", tmp_path, mxfp4, config, which=re.compile("$^"))
@@ -238,6 +239,8 @@ def test_mxfp4_experts_as_gpt_oss_is_released(tmp_path: Path) -> None:
     assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
     kept = load(tmp_path, torch.bfloat16).weights.layers[1].w2[3]
     assert torch.equal(kept.float(), meaning["model.layers.1.mlp.experts.down_proj"][3].T.float())
+    quantized = assert_loads_as_planned(tmp_path, variants()[-1].values[0], monkeypatch)
+    assert quantized["kept as stored"].count == 6 * 5
 
 
 def test_fp8_is_what_transformers_dequantizes(tmp_path: Path) -> None:
@@ -468,7 +471,10 @@ def test_quantizing_a_second_time_is_refused_but_fp8_to_int8(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "case",
-    ["gptq-v2-zeros-act-order", "awq", "packed-one-scale-experts", "int8-rows", "fp8-blocks-bf16-scales-experts"],
+    [
+        *("gptq-v2-zeros-act-order", "gptq-act-order-experts", "awq", "packed-one-scale-experts", "int8-rows"),
+        "fp8-blocks-bf16-scales-experts",
+    ],
 )
 @pytest.mark.parametrize("variant", variants())
 def test_cpp_kernels_keep_what_is_stored(
@@ -476,18 +482,65 @@ def test_cpp_kernels_keep_what_is_stored(
 ) -> None:
     """In as many bytes as are planned; the network is near to that in fp32, although inputs are rounded to 8 bits."""
     write(case, tmp_path)
+    quantized = assert_loads_as_planned(tmp_path, variant, monkeypatch)
+    assert quantized["kept as stored"].exact and quantized["kept as stored"].count >= 18
+
+
+def assert_loads_as_planned(
+    folder: Path, variant: str, monkeypatch: pytest.MonkeyPatch, *, tolerance: float = 0.05
+) -> dict[str, TensorGroup]:
+    """Assert that the C++ kernels load a folder in as many bytes as are planned, and are near to the network in fp32;
+    return what becomes of quantized tensors.
+    """
     backend = CpuBackend(variant=variant, num_threads=1)
     taken: list[int] = []
     own = backend._weights.take
     monkeypatch.setattr(backend._weights, "take", lambda size: taken.append(size) or own(size))
-    ours, exact = logits(load(tmp_path, torch.bfloat16, backend)), logits(load(tmp_path))
-    assert (ours - exact).abs().max() <= 0.05 * exact.abs().max()
-    weights, spec = ModelFolder(tmp_path).weights(), load_spec(ModelFolder(tmp_path))
+    ours, exact = logits(load(folder, torch.bfloat16, backend)), logits(load(folder))
+    assert (ours - exact).abs().max() <= tolerance * exact.abs().max()
+    weights, spec = ModelFolder(folder).weights(), load_spec(ModelFolder(folder))
     assert sum(taken) == weight_bytes(spec, torch.bfloat16, backend, weights)
     groups = tensor_groups(weights, spec, backend, torch.bfloat16)
-    quantized = {group.kept: group for group in groups if "BF16" not in group.stored and "F32" not in group.stored}
     assert sum(group.num_bytes for group in groups) == pytest.approx(sum(taken), abs=100)  # of each weight, whole bytes
-    assert quantized["kept as stored"].exact and quantized["kept as stored"].count >= 18
+    return {group.kept: group for group in groups if "BF16" not in group.stored and "F32" not in group.stored}
+
+
+@pytest.mark.parametrize(
+    ("case", "model", "which", "dense"),
+    [
+        # Three weights of four experts in each of three layers: all experts are packed as the first, which is dense.
+        ("gptq-act-order-experts", "mixtral-window", r"experts\.[1-9]\.\w+\.weight$", 36),
+        # Queries and keys are packed with the values, which are dense; the gate of attention is not.
+        ("fp8-rows", "qwen3-next", r"([qk]_proj|in_proj_ba|in_proj_qkvz|out_proj)\.weight$", 5),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." not in value else "",
+)
+@pytest.mark.parametrize("variant", variants())
+def test_what_is_quantized_in_part_is_dense(
+    variant: str,
+    case: str,
+    model: str,
+    which: str,
+    dense: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, config, _ = CASES[case]
+    tiny_models.save(model, tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path, layer, config, which=re.compile(which))
+    quantized = assert_loads_as_planned(tmp_path, variant, monkeypatch, tolerance=0.1)
+    assert quantized["dequantized to bfloat16"].count == dense
+
+
+def test_parts_in_different_orders_are_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of q, k and v, and of gate and up of one layer."""
+    write("gptq-v2-zeros-act-order", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        stored[f"model.layers.1.{name}.g_idx"] = stored[f"model.layers.1.{name}.g_idx"].flip(0).contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    quantized = assert_loads_as_planned(tmp_path, variants()[0].values[0], monkeypatch)
+    assert quantized["dequantized to bfloat16"].count == 5 and quantized["kept as stored"].count == 16
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -122,6 +122,12 @@ class Weight(Struct):
         ("num_parts", c_int64),
     ]
 
+    def is_packed_as(self, other: Weight) -> bool:
+        """Return whether a weight of the same shape has panels of the same layout, and neither is of parts."""
+        names = ("format", "group", "bits", "bias", "scale_type", "offset_type", "zeros", "two_level")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and bytes(self.qvalues) == bytes(other.qvalues) and not self.parts and not other.parts
+
 
 class Stored(Struct):
     """Points to rows of a weight as a checkpoint holds them, which it keeps alive."""
@@ -543,6 +549,7 @@ class Mixture(Struct):
             assert bool(first.gated) == spec.gated and first.columns == hidden
             assert first.rows == inner * (2 if spec.gated else 1)
             assert not second.gated and (second.rows, second.columns) == (hidden, inner)
+            assert first.is_packed_as(up[0]) and second.is_packed_as(down[0])
         mixture = cls(activation=ACTIVATIONS[spec.activation])
         mixture.choice.num_experts, mixture.choice.top_k = num_experts, top_k
         mixture.arrays = [(Weight * num_experts)(*each) for each in (up, down)]

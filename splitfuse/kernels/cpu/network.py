@@ -154,7 +154,6 @@ class FusedNetwork:
         if spec.gate:
             gate = layer.attn_gate
             assert (gate.rows, gate.columns) == (width, hidden)
-            assert (gate.format, gate.group) == (layer.qkv.format, layer.qkv.group)  # what they multiply is packed once
             entry.attn_gate = gate.address
 
     def _set_experts(self, entry: Layer, spec: ExpertsSpec, layer: LayerWeights, hidden: int) -> None:

@@ -76,6 +76,11 @@ class WeightSource(ABC):
         """Return a tensor that is quantized, as `read` does one that is not."""
         raise NotImplementedError(f"{piece.name} is not quantized")
 
+    def in_one_order(self, names: Collection[str]) -> bool:
+        """Return whether the columns of quantized tensors are stored in the same order."""
+        del names
+        return True
+
     def stored_as(self, name: str) -> str:
         """Return how a tensor is stored, as files call it: its dtype or its format."""
         stored = self.quantization(name)

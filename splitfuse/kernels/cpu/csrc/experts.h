@@ -148,13 +148,13 @@ SF_INLINE Operand operand_of(Workspace& work, const Memory& memory, const Weight
 
 // Packs the activations of all pairs, in order, from `source(place in the order)`.
 template <class Source>
-SF_INLINE void pack_visits(Team& team, Workspace& work, const Weight& w, i64 pairs, Source source) {
+SF_INLINE void pack_visits(Team& team, Workspace& work, const Weight* weights, i64 pairs, Source source) {
     const Memory memory = work.memory(team.rank);
     team.split(pairs, [&](i64 begin, i64 end) {
         const Visit* visit = work.visits.data();
         while (visit->end <= begin) ++visit;
         for (i64 at = begin; at < end; ++visit) {
-            Operand x = operand_of(work, memory, w, *visit, false);
+            Operand x = operand_of(work, memory, weights[visit->expert], *visit, false);  // each may have columns in an order of its own
             for (; at < end && at < visit->end; ++at) put_row(x, at - visit->begin, source(at));
         }
     });
@@ -216,10 +216,10 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
     team.split(std::min<i64>(tokens, 1), [&](i64, i64) { gather_visits(work, m, pairs, ids); });
 
-    const bool one = tokens == 1 && !m.scales_input;
+    const bool one = tokens == 1 && !m.scales_input && std::all_of(ids, ids + k, [&](i32 id) { return m.up[id].order == m.up[*ids].order; });
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    if (one) put_row(make_operand(*m.up, 1, work.memory(team.rank).own, nullptr), 0, x);
-    else pack_visits(team, work, *m.up, pairs, [&](i64 at) {
+    if (one) put_row(make_operand(m.up[*ids], 1, work.memory(team.rank).own, nullptr), 0, x);
+    else pack_visits(team, work, m.up, pairs, [&](i64 at) {
         const u16* row = x + order[at] / k * hidden;
         return m.scales_input ? scaled_row(row, weights[order[at]], hidden, row_buffer) : row;
     });
@@ -230,7 +230,7 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
         if (m.up_bias) first.bias = m.up_bias[visit.expert];
         return first;
     });
-    pack_visits(team, work, *m.down, pairs, [&](i64 at) { return gated + at * inner; });
+    pack_visits(team, work, m.down, pairs, [&](i64 at) { return gated + at * inner; });
     multiply_visits(team, work, m.down, most, false, [&](const Visit& visit) {
         Output second;
         second.y = expert_out;

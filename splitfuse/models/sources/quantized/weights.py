@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from splitfuse.errors import WeightsError, brief
@@ -84,6 +85,16 @@ class QuantizedWeights(WeightSource):
             except WeightsError as error:
                 raise WeightsError(f"{piece.name} is stored with {error}") from error
             yield weight
+
+    def in_one_order(self, names: Collection[str]) -> bool:
+        stored = [self._layers[name].parts.get("g_idx") for name in names]
+        if len(stored) < 2 or not any(stored):
+            return True
+        if None in stored:
+            return False
+        with ExitStack() as stack:
+            first, *others = (stack.enter_context(self._stored.tensor(name)).long() for name in stored if name)
+            return all(torch.equal(first, other) for other in others)
 
     def stored_as(self, name: str) -> str:
         layer = self._layers.get(name)
