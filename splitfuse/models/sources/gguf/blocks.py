@@ -48,38 +48,39 @@ def unpack(name: str, blocks: Tensor) -> GroupQuantized:
 
 
 def q4_0(blocks: Tensor) -> dict[str, Tensor]:
-    """d fp16, 16 bytes of nibbles of columns i and i + 16: d (q - 8)."""
+    """Unpack d fp16 and 16 bytes of nibbles of columns i and i + 16. A weight is d (q - 8)."""
     d, nibbles = _cut(blocks, 2, 16)
     return {"levels": _rows(_halves(nibbles).char() - 8), "scales": _fp16(d)}
 
 
 def q4_1(blocks: Tensor) -> dict[str, Tensor]:
-    """d and m fp16, 16 bytes of nibbles of columns i and i + 16: d q + m."""
+    """Unpack d and m fp16 and 16 bytes of nibbles of columns i and i + 16. A weight is d q + m."""
     d, m, nibbles = _cut(blocks, 2, 2, 16)
     return {"levels": _rows(_halves(nibbles)), "scales": _fp16(d), "mins": -_fp16(m)}
 
 
 def q5_0(blocks: Tensor) -> dict[str, Tensor]:
-    """d fp16, 32 fifth bits, 16 bytes of nibbles as in Q4_0: d (q - 16)."""
+    """Unpack d fp16, 32 fifth bits and 16 bytes of nibbles as in Q4_0. A weight is d (q - 16)."""
     d, fifth, nibbles = _cut(blocks, 2, 4, 16)
     return {"levels": _rows(_with_fifth(nibbles, fifth).char() - 16), "scales": _fp16(d)}
 
 
 def q5_1(blocks: Tensor) -> dict[str, Tensor]:
-    """d and m fp16, 32 fifth bits, 16 bytes of nibbles as in Q4_1: d q + m."""
+    """Unpack d and m fp16, 32 fifth bits and 16 bytes of nibbles as in Q4_1. A weight is d q + m."""
     d, m, fifth, nibbles = _cut(blocks, 2, 2, 4, 16)
     return {"levels": _rows(_with_fifth(nibbles, fifth)), "scales": _fp16(d), "mins": -_fp16(m)}
 
 
 def q8_0(blocks: Tensor) -> dict[str, Tensor]:
-    """d fp16, 32 int8: d q."""
+    """Unpack d fp16 and 32 int8. A weight is d q."""
     d, levels = _cut(blocks, 2, 32)
     return {"levels": _rows(levels.contiguous().view(torch.int8)), "scales": _fp16(d)}
 
 
 def q2_k(blocks: Tensor) -> dict[str, Tensor]:
-    """16 bytes of a scale (low nibble) and a min (high) of 16 columns, 64 bytes of bit pairs, d and dmin fp16: d scale
-    q - dmin min. Each half of the columns has 32 bytes: byte i holds columns i, i + 32, i + 64 and i + 96.
+    """Unpack 16 bytes of a scale (low nibble) and a min (high) of 16 columns, 64 bytes of bit pairs, d and dmin fp16. A
+    weight is d scale q - dmin min. Each half of the columns has 32 bytes: byte i holds columns i, i + 32, i + 64 and
+    i + 96.
     """
     scales, pairs, d, dmin = _cut(blocks, 16, 64, 2, 2)
     return {
@@ -92,7 +93,8 @@ def q2_k(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def q3_k(blocks: Tensor) -> dict[str, Tensor]:
-    """32 bytes of third bits, 64 bytes of bit pairs as in Q2_K, 12 bytes of scales, d fp16: d (scale - 32) (q - 4).
+    """Unpack 32 bytes of third bits, 64 bytes of bit pairs as in Q2_K, 12 bytes of scales and d fp16. A weight is
+    d (scale - 32) (q - 4).
 
     Bit j of byte i is the third of column i + 32 j. Scales have 6 bits: 16 nibbles of the first 8 bytes, 16 bit pairs
     of the last 4.
@@ -108,7 +110,7 @@ def q3_k(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def q4_k(blocks: Tensor) -> dict[str, Tensor]:
-    """d and dmin fp16, 12 bytes of scales and mins, 128 bytes of nibbles: d scale q - dmin min.
+    """Unpack d and dmin fp16, 12 bytes of scales and mins and 128 bytes of nibbles. A weight is d scale q - dmin min.
 
     Each quarter of the columns has 32 bytes: byte i holds columns i and i + 32.
     """
@@ -124,8 +126,8 @@ def q4_k(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def q5_k(blocks: Tensor) -> dict[str, Tensor]:
-    """d and dmin fp16, 12 bytes of scales and mins, 32 bytes of fifth bits (bit j of byte i is that of column i + 32
-    j), 128 bytes of nibbles as in Q4_K.
+    """Unpack d and dmin fp16, 12 bytes of scales and mins, 32 bytes of fifth bits (bit j of byte i is that of column
+    i + 32 j) and 128 bytes of nibbles as in Q4_K.
     """
     d, dmin, packed, fifth, nibbles = _cut(blocks, 2, 2, 12, 32, 128)
     scales, mins = _six_bits(packed)
@@ -139,7 +141,7 @@ def q5_k(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def q6_k(blocks: Tensor) -> dict[str, Tensor]:
-    """128 bytes of nibbles, 64 of bit pairs above them, 16 int8 scales, d fp16: d scale (q - 32).
+    """Unpack 128 bytes of nibbles, 64 of bit pairs above them, 16 int8 scales and d fp16. A weight is d scale (q - 32).
 
     Each half of the columns has 64 bytes of nibbles, byte i of columns i and i + 64, and 32 of pairs as in Q2_K.
     """
@@ -152,14 +154,14 @@ def q6_k(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def iq4_nl(blocks: Tensor) -> dict[str, Tensor]:
-    """d fp16, 16 bytes of nibbles as in Q4_0, indices of IQ4_TABLE."""
+    """Unpack d fp16 and 16 bytes of nibbles as in Q4_0, indices of IQ4_TABLE."""
     d, nibbles = _cut(blocks, 2, 16)
     return {"levels": _rows(_halves(nibbles)), "scales": _fp16(d)}
 
 
 def iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
-    """d fp16, 8 bit pairs above the 8 nibbles of scales, 128 bytes of nibbles, 16 for each group of 32 columns as in
-    IQ4_NL: d (scale - 32) table[q].
+    """Unpack d fp16, 8 bit pairs above the 8 nibbles of scales, 128 bytes of nibbles, 16 for each group of 32 columns
+    as in IQ4_NL. A weight is d (scale - 32) table[q].
     """
     d, high, low, nibbles = _cut(blocks, 2, 2, 4, 128)
     # Scales lie one behind the other, unlike the fields elsewhere: nibbles 2i and 2i + 1 in byte i.
@@ -172,7 +174,9 @@ def iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def mxfp4(blocks: Tensor) -> dict[str, Tensor]:
-    """An exponent e, 16 bytes of nibbles as in Q4_0, indices of E2M1_TABLE: 2^(e - 128) table[q]."""
+    """Unpack an exponent e and 16 bytes of nibbles as in Q4_0, indices of E2M1_TABLE. A weight is
+    2^(e - 128) table[q].
+    """
     e, nibbles = _cut(blocks, 1, 16)
     exponent = _rows(e).int()
     bits = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), exponent - 1 << 23)
