@@ -136,6 +136,18 @@ def test_a_broken_tokenizer_is_refused_in_a_sentence(changes: dict[str, Any], me
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("letters", "longest", "message"),
+    [("a", 257, "token 256 has 257 characters; at most 256 are read"), ("abc", 256, "its tokens have too many merges")],
+)
+def test_tokens_made_of_each_other_are_refused(letters: str, longest: int, message: str, tmp_path: Path) -> None:
+    """Their merges are as many as the square of their number, and long."""
+    tokens = [letter * size for letter in letters for size in range(1, longest + 1)]
+    numbers = {"ggml__scores": [0.0] * len(tokens), "ggml__token_type": [1] * len(tokens)}
+    with pytest.raises(TokenizerError, match=message):
+        read(tmp_path, tokenizer_metadata(byte_fallback(), ggml__tokens=tokens, **numbers))
+
+
 def test_scores_are_needed_for_merges(tmp_path: Path) -> None:
     with pytest.raises(
         TokenizerError, match=r"^[^:]*/model.gguf has no tokenizer.ggml.scores, which merges follow from"

@@ -15,6 +15,10 @@ from splitfuse.models.sources.gguf.metadata import Metadata
 
 Json: TypeAlias = dict[str, Any]
 
+LONGEST_TOKEN = 256
+"""Number of characters of a token that merges are found for: each is cut at all places."""
+MOST_MERGED = 2**23
+"""Number of characters of the tokens that all merges make: those of Gemma 3 have 3.1 million."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Types of tokens."""
 SPACE = "\u2581"
@@ -218,7 +222,7 @@ class GgufTokenizer:
             "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *after]},
             "model": self._bpe(
-                _merges(self._tokens, scores, self._types),
+                _merges(self._metadata.location, self._tokens, scores, self._types),
                 unk_token=None if unknown is None else self._tokens[unknown],
                 fuse_unk=True,
                 byte_fallback=True,
@@ -230,17 +234,33 @@ class GgufTokenizer:
         return {"type": "BPE", "vocab": vocab, "merges": merges, **fields}
 
 
-def _merges(tokens: Sequence[str], scores: Sequence[float], types: Sequence[float]) -> list[tuple[str, str]]:
+def _merges(
+    location: str, tokens: Sequence[str], scores: Sequence[float], types: Sequence[float]
+) -> list[tuple[str, str]]:
     """Return the merges that SentencePiece makes, of all pairs of tokens that make a token: first those of the best
-    score; of equal scores as transformers orders them.
+    score; of equal scores as transformers orders them. Raises TokenizerError beyond bounds: a small file can have
+    tokens that all are made of each other, and merges by the square of their number.
     """
     ids = {text: i for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
 
-    def pairs() -> Iterator[tuple[float, int, int, int, int, int, str, str]]:
+    def pairs() -> Iterator[tuple[float, int, int, int, int, int]]:
+        merged = 0
         for text, i in ids.items():
+            if len(text) > LONGEST_TOKEN:
+                raise TokenizerError(
+                    f"{location}: token {i} has {len(text)} characters; at most {LONGEST_TOKEN} are read where merges "
+                    "follow from scores"
+                )
             for cut in range(1, len(text)):
-                left, right = text[:cut], text[cut:]
-                if left in ids and right in ids:
-                    yield -scores[i], -len(left), -len(right), i, ids[left], ids[right], left, right
+                left, right = ids.get(text[:cut]), ids.get(text[cut:])
+                if left is None or right is None:
+                    continue
+                merged += len(text)
+                if merged > MOST_MERGED:
+                    raise TokenizerError(
+                        f"{location}: its tokens have too many merges: more than {MOST_MERGED} characters, and at "
+                        "most that are read"
+                    )
+                yield -scores[i], -cut, cut - len(text), i, left, right
 
-    return [(left, right) for *_, left, right in sorted(pairs())]
+    return [(tokens[left], tokens[right]) for *_, left, right in sorted(pairs())]
