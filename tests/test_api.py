@@ -14,7 +14,7 @@ from readable_answers import PROMPT, READABLE, texts
 import splitfuse
 from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason
-from splitfuse.errors import ConfigError, InvalidRequestError, ModelNotFoundError, TokenizerError
+from splitfuse.errors import ConfigError, InvalidRequestError, ModelError, ModelNotFoundError, TokenizerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
@@ -349,8 +349,11 @@ def test_a_missing_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config_is_called_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.onnx").touch()
     with pytest.raises(
-        ModelNotFoundError, match=r"has no config\.json: it is not a model folder .* GGUF, are not read"
+        ModelNotFoundError, match=r"has no config\.json: it is neither a model folder .* nor one of GGUF"
     ):
+        splitfuse.pipeline(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"model\.gguf is empty: it is not a GGUF file"):
         splitfuse.pipeline(tmp_path)

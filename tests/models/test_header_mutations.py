@@ -60,7 +60,7 @@ def tensor(
 ARRAY = text("a") + struct.pack("<IIQ", 9, 8, 10**9)
 ALIGNED = text("general.alignment") + struct.pack("<II", 4, 12)
 REFUSED = {
-    b"": "cannot be read as GGUF",
+    b"": "is empty: it is not a GGUF file",
     b"GGML" + bytes(60): "it begins with b'GGML', not with b'GGUF'",
     b"GGUF": "the version has 4 bytes at 4, beyond its end: perhaps it is cut short",
     header(version=1) + bytes(99): "is a GGUF file of version 1: only versions 2 and 3 are read",

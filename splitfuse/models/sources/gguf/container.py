@@ -183,8 +183,10 @@ def _map(path: Path) -> mmap.mmap:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: that alone can change a device
             raise ModelError(f"{path} is not a regular file")
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ModelError(f"{path} is empty: it is not a GGUF file")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: it is empty
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as GGUF: {error!s:.200}") from error
 
 
