@@ -32,6 +32,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import table
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.quantized import layouts
 from splitfuse.models.sources.quantized.config import read_quantization
 from splitfuse.models.sources.quantized.schemes import Header, PackedIntegers
 from splitfuse.models.sources.source import Piece
@@ -365,6 +366,10 @@ def refusal_of(config: Any) -> str:
         (compressed("pack-quantized", targets=["re:(a+)+b"]), "repeats a group"),
         (compressed("pack-quantized", targets=["re:.*.*.*.*.*x"]), "more than 4 wildcards"),
         (compressed("pack-quantized", targets=["re:("]), "is no pattern"),
+        (compressed("pack-quantized", targets=["re:" + "(" * 1001]), "it has 1001 characters; at most 1000 are"),
+        (compressed("pack-quantized", targets=["re:" + "a?" * 24 + "a" * 24]), "64 ways to choose among alternatives"),
+        (compressed("pack-quantized", targets=["re:" + "(?:a|a)" * 7 + "b"]), "64 ways to choose among alternatives"),
+        (compressed("pack-quantized", targets=["re:(?x)(a+) +b"]), "repeats a group, or has flags"),
         (compressed("nvfp4-pack-quantized", type="float"), "nvfp4-pack-quantized of float4"),
         (
             {**compressed("pack-quantized"), "sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -407,6 +412,62 @@ def test_odd_values_in_the_config_are_read_or_refused(case: str) -> None:
             refused += 1
             assert len(str(error)) < 500
     assert refused >= 30
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [
+        (r"re:.*mlp\.experts\.[0-9]+\..*_proj$", "model.layers.3.mlp.experts.17.up_proj"),
+        (r"re:.*\.(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$", "model.layers.3.mlp.down_proj"),
+        (r"re:.*(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)$", "model.layers.3.self_attn.o_proj"),
+        (r"re:^(?!.*visual).*proj$", "model.layers.3.mlp.up_proj"),
+    ],
+)
+def test_targets_are_patterns_of_names(pattern: str, module: str) -> None:
+    found = read_quantization({"quantization_config": compressed("pack-quantized", targets=[pattern])})
+    assert found is not None
+    assert found.scheme(module, ".weight_packed") and not found.scheme("model.visual.blocks.0", ".weight_packed")
+    assert not found.scheme("model." * 40 + module, ".weight_packed")  # long names take long
+
+
+@pytest.mark.parametrize("name", ["modules_to_not_convert", "ignored_layers", "ignore"])
+def test_layers_left_out_of_fp8(name: str) -> None:
+    found = read_quantization({"quantization_config": fp8_config(**{name: [LAYER, "re:.*visual.*"]})})
+    assert found is not None and found.ignored == {LAYER}
+
+
+def test_blocks_and_groups_beyond_a_matrix_take_no_memory(tmp_path: Path) -> None:
+    values, scales = torch.ones(4, 256).to(torch.float8_e4m3fn), torch.tensor([[0.5, 0.25]])
+    weight = layouts.fp8(values, scales, (2**40, 128))
+    assert torch.equal(weight.dequantize(torch.float32), scales.repeat_interleave(128, dim=1).expand(4, -1))
+    tiny_models.save("llama-gqa", tmp_path / "source")
+    config = compressed("pack-quantized", strategy="group", group_size=2**31 - 1)
+    meaning = quantize(tmp_path / "source", tmp_path, partial(packed, group_size=None), config)
+    assert_same_logits(load(tmp_path), dense(tmp_path, meaning))
+    assert logits(load(tmp_path, torch.bfloat16, CpuBackend(num_threads=1))).isfinite().all()
+
+
+@pytest.mark.parametrize("others", [4, 6])
+def test_parts_of_another_number_of_experts_are_refused(others: int, tmp_path: Path) -> None:
+    model = tiny_models.gpt_oss(hidden_size=64, intermediate_size=32, num_local_experts=5)
+    model.float().save_pretrained(tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path, mxfp4, {"quant_method": "mxfp4"}, which=re.compile("$^"))
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    scales = stored[f"{name}_scales"]
+    stored[f"{name}_scales"] = torch.cat([scales, scales])[:others].contiguous()
+    save_file(stored, tmp_path / "model.safetensors")
+    assert f"tensors of {name} have 5 and {others} experts: all must have as many" in refusal(tmp_path)
+
+
+def test_sizes_that_do_not_fill_words_are_refused(tmp_path: Path) -> None:
+    """68 columns of 4 bits, in the 8 words of 64."""
+    tiny_models.llama(intermediate_size=68).save_pretrained(tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path, gptq, gptq_config(), which=re.compile(r"layers\.\d+\.mlp\.down_proj"))
+    stored = load_file(tmp_path / "model.safetensors")
+    cut = {name: tensor[:8].contiguous() for name, tensor in stored.items() if name.endswith(".qweight")}
+    save_file({**stored, **cut}, tmp_path / "model.safetensors")
+    assert "in GPTQ int4 rows must be a multiple of 8, and columns of 8" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Try thousands of broken and hostile files of weights: `python -m tests.soak.header_mutations [--count N] [--seed N]`.
 
-Headers of GGUF and safetensors files are cut short, lie about lengths, offsets, types and shapes, or repeat names. Each
-must be read whole, or be refused by a ModelError of one sentence, in a process that may take 128 MiB more than it has.
-Prints each one that does neither, with its seed, and a summary; `--only SEED` tries one and says what became of it.
+Headers of GGUF and safetensors files are cut short, lie about lengths, offsets, types and shapes, or repeat names;
+quantization_config has other values. Each must be read whole, or be refused by a ModelError of one sentence, in a
+process that may take 128 MiB more than it has. Prints each one that does neither, with its seed, and a summary;
+`--only SEED` tries one and says what became of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import gguf
 import gguf_files
 import tiny_models
 import torch
+from quantized_folders import fp8, gptq, packed, quantize
 from tiny_tokenizers import byte_fallback, byte_level
 
 from splitfuse.errors import ModelError
@@ -50,10 +53,39 @@ WORDS = (
     "token_embd",
 )
 Type = gguf.GGMLQuantizationType
+TARGETS = ("re:.*", "re:" + "a?" * 40 + "a" * 40, "re:" + "(a|a)" * 40, "re:.*.*.*.*x", "Linear")
+QUANTIZED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gptq": (
+        partial(gptq, group_size=-1),
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "desc_act": False},
+    ),
+    "fp8": (partial(fp8, block=(32, 128)), {"quant_method": "fp8", "weight_block_size": [32, 128]}),
+    "packed": (
+        partial(packed, group_size=None),
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": 32,
+                        "dynamic": False,
+                    },
+                }
+            },
+        },
+    ),
+}
+"""Folder -> a layer of it, one group or block a row, and its quantization_config."""
 
 
 def make_bases(root: Path) -> list[Path]:
-    """Write GGUF files, dense and quantized, with tokenizers of both kinds, and a folder of safetensors."""
+    """Write GGUF files, dense and quantized, with tokenizers of both kinds, and folders of safetensors, likewise."""
     root.mkdir(parents=True)
     few = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     small = tiny_models.make("llama", lambda: tiny_models.llama(**few))
@@ -64,7 +96,9 @@ def make_bases(root: Path) -> list[Path]:
     quantized = gguf_files.write(small, root / "quantized.gguf", types=types, tokenizer=vocabularies[1])
     mixture = gguf_files.write(experts, root / "experts.gguf", tokenizer=vocabularies[1])
     small.save_pretrained(root / "folder")
-    return [dense, quantized, mixture, root / "folder" / "model.safetensors"]
+    for name, (layer, config) in QUANTIZED.items():
+        quantize(root / "folder", root / name, layer, config)
+    return [dense, quantized, mixture, *(root / name / "model.safetensors" for name in ("folder", *QUANTIZED))]
 
 
 def mutate(bases: list[Path], folder: Path, seed: int) -> tuple[str, str]:
@@ -77,10 +111,25 @@ def mutate(bases: list[Path], folder: Path, seed: int) -> tuple[str, str]:
         what = change(content, rng)
         (folder / "model.gguf").write_bytes(content)
         return str(folder / "model.gguf"), f"{base.name}: {what}"
-    what = _safetensors(content, rng)
-    (folder / "config.json").write_text((base.parent / "config.json").read_text())
+    config = json.loads((base.parent / "config.json").read_text())
+    if "quantization_config" in config and rng.random() < 0.7:
+        what = _value(config["quantization_config"], rng)
+    else:
+        what = _safetensors(content, rng)
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / base.name).write_bytes(content)
-    return str(folder), f"{base.name}: {what}"
+    return str(folder), f"{base.parent.name}: {what}"
+
+
+def _value(values: Any, rng: random.Random) -> str:
+    """Put another value in the place of one, at any depth."""
+    key = rng.choice(list(values) if isinstance(values, dict) else range(len(values)))
+    if isinstance(values[key], dict | list) and values[key] and rng.random() < 0.9:
+        return f"{key}: {_value(values[key], rng)}"
+    values[key] = rng.choice(
+        (*NUMBERS, -1, 4, 8, 0.5, None, True, False, *WORDS, *TARGETS, [], {}, [2**40, 128], ["x"])
+    )
+    return f"{key} = {str(values[key])[:60]}"
 
 
 def _cut(content: bytearray, rng: random.Random) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -58,6 +59,11 @@ HALVES = "dtype=auto is bfloat16 for quantized checkpoints that say float16, as 
 """Remark on such a checkpoint."""
 MOST_WILDCARDS = 4
 """Number of wildcards that a pattern of module names may have: each multiplies the time by the length of a name."""
+MOST_CHOICES = 64
+"""Number of ways that a pattern may have to choose among its alternatives: these multiply too."""
+LONGEST_PATTERN = 1000
+LONGEST_MODULE = 200
+"""Number of characters of a module's name that patterns are compared with."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def _is_named(target: str, module: str) -> bool:
 
 
 def _has_pattern(target: str, module: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], module) is not None
+    return target.startswith("re:") and len(module) <= LONGEST_MODULE and re.match(target[3:], module) is not None
 
 
 def _is_linear(target: str, _: str) -> bool:
@@ -259,7 +265,7 @@ def _fp8(config: ConfigJson) -> Quantization:
     config.raw("modules_to_convert")  # the tensors tell
     found = Quantization(
         (Group(InverseFp8(label=label, block=block)), Group(Fp8(label=label, block=block))),
-        _ignored(config, "modules_to_not_convert", "ignored_layers"),
+        _ignored(config, "modules_to_not_convert", "ignored_layers", "ignore"),
         aside=(".input_scale", ".activation_scale", ".input_scale_inv", *KV_SCALES),
         remarks=(_unquantized_inputs(f"{config.text('activation_scheme', 'dynamic')} FP8"), *_kv_remark(config)),
     )
@@ -398,6 +404,11 @@ def _check_pattern(target: str) -> None:
     if not target.startswith("re:"):
         return
     pattern = target[3:]
+    if len(pattern) > LONGEST_PATTERN:
+        raise UnsupportedModelError(
+            f"quantization_config: the target {brief(target)} is not read: it has {len(pattern)} characters; at most "
+            f"{LONGEST_PATTERN} are"
+        )
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -405,10 +416,12 @@ def _check_pattern(target: str) -> None:
             f"quantization_config: the target {brief(target)} is no pattern: {error}"
         ) from error
     wildcards = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern))
-    if wildcards > MOST_WILDCARDS or len(pattern) > 1000 or re.search(r"\)[*+{]", pattern):
+    plain = re.sub(r"(?<!\\)\(\?", "(", pattern)  # of groups that are not captured
+    choices = 2 ** plain.count("?") * math.prod(part.count("|") + 1 for part in re.split("[()]", plain))
+    if wildcards > MOST_WILDCARDS or choices > MOST_CHOICES or re.search(r"\)[*+{]|\(\?[aiLmsux-]", pattern):
         raise UnsupportedModelError(
             f"quantization_config: the target {brief(target)} is not read: it has more than {MOST_WILDCARDS} "
-            "wildcards, or repeats a group"
+            f"wildcards or {MOST_CHOICES} ways to choose among alternatives, repeats a group, or has flags"
         )
 
 

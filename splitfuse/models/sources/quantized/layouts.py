@@ -161,7 +161,7 @@ def fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Fp8Quantized:
     Source: DeepSeek-V3, `inference/kernel.py` (weight_dequant); compressed-tensors, `compressors/naive_quantized`.
     """
     (num_rows, columns), (rows, width) = values.shape, block
-    by_row = scales.float().repeat_interleave(rows, dim=0)[:num_rows]
+    by_row = scales.float().repeat_interleave(min(rows, num_rows), dim=0)[:num_rows]
     num_groups = -(-columns // FP8_GROUP)
     if scales.shape[1] == 1:
         return Fp8Quantized(values=values, scales=by_row.expand(-1, num_groups))

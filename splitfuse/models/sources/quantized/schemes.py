@@ -65,13 +65,17 @@ class Scheme(ABC):
         """Return the endings of the tensors of a layer by part: those that this scheme has."""
         return self.suffixes
 
+    def multiples(self) -> tuple[int, int]:
+        """Return what the rows and columns of a weight must be multiples of: whole words hold them."""
+        return 1, 1
+
     @abstractmethod
     def wanted(self, rows: int, columns: int) -> Mapping[str, Wanted]:
         """Return what the parts of a weight of this shape may look like."""
 
     @abstractmethod
     def format(self, headers: Mapping[str, Header]) -> QuantizedFormat:
-        """Return the format of a weight with parts of these headers."""
+        """Return the format of a weight with parts of these headers, which have not been checked."""
 
     @abstractmethod
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:
@@ -88,10 +92,12 @@ class Groups(Scheme):
     zeros: bool
 
     def _format(self, scales: Header, columns: int) -> GroupFormat:
+        """Return the format: its groups are not much wider than a row, since scales are repeated for each column."""
+        whole = max(1, -(-columns // WHOLE_ROWS)) * WHOLE_ROWS
         return GroupFormat(
             name=self.label,
             bits=self.bits,
-            group_size=self.group_size or -(-columns // WHOLE_ROWS) * WHOLE_ROWS,
+            group_size=min(self.group_size or whole, whole),
             zeros=self.zeros,
             scale_dtype=SCALE_DTYPES.get(scales.dtype, torch.float32),
         )
@@ -114,6 +120,9 @@ class Gptq(Groups):
         "g_idx": ".g_idx",
     }
     optional = frozenset({"g_idx"})
+
+    def multiples(self) -> tuple[int, int]:
+        return 32 // self.bits, 32 // self.bits
 
     def wanted(self, rows: int, columns: int) -> Mapping[str, Wanted]:
         groups = self._num_groups(columns)
@@ -147,6 +156,9 @@ class Awq(Groups):
 
     marker = ".qweight"
     suffixes: ClassVar[Mapping[str, str]] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
+
+    def multiples(self) -> tuple[int, int]:
+        return 8, 1
 
     def wanted(self, rows: int, columns: int) -> Mapping[str, Wanted]:
         groups = self._num_groups(columns)
@@ -288,6 +300,9 @@ class Mxfp4(Scheme):
     label: str
     marker = ".weight_packed"
     suffixes: ClassVar[Mapping[str, str]] = {"blocks": ".weight_packed", "exponents": ".weight_scale"}
+
+    def multiples(self) -> tuple[int, int]:
+        return 1, MX_GROUP
 
     def wanted(self, rows: int, columns: int) -> Mapping[str, Wanted]:
         return {

@@ -116,8 +116,13 @@ class QuantizedWeights(WeightSource):
             raise WeightsError(f"tensors of quantized weights are missing ({len(absent)}): {listing(absent)}")
         if isinstance(scheme, ExpertsMxfp4):
             outer, _, name = module.rpartition(".")
-            shape = self._headers(Layer(scheme, parts))["blocks"].shape
-            for expert in range(shape[0] if shape and shape[0] <= MOST_EXPERTS else 0):
+            numbers = [header.size(0) for header in self._headers(Layer(scheme, parts)).values()]
+            if len(set(numbers)) > 1 or numbers[0] > MOST_EXPERTS:
+                raise WeightsError(
+                    f"tensors of {module:.200} have {' and '.join(map(str, numbers))} experts: all must have as many, "
+                    f"and at most {MOST_EXPERTS}"
+                )
+            for expert in range(numbers[0]):
                 self._layers[f"{outer}.{expert}.{name}{scheme.weight}"] = Layer(scheme, parts, expert)
         else:
             self._layers[module + scheme.weight] = Layer(scheme, parts)
@@ -131,6 +136,12 @@ class QuantizedWeights(WeightSource):
         layer = self._layers[piece.name]
         if len(piece.shape) != 2:
             raise WeightsError(f"{piece.name} is stored quantized, which only matrices may be")
+        multiples = layer.scheme.multiples()
+        if any(size % multiple for size, multiple in zip(piece.shape, multiples, strict=True)):
+            raise WeightsError(
+                f"weight {piece.name} has shape {list(piece.shape)}, but in {layer.scheme.label} rows must be a "
+                f"multiple of {multiples[0]}, and columns of {multiples[1]}"
+            )
         headers = self._headers(layer)
         for part, (shapes, dtypes) in layer.scheme.wanted(*piece.shape).items():
             if part not in headers:
