@@ -13,6 +13,7 @@ from dataclasses import replace
 from llguidance import LLMatcher
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.events import RequestFinished
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
@@ -77,6 +78,9 @@ class Engine:
         self.events = self.scheduler.events
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
+        # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
+        matchers = self._matchers = dict[str, Future[LLMatcher]]()
+        self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -150,14 +154,15 @@ class Engine:
         assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(SLO_DISABLED, parameter="targets")
+        matcher = None
         if (form := params.structured_outputs) is not None:
             matcher = self.model.grammars.prepare(form)
             if not matcher.done() or matcher.exception() is not None:
                 self._held[request.request_id] = request, matcher
                 return
-        self._accept(request)
+        self._accept(request, matcher)
 
-    def _accept(self, request: Add) -> None:
+    def _accept(self, request: Add, matcher: Future[LLMatcher] | None) -> None:
         """Hand a request to the scheduler. Raises SloUnattainableError."""
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         now = time.monotonic()
@@ -181,6 +186,8 @@ class Engine:
             now,
             sent_time=request.sent,
         )
+        if matcher is not None:
+            self._matchers[request.request_id] = matcher
 
     @guarded
     def step(self, *, isolate: bool = False) -> list[RequestOutput]:
@@ -237,7 +244,7 @@ class Engine:
                 del self._held[request_id]
                 try:
                     matcher.result()
-                    self._accept(request)
+                    self._accept(request, matcher)
                 except (InvalidRequestError, SloUnattainableError) as error:
                     outputs.append(rejection(request_id, error))
         return outputs

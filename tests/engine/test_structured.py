@@ -1,6 +1,7 @@
 """Answers of a form in the engine: the same tokens preempted and in broken steps, and ends that are clear."""
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.engine import Engine
 from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.sampling.grammar import MAX_KEPT, Grammars
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
 
@@ -113,6 +115,37 @@ def test_a_held_request_can_be_given_up(pipe: splitfuse.Pipeline) -> None:
     pieces.close()
     assert not pipe.engine.has_unfinished
     assert isinstance(pipe("a", structured_outputs={"choice": ["z"]})[0].generated_text, str)
+
+
+def test_no_step_makes_the_grammar_of_an_accepted_request(
+    pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, grammars, opened = pipe.engine, pipe.engine.model.grammars, threading.Event()
+    make = Grammars._make
+    first, second = pipe.prepare(["a", "b"], max_new_tokens=12, structured_outputs={"regex": "[c-e]{20}"})
+    grammars.prepare(StructuredOutputs.of(first.params.structured_outputs)).result()  # so both are accepted at once
+    engine.add_request("first", first.token_ids, first.params)
+    engine.add_request("second", second.token_ids, second.params)
+
+    def slowly(self: Grammars, compiled: str) -> Any:
+        opened.wait()
+        return make(self, compiled)
+
+    monkeypatch.setattr(Grammars, "_make", slowly)
+    others = [f"other {index}" for index in range(MAX_KEPT + 1)]
+    for name in others:
+        params = replace(first.params, structured_outputs=StructuredOutputs("regex", "", compiled=lark(name)))
+        engine.add_request(name, first.token_ids, params)
+    force_preemptions(engine)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(grammars._thread, "submit", lambda *_: pytest.fail("a step makes a grammar"))
+            while engine.is_unfinished("first") or engine.is_unfinished("second"):
+                engine.step()
+        assert engine.num_held == len(others) and not engine._matchers
+        assert all(engine.abort(name) for name in others)
+    finally:
+        opened.set()
 
 
 def test_a_form_must_be_compiled_before_the_engine_gets_it(pipe: splitfuse.Pipeline) -> None:

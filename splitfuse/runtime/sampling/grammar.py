@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -45,18 +46,20 @@ class Grammars:
         # The library wants an end token: of a model without one, its last token, which `Masks` never allows.
         self._end_tokens = list(end_tokens) or [vocab_size - 1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._made: WeakValueDictionary[str, Future[LLMatcher]] = WeakValueDictionary()  # kept here, or by a request
         self._kept: dict[str, Future[LLMatcher]] = {}  # the least recently used first
         self._lock = threading.Lock()
 
     def prepare(self, form: StructuredOutputs) -> Future[LLMatcher]:
-        """Begin to make what `matcher` copies, unless it is kept. The result raises InvalidRequestError if the grammar
-        cannot be enforced with this tokenizer.
+        """Begin to make what `matcher` copies, unless there is one: while its result is referred to, there is. The
+        result raises InvalidRequestError if the grammar cannot be enforced with this tokenizer.
         """
         with self._lock:
-            made = self._kept.pop(form.compiled, None)
+            self._kept.pop(form.compiled, None)
+            made = self._made.get(form.compiled)
             if made is None or made.cancelled() or (made.done() and made.exception() is not None):
                 made = self._thread.submit(self._make, form.compiled)
-            self._kept[form.compiled] = made
+            self._made[form.compiled] = self._kept[form.compiled] = made
             if len(self._kept) > MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
             return made
