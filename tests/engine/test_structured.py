@@ -94,6 +94,13 @@ def test_a_grammar_that_outgrows_the_parser_ends_its_request_alone(pipe: splitfu
     assert results[1] is not None and results[1].generated_length == 60
 
 
+def test_a_grammar_with_a_dead_end_says_so(pipe: splitfuse.Pipeline) -> None:
+    form = {"grammar": "start: /a{40}/ B\nB: /b/ & /c/"}
+    (request,) = pipe.prepare("a", max_new_tokens=60, structured_outputs=form)
+    ((_, _, _, error),) = answers(pipe, [request])
+    assert "nothing may follow" in str(error)
+
+
 def lark(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 

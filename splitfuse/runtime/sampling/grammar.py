@@ -126,7 +126,10 @@ class Masks:
         matcher = self._matchers.get(request_id)
         if matcher is None or not matcher.is_error():
             return None
-        return f"structured_outputs cannot be enforced any further: {matcher.get_error().split('<state>')[0]:.300}"
+        reason = matcher.get_error().split("<state>")[0].strip()
+        if "NoExtension" in reason:
+            reason = "nothing may follow what was generated, which is no whole answer"
+        return f"structured_outputs cannot be enforced any further: {reason:.300}"
 
     def of(self, state: SamplingState) -> Mask | None:
         """Return the mask of a request; None if it may have any token. It allows tokens that end the answer only if
