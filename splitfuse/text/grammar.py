@@ -24,6 +24,8 @@ from splitfuse.errors import brief
 
 MAX_DEPTH = 64
 """Number of schemas within each other."""
+LIMIT = 2**63
+"""Number that no integer of a schema may reach: the library computes bounds in 64 bits."""
 TRIED_BYTES = 32
 """Number of bytes of an answer that a grammar is tried with."""
 WHITESPACE = r" |\n[ \t]{0,40}"
@@ -110,6 +112,7 @@ def _check_schema(schema: Any) -> None:
         for key in each:
             if key not in _KNOWN and (not key.startswith("x-") or key == "x-guidance"):
                 raise refused(f"has the key {key!r:.80} at {place:.200}, which is not supported", "json")
+        _check_numbers(place, each)
         references[place] = each.get("$ref", "#")
         rest.extend((f"{place}/{name}", part, depth + 1) for name, part in _parts(each))
     for place, reference in references.items():
@@ -117,6 +120,26 @@ def _check_schema(schema: Any) -> None:
             raise refused(
                 f"has at {place:.200} the $ref {brief(reference)}: only schemas within it can be referred to, such as "
                 "#/$defs/name",
+                "json",
+            )
+
+
+def _check_numbers(place: str, schema: dict[str, Any]) -> None:
+    """Raise InvalidRequestError for a number in place of which the library would enforce another: it reads integers as
+    floating-point numbers of 64 bits. Bounds that only integers of more bits would pass are left: it has none.
+    """
+    signs = {"minimum": -1, "exclusiveMinimum": -1, "maximum": 1, "exclusiveMaximum": 1, "const": 0, "enum": 0}
+    rest = [(key, schema[key]) for key in signs if key in schema]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict | list):
+            rest.extend((key, part) for part in (value.values() if isinstance(value, dict) else value))
+        elif not isinstance(value, int if signs[key] == 0 else (int, float)):
+            continue  # the library says what is wrong with it, if anything is
+        elif value * signs[key] < LIMIT - 1 and (abs(value) >= LIMIT or float(value) != value):
+            raise refused(
+                f"has in {key!r} at {place:.200} the number {value!s:.40}, which cannot be enforced exactly: integers "
+                f"up to {2**53} can",
                 "json",
             )
 

@@ -163,6 +163,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "'#/examples/0'",
     ),
     "unsatisfiable": (schema(type="string", minLength=5, maxLength=2), "structured_outputs.json", "minLength"),
+    "constant that would be rounded": (schema(const=[{"a": 2**53 + 1}]), "structured_outputs.json", "9007199254740993"),
+    "bound that would be rounded": (schema(minimum=2**53 + 1), "structured_outputs.json", "'minimum' at #"),
+    "bounds of more than 64 bits": (
+        schema(type="integer", minimum=10**30, maximum=10**30 + 5),
+        "structured_outputs.json",
+        "'minimum' at #",
+    ),
+    "maximum of more than 64 bits": (
+        schema(items={"type": "integer", "maximum": -(2**63) - 5}),
+        "structured_outputs.json",
+        "'maximum' at #/items",
+    ),
     "endless": (
         schema(**{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
         "structured_outputs.json",
@@ -231,6 +243,9 @@ def test_forms_that_look_hostile_are_answered(server: RunningServer) -> None:
         {"guided_regex": "(a+)+b"},
         {"guided_regex": "(a|b)*a(a|b){30}"},
         {"guided_choice": [f"choice {i}" for i in range(3000)]},
+        schema(type="integer", minimum=0, maximum=2**63 - 1),
+        schema(type="integer", minimum=2**53, maximum=2**64 - 1),
+        schema(enum=[2**53, 2**60, 1e16, 0.1, True]),
     ):
         with server.http() as http:
             response = http.post(COMPLETIONS, json=body(COMPLETIONS, form, max_tokens=8))
