@@ -69,7 +69,8 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
         case "regex":
             part = json.loads(LLMatcher.grammar_from_regex(form.source))["grammars"][0]
         case "choice":
-            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(form.source))
+            texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(form.source))
+            choices = " | ".join(text.replace("\x7f", "\\u007f") for text in texts)  # the one that Lark wants escaped
             part = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}  # a terminal: one item, however many there are
         case _:
             part = {"lark_grammar": _lark(form.source)}

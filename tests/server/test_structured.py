@@ -243,6 +243,7 @@ def test_forms_that_look_hostile_are_answered(server: RunningServer) -> None:
         {"guided_regex": "(a+)+b"},
         {"guided_regex": "(a|b)*a(a|b){30}"},
         {"guided_choice": [f"choice {i}" for i in range(3000)]},
+        {"guided_choice": ["\x7f\x80\x85\u2028\U0001f600"]},
         schema(type="integer", minimum=0, maximum=2**63 - 1),
         schema(type="integer", minimum=2**53, maximum=2**64 - 1),
         schema(enum=[2**53, 2**60, 1e16, 0.1, True]),
