@@ -114,6 +114,7 @@ def _check_schema(schema: Any) -> None:
             if key not in _KNOWN and (not key.startswith("x-") or key == "x-guidance"):
                 raise refused(f"has the key {key!r:.80} at {place:.200}, which is not supported", "json")
         _check_numbers(place, each)
+        _check_open_range(place, each)
         references[place] = each.get("$ref", "#")
         rest.extend((f"{place}/{name}", part, depth + 1) for name, part in _parts(each))
     for place, reference in references.items():
@@ -143,6 +144,25 @@ def _check_numbers(place: str, schema: dict[str, Any]) -> None:
                 f"up to {2**53} can",
                 "json",
             )
+
+
+def _check_open_range(place: str, schema: dict[str, Any]) -> None:
+    """Raise InvalidRequestError for a range that begins after a whole number and ends before the next, seen from zero,
+    such as from 0, exclusively, to 0.5: the library allows the whole number all the same.
+    """
+    for sign, near, far in ((1, "inimum", "aximum"), (-1, "aximum", "inimum")):
+        start = schema.get(f"exclusiveM{near}")
+        if isinstance(start, bool):  # as in draft 4
+            start = schema.get(f"m{near}") if start else None
+        for end in (schema.get(f"m{far}"), schema.get(f"exclusiveM{far}")):
+            if not isinstance(start, int | float) or not isinstance(end, int | float):
+                continue
+            if 0 <= start * sign < end * sign < start * sign + 1 and float(start).is_integer():
+                raise refused(
+                    f"has at {place:.200} a range between {start} and {end}, in which no whole number is: this cannot "
+                    f"be enforced with 'exclusiveM{near}', use 'm{near}'",
+                    "json",
+                )
 
 
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

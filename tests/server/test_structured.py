@@ -175,6 +175,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "structured_outputs.json",
         "'maximum' at #/items",
     ),
+    "range after a whole number": (
+        schema(type="number", exclusiveMinimum=0, maximum=0.5),
+        "structured_outputs.json",
+        "use 'minimum'",
+    ),
+    "range before a whole number": (
+        schema(items={"type": "number", "maximum": 0, "exclusiveMaximum": True, "minimum": -0.5}),
+        "structured_outputs.json",
+        "use 'maximum'",
+    ),
     "endless": (
         schema(**{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
         "structured_outputs.json",
@@ -246,6 +256,8 @@ def test_forms_that_look_hostile_are_answered(server: RunningServer) -> None:
         {"guided_choice": ["\x7f\x80\x85\u2028\U0001f600"]},
         schema(type="integer", minimum=0, maximum=2**63 - 1),
         schema(type="integer", minimum=2**53, maximum=2**64 - 1),
+        schema(type="number", exclusiveMinimum=0, exclusiveMaximum=1),
+        schema(type="number", minimum=0, exclusiveMinimum=False, exclusiveMaximum=0.5),
         schema(enum=[2**53, 2**60, 1e16, 0.1, True]),
     ):
         with server.http() as http:
