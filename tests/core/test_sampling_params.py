@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 
 HUGE = 10**400
@@ -38,6 +39,7 @@ REFUSED: dict[str, list[Any]] = {
     "ignore_eos": ["no", 1, 0, None],
     "logprobs": [129, *NO_COUNTS],
     "prompt_logprobs": [129, *NO_COUNTS],
+    "structured_outputs": [5, "text", [1], True, {"json": {}}],
     "n": [0, 129, *NO_INTEGERS],
 }
 
@@ -58,6 +60,7 @@ TAKEN: dict[str, list[Any]] = {
     "ignore_eos": [True, False],
     "logprobs": [None, 0, 128],
     "prompt_logprobs": [None, 0, 128],
+    "structured_outputs": [None, StructuredOutputs.of({"regex": "[0-9]+"})],
     "n": [1, 128],
 }
 

@@ -135,7 +135,9 @@ def test_listening_without_a_key_is_warned_of(
 
 
 def test_a_folder_without_config_is_called_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"has no config\.json: it is not a model folder"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"has no config\.json: it is neither a model folder .* nor one of GGUF"
+    ):
         asyncio.run(run_server(EngineConfig.from_settings({"model": str(tmp_path)}), ServerConfig(name="no", port=0)))
 
 
