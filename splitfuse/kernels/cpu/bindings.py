@@ -535,7 +535,7 @@ class Mixture(Struct):
         ("activation", c_int32),
         ("shared", Mlp),
         *_fields(c_void_p, "shared_gate", "expert_scale"),
-        ("scales_input", c_int32),
+        *_fields(c_int32, "scales_input", "one_order"),
         *_fields(Norm, "router_norm", "expert_norm", "post_expert_norm", "post_shared_norm"),
     ]
 
@@ -550,7 +550,7 @@ class Mixture(Struct):
             assert first.rows == inner * (2 if spec.gated else 1)
             assert not second.gated and (second.rows, second.columns) == (hidden, inner)
             assert first.is_packed_as(up[0]) and second.is_packed_as(down[0])
-        mixture = cls(activation=ACTIVATIONS[spec.activation])
+        mixture = cls(activation=ACTIVATIONS[spec.activation], one_order=len({weight.order for weight in up}) == 1)
         mixture.choice.num_experts, mixture.choice.top_k = num_experts, top_k
         mixture.arrays = [(Weight * num_experts)(*each) for each in (up, down)]
         if spec.bias:

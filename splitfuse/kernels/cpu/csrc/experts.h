@@ -216,9 +216,10 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
     team.split(std::min<i64>(tokens, 1), [&](i64, i64) { gather_visits(work, m, pairs, ids); });
 
-    const bool one = tokens == 1 && !m.scales_input && std::all_of(ids, ids + k, [&](i32 id) { return m.up[id].order == m.up[*ids].order; });
+    // Not by what the ids are: a thread that was descheduled may see those of a later layer here.
+    const bool one = tokens == 1 && !m.scales_input && m.one_order;
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    if (one) put_row(make_operand(m.up[*ids], 1, work.memory(team.rank).own, nullptr), 0, x);
+    if (one) put_row(make_operand(m.up[0], 1, work.memory(team.rank).own, nullptr), 0, x);
     else pack_visits(team, work, m.up, pairs, [&](i64 at) {
         const u16* row = x + order[at] / k * hidden;
         return m.scales_input ? scaled_row(row, weights[order[at]], hidden, row_buffer) : row;

@@ -214,6 +214,7 @@ struct Mixture {
     const Weight* shared_gate; // [1, C], or null: what it gives is not gated
     const float* expert_scale; // [E], of the weights, or null
     std::int32_t scales_input; // a weight multiplies what its expert reads
+    std::int32_t one_order;    // all of `up` read columns in the same order
     Norm router_norm;          // of the layer's input, in place of mlp_norm, as is the next
     Norm expert_norm;
     Norm post_expert_norm;     // of what the experts give, and of what the shared MLP gives
