@@ -311,7 +311,7 @@ def test_plan_memory_prints_need_and_have_without_loading(run: Run, tmp_path: Pa
 def test_models_check_says_what_a_model_is(run: Run, tmp_path: Path) -> None:
     lines = run("models", "--check", BUNDLED_MODEL).out.splitlines()
     assert lines[0].startswith(f"{BUNDLED_MODEL}: LlamaForCausalLM (Llama 2, ")
-    assert lines[1].startswith("weights: 9.0 MiB in 1 files") and "29 tensors in BF16: as bfloat16, exact" in lines[2]
+    assert lines[1].startswith("weights: 9.0 MiB in 1 file,") and "29 tensors in BF16: as bfloat16, exact" in lines[2]
     assert lines[-2:] == ["tokenizer: 2354 tokens, a chat template", "it can be loaded"]
     run("models", "--check", tmp_path).assert_mistake("has no config.json")
     (tmp_path / "config.json").write_text((BUNDLED_MODEL / "config.json").read_text())

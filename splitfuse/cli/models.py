@@ -72,7 +72,8 @@ def check_lines(model: str) -> Iterator[str]:
     backend = choose_backend(config, dtype := resolve_dtype(config.model.dtype, spec))
     files, groups = source.files(), tensor_groups(weights, spec, backend, dtype)
     on_disk, in_memory = sum(file.stat().st_size for file in files), sum(group.num_bytes for group in groups)
-    yield f"weights: {on_disk / MIB:.1f} MiB in {len(files)} files, {in_memory / MIB:.1f} MiB in memory"
+    number = "1 file" if len(files) == 1 else f"{len(files)} files"
+    yield f"weights: {on_disk / MIB:.1f} MiB in {number}, {in_memory / MIB:.1f} MiB in memory"
     for group in groups:
         exact = "exact" if group.exact else "rounded"
         yield f"  {group.count} tensors in {group.stored}: {group.kept}, {exact}, {group.num_bytes / MIB:.1f} MiB"
