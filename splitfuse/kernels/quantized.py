@@ -12,6 +12,8 @@ from torch import Tensor
 
 ROWS_AT_ONCE = 2**22
 """Number of elements, about, that are dequantized at a time: they exist in fp32 too."""
+FP4_TABLE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the numbers of FP4 (e2m1), by their bits."""
 FP8_GROUP = 128
 """Number of columns of a row in FP8 that share a scale."""
 

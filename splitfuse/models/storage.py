@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from splitfuse.kernels.interface import Backend, Role
-from splitfuse.kernels.quantized import Fp8Format
+from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import Part, kept_formats, parameter_bytes, stored_parameters
@@ -59,17 +59,17 @@ def _kind(weights: WeightSource, part: Part, role: Role, backend: Backend, dtype
 
 def describe_quantization(weights: WeightSource) -> str:
     """Return how many tensors of a checkpoint are quantized in which formats; empty if none is."""
-    return ", ".join(f"{count} tensors in {name}" for name, count in Counter(_formats(weights)).most_common())
+    counts = Counter(stored.name for stored in _formats(weights))
+    return ", ".join(f"{count} tensors in {name}" for name, count in counts.most_common())
 
 
 def may_be_quantized(weights: WeightSource, quantization: str) -> bool:
     """Return whether weights may be kept in `quantization`: those that are dense, and to int8 those in FP8."""
-    formats = [stored for name in weights.names() if (stored := weights.quantization(name)) is not None]
-    return all(quantization == "int8" and isinstance(stored, Fp8Format) for stored in formats)
+    return all(quantization == "int8" and isinstance(stored, Fp8Format) for stored in _formats(weights))
 
 
-def _formats(weights: WeightSource) -> Iterator[str]:
-    return (stored.name for name in weights.names() if (stored := weights.quantization(name)) is not None)
+def _formats(weights: WeightSource) -> Iterator[QuantizedFormat]:
+    return (stored for name in weights.names() if (stored := weights.quantization(name)) is not None)
 
 
 def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:

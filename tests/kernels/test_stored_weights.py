@@ -16,7 +16,14 @@ from torch import Tensor
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.stored import kind_of
 from splitfuse.kernels.interface import LayerWeights, Role
-from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, GroupQuantized, QuantizedWeight
+from splitfuse.kernels.quantized import (
+    FP4_TABLE,
+    Fp8Format,
+    Fp8Quantized,
+    GroupFormat,
+    GroupQuantized,
+    QuantizedWeight,
+)
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.sources.gguf import blocks
 
@@ -24,7 +31,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 FORMATS = blocks.FORMATS | {
     each.name: each
     for each in (
-        GroupFormat(name="MX", bits=4, group_size=32, table=blocks.E2M1_TABLE, scale_dtype=torch.float8_e8m0fnu),
+        GroupFormat(name="MX", bits=4, group_size=32, table=FP4_TABLE, scale_dtype=torch.float8_e8m0fnu),
         GroupFormat(name="GPTQ", bits=4, group_size=128, zeros=True),
         GroupFormat(name="GPTQ of 8 bits", bits=8, group_size=64, zeros=True, scale_dtype=BF16),
         GroupFormat(name="int4 in groups of 96", bits=4, group_size=96, scale_dtype=BF16),

@@ -109,9 +109,9 @@ def stored_groups(rows: GroupQuantized) -> Stored:
             return None
         assert NUMBERS[numbers.dtype] == (U8 if number == LOW_BITS else number)
         numbers = numbers.view(torch.uint8) if number == E8M0 else numbers
-        spread = numbers.repeat_interleave(repeats, dim=1)[:, :num_groups].contiguous()
-        assert spread.shape[1] == num_groups
-        return spread
+        repeated = _repeated(numbers, repeats, num_groups).contiguous()
+        assert repeated.shape[1] == num_groups
+        return repeated
 
     levels = rows.levels
     if kind.bias and rows.format.signed:
@@ -125,6 +125,11 @@ def stored_groups(rows: GroupQuantized) -> Stored:
     for unit in units:
         assert unit is None or (unit.shape[1] == num_runs and unit.dtype == torch.float16)
     return Stored.of(levels, spread(scales, kind.scale_type), spread(offsets, kind.offset_type), *units)
+
+
+def _repeated(numbers: Tensor, repeats: int, num_groups: int) -> Tensor:
+    """Return the numbers of groups for the narrower groups that each is cut into."""
+    return numbers.repeat_interleave(repeats, dim=1)[:, :num_groups]
 
 
 def stored_fp8(rows: Fp8Quantized) -> Stored:
@@ -171,7 +176,7 @@ def converted(weight: GroupQuantized, stored: GroupFormat) -> GroupQuantized:
     num_groups = -(-weight.levels.shape[1] // stored.group_size)
 
     def spread(numbers: Tensor) -> Tensor:
-        return numbers.repeat_interleave(repeats, dim=1)[:, :num_groups]
+        return _repeated(numbers, repeats, num_groups)
 
     levels, bias = weight.levels, 0
     if weight.format.table is not None:

@@ -59,13 +59,13 @@ class ConfigJson:
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_INTEGER) -> int:
         """Return a whole number from `least` to `most`."""
         wanted = f"a whole number from {least} to {most}"
-        value: int = self._value(name, default, wanted, lambda value: _is_whole(value) and least <= value <= most)
+        value: int = self._value(name, default, wanted, lambda value: is_whole(value) and least <= value <= most)
         return value
 
     def number(self, name: str, default: float | None = None, *, most: float = sys.float_info.max) -> float:
         """Return a positive number of at most `most`."""
         wanted = "a positive finite number" + ("" if most == sys.float_info.max else f" of at most {most:g}")
-        return float(self._value(name, default, wanted, lambda value: _is_number(value) and 0 < value <= most))
+        return float(self._value(name, default, wanted, lambda value: is_number(value) and 0 < value <= most))
 
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false."""
@@ -87,13 +87,13 @@ class ConfigJson:
 
     def integers(self, name: str, default: list[int]) -> list[int]:
         """Return a list of whole numbers from 0 on."""
-        valid = _list_of(lambda item: _is_whole(item) and item >= 0)
+        valid = _list_of(lambda item: is_whole(item) and item >= 0)
         value: list[int] = self._value(name, default, "a list of whole numbers from 0 on", valid)
         return value
 
     def numbers(self, name: str, length: int) -> list[float]:
         """Return a list of `length` positive numbers."""
-        valid = _list_of(lambda item: _is_number(item) and 0 < item <= sys.float_info.max)
+        valid = _list_of(lambda item: is_number(item) and 0 < item <= sys.float_info.max)
         wanted = f"a list of {length} positive finite numbers"
         value: list[float] = self._value(name, None, wanted, lambda value: valid(value) and len(value) == length)
         return list(map(float, value))
@@ -134,11 +134,13 @@ class ConfigJson:
         return value
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Return whether a value of JSON or metadata is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether a value of JSON or metadata is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

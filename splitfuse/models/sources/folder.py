@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ from splitfuse.models.sources.source import ModelSource, WeightSource
 
 OLD_GPTQ_FILE = "quantize_config.json"
 """Name of the file in which old checkpoints of GPTQ have their quantization_config."""
-NUM_SAMPLES = 64
-SAMPLE_BYTES = 4096
-"""Number and size of the samples of a file of weights."""
 
 
 class ModelFolder(ModelSource):
@@ -35,10 +31,6 @@ class ModelFolder(ModelSource):
 
         return weight_files(self.path)
 
-    def weight_samples(self) -> Iterator[bytes]:
-        for path in self.files():
-            yield from sample(path)
-
     def weights(self) -> WeightSource:
         # only here: they import torch
         from splitfuse.models.sources.quantized.config import read_quantization
@@ -53,13 +45,3 @@ class ModelFolder(ModelSource):
         values = super().config()
         own = self.read_json(OLD_GPTQ_FILE)
         return values if own is None else {"quantization_config": {"quant_method": "gptq", **own}, **values}
-
-
-def sample(path: Path) -> Iterator[bytes]:
-    """Yield the size of a file, and bytes from all over it. Raises OSError."""
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        yield size.to_bytes(8, "little")
-        for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
-            file.seek(start)
-            yield file.read(SAMPLE_BYTES)

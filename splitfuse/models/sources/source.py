@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 
+MOST_EXPERTS = 10_000
+"""Number of experts that one tensor may hold: each has an entry."""
+
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 4096
+"""Number and size of the samples of a file of weights."""
 SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "quantize_config.json"),
@@ -129,9 +135,17 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """Return the files that hold the tensors. Raises WeightsError."""
 
-    @abstractmethod
     def weight_samples(self) -> Iterator[bytes]:
-        """Yield bytes from all over the stored tensors, which tell checkpoints apart. Raises WeightsError, OSError."""
+        """Yield sizes of the files that hold the tensors, and bytes from all over them, which tell checkpoints apart.
+        Raises WeightsError, OSError.
+        """
+        for path in self.files():
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                yield size.to_bytes(8, "little")
+                for start in range(0, size, max(size // NUM_SAMPLES, SAMPLE_BYTES)):
+                    file.seek(start)
+                    yield file.read(SAMPLE_BYTES)
 
     def read_text(self, file: str, most: int = MAX_FILE_BYTES) -> str | None:
         """Return the text of a file, or None if the model has no such file. Raises OSError and ValueError."""

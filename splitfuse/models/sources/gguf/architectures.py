@@ -14,14 +14,13 @@ from typing import Any, TypeAlias
 from splitfuse.errors import UnsupportedModelError, WeightsError, brief
 from splitfuse.models.sources.gguf.container import TensorInfo
 from splitfuse.models.sources.gguf.metadata import Metadata
+from splitfuse.models.sources.source import MOST_EXPERTS
 
 Config: TypeAlias = dict[str, Any]
 Tensors: TypeAlias = Mapping[str, TensorInfo]
 Floats: TypeAlias = Callable[[str], list[float]]
 """Reads a short tensor of fp32."""
 
-LARGEST_EXPERTS = 10_000
-"""Number of experts of a layer that a file may have: each has an entry."""
 REMARKS = (
     *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
     *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"),
@@ -474,7 +473,7 @@ def locate(metadata: Metadata, tensors: Tensors, config: Config) -> dict[str, Lo
         plus_one = found.plus_one and own.endswith("norm")
         if "{expert}" not in name:
             located[name] = Located(info, shape, heads=permuted, plus_one=plus_one)
-        elif len(shape) < 2 or shape[0] > LARGEST_EXPERTS:
+        elif len(shape) < 2 or shape[0] > MOST_EXPERTS:
             raise WeightsError(
                 f"{metadata.location}: tensor {info.name:.200} of experts has shape {brief(list(shape))}"
             )

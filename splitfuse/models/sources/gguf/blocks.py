@@ -12,14 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.quantized import GroupFormat, GroupQuantized
+from splitfuse.kernels.quantized import FP4_TABLE, GroupFormat, GroupQuantized
 
 BLOCKS_AT_ONCE = 2**15
 """Number of blocks, about, that are unpacked at a time: what lies between exists several times."""
 
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-E2M1_TABLE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Values of the sixteen levels, those of E2M1 doubled."""
+"""Values of the sixteen levels."""
 
 FORMATS = {
     "Q4_0": GroupFormat(name="Q4_0", bits=4, group_size=32),
@@ -34,7 +33,7 @@ FORMATS = {
     "Q6_K": GroupFormat(name="Q6_K", bits=6, group_size=16, super_groups=16),
     "IQ4_NL": GroupFormat(name="IQ4_NL", bits=4, group_size=32, table=IQ4_TABLE),
     "IQ4_XS": GroupFormat(name="IQ4_XS", bits=4, group_size=32, super_groups=8, table=IQ4_TABLE),
-    "MXFP4": GroupFormat(name="MXFP4", bits=4, group_size=32, table=E2M1_TABLE, scale_dtype=torch.bfloat16),
+    "MXFP4": GroupFormat(name="MXFP4", bits=4, group_size=32, table=FP4_TABLE, scale_dtype=torch.bfloat16),
 }
 """Name of a tensor type -> how it is quantized."""
 
@@ -174,7 +173,7 @@ def iq4_xs(blocks: Tensor) -> dict[str, Tensor]:
 
 
 def mxfp4(blocks: Tensor) -> dict[str, Tensor]:
-    """Unpack an exponent e and 16 bytes of nibbles as in Q4_0, indices of E2M1_TABLE. A weight is
+    """Unpack an exponent e and 16 bytes of nibbles as in Q4_0, indices of FP4_TABLE. A weight is
     2^(e - 128) table[q].
     """
     e, nibbles = _cut(blocks, 1, 16)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
+from splitfuse.models.families.config_json import LARGEST_INTEGER, is_number, is_whole
 
-LARGEST_INTEGER = 2**31 - 1
 NO_TOKEN = 2**32 - 1
 """Id that stands for no token, -1."""
 
@@ -41,7 +41,7 @@ class Metadata:
             key,
             default,
             f"a whole number from {least} to {most}",
-            lambda value: _is_whole(value) and least <= value <= most,
+            lambda value: is_whole(value) and least <= value <= most,
         )
 
     def optional_integer(self, key: str) -> int | None:
@@ -57,7 +57,7 @@ class Metadata:
     def number(self, key: str, default: float | None = None) -> float:
         """Return a positive finite number."""
         valid = "a positive finite number"
-        return float(self._value(key, default, valid, lambda value: _is_number(value) and 0 < value < math.inf))
+        return float(self._value(key, default, valid, lambda value: is_number(value) and 0 < value < math.inf))
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return a text."""
@@ -116,14 +116,6 @@ class Metadata:
         if not is_valid(value):
             raise ModelError(f"{self.location}: {full} must be {wanted}, not {brief(value)}")
         return value  # type: ignore[no-any-return]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_texts(value: Any) -> bool:

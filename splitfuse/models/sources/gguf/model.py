@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from splitfuse.errors import WeightsError, brief
 from splitfuse.models.sources.files import MAX_FILE_BYTES, MIB
-from splitfuse.models.sources.folder import sample
 from splitfuse.models.sources.gguf.architectures import Config, Located, locate, read_config
 from splitfuse.models.sources.gguf.container import GgufFile, TensorInfo, open_parts
 from splitfuse.models.sources.gguf.metadata import Metadata
@@ -65,10 +64,6 @@ class GgufModel(ModelSource):
 
     def files(self) -> list[Path]:
         return [file.path for file in self._files]
-
-    def weight_samples(self) -> Iterator[bytes]:
-        for path in self.files():
-            yield from sample(path)
 
     def weights(self) -> WeightSource:
         located = locate(self._metadata, self._infos, self._config)

@@ -15,11 +15,6 @@ from splitfuse.kernels.quantized import FP8_GROUP, Fp8Quantized, GroupFormat, Gr
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column, of eight, that each four bits of a word of AWQ hold."""
 
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
-"""Twice the magnitudes of FP4 (e2m1), by their bits without the sign."""
-FP4_TABLE = (*E2M1, *(-magnitude for magnitude in E2M1))
-"""Twice the numbers of FP4 (e2m1), by their bits."""
-
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Return the numbers of 2, 4 or 8 bits in words or bytes: [R, C] -> uint8 [R, numbers].

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.quantized import Fp8Format, GroupFormat, QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.quantized import FP4_TABLE, Fp8Format, GroupFormat, QuantizedFormat, QuantizedWeight
 from splitfuse.models.sources.quantized import layouts
 
 Shape: TypeAlias = tuple[int, ...]
@@ -313,7 +313,7 @@ class Mxfp4(Scheme):
     def format(self, headers: Mapping[str, Header]) -> GroupFormat:
         del headers
         return GroupFormat(
-            name=self.label, bits=4, group_size=MX_GROUP, table=layouts.FP4_TABLE, scale_dtype=torch.float8_e8m0fnu
+            name=self.label, bits=4, group_size=MX_GROUP, table=FP4_TABLE, scale_dtype=torch.float8_e8m0fnu
         )
 
     def read(self, stored: QuantizedFormat, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> QuantizedWeight:

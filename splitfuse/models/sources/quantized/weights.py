@@ -14,10 +14,9 @@ from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.models.sources.quantized.config import Quantization
 from splitfuse.models.sources.quantized.schemes import ExpertsMxfp4, Header, Scheme
 from splitfuse.models.sources.safetensors import COMPUTED_SUFFIXES, FLOAT_DTYPES, SafetensorsWeights
-from splitfuse.models.sources.source import Piece, WeightSource, check_names, listing
+from splitfuse.models.sources.source import MOST_EXPERTS, Piece, WeightSource, check_names, listing
 
 BIAS = ".bias"
-MOST_EXPERTS = 10_000  # a layer has an entry for each
 
 
 @dataclass(frozen=True)
