@@ -24,6 +24,7 @@ from splitfuse.errors import (
 from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
+from splitfuse.text.chat_formats.message import MessageEvent
 from splitfuse.text.generation import Generation
 from splitfuse.text.kwargs import clamp_max_tokens
 from splitfuse.text.prompts import CHAT, ChatOptions, Message, PreparedRequest
@@ -124,6 +125,18 @@ class Responder(ABC):
     @abstractmethod
     def last_events(self, counts: TokenCounts, timing: Timing | None) -> Iterable[Any]:
         """Yield the events that follow the end of all generations."""
+
+
+class MessageResponder(Responder):
+    """Writes answers to conversations, which consist of thoughts, content and calls of tools."""
+
+    def events(self, generation: Generation, text: str) -> Iterable[Any]:
+        """See Responder."""
+        return self.message_events(generation, generation.read(text))
+
+    @abstractmethod
+    def message_events(self, generation: Generation, news: Sequence[MessageEvent]) -> Iterable[Any]:
+        """Yield the events for `news` in an answer, or for its end."""
 
 
 async def generate(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:

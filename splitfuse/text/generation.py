@@ -12,6 +12,8 @@ from collections.abc import Callable
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.client import Stream
+from splitfuse.text.chat_formats.message import AssistantMessage, MessageEvent
+from splitfuse.text.chat_formats.parser import MessageSource
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Timings
 from splitfuse.text.stop_strings import StopStrings
@@ -56,7 +58,10 @@ class Generation:
         self.stream: Stream | None = None
         """Stream of its outputs, if the engine is behind an EngineClient."""
         context = request.token_ids if request.continues else ()
-        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context)
+        self._source = request.message or MessageSource()
+        self._parser = self._source.parser()
+        markers = self._source.chat_format.markers
+        self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context, shown_tokens=markers)
         self._stop_strings = StopStrings(request.params.stop)
         self._num_taken = 0  # characters of `text` that `take` has returned
         self._num_ids_taken = 0  # tokens that `take_ids` has returned
@@ -109,6 +114,18 @@ class Generation:
         new = self.text[self._num_taken :]
         self._num_taken = len(self.text)
         return new
+
+    def read(self, text: str) -> list[MessageEvent]:
+        """Return what `text`, which `take` has returned, adds to the parts of the answer, and its end, if it has ended.
+        Call it with each text once.
+        """
+        events = self._parser.feed(text)
+        return events if self.finish_reason is None else events + self._parser.finish()
+
+    @property
+    def message(self) -> AssistantMessage:
+        """Return the parts of an answer that has ended."""
+        return self._source.read(self.text)
 
     @property
     def num_released(self) -> int:

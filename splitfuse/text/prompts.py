@@ -11,6 +11,8 @@ from typing import Any
 from splitfuse.core.limits import EngineLimits, prompt_too_long
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
+from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
+from splitfuse.text.chat_formats.parser import MessageSource
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -20,6 +22,8 @@ LONG = 8
 """Characters of a text for each token that the model can read, from which on its tokens are first counted in pieces."""
 PIECE = 16384
 """Characters of these pieces."""
+PROMPT_END = 512
+"""Number of characters at the end of a prompt in which a template may have opened a thought."""
 MAX_FORMS = 64
 """Number of forms of answers whose grammars are kept for further requests."""
 
@@ -36,6 +40,12 @@ class ChatOptions:
     """Flag that leaves the last message open, for the answer to continue it."""
     variables: Mapping[str, Any] | None = None
     """Template's own switches, such as `{"enable_thinking": False}`."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = AUTO
+    parallel_tool_calls: bool = True
+    """Flag of an answer that may have several calls."""
+    reads_parts: bool = False
+    """Flag that reads thoughts and calls in the answer, which otherwise is a text."""
 
 
 CHAT = ChatOptions()
@@ -51,6 +61,8 @@ class PreparedRequest:
     """Flag of an answer that continues the prompt's text; without it, it stands alone, as in a chat."""
     return_full_text: bool = False
     """Flag of an answer whose text begins with the prompt's."""
+    message: MessageSource | None = None
+    """Parts of which the answer consists; None: it is a text."""
     _limits: EngineLimits | None = field(default=None, init=False, repr=False, compare=False)
 
     def check(self, limits: EngineLimits) -> None:
@@ -70,6 +82,8 @@ class PromptEncoder:
         self._tokenize = tokenizer.encode if sandbox is None else sandbox.encode
         self._sandbox = sandbox or Sandbox(tokenizer)
         self._compile = lru_cache(MAX_FORMS)(self._sandbox.compile)
+        self._chat_format = tokenizer.chat_format
+        self._reads_tools = False  # known of the template after the first request with tools
 
     def encode(
         self,
@@ -116,13 +130,26 @@ class PromptEncoder:
         end = ""
         if options.continue_final_message:
             messages, end = _with_end(messages)
-        text = self._sandbox.render(
-            messages, add_generation_prompt=options.add_generation_prompt, variables=options.variables
-        )
+        text = self._render(messages, options)
         if end:
             text = _before_end(text, end)
         token_ids = self._encode_text(text, add_special_tokens, max_model_len)
-        return PreparedRequest(token_ids, params, continues=options.continue_final_message)
+        message = None
+        if options.reads_parts:
+            message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:])
+        return PreparedRequest(token_ids, params, continues=options.continue_final_message, message=message)
+
+    def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+        """Return the text of a conversation. Raises InvalidRequestError for tools that the template passes over."""
+        adds, variables = options.add_generation_prompt, options.variables
+        tools = [tool.as_dict() for tool in options.tools]
+        text = self._sandbox.render(messages, add_generation_prompt=adds, variables=variables, tools=tools or None)
+        if tools and not self._reads_tools:
+            if text == self._sandbox.render(messages, add_generation_prompt=adds, variables=variables):
+                message = "the model's chat template does not tell the model of tools: leave them out"
+                raise InvalidRequestError(message, parameter="tools")
+            self._reads_tools = True
+        return text
 
     def compile(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with the grammar of their structured_outputs, if they have any. Raises

@@ -115,11 +115,12 @@ class Sandbox:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """Return the text of a conversation, as ChatTemplate.render does. Raises TokenizerError also if that takes too
         much time or memory.
         """
-        plain = as_json(messages, "messages"), as_json(variables or {}, "variables")
+        plain = as_json(messages, "messages"), as_json(variables or {}, "variables"), as_json(tools, "tools")
         try:
             reply = self._ask(Render(*plain, add_generation_prompt, self._seconds), self._seconds)
         except StoppedError as error:

@@ -51,10 +51,11 @@ class Encode(msgspec.Struct, frozen=True, tag=True):
 
 
 class Render(msgspec.Struct, frozen=True, tag=True):
-    """Asks for the text of a conversation. `messages` and `variables` are JSON."""
+    """Asks for the text of a conversation. `messages`, `variables` and `tools` are JSON."""
 
     messages: str
     variables: str
+    tools: str
     add_generation_prompt: bool
     seconds: float
 
@@ -146,6 +147,7 @@ class Worker:
             json.loads(request.messages),
             add_generation_prompt=request.add_generation_prompt,
             variables=json.loads(request.variables),
+            tools=json.loads(request.tools),
         )
         if len(text) > MAX_RENDERED:
             raise TokenizerError(f"it wrote {len(text)} characters; at most {MAX_RENDERED} are accepted")

@@ -25,6 +25,7 @@ from tokenizers.decoders import DecodeStream
 from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError, brief
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
+from splitfuse.text.chat_formats.formats import ChatFormat, format_of
 from splitfuse.text.chat_template import check_syntax
 
 _logger = logging.getLogger(__name__)
@@ -147,6 +148,15 @@ class Tokenizer:
         return self._backend.to_str()
 
     @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """Return how answers to the chat template write thoughts and calls of tools."""
+        return format_of(self.chat_template, self.special_tokens)
+
+    def hidden_ids(self, shown: Iterable[str]) -> frozenset[int]:
+        """Return the special tokens but for those which the texts `shown` are."""
+        return frozenset(self._special_ids - {self._backend.token_to_id(text) for text in shown})
+
+    @functools.cached_property
     def letter(self) -> tuple[int, ...]:
         """Return a token that reads as letters by itself, or nothing if none of the first ones does."""
         ids = (i for i in range(min(self.vocab_size, 65536)) if i not in self._byte_ids)
@@ -166,13 +176,15 @@ class Detokenizer:
 
     With `prompt_token_ids` the pieces are what the output adds to the prompt's text: decoders drop the space before the
     first word of a text, and a continuation's first word is not that. Leave them out for a reply that stands alone.
+    Special tokens are skipped but for `shown_tokens`, which are texts of some.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self, tokenizer: Tokenizer, *, prompt_token_ids: Sequence[int] = (), shown_tokens: Sequence[str] = ()
     ) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skip = skip_special_tokens = not shown_tokens
+        self._hidden_ids = tokenizer.hidden_ids(shown_tokens) if shown_tokens else frozenset()
         self._context = self._last_word(prompt_token_ids)
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
@@ -188,10 +200,11 @@ class Detokenizer:
         pieces: list[str] = []
         length = self._length
         for token_id in token_ids:
-            piece = self._step(token_id)
-            length += len(piece)
-            pieces.append(piece)
-            self._token_ids.append(token_id)
+            if token_id not in self._hidden_ids:
+                piece = self._step(token_id)
+                length += len(piece)
+                pieces.append(piece)
+                self._token_ids.append(token_id)
             self.lengths.append(length)
         return "".join(pieces)
 

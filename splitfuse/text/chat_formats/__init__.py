@@ -1,0 +1,1 @@
+"""Knows how models write thoughts and calls of tools within their answers, and reads them."""

@@ -1,0 +1,115 @@
+"""Defines what an answer to a conversation consists of, in no API's words: content, a thought, calls of tools.
+
+An answer comes as events; `AssistantMessage.of` joins them. Plain data, which every dialect and client may import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """Describes a function that a model may call. `parameters` is a JSON schema of an object, or None for no arguments.
+
+    >>> Tool(name="weather", parameters={"type": "object", "properties": {"city": {"type": "string"}}})
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+    """Flag of a tool whose arguments must be valid by the schema, also where the model is free to call it or not."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the tool as chat templates read it."""
+        given = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Says whether an answer calls tools: none; as the model likes (auto); at least one (required), of that `name`."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    name: str | None = None
+
+
+AUTO = ToolChoice()
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """Adds to the thought."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ContentDelta:
+    """Adds to the content."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallStart:
+    """Begins call number `index` of an answer, counted from 0."""
+
+    index: int
+    call_id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ArgumentsDelta:
+    """Adds to the arguments of a call, which are JSON when the call has ended."""
+
+    index: int
+    text: str
+
+
+MessageEvent: TypeAlias = ReasoningDelta | ContentDelta | ToolCallStart | ArgumentsDelta
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """Holds a call. `arguments` is JSON, which is cut off where the answer is."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class AssistantMessage:
+    """Holds an answer.
+
+    >>> AssistantMessage.of([ContentDelta("He"), ContentDelta("llo")])
+    AssistantMessage(content='Hello', reasoning='', tool_calls=())
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @classmethod
+    def of(cls, events: Iterable[MessageEvent]) -> AssistantMessage:
+        """Return the message that consists of these events."""
+        content, reasoning = [], []
+        calls: list[ToolCall] = []
+        for event in events:
+            match event:
+                case ContentDelta():
+                    content.append(event.text)
+                case ReasoningDelta():
+                    reasoning.append(event.text)
+                case ToolCallStart():
+                    calls.append(ToolCall(event.call_id, event.name, ""))
+                case ArgumentsDelta():
+                    call = calls[event.index]
+                    calls[event.index] = dataclasses.replace(call, arguments=call.arguments + event.text)
+        return cls("".join(content), "".join(reasoning), tuple(calls))
