@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError, brief
 
@@ -36,7 +37,9 @@ class EngineLimits:
         blocks = blocks_needed(num_prompt, most, self.block_size)
         return num_prompt > 0 and num_prompt + max(most, 1) <= self.max_model_len and blocks <= self.num_blocks
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> None:
         """Raise InvalidRequestError if the model cannot serve the request, RequestTooLargeError if the KV cache could
         not hold it even alone.
         """
@@ -56,6 +59,7 @@ class EngineLimits:
             ("prompt", prompt_token_ids),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
+            ("pooling", () if pooling is None else pooling.token_ids),
         ):
             check_token_ids(name, ids, self.vocab_size, parameter=name)
         if params.structured_outputs is not None and not params.structured_outputs.compiled:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from struct import Struct, unpack_from
 from typing import NamedTuple, TypeAlias
 
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 
 PLACEHOLDER = -1
@@ -39,7 +40,8 @@ class Chunk:
 
     `token_ids[i]` has position `start + i`; its keys and values go to slot `block_table[p // block_size] * block_size +
     p % block_size`. `block_table` covers every position below `start + len(token_ids)`. Logits are computed for
-    the last `num_logits` tokens of the chunk and for no others. If `samples`, the last one's logits choose a token.
+    the last `num_logits` tokens of the chunk and for no others. If `samples`, the last token's choose the next one, or
+    give the numbers that PoolingParams ask for.
 
         Chunk("a", start=8, token_ids=(7, 7, 5), block_table=(3, 0, 9), num_logits=1, samples=True)
     """
@@ -76,6 +78,7 @@ class SamplingState:
     seed: int
     choice: int  # which of params.n
     output_token_ids: list[int] = field(default_factory=list)
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class ChunkResult:
 
     `token_ids` has one token if the chunk sampled. `logprobs` has one entry for each of them if the request asked for
     logprobs; `prompt_logprobs` one for each prompt token whose logits the chunk computed, if it asked for those.
+    `values` are what PoolingParams ask for.
     `is_complete` says that the answer has the form which the request asked for, and that nothing can follow.
     `state_lost` says that a failed step has left the request's recurrent state half written, and that there is nothing
     else: it is recomputed.
@@ -169,6 +173,7 @@ class ChunkResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    values: tuple[float, ...] = ()
     error: str | None = None
     is_complete: bool = False
     state_lost: bool = False

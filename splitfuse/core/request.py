@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.plan import PLACEHOLDER, Logprobs, SamplingState
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -99,6 +100,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
     scheduling: SchedulingOptions = DEFAULT_SCHEDULING
+    pooling: PoolingParams | None = None
+    """Numbers that its last step gives in place of a token; `max_tokens` is 1 then."""
 
     sequence_number: int = -1
     """Order of acceptance, given by the scheduler."""
@@ -186,7 +189,8 @@ class Request:
     def sampling_state(self) -> SamplingState:
         """Return what the executor must know of it before its first chunk."""
         return SamplingState(
-            self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice
+            *(self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice),
+            pooling=self.pooling,
         )
 
 
@@ -198,6 +202,7 @@ class RequestOutput:
     token_ids: tuple[int, ...] = ()
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    values: tuple[float, ...] = ()  # what PoolingParams ask for, with the last output
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)

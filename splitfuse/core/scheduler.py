@@ -225,11 +225,12 @@ class Scheduler:
         request.kv.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens = result.token_ids
-        assert len(tokens) == chunk.samples
+        assert len(tokens) == (chunk.samples and request.pooling is None)
         if tokens:
             request.output_token_ids += tokens
-            request.slo.observe_token(now)
             self._fair_share.charge_token(request)
+        if chunk.samples:
+            request.slo.observe_token(now)
         size = self._allocator.block_size
         if chunk.end // size > chunk.start // size:  # it has filled a block
             computed = request.tokens(0, chunk.end)
@@ -244,6 +245,7 @@ class Scheduler:
             tokens,
             Logprobs.of(result.logprobs),
             Logprobs.of(result.prompt_logprobs),
+            result.values,
             request.finish_reason,
             num_cached_tokens=request.kv.num_cached_tokens,
             slo_met=request.slo.met,

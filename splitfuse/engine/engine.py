@@ -17,6 +17,7 @@ from splitfuse.core.events import RequestFinished
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
@@ -133,13 +134,14 @@ class Engine:
         params: SamplingParams,
         *,
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
+        pooling: PoolingParams | None = None,
     ) -> None:
         """Check a request against `limits` and accept it: see `add`.
 
         Raises InvalidRequestError, and changes nothing, if the model or the cache cannot serve it.
         """
-        self.limits.check(prompt_token_ids, params)
-        self.add(Add(request_id, tuple(prompt_token_ids), params, scheduling=scheduling))
+        self.limits.check(prompt_token_ids, params, pooling)
+        self.add(Add(request_id, tuple(prompt_token_ids), params, scheduling=scheduling, pooling=pooling))
 
     @guarded
     def add(self, request: Add) -> None:
@@ -182,6 +184,7 @@ class Engine:
                 eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
                 choice=request.choice,
                 scheduling=scheduling,
+                pooling=request.pooling,
             ),
             now,
             sent_time=request.sent,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from splitfuse.core.limits import EngineLimits
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 
@@ -28,6 +29,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     scheduling: SchedulingOptions = DEFAULT_SCHEDULING
     sent: float | None = None
     """Time at which it was sent, on the machine's monotonic clock."""
+    pooling: PoolingParams | None = None
+    """Numbers to give in place of tokens; `params` are NOTHING_GENERATED then."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):

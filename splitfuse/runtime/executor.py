@@ -13,11 +13,13 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import RequestFailedError
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
 from splitfuse.runtime.sampling.grammar import Grammars, Masks
+from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 HEAD_ROWS = 64
@@ -100,8 +102,11 @@ class Executor:
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
             row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
-            sampling = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
+            last_rows = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
+            sampling = [(c, row) for c, row in last_rows if self._states[c.request_id].pooling is None]
             results = self._sample(hidden, sampling, masks)
+            if len(sampling) < len(last_rows):
+                results |= self._pool(hidden, [(c, row) for c, row in last_rows if c.request_id not in results])
             for chunk, end in zip(chunks, row_ends, strict=True):
                 result = results.get(chunk.request_id, ChunkResult())
                 if chunk.num_logits > chunk.samples and result.error is None:
@@ -133,6 +138,16 @@ class Executor:
         for request_id in results:
             if (error := masks.error(request_id)) is not None:
                 results[request_id] = ChunkResult(error=error)
+        return results
+
+    def _pool(self, hidden: Tensor, pooling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
+        """Return the numbers that PoolingParams ask for, of each chunk from its row of `hidden`."""
+        results: dict[str, ChunkResult] = {}
+        for start in range(0, len(pooling), HEAD_ROWS):
+            part = pooling[start : start + HEAD_ROWS]
+            names = [chunk.request_id for chunk, _ in part]
+            wanted = [self._states[name].pooling or PoolingParams() for name in names]
+            results |= zip(names, pool(hidden[[row for _, row in part]], wanted, self.decoder.logits), strict=True)
         return results
 
     def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:

@@ -41,6 +41,8 @@ class Generation:
         self.token_ids: list[int] = []
         self.logprobs = Logprobs()
         self.prompt_logprobs = Logprobs()
+        self.values: tuple[float, ...] = ()
+        """Numbers that PoolingParams ask for, once it has ended."""
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None
         self.error: str | None = None
@@ -87,6 +89,7 @@ class Generation:
             self.logprobs.extend(output.logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs.extend(output.prompt_logprobs)
+        self.values = output.values
         self.num_cached_tokens = output.num_cached_tokens
         self.timings.tokens += [now] * len(output.token_ids)
         self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)

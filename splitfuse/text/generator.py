@@ -36,7 +36,8 @@ class TextGenerator:
             for choice in range(request.params.n)
         ]
         for generation in generations:
-            self.engine.add(Add(generation.request_id, request.token_ids, request.params, generation.choice))
+            name, choice = generation.request_id, generation.choice
+            self.engine.add(Add(name, request.token_ids, request.params, choice, pooling=request.pooling))
         self._generations |= {generation.request_id: generation for generation in generations}
         return generations
 

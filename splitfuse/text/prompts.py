@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from splitfuse.core.limits import EngineLimits, prompt_too_long
+from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
@@ -63,12 +64,14 @@ class PreparedRequest:
     """Flag of an answer whose text begins with the prompt's."""
     message: MessageSource | None = None
     """Parts of which the answer consists; None: it is a text."""
+    pooling: PoolingParams | None = None
+    """Numbers of the prompt that are wanted in place of a text."""
     _limits: EngineLimits | None = field(default=None, init=False, repr=False, compare=False)
 
     def check(self, limits: EngineLimits) -> None:
         """Raise InvalidRequestError if the request exceeds the limits. Checking it again costs nothing."""
         if self._limits != limits:
-            limits.check(self.token_ids, self.params)
+            limits.check(self.token_ids, self.params, self.pooling)
             object.__setattr__(self, "_limits", limits)
 
 

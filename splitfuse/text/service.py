@@ -182,7 +182,15 @@ class TextService:
         request = generation.request
         request.check(self.client.info.limits)
         sent = time.monotonic()
-        add = Add(generation.request_id, request.token_ids, request.params, generation.choice, scheduling, sent)
+        add = Add(
+            generation.request_id,
+            request.token_ids,
+            request.params,
+            generation.choice,
+            scheduling,
+            sent,
+            request.pooling,
+        )
         try:
             async with self.client.open(add) as stream:
                 generation.stream = stream

@@ -18,14 +18,19 @@ def report_logprobs(logits: Tensor, token_ids: Sequence[int], counts: Sequence[i
     reported: list[TokenLogprob] = []
     for start in range(0, len(token_ids), ROWS):
         block = slice(start, start + ROWS)
-        shifted = logits[block].double()
-        shifted -= shifted.amax(-1, keepdim=True)
-        logprobs = shifted - shifted.exp().cumsum(-1)[:, -1:].log()
+        logprobs = log_probabilities(logits[block])
         index = torch.tensor(token_ids[block], device=logits.device).unsqueeze(1)
         chosen: list[float] = logprobs.gather(1, index).flatten().tolist()
         tops = _best(logprobs, counts[block])
         reported += [TokenLogprob(*entry) for entry in zip(token_ids[block], chosen, tops, strict=True)]
     return reported
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens in fp64, each row of logits by itself."""
+    shifted = logits.double()
+    shifted -= shifted.amax(-1, keepdim=True)
+    return shifted - shifted.exp().cumsum(-1)[:, -1:].log()
 
 
 def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
