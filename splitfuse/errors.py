@@ -15,6 +15,7 @@ for ten minutes.
     │   ├── ModelNotFoundError      no folder or Hub model has that name, or the Hub is unreachable
     │   ├── UnsupportedModelError   its architecture, or a feature of it, is not supported
     │   ├── WeightsError            a weight is missing, surplus, misshapen, truncated or pickled
+    │   ├── AdapterError            an adapter cannot be read, or does not fit the model
     │   └── TokenizerError          its tokenizer is missing or unreadable
     ├── KernelError                 compiled kernels are missing, or this CPU cannot run them
     ├── MemoryPlanError             the model does not fit into memory; the message says what would
@@ -100,6 +101,13 @@ class UnsupportedModelError(ModelError):
 
 class WeightsError(ModelError):
     """Raised when a weight is missing, surplus, misshapen, truncated or pickled."""
+
+
+class AdapterError(ModelError):
+    """Raised when an adapter cannot be read, asks for what is not supported, or does not fit the model."""
+
+    status = 400
+    code = "invalid_adapter"
 
 
 class TokenizerError(ModelError):
