@@ -201,6 +201,7 @@ class _Endpoint:
         if isinstance(error, ClientGoneError):
             return
         answer = answer_to(error)
+        answer.request_id = context.request_id
         if answer.is_bug:
             _logger.error("request %s failed", context.request_id, exc_info=error)
         elif answer.status == 500:

@@ -183,7 +183,8 @@ class RequestContext:
         """Send an ASGI message, with the request's id among the headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            ids = [(name, self.request_id.encode()) for name in self.dialect.id_headers]
+            message["headers"] = [*message.get("headers", ()), *ids]
         began = time.monotonic()
         try:
             await self._send(message)

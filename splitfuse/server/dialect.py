@@ -7,6 +7,7 @@ which writes an answer whole or in events (both in generate.py); a `Dialect`; an
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeVar, cast
@@ -84,6 +85,17 @@ def bearer_key(headers: Mapping[bytes, bytes]) -> bytes:
     return key.strip() if scheme.lower() == b"bearer" else b""
 
 
+def bearer_or_header_key(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the API key of an Authorization or an X-Api-Key header, or nothing. Raises RefusedError (401) if both have
+    one and they differ: a proxy may have checked the other.
+    """
+    bearer, plain = bearer_key(headers), headers.get(b"x-api-key", b"").strip()
+    if bearer and plain and not hmac.compare_digest(bearer, plain):
+        message = "Authorization and X-Api-Key have different API keys: send one of them"
+        raise RefusedError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    return bearer or plain
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
     """Tells how an API reads keys, and writes errors and the events of a stream."""
@@ -94,6 +106,8 @@ class Dialect:
     """Type of that body."""
     key: Callable[[Mapping[bytes, bytes]], bytes] = bearer_key
     """Function that returns the API key in the headers, or nothing."""
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
+    """Headers of answers that name the request."""
     event: Callable[[Any], bytes] = sse_event
     """Function that returns the bytes of an event."""
     comment: bytes = b": keep-alive\n\n"

@@ -25,8 +25,10 @@ _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_er
 class RefusedError(SplitfuseError):
     """Refuses a request with an HTTP answer, which a dialect writes: status, type, code, message and headers.
 
-    `parameter` names the parameter at fault, if it is one.
+    `parameter` names the parameter at fault, if it is one; `request_id` the request, once the error is its answer.
     """
+
+    request_id = ""
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from splitfuse.server.state import AppState
 class Complaint(msgspec.Struct, frozen=True):
     oops: str
     status: int
+    request: str
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -25,9 +26,10 @@ class Line(msgspec.Struct, frozen=True):
 
 
 LINES = Dialect(
-    error=lambda answer: Complaint(answer.message, answer.status),
+    error=lambda answer: Complaint(answer.message, answer.status, answer.request_id),
     error_type=Complaint,
     key=lambda headers: headers.get(b"x-key", b""),
+    id_headers=(b"request-name",),
     event=lambda line: encode_json(line) + b"\n",
     end=b"end\n",
     end_description=", and end at the end",
@@ -56,11 +58,13 @@ def test_a_dialect_brings_its_keys_errors_and_events(monkeypatch: pytest.MonkeyP
     with running_server(ServerConfig(api_key=("k",)), num_blocks=200) as server, server.http() as http:
         anonymous = http.get("/lines", headers={"authorization": "Bearer k"})
         assert anonymous.status_code == 401 and anonymous.json()["status"] == 401
-        http.headers["x-key"] = "k"
-        assert http.get("/lines").text == '{"text":"a"}\nend\n'
+        http.headers.update({"x-key": "k", "x-request-id": "r1"})
+        answer = http.get("/lines")
+        assert answer.text == '{"text":"a"}\nend\n'
+        assert answer.headers["request-name"] == "r1" and "x-request-id" not in answer.headers
         refused = http.get("/refuse")
-        assert (refused.status_code, refused.json()) == (400, {"oops": "never", "status": 400})
-        assert http.get("/break").text == '{"text":"a"}\n{"oops":"no more","status":400}\n'
+        assert (refused.status_code, refused.json()) == (400, {"oops": "never", "status": 400, "request": "r1"})
+        assert http.get("/break").text == '{"text":"a"}\n{"oops":"no more","status":400,"request":"r1"}\n'
         assert http.get("/version").json()["error"]["code"] == "invalid_api_key"
         answers = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()["paths"]["/lines"]["get"]
         schema = answers["responses"]["401"]["content"]["application/json"]["schema"]

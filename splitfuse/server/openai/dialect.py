@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Mapping
-
 import msgspec
 
-from splitfuse.server.dialect import Dialect, bearer_key
+from splitfuse.server.dialect import Dialect, bearer_or_header_key
 from splitfuse.server.errors import RefusedError
 
 
@@ -31,21 +28,10 @@ def error_body(answer: RefusedError) -> ErrorBody:
     return ErrorBody(ErrorDetail(answer.message, answer.type, answer.parameter, answer.code))
 
 
-def api_key(headers: Mapping[bytes, bytes]) -> bytes:
-    """Return the API key of an Authorization or an X-Api-Key header, or nothing. Raises RefusedError (401) if both have
-    one and they differ: a proxy may have checked the other.
-    """
-    bearer, plain = bearer_key(headers), headers.get(b"x-api-key", b"").strip()
-    if bearer and plain and not hmac.compare_digest(bearer, plain):
-        message = "Authorization and X-Api-Key have different API keys: send one of them"
-        raise RefusedError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-    return bearer or plain
-
-
 OPENAI = Dialect(
     error=error_body,
     error_type=ErrorBody,
-    key=api_key,
+    key=bearer_or_header_key,
     end=b"data: [DONE]\n\n",
     end_description=", and [DONE] at the end",
 )
