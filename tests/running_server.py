@@ -33,7 +33,7 @@ class RunningServer:
         self.config = config
         self.engine = Engine.load(EngineConfig.from_settings(settings))
         self.client = AsyncEngine(self.engine)
-        self.service = TextService(self.client, Tokenizer.from_source(open_model(None)))
+        self.service = TextService(self.client, Tokenizer.from_source(open_model(settings.get("model"))))
         self.admission = Admission(config)
         self.metrics = Metrics(self.client)
         self.log = io.StringIO()

@@ -36,6 +36,7 @@ from splitfuse.server.metrics import CONTENT_TYPE, Metrics
 from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openapi import document
+from splitfuse.server.pooling import endpoints as pooling
 from splitfuse.server.state import AppState
 from splitfuse.server.validation import SchemaBounds
 from splitfuse.text.service import TextService
@@ -141,6 +142,7 @@ _route = functools.partial(Route, dialect=OPENAI)
 
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
+    *pooling.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(

@@ -173,7 +173,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     with form_named(request.form_name):
-                        raise _failure(generation)
+                        raise failure(generation)
                 if request.stream:
                     await context.send_events(await compute(partial(_written, context, responder, generation, text)))
         timing = await timing_with_phases(context) if request.include_timing else None
@@ -204,7 +204,7 @@ def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens
     return prepared
 
 
-def _failure(generation: Generation) -> SplitfuseError:
+def failure(generation: Generation) -> SplitfuseError:
     """Return the reason why a generation has failed."""
     reason, retry_after = generation.error or "it was ended", generation.retry_after
     if retry_after is None:

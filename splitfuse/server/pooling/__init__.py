@@ -1,0 +1,1 @@
+"""The routes that generate nothing: embeddings, reranking, scores and decisions."""

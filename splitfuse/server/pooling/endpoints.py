@@ -1,0 +1,208 @@
+"""Defines the routes that generate nothing."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import sys
+import time
+from array import array
+
+from splitfuse.core.pooling_params import PoolingParams
+from splitfuse.errors import InvalidRequestError
+from splitfuse.server.context import RequestContext
+from splitfuse.server.dialect import Route, lazy_list
+from splitfuse.server.openai.dialect import OPENAI
+from splitfuse.server.pooling.protocol import (
+    DecisionList,
+    DecisionRequest,
+    DecisionUsage,
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    Method,
+    PoolingUsage,
+    RankedDocument,
+    Ranking,
+    RerankRequest,
+    Score,
+    ScoreList,
+    ScoreRequest,
+)
+from splitfuse.server.pooling.run import pooled
+from splitfuse.server.state import AppState
+from splitfuse.text.pooling import rerank
+from splitfuse.text.pooling.decisions import YES_NO, Question, as_text
+from splitfuse.text.pooling.embeddings import cosine, embedding, for_pooling
+from splitfuse.text.pooling.labels import has_labels, label_ids, probabilities
+from splitfuse.text.prompts import ChatOptions, PreparedRequest
+from splitfuse.text.service import TextService
+
+MANY_NUMBERS = 65536
+"""Number of numbers from which on an answer is written off the event loop, which it would hold up."""
+
+_UNTHOUGHT = ChatOptions(variables={"enable_thinking": False})
+
+
+async def embeddings(state: AppState, context: RequestContext, body: EmbeddingRequest) -> None:
+    """Answer POST /v1/embeddings."""
+    texts, service = body.texts(), state.service
+    context.prompt = body.input
+
+    async def encode() -> list[PreparedRequest]:
+        return [await _embeddable(service, text) for text in texts]
+
+    values = await pooled(state, context, body, encode, count=len(texts), parameter="input")
+    if body.dimensions is not None and body.dimensions > len(values[0]):
+        message = f"dimensions must be at most {len(values[0])}, as many as the model has, not {body.dimensions}"
+        raise InvalidRequestError(message, parameter="dimensions")
+
+    def item(index: int) -> Embedding:
+        numbers = embedding(values[index], body.dimensions)
+        return Embedding(index, _base64(numbers) if body.encoding_format == "base64" else numbers.tolist())
+
+    answer = EmbeddingList(lazy_list(map(item, range(len(values)))), state.model, _usage(context))
+    if sum(map(len, values)) > MANY_NUMBERS:
+        await context.answer_in_pieces(answer, service.off_loop)
+    else:
+        await context.answer(answer)
+
+
+async def reranking(state: AppState, context: RequestContext, body: RerankRequest) -> None:
+    """Answer POST /v1/rerank and its other names."""
+    documents = body.texts()
+    context.prompt = {"query": body.query, "documents": documents}
+    method, scores = await _scores(state, context, body, [(body.query, each) for each in documents])
+    best = sorted(range(len(documents)), key=lambda index: (-scores[index], index))[: body.top_n]
+    results = [
+        RankedDocument(index, scores[index], {"text": documents[index]})
+        if body.return_documents
+        else RankedDocument(index, scores[index])
+        for index in best
+    ]
+    await context.answer(Ranking(f"rerank-{context.unique_id}", state.model, results, _usage(context), method))
+
+
+async def scores(state: AppState, context: RequestContext, body: ScoreRequest) -> None:
+    """Answer POST /v1/score."""
+    context.prompt = pairs = body.pairs()
+    method, values = await _scores(state, context, body, pairs)
+    data = [Score(index, value) for index, value in enumerate(values)]
+    name, now = f"score-{context.unique_id}", int(time.time())
+    await context.answer(ScoreList(name, now, state.model, data, _usage(context), method))
+
+
+async def decisions(state: AppState, context: RequestContext, body: DecisionRequest) -> None:
+    """Answer POST /v1/systemone."""
+    service = state.service
+    tokenizer = service.tokenizer
+    if tokenizer.chat_template is None:
+        raise InvalidRequestError("the model has no chat template, in which questions are asked: use another model")
+    has_yes_no = has_labels(tokenizer, YES_NO)
+    questions = {
+        name: Question.parse(asked.type, asked.instructions, asked.criteria, f"questions[{name:.80}]")
+        for name, asked in body.questions.items()
+    }
+    context.prompt = body.state
+
+    async def encode() -> list[PreparedRequest]:
+        prepared, said = [], as_text(body.state)
+        for question in questions.values():
+            labels = question.labels(has_yes_no=has_yes_no)
+            wanted = PoolingParams(label_ids(tokenizer, labels))
+            message = {"role": "user", "content": question.prompt(said, labels)}
+            prepared.append(await _chat(service, [message], wanted))
+        return prepared
+
+    values = await pooled(state, context, body, encode, count=len(questions), parameter="state", shares_prefix=True)
+    answers = {
+        name: question.answer(probabilities(logprobs))
+        for (name, question), logprobs in zip(questions.items(), values, strict=True)
+    }
+    counts = context.num_tokens
+    await context.answer(DecisionList(state.model, answers, DecisionUsage(counts.prompt, 0, counts.cached)))
+
+
+async def _scores(
+    state: AppState, context: RequestContext, body: RerankRequest | ScoreRequest, pairs: list[tuple[str, str]]
+) -> tuple[Method, list[float]]:
+    """Return how texts are compared, and the score of each pair."""
+    method = body.splitfuse_method or _method(state)
+    parameter = "documents" if isinstance(body, RerankRequest) else "text_2"
+    if method == "cosine":
+        if body.splitfuse_instruction is not None:
+            message = "splitfuse_instruction needs the method yes_no: write it in front of the texts"
+            raise InvalidRequestError(message, parameter="splitfuse_instruction")
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))  # each once
+
+        async def embeddable() -> list[PreparedRequest]:
+            return [await _embeddable(state.service, text) for text in texts]
+
+        hidden = await pooled(state, context, body, embeddable, count=len(texts), parameter=parameter)
+        found = dict(zip(texts, hidden, strict=True))
+        return method, [cosine(found[first], found[second]) for first, second in pairs]
+    service, tokenizer = state.service, state.service.tokenizer
+    answers = PoolingParams(label_ids(tokenizer, rerank.ANSWERS))
+    instruction = body.splitfuse_instruction or rerank.INSTRUCTION
+
+    async def judgements() -> list[PreparedRequest]:
+        prepared = []
+        for query, document in pairs:
+            if rerank.has_chatml(tokenizer):
+                text = rerank.chatml(query, document, instruction)
+                prepared.append(await _embeddable(service, text, answers, add_special_tokens=False))
+            else:
+                prepared.append(await _chat(service, rerank.messages(query, document, instruction), answers))
+        return prepared
+
+    logprobs = await pooled(state, context, body, judgements, count=len(pairs), parameter=parameter, shares_prefix=True)
+    return method, [probabilities(each)[1] for each in logprobs]
+
+
+def _method(state: AppState) -> Method:
+    """Return how the model compares texts if a request does not say: by its judgement, if it can be asked for one."""
+    tokenizer = state.service.tokenizer
+    can_be_asked = tokenizer.chat_template is not None or rerank.has_chatml(tokenizer)
+    return "yes_no" if can_be_asked and has_labels(tokenizer, rerank.ANSWERS) else "cosine"
+
+
+async def _embeddable(
+    service: TextService, text: str | list[int], wanted: PoolingParams | None = None, *, add_special_tokens: bool = True
+) -> PreparedRequest:
+    limit = service.client.info.limits.max_model_len
+    encoded = await service.encode(text, add_special_tokens=add_special_tokens, max_model_len=limit)
+    return for_pooling(encoded.token_ids, wanted)
+
+
+async def _chat(service: TextService, messages: list[dict[str, str]], wanted: PoolingParams) -> PreparedRequest:
+    limit = service.client.info.limits.max_model_len
+    encoded = await service.encode_chat(messages, options=_UNTHOUGHT, max_model_len=limit)
+    return for_pooling(encoded.token_ids, wanted)
+
+
+def _usage(context: RequestContext) -> PoolingUsage:
+    count = context.num_tokens.prompt
+    return PoolingUsage(count, count)
+
+
+def _base64(numbers: array[float]) -> str:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+_route = functools.partial(Route, dialect=OPENAI)
+
+ROUTES = (
+    _route("POST", EmbeddingRequest.PATH, embeddings, "Embeddings of texts", EmbeddingList, EmbeddingRequest),
+    *(
+        _route("POST", path, reranking, "How well documents answer a query", Ranking, RerankRequest)
+        for path in (RerankRequest.PATH, "/v2/rerank", "/rerank")
+    ),
+    *(
+        _route("POST", path, scores, "How well texts go together", ScoreList, ScoreRequest)
+        for path in (ScoreRequest.PATH, "/score")
+    ),
+    _route("POST", DecisionRequest.PATH, decisions, "Probabilities of answers", DecisionList, DecisionRequest),
+)
+"""Route table of these routes."""

@@ -1,0 +1,89 @@
+"""Runs the prompts of a request that generates nothing: encodes, checks and admits them, and returns their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
+from itertools import pairwise
+
+from splitfuse.core.request import FinishReason, SchedulingOptions
+from splitfuse.errors import InvalidRequestError
+from splitfuse.server.context import RequestContext
+from splitfuse.server.generate import failure
+from splitfuse.server.slo_params import SloParams
+from splitfuse.server.state import AppState
+from splitfuse.text.generation import Generation
+from splitfuse.text.prompts import PreparedRequest
+
+Encode = Callable[[], Awaitable[list[PreparedRequest]]]
+"""Function that returns the requests of all prompts. Raises InvalidRequestError."""
+
+
+async def pooled(
+    state: AppState,
+    context: RequestContext,
+    body: SloParams,
+    encode: Encode,
+    *,
+    count: int,
+    parameter: str,
+    shares_prefix: bool = False,
+) -> list[tuple[float, ...]]:
+    """Return the numbers of each of `count` prompts, which come from `parameter` of the body. With `shares_prefix` the
+    first one runs before the others, which then find in the prefix cache what they begin with alike.
+
+    Raises InvalidRequestError, RefusedError, OverloadedError, RequestFailedError, EngineUnavailableError.
+    """
+    slo_enabled = state.service.client.info.slo_enabled
+    scheduling = body.scheduling(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
+    work = _run(state, context, encode, scheduling, count=count, parameter=parameter, shares_prefix=shares_prefix)
+    generations = await context.unless_gone(work, deadline=body.splitfuse_deadline)
+    return [generation.values for generation in generations]
+
+
+async def _run(
+    state: AppState,
+    context: RequestContext,
+    encode: Encode,
+    scheduling: SchedulingOptions,
+    *,
+    count: int,
+    parameter: str,
+    shares_prefix: bool,
+) -> list[Generation]:
+    service, admission, at_once = state.service, state.admission, min(count, state.config.max_prompts)
+    with ExitStack() as admitted:
+        admitted.enter_context(admission.admit(0, at_once))
+        with _blamed(parameter):
+            prepared = await encode()
+            for each in prepared:
+                each.check(service.client.info.limits)
+        admitted.enter_context(admission.admit(sum(len(each.token_ids) for each in prepared), 0))
+        context.admitted = True
+        context.generations = generations = service.begin(prepared, request_id=context.unique_id)
+        state.explanations.begin(context)
+        starts = [0, *range(1 if shares_prefix else at_once, len(generations), at_once), len(generations)]
+        for start, end in pairwise(starts):
+            pieces = service.run(generations[start:end], scheduling=scheduling)
+            async with aclosing(pieces):
+                async for generation, _ in pieces:
+                    if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                        raise failure(generation)
+    return generations
+
+
+@contextmanager
+def _blamed(parameter: str) -> Iterator[None]:
+    """Make errors about a prompt name the field of the body that it came from."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.parameter in ("prompt", "messages"):
+            error.parameter = parameter
+        raise
+
+
+def one_kind(prompt: Sequence[object]) -> bool:
+    """Return whether all items of a list have one type, none being true or false."""
+    kinds = set(map(type, prompt))
+    return len(kinds) == 1 and kinds != {bool}

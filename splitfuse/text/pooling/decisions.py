@@ -1,0 +1,119 @@
+"""Asks a chat model typed questions about a state, as the System One API has them, and reads its answers.
+
+A question has a few options, each with a label of one token; the model's turn begins, and the probabilities of the
+labels as its first token are those of the options. Nothing is generated.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from splitfuse.errors import InvalidRequestError, brief
+
+LETTERS = tuple(string.ascii_uppercase)
+"""Labels of options, in their order."""
+YES_NO = ("Yes", "No")
+"""Labels of the two options of a noul question, in a vocabulary that has them."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds one question: its options in order, and what is said of each.
+
+    The options of a choice are the keys of its criteria; those of a score the numbers of its levels, from 0; those of a
+    noul, which asks whether something is true, are `true` and `false`.
+    """
+
+    kind: Literal["choice", "score", "noul"]
+    instructions: str
+    options: tuple[str, ...]
+    descriptions: tuple[Any, ...]
+
+    @classmethod
+    def parse(cls, kind: Literal["choice", "score", "noul"], instructions: Any, criteria: Any, where: str) -> Question:
+        """Return the question of a request. Raises InvalidRequestError, naming the place, for criteria that do not go
+        with its type.
+        """
+        if kind == "noul":
+            named = {} if criteria is None else criteria
+            if not isinstance(named, dict) or not set(named) <= {"true", "false"}:
+                raise _refused(where, 'an object with "true" or "false", or left out', criteria)
+            options = {option: named.get(option) for option in ("true", "false")}
+        elif kind == "choice":
+            if not isinstance(criteria, dict) or not criteria:
+                raise _refused(where, "an object with a description, or null, for each option", criteria)
+            options = criteria
+        else:
+            if not isinstance(criteria, list) or not criteria:
+                raise _refused(where, "an array with a description of each level, the lowest first", criteria)
+            options = {str(level): description for level, description in enumerate(criteria)}
+        if len(options) > len(LETTERS):
+            raise InvalidRequestError(
+                f"{where}.criteria has {len(options)} options; at most {len(LETTERS)} are distinguished",
+                parameter=f"{where}.criteria",
+            )
+        return cls(kind, as_text(instructions), tuple(options), tuple(options.values()))
+
+    def labels(self, *, has_yes_no: bool) -> tuple[str, ...]:
+        """Return a label for each option."""
+        return YES_NO if self.kind == "noul" and has_yes_no else LETTERS[: len(self.options)]
+
+    def prompt(self, state: str, labels: Sequence[str]) -> str:
+        """Return the user's turn that asks the question. It begins with the state, which questions share."""
+        lines = [state, ""]
+        if self.instructions:
+            lines.append(self.instructions)
+        for label, option, description in zip(labels, self.options, self.descriptions, strict=True):
+            said = as_text(description)
+            match self.kind:
+                case "choice":
+                    lines.append(f"{label}. {option}: {said}" if said else f"{label}. {option}")
+                case "score":
+                    lines.append(f"{label}. {said}")
+                case "noul" if said or labels[0] in LETTERS:
+                    lines.append(f"{label}. {said or {'true': 'Yes', 'false': 'No'}[option]}")
+        *others, last = labels
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        lines.append(f"Reply with {wanted}, and nothing else.")
+        return "\n".join(lines)
+
+    def answer(self, probabilities: Sequence[float]) -> dict[str, Any]:
+        """Return the answer, from the probabilities of the options."""
+        count = len(self.options)
+        best = max(range(count), key=probabilities.__getitem__)
+        named = dict(zip(self.options, probabilities, strict=True))
+        if self.kind == "noul":
+            return {"type": "noul", "noul": named["true"]}
+        if self.kind == "choice":
+            confidence = _above(probabilities[best], 1 / count)
+            return {"type": "choice", "choice": self.options[best], "confidence": confidence, "probabilities": named}
+        distance = sum(share * abs(level - best) for level, share in enumerate(probabilities))
+        uniform = sum(abs(level - (count - 1) / 2) for level in range(count)) / count
+        return {
+            "type": "score",
+            "score": sum(level * share for level, share in enumerate(probabilities)),
+            "legend": dict(zip(self.options, self.descriptions, strict=True)),
+            "confidence": max(0.0, 1 - distance / uniform) if count > 1 else 1.0,
+            "probabilities": named,
+        }
+
+
+def as_text(content: Any) -> str:
+    """Return a text as it is, nothing for None, and anything else as JSON."""
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def _above(share: float, uniform: float) -> float:
+    """Return how far a share lies between that of a blind guess, 0, and certainty, 1."""
+    return 1.0 if uniform == 1 else max(0.0, (share - uniform) / (1 - uniform))
+
+
+def _refused(where: str, valid: str, criteria: Any) -> InvalidRequestError:
+    name = f"{where}.criteria"
+    return InvalidRequestError(f"{name} must be {valid}, not {brief(criteria)}", parameter=name)

@@ -1,0 +1,284 @@
+"""Embeddings, reranking, scores and decisions over HTTP: what they give, and what is refused."""
+
+import base64
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import tiny_models
+import tiny_tokenizers
+import torch
+from running_server import RunningServer, running_server
+from tokenizers import AddedToken
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import splitfuse
+from splitfuse.config import ServerConfig
+from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
+from splitfuse.text.pooling import decisions
+from splitfuse.text.pooling.embeddings import embedding
+
+TEXTS = ["Anna has a red ball.", "The dog sleeps.", "Once upon a time there was a cat"]
+STATE = "Anna had a red ball. She lost it in the garden, and a dog found it there. " * 8
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    with server.http() as client:
+        yield client
+
+
+def hidden(pipe: splitfuse.Pipeline, text: str) -> tuple[float, ...]:
+    pipe.engine.add_request("x", pipe.tokenizer.encode(text), NOTHING_GENERATED, pooling=PoolingParams())
+    (output,) = pipe.engine.step()
+    return output.values
+
+
+def refused(http: httpx.Client, path: str, body: dict[str, Any]) -> tuple[str, str]:
+    answer = http.post(path, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400, answer.text
+    return error["param"], error["message"]
+
+
+# Embeddings ----------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_by_openais_client(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
+        answer = ai.embeddings.create(model="storyteller", input=TEXTS)  # it asks for base64
+        assert [each.index for each in answer.data] == [0, 1, 2]
+        for each, text in zip(answer.data, TEXTS, strict=True):
+            assert each.embedding == list(embedding(hidden(pipe, text)))
+            assert math.hypot(*each.embedding) == pytest.approx(1, abs=1e-6)
+        assert answer.usage.prompt_tokens == sum(len(pipe.tokenizer.encode(text)) for text in TEXTS)
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens
+        few = ai.embeddings.create(model="storyteller", input=TEXTS[0], dimensions=8, encoding_format="float")
+        head = answer.data[0].embedding[:8]
+        assert few.data[0].embedding == pytest.approx([number / math.hypot(*head) for number in head], abs=1e-6)
+
+
+def test_embeddings_of_token_ids_are_those_of_the_text(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+    ids = [list(pipe.tokenizer.encode(text)) for text in TEXTS]
+
+    def of(given: Any, **others: Any) -> list[Any]:
+        answer = http.post("/v1/embeddings", json={"input": given, **others})
+        assert answer.status_code == 200, answer.text
+        return [each["embedding"] for each in answer.json()["data"]]
+
+    assert of(ids) == of(TEXTS) and of(ids[0]) == of(TEXTS[0])
+    (packed,) = of(TEXTS[0], encoding_format="base64")
+    raw = base64.b64decode(packed)
+    assert list(struct.unpack(f"<{len(raw) // 4}f", raw)) == of(TEXTS[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter", "message"),
+    [
+        ({"input": []}, "input", "the list has nothing in it"),
+        ({"input": ""}, "input", "the prompt is empty"),
+        ({"input": ["a", 1]}, "input", "not a mixture"),
+        ({"input": [[1], []]}, "input", "at least one token"),
+        ({"input": [10**6]}, "input", "token id 1000000"),
+        ({"input": ["a"] * 2049}, "input", "2049 texts; at most 2048"),
+        ({"input": "a " * 9000}, "input", "maximum context length"),
+        ({"input": "a", "dimensions": 100_000}, "dimensions", "at most"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "from 1"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format", "must be base64 or float"),
+        ({"input": "a", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens", "send shorter ones"),
+    ],
+)
+def test_what_embeddings_refuse(http: httpx.Client, body: dict[str, Any], parameter: str, message: str) -> None:
+    param, said = refused(http, "/v1/embeddings", body)
+    assert param == parameter and message in said
+    assert http.post("/v1/embeddings", json={"input": "a", "model": "other"}).status_code == 404
+
+
+def test_many_texts_run_within_the_bounds_of_the_server() -> None:
+    with running_server(ServerConfig(max_prompts=4, max_queued_requests=5)) as server, server.http() as http:
+        answer = http.post("/v1/embeddings", json={"input": [f"number {n}" for n in range(30)]})
+        assert [each["index"] for each in answer.json()["data"]] == list(range(30))
+
+
+# Reranking and scores ------------------------------------------------------------------------------------------------
+
+
+def test_reranking_by_cosine(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+    query = "Anna has a blue ball."
+    known = embedding(hidden(pipe, query))
+    wanted = [sum(map(mul, known, embedding(hidden(pipe, text)))) for text in TEXTS]
+    body = {"query": query, "documents": [TEXTS[0], {"text": TEXTS[1]}, TEXTS[2]], "return_documents": True}
+    answer = http.post("/v1/rerank", json=body).json()
+    assert answer["splitfuse_method"] == "cosine"  # its vocabulary has no token for yes
+    order = sorted(range(3), key=lambda index: -wanted[index])
+    assert [each["index"] for each in answer["results"]] == order
+    assert [each["relevance_score"] for each in answer["results"]] == pytest.approx(
+        [wanted[i] for i in order], abs=1e-6
+    )
+    assert [each["document"]["text"] for each in answer["results"]] == [TEXTS[index] for index in order]
+    for path in ("/rerank", "/v2/rerank"):
+        best = http.post(path, json={"query": query, "documents": TEXTS, "top_n": 1}).json()["results"]
+        assert best == [{"index": order[0], "relevance_score": pytest.approx(wanted[order[0]], abs=1e-6)}]
+    single = http.post("/v1/score", json={"text_1": query, "text_2": TEXTS}).json()
+    assert [each["score"] for each in single["data"]] == pytest.approx(wanted, abs=1e-6)
+    pairs = http.post("/score", json={"text_1": TEXTS, "text_2": TEXTS}).json()
+    assert [each["score"] for each in pairs["data"]] == pytest.approx([1, 1, 1])
+
+
+def test_what_reranking_refuses(http: httpx.Client) -> None:
+    for path, body, parameter, message in (
+        ("/v1/rerank", {"query": "a", "documents": []}, "documents", "must not be empty"),
+        ("/v1/rerank", {"query": "a", "documents": ["a" * 9000]}, "documents", "maximum context length"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 9}, "max_tokens_per_doc", "shorter"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"], "splitfuse_method": "yes_no"}, None, "no single token"),
+        (
+            *("/v1/rerank", {"query": "a", "documents": ["a"], "splitfuse_instruction": "b"}),
+            *("splitfuse_instruction", "needs the method yes_no"),
+        ),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a"]}, "text_1", "2 texts and text_2 1"),
+    ):
+        param, said = refused(http, path, body)
+        assert param == parameter and message in said
+
+
+CHATML = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+QUERY, DOCUMENTS = "Where is the cat?", ["The cat sat on the mat.", "A dog slept.", "hello " * 30, "naïve café"]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """A folder as a Qwen3-Reranker has it, with random weights."""
+    folder = tmp_path_factory.mktemp("judge")
+    tokenizer = tiny_tokenizers.byte_level()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in CHATML])
+    tokenizer.add_tokens(["yes", "no"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 1024}
+    model = tiny_models.make("judge", lambda: tiny_models.qwen3(head_dim=16, **sizes))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_a_reranker_judges_as_transformers_does(judge: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = judge
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    ids = tokenizer.convert_tokens_to_ids(["no", "yes"])
+
+    def wanted(document: str, instruction: str) -> float:
+        text = (
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+            'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: '
+            f"{instruction}\n<Query>: {QUERY}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n"
+            "</think>\n\n"
+        )
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1, ids]
+        return float(logits.softmax(-1)[1])
+
+    default = "Given a web search query, retrieve relevant passages that answer the query"
+    with running_server(model=str(folder), dtype="float32") as server, server.http() as http:
+        body: dict[str, Any] = {"query": QUERY, "documents": DOCUMENTS}
+        for own in ({}, {"splitfuse_instruction": "Find cats."}):
+            answer = http.post("/v1/rerank", json={**body, **own}).json()
+            assert answer["splitfuse_method"] == "yes_no"
+            scores = [wanted(document, own.get("splitfuse_instruction", default)) for document in DOCUMENTS]
+            assert [each["index"] for each in answer["results"]] == sorted(range(4), key=lambda n: -scores[n])
+            for each in answer["results"]:
+                assert each["relevance_score"] == pytest.approx(scores[each["index"]], rel=1e-4)
+        by_cosine = http.post("/v1/rerank", json={**body, "splitfuse_method": "cosine"}).json()
+        assert by_cosine["splitfuse_method"] == "cosine"
+        assert [each["relevance_score"] for each in by_cosine["results"]] != sorted(scores, reverse=True)
+        param, said = refused(http, "/v1/systemone", {"state": "s", "questions": {"q": {"type": "noul"}}})
+        assert param is None and "no chat template" in said
+
+
+# Decisions -----------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "who": {"type": "choice", "instructions": "Who found the ball?", "criteria": {"dog": "a dog", "cat": None}},
+    "sad": {"type": "score", "instructions": "How sad is it?", "criteria": ["not", "somewhat", {"very": 1}]},
+    "lost": {"type": "noul", "instructions": "Was the ball lost?"},
+}
+
+
+def logprob_of(http: httpx.Client, message: dict[str, str], label: str, pipe: splitfuse.Pipeline) -> float:
+    """The log-probability that a chat completion gives a label, which it is made to choose."""
+    (token,) = pipe.tokenizer.encode(label, add_special_tokens=False)
+    body = {"messages": [message], "max_tokens": 1, "temperature": 0, "logprobs": True, "logit_bias": {token: 100}}
+    (chosen,) = http.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
+    assert chosen["token"] == label
+    return float(chosen["logprob"])
+
+
+def test_decisions_are_the_softmax_of_a_completions_logits(http: httpx.Client, pipe: splitfuse.Pipeline) -> None:
+    answer = http.post("/v1/systemone", json={"state": STATE, "questions": QUESTIONS}).json()
+    assert list(answer["answers"]) == list(QUESTIONS)
+    kinds = {"who": 2, "sad": 3, "lost": 2}
+    for name, count in kinds.items():
+        asked: Any = QUESTIONS[name]
+        question = decisions.Question.parse(asked["type"], asked["instructions"], asked.get("criteria"), "")
+        labels = question.labels(has_yes_no=False)
+        message = {"role": "user", "content": question.prompt(STATE, labels)}
+        weights = [math.exp(logprob_of(http, message, label, pipe)) for label in labels]
+        wanted = [weight / sum(weights) for weight in weights]
+        given = answer["answers"][name]
+        found = [given["noul"], 1 - given["noul"]] if name == "lost" else list(given["probabilities"].values())
+        assert len(wanted) == count and found == pytest.approx(wanted, rel=1e-9)
+    sad = answer["answers"]["sad"]
+    assert sad["score"] == pytest.approx(sum(int(level) * share for level, share in sad["probabilities"].items()))
+    assert sad["legend"] == {"0": "not", "1": "somewhat", "2": {"very": 1}}
+
+
+def test_questions_share_the_state_in_the_prefix_cache(http: httpx.Client) -> None:
+    state = f"A new story. {STATE}"
+    usage = http.post("/v1/systemone", json={"state": {"story": state}, "questions": QUESTIONS}).json()["usage"]
+    assert usage["output_tokens"] == 0 and usage["cached_tokens"] > usage["input_tokens"] / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "parameter", "message"),
+    [
+        ({"questions": {}}, "questions", "must not be empty"),
+        ({"questions": {str(n): {"type": "noul"} for n in range(65)}}, "questions", "at most 64 entries, not 65"),
+        ({"questions": {"q": {"type": "rank"}}}, "questions[q].type", "choice, noul or score"),
+        ({"questions": {"q": {"type": "choice"}}}, "questions[q].criteria", "an object"),
+        ({"questions": {"q": {"type": "score", "criteria": {"a": 1}}}}, "questions[q].criteria", "an array"),
+        (
+            {"questions": {"q": {"type": "noul", "criteria": {"maybe": 1}}}},
+            "questions[q].criteria",
+            '"true" or "false"',
+        ),
+        (
+            {"questions": {"q": {"type": "score", "criteria": list(range(27))}}},
+            *("questions[q].criteria", "27 options; at most 26"),
+        ),
+        ({"assets": {"img": {"data_base64": ""}}}, "assets", "reads no images"),
+        ({"state": STATE * 300}, "state", "maximum context length"),
+    ],
+)
+def test_what_decisions_refuse(http: httpx.Client, change: dict[str, Any], parameter: str, message: str) -> None:
+    param, said = refused(http, "/v1/systemone", {"state": "s", "questions": QUESTIONS, "assets": {}, **change})
+    assert param == parameter and message in said
+
+
+def test_the_example_of_the_page_runs(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(compile(example.replace("http://127.0.0.1:8000", server.url), "example", "exec"), {})
+    assert "2 embeddings of" in capsys.readouterr().out
+    (curl,) = re.findall(r"-d '(\{.*?\})'\n```", page, re.DOTALL)
+    with server.http() as http:
+        assert list(http.post("/v1/systemone", json=json.loads(curl)).json()["answers"]) == ["who", "sad", "lost"]
+
+
+def test_the_document_has_the_routes(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/embeddings", "/v1/rerank", "/rerank", "/v1/score", "/v1/systemone"} <= set(paths)
