@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from splitfuse.text.chat_formats.formats import CHAT_FORMATS, ChatFormat
-from splitfuse.text.chat_formats.message import AssistantMessage, Tool
+from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat
+from splitfuse.text.chat_formats.message import ArgumentsDelta, AssistantMessage, ContentDelta, Tool
 from splitfuse.text.chat_formats.parser import MessageParser
 
 THINK = ("<think>", "</think>")
@@ -124,11 +124,12 @@ def whole_answer(name: str) -> str:
 
 def cuts(text: str, count: int, seed: int = 0) -> list[list[str]]:
     """Ways to cut a text: into characters, and at random."""
+    if len(text) < 2:
+        return [[text]]
     rng = random.Random(seed)
     found = [list(text)]
     for _ in range(count - 1):
-        share = rng.choice((0.02, 0.1, 0.3, 0.7))
-        at = [0, *(i for i in range(1, len(text)) if rng.random() < share), len(text)]
+        at = [0, *sorted(rng.sample(range(1, len(text)), min(rng.choice((1, 2, 4, 8, 40)), len(text) - 1))), len(text)]
         found.append([text[a:b] for a, b in itertools.pairwise(at)])
     return found
 
@@ -174,3 +175,205 @@ def test_answer_cut_off_anywhere_invents_nothing(name: str) -> None:
         for got, expected in zip(part.tool_calls, whole.tool_calls, strict=False):
             assert got.name == expected.name
             assert expected.arguments.startswith(got.arguments)
+
+
+def test_no_tools_leave_calls_in_the_content() -> None:
+    for name in CHAT_FORMATS:
+        calls = HARMONY_CALLS if name == "harmony" else CALLS[name]
+        message = parse(with_thoughts(name), f"See: {calls}", tools=())
+        assert plain(message) == (f"See: {calls}", "", []), name
+
+
+def test_plain_format_leaves_the_text_as_it_is() -> None:
+    text = " \n<think>x</think> <tool_call>{}</tool_call> \n"
+    for pieces in cuts(text, 20):
+        assert plain(parse(PLAIN, *pieces)) == (text, "", [])
+    assert MessageParser(PLAIN).feed("Hello \n") == [ContentDelta("Hello \n")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reasoning", "content"),
+    [
+        ("<|im_start|>assistant\n", "", "Hm.\n</think>\n\nHello"),
+        ("<|im_start|>assistant\n<think>\n", "Hm.", "Hello"),
+        ("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n", "", "Hm.\n</think>\n\nHello"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
+        ("<|im_start|>assistant\n<think>\nBegun ", "Hm.", "Hello"),
+        ("Unknown turn: <think>\n", "Hm.", "Hello"),
+        ("Unknown turn: <think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
+    ],
+)
+def test_prompt_may_have_opened_the_thought(prompt: str, reasoning: str, content: str) -> None:
+    chat_format = ChatFormat(name="thinker", reasoning=THINK)
+    for pieces in cuts("Hm.\n</think>\n\nHello", 20):
+        message = parse(chat_format, *pieces, prompt=prompt)
+        assert (message.reasoning.strip(), message.content) == (reasoning, content)
+
+
+# What users of other servers complain about.
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_texts_of_arguments_come_as_they_are_written(name: str) -> None:
+    parser = MessageParser(with_thoughts(name), tools=TOOLS)
+    answer = whole_answer(name)
+    news = parser.feed(answer[: answer.index("Paris") + 5])
+    assert isinstance(news[-1], ArgumentsDelta)
+    assert news[-1].text == '{"city": "Paris'
+    start = parser.feed(' "')
+    assert start in ([], [ArgumentsDelta(0, " ")], [ArgumentsDelta(0, ' "')], [ArgumentsDelta(0, ' \\"')])
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_digits_that_come_singly_are_neither_lost_nor_doubled(name: str) -> None:
+    message = parse(with_thoughts(name), *whole_answer(name))
+    assert calls_of(message)[0][1] == ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>",
+        "<tool_call>\nno call</tool_call>",
+        '<tool_call>\n{"name": "get_weather"',
+        '<tool_call>\n{"name": get_weather}\n</tool_call>',
+        '<tool_call>\n{"nam": "get_weather", }\n</tool_call>',
+        '<tool_call>\n["get_weather"]\n</tool_call>',
+        '<tool_call>{"name": ""}</tool_call>',
+        '<tool_call>{"name": "a b"}</tool_call>',
+        "</tool_call> before <tool_call>",
+        "</tool_call>",
+    ],
+)
+def test_what_is_no_call_becomes_content(text: str) -> None:
+    for pieces in cuts(f"See: {text} end", 20):
+        assert plain(parse(with_thoughts("hermes"), *pieces)) == (f"See: {text} end", "", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"city": "a" "b"}}', '{"city": "a" "b"}}'),
+        ('{"city": print("x")}}', '{"city": print("x")}}'),
+        ('{"city": "</tool_call>"}}', '{"city": "</tool_call>"}'),
+        ('"{\\"city\\": \\"\\ud83d\\ude00\\"}"}', '{"city": "\U0001f600"}'),
+        ("{}", "{}"),
+        ('{"a": [1, {"b": "}"}], "c": 1e5}}', '{"a": [1, {"b": "}"}], "c": 1e5}'),
+    ],
+)
+def test_arguments_in_json_come_as_they_stand(arguments: str, expected: str) -> None:
+    text = f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}\n</tool_call>\n'
+    for pieces in cuts(text + CALLS["hermes"], 20):
+        content, _, calls = plain(parse(with_thoughts("hermes"), *pieces))
+        assert (content, len(calls)) == ("", 3)
+        assert (calls[0][0], calls[0][1].rstrip()) == ("get_weather", expected)
+
+
+def test_name_may_come_after_the_arguments_and_arguments_may_lack() -> None:
+    text = (
+        '<tool_call>{"arguments": {"city": "Paris"}, "name": "get_weather"}</tool_call>'
+        '<tool_call>{"id": "1", "name": "clock"}</tool_call>'
+    )
+    assert plain(parse(with_thoughts("hermes"), text))[2] == [("get_weather", '{"city": "Paris"}'), ("clock", "{}")]
+
+
+def test_call_may_end_a_thought_that_is_left_open() -> None:
+    call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    thinks = "<|im_start|>assistant\n<think>\n"
+    message = parse(with_thoughts("hermes"), f"I call:\n{call}", prompt=thinks)
+    assert plain(message) == ("", "I call:", [("clock", "{}")])
+    message = parse(with_thoughts("hermes"), f"I call:\n{call}\n</think>\nDone", prompt=thinks)
+    assert plain(message) == ("Done", "I call:", [("clock", "{}")])
+    message = parse(with_thoughts("hermes"), f"One writes {call}\n</think>Well", prompt=thinks)
+    assert plain(message) == ("Well", f"One writes {call}", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama_json", '{"name": "other", "parameters": {}}'),
+        ("llama_json", '{"city": "Paris"}'),
+        ("llama_json", 'Well: {"name": "clock", "parameters": {}}'),
+        ("llama_python", "[other(x=1)]"),
+        ("llama_python", "[1, 2]"),
+        ("llama_python", "Well: [clock()]"),
+    ],
+)
+def test_json_or_a_list_without_marker_is_content(name: str, text: str) -> None:
+    for pieces in cuts(text, 10):
+        assert plain(parse(with_thoughts(name), *pieces)) == (text, "", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama_json", f'{{"name": "get_weather", "parameters": {JSON}}}; {{"name": "clock", "parameters": {{}}}}'),
+        ("llama_json", f'[{{"name": "get_weather", "parameters": {JSON}}}, {{"name": "clock"}}]'),
+        ("llama_python", f"[{PYTHON}, clock()]"),
+        ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]'),
+        ("mistral", f"[TOOL_CALLS]get_weather{JSON}[TOOL_CALLS]clock[CALL_ID]abcdefghi[ARGS]{{}}"),
+        ("hermes", f'<tool_call>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]</tool_call>'),
+        ("glm", CALLS["glm"].replace("\n<arg", "<arg").replace("clock\n", "clock")),
+        ("kimi_k2", CALLS["kimi_k2"].replace("functions.", "").replace(":0", "").replace(":1", "")),
+        ("qwen_xml", CALLS["qwen_xml"].replace("null}}\n</parameter>", "null}}")),
+        ("minimax", CALLS["minimax"].replace("<minimax:tool_call>", "").replace("</minimax:tool_call>", "")),
+    ],
+)
+def test_other_ways_of_writing_the_same_calls(name: str, text: str) -> None:
+    for pieces in cuts(text, 20):
+        message = parse(with_thoughts(name), *pieces)
+        assert (message.content, calls_of(message)) == ("", TWO)
+
+
+@pytest.mark.parametrize(
+    ("types", "raw", "value"),
+    [
+        ({"type": "string"}, "5", "5"),
+        ({"type": "string"}, "\n a \n", "\n a \n"),
+        ({"type": "integer"}, "5", 5),
+        ({"type": "integer"}, "5.0", 5),
+        ({"type": "integer"}, "five", "five"),
+        ({"type": "number"}, "1e3", 1000),
+        ({"type": "number"}, "nan", "nan"),
+        ({"type": "boolean"}, "True", True),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"type": ["string", "null"]}, "nul", "nul"),
+        ({"type": "string", "nullable": True}, "None", None),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "7", 7),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "None", None),
+        ({"$ref": "#/$defs/Numbers"}, "[1, 2]", [1, 2]),
+        ({"type": "array"}, "['a', None]", ["a", None]),
+        ({"type": "object"}, '{"a": 1}', {"a": 1}),
+        ({"type": "object"}, "{a: 1}", "{a: 1}"),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"enum": ["1", "2"]}, "2", "2"),
+        ({}, "5", 5),
+        ({}, "text", "text"),
+        ({}, '{"a": 1}', {"a": 1}),
+    ],
+)
+def test_raw_values_have_the_types_of_the_schema(types: dict[str, object], raw: str, value: object) -> None:
+    schema = {"properties": {"x": types}, "$defs": {"Numbers": {"type": "array"}}}
+    text = f'<minimax:tool_call><invoke name="f"><parameter name="x">{raw}</parameter></invoke></minimax:tool_call>'
+    for pieces in cuts(text, 5):
+        message = parse(with_thoughts("minimax"), *pieces, tools=(Tool(name="f", parameters=schema),))
+        assert calls_of(message) == [("f", {"x": value})]
+
+
+def test_deep_or_odd_values_do_no_harm() -> None:
+    for text in ("[" * 5000, "{a:" * 5000, "(", "{1: 2, 'b': (3,), True: x, \"c\": 0x10}", "'\\ud800' '\\"):
+        for name, opener in (("lfm2", "<|tool_call_start|>[f(x="), ("gemma4", "<|tool_call>call:f{x:")):
+            whole = plain(parse(with_thoughts(name), opener + text))
+            assert plain(parse(with_thoughts(name), *(opener + text))) == whole
+            assert whole[2][0][0] == "f"
+    message = parse(with_thoughts("lfm2"), "<|tool_call_start|>[f(x={1: 2, 'b': (3,), \"c\": 0x10})]<|tool_call_end|>")
+    assert calls_of(message) == [("f", {"x": {"1": 2, "b": [3], "c": 16}})]
+
+
+def test_ids_have_the_form_that_templates_read() -> None:
+    ids = [call.call_id for call in parse(with_thoughts("mistral_list"), CALLS["mistral_list"]).tool_calls]
+    assert all(len(each) == 9 and each.isalnum() for each in ids)
+    ids = [call.call_id for call in parse(with_thoughts("kimi_k2"), CALLS["kimi_k2"]).tool_calls]
+    assert ids == ["functions.get_weather:0", "functions.clock:1"]
+    [call] = parse(with_thoughts("mistral"), "[TOOL_CALLS]clock[CALL_ID]abcdefghi[ARGS]{}").tool_calls
+    assert call.call_id == "abcdefghi"

@@ -7,6 +7,7 @@ a grammar is made of them in grammar.py.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,13 +28,11 @@ class CallFormat:
     """Kind of the ids of calls: `call_...`; nine letters and digits; `functions.name:0`, as the model writes them."""
     is_bare: bool = False
     """Flag of calls that may come without `open` and `close`, at the beginning of an answer."""
-    tokens: tuple[str, ...] = ()
-    """Further special tokens that a call may have."""
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """Return the texts that begin and end calls."""
-        return _distinct(self.open, self.close, *self.section, *self.tokens)
+    def texts(self) -> tuple[str, ...]:
+        """Return the texts that begin and end calls, and those between their parts."""
+        return (self.open, self.close, *self.section)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +58,13 @@ class NamedCalls(CallFormat):
     after: tuple[str, ...]
     end: str = ""
     """Text between the arguments and `close`."""
+    call_id: str = ""
+    """Text before an id, which some write after the name."""
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """Return the texts that begin and end calls, and those around the name."""
-        return _distinct(self.open, self.close, *self.section, self.before, *self.after, *self.tokens)
+    def texts(self) -> tuple[str, ...]:
+        """See CallFormat."""
+        return (*super().texts, self.before, *self.after, self.call_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +88,9 @@ class TaggedCalls(CallFormat):
     """Text between the last argument and `close`."""
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """Return all texts of a call."""
-        texts = (self.open, self.close, *self.section, self.before, self.after, *self.key, *self.value, self.end)
-        return _distinct(*texts, self.end_of_call)
+    def texts(self) -> tuple[str, ...]:
+        """See CallFormat."""
+        return (*super().texts, self.before, self.after, *self.key, *self.value, self.end, self.end_of_call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ class GemmaCalls(CallFormat):
     quote: str = '<|"|>'
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """Return the texts that begin and end calls, and the quote."""
-        return _distinct(self.open, self.close, self.quote)
+    def texts(self) -> tuple[str, ...]:
+        """See CallFormat."""
+        return (*super().texts, self.quote)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,8 @@ class Channels(CallFormat):
     close: str = "<|call|>"
 
     @property
-    def markers(self) -> tuple[str, ...]:
-        """Return the texts between the parts of messages."""
+    def texts(self) -> tuple[str, ...]:
+        """See CallFormat."""
         return ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
 
 
@@ -146,27 +146,22 @@ class ChatFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Return the texts between the parts. Some models have them as special tokens, which otherwise are not shown.
+        """Return the texts between the parts that may be special tokens, which otherwise are not shown.
 
         >>> CHAT_FORMATS["hermes"].markers
         ('<tool_call>', '</tool_call>')
         """
-        start, end = self.reasoning or ("", "")
-        tokens = (start, end, start.partition("\n")[0].removesuffix("thought"))
-        return _distinct(*tokens, *(self.calls.markers if self.calls else ()))
+        texts = (*(self.reasoning or ()), *(self.calls.texts if self.calls else ()))
+        return tuple(dict.fromkeys(marker for text in texts for marker in _MARKER.findall(text)))
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Return the texts that begin calls: where the model is free to call, one of them says that it does."""
-        if self.calls is None:
-            return ()
-        return _distinct(self.calls.section[0] or self.calls.open)
+        """Return the texts with which calls begin, where a model is free to call."""
+        begin = self.calls and (self.calls.section[0] or self.calls.open).strip()
+        return (begin,) if begin else ()
 
 
-def _distinct(*texts: str) -> tuple[str, ...]:
-    """Return the texts without white space around them, each once."""
-    return tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
-
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷]+▷")
 
 PLAIN = ChatFormat(name="plain")
 """Format of answers that are content throughout."""
@@ -177,7 +172,6 @@ _DEEPSEEK = NamedCalls(
     open="<｜tool▁call▁begin｜>",
     after=("<｜tool▁sep｜>",),
     close="<｜tool▁call▁end｜>",
-    tokens=("<｜tool▁sep｜>",),
 )
 
 
@@ -213,7 +207,7 @@ _CALLS: dict[str, CallFormat] = {
     "llama_python": PythonCalls(open="<|python_start|>", close="<|python_end|>", is_bare=True),
     "lfm2": PythonCalls(open="<|tool_call_start|>", close="<|tool_call_end|>"),
     "olmo3": PythonCalls(open="<function_calls>\n", close="\n</function_calls>", brackets=("", "")),
-    "mistral": NamedCalls(open="[TOOL_CALLS]", after=("[ARGS]",), ids="short", tokens=("[CALL_ID]",)),
+    "mistral": NamedCalls(open="[TOOL_CALLS]", after=("[ARGS]",), call_id="[CALL_ID]", ids="short"),
     "mistral_list": JsonCalls(open="[TOOL_CALLS]", is_list=True, ids="short"),
     "harmony": Channels(),
     "deepseek_v3": replace(

@@ -327,7 +327,7 @@ class MessageParser:
         if calls.ids == "numbered" and (numbered := _NUMBERED.fullmatch(name)):
             call_id, name = calls.before + name, numbered[1]
         yield from source.skip_space()
-        if (yield from source.take("[CALL_ID]")):
+        if calls.call_id and (yield from source.take(calls.call_id)):
             call_id = yield from source.take_run(_NAME, MAX_NAME)
         for after in calls.after:
             if (yield from source.take(after.strip())):
@@ -376,7 +376,7 @@ class MessageParser:
             if not (yield from self._value(calls, f"{separator}{values.quote(key)}: ", types)):
                 return True
             separator = ", "
-        if source.ends_within(*calls.markers):
+        if source.ends_within(*map(str.strip, calls.texts)):
             return True
         self._argue("{}" if separator == "{" else "}")
         if end != calls.close.strip():
@@ -386,10 +386,10 @@ class MessageParser:
     def _before_value(self, calls: TaggedCalls, types: frozenset[str]) -> Steps[frozenset[str] | None]:
         """Read what stands before a value, and return its types; None if it is missing."""
         source = self._source
-        if calls.value == ("\n",):
-            yield from source.take("\n")
-            return types
-        yield from source.skip_space()
+        if calls.value[0].strip():
+            yield from source.skip_space()
+        else:
+            yield from source.take(calls.value[0])
         for number, text in enumerate(calls.value):
             if (yield from source.take(text.strip())):
                 if len(calls.value) == 1:
@@ -485,10 +485,9 @@ class MessageParser:
             source.mark()
             spaces = yield from source.take_run(_SPACES)
             header = yield from self._header()
-            channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
-            if header and (recipient is None or self._calls is not None):
+            if header:
                 source.commit()
-                yield from self._channel(channel[1] if channel else "final", recipient[1] if recipient else "")
+                yield from self._channel(header)
                 continue
             source.reset(skip=len(spaces))
             self._say(spaces)
@@ -512,17 +511,24 @@ class MessageParser:
         marker = yield from source.copy(markers_of("<|message|>", "<|start|>", "<|end|>", "<|call|>"), parts.append)
         return "".join(parts) + marker if marker == "<|message|>" else ""
 
-    def _channel(self, channel: str, recipient: str) -> Steps[None]:
+    def _channel(self, header: str) -> Steps[None]:
         """Read the body of a message, and its end."""
         source = self._source
-        if recipient.startswith("functions."):
-            self._begin(recipient.removeprefix("functions."))
+        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        if recipient and self._calls is None:
+            self._say(header)
+            marker = yield from source.copy(_BODY_ENDS, self._say)
+            self._say("" if marker in _HEADS.texts else marker)
+        elif recipient and recipient[1].startswith("functions."):
+            self._begin(recipient[1].removeprefix("functions."))
             yield from source.skip_space()
             if not (yield from values.json_value(source, self._argue)):
                 marker = yield from source.copy(_BODY_ENDS, self._argue)
                 source.position -= len(marker)
             yield from source.skip_space()
-        if channel == "analysis" and not recipient:
+            self._content.begin()
+            marker = yield from source.copy(_BODY_ENDS, self._say)
+        elif channel and channel[1] == "analysis":
             self._thought.begin()
             marker = yield from source.copy(_BODY_ENDS, self._think)
         else:
@@ -530,7 +536,7 @@ class MessageParser:
             marker = yield from source.copy(_BODY_ENDS, self._say)
         if marker in _HEADS.texts:
             source.position -= len(marker)
-        if marker:
+        if marker and not (recipient and self._calls is None):
             self._content.touch()
 
 
