@@ -73,6 +73,9 @@ class GenerationRequest:
 
     async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
+        if self.chat.tools and self.chat.tool_choice.mode == "required":
+            message = "a call cannot be required: send tool_choice auto"
+            raise InvalidRequestError(message, parameter="tool_choice")
         with form_named(self.form_name):
             params = await service.compile(self.params)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len

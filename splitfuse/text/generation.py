@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
@@ -62,6 +63,7 @@ class Generation:
         context = request.token_ids if request.continues else ()
         self._source = request.message or MessageSource()
         self._parser = self._source.parser()
+        self._events: list[MessageEvent] | None = None  # that `read` has returned
         markers = self._source.chat_format.markers
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids=context, shown_tokens=markers)
         self._stop_strings = StopStrings(request.params.stop)
@@ -123,12 +125,19 @@ class Generation:
         Call it with each text once.
         """
         events = self._parser.feed(text)
-        return events if self.finish_reason is None else events + self._parser.finish()
+        if self.finish_reason is not None:
+            events += self._parser.finish()
+        self._events = self._events or []
+        self._events += events
+        return events
 
-    @property
+    @cached_property
     def message(self) -> AssistantMessage:
         """Return the parts of an answer that has ended."""
-        return self._source.read(self.text)
+        assert self.finish_reason is not None
+        if self._events is None:
+            self.read(self.text)
+        return AssistantMessage.of(self._events or ())
 
     @property
     def num_released(self) -> int:

@@ -366,7 +366,7 @@ def test_a_bad_request_names_its_parameter(ai: openai.OpenAI, keywords: Any, par
 @pytest.mark.parametrize(
     ("keywords", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
+        ({"functions": [{"name": "f", "parameters": {}}]}, "functions"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
@@ -376,12 +376,12 @@ def test_a_bad_request_names_its_parameter(ai: openai.OpenAI, keywords: Any, par
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "x"}]}, "messages[1].role"),
+        ({"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "x"}]}, "messages[1].tool_call_id"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].image_url",
         ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
     ],
 )
 def test_an_invalid_chat_names_its_parameter(ai: openai.OpenAI, keywords: Any, param: str) -> None:

@@ -22,7 +22,7 @@ from splitfuse.errors import (
 )
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import RefusedError, answer_to, without_secrets
-from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
+from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest, plain_messages
 from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.validation import Body, decode
 
@@ -159,15 +159,15 @@ def test_a_body_without_json_is_refused(body: bytes, message: str) -> None:
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
 
 
-def test_tool_messages_are_refused() -> None:
-    request = chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
-    with pytest.raises(InvalidRequestError, match=r"messages\[0\].role must be system, developer, user or assistant"):
-        request.plain_messages()
+def test_messages_of_other_roles_are_refused() -> None:
+    request = chat(messages=[{"role": "function", "content": "x"}])
+    with pytest.raises(InvalidRequestError, match=r"\[0\].role must be system, .*, assistant or tool, not"):
+        plain_messages(request.messages)
 
 
 def test_a_developer_message_becomes_a_system_message() -> None:
     request = chat(messages=[{"role": "developer", "content": "Be kind."}, *MESSAGES])
-    assert request.plain_messages() == [{"role": "system", "content": "Be kind."}, *MESSAGES]
+    assert plain_messages(request.messages) == [{"role": "system", "content": "Be kind."}, *MESSAGES]
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_the_document_has_every_route_and_schema(server: RunningServer) -> None:
     assert names <= openapi["components"]["schemas"].keys()
     properties = openapi["components"]["schemas"]["ChatRequest"]["properties"]
     assert properties.keys() == set(ChatRequest.__struct_fields__)
-    assert properties["tools"]["enum"] == [None, []]
+    assert properties["functions"]["enum"] == [None, []]
     assert properties["model"]["enum"] == ["storyteller", None]
 
 

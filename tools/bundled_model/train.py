@@ -36,13 +36,27 @@ BOS, SYSTEM, USER, ASSISTANT, END, PAD = SPECIAL_TOKENS = (
 )
 
 CHAT_TEMPLATE = (
-    "<|bos|>{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the roles of this model are system, user and assistant, not ' + message['role']) }}"
-    "{% endif %}"
+    "<|bos|>{% if tools %}"
+    "{{ '<|system|>You may call these tools:\\n<tools>\\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
+    "{{ '</tools>\\nA call is written so:\\n<tool_call>\\n' }}"
+    '{{ \'{"name": <name>, "arguments": <object>}\\n</tool_call><|end|>\' }}'
+    "{% endif %}{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('the roles of this model are system, user, assistant and tool, not ' + message['role']) }}"
+    "{% endif %}{% if message['role'] == 'tool' %}"
+    "{{ '<|user|><tool_response>\\n' + message['content'] + '\\n</tool_response><|end|>' }}"
+    "{% elif message['tool_calls'] %}"
+    "{{ '<|assistant|>' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] %}"
+    "{{ '\\n' if message['content'] or not loop.first }}"
+    "{{ '<tool_call>\\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}"
+    "{{ '\\n</tool_call>' }}{% endfor %}<|end|>"
+    "{% else %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+"""Template of conversations; tools and calls are written as Hermes models do."""
 RECITE = "Tell me what you have read."
 SYSTEM_PROMPTS = ("Answer from the story.", "You are a careful reader.", "Read the story and answer in one sentence.")
 

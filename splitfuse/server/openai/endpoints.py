@@ -20,6 +20,7 @@ from splitfuse.server.openai.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
     chat_options,
+    plain_messages,
 )
 from splitfuse.server.openai.responses import (
     ChatCompletion,
@@ -128,10 +129,9 @@ async def tokenize(state: AppState, context: RequestContext, body: TokenizeReque
     most = MAX_LENGTHS * limit
     with state.admission.admit(0), reading_at_most(most):
         if body.messages is not None:
-            messages = [message.plain(index) for index, message in enumerate(body.messages)]
             adds = bool(body.add_special_tokens)
             work = service.encode_chat(
-                messages, options=chat_options(body), add_special_tokens=adds, max_model_len=most
+                plain_messages(body.messages), options=chat_options(body), add_special_tokens=adds, max_model_len=most
             )
         elif not body.prompt:
             await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))

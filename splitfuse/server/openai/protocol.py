@@ -6,7 +6,7 @@ parameter is refused, and so is a known one that is not supported, unless its va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
@@ -18,9 +18,11 @@ from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
 from splitfuse.server.openai.structured import StructuredFields
+from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tools, tool_options
 from splitfuse.server.sampling import sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.prompts import ChatOptions
+from splitfuse.text.tools import MAX_TOOLS, name_results
 
 OF_VLLM: Mapping[str, list[Any]] = {
     "include_stop_str_in_output": [False],
@@ -211,27 +213,39 @@ class ContentPart(Body, kw_only=True, frozen=True):
         return {"type": "text", "text": text}
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles of messages."""
+_ONE_ROLE = {
+    **dict.fromkeys(("refusal", "reasoning_content", "reasoning", "tool_calls"), "assistant"),
+    "tool_call_id": "tool",
+}
+"""Fields of messages of one role, with the role."""
+
+
 @accepts_neutral(
     annotations=[[]],
     audio=[],
     cache_control=[{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}],
     function_call=[],
-    tool_call_id=[],
-    tool_calls=[[]],
 )
 class ChatMessage(Body, kw_only=True, frozen=True):
     """Holds one turn of a conversation. Several parts of text are joined by line ends, unless the model's chat template
     reads parts.
     """
 
-    REFUSED: ClassVar[Mapping[str, str]] = {"cache_control": ContentPart.REFUSED["cache_control"]}
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "cache_control": ContentPart.REFUSED["cache_control"],
+        "function_call": "functions are called by tool_calls",
+    }
 
-    role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
+    role: Annotated[str, Meta(extra_json_schema={"enum": list(ROLES)})]
     content: str | Annotated[list[ContentPart], Meta(min_length=1, max_length=1024)] | None = None
     name: Annotated[str, Meta(max_length=512)] | None = None
     refusal: Annotated[str, Meta(description="In place of an assistant's content")] | None = None
     reasoning_content: Annotated[str, Meta(description="An assistant's, for the chat template")] | None = None
     reasoning: Annotated[str, Meta(description="Another name of reasoning_content")] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Meta(max_length=MAX_TOOLS, description="An assistant's")] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=512, description="Of the call that a tool answers")] | None = None
 
     def plain(self, index: int) -> dict[str, Any]:
         """Return the message for a chat template.
@@ -239,20 +253,28 @@ class ChatMessage(Body, kw_only=True, frozen=True):
         Raises InvalidRequestError or RefusedError, naming the place, for what a template would ignore.
         """
         where = f"messages[{index}]"
-        if self.role not in ("system", "developer", "user", "assistant"):
-            raise InvalidRequestError(
-                f"{where}.role must be system, developer, user or assistant, not {self.role!r:.80}",
-                parameter=f"{where}.role",
-            )
+        if self.role not in ROLES:
+            *others, last = ROLES
+            message = f"{where}.role must be {', '.join(others)} or {last}, not {self.role!r:.80}"
+            raise InvalidRequestError(message, parameter=f"{where}.role")
         self.check_neutral(where + ".")
-        for name in ("refusal", "reasoning_content", "reasoning"):
-            if self.role != "assistant" and getattr(self, name) is not None:
-                message = f"{where}.{name} needs the role assistant, not {self.role}"
+        for name, role in _ONE_ROLE.items():
+            if self.role != role and getattr(self, name) not in (None, []):
+                message = f"{where}.{name} needs the role {role}, not {self.role}"
                 raise InvalidRequestError(message, parameter=f"{where}.{name}")
+        if self.role == "tool" and self.tool_call_id is None:
+            place = f"{where}.tool_call_id"
+            raise RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
         role = "system" if self.role == "developer" else self.role  # a newer name for it, unknown to templates
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        others = {"name": self.name, "reasoning_content": reasoning}
-        given = {name: value for name, value in others.items() if value is not None}
+        calls = [call.plain(f"{where}.tool_calls[{number}]") for number, call in enumerate(self.tool_calls or ())]
+        fields: dict[str, Any] = {
+            "name": self.name,
+            "reasoning_content": reasoning,
+            "tool_calls": calls or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
         return {"role": role, "content": self._plain_content(where), **given}
 
     def _plain_content(self, where: str) -> str | list[dict[str, str]]:
@@ -275,14 +297,11 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     functions=[[]],
     modalities=[["text"]],
     moderation=[],
-    parallel_tool_calls=[True, False],  # of no tools
     prediction=[],
     prompt_cache_retention=["in_memory", "in-memory"],
     reasoning_effort=["none"],
     service_tier=["auto", "default"],
     store=[False],
-    tool_choice=["none", "auto"],
-    tools=[[]],
     verbosity=["medium"],
     web_search_options=[],
     **OF_VLLM,
@@ -292,12 +311,12 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
 
     PATH: ClassVar[str] = "/v1/chat/completions"
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "functions": 'no functions are called, and function_call: "none" answers without them',
+        "function_call": "functions are called by tools, with a tool_choice",
+        "functions": "they are called by tools of the type function",
         "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
         "reasoning_effort": "how long a model reasons is not controlled",
         "service_tier": "there is one tier, in which splitfuse_priority orders requests",
         "store": "answers are not kept",
-        "tools": 'no tools are called, and tool_choice: "none" answers without them',
         "verbosity": "the messages can say how long answers should be",
     }
 
@@ -313,25 +332,25 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         None
     )
     continue_final_message: Annotated[bool, Meta(description="Continues the last message")] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoiceField | None = None
+    include_reasoning: Annotated[bool, Meta(description="Adds the thought to the answer; left out: true")] | None = None
+    parallel_tool_calls: Annotated[bool, Meta(description="Allows several calls; left out: true")] | None = None
     metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
     safety_identifier: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
 
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
-        """See Body: tools that must not be called are none."""
-        values = dict(self.NEUTRAL)
-        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-            if getattr(self, choice) == "none" and isinstance(given := getattr(self, tools), list):
-                values[tools] = (None, given)
-        return values
+        """See Body: functions that must not be called are none."""
+        if self.function_call == "none" and isinstance(self.functions, list):
+            return {**self.NEUTRAL, "functions": (None, self.functions)}
+        return self.NEUTRAL
 
     def content(self) -> dict[str, Any]:
         """See GenerateBody."""
-        return {"messages": self.plain_messages(), "chat": chat_options(self)}
-
-    def plain_messages(self) -> list[dict[str, Any]]:
-        """Return the messages for a chat template. Raises InvalidRequestError."""
-        return [message.plain(index) for index, message in enumerate(self.messages)]
+        parallel = self.parallel_tool_calls is not False
+        chat = replace(chat_options(self), parallel_tool_calls=parallel, reads_parts=True)
+        return {"messages": plain_messages(self.messages), "chat": chat}
 
     def params(self) -> SamplingParams:
         """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
@@ -347,6 +366,13 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         return sampling_params(self, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
 
 
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages for a chat template. Raises InvalidRequestError or RefusedError, naming the place."""
+    plain = [message.plain(index) for index, message in enumerate(messages)]
+    name_results(plain, lambda index: f"messages[{index}].tool_call_id")
+    return plain
+
+
 def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
     """Return how the chat template renders the messages of a body. Raises InvalidRequestError for a contradiction."""
     continues = bool(body.continue_final_message)
@@ -356,7 +382,8 @@ def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
             parameter="continue_final_message",
         )
     adds = not continues and body.add_generation_prompt is not False
-    return ChatOptions(adds, continues, body.chat_template_kwargs)
+    tools = tool_options(body.tools, body.tool_choice if isinstance(body, ChatRequest) else None)
+    return ChatOptions(adds, continues, body.chat_template_kwargs, **tools)
 
 
 class TokenizeRequest(Body, kw_only=True, frozen=True):
@@ -372,6 +399,7 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
     add_generation_prompt: Annotated[bool, Meta(description="For messages; left out: true")] | None = None
     continue_final_message: Annotated[bool, Meta(description="For messages; left out: false")] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    tools: Annotated[Tools, Meta(description="For messages")] | None = None
 
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
@@ -396,7 +424,7 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
 _TOKENIZE_BOTH = ("model", "add_special_tokens", "return_token_strs")
 _TOKENIZE = {
     "prompt": (),
-    "messages": ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+    "messages": ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"),
 }
 """Parameters of TokenizeRequest that go with a prompt, and with messages."""
 

@@ -17,16 +17,24 @@ from splitfuse.core.plan import TokenLogprob
 from splitfuse.server.context import TokenCounts
 from splitfuse.server.dialect import lazy_list
 from splitfuse.server.explain import Timing
-from splitfuse.server.generate import Responder
+from splitfuse.server.generate import MessageResponder, Responder
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
 from splitfuse.server.state import AppState
+from splitfuse.text.chat_formats.message import (
+    ArgumentsDelta,
+    ContentDelta,
+    MessageEvent,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallStart,
+)
 from splitfuse.text.generation import Generation
 from splitfuse.text.tokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Log-probability in place of minus infinity, which JSON has no number for. OpenAI's API has the same."""
 
-EndedBy = Literal["stop", "length"]
+EndedBy = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -118,19 +126,42 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class AssistantMessage(msgspec.Struct, frozen=True):
-    """Holds the turn of the assistant."""
+class FunctionCall(msgspec.Struct, frozen=True):
+    """Holds a called function. `arguments` is JSON, which is cut off where the answer is."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ChatToolCall(msgspec.Struct, frozen=True):
+    """Holds a call of a tool."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+    @classmethod
+    def of(cls, call: ToolCall) -> ChatToolCall:
+        """Return a call in OpenAI's shape."""
+        return cls(call.call_id, FunctionCall(call.name, call.arguments))
+
+
+class AssistantTurn(msgspec.Struct, frozen=True):
+    """Holds the turn of the assistant. `content` is null if there are only calls; the thought has two names."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
     """Holds one choice."""
 
     index: int
-    message: AssistantMessage
+    message: AssistantTurn
     logprobs: ChatLogprobs | None
     finish_reason: EndedBy
 
@@ -149,11 +180,44 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     splitfuse_timing: Timing | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct, frozen=True):
+    """Adds to a called function: first its name, then to its arguments."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """Adds to call number `index` of a message, whose first one has the id."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct, frozen=True):
     """Holds what an event adds to a message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, event: MessageEvent) -> Delta:
+        """Return what one event of an answer adds."""
+        match event:
+            case ContentDelta():
+                return cls(content=event.text)
+            case ReasoningDelta():
+                return cls(reasoning_content=event.text, reasoning=event.text)
+            case ToolCallStart():
+                function = FunctionDelta("", event.name)
+                return cls(tool_calls=[ToolCallDelta(event.index, function, event.call_id, "function")])
+            case ArgumentsDelta():
+                return cls(tool_calls=[ToolCallDelta(event.index, FunctionDelta(event.text))])
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -330,7 +394,7 @@ class CompletionResponder(OpenAIResponder):
         return tops
 
 
-class ChatResponder(OpenAIResponder):
+class ChatResponder(OpenAIResponder, MessageResponder):
     """Writes answers of /v1/chat/completions."""
 
     whole_type, event_type = ChatCompletion, ChatCompletionChunk
@@ -341,17 +405,26 @@ class ChatResponder(OpenAIResponder):
         super().__init__(request, answer_id, state, counts)
         self._logprobs = bool(request.logprobs)
         self._num_top = request.top_logprobs or 0
+        self._shows_reasoning = request.include_reasoning is not False
 
-    def events(self, generation: Generation, text: str) -> Iterable[ChatCompletionChunk]:
-        """See Responder."""
+    def message_events(self, generation: Generation, news: Sequence[MessageEvent]) -> Iterable[ChatCompletionChunk]:
+        """See MessageResponder. Log-probabilities come with the first event after their tokens."""
         index = self._index(generation)
         if generation not in self._num_sent:
             yield self._event(ChatChunkChoice(index, Delta(role="assistant", content="")))
         numbers = self._unsent(generation)
-        if text or (self._logprobs and numbers):
-            yield self._event(ChatChunkChoice(index, Delta(content=text), self._content(generation, numbers)))
+        deltas = [Delta.of(event) for event in news if self._is_shown(event)]
+        if not deltas and self._logprobs and numbers:
+            deltas = [Delta(content="")]
+        logprobs = self._content(generation, numbers)
+        for delta in deltas:
+            yield self._event(ChatChunkChoice(index, delta, logprobs))
+            logprobs = None
         if ended_by := _ended_by(generation):
             yield self._event(ChatChunkChoice(index, Delta(), None, ended_by))
+
+    def _is_shown(self, event: MessageEvent) -> bool:
+        return self._shows_reasoning or not isinstance(event, ReasoningDelta)
 
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> ChatCompletion:
         """See Responder: a chat has one prompt, and its logprobs come once."""
@@ -361,9 +434,13 @@ class ChatResponder(OpenAIResponder):
     def _whole_choice(self, generation: Generation) -> ChatChoice:
         ended_by = _ended_by(generation)
         assert ended_by is not None
-        message = AssistantMessage(generation.text)
+        message = generation.message
+        calls = list(map(ChatToolCall.of, message.tool_calls)) or UNSET
+        reasoning = message.reasoning if message.reasoning and self._shows_reasoning else UNSET
+        content = message.content or (None if calls else "")
+        turn = AssistantTurn(content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls)
         logprobs = self._content(generation, range(len(generation.logprobs)))
-        return ChatChoice(self._index(generation), message, logprobs, ended_by)
+        return ChatChoice(self._index(generation), turn, logprobs, ended_by)
 
     def _content(self, generation: Generation, numbers: range) -> ChatLogprobs | None:
         if not self._logprobs:
@@ -381,10 +458,12 @@ class ChatResponder(OpenAIResponder):
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:
-    """Return how a generation that has not failed has ended, if it has."""
+    """Return how a generation that has not failed has ended, if it has: with calls if the last one is complete."""
     if generation.finish_reason is None:
         return None
-    return "stop" if generation.finish_reason == "stop" else "length"
+    if generation.finish_reason != "stop":
+        return "length"
+    return "tool_calls" if generation.message.has_complete_calls else "stop"
 
 
 def _finite(logprob: float) -> float:

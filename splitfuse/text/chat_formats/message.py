@@ -5,7 +5,7 @@ An answer comes as events; `AssistantMessage.of` joins them. Plain data, which e
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -100,7 +100,7 @@ class AssistantMessage:
     def of(cls, events: Iterable[MessageEvent]) -> AssistantMessage:
         """Return the message that consists of these events."""
         content, reasoning = [], []
-        calls: list[ToolCall] = []
+        calls: list[tuple[ToolCallStart, list[str]]] = []
         for event in events:
             match event:
                 case ContentDelta():
@@ -108,8 +108,19 @@ class AssistantMessage:
                 case ReasoningDelta():
                     reasoning.append(event.text)
                 case ToolCallStart():
-                    calls.append(ToolCall(event.call_id, event.name, ""))
+                    calls.append((event, []))
                 case ArgumentsDelta():
-                    call = calls[event.index]
-                    calls[event.index] = dataclasses.replace(call, arguments=call.arguments + event.text)
-        return cls("".join(content), "".join(reasoning), tuple(calls))
+                    calls[event.index][1].append(event.text)
+        whole = tuple(ToolCall(start.call_id, start.name, "".join(pieces)) for start, pieces in calls)
+        return cls("".join(content), "".join(reasoning), whole)
+
+    @property
+    def has_complete_calls(self) -> bool:
+        """Return whether there are calls, and the last one was not cut off in its arguments."""
+        if not self.tool_calls:
+            return False
+        try:
+            json.loads(self.tool_calls[-1].arguments)
+        except (ValueError, RecursionError):
+            return False
+        return True

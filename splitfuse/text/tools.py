@@ -1,0 +1,138 @@
+"""Checks tools, and the calls and results in a conversation, for every API alike.
+
+The places in errors are the callers': `where` is how a request names the value, such as `tools[0].function`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from splitfuse.errors import InvalidRequestError, brief, did_you_mean, nearest
+from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
+
+NAME = "^[a-zA-Z0-9_-]{1,128}$"
+"""Pattern of the names of tools."""
+MAX_TOOLS = 1024
+"""Number of tools that a request may have."""
+
+
+def check_tool(tool: Tool, where: str, *, parameters: str = "parameters") -> None:
+    """Raise InvalidRequestError for a name or a schema that no tool can have. `parameters` is what the request calls
+    the schema.
+    """
+    if not re.fullmatch(NAME, tool.name):
+        _refuse(f"{where}.name", f"must match {NAME}, as get_weather does, not {tool.name!r:.200}")
+    if tool.parameters is None:
+        return
+    kind, properties = tool.parameters.get("type", "object"), tool.parameters.get("properties", {})
+    if kind != "object":
+        message = f'must be a schema of an object, with "type": "object", not {brief(kind)}'
+        _refuse(f"{where}.{parameters}", message)
+    if not isinstance(properties, Mapping):
+        _refuse(f"{where}.{parameters}", f"must have properties that are an object, not {brief(properties)}")
+
+
+def check_choice(tools: Sequence[Tool], choice: ToolChoice = AUTO, *, name: str = "tool_choice") -> None:
+    """Raise InvalidRequestError for tools of one name, or a choice of a tool that is not there."""
+    names = Counter(tool.name for tool in tools)
+    for each, count in names.items():
+        if count > 1:
+            _refuse("tools", f"has {count} tools named {each!r}: each needs a name of its own")
+    if choice.mode == "required" and not tools:
+        _refuse(name, "requires a call, and there are no tools: add tools")
+    if choice.name is not None and choice.name not in names:
+        _refuse(name, f"names {choice.name!r:.200}, which is none of the tools{nearest(choice.name, names)}")
+
+
+def template_call(call: ToolCall, where: str) -> dict[str, Any]:
+    """Return a call of an earlier turn as chat templates read it, with an object of arguments. `where` is the place of
+    the arguments. Raises InvalidRequestError if they are no object in JSON.
+    """
+    try:
+        arguments = json.loads(call.arguments or "{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        _refuse(where, f'must be JSON, such as \'{{"city": "Paris"}}\': {error}')
+    if not isinstance(arguments, dict):
+        _refuse(where, f'must be an object in JSON, such as \'{{"city": "Paris"}}\', not {brief(arguments)}')
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def name_results(messages: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
+    """Give the results of tools in a conversation, as chat templates read it, the names of their tools.
+
+    `place` returns how a request names the id in a result. Raises InvalidRequestError for a result that answers no call
+    before it.
+    """
+    names: dict[str, str] = {}
+    for index, message in enumerate(messages):
+        for call in message.get("tool_calls") or ():
+            names[call["id"]] = call["function"]["name"]
+        if message["role"] == "tool":
+            if (call_id := message["tool_call_id"]) not in names:
+                problem = f"is {call_id!r:.80}, which is the id of no call in an assistant's message before it"
+                _refuse(place(index), problem + nearest(call_id[:80], names))
+            message.setdefault("name", names[call_id])
+
+
+def tools_of(value: object) -> tuple[Tool, ...]:
+    """Return the tools that a list of mappings describes, in OpenAI's form or without its `function` around them.
+
+    Raises InvalidRequestError, naming the place, for anything else.
+
+    >>> tools_of([{"name": "now", "description": "Tell the time"}])
+    (Tool(name='now', description='Tell the time', parameters=None, strict=False),)
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        _refuse("tools", f"must be a list of tools, not {brief(value)}")
+    tools = tuple(_tool(each, f"tools[{index}]") for index, each in enumerate(value))
+    check_choice(tools)
+    return tools
+
+
+def choice_of(value: object) -> ToolChoice:
+    """Return the choice that none, auto, required or the name of a tool means. Raises InvalidRequestError for others.
+
+    >>> choice_of("get_weather")
+    ToolChoice(mode='required', name='get_weather')
+    """
+    if isinstance(value, ToolChoice):
+        return value
+    if not isinstance(value, str):
+        _refuse("tool_choice", f"must be none, auto, required or the name of a tool, not {brief(value)}")
+    if value in ("none", "auto", "required"):
+        return ToolChoice(value)  # type: ignore[arg-type]
+    return ToolChoice("required", value)
+
+
+def _tool(value: object, where: str) -> Tool:
+    if isinstance(value, Tool):
+        tool = value
+    else:
+        if isinstance(value, Mapping) and "function" in value:
+            where, value = f"{where}.function", value["function"]
+        if not isinstance(value, Mapping):
+            _refuse(where, f"must be a mapping with a name, not {brief(value)}")
+        kinds: dict[str, Any] = {"name": str, "description": str, "parameters": Mapping, "strict": bool}
+        given = {name: each for name, each in value.items() if each is not None and name != "type"}
+        for name, each in given.items():
+            if name not in kinds:
+                _refuse(f"{where}.{name}", f"is unknown{did_you_mean(str(name), kinds)}")
+            if not isinstance(each, kinds[name]):
+                _refuse(f"{where}.{name}", f"must be a {kinds[name].__name__}, not {brief(each)}")
+        if "name" not in given:
+            _refuse(f"{where}.name", "is missing")
+        tool = Tool(**given)
+    check_tool(tool, where)
+    return tool
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _refuse(place: str, problem: str) -> NoReturn:
+    raise InvalidRequestError(f"{place} {problem}", parameter=place)
