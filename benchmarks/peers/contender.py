@@ -27,8 +27,15 @@ DRIVEN = ("splitfuse", "vllm", "llama-server", "llama-bench")
 """Kinds that a `drive_...` module drives through a workload."""
 SERVED = ("splitfuse", "vllm", "llama-server", "openvino", "transformers")
 """Kinds that can be served."""
-FORM_SETTING = {"vllm": "checkpoint", "llama-server": "type", "llama-bench": "type", "openvino": "precision"}
+FORM_SETTING = {
+    "splitfuse": "type",
+    "vllm": "checkpoint",
+    "llama-server": "type",
+    "llama-bench": "type",
+    "openvino": "precision",
+}
 FORMS_READ = {
+    "splitfuse": GGUF_TYPES,
     "vllm": (BF16, W8A8),
     "llama-server": GGUF_TYPES,
     "llama-bench": GGUF_TYPES,
@@ -77,9 +84,9 @@ class Contender:
         return {name: value for name, value in self.settings.items() if name != FORM_SETTING.get(self.kind)}
 
     def model(self, model: Path, peers: Path) -> Path:
-        """Return the model in the form that this engine reads, converting it if necessary."""
-        plain_folder = self.kind in ("splitfuse", "transformers") or (self.kind == "vllm" and self.form == BF16)
-        return model if plain_folder else converted(model, self.form, peers)
+        """Return the model in the form that this engine reads, converting it if necessary. A file is as it is."""
+        reads_folder = self.kind == "transformers" or (self.kind in ("splitfuse", "vllm") and self.form == BF16)
+        return model if reads_folder or model.is_file() else converted(model, self.form, peers)
 
     def command(self, model: Path, peers: Path, threads: int) -> list[str]:
         """Return the command of the driver."""

@@ -1,7 +1,7 @@
 """Convert a bf16 model folder for a peer: a W8A8 checkpoint for vLLM, GGUF files for llama.cpp, OpenVINO's IR.
 
-`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|int8|fp16 --peers FOLDER`. The result lies next to the
-model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is reused.
+`python -m benchmarks.peers.convert MODEL w8a8|BF16|Q8_0|Q4_0|Q4_K_M|int8|fp16 --peers FOLDER`. The result lies next to
+the model (`MODEL-w8a8`, `MODEL-gguf/Q8_0.gguf`, `MODEL-openvino/int8`) and is reused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.peers.install import llama_cpp_program, peer_python, run
 
 W8A8 = "w8a8"
 BF16 = "BF16"
-GGUF_TYPES = (BF16, "Q8_0", "Q4_0")
+GGUF_TYPES = (BF16, "Q8_0", "Q4_0", "Q4_K_M")
 FP16 = "fp16"
 IR_PRECISIONS = (FP16, "int8")
 FORMS = (W8A8, *GGUF_TYPES, *IR_PRECISIONS)
