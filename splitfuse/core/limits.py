@@ -60,6 +60,7 @@ class EngineLimits:
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
             ("pooling", () if pooling is None else pooling.token_ids),
+            ("reasoning", params.reasoning.token_ids if params.reasoning is not None else ()),
         ):
             check_token_ids(name, ids, self.vocab_size, parameter=name)
         if params.structured_outputs is not None and not params.structured_outputs.compiled:

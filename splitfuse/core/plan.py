@@ -9,6 +9,7 @@ from struct import Struct, unpack_from
 from typing import NamedTuple, TypeAlias
 
 from splitfuse.core.pooling_params import PoolingParams
+from splitfuse.core.reasoning import Thought
 from splitfuse.core.sampling_params import SamplingParams
 
 PLACEHOLDER = -1
@@ -79,6 +80,7 @@ class SamplingState:
     choice: int  # which of params.n
     output_token_ids: list[int] = field(default_factory=list)
     pooling: PoolingParams | None = None
+    thought: Thought | None = None  # which these tokens are in; kept by the executor if the request has `reasoning`
 
 
 @dataclass(frozen=True)

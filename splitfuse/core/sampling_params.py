@@ -3,7 +3,8 @@
 Each field of SamplingParams is a row: name, type, default, bounds, OpenAI's default, help. Everything else is derived
 from it: validation here, the keywords of `pipeline()` and `client()` (text/kwargs.py), the flags of the command line
 (cli/flags.py), the fields of OpenAI requests (server/sampling.py) and the table in docs/server.md. A new
-parameter costs two edits: its row here and its effect in runtime/sampling/.
+parameter costs two edits: its row here and its effect in runtime/sampling/. `reasoning` alone is no row: it has the
+tokens of a model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from splitfuse.core.reasoning import Reasoning, Thought
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError, brief
 
@@ -182,17 +184,28 @@ class SamplingParams:
         None, "Form of the answer: one of json (a schema), json_object, regex, choice, grammar."
     )
     n: int = parameter(1, "Answers to each prompt.", minimum=1, maximum=128)
+    reasoning: Reasoning | None = None
+    """Tokens around the model's thought, and its budget (text/reasoning.py)."""
 
     def __post_init__(self) -> None:
         for each in PARAMETERS.values():
             each.check(getattr(self, each.name))
+        if not isinstance(self.reasoning, Reasoning | None):
+            raise _refused("reasoning", self.reasoning, "a Reasoning")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+
+    def thought(self) -> Thought | None:
+        """Return what follows the thought of an answer from its first token on; None without `reasoning`."""
+        if self.reasoning is None:
+            return None
+        return Thought(self.reasoning, has_form=self.structured_outputs is not None)
 
 
 def _table() -> dict[str, Parameter]:
     hints, table = typing.get_type_hints(SamplingParams), {}
-    for name, row in ((each.name, each.metadata["parameter"]) for each in fields(SamplingParams)):
+    rows = {each.name: each.metadata["parameter"] for each in fields(SamplingParams) if each.metadata}
+    for name, row in rows.items():
         kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else ()
         table[name] = replace(
             row,

@@ -80,23 +80,36 @@ class Executor:
             self._states.pop(request_id, None)  # absent if its first step was broken off
             self._matchers.pop(request_id, None)
         for new in plan.new_requests:
-            self._states[new.request_id] = replace(new, output_token_ids=[])  # a plan stays as it was made
+            # A plan stays as it was made.
+            self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
             if (form := new.params.structured_outputs) is not None:
                 self._matchers[new.request_id] = self._grammars.matcher(form)
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
-        sampling = {chunk.request_id for chunk in chunks if chunk.samples} if self._matchers else ()
-        masks = self._grammars.begin_masks({name: self._matchers[name] for name in sampling if name in self._matchers})
+        masks = self._grammars.begin_masks(self._matchers_of(chunks) if self._matchers else {})
         try:
             results = self._compute(chunks, masks)
         finally:
             masks.wait()
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
-            self._states[request_id].output_token_ids.extend(result.token_ids)
-            if result.token_ids and (matcher := self._matchers.get(request_id)) is not None:
-                matcher.consume_tokens(list(result.token_ids))
+            state, answer = self._states[request_id], result.token_ids
+            state.output_token_ids.extend(answer)
+            if (thought := state.thought) is not None:
+                answer = tuple(token for token in answer if thought.push(token))
+            if answer and (matcher := self._matchers.get(request_id)) is not None:
+                matcher.consume_tokens(list(answer))
                 if matcher.is_stopped() and not matcher.is_error():
                     results[request_id] = replace(result, is_complete=True)
         return results
+
+    def _matchers_of(self, chunks: Sequence[Chunk]) -> dict[str, LLMatcher]:
+        """Return the matchers of the requests whose next token is chosen by the form of its answer."""
+        found = {}
+        for chunk in chunks:
+            thought = self._states[chunk.request_id].thought
+            matcher = self._matchers.get(chunk.request_id) if chunk.samples else None
+            if matcher is not None and (thought is None or thought.heeds_form):
+                found[chunk.request_id] = matcher
+        return found
 
     def _compute(self, chunks: Sequence[Chunk], masks: Masks) -> dict[str, ChunkResult]:
         with torch.inference_mode():

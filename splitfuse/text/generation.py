@@ -69,7 +69,8 @@ class Generation:
         self._stop_strings = StopStrings(request.params.stop)
         self._num_taken = 0  # characters of `text` that `take` has returned
         self._num_ids_taken = 0  # tokens that `take_ids` has returned
-        self._unwatched = 0  # characters of the first min_tokens tokens, in which stop strings do not count
+        self._thought = request.params.thought()
+        self._unwatched = 0  # characters of thoughts and the first min_tokens tokens: stop strings do not count there
 
     @property
     def first_step(self) -> float | None:
@@ -140,6 +141,11 @@ class Generation:
         return AssistantMessage.of(self._events or ())
 
     @property
+    def num_reasoning_tokens(self) -> int:
+        """Return the number of tokens of the thought, if the request says by which tokens the model marks it."""
+        return 0 if self._thought is None else self._thought.num_tokens
+
+    @property
     def num_released(self) -> int:
         """Return the number of tokens that surely are part of the answer: those behind its text, at the end all."""
         if self.finish_reason is not None:
@@ -163,9 +169,11 @@ class Generation:
         """Return the text that one more token releases."""
         self.num_computed_tokens += 1
         text = self._detokenizer.push([token_id])
-        if len(self._detokenizer.lengths) <= self.request.params.min_tokens:
+        is_answer = self._thought is None or self._thought.push(token_id)
+        if not is_answer or len(self._detokenizer.lengths) <= self.request.params.min_tokens:
+            held = self._stop_strings.finish()
             self._unwatched += len(text)
-            return text
+            return held + text
         released, self.stop_string = self._stop_strings.push(text)
         if self.stop_string is not None:
             self._stop()

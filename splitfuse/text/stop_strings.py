@@ -50,7 +50,8 @@ class StopStrings:
         return self._release(automaton.depth[self._state]), None
 
     def finish(self) -> str:
-        """Return the text that was held back for a stop string, at the end of an output without one."""
+        """Return the text that was held back for a stop string, at the end of an output, or of a part, without one."""
+        self._state = 0
         return self._release(0)
 
     def _release(self, keep: int) -> str:

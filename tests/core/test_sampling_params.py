@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.sampling_params import PARAMETERS, SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 
@@ -66,7 +66,7 @@ TAKEN: dict[str, list[Any]] = {
 
 
 def test_every_parameter_is_tested_here() -> None:
-    assert REFUSED.keys() == TAKEN.keys() == SamplingParams.__dataclass_fields__.keys()
+    assert REFUSED.keys() == TAKEN.keys() == PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", REFUSED)

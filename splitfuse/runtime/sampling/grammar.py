@@ -133,7 +133,7 @@ class Masks:
 
     def of(self, state: SamplingState) -> Mask | None:
         """Return the mask of a request; None if it may have any token. It allows tokens that end the answer only if
-        they end it for the request, or if it has no other.
+        they end it for the request, or if it has no other; and one that opens a thought, where one may open.
         """
         row = self._rows.get(state.request_id)
         if row is None:
@@ -143,9 +143,17 @@ class Masks:
         if ends:
             others = mask.copy()
             for token in ends:
-                others[token >> 5] &= ~np.int32(np.uint32(1 << (token & 31)).view(np.int32))
+                others[token >> 5] &= ~_bit(token)
             mask = others if others.any() else mask
+        if state.thought is not None and (opening := state.thought.opening) is not None:
+            mask = mask.copy()
+            mask[opening >> 5] |= _bit(opening)
         return mask
+
+
+def _bit(token: int) -> np.int32:
+    """Return the bit of a token in its number of a mask."""
+    return np.uint32(1 << (token & 31)).view(np.int32)
 
 
 def permits(mask: Mask, token: int) -> bool:

@@ -6,15 +6,16 @@ may change with the shape of the batch. Rows are grouped by what they need, so t
 
 The order of processing, and the rules of what is kept, are those of Hugging Face transformers (`generation/utils.py`,
 `logits_process.py`): logit_bias, repetition penalty, presence and frequency penalty, min_tokens (adjust.py), then
-temperature, top_k, top_p, min_p (draw.py). Tokens that a grammar forbids (grammar.py) have no score. This package knows
-nothing of models, the cache or scheduling. Token ids in the settings are checked where a request enters, and those of a
-model where it is loaded; one outside the vocabulary changes nothing here.
+temperature, top_k, top_p, min_p (draw.py). Tokens that a grammar forbids (grammar.py) have no score. Where a thought
+must be closed (core/reasoning.py) there is no choice, whatever the settings say. This package knows nothing of models,
+the cache or scheduling. Token ids in the settings are checked where a request enters, and those of a model where it is
+loaded; one outside the vocabulary changes nothing here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -49,8 +50,11 @@ def sample(
     best, peaks = argmax(logits)
     faults = _faults(peaks)
     adjusts = [is_adjusted(row) for row in rows]
+    forced = _forced(rows, faults)
+    for i, token in forced.items():
+        best[i], peaks[i], adjusts[i] = token, 0.0, False
     for i, mask in enumerate(masks):
-        if mask is None or i in faults:
+        if mask is None or i in faults or i in forced:
             continue
         if rows[i].params.temperature:
             adjusts[i] = True
@@ -76,8 +80,9 @@ def sample(
                 best[index] = token
             for index, fault in _faults(adjusted_peaks).items():
                 errors[members[index]] = f"{_causes(masks, members[index])} leave nothing to choose: {fault}"
-        tokens.update((i, best[i]) for i in members if i not in errors and rows[i].params.temperature == 0.0)
-        drawing = [n for n, i in enumerate(members) if i not in errors and rows[i].params.temperature]
+        chosen = [i for i in members if i not in errors and (rows[i].params.temperature == 0.0 or i in forced)]
+        tokens.update((i, best[i]) for i in chosen)
+        drawing = [n for n, i in enumerate(members) if i not in errors and i not in tokens]
         for filtering in (False, True):
             part = [n for n in drawing if is_filtered(rows[members[n]].params) is filtering]
             if part:
@@ -85,6 +90,7 @@ def sample(
                 choose = draw_filtered if filtering else draw
                 tokens.update(zip(owners, choose(_take(scores, part), [rows[i] for i in owners]), strict=True))
 
+    tokens |= _closing(rows, tokens)
     reported = [i for i in sorted(tokens) if rows[i].params.logprobs is not None]
     counts = [rows[i].params.logprobs or 0 for i in reported]
     logprobs = dict(
@@ -113,7 +119,22 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
 
 def _is_plain(row: SamplingState) -> bool:
     """Return whether a row that is not adjusted is greedy and nothing else, as most are."""
-    return row.params.temperature == 0.0 and row.params.logprobs is None
+    closes = row.thought is not None and row.thought.closing is not None
+    return row.params.temperature == 0.0 and row.params.logprobs is None and not closes
+
+
+def _forced(rows: Sequence[SamplingState], faults: Mapping[int, str]) -> dict[int, int]:
+    """Return the tokens of the rows that have no choice."""
+    thoughts = ((i, row.thought) for i, row in enumerate(rows) if row.thought is not None and i not in faults)
+    return {i: thought.forced for i, thought in thoughts if thought.forced is not None}
+
+
+def _closing(rows: Sequence[SamplingState], tokens: Mapping[int, int]) -> dict[int, int]:
+    """Return the tokens that close a thought, for the rows within one that have chosen to end the request: an answer
+    must follow.
+    """
+    ending = ((i, rows[i].thought) for i, token in tokens.items() if token in rows[i].eos_token_ids)
+    return {i: thought.closing for i, thought in ending if thought is not None and thought.closing is not None}
 
 
 def _causes(masks: Sequence[Mask | None], row: int) -> str:
