@@ -157,6 +157,11 @@ class Tokenizer:
         return frozenset(self._special_ids - {self._backend.token_to_id(text) for text in shown})
 
     @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Return the ids of added tokens, special or not: wherever a text has one, it is this token and no other."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
+    @functools.cached_property
     def letter(self) -> tuple[int, ...]:
         """Return a token that reads as letters by itself, or nothing if none of the first ones does."""
         ids = (i for i in range(min(self.vocab_size, 65536)) if i not in self._byte_ids)

@@ -1,0 +1,94 @@
+"""Which tokens mark a thought, in tokenizers that have tokens for the markers and in those that have not."""
+
+from collections.abc import Callable
+
+import packaged_tokenizers
+import pytest
+import tiny_tokenizers
+import tokenizers
+
+from splitfuse.core.reasoning import Reasoning
+from splitfuse.errors import InvalidRequestError
+from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.text.reasoning import reasoning_params
+from splitfuse.text.tokenizer import Tokenizer
+
+MAKERS = (tiny_tokenizers.byte_level, tiny_tokenizers.byte_fallback, tiny_tokenizers.metaspace_unigram)
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+
+
+def make(maker: Callable[[], tokenizers.Tokenizer], *markers: str) -> Tokenizer:
+    backend = maker()
+    backend.add_tokens([tokenizers.AddedToken(marker, normalized=False) for marker in markers])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_markers_are_found_whatever_stands_around_them(maker: Callable[[], tokenizers.Tokenizer]) -> None:
+    tokenizer = make(maker, "<think>", "</think>")
+    found = reasoning_params(
+        tokenizer,
+        open_text="<think>\n",
+        close_text="\n</think>\n",
+        last_words=" a story.",
+        answer_text="the",
+        max_tokens=9,
+    )
+    assert found is not None and found.max_tokens == 9 and not found.is_open
+    opened, ended = (tokenizer.encode(text, add_special_tokens=False) for text in ("<think>", "</think>"))
+    assert (found.start_token_ids, found.end_token_ids) == (opened, ended) and len(opened) == len(ended) == 1
+    assert tokenizer.decode(found.close_token_ids).strip() == "a story.</think>"
+    written = tokenizer.encode("<think>cat</think>the", add_special_tokens=False)
+    assert written[-len(found.answer_token_ids) - 1 :] == (*ended, *found.answer_token_ids)
+
+
+def test_a_channel_is_opened_by_several_tokens() -> None:
+    tokenizer = make(tiny_tokenizers.byte_level, *HARMONY)
+    found = reasoning_params(
+        tokenizer,
+        open_text="<|channel|>analysis<|message|>",
+        close_text="<|end|>",
+        answer_text="<|start|>assistant<|channel|>final<|message|>",
+        reopens=True,
+    )
+    assert found is not None and found.reopens and found.close_token_ids == found.end_token_ids
+    assert tokenizer.decode(found.start_token_ids) == "<|channel|>analysis<|message|>"
+    assert tokenizer.decode(found.answer_token_ids) == "<|start|>assistant<|channel|>final<|message|>"
+
+
+def test_a_marker_of_ordinary_tokens_is_refused_where_it_matters() -> None:
+    for tokenizer, is_open, named in (
+        (make(tiny_tokenizers.byte_level), False, "'<think>'"),
+        (make(tiny_tokenizers.byte_level), True, "'</think>'"),
+        (make(tiny_tokenizers.byte_level, "<think>"), False, "'</think>'"),
+        (make(tiny_tokenizers.byte_level, "</think>"), False, "'<think>'"),
+    ):
+
+        def params(**settings: object) -> Reasoning | None:
+            texts = {"open_text": "<think>", "close_text": "</think>", "is_open": is_open}  # noqa: B023
+            return reasoning_params(tokenizer, **texts, **settings)  # type: ignore[arg-type]  # noqa: B023
+
+        assert params() is None
+        with pytest.raises(InvalidRequestError, match=f"a budget of 7 tokens .*{named}") as refused:
+            params(max_tokens=7)
+        assert refused.value.parameter == "reasoning_max_tokens"
+        with pytest.raises(InvalidRequestError, match=f"cannot have a form: .*{named}") as refused:
+            params(has_form=True)
+        assert refused.value.parameter == "structured_outputs"
+    only_end = make(tiny_tokenizers.byte_level, "</think>")
+    assert (
+        reasoning_params(only_end, open_text="<think>", close_text="</think>", is_open=True, max_tokens=7) is not None
+    )
+
+
+@pytest.mark.extras
+def test_released_tokenizers_have_tokens_for_their_markers() -> None:
+    qwen, gptoss = (Tokenizer.from_source(ModelFolder(packaged_tokenizers.folder(n))) for n in ("qwen3", "gptoss"))
+    found = reasoning_params(qwen, open_text="<think>", close_text="</think>", answer_text="\n\n", max_tokens=0)
+    assert found is not None and found.start_token_ids == (151667,) and found.end_token_ids == (151668,)
+    assert found.close_token_ids == (151668,) and found.answer_token_ids == (271,)
+    opening, closing = "<|channel|>analysis<|message|>", "<|end|>"
+    found = reasoning_params(gptoss, open_text=opening, close_text=closing, max_tokens=0)
+    assert found is not None and len(found.start_token_ids) == 3 and len(found.end_token_ids) == 1
+    with pytest.raises(InvalidRequestError, match="no token of its own for '<think>'"):
+        reasoning_params(gptoss, open_text="<think>", close_text="</think>", max_tokens=0)
