@@ -25,8 +25,8 @@ OPTIONS = ("disable_any_whitespace",)
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """Holds the form of an answer: `kind` is json, regex, choice or grammar, and `source` its text until it is
-    compiled.
+    """Holds the form of an answer: `kind` is json, regex, choice or grammar, or tools for one that calls tools, and
+    `source` its text until it is compiled.
 
     >>> StructuredOutputs.of({"regex": "[0-9]+"})
     StructuredOutputs(kind='regex', source='[0-9]+', disable_any_whitespace=False, compiled='')

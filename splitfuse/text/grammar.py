@@ -12,6 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -20,7 +21,8 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
-from splitfuse.errors import brief
+from splitfuse.errors import InvalidRequestError, brief
+from splitfuse.text.chat_formats.grammar import lark_of, parameters_of
 
 MAX_DEPTH = 64
 """Number of schemas within each other."""
@@ -72,6 +74,8 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
             texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(form.source))
             choices = " | ".join(text.replace("\x7f", "\\u007f") for text in texts)  # the one that Lark wants escaped
             part = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}  # a terminal: one item, however many there are
+        case "tools":
+            return _compiled_calls(form)
         case _:
             part = {"lark_grammar": _lark(form.source)}
     compiled = json.dumps({"grammars": [{name: value for name, value in part.items() if value is not None}]})
@@ -84,6 +88,39 @@ def _schema(form: StructuredOutputs) -> dict[str, Any]:
     _check_schema(schema)
     spaces = {"whitespace_flexible": False} if form.disable_any_whitespace else {"whitespace_pattern": WHITESPACE}
     return {**schema, "x-guidance": spaces}
+
+
+def _compiled_calls(form: StructuredOutputs) -> StructuredOutputs:
+    """Return the form of answers that call tools with its grammar."""
+    tools = parameters_of(form.source)
+    for place, parameters in tools:
+        with _named(place):
+            _check_schema(parameters)
+    grammar = lark_of(form.source)
+    schemas = [{"name": name, "json_schema": _with_spaces(schema)} for name, schema in grammar.schemas.items()]
+    trial = lark_of(form.source, has_special_tokens=False)  # bytes alone
+    try:
+        _try(json.dumps({"grammars": [{"lark_grammar": trial.lark}, *schemas]}), "tools")
+    except InvalidRequestError:
+        for place, parameters in tools:
+            with _named(place):
+                _try(json.dumps({"grammars": [{"json_schema": _with_spaces(parameters)}]}), "json")
+        raise
+    return replace(form, source="", compiled=json.dumps({"grammars": [{"lark_grammar": grammar.lark}, *schemas]}))
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the schema of a tool in errors by its place in the request."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        message = f"{place}{str(error).removeprefix('structured_outputs.json')}"
+        raise InvalidRequestError(message, parameter=place) from error
+
+
+def _with_spaces(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
 def _lark(source: str) -> str:

@@ -152,6 +152,18 @@ class Tokenizer:
         """Return how answers to the chat template write thoughts and calls of tools."""
         return format_of(self.chat_template, self.special_tokens)
 
+    def marker_ids(self, markers: Iterable[str]) -> dict[str, int]:
+        """Return the ids of those `markers` that only a token of their own can write in an answer with a grammar:
+        special tokens, and added tokens such as `<tool_call>`.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        ids = {text: self._backend.token_to_id(text) for text in markers}
+        return {
+            text: token_id
+            for text, token_id in ids.items()
+            if token_id in added and (token_id in self._special_ids or (text[0] == "<" and text[-1] == ">"))
+        }
+
     def hidden_ids(self, shown: Iterable[str]) -> frozenset[int]:
         """Return the special tokens but for those which the texts `shown` are."""
         return frozenset(self._special_ids - {self._backend.token_to_id(text) for text in shown})

@@ -30,6 +30,11 @@ class CallFormat:
     """Flag of calls that may come without `open` and `close`, at the beginning of an answer."""
 
     @property
+    def is_repeatable(self) -> bool:
+        """Return whether an answer may have several calls."""
+        return True
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Return the texts that begin and end calls, and those between their parts."""
         return (self.open, self.close, *self.section)
@@ -130,6 +135,11 @@ class Channels(CallFormat):
     close: str = "<|call|>"
 
     @property
+    def is_repeatable(self) -> bool:
+        """Return False: an answer ends with its call."""
+        return False
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """See CallFormat."""
         return ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>")
@@ -204,11 +214,11 @@ _CALLS: dict[str, CallFormat] = {
         separator="\n",
     ),
     "llama_json": JsonCalls(open="<|python_tag|>", arguments="parameters", separator="; ", is_bare=True),
-    "llama_python": PythonCalls(open="<|python_start|>", close="<|python_end|>", is_bare=True),
-    "lfm2": PythonCalls(open="<|tool_call_start|>", close="<|tool_call_end|>"),
-    "olmo3": PythonCalls(open="<function_calls>\n", close="\n</function_calls>", brackets=("", "")),
+    "llama_python": PythonCalls(open="<|python_start|>", close="<|python_end|>", separator=", ", is_bare=True),
+    "lfm2": PythonCalls(open="<|tool_call_start|>", close="<|tool_call_end|>", separator=", "),
+    "olmo3": PythonCalls(open="<function_calls>\n", close="\n</function_calls>", separator="\n", brackets=("", "")),
     "mistral": NamedCalls(open="[TOOL_CALLS]", after=("[ARGS]",), call_id="[CALL_ID]", ids="short"),
-    "mistral_list": JsonCalls(open="[TOOL_CALLS]", is_list=True, ids="short"),
+    "mistral_list": JsonCalls(open="[TOOL_CALLS]", separator=", ", is_list=True, ids="short"),
     "harmony": Channels(),
     "deepseek_v3": replace(
         _DEEPSEEK,
@@ -249,7 +259,7 @@ _CALLS: dict[str, CallFormat] = {
         separator="\n",
     ),
     "gemma4": GemmaCalls(open="<|tool_call>", close="<tool_call|>"),
-    "granite": JsonCalls(open="<|tool_call|>", is_list=True),
+    "granite": JsonCalls(open="<|tool_call|>", separator=", ", is_list=True),
 }
 
 _RECOGNIZED: tuple[tuple[str, tuple[str, ...]], ...] = (

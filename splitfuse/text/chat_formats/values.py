@@ -334,14 +334,15 @@ def types_of(schema: Any, name: str) -> frozenset[str]:
         return frozenset()
     properties = schema.get("properties")
     each = properties.get(name) if isinstance(properties, Mapping) else None
-    return _types(schema, schema.get("additionalProperties") if each is None else each, 8)
+    return types_of_schema(schema, schema.get("additionalProperties") if each is None else each)
 
 
-def _types(root: Mapping[str, Any], schema: Any, depth: int) -> frozenset[str]:
+def types_of_schema(root: Mapping[str, Any], schema: Any, depth: int = 8) -> frozenset[str]:
+    """Return the types that values of a schema within `root` may have; none if that is not said."""
     if not isinstance(schema, Mapping) or depth == 0:
         return frozenset()
     if isinstance(reference := schema.get("$ref"), str):
-        return _types(root, _referred(root, reference), depth - 1)
+        return types_of_schema(root, referred_to(root, reference), depth - 1)
     kind = schema.get("type")
     if isinstance(kind, str | list):
         found = frozenset((kind,) if isinstance(kind, str) else (each for each in kind if isinstance(each, str)))
@@ -350,7 +351,7 @@ def _types(root: Mapping[str, Any], schema: Any, depth: int) -> frozenset[str]:
         found = frozenset(map(_type, values))
     else:
         parts = [
-            _types(root, part, depth - 1)
+            types_of_schema(root, part, depth - 1)
             for key in ("anyOf", "oneOf", "allOf")
             for part in (schema[key] if isinstance(schema.get(key), list) else ())
         ]
@@ -358,7 +359,8 @@ def _types(root: Mapping[str, Any], schema: Any, depth: int) -> frozenset[str]:
     return found | {"null"} if found and schema.get("nullable") is True else found
 
 
-def _referred(root: Mapping[str, Any], reference: str) -> Any:
+def referred_to(root: Mapping[str, Any], reference: str) -> Any:
+    """Return what a reference within a schema refers to; None if that is not there."""
     value: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
         value = value.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(value, Mapping) else None

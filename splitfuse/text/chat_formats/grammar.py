@@ -1,0 +1,321 @@
+"""Makes the grammar of answers that call tools, in the model's own way of writing calls.
+
+A call that this grammar allows is one that the parser reads, with arguments that are valid by the schema of its tool.
+Requests ask for such a grammar by `call_grammar`; `lark_of` makes it, where texts from anyone are compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from splitfuse.core.structured_outputs import StructuredOutputs, refused
+from splitfuse.errors import InvalidRequestError
+from splitfuse.text.chat_formats.formats import (
+    CHAT_FORMATS,
+    CallFormat,
+    Channels,
+    ChatFormat,
+    GemmaCalls,
+    JsonCalls,
+    NamedCalls,
+    PythonCalls,
+    TaggedCalls,
+)
+from splitfuse.text.chat_formats.message import Tool, ToolChoice
+from splitfuse.text.chat_formats.values import referred_to, types_of_schema
+
+PLACE = "tools[{}].function.parameters"
+"""Name of a tool's schema in requests of OpenAI's API."""
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Schema of the arguments of a tool without parameters."""
+MAX_DEPTH = 16
+"""Number of references and alternatives within each other in the schema of a value that is written as raw text."""
+_RAW_KEYS = frozenset(("pattern", "minLength", "maxLength", "format", "const", "enum"))
+_KEY = re.compile(r"[^<>\"\n\s=,(){}:]+")
+
+
+def call_grammar(
+    chat_format: ChatFormat,
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    *,
+    parallel: bool = True,
+    special_tokens: Mapping[str, int] | None = None,
+    place: str = PLACE,
+) -> StructuredOutputs | None:
+    """Return the form of answers that call tools as `choice` says; None if it leaves that to the model.
+
+    `special_tokens` are the markers of the format that are special tokens, with their ids; `place` names the schema of
+    a tool, by its number, in errors. Raises InvalidRequestError for a model whose way of calling tools is not known.
+    """
+    if choice.mode != "required":
+        return None
+    if chat_format.calls is None:
+        raise refused("cannot be required: it is not known how this model writes calls of tools, use auto", "tools")
+    source = {
+        "format": chat_format.name,
+        "tools": [
+            [place.format(number), tool.name, {"type": "object", **(tool.parameters or NO_ARGUMENTS)}]
+            for number, tool in enumerate(tools)
+            if choice.name in (None, tool.name)
+        ],
+        "is_parallel": parallel,
+        "special_tokens": dict(special_tokens or {}),
+    }
+    return StructuredOutputs("tools", json.dumps(source))
+
+
+@dataclass
+class CallGrammar:
+    """Holds a grammar in Lark, and the schemas to which it refers as @name."""
+
+    lark: str
+    schemas: dict[str, dict[str, Any]]
+
+
+def parameters_of(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the schemas of tools in the source of a form, each with its place in the request."""
+    return [(place, schema) for place, _, schema in json.loads(source)["tools"]]
+
+
+def lark_of(source: str, *, has_special_tokens: bool = True) -> CallGrammar:
+    """Return the grammar that the source of a form asks for; as bytes only, without `has_special_tokens`."""
+    given = json.loads(source)
+    calls = CHAT_FORMATS[given["format"]].calls
+    assert calls is not None
+    writer = _Writer(calls, given["special_tokens"] if has_special_tokens else {})
+    names = [writer.rule(writer.call(place, name, schema)) for place, name, schema in given["tools"]]
+    call = writer.rule(" | ".join(names))
+    more = f" ({writer.text(calls.separator)} {call})*" if given["is_parallel"] and calls.is_repeatable else ""
+    is_list = isinstance(calls, JsonCalls) and calls.is_list
+    before, after = writer.around(calls, is_list)
+    start = f"start: {before} {call}{more} {after}"
+    return CallGrammar("\n".join([start, *writer.rules]), writer.schemas)
+
+
+@dataclass
+class _Writer:
+    """Collects rules and schemas."""
+
+    calls: CallFormat
+    special_tokens: Mapping[str, int]
+    rules: list[str] = field(default_factory=list)
+    schemas: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Add a rule, and return its name."""
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{options}: {body}")
+        return name
+
+    def text(self, text: str) -> str:
+        """Return an expression for a text."""
+        pieces = self._specials.split(text) if self._specials else [text]
+        written = [
+            f"<[{self.special_tokens[piece]}]>" if piece in self.special_tokens else _quoted(piece)
+            for piece in pieces
+            if piece
+        ]
+        return " ".join(written)
+
+    @functools.cached_property
+    def _specials(self) -> re.Pattern[str] | None:
+        markers = "|".join(map(re.escape, self.special_tokens))
+        return re.compile(f"({markers})") if markers else None
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """Return an expression for JSON of a schema."""
+        name = f"s{len(self.schemas)}"
+        self.schemas[name] = dict(schema)
+        return f"@{name}"
+
+    def around(self, calls: CallFormat, is_list: bool) -> tuple[str, str]:
+        """Return expressions for what is before the first call and after the last."""
+        if is_list:
+            return self.text(f"{calls.open}["), self.text(f"]{calls.close}")
+        if isinstance(calls, PythonCalls):
+            before, after = calls.brackets
+            if calls.is_bare:
+                return self.text(before), self.text(after)
+            return self.text(calls.open + before), self.text(after + calls.close)
+        if isinstance(calls, Channels):
+            return f"({self.text('<|start|>assistant')})?", ""
+        return self.text(calls.section[0]), self.text(calls.section[1])
+
+    def call(self, place: str, name: str, schema: dict[str, Any]) -> str:
+        """Return an expression for a call of a tool."""
+        calls = self.calls
+        if schema["type"] != "object":
+            raise _refused(place, f"must be a schema of an object, not of {schema['type']!r:.80}")
+        match calls:
+            case JsonCalls():
+                before = f'{{"name": {_quoted(name)}, "{calls.arguments}": '
+                if calls.is_list or calls.is_bare:
+                    return f"{self.text(before)} {self.json(schema)} {self.text('}')}"
+                return f"{self.text(calls.open + before)} {self.json(schema)} {self.text('}' + calls.close)}"
+            case NamedCalls():
+                number = " /[0-9]{1,4}/ " if calls.ids == "numbered" else " "
+                before = self.text(f"{calls.open}{calls.before}{name}{':' if calls.ids == 'numbered' else ''}")
+                end = self.text(calls.end + calls.close)
+                return f"{before}{number}{self.text(calls.after[0])} {self.json(schema)} {end}"
+            case TaggedCalls():
+                before = self.text(f"{calls.open}{calls.before}{name}{calls.after}")
+                return f"{before} {self._tagged(calls, place, schema)} {self.text(calls.end_of_call + calls.close)}"
+            case PythonCalls():
+                return f"{self.text(f'{name}(')} {self._listed(place, schema, '=', ', ')} {self.text(')')}"
+            case GemmaCalls():
+                before = self.text(f"{calls.open}{calls.before}{name}{{")
+                return f"{before} {self._listed(place, schema, ':', ',')} {self.text('}' + calls.close)}"
+        before = f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
+        return f"{self.text(before)} {self.json(schema)}"
+
+    def _properties(self, place: str, schema: dict[str, Any]) -> list[tuple[str, Any, bool]]:
+        """Return the name and the schema of each property, and whether it is required."""
+        if "$ref" in schema:
+            schema = {**schema, **(referred_to(schema, schema["$ref"]) or {})}
+            del schema["$ref"]
+        for key in schema:
+            if key in ("allOf", "anyOf", "oneOf", "patternProperties", "minProperties", "maxProperties"):
+                raise _refused(
+                    place, f"has the key {key!r} at #, which is not supported in this model's way of calling tools"
+                )
+        properties = dict(schema.get("properties") or {})
+        required = schema.get("required") or []
+        for name in required:
+            properties.setdefault(name, schema.get("additionalProperties", True))
+        for name in properties:
+            if not _KEY.fullmatch(name):
+                raise _refused(place, f"has the property {name!r:.80}, which this model cannot write")
+        return [(name, each, name in required) for name, each in properties.items()]
+
+    def _tagged(self, calls: TaggedCalls, place: str, schema: dict[str, Any]) -> str:
+        """Return an expression for arguments between tags."""
+        parts = []
+        for name, each, is_required in self._properties(place, schema):
+            before = f"{calls.key[0]}{name}{calls.key[1]}"
+            alternatives = [
+                f"{self.text(before + calls.value[-1 if kind == 'json' else 0])} {value}"
+                for kind, value in self._raw(place, schema, each, calls.end, "")
+            ]
+            part = self.rule(" | ".join(alternatives))
+            parts.append(part if is_required else f"{part}?")
+        return " ".join(parts)
+
+    def _listed(self, place: str, schema: dict[str, Any], equals: str, separator: str) -> str:
+        """Return an expression for arguments with names, with separators between them."""
+        head = tail = '""'
+        for name, each, is_required in reversed(self._properties(place, schema)):
+            if isinstance(self.calls, GemmaCalls):
+                quote = self.calls.quote
+                found = [value for _, value in self._raw(place, schema, each, quote, quote)]
+            else:
+                found = [self.json(_within(schema, each))]
+            argument = self.rule(f"{self.text(name + equals)} ({' | '.join(found)})")
+            rest = f"{self.text(separator)} {argument} {tail}"
+            new_head = f"{argument} {tail}" if is_required else f"({argument} {tail} | {head})"
+            tail = self.rule(rest if is_required else f"({self.text(separator)} {argument})? {tail}")
+            head = self.rule(new_head)
+        return head
+
+    def _raw(
+        self, place: str, root: dict[str, Any], schema: Any, end: str, before: str, depth: int = MAX_DEPTH
+    ) -> list[tuple[str, str]]:
+        """Return expressions for a value, a string as raw text between `before` and `end` and others as JSON; without
+        `before`, JSON has this end too.
+        """
+        json_end = "" if before else self.text(end)
+        if not isinstance(schema, dict) or depth == 0:
+            return [("text", self._free_text(before, end))]
+        if isinstance(reference := schema.get("$ref"), str):
+            return self._raw(place, root, referred_to(root, reference), end, before, depth - 1)
+        for key in ("anyOf", "oneOf"):
+            if isinstance(schema.get(key), list):
+                parts = [self._raw(place, root, part, end, before, depth - 1) for part in schema[key]]
+                return [each for part in parts for each in part]
+        if len(schema.get("allOf") or ()) == 1:
+            joined = {key: value for key, value in schema.items() if key != "allOf"} | schema["allOf"][0]
+            return self._raw(place, root, joined, end, before, depth - 1)
+        if "const" in schema or "enum" in schema:
+            return [
+                ("text", self.text(before + value + end))
+                if isinstance(value, str)
+                else ("json", f"{self.text(json.dumps(value))} {json_end}")
+                for value in ([schema["const"]] if "const" in schema else schema["enum"])
+            ]
+        types = types_of_schema(root, schema)
+        if not types:
+            return [("text", self._free_text(before, end))]
+        found: list[tuple[str, str]] = []
+        if "string" in types:
+            found.append(("text", self._string(place, schema, end, before)))
+        if others := sorted(types - {"string"}):
+            kept = {key: value for key, value in schema.items() if key not in _RAW_KEYS and key != "nullable"}
+            narrowed = _within(root, {**kept, "type": others if len(others) > 1 else others[0]})
+            found.append(("json", f"{self.json(narrowed)} {json_end}"))
+        return found
+
+    def _string(self, place: str, schema: dict[str, Any], end: str, before: str) -> str:
+        """Return an expression for a string as raw text."""
+        if (name := schema.get("format")) is not None and name not in _FORMATS:
+            raise _refused(
+                place, f"has the format {name!r:.80}, which is not supported in this model's way of calling tools"
+            )
+        parts = [f"/{_FORMATS[name]}/"] if name is not None else []
+        if (pattern := schema.get("pattern")) is not None:
+            start, stop = "" if pattern.startswith("^") else "(?s:.*)", "" if pattern.endswith("$") else "(?s:.*)"
+            inner = pattern.removeprefix("^").removesuffix("$").replace("/", r"\/").replace("\n", r"\n")
+            parts.append(f"/{start}({inner}){stop}/")
+        if "minLength" in schema or "maxLength" in schema:
+            parts.append(f"/(?s:.{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}})/")
+        if not parts:
+            return self._free_text(before, end)
+        marker = re.escape(end.strip()).replace("/", r"\/")
+        terminal = f"T{len(self.rules)}"
+        self.rules.append(f"{terminal}: {' & '.join(parts)} & ~/(?s:.*){marker}(?s:.*)/")
+        return self._until(terminal, before, end)
+
+    def _free_text(self, before: str, end: str) -> str:
+        """Return an expression for any text up to its end."""
+        lead = end[: len(end) - len(end.lstrip())]
+        return self._until("/(?s:.*)/", before, end[len(lead) :])
+
+    def _until(self, terminal: str, before: str, end: str) -> str:
+        """Return an expression for a terminal up to the end, whether that is a special token or a text."""
+        marker = end.rstrip()
+        if any(token in end for token in self.special_tokens):
+            return f"{self.text(before)} {self.rule(terminal)} {self.text(end)}"
+        text = self.rule(terminal, f"[suffix={_quoted(marker)}]")
+        return f"{self.text(before)} {text} {self.text(end[len(marker) :])}"
+
+
+def _refused(place: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{place} {problem}", parameter=place)
+
+
+def _within(root: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """Return the schema of a part with the definitions of the whole."""
+    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return {**(schema if isinstance(schema, dict) else {}), **definitions}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    "email": r"[A-Za-z0-9_+-]{1,32}(\.[A-Za-z0-9_+-]{1,32}){0,4}@[A-Za-z0-9]{1,32}(\.[A-Za-z0-9]{1,32}){1,4}",
+    "ipv4": r"(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}",
+    "uri": r"https?:\/\/[A-Za-z0-9]{1,32}(\.[A-Za-z0-9]{1,32}){0,4}(\/[A-Za-z0-9._~%?&=#+-]{0,128}){0,16}",
+}
+"""Formats of strings with expressions for texts that have them."""
