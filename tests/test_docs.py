@@ -29,6 +29,7 @@ from splitfuse.errors import (
 )
 from splitfuse.models.families.table import rows as model_rows
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
@@ -36,6 +37,7 @@ from splitfuse.server.sampling import FIELDS
 
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
+ANTHROPIC_PAGE = ROOT / "docs" / "anthropic.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 GLOSSARY = ROOT / "docs" / "glossary.md"
 TODAY = [page for page in PAGES if page.parent.name != "decisions" and page.name not in ("CHANGELOG.md", "log.md")]
@@ -149,6 +151,15 @@ def test_the_table_of_parameters_has_all_that_are_honoured() -> None:
     }
 
 
+def test_the_fields_of_messages_are_all_described() -> None:
+    described = [
+        name for row in rows(ANTHROPIC_PAGE, "| field | values | left out |") for name in re.findall(r"`(\w+)`", row[0])
+    ]
+    assert sorted(described) == MessagesRequest.supported()
+    of_conversations = CountTokensRequest.supported()
+    assert sorted(described[: len(of_conversations)]) == of_conversations
+
+
 def test_refused_parameters_are_listed_with_their_neutral_values() -> None:
     described = {
         (row[0].strip("`"), kind): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
@@ -234,9 +245,10 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = [block for page in (ROOT / "README.md", SERVER_PAGE) for block in code(page, "python")]
-    examples = [block for block in blocks if "OpenAI(" in block]
-    assert len(examples) == 2
+    pages = (ROOT / "README.md", SERVER_PAGE, ANTHROPIC_PAGE)
+    blocks = [block for page in pages for block in code(page, "python")]
+    examples = [block for block in blocks if "OpenAI(" in block or "httpx" in block]
+    assert len(examples) == 3
     with running_server(ServerConfig(served_model_name=BUNDLED_MODEL.name)) as server:
         for example in examples:
             assert "http://127.0.0.1:8000" in example

@@ -26,6 +26,7 @@ from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
+from splitfuse.server.anthropic import endpoints as anthropic
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route, encode_json
@@ -143,6 +144,7 @@ _route = functools.partial(Route, dialect=OPENAI)
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
     *pooling.ROUTES,
+    *anthropic.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(

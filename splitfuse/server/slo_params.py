@@ -21,10 +21,11 @@ MIN_DEADLINE, MAX_DEADLINE = 0.001, 86400.0
 """Bounds of a deadline, in seconds."""
 
 _TARGET = Annotated[float, Meta(ge=MIN_TARGET, le=MAX_TARGET)]
-_DEADLINE = Annotated[
+Deadline = Annotated[
     float, Meta(ge=MIN_DEADLINE, le=MAX_DEADLINE, description="Seconds after which the request is given up")
 ]
-_ON_TIME_ONLY = Annotated[bool, Meta(description="If its SLO cannot be met: 429 at once, with the predicted wait")]
+OnTimeOnly = Annotated[bool, Meta(description="If its SLO cannot be met: 429 at once, with the predicted wait")]
+PriorityName = Literal["high", "normal", "low"]
 
 
 class TargetSeconds(Body, kw_only=True, frozen=True):
@@ -38,10 +39,10 @@ class TargetSeconds(Body, kw_only=True, frozen=True):
 class SloParams(Body, kw_only=True, frozen=True):
     """Holds the scheduling parameters of a body. null is a parameter left out."""
 
-    splitfuse_deadline: _DEADLINE | None = None
+    splitfuse_deadline: Deadline | None = None
     splitfuse_slo: TargetSeconds | None = None
-    splitfuse_on_time_only: _ON_TIME_ONLY | None = None
-    splitfuse_priority: Literal["high", "normal", "low"] | None = None
+    splitfuse_on_time_only: OnTimeOnly | None = None
+    splitfuse_priority: PriorityName | None = None
 
     def scheduling(self, owner: Owner, *, arrival_time: float, slo_enabled: bool) -> SchedulingOptions:
         """Return the options for the scheduler: the key's where the request has none of its own.

@@ -14,10 +14,19 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from splitfuse.config import ServerConfig
+from splitfuse.server.anthropic.conversation import OF_ROLE
 
 TIMEOUT = 120.0  # seconds for one call
-GENERATING = ("/v1/completions", "/v1/chat/completions")
-SHARE = {"/v1/completions": 4, "/v1/chat/completions": 4, "/tokenize": 2, "/detokenize": 2, "/v1/models/{model}": 1}
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/messages")
+SHARE = {
+    "/v1/completions": 4,
+    "/v1/chat/completions": 4,
+    "/v1/messages": 4,
+    "/v1/messages/count_tokens": 1,
+    "/tokenize": 2,
+    "/detokenize": 2,
+    "/v1/models/{model}": 1,
+}
 """Of all calls: the other routes take no parameters and are called a few times."""
 CONFORM = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 
@@ -70,7 +79,7 @@ def _call_one(
     @settings
     @hypothesis.given(operation.as_strategy(generation_mode=mode))
     def call(case: Any) -> None:
-        _be_brief(case.body)
+        _be_brief(case.body, operation.path)
         if mode is GenerationMode.POSITIVE:
             _mind_roles(case.body)
         answer = case.call(base_url=server.url, timeout=TIMEOUT)
@@ -80,20 +89,26 @@ def _call_one(
     call()
 
 
-def _be_brief(body: Any) -> None:
+def _be_brief(body: Any, path: str) -> None:
     """Valid requests may ask for more than is worth waiting for here."""
     if isinstance(body, dict):
         for name, most in (("n", 2), ("max_tokens", 6), ("max_completion_tokens", 6), ("min_tokens", 6)):
             if type(body.get(name)) in (int, float):  # 3.0 is an integer in JSON
                 body[name] = min(body[name], most)
-        if "messages" in body and body.get("max_tokens") is None:
+        if path == "/v1/chat/completions" and body.get("max_tokens") is None:
             body.setdefault("max_completion_tokens", 6)
 
 
 def _mind_roles(body: Any) -> None:
-    """What the document cannot say of messages: only an assistant's may have a refusal, or no content."""
+    """What the document cannot say of messages: what depends on their roles."""
     for message in body["messages"] if isinstance(body, dict) and isinstance(body.get("messages"), list) else ():
-        if message["role"] != "assistant":
+        role = message["role"]
+        if role != "assistant":
             message["content"] = message.get("content") or "Hi"
             for name in ("refusal", "reasoning", "reasoning_content"):
                 message.pop(name, None)
+        if role != "system":
+            message.pop("clear_at", None)
+        if "max_tokens" in body and isinstance(message["content"], list) and role in OF_ROLE:
+            known = [block for block in message["content"] if block["type"] in OF_ROLE[role]]
+            message["content"] = known or "Hi"

@@ -1,0 +1,1 @@
+"""Serves Anthropic's Messages API: request types, conversations, responses, endpoints."""
