@@ -14,6 +14,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
 from splitfuse.text.chat_formats.parser import MessageSource
+from splitfuse.text.reasoning import chat_reasoning
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -85,6 +86,7 @@ class PromptEncoder:
         self._tokenize = tokenizer.encode if sandbox is None else sandbox.encode
         self._sandbox = sandbox or Sandbox(tokenizer)
         self._compile = lru_cache(MAX_FORMS)(self._sandbox.compile)
+        self._tokenizer = tokenizer
         self._chat_format = tokenizer.chat_format
         self._reads_tools = False  # known of the template after the first request with tools
 
@@ -140,6 +142,9 @@ class PromptEncoder:
         message = None
         if options.reads_parts:
             message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:])
+            has_form, has_tools = params.structured_outputs is not None, bool(options.tools)
+            reasoning = chat_reasoning(self._tokenizer, message.prompt, has_form=has_form, has_tools=has_tools)
+            params = replace(params, reasoning=reasoning)
         return PreparedRequest(token_ids, params, continues=options.continue_final_message, message=message)
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:

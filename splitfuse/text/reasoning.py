@@ -8,7 +8,44 @@ from __future__ import annotations
 
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.errors import InvalidRequestError
+from splitfuse.text.chat_formats.formats import Channels
+from splitfuse.text.chat_formats.message import ReasoningDelta
+from splitfuse.text.chat_formats.parser import MessageParser
 from splitfuse.text.tokenizer import Tokenizer
+
+_CHANNELS = ("<|channel|>analysis<|message|>", "<|end|>")
+_ANSWERS = {
+    "<|end|>": "<|start|>assistant<|channel|>final<|message|>",
+    "</think>": "\n\n",
+}
+"""End of a thought -> what models write between it and the answer."""
+
+
+def chat_reasoning(
+    tokenizer: Tokenizer, prompt: str, *, max_tokens: int | None = None, has_form: bool = False, has_tools: bool = False
+) -> Reasoning | None:
+    """Return how an engine finds the thought in an answer to a conversation that ends with `prompt`; None if it cannot,
+    and nothing depends on it. Raises as `reasoning_params`, and for a budget with a model that has no known thoughts.
+    """
+    chat_format = tokenizer.chat_format
+    has_channels = isinstance(chat_format.calls, Channels)
+    if (texts := _CHANNELS if has_channels else chat_format.reasoning) is None:
+        if max_tokens is not None:
+            raise _refused(max_tokens, "it is not known how this model writes thoughts")
+        return None
+    open_text, close_text = texts
+    news = MessageParser(chat_format, prompt=prompt).feed("x")  # the beginning of an answer
+    answer = _ANSWERS.get(close_text, "")
+    return reasoning_params(
+        tokenizer,
+        open_text=open_text,
+        close_text=close_text,
+        is_open=any(isinstance(event, ReasoningDelta) for event in news),
+        reopens=has_channels,
+        max_tokens=max_tokens,
+        has_form=has_form,
+        answer_text="<|start|>assistant" if has_channels and has_tools else answer,
+    )
 
 
 def reasoning_params(
@@ -29,7 +66,8 @@ def reasoning_params(
     the answer must have a form. A thought that has used up its budget, `max_tokens`, is closed by `last_words` and
     `close_text`. `answer_text` follows one that was closed so, or any before an answer of a form.
 
-    Raises InvalidRequestError for a budget, or a form, with a model that has no tokens for these texts.
+    Raises InvalidRequestError for a budget with a model that has no tokens for these texts, and for a form if the
+    prompt has opened a thought.
 
     >>> reasoning_params(tokenizer, open_text="<think>", close_text="</think>", answer_text="\\n\\n", max_tokens=100)
     """
@@ -48,15 +86,18 @@ def reasoning_params(
             close_token_ids=closing,
             answer_token_ids=answer[len(end) :],
         )
-    if max_tokens is None and not has_form:
+    if max_tokens is None and not (has_form and is_open):  # one that is not open cannot be opened in any form
         return None
     text = close_text if has_start else open_text
-    problem = f"the model's tokenizer has no token of its own for {text.strip()!r}, by which a thought could be found"
+    raise _refused(max_tokens, f"the tokenizer has no token of its own for {text.strip()!r}")
+
+
+def _refused(max_tokens: int | None, problem: str) -> InvalidRequestError:
     if max_tokens is not None:
         message, parameter = f"a budget of {max_tokens} tokens for thoughts cannot be kept", "reasoning_max_tokens"
     else:
         message, parameter = "an answer after a thought cannot have a form", "structured_outputs"
-    raise InvalidRequestError(f"{message}: {problem}", parameter=parameter)
+    return InvalidRequestError(f"{message} with this model: {problem}", parameter=parameter)
 
 
 def _marker(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ import tokenizers
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.text.reasoning import reasoning_params
+from splitfuse.text.prompts import GREEDY, ChatOptions, PromptEncoder
+from splitfuse.text.reasoning import chat_reasoning, reasoning_params
 from splitfuse.text.tokenizer import Tokenizer
 
 MAKERS = (tiny_tokenizers.byte_level, tiny_tokenizers.byte_fallback, tiny_tokenizers.metaspace_unigram)
@@ -72,13 +73,45 @@ def test_a_marker_of_ordinary_tokens_is_refused_where_it_matters() -> None:
         with pytest.raises(InvalidRequestError, match=f"a budget of 7 tokens .*{named}") as refused:
             params(max_tokens=7)
         assert refused.value.parameter == "reasoning_max_tokens"
-        with pytest.raises(InvalidRequestError, match=f"cannot have a form: .*{named}") as refused:
-            params(has_form=True)
-        assert refused.value.parameter == "structured_outputs"
+        if is_open:
+            with pytest.raises(InvalidRequestError, match=f"cannot have a form .*{named}") as refused:
+                params(has_form=True)
+            assert refused.value.parameter == "structured_outputs"
+        else:  # the form itself keeps a thought from being opened
+            assert params(has_form=True) is None
     only_end = make(tiny_tokenizers.byte_level, "</think>")
     assert (
         reasoning_params(only_end, open_text="<think>", close_text="</think>", is_open=True, max_tokens=7) is not None
     )
+
+
+def test_a_chat_template_says_where_a_thought_opens() -> None:
+    template = "{{ messages[0].content }}<|im_start|>assistant\n{% if think %}<think>\n{% endif %}{# </think> #}"
+    backend = make(tiny_tokenizers.byte_level, "<think>", "</think>")._backend
+    encoder = PromptEncoder(Tokenizer(backend, chat_template=template))
+    for think in (False, True):
+        options = ChatOptions(variables={"think": think}, reads_parts=True)
+        reasoning = encoder.encode_chat("<think>", GREEDY, options).params.reasoning  # a user's changes nothing
+        assert reasoning is not None and reasoning.is_open is think and reasoning.max_tokens is None
+    plain = PromptEncoder(Tokenizer(backend, chat_template="{{ messages[0].content }}"))
+    assert plain.encode_chat("a", GREEDY, ChatOptions(reads_parts=True)).params.reasoning is None
+
+
+def test_a_budget_needs_a_model_whose_thoughts_are_known() -> None:
+    with pytest.raises(InvalidRequestError, match="not known how this model writes thoughts") as refused:
+        chat_reasoning(Tokenizer(tiny_tokenizers.byte_level()), "", max_tokens=5)
+    assert refused.value.parameter == "reasoning_max_tokens"
+
+
+def test_channels_close_a_thought_by_the_header_of_the_answer() -> None:
+    template = "<|start|>assistant{# <|channel|>analysis<|message|> #}"
+    tokenizer = Tokenizer(make(tiny_tokenizers.byte_level, *HARMONY)._backend, chat_template=template)
+    for prompt, is_open in (("<|start|>assistant", False), ("<|start|>assistant<|channel|>analysis<|message|>", True)):
+        found = chat_reasoning(tokenizer, prompt, max_tokens=3)
+        assert found is not None and found.is_open is is_open and found.reopens
+        assert tokenizer.decode(found.answer_token_ids) == "<|start|>assistant<|channel|>final<|message|>"
+        found = chat_reasoning(tokenizer, prompt, has_tools=True)
+        assert found is not None and tokenizer.decode(found.answer_token_ids) == "<|start|>assistant"
 
 
 @pytest.mark.extras
