@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat
+from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat, format_of
 from splitfuse.text.chat_formats.message import ArgumentsDelta, AssistantMessage, ContentDelta, Tool
 from splitfuse.text.chat_formats.parser import MessageParser
 
@@ -88,6 +88,11 @@ CALLS = {
     + '</invoke>\n<invoke name="clock">\n</invoke>\n</minimax:tool_call>',
     "gemma4": f'<|tool_call>call:get_weather{{city:<|"|>{CITY}<|"|>,days:30,hourly:true,limits:[1.5,-2],'
     "options:{a:{b:null}}}<tool_call|><|tool_call>call:clock{}<tool_call|>",
+    "phi4": f'<|tool_call|>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]<|/tool_call|>',
+    "nemotron": f'<TOOLCALL>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]</TOOLCALL>',
+    "seed": "<seed:tool_call>\n<function=get_weather>\n"
+    + tagged("<parameter=", ">", "</parameter>\n")
+    + "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=clock>\n</function>\n</seed:tool_call>",
     "granite": f'<|tool_call|>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock", "arguments": {{}}}}]',
 }
 HARMONY_CALLS = (
@@ -199,6 +204,7 @@ def test_plain_format_leaves_the_text_as_it_is() -> None:
         ("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n", "", "Hm.\n</think>\n\nHello"),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
         ("<|im_start|>assistant\n<think>\nBegun ", "Hm.", "Hello"),
+        ("<｜User｜>Hi<｜Assistant｜></think>", "", "Hm.\n</think>\n\nHello"),
         ("Unknown turn: <think>\n", "Hm.", "Hello"),
         ("Unknown turn: <think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
     ],
@@ -310,6 +316,7 @@ def test_json_or_a_list_without_marker_is_content(name: str, text: str) -> None:
         ("llama_json", f'{{"name": "get_weather", "parameters": {JSON}}}; {{"name": "clock", "parameters": {{}}}}'),
         ("llama_json", f'[{{"name": "get_weather", "parameters": {JSON}}}, {{"name": "clock"}}]'),
         ("llama_python", f"[{PYTHON}, clock()]"),
+        ("llama_python", f'{{"name": "get_weather", "parameters": {JSON}}}; {{"name": "clock", "parameters": {{}}}}'),
         ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]'),
         ("mistral", f"[TOOL_CALLS]get_weather{JSON}[TOOL_CALLS]clock[CALL_ID]abcdefghi[ARGS]{{}}"),
         ("hermes", f'<tool_call>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]</tool_call>'),
@@ -377,3 +384,44 @@ def test_ids_have_the_form_that_templates_read() -> None:
     assert ids == ["functions.get_weather:0", "functions.clock:1"]
     [call] = parse(with_thoughts("mistral"), "[TOOL_CALLS]clock[CALL_ID]abcdefghi[ARGS]{}").tool_calls
     assert call.call_id == "abcdefghi"
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "reasoning"),
+    [
+        ("{{ messages }}", "plain", None),
+        ("<think>{{ content.split('</think>') }}", "plain", THINK),
+        ('<tool_call>\\n{\\"name\\": <function-name>', "hermes", None),
+        ("<tool_call>\n<function=example>\n<parameter=a>\n</think>", "qwen_xml", THINK),
+        ("<seed:tool_call><function=f><parameter=x> </seed:think>", "seed", ("<seed:think>", "</seed:think>")),
+        ('Respond in the format {"name": function name, "parameters": dictionary', "llama_json", None),
+        ("<|python_tag|>", "llama_json", None),
+        ("<|python_start|> <|python_end|>", "llama_python", None),
+        ("<|tool_list_start|>", "lfm2", None),
+        ("<function_calls>", "olmo3", None),
+        ("[TOOL_CALLS]' + name + '[ARGS] [THINK][/THINK]", "mistral", ("[THINK]", "[/THINK]")),
+        ("[TOOL_CALLS] [", "mistral_list", None),
+        ("<|channel|>analysis<|message|>", "harmony", None),
+        ("<｜tool▁call▁begin｜>' + type + '<｜tool▁sep｜>' + name + '```json", "deepseek_v3", None),
+        ("<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>", "deepseek_v3_1", None),
+        ("{% set dsml_token = '｜DSML｜' %}<' + dsml_token + 'function_calls> tool_calls", "deepseek_v3_2", None),
+        ("{% set dsml_token = '｜DSML｜' %}<' + dsml_token + 'tool_calls>", "deepseek_v4", None),
+        ("<tool_call>f\n<arg_key>k</arg_key>", "glm", None),
+        ("<|tool_call_begin|>", "kimi_k2", None),
+        ("<minimax:tool_call>", "minimax", None),
+        (
+            "<|tool_call>call:f<tool_call|> <|channel>thought <channel|>",
+            "gemma4",
+            ("<|channel>thought\n", "<channel|>"),
+        ),
+        ("<|tool_call|>", "granite", None),
+        ("<|tool_call|> <|/tool_call|>", "phi4", None),
+        ("<TOOLCALL>[", "nemotron", None),
+    ],
+)
+def test_format_is_that_of_the_markers_in_the_template(
+    template: str, name: str, reasoning: tuple[str, str] | None
+) -> None:
+    chat_format = format_of(template, {})
+    assert (chat_format.name, chat_format.reasoning) == (name, reasoning)
+    assert all(marker.strip() == marker for marker in chat_format.markers)

@@ -260,28 +260,47 @@ _CALLS: dict[str, CallFormat] = {
     ),
     "gemma4": GemmaCalls(open="<|tool_call>", close="<tool_call|>"),
     "granite": JsonCalls(open="<|tool_call|>", separator=", ", is_list=True),
+    "phi4": JsonCalls(open="<|tool_call|>", close="<|/tool_call|>", separator=", ", is_list=True),
+    "nemotron": JsonCalls(open="<TOOLCALL>", close="</TOOLCALL>", separator=", ", is_list=True),
+    "seed": TaggedCalls(
+        open="<seed:tool_call>\n",
+        before="<function=",
+        after=">\n",
+        key=("<parameter=", ">"),
+        value=("",),
+        end="</parameter>\n",
+        end_of_call="</function>",
+        close="\n</seed:tool_call>",
+        separator="\n",
+    ),
 }
 
 _RECOGNIZED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>", "<|message|>")),
     ("gemma4", ("<|tool_call>", "<tool_call|>")),
-    ("deepseek_v4", ("｜DSML｜", "tool_calls")),
-    ("deepseek_v3_2", ("｜DSML｜",)),
+    ("deepseek_v3_2", ("｜DSML｜", "function_calls>")),
+    ("deepseek_v4", ("｜DSML｜",)),
     ("deepseek_v3", ("<｜tool▁call▁begin｜>", "```json")),
     ("deepseek_v3_1", ("<｜tool▁call▁begin｜>",)),
     ("kimi_k2", ("<|tool_call_begin|>",)),
     ("minimax", ("<minimax:tool_call>",)),
     ("glm", ("<arg_key>", "<tool_call>")),
+    ("seed", ("<seed:tool_call>",)),
     ("qwen_xml", ("<function=", "<parameter=", "<tool_call>")),
+    ("plain", ("<invoke name=", "<tool_call>")),  # MiniMax M3, whose arguments are nested tags
     ("hermes", ("<tool_call>",)),
     ("mistral", ("[TOOL_CALLS]", "[ARGS]")),
     ("mistral_list", ("[TOOL_CALLS]",)),
     ("lfm2", ("<|tool_call_start|>",)),
+    ("lfm2", ("<|tool_list_start|>",)),
+    ("lfm2", ("List of tools: [", "<|im_start|>")),
     ("olmo3", ("<function_calls>",)),
+    ("nemotron", ("<TOOLCALL>",)),
+    ("phi4", ("<|tool_call|>", "<|/tool_call|>")),
     ("granite", ("<|tool_call|>",)),
     ("llama_python", ("<|python_start|>",)),
     ("llama_json", ("<|python_tag|>",)),
-    ("llama_json", ('"parameters"', "<|eom_id|>")),
+    ("llama_json", ('{"name": function name, "parameters"',)),
 )
 """Names of formats with the markers that all are in a chat template, the more special ones first."""
 
@@ -302,10 +321,8 @@ CHAT_FORMATS = {name: ChatFormat(name=name, calls=calls) for name, calls in _CAL
 @functools.lru_cache(maxsize=64)
 def _format_of(template: str) -> ChatFormat:
     reasoning = next((pair for pair in _REASONING if pair[1] in template), None)
-    for name, markers in _RECOGNIZED:
-        if all(marker in template for marker in markers):
-            return replace(CHAT_FORMATS[name], reasoning=reasoning)
-    return replace(PLAIN, reasoning=reasoning)
+    found = (name for name, markers in _RECOGNIZED if all(marker in template for marker in markers))
+    return replace(CHAT_FORMATS.get(next(found, "plain"), PLAIN), reasoning=reasoning)
 
 
 def format_of(chat_template: str | None, special_tokens: Mapping[str, str]) -> ChatFormat:  # noqa: ARG001

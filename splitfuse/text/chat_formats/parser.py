@@ -84,7 +84,9 @@ class MessageParser:
         self._in_section = False
         self._swallows_close = False  # a call has ended the thought, whose end may still come
         self._steps = self._channels() if isinstance(chat_format.calls, Channels) else self._message()
+        self._reads_prompt = True
         self._feed(self._begun(prompt))
+        self._reads_prompt = False
         self._events.clear()
         self._content.held, self._num_calls = "", 0
 
@@ -155,8 +157,9 @@ class MessageParser:
                 return
             if marker == self._open and self._content.at_start:
                 yield from self._read_thought()
-            elif marker == self._close and self._swallows_close:
-                self._swallows_close = False
+            elif marker == self._close and (self._swallows_close or self._reads_prompt):
+                self._swallows_close = False  # templates that ask for no thought may write its end alone
+                self._content.touch()
             elif calls is None or not (yield from self._read_call(calls, marker)):
                 self._say(marker)
 
@@ -202,7 +205,7 @@ class MessageParser:
         """Read a call without a marker before it, of a tool that is there: other objects and lists are content."""
         source = self._source
         first = yield from source.peek()
-        if first not in (("[", "{") if isinstance(calls, JsonCalls) else ("[",)):
+        if first not in ("[", "{"):
             return False
         source.mark()
         if (yield from self._calls_of(calls, is_bare=True)):
@@ -221,8 +224,9 @@ class MessageParser:
                 is_call = yield from self._named(calls)
             case TaggedCalls():
                 is_call = yield from self._tagged(calls)
-            case PythonCalls():
-                is_call = yield from self._python(calls, is_bare)
+            case PythonCalls():  # the same models are also told to write JSON
+                is_json = (yield from self._source.skip_space()) == "{"
+                is_call = yield from self._objects(calls, is_bare) if is_json else self._python(calls, is_bare)
             case GemmaCalls():
                 is_call = yield from self._gemma(calls)
             case _:
@@ -291,6 +295,8 @@ class MessageParser:
                 self._begin(name)
                 has_begun = True
                 yield from self._arguments(calls, first)
+            elif is_bare and key not in ("arguments", "parameters", "type"):
+                return has_begun
             else:
                 text: list[str] = []
                 if not (yield from values.json_value(source, text.append)):
