@@ -74,6 +74,9 @@ class ModelConfig:
     )
     device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
+    lora: tuple[str, ...] = setting(
+        (), "LoRA adapter to load, as name=path of its folder or Hub name; requests choose it by name. May be repeated."
+    )
     max_model_len: int | None = setting(
         None, "Maximum number of prompt and output tokens of a request (default: the model's limit)."
     )
@@ -95,6 +98,9 @@ class ModelConfig:
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads must be at most {MAX_THREADS}, not {self.num_threads}")
         _at_least("max_model_len", self.max_model_len, 2)
+        names = [parse_adapter(each)[0] for each in self.lora]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ConfigError(f"lora gives the name {twice!r} to two adapters: each needs one of its own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +267,14 @@ class ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
         refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
         return _parse(cls, settings)
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """Return the name and the path of a LoRA adapter given as `name=path`. Raises ConfigError."""
+    name, equals, path = text.partition("=")
+    if not name.strip() or not equals or not path.strip():
+        raise ConfigError(f"lora must be name=path, such as sql=adapters/sql, not {text!r}")
+    return name.strip(), path.strip()
 
 
 def parse_seconds(name: str, text: str) -> float:

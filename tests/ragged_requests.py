@@ -11,6 +11,7 @@ from backends import poison
 from torch import Tensor
 
 from splitfuse.core.plan import ZERO_STATE, StateSlots
+from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
@@ -36,6 +37,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     state: int = ZERO_STATE
+    adapter: PackedAdapter | None = None
 
     @property
     def num_pending(self) -> int:
@@ -82,7 +84,8 @@ class Runner:
                 request.state = self.free_states.pop(self.rng.randrange(len(self.free_states)))
             state = StateSlots(read, request.state)
             chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length, state))
-        batch = build_batch(chunks, block_size=self.cache.block_size, device=self.decoder.device)
+        adapters = [request.adapter for request, _ in lengths]
+        batch = build_batch(chunks, block_size=self.cache.block_size, device=self.decoder.device, adapters=adapters)
         rows = self.decoder.logits(self.decoder.forward(batch, self.cache))
         self.free_states += left
         for (request, length), part in zip(lengths, rows.split([length for _, length in lengths]), strict=True):

@@ -59,7 +59,7 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
                 for layer in layers:
                     for w in layer:
                         x, y = inputs[w.columns].data_ptr(), outputs[w.rows].data_ptr()
-                        backend.library.linear(w.address, x, rows, None, None, y)
+                        backend.library.linear(w.address, x, rows, None, None, None, 0, y)
 
             operations = 2.0 * rows * sum(n * k for n, k in sizes) * copies
             timing = limits.compare(
@@ -231,7 +231,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
 
         def run(weight: Any = weight, x: Any = x, y: Any = y, backend: Any = backend, rows: int = rows) -> None:
             for _ in range(50):
-                backend.library.linear(weight.address, x.data_ptr(), rows, None, None, y.data_ptr())
+                backend.library.linear(weight.address, x.data_ptr(), rows, None, None, None, 0, y.data_ptr())
 
         operations = 50 * 2.0 * rows * 512 * 1024
         timing = Limits(backend).compare(run, num_bytes=0, operations=operations, int8=name != "bf16", turns=5)

@@ -115,7 +115,7 @@ def recurrent(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
             def run_products(products: Any = products) -> None:
                 for w, x, y in products:
-                    backend.library.linear(w.address, x.data_ptr(), len(x), None, None, y.data_ptr())
+                    backend.library.linear(w.address, x.data_ptr(), len(x), None, None, None, 0, y.data_ptr())
 
             # Products an element: what is added to it and what is read of it, of a delta net also what its key finds.
             operations = 2.0 * (2 + is_delta) * tokens * shape.heads * shape.elements

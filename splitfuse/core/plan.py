@@ -81,6 +81,7 @@ class SamplingState:
     output_token_ids: list[int] = field(default_factory=list)
     pooling: PoolingParams | None = None
     thought: Thought | None = None  # which these tokens are in; kept by the executor if the request has `reasoning`
+    adapter: str = ""  # digest of the LoRA adapter that it is computed with; empty: none
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     choice: int = 0
     scheduling: SchedulingOptions = DEFAULT_SCHEDULING
+    adapter: str = ""
+    """Digest of the LoRA adapter that it is computed with; empty: none. What depends on it is salted with it."""
     pooling: PoolingParams | None = None
     """Numbers that its last step gives in place of a token; `max_tokens` is 1 then."""
 
@@ -191,6 +193,7 @@ class Request:
         return SamplingState(
             *(self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice),
             pooling=self.pooling,
+            adapter=self.adapter,
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from llguidance import LLMatcher
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import RequestFinished
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
@@ -27,6 +27,7 @@ from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
+from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.loading import LoadedModel, load_model
@@ -82,6 +83,10 @@ class Engine:
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
         matchers = self._matchers = dict[str, Future[LLMatcher]]()
         self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
+        self.adapters: dict[str, str] = {}
+        """Digests of the LoRA adapters that new requests can have, by name."""
+        for name, path in map(parse_adapter, config.model.lora):
+            self.install_adapter(name, *model.load_adapter(path))
         self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
 
     @classmethod
@@ -135,27 +140,31 @@ class Engine:
         *,
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
         pooling: PoolingParams | None = None,
+        adapter: str = "",
     ) -> None:
-        """Check a request against `limits` and accept it: see `add`.
+        """Check a request against `limits` and accept it: see `add`. `adapter` is the digest of a LoRA adapter.
 
         Raises InvalidRequestError, and changes nothing, if the model or the cache cannot serve it.
         """
         self.limits.check(prompt_token_ids, params, pooling)
-        self.add(Add(request_id, tuple(prompt_token_ids), params, scheduling=scheduling, pooling=pooling))
+        prompt = tuple(prompt_token_ids)
+        self.add(Add(request_id, prompt, params, scheduling=scheduling, pooling=pooling, adapter=adapter))
 
     @guarded
     def add(self, request: Add) -> None:
         """Accept a request that was checked against `limits`; its output comes out of `step`. `params.n` is ignored:
         each choice is a request.
 
-        Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, SloUnattainableError if it has
-        `on_time_only` and cannot meet its SLO now. Then nothing is changed. A request whose grammar is not ready is
-        held until it is, and may be rejected by a step.
+        Raises InvalidRequestError if it has SLO targets and SLO scheduling is disabled, or if its adapter is not
+        loaded, SloUnattainableError if it has `on_time_only` and cannot meet its SLO now. Then nothing is changed. A
+        request whose grammar is not ready is held until it is, and may be rejected by a step.
         """
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(SLO_DISABLED, parameter="targets")
+        if request.adapter and request.adapter not in self.executor.adapters:
+            raise InvalidRequestError("the adapter of the request is not loaded any more", parameter="model")
         matcher = None
         if (form := params.structured_outputs) is not None:
             matcher = self.model.grammars.prepare(form)
@@ -173,6 +182,7 @@ class Engine:
             scheduling,
             targets=self._targets if scheduling.targets is None else scheduling.targets,
             arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
+            cache_salt=request.cache_salt,
         )
         self.scheduler.add(
             Request(
@@ -185,12 +195,44 @@ class Engine:
                 choice=request.choice,
                 scheduling=scheduling,
                 pooling=request.pooling,
+                adapter=request.adapter,
             ),
             now,
             sent_time=request.sent,
         )
         if matcher is not None:
             self._matchers[request.request_id] = matcher
+
+    def load_adapter(self, name: str, path: str) -> str:
+        """Load a LoRA adapter from a folder or the Hub, under a name that another one gives up, and return its digest:
+        requests choose it by that. What runs with the other goes on with it.
+
+        Raises AdapterError, ModelNotFoundError.
+        """
+        digest, adapter = self.model.load_adapter(path)
+        self.install_adapter(name, digest, adapter)
+        return digest
+
+    @guarded
+    def install_adapter(self, name: str, digest: str, adapter: PackedAdapter) -> None:
+        """Give requests an adapter that `LoadedModel.load_adapter` has returned."""
+        self.executor.adapters.setdefault(digest, adapter)
+        self.adapters[name] = digest
+        self._drop_adapters()
+
+    @guarded
+    def unload_adapter(self, name: str) -> None:
+        """Take a LoRA adapter from new requests. It stays until the last request that has it has ended."""
+        self.adapters.pop(name, None)
+        self._drop_adapters()
+
+    def _drop_adapters(self) -> None:
+        """Forget the adapters that have neither a name nor a request."""
+        queue = self.scheduler.queue
+        used = {request.adapter for request in (*queue.waiting, *queue.running)}
+        used |= {request.adapter for request, _ in self._held.values()}
+        for digest in self.executor.adapters.keys() - self.adapters.values() - used:
+            del self.executor.adapters[digest]
 
     @guarded
     def step(self, *, isolate: bool = False) -> list[RequestOutput]:
@@ -200,6 +242,8 @@ class Engine:
         ends only the requests that it belongs to, with a reason; it is raised after MAX_BROKEN_STEPS steps in a row of
         which nothing could be computed.
         """
+        if len(self.executor.adapters) > len(set(self.adapters.values())):
+            self._drop_adapters()
         ended = self._accept_held() if self._held else []
         plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
         if plan is None:

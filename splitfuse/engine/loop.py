@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine, rejection
-from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, EngineStats, Finish, Report, StepReport, Stop
-from splitfuse.errors import InvalidRequestError, SloUnattainableError
+from splitfuse.engine.messages import (
+    AdapterLoaded,
+    Add,
+    Alive,
+    Command,
+    EngineInfo,
+    EngineStats,
+    Finish,
+    LoadAdapter,
+    Report,
+    StepReport,
+    Stop,
+    UnloadAdapter,
+)
+from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
+from splitfuse.kernels.lora import PackedAdapter
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Hands an adapter from the thread that has read it to the loop."""
+
+    name: str
+    digest: str
+    adapter: PackedAdapter
 
 
 class EngineLoop:
@@ -23,7 +47,7 @@ class EngineLoop:
     """
 
     def __init__(self, engine: Engine, report: Callable[[Report], None]) -> None:
-        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command | _Loaded] = queue.SimpleQueue()
         self._engine = engine
         self._report = report
         self._stopped = False
@@ -42,6 +66,7 @@ class EngineLoop:
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             memory_plan=str(engine.model.plan),
             slo_enabled=engine.slo_enabled,
+            adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
         )
 
@@ -88,9 +113,27 @@ class EngineLoop:
                 case Finish():
                     if (output := self._engine.finish(command)) is not None:
                         outputs.append(output)
+                case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
+                    threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
+                case _Loaded():
+                    self._engine.install_adapter(command.name, command.digest, command.adapter)
+                    self._report(AdapterLoaded(command.name, command.digest))
+                case UnloadAdapter():
+                    self._engine.unload_adapter(command.name)
                 case Stop():
                     self._stopped = True
         return outputs
+
+    def _load_adapter(self, command: LoadAdapter) -> None:
+        try:
+            digest, adapter = self._engine.model.load_adapter(command.path)
+        except SplitfuseError as error:
+            self._report(AdapterLoaded(command.name, error=str(error)))
+        except Exception as error:
+            logger.exception("an adapter could not be loaded: %s", command.name)
+            self._report(AdapterLoaded(command.name, error=f"it could not be loaded: {error!r}"))
+        else:
+            self.commands.put(_Loaded(command.name, digest, adapter))
 
     def _count(self, step: StepRecord) -> None:
         plan, before = step.plan, self._stats

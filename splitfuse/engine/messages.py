@@ -31,6 +31,14 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Time at which it was sent, on the machine's monotonic clock."""
     pooling: PoolingParams | None = None
     """Numbers to give in place of tokens; `params` are NOTHING_GENERATED then."""
+    adapter: str = ""
+    """Digest of the LoRA adapter that the request is computed with; empty: none."""
+
+    @property
+    def cache_salt(self) -> str:
+        """Return the salt of its cached blocks: what an adapter has computed, no other request can use."""
+        salt = self.scheduling.cache_salt
+        return f"{salt}/{self.adapter}" if self.adapter else salt
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -43,11 +51,24 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     """Time at which the client finished it (monotonic clock); None: on receipt."""
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Loads a LoRA adapter from a folder, for requests that name its digest. One that had the name gives it up."""
+
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forgets an adapter once its last request has ended."""
+
+    name: str
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine, whatever is unfinished."""
 
 
-Command = Add | Finish | Stop
+Command = Add | Finish | LoadAdapter | UnloadAdapter | Stop
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -70,6 +91,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
     slo_enabled: bool = False
+    adapters: dict[str, str] = {}
+    """Digests of the LoRA adapters that are loaded from the start, by name."""
     fingerprint: str = ""
     """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
 
@@ -99,6 +122,14 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    """Reports that an adapter is loaded under a name, by its digest, or why it is not."""
+
+    name: str
+    digest: str = ""
+    error: str = ""
+
+
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Reports a few times a second that the process lives, whatever its engine does."""
 
@@ -115,7 +146,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Name of its class, if it is one of errors.py."""
 
 
-Report = Loading | EngineInfo | StepReport | Alive | Failed
+Report = Loading | EngineInfo | StepReport | AdapterLoaded | Alive | Failed
 
 encode: Callable[[Command | Report], bytes] = msgspec.msgpack.Encoder().encode
 """Function that returns a message as MessagePack."""

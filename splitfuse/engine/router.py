@@ -83,7 +83,7 @@ class Router(EngineClient):
         if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
             if self._namer is None:
                 self._namer = BlockNamer(self.info.limits.block_size, key=self._key)
-            self._namer.extend(names, request.prompt_token_ids, salt=request.scheduling.cache_salt)
+            self._namer.extend(names, request.prompt_token_ids, salt=request.cache_salt)
         return names
 
     def _load(self, index: int, names: Sequence[bytes]) -> ReplicaLoad | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from splitfuse.kernels.lora import StepAdapters
+
 
 class RaggedBatch:
     """Holds T tokens of S chunks, of which R need logits. Row i of every per-token tensor is the same token.
@@ -12,8 +14,18 @@ class RaggedBatch:
     device, and one address for kernels that take it whole. The tensors are views of it.
     """
 
-    def __init__(self, packed: Tensor, num_tokens: int, num_requests: int, table_width: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        num_tokens: int,
+        num_requests: int,
+        table_width: int,
+        num_rows: int,
+        adapters: StepAdapters | None = None,
+    ) -> None:
         """`table_width` is the most blocks of a chunk."""
+        self.adapters = adapters
+        """Adapters of rows; None: no row has one."""
         self.packed = packed
         self.num_tokens = num_tokens
         self.num_requests = num_requests

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.lora import Adapter, LoraRows, PackedAdapter
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
 
@@ -634,6 +635,12 @@ class Backend(ABC):
         """Return a backend like this one whose weights are kept in `quantization`: for plans, not for computing."""
         raise NotImplementedError(f"{self.capabilities.name} do not support quantization={quantization}")
 
+    @abstractmethod
+    def pack_adapter(self, adapter: Adapter, weights: NetworkWeights, dtype: torch.dtype) -> PackedAdapter:
+        """Return an adapter of a network with these weights, in the form that `linear`, `gated` and `activated` want.
+        `dtype` is what to compute in.
+        """
+
     def share_weights(self, sharing: WeightSharing, num_bytes: int) -> None:
         """Let `pack` put weights of `num_bytes` in all into shared memory, or find them there if it is filled. Only
         for a backend whose capabilities say `shares_weights`. Raises RuntimeError if there is no memory.
@@ -662,8 +669,10 @@ class Backend(ABC):
         """Return the norm of x [T, C] over its last dimension, in fp32 or wider; `weight` and `bias` are [C]."""
 
     @abstractmethod
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """Return `x @ weight.T + bias`: [T, K] -> [T, N]. Adds no residual: the decoder may sum over devices first."""
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
+        """Return `x @ weight.T + bias`: [T, K] -> [T, N], and what `lora` adds to rows that have adapters. Adds no
+        residual: the decoder may sum over devices first.
+        """
 
     @abstractmethod
     def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
@@ -672,13 +681,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
-        """Return `activation(linear(x, weight, bias))`: [T, K] -> [T, N]."""
+    def activated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
+        """Return `activation(linear(x, weight, bias, lora))`: [T, K] -> [T, N]."""
 
     @abstractmethod
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
-        """Return `activation(gate) * up`, where `linear(x, weight, bias)` is [gate, up]: x [T, K], weight [2I, K] ->
-        [T, I]. `activation` is a key of `reference.ACTIVATIONS` or of `reference.GATED_ACTIVATIONS`.
+    def gated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
+        """Return `activation(gate) * up`, where `linear(x, weight, bias, lora)` is [gate, up]: x [T, K], weight [2I, K]
+        -> [T, I]. `activation` is a key of `reference.ACTIVATIONS` or of `reference.GATED_ACTIVATIONS`.
         """
 
     @abstractmethod

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.interface import Capabilities, Role, Weight
-from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.lora import LoraRows
+from splitfuse.kernels.reference import ReferenceBackend, add_lora
 
 
 class OneDnnBackend(ReferenceBackend):
@@ -37,9 +38,9 @@ class OneDnnBackend(ReferenceBackend):
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.blocked, bias, "none", [], "")
-        return y
+        return add_lora(y, x, lora)
 
 
 class _Prepacked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from splitfuse.kernels.interface import (
     LayerWeights,
     MambaSpec,
     MlpSpec,
+    NetworkWeights,
     NormSpec,
     QueryScaling,
     RecurrentSpec,
@@ -32,6 +34,7 @@ from splitfuse.kernels.interface import (
     Weight,
     exact_argmax,
 )
+from splitfuse.kernels.lora import Adapter, LoraRows, LoraUpdate, PackedAdapter
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -119,18 +122,29 @@ class ReferenceBackend(Backend):
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _norm(x, spec, weight, bias)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def pack_adapter(self, adapter: Adapter, weights: NetworkWeights, dtype: torch.dtype) -> PackedAdapter:
+        def moved(update: LoraUpdate) -> LoraUpdate:
+            a, b = (tensor.to(weights.norm.device, _wide(dtype)) for tensor in (update.a, update.b))
+            return replace(update, a=a, b=b)
+
+        return [{target: [moved(each) for each in updates] for target, updates in layer.items()} for layer in adapter]
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
+        return add_lora(F.linear(x, weight, bias), x, lora)
 
     def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
         y: Tensor = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2))
         return y.transpose(0, 1)
 
-    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
-        return ACTIVATIONS[activation](self.linear(x, weight, bias))
+    def activated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
+        return ACTIVATIONS[activation](self.linear(x, weight, bias, lora))
 
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
-        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
+    def gated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
+        gate, up = self.linear(x, weight, bias, lora).chunk(2, dim=-1)
         return GATED_ACTIVATIONS[activation](gate, up)
 
     def rope_store(
@@ -260,6 +274,20 @@ class ReferenceBackend(Backend):
             outputs[pairs] = self.linear(inner, layer.w2[expert], biases[1])
         weighted = outputs.view(-1, k, x.shape[1]) * weights.to(_wide(x.dtype)).unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
+
+
+def add_lora(y: Tensor, x: Tensor, lora: LoraRows | None) -> Tensor:
+    """Return the product y [T, N] of x [T, K] with what adapters add to their rows."""
+    if lora is None:
+        return y
+    for number, adapter in enumerate(lora.step.adapters):
+        updates = adapter[lora.layer].get(lora.target, ())
+        rows = (lora.step.of_row == number).nonzero().squeeze(1)
+        for update in updates:
+            shrunk = F.linear(x[rows].to(update.a.dtype), update.a) * update.scale
+            columns = slice(update.first_row, update.first_row + len(update.b))
+            y[rows, columns] = (y[rows, columns] + F.linear(shrunk, update.b)).to(y.dtype)
+    return y
 
 
 def place_heads(

@@ -5,7 +5,9 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 
 from __future__ import annotations
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,14 @@ from splitfuse.kernels.interface import (
     Store,
     TokenInputSpec,
 )
+from splitfuse.kernels.lora import LoraRows
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.latent import compressed
 from splitfuse.models.rope import rope_table
 from splitfuse.models.spec import ModelSpec
+
+LoraOf: TypeAlias = Callable[[str], LoraRows | None]
+"""Function that returns what the adapters of a step add to a target of a layer."""
 
 
 class Decoder:
@@ -83,7 +89,7 @@ class Decoder:
             x = x + self.weights.positions[batch.positions + self.spec.position_offset]
         token_inputs = self._token_inputs(batch.ids, x)
         for number, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            x = self._layer(x, layer, weights, kv_cache.layers[number], batch)
+            x = self._layer(x, layer, weights, kv_cache.layers[number], batch, partial(_lora_rows, batch, number))
             if layer.token_input is not None:
                 x = self._with_token_input(x, token_inputs[:, number], layer.token_input, weights)
             if weights.output_scale is not None:
@@ -100,12 +106,14 @@ class Decoder:
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _layer(self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch) -> Tensor:
+    def _layer(
+        self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
+    ) -> Tensor:
         """Return the residual stream [T, C] after a layer."""
         norms, read = layer.norms, None
         if layer.mixer is not None:
             read = self._read(x, norms, weights.attn_norm, weights.attn_norm_bias)
-            mixed = self._mix(read, layer.mixer, weights, store, batch)
+            mixed = self._mix(read, layer.mixer, weights, store, batch, lora)
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
             x, before = _add(x, mixed, layer.residual_scale), x
@@ -114,7 +122,7 @@ class Decoder:
             if not (layer.parallel and layer.shared_norm):
                 read = self._read(source, norms, weights.mlp_norm, weights.mlp_norm_bias)
             assert read is not None
-            inner = mlp(read, layer.mlp, weights, self.backend, source)
+            inner = mlp(read, layer.mlp, weights, self.backend, source, lora)
             if norms.after:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
             x = _add(x, inner, layer.residual_scale)
@@ -137,10 +145,12 @@ class Decoder:
         out = self.backend.linear((gate * own).to(self.dtype), weights.token_out)
         return x + self._norm(out, weights.token_norm, None)
 
-    def _mix(self, x: Tensor, spec: Mixer, weights: LayerWeights, store: Store, batch: RaggedBatch) -> Tensor:
+    def _mix(
+        self, x: Tensor, spec: Mixer, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
+    ) -> Tensor:
         """Return what the mixer of a layer gives of hidden states as it reads them: [T, C] -> [T, C]."""
         if isinstance(spec, AttentionSpec):
-            return self._attention(x, spec, weights, store, batch)
+            return self._attention(x, spec, weights, store, batch, lora)
         projected = self.backend.linear(x, weights.in_proj, weights.in_proj_bias)
         if isinstance(spec, DeltaSpec | MambaSpec):
             gates = self.backend.linear(x, weights.gates, weights.gates_bias)
@@ -153,12 +163,12 @@ class Decoder:
         return self.backend.linear(mixed, weights.out_proj, weights.out_proj_bias)
 
     def _attention(
-        self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch
+        self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
     ) -> Tensor:
         """Return the attention of normed hidden states: [T, C] -> [T, C]."""
         backend = self.backend
         if spec.latent is None:
-            qkv = backend.linear(x, weights.qkv, weights.qkv_bias)
+            qkv = backend.linear(x, weights.qkv, weights.qkv_bias, lora("qkv"))
         else:
             qkv = compressed(x, spec, weights, backend)
         rope = None if spec.rope is None else self.ropes[spec.rope]
@@ -168,8 +178,8 @@ class Decoder:
             attended = backend.linear_heads(attended, weights.v_b)
         attended = attended.flatten(1)
         if spec.gate:
-            attended = attended * backend.activated(x, weights.attn_gate, None, "sigmoid")
-        return backend.linear(attended, weights.o, weights.o_bias)
+            attended = attended * backend.activated(x, weights.attn_gate, None, "sigmoid", lora("attn_gate"))
+        return backend.linear(attended, weights.o, weights.o_bias, lora("o"))
 
     def _read(self, x: Tensor, norms: NormPlace, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return what a block reads of the residual stream."""
@@ -180,11 +190,18 @@ class Decoder:
         return self.backend.norm(x, self.spec.norm, weight, bias)
 
 
-def mlp(x: Tensor, spec: MlpSpec | ExpertsSpec, weights: LayerWeights, backend: Backend, source: Tensor) -> Tensor:
+def mlp(
+    x: Tensor,
+    spec: MlpSpec | ExpertsSpec,
+    weights: LayerWeights,
+    backend: Backend,
+    source: Tensor,
+    lora: LoraOf = lambda _: None,
+) -> Tensor:
     """Return the MLP or the mixture of experts of x: [T, C] -> [T, C]. `source` is x before its norm."""
     if isinstance(spec, MlpSpec):
         assert weights.mlp is not None
-        return _dense(x, spec, weights.mlp, backend)
+        return _dense(x, spec, weights.mlp, backend, lora)
     routed, read = x, x
     if spec.own_norm is not None:
         routed = _own_norm(source, spec, weights.router_norm, backend)
@@ -223,12 +240,17 @@ def _experts(
     return reduce(torch.add, each.view(*ids.shape, -1).unbind(1))
 
 
-def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend) -> Tensor:
+def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend, lora: LoraOf = lambda _: None) -> Tensor:
     if spec.gated:
-        inner = backend.gated(x, weights.gate_up, weights.up_bias, spec.activation)
+        inner = backend.gated(x, weights.gate_up, weights.up_bias, spec.activation, lora("up"))
     else:
-        inner = backend.activated(x, weights.up, weights.up_bias, spec.activation)
-    return backend.linear(inner, weights.down, weights.down_bias)
+        inner = backend.activated(x, weights.up, weights.up_bias, spec.activation, lora("up"))
+    return backend.linear(inner, weights.down, weights.down_bias, lora("down"))
+
+
+def _lora_rows(batch: RaggedBatch, layer: int, target: str) -> LoraRows | None:
+    """Return what the adapters of a step add to a weight, if there are any."""
+    return None if batch.adapters is None else batch.adapters.at(layer, target)
 
 
 def _add(x: Tensor, branch: Tensor, scale: float) -> Tensor:

@@ -9,13 +9,21 @@ import torch
 
 from splitfuse.core.plan import ZERO_STATE, Chunk, StateSlots
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.lora import PackedAdapter, StepAdapters
 
 NO_STATE = StateSlots(ZERO_STATE, ZERO_STATE, ())
 
 
-def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.device) -> RaggedBatch:
+def build_batch(
+    chunks: Sequence[Chunk],
+    *,
+    block_size: int,
+    device: torch.device,
+    adapters: Sequence[PackedAdapter | None] = (),
+) -> RaggedBatch:
     """Return the batch of `chunks`, in their order; the last `num_logits` rows of each are in `logit_rows`. A chunk
     whose state is kept on the way is several in the batch, each of which reads what the one before has written.
+    `adapters` has the adapter of each chunk, or nothing if none has one.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -49,4 +57,18 @@ def build_batch(chunks: Sequence[Chunk], *, block_size: int, device: torch.devic
     packed = torch.frombuffer(array("i", [*ids, *positions, *slots, *per_request, *logit_rows]), dtype=torch.int32)
     if device.type != "cpu":
         packed = packed.to(device)
-    return RaggedBatch(packed, len(ids), len(seq_lens), width, len(logit_rows))
+    of_rows = _step_adapters(chunks, adapters, device) if any(each is not None for each in adapters) else None
+    return RaggedBatch(packed, len(ids), len(seq_lens), width, len(logit_rows), of_rows)
+
+
+def _step_adapters(
+    chunks: Sequence[Chunk], adapters: Sequence[PackedAdapter | None], device: torch.device
+) -> StepAdapters:
+    """Return which rows have which adapter."""
+    different: dict[int, PackedAdapter] = {id(each): each for each in adapters if each is not None}
+    numbers = {key: number for number, key in enumerate(different)}
+    of_row = array("i")
+    for chunk, adapter in zip(chunks, adapters, strict=True):
+        of_row.extend([numbers.get(id(adapter), -1)] * len(chunk.token_ids))
+    rows = torch.frombuffer(of_row, dtype=torch.int32)
+    return StepAdapters(tuple(different.values()), rows.to(device))

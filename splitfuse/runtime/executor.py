@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import RequestFailedError
+from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
@@ -49,6 +50,8 @@ class Executor:
     def __init__(self, decoder: Decoder, kv_cache: KVCache, grammars: Grammars) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self.adapters: dict[str, PackedAdapter] = {}
+        """LoRA adapters by digest; requests may have those that are here as long as they run."""
         self._grammars = grammars
         self._matchers: dict[str, LLMatcher] = {}  # of the requests with structured_outputs
         self._states: dict[str, SamplingState] = {}
@@ -72,7 +75,13 @@ class Executor:
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
-        batch = build_batch(chunks, block_size=self.kv_cache.block_size, device=self.decoder.device)
+        states = [self._states.get(chunk.request_id) for chunk in chunks] if self.adapters else []
+        batch = build_batch(
+            chunks,
+            block_size=self.kv_cache.block_size,
+            device=self.decoder.device,
+            adapters=[self.adapters[state.adapter] if state and state.adapter else None for state in states],
+        )
         return self.decoder.forward(batch, self.kv_cache)
 
     def _execute(self, plan: StepPlan) -> StepResult:

@@ -12,13 +12,15 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, ModelError, brief
 from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.lora import read_adapter, resolve_adapter
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
-from splitfuse.models.sources.hub import open_model
+from splitfuse.models.sources.hub import adapter_folder, open_model
 from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.storage import describe_kept, describe_quantization, may_be_quantized
@@ -27,6 +29,7 @@ from splitfuse.models.weights import (
     describe_aside,
     load_decoder,
     resolve_dtype,
+    stored_parameters,
     weight_bytes,
 )
 from splitfuse.runtime.backend_choice import choose_backend
@@ -50,6 +53,16 @@ class LoadedModel:
     decoder: Decoder
     fingerprint: str
     grammars: Grammars
+    weights: Callable[[], WeightSource]
+
+    def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
+        """Return the digest of the LoRA adapter in a folder or on the Hub, and the adapter as the backend keeps it.
+
+        Raises AdapterError, ModelNotFoundError.
+        """
+        files = read_adapter(adapter_folder(path))
+        adapter = resolve_adapter(files, self.spec, stored_parameters(self.weights(), self.spec))
+        return files.digest, self.decoder.backend.pack_adapter(adapter, self.decoder.weights, self.decoder.dtype)
 
     def make_executor(self) -> Executor:
         """Return an executor with a KV cache of its own, as large as planned: each engine makes one.
@@ -117,7 +130,8 @@ def load_model(
     name = fingerprint(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(_tokenizer_json, config, source), spec.vocab_size, ends)
-    return LoadedModel(source, spec, plan, ends, decoder, name, grammars)
+    open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
+    return LoadedModel(source, spec, plan, ends, decoder, name, grammars, open_weights)
 
 
 def _tokenizer_json(config: EngineConfig, source: ModelSource) -> str:

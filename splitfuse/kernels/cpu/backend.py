@@ -21,6 +21,7 @@ from splitfuse.kernels.cpu.bindings import (
     Delta,
     Heads,
     Library,
+    Lora,
     Mamba,
     Mixture,
     Norm,
@@ -37,6 +38,7 @@ from splitfuse.kernels.cpu.bindings import (
     projected_heads,
     vector_address,
 )
+from splitfuse.kernels.cpu.lora import PackedLora, place_of, step_lora
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
@@ -61,12 +63,14 @@ from splitfuse.kernels.interface import (
     MlpSpec,
     Network,
     NetworkPlan,
+    NetworkWeights,
     NormSpec,
     RecurrentSpec,
     Role,
     RopeTable,
     RouterSpec,
 )
+from splitfuse.kernels.lora import Adapter, LoraRows
 from splitfuse.kernels.quantized import (
     Fp8Format,
     Fp8Quantized,
@@ -300,6 +304,10 @@ class CpuBackend(Backend):
     def _weight_bytes(self, weight: Weight) -> int:
         return int(self.library.weight_bytes(weight.address))
 
+    def pack_adapter(self, adapter: Adapter, weights: NetworkWeights, dtype: torch.dtype) -> PackedLora:
+        del dtype
+        return PackedLora(adapter, weights)
+
     def quantized(self, quantization: str) -> CpuBackend:
         return CpuBackend(variant=self.variant, num_threads=1, quantization=quantization, group_size=self.group_size)
 
@@ -341,12 +349,15 @@ class CpuBackend(Backend):
         self.library.norm(x.data_ptr(), rows, columns, norm.address, out.data_ptr())
         return out
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
         check(x, torch.bfloat16)
         assert x.shape[1] == weight.columns and not weight.gated
         out = torch.empty(len(x), weight.rows)
-        bias_address = vector_address(bias, weight.rows)
-        self.library.linear(weight.address, x.data_ptr(), len(x), bias_address, None, out.data_ptr())
+        bias_address, (adapters, place) = vector_address(bias, weight.rows), _lora(lora, len(x))
+        self.library.linear(
+            *(weight.address, x.data_ptr(), len(x), bias_address, None),
+            *(None if adapters is None else adapters.address, place, out.data_ptr()),
+        )
         return out
 
     def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
@@ -356,20 +367,29 @@ class CpuBackend(Backend):
         self.library.linear_heads(weight.address, weight.num_heads, x.data_ptr(), len(x), out.data_ptr())
         return out
 
-    def activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+    def activated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
         assert not weight.gated
-        return self._activated(x, weight, bias, activation, weight.rows)
+        return self._activated(x, weight, bias, activation, weight.rows, lora)
 
-    def gated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str) -> Tensor:
+    def gated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
         assert weight.gated
-        return self._activated(x, weight, bias, activation, weight.rows // 2)
+        return self._activated(x, weight, bias, activation, weight.rows // 2, lora)
 
-    def _activated(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, columns: int) -> Tensor:
+    def _activated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, columns: int, lora: LoraRows | None
+    ) -> Tensor:
         check(x, torch.bfloat16)
         assert x.shape[1] == weight.columns
         out = torch.empty(len(x), columns, dtype=torch.bfloat16)
-        bias_address, function = vector_address(bias, weight.rows), ACTIVATIONS[activation]
-        self.library.activated(weight.address, x.data_ptr(), len(x), bias_address, function, out.data_ptr())
+        bias_address, (adapters, place) = vector_address(bias, weight.rows), _lora(lora, len(x))
+        self.library.activated(
+            *(weight.address, x.data_ptr(), len(x), bias_address, ACTIVATIONS[activation]),
+            *(None if adapters is None else adapters.address, place, out.data_ptr()),
+        )
         return out
 
     def rope_store(
@@ -479,3 +499,11 @@ class CpuBackend(Backend):
         if (reason := uncovered(plan)) is not None:
             raise UnsupportedModelError(f"the C++ kernels do not compute {reason}: set kernels=reference")
         return FusedNetwork(self.library, plan)
+
+
+def _lora(lora: LoraRows | None, num_tokens: int) -> tuple[Lora | None, int]:
+    """Return the adapters of a step, and the place of the weight that they change."""
+    if lora is None:
+        return None, 0
+    assert all(-1 <= number < len(lora.step.adapters) for number in lora.step.of_row.tolist())
+    return step_lora(lora.step, num_tokens), place_of(lora.layer, lora.target)

@@ -63,6 +63,7 @@ BROKEN_RULES = {
     6: "a token id outside the vocabulary",
     7: "a logit row outside the step",
     8: "a state slot that does not exist",
+    9: "a row with an adapter that is not there",
 }
 """Rules of csrc/cpu.cpp that a step can break, by number."""
 
@@ -180,6 +181,19 @@ class States(Struct):
         return self.memory.nbytes
 
 
+class LoraWeight(Struct):
+    """Describes what an adapter adds to one weight; without ranks, nothing."""
+
+    _fields_ = [*_fields(c_void_p, "a", "scales", "vectors", "b"), ("rank", c_int64)]
+
+
+class Lora(Struct):
+    """Describes the adapters of a step, and keeps alive what it points to."""
+
+    kept: tuple[Any, ...]
+    _fields_ = [*_fields(c_void_p, "of_row", "tables"), *_fields(c_int64, "num_adapters", "most_ranks")]
+
+
 class Step(Struct):
     """Points to the arrays of a step; null where an operation does not need one."""
 
@@ -187,7 +201,7 @@ class Step(Struct):
     _fields_ = [
         *_fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
         *_fields(c_void_p, "ids", "positions", "slots", "query_start", "seq_lens"),
-        *_fields(c_void_p, "state_reads", "state_writes", "tables", "rows"),
+        *_fields(c_void_p, "state_reads", "state_writes", "tables", "rows", "lora"),
     ]
 
     @classmethod
@@ -622,9 +636,9 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "mamba_floats": ([c_void_p], c_int64),
     "pack": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
     "pack_stored": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64], None),
-    "linear": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
+    "linear": ([*[c_void_p] * 3, c_int64, *[c_void_p] * 3, c_int64, c_void_p], c_int32),
     "linear_heads": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p], c_int32),
-    "activated": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_void_p], c_int32),
+    "activated": ([*[c_void_p] * 3, c_int64, c_void_p, c_int32, c_void_p, c_int64, c_void_p], c_int32),
     "norm": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),
     "embed": ([c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p], None),
     "rope_store": ([c_void_p] * 6, None),

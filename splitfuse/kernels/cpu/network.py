@@ -33,6 +33,7 @@ from splitfuse.kernels.cpu.bindings import (
     projected_heads,
     vector_address,
 )
+from splitfuse.kernels.cpu.lora import step_lora
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ExpertsSpec,
@@ -171,7 +172,9 @@ class FusedNetwork:
         check(batch.packed, torch.int32)
         *addresses, end = accumulate((4 * size for size in batch.sizes), initial=batch.packed.data_ptr())
         assert end == batch.packed.data_ptr() + batch.packed.nbytes
-        arrays = Step(batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows, *addresses)
+        lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
+        sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
+        arrays = Step(*sizes, *addresses, None if lora is None else lora.address)
         store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
         assert isinstance(store, Store | None) and isinstance(states, States | None)
         arrays.check(

@@ -18,6 +18,7 @@ from splitfuse.models.sources.source import SMALL_FILES, ModelSource, listing
 BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
 
 GGUF_SUFFIX = ".gguf"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a folder that cannot be written, or not further."""
 
@@ -65,6 +66,19 @@ def open_model(
     if weights and not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
         _fetch(model, path.name, shard_names(path))  # of the same commit, whose folder has its name
     return ModelFolder(path)
+
+
+def adapter_folder(adapter: str) -> Path:
+    """Return the folder of a LoRA adapter, by its path or Hub name; of the Hub only what is read is fetched.
+
+    Raises ModelNotFoundError if there is neither.
+    """
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        return path
+    if adapter.startswith((".", "/", "~")) or adapter.endswith("/") or "\\" in adapter or adapter.count("/") != 1:
+        raise ModelNotFoundError(f"there is no folder {adapter} with an adapter")
+    return _fetch(adapter, None, ADAPTER_FILES)
 
 
 def _open_file(path: Path) -> ModelSource:

@@ -44,6 +44,8 @@ SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_positi
     }
     if (step->ids && sf_check_ids(step->ids, step->tokens, vocabulary)) return 6;
     if (step->rows && sf_check_ids(step->rows, step->num_rows, step->tokens)) return 7;
+    for (std::int32_t t = 0; t < step->tokens && step->lora; ++t)
+        if (step->lora->of_row[t] < -1 || step->lora->of_row[t] >= step->lora->num_adapters) return 9;
     if (!step->query_start) return 0;
     if (step->query_start[0] != 0 || step->query_start[step->requests] != step->tokens) return 3;
     for (std::int32_t s = 0; s < step->requests; ++s) {

@@ -50,6 +50,25 @@ struct States {
     std::int64_t slot_floats;
 };
 
+// What an adapter adds to a weight [N, K] of rank R: scales * (x a), times b. In the order of the weight's panels, b lies in
+// vectors of 16 columns, each of which has only the ranks that change it.
+struct LoraWeight {
+    const std::uint16_t* a;        // [R, K]
+    const float* scales;           // [R]
+    const std::int64_t* vectors;   // [vectors][3]: the first rank, how many, and the row of b where they begin
+    const std::uint16_t* b;        // [..][16]
+    std::int64_t rank;             // R; 0: the weight stays as it is
+};
+
+// The adapters of a step. A table has all weights of an adapter, LORA_TARGETS of each layer.
+struct Lora {
+    const std::int32_t* of_row;           // [T], -1: none
+    const LoraWeight* const* tables;      // [num_adapters]
+    std::int64_t num_adapters;
+    std::int64_t most_ranks;              // of all weights
+};
+enum LoraTarget : std::int32_t { LORA_QKV = 0, LORA_GATE = 1, LORA_O = 2, LORA_UP = 3, LORA_DOWN = 4, LORA_TARGETS = 5 };
+
 // One step: T tokens of S requests, whose hidden states are wanted in R rows. The arrays are those of RaggedBatch; a kernel
 // that does not need one may be given null.
 struct Step {
@@ -66,6 +85,7 @@ struct Step {
     const std::int32_t* state_writes; // [S]
     const std::int32_t* tables;       // [S, table_width]
     const std::int32_t* rows;         // [R]
+    const Lora* lora;                 // or null: no row has an adapter
 };
 
 // A norm of vectors, RMS or layer norm; without a weight there is none.

@@ -10,11 +10,14 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// Packs what the first product of a block reads of x, the residual stream.
-SF_INLINE Operand pack_read(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const Norm& norm) {
+// Packs what the first product of a block reads of x, the residual stream, for weights that adapters may change.
+SF_INLINE Operand pack_read(Team& team, Workspace& work, const Weight& w, const float* x, i64 rows, const Norm& norm,
+                            const Adapted& adapted = {}, const Adapted& other = {}) {
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
     return pack_activations(team, w, rows, work.memory(team.rank), [&](i64 row) {
         read_row(x + row * w.columns, w.columns, norm, row_buffer);
+        if (adapted.lora) shrink_row(adapted, row, row_buffer, w.columns);
+        if (other.lora) shrink_row(other, row, row_buffer, w.columns);
         return row_buffer;
     });
 }
@@ -114,8 +117,8 @@ inline void reserve_latent(Workspace& work, const Layer& layer, i64 tokens) {
     work.reserve_operand(*l.q_b, tokens);
 }
 
-// Computes a layer's attention of x, the residual stream.
-inline void attention_block(Team& team, Workspace& work, const Step& step, const Layer& layer, const float* x, Output out) {
+// Computes a layer's attention of x, the residual stream. `place` is that of the layer in the tables of adapters.
+inline void attention_block(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, const float* x, Output out) {
     const Layout kv(layer.store);
     const i64 tokens = step.tokens, num_heads = layer.heads.num_heads, width = num_heads * kv.value_dim;
     const Memory memory = work.memory(team.rank);
@@ -124,7 +127,10 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     Output qkv, gate;
     qkv.y = reinterpret_cast<float*>(work.qkv.data());
     qkv.bias = layer.qkv_bias;
-    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm);
+    qkv.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_QKV);
+    if (layer.attn_gate) gate.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_GATE, 1);
+    out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_O);
+    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, gate.adapted);
     if (layer.latent.k_b) {
         place_latent(team, work, step, layer, operand, queries);
     } else {
@@ -145,6 +151,7 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
         u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
         operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
             multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
+            if (out.adapted.lora) shrink_row(out.adapted, row, row_buffer, width);
             return row_buffer;
         });
         return multiply(team, operand, *layer.o, out);
@@ -212,9 +219,10 @@ inline void reserve_recurrent_block(Workspace& work, const Step& step, const Rec
     else reserve_delta(work, r.delta);
 }
 
-// Computes an MLP of rows that are packed.
-inline void mlp_block(Team& team, Workspace& work, const Mlp& mlp, const Operand& operand, Output out) {
+// Computes an MLP of rows that are packed; `adapted` is what adapters add to `up`.
+inline void mlp_block(Team& team, Workspace& work, const Mlp& mlp, const Operand& operand, Output out, const Adapted& adapted = {}) {
     Output inner;
+    inner.adapted = adapted;
     inner.activated = reinterpret_cast<u16*>(work.gated.data());
     inner.bias = mlp.up_bias;
     inner.activation = mlp.activation;
@@ -338,14 +346,16 @@ inline void reserve_token_input(Workspace& work, const TokenInput& t, i64 tokens
     work.reserve_rows(t.gate->rows);
 }
 
-// Computes a layer: adds to x, the residual stream, what its blocks give. `input` is the layer's own, if it has one.
-inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 hidden, const float* input, i64 stride, float* x) {
+// Computes a layer: adds to x, the residual stream, what its blocks give. `input` is the layer's own, if it has one; `place` is
+// that of the layer in the tables of adapters.
+inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, i64 hidden, const float* input,
+                      i64 stride, float* x) {
     const i64 tokens = step.tokens;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
     if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
     if (layer.qkv || layer.recurrent.in_proj) {
         const Output out = block_output(work, layer, layer.post_attn_norm, x);
-        if (layer.qkv) attention_block(team, work, step, layer, x, out);
+        if (layer.qkv) attention_block(team, work, step, layer, place, x, out);
         else recurrent_block(team, work, step, layer, x, out);
         if (layer.post_attn_norm.weight) add_branch(team, work, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
     }
@@ -354,10 +364,16 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
         experts_block(team, work, layer, tokens, x);
         if (branches_off(layer)) add_branch(team, work, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     } else if (layer.mlp.up) {
+        const Adapted adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_UP);
         Operand operand = layer.parallel
-            ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) { return normed + row * hidden; })
-            : pack_read(team, work, *layer.mlp.up, x, tokens, layer.mlp_norm);
-        mlp_block(team, work, layer.mlp, operand, block_output(work, layer, layer.post_mlp_norm, x));
+            ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) {
+                if (adapted.lora) shrink_row(adapted, row, normed + row * hidden, hidden);
+                return normed + row * hidden;
+            })
+            : pack_read(team, work, *layer.mlp.up, x, tokens, layer.mlp_norm, adapted);
+        Output out = block_output(work, layer, layer.post_mlp_norm, x);
+        out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_DOWN);
+        mlp_block(team, work, layer.mlp, operand, out, adapted);
         if (layer.post_mlp_norm.weight) add_branch(team, work, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     }
     if (layer.token_input.gate) token_input_block(team, work, layer.token_input, input, stride, tokens, x);
@@ -427,6 +443,7 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     work.begin_step();
     work.hidden.reserve(step.tokens * hidden * 4);
     work.reserve_rows(hidden);
+    work.reserve_lora(step.lora, step.tokens);
     for (i64 i = 0; i < network.num_layers; ++i) reserve_layer(work, step, network.layers[i], hidden);
     if (network.token_inputs) reserve_token_inputs(work, network, step.tokens);
     float* x = reinterpret_cast<float*>(work.hidden.data());
@@ -436,7 +453,7 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
         if (network.token_inputs) token_inputs(team, work, step, network, x);
         for (i64 i = 0; i < network.num_layers; ++i) {
             const float* input = reinterpret_cast<const float*>(work.token_inputs.data()) + i * network.token_input_size;
-            run_layer(team, work, step, network.layers[i], hidden, input, network.num_layers * network.token_input_size, x);
+            run_layer(team, work, step, network.layers[i], i * LORA_TARGETS, hidden, input, network.num_layers * network.token_input_size, x);
         }
         team.split(step.num_rows, [&](i64 begin, i64 end) {
             for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);

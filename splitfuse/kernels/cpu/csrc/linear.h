@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "lora.h"
 #include "weights.h"
 
 namespace splitfuse {
@@ -170,6 +171,8 @@ struct Output {
     float scale = 1.0f;
     i32 activation = SILU;
     const i32* rows = nullptr;       // row of y for each row of x; null: the same
+    Adapted adapted{};               // what adapters add to x w
+    i64 first_panel = 0;             // of a part, in the whole weight
 };
 
 SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column, i64 width) {
@@ -230,6 +233,13 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
             Floats scale = broadcast(x.scales[begin + r]);
             left = left * scale;
             right = right * scale;
+        }
+        if (out.adapted.lora) {
+            if (const LoraWeight* added = out.adapted.of(begin + r)) {
+                const float* shrunk = out.adapted.row(begin + r);
+                left = left + expand(*added, shrunk, 2 * (out.first_panel + panel));
+                right = right + expand(*added, shrunk, 2 * (out.first_panel + panel) + 1);
+            }
         }
         i64 row = out.rows ? out.rows[begin + r] : begin + r;
         if (w.gated) {
@@ -416,6 +426,7 @@ inline void multiply(Team& team, const Operand& x, const Weight& w, const Output
         else of_part.y += rows;
         if (out.bias) of_part.bias += rows;
         if (out.residual) of_part.residual += rows;
+        of_part.first_panel += shape_of(w.parts[i]).panels;
     }
 }
 
@@ -443,7 +454,11 @@ SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const 
 }
 
 inline void linear(Team& team, const u16* x, i64 rows, const Weight& w, const Memory& memory, const Output& out) {
-    Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; });
+    Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) {
+        const u16* values = x + row * w.columns;
+        if (out.adapted.lora) shrink_row(out.adapted, row, values, w.columns);
+        return values;
+    });
     multiply(team, operand, w, out);
 }
 

@@ -51,14 +51,19 @@ SF_EXPORT(void, pack_stored)(Workspace* work, const Weight* w, const Stored* sto
     parallel(work->num_threads, [&](Team& team) { pack_stored(team, *w, *stored, first, count); });
 }
 
-SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual, float* y) {
+SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual,
+                       const Lora* lora, i64 place, float* y) {
     return guarded([&] {
         work->reserve_operand(*w, rows);
-        Output out;
-        out.y = y;
-        out.bias = bias;
-        out.residual = residual;
-        parallel(work->num_threads, [&](Team& team) { linear(team, x, rows, *w, work->memory(team.rank), out); });
+        work->reserve_lora(lora, rows);
+        parallel(work->num_threads, [&](Team& team) {
+            Output out;
+            out.y = y;
+            out.bias = bias;
+            out.residual = residual;
+            out.adapted = work->adapted(team.rank, lora, rows, place);
+            linear(team, x, rows, *w, work->memory(team.rank), out);
+        });
     });
 }
 
@@ -72,14 +77,19 @@ SF_EXPORT(i32, linear_heads)(Workspace* work, const Weight* w, i64 heads, const 
     });
 }
 
-SF_EXPORT(i32, activated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation, u16* y) {
+SF_EXPORT(i32, activated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation,
+                          const Lora* lora, i64 place, u16* y) {
     return guarded([&] {
         work->reserve_operand(*w, rows);
-        Output out;
-        out.activated = y;
-        out.bias = bias;
-        out.activation = activation;
-        parallel(work->num_threads, [&](Team& team) { linear(team, x, rows, *w, work->memory(team.rank), out); });
+        work->reserve_lora(lora, rows);
+        parallel(work->num_threads, [&](Team& team) {
+            Output out;
+            out.activated = y;
+            out.bias = bias;
+            out.activation = activation;
+            out.adapted = work->adapted(team.rank, lora, rows, place);
+            linear(team, x, rows, *w, work->memory(team.rank), out);
+        });
     });
 }
 

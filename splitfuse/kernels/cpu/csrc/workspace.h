@@ -50,7 +50,7 @@ struct HeadItems {
 };
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile, sums, state; };  // of one thread
+    struct Own { Buffer operand, row, tile, sums, state, shrunk; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
@@ -58,6 +58,7 @@ struct Workspace {
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_values;  // of latent attention
     Buffer queries_keys, gated_heads;  // of Mamba
+    Buffer shrunk;           // of adapters
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<HeadItems> items;  // the first `num_items` are of this step
@@ -78,6 +79,18 @@ struct Workspace {
     }
     void reserve_rows(i64 columns) {
         for (Own& each : own) each.row.reserve(columns * 2);
+    }
+    void reserve_lora(const Lora* lora, i64 rows) {
+        if (!lora) return;
+        shrunk.reserve(rows * 2 * lora->most_ranks * 4);
+        for (Own& each : own) each.shrunk.reserve(2 * lora->most_ranks * 4);
+    }
+    // Returns the adapters of a step at a weight. Two weights of one x have halves of the buffer of their own; a single row
+    // is shrunk by each thread for itself, as it is packed.
+    Adapted adapted(int rank, const Lora* lora, i64 rows, i64 place, int half = 0) const {
+        if (!lora) return {};
+        u8* buffer = rows == 1 ? own[rank].shrunk.data() : shrunk.data();
+        return {lora, place, reinterpret_cast<float*>(buffer) + half * lora->most_ranks, 2 * lora->most_ranks};
     }
     void begin_step() { num_items = 0; }
     HeadItems* find_items(const Heads& heads, const Store& store) {

@@ -1,0 +1,117 @@
+"""Packs adapters for C++: see csrc/lora.h."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_void_p
+
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.cpu.bindings import Lora, LoraWeight, Weight, check, int32
+from splitfuse.kernels.interface import LayerWeights, NetworkWeights
+from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
+
+LANES = 16  # columns of a vector; a panel has two
+
+
+class PackedLora:
+    """Keeps an adapter as a table of its weights, LoraWeight [layers, targets]."""
+
+    def __init__(self, adapter: Adapter, weights: NetworkWeights) -> None:
+        self.table = (LoraWeight * (len(adapter) * len(TARGETS)))()
+        self.most_ranks = 1
+        self._tensors: list[tuple[Tensor, ...]] = []
+        for layer, (updates, layer_weights) in enumerate(zip(adapter, weights.layers, strict=True)):
+            for target, each in updates.items():
+                entry = self.table[layer * len(TARGETS) + TARGETS.index(target)]
+                self._set(entry, each, _weight(layer_weights, target))
+
+    def _set(self, entry: LoraWeight, updates: Sequence[LoraUpdate], weight: Weight) -> None:
+        for update in updates:
+            assert update.a.shape == (update.b.shape[1], weight.columns)
+            assert update.first_row + len(update.b) <= weight.rows
+        a = torch.cat([update.a for update in updates]).to(torch.bfloat16).contiguous()
+        scales = torch.cat([torch.full((len(update.a),), update.scale) for update in updates])
+        vectors, b = _in_vectors(updates, _panel_rows(weight))
+        tensors = (a, scales, vectors, b)
+        for tensor, dtype in zip(tensors, (torch.bfloat16, torch.float32, torch.int64, torch.bfloat16), strict=True):
+            check(tensor, dtype)
+        self._tensors.append(tensors)
+        entry.a, entry.scales, entry.vectors, entry.b = (tensor.data_ptr() for tensor in tensors)
+        entry.rank = len(a)
+        self.most_ranks = max(self.most_ranks, len(a))
+
+
+def _weight(layer: LayerWeights, target: str) -> Weight:
+    """Return the packed weight of a target."""
+    if target in ("up", "down"):
+        assert layer.mlp is not None
+        weight = layer.mlp.down if target == "down" else layer.mlp.gate_up or layer.mlp.up
+    else:
+        weight = getattr(layer, target)
+    assert isinstance(weight, Weight)
+    return weight
+
+
+def _panel_rows(weight: Weight) -> Tensor:
+    """Return the row of a weight at each column of its panels, in their order; -1 where a panel is not full."""
+    if weight.gated:
+        half = _filled(0, weight.rows // 2, LANES).view(-1, 1, LANES)
+        return torch.cat((half, torch.where(half < 0, half, half + weight.rows // 2)), dim=1).flatten()
+    if not weight.parts:
+        return _filled(0, weight.rows, 2 * LANES)
+    parts = ctypes.cast(weight.parts, ctypes.POINTER(Weight))
+    found, first = [], 0
+    for number in range(weight.num_parts):
+        found.append(_filled(first, parts[number].rows, 2 * LANES))
+        first += parts[number].rows
+    return torch.cat(found)
+
+
+def _filled(first: int, count: int, multiple: int) -> Tensor:
+    """Return `count` numbers from `first` on, filled up with -1 to a multiple."""
+    rows = torch.full((-(-count // multiple) * multiple,), -1)
+    rows[:count] = torch.arange(first, first + count)
+    return rows
+
+
+def _in_vectors(updates: Sequence[LoraUpdate], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each vector of 16 columns its first rank, how many it has and where they begin in b; and b."""
+    num_ranks, num_vectors = sum(len(update.a) for update in updates), len(rows) // LANES
+    whole = torch.zeros(num_ranks, len(rows), dtype=torch.bfloat16)
+    firsts, ends = torch.full((num_vectors,), num_ranks), torch.zeros(num_vectors, dtype=torch.int64)
+    rank = 0
+    for update in updates:
+        last, end = update.first_row + len(update.b), rank + len(update.a)
+        columns = ((rows >= update.first_row) & (rows < last)).nonzero().squeeze(1)
+        whole[rank:end, columns] = update.b[rows[columns] - update.first_row].T.to(torch.bfloat16)
+        touched = torch.zeros(num_vectors, dtype=torch.bool)
+        touched[columns // LANES] = True
+        firsts[touched] = firsts[touched].clamp(max=rank)
+        ends[touched] = ends[touched].clamp(min=end)
+        rank = end
+    firsts = torch.minimum(firsts, ends)
+    ranks = torch.arange(num_ranks)
+    kept = (ranks >= firsts.unsqueeze(1)) & (ranks < ends.unsqueeze(1))  # [vectors, ranks]
+    counts = ends - firsts
+    begins = counts.cumsum(0) - counts
+    b = whole.view(num_ranks, num_vectors, LANES).transpose(0, 1)[kept].contiguous()
+    return torch.stack((firsts, counts, begins), dim=1).contiguous(), b
+
+
+def step_lora(step: StepAdapters, num_tokens: int) -> Lora:
+    """Return the adapters of a step of `num_tokens` rows."""
+    of_row = int32(step.of_row)
+    assert of_row.shape == (num_tokens,) and all(isinstance(each, PackedLora) for each in step.adapters)
+    tables = (c_void_p * len(step.adapters))(*(ctypes.addressof(each.table) for each in step.adapters))
+    most_ranks = max(each.most_ranks for each in step.adapters)
+    lora = Lora(of_row.data_ptr(), ctypes.addressof(tables), len(step.adapters), most_ranks)
+    lora.kept = (of_row, tables, step)
+    return lora
+
+
+def place_of(layer: int, target: str) -> int:
+    """Return the place of a weight in the table of an adapter."""
+    return layer * len(TARGETS) + TARGETS.index(target)
