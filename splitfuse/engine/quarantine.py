@@ -99,4 +99,6 @@ class Quarantine:
 def _digest(request: Add) -> bytes:
     # Mappings in the order of their keys.
     params = msgspec.to_builtins(request.params, str_keys=True, order="deterministic")
-    return hashlib.blake2b(_encode((request.prompt_token_ids, params, request.pooling)), digest_size=16).digest()
+    return hashlib.blake2b(
+        _encode((request.prompt_token_ids, params, request.pooling, request.adapter)), digest_size=16
+    ).digest()
