@@ -23,6 +23,8 @@ from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.machine import GIB, anonymous_bytes
 from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, ReasoningDelta
+from splitfuse.text.chat_options import CHAT_KEYWORDS, take_chat_options
 from splitfuse.text.generation import Generation
 from splitfuse.text.generator import TextGenerator
 from splitfuse.text.kwargs import (
@@ -137,19 +139,24 @@ class Pipeline:
         the model's chat template. `max_length` bounds the tokens of prompt and answer together; without it and
         `max_new_tokens`, at most 1024 tokens are generated, or what the model leaves. `do_sample` False is greedy; left
         out, random choices follow from temperature, top_p, top_k or min_p. With `return_full_text`, the answer begins
-        with the prompt. Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
+        with the prompt. The keywords `tools`, `reasoning_effort` and the like (CHAT_KEYWORDS in text/chat_options.py)
+        need `chat`. Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
         """
-        refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS})
+        refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *CHAT_KEYWORDS, *OTHER_KEYWORDS})
         check_flags(chat=chat, return_full_text=return_full_text)
-        params = self._encoder.compile(sampling_params(**keywords))
+        options = take_chat_options(keywords, chat)
+        params = self._encoder.compile(sampling_params(**keywords), options)
         listed = as_list(prompts, chat)
         prepared = []
         for index, prompt in enumerate(listed):
             try:
-                encode = self._encoder.encode_chat if chat else self._encoder.encode
-                request = encode(prompt, params, max_model_len=self.engine.max_model_len)
+                most = self.engine.max_model_len
+                if chat:
+                    request = self._encoder.encode_chat(prompt, params, options, max_model_len=most)
+                else:
+                    request = self._encoder.encode(prompt, params, max_model_len=most)
                 with spelled_as_keywords():
-                    resolved = resolve_max_tokens(params, len(request.token_ids), self.engine.max_model_len, max_length)
+                    resolved = resolve_max_tokens(request.params, len(request.token_ids), most, max_length)
                     request = replace(request, params=resolved, return_full_text=return_full_text)
                     request.check(self.engine.limits)
             except InvalidRequestError as error:
@@ -184,11 +191,12 @@ class Pipeline:
                 generations += self.generator.add(request, index=index)
             with tqdm(total=len(generations), disable=not progress, unit="answer", file=sys.stderr) as bar:
                 for generation, text in self.generator.stream(generations):
-                    response = None
+                    new, response = _new(generation, text), None
                     if generation.finish_reason is not None:
                         bar.update()
                         response = self._response(generation)
-                    yield Piece(generation.index, generation.choice, text, response)
+                    if new.content or new.reasoning or response is not None:
+                        yield Piece(generation.index, generation.choice, new.content, response, new.reasoning)
         finally:
             for generation in generations:
                 self.generator.abort(generation)
@@ -197,8 +205,11 @@ class Pipeline:
         assert generation.finish_reason is not None
         request, params = generation.request, generation.request.params
         before = self.tokenizer.decode(request.token_ids) if request.return_full_text else ""
+        message = AssistantMessage(generation.text) if request.message is None else generation.message
         return Response(
-            generated_text=before + generation.text,
+            generated_text=before + message.content,
+            reasoning=message.reasoning,
+            tool_calls=message.tool_calls,
             prompt_length=len(request.token_ids),
             generated_length=len(generation.token_ids),
             finish_reason=generation.finish_reason,
@@ -212,6 +223,13 @@ class Pipeline:
             num_cached_tokens=generation.num_cached_tokens,
             error=generation.error,
         )
+
+
+def _new(generation: Generation, text: str) -> AssistantMessage:
+    """Return what new text adds to the parts of an answer."""
+    if generation.request.message is None:
+        return AssistantMessage(text)
+    return AssistantMessage.of(e for e in generation.read(text) if isinstance(e, ContentDelta | ReasoningDelta))
 
 
 def _print_plan(plan: MemoryPlan) -> None:

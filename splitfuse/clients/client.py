@@ -156,8 +156,9 @@ class AsyncClient:
                 async for part in parts:
                     usage = part.get("usage") or usage
                     for choice in part["choices"]:
-                        if (text := choices[choice["index"]].push(choice)) and stream:
-                            yield Piece(request.index, choice["index"], text)
+                        new = choices[choice["index"]].push(choice)
+                        if stream and (new.content or new.reasoning):
+                            yield Piece(request.index, choice["index"], new.content, reasoning=new.reasoning)
             responses = [choice.response(usage) for choice in choices.values()]
         except RequestFailedError as error:
             responses = [choice.failed(error) for choice in choices.values()]

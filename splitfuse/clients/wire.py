@@ -25,6 +25,8 @@ from splitfuse.errors import (
     ServerError,
     SplitfuseError,
 )
+from splitfuse.text.chat_formats.message import AssistantMessage, ToolCall, ToolChoice
+from splitfuse.text.chat_options import CHAT, CHAT_KEYWORDS, ChatOptions, take_chat_options
 from splitfuse.text.kwargs import (
     SAMPLING_KEYWORDS,
     as_list,
@@ -38,7 +40,7 @@ from splitfuse.text.kwargs import (
 )
 from splitfuse.text.responses import Response, TextLogprob
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
 """Keywords of a call that are not sampling parameters."""
 OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs", "structured_outputs")
@@ -58,16 +60,27 @@ class RemoteRequest:
     prefix: str = ""
     """Text that a response has before the generated one."""
     deadline: float | None = None
+    chat: ChatOptions = CHAT
+    """Options of a chat, with tools that may be called."""
 
     @property
     def path(self) -> str:
         """Return the route that answers it."""
-        return CHAT if self.is_chat else COMPLETIONS
+        return CHAT_PATH if self.is_chat else COMPLETIONS_PATH
 
     @property
     def prompt_body(self) -> dict[str, Any]:
         """Return the part of a body that has the prompt: that of a request to /tokenize has no other."""
-        return {"messages" if self.is_chat else "prompt": self.prompt}
+        if not self.is_chat:
+            return {"prompt": self.prompt}
+        fields = {
+            "messages": self.prompt,
+            "tools": [tool.as_dict() for tool in self.chat.tools],
+            "reasoning_effort": self.chat.reasoning_effort,
+            "verbosity": self.chat.verbosity,
+            "chat_template_kwargs": self.chat.variables,
+        }
+        return {name: value for name, value in fields.items() if value}
 
     @property
     def counts_logprobs(self) -> bool:
@@ -96,11 +109,22 @@ class RemoteRequest:
         if params.logprobs is not None or self.counts_logprobs:
             count = params.logprobs or 0
             body |= {"logprobs": True, "top_logprobs": count} if self.is_chat else {"logprobs": count}
+        if self.chat.tools:
+            body |= {
+                "tool_choice": _choice(self.chat.tool_choice),
+                "parallel_tool_calls": self.chat.parallel_tool_calls,
+            }
+        if self.chat.max_reasoning_tokens is not None:
+            body["reasoning_max_tokens"] = self.chat.max_reasoning_tokens
         if self.deadline is not None:
             body["splitfuse_deadline"] = self.deadline
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return body
+
+
+def _choice(choice: ToolChoice) -> str | dict[str, Any]:
+    return choice.mode if choice.name is None else {"type": "function", "function": {"name": choice.name}}
 
 
 def prepare(
@@ -113,10 +137,11 @@ def prepare(
     **keywords: Any,
 ) -> list[RemoteRequest]:
     """Return the requests of a call, one for each prompt. Raises InvalidRequestError for what cannot be honoured."""
-    refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
+    refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *CHAT_KEYWORDS, *OTHER_KEYWORDS} - {"prompt_logprobs"})
     check_flags(chat=chat, return_full_text=return_full_text)
     if max_length is not None:
         check_max_length(max_length)
+    options = take_chat_options(keywords, chat)
     params = sampling_params(**keywords)
     requests = []
     for index, prompt in enumerate(as_list(prompts, chat)):
@@ -128,7 +153,7 @@ def prepare(
         if chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         prefix = prompt if return_full_text else ""
-        requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline))
+        requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline, options))
     return requests
 
 
@@ -142,18 +167,32 @@ class PartialResponse:
     request: RemoteRequest
     choice: int
     text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     logprobs: list[TextLogprob] = field(default_factory=list)
 
-    def push(self, choice: Mapping[str, Any]) -> str:
-        """Take in a choice of an answer, whole or in part, and return its new text."""
-        message = choice.get("delta") or choice.get("message")
-        text = choice.get("text", "") if message is None else message.get("content") or ""
-        self.text += text
+    def push(self, choice: Mapping[str, Any]) -> AssistantMessage:
+        """Take in a choice of an answer, whole or in part, and return its new text and thought."""
+        message = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+        new = AssistantMessage(message.get("content") or "", message.get("reasoning") or "")
+        self.text += new.content
+        self.reasoning += new.reasoning
+        for call in message.get("tool_calls") or ():
+            self._push_call(call)
         self.logprobs += _logprobs(choice.get("logprobs"), self.request.params.logprobs or 0)
-        if choice.get("finish_reason") is not None:
-            self.finish_reason = FinishReason(choice["finish_reason"])
-        return str(text)
+        if (reason := choice.get("finish_reason")) is not None:
+            self.finish_reason = FinishReason.STOP if reason == "tool_calls" else FinishReason(reason)
+        return new
+
+    def _push_call(self, call: Mapping[str, Any]) -> None:
+        """Take in a call, or what is added to the arguments of the last one."""
+        function = call["function"]
+        if "id" in call:
+            self.tool_calls.append(ToolCall(call["id"], function["name"], function["arguments"]))
+        else:
+            last = self.tool_calls[call["index"]]
+            self.tool_calls[call["index"]] = replace(last, arguments=last.arguments + function["arguments"])
 
     def failed(self, error: RequestFailedError) -> Response:
         """Return the response as far as it had come when the request failed."""
@@ -173,6 +212,8 @@ class PartialResponse:
             finish_reason=self.finish_reason,
             index=self.request.index,
             choice=self.choice,
+            reasoning=self.reasoning,
+            tool_calls=tuple(self.tool_calls),
             logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
             num_cached_tokens=details.get("cached_tokens") or 0,
         )

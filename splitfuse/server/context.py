@@ -39,6 +39,8 @@ class TokenCounts(NamedTuple):
     generated: int
     cached: int
     """Tokens of the prompts which every choice found in the prefix cache."""
+    reasoning: int | None = None
+    """Tokens of thoughts, if the model's can be told apart."""
 
 
 class RequestContext:
@@ -99,10 +101,12 @@ class RequestContext:
         cached: dict[int, int] = {}
         for g in self.generations:
             cached[g.index] = min(g.num_cached_tokens, cached.get(g.index, g.num_cached_tokens))
+        thinking = [g for g in self.generations if g.request.params.reasoning is not None]
         return TokenCounts(
             prompt=sum(len(g.request.token_ids) for g in self.generations if g.choice == 0),
             generated=sum(g.num_computed_tokens for g in self.generations) if self.shows_output else 0,
             cached=sum(cached.values()),
+            reasoning=sum(g.num_reasoning_tokens for g in thinking) if thinking else None,
         )
 
     @property

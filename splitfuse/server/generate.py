@@ -25,9 +25,10 @@ from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.explain import Timing, timing_with_phases
 from splitfuse.server.state import AppState
 from splitfuse.text.chat_formats.message import MessageEvent
+from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
 from splitfuse.text.kwargs import clamp_max_tokens
-from splitfuse.text.prompts import CHAT, ChatOptions, Message, PreparedRequest
+from splitfuse.text.prompts import Message, PreparedRequest
 from splitfuse.text.service import TextService
 
 MANY_LOGPROBS = 4096
@@ -73,17 +74,15 @@ class GenerationRequest:
 
     async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
-        if self.chat.tools and self.chat.tool_choice.mode == "required":
-            message = "a call cannot be required: send tool_choice auto"
-            raise InvalidRequestError(message, parameter="tool_choice")
-        with form_named(self.form_name):
-            params = await service.compile(self.params)
+        with form_named(self.form_name or "tool_choice"):
+            params = await service.compile(self.params, self.chat)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
             if self.messages is None:
                 encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
             else:
-                encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
+                with form_named(self.form_name or "tool_choice"):
+                    encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:

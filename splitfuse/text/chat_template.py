@@ -14,7 +14,7 @@ from datetime import datetime
 from enum import Enum, auto
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -39,6 +39,17 @@ def check_syntax(source: str) -> None:
         if len(source) > MAX_TEMPLATE:
             raise ValueError(f"it has {len(source)} characters; at most {MAX_TEMPLATE} are read")
         _environment().parse(source)
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """Return the names of the variables that a template reads. Raises TokenizerError as `check_syntax`.
+
+    >>> variables_of("{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}")
+    frozenset({'enable_thinking'})
+    """
+    with _compiling():
+        environment = _environment()
+        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
 
 
 class ChatTemplate:

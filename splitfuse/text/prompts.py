@@ -5,18 +5,22 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from splitfuse.core.limits import EngineLimits, prompt_too_long
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
-from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
+from splitfuse.text.chat_formats.grammar import call_grammar
 from splitfuse.text.chat_formats.parser import MessageSource
+from splitfuse.text.chat_options import CHAT as CHAT
+from splitfuse.text.chat_options import ChatOptions as ChatOptions
 from splitfuse.text.reasoning import chat_reasoning
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
+from splitfuse.text.variables import template_variables
 
 GREEDY = SamplingParams()
 
@@ -30,27 +34,6 @@ MAX_FORMS = 64
 """Number of forms of answers whose grammars are kept for further requests."""
 
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """Says how the chat template renders a conversation."""
-
-    add_generation_prompt: bool = True
-    """Flag that begins the assistant's turn."""
-    continue_final_message: bool = False
-    """Flag that leaves the last message open, for the answer to continue it."""
-    variables: Mapping[str, Any] | None = None
-    """Template's own switches, such as `{"enable_thinking": False}`."""
-    tools: tuple[Tool, ...] = ()
-    tool_choice: ToolChoice = AUTO
-    parallel_tool_calls: bool = True
-    """Flag of an answer that may have several calls."""
-    reads_parts: bool = False
-    """Flag that reads thoughts and calls in the answer, which otherwise is a text."""
-
-
-CHAT = ChatOptions()
 
 
 @dataclass(frozen=True)
@@ -142,14 +125,27 @@ class PromptEncoder:
         message = None
         if options.reads_parts:
             message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:])
-            has_form, has_tools = params.structured_outputs is not None, bool(options.tools)
-            reasoning = chat_reasoning(self._tokenizer, message.prompt, has_form=has_form, has_tools=has_tools)
+            reasoning = chat_reasoning(
+                self._tokenizer,
+                message.prompt,
+                max_tokens=options.max_reasoning_tokens,
+                has_form=params.structured_outputs is not None,
+                has_tools=bool(options.tools),
+            )
             params = replace(params, reasoning=reasoning)
         return PreparedRequest(token_ids, params, continues=options.continue_final_message, message=message)
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Return the text of a conversation. Raises InvalidRequestError for tools that the template passes over."""
         adds, variables = options.add_generation_prompt, options.variables
+        if options.reasoning_effort is not None or options.verbosity is not None:
+            variables = template_variables(
+                variables,
+                effort=options.reasoning_effort,
+                verbosity=options.verbosity,
+                known=self._tokenizer.template_variables,
+                thinks=self._chat_format.thinks,
+            )
         tools = [tool.as_dict() for tool in options.tools]
         text = self._sandbox.render(messages, add_generation_prompt=adds, variables=variables, tools=tools or None)
         if tools and not self._reads_tools:
@@ -159,14 +155,35 @@ class PromptEncoder:
             self._reads_tools = True
         return text
 
-    def compile(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters with the grammar of their structured_outputs, if they have any. Raises
-        InvalidRequestError for a form that cannot be enforced.
+    def compile(self, params: SamplingParams, options: ChatOptions = CHAT) -> SamplingParams:
+        """Return the parameters with the grammar of their structured_outputs, or of the calls that `options` require.
+        Raises InvalidRequestError for a form that cannot be enforced, and for both.
         """
-        form = params.structured_outputs
+        form = self._calls(options)
+        if form is None:
+            form = params.structured_outputs
+        elif params.structured_outputs is not None:
+            message = "structured_outputs and tool_choice both say which form the answer must have: leave one out"
+            raise InvalidRequestError(message, parameter="structured_outputs")
         if form is None or form.compiled:
             return params
         return replace(params, structured_outputs=self._compile(form))
+
+    def _calls(self, options: ChatOptions) -> StructuredOutputs | None:
+        """Return the form of an answer that must call tools."""
+        if options.tool_choice.mode != "required":
+            return None
+        return call_grammar(
+            self._chat_format,
+            options.tools,
+            options.tool_choice,
+            parallel=options.parallel_tool_calls,
+            special_tokens=self._marker_ids,
+        )
+
+    @cached_property
+    def _marker_ids(self) -> dict[str, int]:
+        return self._tokenizer.marker_ids(self._chat_format.markers)
 
     def _encode_text(self, text: str, add_special_tokens: bool, max_model_len: int | None) -> tuple[int, ...]:
         if max_model_len is not None and len(text) > LONG * max_model_len:

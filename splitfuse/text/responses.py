@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason
+from splitfuse.text.chat_formats.message import ToolCall
 
 
 @dataclass
@@ -72,6 +73,10 @@ class Response:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """Log-probabilities, one for each prompt token but the first, if they were asked for."""
     timings: Timings = field(default_factory=Timings)
+    reasoning: str = ""
+    """Thought before the answer to a chat, which is not part of `generated_text`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls in the answer to a chat with tools; `arguments` of each are JSON, which is cut off where the answer is."""
     stop_string: str | None = None
     """Stop string that ended the answer, where the model ran in this process."""
     num_cached_tokens: int = 0
@@ -91,6 +96,8 @@ class Piece:
     choice: int
     text: str
     response: Response | None = None
+    reasoning: str = ""
+    """New text of the thought before the answer to a chat."""
 
 
 def in_order(pieces: Iterable[Piece]) -> list[Response]:

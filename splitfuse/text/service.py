@@ -20,9 +20,10 @@ from splitfuse.engine.client import EngineClient
 from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.text.aiter import merged
+from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
 from splitfuse.text.memory import give_back_memory
-from splitfuse.text.prompts import CHAT, GREEDY, ChatOptions, Message, PreparedRequest, PromptEncoder
+from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
 from splitfuse.text.sandbox import Sandbox, StoppedError
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -127,14 +128,14 @@ class TextService:
         except TokenizerError as error:  # the template's fault or the messages': others may work
             raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
 
-    async def compile(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters with the grammar of their structured_outputs, if they have any. Raises
-        InvalidRequestError for a form that cannot be enforced.
+    async def compile(self, params: SamplingParams, options: ChatOptions = CHAT) -> SamplingParams:
+        """Return the parameters with the grammar of their structured_outputs, or of the calls that `options` require.
+        Raises InvalidRequestError for a form that cannot be enforced.
         """
-        if params.structured_outputs is None:
+        if params.structured_outputs is None and options.tool_choice.mode != "required":
             return params
         lane = self._grammars
-        return await lane.run(lambda: lane.encoder.compile(params))
+        return await lane.run(lambda: lane.encoder.compile(params, options))
 
     async def _run(self, lane: _Lane, work: Callable[[PromptEncoder], _Result]) -> _Result:
         """Return the result of `work` in a lane. What takes long among the short texts is done again in the other lane:

@@ -26,7 +26,7 @@ from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_formats.formats import ChatFormat, format_of
-from splitfuse.text.chat_template import check_syntax
+from splitfuse.text.chat_template import check_syntax, variables_of
 
 _logger = logging.getLogger(__name__)
 
@@ -163,6 +163,11 @@ class Tokenizer:
             for text, token_id in ids.items()
             if token_id in added and (token_id in self._special_ids or (text[0] == "<" and text[-1] == ">"))
         }
+
+    @functools.cached_property
+    def template_variables(self) -> frozenset[str]:
+        """Return the names of the variables that the chat template reads."""
+        return frozenset() if self.chat_template is None else variables_of(self.chat_template)
 
     def hidden_ids(self, shown: Iterable[str]) -> frozenset[int]:
         """Return the special tokens but for those which the texts `shown` are."""

@@ -93,6 +93,12 @@ def tools_of(value: object) -> tuple[Tool, ...]:
     return tools
 
 
+def chosen_tools(tools: Sequence[Tool], choice: ToolChoice) -> tuple[Tool, ...]:
+    """Return the tools that an answer may call. Raises InvalidRequestError as `check_choice`."""
+    check_choice(tools, choice)
+    return () if choice.mode == "none" else tuple(tools)
+
+
 def choice_of(value: object) -> ToolChoice:
     """Return the choice that none, auto, required or the name of a tool means. Raises InvalidRequestError for others.
 

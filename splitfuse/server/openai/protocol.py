@@ -21,8 +21,9 @@ from splitfuse.server.openai.structured import StructuredFields
 from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tools, tool_options
 from splitfuse.server.sampling import sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
-from splitfuse.text.prompts import ChatOptions
+from splitfuse.text.chat_options import ChatOptions
 from splitfuse.text.tools import MAX_TOOLS, name_results
+from splitfuse.text.variables import EFFORTS, VERBOSITIES
 
 OF_VLLM: Mapping[str, list[Any]] = {
     "include_stop_str_in_output": [False],
@@ -31,6 +32,8 @@ OF_VLLM: Mapping[str, list[Any]] = {
     "use_beam_search": [False],
 }
 """Parameters of vLLM's API that are not supported, with the values that request nothing."""
+EffortField = Annotated[str, Meta(extra_json_schema={"enum": list(EFFORTS)})]
+VerbosityField = Annotated[str, Meta(extra_json_schema={"enum": list(VERBOSITIES)})]
 DEFAULT_MAX_TOKENS = 16
 """Value of a completion's max_tokens that is left out, as OpenAI's."""
 
@@ -299,10 +302,8 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     moderation=[],
     prediction=[],
     prompt_cache_retention=["in_memory", "in-memory"],
-    reasoning_effort=["none"],
     service_tier=["auto", "default"],
     store=[False],
-    verbosity=["medium"],
     web_search_options=[],
     **OF_VLLM,
 )
@@ -314,10 +315,8 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         "function_call": "functions are called by tools, with a tool_choice",
         "functions": "they are called by tools of the type function",
         "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
-        "reasoning_effort": "how long a model reasons is not controlled",
         "service_tier": "there is one tier, in which splitfuse_priority orders requests",
         "store": "answers are not kept",
-        "verbosity": "the messages can say how long answers should be",
     }
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
@@ -334,6 +333,12 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     continue_final_message: Annotated[bool, Meta(description="Continues the last message")] | None = None
     tools: Tools | None = None
     tool_choice: ToolChoiceField | None = None
+    reasoning_effort: EffortField | None = None
+    verbosity: VerbosityField | None = None
+    reasoning_max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Closes a longer thought")] | None = None
+    thinking_token_budget: (
+        Annotated[int, Meta(ge=0, le=MAX_INT, description="Another name of reasoning_max_tokens")] | None
+    ) = None
     include_reasoning: Annotated[bool, Meta(description="Adds the thought to the answer; left out: true")] | None = None
     parallel_tool_calls: Annotated[bool, Meta(description="Allows several calls; left out: true")] | None = None
     metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
@@ -348,19 +353,14 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
 
     def content(self) -> dict[str, Any]:
         """See GenerateBody."""
+        budget = _one_of(self, "reasoning_max_tokens", "thinking_token_budget")
         parallel = self.parallel_tool_calls is not False
-        chat = replace(chat_options(self), parallel_tool_calls=parallel, reads_parts=True)
+        chat = replace(chat_options(self), parallel_tool_calls=parallel, reads_parts=True, max_reasoning_tokens=budget)
         return {"messages": plain_messages(self.messages), "chat": chat}
 
     def params(self) -> SamplingParams:
         """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if self.max_tokens not in (None, max_tokens):
-            raise InvalidRequestError(
-                f"max_completion_tokens {max_tokens} and max_tokens {self.max_tokens} are two names of one thing: give "
-                "one",
-                parameter="max_completion_tokens",
-            )
+        max_tokens = _one_of(self, "max_completion_tokens", "max_tokens")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", parameter="top_logprobs")
         return sampling_params(self, max_tokens=max_tokens, logprobs=self.top_logprobs or 0 if self.logprobs else None)
@@ -383,7 +383,23 @@ def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
         )
     adds = not continues and body.add_generation_prompt is not False
     tools = tool_options(body.tools, body.tool_choice if isinstance(body, ChatRequest) else None)
-    return ChatOptions(adds, continues, body.chat_template_kwargs, **tools)
+    return ChatOptions(
+        adds,
+        continues,
+        body.chat_template_kwargs,
+        **tools,
+        reasoning_effort=body.reasoning_effort,
+        verbosity=body.verbosity,
+    )
+
+
+def _one_of(body: Body, name: str, other: str) -> Any:
+    """Return the value that a body gives by one of two names. Raises InvalidRequestError if they contradict."""
+    value, others = getattr(body, name), getattr(body, other)
+    if value is not None and others not in (None, value):
+        message = f"{name} {value} and {other} {others} are two names of one thing: give one"
+        raise InvalidRequestError(message, parameter=name)
+    return others if value is None else value
 
 
 class TokenizeRequest(Body, kw_only=True, frozen=True):
@@ -400,6 +416,8 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
     continue_final_message: Annotated[bool, Meta(description="For messages; left out: false")] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
     tools: Annotated[Tools, Meta(description="For messages")] | None = None
+    reasoning_effort: EffortField | None = None
+    verbosity: VerbosityField | None = None
 
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
@@ -424,7 +442,10 @@ class TokenizeRequest(Body, kw_only=True, frozen=True):
 _TOKENIZE_BOTH = ("model", "add_special_tokens", "return_token_strs")
 _TOKENIZE = {
     "prompt": (),
-    "messages": ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"),
+    "messages": (
+        *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+        *("tools", "reasoning_effort", "verbosity"),
+    ),
 }
 """Parameters of TokenizeRequest that go with a prompt, and with messages."""
 

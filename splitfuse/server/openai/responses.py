@@ -43,6 +43,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """Counts as `reasoning_tokens` those of thoughts."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Counts tokens. A prompt counts once, whatever n is."""
 
@@ -50,12 +56,14 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
     @classmethod
     def of(cls, counts: TokenCounts) -> Usage:
         """Return the numbers of tokens in OpenAI's shape."""
         total = counts.prompt + counts.generated
-        return cls(counts.prompt, counts.generated, total, PromptTokensDetails(counts.cached))
+        thought = UNSET if counts.reasoning is None else CompletionTokensDetails(counts.reasoning)
+        return cls(counts.prompt, counts.generated, total, PromptTokensDetails(counts.cached), thought)
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
-from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, template_call
+from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, chosen_tools, template_call
 
 _NAME = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
 _FUNCTION = Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
@@ -102,13 +102,12 @@ def tool_options(tools: Sequence[FunctionTool] | None, choice: str | ToolChoiceB
     """Return the fields of ChatOptions which tell of tools. Raises InvalidRequestError, naming the place."""
     given = tuple(each.tool(f"tools[{index}]") for index, each in enumerate(tools or ()))
     chosen = _choice(choice)
-    check_choice(given, chosen)
     if isinstance(choice, ToolChoiceBody) and choice.allowed_tools is not None:
         allowed = [_named(each, index) for index, each in enumerate(choice.allowed_tools.tools)]
         for name in allowed:
             check_choice(given, ToolChoice("auto", name))
         given = tuple(tool for tool in given if tool.name in allowed)
-    return {"tools": () if chosen.mode == "none" else given, "tool_choice": chosen}
+    return {"tools": chosen_tools(given, chosen), "tool_choice": chosen}
 
 
 def _choice(choice: str | ToolChoiceBody | None) -> ToolChoice:

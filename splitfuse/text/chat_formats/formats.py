@@ -165,6 +165,11 @@ class ChatFormat:
         return tuple(dict.fromkeys(marker for text in texts for marker in _MARKER.findall(text)))
 
     @property
+    def thinks(self) -> bool:
+        """Return whether answers may have thoughts."""
+        return self.reasoning is not None or isinstance(self.calls, Channels)
+
+    @property
     def triggers(self) -> tuple[str, ...]:
         """Return the texts with which calls begin, where a model is free to call."""
         begin = self.calls and (self.calls.section[0] or self.calls.open).strip()

@@ -1,0 +1,231 @@
+"""Calls of tools and thoughts in answers: streamed as they are whole, through OpenAI's own client.
+
+What the model writes is forced by `structured_outputs`, which is the form of the answer as the model writes it.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from patience import PATIENCE
+from running_server import RunningServer
+
+import splitfuse
+
+USER: Any = {"role": "user", "content": "How is the weather in Paris?"}
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Pa\\"ris"}}\n</tool_call>'
+BOTH = f'Let me see.\n{CALL}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>'
+
+
+@pytest.fixture
+def ai(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0) as client:
+        yield client
+
+
+def create(ai: openai.OpenAI, text: str, **keywords: Any) -> Any:
+    """An answer of this text, as far as max_tokens lets it come."""
+    extra = {"structured_outputs": {"choice": [text]}, **keywords.pop("extra_body", {})}
+    keywords = {"messages": [USER], "tools": TOOLS, "max_tokens": 200, **keywords}
+    return ai.chat.completions.create(model="storyteller", extra_body=extra, **keywords)
+
+
+def joined(chunks: Any) -> dict[str, Any]:
+    """The choice that the chunks of a stream make."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "calls": []}
+    logprobs: list[Any] = []
+    reasons = []
+    for chunk in chunks:
+        for choice in chunk.choices:
+            delta = choice.delta
+            message["content"] += delta.content or ""
+            message["reasoning"] += getattr(delta, "reasoning", None) or ""
+            for call in delta.tool_calls or ():
+                if call.id is not None:
+                    assert call.type == "function" and call.index == len(message["calls"])
+                    message["calls"].append([call.function.name, ""])
+                message["calls"][call.index][1] += call.function.arguments
+            logprobs += choice.logprobs.content if choice.logprobs else []
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    (reason,) = reasons
+    return {**message, "reason": reason, "logprobs": [entry.token for entry in logprobs]}
+
+
+def whole(answer: Any) -> dict[str, Any]:
+    (choice,) = answer.choices
+    message = choice.message
+    calls = [[call.function.name, call.function.arguments] for call in message.tool_calls or ()]
+    assert len({call.id for call in message.tool_calls or ()}) == len(calls)
+    logprobs = [entry.token for entry in choice.logprobs.content] if choice.logprobs else []
+    parts = {"content": message.content or "", "reasoning": getattr(message, "reasoning", None) or "", "calls": calls}
+    return {**parts, "reason": choice.finish_reason, "logprobs": logprobs}
+
+
+PARIS = ["weather", '{"city": "Pa\\"ris"}']
+
+
+@pytest.mark.parametrize(
+    ("text", "keywords", "expected"),
+    [
+        (CALL, {}, {"content": "", "calls": [PARIS], "reason": "tool_calls"}),
+        (BOTH, {}, {"content": "Let me see.", "calls": [PARIS, ["now", "{}"]], "reason": "tool_calls"}),
+        (BOTH, {"tool_choice": "none"}, {"content": BOTH, "calls": [], "reason": "stop"}),
+        ("Just text", {}, {"content": "Just text", "calls": [], "reason": "stop"}),
+        (BOTH, {"max_tokens": 52}, {"content": "Let me see.", "reason": "length"}),
+        (BOTH, {"stop": "ris"}, {"content": "Let me see.", "calls": [["weather", '{"city": "Pa\\"']]}),
+    ],
+    ids=["call", "content and calls", "none", "text", "length within a call", "stop string within a call"],
+)
+def test_calls_come_streamed_as_whole(ai: openai.OpenAI, text: str, keywords: Any, expected: dict[str, Any]) -> None:
+    keywords = {"logprobs": True, **keywords}
+    found = whole(create(ai, text, **keywords))
+    assert joined(create(ai, text, **keywords, stream=True)) == found
+    assert found | expected == found
+    if "stop" in keywords:
+        assert found["reason"] == "stop", "the call is not complete"
+    if "max_tokens" in keywords:
+        ((name, arguments),) = found["calls"]
+        assert name == "weather" and '{"city": "Pa\\"ris"}'.startswith(arguments) and arguments
+
+
+def test_content_is_null_if_there_are_only_calls(ai: openai.OpenAI) -> None:
+    answer = create(ai, CALL)
+    assert answer.choices[0].message.content is None
+    arguments = answer.choices[0].message.tool_calls[0].function.arguments
+    assert json.loads(arguments) == {"city": 'Pa"ris'}
+
+
+def test_arguments_are_streamed_as_they_come(ai: openai.OpenAI) -> None:
+    deltas = [
+        call.function.arguments
+        for chunk in create(ai, CALL, stream=True)
+        for choice in chunk.choices
+        for call in choice.delta.tool_calls or ()
+    ]
+    assert deltas[0] == "" and len(deltas) > 6
+
+
+def test_an_answer_goes_back_with_the_results(ai: openai.OpenAI) -> None:
+    turn = create(ai, BOTH).choices[0].message
+    results: Any = [{"role": "tool", "tool_call_id": call.id, "content": "20 degrees"} for call in turn.tool_calls]
+    answer = create(ai, "It is warm", messages=[USER, turn, *results])
+    assert answer.choices[0].message.content == "It is warm"
+
+
+def test_the_stream_helper_reads_calls(ai: openai.OpenAI) -> None:
+    extra: Any = {"structured_outputs": {"choice": [BOTH]}}
+    messages, tools = [USER], TOOLS
+    with ai.chat.completions.stream(
+        model="storyteller", messages=messages, tools=tools, max_tokens=200, extra_body=extra
+    ) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.name, event.arguments) for event in done] == [tuple(PARIS), ("now", "{}")]
+
+
+def test_pipeline_and_client_give_calls_too(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+    form = {"structured_outputs": {"choice": [BOTH]}, "chat": True, "tools": TOOLS, "max_new_tokens": 200}
+    with splitfuse.client(server.url) as client:
+        found = [
+            *pipe("Hi", **form),
+            *client("Hi", **form),
+            *(piece.response for piece in client("Hi", stream=True, **form) if piece.response is not None),
+        ]
+        assert "".join(piece.text for piece in pipe("Hi", stream=True, **form)) == "Let me see."
+    assert [response.generated_text for response in found] == ["Let me see."] * 3
+    for response in found:
+        assert [(call.name, json.loads(call.arguments)) for call in response.tool_calls] == [
+            ("weather", {"city": 'Pa"ris'}),
+            ("now", {}),
+        ]
+        assert response.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"tools": TOOLS}, "tools needs chat=True"),
+        ({"chat": True, "tools": "weather"}, "tools must be a list of tools, not 'weather'"),
+        ({"chat": True, "tools": [{"name": "f", "parameter": {}}]}, r"tools\[0\].parameter is unknown; did you mean"),
+        ({"chat": True, "tools": [{"name": 3}]}, r"tools\[0\].name must be a str, not 3"),
+        ({"chat": True, "tools": TOOLS, "tool_choice": "nov"}, "tool_choice names 'nov'.*did you mean 'now'"),
+        ({"chat": True, "reasoning_max_tokens": -1}, "reasoning_max_tokens must be a whole number from 0, not -1"),
+        ({"chat": True, "reasoning_effort": "high"}, "has no thoughts"),
+    ],
+)
+def test_keywords_of_a_call_are_checked(pipe: splitfuse.Pipeline, keywords: dict[str, Any], words: str) -> None:
+    with pytest.raises(splitfuse.InvalidRequestError, match=words):
+        pipe("Hi", **keywords)
+
+
+LIMITED: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Paris", "Rome"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+WEATHER_ONLY: Any = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", WEATHER_ONLY])
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_calls_are_made(ai: openai.OpenAI, choice: Any, stream: bool) -> None:
+    names = set()
+    for seed in range(4):
+        keywords: Any = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 150, "seed": seed}
+        answer: Any = ai.chat.completions.create(
+            model="storyteller", messages=[USER], tools=LIMITED, stream=stream, **keywords
+        )
+        found = joined(answer) if stream else whole(answer)
+        ((name, arguments),) = found["calls"]
+        names.add(name)
+        assert found["content"] == "" and found["reason"] == "tool_calls"
+        assert json.loads(arguments) in ({"city": "Paris"}, {"city": "Rome"}) if name == "weather" else ({},)
+    assert names == ({"weather"} if choice is WEATHER_ONLY else {"weather", "now"})
+
+
+def with_schema(**schema: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "and tool_choice both say"),
+        ({"tools": TOOLS, "guided_regex": "a"}, "guided_regex", "and tool_choice both say"),
+        (with_schema(uniqueItems=True), "tools[0].function.parameters", "has the key 'uniqueItems' at #"),
+        (with_schema(properties={"a": {"pattern": "("}}), "tools[0].function.parameters", "cannot be enforced"),
+    ],
+)
+def test_a_call_that_cannot_be_required_says_why(
+    server: RunningServer, body: dict[str, Any], param: str, words: str
+) -> None:
+    with server.http() as http:
+        sent = {"messages": [USER], "tool_choice": "required", "max_tokens": 5, **body}
+        answer = http.post("/v1/chat/completions", json=sent)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param) and words in error["message"], error
+        assert http.post("/v1/chat/completions", json={**sent, "tool_choice": "none", **NO_FORM}).status_code == 200
+
+
+NO_FORM: dict[str, Any] = {"response_format": None, "guided_regex": None}
