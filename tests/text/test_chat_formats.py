@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from transformers.utils.chat_parsing import parse_response
 
 from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat, format_of
 from splitfuse.text.chat_formats.message import ArgumentsDelta, AssistantMessage, ContentDelta, Tool
@@ -425,3 +426,58 @@ def test_format_is_that_of_the_markers_in_the_template(
     chat_format = format_of(template, {})
     assert (chat_format.name, chat_format.reasoning) == (name, reasoning)
     assert all(marker.strip() == marker for marker in chat_format.markers)
+
+
+# The parser of transformers, where its templates of responses can say what ours do.
+
+CALL_OF = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+RESPONSE_TEMPLATES = {
+    "hermes": {
+        "open": "<tool_call>",
+        "close": "</tool_call>",
+        "content": "json",
+        "transform": {"type": "function", "function": "{content}"},
+    },
+    "qwen_xml": {
+        "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>]+)>",
+        "close_pattern": r"</function>\s*</tool_call>",
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>]+)>\n(?P<value>.*?)\n</parameter>"},
+        "transform": CALL_OF,
+    },
+    "deepseek_v3_1": {
+        "open_pattern": r"(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>(?P<name>\w+)<｜tool▁sep｜>",
+        "close_pattern": r"<｜tool▁call▁end｜>(?:<｜tool▁calls▁end｜>)?",
+        "content": "json",
+        "transform": CALL_OF,
+    },
+    "gemma4": {
+        "open_pattern": r"<\|tool_call>call:(?P<name>\w+)",
+        "close": "<tool_call|>",
+        "content": "json",
+        "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+        "transform": CALL_OF,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RESPONSE_TEMPLATES)
+def test_transformers_reads_the_same_message(name: str) -> None:
+    chat_format = with_thoughts(name)
+    start, end = (text.strip() for text in chat_format.reasoning or THINK)
+    template = {
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "reasoning": {"open": start, "close": end},
+            "content": {"repeats": True, "join": ""},
+            "tool_calls": {**RESPONSE_TEMPLATES[name], "repeats": True},
+        },
+    }
+    tools = [tool.as_dict() for tool in TOOLS]
+    expected = parse_response(whole_answer(name), template, prefix="", tools=tools)
+    message = parse(chat_format, whole_answer(name))
+    assert message.reasoning == expected["reasoning"]
+    assert message.content == expected["content"]
+    assert calls_of(message) == [
+        (call["function"]["name"], call["function"]["arguments"]) for call in expected["tool_calls"]
+    ]
