@@ -26,6 +26,7 @@ from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_formats.formats import ChatFormat, format_of
+from splitfuse.text.chat_formats.response_template import with_response_template
 from splitfuse.text.chat_template import check_syntax, variables_of
 
 _logger = logging.getLogger(__name__)
@@ -63,12 +64,14 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        response_template: Any = None,
     ) -> None:
         """Make `special_tokens`, by role as in `{"bos_token": "<s>"}`, special, and add those that are missing."""
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
+        self._response_template = response_template
         known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         backend.add_special_tokens([known.get(token, token) for token in self.special_tokens.values()])
         self._backend = backend
@@ -108,7 +111,8 @@ class Tokenizer:
             if backend.decoder is not None:
                 check_decoder(json.loads(backend.decoder.__getstate__()))
             backend.add_tokens(added_tokens)
-            tokenizer = cls(backend, special_tokens=special, chat_template=template)
+            answers = config.get("response_template")
+            tokenizer = cls(backend, special_tokens=special, chat_template=template, response_template=answers)
             backend.add_special_tokens(extra)
             return tokenizer
 
@@ -150,7 +154,10 @@ class Tokenizer:
     @functools.cached_property
     def chat_format(self) -> ChatFormat:
         """Return how answers to the chat template write thoughts and calls of tools."""
-        return format_of(self.chat_template, self.special_tokens)
+        chat_format = format_of(self.chat_template, self.special_tokens)
+        if self._response_template is None:
+            return chat_format
+        return with_response_template(chat_format, self._response_template)
 
     def marker_ids(self, markers: Iterable[str]) -> dict[str, int]:
         """Return the ids of those `markers` that only a token of their own can write in an answer with a grammar:

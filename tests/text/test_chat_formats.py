@@ -10,6 +10,7 @@ from transformers.utils.chat_parsing import parse_response
 from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat, format_of
 from splitfuse.text.chat_formats.message import ArgumentsDelta, AssistantMessage, ContentDelta, Tool
 from splitfuse.text.chat_formats.parser import MessageParser
+from splitfuse.text.chat_formats.response_template import with_response_template
 
 THINK = ("<think>", "</think>")
 WEATHER = Tool(
@@ -461,18 +462,20 @@ RESPONSE_TEMPLATES = {
 }
 
 
+def response_template(name: str) -> dict[str, object]:
+    start, end = (text.strip() for text in with_thoughts(name).reasoning or THINK)
+    fields = {
+        "reasoning": {"open": start, "close": end},
+        "content": {"repeats": True, "join": ""},
+        "tool_calls": {**RESPONSE_TEMPLATES[name], "repeats": True},
+    }
+    return {"start_anchor": "<|assistant|>", "fields": fields}
+
+
 @pytest.mark.parametrize("name", RESPONSE_TEMPLATES)
 def test_transformers_reads_the_same_message(name: str) -> None:
     chat_format = with_thoughts(name)
-    start, end = (text.strip() for text in chat_format.reasoning or THINK)
-    template = {
-        "start_anchor": "<|assistant|>",
-        "fields": {
-            "reasoning": {"open": start, "close": end},
-            "content": {"repeats": True, "join": ""},
-            "tool_calls": {**RESPONSE_TEMPLATES[name], "repeats": True},
-        },
-    }
+    template = response_template(name)
     tools = [tool.as_dict() for tool in TOOLS]
     expected = parse_response(whole_answer(name), template, prefix="", tools=tools)
     message = parse(chat_format, whole_answer(name))
@@ -481,3 +484,30 @@ def test_transformers_reads_the_same_message(name: str) -> None:
     assert calls_of(message) == [
         (call["function"]["name"], call["function"]["arguments"]) for call in expected["tool_calls"]
     ]
+
+
+@pytest.mark.parametrize("name", RESPONSE_TEMPLATES)
+def test_response_template_says_which_format_it_is(name: str) -> None:
+    expected = with_thoughts(name)
+    found = with_response_template(PLAIN, response_template(name))
+    assert (found.name, found.calls) == (name, expected.calls)
+    assert found.reasoning == tuple(text.strip() for text in expected.reasoning or THINK)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ([], "has no fields"),
+        ({"fields": {"thinking": {"open_pattern": "<a>", "close": "</a>"}}}, "they need open and close"),
+        ({"fields": {"tool_calls": {"open": "<call>", "close": "</call>", "content": "json"}}}, "no known format"),
+        (
+            {"fields": {"tool_calls": {"open": "<tool_call>", "close": "</tool_call>", "content": "kv-lines"}}},
+            "no known",
+        ),
+    ],
+)
+def test_response_template_that_is_not_read_is_logged(
+    template: object, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert with_response_template(PLAIN, template) == PLAIN
+    assert reason in caplog.text
