@@ -183,6 +183,21 @@ def test_an_answer_keeps_to_a_form(http: httpx.Client) -> None:
         assert json.loads(block["text"])["who"] in ("Anna", "Erik")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_required_call_is_made_and_answered(http: httpx.Client, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"who": {"enum": ["Anna", "Erik"]}}, "required": ["who"]}
+    ask = {"name": "ask", "input_schema": {**schema, "additionalProperties": False}}
+    body = {**BODY, "max_tokens": 100, "tools": [ask, WEATHER], "stream": stream}
+    for choice in {"type": "tool", "name": "ask"}, {"type": "any", "disable_parallel_tool_use": True}:
+        got = http.post(PATH, json={**body, "max_tokens": 500, "tools": [ask], "tool_choice": choice})
+        answer = joined(events_of(got)) if stream else got.json()
+        assert (answer["stop_reason"], answer["content"][-1]["name"]) == ("tool_use", "ask"), answer
+        assert answer["content"][-1]["input"]["who"] in ("Anna", "Erik")
+    result = {**RESULT, "tool_use_id": answer["content"][-1]["id"]}
+    turns = [*BODY["messages"], {"role": "assistant", "content": answer["content"]}, user(result)]
+    assert http.post(PATH, json={**body, "messages": turns}).status_code == 200
+
+
 # The parts of answers ------------------------------------------------------------------------------------------------
 
 THINKS = "<think>\nParis.\n</think>\n\nI look.\n"
@@ -202,7 +217,7 @@ def answered(
     thinker = replace(format_of(tokenizer.chat_template, {}), reasoning=("<think>", "</think>"))
     source = MessageSource(thinker, (Tool(name="weather"),))
     prepared = PreparedRequest((1,), SamplingParams(max_tokens=request.max_tokens), continues=False, message=source)
-    counts = TokenCounts(7, 5, 4)
+    counts = TokenCounts(7, 5, 4, 2)
     whole, streamed = (MessagesResponder(request, "msg_1", lambda: counts) for _ in range(2))
     generation = Generation("r", prepared, tokenizer)
     stream = b""
@@ -222,6 +237,7 @@ def answered(
 
 def test_thoughts_texts_and_calls_are_blocks(tokenizer: Tokenizer) -> None:
     whole, streamed = answered(tokenizer, THINKS + CALLS + CALLS, FinishReason.STOP)
+    assert whole["usage"]["output_tokens_details"] == {"thinking_tokens": 2}
     thought, said, *calls = whole["content"]
     assert thought == {"type": "thinking", "thinking": "Paris.", "signature": "splitfuse"}
     assert said["text"].strip() == "I look."
@@ -330,14 +346,18 @@ def test_a_deferred_tool_is_shown_once_it_is_found(http: httpx.Client) -> None:
     assert after > count(messages=[*turns, user(found)], tools=[search]) + 40
 
 
-def test_thinking_and_effort_are_switches_of_the_template() -> None:
-    def variables(**fields: Any) -> Any:
+def test_thinking_and_effort_are_options_of_the_template() -> None:
+    def options(**fields: Any) -> tuple[Any, ...]:
         body = {"model": "storyteller", "messages": BODY["messages"], **fields}
-        return decode(CountTokensRequest, json.dumps(body).encode()).conversation()[1].variables
+        chosen = decode(CountTokensRequest, json.dumps(body).encode()).conversation()[1]
+        return chosen.variables, chosen.reasoning_effort, chosen.max_reasoning_tokens
 
-    assert variables() == variables(thinking={"type": "adaptive", "display": "omitted"}) == {}
-    assert variables(thinking={"type": "disabled"}) == {"enable_thinking": False, "thinking": False}
-    assert variables(output_config={"effort": "max"}) == {"reasoning_effort": "high"}
+    assert options() == options(thinking={"type": "adaptive", "display": "omitted"}) == ({}, None, None)
+    effort = {"effort": "max"}
+    assert options(output_config=effort) == ({"reasoning_effort": "max"}, None, None)
+    assert options(output_config=effort, thinking={"type": "disabled"}) == (None, "none", None)
+    enabled = {"type": "enabled", "budget_tokens": 2000}
+    assert options(thinking=enabled) == ({"enable_thinking": True, "thinking": True}, None, 2000)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -396,6 +416,10 @@ def tool(**fields: Any) -> dict[str, Any]:
             "thinking.budget_tokens must be a whole number from 1024",
         ),
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "must be below max_tokens (30), not 2000"),
+        (
+            {"max_tokens": 1100, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+            "thinking.budget_tokens: a budget of 1024 tokens for thoughts cannot be kept",
+        ),
         ({"thinking": {"type": "adaptive", "budget_tokens": 2000}}, "budget_tokens needs the type enabled"),
         ({"thinking": {"type": "adaptive", "display": "full"}}, "thinking.display must be"),
         ({"output_config": {"effort": "most"}}, "output_config.effort must be low, medium, high, xhigh or max"),

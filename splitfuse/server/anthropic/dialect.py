@@ -20,6 +20,12 @@ _TYPES = {
 }
 """Types of errors by status; others are an invalid_request_error below 500, and an api_error above."""
 
+_NAMES = {
+    "reasoning_effort 'none'": "thinking.type 'disabled'",
+    "a budget of": "thinking.budget_tokens: a budget of",
+}
+"""Words at the beginning of errors about what has another name here."""
+
 
 class MessagesErrorDetail(msgspec.Struct, frozen=True):
     """Describes an error."""
@@ -39,7 +45,9 @@ class MessagesError(msgspec.Struct, frozen=True):
 def error_body(answer: RefusedError) -> MessagesError:
     """Return the body of an error."""
     kind = _TYPES.get(answer.status, "invalid_request_error" if answer.status < 500 else "api_error")
-    return MessagesError(MessagesErrorDetail(kind, answer.message), answer.request_id)
+    begin = next((words for words in _NAMES if answer.message.startswith(words)), "")
+    message = _NAMES.get(begin, "") + answer.message.removeprefix(begin)
+    return MessagesError(MessagesErrorDetail(kind, message), answer.request_id)
 
 
 def named_event(content: Any) -> bytes:

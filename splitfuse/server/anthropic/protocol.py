@@ -28,13 +28,13 @@ from splitfuse.server.sampling import MAX_STOP_CHARACTERS
 from splitfuse.server.slo_params import Deadline, OnTimeOnly, PriorityName, SloParams, TargetSeconds
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import Tool, ToolChoice
-from splitfuse.text.prompts import ChatOptions
-from splitfuse.text.tools import MAX_TOOLS, check_choice
+from splitfuse.text.chat_options import ChatOptions
+from splitfuse.text.tools import MAX_TOOLS, check_choice, chosen_tools
 
 SWITCHES = ("enable_thinking", "thinking")
 """Names by which chat templates know the switch of thinking."""
-EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-"""Values of output_config.effort, with those that chat templates know."""
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+"""Values of output_config.effort. Claude Code always sends one: it is a wish, which templates that know it read."""
 MIN_BUDGET = 1024
 """Number of tokens that the budget of a thought has at least, as Anthropic's."""
 _FORM = "json_schema"
@@ -97,8 +97,6 @@ class MessagesThinking(Body, kw_only=True, frozen=True):
         if max_tokens is not None and (self.budget_tokens or 0) >= max(max_tokens, 1):
             message = f"{place} must be below max_tokens ({max_tokens}), not {self.budget_tokens}"
             raise InvalidRequestError(message, parameter=place)
-        if self.type == "enabled":
-            raise InvalidRequestError("thinking.type enabled is not supported: send adaptive", parameter=place)
 
 
 class OutputFormat(Body, kw_only=True, frozen=True):
@@ -177,11 +175,11 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
         options = ChatOptions(
             add_generation_prompt=not reader.continues,
             continue_final_message=reader.continues,
-            variables=self._variables(max_tokens),
             tools=self._shown_tools(choice, reader.found_tools),
             tool_choice=choice,
             parallel_tool_calls=self.tool_choice is None or not self.tool_choice.disable_parallel_tool_use,
             reads_parts=True,
+            **self._thinking(max_tokens),
         )
         return reader.messages, options
 
@@ -189,22 +187,24 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
         given = [(each, each.tool(f"tools[{index}]")) for index, each in enumerate(self.tools or ())]
         shown = tuple(tool for each, tool in given if not each.defer_loading or tool.name in found)
         check_choice([tool for _, tool in given])
-        check_choice(shown, choice)
-        return () if choice.mode == "none" else shown
+        return chosen_tools(shown, choice)
 
-    def _variables(self, max_tokens: int | None) -> dict[str, Any]:
-        variables: dict[str, Any] = {}
+    def _thinking(self, max_tokens: int | None) -> dict[str, Any]:
+        """Return the fields of ChatOptions which say how long the model thinks. Raises as `conversation`."""
+        effort = None if self.output_config is None else self.output_config.effort
+        if effort not in (None, *EFFORTS):
+            *others, last = EFFORTS
+            message = f"output_config.effort must be {', '.join(others)} or {last}, not {effort!r:.80}"
+            raise InvalidRequestError(message, parameter="output_config.effort")
         if self.thinking is not None:
             self.thinking.check(max_tokens)
-            if self.thinking.type != "adaptive":
-                variables |= dict.fromkeys(SWITCHES, self.thinking.type == "enabled")
-        if self.output_config is not None and (effort := self.output_config.effort) is not None:
-            if effort not in EFFORTS:
-                *others, last = EFFORTS
-                message = f"output_config.effort must be {', '.join(others)} or {last}, not {effort!r:.80}"
-                raise InvalidRequestError(message, parameter="output_config.effort")
-            variables["reasoning_effort"] = EFFORTS[effort]
-        return variables
+            if self.thinking.type == "disabled":
+                return {"reasoning_effort": "none"}
+        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        budget = None if self.thinking is None else self.thinking.budget_tokens
+        if budget is not None:
+            variables |= dict.fromkeys(SWITCHES, True)
+        return {"variables": variables, "max_reasoning_tokens": budget}
 
     def form(self) -> tuple[str, StructuredOutputs] | None:
         """Return the form of the answer, with the name by which the request gives it. Raises InvalidRequestError."""

@@ -54,6 +54,12 @@ class AnswerToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
 AnswerBlock = AnswerText | AnswerThinking | AnswerToolUse
 
 
+class OutputTokensDetails(msgspec.Struct, frozen=True):
+    """Counts the tokens of thoughts."""
+
+    thinking_tokens: int
+
+
 class MessagesUsage(msgspec.Struct, frozen=True):
     """Counts tokens. `input_tokens` are those of the prompt that were not found in the prefix cache."""
 
@@ -62,11 +68,14 @@ class MessagesUsage(msgspec.Struct, frozen=True):
     cache_read_input_tokens: int
     cache_creation_input_tokens: int = 0
     service_tier: Literal["standard"] = "standard"
+    output_tokens_details: OutputTokensDetails | UnsetType = UNSET
 
     @classmethod
     def of(cls, counts: TokenCounts) -> MessagesUsage:
         """Return the numbers of tokens in Anthropic's shape."""
-        return cls(counts.prompt - counts.cached, counts.generated, counts.cached)
+        details = UNSET if counts.reasoning is None else OutputTokensDetails(counts.reasoning)
+        new = counts.prompt - counts.cached
+        return cls(new, counts.generated, counts.cached, output_tokens_details=details)
 
 
 class MessagesAnswer(msgspec.Struct, frozen=True):
