@@ -19,7 +19,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.engine import garbage
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.guard import Guard
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.machine import GIB, anonymous_bytes
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -37,6 +37,7 @@ from splitfuse.text.kwargs import (
     sampling_signature,
     spelled_as_keywords,
 )
+from splitfuse.text.pooling.embeddings import check_dimensions, embedding, for_pooling
 from splitfuse.text.prompts import Message, PreparedRequest, PromptEncoder
 from splitfuse.text.responses import Piece, Response, in_order
 from splitfuse.text.tokenizer import Tokenizer
@@ -200,6 +201,30 @@ class Pipeline:
         finally:
             for generation in generations:
                 self.generator.abort(generation)
+
+    def embed(
+        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None
+    ) -> list[list[float]]:
+        """Return an embedding of length 1 for each text, given as text or token ids: of a model that generates, the
+        hidden state of the last token, of an encoder what its folder says. `dimensions` keeps the first numbers, for
+        models that were trained for it.
+
+        >>> first, second = pipe.embed(["Anna keeps a goose.", "The goose is white."])
+
+        Raises InvalidRequestError, before anything runs, for what cannot be honoured, RequestFailedError.
+        """
+        size, limit = self.engine.model.spec.hidden_size, self.engine.max_model_len
+        check_dimensions(dimensions, size)
+        listed = [texts] if isinstance(texts, str) else texts
+        prepared = [for_pooling(self._encoder.encode(text, max_model_len=limit).token_ids) for text in listed]
+        for request in prepared:
+            request.check(self.engine.limits)
+        with self._guard:
+            generations = [self.generator.add(request)[0] for request in prepared]
+            for generation, _ in self.generator.stream(generations):
+                if generation.error is not None:
+                    raise RequestFailedError(generation.error)
+        return [embedding(generation.values, dimensions).tolist() for generation in generations]
 
     def _response(self, generation: Generation) -> Response:
         assert generation.finish_reason is not None

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import ssl
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Literal, Self, overload
 from urllib.parse import quote, urlsplit
@@ -109,6 +109,16 @@ class AsyncClient:
         response = await self._send("GET", f"/v1/splitfuse/requests/{quote(request, safe='')}")
         explanation: dict[str, Any] = response.json()
         return explanation
+
+    async def embed(
+        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None
+    ) -> list[list[float]]:
+        """Return the embedding of each text, or of each list of token ids, as `Pipeline.embed` does, all in one
+        request.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        response = await self._send("POST", "/v1/embeddings", {"input": listed, "dimensions": dimensions})
+        return [each["embedding"] for each in response.json()["data"]]
 
     async def terminate_server(self, *, now: bool = False) -> None:
         """End the server and wait until it has ended: after its running requests, or with `now` at once.

@@ -131,6 +131,7 @@ class Client:
     state = _blocking(AsyncClient.state)
     stats = _blocking(AsyncClient.stats)
     explain = _blocking(AsyncClient.explain)
+    embed = _blocking(AsyncClient.embed)
 
     def terminate_server(self, *, now: bool = False) -> None:
         """See AsyncClient. An interruption ends the waiting."""

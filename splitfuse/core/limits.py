@@ -13,6 +13,9 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError, brief
 
+ENCODER = "this model is an encoder: it gives embeddings, and generates no text"
+"""Message of the error for a request that an encoder cannot serve."""
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -26,6 +29,8 @@ class EngineLimits:
     vocab_size: int
     num_blocks: int
     block_size: int
+    generates: bool = True
+    """False for an encoder, which gives embeddings only."""
 
     def max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """Return the most tokens to generate after a prompt of `num_prompt` tokens."""
@@ -43,6 +48,8 @@ class EngineLimits:
         """Raise InvalidRequestError if the model cannot serve the request, RequestTooLargeError if the KV cache could
         not hold it even alone.
         """
+        if not self.generates and (pooling is None or pooling.token_ids):
+            raise InvalidRequestError(ENCODER)
         limit, length = self.max_model_len, len(prompt_token_ids)
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")

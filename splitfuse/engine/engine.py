@@ -29,8 +29,10 @@ from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.models.sources.source import ModelSource
-from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.encoding import LoadedEncoder, load_encoder, without_prefix_cache
+from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 from splitfuse.runtime.memory_plan import MemoryPlan
 
 MAX_BROKEN_STEPS = 3
@@ -64,7 +66,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        model: LoadedModel,
+        model: LoadedModel | LoadedEncoder,
         *,
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
@@ -87,7 +89,9 @@ class Engine:
         """Digests of the LoRA adapters that new requests can have, by name."""
         for name, path in map(parse_adapter, config.model.lora):
             self.install_adapter(name, *model.load_adapter(path))
-        self.limits = EngineLimits(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size)
+        generates = isinstance(model, LoadedModel)
+        vocab_size, num_blocks, size = model.spec.vocab_size, plan.num_blocks, plan.block_size
+        self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates)
 
     @classmethod
     def load(
@@ -108,6 +112,9 @@ class Engine:
         Raises as `runtime.loading.load_model` does, and CostModelError.
         """
         check_process()
+        source = source or open_source(config)
+        if is_encoder(source):
+            return cls(without_prefix_cache(config), load_encoder(config, source, announce=announce))
         model = load_model(
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )

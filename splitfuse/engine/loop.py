@@ -65,6 +65,8 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
             memory_plan=str(engine.model.plan),
+            embedding_size=engine.model.spec.hidden_size,
+            is_embedder=engine.model.pooling is not None,
             slo_enabled=engine.slo_enabled,
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,

@@ -90,6 +90,10 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     max_num_batched_tokens: int
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
+    embedding_size: int = 0
+    """Numbers of an embedding."""
+    is_embedder: bool = False
+    """True for a model whose folder says how it makes embeddings."""
     slo_enabled: bool = False
     adapters: dict[str, str] = {}
     """Digests of the LoRA adapters that are loaded from the start, by name."""

@@ -37,6 +37,7 @@ from splitfuse.kernels.interface import (
 )
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.models.decoder import Decoder
+from splitfuse.models.encoder.spec import EncoderSpec
 from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
@@ -327,7 +328,7 @@ def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend
     return stored
 
 
-def resolve_dtype(setting: str, spec: ModelSpec) -> torch.dtype:
+def resolve_dtype(setting: str, spec: ModelSpec | EncoderSpec) -> torch.dtype:
     """Return the dtype for a setting of config.DTYPES; "auto" is the checkpoint's own.
 
     Raises UnsupportedModelError if the checkpoint's is not one that we compute in.

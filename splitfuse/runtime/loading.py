@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from splitfuse.config import EngineConfig
-from splitfuse.errors import ConfigError, ModelError, brief
+from splitfuse.errors import ConfigError, ModelError, UnsupportedModelError, brief
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
@@ -21,6 +21,7 @@ from splitfuse.models.lora import read_adapter, resolve_adapter
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
 from splitfuse.models.sources.hub import adapter_folder, open_model
+from splitfuse.models.sources.pooling import Pooling, read_pooling
 from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.storage import describe_kept, describe_quantization, may_be_quantized
@@ -54,6 +55,8 @@ class LoadedModel:
     fingerprint: str
     grammars: Grammars
     weights: Callable[[], WeightSource]
+    pooling: Pooling | None = None
+    """Way to make embeddings, if the model is for that."""
 
     def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
         """Return the digest of the LoRA adapter in a folder or on the Hub, and the adapter as the backend keeps it.
@@ -98,13 +101,11 @@ def load_model(
     Raises ModelError, MemoryPlanError or ConfigError.
     """
     dummy = config.model.load_format == "dummy"
-    source = source or open_model(
-        config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=not dummy
-    )
+    source = source or open_source(config)
     spec = load_spec(source)
+    pooling = _pooling(source)
     device = parse_device(config.model.device)
-    if device.type == "cpu" and (cores := usable_cores()) < torch.get_num_threads():
-        torch.set_num_threads(cores)  # PyTorch counts the cores, and knows no CPU quota
+    use_cores(device)
     dtype = resolve_dtype(config.model.dtype, spec)
     weights = DummyWeights(dtype, device) if dummy else source.weights()
     spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
@@ -129,12 +130,35 @@ def load_model(
     backend.finish_loading()
     name = fingerprint(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
-    grammars = Grammars(partial(_tokenizer_json, config, source), spec.vocab_size, ends)
+    grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
-    return LoadedModel(source, spec, plan, ends, decoder, name, grammars, open_weights)
+    return LoadedModel(source, spec, plan, ends, decoder, name, grammars, open_weights, pooling)
 
 
-def _tokenizer_json(config: EngineConfig, source: ModelSource) -> str:
+def open_source(config: EngineConfig) -> ModelSource:
+    """Open the model that the settings name. Raises ModelError."""
+    model = config.model
+    return open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=model.load_format != "dummy")
+
+
+def use_cores(device: torch.device) -> None:
+    """Let PyTorch use no more threads than there are cores for this process: it knows no CPU quota."""
+    if device.type == "cpu" and (cores := usable_cores()) < torch.get_num_threads():
+        torch.set_num_threads(cores)
+
+
+def _pooling(source: ModelSource) -> Pooling | None:
+    """Return how a decoder's folder says that embeddings are made. Raises UnsupportedModelError."""
+    pooling = read_pooling(source)
+    if pooling is not None and pooling.mode != "last":
+        raise UnsupportedModelError(
+            f"{source.location}/1_Pooling/config.json has the pooling {pooling.mode}: of models that generate, the "
+            "last token gives the embedding; without modules.json the model generates text"
+        )
+    return pooling
+
+
+def tokenizer_json(config: EngineConfig, source: ModelSource) -> str:
     """Return the tokenizer.json of a model. Raises ModelError if it has none."""
     if (other := config.model.tokenizer) is not None:
         source = open_model(other, config.model.revision, weights=False)

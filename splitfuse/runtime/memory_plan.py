@@ -41,7 +41,7 @@ class MemoryPlan:
 
     weights: int
     activations: int
-    block: int  # one KV block over all layers
+    block: int  # one KV block over all layers; 0: the network has no cache
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -77,7 +77,7 @@ class MemoryPlan:
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
             *([f"states       {self.states / GIB:8.3f} GiB   {self._states_line}"] if self.state else ()),
-            f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}",
+            *([f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}"] if self.block else ()),
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
             f"longest request: {self.max_model_len} tokens"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from splitfuse.core.limits import EngineLimits
+from splitfuse.core.limits import ENCODER, EngineLimits
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import (
@@ -146,6 +146,8 @@ async def generate(state: AppState, context: RequestContext, request: Generation
     if len(request.prompts) > (limit := state.config.max_prompts):
         message = f"prompt has {len(request.prompts)} prompts; this server takes at most {limit} in one request"
         raise InvalidRequestError(message, parameter="prompt")
+    if not state.service.client.info.limits.generates:
+        raise InvalidRequestError(f"{ENCODER}: use /v1/embeddings, /v1/rerank or /v1/score")
     context.shows_output = request.include_output
     await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tiny_encoders
 import tiny_models
 import tiny_tokenizers
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
+from splitfuse.errors import InvalidRequestError
 from splitfuse.text.pooling import decisions
 from splitfuse.text.pooling.embeddings import embedding
 
@@ -90,7 +92,7 @@ def test_embeddings_of_token_ids_are_those_of_the_text(http: httpx.Client, pipe:
         ({"input": [10**6]}, "input", "token id 1000000"),
         ({"input": ["a"] * 2049}, "input", "2049 texts; at most 2048"),
         ({"input": "a " * 9000}, "input", "maximum context length"),
-        ({"input": "a", "dimensions": 100_000}, "dimensions", "at most"),
+        ({"input": "a", "dimensions": 100_000}, "dimensions", "from 1 to"),
         ({"input": "a", "dimensions": 0}, "dimensions", "from 1"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "must be base64 or float"),
         ({"input": "a", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens", "send shorter ones"),
@@ -106,6 +108,36 @@ def test_many_texts_run_within_the_bounds_of_the_server() -> None:
     with running_server(ServerConfig(max_prompts=4, max_queued_requests=5)) as server, server.http() as http:
         answer = http.post("/v1/embeddings", json={"input": [f"number {n}" for n in range(30)]})
         assert [each["index"] for each in answer.json()["data"]] == list(range(30))
+
+
+def test_a_client_and_a_pipeline_embed_alike(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
+    with splitfuse.client(server.url) as client:
+        assert client.embed(TEXTS) == pipe.embed(TEXTS) == [list(embedding(hidden(pipe, text))) for text in TEXTS]
+        assert client.embed(TEXTS[0], dimensions=5) == pipe.embed(TEXTS[0], dimensions=5)
+    with pytest.raises(InvalidRequestError, match="dimensions must be a whole number from 1 to"):
+        pipe.embed(TEXTS, dimensions=0)
+
+
+def test_an_encoder_serves_embeddings_and_nothing_else(tmp_path: Path) -> None:
+    model = tiny_encoders.save(tmp_path)
+    with running_server(model=str(tmp_path)) as server, server.http() as http:
+        texts = ["the cat sat on the mat", "a dog slept", "the cat slept on the mat"]
+        given = [each["embedding"] for each in http.post("/v1/embeddings", json={"input": texts}).json()["data"]]
+        ids = [server.service.tokenizer.encode(text) for text in texts]
+        wanted = torch.stack([tiny_encoders.expected(model, each, "mean_tokens") for each in ids])
+        assert torch.cosine_similarity(torch.tensor(given), wanted).min() > 0.9999
+        ranking = http.post("/v1/rerank", json={"query": texts[0], "documents": texts[1:]}).json()
+        near = torch.cosine_similarity(wanted[:1], wanted[1:])
+        assert [each["index"] for each in ranking["results"]] == near.argsort(descending=True).tolist()
+        sentence = "this model is an encoder: it gives embeddings, and generates no text"
+        for path, body in (
+            ("/v1/completions", {"prompt": "the"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]}),
+            ("/v1/systemone", {"state": "the", "questions": QUESTIONS}),
+            ("/v1/rerank", {"query": "the", "documents": ["a"], "splitfuse_method": "yes_no"}),
+        ):
+            assert sentence in refused(http, path, body)[1]
+        assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 66
 
 
 # Reranking and scores ------------------------------------------------------------------------------------------------
@@ -271,9 +303,10 @@ def test_what_decisions_refuse(http: httpx.Client, change: dict[str, Any], param
 
 def test_the_example_of_the_page_runs(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    exec(compile(example.replace("http://127.0.0.1:8000", server.url), "example", "exec"), {})
-    assert "2 embeddings of" in capsys.readouterr().out
+    for example in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(example.replace("http://127.0.0.1:8000", server.url), "example", "exec"), {})
+    said = capsys.readouterr().out
+    assert "2 embeddings of" in said and "True" in said
     (curl,) = re.findall(r"-d '(\{.*?\})'\n```", page, re.DOTALL)
     with server.http() as http:
         assert list(http.post("/v1/systemone", json=json.loads(curl)).json()["answers"]) == ["who", "sad", "lost"]

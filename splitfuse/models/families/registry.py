@@ -70,7 +70,11 @@ FAMILIES: dict[str, Family] = {
     **stablelm.FAMILIES,
 }
 
+ENCODERS = {"BertModel": "bert", "RobertaModel": "roberta", "XLMRobertaModel": "xlm-roberta"}
+"""Architectures of bidirectional encoders (models/encoder), which generate nothing -> their model_type."""
+
 REFUSED = {
+    **dict.fromkeys(ENCODERS, "it is an encoder, which generates nothing: serve it for embeddings"),
     "BloomForCausalLM": "Bloom, whose embeddings have a norm, is not supported: use a later model, such as Falcon",
     "OlmoForCausalLM": "the first OLMo, whose norms have no weights, is not supported: use OLMo 2",
     "QWenLMHeadModel": "the first Qwen, whose tokenizer is a tiktoken file, is not supported: use Qwen1.5 or later",

@@ -32,6 +32,7 @@ SAMPLE_BYTES = 4096
 SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "quantize_config.json"),
+    *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"),
 )
 """Files that say what a model is, but for the weights."""
 

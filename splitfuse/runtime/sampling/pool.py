@@ -24,14 +24,19 @@ def pool(hidden: Tensor, wanted: Sequence[PoolingParams], head: Callable[[Tensor
         logprobs = log_probabilities(head(hidden[scored]))
         for i, row in zip(scored, logprobs, strict=True):
             values[i] = row[list(wanted[i].token_ids)].tolist()
-    for i in range(len(wanted)):
-        if not wanted[i].token_ids:
-            values[i] = hidden[i].float().tolist()
-    return [_result(each, is_embedding=not asked.token_ids) for each, asked in zip(values, wanted, strict=True)]
+    return [
+        _result(values[i], math.isnan) if asked.token_ids else embedding_result(hidden[i].float().tolist())
+        for i, asked in enumerate(wanted)
+    ]
 
 
-def _result(values: Sequence[float], *, is_embedding: bool) -> ChunkResult:
-    bad = next((value for value in values if math.isnan(value) or (is_embedding and math.isinf(value))), None)
+def embedding_result(values: Sequence[float]) -> ChunkResult:
+    """Return the result of a request for an embedding, or an error if not all of it are finite numbers."""
+    return _result(values, lambda value: not math.isfinite(value))
+
+
+def _result(values: Sequence[float], is_bad: Callable[[float], bool]) -> ChunkResult:
+    bad = next(filter(is_bad, values), None)
     if bad is not None:
         return ChunkResult(error=f"the model computed unusable numbers: {bad} among them")
     return ChunkResult(values=tuple(values), is_complete=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from array import array
 
+from splitfuse.core.limits import ENCODER
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
@@ -33,7 +34,7 @@ from splitfuse.server.pooling.run import pooled
 from splitfuse.server.state import AppState
 from splitfuse.text.pooling import rerank
 from splitfuse.text.pooling.decisions import YES_NO, Question, as_text
-from splitfuse.text.pooling.embeddings import cosine, embedding, for_pooling
+from splitfuse.text.pooling.embeddings import check_dimensions, cosine, embedding, for_pooling
 from splitfuse.text.pooling.labels import has_labels, label_ids, probabilities
 from splitfuse.text.prompts import ChatOptions, PreparedRequest
 from splitfuse.text.service import TextService
@@ -52,17 +53,16 @@ async def embeddings(state: AppState, context: RequestContext, body: EmbeddingRe
     async def encode() -> list[PreparedRequest]:
         return [await _embeddable(service, text) for text in texts]
 
+    size = service.client.info.embedding_size
+    check_dimensions(body.dimensions, size)
     values = await pooled(state, context, body, encode, count=len(texts), parameter="input")
-    if body.dimensions is not None and body.dimensions > len(values[0]):
-        message = f"dimensions must be at most {len(values[0])}, as many as the model has, not {body.dimensions}"
-        raise InvalidRequestError(message, parameter="dimensions")
 
     def item(index: int) -> Embedding:
         numbers = embedding(values[index], body.dimensions)
         return Embedding(index, _base64(numbers) if body.encoding_format == "base64" else numbers.tolist())
 
     answer = EmbeddingList(lazy_list(map(item, range(len(values)))), state.model, _usage(context))
-    if sum(map(len, values)) > MANY_NUMBERS:
+    if len(values) * size > MANY_NUMBERS:
         await context.answer_in_pieces(answer, service.off_loop)
     else:
         await context.answer(answer)
@@ -96,6 +96,8 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
     """Answer POST /v1/systemone."""
     service = state.service
     tokenizer = service.tokenizer
+    if not service.client.info.limits.generates:
+        raise InvalidRequestError(ENCODER)
     if tokenizer.chat_template is None:
         raise InvalidRequestError("the model has no chat template, in which questions are asked: use another model")
     has_yes_no = has_labels(tokenizer, YES_NO)
@@ -142,6 +144,8 @@ async def _scores(
         found = dict(zip(texts, hidden, strict=True))
         return method, [cosine(found[first], found[second]) for first, second in pairs]
     service, tokenizer = state.service, state.service.tokenizer
+    if not service.client.info.limits.generates:
+        raise InvalidRequestError(f"{ENCODER}: splitfuse_method must be cosine", parameter="splitfuse_method")
     answers = PoolingParams(label_ids(tokenizer, rerank.ANSWERS))
     instruction = body.splitfuse_instruction or rerank.INSTRUCTION
 
@@ -162,6 +166,8 @@ async def _scores(
 def _method(state: AppState) -> Method:
     """Return how the model compares texts if a request does not say: by its judgement, if it can be asked for one."""
     tokenizer = state.service.tokenizer
+    if state.service.client.info.is_embedder:
+        return "cosine"
     can_be_asked = tokenizer.chat_template is not None or rerank.has_chatml(tokenizer)
     return "yes_no" if can_be_asked and has_labels(tokenizer, rerank.ANSWERS) else "cosine"
 

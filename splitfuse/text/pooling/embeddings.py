@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from operator import mul
 
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
+from splitfuse.errors import InvalidRequestError
 from splitfuse.text.prompts import PreparedRequest
 
 
@@ -20,6 +21,15 @@ def embedding(hidden: Sequence[float], dimensions: int | None = None) -> array[f
     kept = hidden[:dimensions]
     length = math.hypot(*kept) or 1.0  # zeros have no direction, and stay
     return array("f", [number / length for number in kept])
+
+
+def check_dimensions(dimensions: int | None, size: int) -> None:
+    """Raise InvalidRequestError unless a model whose embeddings have `size` numbers can give so many."""
+    if dimensions is not None and (not isinstance(dimensions, int) or not 1 <= dimensions <= size):
+        message = (
+            f"dimensions must be a whole number from 1 to {size}, as many as the model has, not {dimensions!r:.80}"
+        )
+        raise InvalidRequestError(message, parameter="dimensions")
 
 
 def cosine(first: Sequence[float], second: Sequence[float]) -> float:

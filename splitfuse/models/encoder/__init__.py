@@ -1,0 +1,1 @@
+"""The bidirectional encoder: a network that reads a text at once and keeps nothing of it, for embeddings."""

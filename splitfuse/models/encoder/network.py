@@ -1,0 +1,158 @@
+"""Computes a bidirectional encoder: each token attends to all tokens of its text.
+
+Tokens of all texts lie one behind the other, without padding. Products are a backend's; norms and attention are
+PyTorch's, in fp32 and text by text, so that a text's numbers do not depend on the others where the backend's do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitfuse.errors import UnsupportedModelError
+from splitfuse.kernels.interface import Backend, Role, Weight
+from splitfuse.models.encoder.spec import EncoderSpec
+from splitfuse.models.sources.source import Piece, WeightSource
+
+OPTIONAL = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
+"""Tensors of a checkpoint that an embedding does not need."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Names one weight, and the checkpoint's tensors that are stacked by rows to make it."""
+
+    name: str
+    role: Role
+    pieces: tuple[Piece, ...]
+
+
+def parameters(spec: EncoderSpec) -> Iterator[Parameter]:
+    """Yield every weight of a network."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+
+    def norm(name: str, stored: str) -> Iterator[Parameter]:
+        for part in ("weight", "bias"):
+            yield Parameter(f"{name}.{part}", Role.NORM, (Piece(f"{stored}.{part}", (hidden,)),))
+
+    def linear(name: str, role: Role, *stored: str, rows: int, columns: int) -> Iterator[Parameter]:
+        yield Parameter(name, role, tuple(Piece(f"{each}.weight", (rows, columns)) for each in stored))
+        yield Parameter(f"{name}_bias", Role.PLAIN, tuple(Piece(f"{each}.bias", (rows,)) for each in stored))
+
+    for name, count in (("word", spec.vocab_size), ("position", spec.num_positions), ("token_type", spec.num_types)):
+        yield Parameter(name, Role.EMBED, (Piece(f"embeddings.{name}_embeddings.weight", (count, hidden)),))
+    yield from norm("norm", "embeddings.LayerNorm")
+    for number in range(spec.num_layers):
+        ours, theirs = f"{number}.", f"encoder.layer.{number}"
+        attention = [f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")]
+        yield from linear(f"{ours}qkv", Role.QKV, *attention, rows=hidden, columns=hidden)
+        yield from linear(f"{ours}o", Role.O, f"{theirs}.attention.output.dense", rows=hidden, columns=hidden)
+        yield from norm(f"{ours}attn_norm", f"{theirs}.attention.output.LayerNorm")
+        yield from linear(f"{ours}up", Role.UP, f"{theirs}.intermediate.dense", rows=inner, columns=hidden)
+        yield from linear(f"{ours}down", Role.DOWN, f"{theirs}.output.dense", rows=hidden, columns=inner)
+        yield from norm(f"{ours}mlp_norm", f"{theirs}.output.LayerNorm")
+
+
+def weight_bytes(spec: EncoderSpec, backend: Backend, dtype: torch.dtype) -> int:
+    """Return the bytes of all weights as `backend` keeps them."""
+    total = 0
+    for parameter in parameters(spec):
+        shapes = [piece.shape for piece in parameter.pieces]
+        shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        total += backend.weight_bytes(shape, role=parameter.role, dtype=dtype)
+    return total
+
+
+class Encoder:
+    """Computes embeddings of texts.
+
+    >>> encoder = Encoder.load(spec, source.weights(), ReferenceBackend(), dtype=torch.float32)  # doctest: +SKIP
+    >>> encoder.embed([(101, 7592, 102)])                     # [texts, hidden], in fp32         # doctest: +SKIP
+    """
+
+    def __init__(self, spec: EncoderSpec, weights: dict[str, Weight], backend: Backend, *, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.backend = backend
+        self.dtype = dtype
+        self._weights = weights
+        # What every token's embedding has besides its word's: its position, and the one type of all tokens.
+        positions = weights["position"][spec.position_offset :].float()
+        self._positions = positions + weights["token_type"][0].float()
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, source: WeightSource, backend: Backend, *, dtype: torch.dtype) -> Encoder:
+        """Load the weights, one at a time. Raises WeightsError if one is missing, surplus or misshapen,
+        UnsupportedModelError if one is quantized.
+        """
+        wanted = list(parameters(spec))
+        pieces = [piece for parameter in wanted for piece in parameter.pieces]
+        aside = [name for name in source.names() if name in OPTIONAL]
+        source.check(pieces, architecture=spec.architecture, aside=aside)
+        weights: dict[str, Weight] = {}
+        for parameter in wanted:
+            tensors = []
+            for piece in parameter.pieces:
+                if source.quantization(piece.name) is not None:
+                    stored = source.stored_as(piece.name)
+                    raise UnsupportedModelError(f"{piece.name} is quantized ({stored}), which encoders must not be")
+                with source.read(piece) as tensor:
+                    tensors.append(tensor.to(torch.float32 if parameter.role is Role.NORM else dtype, copy=True))
+            weights[parameter.name] = backend.pack(tensors, role=parameter.role, dtype=dtype)
+        return cls(spec, weights, backend, dtype=dtype)
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the pooled hidden states of texts, given as token ids: [texts, hidden] in fp32."""
+        lengths = [len(text) for text in texts]
+        hidden = torch.split(self._hidden([token for text in texts for token in text], lengths), lengths)
+        match self.spec.pooling:
+            case "cls":
+                return torch.stack([text[0] for text in hidden])
+            case "last":
+                return torch.stack([text[-1] for text in hidden])
+            case "mean":
+                return torch.stack([text.mean(0) for text in hidden])
+
+    def _hidden(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Return the last hidden states [T, C] of texts that lie one behind the other."""
+        weights, backend = self._weights, self.backend
+        positions = torch.cat([self._positions[:length] for length in lengths])
+        x = self._norm(F.embedding(torch.tensor(token_ids), weights["word"]).float() + positions, "norm")
+        for number in range(self.spec.num_layers):
+            qkv = backend.linear(x.to(self.dtype), weights[f"{number}.qkv"], weights[f"{number}.qkv_bias"])
+            mixed = self._attention(qkv, lengths).to(self.dtype)
+            mixed = backend.linear(mixed, weights[f"{number}.o"], weights[f"{number}.o_bias"])
+            x = self._norm(x + mixed, f"{number}.attn_norm")
+            up, bias = weights[f"{number}.up"], weights[f"{number}.up_bias"]
+            inner = backend.activated(x.to(self.dtype), up, bias, self.spec.activation)
+            out = backend.linear(inner, weights[f"{number}.down"], weights[f"{number}.down_bias"])
+            x = self._norm(x + out, f"{number}.mlp_norm")
+        return x
+
+    def _attention(self, qkv: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the attention of each text's tokens to all of them: [T, 3 C] -> [T, C]. Texts of one length are
+        computed together.
+        """
+        out = torch.empty(len(qkv), self.spec.hidden_size, dtype=qkv.dtype)
+        starts: dict[int, list[int]] = {}
+        start = 0
+        for length in lengths:
+            starts.setdefault(length, []).append(start)
+            start += length
+        for length, firsts in starts.items():
+            rows = (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten()
+            alike = qkv if len(rows) == len(qkv) else qkv[rows]
+            heads = alike.view(len(firsts), length, 3, self.spec.num_heads, self.spec.head_dim)
+            q, k, v = heads.permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+            if alike is qkv:
+                return attended
+            out[rows] = attended
+        return out
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return F.layer_norm(x, (self.spec.hidden_size,), weight, bias, self.spec.norm_eps)

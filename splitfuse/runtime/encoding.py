@@ -1,0 +1,161 @@
+"""Load a bidirectional encoder, and execute plans with it. It has the scheduler of decoders, and no KV cache.
+
+A chunk of a prompt that goes on later computes nothing: the last one computes the whole text, since each token attends
+to all. So a step computes at most the budget and a text's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.limits import ceil_div
+from splitfuse.core.plan import ChunkResult, SamplingState, StepPlan, StepResult
+from splitfuse.errors import AdapterError, ConfigError, MemoryPlanError
+from splitfuse.kernels.lora import PackedAdapter
+from splitfuse.models.encoder.network import Encoder, weight_bytes
+from splitfuse.models.encoder.spec import EncoderSpec, read_encoder
+from splitfuse.models.sources.dummy import DummyWeights
+from splitfuse.models.sources.pooling import Pooling
+from splitfuse.models.sources.source import ModelSource
+from splitfuse.models.weights import resolve_dtype
+from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.executor import StepHandle
+from splitfuse.runtime.fingerprint import fingerprint
+from splitfuse.runtime.loading import open_source, parse_device, tokenizer_json, use_cores
+from splitfuse.runtime.machine import available_memory
+from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.runtime.sampling.grammar import Grammars
+from splitfuse.runtime.sampling.pool import embedding_result
+
+TOKEN_NUMBERS = 12
+"""Number of hidden and of inner states of a token that exist at once, generously."""
+
+
+class EncoderExecutor:
+    """Executes plans whose requests all ask for embeddings: see `Executor`."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.adapters: dict[str, PackedAdapter] = {}
+        """LoRA adapters: none, see `LoadedEncoder.load_adapter`."""
+        self._states: dict[str, SamplingState] = {}
+        self._num_submitted = 0
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Execute a plan. Its results are known when this returns."""
+        for request_id in plan.retired_requests:
+            self._states.pop(request_id, None)
+        self._states |= {new.request_id: new for new in plan.new_requests}
+        self._num_submitted += 1
+        results: StepResult = {chunk.request_id: ChunkResult() for chunk in plan.chunks}
+        whole = [chunk.request_id for chunk in plan.chunks if chunk.samples]
+        if whole:
+            with torch.inference_mode():
+                embeddings = self.encoder.embed([self._states[name].prompt_token_ids for name in whole])
+            results |= zip(whole, map(embedding_result, embeddings.tolist()), strict=True)
+        return StepHandle(self._num_submitted, results)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Return the result of a submitted plan."""
+        return handle.result
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """Holds an encoder, and what an engine needs to know of it: see `LoadedModel`."""
+
+    source: ModelSource
+    spec: EncoderSpec
+    plan: MemoryPlan
+    encoder: Encoder
+    fingerprint: str
+    grammars: Grammars
+    pooling: Pooling
+    eos_token_ids: tuple[int, ...] = ()
+
+    def make_executor(self) -> EncoderExecutor:
+        """Return an executor: each engine makes one."""
+        return EncoderExecutor(self.encoder)
+
+    def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
+        """Raise AdapterError: encoders have no LoRA adapters."""
+        raise AdapterError(f"the adapter {path} cannot be applied: {self.spec.architecture} is an encoder")
+
+
+def load_encoder(
+    config: EngineConfig,
+    source: ModelSource | None = None,
+    *,
+    announce: Callable[[MemoryPlan], None] = lambda _: None,
+) -> LoadedEncoder:
+    """Load the encoder that `config` names, from `source` if it is open already. `announce` is called with the memory
+    plan before anything is loaded.
+
+    Raises ModelError, MemoryPlanError, or ConfigError for a setting that encoders do not have.
+    """
+    source = source or open_source(config)
+    spec = read_encoder(source)
+    _check(config, spec)
+    device = parse_device(config.model.device)
+    use_cores(device)
+    dtype = resolve_dtype(config.model.dtype, spec)
+    backend = choose_backend(config, dtype)
+    weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
+    max_len = config.model.max_model_len or min(spec.wanted_length or spec.max_position, spec.max_position)
+    size, most = config.cache.block_size, config.scheduler.max_num_seqs
+    widest = TOKEN_NUMBERS * spec.hidden_size + 2 * spec.intermediate_size
+    plan = MemoryPlan(
+        weights=weight_bytes(spec, backend, dtype),
+        activations=(config.scheduler.max_num_batched_tokens + max_len) * widest * torch.float32.itemsize,
+        block=0,
+        block_size=size,
+        num_blocks=most * ceil_div(max_len, size),  # they hold nothing, and there are enough
+        max_model_len=max_len,
+        available=available_memory(config.model.device),
+        kernels=backend.describe(),
+        model_len_lowered=False,
+        max_num_seqs=most,
+        remarks=(f"an encoder: it gives embeddings ({spec.pooling} of the hidden states), and generates nothing",),
+    )
+    if plan.need > plan.available:
+        raise MemoryPlanError(f"the model does not fit into memory\n{plan}\na smaller max_num_batched_tokens may fit")
+    announce(plan)
+    encoder = Encoder.load(spec, weights, backend, dtype=dtype)
+    backend.finish_loading()
+    name = fingerprint(source, config, backend=backend, plan=plan, device=device)
+    grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ())
+    return LoadedEncoder(source, spec, plan, encoder, name, grammars, Pooling(spec.pooling))
+
+
+def without_prefix_cache(config: EngineConfig) -> EngineConfig:
+    """Return the settings of an engine that keeps nothing of a prompt."""
+    return replace(config, cache=replace(config.cache, enable_prefix_caching=False))
+
+
+def _check(config: EngineConfig, spec: EncoderSpec) -> None:
+    """Raise ConfigError for a setting that an encoder cannot honour."""
+    cache = config.cache
+    for name, is_set in (
+        ("num_blocks", cache.num_blocks is not None),
+        ("kv_cache_memory_gib", cache.kv_cache_memory_gib is not None),
+        ("kv_cache_dtype", cache.kv_cache_dtype != "auto"),
+        ("enable_slo, ttft and itl", config.scheduler.slo_enabled),
+        ("gguf_file", config.model.gguf_file is not None),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"{name} cannot be set for {spec.architecture}, an encoder without a KV cache whose steps are not "
+                "predicted: leave it out"
+            )
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > spec.max_position:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model has {spec.max_position} positions: use at most that"
+        )
+    if config.model.device != "cpu":
+        raise ConfigError(f"device {config.model.device} cannot be used for {spec.architecture}: encoders run on cpu")
