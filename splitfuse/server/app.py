@@ -38,7 +38,9 @@ from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openapi import document
 from splitfuse.server.pooling import endpoints as pooling
+from splitfuse.server.responses import endpoints as responses
 from splitfuse.server.state import AppState
+from splitfuse.server.store import AnswerStore
 from splitfuse.server.validation import SchemaBounds
 from splitfuse.text.service import TextService
 from splitfuse.version import __version__
@@ -57,7 +59,7 @@ def make_app(
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
-    state = AppState(service, config, admission, metrics, log, int(time.time()))
+    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config))
     metrics.num_text_restarts = lambda: service.num_ended_processes
     keys = ApiKeys(config)
     routes: dict[str, list[Route]] = {}
@@ -148,6 +150,7 @@ ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
     *pooling.ROUTES,
     *anthropic.ROUTES,
+    *responses.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(
