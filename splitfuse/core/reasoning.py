@@ -28,19 +28,21 @@ class Reasoning:
     """
 
     start_token_ids: tuple[int, ...] = ()
-    """Sequence that opens a thought at the beginning of what is generated; empty if only the prompt may open one."""
+    """Sequence that opens a thought at the beginning of an answer; empty if only the prompt may open one."""
     end_token_ids: tuple[int, ...]
     """Sequence that ends a thought."""
     is_open: bool = False
     """Flag of a prompt that has opened the thought."""
     reopens: bool = False
-    """Flag of a model for which start_token_ids open a thought anywhere, also after one that has ended."""
+    """Flag of a model for which start_token_ids open a thought anywhere in an answer."""
     max_tokens: int | None = None
     """Most tokens of thoughts, their markers not counted; None: as many as the model generates."""
     close_token_ids: tuple[int, ...] = ()
     """Sequence that closes a thought which has used up its budget, with end_token_ids at its end; empty: those."""
     answer_token_ids: tuple[int, ...] = ()
     """Sequence between a thought that was closed for its budget, or any before an answer of a form, and the answer."""
+    space_token_ids: tuple[int, ...] = ()
+    """Tokens of white space: what comes after them is still the beginning of an answer without a form."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -65,7 +67,7 @@ class Phase(enum.Enum):
     """Says what the next token is part of."""
 
     START = enum.auto()
-    """Of start_token_ids, or of an answer without a thought."""
+    """Of start_token_ids, or the first of an answer, perhaps after white space."""
     THOUGHT = enum.auto()
     """Of a thought, or of the sequence that ends it."""
     BETWEEN = enum.auto()
@@ -88,7 +90,7 @@ class Thought:
         self._num_taken = 0  # tokens of thoughts so far, with the beginning of the marker that ends the last one
         self._matched = 0  # tokens of the marker that is looked for, which the newest tokens are
         self._forced: tuple[int, ...] = ()
-        self._used_up = False
+        self._used_up = self._has_thought = False
         if reasoning.is_open:
             self._open()
 
@@ -120,9 +122,21 @@ class Thought:
             return None
         return self.reasoning.end_token_ids[self._matched]
 
+    @property
+    def forbidden(self) -> int | None:
+        """Return the token that may not come next, since it would open a thought again with no budget left."""
+        start = self.reasoning.start_token_ids
+        if not self._used_up or self._has_form or not self._may_open or self._matched != min(1, len(start) - 1):
+            return None
+        return start[self._matched]
+
+    @property
+    def _may_open(self) -> bool:
+        return self.phase is Phase.START or (self.phase is Phase.ANSWER and self.reasoning.reopens)
+
     def push(self, token_id: int) -> bool:
-        """Take in the next token. Returns whether it is part of the answer; without a form, so is the beginning of a
-        sequence that opens a thought, until that is complete.
+        """Take in the next token. Returns whether it is part of the answer. Without a form, so is the beginning of a
+        sequence that opens a thought, until that is complete; white space after a thought is not.
         """
         self._forced = self._forced[1:]
         match self.phase:
@@ -131,7 +145,7 @@ class Thought:
                 return False
             case Phase.BETWEEN:
                 if not self._forced:
-                    self.phase = Phase.ANSWER
+                    self._begin_answer()
                 return False
             case Phase.ANSWER if self._has_form or not self.reasoning.reopens:
                 return True
@@ -143,11 +157,14 @@ class Thought:
         if self._matched == len(start) > 0:
             self._open()
             return False
-        if self._matched <= before:
-            self.phase = Phase.ANSWER
-        elif self._has_form:  # the choice is made: what a form would say of the tokens so far is not asked
-            self._forced = start[self._matched :]
-            return False
+        if self._matched > before:
+            if self._has_form:  # the choice is made: what the form would say of these tokens is not asked
+                self._forced = start[self._matched :]
+            return not self._has_form
+        is_start = self.phase is Phase.START and self._matched == before == 0 and not self._has_form
+        if is_start and token_id in self.reasoning.space_token_ids:
+            return not self._has_thought
+        self.phase = Phase.ANSWER
         return True
 
     def _push_thought(self, token_id: int) -> None:
@@ -160,9 +177,17 @@ class Thought:
         self._num_taken -= len(end)
         self._matched = 0
         self._forced = self.reasoning.answer_token_ids if self._used_up or self._has_form else ()
-        self.phase = Phase.BETWEEN if self._forced else Phase.ANSWER
+        if self._forced:
+            self.phase = Phase.BETWEEN
+        else:
+            self._begin_answer()
+
+    def _begin_answer(self) -> None:
+        can_open = self.reasoning.start_token_ids and not self._has_form
+        self.phase = Phase.START if can_open else Phase.ANSWER
 
     def _open(self) -> None:
+        self._has_thought = True
         self.phase, self._matched, self._forced = Phase.THOUGHT, 0, ()
         self._close_if_used_up()
 

@@ -19,6 +19,8 @@ _ANSWERS = {
     "</think>": "\n\n",
 }
 """End of a thought -> what models write between it and the answer."""
+_SPACES = ("\n", "\n\n", "\n\n\n", "\r\n", "\r\n\r\n", " ", "\t")
+"""Texts that models write before the opening of a thought, or after its end, and that are no answer."""
 
 
 def chat_reasoning(
@@ -76,6 +78,7 @@ def reasoning_params(
     has_end = end and end[0] in tokenizer.added_ids and end[-1] in tokenizer.added_ids
     closing = tokenizer.encode(last_words + close_text.strip(), add_special_tokens=False)
     answer = tokenizer.encode(close_text.strip() + answer_text, add_special_tokens=False)
+    spaces = (tokenizer.encode(close_text.strip() + space, add_special_tokens=False) for space in _SPACES)
     if has_start and has_end and closing[-len(end) :] == end and answer[: len(end)] == end:
         return Reasoning(
             start_token_ids=start,
@@ -85,6 +88,7 @@ def reasoning_params(
             max_tokens=max_tokens,
             close_token_ids=closing,
             answer_token_ids=answer[len(end) :],
+            space_token_ids=tuple(ids[-1] for ids in spaces if ids[:-1] == end),
         )
     if max_tokens is None and not (has_form and is_open):  # one that is not open cannot be opened in any form
         return None

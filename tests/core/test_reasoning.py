@@ -1,5 +1,6 @@
 """What the next token may be, against a search in the whole sequence."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add, decode_command, encode
 from splitfuse.errors import InvalidRequestError
 
-LETTERS, EOS = 4, 9
+LETTERS, EOS, SPACE, HEADER = 4, 9, 5, (7, 8)
 
 
 def sequence(rng: Random) -> tuple[int, ...]:
@@ -25,7 +26,8 @@ def random_reasoning(rng: Random) -> Reasoning:
         reopens=rng.random() < 0.5,
         max_tokens=rng.choice([None, 0, 1, 2, 5, 9]),
         close_token_ids=rng.choice([(), (*sequence(rng), *end)]),
-        answer_token_ids=(7, 8)[: rng.randrange(3)],  # in which no thought begins
+        answer_token_ids=HEADER[: rng.randrange(3)],
+        space_token_ids=rng.choice([(), (SPACE,)]),
     )
 
 
@@ -33,7 +35,7 @@ def generate(rng: Random, thought: Thought, count: int = 60) -> tuple[list[int],
     """Return tokens as a model that ends within thoughts has them, and which are part of the answer."""
     tokens, answered = [], []
     for _ in range(count):
-        token = rng.choice([*range(LETTERS), EOS])
+        token = rng.choice([letter for letter in (*range(LETTERS), SPACE, EOS) if letter != thought.forbidden])
         if thought.forced is not None:
             token = thought.forced
         elif token == EOS:
@@ -49,47 +51,55 @@ def find(tokens: list[int], part: tuple[int, ...], start: int = 0) -> int:
     return next((i for i in places if tuple(tokens[i : i + len(part)]) == part), -1)
 
 
+def thoughts_in(tokens: list[int], reasoning: Reasoning, *, has_form: bool) -> list[tuple[int, int]]:
+    """Return where thoughts begin and end."""
+    start, end, spans, place = reasoning.start_token_ids, reasoning.end_token_ids, [], 0
+    is_open = reasoning.is_open
+    while True:
+        if not is_open:
+            first = place
+            while not has_form and first < len(tokens) and tokens[first] in (*HEADER, *reasoning.space_token_ids):
+                first += 1
+            place = find(tokens, start, first)
+            is_late = place != first and (has_form or not reasoning.reopens)
+            if place < 0 or is_late or (spans and has_form):
+                return spans
+            place += len(start)
+        close = find(tokens, end, place)
+        if close < 0:  # the end may have begun
+            begun = next(size for size in (2, 1, 0) if tuple(tokens[place:])[-size or len(tokens) :] == end[:size])
+            return [*spans, (place, len(tokens) - begun)]
+        spans.append((place, close))
+        place, is_open = close + len(end), False
+
+
 @pytest.mark.parametrize("has_form", [False, True])
 def test_thoughts_end_within_their_budget_and_answers_follow(has_form: bool) -> None:
-    rng, answers = Random(1), 0
+    rng, num_answers, num_reopened = Random(1), 0, 0
     for _ in range(1500):
         reasoning = random_reasoning(rng)
         thought = Thought(reasoning, has_form=has_form)
         tokens, answered = generate(rng, thought)
-        start, end, budget = reasoning.start_token_ids, reasoning.end_token_ids, reasoning.max_tokens
-        repeats = reasoning.reopens and not has_form
-        spans, place = [], 0
-        is_open = reasoning.is_open
-        while True:
-            if not is_open:
-                place, before = find(tokens, start, place), place
-                if place < 0 or (not repeats and place > 0) or (before and not repeats):
-                    break
-                place += len(start)
-            close = find(tokens, end, place)
-            if close < 0:  # the end may have begun
-                begun = next(size for size in (2, 1, 0) if tuple(tokens[place:])[-size or len(tokens) :] == end[:size])
-                spans.append((place, len(tokens) - begun))
-                break
-            spans.append((place, close))
-            place, is_open = close + len(end), False
+        end, budget = reasoning.end_token_ids, reasoning.max_tokens
+        spans = thoughts_in(tokens, reasoning, has_form=has_form)
         assert thought.num_tokens == sum(stop - begin for begin, stop in spans), (reasoning, tokens)
+        num_reopened += len(spans) > 1
         if budget is not None:
             words = len(reasoning.close_token_ids or end) - len(end)
-            assert thought.num_tokens <= budget + words * len(spans)
+            assert thought.num_tokens <= budget + words
             assert thought.phase is not Phase.THOUGHT or thought.num_tokens < budget or thought.forced is not None
-        if not repeats and spans:
-            (_, stop), *_ = spans
-            first = stop + len(end)
-            assert not any(answered[:first]) or not (has_form or reasoning.is_open)
-            if has_form and first + len(reasoning.answer_token_ids) < len(tokens):
-                assert tuple(tokens[first : first + len(reasoning.answer_token_ids)]) == reasoning.answer_token_ids
-                first += len(reasoning.answer_token_ids)
-                assert not any(answered[:first]) and all(answered[first:])
-                answers += 1
-        if not repeats and not spans and not has_form:
+        if not spans:
             assert all(answered)
-    assert not has_form or answers > 500
+        elif has_form:
+            ((_, stop),) = spans
+            first = stop + len(end) + len(reasoning.answer_token_ids)
+            if first < len(tokens):
+                assert tuple(tokens[stop + len(end) : first]) == reasoning.answer_token_ids
+                assert not any(answered[:first]) and all(answered[first:])
+                num_answers += 1
+        for begin, stop in spans:
+            assert not any(answered[begin : stop + len(end)])
+    assert num_answers > 500 if has_form else num_reopened > 100, (num_answers, num_reopened)
 
 
 def test_the_phase_follows_from_the_tokens_alone() -> None:
@@ -111,11 +121,12 @@ def test_nothing_is_forced_without_a_budget_or_a_form() -> None:
         (2, False, Phase.THOUGHT),
         (3, False, Phase.THOUGHT),
         (3, False, Phase.THOUGHT),
-        (4, False, Phase.ANSWER),
+        (4, False, Phase.START),
+        (9, True, Phase.ANSWER),
         (1, True, Phase.ANSWER),
         (2, True, Phase.ANSWER),
     ):
-        assert thought.forced is None and thought.closing is None
+        assert thought.forced is None and thought.closing is None and thought.forbidden is None
         assert (thought.push(token), thought.phase) == (is_answer, phase)
     assert thought.num_tokens == 1
 
@@ -138,15 +149,27 @@ def test_a_marker_that_has_begun_at_the_end_of_the_budget_is_completed() -> None
     assert not thought.push(7) and thought.forced is None
     assert not thought.push(1) and thought.forced == 2
     assert not thought.push(2) and thought.phase is Phase.ANSWER and thought.num_tokens == 1
+    assert thought.forbidden is None
 
 
 def test_thoughts_that_reopen_share_one_budget() -> None:
-    reasoning = Reasoning(start_token_ids=(1,), end_token_ids=(2,), reopens=True, max_tokens=1, answer_token_ids=(5,))
+    reasoning = Reasoning(start_token_ids=(1, 2), end_token_ids=(3,), reopens=True, max_tokens=2, answer_token_ids=(5,))
     thought = Thought(reasoning, has_form=False)
-    answered = [thought.push(token) for token in (7, 1, 7)]
-    assert answered == [True, False, False] and thought.forced == 2
-    assert [thought.push(token) for token in (2, 5, 7, 1)] == [False, False, True, False]
-    assert thought.forced == 2 and thought.num_tokens == 1
+    assert [thought.push(token) for token in (7, 1, 2, 7, 3, 7)] == [True, True, False, False, False, True]
+    assert [thought.push(token) for token in (1, 2, 7)] == [True, False, False] and thought.forced == 3
+    assert [thought.push(token) for token in (3, 5, 7)] == [False, False, True] and thought.forbidden is None
+    assert thought.push(1) and thought.forbidden == 2 and thought.push(9) and thought.num_tokens == 2
+
+
+def test_a_thought_may_open_again_after_white_space_alone() -> None:
+    reasoning = Reasoning(start_token_ids=(1,), end_token_ids=(2,), space_token_ids=(6,), max_tokens=5)
+    thought = Thought(reasoning, has_form=False)
+    assert [thought.push(token) for token in (6, 1, 7, 2, 6, 1, 7, 2)] == [True] + [False] * 7
+    assert thought.num_tokens == 2 and thought.push(7) and thought.push(6) and thought.push(1)
+    assert thought.phase is Phase.ANSWER and thought.num_tokens == 2
+    thought = Thought(replace(reasoning, max_tokens=1), has_form=False)
+    assert [thought.push(token) for token in (1, 7, 2)] == [False] * 3 and thought.forbidden == 1
+    assert not thought.push(6) and thought.forbidden == 1 and thought.push(7) and thought.forbidden is None
 
 
 def test_reasoning_crosses_to_an_engine() -> None:

@@ -1,4 +1,4 @@
-"""Change logits before a token is chosen: logit_bias, penalties, min_tokens."""
+"""Change logits before a token is chosen: logit_bias, penalties, min_tokens, thoughts without a budget."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def is_adjusted(row: SamplingState) -> bool:
         or params.repetition_penalty != 1.0
         or ((params.presence_penalty or params.frequency_penalty) and row.output_token_ids)
         or len(row.output_token_ids) < params.min_tokens
+        or (row.thought is not None and row.thought.forbidden is not None)
     )
 
 
@@ -65,6 +66,10 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
         if len(row.output_token_ids) < row.params.min_tokens
         for token in (*row.eos_token_ids, *row.params.stop_token_ids)
         if token in vocabulary
+    } | {
+        start + token: -math.inf
+        for start, row in owners
+        if row.thought is not None and (token := row.thought.forbidden) is not None
     }
     _update(flat, forbidden, lambda _, value: value)
     return scores
