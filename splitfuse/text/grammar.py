@@ -22,7 +22,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
 from splitfuse.errors import InvalidRequestError, brief
-from splitfuse.text.chat_formats.grammar import lark_of, parameters_of
+from splitfuse.text.chat_formats.grammar import form_of, lark_of, parameters_of
 
 MAX_DEPTH = 64
 """Number of schemas within each other."""
@@ -64,6 +64,15 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
     >>> compile_structured_outputs(StructuredOutputs.of({"regex": "[0-9]+"})).compiled
     '{"grammars": [{"name": "regex", "lark_grammar": "start: /[0-9]+/"}]}'
     """
+    if form.kind == "tools":
+        grammars = _grammars_of_calls(form)
+    else:
+        grammars = [_grammar(form)]
+        _try(grammars, form.kind)
+    return replace(form, source="", compiled=json.dumps({"grammars": grammars}))  # once is enough in each message
+
+
+def _grammar(form: StructuredOutputs) -> dict[str, Any]:
     part: dict[str, Any]
     match form.kind:
         case "json":
@@ -74,13 +83,9 @@ def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
             texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(form.source))
             choices = " | ".join(text.replace("\x7f", "\\u007f") for text in texts)  # the one that Lark wants escaped
             part = {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}  # a terminal: one item, however many there are
-        case "tools":
-            return _compiled_calls(form)
         case _:
             part = {"lark_grammar": _lark(form.source)}
-    compiled = json.dumps({"grammars": [{name: value for name, value in part.items() if value is not None}]})
-    _try(compiled, form.kind)
-    return replace(form, source="", compiled=compiled)  # once is enough in each message
+    return {name: value for name, value in part.items() if value is not None}
 
 
 def _schema(form: StructuredOutputs) -> dict[str, Any]:
@@ -90,23 +95,26 @@ def _schema(form: StructuredOutputs) -> dict[str, Any]:
     return {**schema, "x-guidance": spaces}
 
 
-def _compiled_calls(form: StructuredOutputs) -> StructuredOutputs:
-    """Return the form of answers that call tools with its grammar."""
-    tools = parameters_of(form.source)
+def _grammars_of_calls(form: StructuredOutputs) -> list[dict[str, Any]]:
+    """Return the grammars of answers that call tools."""
+    tools, other = parameters_of(form.source), form_of(form.source)
     for place, parameters in tools:
         with _named(place):
             _check_schema(parameters)
     grammar = lark_of(form.source)
-    schemas = [{"name": name, "json_schema": _with_spaces(schema)} for name, schema in grammar.schemas.items()]
+    parts = [{"name": name, "json_schema": _with_spaces(schema)} for name, schema in grammar.schemas.items()]
+    parts += [] if other is None else [{**_grammar(other), "name": "form"}]
     trial = lark_of(form.source, has_special_tokens=False)  # bytes alone
     try:
-        _try(json.dumps({"grammars": [{"lark_grammar": trial.lark}, *schemas]}), "tools")
+        _try([{"lark_grammar": trial.lark}, *parts], "tools")
     except InvalidRequestError:
         for place, parameters in tools:
             with _named(place):
-                _try(json.dumps({"grammars": [{"json_schema": _with_spaces(parameters)}]}), "json")
+                _try([{"json_schema": _with_spaces(parameters)}], "json")
+        if other is not None:
+            _try(parts[-1:], other.kind)
         raise
-    return replace(form, source="", compiled=json.dumps({"grammars": [{"lark_grammar": grammar.lark}, *schemas]}))
+    return [{"lark_grammar": grammar.lark}, *parts]
 
 
 @contextmanager
@@ -221,11 +229,11 @@ def _bytes() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def _try(compiled: str, kind: str) -> None:
+def _try(grammars: list[dict[str, Any]], kind: str) -> None:
     """Raise InvalidRequestError for a grammar that is invalid, by which no answer can begin, or whose first bytes lead
     to more than the parser holds.
     """
-    matcher = LLMatcher(_bytes(), compiled, log_level=0)
+    matcher = LLMatcher(_bytes(), json.dumps({"grammars": grammars}), log_level=0)
     allowed: list[int] = []
     for _ in range(TRIED_BYTES):
         if matcher.is_error():

@@ -11,7 +11,6 @@ from typing import Any
 from splitfuse.core.limits import EngineLimits, prompt_too_long
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.grammar import call_grammar
 from splitfuse.text.chat_formats.parser import MessageSource
@@ -156,30 +155,27 @@ class PromptEncoder:
         return text
 
     def compile(self, params: SamplingParams, options: ChatOptions = CHAT) -> SamplingParams:
-        """Return the parameters with the grammar of their structured_outputs, or of the calls that `options` require.
-        Raises InvalidRequestError for a form that cannot be enforced, and for both.
+        """Return the parameters with the grammar of their structured_outputs, and of calls that `options` require or
+        whose tools are strict. Raises InvalidRequestError for a form that cannot be enforced, and for one next to calls
+        that are required.
         """
-        form = self._calls(options)
-        if form is None:
-            form = params.structured_outputs
-        elif params.structured_outputs is not None:
+        form = params.structured_outputs
+        if form is not None and options.tool_choice.mode == "required":
             message = "structured_outputs and tool_choice both say which form the answer must have: leave one out"
             raise InvalidRequestError(message, parameter="structured_outputs")
+        if options.tools and (form is None or not form.compiled):
+            calls = call_grammar(
+                self._chat_format,
+                options.tools,
+                options.tool_choice,
+                parallel=options.parallel_tool_calls,
+                special_tokens=self._marker_ids,
+                form=form,
+            )
+            form = calls or form
         if form is None or form.compiled:
             return params
         return replace(params, structured_outputs=self._compile(form))
-
-    def _calls(self, options: ChatOptions) -> StructuredOutputs | None:
-        """Return the form of an answer that must call tools."""
-        if options.tool_choice.mode != "required":
-            return None
-        return call_grammar(
-            self._chat_format,
-            options.tools,
-            options.tool_choice,
-            parallel=options.parallel_tool_calls,
-            special_tokens=self._marker_ids,
-        )
 
     @cached_property
     def _marker_ids(self) -> dict[str, int]:

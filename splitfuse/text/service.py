@@ -129,10 +129,9 @@ class TextService:
             raise InvalidRequestError(f"the model's chat template failed: {error}", parameter="messages") from error
 
     async def compile(self, params: SamplingParams, options: ChatOptions = CHAT) -> SamplingParams:
-        """Return the parameters with the grammar of their structured_outputs, or of the calls that `options` require.
-        Raises InvalidRequestError for a form that cannot be enforced.
-        """
-        if params.structured_outputs is None and options.tool_choice.mode != "required":
+        """See PromptEncoder.compile."""
+        needs_calls = options.tool_choice.mode == "required" or any(tool.strict for tool in options.tools)
+        if params.structured_outputs is None and not needs_calls:
             return params
         lane = self._grammars
         return await lane.run(lambda: lane.encoder.compile(params, options))

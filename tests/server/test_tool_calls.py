@@ -204,6 +204,22 @@ def test_required_calls_are_made(ai: openai.OpenAI, choice: Any, stream: bool) -
     assert names == ({"weather"} if choice is WEATHER_ONLY else {"weather", "now"})
 
 
+def test_answer_of_a_form_may_call_tools_instead(ai: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    kinds = set()
+    for seed in range(12):
+        keywords: Any = {"response_format": form, "temperature": 2, "max_tokens": 150, "seed": seed}
+        answer = ai.chat.completions.create(model="storyteller", messages=[USER], tools=LIMITED, **keywords)
+        choice = answer.choices[0]
+        kinds.add(choice.finish_reason)
+        if choice.message.tool_calls:
+            assert choice.message.content is None
+        else:
+            assert json.loads(choice.message.content or "") in ({"a": 1}, {"a": 2})
+    assert "stop" in kinds and kinds <= {"stop", "tool_calls", "length"}
+
+
 def with_schema(**schema: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]}
 

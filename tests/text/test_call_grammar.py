@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 from typing import Any
 
 import jsonschema_rs
@@ -105,9 +107,65 @@ def test_named_tool_is_called(name: str) -> None:
     assert [(call.name, json.loads(call.arguments)) for call in read(name, text).tool_calls] == [("clock", {})]
 
 
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_strict_tools_are_valid_also_where_the_model_is_free(name: str) -> None:
+    calls, rng = CHAT_FORMATS[name].calls, random.Random(name)
+    ends = [getattr(calls, "end", "").strip() or '"', '"', '<|"|>']
+    call = sample(compiled(name, ToolChoice("required", "get_weather"), parallel=False), rng, ends)
+    form = call_grammar(CHAT_FORMATS[name], [replace(WEATHER, strict=True), Tool(name="clock")], ToolChoice("auto"))
+    assert form is not None
+    form = compile_structured_outputs(form)
+    answer = "Well, so: "
+    if name == "harmony":
+        answer = f"<|channel|>final<|message|>{answer}"
+        call = call if call.startswith("<|start|>") else f"<|start|>assistant{call}"
+        texts = [answer, call, f"{answer}<|end|>{call}"]
+    else:
+        texts = [answer, "", call, *([] if calls and calls.is_bare else [answer + call])]
+    for text in texts:
+        matcher = LLMatcher(BYTES, form.compiled, log_level=0)
+        assert matcher.try_consume_tokens(list(text.encode())) == len(text.encode()), text
+        assert matcher.is_accepting()
+    wrong = re.sub("true|false", "12345", call).encode()
+    assert LLMatcher(BYTES, form.compiled, log_level=0).try_consume_tokens(list(wrong)) < len(wrong)
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen_xml", "mistral", "harmony", "gemma4", "deepseek_v3_1"])
+def test_answer_calls_tools_or_has_the_form_of_the_request(name: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    asked = call_grammar(
+        CHAT_FORMATS[name], list(TOOLS.values()), ToolChoice("auto"), form=StructuredOutputs.of({"json": schema})
+    )
+    assert asked is not None
+    form = compile_structured_outputs(asked)
+    call = sample(compiled(name, ToolChoice("required", "clock"), parallel=False), random.Random(0), ['"'])
+    lead = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for text, length in ((call, 1000), (lead + '{"a": 1}', 1000), (lead + '{"a": "x"}', len(lead) + 6), ("Well", 0)):
+        matcher = LLMatcher(BYTES, form.compiled, log_level=0)
+        assert matcher.try_consume_tokens(list(text.encode())) == min(length, len(text.encode()))
+        assert matcher.is_accepting() == (length == 1000)
+
+
+def test_form_of_the_whole_answer_stays_as_it_is() -> None:
+    form = StructuredOutputs.of({"json_object": True})
+    for chat_format in (PLAIN, CHAT_FORMATS["llama_json"]):
+        assert call_grammar(chat_format, [WEATHER], ToolChoice("auto"), form=form) is form
+    assert call_grammar(CHAT_FORMATS["hermes"], [], ToolChoice("auto"), form=form) is None
+    form = StructuredOutputs.of({"regex": "[a-z]+"})
+    assert call_grammar(CHAT_FORMATS["hermes"], [WEATHER], ToolChoice("auto"), form=form) is form
+
+
+def test_form_that_cannot_be_enforced_next_to_tools_is_named() -> None:
+    form = StructuredOutputs.of({"json": {"oneOf": [{}, {}]}})
+    asked = call_grammar(CHAT_FORMATS["hermes"], [WEATHER], ToolChoice("auto"), form=form)
+    assert asked is not None
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs.json has the key 'oneOf'"):
+        compile_structured_outputs(asked)
+
+
 def test_auto_has_no_grammar_and_unknown_formats_are_refused() -> None:
     assert call_grammar(CHAT_FORMATS["hermes"], [WEATHER], ToolChoice("auto")) is None
-    with pytest.raises(InvalidRequestError, match="not known how this model writes calls of tools"):
+    with pytest.raises(InvalidRequestError, match="not known how it writes calls"):
         call_grammar(PLAIN, [WEATHER], REQUIRED)
 
 

@@ -6,6 +6,7 @@ Requests ask for such a grammar by `call_grammar`; `lark_of` makes it, where tex
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from splitfuse.core.structured_outputs import StructuredOutputs, refused
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.formats import (
     CHAT_FORMATS,
@@ -47,25 +48,44 @@ def call_grammar(
     parallel: bool = True,
     special_tokens: Mapping[str, int] | None = None,
     place: str = PLACE,
+    form: StructuredOutputs | None = None,
 ) -> StructuredOutputs | None:
-    """Return the form of answers that call tools as `choice` says; None if it leaves that to the model.
+    """Return the form of answers that call tools as `choice` says; None if it leaves that to the model. Then arguments
+    of a strict tool are valid by its schema all the same, and an answer without calls is JSON of the `form` that is
+    given; other forms are those of the whole answer.
 
     `special_tokens` are the markers of the format that are special tokens, with their ids; `place` names the schema of
     a tool, by its number, in errors. Raises InvalidRequestError for a model whose way of calling tools is not known.
     """
-    if choice.mode != "required":
+    calls = chat_format.calls
+    is_free = choice.mode == "auto" and any(tool.strict or form for tool in tools)
+    if choice.mode != "required" and not is_free:
         return None
-    if chat_format.calls is None:
-        raise refused("cannot be required: it is not known how this model writes calls of tools, use auto", "tools")
+    if form is not None and (form.kind != "json" or calls is None or calls.is_bare):  # a bare call is JSON too
+        return form
+    if calls is None:
+        message = "this model cannot be made to call tools: it is not known how it writes calls, use auto"
+        message = "arguments of strict tools cannot be enforced with this model" if is_free else message
+        raise InvalidRequestError(message, parameter="tools" if is_free else "tool_choice")
+    is_json = isinstance(calls, JsonCalls | NamedCalls | Channels)
+    chosen = [
+        [
+            place.format(number),
+            tool.name,
+            {"type": "object", **(tool.parameters or NO_ARGUMENTS)}
+            if tool.strict or not (is_free and is_json)  # raw texts need the names of arguments
+            else {"type": "object"},
+        ]
+        for number, tool in enumerate(tools)
+        if choice.name in (None, tool.name)
+    ]
     source = {
         "format": chat_format.name,
-        "tools": [
-            [place.format(number), tool.name, {"type": "object", **(tool.parameters or NO_ARGUMENTS)}]
-            for number, tool in enumerate(tools)
-            if choice.name in (None, tool.name)
-        ],
+        "tools": chosen,
+        "is_free": is_free,
         "is_parallel": parallel,
         "special_tokens": dict(special_tokens or {}),
+        "form": None if form is None else dataclasses.asdict(form),
     }
     return StructuredOutputs("tools", json.dumps(source))
 
@@ -78,6 +98,12 @@ class CallGrammar:
     schemas: dict[str, dict[str, Any]]
 
 
+def form_of(source: str) -> StructuredOutputs | None:
+    """Return the form of an answer without calls in the source of a form."""
+    form = json.loads(source)["form"]
+    return None if form is None else StructuredOutputs(**form)
+
+
 def parameters_of(source: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the schemas of tools in the source of a form, each with its place in the request."""
     return [(place, schema) for place, _, schema in json.loads(source)["tools"]]
@@ -86,16 +112,26 @@ def parameters_of(source: str) -> list[tuple[str, dict[str, Any]]]:
 def lark_of(source: str, *, has_special_tokens: bool = True) -> CallGrammar:
     """Return the grammar that the source of a form asks for; as bytes only, without `has_special_tokens`."""
     given = json.loads(source)
-    calls = CHAT_FORMATS[given["format"]].calls
+    chat_format = CHAT_FORMATS[given["format"]]
+    calls, is_free, is_parallel = chat_format.calls, given["is_free"], given["is_parallel"]
     assert calls is not None
     writer = _Writer(calls, given["special_tokens"] if has_special_tokens else {})
+    has_form = given["form"] is not None
+    trigger = "" if calls.is_bare or has_form else "".join(chat_format.triggers)
+    if is_free and trigger not in writer.special_tokens:
+        writer.omitted = trigger  # free text ends with it
     names = [writer.rule(writer.call(place, name, schema)) for place, name, schema in given["tools"]]
     call = writer.rule(" | ".join(names))
-    more = f" ({writer.text(calls.separator)} {call})*" if given["is_parallel"] and calls.is_repeatable else ""
-    is_list = isinstance(calls, JsonCalls) and calls.is_list
-    before, after = writer.around(calls, is_list)
-    start = f"start: {before} {call}{more} {after}"
-    return CallGrammar("\n".join([start, *writer.rules]), writer.schemas)
+    is_repeated = is_parallel and calls.is_repeatable and not (is_free and trigger == calls.open.strip())
+    before, after = writer.around()
+    group = writer.rule(f"{before} {call} {f'({writer.text(calls.separator)} {call})*' if is_repeated else ''} {after}")
+    start = group
+    if has_form:
+        before_form = f"{before} {writer.text('<|channel|>final<|message|>')}" if isinstance(calls, Channels) else ""
+        start = f"{group} | {before_form} @form"
+    elif is_free:
+        start = writer.free(group, trigger, is_parallel)
+    return CallGrammar("\n".join([f"start: {start}", *writer.rules]), writer.schemas)
 
 
 @dataclass
@@ -104,6 +140,8 @@ class _Writer:
 
     calls: CallFormat
     special_tokens: Mapping[str, int]
+    omitted: str = ""
+    """Text that has come when calls begin."""
     rules: list[str] = field(default_factory=list)
     schemas: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -134,18 +172,38 @@ class _Writer:
         self.schemas[name] = dict(schema)
         return f"@{name}"
 
-    def around(self, calls: CallFormat, is_list: bool) -> tuple[str, str]:
+    def begin(self, text: str) -> str:
+        """Return an expression for the text with which calls begin."""
+        return self.text(text.removeprefix(self.omitted))
+
+    def around(self) -> tuple[str, str]:
         """Return expressions for what is before the first call and after the last."""
-        if is_list:
-            return self.text(f"{calls.open}["), self.text(f"]{calls.close}")
-        if isinstance(calls, PythonCalls):
-            before, after = calls.brackets
-            if calls.is_bare:
-                return self.text(before), self.text(after)
-            return self.text(calls.open + before), self.text(after + calls.close)
-        if isinstance(calls, Channels):
-            return f"({self.text('<|start|>assistant')})?", ""
-        return self.text(calls.section[0]), self.text(calls.section[1])
+        match calls := self.calls:
+            case JsonCalls(is_list=True):
+                return self.begin(f"{calls.open}["), self.text(f"]{calls.close}")
+            case PythonCalls(is_bare=True):
+                return self.text(calls.brackets[0]), self.text(calls.brackets[1])
+            case PythonCalls():
+                return self.begin(calls.open + calls.brackets[0]), self.text(calls.brackets[1] + calls.close)
+            case Channels():
+                return f"({self.text('<|start|>assistant')})?", ""
+        return self.begin(calls.section[0]), self.text(calls.section[1])
+
+    def free(self, group: str, trigger: str, is_parallel: bool) -> str:
+        """Return an expression for an answer that may have calls."""
+        often = "*" if is_parallel else "?"
+        if isinstance(self.calls, Channels):
+            channel = '("analysis" | "commentary" | "final")'
+            message = self.rule(f"{self.text('<|channel|>')} {channel} {self.text('<|message|>')} /(?s:.*)/")
+            lead = self.rule(f"({self.text('<|start|>assistant')})?")
+            return f"({lead} {message} {self.text('<|end|>')})* ({group} | {lead} {message})"
+        if self.calls.is_bare:
+            other = self.rule(r"/([^\[{\s](?s:.*))?/")
+            return f"{group} | {other}"
+        text = self.rule("/(?s:.*)/")
+        if trigger in self.special_tokens:
+            return f"{text} ({group} {text}){often}"
+        return f"({self.rule('/(?s:.*)/', f'[suffix={_quoted(trigger)}]')} {group}){often} {text}"
 
     def call(self, place: str, name: str, schema: dict[str, Any]) -> str:
         """Return an expression for a call of a tool."""
@@ -157,19 +215,19 @@ class _Writer:
                 before = f'{{"name": {_quoted(name)}, "{calls.arguments}": '
                 if calls.is_list or calls.is_bare:
                     return f"{self.text(before)} {self.json(schema)} {self.text('}')}"
-                return f"{self.text(calls.open + before)} {self.json(schema)} {self.text('}' + calls.close)}"
+                return f"{self.begin(calls.open + before)} {self.json(schema)} {self.text('}' + calls.close)}"
             case NamedCalls():
                 number = " /[0-9]{1,4}/ " if calls.ids == "numbered" else " "
-                before = self.text(f"{calls.open}{calls.before}{name}{':' if calls.ids == 'numbered' else ''}")
+                before = self.begin(f"{calls.open}{calls.before}{name}{':' if calls.ids == 'numbered' else ''}")
                 end = self.text(calls.end + calls.close)
                 return f"{before}{number}{self.text(calls.after[0])} {self.json(schema)} {end}"
             case TaggedCalls():
-                before = self.text(f"{calls.open}{calls.before}{name}{calls.after}")
+                before = self.begin(f"{calls.open}{calls.before}{name}{calls.after}")
                 return f"{before} {self._tagged(calls, place, schema)} {self.text(calls.end_of_call + calls.close)}"
             case PythonCalls():
                 return f"{self.text(f'{name}(')} {self._listed(place, schema, '=', ', ')} {self.text(')')}"
             case GemmaCalls():
-                before = self.text(f"{calls.open}{calls.before}{name}{{")
+                before = self.begin(f"{calls.open}{calls.before}{name}{{")
                 return f"{before} {self._listed(place, schema, ':', ',')} {self.text('}' + calls.close)}"
         before = f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"
         return f"{self.text(before)} {self.json(schema)}"

@@ -1,1 +1,0 @@
-"""Speaks OpenAI's Responses API: items in, items out, and answers that the server keeps."""
