@@ -488,7 +488,7 @@ def test_what_claude_code_sends_is_answered(http: httpx.Client) -> None:
         ],
         "metadata": {"user_id": '{"device_id":"x","session_id":"y"}'},
         "max_tokens": 32000,
-        "thinking": {"type": "adaptive", "display": "omitted"},
+        "thinking": {"type": "adaptive", "display": "updates", "block_binding": {}},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         "output_config": {"effort": "high"},
         "stream": True,

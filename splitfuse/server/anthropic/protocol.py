@@ -35,6 +35,8 @@ SWITCHES = ("enable_thinking", "thinking")
 """Names by which chat templates know the switch of thinking."""
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 """Values of output_config.effort. Claude Code always sends one: it is a wish, which templates that know it read."""
+DISPLAYS = ("summarized", "updates", "omitted")
+"""Values of thinking.display. There is no summary: thoughts are shown whole, as they come, or not at all."""
 MIN_BUDGET = 1024
 """Number of tokens that the budget of a thought has at least, as Anthropic's."""
 _FORM = "json_schema"
@@ -64,6 +66,7 @@ class MessagesToolChoice(Body, kw_only=True, frozen=True):
         return ToolChoice(modes[self.type], self.name)
 
 
+@accepts_neutral(block_binding=[{}])
 class MessagesThinking(Body, kw_only=True, frozen=True):
     """Says whether the model thinks before it answers: enabled, with a budget; adaptive, as it likes; or disabled."""
 
@@ -74,9 +77,7 @@ class MessagesThinking(Body, kw_only=True, frozen=True):
     display: (
         Annotated[
             str,
-            Meta(
-                description="omitted: answers show no thoughts", extra_json_schema={"enum": ["summarized", "omitted"]}
-            ),
+            Meta(description="omitted: answers show no thoughts", extra_json_schema={"enum": list(DISPLAYS)}),
         ]
         | None
     ) = None
@@ -86,8 +87,8 @@ class MessagesThinking(Body, kw_only=True, frozen=True):
         if self.type not in ("enabled", "adaptive", "disabled"):
             message = f"thinking.type must be enabled, adaptive or disabled, not {self.type!r:.80}"
             raise InvalidRequestError(message, parameter="thinking.type")
-        if self.display not in (None, "summarized", "omitted"):
-            message = f"thinking.display must be summarized or omitted, not {self.display!r:.80}"
+        if self.display not in (None, *DISPLAYS):
+            message = f"thinking.display must be summarized, updates or omitted, not {self.display!r:.80}"
             raise InvalidRequestError(message, parameter="thinking.display")
         place = "thinking.budget_tokens"
         if self.type == "enabled" and self.budget_tokens is None:
@@ -197,6 +198,7 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
             message = f"output_config.effort must be {', '.join(others)} or {last}, not {effort!r:.80}"
             raise InvalidRequestError(message, parameter="output_config.effort")
         if self.thinking is not None:
+            self.thinking.check_neutral("thinking.")
             self.thinking.check(max_tokens)
             if self.thinking.type == "disabled":
                 return {"reasoning_effort": "none"}
