@@ -152,7 +152,7 @@ def test_a_stop_reason_says_why(
 
 
 def test_an_answer_that_fills_the_context_says_so(http: httpx.Client) -> None:
-    rambles = {**BODY, "max_tokens": 10**6, "system": "x " * 1000}
+    rambles = {**BODY, "max_tokens": 10**6, "system": "x " * 990}
     rambles["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": 9999}}}
     answer = http.post(PATH, json=rambles).json()
     assert answer["stop_reason"] == "model_context_window_exceeded"
@@ -183,19 +183,21 @@ def test_an_answer_keeps_to_a_form(http: httpx.Client) -> None:
         assert json.loads(block["text"])["who"] in ("Anna", "Erik")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_required_call_is_made_and_answered(http: httpx.Client, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("choice", "stream"), [({"type": "tool", "name": "ask"}, False), ({"type": "any"}, True)], ids=["tool", "any"]
+)
+def test_a_required_call_is_made_and_answered(http: httpx.Client, choice: dict[str, Any], stream: bool) -> None:
     schema = {"type": "object", "properties": {"who": {"enum": ["Anna", "Erik"]}}, "required": ["who"]}
     ask = {"name": "ask", "input_schema": {**schema, "additionalProperties": False}}
-    body = {**BODY, "max_tokens": 100, "tools": [ask, WEATHER], "stream": stream}
-    for choice in {"type": "tool", "name": "ask"}, {"type": "any", "disable_parallel_tool_use": True}:
-        got = http.post(PATH, json={**body, "max_tokens": 500, "tools": [ask], "tool_choice": choice})
-        answer = joined(events_of(got)) if stream else got.json()
-        assert (answer["stop_reason"], answer["content"][-1]["name"]) == ("tool_use", "ask"), answer
-        assert answer["content"][-1]["input"]["who"] in ("Anna", "Erik")
-    result = {**RESULT, "tool_use_id": answer["content"][-1]["id"]}
-    turns = [*BODY["messages"], {"role": "assistant", "content": answer["content"]}, user(result)]
-    assert http.post(PATH, json={**body, "messages": turns}).status_code == 200
+    parallel = {"disable_parallel_tool_use": True}
+    body = {**BODY, "max_tokens": 500, "tools": [ask], "tool_choice": choice | parallel, "stream": stream}
+    got = http.post(PATH, json=body)
+    answer = joined(events_of(got)) if stream else got.json()
+    (call,) = answer["content"]
+    assert (answer["stop_reason"], call["name"]) == ("tool_use", "ask")
+    assert call["input"]["who"] in ("Anna", "Erik")
+    turns = [*BODY["messages"], {"role": "assistant", "content": [call]}, user({**RESULT, "tool_use_id": call["id"]})]
+    assert http.post(PATH, json={**BODY, "max_tokens": 2, "tools": [ask], "messages": turns}).status_code == 200
 
 
 # The parts of answers ------------------------------------------------------------------------------------------------
@@ -256,8 +258,9 @@ def test_a_thought_that_is_not_shown_comes_back_by_its_signature(tokenizer: Toke
     assert whole == streamed and thought["thinking"] == "" and "Paris" not in thought["signature"]
     turns = [*BODY["messages"], assistant(thought, "Anna."), user("Why?")]
     assert conversation(messages=turns)[1] == {"role": "assistant", "reasoning_content": "Paris.", "content": "Anna."}
-    foreign = {**thought, "signature": "EqQBCgIYAhIM"}
-    assert "reasoning_content" not in conversation(messages=[*BODY["messages"], assistant(foreign, "Anna.")])[1]
+    for foreign in ("EqQBCgIYAhIM", "splitfuse.////", "splitfuse.é", "splitfuse.a"):
+        turns = [*BODY["messages"], assistant({**thought, "signature": foreign}, "Anna.")]
+        assert "reasoning_content" not in conversation(messages=turns)[1]
 
 
 def test_a_call_that_is_cut_off_has_no_input(tokenizer: Tokenizer) -> None:
@@ -403,6 +406,10 @@ def tool(**fields: Any) -> dict[str, Any]:
         (tool(type="bash_20250124"), "tools[0].type must be custom, not 'bash_20250124': this server runs no tools"),
         (tool(input_schema=None), "tools[0].input_schema is missing"),
         (tool(input_schema={"type": "array"}), "tools[0].input_schema must be a schema of an object"),
+        (
+            {**tool(input_schema={"type": "object", "not": {}}), "tool_choice": {"type": "any"}},
+            "tools[0].input_schema has the key 'not'",
+        ),
         (tool(name="a b"), "tools[0].name must match"),
         (tool(input_examples=[{}]), "tools[0].input_examples is not supported"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),

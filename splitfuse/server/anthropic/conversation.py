@@ -7,7 +7,6 @@ message may stand anywhere. Templates know of other turns: see `TurnReader`.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -64,7 +63,7 @@ def hidden_thought(signature: str) -> str:
         return ""
     try:
         return base64.b64decode(code, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:
         return ""
 
 

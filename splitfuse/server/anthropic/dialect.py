@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -20,10 +21,11 @@ _TYPES = {
 }
 """Types of errors by status; others are an invalid_request_error below 500, and an api_error above."""
 
-_NAMES = {
-    "reasoning_effort 'none'": "thinking.type 'disabled'",
-    "a budget of": "thinking.budget_tokens: a budget of",
-}
+_NAMES = (
+    (r"^reasoning_effort 'none'", "thinking.type 'disabled'"),
+    (r"^a budget of", "thinking.budget_tokens: a budget of"),
+    (r"^(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
+)
 """Words at the beginning of errors about what has another name here."""
 
 
@@ -45,8 +47,9 @@ class MessagesError(msgspec.Struct, frozen=True):
 def error_body(answer: RefusedError) -> MessagesError:
     """Return the body of an error."""
     kind = _TYPES.get(answer.status, "invalid_request_error" if answer.status < 500 else "api_error")
-    begin = next((words for words in _NAMES if answer.message.startswith(words)), "")
-    message = _NAMES.get(begin, "") + answer.message.removeprefix(begin)
+    message = answer.message
+    for words, ours in _NAMES:
+        message = re.sub(words, ours, message)
     return MessagesError(MessagesErrorDetail(kind, message), answer.request_id)
 
 
