@@ -229,6 +229,10 @@ class ServerConfig:
     )
     max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
     max_prompts: int = setting(256, "Maximum number of prompts in a request.")
+    max_stored_responses: int = setting(
+        1024, "Maximum number of answers kept for previous_response_id and GET /v1/responses; 0 keeps none."
+    )
+    max_stored_mib: float = setting(64.0, "Maximum size of these answers and what they were asked, together, in MiB.")
     step_timeout: float = setting(60.0, "Seconds after which an engine stuck in a step is restarted.")
     drain_timeout: float = setting(60.0, "Seconds that running requests may take to finish after SIGTERM.")
     client_timeout: float = setting(
@@ -248,7 +252,9 @@ class ServerConfig:
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
         for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("max_stored_responses", self.max_stored_responses, 0)
         _size("max_body_mib", self.max_body_mib)
+        _size("max_stored_mib", self.max_stored_mib)
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
             if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
                 raise ConfigError(

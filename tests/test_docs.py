@@ -33,12 +33,14 @@ from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequ
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import answer_to
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest
-from splitfuse.server.sampling import FIELDS
+from splitfuse.server.responses.protocol import ResponseRequest
+from splitfuse.server.sampling import FIELDS, SamplingFields
 
 ROOT = Path(__file__).parents[1]
 SERVER_PAGE = ROOT / "docs" / "server.md"
 ANTHROPIC_PAGE = ROOT / "docs" / "anthropic.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+RESPONSES_PAGE = ROOT / "docs" / "responses.md"
 GLOSSARY = ROOT / "docs" / "glossary.md"
 TODAY = [page for page in PAGES if page.parent.name != "decisions" and page.name not in ("CHANGELOG.md", "log.md")]
 """Pages that describe the code as it is; the others are history."""
@@ -160,6 +162,24 @@ def test_the_fields_of_messages_are_all_described() -> None:
     assert sorted(described[: len(of_conversations)]) == of_conversations
 
 
+def test_the_parameters_of_responses_are_described() -> None:
+    honoured = {
+        name
+        for row in rows(RESPONSES_PAGE, "| parameter of a response | values | left out |")
+        for name in re.findall(r"`(\w+)`", row[0])
+    }
+    shared = {*SamplingFields.__struct_fields__, *ResponseRequest.NEUTRAL}
+    assert honoured == set(ResponseRequest.__struct_fields__) - shared
+    refused = {
+        row[0].strip("`"): set(re.findall(r"`([^`]+)`", row[1]))
+        for row in rows(RESPONSES_PAGE, "| parameter of a response | values that pass, besides null |")
+    }
+    assert refused == {
+        name: {json.dumps(value) for value in values if value is not None}
+        for name, values in ResponseRequest.NEUTRAL.items()
+    }
+
+
 def test_refused_parameters_are_listed_with_their_neutral_values() -> None:
     described = {
         (row[0].strip("`"), kind): set(re.findall(r"`([^`]+)`", row[2].partition(", and")[0]))
@@ -245,7 +265,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    pages = (ROOT / "README.md", SERVER_PAGE, ANTHROPIC_PAGE)
+    pages = (ROOT / "README.md", SERVER_PAGE, ANTHROPIC_PAGE, RESPONSES_PAGE)
     blocks = [block for page in pages for block in code(page, "python")]
     examples = [block for block in blocks if "OpenAI(" in block or "httpx" in block]
     assert len(examples) == 4

@@ -29,7 +29,7 @@ from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
-from splitfuse.server.dialect import Route, encode_json
+from splitfuse.server.dialect import Route, check_method, encode_json
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
 from splitfuse.server.explain import Explanation, breakdown_of, describe_breakdown, timing_of
 from splitfuse.server.listen import App, Receive, Scope, Send
@@ -38,7 +38,9 @@ from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openapi import document
 from splitfuse.server.pooling import endpoints as pooling
+from splitfuse.server.responses import endpoints as responses
 from splitfuse.server.state import AppState
+from splitfuse.server.store import AnswerStore
 from splitfuse.server.validation import SchemaBounds
 from splitfuse.text.service import TextService
 from splitfuse.version import __version__
@@ -57,20 +59,23 @@ def make_app(
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
-    state = AppState(service, config, admission, metrics, log, int(time.time()))
+    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config))
     metrics.num_text_restarts = lambda: service.num_ended_processes
     keys = ApiKeys(config)
+    routes: dict[str, list[Route]] = {}
+    for route in ROUTES:
+        routes.setdefault(route.path, []).append(route)
     app = Router(
-        [StarletteRoute(route.path, _Endpoint(route, state, keys)) for route in ROUTES],
+        [StarletteRoute(path, _Endpoint(tuple(each), state, keys)) for path, each in routes.items()],
         redirect_slashes=False,
-        default=_Endpoint(_UNKNOWN, state, keys),
+        default=_Endpoint((_UNKNOWN,), state, keys),
     )
     if not config.allow_origin:
         return app
     return CORSMiddleware(
         app,
         allow_origins=config.allow_origin,
-        allow_methods=("GET", "POST"),
+        allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
         expose_headers=("x-request-id", "retry-after"),
     )
@@ -145,6 +150,7 @@ ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
     *pooling.ROUTES,
     *anthropic.ROUTES,
+    *responses.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(
@@ -168,11 +174,11 @@ _UNKNOWN = _route("*", "unknown", _no_such_route, "Every other path", None)
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """Serves a route as an ASGI application: gives each request its context, checks its key, calls the handler, answers
-    errors, writes the record.
+    """Serves the routes of a path, one for each method, as an ASGI application: gives each request its context, checks
+    its key, calls the handler, answers errors, writes the record.
     """
 
-    route: Route
+    routes: tuple[Route, ...]
     state: AppState
     keys: ApiKeys
 
@@ -180,7 +186,7 @@ class _Endpoint:
         if scope["type"] == "websocket":
             await WebSocketClose()(scope, receive, send)
             return
-        route = self.route
+        route = next((each for each in self.routes if scope["method"] in each.methods), self.routes[0])
         context = RequestContext(scope, receive, send, dialect=route.dialect, unique_id=secrets.token_hex(16))
         wanted_id = context.headers.get(b"x-request-id", b"")
         if _SANE_ID.fullmatch(wanted_id):
@@ -189,7 +195,7 @@ class _Endpoint:
         try:
             if route.needs_key and self.keys.are_required:
                 context.owner = self.keys.identify(route.dialect.key(context.headers))
-            route.check_method(scope["method"])
+            check_method(self.routes, scope["method"])
             body = () if route.body is None else (await self.state.read(context, route.body),)
             await route.handler(self.state, context, *body)
         except Exception as error:
@@ -198,7 +204,7 @@ class _Endpoint:
         finally:
             self.state.release(context)
             if failure is not None or route.is_logged:
-                self._record(context, failure)
+                self._record(context, route, failure)
             failure = None  # it refers to this frame: left here, only the garbage collector would find them
 
     async def _answer_error(self, context: RequestContext, error: Exception) -> None:
@@ -215,14 +221,14 @@ class _Endpoint:
         except (OSError, TimeoutError):
             return  # the client no longer reads
 
-    def _record(self, context: RequestContext, error: Exception | None) -> None:
+    def _record(self, context: RequestContext, route: Route, error: Exception | None) -> None:
         state = self.state
         if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
             state.metrics.request_refused(answer_to(error).code)
         # One that is cancelled with its server has neither a status nor an error.
         status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
         ended = time.monotonic()
-        record = record_of(context, route=self.route.path, status=status, error=error, ended=ended)
+        record = record_of(context, route=route.path, status=status, error=error, ended=ended)
         state.metrics.request_ended(record)
         write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
 

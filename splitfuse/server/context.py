@@ -68,6 +68,8 @@ class RequestContext:
         """Bytes that its body holds of the budget."""
         self.prompt: Any = None
         """Prompt for the log."""
+        self.stream_error: Callable[[RefusedError], Iterable[Any]] = lambda error: [dialect.error(error)]
+        """Function that returns the last events of a stream that breaks off."""
         self._receive = receive
         self._send = send
         self._is_stream = False
@@ -244,12 +246,12 @@ class RequestContext:
 
     async def fail(self, answer: RefusedError) -> None:
         """Send an error: as the answer, or as the last event of a stream that has begun."""
-        body = self.dialect.error(answer)
         if self.status is None:
-            await self.answer(body, status=answer.status, headers=answer.headers)
+            await self.answer(self.dialect.error(answer), status=answer.status, headers=answer.headers)
         elif self._is_stream:
+            events = b"".join(map(self.dialect.event, self.stream_error(answer)))
             async with asyncio.timeout(_FAREWELL_SECONDS):
-                await self._write(self.dialect.event(body), more=False)
+                await self._write(events, more=False)
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
         async with self._writing:

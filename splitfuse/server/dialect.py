@@ -8,8 +8,8 @@ which writes an answer whole or in events (both in generate.py); a `Dialect`; an
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -101,7 +101,8 @@ class Dialect:
     """Tells how an API reads keys, and writes errors and the events of a stream."""
 
     error: Callable[[RefusedError], msgspec.Struct]
-    """Function that returns the body of an error, which is also the last event of a stream that breaks off."""
+    """Function that returns the body of an error, which is also the last event of a stream that breaks off, unless
+    RequestContext.stream_error says otherwise."""
     error_type: type[msgspec.Struct]
     """Type of that body."""
     key: Callable[[Mapping[bytes, bytes]], bytes] = bearer_key
@@ -145,6 +146,8 @@ class Route:
     needs_key: bool = True
     is_logged: bool = True
     """Flag of a route whose requests are logged; one that is called every few seconds is logged only if it fails."""
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    """Parameters that it takes behind `?`, with their JSON schemas."""
 
     @property
     def all_errors(self) -> list[int]:
@@ -161,10 +164,17 @@ class Route:
         """Return the path as OpenAPI writes it: `/v1/models/{model}`."""
         return self.path.replace(":path}", "}")
 
-    def check_method(self, method: str) -> None:
-        """Raise RefusedError (405) for another method than the route's, `*` being any. HEAD is a GET without a body."""
-        allowed = "GET, HEAD" if self.method == "GET" else self.method
-        if allowed != "*" and method not in allowed.split(", "):
-            raise RefusedError(
-                405, f"this route takes {allowed} only", code="method_not_allowed", headers={"allow": allowed}
-            )
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return the methods that it takes. HEAD is a GET without a body."""
+        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
+
+
+def check_method(routes: Sequence[Route], method: str) -> None:
+    """Raise RefusedError (405) for a method that none of the routes of a path takes, `*` being any."""
+    methods = [each for route in routes for each in route.methods]
+    if method not in methods and methods != ["*"]:
+        allowed = ", ".join(methods)
+        raise RefusedError(
+            405, f"this route takes {allowed} only", code="method_not_allowed", headers={"allow": allowed}
+        )

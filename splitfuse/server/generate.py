@@ -54,6 +54,8 @@ class GenerationRequest:
     chat: ChatOptions = CHAT
     keep_tokens: int | None = None
     """Number of tokens to keep of each prompt, its last ones; -1: as many as leave room for the answer; None: all."""
+    drops_messages: bool = False
+    """Flag that drops the oldest turns of a conversation, as many as do not fit."""
     default_max_tokens: int | None = None
     """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
     deadline: float | None = None
@@ -72,8 +74,9 @@ class GenerationRequest:
         """Return the number of prompts; messages are one."""
         return len(self.prompts) if self.messages is None else 1
 
-    async def encode(self, service: TextService, max_model_len: int) -> list[PreparedRequest]:
+    async def encode(self, service: TextService, limits: EngineLimits) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
+        max_model_len = limits.max_model_len
         with form_named(self.form_name or "tool_choice"):
             params = await service.compile(self.params, self.chat)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
@@ -82,12 +85,44 @@ class GenerationRequest:
                 encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
             else:
                 with form_named(self.form_name or "tool_choice"):
-                    encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
+                    if self.drops_messages:
+                        encoded = [await self._encode_latest(service, params, self.messages, limits)]
+                    else:
+                        encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:
             keep = max(max_model_len - (self.params.max_tokens or 1), 1)
         return [replace(each, token_ids=each.token_ids[-keep:]) for each in encoded]
+
+    async def _encode_latest(
+        self, service: TextService, params: SamplingParams, messages: Sequence[Message], limits: EngineLimits
+    ) -> PreparedRequest:
+        """Return the request for the messages without the oldest turns, as few as make them fit; for the last turn if
+        that does not fit either. A turn begins with a user's message; system messages before the first one stay.
+        """
+        first = next((index for index, each in enumerate(messages) if each["role"] != "system"), 0)
+        starts = [first, *(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")]
+        room = _room(limits) - (params.max_tokens or 1)
+
+        async def encoded(start: int) -> PreparedRequest:
+            kept = [*messages[:first], *messages[start:]]
+            return await service.encode_chat(kept, params, self.chat, max_model_len=limits.max_model_len)
+
+        found, low, high = None, 0, len(starts) - 1
+        middle = 0  # usually all fits
+        while low < high:
+            try:
+                fitting = await encoded(starts[middle])
+                fits = len(fitting.token_ids) <= room
+            except PromptTooLongError:
+                fits = False
+            if fits:
+                found, high = fitting, middle
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        return found or await encoded(starts[high])
 
 
 @contextmanager
@@ -157,7 +192,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
     limits = service.client.info.limits
     with ExitStack() as admitted:
         admitted.enter_context(admission.admit(0, request.num_prompts * n))
-        encoded = await request.encode(service, limits.max_model_len)
+        encoded = await request.encode(service, limits)
         prepared = [_checked(limits, each, request.default_max_tokens) for each in encoded]
         num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
         num_logprobs = sum(map(_num_logprobs, prepared))
@@ -179,10 +214,12 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
                     with form_named(request.form_name):
                         raise failure(generation)
                 if request.stream:
-                    await context.send_events(await compute(partial(_written, context, responder, generation, text)))
+                    events = partial(responder.events, generation, text)
+                    await context.send_events(await compute(partial(_written, context, events)))
         timing = await timing_with_phases(context) if request.include_timing else None
         if request.stream:
-            await context.send_events(responder.last_events(context.num_tokens, timing))
+            last = partial(responder.last_events, context.num_tokens, timing)
+            await context.send_events(await compute(partial(_written, context, last)))
             await context.end_events()
         else:
             counts = context.num_tokens
@@ -193,15 +230,20 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
                 await context.answer(whole)
 
 
-def _written(context: RequestContext, responder: Responder, generation: Generation, text: str) -> list[bytes]:
-    """Return the events for a generation's new text, as they are sent."""
-    return list(map(context.dialect.event, responder.events(generation, text)))
+def _written(context: RequestContext, events: Callable[[], Iterable[Any]]) -> list[bytes]:
+    """Return events as they are sent, each written before the next one is made."""
+    return list(map(context.dialect.event, events()))
+
+
+def _room(limits: EngineLimits) -> int:
+    """Return the most tokens that a prompt and its answer can have together."""
+    return min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
 
 
 def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
     """Return a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
     if prepared.params.max_tokens is None:
-        room = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1) - len(prepared.token_ids)
+        room = _room(limits) - len(prepared.token_ids)
         params = clamp_max_tokens(prepared.params, default_max_tokens or room, room)
         prepared = replace(prepared, params=params)
     prepared.check(limits)

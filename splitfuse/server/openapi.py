@@ -60,9 +60,11 @@ def _operation(route: Route) -> dict[str, Any]:
             for status, kind, media_type in answers
         },
     }
-    if names := [part[1:-1] for part in route.template.split("/") if part.startswith("{")]:
-        text = {"in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [{"name": name, **text} for name in names]
+    names = [part[1:-1] for part in route.template.split("/") if part.startswith("{")]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
+    if parameters:
+        operation["parameters"] = parameters
     if route.body is not None:
         content = {"application/json": {"schema": _ref(route.body)}}
         operation["requestBody"] = {"required": True, "content": content}

@@ -16,6 +16,7 @@ from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations
 from splitfuse.server.metrics import Metrics
+from splitfuse.server.store import AnswerStore
 from splitfuse.server.validation import Body, SchemaBounds, decode
 from splitfuse.text.service import TextService
 from splitfuse.text.token_text import TokenPieces
@@ -37,6 +38,7 @@ class AppState:
     log: RequestLog
     started: int
     """Unix time."""
+    store: AnswerStore
     explanations: Explanations = field(default_factory=Explanations)
 
     def release(self, context: RequestContext) -> None:

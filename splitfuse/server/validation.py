@@ -55,6 +55,19 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
     REFUSED: ClassVar[Mapping[str, str]] = {}
     """Fields and parameters that other servers know, with the reason why they are refused here."""
 
+    TYPES: ClassVar[tuple[str, ...]] = ()
+    """Values that its field `type` may have; an object of another type is refused by that, whatever else it has."""
+
+    @classmethod
+    def check_type(cls, kind: str, where: str) -> None:
+        """Raise RefusedError (400) for a type that is not among TYPES."""
+        if kind not in cls.TYPES:
+            place = f"{where}.type"
+            *others, last = cls.TYPES
+            known = f"{', '.join(others)} or {last}" if others else last
+            message = f"{place} {kind!r:.80} is not supported: use {known}"
+            raise RefusedError(400, message, code="unsupported_parameter", parameter=place)
+
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
         """Return NEUTRAL, extended by values that are neutral next to the other fields of this body."""
         return self.NEUTRAL
@@ -86,6 +99,8 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
         properties = schema["properties"]
         for name, values in cls.NEUTRAL.items():
             properties[name] = {"enum": list(values), "description": "Not supported"}
+        if cls.TYPES:
+            properties["type"]["enum"] = list(cls.TYPES)
         if bounds.model is not None and "model" in properties:
             properties["model"] = {"enum": [bounds.model, None]}
         return schema
@@ -219,6 +234,9 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
 def _check_object(expected: inspect.StructType, value: Mapping[str, Any], place: str) -> None:
     fields = {field.encode_name: field for field in expected.fields}
     before = f"{place}." if place else ""
+    body: type[Body] = expected.cls  # type: ignore[assignment]
+    if body.TYPES and isinstance(kind := value.get("type"), str):
+        body.check_type(kind, place)
     for name, each in value.items():
         if name not in fields:
             raise _unknown(expected.cls, before, name)

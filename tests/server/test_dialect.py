@@ -51,9 +51,22 @@ async def break_off(_: AppState, context: RequestContext) -> None:
     raise InvalidRequestError("no more")
 
 
+async def break_off_otherwise(state: AppState, context: RequestContext) -> None:
+    context.stream_error = lambda error: [Line("b"), Line(error.message)]
+    await break_off(state, context)
+
+
+async def forget(_: AppState, context: RequestContext) -> None:
+    await context.answer(Line("forgotten"))
+
+
 def test_a_dialect_brings_its_keys_errors_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = {"/lines": lines, "/refuse": refuse, "/break": break_off}
-    own = tuple(Route("GET", path, handler, "x", None, dialect=LINES) for path, handler in handlers.items())
+    handlers = {"/lines": lines, "/refuse": refuse, "/break": break_off, "/break/otherwise": break_off_otherwise}
+    query = {"limit": {"type": "integer"}}
+    own = (
+        *(Route("GET", path, handler, "x", None, dialect=LINES, query=query) for path, handler in handlers.items()),
+        Route("DELETE", "/lines", forget, "x", Line, dialect=LINES),
+    )
     monkeypatch.setattr(app, "ROUTES", own + app.ROUTES)
     with running_server(ServerConfig(api_key=("k",)), num_blocks=200) as server, server.http() as http:
         anonymous = http.get("/lines", headers={"authorization": "Bearer k"})
@@ -65,9 +78,15 @@ def test_a_dialect_brings_its_keys_errors_and_events(monkeypatch: pytest.MonkeyP
         refused = http.get("/refuse")
         assert (refused.status_code, refused.json()) == (400, {"oops": "never", "status": 400, "request": "r1"})
         assert http.get("/break").text == '{"text":"a"}\n{"oops":"no more","status":400,"request":"r1"}\n'
+        assert http.get("/break/otherwise").text == '{"text":"a"}\n{"text":"b"}\n{"text":"no more"}\n'
+        assert http.delete("/lines").json() == {"text": "forgotten"}
+        other = http.post("/lines")
+        assert (other.status_code, other.headers["allow"]) == (405, "GET, HEAD, DELETE")
         assert http.get("/version").json()["error"]["code"] == "invalid_api_key"
-        answers = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()["paths"]["/lines"]["get"]
-        schema = answers["responses"]["401"]["content"]["application/json"]["schema"]
+        operations = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()["paths"]["/lines"]
+        assert operations.keys() == {"get", "delete"}
+        assert operations["get"]["parameters"] == [{"name": "limit", "in": "query", "schema": {"type": "integer"}}]
+        schema = operations["get"]["responses"]["401"]["content"]["application/json"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Complaint"}
 
 

@@ -174,7 +174,7 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
 
 ABSENT = (
     "/v1/chat/completions",  # stored ones
-    *(f"/v1/{name}" for name in ("responses", "conversations", "moderations", "audio", "images")),
+    *(f"/v1/{name}" for name in ("conversations", "moderations", "audio", "images")),
     *(f"/v1/{name}" for name in ("videos", "realtime", "batches", "files", "uploads", "vector_stores", "containers")),
     *(f"/v1/{name}" for name in ("fine_tuning", "evals", "assistants", "threads", "chatkit", "skills", "organization")),
 )

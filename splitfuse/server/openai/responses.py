@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -29,6 +30,7 @@ from splitfuse.text.chat_formats.message import (
     ToolCallStart,
 )
 from splitfuse.text.generation import Generation
+from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Detokenizer
 
 LOWEST_LOGPROB = -9999.0
@@ -117,6 +119,12 @@ class TopLogprob(msgspec.Struct, frozen=True):
     logprob: float
     bytes: list[int]
 
+    @classmethod
+    def of(cls, token_id: int, logprob: float, pieces: TokenPieces) -> TopLogprob:
+        """Return a token by its text and bytes."""
+        piece = pieces.of(token_id)
+        return cls(piece.text, _finite(logprob), list(piece.utf8))
+
 
 class ChatLogprob(msgspec.Struct, frozen=True):
     """Describes a token that was chosen."""
@@ -125,6 +133,13 @@ class ChatLogprob(msgspec.Struct, frozen=True):
     logprob: float
     bytes: list[int]
     top_logprobs: list[TopLogprob]
+
+    @classmethod
+    def of(cls, logprob: TokenLogprob, *, pieces: TokenPieces, num_top: int) -> ChatLogprob:
+        """Return a token with so many alternatives."""
+        tops = [TopLogprob.of(token_id, value, pieces) for token_id, value in logprob.top[:num_top]]
+        chosen = TopLogprob.of(logprob.token_id, logprob.logprob, pieces)
+        return cls(chosen.token, chosen.logprob, chosen.bytes, tops)
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
@@ -412,7 +427,7 @@ class ChatResponder(OpenAIResponder, MessageResponder):
     ) -> None:
         super().__init__(request, answer_id, state, counts)
         self._logprobs = bool(request.logprobs)
-        self._num_top = request.top_logprobs or 0
+        self._entry = partial(ChatLogprob.of, pieces=state.pieces, num_top=request.top_logprobs or 0)
         self._shows_reasoning = request.include_reasoning is not False
 
     def message_events(self, generation: Generation, news: Sequence[MessageEvent]) -> Iterable[ChatCompletionChunk]:
@@ -453,16 +468,7 @@ class ChatResponder(OpenAIResponder, MessageResponder):
     def _content(self, generation: Generation, numbers: range) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        return ChatLogprobs(lazy_list(self._entry(generation.logprobs[number]) for number in numbers))
-
-    def _entry(self, logprob: TokenLogprob) -> ChatLogprob:
-        tops = [self._token(token_id, value) for token_id, value in logprob.top[: self._num_top]]
-        chosen = self._token(logprob.token_id, logprob.logprob)
-        return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, tops)
-
-    def _token(self, token_id: int, logprob: float) -> TopLogprob:
-        piece = self._piece(token_id)
-        return TopLogprob(piece.text, _finite(logprob), list(piece.utf8))
+        return ChatLogprobs(lazy_list(map(self._entry, map(generation.logprobs.__getitem__, numbers))))
 
 
 def _ended_by(generation: Generation) -> EndedBy | None:

@@ -1,0 +1,1 @@
+"""Speaks OpenAI's Responses API: items in, items out, and answers that the server keeps."""

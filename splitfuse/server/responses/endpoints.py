@@ -1,0 +1,213 @@
+"""Defines the routes of OpenAI's Responses API, and keeps its answers in the server's store."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from splitfuse.errors import InvalidRequestError, did_you_mean
+from splitfuse.server.context import RequestContext
+from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
+from splitfuse.server.errors import RefusedError
+from splitfuse.server.generate import generate
+from splitfuse.server.openai.dialect import ErrorBody, error_body
+from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
+from splitfuse.server.responses.items import Item, answer_id_of, with_ids
+from splitfuse.server.responses.protocol import PATH, ResponseRequest
+from splitfuse.server.state import AppState
+from splitfuse.server.store import STORE_DISABLED, StoredAnswer
+
+MAX_PAGE = 100
+"""Number of items that one answer lists at most."""
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """Says that a response was deleted."""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+
+
+class ItemList(msgspec.Struct, frozen=True):
+    """Lists items of the input of a response."""
+
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class _Output(msgspec.Struct, frozen=True):
+    """Holds what a later request goes on from of an answer."""
+
+    output: list[Item]
+
+
+_read_output = msgspec.json.Decoder(_Output).decode
+_read_items = msgspec.json.Decoder(list[Item]).decode
+_read_plain = msgspec.json.Decoder(list[dict[str, Any]]).decode
+
+
+def typed_event(event: ResponseEvent) -> bytes:
+    """Return a server-sent event with its type."""
+    return b"event: " + event.type.encode() + b"\ndata: " + encode_json(event) + b"\n\n"
+
+
+RESPONSES = Dialect(error=error_body, error_type=ErrorBody, key=bearer_or_header_key, event=typed_event)
+
+
+async def respond(state: AppState, context: RequestContext, body: ResponseRequest) -> None:
+    """Answer POST /v1/responses."""
+    owner, store = context.owner, state.store
+    if body.store and not store.is_enabled:
+        message = f"store: true is not possible, since {STORE_DISABLED}: leave store out or send false"
+        raise RefusedError(400, message, code="unsupported_parameter", parameter="store")
+    stores = store.is_enabled if body.store is None else body.store
+    before: list[Item] = []
+    if (previous := body.previous_response_id) is not None:
+        for each in store.chain(owner.name, previous, parameter="previous_response_id"):
+            before += [*_read_items(each.asked), *_read_output(each.answer).output]
+    items = [_dereferenced(state, context, item, f"input[{index}]") for index, item in enumerate(body.items)]
+    request = body.to_generation(
+        owner,
+        [*before, *items],
+        num_before=len(before),
+        arrival_time=context.arrival,
+        slo_enabled=state.service.client.info.slo_enabled,
+    )
+    context.prompt = request.messages
+
+    def keep(answer: ResponseAnswer) -> None:
+        asked = encode_json([_sent(item) for item in with_ids(items, context.unique_id)])
+        store.put(owner.name, answer.id, StoredAnswer(encode_json(answer), asked, previous))
+
+    responder = ResponsesResponder(body, context.unique_id, state, lambda: context.num_tokens, keep if stores else None)
+    context.stream_error = responder.failed_events
+    await generate(state, context, request, responder)
+
+
+def _dereferenced(state: AppState, context: RequestContext, item: Item, where: str) -> Item:
+    """Return an item, that of a stored answer for a reference. Raises RefusedError (404) if it is not there."""
+    if item.kind != "item_reference":
+        return item
+    item.check(where)
+    assert item.id is not None
+    if (answer_id := answer_id_of(item.id)) is not None:
+        stored = state.store.find(context.owner.name, answer_id, parameter=f"{where}.id")
+        for each in (*_read_output(stored.answer).output, *_read_items(stored.asked)):
+            if each.id == item.id:
+                return each
+    message = f"{where}.id {item.id!r:.200} is the id of no item of a stored response"
+    raise RefusedError(404, message, code="answer_not_found", parameter=f"{where}.id")
+
+
+def _sent(item: Item) -> dict[str, Any]:
+    """Return an item as it is kept: with its fields, and its text in parts."""
+    plain = {name: value for name, value in msgspec.to_builtins(item).items() if value is not None}
+    if isinstance(text := plain.get("content"), str):
+        kind = "output_text" if item.role == "assistant" else "input_text"
+        own: dict[str, Any] = {"annotations": []} if item.role == "assistant" else {}
+        plain["content"] = [{"type": kind, "text": text, **own}]
+    for name in ("content", "summary", "output"):
+        if isinstance(parts := plain.get(name), list):
+            plain[name] = [{key: value for key, value in part.items() if value is not None} for part in parts]
+    return plain
+
+
+async def stored_response(state: AppState, context: RequestContext) -> None:
+    """Answer GET /v1/responses/{response_id}."""
+    query = _query(context, ("stream",))
+    if query.get("stream", "false") not in ("false", "False", "0"):
+        message = "stream=true needs a response in the background, of which there are none: leave it out"
+        raise RefusedError(400, message, code="unsupported_parameter", parameter="stream")
+    await context.answer(state.store.find(context.owner.name, _id(context)).answer)
+
+
+async def delete_response(state: AppState, context: RequestContext) -> None:
+    """Answer DELETE /v1/responses/{response_id}."""
+    _query(context, ())
+    state.store.delete(context.owner.name, _id(context))
+    await context.answer(Deleted(_id(context)))
+
+
+async def cancel_response(state: AppState, context: RequestContext) -> None:
+    """Answer POST /v1/responses/{response_id}/cancel: a stored response has ended."""
+    state.store.find(context.owner.name, _id(context))
+    message = "only a response in the background can be cancelled, of which there are none; close the connection of one"
+    raise RefusedError(400, message, code="unsupported_route")
+
+
+async def input_items(state: AppState, context: RequestContext) -> None:
+    """Answer GET /v1/responses/{response_id}/input_items: what was sent with that request, the newest first."""
+    query = _query(context, ("after", "limit", "order"))
+    limit, order = query.get("limit", "20"), query.get("order", "desc")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
+        message = f"limit must be a whole number from 1 to {MAX_PAGE}, not {limit!r:.80}"
+        raise InvalidRequestError(message, parameter="limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError(f"order must be asc or desc, not {order!r:.80}", parameter="order")
+    items = _read_plain(state.store.find(context.owner.name, _id(context)).asked)
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    start = 0
+    if (after := query.get("after")) is not None:
+        if after not in ids:
+            message = f"after must be the id of an item of this input, not {after!r:.200}"
+            raise InvalidRequestError(message, parameter="after")
+        start = ids.index(after) + 1
+    end = start + int(limit)
+    page = items[start:end]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    await context.answer(ItemList(page, first, last, has_more=end < len(items)))
+
+
+def _id(context: RequestContext) -> str:
+    answer_id: str = context.scope["path_params"]["response_id"]
+    return answer_id
+
+
+def _query(context: RequestContext, known: Sequence[str]) -> Mapping[str, str]:
+    """Return the parameters behind `?`. Raises RefusedError for others than those known."""
+    query = dict(parse_qsl(context.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+    for name in query:
+        if name not in known:
+            _refuse(name, known)
+    return query
+
+
+def _refuse(name: str, known: Sequence[str]) -> NoReturn:
+    message = f"unknown parameter {name!r:.200}{did_you_mean(name, known)}"
+    raise RefusedError(400, message, code="unknown_parameter", parameter=name[:200])
+
+
+_route = functools.partial(Route, dialect=RESPONSES)
+_ONE = PATH + "/{response_id}"
+_PAGE: Mapping[str, Mapping[str, Any]] = {
+    "after": {"type": "string"},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "order": {"enum": ["asc", "desc"]},
+}
+
+ROUTES = (
+    _route("POST", PATH, respond, "Answer a conversation of items", ResponseAnswer, ResponseRequest, ResponseEvent),
+    _route(
+        *("GET", _ONE, stored_response, "A stored response", ResponseAnswer),
+        errors=(400, 404),
+        query={"stream": {"enum": [False]}},
+    ),
+    _route("DELETE", _ONE, delete_response, "Forget a stored response", Deleted, errors=(400, 404)),
+    _route(
+        "GET", _ONE + "/input_items", input_items, "Input of a stored one", ItemList, errors=(400, 404), query=_PAGE
+    ),
+    _route(
+        "POST", _ONE + "/cancel", cancel_response, "Not supported: none runs in the background", None, errors=(400, 404)
+    ),
+)
+"""Route table of this dialect."""
