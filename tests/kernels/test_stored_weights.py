@@ -4,12 +4,14 @@ quantized activations up to fp32's rounding, with the same bits whatever else is
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import backends
 import gguf_files
 import pytest
 import torch
+import torch.nn.functional as F
 from backends import make_case, variants
 from torch import Tensor
 
@@ -88,11 +90,16 @@ def fp8(rows: int, columns: int) -> Fp8Quantized:
     return Fp8Quantized(values=values, scales=torch.randn(rows, -(-columns // 128)))
 
 
-def quantized(x: Tensor) -> Tensor:
-    """Activations as the kernels quantize them: whole numbers up to 127, times one scale for each row."""
-    most = x.float().abs().amax(dim=1, keepdim=True)
+def quantized(x: Tensor, group: int) -> Tensor:
+    """Activations as the kernels quantize them for weights in groups: whole numbers up to 127, times a scale for each
+    32 to 128 columns of a row.
+    """
+    block = min(max(math.gcd(group, 128), 32), 128)
+    padded = F.pad(x.float(), (0, -x.shape[1] % block)).view(len(x), -1, block)
+    most = padded.abs().amax(dim=2, keepdim=True)
     inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0.0)
-    return (x.float() * inverse).round().double() * (most * torch.tensor(1 / 127)).double()
+    rounded = (padded * inverse).round().double() * (most * torch.tensor(1 / 127)).double()
+    return rounded.flatten(1)[:, : x.shape[1]]
 
 
 def assert_product(ours: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
@@ -113,10 +120,11 @@ def test_products_and_their_bits(variant: str, name: str) -> None:
     for outputs, inputs in SHAPES:
         weight = weight_in(FORMATS[name], outputs, inputs)
         packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
-        x = (torch.randn(31, inputs) * 10 ** torch.randn(31, 1)).bfloat16()
+        x = (torch.randn(31, inputs) * 10 ** torch.randn(31, 1) * 10 ** torch.randn(inputs)).bfloat16()
         x[3] = 0
+        x[4, 32:] = 0
         ours = backend.linear(x, packed)
-        assert_product(ours, quantized(x), weight)
+        assert_product(ours, quantized(x, FORMATS[name].group_size), weight)
         for begin, end in ((0, 1), (1, 6), (6, 20), (20, 31)):
             assert torch.equal(backend.linear(x[begin:end], packed), ours[begin:end])
 
@@ -129,7 +137,7 @@ def test_products_with_blocks_of_gguf_files(variant: str, name: str) -> None:
     weight = blocks.unpack(name, torch.from_numpy(stored))
     x = torch.randn(7, weight.shape[1]).bfloat16()
     packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
-    assert_product(kernels(variant).linear(x, packed), quantized(x), weight)
+    assert_product(kernels(variant).linear(x, packed), quantized(x, weight.format.group_size), weight)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -189,7 +197,8 @@ def test_pieces_of_two_formats_are_stacked(variant: str) -> None:
 def test_gate_and_up_of_one_format_or_two(variant: str, names: tuple[str, str]) -> None:
     backend, x = kernels(variant), torch.randn(5, 512).bfloat16()
     pieces = [fp8(48, 512) if name == "FP8" else weight_in(FORMATS[name], 48, 512) for name in names]
-    read = x.double() if names[0] == "FP8" else quantized(x)
+    groups = [piece.format.group_size for piece in pieces if isinstance(piece, GroupQuantized)]
+    read = quantized(x, min(groups)) if groups else x.double()
     gate, up = (read @ piece.dequantize(F32).double().T / 1000 for piece in pieces)
     for piece in pieces:  # products of about 1
         if isinstance(piece, Fp8Quantized):
@@ -197,6 +206,29 @@ def test_gate_and_up_of_one_format_or_two(variant: str, names: tuple[str, str]) 
     ours = backend.gated(x, backend.pack_quantized(pieces, role=Role.GATE_UP, dtype=BF16), None, "relu").double()
     wanted = gate.relu() * up * (1 if names[0] == "FP8" else 1e6)
     assert ((ours - wanted).abs() <= 2**-7 * wanted.abs() + 1e-4 * wanted.abs().mean()).all()
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_pieces_of_two_widths_share_blocks_of_the_wider(variant: str) -> None:
+    pieces, x = [weight_in(FORMATS[name], 40, 1120) for name in ("Q4_1", "GPTQ", "Q6_K")], torch.randn(17, 1120)
+    x = (x * 10 ** torch.randn(1120)).bfloat16()
+    ours = kernels(variant).linear(x, kernels(variant).pack_quantized(pieces, role=Role.QKV, dtype=BF16))
+    for piece, part in zip(pieces, ours.split(40, dim=1), strict=True):
+        assert_product(part, quantized(x, 128), piece)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_large_element_leaves_other_blocks_alone(variant: str) -> None:
+    """With one scale for a row all others would be rounded to zero."""
+    weight, x = weight_in(FORMATS["Q4_1"], 40, 256), torch.randn(5, 256)
+    x[:, 40] = 1e3
+    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    spared = x.clone()
+    spared[:, 32:64] = 0
+    given, alone = (kernels(variant).linear(each.bfloat16(), packed) for each in (x, spared))
+    x[:, :32], x[:, 64:] = 0, 0
+    assert torch.allclose(given, alone + kernels(variant).linear(x.bfloat16(), packed), rtol=1e-5, atol=1e-2)
+    assert float(alone.abs().amax()) > 1
 
 
 @pytest.mark.parametrize("variant", variants())

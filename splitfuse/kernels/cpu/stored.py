@@ -29,7 +29,7 @@ from splitfuse.kernels.quantized import FP8_GROUP, Fp8Quantized, GroupFormat, Gr
 
 RUN = 256
 """Number of columns that a panel keeps together, and of which two-level scales share theirs."""
-LEAST_GROUP = 16
+LEAST_GROUP, MOST_GROUP = 16, 128
 BITS = (2, 3, 4, 5, 6, 8)
 """Bits that a level may be kept in: 7 are kept in 8."""
 NUMBERS = {
@@ -71,7 +71,7 @@ def kind_of(stored: GroupFormat) -> Kind | None:
     True
     """
     bits = next((bits for bits in BITS if bits >= stored.bits), None)
-    group = math.gcd(stored.group_size, RUN)
+    group = math.gcd(stored.group_size, MOST_GROUP)
     scale_type = NUMBERS.get(stored.scale_dtype)
     if bits is None or group < LEAST_GROUP or scale_type not in (F32, F16, BFLOAT16, E8M0):
         return None

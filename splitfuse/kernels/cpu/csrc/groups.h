@@ -10,6 +10,8 @@
 //               word of upper bits, bit j of byte i for element 4 j + i, of 6 bits two words of two; of 8 bits eight words
 // Levels become bytes, and scales and offsets fp32, in the first cache, a run at a time for all rows of x.
 //
+// A row of x is quantized in blocks of as many columns as a group has, but at least LEAST_BLOCK, each with a scale.
+//
 // FP8 (e4m3): a panel is a row of runs, each of 128 columns: [32 fp32 scales][32 steps][32 rows] words of four, in the order
 // 0, 2, 1, 3. They become bf16 in the first cache.
 #pragma once
@@ -27,10 +29,32 @@ SF_INLINE i64 align_up(i64 bytes) { return ceil_div(bytes, 64) * 64; }
 
 constexpr i64 RUN_COLUMNS = 4 * RUN_STEPS;  // of weights in groups
 constexpr i64 UNIT_WORDS = 8;               // of levels that are packed together
-constexpr i64 LEAST_GROUP = 4 * SUM_STEPS;  // columns
+constexpr i64 LEAST_GROUP = 16, MOST_GROUP = 128;  // columns
 constexpr i64 FP8_COLUMNS = 128;            // of a run
 
 SF_INLINE i64 bytes_of(i32 number) { return number == NONE ? 0 : number == F32 ? 4 : number == F16 || number == BFLOAT16 ? 2 : number == HIGH_BITS ? 0 : 1; }
+
+constexpr i64 LEAST_BLOCK = 32;
+static_assert(SLAB_STEPS * 4 % MOST_GROUP == 0 && RUN_COLUMNS % MOST_GROUP == 0);
+
+// Calls body(part) for each part of a weight, or for the weight itself.
+template <class Body>
+SF_INLINE void each_part(const Weight& w, Body body) {
+    if (!w.parts) return body(w);
+    for (i64 i = 0; i < w.num_parts; ++i) body(w.parts[i]);
+}
+
+// Returns the columns of x that share a scale: those of the widest group, where parts differ.
+SF_INLINE i64 block_columns(const Weight& w) {
+    i64 columns = LEAST_BLOCK;
+    each_part(w, [&](const Weight& part) { columns = std::max(columns, part.group); });
+    return columns;
+}
+
+// Returns the bytes of all XGroup of `rows` rows of x.
+SF_INLINE i64 x_group_bytes(const Weight& w, i64 rows) {
+    return align_up(rows * ceil_div(w.columns, w.group) * static_cast<i64>(sizeof(XGroup)));
+}
 
 // Bytes of a run from its beginning to its parts and its end.
 struct RunShape { i64 x_steps, groups, scales, offsets, levels, bytes; };

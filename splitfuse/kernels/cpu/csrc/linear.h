@@ -10,15 +10,17 @@ namespace splitfuse {
 namespace SF_VARIANT {
 
 // The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as equal as possible; a block is slabs of
-// [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row.
+// [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row, or for weights in groups for
+// every block of columns.
 struct Operand {
     u32* words;
-    float* scales;   // [rows]
-    i32* sums;       // [rows][spans]; for weights in groups running sums, the first of which is 0
+    float* scales;   // [rows], or null
+    i32* sums;       // [rows][spans]
+    XGroup* groups;  // of the first part [rows][groups], of the others after it; null if the weight is not in groups
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     bool quantized;
-    bool grouped;    // for weights in groups
+    const Weight* weight;
     const i32* order;  // of elements in the row that is packed, or null
     float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is widened for all rows; else null
 
@@ -35,14 +37,17 @@ SF_INLINE bool is_widened(const Weight& w) { return w.format == GROUPED || w.for
 // Returns the bytes that the operand of `rows` rows for this weight needs.
 SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
     Shape s = shape_of(w);
-    return align_up(rows * ceil_div(s.x_steps, SLAB_STEPS) * SLAB_STRIDE * 4) + align_up(rows * 4) +
-           align_up(rows * s.num_spans * 4) + 64;
+    i64 bytes = align_up(rows * ceil_div(s.x_steps, SLAB_STEPS) * SLAB_STRIDE * 4) + 64;
+    if (w.format != GROUPED) return bytes + align_up(rows * 4) + align_up(rows * s.num_spans * 4);
+    each_part(w, [&](const Weight& part) { bytes += x_group_bytes(part, rows); });
+    return bytes;
 }
 
 // Returns whether x is packed alike for two weights.
 SF_INLINE bool read_alike(const Weight& a, const Weight& b) {
-    const bool same = a.format == b.format && a.columns == b.columns && a.order == b.order;
-    return same && (a.format == GROUPED || a.group == b.group);
+    const bool same = a.format == b.format && a.columns == b.columns && a.order == b.order && a.group == b.group;
+    if (!same || a.format != GROUPED) return same;
+    return !a.parts && !b.parts && a.bias == b.bias && (a.offset_type == NONE) == (b.offset_type == NONE);
 }
 
 // Returns the operand of `rows` rows in `memory`. `sums` is this thread's buffer for all rows of a panel.
@@ -57,12 +62,16 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     x.num_spans = s.num_spans;
     x.blocks = ceil_div(rows, MAX_ROWS);
     x.quantized = w.format != BF16 && w.format != FP8;
-    x.grouped = w.format == GROUPED;
+    x.weight = &w;
     x.order = w.order;
     x.words = reinterpret_cast<u32*>(memory);
     memory += align_up(rows * x.slabs * SLAB_STRIDE * 4);
-    x.scales = reinterpret_cast<float*>(memory);
-    x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
+    if (w.format == GROUPED) {
+        x.groups = reinterpret_cast<XGroup*>(memory);
+    } else {
+        x.scales = reinterpret_cast<float*>(memory);
+        x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
+    }
     x.sums_of_panel = is_widened(w) || (x.quantized && x.blocks >= WIDENED_BLOCKS) ? sums : nullptr;
     return x;
 }
@@ -86,10 +95,65 @@ SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
     return static_cast<i32>(sum(total));
 }
 
+// Quantizes a block, whose size is a multiple of LEAST_BLOCK, by its largest magnitude; returns its scale, which is NaN if
+// a value is no number or infinite. Values too small for products to matter become 0.
+SF_INLINE float quantize_block(const u16* values, i64 count, i8* out) {
+    const u16 bits = largest_bits(values, count);
+    const float most = bits < 0x7f80 ? widen(bits) : NAN;
+    const Floats inverse = broadcast(most > 1e-30f ? 127.0f / most : most);
+    for (i64 k = 0; k < count; k += LANES) store_i8(out + k, load_bf16(values + k) * inverse);
+    return most * (1.0f / 127.0f);
+}
+
+// Packs one row of x for weights in groups: the `rows` rows of its block of rows begin at `place`.
+inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32* place, i64 rows) {
+    constexpr i64 SLAB_COLUMNS = SLAB_STEPS * 4;
+    const i64 columns = block_columns(*x.weight);
+    for (i64 first = 0; first < x.columns; first += SLAB_COLUMNS, place += rows * SLAB_STRIDE) {
+        const i64 count = std::min(SLAB_COLUMNS, x.columns - first), whole = count / columns * columns;
+        const u16* source = values + first;
+        u16 ordered[SLAB_COLUMNS];
+        if (x.order) {
+            for (i64 k = 0; k < count; ++k) ordered[k] = values[x.order[first + k]];
+            source = ordered;
+        }
+#ifdef SF_BYTE_DOTS
+        i8* qvalues = reinterpret_cast<i8*>(place);
+#else
+        i8 qvalues[SLAB_COLUMNS] = {};
+#endif
+        float scales[SLAB_COLUMNS / LEAST_BLOCK];
+        for (i64 k = 0; k < whole; k += columns) scales[k / columns] = quantize_block(source + k, columns, qvalues + k);
+        if (whole < count) {
+            u16 padded[MOST_GROUP] = {};
+            std::memcpy(padded, source + whole, (count - whole) * sizeof(u16));
+            scales[whole / columns] = quantize_block(padded, columns, qvalues + whole);
+        }
+        i32 sums[SLAB_COLUMNS / LEAST_GROUP];
+        sum_sixteens(qvalues, count, sums);
+        XGroup* groups = x.groups;
+        each_part(*x.weight, [&](const Weight& part) {
+            XGroup* to = groups + row * ceil_div(x.columns, part.group) + first / part.group;
+            for (i64 k = 0; k < count; k += part.group, ++to) {
+                i32 sum = 0;
+                for (i64 at = k; at < std::min(count, k + part.group); at += LEAST_GROUP) sum += sums[at / LEAST_GROUP];
+                to->scale = scales[k / columns];
+                if (part.offset_type == NONE) to->start = -part.bias * sum;
+                else to->sum = to->scale * static_cast<float>(sum);
+            }
+            groups += x_group_bytes(part, x.rows) / sizeof(XGroup);
+        });
+#ifndef SF_BYTE_DOTS
+        split_bytes(qvalues, SLAB_COLUMNS, place, place + SLAB_STEPS);
+#endif
+    }
+}
+
 // Packs one row of x, `values` [columns] in bf16. A quantized row is scaled by its largest magnitude.
 SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     i64 block = x.block_of(row), begin = x.block_begin(block), rows = x.block_begin(block + 1) - begin;
     u32* place = x.block_words(block) + (row - begin) * SLAB_STRIDE;
+    if (x.groups) return put_row_in_blocks(x, row, values, place, rows);
     i64 width = x.quantized ? 4 : 2, slab_columns = SLAB_STEPS * width;  // columns of a step, and of a slab
     float inverse = 0.0f;
     if (x.quantized) {
@@ -99,8 +163,6 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     }
     i64 span = x.span_steps * 4;
     i32* sums = x.quantized ? x.sums + row * x.num_spans : nullptr;
-    i32 running = 0;
-    if (x.grouped) *sums++ = 0;
     for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
         i64 first = slab * slab_columns;
         i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
@@ -116,16 +178,8 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 #else
         i8 qvalues[SLAB_STEPS * 4];
 #endif
-        const u16* source = values + first;
-        u16 ordered[SLAB_STEPS * 4];
-        if (x.order) {
-            for (i64 k = 0; k < count; ++k) ordered[k] = values[x.order[first + k]];
-            source = ordered;
-        }
-        for (i64 k = 0; k < count; k += span) {
-            running = (x.grouped ? running : 0) + quantize(source + k, count - k < span ? count - k : span, inverse, qvalues + k);
-            *sums++ = running;
-        }
+        for (i64 k = 0; k < count; k += span)
+            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
 #ifdef SF_BYTE_DOTS
         std::memset(qvalues + count, 0, padded - count);
 #else
@@ -229,7 +283,7 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     for (int r = 0; r < rows; ++r) {
         Floats left = load(tile + r * PANEL), right = load(tile + r * PANEL + LANES);
-        if (x.quantized) {
+        if (x.quantized && !x.groups) {
             Floats scale = broadcast(x.scales[begin + r]);
             left = left * scale;
             right = right * scale;
@@ -353,9 +407,10 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
     };
     multiply_runs(x, w, s, panel, first, last, out, widen,
                   [&](const u32* words, i64 at, i64 x_steps, i64 begin, int rows, const Prefetch& prefetch, float* tile) {
-        const i32* sums = x.sums + begin * x.num_spans + at / SUM_STEPS;
+        const i64 num_groups = ceil_div(w.columns, w.group);
+        const XGroup* x_groups = x.groups + begin * num_groups + at * 4 / w.group;
         const float* added = w.offset_type == NONE ? nullptr : offsets;
-        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, sums, x.num_spans, w.bias, prefetch}, tile);
+        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, x_groups, num_groups, prefetch}, tile);
     });
 }
 
@@ -419,9 +474,11 @@ inline void multiply(Team& team, const Operand& x, const Weight& w, const Output
     if (!w.parts) return multiply_whole(team, x, w, out);
     Output of_part = out;
     of_part.stride = w.rows;
+    Operand read = x;
     for (i64 i = 0; i < w.num_parts; ++i) {
         const i64 rows = w.parts[i].rows;
-        multiply_whole(team, x, w.parts[i], of_part);
+        multiply_whole(team, read, w.parts[i], of_part);
+        read.groups += x_group_bytes(w.parts[i], x.rows) / sizeof(XGroup);
         if (out.activated) of_part.activated += rows;
         else of_part.y += rows;
         if (out.bias) of_part.bias += rows;

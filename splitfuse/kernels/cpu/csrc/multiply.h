@@ -391,7 +391,14 @@ SF_LEAF void multiply_widened(const Spans& spans, float* out) {
 }
 #endif
 
-constexpr int SUM_STEPS = 4;  // words of x between two of its running sums
+// What a weight in groups must know of a group of a row of x.
+struct XGroup {
+    float scale;
+    union {
+        i32 start;  // -bias times the sum of its quantized values
+        float sum;  // of its elements: of kernels with OFFSETS
+    };
+};
 
 // Groups of a panel whose levels lie there as bytes, and x that lies in one slab.
 struct Groups {
@@ -401,50 +408,49 @@ struct Groups {
     const float* offsets;  // [groups][PANEL], of kernels with OFFSETS
     i64 x_steps;           // of all groups
     i64 group_steps;       // of each but the last, which may have fewer
-    const i32* sums;       // [rows, sums_stride]: of a row's elements before the first word, and every SUM_STEPS words further
-    i64 sums_stride;
-    i32 bias;              // of the levels; 0 for kernels with OFFSETS
+    const XGroup* x_groups;  // [rows, x_stride]
+    i64 x_stride;
     Prefetch prefetch;
 };
 
 template <bool OFFSETS>
-SF_INLINE void put_group(Ints value, Floats scale, Floats offset, i32 sum, float* out) {
-    Floats total = fma(to_floats(value), scale, load(out));
-    if constexpr (OFFSETS) total = fma(to_floats(broadcast(sum)), offset, total);
+SF_INLINE void put_group(Ints value, Floats scale, Floats offset, const XGroup& x, float* out) {
+    Floats total = fma(to_floats(value) * broadcast(x.scale), scale, load(out));
+    if constexpr (OFFSETS) total = fma(broadcast(x.sum), offset, total);
     store(out, total);
 }
 
 // Ends a group in vector V of a tile. `at` is its first column in the scales.
 template <bool OFFSETS, int V, int ROWS, int WIDTH, int... R>
-SF_INLINE void end_group(const Ints (&acc)[ROWS][WIDTH], const Groups& g, i64 at, const i32* sums, i64 count, float* out,
+SF_INLINE void end_group(const Ints (&acc)[ROWS][WIDTH], const Groups& g, i64 at, const XGroup* x, float* out,
                          std::integer_sequence<int, R...>) {
     const Floats scale = load(g.scales + at), offset = OFFSETS ? load(g.offsets + at) : scale;
-    (put_group<OFFSETS>(acc[R][V], scale, offset, sums[R * g.sums_stride + count] - sums[R * g.sums_stride], out + R * PANEL), ...);
+    (put_group<OFFSETS>(acc[R][V], scale, offset, x[R * g.x_stride], out + R * PANEL), ...);
 }
 
-template <int ROWS, int WIDTH, int... R>
-SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], i32 bias, const i32* sums, i64 count, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = broadcast(-bias * (sums[R * stride + count] - sums[R * stride])), acc[R][WIDTH - 1] = acc[R][0]), ...);
+template <bool OFFSETS, int ROWS, int WIDTH, int... R>
+SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], const XGroup* x, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(OFFSETS ? 0 : x[R * stride].start), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
-// Computes out[r][0..31] += for each group: scale[0..31] * sum over it of x[r][k] * (level[k][0..31] - bias), and with
-// OFFSETS + offset[0..31] * sum over it of x[r][k].
+// Computes out[r][0..31] += for each group: scale[0..31] * x's scale[r] * sum over it of x[r][k] * (level[k][0..31] - bias),
+// and with OFFSETS + offset[0..31] * x's sum[r].
 template <bool OFFSETS, int ROWS>
 SF_LEAF void multiply_groups(const Groups& g, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS);
     const u8* levels = g.levels;
     const u32* x = g.x;
-    const i32* sums = g.sums;
+    const XGroup* x_group = g.x_groups;
     Prefetch prefetch = g.prefetch;
     i64 group = 0;
-    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group) {
-        const i64 steps = std::min(left, g.group_steps), count = (steps + SUM_STEPS - 1) / SUM_STEPS;
+    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group, ++x_group) {
+        const i64 steps = std::min(left, g.group_steps);
         for (int part = 0; part < 2; part += WIDTH) {
             const u8* at = levels + part * VECTOR_BYTES;
             Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
-            start_group(acc, OFFSETS ? 0 : g.bias, sums, count, g.sums_stride, rows);
+            start_group<OFFSETS>(acc, x_group, g.x_stride, rows);
             for (const u32 *place = x, *end = x + steps; place < end; ++place, at += STEP_BYTES) {
                 prefetch_step<WIDTH>(lines);
                 Packed words[WIDTH];
@@ -452,13 +458,12 @@ SF_LEAF void multiply_groups(const Groups& g, float* out) {
                 qvalues_step(acc, words, place, rows);
             }
             const i64 columns = group * PANEL + part * LANES;
-            end_group<OFFSETS, 0>(acc, g, columns, sums, count, out + part * LANES, rows);
-            if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(acc, g, columns + LANES, sums, count, out + LANES, rows);
+            end_group<OFFSETS, 0>(acc, g, columns, x_group, out + part * LANES, rows);
+            if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(acc, g, columns + LANES, x_group, out + LANES, rows);
             asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
         }
         x += steps;
         levels += steps * STEP_BYTES;
-        sums += count;
         prefetch.from += steps * prefetch.stride;
     }
 }

@@ -427,6 +427,28 @@ SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
 
 #endif
 
+// Returns the largest of `count` magnitudes, a multiple of 32, as the bits of a bf16: 0x7f80 or more if one is infinite or NaN.
+SF_INLINE u16 largest_bits(const u16* values, i64 count) {
+    __m256i most = _mm256_setzero_si256();
+    for (i64 k = 0; k < count; k += 16)
+        most = _mm256_max_epu16(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(values + k)), _mm256_set1_epi16(0x7fff)));
+    const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+    return static_cast<u16>(~_mm_cvtsi128_si32(least));
+}
+
+// Writes the sum of each 16 of `count` int8. Reads as many as are multiples of 32.
+SF_INLINE void sum_sixteens(const i8* values, i64 count, i32* sums) {
+    const __m256i ones = _mm256_set1_epi8(1), ones_16 = _mm256_set1_epi16(1);
+    for (i64 k = 0; k < count; k += 32, sums += 2) {
+        __m256i four = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, _mm256_loadu_si256((const __m256i*)(values + k))), ones_16);
+        four = _mm256_add_epi32(four, _mm256_shuffle_epi32(four, 0xb1));
+        four = _mm256_add_epi32(four, _mm256_shuffle_epi32(four, 0x4e));
+        sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(four));
+        sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(four, 1));
+    }
+}
+
 // Loads 16 numbers of four bits, from bit `shift` of a byte each.
 SF_INLINE Floats load_nibbles(const u8* p, int shift) {
     alignas(16) u8 nibbles[LANES];

@@ -34,8 +34,6 @@ SF_INLINE Shape shape_of(const Weight& w) {
     s.panels = w.gated ? ceil_div(w.rows / 2, LANES) : ceil_div(w.rows, PANEL);
     if (w.format == GROUPED) {
         s.x_steps = ceil_div(w.columns, 4);
-        s.span_steps = SUM_STEPS;
-        s.num_spans = ceil_div(s.x_steps, SUM_STEPS) + 1;  // of running sums, the first of which is 0
         s.panel_bytes = grouped_panel_bytes(w);
         return s;
     }
