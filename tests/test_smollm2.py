@@ -27,7 +27,7 @@ from splitfuse.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.extras
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France? Answer in a sentence."  # else "L" in French and "The" are nearly a tie
 TEXT = (
     "The Eiffel Tower was completed in 1889 for the World's Fair. It is 330 metres tall, and for 41 years it was the "
     "tallest structure in the world; today more than 6,000,000 people visit it every year.\n\n"
