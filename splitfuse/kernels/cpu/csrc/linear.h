@@ -16,7 +16,7 @@ struct Operand {
     u32* words;
     float* scales;   // [rows], or null
     i32* sums;       // [rows][spans]
-    XGroup* groups;  // of the first part [rows][groups], of the others after it; null if the weight is not in groups
+    XGroup* groups;  // of the first part, of the others after it; of each block [groups][rows]; null if the weight has none
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     bool quantized;
@@ -105,8 +105,8 @@ SF_INLINE float quantize_block(const u16* values, i64 count, i8* out) {
     return most * (1.0f / 127.0f);
 }
 
-// Packs one row of x for weights in groups: the `rows` rows of its block of rows begin at `place`.
-inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32* place, i64 rows) {
+// Packs one row of x for weights in groups. Its block has `rows` rows from `begin` on; its words begin at `place`.
+inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32* place, i64 begin, i64 rows) {
     constexpr i64 SLAB_COLUMNS = SLAB_STEPS * 4;
     const i64 columns = block_columns(*x.weight);
     for (i64 first = 0; first < x.columns; first += SLAB_COLUMNS, place += rows * SLAB_STRIDE) {
@@ -133,8 +133,8 @@ inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32*
         sum_sixteens(qvalues, count, sums);
         XGroup* groups = x.groups;
         each_part(*x.weight, [&](const Weight& part) {
-            XGroup* to = groups + row * ceil_div(x.columns, part.group) + first / part.group;
-            for (i64 k = 0; k < count; k += part.group, ++to) {
+            XGroup* to = groups + begin * ceil_div(x.columns, part.group) + first / part.group * rows + row - begin;
+            for (i64 k = 0; k < count; k += part.group, to += rows) {
                 i32 sum = 0;
                 for (i64 at = k; at < std::min(count, k + part.group); at += LEAST_GROUP) sum += sums[at / LEAST_GROUP];
                 to->scale = scales[k / columns];
@@ -153,7 +153,7 @@ inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32*
 SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     i64 block = x.block_of(row), begin = x.block_begin(block), rows = x.block_begin(block + 1) - begin;
     u32* place = x.block_words(block) + (row - begin) * SLAB_STRIDE;
-    if (x.groups) return put_row_in_blocks(x, row, values, place, rows);
+    if (x.groups) return put_row_in_blocks(x, row, values, place, begin, rows);
     i64 width = x.quantized ? 4 : 2, slab_columns = SLAB_STEPS * width;  // columns of a step, and of a slab
     float inverse = 0.0f;
     if (x.quantized) {
@@ -407,10 +407,9 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
     };
     multiply_runs(x, w, s, panel, first, last, out, widen,
                   [&](const u32* words, i64 at, i64 x_steps, i64 begin, int rows, const Prefetch& prefetch, float* tile) {
-        const i64 num_groups = ceil_div(w.columns, w.group);
-        const XGroup* x_groups = x.groups + begin * num_groups + at * 4 / w.group;
+        const XGroup* x_groups = x.groups + begin * ceil_div(w.columns, w.group) + at * 4 / w.group * rows;
         const float* added = w.offset_type == NONE ? nullptr : offsets;
-        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, x_groups, num_groups, prefetch}, tile);
+        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, x_groups, prefetch}, tile);
     });
 }
 

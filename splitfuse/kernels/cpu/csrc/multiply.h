@@ -408,8 +408,7 @@ struct Groups {
     const float* offsets;  // [groups][PANEL], of kernels with OFFSETS
     i64 x_steps;           // of all groups
     i64 group_steps;       // of each but the last, which may have fewer
-    const XGroup* x_groups;  // [rows, x_stride]
-    i64 x_stride;
+    const XGroup* x_groups;  // [groups][rows]
     Prefetch prefetch;
 };
 
@@ -425,18 +424,19 @@ template <bool OFFSETS, int V, int ROWS, int WIDTH, int... R>
 SF_INLINE void end_group(const Ints (&acc)[ROWS][WIDTH], const Groups& g, i64 at, const XGroup* x, float* out,
                          std::integer_sequence<int, R...>) {
     const Floats scale = load(g.scales + at), offset = OFFSETS ? load(g.offsets + at) : scale;
-    (put_group<OFFSETS>(acc[R][V], scale, offset, x[R * g.x_stride], out + R * PANEL), ...);
+    (put_group<OFFSETS>(acc[R][V], scale, offset, x[R], out + R * PANEL), ...);
 }
 
 template <bool OFFSETS, int ROWS, int WIDTH, int... R>
-SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], const XGroup* x, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = broadcast(OFFSETS ? 0 : x[R * stride].start), acc[R][WIDTH - 1] = acc[R][0]), ...);
+SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], const XGroup* x, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(OFFSETS ? 0 : x[R].start), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
 // Computes out[r][0..31] += for each group: scale[0..31] * x's scale[r] * sum over it of x[r][k] * (level[k][0..31] - bias),
 // and with OFFSETS + offset[0..31] * x's sum[r].
 template <bool OFFSETS, int ROWS>
-SF_LEAF void multiply_groups(const Groups& g, float* out) {
+SF_LEAF void multiply_groups(const Groups& given, float* out) {
+    const Groups g = given;  // what stores cannot change stays in registers
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS);
     const u8* levels = g.levels;
@@ -444,19 +444,21 @@ SF_LEAF void multiply_groups(const Groups& g, float* out) {
     const XGroup* x_group = g.x_groups;
     Prefetch prefetch = g.prefetch;
     i64 group = 0;
-    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group, ++x_group) {
+    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group, x_group += ROWS) {
         const i64 steps = std::min(left, g.group_steps);
         for (int part = 0; part < 2; part += WIDTH) {
             const u8* at = levels + part * VECTOR_BYTES;
             Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
-            start_group<OFFSETS>(acc, x_group, g.x_stride, rows);
-            for (const u32 *place = x, *end = x + steps; place < end; ++place, at += STEP_BYTES) {
+            start_group<OFFSETS>(acc, x_group, rows);
+            const u32 *place = x, *end = x + steps;
+            do {  // a loop that may have no step makes GCC keep every sum twice
                 prefetch_step<WIDTH>(lines);
                 Packed words[WIDTH];
                 for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
                 qvalues_step(acc, words, place, rows);
-            }
+                at += STEP_BYTES;
+            } while (++place < end);
             const i64 columns = group * PANEL + part * LANES;
             end_group<OFFSETS, 0>(acc, g, columns, x_group, out + part * LANES, rows);
             if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(acc, g, columns + LANES, x_group, out + LANES, rows);
