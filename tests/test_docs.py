@@ -268,7 +268,7 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     pages = (ROOT / "README.md", SERVER_PAGE, ANTHROPIC_PAGE, RESPONSES_PAGE)
     blocks = [block for page in pages for block in code(page, "python")]
     examples = [block for block in blocks if "OpenAI(" in block or "httpx" in block]
-    assert len(examples) == 4
+    assert len(examples) == 5
     with running_server(ServerConfig(served_model_name=BUNDLED_MODEL.name)) as server:
         for example in examples:
             assert "http://127.0.0.1:8000" in example

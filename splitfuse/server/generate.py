@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,6 +145,21 @@ def form_named(name: str) -> Iterator[None]:
         if place.partition(".")[0] == FORM and name != FORM:
             error.args = (str(error).replace(place, name, 1),)
             error.parameter = name
+        raise
+
+
+@contextmanager
+def parameters_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Make errors about parameters that are raised inside name them as the request does. What is written as a name
+    (`max_tokens`, `reasoning_effort`) is replaced in their messages too.
+    """
+    try:
+        yield
+    except InvalidRequestError as error:
+        if (name := error.parameter) in names and name is not None:
+            error.parameter = names[name]
+            if "_" in name or str(error).startswith(f"{name} "):
+                error.args = (str(error).replace(name, names[name]),)
         raise
 
 

@@ -263,6 +263,46 @@ def test_outputs_of_calls_go_on_from_stored_calls(ai: openai.OpenAI, monkeypatch
         assert answer.tools[0].to_dict() == WEATHER
 
 
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Pa\\"ris"}}\n</tool_call>'
+
+
+def forced(text: str) -> dict[str, Any]:
+    """What makes the model write this text."""
+    return {**GREEDY, "tools": [WEATHER], "extra_body": {"structured_outputs": {"choice": [text]}}}
+
+
+def test_calls_are_read_from_what_the_model_writes(ai: openai.OpenAI) -> None:
+    request = forced(f"Let me see.\n{CALL}\n{CALL}")
+    whole = ai.responses.create(input=QUESTION, **request)
+    message, first, second = whole.output
+    assert whole.output_text == "Let me see." and message.type == "message"
+    assert first.type == second.type == "function_call" and first.call_id != second.call_id
+    assert json.loads(first.arguments) == json.loads(second.arguments) == {"city": 'Pa"ris'}
+    with ai.responses.stream(input=QUESTION, **request) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        final = stream.get_final_response().to_dict()
+    assert len(deltas) > 4 and "".join(deltas) == first.arguments + second.arguments
+    for item in final["output"]:  # type: ignore[attr-defined]
+        item.pop("parsed_arguments", None)
+        item.get("content", [{}])[0].pop("parsed", None)
+    assert without_ids(final["output"]) == without_ids(whole.to_dict()["output"])
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_required_calls_are_made_and_cut_off_ones_are_incomplete(ai: openai.OpenAI, choice: Any) -> None:
+    properties = {"city": {"enum": ["Paris", "Rome"]}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"], "additionalProperties": False}
+    tools: Any = [{**WEATHER, "parameters": parameters}]
+    keywords: dict[str, Any] = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, **GREEDY}
+    answer = ai.responses.create(input=QUESTION, **keywords)
+    (call,) = answer.output
+    assert call.type == "function_call" and json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    assert answer.status == "completed" and call.status == "completed"
+    cut = ai.responses.create(input=QUESTION, max_output_tokens=(answer.usage.output_tokens - 8), **keywords)  # type: ignore[union-attr]
+    assert cut.status == "incomplete" and cut.output[-1].status == "incomplete"  # type: ignore[union-attr]
+    assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
+
+
 def test_items_become_messages() -> None:
     items = [
         {"role": "developer", "content": "Be brief."},
@@ -410,7 +450,22 @@ def test_truncation_drops_the_oldest_turns(ai: openai.OpenAI) -> None:
             "stream_options.include_obfuscation",
             "send",
         ),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "the instructions can say"),
+        (
+            {"text": {"verbosity": "low"}},
+            "text.verbosity",
+            "text.verbosity 'low' is not supported: the model's chat template",
+        ),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "reasoning.effort 'high' is not supported"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "must be none, minimal,"),
+        ({"reasoning_max_tokens": 3}, "reasoning_max_tokens", "not known how this model writes thoughts"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "text.format and structured_outputs both say",
+        ),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regex"),
+        ({"max_output_tokens": 2047}, "max_output_tokens", "is too long for max_output_tokens 2047"),
+        ({"input": "the " * 3000}, "input", "the prompt is too long"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "use text, json_object or json_schema"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "is missing"),
         ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "needs the type json_schema"),

@@ -69,6 +69,11 @@ class StructuredOutputsBody(Body, kw_only=True, frozen=True):
     grammar: _TEXT | None = None
     disable_any_whitespace: Annotated[bool, Meta(description="Writes JSON without white space")] | None = None
 
+    def asked(self) -> dict[str, Any]:
+        """Return the form as StructuredOutputs takes it. Raises RefusedError for what is not supported."""
+        self.check_neutral("structured_outputs.")
+        return {name: getattr(self, name) for name in (*KINDS, *OPTIONS)}
+
 
 @accepts_neutral(guided_decoding_backend=["auto", "guidance"], guided_whitespace_pattern=[], structural_tag=[])
 class StructuredFields(SamplingFields, kw_only=True, frozen=True):
@@ -89,8 +94,7 @@ class StructuredFields(SamplingFields, kw_only=True, frozen=True):
         if self.response_format is not None and (asked := self.response_format.form()) is not None:
             given["response_format.json_schema.schema" if "json" in asked else "response_format"] = asked
         if (fields := self.structured_outputs) is not None:
-            fields.check_neutral("structured_outputs.")
-            given["structured_outputs"] = {name: getattr(fields, name) for name in (*KINDS, *OPTIONS)}
+            given["structured_outputs"] = fields.asked()
         for kind in ("json", "regex", "choice", "grammar"):
             if (value := getattr(self, f"guided_{kind}")) is not None:
                 given[f"guided_{kind}"] = {kind: value}

@@ -38,7 +38,7 @@ class InputTokensDetails(msgspec.Struct, frozen=True):
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    """Counts the tokens of thoughts."""
+    """Counts the tokens of thoughts, if the model's can be told apart."""
 
     reasoning_tokens: int
 
@@ -59,7 +59,7 @@ class ResponseUsage(msgspec.Struct, frozen=True):
             counts.prompt,
             InputTokensDetails(counts.cached),
             counts.generated,
-            OutputTokensDetails(0),
+            OutputTokensDetails(counts.reasoning or 0),
             counts.prompt + counts.generated,
         )
 
@@ -363,9 +363,9 @@ class ResponsesResponder(MessageResponder):
     def _answer(self, answer_id: str) -> ResponseAnswer:
         """Return the answer as it begins."""
         asked = self._request
-        reasoning: dict[str, str | None] = {"effort": None, "summary": None}
+        effort = asked.reasoning.effort if asked.reasoning is not None else None
         tools = [each.tool(f"tools[{index}]") for index, each in enumerate(asked.tools or ())]
-        text = {"format": _given(asked.format), "verbosity": "medium"}
+        text = {"format": _given(asked.format), "verbosity": (asked.text and asked.text.verbosity) or "medium"}
         return ResponseAnswer(
             id=answer_id,
             created_at=self._created,
@@ -382,7 +382,7 @@ class ResponsesResponder(MessageResponder):
             parallel_tool_calls=asked.parallel_tool_calls is not False,
             previous_response_id=asked.previous_response_id,
             prompt_cache_key=asked.prompt_cache_key,
-            reasoning=reasoning,
+            reasoning={"effort": effort, "summary": None},
             safety_identifier=asked.safety_identifier,
             store=self._keep is not None,
             temperature=1.0 if asked.temperature is None else asked.temperature,

@@ -13,11 +13,11 @@ from splitfuse.errors import InvalidRequestError, did_you_mean
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import generate
+from splitfuse.server.generate import generate, parameters_named
 from splitfuse.server.openai.dialect import ErrorBody, error_body
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
 from splitfuse.server.responses.items import Item, answer_id_of, with_ids
-from splitfuse.server.responses.protocol import PATH, ResponseRequest
+from splitfuse.server.responses.protocol import NAMES, PATH, ResponseRequest
 from splitfuse.server.state import AppState
 from splitfuse.server.store import STORE_DISABLED, StoredAnswer
 
@@ -89,7 +89,8 @@ async def respond(state: AppState, context: RequestContext, body: ResponseReques
 
     responder = ResponsesResponder(body, context.unique_id, state, lambda: context.num_tokens, keep if stores else None)
     context.stream_error = responder.failed_events
-    await generate(state, context, request, responder)
+    with parameters_named(NAMES):
+        await generate(state, context, request, responder)
 
 
 def _dereferenced(state: AppState, context: RequestContext, item: Item, where: str) -> Item:

@@ -14,12 +14,14 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest, form_named
+from splitfuse.server.openai.protocol import EffortField, VerbosityField
+from splitfuse.server.openai.structured import StructuredOutputsBody
 from splitfuse.server.responses.items import ASYNC, MAX_ITEMS, Item, messages_of
 from splitfuse.server.sampling import SamplingFields, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
-from splitfuse.text.prompts import ChatOptions
-from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool
+from splitfuse.text.chat_options import ChatOptions
+from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, chosen_tools
 
 PATH = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
@@ -58,22 +60,27 @@ class TextFormat(Body, kw_only=True, frozen=True):
             return StructuredOutputs.of({"json_object": True} if self.schema_ is None else {"json": self.schema_})
 
 
+NAMES = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "prompt": "input",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
+}
+"""Names of parameters of this route by those of chats, for errors."""
 FORM_NAMES = {"text": "", "json_object": "text.format", "json_schema": "text.format.schema"}
 """Names of the form of an answer in errors, by the type of its format."""
 
 
-@accepts_neutral(verbosity=["medium"])
 class TextBody(Body, kw_only=True, frozen=True):
-    """Says which form the text of the answer has."""
-
-    REFUSED: ClassVar[Mapping[str, str]] = {"verbosity": "the instructions can say how long answers should be"}
+    """Says which form the text of the answer has, and how long it should be."""
 
     format: TextFormat | None = None
+    verbosity: VerbosityField | None = None
 
 
 @accepts_neutral(
     context=["auto"],
-    effort=["none"],
     generate_summary=["auto"],
     mode=["standard"],
     summary=["auto"],  # there is no summary of a thought but the thought
@@ -82,10 +89,11 @@ class ReasoningBody(Body, kw_only=True, frozen=True):
     """Says how the model reasons. Its thoughts come as content of the reasoning items, not as a summary."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "effort": "how long a model reasons is not controlled",
         "summary": "thoughts are not summarized; they come as they are, in the content of reasoning items",
         "generate_summary": "thoughts are not summarized; they come as they are, in the content of reasoning items",
     }
+
+    effort: EffortField | None = None
 
 
 @accepts_neutral(
@@ -203,7 +211,9 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
     ) = None
     parallel_tool_calls: bool | None = None
     text: TextBody | None = None
+    structured_outputs: StructuredOutputsBody | None = None
     reasoning: ReasoningBody | None = None
+    reasoning_max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Closes a longer thought")] | None = None
     include: Annotated[list[Includable], Meta(max_length=64)] | None = None
     top_logprobs: (
         Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS, description=f"Needs {LOGPROBS} in include, if it is not 0")]
@@ -259,7 +269,7 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
 
         Raises InvalidRequestError and RefusedError for what cannot be honoured.
         """
-        for name in ("text", "reasoning", "stream_options"):
+        for name in ("reasoning", "stream_options"):
             if (part := getattr(self, name)) is not None:
                 part.check_neutral(f"{name}.")
         if self.stream_options is not None and not self.stream:
@@ -268,6 +278,7 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
         if self.top_logprobs and not with_logprobs:
             message = f"top_logprobs needs {LOGPROBS} in include"
             raise InvalidRequestError(message, parameter="top_logprobs")
+        form_name, form = self._form()
         messages = messages_of(items, num_before=num_before)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
@@ -277,8 +288,8 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
         return GenerationRequest(
             messages=messages,
             chat=self._chat_options(),
-            params=replace(params, structured_outputs=self.format.form()),
-            form_name=FORM_NAMES[self.format.type],
+            params=replace(params, structured_outputs=form),
+            form_name=form_name,
             scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
             drops_messages=self.truncation == "auto",
@@ -286,20 +297,32 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
             include_timing=bool(self.splitfuse_timing),
         )
 
+    def _form(self) -> tuple[str, StructuredOutputs | None]:
+        """Return the form that the answer must have, with its name in errors."""
+        form = self.format.form()
+        if (fields := self.structured_outputs) is None:
+            return FORM_NAMES[self.format.type], form
+        if form is not None:
+            message = "text.format and structured_outputs both say which form the answer must have: give one"
+            raise InvalidRequestError(message, parameter="structured_outputs")
+        return "structured_outputs", StructuredOutputs.of(fields.asked())
+
     def _chat_options(self) -> ChatOptions:
         tools = tuple(each.tool(f"tools[{index}]") for index, each in enumerate(self.tools or ()))
         choice, allowed = self._tool_choice()
-        check_choice(tools, choice)
         for name in allowed:
             check_choice(tools, ToolChoice("auto", name))
         if allowed:
             tools = tuple(tool for tool in tools if tool.name in allowed)
         return ChatOptions(
             variables=self.chat_template_kwargs,
-            tools=() if choice.mode == "none" else tools,
+            tools=chosen_tools(tools, choice),
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reads_parts=True,
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+            verbosity=None if self.text is None else self.text.verbosity,
+            max_reasoning_tokens=self.reasoning_max_tokens,
         )
 
     def _tool_choice(self) -> tuple[ToolChoice, list[str]]:
