@@ -54,6 +54,7 @@ CLIENTS: Mapping[str, Client] = {
         "drive_llama_index.py", ("llama-index-llms-openai-like", "llama-index-embeddings-openai-like")
     ),
     "anthropic-python": Client("drive_anthropic.py", ("anthropic",)),
+    "claude-code": Client("drive_claude_code.mjs", ("@anthropic-ai/claude-code",)),
     "lm-eval": Client("drive_lm_eval.py", ("lm-eval[api]",)),
     "guidellm": Client("drive_guidellm.py", ("guidellm",)),
 }
