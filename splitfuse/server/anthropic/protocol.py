@@ -160,9 +160,9 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
         """See Body: the model must be named."""
-        properties = super().refine_schema(schema, bounds)["properties"]
-        if bounds.model is not None:
-            properties["model"] = {"enum": [bounds.model]}
+        model = super().refine_schema(schema, bounds)["properties"]["model"]
+        if "enum" in model:
+            model["enum"] = [name for name in model["enum"] if name is not None]
         return schema
 
     def conversation(self, max_tokens: int | None = None) -> tuple[list[dict[str, Any]], ChatOptions]:
