@@ -41,6 +41,7 @@ from splitfuse.text.pooling.embeddings import check_dimensions, embedding, for_p
 from splitfuse.text.prompts import Message, PreparedRequest, PromptEncoder
 from splitfuse.text.responses import Piece, Response, in_order
 from splitfuse.text.tokenizer import Tokenizer
+from splitfuse.text.tools import template_messages
 
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream", "progress")
 """Keywords of a call that are no sampling parameters."""
@@ -153,7 +154,8 @@ class Pipeline:
             try:
                 most = self.engine.max_model_len
                 if chat:
-                    request = self._encoder.encode_chat(prompt, params, options, max_model_len=most)
+                    messages = prompt if isinstance(prompt, str) else template_messages(prompt)
+                    request = self._encoder.encode_chat(messages, params, options, max_model_len=most)
                 else:
                     request = self._encoder.encode(prompt, params, max_model_len=most)
                 with spelled_as_keywords():

@@ -12,6 +12,7 @@ import typer
 from splitfuse.cli.flags import (
     FORM_FLAGS,
     SAMPLING_FLAGS,
+    THOUGHT_FLAGS,
     ApiKeyFlag,
     NameFlag,
     UrlFlag,
@@ -36,11 +37,14 @@ HELP = "\\ at the end of a line continues it; /reset starts over, /exit or Ctrl-
 CONTINUED = "\\"
 """Last character of a line that continues in the next."""
 
+DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
+"""Codes of terminals around thoughts, which are shown in terminals alone."""
+
 Messages = list[dict[str, str]]
 Answer = Callable[[Messages], "Iterator[Piece]"]
 
 
-@with_flags(sampling={**CHAT_SAMPLING, **FORM_FLAGS})
+@with_flags(sampling={**CHAT_SAMPLING, **FORM_FLAGS, **THOUGHT_FLAGS})
 def chat(
     name: NameFlag = None,
     url: UrlFlag = None,
@@ -52,7 +56,7 @@ def chat(
 
     Without --name, --url and engine flags: the deployment named splitfuse if it runs, else the bundled model. Each line
     is a turn; one that ends in a backslash continues in the next. In a conversation, /reset starts over, /exit or
-    Ctrl-D ends, and Ctrl-C interrupts an answer.
+    Ctrl-D ends, and Ctrl-C interrupts an answer. A terminal shows the thought before an answer dimmed.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
     with _model(name, url, api_key, settings, list(changed(settings)), given(with_form(flags))) as answer:
@@ -130,11 +134,17 @@ class _Conversation:
     def _turn(self, line: str, *, interruptible: bool) -> bool:
         """Send a turn and print the answer as it is generated; a failed turn leaves the conversation as it was."""
         messages = [*self._messages, {"role": "user", "content": line}]
-        text, error = "", None
+        text, error, after_thought = "", None, ""
+        shows_thoughts = sys.stdout.isatty()
         try:
             with closing(self._answer(messages)) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
-                    print(piece.text, end="", flush=True)
+                    if piece.reasoning and shows_thoughts:
+                        print(f"{DIM}{piece.reasoning}{NOT_DIM}", end="", flush=True)
+                        after_thought = "\n\n"
+                    if piece.text:
+                        print(f"{after_thought}{piece.text}", end="", flush=True)
+                        after_thought = ""
                     text += piece.text
                     if piece.response is not None:
                         error = piece.response.error

@@ -21,6 +21,7 @@ from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError, unreadable
+from splitfuse.text.chat_options import CHAT_KEYWORDS
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
 if typing.TYPE_CHECKING:
@@ -58,6 +59,11 @@ FORM_FLAGS: dict[str, Flag] = {
     "regex": Flag(str | None, None, "Regular expression, which the whole answer matches."),
 }
 """Flags that say which form an answer has: see `with_form`."""
+THOUGHT_FLAGS: dict[str, Flag] = {
+    "reasoning_effort": Flag(str | None, None, CHAT_KEYWORDS["reasoning_effort"]),
+    "reasoning_max_tokens": Flag(int | None, None, CHAT_KEYWORDS["reasoning_max_tokens"]),
+}
+"""Flags of conversations with models that think before they answer."""
 NameFlag = Annotated[str | None, typer.Option(help="Name of a deployment (default: splitfuse).")]
 UrlFlag = Annotated[str | None, typer.Option(help="URL of a server, such as http://127.0.0.1:8000.")]
 ApiKeyFlag = Annotated[str | None, typer.Option(help="API key of the server.", envvar=KEY_VARIABLES["api_key"])]
@@ -207,4 +213,5 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
 def changed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the engine settings that differ from their defaults."""
     known = EngineConfig.setting_fields()
-    return {name: value for name, value in settings.items() if value != known[name][1].default}
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
+    return {name: value for name, value in given.items() if value != known[name][1].default}

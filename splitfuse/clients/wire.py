@@ -39,6 +39,7 @@ from splitfuse.text.kwargs import (
     spelled_as_keywords,
 )
 from splitfuse.text.responses import Response, TextLogprob
+from splitfuse.text.tools import written_messages
 
 COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
 OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
@@ -152,6 +153,8 @@ def prepare(
             )
         if chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
+        elif chat:
+            prompt = written_messages(prompt)
         prefix = prompt if return_full_text else ""
         requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline, options))
     return requests

@@ -128,6 +128,8 @@ class Generation:
         events = self._parser.feed(text)
         if self.finish_reason is not None:
             events += self._parser.finish()
+        if not self._source.parallel:
+            events = [event for event in events if getattr(event, "index", 0) == 0]
         self._events = self._events or []
         self._events += events
         return events

@@ -123,7 +123,7 @@ class PromptEncoder:
         token_ids = self._encode_text(text, add_special_tokens, max_model_len)
         message = None
         if options.reads_parts:
-            message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:])
+            message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:], options.parallel_tool_calls)
             reasoning = chat_reasoning(
                 self._tokenizer,
                 message.prompt,

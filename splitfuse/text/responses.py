@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request import FinishReason
@@ -86,6 +87,20 @@ class Response:
 
     def __str__(self) -> str:
         return self.generated_text
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """Return the answer to a chat as the next message of the conversation, in OpenAI's form.
+
+        >>> [*messages, response.message, {"role": "tool", "tool_call_id": "call_1", "content": "20 degrees"}]
+        """
+        calls = [
+            {"id": each.call_id, "type": "function", "function": {"name": each.name, "arguments": each.arguments}}
+            for each in self.tool_calls
+        ]
+        parts = {"reasoning_content": self.reasoning, "tool_calls": calls}
+        given = {name: value for name, value in parts.items() if value}
+        return {"role": "assistant", "content": self.generated_text, **given}
 
 
 @dataclass(frozen=True)

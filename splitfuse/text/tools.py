@@ -70,12 +70,67 @@ def name_results(messages: Sequence[dict[str, Any]], place: Callable[[int], str]
     names: dict[str, str] = {}
     for index, message in enumerate(messages):
         for call in message.get("tool_calls") or ():
-            names[call["id"]] = call["function"]["name"]
-        if message["role"] == "tool":
+            names[call.get("id", "")] = call["function"]["name"]
+        if message.get("role") == "tool":
             if (call_id := message["tool_call_id"]) not in names:
                 problem = f"is {call_id!r:.80}, which is the id of no call in an assistant's message before it"
                 _refuse(place(index), problem + nearest(call_id[:80], names))
             message.setdefault("name", names[call_id])
+
+
+def template_messages(messages: Any) -> Any:
+    """Return messages as chat templates read them: calls with objects of arguments, results with names of tools. What
+    is no list of messages is left as it is, for the template's own checks.
+
+    Raises InvalidRequestError, naming the place, for arguments that are no object, and for a result of no call.
+    """
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        return messages
+    read = [dict(message) for message in messages]
+    for index, message in enumerate(read):
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [
+                _parsed(each, f"messages[{index}].tool_calls[{i}]") for i, each in enumerate(calls)
+            ]
+    if all("tool_call_id" in message for message in read if message.get("role") == "tool"):
+        name_results(read, lambda index: f"messages[{index}].tool_call_id")
+    return read
+
+
+def written_messages(messages: Any) -> Any:
+    """Return messages as OpenAI's API takes them: calls with arguments as text. All else is left as it is."""
+    if not isinstance(messages, Sequence):
+        return messages
+    return [
+        {**message, "tool_calls": list(map(_written, message["tool_calls"]))}
+        if isinstance(message, Mapping) and message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _written(call: Any) -> Any:
+    try:
+        function = call["function"]
+        if isinstance(function["arguments"], Mapping):
+            return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+    except (TypeError, KeyError):
+        pass  # the server says what is wrong
+    return call
+
+
+def _parsed(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        _refuse(
+            where, f'must be a mapping with a function, such as {{"name": "now", "arguments": {{}}}}, not {brief(call)}'
+        )
+    if isinstance(arguments := function.get("arguments", ""), Mapping):
+        return dict(call)
+    if not isinstance(arguments, str):
+        _refuse(f"{where}.function.arguments", f"must be a mapping or its JSON, not {brief(arguments)}")
+    call_id = str(call.get("id", ""))
+    return template_call(ToolCall(call_id, function["name"], arguments), f"{where}.function.arguments")
 
 
 def tools_of(value: object) -> tuple[Tool, ...]:

@@ -81,12 +81,13 @@ PARIS = ["weather", '{"city": "Pa\\"ris"}']
     [
         (CALL, {}, {"content": "", "calls": [PARIS], "reason": "tool_calls"}),
         (BOTH, {}, {"content": "Let me see.", "calls": [PARIS, ["now", "{}"]], "reason": "tool_calls"}),
+        (BOTH, {"parallel_tool_calls": False}, {"calls": [PARIS], "reason": "tool_calls"}),
         (BOTH, {"tool_choice": "none"}, {"content": BOTH, "calls": [], "reason": "stop"}),
         ("Just text", {}, {"content": "Just text", "calls": [], "reason": "stop"}),
         (BOTH, {"max_tokens": 52}, {"content": "Let me see.", "reason": "length"}),
         (BOTH, {"stop": "ris"}, {"content": "Let me see.", "calls": [["weather", '{"city": "Pa\\"']]}),
     ],
-    ids=["call", "content and calls", "none", "text", "length within a call", "stop string within a call"],
+    ids=["call", "content and calls", "one call", "none", "text", "length within a call", "stop string within a call"],
 )
 def test_calls_come_streamed_as_whole(ai: openai.OpenAI, text: str, keywords: Any, expected: dict[str, Any]) -> None:
     keywords = {"logprobs": True, **keywords}
@@ -150,6 +151,16 @@ def test_pipeline_and_client_give_calls_too(server: RunningServer, pipe: splitfu
             ("now", {}),
         ]
         assert response.finish_reason == "stop"
+        result = {"role": "tool", "tool_call_id": response.tool_calls[0].call_id, "content": "warm"}
+        turns = [USER, response.message, result]
+        parsed = json.loads(json.dumps(turns))
+        for call in parsed[1]["tool_calls"]:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        prompts = {pipe.prepare(each, chat=True)[0].token_ids for each in (turns, parsed)}
+        assert len(prompts) == 1
+        with splitfuse.client(server.url) as client:
+            lengths = {client(each, chat=True, max_new_tokens=1)[0].prompt_length for each in (turns, parsed)}
+        assert lengths == {len(prompts.pop())}
 
 
 @pytest.mark.parametrize(
@@ -245,3 +256,19 @@ def test_a_call_that_cannot_be_required_says_why(
 
 
 NO_FORM: dict[str, Any] = {"response_format": None, "guided_regex": None}
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": ["x"]}, r"messages\[0\].tool_calls\[0\] must be a mapping"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]},
+            r"messages\[0\].tool_calls\[0\].function.arguments must be a mapping or its JSON, not 3",
+        ),
+        ({"role": "tool", "content": "", "tool_call_id": "x"}, r"messages\[0\].tool_call_id is 'x'"),
+    ],
+)
+def test_turns_of_a_call_are_checked(pipe: splitfuse.Pipeline, turn: dict[str, Any], words: str) -> None:
+    with pytest.raises(splitfuse.InvalidRequestError, match=words):
+        pipe([turn], chat=True)

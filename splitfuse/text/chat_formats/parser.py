@@ -600,6 +600,8 @@ class MessageSource:
     chat_format: ChatFormat = PLAIN
     tools: tuple[Tool, ...] = ()
     prompt: str = ""
+    parallel: bool = True
+    """Flag of an answer that may have several calls; without it, those after the first are left out."""
 
     def parser(self) -> MessageParser:
         """Return a parser at the beginning of the answer."""

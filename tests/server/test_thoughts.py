@@ -1,0 +1,153 @@
+"""Thoughts in chats: apart from the content, within their budget, before the form of an answer."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from patience import PATIENCE
+from running_server import RunningServer, running_server
+from thinking_model import thinking_model
+
+import splitfuse
+from splitfuse import cli
+from splitfuse.config import ServerConfig
+
+USER: Any = {"role": "user", "content": "Erik plays the cello. Anna keeps a goose.\n\nWho keeps a goose?"}
+TOOLS: Any = [{"type": "function", "function": {"name": "now", "parameters": {"additionalProperties": False}}}]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = thinking_model(tmp_path_factory.mktemp("thinking"))
+    with running_server(ServerConfig(served_model_name="thinker"), model=folder, num_blocks=500) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ai(thinker: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{thinker.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0) as client:
+        yield client
+
+
+def ask(ai: openai.OpenAI, **keywords: Any) -> Any:
+    names = ("reasoning_max_tokens", "thinking_token_budget", "include_reasoning", "structured_outputs")
+    extra = {name: keywords.pop(name) for name in (*names, "chat_template_kwargs") if name in keywords}
+    keywords = {"temperature": 0, "max_tokens": 60, **keywords}
+    return ai.chat.completions.create(model="thinker", messages=[USER], extra_body=extra, **keywords)
+
+
+def joined(chunks: Any) -> tuple[str, str, str]:
+    parts = {"reasoning": "", "content": ""}
+    reason = ""
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        for name in parts:
+            parts[name] += getattr(choice.delta, name, None) or ""
+        assert getattr(choice.delta, "reasoning_content", None) == getattr(choice.delta, "reasoning", None)
+        reason = choice.finish_reason or reason
+    return parts["reasoning"], parts["content"], reason
+
+
+def whole(answer: Any) -> tuple[str, str, str]:
+    (choice,) = answer.choices
+    message = choice.message
+    return getattr(message, "reasoning", None) or "", message.content or "", choice.finish_reason
+
+
+def test_a_budget_closes_the_thought_and_the_model_answers(ai: openai.OpenAI) -> None:
+    for name in ("reasoning_max_tokens", "thinking_token_budget"):
+        answer = ask(ai, **{name: 3})
+        reasoning, content, _ = whole(answer)
+        assert reasoning and content and "think>" not in reasoning + content
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 3
+        assert joined(ask(ai, **{name: 3}, stream=True)) == whole(answer)
+
+
+def test_a_thought_that_fills_the_answer_ends_by_length(ai: openai.OpenAI) -> None:
+    answer = ask(ai, max_tokens=3, reasoning_max_tokens=50)
+    reasoning, content, reason = whole(answer)
+    assert (content, reason) == ("", "length") and reasoning
+    assert answer.choices[0].message.content == ""
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 3
+
+
+def test_thoughts_can_be_left_out_of_answers(ai: openai.OpenAI) -> None:
+    reasoning, content, reason = whole(ask(ai, reasoning_max_tokens=3))
+    for found in (
+        whole(ask(ai, reasoning_max_tokens=3, include_reasoning=False)),
+        joined(ask(ai, reasoning_max_tokens=3, include_reasoning=False, stream=True)),
+    ):
+        assert reasoning and found == ("", content, reason)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": "minimal"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+    ids=["none", "minimal", "switch"],
+)
+def test_a_model_can_be_told_not_to_think(ai: openai.OpenAI, keywords: dict[str, Any]) -> None:
+    answer = ask(ai, **keywords)
+    assert whole(answer)[:2] == ("", "Anna keeps a goose.")
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_an_effort_that_the_template_does_not_know_is_refused(ai: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="only knows whether to think") as refusal:
+        ask(ai, reasoning_effort="high")
+    assert refusal.value.param == "reasoning_effort"
+
+
+def test_a_form_begins_after_the_thought(ai: openai.OpenAI) -> None:
+    form = {"structured_outputs": {"regex": "[a-d]{3}!"}, "reasoning_max_tokens": 3}
+    for found in (whole(ask(ai, **form)), joined(ask(ai, **form, stream=True))):
+        reasoning, content, reason = found
+        assert reasoning and len(content) == 4 and content.endswith("!") and reason == "stop"
+
+
+def test_a_required_call_follows_the_thought(ai: openai.OpenAI) -> None:
+    asked = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "reasoning_max_tokens": 3}
+    answer = ask(ai, **asked)
+    (choice,) = answer.choices
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("now", {})
+    assert choice.message.reasoning and choice.finish_reason == "tool_calls"
+
+
+def test_thoughts_and_logprobs_agree(ai: openai.OpenAI) -> None:
+    answer = ask(ai, reasoning_max_tokens=3, logprobs=True)
+    assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
+
+
+def test_pipeline_and_client_give_thoughts_apart(thinker: RunningServer) -> None:
+    asked: dict[str, Any] = {"chat": True, "reasoning_max_tokens": 3, "max_new_tokens": 60}
+    pipe = splitfuse.Pipeline(thinker.engine, thinker.service.tokenizer)
+    prepared = pipe.prepare([USER], **asked)
+    with splitfuse.client(thinker.url) as client:
+        (remote,) = client([USER], **asked)
+        pieces = list(client([USER], stream=True, **asked))
+    assert prepared[0].params.reasoning is not None
+    assert "".join(piece.reasoning for piece in pieces) == remote.reasoning != ""
+    assert "".join(piece.text for piece in pieces) == remote.generated_text != ""
+    with pytest.raises(splitfuse.InvalidRequestError, match="only knows whether to think"):
+        pipe.prepare([USER], chat=True, reasoning_effort="low")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_chat_command_shows_thoughts_in_terminals(
+    thinker: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["splitfuse", "chat", "--url", thinker.url, "--reasoning-max-tokens", "3"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(USER["content"].replace("\n\n", " ")))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    with pytest.raises(SystemExit):
+        cli.main()
+    thought, end, answer = capsys.readouterr().out.rpartition("\x1b[22m\n\n")
+    assert bool(thought and end) == is_terminal and answer.strip() and "\x1b" not in answer
