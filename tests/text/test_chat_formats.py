@@ -266,6 +266,8 @@ def test_what_is_no_call_becomes_content(text: str) -> None:
         ('{"city": "</tool_call>"}}', '{"city": "</tool_call>"}'),
         ('"{\\"city\\": \\"\\ud83d\\ude00\\"}"}', '{"city": "\U0001f600"}'),
         ("{}", "{}"),
+        ("null}", "{}"),
+        ("}", "}"),
         ('{"a": [1, {"b": "}"}], "c": 1e5}}', '{"a": [1, {"b": "}"}], "c": 1e5}'),
     ],
 )
@@ -321,6 +323,8 @@ def test_json_or_a_list_without_marker_is_content(name: str, text: str) -> None:
         ("llama_python", f'{{"name": "get_weather", "parameters": {JSON}}}; {{"name": "clock", "parameters": {{}}}}'),
         ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]'),
         ("mistral", f"[TOOL_CALLS]get_weather{JSON}[TOOL_CALLS]clock[CALL_ID]abcdefghi[ARGS]{{}}"),
+        ("mistral", f"[TOOL_CALLS]get_weather[ARGS]{JSON}[TOOL_CALLS]clock[ARGS]null"),
+        ("kimi_k2", CALLS["kimi_k2"].replace("{}", "")),
         ("hermes", f'<tool_call>[{{"name": "get_weather", "arguments": {JSON}}}, {{"name": "clock"}}]</tool_call>'),
         ("glm", CALLS["glm"].replace("\n<arg", "<arg").replace("clock\n", "clock")),
         ("kimi_k2", CALLS["kimi_k2"].replace("functions.", "").replace(":0", "").replace(":1", "")),
@@ -356,13 +360,16 @@ def test_other_ways_of_writing_the_same_calls(name: str, text: str) -> None:
         ({"type": "object"}, "{a: 1}", "{a: 1}"),
         ({"enum": [1, 2]}, "2", 2),
         ({"enum": ["1", "2"]}, "2", "2"),
+        ({"allOf": [{"type": "string"}, {"minLength": 1}]}, "2", "2"),
+        ({"anyOf": [{"type": "string"}, {"minLength": 1}]}, "2", 2),
+        ({"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "string"}]}, "2", "2"),
         ({}, "5", 5),
         ({}, "text", "text"),
         ({}, '{"a": 1}', {"a": 1}),
     ],
 )
 def test_raw_values_have_the_types_of_the_schema(types: dict[str, object], raw: str, value: object) -> None:
-    schema = {"properties": {"x": types}, "$defs": {"Numbers": {"type": "array"}}}
+    schema = {"properties": {"x": types}, "$defs": {"Numbers": {"type": "array"}, "Loop": {"$ref": "#/$defs/Loop"}}}
     text = f'<minimax:tool_call><invoke name="f"><parameter name="x">{raw}</parameter></invoke></minimax:tool_call>'
     for pieces in cuts(text, 5):
         message = parse(with_thoughts("minimax"), *pieces, tools=(Tool(name="f", parameters=schema),))

@@ -313,12 +313,17 @@ class MessageParser:
 
     def _arguments(self, calls: CallFormat, first: str) -> Steps[None]:
         """Read arguments in JSON, or in a text that holds JSON. What is none is read to the end of the call."""
-        source = self._source
-        if first == '"':
+        source, ends = self._source, _ends_of(calls)
+        for end in ends:
+            if (yield from source.comes(end)):
+                first = ""
+        if (yield from source.take("null")) or not (first or source.has_ended):
+            self._argue("{}")
+        elif first == '"':
             source.position += 1
             yield from values.quoted(source, '"', self._argue)
         elif not (yield from values.json_value(source, self._argue)):
-            marker = yield from source.copy(markers_of(*_ends_of(calls)), self._argue)
+            marker = yield from source.copy(markers_of(*ends), self._argue, keeps_end=False)
             source.position -= len(marker)
 
     # JSON after a name: weather[ARGS]{"city": "Paris"}

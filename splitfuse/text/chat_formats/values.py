@@ -337,26 +337,37 @@ def types_of(schema: Any, name: str) -> frozenset[str]:
     return types_of_schema(schema, schema.get("additionalProperties") if each is None else each)
 
 
-def types_of_schema(root: Mapping[str, Any], schema: Any, depth: int = 8) -> frozenset[str]:
+def types_of_schema(root: Mapping[str, Any], schema: Any) -> frozenset[str]:
     """Return the types that values of a schema within `root` may have; none if that is not said."""
-    if not isinstance(schema, Mapping) or depth == 0:
-        return frozenset()
-    if isinstance(reference := schema.get("$ref"), str):
-        return types_of_schema(root, referred_to(root, reference), depth - 1)
-    kind = schema.get("type")
-    if isinstance(kind, str | list):
-        found = frozenset((kind,) if isinstance(kind, str) else (each for each in kind if isinstance(each, str)))
-    elif "const" in schema or isinstance(schema.get("enum"), list):
-        values = [schema["const"]] if "const" in schema else schema["enum"]
-        found = frozenset(map(_type, values))
-    else:
-        parts = [
-            types_of_schema(root, part, depth - 1)
-            for key in ("anyOf", "oneOf", "allOf")
-            for part in (schema[key] if isinstance(schema.get(key), list) else ())
-        ]
-        found = frozenset() if not all(parts) and "allOf" not in schema else frozenset().union(*parts)
-    return found | {"null"} if found and schema.get("nullable") is True else found
+    found: set[str] = set()
+    rest, seen = [schema], set()
+    while rest:
+        each = rest.pop()
+        if not isinstance(each, Mapping):
+            return frozenset()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        parts = [part for key in ("anyOf", "oneOf") if isinstance(each.get(key), list) for part in each[key]]
+        if isinstance(each.get("allOf"), list):
+            parts += [part for part in each["allOf"] if isinstance(part, Mapping) and _TYPED & part.keys()]
+        kind = each.get("type")
+        if isinstance(reference := each.get("$ref"), str):
+            rest.append(referred_to(root, reference))
+        elif isinstance(kind, str | list):
+            found |= {kind} if isinstance(kind, str) else {name for name in kind if isinstance(name, str)}
+        elif "const" in each or isinstance(each.get("enum"), list):
+            found |= set(map(_type, [each["const"]] if "const" in each else each["enum"]))
+        elif parts:
+            rest += parts
+        else:
+            return frozenset()
+        if each.get("nullable") is True:
+            found.add("null")
+    return frozenset(found)
+
+
+_TYPED = frozenset(("$ref", "type", "const", "enum", "anyOf", "oneOf", "allOf"))
 
 
 def referred_to(root: Mapping[str, Any], reference: str) -> Any:
