@@ -217,11 +217,16 @@ class _Lane:
         """Return the result of `work`. A caller that gives up leaves nothing behind while it waits for its turn."""
         await self._turn.acquire()
         done = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        done.add_done_callback(lambda _: self._turn.release())  # not earlier, even if the caller has given up
+        done.add_done_callback(self._end)  # not earlier, even if the caller has given up
         try:
             return await asyncio.shield(done)
         finally:
             del done  # it holds an error, whose traceback holds this frame, and the text
+
+    def _end(self, done: asyncio.Future[Any]) -> None:
+        self._turn.release()
+        if not done.cancelled():
+            done.exception()  # asyncio logs errors that nothing has looked at, such as those of callers that have left
 
 
 def _size(content: Any, limit: int) -> int:

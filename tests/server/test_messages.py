@@ -466,12 +466,12 @@ def test_errors_have_the_types_of_their_statuses() -> None:
         long["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "string", "minLength": 9999}}}
         with http.stream("POST", PATH, json=long, headers=key) as stream:
             received = stream.iter_text()
-            next(received)
+            pieces = [next(received)]
             full = http.post(PATH, json=BODY, headers=key)
             assert (full.status_code, full.json()["error"]["type"]) == (429, "rate_limit_error")
             assert int(full.headers["retry-after"]) >= 1
             server.call(server.client.close())
-            last = parsed("".join(received).rpartition("\n\nevent: ")[2].join(("event: ", "")))[-1]
+            last = parsed("".join([*pieces, *received]))[-1]
             assert last["error"]["type"] in ("api_error", "overloaded_error") and last["request_id"]
 
 

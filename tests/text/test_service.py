@@ -1,6 +1,7 @@
 """Text over an EngineClient: what is read is what `pipeline` gives, and a reader that stops leaves nothing behind."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, closing
@@ -212,7 +213,14 @@ def test_a_short_chat_does_not_wait_for_a_long_text() -> None:
 def test_a_caller_that_gives_up_while_it_waits_leaves_nothing_behind() -> None:
     async def work(service: TextService) -> None:
         held, ran = threading.Event(), []
-        waiting = asyncio.create_task(service._long.run(held.wait))
+        reported: list[Any] = []  # errors that nothing has taken note of
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+        def fail() -> None:
+            held.wait()
+            raise InvalidRequestError("too late")
+
+        waiting = asyncio.create_task(service._long.run(fail))
         await asyncio.sleep(0)
         others = [asyncio.create_task(service._long.run(lambda: ran.append(1))) for _ in range(3)]
         await asyncio.sleep(0)
@@ -223,7 +231,8 @@ def test_a_caller_that_gives_up_while_it_waits_leaves_nothing_behind() -> None:
         assert service._long._thread._work_queue.empty() and service._long._turn.locked() and not ran
         held.set()
         await others[2]
-        assert ran == [1] and not service._long._turn.locked()
+        gc.collect()
+        assert ran == [1] and not service._long._turn.locked() and reported == []
 
     with_service(work)
 
