@@ -374,14 +374,15 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 // Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `body(data, at,
 // words, tile)` returns the bytes of the run that begins at word `at` of x, after it called multiply(block's rows, ...).
 template <class Widen, class Multiply>
-SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out,
-                             Widen widen, Multiply multiply_run) {
-    const u8* data = w.data + panel * s.panel_bytes;
+SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                             const Output& out, Widen widen, Multiply multiply_run) {
+    const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
     auto tile_of = [&](i64 block) { return x.sums_of_panel + (x.block_begin(block) - x.block_begin(first)) * PANEL; };
     std::memset(tile_of(first), 0, (x.block_begin(last) - x.block_begin(first)) * PANEL * sizeof(float));
     for (i64 at = 0; at < s.x_steps; at += RUN_STEPS) {
         const i64 x_steps = std::min<i64>(RUN_STEPS, s.x_steps - at), bytes = widen(data, at);
-        Prefetch prefetch{data + PREFETCH_BYTES, ceil_div(bytes, x_steps)};
+        const i64 beyond = data + PREFETCH_BYTES - end;
+        Prefetch prefetch{next && beyond >= 0 ? next + beyond : data + PREFETCH_BYTES, ceil_div(bytes, x_steps)};
         for (i64 block = first; block < last; ++block, prefetch.stride = 0) {
             const i64 begin = x.block_begin(block);
             const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
@@ -394,7 +395,8 @@ SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, 
 }
 
 // Multiplies one panel of a weight in groups with the blocks `first` to last - 1.
-SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
+SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                      const Output& out) {
     constexpr i64 MOST_GROUPS = RUN_COLUMNS / LEAST_GROUP;
     alignas(64) u8 widened[RUN_STEPS * STEP_BYTES];
     alignas(64) float scales[MOST_GROUPS * PANEL], offsets[MOST_GROUPS * PANEL];
@@ -405,7 +407,7 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
         levels = widen_levels(w, run, data, widened);
         return run.bytes;
     };
-    multiply_runs(x, w, s, panel, first, last, out, widen,
+    multiply_runs(x, w, s, panel, first, last, next, out, widen,
                   [&](const u32* words, i64 at, i64 x_steps, i64 begin, int rows, const Prefetch& prefetch, float* tile) {
         const XGroup* x_groups = x.groups + begin * ceil_div(w.columns, w.group) + at * 4 / w.group * rows;
         const float* added = w.offset_type == NONE ? nullptr : offsets;
@@ -414,7 +416,8 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
 }
 
 // Does the same in FP8.
-SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
+SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                  const Output& out) {
     alignas(64) u8 widened[FP8_COLUMNS / 2 * STEP_BYTES];
     const float* scales = nullptr;
     auto widen = [&](const u8* data, i64 at) {
@@ -423,7 +426,7 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
         widen_fp8(data + PANEL * 4, steps, widened);
         return PANEL * 4 + steps * STEP_BYTES;
     };
-    multiply_runs(x, w, s, panel, first, last, out, widen,
+    multiply_runs(x, w, s, panel, first, last, next, out, widen,
                   [&](const u32* words, i64, i64 x_steps, i64, int rows, const Prefetch& prefetch, float* tile) {
         multiply(rows, Fp8Run{words, widened, scales, x_steps, prefetch}, tile);
     });
@@ -433,8 +436,8 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
 // `cold` says that no thread has prefetched this one.
 SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                      bool cold, const Output& out) {
-    if (w.format == GROUPED) return multiply_grouped_panel(x, w, s, panel, first, last, out);
-    if (w.format == FP8) return multiply_fp8_panel(x, w, s, panel, first, last, out);
+    if (w.format == GROUPED) return multiply_grouped_panel(x, w, s, panel, first, last, next, out);
+    if (w.format == FP8) return multiply_fp8_panel(x, w, s, panel, first, last, next, out);
 #ifndef SF_BYTE_DOTS
     if (x.sums_of_panel) {
         multiply_widened_panel(x, w, s, panel, first, last, out);
