@@ -218,6 +218,13 @@ def test_prompt_may_have_opened_the_thought(prompt: str, reasoning: str, content
         assert (message.reasoning.strip(), message.content) == (reasoning, content)
 
 
+def test_call_that_the_prompt_has_begun_is_given_as_a_whole() -> None:
+    prompt = f'<|im_start|>assistant\n{CALLS["hermes"]}<tool_call>{{"name": "get_weather", "arguments": {{"city": "Pa'
+    for pieces in cuts(f'ris"}}}}</tool_call>{CALLS["hermes"]}', 10):
+        message = parse(with_thoughts("hermes"), *pieces, prompt=prompt)
+        assert calls_of(message) == [("get_weather", {"city": "Paris"}), *TWO]
+
+
 # What users of other servers complain about.
 
 

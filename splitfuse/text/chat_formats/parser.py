@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitfuse.text.chat_formats import values
 from splitfuse.text.chat_formats.formats import (
@@ -80,6 +80,7 @@ class MessageParser:
         self._content = _Text(ContentDelta)
         self._thought = _Text(ReasoningDelta)
         self._num_calls = 0
+        self._in_call = False
         self._num_unclosed = 0  # calls whose end has not come
         self._in_section = False
         self._swallows_close = False  # a call has ended the thought, whose end may still come
@@ -87,8 +88,13 @@ class MessageParser:
         self._reads_prompt = True
         self._feed(self._begun(prompt))
         self._reads_prompt = False
-        self._events.clear()
-        self._content.held, self._num_calls = "", 0
+        self._content.held = ""
+        begun = [event for event in self._events if isinstance(event, ToolCallStart | ArgumentsDelta)]
+        if self._in_call:  # the answer goes on with this one: it is given as a whole
+            self._events = [replace(event, index=0) for event in begun if event.index == self._num_calls - 1]
+        else:
+            self._events = []
+        self._num_calls = int(self._in_call)
 
     def feed(self, text: str) -> list[MessageEvent]:
         """Return the events that are certain after `text`, which follows what was fed before."""
@@ -231,6 +237,7 @@ class MessageParser:
                 is_call = yield from self._gemma(calls)
             case _:
                 is_call = False
+        self._in_call = False
         if is_call and calls.close and not is_bare:
             yield from self._source.skip_space()
             self._num_unclosed += not (yield from self._source.take(calls.close.strip()))
@@ -245,6 +252,7 @@ class MessageParser:
             numbered = f"functions.{name}:{self._num_calls}"
             call_id = numbered if kind == "numbered" else f"call_{secrets.token_hex(12)}"
         self._source.commit()
+        self._in_call = True
         self._events.append(ToolCallStart(self._num_calls, call_id, name))
         self._num_calls += 1
 
@@ -536,6 +544,7 @@ class MessageParser:
             if not (yield from values.json_value(source, self._argue)):
                 marker = yield from source.copy(_BODY_ENDS, self._argue)
                 source.position -= len(marker)
+            self._in_call = False
             yield from source.skip_space()
             self._content.begin()
             marker = yield from source.copy(_BODY_ENDS, self._say)
