@@ -43,7 +43,7 @@ from splitfuse.text.responses import Piece, Response, in_order
 from splitfuse.text.tokenizer import Tokenizer
 from splitfuse.text.tools import template_messages
 
-OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream", "progress")
+OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "stream", "progress", "adapter")
 """Keywords of a call that are no sampling parameters."""
 
 Prompts = (
@@ -133,6 +133,7 @@ class Pipeline:
         max_length: int | None = None,
         chat: bool = False,
         return_full_text: bool = False,
+        adapter: str | None = None,
         **keywords: Any,
     ) -> list[PreparedRequest]:
         """Check prompts and keywords, and return what `run` takes. Nothing is computed yet.
@@ -142,10 +143,12 @@ class Pipeline:
         `max_new_tokens`, at most 1024 tokens are generated, or what the model leaves. `do_sample` False is greedy; left
         out, random choices follow from temperature, top_p, top_k or min_p. With `return_full_text`, the answer begins
         with the prompt. The keywords `tools`, `reasoning_effort` and the like (CHAT_KEYWORDS in text/chat_options.py)
-        need `chat`. Raises InvalidRequestError for a keyword or prompt that cannot be honoured.
+        need `chat`. `adapter` is the name of a LoRA adapter that the engine has loaded. Raises InvalidRequestError for a
+        keyword or prompt that cannot be honoured.
         """
         refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *CHAT_KEYWORDS, *OTHER_KEYWORDS})
         check_flags(chat=chat, return_full_text=return_full_text)
+        digest = "" if adapter is None else self._digest(adapter)
         options = take_chat_options(keywords, chat)
         params = self._encoder.compile(sampling_params(**keywords), options)
         listed = as_list(prompts, chat)
@@ -160,7 +163,7 @@ class Pipeline:
                     request = self._encoder.encode(prompt, params, max_model_len=most)
                 with spelled_as_keywords():
                     resolved = resolve_max_tokens(request.params, len(request.token_ids), most, max_length)
-                    request = replace(request, params=resolved, return_full_text=return_full_text)
+                    request = replace(request, params=resolved, return_full_text=return_full_text, adapter=digest)
                     request.check(self.engine.limits)
             except InvalidRequestError as error:
                 if len(listed) > 1:
@@ -168,6 +171,14 @@ class Pipeline:
                 raise
             prepared.append(request)
         return prepared
+
+    def _digest(self, adapter: str) -> str:
+        """Return the digest of a LoRA adapter by its name. Raises InvalidRequestError if none has it."""
+        known = self.engine.adapters
+        if adapter not in known:
+            names = f"those that are: {', '.join(known)}" if known else "give pipeline() lora=['name=path']"
+            raise InvalidRequestError(f"no adapter {adapter!r:.200} is loaded; {names}", parameter="adapter")
+        return known[adapter]
 
     def run(self, requests: Sequence[PreparedRequest], *, progress: bool = False) -> Iterator[Piece]:
         """Run prepared requests together and yield their text as it comes; `Piece.index` counts `requests`.

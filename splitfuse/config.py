@@ -10,6 +10,7 @@ docs/server.md are derived from the fields. A field left at None is resolved whe
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -23,6 +24,8 @@ LOAD_FORMATS = ("safetensors", "dummy")
 QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
 """Quantizations of weights, with the group sizes of each."""
 KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
+ADAPTER_NAME = re.compile(r"[\w.:/@+-]{1,128}")
+"""Names that a LoRA adapter can have as a model."""
 MAX_THREADS = 1024
 """Number of threads of the largest machines. Hundreds of thousands end the process."""
 KV_CACHE_DTYPES = ("auto", "int8")
@@ -277,10 +280,10 @@ class ServerConfig:
 
 def parse_adapter(text: str) -> tuple[str, str]:
     """Return the name and the path of a LoRA adapter given as `name=path`. Raises ConfigError."""
-    name, equals, path = text.partition("=")
-    if not name.strip() or not equals or not path.strip():
+    name, _, path = text.partition("=")
+    if not ADAPTER_NAME.fullmatch(name) or not path:
         raise ConfigError(f"lora must be name=path, such as sql=adapters/sql, not {text!r}")
-    return name.strip(), path.strip()
+    return name, path
 
 
 def parse_seconds(name: str, text: str) -> float:

@@ -53,6 +53,7 @@ SAMPLING_FLAGS: dict[str, Flag] = {
     **{keyword: Flag.of(each) for keyword, each in SAMPLING_KEYWORDS.items() if each.name not in JSONL_ONLY},
     "chat": Flag(bool, False, "Send each prompt through the model's chat template, as a user's turn."),
     "return_full_text": Flag(bool, False, "Put the prompt before the answer."),
+    "adapter": Flag(str | None, None, "Name of the LoRA adapter to answer with (default: none)."),
 }
 FORM_FLAGS: dict[str, Flag] = {
     "json_schema": Flag(str | None, None, "File with a JSON schema, which the answer keeps to."),

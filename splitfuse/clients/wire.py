@@ -42,7 +42,16 @@ from splitfuse.text.responses import Response, TextLogprob
 from splitfuse.text.tools import written_messages
 
 COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
-OTHER_KEYWORDS = ("do_sample", "max_length", "chat", "return_full_text", "deadline", "stream", "streaming_fn")
+OTHER_KEYWORDS = (
+    "do_sample",
+    "max_length",
+    "chat",
+    "return_full_text",
+    "deadline",
+    "stream",
+    "streaming_fn",
+    "adapter",
+)
 """Keywords of a call that are not sampling parameters."""
 OWN_FORM = ("max_tokens", "temperature", "logit_bias", "logprobs", "prompt_logprobs", "structured_outputs")
 """Sampling parameters with another name, form or default in a body than in a call."""
@@ -63,6 +72,8 @@ class RemoteRequest:
     deadline: float | None = None
     chat: ChatOptions = CHAT
     """Options of a chat, with tools that may be called."""
+    adapter: str | None = None
+    """Name of a LoRA adapter, which the server has as a model."""
 
     @property
     def path(self) -> str:
@@ -117,6 +128,8 @@ class RemoteRequest:
             }
         if self.chat.max_reasoning_tokens is not None:
             body["reasoning_max_tokens"] = self.chat.max_reasoning_tokens
+        if self.adapter is not None:
+            body["model"] = self.adapter
         if self.deadline is not None:
             body["splitfuse_deadline"] = self.deadline
         if stream:
@@ -135,6 +148,7 @@ def prepare(
     chat: bool = False,
     return_full_text: bool = False,
     deadline: float | None = None,
+    adapter: str | None = None,
     **keywords: Any,
 ) -> list[RemoteRequest]:
     """Return the requests of a call, one for each prompt. Raises InvalidRequestError for what cannot be honoured."""
@@ -156,7 +170,7 @@ def prepare(
         elif chat:
             prompt = written_messages(prompt)
         prefix = prompt if return_full_text else ""
-        requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline, options))
+        requests.append(RemoteRequest(index, prompt, chat, params, max_length, prefix, deadline, options, adapter))
     return requests
 
 

@@ -14,24 +14,27 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
+    AdapterLoaded,
     Add,
+    Command,
     EngineInfo,
     EngineStats,
     Failed,
     Finish,
+    LoadAdapter,
     Loading,
     Report,
     StepReport,
-    Stop,
+    UnloadAdapter,
 )
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
 
 _logger = logging.getLogger(__name__)
 
@@ -171,6 +174,22 @@ class EngineClient(ABC):
         """Return whether the engine has sent nothing for longer than usual."""
         return False
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """Return the digests of the LoRA adapters that requests can have, by name."""
+        return {}
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter from a folder or the Hub under a name, which another one gives up.
+
+        Raises AdapterError, EngineUnavailableError if an engine is not ready.
+        """
+        raise NotImplementedError
+
+    def unload_adapter(self, name: str) -> None:
+        """Take a LoRA adapter from new requests; those which have it go on with it."""
+        raise NotImplementedError
+
     @abstractmethod
     def open(self, request: Add) -> Stream:
         """Begin a request that keeps to `info.limits`: check it with `EngineLimits.check` where it enters.
@@ -200,6 +219,9 @@ class LocalClient(EngineClient):
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
+        self._adapters: dict[str, str] = {}
+        self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
+        self._loading: dict[str, asyncio.Future[None]] = {}
         self.on_step: Callable[[EngineStats], None] = lambda _: None
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
@@ -225,6 +247,25 @@ class LocalClient(EngineClient):
             for s in self._streams.values()
         )
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        return self._adapters
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        if self.state is not EngineState.READY:
+            raise EngineUnavailableError(f"the engine is {self.state}: load the adapter again when it is ready")
+        if (loading := self._loading.get(name)) is None:
+            loading = self._loading[name] = asyncio.get_running_loop().create_future()
+            self._send(LoadAdapter(name, path))
+        await asyncio.shield(loading)
+        self._changed_adapters[name] = path
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        self._changed_adapters[name] = None
+        if self.state is EngineState.READY:
+            self._send(UnloadAdapter(name))
+
     def open(self, request: Add) -> Stream:
         check_process(self._pid)
         if self.state is EngineState.DEAD:
@@ -241,7 +282,7 @@ class LocalClient(EngineClient):
         return stream
 
     @abstractmethod
-    def _send(self, command: Add | Finish | Stop) -> None:
+    def _send(self, command: Command) -> None:
         """Send a command to the engine without waiting."""
 
     def _finish(self, command: Finish) -> None:
@@ -272,11 +313,32 @@ class LocalClient(EngineClient):
                     self.on_planned(report.memory_plan)
             case EngineInfo():
                 self._info, self.state, self.stage = report, EngineState.READY, Loading("ready", 1.0)
+                self._adapters = dict(report.adapters)
+                for name, path in self._changed_adapters.items():  # after a restart
+                    self._adapters.pop(name, None)
+                    self._send(UnloadAdapter(name) if path is None else LoadAdapter(name, path))
+            case AdapterLoaded():
+                self._take_adapter(report)
             case Failed():
                 self._die(report.error)
 
+    def _take_adapter(self, report: AdapterLoaded) -> None:
+        loading = self._loading.pop(report.name, None)
+        if not report.error:
+            self._adapters[report.name] = report.digest
+        if loading is None or loading.done():
+            if report.error:
+                _logger.error("the adapter %s could not be loaded again: %s", report.name, report.error)
+        elif report.error:
+            loading.set_exception(AdapterError(report.error))
+        else:
+            loading.set_result(None)
+
     def _die(self, why: str) -> None:
         """Fail all requests, since the engine is gone."""
+        loading, self._loading, self._adapters = self._loading, {}, {}
+        for each in loading.values():
+            each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
         self.state, self._death = EngineState.DEAD, why
         streams, ending = self._streams, self._ending
         self._streams, self._ending = {}, {}

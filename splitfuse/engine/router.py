@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
@@ -53,9 +53,23 @@ class Router(EngineClient):
     def outstanding_tokens(self) -> int:
         return sum(replica.outstanding_tokens for replica in self.replicas if replica.state is EngineState.READY)
 
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        return {name: digest for replica in self.replicas for name, digest in replica.adapters.items()}
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """See EngineClient: in all replicas, or in none if one is not ready."""
+        if not all(replica.state is EngineState.READY for replica in self.replicas):
+            raise EngineUnavailableError("an engine is not ready: load the adapter again when all are")
+        await asyncio.gather(*(replica.load_adapter(name, path) for replica in self.replicas))
+
+    def unload_adapter(self, name: str) -> None:
+        for replica in self.replicas:
+            replica.unload_adapter(name)
+
     def open(self, request: Add) -> Stream:
         names = self._name_blocks(request)
-        index = choose_replica([self._load(i, names) for i in range(len(self.replicas))])
+        index = choose_replica([self._load(i, names, request.adapter) for i in range(len(self.replicas))])
         if index is None:
             raise EngineUnavailableError("no engine is ready")
         stream = self.replicas[index].open(request)
@@ -86,10 +100,12 @@ class Router(EngineClient):
             self._namer.extend(names, request.prompt_token_ids, salt=request.cache_salt)
         return names
 
-    def _load(self, index: int, names: Sequence[bytes]) -> ReplicaLoad | None:
+    def _load(self, index: int, names: Sequence[bytes], adapter: str) -> ReplicaLoad | None:
         replica, memory = self.replicas[index], self._memories[index]
         if replica.state is not EngineState.READY:
             self._memories[index] = None  # when it comes back, its cache is empty
+            return None
+        if adapter and adapter not in replica.adapters.values():  # it is loaded again after a restart
             return None
         cached = 0 if memory is None else memory.cached_tokens(names)
         return ReplicaLoad(replica.silent, replica.outstanding_tokens - cached)

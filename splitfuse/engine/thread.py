@@ -8,7 +8,7 @@ import threading
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
-from splitfuse.engine.messages import Add, Failed, Finish, Report, Stop
+from splitfuse.engine.messages import Command, Failed, Report, Stop
 
 
 class AsyncEngine(LocalClient):
@@ -38,7 +38,7 @@ class AsyncEngine(LocalClient):
             await asyncio.to_thread(self._thread.join)
         self._die("it was closed")
 
-    def _send(self, command: Add | Finish | Stop) -> None:
+    def _send(self, command: Command) -> None:
         self._engine_loop.commands.put(command)
 
     def _run(self) -> None:

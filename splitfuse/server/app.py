@@ -24,6 +24,7 @@ from starlette.websockets import WebSocketClose
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason
+from splitfuse.server import adapters
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
@@ -148,6 +149,7 @@ _route = functools.partial(Route, dialect=OPENAI)
 
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
+    *adapters.ROUTES,
     *pooling.ROUTES,
     *anthropic.ROUTES,
     *responses.ROUTES,

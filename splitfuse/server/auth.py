@@ -21,7 +21,7 @@ from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
-OPTIONS = ("name", "weight", "priority", "ttft", "itl")
+OPTIONS = ("name", "weight", "priority", "ttft", "itl", "admin")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Owner:
     targets: SloTargets | None = None
     """SLO of its requests; None: the server's."""
     cache_salt: str = ""
+    is_admin: bool = False
+    """Flag of a key that may change which adapters the server has."""
 
 
 ANONYMOUS = Owner()
@@ -133,7 +135,14 @@ def _owner(options: list[str], *, name: str) -> Owner:
         weight=_weight(given.get("weight", "1")),
         priority=_priority(given.get("priority", "normal")),
         targets=SloTargets.parse(given.get("ttft"), given.get("itl")) if has_targets else None,
+        is_admin=_yes("admin", given.get("admin", "no")),
     )
+
+
+def _yes(option: str, text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ConfigError(f"{option} must be yes or no, not {text!r}")
+    return text == "yes"
 
 
 def _weight(text: str) -> float:

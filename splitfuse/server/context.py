@@ -70,6 +70,8 @@ class RequestContext:
         """Prompt for the log."""
         self.stream_error: Callable[[RefusedError], Iterable[Any]] = lambda error: [dialect.error(error)]
         """Function that returns the last events of a stream that breaks off."""
+        self.adapter = ""
+        """Digest of the LoRA adapter that its model stands for; empty: none."""
         self._receive = receive
         self._send = send
         self._is_stream = False

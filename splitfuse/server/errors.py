@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 from splitfuse.errors import (
+    AdapterError,
     DrainingError,
     EngineUnavailableError,
     InvalidRequestError,
@@ -61,6 +62,8 @@ def answer_to(error: Exception) -> RefusedError:
             return error
         case InvalidRequestError():
             return RefusedError(error.status, str(error), code=error.code, parameter=error.parameter)
+        case AdapterError():
+            return RefusedError(error.status, str(error), code=error.code, parameter="lora_path")
         case OverloadedError():
             headers = {"retry-after": str(whole_seconds(error.retry_after))}
             return RefusedError(error.status, str(error), code=error.code, headers=headers)

@@ -208,6 +208,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
     with ExitStack() as admitted:
         admitted.enter_context(admission.admit(0, request.num_prompts * n))
         encoded = await request.encode(service, limits)
+        encoded = [replace(each, adapter=context.adapter) for each in encoded]
         prepared = [_checked(limits, each, request.default_max_tokens) for each in encoded]
         num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
         num_logprobs = sum(map(_num_logprobs, prepared))

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
+from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_adapter
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage
@@ -27,7 +27,7 @@ from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
-from splitfuse.errors import RegistryError, ServerError
+from splitfuse.errors import ConfigError, RegistryError, ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
@@ -67,6 +67,8 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
     ApiKeys(config).check(engine.scheduler)
     model = config.served_model_name or model_name(engine.model.model)
     config = replace(config, served_model_name=model)
+    if model in (parse_adapter(each)[0] for each in engine.model.lora):
+        raise ConfigError(f"lora gives an adapter the name {model!r} of the model itself: choose another")
     signals = _Signals()
     with (
         signals.handled(),

@@ -87,15 +87,22 @@ class AppState:
             return SchemaBounds(self.config.max_prompts)
         return SchemaBounds(self.config.max_prompts, model, limits.vocab_size, limits.max_model_len)
 
-    def check_model(self, name: str, *, parameter: str | None = None) -> None:
-        """Raise RefusedError (404) unless it is the name of the model."""
-        if name != self.model:
+    def check_model(self, name: str, *, parameter: str | None = None) -> str:
+        """Return the digest of the LoRA adapter that has the name, or nothing if it is that of the model. Raises
+        RefusedError (404) if it is neither.
+        """
+        if name == self.model:
+            return ""
+        adapters = self.service.client.adapters
+        if name not in adapters:
+            known = ", ".join(map(repr, (self.model, *adapters)))
             raise RefusedError(
                 404,
-                f"there is no model {name!r:.200} here; this server has {self.model!r}",
+                f"there is no model {name!r:.200} here; this server has {known:.2000}",
                 code="model_not_found",
                 parameter=parameter,
             )
+        return adapters[name]
 
     async def read(self, context: RequestContext, kind: type[_Body]) -> _Body:
         """Return the request in a body. Raises RefusedError, ClientGoneError, and EngineUnavailableError if no engine
@@ -113,7 +120,7 @@ class AppState:
         if self.service.client.state is not EngineState.READY or self.service.is_starting:
             raise EngineUnavailableError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
         if (model := getattr(request, "model", None)) is not None:
-            self.check_model(model, parameter="model")
+            context.adapter = self.check_model(model, parameter="model")
         return request
 
 

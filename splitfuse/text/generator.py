@@ -37,7 +37,9 @@ class TextGenerator:
         ]
         for generation in generations:
             name, choice = generation.request_id, generation.choice
-            self.engine.add(Add(name, request.token_ids, request.params, choice, pooling=request.pooling))
+            self.engine.add(
+                Add(name, request.token_ids, request.params, choice, pooling=request.pooling, adapter=request.adapter)
+            )
         self._generations |= {generation.request_id: generation for generation in generations}
         return generations
 

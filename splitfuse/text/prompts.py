@@ -49,6 +49,8 @@ class PreparedRequest:
     """Parts of which the answer consists; None: it is a text."""
     pooling: PoolingParams | None = None
     """Numbers of the prompt that are wanted in place of a text."""
+    adapter: str = ""
+    """Digest of the LoRA adapter that the answer is computed with; empty: none."""
     _limits: EngineLimits | None = field(default=None, init=False, repr=False, compare=False)
 
     def check(self, limits: EngineLimits) -> None:

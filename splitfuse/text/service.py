@@ -190,6 +190,7 @@ class TextService:
             scheduling,
             sent,
             request.pooling,
+            request.adapter,
         )
         try:
             async with self.client.open(add) as stream:

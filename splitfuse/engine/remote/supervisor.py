@@ -21,9 +21,9 @@ from splitfuse.engine.client import EngineState, LocalClient, Stream
 from splitfuse.engine.messages import (
     Add,
     Alive,
+    Command,
     EngineInfo,
     Failed,
-    Finish,
     Loading,
     Report,
     StepReport,
@@ -121,7 +121,7 @@ class SubprocessEngine(LocalClient):
             self._in_flight.close()
             self._in_flight = None
 
-    def _send(self, command: Add | Finish | Stop) -> None:
+    def _send(self, command: Command) -> None:
         assert self._writer is not None
         self._writer.write(frame(encode(command)))
 

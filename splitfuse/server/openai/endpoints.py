@@ -37,17 +37,18 @@ MANY_TOKENS = 4096
 
 
 class Model(msgspec.Struct, frozen=True):
-    """Describes a model that the server has."""
+    """Describes a model that the server has. That of a LoRA adapter has the model that it belongs to as `parent`."""
 
     id: str
     created: int
     max_model_len: int
     object: Literal["model"] = "model"
     owned_by: Literal["splitfuse"] = "splitfuse"
+    parent: str | None = None
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """Lists the models: one."""
+    """Lists the model, and its LoRA adapters."""
 
     data: list[Model]
     object: Literal["list"] = "list"
@@ -109,17 +110,21 @@ def refuse_absent(path: str) -> None:
 
 async def models(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/models."""
-    await context.answer(ModelList([_model(state)]))
+    await context.answer(ModelList([describe_model(state, each) for each in (None, *state.service.client.adapters)]))
 
 
 async def model(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/models/{model}. Raises RefusedError (404) for another one."""
-    state.check_model(context.scope["path_params"]["model"])
-    await context.answer(_model(state))
+    name = context.scope["path_params"]["model"]
+    await context.answer(describe_model(state, name if state.check_model(name) else None))
 
 
-def _model(state: AppState) -> Model:
-    return Model(state.model, state.started, state.service.client.info.limits.max_model_len)
+def describe_model(state: AppState, adapter: str | None = None) -> Model:
+    """Return the entry of the model, or of an adapter by its name."""
+    length = state.service.client.info.limits.max_model_len
+    if adapter is None:
+        return Model(state.model, state.started, length)
+    return Model(adapter, state.started, length, parent=state.model)
 
 
 async def tokenize(state: AppState, context: RequestContext, body: TokenizeRequest) -> None:

@@ -278,7 +278,7 @@ class OpenAIResponder(Responder):
         state: AppState,
         counts: Callable[[], TokenCounts],
     ) -> None:
-        self._head = answer_id, int(time.time()), state.model, state.fingerprint
+        self._head = answer_id, int(time.time()), request.model or state.model, state.fingerprint
         self._counts = counts
         self._tokenizer = state.service.tokenizer
         self._piece = state.pieces.of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 from splitfuse.core.request import FinishReason, SchedulingOptions
@@ -55,7 +56,7 @@ async def _run(
     with ExitStack() as admitted:
         admitted.enter_context(admission.admit(0, at_once))
         with _blamed(parameter):
-            prepared = await encode()
+            prepared = [replace(each, adapter=context.adapter) for each in await encode()]
             for each in prepared:
                 each.check(service.client.info.limits)
         admitted.enter_context(admission.admit(sum(len(each.token_ids) for each in prepared), 0))
