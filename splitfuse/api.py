@@ -143,8 +143,8 @@ class Pipeline:
         `max_new_tokens`, at most 1024 tokens are generated, or what the model leaves. `do_sample` False is greedy; left
         out, random choices follow from temperature, top_p, top_k or min_p. With `return_full_text`, the answer begins
         with the prompt. The keywords `tools`, `reasoning_effort` and the like (CHAT_KEYWORDS in text/chat_options.py)
-        need `chat`. `adapter` is the name of a LoRA adapter that the engine has loaded. Raises InvalidRequestError for a
-        keyword or prompt that cannot be honoured.
+        need `chat`; `adapter` is the name of a LoRA adapter that the engine has loaded. Raises InvalidRequestError for
+        a keyword or prompt that cannot be honoured.
         """
         refuse_unknown(keywords, {*SAMPLING_KEYWORDS, *CHAT_KEYWORDS, *OTHER_KEYWORDS})
         check_flags(chat=chat, return_full_text=return_full_text)

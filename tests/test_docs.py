@@ -18,6 +18,7 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (
+    AdapterError,
     DrainingError,
     EngineUnavailableError,
     InvalidRequestError,
@@ -50,7 +51,7 @@ BEGIN, END = "<!-- {}: python tests/test_docs.py writes this table -->\n", "<!--
 ERRORS = (
     *(InvalidRequestError(""), PromptTooLongError(""), RequestTooLargeError(""), OverloadedError("", retry_after=1.0)),
     *(EngineUnavailableError(""), DrainingError(""), RequestFailedError(""), ValueError("")),
-    RequestQuarantinedError(""),
+    *(RequestQuarantinedError(""), AdapterError("")),
 )
 GENERATING = {"completions": CompletionRequest, "chat": ChatRequest}
 

@@ -61,7 +61,7 @@ async def embeddings(state: AppState, context: RequestContext, body: EmbeddingRe
         numbers = embedding(values[index], body.dimensions)
         return Embedding(index, _base64(numbers) if body.encoding_format == "base64" else numbers.tolist())
 
-    answer = EmbeddingList(lazy_list(map(item, range(len(values)))), state.model, _usage(context))
+    answer = EmbeddingList(lazy_list(map(item, range(len(values)))), body.model or state.model, _usage(context))
     if len(values) * size > MANY_NUMBERS:
         await context.answer_in_pieces(answer, service.off_loop)
     else:
@@ -80,7 +80,9 @@ async def reranking(state: AppState, context: RequestContext, body: RerankReques
         else RankedDocument(index, scores[index])
         for index in best
     ]
-    await context.answer(Ranking(f"rerank-{context.unique_id}", state.model, results, _usage(context), method))
+    await context.answer(
+        Ranking(f"rerank-{context.unique_id}", body.model or state.model, results, _usage(context), method)
+    )
 
 
 async def scores(state: AppState, context: RequestContext, body: ScoreRequest) -> None:
@@ -89,7 +91,7 @@ async def scores(state: AppState, context: RequestContext, body: ScoreRequest) -
     method, values = await _scores(state, context, body, pairs)
     data = [Score(index, value) for index, value in enumerate(values)]
     name, now = f"score-{context.unique_id}", int(time.time())
-    await context.answer(ScoreList(name, now, state.model, data, _usage(context), method))
+    await context.answer(ScoreList(name, now, body.model or state.model, data, _usage(context), method))
 
 
 async def decisions(state: AppState, context: RequestContext, body: DecisionRequest) -> None:
@@ -122,7 +124,9 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
         for (name, question), logprobs in zip(questions.items(), values, strict=True)
     }
     counts = context.num_tokens
-    await context.answer(DecisionList(state.model, answers, DecisionUsage(counts.prompt, 0, counts.cached)))
+    await context.answer(
+        DecisionList(body.model or state.model, answers, DecisionUsage(counts.prompt, 0, counts.cached))
+    )
 
 
 async def _scores(

@@ -377,7 +377,7 @@ class ResponsesResponder(MessageResponder):
             max_output_tokens=asked.max_output_tokens,
             max_tool_calls=asked.max_tool_calls,
             metadata=asked.metadata or {},
-            model=self._state.model,
+            model=asked.model or self._state.model,
             output=[],
             parallel_tool_calls=asked.parallel_tool_calls is not False,
             previous_response_id=asked.previous_response_id,
