@@ -44,7 +44,7 @@ KEYS = {"user": "a-users-key", "admin": "an-administrators-key"}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     shapes = module_shapes(load_file(BUNDLED_MODEL / "model.safetensors"), ATTENTION)
     parent = tmp_path_factory.mktemp("adapters")
-    return [save_adapter(parent / f"folder-{n}", shapes, seed=n, size=0.15) for n in range(2)]
+    return [save_adapter(parent / f"folder-{n}", shapes, seed=n) for n in range(2)]
 
 
 @pytest.fixture(scope="module")
