@@ -16,11 +16,14 @@ from pathlib import Path
 LLAMA_CPP_SDIST = "llama-cpp-python==0.3.36"  # carries the sources of llama.cpp
 LLAMA_CPP_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
-    "-DGGML_NATIVE=ON",
     "-DLLAMA_CURL=OFF",
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be fetched while building
+)
+LLAMA_CPP_WITHOUT_AMX = tuple(
+    f"-DGGML_{name}=ON"
+    for name in ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
 )
 LLAMA_CPP_PROGRAMS = ("llama-quantize", "llama-bench", "llama-server")
 LLAMA_CPP_PACKAGES = ("gguf==0.19.0", "numpy")
@@ -60,8 +63,9 @@ def vllm_preloads(folder: Path) -> tuple[Path, Path]:
     return tcmalloc[0], openmp[0]
 
 
-def install_llama_cpp(folder: Path, jobs: int) -> None:
+def install_llama_cpp(folder: Path, jobs: int, *, without_amx: bool) -> None:
     """Compile llama.cpp for this CPU, and make an environment with gguf."""
+    instructions = ("-DGGML_NATIVE=OFF", *LLAMA_CPP_WITHOUT_AMX) if without_amx else ("-DGGML_NATIVE=ON",)
     home = folder / "llama.cpp"
     source, build = home / "source", home / "build"
     if not source.is_dir():
@@ -75,7 +79,7 @@ def install_llama_cpp(folder: Path, jobs: int) -> None:
         next(unpacked.glob("*/vendor/llama.cpp")).rename(source)
         shutil.rmtree(unpacked)
         archive.unlink()
-    run("cmake", "-S", str(source), "-B", str(build), *LLAMA_CPP_OPTIONS)
+    run("cmake", "-S", str(source), "-B", str(build), *LLAMA_CPP_OPTIONS, *instructions)
     run("cmake", "--build", str(build), "--parallel", str(jobs), "--target", *LLAMA_CPP_PROGRAMS)
     make_environment(home / "env", LLAMA_CPP_PACKAGES)
 
@@ -128,11 +132,12 @@ def main() -> None:
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="compilers at once")
+    parser.add_argument("--without-amx", action="store_true", help="for a machine that announces AMX and has it not")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     match arguments.peer:
         case "llama.cpp":
-            install_llama_cpp(folder, arguments.jobs)
+            install_llama_cpp(folder, arguments.jobs, without_amx=arguments.without_amx)
         case "vllm":
             install_vllm(folder)
         case "openvino":
