@@ -11,7 +11,7 @@ from benchmarks.clients.features import KEY, MODEL, STORY, V1, check, feature, r
 ASK = [{"role": "user", "content": STORY}]
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: str = Field(max_length=20)
     age: int = Field(ge=0, le=99)
 

@@ -12,14 +12,14 @@ from benchmarks.clients.features import KEY, MODEL, STORY, V1, check, feature, r
 chat_model = ChatOpenAI(base_url=V1, api_key=KEY, model=MODEL, max_retries=0, max_tokens=200, timeout=120)
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     """A person."""
 
     name: str = Field(max_length=20)
     age: int = Field(ge=0, le=99)
 
 
-@tool
+@tool(args_schema=Person)
 def save(name: str, age: int) -> str:
     """Save a person."""
     return f"saved {name}, {age}"

@@ -24,7 +24,7 @@ llm = OpenAILike(
 ASK = [ChatMessage(role="user", content=STORY)]
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     """A person."""
 
     name: str = Field(max_length=20)
@@ -53,7 +53,9 @@ def structured() -> None:
 
 @feature("tools")
 def tools() -> None:
-    answer = llm.chat_with_tools([FunctionTool.from_defaults(save)], user_msg=STORY, tool_required=True)
+    answer = llm.chat_with_tools(
+        [FunctionTool.from_defaults(save, fn_schema=Person)], user_msg=STORY, tool_required=True
+    )
     (call, *_) = llm.get_tool_calls_from_response(answer)
     check(set(call.tool_kwargs) == {"name", "age"}, call)
 

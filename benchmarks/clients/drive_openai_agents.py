@@ -12,22 +12,22 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from benchmarks.clients.features import KEY, MODEL, STORY, V1, check, feature, run
 
 set_tracing_disabled(disabled=True)
 
 
-class Person(BaseModel):
-    name: str
-    age: int
+class Person(BaseModel, extra="forbid"):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=99)
 
 
 @function_tool
-def save(name: str, age: int) -> str:
+def save(person: Person) -> str:
     """Save a person."""
-    return f"saved {name}, {age}"
+    return f"saved {person}"
 
 
 def models() -> list[OpenAIResponsesModel | OpenAIChatCompletionsModel]:
@@ -39,20 +39,20 @@ def models() -> list[OpenAIResponsesModel | OpenAIChatCompletionsModel]:
 
 @feature("responses")
 async def responses() -> None:
-    agent = Agent(name="a", model=models()[0], model_settings=ModelSettings(max_tokens=32))
+    agent = Agent(name="a", model=models()[0])
     check((await Runner.run(agent, STORY)).final_output)
 
 
 @feature("chat")
 async def chat() -> None:
-    agent = Agent(name="a", model=models()[1], model_settings=ModelSettings(max_tokens=32))
+    agent = Agent(name="a", model=models()[1])
     check((await Runner.run(agent, STORY)).final_output)
 
 
 @feature("tools")
 async def tools() -> None:
     for model in models():
-        settings = ModelSettings(tool_choice="required", max_tokens=200)
+        settings = ModelSettings(tool_choice="required", parallel_tool_calls=False)
         agent = Agent(
             name="a", model=model, tools=[save], model_settings=settings, tool_use_behavior="stop_on_first_tool"
         )
@@ -62,13 +62,13 @@ async def tools() -> None:
 @feature("structured output")
 async def structured() -> None:
     for model in models():
-        agent = Agent(name="a", model=model, output_type=Person, model_settings=ModelSettings(max_tokens=300))
+        agent = Agent(name="a", model=model, output_type=Person)
         check(isinstance((await Runner.run(agent, STORY)).final_output, Person))
 
 
 @feature("stream")
 async def stream() -> None:
-    agent = Agent(name="a", model=models()[0], model_settings=ModelSettings(max_tokens=32))
+    agent = Agent(name="a", model=models()[0])
     result = Runner.run_streamed(agent, STORY)
     check([event async for event in result.stream_events()] and result.final_output)
 

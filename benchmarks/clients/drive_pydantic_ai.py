@@ -12,10 +12,10 @@ from benchmarks.clients.features import KEY, MODEL, STORY, V1, check, feature, r
 provider = OpenAIProvider(base_url=V1, api_key=KEY)
 chat_model = OpenAIChatModel(MODEL, provider=provider)
 LIMITS = UsageLimits(request_limit=4)
-SETTINGS = {"max_tokens": 300, "seed": 1}
+SETTINGS = {"max_tokens": 300, "seed": 1, "parallel_tool_calls": False}
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: str = Field(max_length=20)
     age: int = Field(ge=0, le=99)
 
