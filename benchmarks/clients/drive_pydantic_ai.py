@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, NativeOutput, UsageLimits
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
@@ -36,7 +38,7 @@ async def tools() -> None:
     agent = Agent(chat_model, output_type=Person, retries=2)
 
     @agent.tool_plain
-    def favourite_colour(name: str) -> str:
+    def favourite_colour(name: Annotated[str, Field(max_length=20)]) -> str:
         """Return the favourite colour of a person."""
         return f"{name} likes blue"
 

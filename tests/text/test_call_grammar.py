@@ -251,3 +251,17 @@ def test_markers_are_single_tokens_where_there_are_such(
     assert matcher.try_consume_tokens(tokens) == len(tokens)
     assert matcher.is_accepting()
     assert len(read(name, text).tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "others"),
+    [({}, False), ({"required": ["a"]}, False), ({"additionalProperties": True}, True), ({"required": ["b"]}, True)],
+    ids=["declared", "required", "open", "required-undeclared"],
+)
+def test_arguments_are_those_that_a_tool_declares(more: dict[str, Any], others: bool) -> None:
+    tool = Tool(name="f", parameters={"type": "object", "properties": {"a": {"type": "integer"}}, **more})
+    form = call_grammar(CHAT_FORMATS["hermes"], (tool,), REQUIRED, parallel=False)
+    assert form is not None
+    matcher = LLMatcher(BYTES, compile_structured_outputs(form).compiled, log_level=0)
+    text = b'<tool_call>\n{"name": "f", "arguments": {"a": 1, "'
+    assert matcher.try_consume_tokens(list(text)) == len(text) - (0 if others else 3)

@@ -40,6 +40,12 @@ _RAW_KEYS = frozenset(("pattern", "minLength", "maxLength", "format", "const", "
 _KEY = re.compile(r"[^<>\"\n\s=,(){}:]+")
 
 
+_OPEN = frozenset(
+    ("additionalProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "not")
+)
+"""Keys of a schema that say more about the properties of an object than those which it declares."""
+
+
 def call_grammar(
     chat_format: ChatFormat,
     tools: Sequence[Tool],
@@ -72,7 +78,7 @@ def call_grammar(
         [
             place.format(number),
             tool.name,
-            {"type": "object", **(tool.parameters or NO_ARGUMENTS)}
+            _schema_of(tool)
             if tool.strict or not (is_free and is_json)  # raw texts need the names of arguments
             else {"type": "object"},
         ]
@@ -88,6 +94,18 @@ def call_grammar(
         "form": None if form is None else dataclasses.asdict(form),
     }
     return StructuredOutputs("tools", json.dumps(source))
+
+
+def _schema_of(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a tool's arguments, which allows others than it declares only if it says so: functions take
+    no others, and a model that begins to invent some may find no end.
+    """
+    schema = {"type": "object", **(tool.parameters or NO_ARGUMENTS)}
+    declared, required = schema.get("properties"), schema.get("required", [])
+    if not _OPEN & schema.keys() and isinstance(declared, dict) and isinstance(required, list):
+        extras = [name for name in required if name not in declared]
+        schema |= {} if extras else {"additionalProperties": False}
+    return schema
 
 
 @dataclass
