@@ -161,6 +161,16 @@ def test_jsonl_line_has_its_own_keywords(run: Run, pipe: splitfuse.Pipeline, tmp
     assert texts(run("generate", *READABLE, stdin=file.read_text(encoding="utf-8"))) == texts(ended)
 
 
+def test_jsonl_messages_may_have_tools(run: Run) -> None:
+    chat = {"messages": [{"role": "user", "content": "When?"}], "tools": [{"name": "now"}], "tool_choice": "now"}
+    ended = run("generate", *READABLE, stdin=json.dumps({**chat, "parallel_tool_calls": False, "max_new_tokens": 60}))
+    (answer,) = ended.answers
+    (call,) = answer["tool_calls"]
+    assert (
+        answer["text"] == "" and call["function"]["name"] == "now" and json.loads(call["function"]["arguments"]) == {}
+    )
+
+
 BAD_LINES = {
     "{oops": "line 1 is not JSON: ",
     "[" * 100_000: "line 2 is not JSON: ",

@@ -15,12 +15,13 @@ import typer
 from splitfuse.cli.flags import FORM_FLAGS, JSONL_ONLY, SAMPLING_FLAGS, given, with_flags, with_form
 from splitfuse.config import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean, unreadable
+from splitfuse.text.chat_options import CHAT_KEYWORDS
 
 if typing.TYPE_CHECKING:
     from splitfuse.api import Pipeline
     from splitfuse.text.responses import Piece, Response
 
-JSONL_KEYWORDS = {*SAMPLING_FLAGS, *JSONL_ONLY, "max_length", "do_sample"}
+JSONL_KEYWORDS = {*SAMPLING_FLAGS, *JSONL_ONLY, *CHAT_KEYWORDS, "max_length", "do_sample"}
 
 
 @with_flags(sampling={**SAMPLING_FLAGS, **FORM_FLAGS})
@@ -42,8 +43,9 @@ def generate(
     """Generate answers: streamed to a terminal, as one JSON object per answer to a file or a pipe.
 
     A line of a .jsonl file is {"prompt": text or token ids} or {"messages": [...]}, with any sampling flag by its name,
-    and max_length, do_sample, stop_token_ids, logit_bias, prompt_logprobs and structured_outputs. The index of an
-    answer is that of its prompt or input line, from 0; rejected requests come first.
+    and max_length, do_sample, stop_token_ids, logit_bias, prompt_logprobs and structured_outputs; messages also with
+    tools, tool_choice, reasoning_effort and the other keywords of chats. The index of an answer is that of its prompt
+    or input line, from 0; rejected requests come first.
     """
     settings = {name: flags.pop(name) for name in EngineConfig.setting_fields()}
     flags = with_form(flags)
@@ -180,6 +182,10 @@ def _as_json(index: int, response: Response) -> dict[str, Any]:
         "seconds_to_first_token": response.timings.time_to_first_token,
         "seconds": response.timings.total,
     }
+    if response.reasoning:
+        line["reasoning"] = response.reasoning
+    if response.tool_calls:
+        line["tool_calls"] = response.message["tool_calls"]
     for name in ("logprobs", "prompt_logprobs"):
         if (logprobs := getattr(response, name)) is not None:
             line[name] = [dataclasses.asdict(logprob) for logprob in logprobs]

@@ -5,9 +5,10 @@ What the model writes is forced by `structured_outputs`, which is the form of th
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from patience import PATIENCE
 from running_server import RunningServer
@@ -272,3 +273,23 @@ NO_FORM: dict[str, Any] = {"response_format": None, "guided_regex": None}
 def test_turns_of_a_call_are_checked(pipe: splitfuse.Pipeline, turn: dict[str, Any], words: str) -> None:
     with pytest.raises(splitfuse.InvalidRequestError, match=words):
         pipe([turn], chat=True)
+
+
+class Weather(pydantic.BaseModel):
+    """Tell the weather of a city."""
+
+    city: Literal["Paris", "Rome"]
+    days: int = pydantic.Field(ge=1, le=7)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_the_parse_helper_validates_strict_calls(ai: openai.OpenAI, choice: Any) -> None:
+    tools = [openai.pydantic_function_tool(Weather)]
+    assert tools[0]["function"]["strict"]
+    for seed in range(2):
+        answer = ai.chat.completions.parse(
+            model="storyteller", messages=[USER], tools=tools, tool_choice=choice, max_tokens=200, seed=seed
+        )
+        for call in answer.choices[0].message.tool_calls or ():
+            assert isinstance(call.function.parsed_arguments, Weather)
+        assert answer.choices[0].message.tool_calls or choice == "auto"

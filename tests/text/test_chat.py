@@ -10,8 +10,10 @@ from tiny_tokenizers import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.text.chat_formats.message import Tool
+from splitfuse.text.chat_options import ChatOptions
 from splitfuse.text.chat_template import ChatTemplate
-from splitfuse.text.prompts import ChatOptions, PromptEncoder
+from splitfuse.text.prompts import PromptEncoder
 from splitfuse.text.tokenizer import Tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -245,3 +247,13 @@ def test_broken_templates(source: str, message: str) -> None:
 def test_escapes_from_the_sandbox_are_refused(source: str) -> None:
     with pytest.raises((TokenizerError, InvalidRequestError), match=r"templates may not|cannot render"):
         render(source)
+
+
+def test_tools_that_a_template_passes_over_are_refused() -> None:
+    options = ChatOptions(tools=(Tool(name="now"),))
+    encoder = PromptEncoder(Tokenizer(KINDS["byte_level"](), chat_template=TEXT))
+    with pytest.raises(InvalidRequestError, match="chat template does not tell the model of tools") as refusal:
+        encoder.encode_chat("Hello", options=options)
+    assert refusal.value.parameter == "tools"
+    tells = PromptEncoder(Tokenizer(KINDS["byte_level"](), chat_template="{{ tools | tojson if tools }}" + TEXT))
+    assert len(tells.encode_chat("Hello", options=options).token_ids) > len(tells.encode_chat("Hello").token_ids)
