@@ -101,19 +101,24 @@ def _grammars_of_calls(form: StructuredOutputs) -> list[dict[str, Any]]:
     for place, parameters in tools:
         with _named(place):
             _check_schema(parameters)
-    grammar = lark_of(form.source)
-    parts = [{"name": name, "json_schema": _with_spaces(schema)} for name, schema in grammar.schemas.items()]
-    parts += [] if other is None else [{**_grammar(other), "name": "form"}]
-    trial = lark_of(form.source, has_special_tokens=False)  # bytes alone
     try:
-        _try([{"lark_grammar": trial.lark}, *parts], "tools")
-    except InvalidRequestError:
+        grammar, trial = lark_of(form.source), lark_of(form.source, has_special_tokens=False)  # bytes alone
+        parts = [{"name": name, "json_schema": _with_spaces(schema)} for name, schema in grammar.schemas.items()]
+        parts += [] if other is None else [{**_grammar(other), "name": "form"}]
+        with _named("tools"):
+            _try([{"lark_grammar": trial.lark}, *parts], "tools")
+    except (InvalidRequestError, TypeError, ValueError, AttributeError) as error:  # a key may have a value of any type
+        if isinstance(error, InvalidRequestError) and error.parameter != "tools":
+            raise
         for place, parameters in tools:
             with _named(place):
                 _try([{"json_schema": _with_spaces(parameters)}], "json")
         if other is not None:
-            _try(parts[-1:], other.kind)
-        raise
+            _try([_grammar(other)], other.kind)
+        if isinstance(error, InvalidRequestError):
+            raise
+        message = "tools cannot be enforced: a key of a schema has a value of a type that it cannot have"
+        raise InvalidRequestError(message, parameter="tools") from error
     return [{"lark_grammar": grammar.lark}, *parts]
 
 
@@ -123,7 +128,7 @@ def _named(place: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        message = f"{place}{str(error).removeprefix('structured_outputs.json')}"
+        message = place + str(error).removeprefix("structured_outputs.json").removeprefix("structured_outputs.tools")
         raise InvalidRequestError(message, parameter=place) from error
 
 

@@ -314,7 +314,9 @@ class _Writer:
                 parts = [self._raw(place, root, part, end, before, depth - 1) for part in schema[key]]
                 return [each for part in parts for each in part]
         if len(schema.get("allOf") or ()) == 1:
-            joined = {key: value for key, value in schema.items() if key != "allOf"} | schema["allOf"][0]
+            (part,) = schema["allOf"]
+            others = {key: value for key, value in schema.items() if key != "allOf"}
+            joined = {**others, **part} if isinstance(part, dict) else others
             return self._raw(place, root, joined, end, before, depth - 1)
         if "const" in schema or "enum" in schema:
             return [
@@ -329,9 +331,9 @@ class _Writer:
         found: list[tuple[str, str]] = []
         if "string" in types:
             found.append(("text", self._string(place, schema, end, before)))
-        if others := sorted(types - {"string"}):
+        if kinds := sorted(types - {"string"}):
             kept = {key: value for key, value in schema.items() if key not in _RAW_KEYS and key != "nullable"}
-            narrowed = _within(root, {**kept, "type": others if len(others) > 1 else others[0]})
+            narrowed = _within(root, {**kept, "type": kinds if len(kinds) > 1 else kinds[0]})
             found.append(("json", f"{self.json(narrowed)} {json_end}"))
         return found
 
