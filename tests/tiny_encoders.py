@@ -51,19 +51,24 @@ def save(folder: Path, kind: str = "bert", *, pooling: str | None = "mean_tokens
     model = tiny_models.make(kind, lambda: network(config(**sizes | changes)))
     model.save_pretrained(folder)
     if pooling is not None:
-        types = ("Transformer", "Pooling", "Normalize")
-        paths = ("", "1_Pooling", "2_Normalize")
-        modules = [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for index, (name, path) in enumerate(zip(types, paths, strict=True))
-        ]
-        (folder / "modules.json").write_text(json.dumps(modules))
-        (folder / "1_Pooling").mkdir(exist_ok=True)
-        flags = {
-            f"pooling_mode_{mode}": mode == pooling for mode in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
-        }
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **flags}))
+        write_pooling(folder, pooling)
     return model
+
+
+def write_pooling(folder: Path, pooling: str) -> None:
+    """Write how embeddings are made, as sentence-transformers does."""
+    types = ("Transformer", "Pooling", "Normalize")
+    paths = ("", "1_Pooling", "2_Normalize")
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (name, path) in enumerate(zip(types, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    flags = {
+        f"pooling_mode_{mode}": mode == pooling for mode in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **flags}))
 
 
 def expected(model: PreTrainedModel, token_ids: tuple[int, ...], mode: str) -> torch.Tensor:

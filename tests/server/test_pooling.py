@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, ModelError
 from splitfuse.text.pooling import decisions
 from splitfuse.text.pooling.embeddings import embedding
 
@@ -230,6 +230,26 @@ def test_a_reranker_judges_as_transformers_does(judge: tuple[Path, PreTrainedMod
         assert [each["relevance_score"] for each in by_cosine["results"]] != sorted(scores, reverse=True)
         param, said = refused(http, "/v1/systemone", {"state": "s", "questions": {"q": {"type": "noul"}}})
         assert param is None and "no chat template" in said
+
+
+def test_a_folder_that_says_how_it_embeds_is_compared_by_cosine(judge: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = judge
+    tiny_encoders.write_pooling(folder, "lasttoken")
+    try:
+        with running_server(model=str(folder), dtype="float32") as server, server.http() as http:
+            answer = http.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()
+            assert answer["splitfuse_method"] == "cosine"
+            ids = [server.service.tokenizer.encode(text) for text in (QUERY, *DOCUMENTS)]
+            with torch.no_grad():
+                last = torch.stack([model.model(torch.tensor([each])).last_hidden_state[0, -1] for each in ids])
+            near = torch.cosine_similarity(last[:1], last[1:])
+            for each in answer["results"]:
+                assert each["relevance_score"] == pytest.approx(float(near[each["index"]]), abs=1e-4)
+        tiny_encoders.write_pooling(folder, "mean_tokens")
+        with pytest.raises(ModelError, match="has the pooling mean: of models that generate, the last token"):
+            splitfuse.pipeline(folder)
+    finally:
+        (folder / "modules.json").unlink()
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.text.chat_template import ChatTemplate
+from splitfuse.text.pooling import decisions, rerank
+from splitfuse.text.pooling.labels import has_labels
 from splitfuse.text.tokenizer import Detokenizer, Tokenizer
 
 pytestmark = pytest.mark.extras
@@ -84,3 +86,12 @@ def test_chat_template(tokenizer: Tokenizer, oracle: Any) -> None:
     for tools in (None, TOOLS):
         ours = template.render(TALK, tools=tools) if tools else template.render(TALK)
         assert ours == oracle.apply_chat_template(TALK, tools=tools, add_generation_prompt=True, tokenize=False)
+
+
+def test_a_judgement_is_what_the_template_of_qwen3_writes() -> None:
+    tokenizer = Tokenizer.from_source(ModelFolder(packaged_tokenizers.folder("qwen3")))
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    asked = ("Where is Paris?", "Paris lies on the Seine.", rerank.INSTRUCTION)
+    text = template.render(rerank.messages(*asked), variables={"enable_thinking": False})
+    assert rerank.has_chatml(tokenizer) and text == rerank.chatml(*asked)
+    assert has_labels(tokenizer, rerank.ANSWERS) and has_labels(tokenizer, (*decisions.LETTERS, *decisions.YES_NO))
