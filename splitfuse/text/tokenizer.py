@@ -176,6 +176,13 @@ class Tokenizer:
         """Return the names of the variables that the chat template reads."""
         return frozenset() if self.chat_template is None else variables_of(self.chat_template)
 
+    @functools.cached_property
+    def control_texts(self) -> tuple[str, ...]:
+        """Return the texts of special tokens, and of added ones such as `<think>`, the longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = [each.content for each in added if each.special or (each.content[:1], each.content[-1:]) == ("<", ">")]
+        return tuple(sorted(texts, key=len, reverse=True))
+
     def hidden_ids(self, shown: Iterable[str]) -> frozenset[int]:
         """Return the special tokens but for those which the texts `shown` are."""
         return frozenset(self._special_ids - {self._backend.token_to_id(text) for text in shown})

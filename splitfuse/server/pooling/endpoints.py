@@ -35,7 +35,7 @@ from splitfuse.server.state import AppState
 from splitfuse.text.pooling import rerank
 from splitfuse.text.pooling.decisions import YES_NO, Question, as_text
 from splitfuse.text.pooling.embeddings import check_dimensions, cosine, embedding, for_pooling
-from splitfuse.text.pooling.labels import has_labels, label_ids, probabilities
+from splitfuse.text.pooling.labels import has_labels, label_ids, probabilities, without_controls
 from splitfuse.text.prompts import ChatOptions, PreparedRequest
 from splitfuse.text.service import TextService
 
@@ -114,7 +114,8 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
         for question in questions.values():
             labels = question.labels(has_yes_no=has_yes_no)
             wanted = PoolingParams(label_ids(tokenizer, labels))
-            message = {"role": "user", "content": question.prompt(said, labels)}
+            content = without_controls(question.prompt(said, labels), tokenizer)
+            message = {"role": "user", "content": content}
             prepared.append(await _chat(service, [message], wanted))
         return prepared
 
@@ -146,21 +147,24 @@ async def _scores(
 
         hidden = await pooled(state, context, body, embeddable, count=len(texts), parameter=parameter)
         found = dict(zip(texts, hidden, strict=True))
-        return method, [cosine(found[first], found[second]) for first, second in pairs]
+        return method, await state.service.off_loop(lambda: [cosine(found[one], found[other]) for one, other in pairs])
     service, tokenizer = state.service, state.service.tokenizer
     if not service.client.info.limits.generates:
         raise InvalidRequestError(f"{ENCODER}: splitfuse_method must be cosine", parameter="splitfuse_method")
     answers = PoolingParams(label_ids(tokenizer, rerank.ANSWERS))
-    instruction = body.splitfuse_instruction or rerank.INSTRUCTION
+    plain = {text: without_controls(text, tokenizer) for pair in pairs for text in pair}
+    instruction = without_controls(body.splitfuse_instruction or rerank.INSTRUCTION, tokenizer)
 
     async def judgements() -> list[PreparedRequest]:
         prepared = []
         for query, document in pairs:
             if rerank.has_chatml(tokenizer):
-                text = rerank.chatml(query, document, instruction)
+                text = rerank.chatml(plain[query], plain[document], instruction)
                 prepared.append(await _embeddable(service, text, answers, add_special_tokens=False))
             else:
-                prepared.append(await _chat(service, rerank.messages(query, document, instruction), answers))
+                prepared.append(
+                    await _chat(service, rerank.messages(plain[query], plain[document], instruction), answers)
+                )
         return prepared
 
     logprobs = await pooled(state, context, body, judgements, count=len(pairs), parameter=parameter, shares_prefix=True)

@@ -31,6 +31,16 @@ def has_labels(tokenizer: Tokenizer, labels: Sequence[str]) -> bool:
         return False
 
 
+def without_controls(text: str, tokenizer: Tokenizer) -> str:
+    """Return a text in which no control token of the vocabulary is written out: a space parts those that are. So a
+    state or a document cannot end its turn, and answer for the model.
+    """
+    for control in tokenizer.control_texts:
+        if len(control) > 1 and control in text:
+            text = text.replace(control, f"{control[0]} {control[1:]}")
+    return text
+
+
 def probabilities(logprobs: Sequence[float]) -> list[float]:
     """Return the softmax of log-probabilities, or of logits: the probabilities of answers if there are no others.
 
