@@ -15,6 +15,7 @@ STATUSES = {
     200: "Done",
     400: "A parameter that cannot be honoured",
     401: "No API key, or one that is not valid",
+    403: "The key does not allow it",
     404: "No such model, or request",
     408: "The deadline has passed, or the body did not come in time",
     413: "The body is too large",
