@@ -74,9 +74,9 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
 
     def check_neutral(self, where: str = "") -> None:
         """Raise RefusedError (400) for an unsupported parameter with a value that requests something."""
-        for name, values in self.neutral().items():
+        for name, values in self.neutral().items():  # null is always among them
             value = getattr(self, name)
-            if not any(type(value) is type(allowed) and value == allowed for allowed in values):
+            if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in values):
                 reason = f"{self.REFUSED[name]}; " if name in self.REFUSED else ""
                 sends = " or ".join(map(json.dumps, values[1:]))
                 advice = f"leave it out or send {sends}" if sends else "leave it out"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
@@ -83,13 +84,14 @@ class TypedBlock(Body, kw_only=True, frozen=True):
             message = f"{where}.type must be {wanted}, not {self.type!r:.80}{advice}"
             raise InvalidRequestError(message, parameter=f"{where}.type")
         self.check_neutral(where + ".")
-        needed, optional = TYPES[self.type]
-        for name in self.supported():
-            place, is_given = f"{where}.{name}", getattr(self, name) is not None
-            if name in needed and not is_given:
+        needed, foreign = _fields(type(self), self.type)
+        for name in needed:
+            if getattr(self, name) is None:
+                place = f"{where}.{name}"
                 raise RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
-            if is_given and name not in ("type", *needed, *optional):
-                owner = next(kind for kind, fields in TYPES.items() if name in fields[0] + fields[1])
+        for name, owner in foreign:
+            if getattr(self, name) is not None:
+                place = f"{where}.{name}"
                 raise InvalidRequestError(f"{place} needs the type {owner}, not {self.type}", parameter=place)
 
     @classmethod
@@ -106,6 +108,15 @@ class TypedBlock(Body, kw_only=True, frozen=True):
             required = ["type", *needed]
             kinds.append({"type": "object", "properties": own, "required": required, "additionalProperties": False})
         return {"title": schema["title"], "description": schema["description"], "oneOf": kinds}
+
+
+@cache
+def _fields(kind: type[TypedBlock], type_name: str) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
+    """Return the fields that a block of a type must have, and those of other types, each with its type."""
+    needed, optional = TYPES[type_name]
+    owners = {name: owner for owner, fields in TYPES.items() for name in fields[0] + fields[1]}
+    others = [name for name in kind.supported() if name not in ("type", *needed, *optional)]
+    return needed, [(name, owners[name]) for name in others]
 
 
 class _TextBlock(TypedBlock, kw_only=True, frozen=True):
@@ -311,14 +322,15 @@ class TurnReader:
                 self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def _add_result(self, block: ContentBlock, where: str) -> None:
-        texts = [block.content] if isinstance(block.content, str) else []
-        for number, part in enumerate(block.content or ()):
-            if isinstance(part, ResultBlock):
-                part.check(f"{where}.content[{number}]", OF_RESULT)
-                if part.tool_name is not None:
-                    self.found_tools.add(part.tool_name)
-                is_text = part.type == "text"
-                texts.append(part.text or "" if is_text else f"The tool {part.tool_name} can be called now.")
+        content = block.content or ()
+        parts = [ResultBlock(type="text", text=content)] if isinstance(content, str) else content
+        texts = []
+        for number, part in enumerate(parts):
+            part.check(f"{where}.content[{number}]", OF_RESULT)
+            if part.tool_name is not None:
+                self.found_tools.add(part.tool_name)
+            is_text = part.type == "text"
+            texts.append(part.text or "" if is_text else f"The tool {part.tool_name} can be called now.")
         if block.is_error:
             texts[:1] = [f"Error: {''.join(texts[:1])}"]
         message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": texts}
