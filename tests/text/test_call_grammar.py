@@ -163,6 +163,32 @@ def test_form_that_cannot_be_enforced_next_to_tools_is_named() -> None:
         compile_structured_outputs(asked)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "is_valid"),
+    [
+        ("date", "2026-11-30", True),
+        ("date", "2026-11-31", False),
+        ("date", "2026-02-29", False),
+        ("time", "23:59:59Z", True),
+        ("date-time", "2026-01-31T08:00:00.5+01:00", True),
+        ("date-time", "2026-01-31 08:00:00", False),
+        ("uuid", "123e4567-e89b-12d3-a456-426614174000", True),
+        ("email", "a.b@example.org", True),
+        ("email", "a@b", False),
+        ("ipv4", "192.168.0.255", True),
+        ("ipv4", "192.168.0.256", False),
+        ("uri", "https://example.org/a/b?c=d#e", True),
+    ],
+)
+def test_raw_texts_have_the_format_of_the_schema(kind: str, text: str, is_valid: bool) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "format": kind}}, "required": ["x"]}
+    asked = call_grammar(CHAT_FORMATS["minimax"], [Tool(name="f", parameters=schema)], REQUIRED)
+    assert asked is not None
+    matcher = LLMatcher(BYTES, compile_structured_outputs(asked).compiled, log_level=0)
+    call = f'<minimax:tool_call>\n<invoke name="f">\n<parameter name="x">{text}</parameter>\n</invoke>'.encode()
+    assert (matcher.try_consume_tokens(list(call)) == len(call)) is is_valid
+
+
 def test_auto_has_no_grammar_and_unknown_formats_are_refused() -> None:
     assert call_grammar(CHAT_FORMATS["hermes"], [WEATHER], ToolChoice("auto")) is None
     with pytest.raises(InvalidRequestError, match="not known how it writes calls"):
