@@ -103,13 +103,18 @@ def _be_brief(body: Any, path: str) -> None:
             body["max_output_tokens"] = 6
 
 
+OF_MODEL = ("tool_choice", "reasoning_effort", "verbosity", "reasoning_max_tokens", "thinking_token_budget")
+"""Fields that need tools, or a model that thinks."""
+
+
 def _mind_roles(body: Any) -> None:
     """What the document cannot say: a choice of tools needs tools, results of tools need calls, and what of messages
     depends on their roles.
     """
     if not isinstance(body, dict):
         return
-    body.pop("tool_choice", None)
+    for name in OF_MODEL:
+        body.pop(name, None)
     for message in body["messages"] if isinstance(body.get("messages"), list) else ():
         for name in ("tool_call_id", "tool_calls", "refusal"):
             message.pop(name, None)
