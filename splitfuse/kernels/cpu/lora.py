@@ -14,6 +14,7 @@ from splitfuse.kernels.interface import LayerWeights, NetworkWeights
 from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
 
 LANES = 16  # columns of a vector; a panel has two
+RANKS, COLUMNS = 8, 32  # of a that lie side by side
 
 
 class PackedLora:
@@ -32,16 +33,17 @@ class PackedLora:
         for update in updates:
             assert update.a.shape == (update.b.shape[1], weight.columns)
             assert update.first_row + len(update.b) <= weight.rows
-        a = torch.cat([update.a for update in updates]).to(torch.bfloat16).contiguous()
-        scales = torch.cat([torch.full((len(update.a),), update.scale) for update in updates])
+        a = _interleaved(torch.cat([update.a for update in updates]))
+        scales = torch.zeros(len(a) * RANKS)
+        scales[: _num_ranks(updates)] = torch.cat([torch.full((len(each.a),), each.scale) for each in updates])
         vectors, b = _in_vectors(updates, _panel_rows(weight))
         tensors = (a, scales, vectors, b)
         for tensor, dtype in zip(tensors, (torch.bfloat16, torch.float32, torch.int64, torch.bfloat16), strict=True):
             check(tensor, dtype)
         self._tensors.append(tensors)
         entry.a, entry.scales, entry.vectors, entry.b = (tensor.data_ptr() for tensor in tensors)
-        entry.rank = len(a)
-        self.most_ranks = max(self.most_ranks, len(a))
+        entry.rank = len(scales)
+        self.most_ranks = max(self.most_ranks, len(scales))
 
 
 def _weight(layer: LayerWeights, target: str) -> Weight:
@@ -79,7 +81,7 @@ def _filled(first: int, count: int, multiple: int) -> Tensor:
 
 def _in_vectors(updates: Sequence[LoraUpdate], rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each vector of 16 columns its first rank, how many it has and where they begin in b; and b."""
-    num_ranks, num_vectors = sum(len(update.a) for update in updates), len(rows) // LANES
+    num_ranks, num_vectors = -(-_num_ranks(updates) // 2) * 2, len(rows) // LANES
     whole = torch.zeros(num_ranks, len(rows), dtype=torch.bfloat16)
     firsts, ends = torch.full((num_vectors,), num_ranks), torch.zeros(num_vectors, dtype=torch.int64)
     rank = 0
@@ -92,13 +94,25 @@ def _in_vectors(updates: Sequence[LoraUpdate], rows: Tensor) -> tuple[Tensor, Te
         firsts[touched] = firsts[touched].clamp(max=rank)
         ends[touched] = ends[touched].clamp(min=end)
         rank = end
-    firsts = torch.minimum(firsts, ends)
-    ranks = torch.arange(num_ranks)
-    kept = (ranks >= firsts.unsqueeze(1)) & (ranks < ends.unsqueeze(1))  # [vectors, ranks]
-    counts = ends - firsts
+    firsts = torch.minimum(firsts, ends) // 2 * 2
+    pairs = torch.arange(0, num_ranks, 2)
+    kept = (pairs >= firsts.unsqueeze(1)) & (pairs < ends.unsqueeze(1))  # [vectors, pairs]
+    counts = kept.sum(1)
     begins = counts.cumsum(0) - counts
-    b = whole.view(num_ranks, num_vectors, LANES).transpose(0, 1)[kept].contiguous()
-    return torch.stack((firsts, counts, begins), dim=1).contiguous(), b
+    b = whole.view(num_ranks // 2, 2, num_vectors, LANES).permute(2, 0, 3, 1)[kept].contiguous()
+    return torch.stack((firsts, 2 * counts, begins), dim=1).contiguous(), b
+
+
+def _num_ranks(updates: Sequence[LoraUpdate]) -> int:
+    return sum(len(update.a) for update in updates)
+
+
+def _interleaved(a: Tensor) -> Tensor:
+    """Return a [R, K] as [R / RANKS, K / COLUMNS, RANKS, COLUMNS] in bf16, filled up with zeros."""
+    ranks, columns = -(-len(a) // RANKS), -(-a.shape[1] // COLUMNS)
+    whole = torch.zeros(ranks * RANKS, columns * COLUMNS, dtype=torch.bfloat16)
+    whole[: len(a), : a.shape[1]] = a
+    return whole.view(ranks, RANKS, columns, COLUMNS).transpose(1, 2).contiguous()
 
 
 def step_lora(step: StepAdapters, num_tokens: int) -> Lora:

@@ -50,13 +50,14 @@ struct States {
     std::int64_t slot_floats;
 };
 
-// What an adapter adds to a weight [N, K] of rank R: scales * (x a), times b. In the order of the weight's panels, b lies in
-// vectors of 16 columns, each of which has only the ranks that change it.
+// What an adapter adds to a weight [N, K] of rank R, a multiple of 8: scales * (x a), times b. Eight ranks of a lie side by side,
+// 32 columns of each at a time. In the order of the weight's panels, b lies in vectors of 16 columns, each of which has only the
+// ranks that change it, in pairs: an even number from an even one on.
 struct LoraWeight {
-    const std::uint16_t* a;        // [R, K]
+    const std::uint16_t* a;        // [R / 8][K / 32][8][32]
     const float* scales;           // [R]
-    const std::int64_t* vectors;   // [vectors][3]: the first rank, how many, and the row of b where they begin
-    const std::uint16_t* b;        // [..][16]
+    const std::int64_t* vectors;   // [vectors][3]: the first rank, how many, and the pair in b where they begin
+    const std::uint16_t* b;        // [pairs][16][2]
     std::int64_t rank;             // R; 0: the weight stays as it is
 };
 

@@ -2,6 +2,9 @@
 // of a panel before these are stored. A row's sums run in one order, whatever the other rows have.
 #pragma once
 
+#include <cstring>
+#include <utility>
+
 #include "interface.h"
 #include "multiply.h"
 
@@ -24,42 +27,58 @@ struct Adapted {
     float* row(i64 row) const { return shrunk + row * stride; }
 };
 
-// Computes scales * (x a) of COUNT ranks of one row, from rank `first` on.
-template <int COUNT>
-SF_INLINE void shrink_ranks(const LoraWeight& w, const u16* x, i64 columns, i64 first, float* out) {
-    Floats acc[COUNT];
-    for (int j = 0; j < COUNT; ++j) acc[j] = broadcast(0.0f);
-    const u16* a = w.a + first * columns;
-    i64 k = 0;
-    for (; k + LANES <= columns; k += LANES) {
-        const Floats values = load_bf16(x + k);
-        for (int j = 0; j < COUNT; ++j) acc[j] = fma(values, load_bf16(a + j * columns + k), acc[j]);
-    }
-    if (k < columns) {
-        const int left = static_cast<int>(columns - k);
-        const Floats values = load_bf16(x + k, left);
-        for (int j = 0; j < COUNT; ++j) acc[j] = fma(values, load_bf16(a + j * columns + k, left), acc[j]);
-    }
-    for (int j = 0; j < COUNT; ++j) out[first + j] = sum(acc[j]) * w.scales[first + j];
+constexpr int RANKS = 8;                 // of a, side by side: kernels/cpu/lora.py packs them
+constexpr int PAIRED = 2 * LANES;        // columns of a for a word of each lane
+constexpr int TOGETHER = WIDE_ROWS == MAX_ROWS ? RANKS : RANKS / 2;  // ranks whose sums fill the registers
+
+SF_INLINE Floats add_pairs(Floats total, Packed words, Floats first, Floats second) {
+    return fma(second, second_of_pairs(words), fma(first, first_of_pairs(words), total));
+}
+
+template <int... J>
+SF_INLINE void shrink_step(Floats (&acc)[TOGETHER], Packed x, const u16* a, std::integer_sequence<int, J...>) {
+    const Floats first = first_of_pairs(x), second = second_of_pairs(x);
+    ((acc[J] = add_pairs(acc[J], load_packed(a + J * PAIRED), first, second)), ...);
+}
+
+template <int... J>
+SF_INLINE void clear(Floats (&acc)[TOGETHER], std::integer_sequence<int, J...>) {
+    ((acc[J] = broadcast(0.0f)), ...);
+}
+
+template <int... J>
+SF_INLINE void put_ranks(const Floats (&acc)[TOGETHER], const float* scales, float* out, std::integer_sequence<int, J...>) {
+    ((out[J] = sum(acc[J]) * scales[J]), ...);
 }
 
 // Computes what the ranks of a row give, of x [columns] in bf16.
 inline void shrink_row(const Adapted& adapted, i64 row, const u16* x, i64 columns) {
     const LoraWeight* w = adapted.of(row);
     if (!w) return;
-    constexpr int TOGETHER = 8;
-    i64 rank = 0;
-    for (; rank + TOGETHER <= w->rank; rank += TOGETHER) shrink_ranks<TOGETHER>(*w, x, columns, rank, adapted.row(row));
-    for (; rank < w->rank; ++rank) shrink_ranks<1>(*w, x, columns, rank, adapted.row(row));
+    constexpr auto ranks = std::make_integer_sequence<int, TOGETHER>{};
+    const i64 whole = columns / PAIRED * PAIRED, steps = (columns + PAIRED - 1) / PAIRED;
+    alignas(64) u16 rest[PAIRED] = {};
+    std::memcpy(rest, x + whole, (columns - whole) * sizeof(u16));
+    for (i64 rank = 0; rank < w->rank; rank += TOGETHER) {
+        const u16* a = w->a + rank / RANKS * steps * RANKS * PAIRED + rank % RANKS * PAIRED;
+        Floats acc[TOGETHER];
+        clear(acc, ranks);
+        for (i64 k = 0; k < whole; k += PAIRED, a += RANKS * PAIRED) shrink_step(acc, load_packed(x + k), a, ranks);
+        if (whole < columns) shrink_step(acc, load_packed(rest), a, ranks);
+        put_ranks(acc, w->scales + rank, adapted.row(row) + rank, ranks);
+    }
 }
 
-// Returns what the ranks of a row add to 16 columns.
+// Returns what the ranks of a row add to 16 columns. What follows in b, for the next panel, is prefetched.
 SF_INLINE Floats expand(const LoraWeight& w, const float* shrunk, i64 vector) {
     const i64* place = w.vectors + 3 * vector;
     const float* ranks = shrunk + place[0];
-    const u16* b = w.b + place[2] * LANES;
+    const u16* b = w.b + place[2] * PAIRED;
     Floats total = broadcast(0.0f);
-    for (i64 j = 0; j < place[1]; ++j, b += LANES) total = fma(broadcast(ranks[j]), load_bf16(b), total);
+    for (i64 j = 0; j < place[1]; j += 2, b += PAIRED) {
+        _mm_prefetch(reinterpret_cast<const u8*>(b + place[1] * PAIRED), _MM_HINT_T0);
+        total = add_pairs(total, load_packed(b), broadcast(ranks[j]), broadcast(ranks[j + 1]));
+    }
     return total;
 }
 

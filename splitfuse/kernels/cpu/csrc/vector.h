@@ -164,17 +164,17 @@ SF_INLINE __m512i widen_e4m3_16(__m512i a) {
 SF_INLINE Packed widen_even_e4m3(Packed a) { return {widen_e4m3_16(_mm512_and_si512(a.v, _mm512_set1_epi16(255)))}; }
 SF_INLINE Packed widen_odd_e4m3(Packed a) { return {widen_e4m3_16(_mm512_srli_epi16(a.v, 8))}; }
 
+// Return the first and the second bf16 of each lane.
+SF_INLINE Floats first_of_pairs(Packed a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+SF_INLINE Floats second_of_pairs(Packed a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<i32>(0xffff0000))))};
+}
 #ifdef SF_BF16_DOTS
 // Returns a + the products of each lane's two bf16, by vdpbf16ps, which takes subnormals for zero.
 SF_INLINE Floats dot_bf16(Floats a, Packed weights, Packed x) {
     return {_mm512_dpbf16_ps(a.v, (__m512bh)weights.v, (__m512bh)x.v)};
 }
 #else
-// The first and the second bf16 of each lane, and a word that is an fp32 already.
-SF_INLINE Floats first_of_pairs(Packed a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
-SF_INLINE Floats second_of_pairs(Packed a) {
-    return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<i32>(0xffff0000))))};
-}
 SF_INLINE Floats as_floats(Packed a) { return {_mm512_castsi512_ps(a.v)}; }
 // Returns a + weights * x, rounded once. Not by the intrinsic: GCC 12 moves the sums to and fro until one has no register.
 SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
