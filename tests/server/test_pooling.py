@@ -18,6 +18,8 @@ import tiny_models
 import tiny_tokenizers
 import torch
 from running_server import RunningServer, running_server
+from safetensors.torch import load_file
+from tiny_adapters import ATTENTION, module_shapes, save_adapter
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,6 +27,7 @@ import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.errors import InvalidRequestError, ModelError
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.pooling import decisions
 from splitfuse.text.pooling.embeddings import embedding
 
@@ -138,6 +141,19 @@ def test_an_encoder_serves_embeddings_and_nothing_else(tmp_path: Path) -> None:
         ):
             assert sentence in refused(http, path, body)[1]
         assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 66
+
+
+def test_embeddings_of_an_adapter_are_its_own(tmp_path: Path) -> None:
+    shapes = module_shapes(load_file(BUNDLED_MODEL / "model.safetensors"), ATTENTION)
+    lora = [f"first={save_adapter(tmp_path / 'first', shapes, seed=1)}"]
+    pipe = splitfuse.pipeline(lora=lora)
+    ids, digest = pipe.tokenizer.encode(TEXTS[0]), pipe.engine.adapters["first"]
+    pipe.engine.add_request("x", ids, NOTHING_GENERATED, pooling=PoolingParams(), adapter=digest)
+    (output,) = pipe.engine.step()
+    with running_server(lora=lora) as server, server.http() as http:
+        answer = http.post("/v1/embeddings", json={"input": TEXTS[0], "model": "first"}).json()
+        assert answer["model"] == "first" and answer["data"][0]["embedding"] == list(embedding(output.values))
+        assert answer["data"] != http.post("/v1/embeddings", json={"input": TEXTS[0]}).json()["data"]
 
 
 # Reranking and scores ------------------------------------------------------------------------------------------------
