@@ -298,9 +298,13 @@ def test_required_calls_are_made_and_cut_off_ones_are_incomplete(ai: openai.Open
     (call,) = answer.output
     assert call.type == "function_call" and json.loads(call.arguments)["city"] in ("Paris", "Rome")
     assert answer.status == "completed" and call.status == "completed"
-    cut = ai.responses.create(input=QUESTION, max_output_tokens=(answer.usage.output_tokens - 8), **keywords)  # type: ignore[union-attr]
+    cut = ai.responses.create(input=QUESTION, max_output_tokens=(answer.usage.output_tokens - 20), **keywords)  # type: ignore[union-attr]
     assert cut.status == "incomplete" and cut.output[-1].status == "incomplete"  # type: ignore[union-attr]
     assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
+    again = ai.responses.create(input="Go on.", previous_response_id=cut.id, max_output_tokens=1, **GREEDY)
+    asked: Any = [{"role": "user", "content": text} for text in (QUESTION, "Go on.")]
+    count = ai.responses.input_tokens.count(model=MODEL, input=asked)
+    assert again.usage is not None and again.usage.input_tokens == count.input_tokens, "no call that was cut off"
 
 
 def test_items_become_messages() -> None:
@@ -346,6 +350,13 @@ def test_a_conversation_goes_on_from_a_stored_response(ai: openai.OpenAI) -> Non
     chat = ai.chat.completions.create(messages=messages, **GREEDY)
     assert third.output_text == chat.choices[0].message.content and third.usage is not None
     assert chat.usage is not None and third.usage.input_tokens == chat.usage.prompt_tokens
+    count = ai.responses.input_tokens.count(
+        model=MODEL, input="Why?", previous_response_id=second.id, instructions="Sing."
+    )
+    assert (count.input_tokens, count.object) == (chat.usage.prompt_tokens, "response.input_tokens")
+    with pytest.raises(openai.BadRequestError) as raised:
+        ai.responses.input_tokens.count(model=MODEL, input="Why?", extra_body={"reasoning": {"effort": "high"}})
+    assert raised.value.param == "reasoning.effort"
     ai.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError, match="goes on from"):
         ai.responses.create(input="And?", previous_response_id=third.id, **GREEDY)

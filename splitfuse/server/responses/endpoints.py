@@ -13,7 +13,7 @@ from splitfuse.errors import InvalidRequestError, did_you_mean
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import generate, parameters_named
+from splitfuse.server.generate import GenerationRequest, generate, parameters_named
 from splitfuse.server.openai.dialect import ErrorBody, error_body
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
 from splitfuse.server.responses.items import Item, answer_id_of, with_ids
@@ -43,6 +43,13 @@ class ItemList(msgspec.Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
+class InputTokens(msgspec.Struct, frozen=True):
+    """Counts the tokens of an input."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class _Output(msgspec.Struct, frozen=True):
     """Holds what a later request goes on from of an answer."""
 
@@ -69,28 +76,45 @@ async def respond(state: AppState, context: RequestContext, body: ResponseReques
         message = f"store: true is not possible, since {STORE_DISABLED}: leave store out or send false"
         raise RefusedError(400, message, code="unsupported_parameter", parameter="store")
     stores = store.is_enabled if body.store is None else body.store
-    before: list[Item] = []
-    if (previous := body.previous_response_id) is not None:
-        for each in store.chain(owner.name, previous, parameter="previous_response_id"):
-            before += [*_read_items(each.asked), *_read_output(each.answer).output]
-    items = [_dereferenced(state, context, item, f"input[{index}]") for index, item in enumerate(body.items)]
-    request = body.to_generation(
-        owner,
-        [*before, *items],
-        num_before=len(before),
-        arrival_time=context.arrival,
-        slo_enabled=state.service.client.info.slo_enabled,
-    )
+    items, request = _read(state, context, body)
     context.prompt = request.messages
 
     def keep(answer: ResponseAnswer) -> None:
         asked = encode_json([_sent(item) for item in with_ids(items, context.unique_id)])
-        store.put(owner.name, answer.id, StoredAnswer(encode_json(answer), asked, previous))
+        store.put(owner.name, answer.id, StoredAnswer(encode_json(answer), asked, body.previous_response_id))
 
     responder = ResponsesResponder(body, context.unique_id, state, lambda: context.num_tokens, keep if stores else None)
     context.stream_error = responder.failed_events
     with parameters_named(NAMES):
         await generate(state, context, request, responder)
+
+
+async def count_input(state: AppState, context: RequestContext, body: ResponseRequest) -> None:
+    """Answer POST /v1/responses/input_tokens."""
+    _, request = _read(state, context, body)
+    with state.admission.admit(0), parameters_named(NAMES):
+        work = request.encode(state.service, state.service.client.info.limits)
+        (prompt,) = await context.unless_gone(work, deadline=None)
+    await context.answer(InputTokens(len(prompt.token_ids)))
+
+
+def _read(state: AppState, context: RequestContext, body: ResponseRequest) -> tuple[list[Item], GenerationRequest]:
+    """Return the items of a request, and what to generate after them and those that it goes on from. Raises
+    InvalidRequestError and RefusedError.
+    """
+    before: list[Item] = []
+    if (previous := body.previous_response_id) is not None:
+        for each in state.store.chain(context.owner.name, previous, parameter="previous_response_id"):
+            before += [*_read_items(each.asked), *_read_output(each.answer).output]
+    items = [_dereferenced(state, context, item, f"input[{index}]") for index, item in enumerate(body.items)]
+    request = body.to_generation(
+        context.owner,
+        [*before, *items],
+        num_before=len(before),
+        arrival_time=context.arrival,
+        slo_enabled=state.service.client.info.slo_enabled,
+    )
+    return items, request
 
 
 def _dereferenced(state: AppState, context: RequestContext, item: Item, where: str) -> Item:
@@ -198,6 +222,7 @@ _PAGE: Mapping[str, Mapping[str, Any]] = {
 
 ROUTES = (
     _route("POST", PATH, respond, "Answer a conversation of items", ResponseAnswer, ResponseRequest, ResponseEvent),
+    _route("POST", PATH + "/input_tokens", count_input, "Tokens of an input", InputTokens, ResponseRequest),
     _route(
         *("GET", _ONE, stored_response, "A stored response", ResponseAnswer),
         errors=(400, 404),

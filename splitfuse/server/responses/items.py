@@ -89,7 +89,7 @@ ASYNC: Mapping[str, Sequence[Any]] = {"async": [False], "async_": [False]}
 class Item(Body, kw_only=True, frozen=True):
     """Holds a message, a call of a function or its output, a thought, or a reference to an item of a stored answer.
 
-    `status` and `phase` come with answers, and change nothing.
+    `status` and `phase` come with answers, and change nothing, but that a call which is incomplete is passed over.
     """
 
     TYPES: ClassVar[tuple[str, ...]] = tuple(_KINDS)
@@ -184,7 +184,8 @@ def messages_of(items: Sequence[Item], *, num_before: int) -> list[dict[str, Any
     """Return the conversation that the items are, for a chat template. Errors name those of a request, which follow
     `num_before` others. Raises InvalidRequestError or RefusedError for what is no conversation.
 
-    What an assistant thought, said and called between two turns of others is one message.
+    What an assistant thought, said and called between two turns of others is one message, without a call that was cut
+    off.
     """
     messages: list[dict[str, Any]] = []
     places: list[str] = []
@@ -208,6 +209,8 @@ def _add(messages: list[dict[str, Any]], item: Item, where: str) -> None:
         case "reasoning":
             if thought := item.thought(where):
                 _assistant(messages, but_with="reasoning_content")["reasoning_content"] = thought
+        case "function_call" if item.status == "incomplete":
+            return  # its arguments are cut off: no template can write it
         case "function_call":
             assert item.call_id is not None and item.name is not None
             call = ToolCall(item.call_id, item.name, item.arguments or "")
