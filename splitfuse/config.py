@@ -233,7 +233,7 @@ class ServerConfig:
     max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
     max_prompts: int = setting(256, "Maximum number of prompts in a request.")
     max_stored_responses: int = setting(
-        1024, "Maximum number of answers kept for previous_response_id and GET /v1/responses; 0 keeps none."
+        1024, "Maximum number of answers kept for store: true and previous_response_id; 0 keeps none."
     )
     max_stored_mib: float = setting(64.0, "Maximum size of these answers and what they were asked, together, in MiB.")
     step_timeout: float = setting(60.0, "Seconds after which an engine stuck in a step is restarted.")

@@ -20,11 +20,14 @@ STORE_DISABLED = "this server stores no answers (--max-stored-responses 0)"
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """Holds an answer and what it was asked, both as JSON, and the id of the answer that it goes on from."""
+    """Holds an answer and what it was asked, both as JSON, and the id of the answer that it goes on from. `kind` is the
+    API of which it is, which others do not know of it.
+    """
 
     answer: bytes
     asked: bytes
     previous_id: str | None = None
+    kind: str = "response"
 
     @property
     def size(self) -> int:
@@ -65,6 +68,15 @@ class AnswerStore:
         """Return whether it keeps anything."""
         return self._max_answers > 0
 
+    def keeps(self, asked: bool | None, *, left_out: bool) -> bool:
+        """Return whether to keep an answer, where a request has the `store` `asked`, which means `left_out` if it is
+        left out. Raises RefusedError (400) for store: true where nothing is kept.
+        """
+        if asked and not self.is_enabled:
+            message = f"store: true is not possible, since {STORE_DISABLED}: leave store out or send false"
+            raise RefusedError(400, message, code="unsupported_parameter", parameter="store")
+        return self.is_enabled and (left_out if asked is None else asked)
+
     def put(self, owner: str | None, answer_id: str, answer: StoredAnswer) -> None:
         """Keep an answer, unless it is larger than all room that there is."""
         if not self.is_enabled or answer.size > self._max_bytes:
@@ -80,10 +92,12 @@ class AnswerStore:
             while self._num_bytes > self._max_bytes:
                 self._drop_oldest(max(self._shelves, key=lambda each: self._shelves[each].size))
 
-    def find(self, owner: str | None, answer_id: str, *, parameter: str | None = None) -> StoredAnswer:
+    def find(
+        self, owner: str | None, answer_id: str, *, parameter: str | None = None, kind: str = "response"
+    ) -> StoredAnswer:
         """Return an answer, which is the last one used then. Raises RefusedError (404)."""
         with self._lock:
-            answer = self._get(owner, answer_id, parameter)
+            answer = self._get(owner, answer_id, parameter, kind=kind)
             self._shelves[owner].move_to_end(answer_id)
             return answer
 
@@ -102,15 +116,24 @@ class AnswerStore:
                 self._shelves[owner].move_to_end(each)
         return [*reversed(chain.values())]
 
-    def delete(self, owner: str | None, answer_id: str) -> None:
+    def delete(self, owner: str | None, answer_id: str, *, kind: str = "response") -> None:
         """Forget an answer. Raises RefusedError (404)."""
         with self._lock:
-            self._get(owner, answer_id)
+            self._get(owner, answer_id, kind=kind)
             self._drop(owner, answer_id)
 
-    def _get(self, owner: str | None, answer_id: str, parameter: str | None = None, before: str = "") -> StoredAnswer:
-        if owner in self._shelves and answer_id in self._shelves[owner]:
-            return self._shelves[owner][answer_id]
+    def _get(
+        self,
+        owner: str | None,
+        answer_id: str,
+        parameter: str | None = None,
+        before: str = "",
+        *,
+        kind: str = "response",
+    ) -> StoredAnswer:
+        found = self._shelves[owner].get(answer_id) if owner in self._shelves else None
+        if found is not None and found.kind == kind:
+            return found
         reason = (
             "it was deleted, made with store: false or with another API key, or it has given way: the server keeps "
             f"the {self._max_answers} answers used last (--max-stored-responses), of {self._max_bytes / 2**20:g} MiB "

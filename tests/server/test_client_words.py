@@ -200,7 +200,6 @@ def test_hints_that_ask_for_nothing_change_nothing(http: httpx.Client, hint: dic
         ({"reasoning_max_tokens": 5, "thinking_token_budget": 6}, "two names of one thing"),
         ({"service_tier": "flex"}, 'there is one tier, .* send "auto" or "default"'),
         ({"prompt_cache_retention": "24h"}, "as long as there is room"),
-        ({"store": True}, "store true is not supported: answers are not kept; leave it out or send false"),
         ({"functions": [{}]}, "^functions is not supported: they are called by tools of the type function"),
         ({"function_call": "auto"}, "by tools, with a tool_choice"),
         ({"web_search_options": {}}, "^web_search_options is not supported: leave it out$"),

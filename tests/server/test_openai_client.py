@@ -370,7 +370,6 @@ def test_a_bad_request_names_its_parameter(ai: openai.OpenAI, keywords: Any, par
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
-        ({"store": True}, "store"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"messages": []}, "messages"),

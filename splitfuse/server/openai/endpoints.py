@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext, TokenCounts
-from splitfuse.server.dialect import Route, lazy_list
+from splitfuse.server.dialect import Route, encode_json, lazy_list
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import MAX_LENGTHS, generate, reading_at_most
 from splitfuse.server.openai.dialect import OPENAI
@@ -30,8 +30,12 @@ from splitfuse.server.openai.responses import (
     CompletionResponder,
     OpenAIResponder,
 )
+from splitfuse.server.paging import PAGE, ItemList, page_of, query_of
 from splitfuse.server.state import AppState
+from splitfuse.server.store import StoredAnswer
 
+STORED = "chat"
+"""Kind of the stored answers to chats."""
 MANY_TOKENS = 4096
 """Number of tokens from which on they are written off the event loop, which they would hold up."""
 
@@ -73,6 +77,14 @@ class TokenizerInfo(msgspec.Struct, frozen=True):
     chat_template: str | None
 
 
+class DeletedChat(msgspec.Struct, frozen=True):
+    """Says that a stored answer was deleted."""
+
+    id: str
+    object: Literal["chat.completion.deleted"] = "chat.completion.deleted"
+    deleted: Literal[True] = True
+
+
 class Detokenized(msgspec.Struct, frozen=True):
     """Holds the text of tokens."""
 
@@ -90,11 +102,45 @@ async def completions(state: AppState, context: RequestContext, body: Completion
 
     if isinstance(body, ChatRequest):
         context.prompt = request.messages
-        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state, counts)
+        keep = functools.partial(_keep, state, context, body) if state.store.keeps(body.store, left_out=False) else None
+        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state, counts, keep)
     else:
         context.prompt = body.prompt
         responder = CompletionResponder(body, f"cmpl-{context.unique_id}", state, counts, request.prompts)
     await generate(state, context, request, responder)
+
+
+def _keep(state: AppState, context: RequestContext, body: ChatRequest, answer: ChatCompletion) -> None:
+    asked = [
+        {"id": f"{answer.id}-{number}", **{name: each for name, each in message.items() if each is not None}}
+        for number, message in enumerate(msgspec.to_builtins(body.messages))
+    ]
+    stored = StoredAnswer(encode_json(answer), encode_json(asked), kind=STORED)
+    state.store.put(context.owner.name, answer.id, stored)
+
+
+async def stored_chat(state: AppState, context: RequestContext) -> None:
+    """Answer GET /v1/chat/completions/{completion_id}."""
+    query_of(context, ())
+    await context.answer(state.store.find(context.owner.name, _id(context), kind=STORED).answer)
+
+
+async def delete_chat(state: AppState, context: RequestContext) -> None:
+    """Answer DELETE /v1/chat/completions/{completion_id}."""
+    query_of(context, ())
+    state.store.delete(context.owner.name, _id(context), kind=STORED)
+    await context.answer(DeletedChat(_id(context)))
+
+
+async def chat_messages(state: AppState, context: RequestContext) -> None:
+    """Answer GET /v1/chat/completions/{completion_id}/messages: what was sent, the oldest first."""
+    asked = state.store.find(context.owner.name, _id(context), kind=STORED).asked
+    await context.answer(page_of(msgspec.json.decode(asked), query_of(context, PAGE), order="asc"))
+
+
+def _id(context: RequestContext) -> str:
+    answer_id: str = context.scope["path_params"]["completion_id"]
+    return answer_id
 
 
 def refuse_absent(path: str) -> None:
@@ -178,7 +224,7 @@ async def detokenize(state: AppState, context: RequestContext, body: DetokenizeR
 
 
 ABSENT = (
-    "/v1/chat/completions",  # stored ones
+    "/v1/chat/completions",  # lists of stored ones
     *(f"/v1/{name}" for name in ("conversations", "moderations", "audio", "images")),
     *(f"/v1/{name}" for name in ("videos", "realtime", "batches", "files", "uploads", "vector_stores", "containers")),
     *(f"/v1/{name}" for name in ("fine_tuning", "evals", "assistants", "threads", "chatkit", "skills", "organization")),
@@ -186,11 +232,19 @@ ABSENT = (
 """Routes of OpenAI's API that this server lacks, each with all paths below it."""
 
 _route = functools.partial(Route, dialect=OPENAI)
+_STORED = ChatRequest.PATH + "/{completion_id}"
 
 ROUTES = (
     _route("POST", CompletionRequest.PATH, completions, "Continue prompts", Completion, CompletionRequest, Completion),
     _route(
         "POST", ChatRequest.PATH, completions, "Answer a conversation", ChatCompletion, ChatRequest, ChatCompletionChunk
+    ),
+    _route("GET", _STORED, stored_chat, "A stored answer", ChatCompletion, errors=(400, 404)),
+    _route("DELETE", _STORED, delete_chat, "Forget a stored answer", DeletedChat, errors=(400, 404)),
+    _route(
+        *("GET", _STORED + "/messages", chat_messages, "Messages of a stored answer", ItemList),
+        errors=(400, 404),
+        query=PAGE,
     ),
     _route("GET", "/v1/models", models, "Models", ModelList, errors=(503,)),
     _route("GET", "/v1/models/{model:path}", model, "One model", Model, errors=(404, 503)),

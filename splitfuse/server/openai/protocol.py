@@ -303,7 +303,6 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     prediction=[],
     prompt_cache_retention=["in_memory", "in-memory"],
     service_tier=["auto", "default"],
-    store=[False],
     web_search_options=[],
     **OF_VLLM,
 )
@@ -316,7 +315,6 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         "functions": "they are called by tools of the type function",
         "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
         "service_tier": "there is one tier, in which splitfuse_priority orders requests",
-        "store": "answers are not kept",
     }
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=4096)]
@@ -341,6 +339,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     ) = None
     include_reasoning: Annotated[bool, Meta(description="Adds the thought to the answer; left out: true")] | None = None
     parallel_tool_calls: Annotated[bool, Meta(description="Allows several calls; left out: true")] | None = None
+    store: Annotated[bool, Meta(description="Keeps the answer, for GET; left out: false")] | None = None
     metadata: Annotated[dict[str, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None
     safety_identifier: Annotated[str, Meta(max_length=1024, description="Changes nothing")] | None = None

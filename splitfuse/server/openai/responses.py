@@ -199,6 +199,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
+    metadata: dict[str, str] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     splitfuse_timing: Timing | UnsetType = UNSET
 
@@ -423,9 +424,17 @@ class ChatResponder(OpenAIResponder, MessageResponder):
     whole_type, event_type = ChatCompletion, ChatCompletionChunk
 
     def __init__(
-        self, request: ChatRequest, answer_id: str, state: AppState, counts: Callable[[], TokenCounts]
+        self,
+        request: ChatRequest,
+        answer_id: str,
+        state: AppState,
+        counts: Callable[[], TokenCounts],
+        keep: Callable[[ChatCompletion], None] | None = None,
     ) -> None:
+        """Write answers to a request. `keep` is called with one that has ended, before it is sent."""
         super().__init__(request, answer_id, state, counts)
+        self._keep = keep
+        self._metadata = UNSET if keep is None else request.metadata or {}
         self._logprobs = bool(request.logprobs)
         self._entry = partial(ChatLogprob.of, pieces=state.pieces, num_top=request.top_logprobs or 0)
         self._shows_reasoning = request.include_reasoning is not False
@@ -451,8 +460,21 @@ class ChatResponder(OpenAIResponder, MessageResponder):
 
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> ChatCompletion:
         """See Responder: a chat has one prompt, and its logprobs come once."""
+        if self._keep is not None:
+            self._keep(self._whole(generations, counts, timing))
+        return self._whole(generations, counts, timing)
+
+    def last_events(self, counts: TokenCounts, timing: Timing | None) -> Iterable[Any]:
+        """See Responder."""
+        if self._keep is not None:
+            self._keep(self._whole(sorted(self._num_sent, key=self._index), counts, timing))
+        yield from super().last_events(counts, timing)
+
+    def _whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> ChatCompletion:
+        """Return the answer. Its lists of log-probabilities are written once."""
         answer: ChatCompletion = super().whole(generations, counts, timing)
-        return msgspec.structs.replace(answer, prompt_logprobs=self._prompt_logprobs(generations[0]))
+        prompt_logprobs = self._prompt_logprobs(generations[0])
+        return msgspec.structs.replace(answer, prompt_logprobs=prompt_logprobs, metadata=self._metadata)
 
     def _whole_choice(self, generation: Generation) -> ChatChoice:
         ended_by = _ended_by(generation)

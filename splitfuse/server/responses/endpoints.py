@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
-from urllib.parse import parse_qsl
+from typing import Any, Literal
 
 import msgspec
 
-from splitfuse.errors import InvalidRequestError, did_you_mean
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest, generate, parameters_named
 from splitfuse.server.openai.dialect import ErrorBody, error_body
+from splitfuse.server.paging import PAGE, ItemList, page_of, query_of
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
 from splitfuse.server.responses.items import Item, answer_id_of, with_ids
 from splitfuse.server.responses.protocol import NAMES, PATH, ResponseRequest
 from splitfuse.server.state import AppState
-from splitfuse.server.store import STORE_DISABLED, StoredAnswer
-
-MAX_PAGE = 100
-"""Number of items that one answer lists at most."""
+from splitfuse.server.store import StoredAnswer
 
 
 class Deleted(msgspec.Struct, frozen=True):
@@ -31,16 +26,6 @@ class Deleted(msgspec.Struct, frozen=True):
     id: str
     object: Literal["response"] = "response"
     deleted: Literal[True] = True
-
-
-class ItemList(msgspec.Struct, frozen=True):
-    """Lists items of the input of a response."""
-
-    data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    object: Literal["list"] = "list"
 
 
 class InputTokens(msgspec.Struct, frozen=True):
@@ -72,10 +57,7 @@ RESPONSES = Dialect(error=error_body, error_type=ErrorBody, key=bearer_or_header
 async def respond(state: AppState, context: RequestContext, body: ResponseRequest) -> None:
     """Answer POST /v1/responses."""
     owner, store = context.owner, state.store
-    if body.store and not store.is_enabled:
-        message = f"store: true is not possible, since {STORE_DISABLED}: leave store out or send false"
-        raise RefusedError(400, message, code="unsupported_parameter", parameter="store")
-    stores = store.is_enabled if body.store is None else body.store
+    stores = store.keeps(body.store, left_out=True)
     items, request = _read(state, context, body)
     context.prompt = request.messages
 
@@ -147,7 +129,7 @@ def _sent(item: Item) -> dict[str, Any]:
 
 async def stored_response(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/responses/{response_id}."""
-    query = _query(context, ("stream",))
+    query = query_of(context, ("stream",))
     if query.get("stream", "false") not in ("false", "False", "0"):
         message = "stream=true needs a response in the background, of which there are none: leave it out"
         raise RefusedError(400, message, code="unsupported_parameter", parameter="stream")
@@ -156,7 +138,7 @@ async def stored_response(state: AppState, context: RequestContext) -> None:
 
 async def delete_response(state: AppState, context: RequestContext) -> None:
     """Answer DELETE /v1/responses/{response_id}."""
-    _query(context, ())
+    query_of(context, ())
     state.store.delete(context.owner.name, _id(context))
     await context.answer(Deleted(_id(context)))
 
@@ -170,27 +152,8 @@ async def cancel_response(state: AppState, context: RequestContext) -> None:
 
 async def input_items(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/responses/{response_id}/input_items: what was sent with that request, the newest first."""
-    query = _query(context, ("after", "limit", "order"))
-    limit, order = query.get("limit", "20"), query.get("order", "desc")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
-        message = f"limit must be a whole number from 1 to {MAX_PAGE}, not {limit!r:.80}"
-        raise InvalidRequestError(message, parameter="limit")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order must be asc or desc, not {order!r:.80}", parameter="order")
     items = _read_plain(state.store.find(context.owner.name, _id(context)).asked)
-    if order == "desc":
-        items.reverse()
-    ids = [item["id"] for item in items]
-    start = 0
-    if (after := query.get("after")) is not None:
-        if after not in ids:
-            message = f"after must be the id of an item of this input, not {after!r:.200}"
-            raise InvalidRequestError(message, parameter="after")
-        start = ids.index(after) + 1
-    end = start + int(limit)
-    page = items[start:end]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    await context.answer(ItemList(page, first, last, has_more=end < len(items)))
+    await context.answer(page_of(items, query_of(context, PAGE), order="desc"))
 
 
 def _id(context: RequestContext) -> str:
@@ -198,27 +161,8 @@ def _id(context: RequestContext) -> str:
     return answer_id
 
 
-def _query(context: RequestContext, known: Sequence[str]) -> Mapping[str, str]:
-    """Return the parameters behind `?`. Raises RefusedError for others than those known."""
-    query = dict(parse_qsl(context.scope["query_string"].decode("latin-1"), keep_blank_values=True))
-    for name in query:
-        if name not in known:
-            _refuse(name, known)
-    return query
-
-
-def _refuse(name: str, known: Sequence[str]) -> NoReturn:
-    message = f"unknown parameter {name!r:.200}{did_you_mean(name, known)}"
-    raise RefusedError(400, message, code="unknown_parameter", parameter=name[:200])
-
-
 _route = functools.partial(Route, dialect=RESPONSES)
 _ONE = PATH + "/{response_id}"
-_PAGE: Mapping[str, Mapping[str, Any]] = {
-    "after": {"type": "string"},
-    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
-    "order": {"enum": ["asc", "desc"]},
-}
 
 ROUTES = (
     _route("POST", PATH, respond, "Answer a conversation of items", ResponseAnswer, ResponseRequest, ResponseEvent),
@@ -229,9 +173,7 @@ ROUTES = (
         query={"stream": {"enum": [False]}},
     ),
     _route("DELETE", _ONE, delete_response, "Forget a stored response", Deleted, errors=(400, 404)),
-    _route(
-        "GET", _ONE + "/input_items", input_items, "Input of a stored one", ItemList, errors=(400, 404), query=_PAGE
-    ),
+    _route("GET", _ONE + "/input_items", input_items, "Input of a stored one", ItemList, errors=(400, 404), query=PAGE),
     _route(
         "POST", _ONE + "/cancel", cancel_response, "Not supported: none runs in the background", None, errors=(400, 404)
     ),
