@@ -13,13 +13,13 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.grammar import call_grammar
-from splitfuse.text.chat_formats.parser import MessageSource
+from splitfuse.text.chat_formats.parser import MessageSource, start_of
 from splitfuse.text.chat_options import CHAT as CHAT
 from splitfuse.text.chat_options import ChatOptions as ChatOptions
 from splitfuse.text.reasoning import chat_reasoning
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
-from splitfuse.text.variables import template_variables
+from splitfuse.text.variables import asks_for_no_thought, template_variables
 
 GREEDY = SamplingParams()
 
@@ -27,8 +27,6 @@ LONG = 8
 """Characters of a text for each token that the model can read, from which on its tokens are first counted in pieces."""
 PIECE = 16384
 """Characters of these pieces."""
-PROMPT_END = 512
-"""Number of characters at the end of a prompt in which a template may have opened a thought."""
 MAX_FORMS = 64
 """Number of forms of answers whose grammars are kept for further requests."""
 
@@ -116,8 +114,9 @@ class PromptEncoder:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        end = ""
+        end = continued = ""
         if options.continue_final_message:
+            continued = _text_of(messages[-1])
             messages, end = _with_end(messages)
         text = self._render(messages, options)
         if end:
@@ -125,13 +124,15 @@ class PromptEncoder:
         token_ids = self._encode_text(text, add_special_tokens, max_model_len)
         message = None
         if options.reads_parts:
-            message = MessageSource(self._chat_format, options.tools, text[-PROMPT_END:], options.parallel_tool_calls)
+            start = start_of(self._chat_format, text, continued)
+            message = MessageSource(self._chat_format, options.tools, start, options.parallel_tool_calls)
             reasoning = chat_reasoning(
                 self._tokenizer,
-                message.prompt,
+                start,
                 max_tokens=options.max_reasoning_tokens,
                 has_form=params.structured_outputs is not None,
                 has_tools=bool(options.tools),
+                may_think=not asks_for_no_thought(options.variables, options.reasoning_effort),
             )
             params = replace(params, reasoning=reasoning)
         return PreparedRequest(token_ids, params, continues=options.continue_final_message, message=message)
@@ -192,6 +193,11 @@ class PromptEncoder:
                 if count > 2 * max_model_len:
                     raise prompt_too_long(f"more than {max_model_len}", max_model_len)
         return self._tokenize(text, add_special_tokens=add_special_tokens)
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _with_end(messages: Sequence[Message]) -> tuple[list[Message], str]:

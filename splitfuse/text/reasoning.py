@@ -9,8 +9,7 @@ from __future__ import annotations
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.errors import InvalidRequestError
 from splitfuse.text.chat_formats.formats import Channels
-from splitfuse.text.chat_formats.message import ReasoningDelta
-from splitfuse.text.chat_formats.parser import MessageParser
+from splitfuse.text.chat_formats.parser import Start
 from splitfuse.text.tokenizer import Tokenizer
 
 _CHANNELS = ("<|channel|>analysis<|message|>", "<|end|>")
@@ -24,10 +23,17 @@ _SPACES = ("\n", "\n\n", "\n\n\n", "\r\n", "\r\n\r\n", " ", "\t")
 
 
 def chat_reasoning(
-    tokenizer: Tokenizer, prompt: str, *, max_tokens: int | None = None, has_form: bool = False, has_tools: bool = False
+    tokenizer: Tokenizer,
+    start: Start,
+    *,
+    max_tokens: int | None = None,
+    has_form: bool = False,
+    has_tools: bool = False,
+    may_think: bool = True,
 ) -> Reasoning | None:
-    """Return how an engine finds the thought in an answer to a conversation that ends with `prompt`; None if it cannot,
-    and nothing depends on it. Raises as `reasoning_params`, and for a budget with a model that has no known thoughts.
+    """Return how an engine finds the thought in an answer that begins at `start`; None if it cannot and nothing depends
+    on it, or if there can be no thought: after content, and in an answer of a form where a thought was ended before, or
+    is not wanted (`may_think`). Raises as `reasoning_params`, and for a budget with a model whose thoughts are unknown.
     """
     chat_format = tokenizer.chat_format
     has_channels = isinstance(chat_format.calls, Channels)
@@ -36,13 +42,17 @@ def chat_reasoning(
             raise _refused(max_tokens, "it is not known how this model writes thoughts")
         return None
     open_text, close_text = texts
-    news = MessageParser(chat_format, prompt=prompt).feed("x")  # the beginning of an answer
+    is_open = start in (Start.THOUGHT, Start.IN_THOUGHT)
+    if has_form and not is_open and not (start is Start.NEW and may_think):
+        return None
+    if start is Start.CONTENT and not has_channels:
+        return None
     answer = _ANSWERS.get(close_text, "")
     return reasoning_params(
         tokenizer,
         open_text=open_text,
         close_text=close_text,
-        is_open=any(isinstance(event, ReasoningDelta) for event in news),
+        is_open=is_open,
         reopens=has_channels,
         max_tokens=max_tokens,
         has_form=has_form,

@@ -55,6 +55,11 @@ def template_variables(
     return variables or None
 
 
+def asks_for_no_thought(variables: Mapping[str, Any] | None, effort: str | None) -> bool:
+    """Return whether a request wants an answer without a thought."""
+    return effort in _NO_THOUGHT or any((variables or {}).get(name) is False for name in _SWITCHES)
+
+
 def _refuse_effort(effort: str, thinks: bool, switch: str | None) -> NoReturn:
     if not thinks:
         problem = 'the model\'s chat template has no thoughts; leave it out or send "none"'

@@ -9,7 +9,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN, ChatFormat, format_of
 from splitfuse.text.chat_formats.message import ArgumentsDelta, AssistantMessage, ContentDelta, Tool
-from splitfuse.text.chat_formats.parser import MessageParser
+from splitfuse.text.chat_formats.parser import MessageParser, Start, start_of
 from splitfuse.text.chat_formats.response_template import with_response_template
 
 THINK = ("<think>", "</think>")
@@ -103,8 +103,10 @@ HARMONY_CALLS = (
 )
 
 
-def parse(chat_format: ChatFormat, *pieces: str, tools: tuple[Tool, ...] = TOOLS, prompt: str = "") -> AssistantMessage:
-    parser = MessageParser(chat_format, tools=tools, prompt=prompt)
+def parse(
+    chat_format: ChatFormat, *pieces: str, tools: tuple[Tool, ...] = TOOLS, start: Start = Start.NEW
+) -> AssistantMessage:
+    parser = MessageParser(chat_format, tools=tools, start=start)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return AssistantMessage.of([*events, *parser.finish()])
 
@@ -199,30 +201,77 @@ def test_plain_format_leaves_the_text_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reasoning", "content"),
+    ("prompt", "start", "reasoning", "content"),
     [
-        ("<|im_start|>assistant\n", "", "Hm.\n</think>\n\nHello"),
-        ("<|im_start|>assistant\n<think>\n", "Hm.", "Hello"),
-        ("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n", "", "Hm.\n</think>\n\nHello"),
-        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
-        ("<|im_start|>assistant\n<think>\nBegun ", "Hm.", "Hello"),
-        ("<｜User｜>Hi<｜Assistant｜></think>", "", "Hm.\n</think>\n\nHello"),
-        ("Unknown turn: <think>\n", "Hm.", "Hello"),
-        ("Unknown turn: <think>\n\n</think>\n\n", "", "Hm.\n</think>\n\nHello"),
+        ("<|im_start|>assistant\n", Start.NEW, "", "Hm.\n</think>\n\nHello"),
+        ("<|im_start|>assistant\n<think>\n", Start.THOUGHT, "Hm.", "Hello"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", Start.AFTER_THOUGHT, "", "Hm.\n</think>\n\nHello"),
+        ("<｜User｜>Hi<｜Assistant｜></think>", Start.AFTER_THOUGHT, "", "Hm.\n</think>\n\nHello"),
+        ("[INST]<|im_start|>assistant\n<think>[/INST]", Start.NEW, "", "Hm.\n</think>\n\nHello"),
+        ("[TOOL_RESULTS][/INST]<think>well[/TOOL_RESULTS]", Start.NEW, "", "Hm.\n</think>\n\nHello"),
     ],
 )
-def test_prompt_may_have_opened_the_thought(prompt: str, reasoning: str, content: str) -> None:
+def test_template_may_have_opened_the_thought(prompt: str, start: Start, reasoning: str, content: str) -> None:
     chat_format = ChatFormat(name="thinker", reasoning=THINK)
+    assert start_of(chat_format, prompt) is start
+    assert start_of(PLAIN, prompt) is Start.NEW
     for pieces in cuts("Hm.\n</think>\n\nHello", 20):
-        message = parse(chat_format, *pieces, prompt=prompt)
+        message = parse(chat_format, *pieces, start=start)
         assert (message.reasoning.strip(), message.content) == (reasoning, content)
 
 
-def test_call_that_the_prompt_has_begun_is_given_as_a_whole() -> None:
-    prompt = f'<|im_start|>assistant\n{CALLS["hermes"]}<tool_call>{{"name": "get_weather", "arguments": {{"city": "Pa'
-    for pieces in cuts(f'ris"}}}}</tool_call>{CALLS["hermes"]}', 10):
-        message = parse(with_thoughts("hermes"), *pieces, prompt=prompt)
-        assert calls_of(message) == [("get_weather", {"city": "Paris"}), *TWO]
+@pytest.mark.parametrize(
+    ("continued", "start"),
+    [
+        ("", Start.NEW),
+        ("<think>\n", Start.THOUGHT),
+        ("<think>\n" + 200 * "well ", Start.IN_THOUGHT),
+        ("<think>\nwell</th", Start.IN_THOUGHT),
+        ("<think>\nwell</think>\n", Start.AFTER_THOUGHT),
+        ("<think>\nwell</think>yes", Start.CONTENT),
+        ("</think>", Start.AFTER_THOUGHT),
+        ("<", Start.CONTENT),
+        ("Anna </think>", Start.CONTENT),
+    ],
+)
+def test_answer_may_continue_any_part_of_a_message(continued: str, start: Start) -> None:
+    chat_format = ChatFormat(name="thinker", reasoning=THINK)
+    for header in ("<|im_start|>assistant\n", "ASSISTANT: "):
+        assert start_of(chat_format, f"<think>hi{header}{continued}", continued) is start
+    assert start_of(chat_format, f"<think>hi\n<think>\n\n</think>\n\n{continued}", continued) in (
+        start,
+        Start.AFTER_THOUGHT,
+    )
+    assert start_of(PLAIN, continued, continued) is (Start.CONTENT if continued else Start.NEW)
+
+
+def test_answer_that_continues_a_thought_keeps_its_spaces() -> None:
+    for pieces in cuts(" <think> more</think> Hello", 20):
+        message = parse(with_thoughts("hermes"), *pieces, start=Start.IN_THOUGHT)
+        assert (message.reasoning, message.content) == (" <think> more", "Hello")
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_answer_that_continues_a_call_is_its_rest(name: str) -> None:
+    calls = HARMONY_CALLS if name == "harmony" else CALLS[name]
+    for length in range(1, len(calls), 7):
+        start = start_of(with_thoughts(name), f"Hi {calls[:length]}", calls[:length])
+        content, reasoning, found = plain(parse(with_thoughts(name), calls[length:] + " Well", start=start))
+        assert reasoning == "" and TWO[len(TWO) - len(found) :] == [(each, json.loads(got)) for each, got in found]
+        if not found and name != "harmony":
+            assert content == calls[length:] + " Well"
+
+
+def test_channels_may_be_opened_by_the_prompt() -> None:
+    harmony, rest = with_thoughts("harmony"), "Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello<|return|>"
+    for prompt, continued, content, reasoning in (
+        ("<|start|>assistant<|channel|>analysis<|message|>", "", "Hello", "Hm."),
+        ("<|start|>assistant<|channel|>final<|message|>", "", "Hm.\nHello", ""),
+        ("<|start|>assistant<|channel|>final<|message|>Well", "Well", "Hm.\nHello", ""),
+    ):
+        for pieces in cuts(rest, 20):
+            message = parse(harmony, *pieces, start=start_of(harmony, prompt, continued))
+            assert (message.content, message.reasoning) == (content, reasoning)
 
 
 # What users of other servers complain about.
@@ -296,12 +345,11 @@ def test_name_may_come_after_the_arguments_and_arguments_may_lack() -> None:
 
 def test_call_may_end_a_thought_that_is_left_open() -> None:
     call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    thinks = "<|im_start|>assistant\n<think>\n"
-    message = parse(with_thoughts("hermes"), f"I call:\n{call}", prompt=thinks)
+    message = parse(with_thoughts("hermes"), f"I call:\n{call}", start=Start.THOUGHT)
     assert plain(message) == ("", "I call:", [("clock", "{}")])
-    message = parse(with_thoughts("hermes"), f"I call:\n{call}\n</think>\nDone", prompt=thinks)
+    message = parse(with_thoughts("hermes"), f"I call:\n{call}\n</think>\nDone", start=Start.THOUGHT)
     assert plain(message) == ("Done", "I call:", [("clock", "{}")])
-    message = parse(with_thoughts("hermes"), f"One writes {call}\n</think>Well", prompt=thinks)
+    message = parse(with_thoughts("hermes"), f"One writes {call}\n</think>Well", start=Start.THOUGHT)
     assert plain(message) == ("Well", f"One writes {call}", [])
 
 

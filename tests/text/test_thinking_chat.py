@@ -74,3 +74,15 @@ def test_content_begins_where_the_engine_begins_the_answer(pipe: splitfuse.Pipel
         else:
             assert "." not in message.content and "village" not in message.content
     assert num_thoughts > 2 and num_closed > 3
+
+
+@pytest.mark.parametrize("prefill", ["Anna keeps <", "<think>\nwell</think>yes", "</th", "<tool_call>", "Hi\n"])
+def test_answer_that_continues_a_text_is_what_was_generated(pipe: splitfuse.Pipeline, prefill: str) -> None:
+    encoder, options = PromptEncoder(pipe.tokenizer), ChatOptions(False, True, reads_parts=True)
+    talk = [*TALK, {"role": "assistant", "content": prefill}]
+    for settings in ({}, {"structured_outputs": {"choice": [" no"]}, "logit_bias": {START: 50.0}}):
+        params = encoder.compile(sampling_params(max_new_tokens=4, **settings))
+        generations = pipe.generator.add(encoder.encode_chat(talk, params, options))
+        list(pipe.generator.stream(generations))
+        message = generations[0].message
+        assert (message.content, message.reasoning) == (" no" if settings else generations[0].text, "")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum, auto
 
 from splitfuse.text.chat_formats import values
 from splitfuse.text.chat_formats.formats import (
@@ -47,17 +48,58 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=([\w.-]+)")
 _HEADS = Markers(("<|start|>", "<|channel|>", "<|message|>"))
 _BODY_ENDS = Markers((*_HEADS.texts, "<|end|>", "<|call|>", "<|return|>"))
-_ASSISTANT = (
-    *(
-        "<|im_start|>assistant",
-        "<|start_header_id|>assistant<|end_header_id|>",
-        "<|header_start|>assistant<|header_end|>",
-    ),
-    *("<｜Assistant｜>", "<|assistant|>", "<|start|>assistant", "<start_of_turn>model", "<|turn>model"),
-    *("<|im_assistant|>assistant<|im_middle|>", "[/INST]", "]~b]ai", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"),
-    *("<seed:bos>assistant", "[|assistant|]"),
-)
-"""Texts that begin the turn of the assistant in a prompt: what is after the last one belongs to the answer."""
+_LAST_HEADER = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>\Z")
+_ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+
+
+class Start(Enum):
+    """Names what a prompt has left open where the answer begins."""
+
+    NEW = auto()
+    """Nothing."""
+    THOUGHT = auto()
+    """A thought without text."""
+    IN_THOUGHT = auto()
+    """A thought with text."""
+    AFTER_THOUGHT = auto()
+    """Content without text, after a thought or in place of one."""
+    CONTENT = auto()
+    """Content with text, or a call, whose rest is content of this answer."""
+
+
+def start_of(chat_format: ChatFormat, prompt: str, continued: str = "") -> Start:
+    """Return where an answer begins whose prompt ends with `continued`, the text of a message which it continues.
+
+    Before that text only the very end of the prompt counts, which the template wrote: users and tools may write any
+    marker within it.
+
+    >>> start_of(ChatFormat(name="thinker", reasoning=("<think>", "</think>")), "<|assistant|><think>\\n")
+    <Start.THOUGHT: 2>
+    """
+    text, before = continued.strip(), prompt.rstrip()
+    before = before.removesuffix(text).rstrip() if before.endswith(text) else ""
+    if isinstance(chat_format.calls, Channels):
+        if text or (header := _LAST_HEADER.search(before)) is None:
+            return Start.CONTENT if text else Start.NEW
+        return Start.THOUGHT if header[1] == "analysis" else Start.AFTER_THOUGHT
+    if chat_format.reasoning is None:
+        return Start.CONTENT if text else Start.NEW
+    open_text, close_text = map(str.strip, chat_format.reasoning)
+    start = Start.THOUGHT if before.endswith(open_text) else Start.NEW
+    start = Start.AFTER_THOUGHT if before.endswith(close_text) else start
+    while text:
+        if start is Start.THOUGHT:
+            thought, close, text = text.removeprefix(open_text).partition(close_text)
+            unclosed = Start.IN_THOUGHT if thought.strip() else Start.THOUGHT
+            start = Start.AFTER_THOUGHT if close else unclosed
+        elif text.startswith(open_text):
+            start, text = Start.THOUGHT, text.removeprefix(open_text)
+        elif text.startswith(close_text):
+            start, text = Start.AFTER_THOUGHT, text.removeprefix(close_text)
+        else:
+            return Start.CONTENT
+        text = text.strip()
+    return start
 
 
 class MessageParser:
@@ -68,33 +110,23 @@ class MessageParser:
     [ReasoningDelta(text='Hm.'), ContentDelta(text='Hel')]
     """
 
-    def __init__(self, chat_format: ChatFormat, *, tools: Sequence[Tool] = (), prompt: str = "") -> None:
-        """Begin an answer. Without `tools`, calls are content. `prompt` is the end of the text before the answer, in
-        which a template may have opened a thought.
-        """
+    def __init__(self, chat_format: ChatFormat, *, tools: Sequence[Tool] = (), start: Start = Start.NEW) -> None:
+        """Begin an answer. Without `tools`, calls are content. `start` says where the prompt has ended."""
         self._tools = {tool.name: tool for tool in tools}
         self._calls = chat_format.calls if tools else None
         self._open, self._close = (text.strip() for text in chat_format.reasoning or ("", ""))
+        self._start = start
         self._source = Source()
         self._events: list[MessageEvent] = []
-        self._content = _Text(ContentDelta)
-        self._thought = _Text(ReasoningDelta)
+        self._content = _Text(ContentDelta, has_begun=start is Start.CONTENT)
+        self._thought = _Text(ReasoningDelta, has_begun=start is Start.IN_THOUGHT)
+        if start is Start.AFTER_THOUGHT:
+            self._content.touch()
         self._num_calls = 0
-        self._in_call = False
         self._num_unclosed = 0  # calls whose end has not come
         self._in_section = False
         self._swallows_close = False  # a call has ended the thought, whose end may still come
         self._steps = self._channels() if isinstance(chat_format.calls, Channels) else self._message()
-        self._reads_prompt = True
-        self._feed(self._begun(prompt))
-        self._reads_prompt = False
-        self._content.held = ""
-        begun = [event for event in self._events if isinstance(event, ToolCallStart | ArgumentsDelta)]
-        if self._in_call:  # the answer goes on with this one: it is given as a whole
-            self._events = [replace(event, index=0) for event in begun if event.index == self._num_calls - 1]
-        else:
-            self._events = []
-        self._num_calls = int(self._in_call)
 
     def feed(self, text: str) -> list[MessageEvent]:
         """Return the events that are certain after `text`, which follows what was fed before."""
@@ -107,13 +139,6 @@ class MessageParser:
         self._feed("")
         self._emit(self._content, self._content.rest())
         return self._taken()
-
-    def _begun(self, prompt: str) -> str:
-        """Return the part of the prompt that belongs to the answer."""
-        start = max((prompt.rfind(header) + len(header) for header in _ASSISTANT if header in prompt), default=-1)
-        if start < 0 and self._open and prompt.rstrip().endswith((self._open, self._close)):
-            start = prompt.rfind(self._open)
-        return prompt[start:] if start >= 0 else ""
 
     def _feed(self, text: str) -> None:
         self._source.feed(text)
@@ -153,6 +178,10 @@ class MessageParser:
         if not markers.texts:
             yield from source.copy(markers, lambda text: self._emit(self._content, text))
             return
+        if self._start is Start.THOUGHT:
+            yield from self._read_thought()
+        elif self._start is Start.IN_THOUGHT:
+            yield from self._read_rest_of_thought()
         while True:
             if calls is not None and calls.is_bare and self._content.at_start:
                 self._say((yield from source.take_run(_SPACES)))
@@ -163,18 +192,22 @@ class MessageParser:
                 return
             if marker == self._open and self._content.at_start:
                 yield from self._read_thought()
-            elif marker == self._close and (self._swallows_close or self._reads_prompt):
-                self._swallows_close = False  # templates that ask for no thought may write its end alone
+            elif marker == self._close and self._swallows_close:
+                self._swallows_close = False
                 self._content.touch()
             elif calls is None or not (yield from self._read_call(calls, marker)):
                 self._say(marker)
 
     def _read_thought(self) -> Steps[None]:
+        """Read a thought."""
+        self._thought.begin()
+        yield from self._source.skip_space()
+        yield from self._source.take(self._open)  # some repeat what the template has written
+        yield from self._read_rest_of_thought()
+
+    def _read_rest_of_thought(self) -> Steps[None]:
         """Read a thought to its end, or to a call at the beginning of a line: models forget to end their thoughts."""
         source, calls = self._source, self._calls
-        self._thought.begin()
-        yield from source.skip_space()
-        yield from source.take(self._open)  # some repeat what the template has written
         markers = markers_of(self._close, *_begins_of(calls))
         while marker := (yield from source.copy(markers, self._think)):
             if marker == self._close:
@@ -237,7 +270,6 @@ class MessageParser:
                 is_call = yield from self._gemma(calls)
             case _:
                 is_call = False
-        self._in_call = False
         if is_call and calls.close and not is_bare:
             yield from self._source.skip_space()
             self._num_unclosed += not (yield from self._source.take(calls.close.strip()))
@@ -252,7 +284,6 @@ class MessageParser:
             numbered = f"functions.{name}:{self._num_calls}"
             call_id = numbered if kind == "numbered" else f"call_{secrets.token_hex(12)}"
         self._source.commit()
-        self._in_call = True
         self._events.append(ToolCallStart(self._num_calls, call_id, name))
         self._num_calls += 1
 
@@ -500,6 +531,10 @@ class MessageParser:
 
     def _channels(self) -> Steps[None]:
         source = self._source
+        if self._start is Start.CONTENT:
+            self._end_body((yield from source.copy(_BODY_ENDS, self._say)))
+        elif self._start is not Start.NEW:
+            yield from self._channel(_ANALYSIS if self._start is Start.THOUGHT else _FINAL)
         while True:
             source.mark()
             spaces = yield from source.take_run(_SPACES)
@@ -537,14 +572,17 @@ class MessageParser:
         if recipient and self._calls is None:
             self._say(header)
             marker = yield from source.copy(_BODY_ENDS, self._say)
-            self._say("" if marker in _HEADS.texts else marker)
-        elif recipient and recipient[1].startswith("functions."):
+            if marker in _HEADS.texts:
+                source.position -= len(marker)
+            else:
+                self._say(marker)
+            return
+        if recipient and recipient[1].startswith("functions."):
             self._begin(recipient[1].removeprefix("functions."))
             yield from source.skip_space()
             if not (yield from values.json_value(source, self._argue)):
                 marker = yield from source.copy(_BODY_ENDS, self._argue)
                 source.position -= len(marker)
-            self._in_call = False
             yield from source.skip_space()
             self._content.begin()
             marker = yield from source.copy(_BODY_ENDS, self._say)
@@ -554,9 +592,13 @@ class MessageParser:
         else:
             self._content.begin()
             marker = yield from source.copy(_BODY_ENDS, self._say)
+        self._end_body(marker)
+
+    def _end_body(self, marker: str) -> None:
+        """Take in the marker that ended the body of a message, or leave it where it begins the next one's header."""
         if marker in _HEADS.texts:
-            source.position -= len(marker)
-        if marker and not (recipient and self._calls is None):
+            self._source.position -= len(marker)
+        if marker:
             self._content.touch()
 
 
@@ -565,10 +607,10 @@ class _Text:
     and white space within it is.
     """
 
-    def __init__(self, kind: type[ContentDelta] | type[ReasoningDelta]) -> None:
+    def __init__(self, kind: type[ContentDelta] | type[ReasoningDelta], *, has_begun: bool) -> None:
         self.kind = kind
         self.held = ""
-        self._has_begun = False
+        self._has_begun = has_begun
         self._touches = False  # what is held touches a marker
 
     @property
@@ -609,17 +651,17 @@ class _Text:
 
 @dataclass(frozen=True)
 class MessageSource:
-    """Says how to read an answer: its format, the tools that it may call, the end of its prompt."""
+    """Says how to read an answer: its format, the tools that it may call, and where it begins."""
 
     chat_format: ChatFormat = PLAIN
     tools: tuple[Tool, ...] = ()
-    prompt: str = ""
+    start: Start = Start.NEW
     parallel: bool = True
     """Flag of an answer that may have several calls; without it, those after the first are left out."""
 
     def parser(self) -> MessageParser:
         """Return a parser at the beginning of the answer."""
-        return MessageParser(self.chat_format, tools=self.tools, prompt=self.prompt)
+        return MessageParser(self.chat_format, tools=self.tools, start=self.start)
 
     def read(self, text: str) -> AssistantMessage:
         """Return the message that a whole answer is."""
