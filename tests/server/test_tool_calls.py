@@ -80,7 +80,6 @@ PARIS = ["weather", '{"city": "Pa\\"ris"}']
 @pytest.mark.parametrize(
     ("text", "keywords", "expected"),
     [
-        (CALL, {}, {"content": "", "calls": [PARIS], "reason": "tool_calls"}),
         (BOTH, {}, {"content": "Let me see.", "calls": [PARIS, ["now", "{}"]], "reason": "tool_calls"}),
         (BOTH, {"parallel_tool_calls": False}, {"calls": [PARIS], "reason": "tool_calls"}),
         (BOTH, {"tool_choice": "none"}, {"content": BOTH, "calls": [], "reason": "stop"}),
@@ -88,7 +87,7 @@ PARIS = ["weather", '{"city": "Pa\\"ris"}']
         (BOTH, {"max_tokens": 52}, {"content": "Let me see.", "reason": "length"}),
         (BOTH, {"stop": "ris"}, {"content": "Let me see.", "calls": [["weather", '{"city": "Pa\\"']]}),
     ],
-    ids=["call", "content and calls", "one call", "none", "text", "length within a call", "stop string within a call"],
+    ids=["content and calls", "one call", "none", "text", "length within a call", "stop string within a call"],
 )
 def test_calls_come_streamed_as_whole(ai: openai.OpenAI, text: str, keywords: Any, expected: dict[str, Any]) -> None:
     keywords = {"logprobs": True, **keywords}
@@ -104,7 +103,7 @@ def test_calls_come_streamed_as_whole(ai: openai.OpenAI, text: str, keywords: An
 
 def test_content_is_null_if_there_are_only_calls(ai: openai.OpenAI) -> None:
     answer = create(ai, CALL)
-    assert answer.choices[0].message.content is None
+    assert answer.choices[0].message.content is None and answer.choices[0].finish_reason == "tool_calls"
     arguments = answer.choices[0].message.tool_calls[0].function.arguments
     assert json.loads(arguments) == {"city": 'Pa"ris'}
 
@@ -139,29 +138,21 @@ def test_the_stream_helper_reads_calls(ai: openai.OpenAI) -> None:
 def test_pipeline_and_client_give_calls_too(server: RunningServer, pipe: splitfuse.Pipeline) -> None:
     form = {"structured_outputs": {"choice": [BOTH]}, "chat": True, "tools": TOOLS, "max_new_tokens": 200}
     with splitfuse.client(server.url) as client:
-        found = [
-            *pipe("Hi", **form),
-            *client("Hi", **form),
-            *(piece.response for piece in client("Hi", stream=True, **form) if piece.response is not None),
-        ]
-        assert "".join(piece.text for piece in pipe("Hi", stream=True, **form)) == "Let me see."
-    assert [response.generated_text for response in found] == ["Let me see."] * 3
-    for response in found:
-        assert [(call.name, json.loads(call.arguments)) for call in response.tool_calls] == [
-            ("weather", {"city": 'Pa"ris'}),
-            ("now", {}),
-        ]
-        assert response.finish_reason == "stop"
+        streams = [list(pipe("Hi", stream=True, **form)), list(client("Hi", stream=True, **form))]
+        found = [*client("Hi", **form), *(pieces[-1].response for pieces in streams)]
+        assert ["".join(piece.text for piece in pieces) for pieces in streams] == ["Let me see."] * 2
+        for response in found:
+            assert response is not None and response.finish_reason == "stop"
+            calls = [(call.name, json.loads(call.arguments)) for call in response.tool_calls]
+            assert response.generated_text == "Let me see." and calls == [("weather", {"city": 'Pa"ris'}), ("now", {})]
         result = {"role": "tool", "tool_call_id": response.tool_calls[0].call_id, "content": "warm"}
         turns = [USER, response.message, result]
         parsed = json.loads(json.dumps(turns))
         for call in parsed[1]["tool_calls"]:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        prompts = {pipe.prepare(each, chat=True)[0].token_ids for each in (turns, parsed)}
-        assert len(prompts) == 1
-        with splitfuse.client(server.url) as client:
-            lengths = {client(each, chat=True, max_new_tokens=1)[0].prompt_length for each in (turns, parsed)}
-        assert lengths == {len(prompts.pop())}
+        (prompt,) = {pipe.prepare(each, chat=True)[0].token_ids for each in (turns, parsed)}
+        lengths = {client(each, chat=True, max_new_tokens=1)[0].prompt_length for each in (turns, parsed)}
+    assert lengths == {len(prompt)}
 
 
 @pytest.mark.parametrize(
@@ -199,36 +190,31 @@ LIMITED: Any = [
 WEATHER_ONLY: Any = {"type": "function", "function": {"name": "weather"}}
 
 
-@pytest.mark.parametrize("choice", ["required", WEATHER_ONLY])
-@pytest.mark.parametrize("stream", [False, True])
-def test_required_calls_are_made(ai: openai.OpenAI, choice: Any, stream: bool) -> None:
-    names = set()
-    for seed in range(4):
-        keywords: Any = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 150, "seed": seed}
-        answer: Any = ai.chat.completions.create(
-            model="storyteller", messages=[USER], tools=LIMITED, stream=stream, **keywords
-        )
-        found = joined(answer) if stream else whole(answer)
-        ((name, arguments),) = found["calls"]
-        names.add(name)
-        assert found["content"] == "" and found["reason"] == "tool_calls"
-        assert json.loads(arguments) in ({"city": "Paris"}, {"city": "Rome"}) if name == "weather" else ({},)
-    assert names == ({"weather"} if choice is WEATHER_ONLY else {"weather", "now"})
+@pytest.mark.parametrize(("choice", "names"), [("required", {"weather", "now"}), (WEATHER_ONLY, {"weather"})])
+def test_required_calls_are_made(ai: openai.OpenAI, choice: Any, names: set[str]) -> None:
+    keywords: Any = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 150, "seed": 1}
+    asked: Any = {"model": "storyteller", "messages": [USER], "tools": LIMITED, **keywords}
+    answer = ai.chat.completions.create(**asked, n=4)
+    found = [whole(answer.model_copy(update={"choices": [each]})) for each in answer.choices]
+    assert joined(ai.chat.completions.create(**asked, stream=True)) == found[0]
+    for each in found:
+        ((name, arguments),) = each["calls"]
+        assert each["content"] == "" and each["reason"] == "tool_calls"
+        assert json.loads(arguments) in ([{"city": "Paris"}, {"city": "Rome"}] if name == "weather" else [{}])
+    assert {each["calls"][0][0] for each in found} == names
 
 
 def test_answer_of_a_form_may_call_tools_instead(ai: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-    kinds = set()
-    for seed in range(12):
-        keywords: Any = {"response_format": form, "temperature": 2, "max_tokens": 150, "seed": seed}
-        answer = ai.chat.completions.create(model="storyteller", messages=[USER], tools=LIMITED, **keywords)
-        choice = answer.choices[0]
-        kinds.add(choice.finish_reason)
+    keywords: Any = {"response_format": form, "temperature": 2, "max_tokens": 150, "seed": 0, "n": 12}
+    answer = ai.chat.completions.create(model="storyteller", messages=[USER], tools=LIMITED, **keywords)
+    for choice in answer.choices:
         if choice.message.tool_calls:
             assert choice.message.content is None
         else:
             assert json.loads(choice.message.content or "") in ({"a": 1}, {"a": 2})
+    kinds = {choice.finish_reason for choice in answer.choices}
     assert "stop" in kinds and kinds <= {"stop", "tool_calls", "length"}
 
 
