@@ -9,7 +9,8 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu.bindings import Lora, LoraWeight, Weight, check, int32
+from splitfuse.kernels.cpu.bindings import Lora, LoraWeight, Weight, int32
+from splitfuse.kernels.cpu.memory import CACHE_LINE, allocate
 from splitfuse.kernels.interface import LayerWeights, NetworkWeights
 from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
 
@@ -23,27 +24,42 @@ class PackedLora:
     def __init__(self, adapter: Adapter, weights: NetworkWeights) -> None:
         self.table = (LoraWeight * (len(adapter) * len(TARGETS)))()
         self.most_ranks = 1
-        self._tensors: list[tuple[Tensor, ...]] = []
+        packed: list[tuple[LoraWeight, tuple[Tensor, ...]]] = []
         for layer, (updates, layer_weights) in enumerate(zip(adapter, weights.layers, strict=True)):
-            for target, each in updates.items():
-                entry = self.table[layer * len(TARGETS) + TARGETS.index(target)]
-                self._set(entry, each, _weight(layer_weights, target))
+            for number, target in enumerate(TARGETS):
+                if target in updates:
+                    entry = self.table[layer * len(TARGETS) + number]
+                    packed.append((entry, _packed(updates[target], _weight(layer_weights, target))))
+        self._keep(packed)
 
-    def _set(self, entry: LoraWeight, updates: Sequence[LoraUpdate], weight: Weight) -> None:
-        for update in updates:
-            assert update.a.shape == (update.b.shape[1], weight.columns)
-            assert update.first_row + len(update.b) <= weight.rows
-        a = _interleaved(torch.cat([update.a for update in updates]))
-        scales = torch.zeros(len(a) * RANKS)
-        scales[: _num_ranks(updates)] = torch.cat([torch.full((len(each.a),), each.scale) for each in updates])
-        vectors, b = _in_vectors(updates, _panel_rows(weight))
-        tensors = (a, scales, vectors, b)
-        for tensor, dtype in zip(tensors, (torch.bfloat16, torch.float32, torch.int64, torch.bfloat16), strict=True):
-            check(tensor, dtype)
-        self._tensors.append(tensors)
-        entry.a, entry.scales, entry.vectors, entry.b = (tensor.data_ptr() for tensor in tensors)
-        entry.rank = len(scales)
-        self.most_ranks = max(self.most_ranks, len(scales))
+    def _keep(self, packed: Sequence[tuple[LoraWeight, tuple[Tensor, ...]]]) -> None:
+        """Copy all tensors side by side, in the order in which they are read."""
+        room = sum(_room(tensor) for _, tensors in packed for tensor in tensors)
+        self._memory = free = allocate(room)
+        for entry, tensors in packed:
+            for name, tensor in zip(("vectors", "scales", "a", "b"), tensors, strict=True):
+                free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+                setattr(entry, name, free.data_ptr())
+                free = free[_room(tensor) :]
+            entry.rank = len(tensors[1])
+            self.most_ranks = max(self.most_ranks, entry.rank)
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // CACHE_LINE) * CACHE_LINE
+
+
+def _packed(updates: Sequence[LoraUpdate], weight: Weight) -> tuple[Tensor, ...]:
+    """Return the vectors, scales, a and b of a weight."""
+    for update in updates:
+        assert update.a.shape == (update.b.shape[1], weight.columns)
+        assert update.first_row + len(update.b) <= weight.rows
+    a = _interleaved(torch.cat([update.a for update in updates]))
+    scales = torch.zeros(len(a) * RANKS)
+    scales[: _num_ranks(updates)] = torch.cat([torch.full((len(each.a),), each.scale) for each in updates])
+    vectors, b = _in_vectors(updates, _panel_rows(weight))
+    assert (vectors.dtype, scales.dtype, a.dtype, b.dtype) == (torch.int64, torch.float32, *[torch.bfloat16] * 2)
+    return vectors, scales, a, b
 
 
 def _weight(layer: LayerWeights, target: str) -> Weight:

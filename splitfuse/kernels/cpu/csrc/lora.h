@@ -31,6 +31,9 @@ constexpr int RANKS = 8;                 // of a, side by side: kernels/cpu/lora
 constexpr int PAIRED = 2 * LANES;        // columns of a for a word of each lane
 constexpr int TOGETHER = WIDE_ROWS == MAX_ROWS ? RANKS : RANKS / 2;  // ranks whose sums fill the registers
 
+constexpr i64 A_AHEAD = 16 * RANKS * PAIRED;  // elements ahead of use that a is prefetched, and panels that b is
+constexpr i64 B_AHEAD = 4;
+
 SF_INLINE Floats add_pairs(Floats total, Packed words, Floats first, Floats second) {
     return fma(second, second_of_pairs(words), fma(first, first_of_pairs(words), total));
 }
@@ -38,6 +41,7 @@ SF_INLINE Floats add_pairs(Floats total, Packed words, Floats first, Floats seco
 template <int... J>
 SF_INLINE void shrink_step(Floats (&acc)[TOGETHER], Packed x, const u16* a, std::integer_sequence<int, J...>) {
     const Floats first = first_of_pairs(x), second = second_of_pairs(x);
+    (_mm_prefetch(reinterpret_cast<const u8*>(a + J * PAIRED + A_AHEAD), _MM_HINT_T0), ...);
     ((acc[J] = add_pairs(acc[J], load_packed(a + J * PAIRED), first, second)), ...);
 }
 
@@ -69,17 +73,26 @@ inline void shrink_row(const Adapted& adapted, i64 row, const u16* x, i64 column
     }
 }
 
-// Returns what the ranks of a row add to 16 columns. What follows in b, for the next panel, is prefetched.
+// Returns a pair of ranks times 16 columns, plus a total, and prefetches what later panels read.
+SF_INLINE Floats expand_pair(Floats total, const u16* b, const float* ranks, i64 ahead) {
+    _mm_prefetch(reinterpret_cast<const u8*>(b + ahead), _MM_HINT_T0);
+    return add_pairs(total, load_packed(b), broadcast(ranks[0]), broadcast(ranks[1]));
+}
+
+// Returns what the ranks of a row add to 16 columns.
 SF_INLINE Floats expand(const LoraWeight& w, const float* shrunk, i64 vector) {
     const i64* place = w.vectors + 3 * vector;
+    const i64 count = place[1], ahead = B_AHEAD * count * PAIRED;  // a panel has two vectors of count / 2 pairs
     const float* ranks = shrunk + place[0];
     const u16* b = w.b + place[2] * PAIRED;
-    Floats total = broadcast(0.0f);
-    for (i64 j = 0; j < place[1]; j += 2, b += PAIRED) {
-        _mm_prefetch(reinterpret_cast<const u8*>(b + place[1] * PAIRED), _MM_HINT_T0);
-        total = add_pairs(total, load_packed(b), broadcast(ranks[j]), broadcast(ranks[j + 1]));
+    Floats even = broadcast(0.0f), odd = even;
+    i64 j = 0;
+    for (; j + 4 <= count; j += 4, b += 2 * PAIRED) {
+        even = expand_pair(even, b, ranks + j, ahead);
+        odd = expand_pair(odd, b + PAIRED, ranks + j + 2, ahead);
     }
-    return total;
+    if (j < count) even = expand_pair(even, b, ranks + j, ahead);
+    return even + odd;
 }
 
 }  // namespace SF_VARIANT
