@@ -48,41 +48,46 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice = AUTO, *, name: str 
         _refuse(name, f"names {choice.name!r:.200}, which is none of the tools{nearest(choice.name, names)}")
 
 
-def template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    """Return a call of an earlier turn as chat templates read it, with an object of arguments. `where` is the place of
-    the arguments. Raises InvalidRequestError if they are no object in JSON.
+def template_call(call: ToolCall) -> dict[str, Any]:
+    """Return a call of an earlier turn as chat templates read it, with an object of arguments. What the model wrote in
+    place of one goes back to it as it is, so that a conversation can go on from there.
     """
-    try:
-        arguments = json.loads(call.arguments or "{}", parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse(where, f'must be JSON, such as \'{{"city": "Paris"}}\': {error}')
-    if not isinstance(arguments, dict):
-        _refuse(where, f'must be an object in JSON, such as \'{{"city": "Paris"}}\', not {brief(arguments)}')
-    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.parsed}}
 
 
-def name_results(messages: Sequence[dict[str, Any]], place: Callable[[int], str]) -> None:
+def name_results(messages: Sequence[dict[str, Any]], place: Callable[[int, int | None], str]) -> None:
     """Give the results of tools in a conversation, as chat templates read it, the names of their tools.
 
-    `place` returns how a request names the id in a result. Raises InvalidRequestError for a result that answers no call
-    before it.
+    `place` returns how a request names the id in a result, or in a call of a message by its number. Raises
+    InvalidRequestError for a result that answers no call before it, and for calls of one id before their result.
     """
     names: dict[str, str] = {}
+    unanswered: set[str] = set()
     for index, message in enumerate(messages):
-        for call in message.get("tool_calls") or ():
-            names[call.get("id", "")] = call["function"]["name"]
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            if (call_id := call.get("id", "")) in unanswered and call_id:
+                problem = f"is {call_id!r:.80}, as that of a call before it: each call needs an id of its own"
+                _refuse(place(index, number), problem)
+            names[call_id] = call["function"]["name"]
+            unanswered.add(call_id)
         if message.get("role") == "tool":
             if (call_id := message["tool_call_id"]) not in names:
                 problem = f"is {call_id!r:.80}, which is the id of no call in an assistant's message before it"
-                _refuse(place(index), problem + nearest(call_id[:80], names))
+                _refuse(place(index, None), problem + nearest(call_id[:80], names))
+            unanswered.discard(call_id)
             message.setdefault("name", names[call_id])
+
+
+def place_in_messages(index: int, number: int | None) -> str:
+    """Return how OpenAI's chats name an id, for `name_results`."""
+    return f"messages[{index}]." + ("tool_call_id" if number is None else f"tool_calls[{number}].id")
 
 
 def template_messages(messages: Any) -> Any:
     """Return messages as chat templates read them: calls with objects of arguments, results with names of tools. What
     is no list of messages is left as it is, for the template's own checks.
 
-    Raises InvalidRequestError, naming the place, for arguments that are no object, and for a result of no call.
+    Raises InvalidRequestError, naming the place, for what is no call, and for a result of no call.
     """
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         return messages
@@ -93,7 +98,7 @@ def template_messages(messages: Any) -> Any:
                 _parsed(each, f"messages[{index}].tool_calls[{i}]") for i, each in enumerate(calls)
             ]
     if all("tool_call_id" in message for message in read if message.get("role") == "tool"):
-        name_results(read, lambda index: f"messages[{index}].tool_call_id")
+        name_results(read, place_in_messages)
     return read
 
 
@@ -130,7 +135,7 @@ def _parsed(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, str):
         _refuse(f"{where}.function.arguments", f"must be a mapping or its JSON, not {brief(arguments)}")
     call_id = str(call.get("id", ""))
-    return template_call(ToolCall(call_id, function["name"], arguments), f"{where}.function.arguments")
+    return template_call(ToolCall(call_id, function["name"], arguments))
 
 
 def tools_of(value: object) -> tuple[Tool, ...]:
@@ -189,10 +194,6 @@ def _tool(value: object, where: str) -> Tool:
         tool = Tool(**given)
     check_tool(tool, where)
     return tool
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _refuse(place: str, problem: str) -> NoReturn:

@@ -263,9 +263,21 @@ def test_a_thought_that_is_not_shown_comes_back_by_its_signature(tokenizer: Toke
         assert "reasoning_content" not in conversation(messages=turns)[1]
 
 
-def test_a_call_that_is_cut_off_has_no_input(tokenizer: Tokenizer) -> None:
+def test_a_call_that_is_cut_off_has_its_text_as_input(tokenizer: Tokenizer) -> None:
     whole, _ = answered(tokenizer, THINKS + CALLS[:60], FinishReason.LENGTH, max_tokens=1)
-    assert (whole["stop_reason"], whole["content"][-1]["input"]) == ("max_tokens", {})
+    assert whole["stop_reason"] == "max_tokens"
+    assert whole["content"][-1]["input"] == {"INVALID_JSON": CALLS[:60].partition('arguments": ')[2]}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": }', "[1]", "3", '{"a": NaN}', '{"a": "\\ud800"}'])
+def test_a_call_that_cannot_be_read_is_none_to_run(tokenizer: Tokenizer, arguments: str) -> None:
+    words = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+    whole, _ = answered(tokenizer, words, FinishReason.STOP)
+    (call,) = whole["content"]
+    assert whole["stop_reason"] == "end_turn" and list(call["input"]) == ["INVALID_JSON"]
+    assert call["input"]["INVALID_JSON"].startswith(arguments)
+    again = conversation(messages=[*BODY["messages"], assistant(call), user({**RESULT, "tool_use_id": call["id"]})])
+    assert again[1]["tool_calls"][0]["function"]["arguments"] == call["input"]
 
 
 # Conversations -------------------------------------------------------------------------------------------------------
@@ -395,6 +407,7 @@ def tool(**fields: Any) -> dict[str, Any]:
         (turns(user({"type": "text"})), "messages[1].content[0].text is missing"),
         (turns(user({**text("x"), "thinking": "y"})), "messages[1].content[0].thinking needs the type thinking"),
         (turns(user(RESULT)), "messages[1].content[0].tool_use_id is 'toolu_1', which is the id of no call"),
+        (turns(assistant("a", USE, USE)), "messages[1].content[2].id is 'toolu_1', as that of a call before it"),
         (
             turns(assistant(USE), user({**RESULT, "content": [{"type": "image"}]})),
             "messages[2].content[0].content[0].type must be text or tool_reference, not 'image'",

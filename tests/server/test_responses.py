@@ -12,6 +12,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
+from splitfuse.errors import InvalidRequestError
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent
 from splitfuse.server.responses.items import messages_of
 from splitfuse.server.responses.protocol import ResponseRequest
@@ -301,10 +302,22 @@ def test_required_calls_are_made_and_cut_off_ones_are_incomplete(ai: openai.Open
     cut = ai.responses.create(input=QUESTION, max_output_tokens=(answer.usage.output_tokens - 20), **keywords)  # type: ignore[union-attr]
     assert cut.status == "incomplete" and cut.output[-1].status == "incomplete"  # type: ignore[union-attr]
     assert cut.incomplete_details is not None and cut.incomplete_details.reason == "max_output_tokens"
-    again = ai.responses.create(input="Go on.", previous_response_id=cut.id, max_output_tokens=1, **GREEDY)
-    asked: Any = [{"role": "user", "content": text} for text in (QUESTION, "Go on.")]
-    count = ai.responses.input_tokens.count(model=MODEL, input=asked)
-    assert again.usage is not None and again.usage.input_tokens == count.input_tokens, "no call that was cut off"
+    error: Any = {"type": "function_call_output", "call_id": cut.output[-1].call_id, "output": "no JSON"}  # type: ignore[union-attr]
+    sent: Any = [{"role": "user", "content": QUESTION}, *(item.to_dict() for item in cut.output), error]
+    counts = [
+        ai.responses.input_tokens.count(model=MODEL, **again).input_tokens
+        for again in ({"input": sent}, {"input": [error], "previous_response_id": cut.id}, {"input": sent[:1]})
+    ]
+    assert counts[0] == counts[1] > counts[2]
+
+
+@pytest.mark.parametrize("arguments", ['{"city": }', '["Paris"]', '{"city": NaN}'])
+def test_a_call_that_cannot_be_read_is_incomplete(ai: openai.OpenAI, arguments: str) -> None:
+    written = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+    answer = ai.responses.create(input=QUESTION, **forced(written))
+    (call,) = answer.output
+    assert (answer.status, call.type, call.status) == ("completed", "function_call", "incomplete")
+    assert ai.responses.create(input="Go on.", previous_response_id=answer.id, max_output_tokens=1, **GREEDY)
 
 
 def test_items_become_messages() -> None:
@@ -335,6 +348,14 @@ def test_items_become_messages() -> None:
         {"role": "assistant", "content": "No"},
         {"role": "user", "content": "c"},
     ]
+
+
+def test_calls_of_one_id_name_the_second() -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    request = decode(ResponseRequest, json.dumps({"input": [call, call]}).encode())
+    with pytest.raises(InvalidRequestError, match="as that of a call before it") as raised:
+        messages_of(request.items, num_before=0)
+    assert raised.value.parameter == "input[1].call_id"
 
 
 # What is kept --------------------------------------------------------------------------------------------------------
@@ -534,7 +555,6 @@ def check_refused(server: RunningServer, body: dict[str, Any], param: str, words
         ({"role": "user", "content": [{"type": "output_text", "text": "x"}]}, ".content[0].type", "must be input_text"),
         ({"role": "user", "content": [{"type": "input_text"}]}, ".content[0]", "must have a text"),
         ({"type": "function_call", "call_id": "1", "name": "f"}, ".arguments", "is missing"),
-        ({"type": "function_call", "call_id": "1", "name": "f", "arguments": "[]"}, ".arguments", "must be an object"),
         ({"type": "function_call_output", "call_id": "1", "output": "a"}, ".call_id", "is the id of no call"),
         ({"type": "item_reference", "id": "msg_1"}, ".id", "is the id of no item of a stored response"),
         ({"type": "item_reference", "id": "msg_" + "0" * 32 + "0"}, ".id", "there is no stored answer"),

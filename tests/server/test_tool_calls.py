@@ -108,6 +108,14 @@ def test_content_is_null_if_there_are_only_calls(ai: openai.OpenAI) -> None:
     assert json.loads(arguments) == {"city": 'Pa"ris'}
 
 
+@pytest.mark.parametrize("arguments", ['{"city": }', '["Paris"]', '{"city": NaN}'])
+def test_a_call_that_cannot_be_read_is_no_reason(ai: openai.OpenAI, arguments: str) -> None:
+    (choice,) = create(ai, f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>').choices
+    assert choice.finish_reason == "stop" and choice.message.tool_calls[0].function.arguments.startswith(arguments)
+    error: Any = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "no JSON"}
+    assert create(ai, "Sorry", messages=[USER, choice.message, error]).choices[0].message.content == "Sorry"
+
+
 def test_arguments_are_streamed_as_they_come(ai: openai.OpenAI) -> None:
     deltas = [
         call.function.arguments

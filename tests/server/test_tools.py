@@ -1,5 +1,6 @@
 """Tools in chats: how requests tell of them, and what is refused."""
 
+import json
 from typing import Any
 
 import pytest
@@ -110,10 +111,12 @@ def turns(*messages: dict[str, Any]) -> dict[str, Any]:
         (turns({"role": "tool", "content": "x"}), "messages[1].tool_call_id", "is missing"),
         (turns({**USER, "tool_call_id": "a"}), "messages[1].tool_call_id", "needs the role tool, not user"),
         (turns({**USER, "tool_calls": [call("f", "{}")]}), "messages[1].tool_calls", "needs the role assistant"),
-        (turns(assistant(call("f", '{"a": '))), "messages[1].tool_calls[0].function.arguments", "must be JSON"),
-        (turns(assistant(call("f", "NaN"))), "messages[1].tool_calls[0].function.arguments", "NaN is not JSON"),
-        (turns(assistant(call("f", "[" * 9999))), "messages[1].tool_calls[0].function.arguments", "must be JSON"),
-        (turns(assistant(call("f", "[1]"))), "messages[1].tool_calls[0].function.arguments", "not [1]"),
+        (turns(assistant(call("f", "{}"), call("f", "{}"))), "messages[1].tool_calls[1].id", "an id of its own"),
+        (
+            turns({"role": "assistant", "reasoning": "a", "reasoning_content": "b"}),
+            "messages[1].reasoning_content",
+            "b and reasoning a are two names of one thing",
+        ),
         (turns(assistant({**call("f", "{}"), "type": "x"})), "messages[1].tool_calls[0].type", "must be function"),
         (
             turns(assistant(call("f", "")), result(content=[{"type": "image_url", "image_url": {}}])),
@@ -127,6 +130,17 @@ def test_what_is_refused_names_its_place(server: RunningServer, body: dict[str, 
         answer = http.post(CHAT, json={"messages": [USER], "max_tokens": 1, **body})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param) and words in error["message"], error
+
+
+@pytest.mark.parametrize("arguments", ['{"a": ', '{"a": }}', "[1]", "3", "text", '{"a": NaN}', "[" * 9999])
+def test_arguments_that_are_no_object_go_back_as_text(server: RunningServer, arguments: str) -> None:
+    prompt = prompt_of(server, messages=[USER, assistant(call("now", arguments)), result()])
+    assert f'"arguments": {json.dumps({"INVALID_JSON": arguments})}' in prompt
+
+
+def test_an_id_may_come_again_after_its_result(server: RunningServer) -> None:
+    prompt = prompt_of(server, messages=[USER, *(assistant(call("now", "{}")), result()) * 2])
+    assert prompt.count('"name": "now"') == 2
 
 
 def test_arguments_left_empty_are_none_and_results_may_be_parts(server: RunningServer) -> None:

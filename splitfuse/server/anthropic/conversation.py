@@ -249,7 +249,7 @@ class TurnReader:
         """Messages for a chat template."""
         self.found_tools: set[str] = set()
         """Names of tools in results: those with defer_loading are shown from then on."""
-        self._places: dict[int, str] = {}  # of the ids in results, by the identity of their messages
+        self._places: dict[int, str] = {}  # of ids, by the identity of calls and messages of results
         blocks = [SystemBlock(type="text", text=system)] if isinstance(system, str) else system or ()
         for number, block in enumerate(blocks):
             block.check(f"system[{number}]", ("text",))
@@ -268,7 +268,7 @@ class TurnReader:
             message["content"] = (
                 "".join(texts) if len(texts) < 2 else [{"type": "text", "text": text} for text in texts]
             )
-        name_results(self.messages, lambda at: self._places[id(self.messages[at])])
+        name_results(self.messages, self._place)
 
     @property
     def continues(self) -> bool:
@@ -280,6 +280,10 @@ class TurnReader:
             message = "messages must go on after a tool_use with a user's message, which has its tool_result"
             raise InvalidRequestError(message, parameter="messages")
         return True
+
+    def _place(self, index: int, number: int | None) -> str:
+        message = self.messages[index]
+        return self._places[id(message if number is None else message["tool_calls"][number])]
 
     def _read(self, turn: MessageTurn, where: str) -> None:
         texts = [block.text or "" for block in turn.blocks if block.type == "text"]
@@ -293,7 +297,7 @@ class TurnReader:
         elif turn.role == "assistant":
             self._say("assistant", ())
             self._think(turn.blocks)
-            self._call(turn.blocks)
+            self._call(turn.blocks, where)
         self._say(turn.role, texts)
 
     @property
@@ -314,12 +318,13 @@ class TurnReader:
             last = self.messages[-1]
             last["reasoning_content"] = "\n".join(filter(None, (last.get("reasoning_content"), thought)))
 
-    def _call(self, blocks: Sequence[ContentBlock]) -> None:
-        for block in blocks:
+    def _call(self, blocks: Sequence[ContentBlock], where: str) -> None:
+        for number, block in enumerate(blocks):
             if block.type == "tool_use":
                 function = {"name": block.name, "arguments": block.input}
                 call = {"id": block.id, "type": "function", "function": function}
                 self.messages[-1].setdefault("tool_calls", []).append(call)
+                self._places[id(call)] = f"{where}.content[{number}].id"
 
     def _add_result(self, block: ContentBlock, where: str) -> None:
         content = block.content or ()

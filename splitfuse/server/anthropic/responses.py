@@ -5,7 +5,6 @@ Both come from the same events, so that they have the same blocks of content.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from splitfuse.text.chat_formats.message import (
     ContentDelta,
     MessageEvent,
     ReasoningDelta,
+    ToolCall,
     ToolCallStart,
 )
 from splitfuse.text.generation import Generation
@@ -44,7 +44,9 @@ class AnswerThinking(msgspec.Struct, tag_field="type", tag="thinking"):
 
 
 class AnswerToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
-    """Holds a call of a tool. `input` is empty where the answer was cut off within it."""
+    """Holds a call of a tool. Where the answer was cut off within it, or the model has not written an object in JSON,
+    `input` has what there is as a text, INVALID_JSON.
+    """
 
     id: str
     name: str
@@ -201,7 +203,7 @@ class MessagesResponder(MessageResponder):
             last.signature = sign(self._thought, shown=self._request.shows_thoughts)
             yield self._delta(MessagesDelta("signature_delta", signature=last.signature))
         elif isinstance(last, AnswerToolUse):
-            last.input = _parsed(self._arguments)
+            last.input = ToolCall(last.id, last.name, self._arguments).parsed
         self._is_open = False
         yield MessagesEvent("content_block_stop", index=len(self._blocks) - 1)
 
@@ -215,19 +217,9 @@ class MessagesResponder(MessageResponder):
             return "model_context_window_exceeded" if is_less else "max_tokens", None
         if generation.stop_string is not None:
             return "stop_sequence", generation.stop_string
-        calls = any(isinstance(block, AnswerToolUse) for block in self._blocks)
-        return "tool_use" if calls else "end_turn", None
+        return "tool_use" if generation.message.has_complete_calls else "end_turn", None
 
     def _answer(
         self, content: list[AnswerBlock], reason: StopReason | None, sequence: str | None, counts: TokenCounts
     ) -> MessagesAnswer:
         return MessagesAnswer(self._id, self._request.model, content, reason, sequence, MessagesUsage.of(counts))
-
-
-def _parsed(arguments: str) -> dict[str, Any]:
-    """Return the arguments of a call; nothing if they were cut off."""
-    try:
-        parsed = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}

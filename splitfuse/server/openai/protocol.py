@@ -22,7 +22,7 @@ from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tool
 from splitfuse.server.sampling import sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_options import ChatOptions
-from splitfuse.text.tools import MAX_TOOLS, name_results
+from splitfuse.text.tools import MAX_TOOLS, name_results, place_in_messages
 from splitfuse.text.variables import EFFORTS, VERBOSITIES
 
 OF_VLLM: Mapping[str, list[Any]] = {
@@ -269,7 +269,7 @@ class ChatMessage(Body, kw_only=True, frozen=True):
             place = f"{where}.tool_call_id"
             raise RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
         role = "system" if self.role == "developer" else self.role  # a newer name for it, unknown to templates
-        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        reasoning = _one_of(self, "reasoning_content", "reasoning", where + ".")
         calls = [call.plain(f"{where}.tool_calls[{number}]") for number, call in enumerate(self.tool_calls or ())]
         fields: dict[str, Any] = {
             "name": self.name,
@@ -368,7 +368,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Return messages for a chat template. Raises InvalidRequestError or RefusedError, naming the place."""
     plain = [message.plain(index) for index, message in enumerate(messages)]
-    name_results(plain, lambda index: f"messages[{index}].tool_call_id")
+    name_results(plain, place_in_messages)
     return plain
 
 
@@ -392,12 +392,14 @@ def chat_options(body: ChatRequest | TokenizeRequest) -> ChatOptions:
     )
 
 
-def _one_of(body: Body, name: str, other: str) -> Any:
-    """Return the value that a body gives by one of two names. Raises InvalidRequestError if they contradict."""
+def _one_of(body: Body, name: str, other: str, where: str = "") -> Any:
+    """Return the value that a body gives by one of two names, which follow `where` in errors. Raises
+    InvalidRequestError if they contradict.
+    """
     value, others = getattr(body, name), getattr(body, other)
     if value is not None and others not in (None, value):
-        message = f"{name} {value} and {other} {others} are two names of one thing: give one"
-        raise InvalidRequestError(message, parameter=name)
+        message = f"{where}{name} {value!s:.80} and {other} {others!s:.80} are two names of one thing: give one"
+        raise InvalidRequestError(message, parameter=where + name)
     return others if value is None else value
 
 

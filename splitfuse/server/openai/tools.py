@@ -169,4 +169,4 @@ class MessageToolCall(Body, kw_only=True, frozen=True):
         """Return the call for a chat template. Raises InvalidRequestError, naming the place."""
         _check_type(self.type, where)
         call = ToolCall(self.id, self.function.name, self.function.arguments)
-        return template_call(call, f"{where}.function.arguments")
+        return template_call(call)

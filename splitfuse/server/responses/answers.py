@@ -24,6 +24,7 @@ from splitfuse.text.chat_formats.message import (
     ContentDelta,
     MessageEvent,
     ReasoningDelta,
+    ToolCall,
     ToolCallStart,
 )
 from splitfuse.text.chat_formats.parser import MessageSource
@@ -195,12 +196,16 @@ class _Output:
         yield from self.close(status)
 
     def close(self, status: Status) -> Iterator[ResponseEvent]:
-        """Close the item that is open, if one is, and yield the events for that."""
+        """Close the item that is open, if one is, and yield the events for that. A call that cannot be read is
+        incomplete.
+        """
         if not self._is_open:
             return
         self._is_open, item, place = False, self.items[-1], self._place()
         item.status = status
         if item.content is UNSET:
+            if not ToolCall("", "", item.arguments or "").is_complete:
+                item.status = "incomplete"
             call = {"name": item.name, "arguments": item.arguments}
             yield self._event("response.function_call_arguments.done", **place, **call)
         else:

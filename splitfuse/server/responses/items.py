@@ -89,7 +89,7 @@ ASYNC: Mapping[str, Sequence[Any]] = {"async": [False], "async_": [False]}
 class Item(Body, kw_only=True, frozen=True):
     """Holds a message, a call of a function or its output, a thought, or a reference to an item of a stored answer.
 
-    `status` and `phase` come with answers, and change nothing, but that a call which is incomplete is passed over.
+    `status` and `phase` come with answers, and change nothing.
     """
 
     TYPES: ClassVar[tuple[str, ...]] = tuple(_KINDS)
@@ -184,17 +184,22 @@ def messages_of(items: Sequence[Item], *, num_before: int) -> list[dict[str, Any
     """Return the conversation that the items are, for a chat template. Errors name those of a request, which follow
     `num_before` others. Raises InvalidRequestError or RefusedError for what is no conversation.
 
-    What an assistant thought, said and called between two turns of others is one message, without a call that was cut
-    off.
+    What an assistant thought, said and called between two turns of others is one message.
     """
     messages: list[dict[str, Any]] = []
-    places: list[str] = []
+    places: dict[int, str] = {}  # of ids, by the identity of calls and messages of outputs
     for number, item in enumerate(items):
         where = f"input[{number - num_before}]" if number >= num_before else "previous_response_id"
         item.check(where)
         _add(messages, item, where)
-        places += [where] * (len(messages) - len(places))
-    name_results(messages, lambda index: f"{places[index]}.call_id")
+        if item.kind in ("function_call", "function_call_output"):
+            message = messages[-1]
+            places[id(message["tool_calls"][-1] if item.kind == "function_call" else message)] = f"{where}.call_id"
+
+    def place(index: int, number: int | None) -> str:
+        return places[id(messages[index] if number is None else messages[index]["tool_calls"][number])]
+
+    name_results(messages, place)
     return messages
 
 
@@ -209,13 +214,10 @@ def _add(messages: list[dict[str, Any]], item: Item, where: str) -> None:
         case "reasoning":
             if thought := item.thought(where):
                 _assistant(messages, but_with="reasoning_content")["reasoning_content"] = thought
-        case "function_call" if item.status == "incomplete":
-            return  # its arguments are cut off: no template can write it
         case "function_call":
             assert item.call_id is not None and item.name is not None
             call = ToolCall(item.call_id, item.name, item.arguments or "")
-            plain = template_call(call, f"{where}.arguments")
-            _assistant(messages).setdefault("tool_calls", []).append(plain)
+            _assistant(messages).setdefault("tool_calls", []).append(template_call(call))
         case "function_call_output":
             named = {} if item.name is None else {"name": item.name}
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text(where), **named})

@@ -5,10 +5,14 @@ An answer comes as events; `AssistantMessage.of` joins them. Plain data, which e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+INVALID_JSON = "INVALID_JSON"
+"""Name under which the text of arguments that are no object in JSON is one, as Anthropic's API advises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,26 @@ MessageEvent: TypeAlias = ReasoningDelta | ContentDelta | ToolCallStart | Argume
 
 @dataclass(frozen=True)
 class ToolCall:
-    """Holds a call. `arguments` is JSON, which is cut off where the answer is."""
+    """Holds a call. `arguments` is JSON, unless the answer was cut off there, or the model wrote none."""
 
     call_id: str
     name: str
     arguments: str
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the arguments are an object in JSON."""
+        return _object_in(self.arguments) is not None
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """Return the arguments as an object, which has the text of those that are none in JSON.
+
+        >>> ToolCall("call_1", "weather", '{"city": "Par').parsed
+        {'INVALID_JSON': '{"city": "Par'}
+        """
+        parsed = _object_in(self.arguments or "{}")
+        return {INVALID_JSON: self.arguments} if parsed is None else parsed
 
 
 @dataclass(frozen=True)
@@ -116,11 +135,14 @@ class AssistantMessage:
 
     @property
     def has_complete_calls(self) -> bool:
-        """Return whether there are calls, and the last one was not cut off in its arguments."""
-        if not self.tool_calls:
-            return False
-        try:
-            json.loads(self.tool_calls[-1].arguments)
-        except (ValueError, RecursionError):
-            return False
-        return True
+        """Return whether there are calls, and the last one has arguments that can be read."""
+        return bool(self.tool_calls) and self.tool_calls[-1].is_complete
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """Return the object that a text is in JSON; None if it is none."""
+    try:
+        value = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
