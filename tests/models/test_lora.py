@@ -279,3 +279,19 @@ def test_bits_of_adapters_alone_and_in_company(
             oracle = model if n == 0 else merged(model, folders[n - 1])
             wanted = oracle(input_ids=torch.tensor([each])).logits[0]
             assert (together[n] - wanted).abs().max() <= BF16_TOLERANCE * wanted.abs().max()
+
+
+@pytest.mark.extras
+@torch.no_grad()
+def test_logits_equal_those_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_models.save("llama-gqa", tmp_path / "model")
+    options = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}, "use_rslora": True}
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(EVERYTHING), init_lora_weights=False, **options)
+    tuned = peft.get_peft_model(model, config)
+    tuned.save_pretrained(tmp_path / "adapter")
+    decoder = load(tmp_path / "model", ReferenceBackend(), torch.float32)
+    adapter = packed(decoder, tmp_path / "adapter", tmp_path / "model")
+    (ours,) = run(decoder, [Request(list(range(20)), adapter=adapter)])
+    wanted = tuned.merge_and_unload()(input_ids=torch.tensor([list(range(20))])).logits[0]
+    assert (ours - wanted).abs().max() <= 1e-4 * wanted.abs().max()
