@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from backends import why_not
 from forced_preemption import force_preemptions
 
 from splitfuse.config import EngineConfig
@@ -19,6 +20,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineStats, StepReport, decode_command, decode_report, encode
 from splitfuse.errors import InvalidRequestError
+from splitfuse.kernels.cpu.bindings import VARIANTS
 
 VOCAB = tiny_models.VOCAB_SIZE
 
@@ -73,6 +75,7 @@ def crowd() -> dict[str, tuple[list[int], PoolingParams | None]]:
     return requests
 
 
+@pytest.mark.skipif(all(map(why_not, VARIANTS)), reason="the C++ kernels cannot be used here")
 def test_the_same_bits_alone_and_in_any_company() -> None:
     requests = crowd()
     wanted = {}
