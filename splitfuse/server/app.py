@@ -28,6 +28,7 @@ from splitfuse.server import adapters
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
+from splitfuse.server.anthropic.dialect import ANTHROPIC
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route, check_method, encode_json
@@ -67,7 +68,10 @@ def make_app(
     for route in ROUTES:
         routes.setdefault(route.path, []).append(route)
     app = Router(
-        [StarletteRoute(path, _Endpoint(tuple(each), state, keys)) for path, each in routes.items()],
+        [
+            *(StarletteRoute(path, _Endpoint(tuple(each), state, keys)) for path, each in routes.items()),
+            StarletteRoute(anthropic.PATH + "/{rest:path}", _Endpoint((_UNKNOWN_MESSAGES,), state, keys)),
+        ],
         redirect_slashes=False,
         default=_Endpoint((_UNKNOWN,), state, keys),
     )
@@ -169,6 +173,7 @@ ROUTES: tuple[Route, ...] = (
 """Route table of the server: each dialect's routes, and its own."""
 
 _UNKNOWN = _route("*", "unknown", _no_such_route, "Every other path", None)
+_UNKNOWN_MESSAGES = dataclasses.replace(_UNKNOWN, dialect=ANTHROPIC)
 
 
 # What holds for all of them ------------------------------------------------------------------------------------------

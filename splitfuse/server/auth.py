@@ -70,7 +70,11 @@ class ApiKeys:
         presented = self._digest(key)
         matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
         if not any(matches):
-            what = "this API key is not valid" if key else "an API key is required: send Authorization: Bearer KEY"
+            what = (
+                "this API key is not valid"
+                if key
+                else "an API key is required: send Authorization: Bearer KEY or X-Api-Key: KEY"
+            )
             raise RefusedError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return replace(self._owners[matches.index(True)][1], cache_salt=presented.hex())
 

@@ -135,9 +135,9 @@ class AnswerStore:
         if found is not None and found.kind == kind:
             return found
         reason = (
-            "it was deleted, made with store: false or with another API key, or it has given way: the server keeps "
-            f"the {self._max_answers} answers used last (--max-stored-responses), of {self._max_bytes / 2**20:g} MiB "
-            "in all (--max-stored-mib), until it ends"
+            "no answer had this id, or it was deleted, made with store: false or with another API key, or has given "
+            f"way: the server keeps the {self._max_answers} answers used last (--max-stored-responses), of "
+            f"{self._max_bytes / 2**20:g} MiB in all (--max-stored-mib), until it ends"
         )
         message = (
             f"{before}there is no stored answer {answer_id!r:.200}: {reason if self.is_enabled else STORE_DISABLED}"

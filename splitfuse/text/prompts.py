@@ -201,8 +201,14 @@ def _text_of(message: Message) -> str:
 
 
 def _with_end(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """Return the messages with a mark at the end of the last one's text, and the mark, which no text can foresee."""
+    """Return the messages with a mark at the end of the last one's text, and the mark, which no text can foresee.
+
+    Raises InvalidRequestError for a last message with calls: they end it.
+    """
     *others, last = messages
+    if last.get("tool_calls"):
+        message = "continue_final_message cannot continue a message with tool_calls: leave one of them out"
+        raise InvalidRequestError(message, parameter="continue_final_message")
     content, end = last.get("content"), f"{secrets.token_hex(16)} "  # the space tells whether a template strips texts
     if isinstance(content, str):
         content += end

@@ -1,6 +1,7 @@
 """OpenAI's Responses API with the unmodified `openai` client: items, events, stored answers, and what is refused."""
 
 import json
+import unittest.mock
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import InvalidRequestError
+from splitfuse.server.responses import endpoints
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent
 from splitfuse.server.responses.items import messages_of
 from splitfuse.server.responses.protocol import ResponseRequest
@@ -145,6 +147,7 @@ def test_a_stream_that_breaks_off_ends_with_its_error(ai: openai.OpenAI) -> None
     *_, last = ai.responses.create(model=MODEL, input="Hi", stream=True, extra_body=endless)
     assert last.type == "response.failed" and last.response.status == "failed"
     assert last.response.error is not None and "splitfuse_deadline" in last.response.error.message
+    assert last.response.error.code == "server_error"
     assert last.response.output_text and last.response.usage is not None
     with pytest.raises(openai.NotFoundError):
         ai.responses.retrieve(last.response.id)
@@ -407,6 +410,21 @@ def test_stored_responses_are_read_and_deleted(ai: openai.OpenAI) -> None:
         assert raised.value.code == "answer_not_found"
 
 
+def test_a_long_chain_is_refused_and_references_are_read_once(server: RunningServer, ai: openai.OpenAI) -> None:
+    turns: Any = [{"role": "user", "content": "a"}] * 2048
+    first = ai.responses.create(input=turns, truncation="auto", max_output_tokens=1, **GREEDY)
+    message = first.output[0].to_dict()["id"]
+    for more in {"input": turns}, {"input": [{"type": "item_reference", "id": message}] * 2048}:
+        refused = post(server, **more, previous_response_id=first.id, truncation="auto")
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "previous_response_id")
+        assert "at most 4096 are read" in error["message"]
+    references = {"input": [{"type": "item_reference", "id": message}] * 32}
+    with unittest.mock.patch.object(endpoints, "_read_output", wraps=endpoints._read_output) as read:
+        assert post(server, **references).status_code == 200
+    assert read.call_count == 1
+
+
 def test_responses_are_stored_within_bounds_and_by_key() -> None:
     with running_server(ServerConfig(api_key=("a", "b"), max_stored_responses=2)) as server:
         ai, other = connect(server, api_key="a"), connect(server, api_key="b")
@@ -432,6 +450,12 @@ def test_a_server_that_stores_nothing_says_so() -> None:
         assert raised.value.param == "store"
         with pytest.raises(openai.NotFoundError, match="max-stored-responses 0"):
             ai.responses.create(input="1", previous_response_id=answer.id, **GREEDY)
+
+
+def test_what_is_not_compacted_says_so(server: RunningServer) -> None:
+    with server.http() as http:
+        answer = http.post(f"{PATH}/compact", json={"input": "Hi"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_route")
 
 
 def test_truncation_drops_the_oldest_turns(ai: openai.OpenAI) -> None:

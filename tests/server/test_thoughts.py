@@ -126,6 +126,19 @@ def test_thoughts_and_logprobs_agree(ai: openai.OpenAI) -> None:
     assert len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
 
 
+def test_thoughts_that_are_left_out_have_no_logprobs(ai: openai.OpenAI) -> None:
+    asked = {"reasoning_max_tokens": 3, "include_reasoning": False, "logprobs": True}
+    answer = ask(ai, **asked)
+    tokens = [entry.token for entry in answer.choices[0].logprobs.content]
+    assert "".join(tokens).removesuffix("<|end|>").strip() == answer.choices[0].message.content
+    streamed = [
+        entry.token
+        for chunk in ask(ai, **asked, stream=True)
+        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())
+    ]
+    assert streamed == tokens
+
+
 def test_pipeline_and_client_give_thoughts_apart(thinker: RunningServer) -> None:
     asked: dict[str, Any] = {"chat": True, "reasoning_max_tokens": 3, "max_new_tokens": 60}
     pipe = splitfuse.Pipeline(thinker.engine, thinker.service.tokenizer)

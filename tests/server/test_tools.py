@@ -117,6 +117,11 @@ def turns(*messages: dict[str, Any]) -> dict[str, Any]:
             "messages[1].reasoning_content",
             "b and reasoning a are two names of one thing",
         ),
+        (
+            {**turns({**assistant(call("f", "{}")), "content": "hey"}), "continue_final_message": True},
+            "continue_final_message",
+            "cannot continue a message with tool_calls",
+        ),
         (turns(assistant({**call("f", "{}"), "type": "x"})), "messages[1].tool_calls[0].type", "must be function"),
         (
             turns(assistant(call("f", "")), result(content=[{"type": "image_url", "image_url": {}}])),

@@ -14,6 +14,9 @@ from splitfuse.server.dialect import Route
 from splitfuse.server.generate import MAX_LENGTHS, generate, reading_at_most
 from splitfuse.server.state import AppState
 
+PATH = "/v1/messages"
+"""Path of this dialect's routes: errors about others below it are written in its shape too."""
+
 
 class TokenCount(msgspec.Struct, frozen=True):
     """Counts the tokens of a conversation, as the model would read it."""
@@ -57,8 +60,8 @@ async def hello(_: AppState, context: RequestContext) -> None:
 _route = functools.partial(Route, dialect=ANTHROPIC)
 
 ROUTES = (
-    _route("POST", "/v1/messages", messages, "Answer a conversation", MessagesAnswer, MessagesRequest, MessagesEvent),
-    _route("POST", "/v1/messages/count_tokens", count_tokens, "Count tokens", TokenCount, CountTokensRequest),
+    _route("POST", PATH, messages, "Answer a conversation", MessagesAnswer, MessagesRequest, MessagesEvent),
+    _route("POST", PATH + "/count_tokens", count_tokens, "Count tokens", TokenCount, CountTokensRequest),
     _route("GET", "/api/hello", hello, "Whether the server is there", Hello, needs_key=False, is_logged=False),
 )
 """Route table of this dialect."""

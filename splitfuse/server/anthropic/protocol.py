@@ -227,6 +227,16 @@ _STOP = Annotated[str, Meta(min_length=1, max_length=1024)]
 class MessagesRequest(CountTokensRequest, kw_only=True, frozen=True):
     """Asks to answer a conversation: POST /v1/messages."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **CountTokensRequest.REFUSED,
+        **dict.fromkeys(("max_completion_tokens", "max_output_tokens"), "it is max_tokens of this route"),
+        "n": "a message is one answer",
+        "reasoning_effort": "it is output_config.effort of this route",
+        "response_format": "it is output_config.format of this route",
+        "seed": "it is one of /v1/chat/completions",
+        "stop": "it is stop_sequences of this route",
+    }
+
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="At most what the model has room for; 0: none")]
     stop_sequences: Annotated[list[_STOP], Meta(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None

@@ -149,7 +149,7 @@ def refuse_absent(path: str) -> None:
     """
     for route in ABSENT:
         if path == route or path.startswith(route + "/"):
-            routes = f"{CompletionRequest.PATH} and {ChatRequest.PATH}"
+            routes = f"{CompletionRequest.PATH}, {ChatRequest.PATH} and /v1/responses"
             message = f"the route {path:.200} of OpenAI's API is not supported; this server generates text at {routes}"
             raise RefusedError(400, message, code="unsupported_route")
 

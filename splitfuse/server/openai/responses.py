@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.reasoning import Thought
 from splitfuse.server.context import TokenCounts
 from splitfuse.server.dialect import lazy_list
 from splitfuse.server.explain import Timing
@@ -438,13 +439,14 @@ class ChatResponder(OpenAIResponder, MessageResponder):
         self._logprobs = bool(request.logprobs)
         self._entry = partial(ChatLogprob.of, pieces=state.pieces, num_top=request.top_logprobs or 0)
         self._shows_reasoning = request.include_reasoning is not False
+        self._thoughts: dict[Generation, Thought | None] = {}  # of answers whose thoughts are left out
 
     def message_events(self, generation: Generation, news: Sequence[MessageEvent]) -> Iterable[ChatCompletionChunk]:
         """See MessageResponder. Log-probabilities come with the first event after their tokens."""
         index = self._index(generation)
         if generation not in self._num_sent:
             yield self._event(ChatChunkChoice(index, Delta(role="assistant", content="")))
-        numbers = self._unsent(generation)
+        numbers = self._of_shown(generation, self._unsent(generation))
         deltas = [Delta.of(event) for event in news if self._is_shown(event)]
         if not deltas and self._logprobs and numbers:
             deltas = [Delta(content="")]
@@ -457,6 +459,18 @@ class ChatResponder(OpenAIResponder, MessageResponder):
 
     def _is_shown(self, event: MessageEvent) -> bool:
         return self._shows_reasoning or not isinstance(event, ReasoningDelta)
+
+    def _of_shown(self, generation: Generation, numbers: Sequence[int]) -> Sequence[int]:
+        """Return those of an answer's next tokens whose log-probabilities may be shown: none of a thought that is left
+        out. Where no token tells what is a thought, none at all.
+        """
+        if self._shows_reasoning or not self._logprobs:
+            return numbers
+        if generation not in self._thoughts:
+            self._thoughts[generation] = generation.request.params.thought()
+        if (thought := self._thoughts[generation]) is None:
+            return () if self._tokenizer.chat_format.thinks else numbers
+        return [number for number in numbers if thought.push(generation.token_ids[number])]
 
     def whole(self, generations: Sequence[Generation], counts: TokenCounts, timing: Timing | None) -> ChatCompletion:
         """See Responder: a chat has one prompt, and its logprobs come once."""
@@ -484,10 +498,10 @@ class ChatResponder(OpenAIResponder, MessageResponder):
         reasoning = message.reasoning if message.reasoning and self._shows_reasoning else UNSET
         content = message.content or (None if calls else "")
         turn = AssistantTurn(content, reasoning_content=reasoning, reasoning=reasoning, tool_calls=calls)
-        logprobs = self._content(generation, range(len(generation.logprobs)))
+        logprobs = self._content(generation, self._of_shown(generation, range(len(generation.logprobs))))
         return ChatChoice(self._index(generation), turn, logprobs, ended_by)
 
-    def _content(self, generation: Generation, numbers: range) -> ChatLogprobs | None:
+    def _content(self, generation: Generation, numbers: Sequence[int]) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
         return ChatLogprobs(lazy_list(map(self._entry, map(generation.logprobs.__getitem__, numbers))))

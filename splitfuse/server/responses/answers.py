@@ -96,10 +96,10 @@ class ResponseFailure(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, error: RefusedError) -> ResponseFailure:
-        """Return the nearest of OpenAI's codes for an error, with its message."""
-        if error.status >= 500:
-            return cls("server_error", error.message)
-        return cls("rate_limit_exceeded" if error.status == 429 else "invalid_prompt", error.message)
+        """Return the nearest of OpenAI's codes for an error, with its message: a deadline is none of the prompt's."""
+        codes: dict[int, Literal["rate_limit_exceeded", "invalid_prompt"]]
+        codes = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+        return cls(codes.get(error.status, "server_error"), error.message)
 
 
 class IncompleteDetails(msgspec.Struct, frozen=True):

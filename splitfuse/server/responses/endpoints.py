@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
 from splitfuse.server.errors import RefusedError
@@ -14,7 +16,7 @@ from splitfuse.server.generate import GenerationRequest, generate, parameters_na
 from splitfuse.server.openai.dialect import ErrorBody, error_body
 from splitfuse.server.paging import PAGE, ItemList, page_of, query_of
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
-from splitfuse.server.responses.items import Item, answer_id_of, with_ids
+from splitfuse.server.responses.items import MAX_ITEMS, Item, answer_id_of, with_ids
 from splitfuse.server.responses.protocol import NAMES, PATH, ResponseRequest
 from splitfuse.server.state import AppState
 from splitfuse.server.store import StoredAnswer
@@ -58,11 +60,10 @@ async def respond(state: AppState, context: RequestContext, body: ResponseReques
     """Answer POST /v1/responses."""
     owner, store = context.owner, state.store
     stores = store.keeps(body.store, left_out=True)
-    items, request = _read(state, context, body)
+    asked, request = await state.service.off_loop(lambda: _read(state, context, body, stores=stores))
     context.prompt = request.messages
 
     def keep(answer: ResponseAnswer) -> None:
-        asked = encode_json([_sent(item) for item in with_ids(items, context.unique_id)])
         store.put(owner.name, answer.id, StoredAnswer(encode_json(answer), asked, body.previous_response_id))
 
     responder = ResponsesResponder(body, context.unique_id, state, lambda: context.num_tokens, keep if stores else None)
@@ -73,22 +74,30 @@ async def respond(state: AppState, context: RequestContext, body: ResponseReques
 
 async def count_input(state: AppState, context: RequestContext, body: ResponseRequest) -> None:
     """Answer POST /v1/responses/input_tokens."""
-    _, request = _read(state, context, body)
+    _, request = await state.service.off_loop(lambda: _read(state, context, body, stores=False))
     with state.admission.admit(0), parameters_named(NAMES):
         work = request.encode(state.service, state.service.client.info.limits)
         (prompt,) = await context.unless_gone(work, deadline=None)
     await context.answer(InputTokens(len(prompt.token_ids)))
 
 
-def _read(state: AppState, context: RequestContext, body: ResponseRequest) -> tuple[list[Item], GenerationRequest]:
-    """Return the items of a request, and what to generate after them and those that it goes on from. Raises
-    InvalidRequestError and RefusedError.
+def _read(
+    state: AppState, context: RequestContext, body: ResponseRequest, *, stores: bool
+) -> tuple[bytes, GenerationRequest]:
+    """Return the items of a request as they are kept, if it `stores` its answer, and what to generate after them and
+    those that it goes on from. Raises InvalidRequestError and RefusedError. It takes as long as the conversation.
     """
     before: list[Item] = []
     if (previous := body.previous_response_id) is not None:
         for each in state.store.chain(context.owner.name, previous, parameter="previous_response_id"):
             before += [*_read_items(each.asked), *_read_output(each.answer).output]
-    items = [_dereferenced(state, context, item, f"input[{index}]") for index, item in enumerate(body.items)]
+            if len(before) + len(body.items) > MAX_ITEMS:
+                message = (
+                    f"previous_response_id {previous!r} goes on from too many items: with those of input at most "
+                    f"{MAX_ITEMS} are read, begin a new conversation"
+                )
+                raise InvalidRequestError(message, parameter="previous_response_id")
+    items = _dereferenced(state, context, body.items)
     request = body.to_generation(
         context.owner,
         [*before, *items],
@@ -96,22 +105,32 @@ def _read(state: AppState, context: RequestContext, body: ResponseRequest) -> tu
         arrival_time=context.arrival,
         slo_enabled=state.service.client.info.slo_enabled,
     )
-    return items, request
+    asked = encode_json([_sent(item) for item in with_ids(items, context.unique_id)]) if stores else b""
+    return asked, request
 
 
-def _dereferenced(state: AppState, context: RequestContext, item: Item, where: str) -> Item:
-    """Return an item, that of a stored answer for a reference. Raises RefusedError (404) if it is not there."""
-    if item.kind != "item_reference":
-        return item
-    item.check(where)
-    assert item.id is not None
-    if (answer_id := answer_id_of(item.id)) is not None:
-        stored = state.store.find(context.owner.name, answer_id, parameter=f"{where}.id")
-        for each in (*_read_output(stored.answer).output, *_read_items(stored.asked)):
-            if each.id == item.id:
-                return each
-    message = f"{where}.id {item.id!r:.200} is the id of no item of a stored response"
-    raise RefusedError(404, message, code="answer_not_found", parameter=f"{where}.id")
+def _dereferenced(state: AppState, context: RequestContext, items: Sequence[Item]) -> list[Item]:
+    """Return items, those of stored answers for references. Each answer is read once. Raises RefusedError (404) for a
+    reference to an item that is not there.
+    """
+    found = list(items)
+    wanted: dict[str | None, dict[str, list[int]]] = {}  # by answer and id, the places
+    for index, item in enumerate(items):
+        if item.kind == "item_reference":
+            item.check(f"input[{index}]")
+            assert item.id is not None
+            wanted.setdefault(answer_id_of(item.id), {}).setdefault(item.id, []).append(index)
+    for answer_id, places in wanted.items():
+        if answer_id is not None:
+            where = f"input[{next(iter(places.values()))[0]}].id"
+            stored = state.store.find(context.owner.name, answer_id, parameter=where)
+            for each in (*_read_output(stored.answer).output, *_read_items(stored.asked)):
+                for index in places.pop(each.id or "", ()):
+                    found[index] = each
+        for item_id, (index, *_) in places.items():
+            message = f"input[{index}].id {item_id!r:.200} is the id of no item of a stored response"
+            raise RefusedError(404, message, code="answer_not_found", parameter=f"input[{index}].id")
+    return found
 
 
 def _sent(item: Item) -> dict[str, Any]:
@@ -150,6 +169,12 @@ async def cancel_response(state: AppState, context: RequestContext) -> None:
     raise RefusedError(400, message, code="unsupported_route")
 
 
+async def compact(_: AppState, __: RequestContext) -> None:
+    """Answer POST /v1/responses/compact: the server keeps no compacted conversations."""
+    message = "conversations are not compacted: truncation: auto drops the oldest turns that do not fit"
+    raise RefusedError(400, message, code="unsupported_route")
+
+
 async def input_items(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/responses/{response_id}/input_items: what was sent with that request, the newest first."""
     items = _read_plain(state.store.find(context.owner.name, _id(context)).asked)
@@ -167,6 +192,7 @@ _ONE = PATH + "/{response_id}"
 ROUTES = (
     _route("POST", PATH, respond, "Answer a conversation of items", ResponseAnswer, ResponseRequest, ResponseEvent),
     _route("POST", PATH + "/input_tokens", count_input, "Tokens of an input", InputTokens, ResponseRequest),
+    _route("POST", PATH + "/compact", compact, "Not supported: truncation drops turns", None, errors=(400,)),
     _route(
         *("GET", _ONE, stored_response, "A stored response", ResponseAnswer),
         errors=(400, 404),

@@ -19,7 +19,7 @@ from splitfuse.text.chat_formats.message import ToolCall
 from splitfuse.text.tools import name_results, template_call
 
 MAX_ITEMS = 4096
-"""Number of items that a request may have."""
+"""Number of items that a request may have, with those of the responses that it goes on from."""
 _EPHEMERAL_ID = re.compile(r"[a-z]+_([0-9a-f]{32})")
 _ID = Annotated[str, Meta(max_length=512)]
 
