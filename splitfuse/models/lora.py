@@ -24,13 +24,15 @@ from splitfuse.errors import AdapterError, brief
 from splitfuse.kernels.interface import AttentionSpec
 from splitfuse.kernels.lora import Adapter, LoraUpdate
 from splitfuse.models.families.wrappers import PREFIXES
-from splitfuse.models.sources.files import check_json, read_file
+from splitfuse.models.sources.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_json, read_file
 from splitfuse.models.sources.source import listing
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import Parameter, Part
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 512
+MAX_ALPHA = 1e6
+MAX_WEIGHT = 65504.0
+"""Largest number in the tensors of an adapter: that of float16, which all dtypes of models can hold."""
 MAX_ADAPTER_BYTES = 2**32
 """Size of the largest file of an adapter that is read; it is in memory twice while it is loaded."""
 
@@ -68,43 +70,51 @@ class AdapterFiles:
 
 def read_adapter(folder: Path) -> AdapterFiles:
     """Read the files of an adapter. Raises AdapterError for what they should not say, or what is not supported."""
-    config_bytes = _read(folder / CONFIG_FILE)
+    config_bytes = _read(folder / ADAPTER_CONFIG)
     if config_bytes is None:
-        raise AdapterError(f"{folder} has no {CONFIG_FILE}: it is no adapter as PEFT's save_pretrained writes it")
-    config = _checked_config(folder / CONFIG_FILE, config_bytes)
-    content = _read(folder / WEIGHTS_FILE)
+        raise AdapterError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter as PEFT's save_pretrained writes it")
+    config = _checked_config(folder / ADAPTER_CONFIG, config_bytes)
+    content = _read(folder / ADAPTER_WEIGHTS)
     if content is None:
         pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
         found = (
             f" but {listing(pickles)}, which is pickled: that can run code when opened and is not read; save the "
             "adapter again with PEFT's save_pretrained, which writes safetensors"
         )
-        raise AdapterError(f"{folder} has no {WEIGHTS_FILE}{found if pickles else ''}")
+        raise AdapterError(f"{folder} has no {ADAPTER_WEIGHTS}{found if pickles else ''}")
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, MemoryError) as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error!s:.200}") from error
-    digest = hashlib.blake2b(hashlib.sha256(config_bytes).digest() + content, digest_size=16).hexdigest()
-    return AdapterFiles(str(folder), digest, config, _by_module(folder / WEIGHTS_FILE, tensors))
+        raise AdapterError(f"{folder / ADAPTER_WEIGHTS} is not a whole safetensors file: {error!s:.200}") from error
+    digest = hashlib.blake2b(hashlib.sha256(config_bytes).digest(), digest_size=16)
+    digest.update(content)
+    return AdapterFiles(str(folder), digest.hexdigest(), config, _by_module(folder / ADAPTER_WEIGHTS, tensors))
 
 
 def resolve_adapter(files: AdapterFiles, spec: ModelSpec, parameters: Sequence[Parameter]) -> Adapter:
     """Return the adapter for a network whose stored weights are `parameters`.
 
-    Raises AdapterError for a module that the network does not have, or that adapters cannot change, and for a tensor of
-    a wrong shape.
+    Raises AdapterError for a module that the network does not have, or that adapters cannot change, for one that is
+    there under two names, and for a tensor of a wrong shape.
     """
     modules = _modules(parameters)
+    seen: dict[str, str] = {}
     layers: list[dict[str, list[LoraUpdate]]] = [{} for _ in spec.layers]
     for module, sides in files.tensors.items():
-        places = next((modules[name] for name in _names(module) if name in modules), None)
+        stored = next((name for name in _names(module) if name in modules), None)
         name = f"{PREFIX}{module}.lora_A.weight"
-        if places is None:
+        if stored is None:
             known = sorted({key.rpartition(".")[2] for key, found in modules.items() if _supported(spec, found)})
             raise AdapterError(
                 f"{files.location} has the tensor {name:.200}, but {spec.architecture} has no module {module:.200}; "
                 f"adapters may change {', '.join(known)}"
             )
+        if (other := seen.setdefault(stored, module)) != module:
+            raise AdapterError(
+                f"{files.location} has the tensors {PREFIX}{other:.200}.lora_A.weight and {name:.200}, which are two "
+                "names of one module: an adapter may have one"
+            )
+        places = modules[stored]
         if not _supported(spec, places):
             raise AdapterError(
                 f"{files.location} has the tensor {name:.200}, but adapters of {_kind(places)} are not supported: only "
@@ -149,7 +159,7 @@ def _checked_config(path: Path, content: bytes) -> dict[str, Any]:
     if not _is_rank(config.get("r")):
         raise wrong("r", f"a rank from 1 to {MAX_RANK}")
     if not _is_number(config.get("lora_alpha")):
-        raise wrong("lora_alpha", "a number")
+        raise wrong("lora_alpha", f"a number from {-MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}")
     if not isinstance(config.setdefault("use_rslora", False), bool):
         raise wrong("use_rslora", "true or false")
     if config.get("bias", "none") != "none":
@@ -163,7 +173,10 @@ def _checked_config(path: Path, content: bytes) -> dict[str, Any]:
             "a start that leaves the model's own weights as they are (convert the adapter with PEFT's "
             "path_initial_model_for_weight_conversion)",
         )
-    for field, is_valid, what in (("rank_pattern", _is_rank, "ranks"), ("alpha_pattern", _is_number, "numbers")):
+    for field, is_valid, what in (
+        ("rank_pattern", _is_rank, "ranks"),
+        ("alpha_pattern", _is_number, f"numbers from {-MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}"),
+    ):
         pattern = config[field] = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(map(is_valid, pattern.values())):
             raise wrong(field, f"an object of names of modules and {what}")
@@ -182,7 +195,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA
 
 
 def _by_module(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -224,8 +237,10 @@ def _checked_pair(
             raise AdapterError(
                 f"{files.location}: the tensor {name} is in {tensor.dtype}, which is no dtype of weights"
             )
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{files.location}: the tensor {name} holds numbers that are not finite")
+        if not (tensor.abs() <= MAX_WEIGHT).all():
+            raise AdapterError(
+                f"{files.location}: the tensor {name} holds numbers that are not finite, or beyond {MAX_WEIGHT:.0f}"
+            )
     return sides["A"], sides["B"], alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 

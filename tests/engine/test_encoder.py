@@ -86,6 +86,7 @@ def test_the_folder_bounds_a_text(tmp_path: Path) -> None:
         ({"config.json": {"model_type": "roberta"}}, "has the model_type bert, not 'roberta'"),
         ({"1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "pooling_mode_mean_tokens, pooling_mode_max"),
         ({"sentence_bert_config.json": {"max_seq_length": "many"}}, "max_seq_length must be a whole number"),
+        ({"sentence_bert_config.json": {"do_lower_case": True}}, "do_lower_case must be false, not True"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -105,6 +106,15 @@ def test_settings_that_it_does_not_have(tmp_path: Path, settings: dict[str, Any]
     tiny_encoders.save(tmp_path)
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}.*(leave it out|66 positions)"):
         splitfuse.pipeline(tmp_path, **settings)
+
+
+def test_a_transformer_in_another_folder_is_refused(tmp_path: Path) -> None:
+    tiny_encoders.save(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UnsupportedModelError, match="with the path '', not '0_Transformer'"):
+        splitfuse.pipeline(tmp_path)
 
 
 def test_a_module_that_is_unknown_is_refused(tmp_path: Path) -> None:

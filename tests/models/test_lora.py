@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import random
 import re
@@ -20,7 +21,7 @@ from tiny_adapters import ATTENTION, EVERYTHING, merged, module_shapes, save_ada
 from torch import Tensor
 
 from splitfuse.core.plan import StateSlots
-from splitfuse.errors import AdapterError
+from splitfuse.errors import AdapterError, ModelNotFoundError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.lora import Adapter
@@ -29,6 +30,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.lora import read_adapter, resolve_adapter
 from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.hub import adapter_folder
 from splitfuse.models.weights import load_decoder, stored_parameters
 from splitfuse.runtime.batch import build_batch
 
@@ -90,7 +92,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "other-kind": (edit_config(peft_type="IA3"), "peft_type must be LORA, not 'IA3'"),
     "rank-zero": (edit_config(r=0), "r must be a rank from 1 to 512, not 0"),
     "rank-flag": (edit_config(r=True), "r must be a rank from 1 to 512, not True"),
-    "alpha-text": (edit_config(lora_alpha="8"), "lora_alpha must be a number, not '8'"),
+    "alpha-text": (edit_config(lora_alpha="8"), "lora_alpha must be a number from -1000000 to 1000000, not '8'"),
+    "alpha-overflow": (edit_config(lora_alpha=10**400), "lora_alpha must be a number from -1000000 to 1000000, not 1"),
+    "alpha-large": (edit_config(lora_alpha=1e308), "lora_alpha must be a number from -1000000 to 1000000, not 1e+308"),
+    "alpha-nan": (edit_config(lora_alpha=math.nan), "lora_alpha must be a number from -1000000 to 1000000, not nan"),
+    "alpha-of-pattern": (edit_config(alpha_pattern={"q_proj": 1e308}), "alpha_pattern must be an object of names of "),
     "rslora-text": (edit_config(use_rslora="yes"), "use_rslora must be true or false"),
     "bias": (edit_config(bias="all"), "bias must be none"),
     "dora": (edit_config(use_dora=True), "use_dora = True is not supported"),
@@ -121,8 +127,23 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_tensors(lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan)),
         f"{Q}.lora_A.weight holds numbers that are not finite",
     ),
+    "beyond-bf16": (
+        edit_tensors(lambda t: t[f"{Q}.lora_B.weight"].fill_(3.4e38)),
+        f"{Q}.lora_B.weight holds numbers that are not finite, or beyond 65504",
+    ),
     "one-side": (edit_tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), f"lacks the tensor {Q}.lora_B.weight"),
     "no-tensors": (edit_tensors(lambda t: t.clear()), "has no tensors"),
+    "two-names-of-one-module": (
+        edit_tensors(
+            lambda t: t.update(
+                {
+                    f"{Q.replace('layers', 'language_model.layers')}.lora_{s}.weight": t[f"{Q}.lora_{s}.weight"].clone()
+                    for s in "AB"
+                }
+            )
+        ),
+        f"{Q}.lora_A.weight, which are two names of one module",
+    ),
     "unknown-module": (
         edit_tensors(
             lambda t: t.update(
@@ -173,6 +194,13 @@ def test_adapter_of_experts_and_mixers_is_refused(tmp_path: Path) -> None:
         shapes = dict(list(shapes_of(model, ending).items())[:1])
         with pytest.raises(AdapterError, match=f"but adapters of {kind}"):
             read(save_adapter(tmp_path / f"{variant}-adapter", shapes), model)
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "/" + "a" * 5000, "~no-such-user/adapter"])
+def test_adapter_at_an_odd_path_is_not_found(path: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="is no folder of an adapter") as caught:
+        adapter_folder(path)
+    assert len(str(caught.value)) < 500
 
 
 def test_digest_follows_the_content(llama: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from splitfuse.errors import WeightsError, brief
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MIB = 2**20
 MAX_FILE_BYTES = 16 * MIB
 """Size of the largest file that is read but for tokenizer.json: indexes of 100,000 tensors have 10 MB."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from splitfuse.errors import ModelNotFoundError
-from splitfuse.models.sources.files import INDEX_FILE, SINGLE_FILE, shard_names
+from splitfuse.models.sources.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX_FILE, SINGLE_FILE, shard_names
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.gguf.container import part_names
 from splitfuse.models.sources.gguf.model import GgufModel
@@ -18,7 +18,6 @@ from splitfuse.models.sources.source import SMALL_FILES, ModelSource, listing
 BUNDLED_MODEL = Path(__file__).parents[2] / "assets" / "storyteller"
 
 GGUF_SUFFIX = ".gguf"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a folder that cannot be written, or not further."""
 
@@ -58,7 +57,7 @@ def open_model(
     if gguf_file is not None:
         return _open_hub_file(model, revision, gguf_file)
     # Only what is read is fetched: never pickles, code or copies in other formats.
-    read = (*SMALL_FILES, "adapter_config.json", *((SINGLE_FILE, INDEX_FILE) if weights else ()))
+    read = (*SMALL_FILES, ADAPTER_CONFIG, *((SINGLE_FILE, INDEX_FILE) if weights else ()))
     path = _fetch(model, revision, read)
     whole = (SINGLE_FILE, INDEX_FILE) if weights else ("tokenizer.json", SINGLE_FILE, INDEX_FILE)
     if not any((path / file).exists() for file in whole) and (files := _hub_gguf_files(model, revision, path)):
@@ -73,12 +72,15 @@ def adapter_folder(adapter: str) -> Path:
 
     Raises ModelNotFoundError if there is neither.
     """
-    path = Path(adapter).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(adapter).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a home that is unknown, a null byte
+        raise ModelNotFoundError(f"{adapter!r:.200} is no folder of an adapter: {error!s:.200}") from error
     if adapter.startswith((".", "/", "~")) or adapter.endswith("/") or "\\" in adapter or adapter.count("/") != 1:
-        raise ModelNotFoundError(f"there is no folder {adapter} with an adapter")
-    return _fetch(adapter, None, ADAPTER_FILES)
+        raise ModelNotFoundError(f"there is no folder {adapter:.200} with an adapter")
+    return _fetch(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def _open_file(path: Path) -> ModelSource:

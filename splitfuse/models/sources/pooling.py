@@ -49,6 +49,15 @@ def read_pooling(source: ModelSource) -> Pooling | None:
         )
     if "Pooling" not in kinds:
         return None
+    if wrong := [
+        each.get("path")
+        for kind, each in zip(kinds, modules, strict=True)
+        if kind == "Transformer" and each.get("path")
+    ]:
+        raise UnsupportedModelError(
+            f"{source.location}/modules.json: the Transformer must lie in the folder itself, with the path '', not "
+            f"{brief(wrong[0])}"
+        )
     path = modules[kinds.index("Pooling")].get("path")
     if path != "1_Pooling":
         raise UnsupportedModelError(f"{source.location}/modules.json: Pooling must lie in 1_Pooling, not {brief(path)}")
@@ -64,7 +73,15 @@ def read_pooling(source: ModelSource) -> Pooling | None:
             f"{source.location}/1_Pooling/config.json has {found}: one of {', '.join(MODES)} is supported"
         )
     sizes = _read(source, "sentence_bert_config.json")
-    length = sizes.get("max_seq_length") if isinstance(sizes, dict) else None
+    sizes = {} if sizes is None else sizes
+    if not isinstance(sizes, dict):
+        raise ModelError(f"{source.location}/sentence_bert_config.json must be an object")
+    if (lower := sizes.get("do_lower_case")) not in (None, False):
+        raise UnsupportedModelError(
+            f"{source.location}/sentence_bert_config.json: do_lower_case must be false, not {brief(lower)}: texts are "
+            "given to the tokenizer as they are"
+        )
+    length = sizes.get("max_seq_length")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
         raise ModelError(
             f"{source.location}/sentence_bert_config.json: max_seq_length must be a whole number above 0, not "
