@@ -3,16 +3,19 @@
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jsonschema_rs
 import pytest
+import tiny_tokenizers
 import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
+from splitfuse.runtime.sampling.grammar import without_control_texts
 from splitfuse.text.chat_formats.formats import CHAT_FORMATS, PLAIN
 from splitfuse.text.chat_formats.grammar import NO_ARGUMENTS, call_grammar
 from splitfuse.text.chat_formats.message import AssistantMessage, Tool, ToolChoice
@@ -294,3 +297,17 @@ def test_arguments_are_those_that_a_tool_declares(more: dict[str, Any], others: 
     matcher = LLMatcher(BYTES, compile_structured_outputs(form).compiled, log_level=0)
     text = b'<tool_call>\n{"name": "f", "arguments": {"a": 1, "'
     assert matcher.try_consume_tokens(list(text)) == len(text) - (0 if others else 3)
+
+
+@pytest.mark.parametrize("maker", [tiny_tokenizers.byte_level, tiny_tokenizers.byte_fallback])
+def test_no_text_of_a_grammar_is_a_control_token(maker: Callable[[], tokenizers.Tokenizer]) -> None:
+    backend = maker()
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("<tool_call>", "[TOOL]")])
+    plain, hidden = backend.to_str(), without_control_texts(backend.to_str())
+    known, found = LLTokenizer(plain), LLTokenizer(hidden)
+    assert found.vocab_size == known.vocab_size and tiny_tokenizers.EOS not in hidden
+    for text in (tiny_tokenizers.EOS, "<tool_call>"):
+        token = backend.token_to_id(text)
+        assert token in known.tokenize_str(f"a{text}b") and found.is_special_token(token)
+        assert token not in found.tokenize_str(f"a{text}b")
+    assert found.tokenize_str("the cat [TOOL]") == known.tokenize_str("the cat [TOOL]")

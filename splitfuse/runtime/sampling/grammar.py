@@ -7,6 +7,9 @@ company, and preempted or not. The masks of a step are computed on threads while
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +32,9 @@ MAX_KEPT = 64
 
 FEW_WORDS = 256
 """Number of a mask's 32-bit words with an allowed token up to which its tokens are looked at one by one."""
+
+_CONTROL = re.compile(r"<(?!0x)[^<>]*>")
+"""Texts of added tokens that the library holds for control tokens, whatever the tokenizer says."""
 
 Mask: TypeAlias = NDArray[np.int32]
 """Type of a mask: a bit for each token, the first in the lowest bit of the first number."""
@@ -87,7 +93,9 @@ class Grammars:
     def _tokenizer(self) -> LLTokenizer:
         """Return the vocabulary as the library needs it, which takes seconds for a large one."""
         try:
-            return LLTokenizer(self._read_tokenizer(), n_vocab=self._vocab_size, eos_token=self._end_tokens)
+            return LLTokenizer(
+                without_control_texts(self._read_tokenizer()), n_vocab=self._vocab_size, eos_token=self._end_tokens
+            )
         except BaseException as error:  # a panic of the library is no Exception
             raise refused(f"cannot be enforced with this model's tokenizer: {error!s:.200}") from error
 
@@ -149,6 +157,29 @@ class Masks:
             mask = mask.copy()
             mask[opening >> 5] |= _bit(opening)
         return mask
+
+
+def without_control_texts(tokenizer: str) -> str:
+    """Return a tokenizer.json in which no text that a grammar asks for is a control token.
+
+    The library takes the text `<|user|>` within a string of JSON for the token, which it then forbids as control: the
+    answer fails. With names that nothing foresees, that text is one of ordinary tokens.
+    """
+    content, secret = json.loads(tokenizer), secrets.token_hex(16)
+    names = {}
+    for token in content.get("added_tokens", ()):
+        name = token["content"]
+        if token["special"] or _CONTROL.fullmatch(name):
+            names[name] = token["content"] = f"<|{secret}-{token['id']}|>"
+    model = content["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(name, name): token_id for name, token_id in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _bit(token: int) -> np.int32:
