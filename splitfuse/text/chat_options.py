@@ -37,6 +37,8 @@ class ChatOptions:
     """Word for how long to answer: low, medium or high."""
     max_reasoning_tokens: int | None = None
     """Most tokens of a thought, after which it is closed; None: as many as the model likes."""
+    wishes: Mapping[str, Any] | None = None
+    """Switches for templates that know them; `variables` that a template does not read are refused instead."""
 
 
 CHAT = ChatOptions()

@@ -13,7 +13,7 @@ from functools import cached_property
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.client import Stream
-from splitfuse.text.chat_formats.message import AssistantMessage, MessageEvent
+from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, MessageEvent
 from splitfuse.text.chat_formats.parser import MessageSource
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Timings
@@ -127,7 +127,10 @@ class Generation:
         """
         events = self._parser.feed(text)
         if self.finish_reason is not None:
-            events += self._parser.finish()
+            rest = self._parser.finish()
+            if self._source.calls_only and self.finish_reason is not FinishReason.STOP:
+                rest = [event for event in rest if not isinstance(event, ContentDelta)]
+            events += rest
         if not self._source.parallel:
             events = [event for event in events if getattr(event, "index", 0) == 0]
         self._events = self._events or []

@@ -19,7 +19,7 @@ from splitfuse.text.chat_options import ChatOptions as ChatOptions
 from splitfuse.text.reasoning import chat_reasoning
 from splitfuse.text.sandbox import Sandbox
 from splitfuse.text.tokenizer import Tokenizer
-from splitfuse.text.variables import asks_for_no_thought, template_variables
+from splitfuse.text.variables import asks_for_no_thought, check_variables, template_variables
 
 GREEDY = SamplingParams()
 
@@ -125,7 +125,13 @@ class PromptEncoder:
         message = None
         if options.reads_parts:
             start = start_of(self._chat_format, text, continued)
-            message = MessageSource(self._chat_format, options.tools, start, options.parallel_tool_calls)
+            message = MessageSource(
+                self._chat_format,
+                options.tools,
+                start,
+                options.parallel_tool_calls,
+                options.tool_choice.mode == "required",
+            )
             reasoning = chat_reasoning(
                 self._tokenizer,
                 start,
@@ -139,13 +145,17 @@ class PromptEncoder:
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Return the text of a conversation. Raises InvalidRequestError for tools that the template passes over."""
-        adds, variables = options.add_generation_prompt, options.variables
+        adds, known = options.add_generation_prompt, self._tokenizer.template_variables
+        if self._tokenizer.chat_template is not None:
+            check_variables(options.variables, known, thinks=self._chat_format.thinks)
+        wishes = {name: value for name, value in (options.wishes or {}).items() if name in known}
+        variables: Mapping[str, Any] | None = {**wishes, **(options.variables or {})} or None
         if options.reasoning_effort is not None or options.verbosity is not None:
             variables = template_variables(
                 variables,
                 effort=options.reasoning_effort,
                 verbosity=options.verbosity,
-                known=self._tokenizer.template_variables,
+                known=known,
                 thinks=self._chat_format.thinks,
             )
         tools = [tool.as_dict() for tool in options.tools]

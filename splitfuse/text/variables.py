@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, nearest
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """Values of reasoning_effort."""
 VERBOSITIES = ("low", "medium", "high")
 """Values of verbosity."""
 _NO_THOUGHT = ("none", "minimal")
-_SWITCHES = ("enable_thinking", "thinking")
+SWITCHES = ("enable_thinking", "thinking")
 """Names by which templates know whether the model should think."""
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+"""Variables of templates that are no switches."""
 
 
 def template_variables(
@@ -38,9 +40,9 @@ def template_variables(
         if "reasoning_effort" in known:
             asked["reasoning_effort"] = "reasoning_effort", effort
         if effort in _NO_THOUGHT:
-            asked |= {name: ("reasoning_effort", False) for name in _SWITCHES if name in known}
+            asked |= {name: ("reasoning_effort", False) for name in SWITCHES if name in known}
         if not asked and (thinks or effort not in _NO_THOUGHT):
-            _refuse_effort(effort, thinks, next((name for name in _SWITCHES if name in known), None))
+            _refuse_effort(effort, thinks, next((name for name in SWITCHES if name in known), None))
     if verbosity is not None:
         _check("verbosity", verbosity, VERBOSITIES)
         if "verbosity" in known:
@@ -55,9 +57,24 @@ def template_variables(
     return variables or None
 
 
+def check_variables(given: Mapping[str, Any] | None, known: Collection[str], *, thinks: bool) -> None:
+    """Raise InvalidRequestError for a variable of a request that is no switch of the template, which reads the `known`
+    ones; that a model which never thinks should not think is granted.
+    """
+    for name, value in (given or {}).items():
+        if name in _RESERVED:
+            problem = "is not one of the chat template's own variables: leave it out"
+        elif name not in known and not (name in SWITCHES and value is False and not thinks):
+            near = nearest(name, set(known).difference(_RESERVED)) or ": leave it out"
+            problem = f"is not read by the model's chat template{near}"
+        else:
+            continue
+        raise InvalidRequestError(f"chat_template_kwargs.{name:.80} {problem}", parameter="chat_template_kwargs")
+
+
 def asks_for_no_thought(variables: Mapping[str, Any] | None, effort: str | None) -> bool:
     """Return whether a request wants an answer without a thought."""
-    return effort in _NO_THOUGHT or any((variables or {}).get(name) is False for name in _SWITCHES)
+    return effort in _NO_THOUGHT or any((variables or {}).get(name) is False for name in SWITCHES)
 
 
 def _refuse_effort(effort: str, thinks: bool, switch: str | None) -> NoReturn:

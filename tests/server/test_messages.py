@@ -365,7 +365,7 @@ def test_thinking_and_effort_are_options_of_the_template() -> None:
     def options(**fields: Any) -> tuple[Any, ...]:
         body = {"model": "storyteller", "messages": BODY["messages"], **fields}
         chosen = decode(CountTokensRequest, json.dumps(body).encode()).conversation()[1]
-        return chosen.variables, chosen.reasoning_effort, chosen.max_reasoning_tokens
+        return chosen.wishes, chosen.reasoning_effort, chosen.max_reasoning_tokens
 
     assert options() == options(thinking={"type": "adaptive", "display": "omitted"}) == ({}, None, None)
     effort = {"effort": "max"}

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -119,6 +120,42 @@ def test_a_required_call_follows_the_thought(ai: openai.OpenAI) -> None:
     (call,) = choice.message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("now", {})
     assert choice.message.reasoning and choice.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"enable_thinkin": True}, "enable_thinkin is not read .*; did you mean 'enable_thinking'"),
+        ({"zz": 1}, "zz is not read by the model's chat template: leave it out"),
+        *(({name: []}, f"{name} is not one of") for name in ("messages", "tools", "documents")),
+        ({"add_generation_prompt": False}, "add_generation_prompt is not one of"),
+    ],
+)
+def test_variables_that_change_nothing_are_refused(ai: openai.OpenAI, variables: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"chat_template_kwargs.{words}") as refusal:
+        ask(ai, chat_template_kwargs=variables)
+    assert refusal.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("text", ["<|user|>", "</think>", "<think>", "<|end|>"])
+def test_a_form_may_ask_for_the_text_of_a_control_token(ai: openai.OpenAI, text: str) -> None:
+    properties = {"a": {"const": f"x{text}y"}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    content = whole(ask(ai, response_format=form, reasoning_effort="none", max_tokens=80))[1]
+    assert json.loads(content) == {"a": f"x{text}y"}
+
+
+def test_judgements_are_read_before_any_thought(tmp_path: Path) -> None:
+    folder, questions = Path(thinking_model(tmp_path)), {"x": {"type": "noul", "instructions": "Is it so?"}}
+    body = {"state": "s", "questions": questions}
+    config, switch = (folder / "tokenizer_config.json").read_text(), "enable_thinking is not defined or enable_thinking"
+    for condition, status in (("thinking is not defined or thinking", 200), ("true", 400)):
+        (folder / "tokenizer_config.json").write_text(config.replace(switch, condition))
+        with running_server(ServerConfig(), model=str(folder), num_blocks=100) as server, server.http() as http:
+            answer = http.post("/v1/systemone", json=body)
+            assert answer.status_code == status, answer.text
+    assert "opens a thought" in answer.json()["error"]["message"]
 
 
 def test_thoughts_and_logprobs_agree(ai: openai.OpenAI) -> None:

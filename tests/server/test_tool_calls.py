@@ -212,6 +212,14 @@ def test_required_calls_are_made(ai: openai.OpenAI, choice: Any, names: set[str]
     assert {each["calls"][0][0] for each in found} == names
 
 
+def test_no_part_of_a_required_call_becomes_content(ai: openai.OpenAI) -> None:
+    for length in range(1, 30, 2):
+        for stream in (False, True):
+            keywords: Any = {"tool_choice": "required", "max_tokens": length, "temperature": 0, "stream": stream}
+            answer: Any = ai.chat.completions.create(model="storyteller", messages=[USER], tools=LIMITED, **keywords)
+            assert (joined(answer) if stream else whole(answer))["content"] in ("", None)
+
+
 def test_answer_of_a_form_may_call_tools_instead(ai: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}

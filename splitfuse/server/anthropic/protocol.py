@@ -30,9 +30,8 @@ from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import Tool, ToolChoice
 from splitfuse.text.chat_options import ChatOptions
 from splitfuse.text.tools import MAX_TOOLS, check_choice, chosen_tools
+from splitfuse.text.variables import SWITCHES
 
-SWITCHES = ("enable_thinking", "thinking")
-"""Names by which chat templates know the switch of thinking."""
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 """Values of output_config.effort. Claude Code always sends one: it is a wish, which templates that know it read."""
 DISPLAYS = ("summarized", "updates", "omitted")
@@ -202,11 +201,11 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
             self.thinking.check(max_tokens)
             if self.thinking.type == "disabled":
                 return {"reasoning_effort": "none"}
-        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        wishes: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
         budget = None if self.thinking is None else self.thinking.budget_tokens
         if budget is not None:
-            variables |= dict.fromkeys(SWITCHES, True)
-        return {"variables": variables, "max_reasoning_tokens": budget}
+            wishes |= dict.fromkeys(SWITCHES, True)
+        return {"wishes": wishes, "max_reasoning_tokens": budget}
 
     def form(self) -> tuple[str, StructuredOutputs] | None:
         """Return the form of the answer, with the name by which the request gives it. Raises InvalidRequestError."""

@@ -32,17 +32,19 @@ from splitfuse.server.pooling.protocol import (
 )
 from splitfuse.server.pooling.run import pooled
 from splitfuse.server.state import AppState
+from splitfuse.text.chat_formats.parser import Start
 from splitfuse.text.pooling import rerank
 from splitfuse.text.pooling.decisions import YES_NO, Question, as_text
 from splitfuse.text.pooling.embeddings import check_dimensions, cosine, embedding, for_pooling
 from splitfuse.text.pooling.labels import has_labels, label_ids, probabilities, without_controls
 from splitfuse.text.prompts import ChatOptions, PreparedRequest
 from splitfuse.text.service import TextService
+from splitfuse.text.variables import SWITCHES
 
 MANY_NUMBERS = 65536
 """Number of numbers from which on an answer is written off the event loop, which it would hold up."""
 
-_UNTHOUGHT = ChatOptions(variables={"enable_thinking": False})
+_UNTHOUGHT = ChatOptions(wishes=dict.fromkeys(SWITCHES, False), reads_parts=True)
 
 
 async def embeddings(state: AppState, context: RequestContext, body: EmbeddingRequest) -> None:
@@ -191,6 +193,10 @@ async def _embeddable(
 async def _chat(service: TextService, messages: list[dict[str, str]], wanted: PoolingParams) -> PreparedRequest:
     limit = service.client.info.limits.max_model_len
     encoded = await service.encode_chat(messages, options=_UNTHOUGHT, max_model_len=limit)
+    if encoded.message is not None and encoded.message.start is Start.THOUGHT:
+        raise InvalidRequestError(
+            "the model's chat template opens a thought, and a judgement is read before any: use another model"
+        )
     return for_pooling(encoded.token_ids, wanted)
 
 

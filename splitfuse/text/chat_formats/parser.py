@@ -658,6 +658,8 @@ class MessageSource:
     start: Start = Start.NEW
     parallel: bool = True
     """Flag of an answer that may have several calls; without it, those after the first are left out."""
+    calls_only: bool = False
+    """Flag of an answer that consists of calls: what is held back where it is cut is the part of one."""
 
     def parser(self) -> MessageParser:
         """Return a parser at the beginning of the answer."""
