@@ -13,6 +13,8 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, PromptTooLongError, RequestTooLargeError, brief
 
+ONE_LEFT = ", with one left to generate"
+"""End of errors about prompts that are too long."""
 ENCODER = "this model is an encoder: it gives embeddings, and generates no text"
 """Message of the error for a request that an encoder cannot serve."""
 
@@ -84,7 +86,7 @@ def prompt_too_long(length: str, limit: int) -> PromptTooLongError:
     """Return the error for a prompt of `length` tokens, such as `5000` or `more than 5000`, and a model of `limit`."""
     return PromptTooLongError(
         f"{_context_length(limit)}. However, the prompt has {length} tokens: the prompt is too long, the model takes "
-        f"at most {limit - 1}, with one left to generate",
+        f"at most {limit - 1}{ONE_LEFT}",
         parameter="prompt",
     )
 

@@ -91,7 +91,8 @@ def test_embeddings_of_token_ids_are_those_of_the_text(http: httpx.Client, pipe:
         ({"input": []}, "input", "the list has nothing in it"),
         ({"input": ""}, "input", "the prompt is empty"),
         ({"input": ["a", 1]}, "input", "not a mixture"),
-        ({"input": [[1], []]}, "input", "at least one token"),
+        ({"input": [[1], []]}, "input[1]", "at least one token"),
+        ({"input": ["a", ""]}, "input[1]", "input[1]: the prompt is empty"),
         ({"input": [10**6]}, "input", "token id 1000000"),
         ({"input": ["a"] * 2049}, "input", "2049 texts; at most 2048"),
         ({"input": "a " * 9000}, "input", "maximum context length"),
@@ -184,7 +185,10 @@ def test_reranking_by_cosine(http: httpx.Client, pipe: splitfuse.Pipeline) -> No
 def test_what_reranking_refuses(http: httpx.Client) -> None:
     for path, body, parameter, message in (
         ("/v1/rerank", {"query": "a", "documents": []}, "documents", "must not be empty"),
-        ("/v1/rerank", {"query": "a", "documents": ["a" * 9000]}, "documents", "maximum context length"),
+        ("/v1/rerank", {"query": "a", "documents": ["a", "a" * 9000]}, "documents[1]", "maximum context length"),
+        ("/v1/rerank", {"query": "a" * 9000, "documents": ["a"]}, "query", "query: This model's maximum context"),
+        ("/v1/score", {"text_1": "a" * 9000, "text_2": ["a", "b"]}, "text_1", "maximum context length"),
+        ("/v1/score", {"text_1": "a", "text_2": ["a", "b" * 9000]}, "text_2[1]", "maximum context length"),
         ("/v1/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 9}, "max_tokens_per_doc", "shorter"),
         ("/v1/rerank", {"query": "a", "documents": ["a"], "splitfuse_method": "yes_no"}, None, "no single token"),
         (
@@ -337,6 +341,10 @@ def test_questions_share_the_state_in_the_prefix_cache(http: httpx.Client) -> No
         ),
         ({"assets": {"img": {"data_base64": ""}}}, "assets", "reads no images"),
         ({"state": STATE * 300}, "state", "maximum context length"),
+        (
+            {"questions": {"q": {"type": "noul", "instructions": STATE * 300}}},
+            *("questions[q]", "questions[q]: This model's maximum context length"),
+        ),
     ],
 )
 def test_what_decisions_refuse(http: httpx.Client, change: dict[str, Any], parameter: str, message: str) -> None:

@@ -7,6 +7,8 @@ import functools
 import sys
 import time
 from array import array
+from functools import partial
+from itertools import chain
 
 from splitfuse.core.limits import ENCODER
 from splitfuse.core.pooling_params import PoolingParams
@@ -52,12 +54,10 @@ async def embeddings(state: AppState, context: RequestContext, body: EmbeddingRe
     texts, service = body.texts(), state.service
     context.prompt = body.input
 
-    async def encode() -> list[PreparedRequest]:
-        return [await _embeddable(service, text) for text in texts]
-
+    sources = [(place, partial(_embeddable, service, text)) for place, text in zip(body.places, texts, strict=True)]
     size = service.client.info.embedding_size
     check_dimensions(body.dimensions, size)
-    values = await pooled(state, context, body, encode, count=len(texts), parameter="input")
+    values = await pooled(state, context, body, sources)
 
     def item(index: int) -> Embedding:
         numbers = embedding(values[index], body.dimensions)
@@ -74,7 +74,8 @@ async def reranking(state: AppState, context: RequestContext, body: RerankReques
     """Answer POST /v1/rerank and its other names."""
     documents = body.texts()
     context.prompt = {"query": body.query, "documents": documents}
-    method, scores = await _scores(state, context, body, [(body.query, each) for each in documents])
+    places = [("query", f"documents[{index}]") for index in range(len(documents))]
+    method, scores = await _scores(state, context, body, [(body.query, each) for each in documents], places)
     best = sorted(range(len(documents)), key=lambda index: (-scores[index], index))[: body.top_n]
     results = [
         RankedDocument(index, scores[index], {"text": documents[index]})
@@ -90,7 +91,7 @@ async def reranking(state: AppState, context: RequestContext, body: RerankReques
 async def scores(state: AppState, context: RequestContext, body: ScoreRequest) -> None:
     """Answer POST /v1/score."""
     context.prompt = pairs = body.pairs()
-    method, values = await _scores(state, context, body, pairs)
+    method, values = await _scores(state, context, body, pairs, body.places(len(pairs)))
     data = [Score(index, value) for index, value in enumerate(values)]
     name, now = f"score-{context.unique_id}", int(time.time())
     await context.answer(ScoreList(name, now, body.model or state.model, data, _usage(context), method))
@@ -111,17 +112,20 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
     }
     context.prompt = body.state
 
-    async def encode() -> list[PreparedRequest]:
-        prepared, said = [], as_text(body.state)
-        for question in questions.values():
-            labels = question.labels(has_yes_no=has_yes_no)
-            wanted = PoolingParams(label_ids(tokenizer, labels))
-            content = without_controls(question.prompt(said, labels), tokenizer)
-            message = {"role": "user", "content": content}
-            prepared.append(await _chat(service, [message], wanted))
-        return prepared
+    said = as_text(body.state)
 
-    values = await pooled(state, context, body, encode, count=len(questions), parameter="state", shares_prefix=True)
+    async def encode(question: Question) -> PreparedRequest:
+        labels = question.labels(has_yes_no=has_yes_no)
+        wanted = PoolingParams(label_ids(tokenizer, labels))
+        content = without_controls(question.prompt(said, labels), tokenizer)
+        return await _chat(service, [{"role": "user", "content": content}], wanted)
+
+    def place(name: str, question: Question) -> str:
+        size = len(question.prompt("", question.labels(has_yes_no=has_yes_no)))
+        return "state" if len(said) >= size else f"questions[{name:.80}]"
+
+    sources = [(place(name, question), partial(encode, question)) for name, question in questions.items()]
+    values = await pooled(state, context, body, sources, shares_prefix=True)
     answers = {
         name: question.answer(probabilities(logprobs))
         for (name, question), logprobs in zip(questions.items(), values, strict=True)
@@ -133,22 +137,23 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
 
 
 async def _scores(
-    state: AppState, context: RequestContext, body: RerankRequest | ScoreRequest, pairs: list[tuple[str, str]]
+    state: AppState,
+    context: RequestContext,
+    body: RerankRequest | ScoreRequest,
+    pairs: list[tuple[str, str]],
+    places: list[tuple[str, str]],
 ) -> tuple[Method, list[float]]:
-    """Return how texts are compared, and the score of each pair."""
+    """Return how texts are compared, and the score of each pair. `places` are those of the texts in the body."""
     method = body.splitfuse_method or _method(state)
-    parameter = "documents" if isinstance(body, RerankRequest) else "text_2"
     if method == "cosine":
         if body.splitfuse_instruction is not None:
             message = "splitfuse_instruction needs the method yes_no: write it in front of the texts"
             raise InvalidRequestError(message, parameter="splitfuse_instruction")
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))  # each once
-
-        async def embeddable() -> list[PreparedRequest]:
-            return [await _embeddable(state.service, text) for text in texts]
-
-        hidden = await pooled(state, context, body, embeddable, count=len(texts), parameter=parameter)
-        found = dict(zip(texts, hidden, strict=True))
+        texts: dict[str, str] = {}  # each once
+        for text, place in zip(chain.from_iterable(pairs), chain.from_iterable(places), strict=True):
+            texts.setdefault(text, place)
+        sources = [(place, partial(_embeddable, state.service, text)) for text, place in texts.items()]
+        found = dict(zip(texts, await pooled(state, context, body, sources), strict=True))
         return method, await state.service.off_loop(lambda: [cosine(found[one], found[other]) for one, other in pairs])
     service, tokenizer = state.service, state.service.tokenizer
     if not service.client.info.limits.generates:
@@ -157,19 +162,17 @@ async def _scores(
     plain = {text: without_controls(text, tokenizer) for pair in pairs for text in pair}
     instruction = without_controls(body.splitfuse_instruction or rerank.INSTRUCTION, tokenizer)
 
-    async def judgements() -> list[PreparedRequest]:
-        prepared = []
-        for query, document in pairs:
-            if rerank.has_chatml(tokenizer):
-                text = rerank.chatml(plain[query], plain[document], instruction)
-                prepared.append(await _embeddable(service, text, answers, add_special_tokens=False))
-            else:
-                prepared.append(
-                    await _chat(service, rerank.messages(plain[query], plain[document], instruction), answers)
-                )
-        return prepared
+    async def judgement(query: str, document: str) -> PreparedRequest:
+        if rerank.has_chatml(tokenizer):
+            text = rerank.chatml(plain[query], plain[document], instruction)
+            return await _embeddable(service, text, answers, add_special_tokens=False)
+        return await _chat(service, rerank.messages(plain[query], plain[document], instruction), answers)
 
-    logprobs = await pooled(state, context, body, judgements, count=len(pairs), parameter=parameter, shares_prefix=True)
+    sources = [
+        (first if len(query) > len(document) else second, partial(judgement, query, document))
+        for (query, document), (first, second) in zip(pairs, places, strict=True)
+    ]
+    logprobs = await pooled(state, context, body, sources, shares_prefix=True)
     return method, [probabilities(each)[1] for each in logprobs]
 
 

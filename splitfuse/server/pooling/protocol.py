@@ -78,6 +78,13 @@ class EmbeddingRequest(SloParams, kw_only=True, frozen=True):
         check_count(texts, "input")
         return texts  # type: ignore[no-any-return]
 
+    @property
+    def places(self) -> list[str]:
+        """Return how errors name each of `texts`."""
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return ["input"]
+        return [f"input[{index}]" for index in range(len(self.input))]
+
 
 class Embedding(msgspec.Struct, frozen=True):
     """Holds the embedding of one text: numbers, or in base64 their bytes as little-endian fp32."""
@@ -174,6 +181,14 @@ class ScoreRequest(SloParams, kw_only=True, frozen=True):
                 f"text_1 has {len(first)} texts and text_2 {len(second)}: give as many, or a single text_1",
                 parameter="text_1",
             )
+        return list(zip(first, second, strict=True))
+
+    def places(self, count: int) -> list[tuple[str, str]]:
+        """Return how errors name the texts of each of `count` pairs."""
+        first, second = (
+            [f"{name}[{index}]" if isinstance(texts, list) and len(texts) > 1 else name for index in range(count)]
+            for name, texts in (("text_1", self.text_1), ("text_2", self.text_2))
+        )
         return list(zip(first, second, strict=True))
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
+from splitfuse.core.limits import ONE_LEFT
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
@@ -16,28 +17,26 @@ from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
 
-Encode = Callable[[], Awaitable[list[PreparedRequest]]]
-"""Function that returns the requests of all prompts. Raises InvalidRequestError."""
+Source = tuple[str, Callable[[], Awaitable[PreparedRequest]]]
+"""Place of a prompt in the body, and a function that returns the request for it, which raises InvalidRequestError."""
 
 
 async def pooled(
     state: AppState,
     context: RequestContext,
     body: SloParams,
-    encode: Encode,
+    sources: Sequence[Source],
     *,
-    count: int,
-    parameter: str,
     shares_prefix: bool = False,
 ) -> list[tuple[float, ...]]:
-    """Return the numbers of each of `count` prompts, which come from `parameter` of the body. With `shares_prefix` the
-    first one runs before the others, which then find in the prefix cache what they begin with alike.
+    """Return the numbers of each prompt. With `shares_prefix` the first one runs before the others, which then find in
+    the prefix cache what they begin with alike.
 
     Raises InvalidRequestError, RefusedError, OverloadedError, RequestFailedError, EngineUnavailableError.
     """
     slo_enabled = state.service.client.info.slo_enabled
     scheduling = body.scheduling(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
-    work = _run(state, context, encode, scheduling, count=count, parameter=parameter, shares_prefix=shares_prefix)
+    work = _run(state, context, sources, scheduling, shares_prefix=shares_prefix)
     generations = await context.unless_gone(work, deadline=body.splitfuse_deadline)
     return [generation.values for generation in generations]
 
@@ -45,20 +44,19 @@ async def pooled(
 async def _run(
     state: AppState,
     context: RequestContext,
-    encode: Encode,
+    sources: Sequence[Source],
     scheduling: SchedulingOptions,
     *,
-    count: int,
-    parameter: str,
     shares_prefix: bool,
 ) -> list[Generation]:
-    service, admission, at_once = state.service, state.admission, min(count, state.config.max_prompts)
+    service, admission, at_once = state.service, state.admission, min(len(sources), state.config.max_prompts)
     with ExitStack() as admitted:
         admitted.enter_context(admission.admit(0, at_once))
-        with _blamed(parameter):
-            prepared = [replace(each, adapter=context.adapter) for each in await encode()]
-            for each in prepared:
-                each.check(service.client.info.limits)
+        prepared = []
+        for place, encode in sources:
+            with _blamed(place):
+                prepared.append(replace(await encode(), adapter=context.adapter))
+                prepared[-1].check(service.client.info.limits)
         admitted.enter_context(admission.admit(sum(len(each.token_ids) for each in prepared), 0))
         context.admitted = True
         context.generations = generations = service.begin(prepared, request_id=context.unique_id)
@@ -74,13 +72,14 @@ async def _run(
 
 
 @contextmanager
-def _blamed(parameter: str) -> Iterator[None]:
-    """Make errors about a prompt name the field of the body that it came from."""
+def _blamed(place: str) -> Iterator[None]:
+    """Make errors about a prompt name the place in the body that it came from."""
     try:
         yield
     except InvalidRequestError as error:
-        if error.parameter in ("prompt", "messages"):
-            error.parameter = parameter
+        if error.parameter in ("prompt", "messages", "max_tokens"):
+            error.parameter = place
+            error.args = (f"{place}: {str(error).removesuffix(ONE_LEFT)}",)
         raise
 
 
