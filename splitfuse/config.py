@@ -196,7 +196,7 @@ class EngineConfig:
     def settings(self) -> dict[str, Any]:
         """Return the settings that have a value, flat, as `from_settings` takes them."""
         parts = [getattr(self, name) for name in PARTS]
-        return {name: value for part in parts for name, value in vars(part).items() if value is not None}
+        return {name: value for part in parts for name, value in vars(part).items() if value not in (None, ())}
 
     @classmethod
     def setting_fields(cls) -> dict[str, tuple[type[Any], dataclasses.Field[Any]]]:

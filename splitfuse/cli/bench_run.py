@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import typer
 
 from splitfuse.bench.workload import Loads
-from splitfuse.cli.flags import ApiKeyFlag, flag_of, given, take, with_flags
+from splitfuse.cli.flags import ApiKeyFlag, changed, flag_of, given, take, with_flags
 from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
 from splitfuse.cli.tables import print_results
 from splitfuse.config import EngineConfig
@@ -105,9 +105,9 @@ def bench_run(
 
 
 def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:
-    for name, (_, field) in EngineConfig.setting_fields().items():
-        if name != "model" and flags[name] != field.default:
-            raise ConfigError(f"{flag_of(name)} and --url are mutually exclusive: it configures an engine here")
+    settings = {name: flags[name] for name in EngineConfig.setting_fields() if name != "model"}
+    for name in changed(settings):
+        raise ConfigError(f"{flag_of(name)} and --url are mutually exclusive: it configures an engine here")
     if replicas != 1:
         raise ConfigError("--replicas and --url are mutually exclusive")
     if policy != "splitfuse":
