@@ -186,6 +186,14 @@ def test_answer_cut_off_anywhere_invents_nothing(name: str) -> None:
             assert expected.arguments.startswith(got.arguments)
 
 
+@pytest.mark.parametrize("name", sorted(set(CHAT_FORMATS) - {"harmony", "glm"}))  # these two end calls in other ways
+def test_part_of_the_end_of_a_call_is_no_content(name: str) -> None:
+    calls, text = CHAT_FORMATS[name].calls, whole_answer(name)
+    assert calls is not None
+    for length in range(len(close := calls.close.strip())):
+        assert parse(with_thoughts(name), text[: text.rindex(close) + length]).content == "I will\nlook."
+
+
 def test_no_tools_leave_calls_in_the_content() -> None:
     for name in CHAT_FORMATS:
         calls = HARMONY_CALLS if name == "harmony" else CALLS[name]

@@ -272,7 +272,8 @@ class MessageParser:
                 is_call = False
         if is_call and calls.close and not is_bare:
             yield from self._source.skip_space()
-            self._num_unclosed += not (yield from self._source.take(calls.close.strip()))
+            is_closed = (yield from self._source.take(close := calls.close.strip())) or self._source.ends_within(close)
+            self._num_unclosed += not is_closed
         return is_call
 
     def _begin(self, name: str, call_id: str = "") -> None:
