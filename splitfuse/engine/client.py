@@ -13,8 +13,9 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Self
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
@@ -179,15 +180,40 @@ class EngineClient(ABC):
         """Return the digests of the LoRA adapters that requests can have, by name."""
         return {}
 
+    @property
+    def loading_adapters(self) -> Collection[str]:
+        """Return the names of the LoRA adapters that are being loaded, also again after an engine has died."""
+        return ()
+
+    def check_not_loading(self, name: str) -> None:
+        """Raise EngineUnavailableError if the LoRA adapter of a name is being loaded."""
+        if name in self.loading_adapters:
+            raise EngineUnavailableError(f"the adapter {name!r:.200} is being loaded: send the request again")
+
     async def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter from a folder or the Hub under a name, which another one gives up.
 
-        Raises AdapterError, EngineUnavailableError if an engine is not ready.
+        Raises AdapterError, EngineUnavailableError if an engine is not ready, or loads an adapter of that name already.
         """
         raise NotImplementedError
 
     def unload_adapter(self, name: str) -> None:
-        """Take a LoRA adapter from new requests; those which have it go on with it."""
+        """Take a LoRA adapter from new requests; those which have it, or hold it, go on with it.
+
+        Raises EngineUnavailableError while an adapter of that name is being loaded.
+        """
+        raise NotImplementedError
+
+    def has_adapter(self, digest: str) -> bool:
+        """Return whether requests can be opened that have the LoRA adapter of a digest."""
+        return digest in self.adapters.values()
+
+    def hold_adapter(self, digest: str) -> None:
+        """Keep a LoRA adapter, even if it loses its name, for a request that will be opened; until `let_go_adapter`."""
+        raise NotImplementedError
+
+    def let_go_adapter(self, digest: str) -> None:
+        """End what one `hold_adapter` began."""
         raise NotImplementedError
 
     @abstractmethod
@@ -221,7 +247,9 @@ class LocalClient(EngineClient):
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
         self._adapters: dict[str, str] = {}
         self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
-        self._loading: dict[str, asyncio.Future[None]] = {}
+        self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
+        self._present: set[str] = set()  # digests of the adapters that the engine has
+        self._holds: Counter[str] = Counter()  # digests -> requests that hold them
         self.on_step: Callable[[EngineStats], None] = lambda _: None
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
@@ -251,20 +279,48 @@ class LocalClient(EngineClient):
     def adapters(self) -> Mapping[str, str]:
         return self._adapters
 
+    @property
+    def loading_adapters(self) -> Collection[str]:
+        return self._loading.keys()
+
     async def load_adapter(self, name: str, path: str) -> None:
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(f"the engine is {self.state}: load the adapter again when it is ready")
-        if (loading := self._loading.get(name)) is None:
-            loading = self._loading[name] = asyncio.get_running_loop().create_future()
-            self._send(LoadAdapter(name, path))
-        await asyncio.shield(loading)
-        self._changed_adapters[name] = path
+        self.check_not_loading(name)
+        await asyncio.shield(self._begin_load(name, path))
 
     def unload_adapter(self, name: str) -> None:
+        self.check_not_loading(name)
         self._adapters.pop(name, None)
         self._changed_adapters[name] = None
-        if self.state is EngineState.READY:
-            self._send(UnloadAdapter(name))
+        self._unload_unused()
+
+    def has_adapter(self, digest: str) -> bool:
+        return digest in self._present
+
+    def hold_adapter(self, digest: str) -> None:
+        self._holds[digest] += 1
+
+    def let_go_adapter(self, digest: str) -> None:
+        self._holds[digest] -= 1
+        if not self._holds[digest]:
+            del self._holds[digest]
+            self._unload_unused()
+
+    def _begin_load(self, name: str, path: str) -> asyncio.Future[None]:
+        loading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loading[name] = path, loading
+        self._send(LoadAdapter(name, path))
+        return loading
+
+    def _unload_unused(self) -> None:
+        """Unload the adapters that have neither a name nor a request; not while one is loaded, which may be the same as
+        one of them.
+        """
+        if self.state is EngineState.READY and not self._loading:
+            for digest in self._present - set(self._adapters.values()) - self._holds.keys():
+                self._present.remove(digest)
+                self._send(UnloadAdapter(digest))
 
     def open(self, request: Add) -> Stream:
         check_process(self._pid)
@@ -274,6 +330,8 @@ class LocalClient(EngineClient):
             raise EngineUnavailableError(f"the engine is {self.state}")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
+        if request.adapter and not self.has_adapter(request.adapter):
+            raise EngineUnavailableError("the adapter of the request is not loaded any more: send the request again")
         num_prompt = len(request.prompt_token_ids)
         assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
         stream = Stream(request, self._finish)
@@ -314,30 +372,33 @@ class LocalClient(EngineClient):
             case EngineInfo():
                 self._info, self.state, self.stage = report, EngineState.READY, Loading("ready", 1.0)
                 self._adapters = dict(report.adapters)
+                self._present = set(self._adapters.values())
                 for name, path in self._changed_adapters.items():  # after a restart
                     self._adapters.pop(name, None)
-                    self._send(UnloadAdapter(name) if path is None else LoadAdapter(name, path))
+                    if path is not None:
+                        self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
+                self._unload_unused()
             case AdapterLoaded():
                 self._take_adapter(report)
             case Failed():
                 self._die(report.error)
 
     def _take_adapter(self, report: AdapterLoaded) -> None:
-        loading = self._loading.pop(report.name, None)
-        if not report.error:
-            self._adapters[report.name] = report.digest
-        if loading is None or loading.done():
-            if report.error:
-                _logger.error("the adapter %s could not be loaded again: %s", report.name, report.error)
-        elif report.error:
+        if report.name not in self._loading:  # the engine has died since
+            return
+        path, loading = self._loading.pop(report.name)
+        if report.error:
             loading.set_exception(AdapterError(report.error))
         else:
+            self._adapters[report.name], self._changed_adapters[report.name] = report.digest, path
+            self._present.add(report.digest)
             loading.set_result(None)
+        self._unload_unused()
 
     def _die(self, why: str) -> None:
         """Fail all requests, since the engine is gone."""
-        loading, self._loading, self._adapters = self._loading, {}, {}
-        for each in loading.values():
+        loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
+        for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
         self.state, self._death = EngineState.DEAD, why
         streams, ending = self._streams, self._ending
@@ -345,3 +406,8 @@ class LocalClient(EngineClient):
         self._stats = EngineStats()
         for stream in (*streams.values(), *ending.values()):
             stream.fail(EngineUnavailableError(f"the engine died while the request ran: {why}"))
+
+
+def _log_failure(name: str, loading: asyncio.Future[None]) -> None:
+    if not loading.cancelled() and (error := loading.exception()) is not None:
+        _logger.error("the adapter %s could not be loaded again: %s", name, error)

@@ -233,6 +233,12 @@ class Engine:
         self.adapters.pop(name, None)
         self._drop_adapters()
 
+    @guarded
+    def release_adapter(self, digest: str) -> None:
+        """Take a LoRA adapter from new requests, as `unload_adapter`, under all names that it has."""
+        self.adapters = {name: each for name, each in self.adapters.items() if each != digest}
+        self._drop_adapters()
+
     def _drop_adapters(self) -> None:
         """Forget the adapters that have neither a name nor a request."""
         queue = self.scheduler.queue

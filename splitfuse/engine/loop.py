@@ -117,11 +117,11 @@ class EngineLoop:
                         outputs.append(output)
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
-                case _Loaded():
-                    self._engine.install_adapter(command.name, command.digest, command.adapter)
+                case _Loaded():  # named by its digest: the front knows which names have it, and when none does
+                    self._engine.install_adapter(command.digest, command.digest, command.adapter)
                     self._report(AdapterLoaded(command.name, command.digest))
                 case UnloadAdapter():
-                    self._engine.unload_adapter(command.name)
+                    self._engine.release_adapter(command.digest)
                 case Stop():
                     self._stopped = True
         return outputs

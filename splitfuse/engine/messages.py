@@ -52,16 +52,16 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Loads a LoRA adapter from a folder, for requests that name its digest. One that had the name gives it up."""
+    """Loads a LoRA adapter from a folder, for requests that name its digest."""
 
     name: str
     path: str
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forgets an adapter once its last request has ended."""
+    """Forgets the adapter of a digest once its last request has ended."""
 
-    name: str
+    digest: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

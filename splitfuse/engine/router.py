@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
@@ -57,21 +57,45 @@ class Router(EngineClient):
     def adapters(self) -> Mapping[str, str]:
         return {name: digest for replica in self.replicas for name, digest in replica.adapters.items()}
 
+    @property
+    def loading_adapters(self) -> Collection[str]:
+        return {name for replica in self.replicas for name in replica.loading_adapters}
+
     async def load_adapter(self, name: str, path: str) -> None:
-        """See EngineClient: in all replicas, or in none if one is not ready."""
+        """See EngineClient: in all replicas, or in none if one is not ready or cannot load it."""
         if not all(replica.state is EngineState.READY for replica in self.replicas):
             raise EngineUnavailableError("an engine is not ready: load the adapter again when all are")
-        await asyncio.gather(*(replica.load_adapter(name, path) for replica in self.replicas))
+        self.check_not_loading(name)
+        loads = (replica.load_adapter(name, path) for replica in self.replicas)
+        errors = await asyncio.gather(*loads, return_exceptions=True)
+        if failures := [error for error in errors if error is not None]:
+            for replica, error in zip(self.replicas, errors, strict=True):
+                if error is None and name not in replica.loading_adapters:  # it is, if the replica died since
+                    replica.unload_adapter(name)
+            raise failures[0]
 
     def unload_adapter(self, name: str) -> None:
+        self.check_not_loading(name)
         for replica in self.replicas:
             replica.unload_adapter(name)
+
+    def has_adapter(self, digest: str) -> bool:
+        return any(replica.has_adapter(digest) for replica in self.replicas)
+
+    def hold_adapter(self, digest: str) -> None:
+        for replica in self.replicas:
+            replica.hold_adapter(digest)
+
+    def let_go_adapter(self, digest: str) -> None:
+        for replica in self.replicas:
+            replica.let_go_adapter(digest)
 
     def open(self, request: Add) -> Stream:
         names = self._name_blocks(request)
         index = choose_replica([self._load(i, names, request.adapter) for i in range(len(self.replicas))])
         if index is None:
-            raise EngineUnavailableError("no engine is ready")
+            which = " that has the adapter of the request: send it again" if request.adapter else ""
+            raise EngineUnavailableError(f"no engine is ready{which}")
         stream = self.replicas[index].open(request)
         memory = self._memories[index]
         if memory is None:
@@ -105,7 +129,7 @@ class Router(EngineClient):
         if replica.state is not EngineState.READY:
             self._memories[index] = None  # when it comes back, its cache is empty
             return None
-        if adapter and adapter not in replica.adapters.values():  # it is loaded again after a restart
+        if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
             return None
         cached = 0 if memory is None else memory.cached_tokens(names)
         return ReplicaLoad(replica.silent, replica.outstanding_tokens - cached)

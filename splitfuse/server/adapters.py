@@ -60,6 +60,7 @@ async def load(state: AppState, context: RequestContext, body: LoadLoraRequest) 
 async def unload(state: AppState, context: RequestContext, body: UnloadLoraRequest) -> None:
     """Answer POST /v1/unload_lora_adapter."""
     _check_admin(context)
+    state.service.client.check_not_loading(body.lora_name)
     if body.lora_name not in state.service.client.adapters:
         message = f"there is no adapter {body.lora_name!r:.200} here; GET /v1/models lists all"
         raise RefusedError(404, message, code="model_not_found", parameter="lora_name")

@@ -42,7 +42,9 @@ class AppState:
     explanations: Explanations = field(default_factory=Explanations)
 
     def release(self, context: RequestContext) -> None:
-        """Give back what the body of a request held."""
+        """Give back what a request held: the memory of its body, and its adapter."""
+        if context.adapter:
+            self.service.client.let_go_adapter(context.adapter)
         self.admission.bodies.release(context.held)
         if context.held > FREE_BYTES:
             self.service.give_back_memory()
@@ -89,12 +91,13 @@ class AppState:
 
     def check_model(self, name: str, *, parameter: str | None = None) -> str:
         """Return the digest of the LoRA adapter that has the name, or nothing if it is that of the model. Raises
-        RefusedError (404) if it is neither.
+        RefusedError (404) if it is neither, EngineUnavailableError while the adapter is being loaded.
         """
         if name == self.model:
             return ""
         adapters = self.service.client.adapters
         if name not in adapters:
+            self.service.client.check_not_loading(name)
             known = ", ".join(map(repr, (self.model, *adapters)))
             raise RefusedError(
                 404,
@@ -121,6 +124,8 @@ class AppState:
             raise EngineUnavailableError(f"no engine is ready: {self.stage[0]}; /ready says when one is")
         if (model := getattr(request, "model", None)) is not None:
             context.adapter = self.check_model(model, parameter="model")
+            if context.adapter:
+                self.service.client.hold_adapter(context.adapter)
         return request
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 import splitfuse
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import EngineClient
+from splitfuse.engine.client import EngineClient, EngineState, Stream
+from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
     AdapterLoaded,
     Add,
@@ -32,8 +35,10 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
+from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import AdapterError, ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.runtime.loading import LoadedModel
 from splitfuse.server.lifecycle import run_server
 
 PROMPT = "Once upon a time"
@@ -131,19 +136,104 @@ def test_administrator_loads_and_unloads(
     lora_server.wait_until(lambda: len(lora_server.engine.executor.adapters) == 1)
 
 
+def test_request_keeps_an_adapter_that_is_unloaded_before_it_begins(
+    lora_server: RunningServer, folders: list[Path], wanted: dict[str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, opened = lora_server.client, lora_server.client.open
+
+    def open_late(request: Add) -> Stream:
+        client.unload_adapter("second")
+        return opened(request)
+
+    post(lora_server, "/v1/load_lora_adapter", lora_name="second", lora_path=str(folders[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "open", open_late)
+        assert complete(lora_server, "second") == wanted["second"]
+    assert "second" not in client.adapters
+    lora_server.wait_until(lambda: len(lora_server.engine.executor.adapters) == 1)
+
+
+def test_name_that_is_being_loaded_is_not_ready(
+    lora_server: RunningServer, folders: list[Path], wanted: dict[str | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    second = {"lora_name": "second", "lora_path": str(folders[1])}
+    go_on, read = threading.Event(), LoadedModel.load_adapter
+
+    def read_late(self: LoadedModel, path: str) -> Any:
+        assert go_on.wait(PATIENCE)
+        return read(self, path)
+
+    monkeypatch.setattr(LoadedModel, "load_adapter", read_late)
+    with ThreadPoolExecutor() as threads:
+        try:
+            loaded = threads.submit(post, lora_server, load, **second)
+            lora_server.wait_until(lambda: "second" in lora_server.client.loading_adapters)
+            for answer in (
+                post(lora_server, load, lora_name="second", lora_path=str(folders[0])),
+                post(lora_server, unload, lora_name="second"),
+                post(lora_server, "/v1/completions", model="second", prompt=PROMPT),
+            ):
+                assert answer.status_code == 503
+                assert "the adapter 'second' is being loaded" in answer.json()["error"]["message"]
+        finally:
+            go_on.set()
+        assert loaded.result().status_code == 200
+    assert complete(lora_server, "second") == wanted["second"]
+    assert post(lora_server, unload, lora_name="second").status_code == 200
+
+
+def test_replicas_load_an_adapter_all_or_none(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig.from_settings({"num_blocks": 64, "num_threads": 1})
+    first = Engine.load(config)
+    replicas = [AsyncEngine(first), AsyncEngine(Engine(config, first.model))]
+
+    async def fail(name: str, path: str) -> None:
+        raise AdapterError(f"{name} is gone from {path}")
+
+    async def scenario() -> None:
+        client = Router(replicas)
+        await client.start()
+        try:
+            with monkeypatch.context() as patch, pytest.raises(AdapterError, match="a is gone"):
+                patch.setattr(replicas[1], "load_adapter", fail)
+                await client.load_adapter("a", str(folders[0]))
+            assert not client.adapters and not replicas[0].adapters
+            await client.load_adapter("a", str(folders[0]))
+            digest = client.adapters["a"]
+            before = await answer_of(client, "a")
+            client.hold_adapter(digest)
+            await client.load_adapter("a", str(folders[1]))
+            assert client.adapters["a"] != digest
+            assert await tokens_of(client, digest) == before
+            client.let_go_adapter(digest)
+            with pytest.raises(EngineUnavailableError, match="no engine is ready that has the adapter of the request"):
+                await tokens_of(client, digest)
+            with pytest.raises(EngineUnavailableError, match="the adapter of the request is not loaded any more"):
+                await tokens_of(replicas[0], digest)
+        finally:
+            await client.close()
+
+    asyncio.run(scenario())
+
+
 def test_adapter_needs_another_name_than_the_model(folders: list[Path]) -> None:
     with pytest.raises(ConfigError, match="lora gives an adapter the name 'storyteller' of the model itself"):
         asyncio.run(run_server(EngineConfig.from_settings({"lora": f"storyteller={folders[0]}"}), ServerConfig()))
 
 
 async def answer_of(client: EngineClient, adapter: str) -> list[int]:
-    add = Add("one", (5, 6, 7, 8), SamplingParams(max_tokens=8), adapter=client.adapters[adapter])
+    return await tokens_of(client, client.adapters[adapter])
+
+
+async def tokens_of(client: EngineClient, digest: str) -> list[int]:
+    add = Add("one", (5, 6, 7, 8), SamplingParams(max_tokens=8), adapter=digest)
     async with client.open(add) as stream:
         return [token async for output in stream for token in output.token_ids]
 
 
 def test_messages_about_adapters_cross_processes() -> None:
-    for command in (LoadAdapter("a", "folder"), UnloadAdapter("a"), Add("x", (1,), SamplingParams(), adapter="ab")):
+    for command in (LoadAdapter("a", "folder"), UnloadAdapter("ab"), Add("x", (1,), SamplingParams(), adapter="ab")):
         assert decode_command(encode(command)) == command
     for report in (AdapterLoaded("a", "digest"), AdapterLoaded("a", error="absent")):
         assert decode_report(encode(report)) == report
@@ -171,6 +261,7 @@ def test_adapters_come_back_with_a_process(folders: list[Path]) -> None:
                 with pytest.raises(EngineUnavailableError):
                     await client.load_adapter("second", str(folders[1]))
                 while not client.adapters:
+                    assert client.state is not EngineState.READY or "second" in client.loading_adapters
                     await asyncio.sleep(0.01)
             assert list(client.adapters) == ["second"] and await answer_of(client, "second") == before
         finally:
