@@ -40,9 +40,9 @@ class StructuredOutputs:
     """Grammar that the engine enforces; empty until the text layer has checked and compiled `source`."""
 
     def __post_init__(self) -> None:
-        for name, text, most in (("source", self.source, MAX_CHARACTERS), ("compiled", self.compiled, MAX_COMPILED)):
+        for text, most in ((self.source, MAX_CHARACTERS), (self.compiled, MAX_COMPILED)):
             if len(text) > most:
-                raise refused(f"has {len(text)} characters ({name}); at most {most} are accepted", self.kind)
+                raise refused(f"has {len(text)} characters; at most {most} are accepted", self.kind)
 
     @classmethod
     def of(cls, value: object) -> StructuredOutputs:

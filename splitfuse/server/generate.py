@@ -37,6 +37,9 @@ MANY_LOGPROBS = 4096
 FORM = "structured_outputs"
 """Name of the form of an answer in SamplingParams, and in errors about it."""
 
+TOOLS = "tools"
+"""Name of the tools, whose calls are a form of an answer too, in requests of every API."""
+
 MAX_LENGTHS = 16
 """Number of the model's lengths up to which a text is read whose tokens are cut or only counted."""
 
@@ -77,14 +80,14 @@ class GenerationRequest:
     async def encode(self, service: TextService, limits: EngineLimits) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
         max_model_len = limits.max_model_len
-        with form_named(self.form_name or "tool_choice"):
+        with form_named(self.form_name or TOOLS):
             params = await service.compile(self.params, self.chat)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
             if self.messages is None:
                 encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
             else:
-                with form_named(self.form_name or "tool_choice"):
+                with form_named(self.form_name or TOOLS):
                     if self.drops_messages:
                         encoded = [await self._encode_latest(service, params, self.messages, limits)]
                     else:
@@ -142,6 +145,7 @@ def form_named(name: str) -> Iterator[None]:
         yield
     except InvalidRequestError as error:
         place = error.parameter or ""
+        name = TOOLS if place == f"{FORM}.{TOOLS}" else name
         if place.partition(".")[0] == FORM and name != FORM:
             error.args = (str(error).replace(place, name, 1),)
             error.parameter = name
@@ -227,7 +231,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    with form_named(request.form_name):
+                    with form_named(request.form_name or TOOLS):
                         raise failure(generation)
                 if request.stream:
                     events = partial(responder.events, generation, text)

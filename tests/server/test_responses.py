@@ -537,6 +537,11 @@ def test_truncation_drops_the_oldest_turns(ai: openai.OpenAI) -> None:
         ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name", "must match"),
         ({"tools": [WEATHER, WEATHER]}, "tools", "named 'weather'"),
         ({"tools": [{**WEATHER, "defer_loading": True}]}, "tools[0].defer_loading", "not supported"),
+        (
+            {"tools": [{**WEATHER, "strict": True, "parameters": {"type": "object", "not": {}}}]},
+            "tools[0].parameters",
+            "has the key 'not'",
+        ),
         ({"tool_choice": "any"}, "tool_choice", "must be none, auto, required or an object"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.name", "is missing"),

@@ -245,6 +245,7 @@ def with_schema(**schema: Any) -> dict[str, Any]:
         ({"tools": TOOLS, "guided_regex": "a"}, "guided_regex", "and tool_choice both say"),
         (with_schema(uniqueItems=True), "tools[0].function.parameters", "has the key 'uniqueItems' at #"),
         (with_schema(properties={"a": {"pattern": "("}}), "tools[0].function.parameters", "cannot be enforced"),
+        (with_schema(description="x" * 200_000), "tools", "tools has 200"),
     ],
 )
 def test_a_call_that_cannot_be_required_says_why(

@@ -24,7 +24,6 @@ _TYPES = {
 _NAMES = (
     (r"^reasoning_effort 'none'", "thinking.type 'disabled'"),
     (r"^a budget of", "thinking.budget_tokens: a budget of"),
-    (r"^(tools\[\d+\])\.function\.parameters", r"\1.input_schema"),
 )
 """Words at the beginning of errors about what has another name here."""
 
