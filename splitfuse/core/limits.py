@@ -34,6 +34,11 @@ class EngineLimits:
     generates: bool = True
     """False for an encoder, which gives embeddings only."""
 
+    @property
+    def longest_prompt(self) -> int:
+        """Return the most tokens of a prompt: one is left to generate, but by an encoder."""
+        return self.max_model_len - self.generates
+
     def max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """Return the most tokens to generate after a prompt of `num_prompt` tokens."""
         return self.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
@@ -42,7 +47,7 @@ class EngineLimits:
         """Return whether a request of this size keeps to the limits, for assertions behind `check`."""
         most = self.max_new_tokens(num_prompt, params)
         blocks = blocks_needed(num_prompt, most, self.block_size)
-        return num_prompt > 0 and num_prompt + max(most, 1) <= self.max_model_len and blocks <= self.num_blocks
+        return num_prompt > 0 and num_prompt + max(most, 1) <= self.longest_prompt + 1 and blocks <= self.num_blocks
 
     def check(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -55,10 +60,10 @@ class EngineLimits:
         limit, length = self.max_model_len, len(prompt_token_ids)
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty: it must have at least one token", parameter="prompt")
-        if length >= limit:
-            raise prompt_too_long(str(length), limit)
+        if length > self.longest_prompt:
+            raise prompt_too_long(str(length), limit, generates=self.generates)
         for name, count in (("max_tokens", params.max_tokens or 0), ("min_tokens", params.min_tokens)):
-            if length + count > limit:
+            if length + count > self.longest_prompt + 1:
                 raise PromptTooLongError(
                     f"{_context_length(limit)}. However, the prompt is too long for {name} {count}: with its {length} "
                     f"tokens, {name} can be at most {limit - length}",
@@ -82,11 +87,11 @@ class EngineLimits:
         )
 
 
-def prompt_too_long(length: str, limit: int) -> PromptTooLongError:
+def prompt_too_long(length: str, limit: int, *, generates: bool = True) -> PromptTooLongError:
     """Return the error for a prompt of `length` tokens, such as `5000` or `more than 5000`, and a model of `limit`."""
     return PromptTooLongError(
         f"{_context_length(limit)}. However, the prompt has {length} tokens: the prompt is too long, the model takes "
-        f"at most {limit - 1}{ONE_LEFT}",
+        f"at most {limit - generates}{ONE_LEFT if generates else ''}",
         parameter="prompt",
     )
 

@@ -1,12 +1,12 @@
 """Load a bidirectional encoder, and execute plans with it. It has the scheduler of decoders, and no KV cache.
 
 A chunk of a prompt that goes on later computes nothing: the last one computes the whole text, since each token attends
-to all. So a step computes at most the budget and a text's length.
+to all. Texts that end in one step are computed in runs of at most the budget and a text's length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,8 +39,10 @@ TOKEN_NUMBERS = 12
 class EncoderExecutor:
     """Executes plans whose requests all ask for embeddings: see `Executor`."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, most_tokens: int) -> None:
         self.encoder = encoder
+        self.most_tokens = most_tokens
+        """Tokens that are computed at a time, for which memory is planned: at least those of the longest text."""
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters: none, see `LoadedEncoder.load_adapter`."""
         self._states: dict[str, SamplingState] = {}
@@ -55,10 +57,23 @@ class EncoderExecutor:
         results: StepResult = {chunk.request_id: ChunkResult() for chunk in plan.chunks}
         whole = [chunk.request_id for chunk in plan.chunks if chunk.samples]
         if whole:
+            texts = [self._states[name].prompt_token_ids for name in whole]
             with torch.inference_mode():
-                embeddings = self.encoder.embed([self._states[name].prompt_token_ids for name in whole])
-            results |= zip(whole, map(embedding_result, embeddings.tolist()), strict=True)
+                embeddings = [row for run in self._runs(texts) for row in self.encoder.embed(run).tolist()]
+            results |= zip(whole, map(embedding_result, embeddings), strict=True)
         return StepHandle(self._num_submitted, results)
+
+    def _runs(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+        """Yield the texts that end in one step in runs that fit `most_tokens`: of several that were begun, whose last
+        chunks fit one step, all tokens are computed now.
+        """
+        run: list[Sequence[int]] = []
+        for text in texts:
+            if run and sum(map(len, run)) + len(text) > self.most_tokens:
+                yield run
+                run = []
+            run.append(text)
+        yield run
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Return the result of a submitted plan."""
@@ -76,11 +91,13 @@ class LoadedEncoder:
     fingerprint: str
     grammars: Grammars
     pooling: Pooling
+    most_tokens: int
+    """Tokens that are computed at a time: see `EncoderExecutor`."""
     eos_token_ids: tuple[int, ...] = ()
 
     def make_executor(self) -> EncoderExecutor:
         """Return an executor: each engine makes one."""
-        return EncoderExecutor(self.encoder)
+        return EncoderExecutor(self.encoder, self.most_tokens)
 
     def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
         """Raise AdapterError: encoders have no LoRA adapters."""
@@ -107,11 +124,12 @@ def load_encoder(
     backend = choose_backend(config, dtype)
     weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
     max_len = config.model.max_model_len or min(spec.wanted_length or spec.max_position, spec.max_position)
+    most_tokens = config.scheduler.max_num_batched_tokens + max_len
     size, most = config.cache.block_size, config.scheduler.max_num_seqs
     widest = TOKEN_NUMBERS * spec.hidden_size + 2 * spec.intermediate_size
     plan = MemoryPlan(
         weights=weight_bytes(spec, backend, dtype),
-        activations=(config.scheduler.max_num_batched_tokens + max_len) * widest * torch.float32.itemsize,
+        activations=most_tokens * widest * torch.float32.itemsize,
         block=0,
         block_size=size,
         num_blocks=most * ceil_div(max_len, size),  # they hold nothing, and there are enough
@@ -129,7 +147,7 @@ def load_encoder(
     backend.finish_loading()
     name = fingerprint(source, config, backend=backend, plan=plan, device=device)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ())
-    return LoadedEncoder(source, spec, plan, encoder, name, grammars, Pooling(spec.pooling))
+    return LoadedEncoder(source, spec, plan, encoder, name, grammars, Pooling(spec.pooling), most_tokens)
 
 
 def without_prefix_cache(config: EngineConfig) -> EngineConfig:

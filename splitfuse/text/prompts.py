@@ -90,7 +90,7 @@ class PromptEncoder:
                 )
             return PreparedRequest(self._encode_text(prompt, add_special_tokens, max_model_len), params)
         is_list = isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray)
-        if is_list and max_model_len is not None and len(prompt) >= max_model_len:
+        if is_list and max_model_len is not None and len(prompt) > max_model_len:
             raise prompt_too_long(str(len(prompt)), max_model_len)
         if is_list and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
             return PreparedRequest(tuple(prompt), params)

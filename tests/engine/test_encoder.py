@@ -11,11 +11,14 @@ import torch
 from backends import why_not
 
 import splitfuse
+from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
+from splitfuse.core.request import SchedulingOptions
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError, UnsupportedModelError
 from splitfuse.kernels.cpu.bindings import VARIANTS
 
 RNG = Random(5)
-TEXTS = [" ".join(RNG.choice(tiny_encoders.WORDS) for _ in range(RNG.choice((1, 4, 4, 20, 60)))) for _ in range(24)]
+TEXTS = [" ".join(RNG.choice(tiny_encoders.WORDS) for _ in range(RNG.choice((1, 4, 4, 20, 60)))) for _ in range(23)]
+TEXTS.append("[PAD] the cat [PAD] sat")  # RoBERTa counts positions without it
 
 
 def embedded(pipe: splitfuse.Pipeline, texts: list[str]) -> list[list[float]]:
@@ -51,6 +54,26 @@ def test_the_same_bits_alone_and_in_any_company(tmp_path: Path, settings: dict[s
     assert near.min() > (0.9999 if not settings else 0.999)
 
 
+def test_texts_that_end_in_one_step_fit_the_planned_memory(tmp_path: Path) -> None:
+    tiny_encoders.save(tmp_path)
+    engine = splitfuse.pipeline(tmp_path, max_num_batched_tokens=32).engine
+    together: list[list[int]] = []
+    embed = engine.executor.encoder.embed
+
+    def record(texts: list[tuple[int, ...]]) -> torch.Tensor:
+        together.append(list(map(len, texts)))
+        return embed(texts)
+
+    engine.executor.encoder.embed = record
+    for name, priority in (("a", 2), ("b", 1), ("c", 0)):  # each overtakes the one before
+        options = SchedulingOptions(priority=priority)
+        engine.add_request(name, [5] * 40, NOTHING_GENERATED, pooling=PoolingParams(), scheduling=options)
+        engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    assert together == [[40, 40], [40]] and engine.executor.most_tokens == 32 + 66
+
+
 def test_without_a_pooling_it_is_the_mean(tmp_path: Path) -> None:
     model = tiny_encoders.save(tmp_path, pooling=None)
     pipe = splitfuse.pipeline(tmp_path)
@@ -70,9 +93,12 @@ def test_the_folder_bounds_a_text(tmp_path: Path) -> None:
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
     assert splitfuse.pipeline(tmp_path).engine.max_model_len == 12
     pipe = splitfuse.pipeline(tmp_path, max_model_len=20)
-    assert len(pipe.embed(["cat " * 17])) == 1
-    with pytest.raises(PromptTooLongError, match="maximum context length is 20"):
-        pipe.embed(["cat " * 18])
+    assert len(pipe.embed(["cat " * 18])) == len(pipe.embed([[5] * 20])) == 1
+    for text in ("cat " * 19, [5] * 21):
+        with pytest.raises(PromptTooLongError, match=r"maximum context length is 20.* has 21 tokens"):
+            pipe.embed([text])  # type: ignore[arg-type]
+    with pytest.raises(PromptTooLongError, match=r"the model takes at most 20$"):
+        pipe.embed(["cat " * 19])
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ class Encoder:
         self.backend = backend
         self.dtype = dtype
         self._weights = weights
-        # What every token's embedding has besides its word's: its position, and the one type of all tokens.
-        positions = weights["position"][spec.position_offset :].float()
-        self._positions = positions + weights["token_type"][0].float()
+        # What a token's embedding has besides its word's: its position, and the one type of all tokens.
+        self._positions = weights["position"].float() + weights["token_type"][0].float()
 
     @classmethod
     def load(cls, spec: EncoderSpec, source: WeightSource, backend: Backend, *, dtype: torch.dtype) -> Encoder:
@@ -119,8 +118,12 @@ class Encoder:
     def _hidden(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Return the last hidden states [T, C] of texts that lie one behind the other."""
         weights, backend = self._weights, self.backend
-        positions = torch.cat([self._positions[:length] for length in lengths])
-        x = self._norm(F.embedding(torch.tensor(token_ids), weights["word"]).float() + positions, "norm")
+        tokens, before = torch.tensor(token_ids), self.spec.position_offset - 1
+        counted = (
+            tokens != before
+        )  # RoBERTa's pad tokens have no position: its number is that of the row before the first
+        numbers = torch.cat([each.cumsum(0) for each in torch.split(counted, list(lengths))]) * counted + before
+        x = self._norm(F.embedding(tokens, weights["word"]).float() + self._positions[numbers], "norm")
         for number in range(self.spec.num_layers):
             qkv = backend.linear(x.to(self.dtype), weights[f"{number}.qkv"], weights[f"{number}.qkv_bias"])
             mixed = self._attention(qkv, lengths).to(self.dtype)

@@ -35,7 +35,7 @@ class EncoderSpec:
     num_positions: int
     """Rows of the table of positions."""
     position_offset: int
-    """Row of that table for the first token."""
+    """Row of that table for the first token; the token with the id of the row before, if there is one, is padding."""
     num_types: int
     dtype: str
     pooling: Mode
