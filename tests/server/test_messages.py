@@ -356,9 +356,9 @@ def test_a_deferred_tool_is_shown_once_it_is_found(http: httpx.Client) -> None:
     assert before == count(messages=BODY["messages"], tools=[search])
     assert count(messages=BODY["messages"], tool_choice={"type": "none"}) < before
     refused = {**BODY, **body, "tool_choice": {"type": "tool", "name": "weather"}}
-    assert "none of the tools" in http.post(PATH, json=refused).json()["error"]["message"]
+    assert "has defer_loading" in http.post(PATH, json=refused).json()["error"]["message"]
     after = count(messages=[*turns, user(found)])
-    assert after > count(messages=[*turns, user(found)], tools=[search]) + 40
+    assert after > count(messages=[*turns, user(RESULT)]) + 40
 
 
 def test_thinking_and_effort_are_options_of_the_template() -> None:
@@ -413,8 +413,23 @@ def tool(**fields: Any) -> dict[str, Any]:
             turns(assistant(USE), user({**RESULT, "content": [{"type": "image"}]})),
             "messages[2].content[0].content[0].type must be text or tool_reference, not 'image'",
         ),
+        (
+            {
+                **turns(
+                    assistant(USE), user({**RESULT, "content": [{"type": "tool_reference", "tool_name": "wether"}]})
+                ),
+                **tool(),
+            },
+            "messages[2].content[0].content[0].tool_name is 'wether', which is none of the tools; did you mean",
+        ),
+        ({**tool(defer_loading=True), "tool_choice": {"type": "any"}}, "the tool 'weather' has defer_loading"),
+        (
+            {**tool(defer_loading=True), "tool_choice": {"type": "tool", "name": "weather"}},
+            "the tool 'weather' has defer_loading",
+        ),
         (turns(assistant(USE)), "messages must go on after a tool_use"),
-        (turns(user("x") | {"clear_at": "never"}), "messages[1].clear_at must be"),
+        (turns(user("x") | {"clear_at": "never"}), "messages[1].clear_at must be never or next_user_message, of a"),
+        (turns(system("x", clear_at="foo")), "not 'foo' of the role system"),
         ({"system": [{"type": "image"}]}, "system[0].type must be text, not 'image'"),
         (tool(type="web_search_20250305", max_uses=2), "tools[0].max_uses is not supported: this server runs no tools"),
         (tool(type="bash_20250124"), "tools[0].type must be custom, not 'bash_20250124': this server runs no tools"),

@@ -187,7 +187,8 @@ class MessageTurn(Body, kw_only=True, frozen=True):
             raise InvalidRequestError(message, parameter=f"{where}.role")
         self.check_neutral(where + ".")
         if self.clear_at not in (None, "never", "next_user_message") or (self.clear_at and self.role != "system"):
-            message = f"{where}.clear_at must be never or next_user_message, of a system message"
+            wanted = "must be never or next_user_message, of a system message"
+            message = f"{where}.clear_at {wanted}, not {self.clear_at!r:.80} of the role {self.role}"
             raise InvalidRequestError(message, parameter=f"{where}.clear_at")
         for number, block in enumerate(self.blocks):
             block.check(f"{where}.content[{number}]", OF_ROLE[self.role])
@@ -247,8 +248,8 @@ class TurnReader:
         """Read a conversation. Raises InvalidRequestError or RefusedError, naming the place."""
         self.messages: list[dict[str, Any]] = []
         """Messages for a chat template."""
-        self.found_tools: set[str] = set()
-        """Names of tools in results: those with defer_loading are shown from then on."""
+        self.found_tools: dict[str, str] = {}
+        """Names of tools in results, with their places: those with defer_loading are shown from then on."""
         self._places: dict[int, str] = {}  # of ids, by the identity of calls and messages of results
         blocks = [SystemBlock(type="text", text=system)] if isinstance(system, str) else system or ()
         for number, block in enumerate(blocks):
@@ -333,7 +334,7 @@ class TurnReader:
         for number, part in enumerate(parts):
             part.check(f"{where}.content[{number}]", OF_RESULT)
             if part.tool_name is not None:
-                self.found_tools.add(part.tool_name)
+                self.found_tools.setdefault(part.tool_name, f"{where}.content[{number}].tool_name")
             is_text = part.type == "text"
             texts.append(part.text or "" if is_text else f"The tool {part.tool_name} can be called now.")
         if block.is_error:

@@ -12,7 +12,7 @@ from msgspec import Meta, field
 
 from splitfuse.core.sampling_params import MAX_INT, MAX_STOP_STRINGS, SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, nearest
 from splitfuse.server.anthropic.conversation import (
     EPHEMERAL,
     ContextManagement,
@@ -184,10 +184,20 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
         )
         return reader.messages, options
 
-    def _shown_tools(self, choice: ToolChoice, found: set[str]) -> tuple[Tool, ...]:
+    def _shown_tools(self, choice: ToolChoice, found: Mapping[str, str]) -> tuple[Tool, ...]:
         given = [(each, each.tool(f"tools[{index}]")) for index, each in enumerate(self.tools or ())]
         shown = tuple(tool for each, tool in given if not each.defer_loading or tool.name in found)
-        check_choice([tool for _, tool in given])
+        check_choice([tool for _, tool in given], choice)
+        names = {tool.name for _, tool in given}
+        for name, place in found.items():
+            if name not in names:
+                message = f"{place} is {name!r:.200}, which is none of the tools{nearest(name, names)}"
+                raise InvalidRequestError(message, parameter=place)
+        hidden = names - {tool.name for tool in shown}
+        if choice.mode == "required" and (choice.name in hidden or (hidden and not shown)):
+            name = choice.name or min(hidden)
+            message = f"tool_choice: the tool {name!r} has defer_loading, and no tool_reference to it comes before"
+            raise InvalidRequestError(message, parameter="tool_choice")
         return chosen_tools(shown, choice)
 
     def _thinking(self, max_tokens: int | None) -> dict[str, Any]:
