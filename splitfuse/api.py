@@ -216,11 +216,15 @@ class Pipeline:
                 self.generator.abort(generation)
 
     def embed(
-        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None
+        self,
+        texts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        adapter: str | None = None,
     ) -> list[list[float]]:
         """Return an embedding of length 1 for each text, given as text or token ids: of a model that generates, the
         hidden state of the last token, of an encoder what its folder says. `dimensions` keeps the first numbers, for
-        models that were trained for it.
+        models that were trained for it; `adapter` is the name of a LoRA adapter that the engine has loaded.
 
         >>> first, second = pipe.embed(["Anna keeps a goose.", "The goose is white."])
 
@@ -228,8 +232,10 @@ class Pipeline:
         """
         size, limit = self.engine.model.spec.hidden_size, self.engine.max_model_len
         check_dimensions(dimensions, size)
+        digest = "" if adapter is None else self._digest(adapter)
         listed = [texts] if isinstance(texts, str) else texts
-        prepared = [for_pooling(self._encoder.encode(text, max_model_len=limit).token_ids) for text in listed]
+        encoded = (self._encoder.encode(text, max_model_len=limit).token_ids for text in listed)
+        prepared = [replace(for_pooling(token_ids), adapter=digest) for token_ids in encoded]
         for request in prepared:
             request.check(self.engine.limits)
         with self._guard:

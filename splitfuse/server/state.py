@@ -56,10 +56,12 @@ class AppState:
         """
         return self.config.served_model_name or self.service.client.info.model
 
-    @property
-    def fingerprint(self) -> str:
-        """Return a name of all that decides what a seed gives. Raises EngineUnavailableError as `model`."""
-        return f"fp_{self.service.client.info.fingerprint}"
+    def fingerprint(self, adapter: str) -> str:
+        """Return a name of all that decides what a seed gives, with the adapter of a digest if there is one. Raises
+        EngineUnavailableError as `model`.
+        """
+        name = f"fp_{self.service.client.info.fingerprint}"
+        return f"{name}-{adapter[:12]}" if adapter else name
 
     @cached_property
     def pieces(self) -> TokenPieces:

@@ -74,11 +74,19 @@ def complete(server: RunningServer, model: str | None) -> str:
     return text
 
 
+def fingerprint(server: RunningServer, model: str) -> str:
+    answer = post(server, "/v1/completions", "user", model=model, prompt=PROMPT, max_tokens=1)
+    name: str = answer.json()["system_fingerprint"]
+    return name
+
+
 @pytest.fixture(scope="module")
 def wanted(folders: list[Path]) -> dict[str | None, str]:
     pipe = splitfuse.pipeline(lora=[f"first={folders[0]}", f"second={folders[1]}"])
     with pytest.raises(InvalidRequestError, match="no adapter 'third' is loaded; those that are: first, second"):
         pipe(PROMPT, adapter="third")
+    first, again = pipe.embed([PROMPT, PROMPT], adapter="first")
+    assert first == again != pipe.embed(PROMPT)[0] != pipe.embed(PROMPT, adapter="second")[0] != first
     return {name: pipe(PROMPT, adapter=name, max_new_tokens=12)[0].generated_text for name in (None, "first", "second")}
 
 
@@ -116,8 +124,10 @@ def test_administrator_loads_and_unloads(
     assert complete(lora_server, "second") == wanted["second"]
     again = post(lora_server, load, **second)
     assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
+    prints = [fingerprint(lora_server, name) for name in ("storyteller", "first", "second")]
     assert post(lora_server, load, **second | {"lora_path": str(folders[0])}, load_inplace=True).status_code == 200
     assert complete(lora_server, "second") == wanted["first"]
+    assert len(set(prints)) == 3 and fingerprint(lora_server, "second") == prints[1]
 
     for path, message in (
         ("/nowhere", "there is no folder /nowhere with an adapter"),

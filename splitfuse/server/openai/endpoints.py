@@ -103,10 +103,12 @@ async def completions(state: AppState, context: RequestContext, body: Completion
     if isinstance(body, ChatRequest):
         context.prompt = request.messages
         keep = functools.partial(_keep, state, context, body) if state.store.keeps(body.store, left_out=False) else None
-        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state, counts, keep)
+        responder = ChatResponder(body, f"chatcmpl-{context.unique_id}", state, counts, context.adapter, keep)
     else:
         context.prompt = body.prompt
-        responder = CompletionResponder(body, f"cmpl-{context.unique_id}", state, counts, request.prompts)
+        responder = CompletionResponder(
+            body, f"cmpl-{context.unique_id}", state, counts, context.adapter, request.prompts
+        )
     await generate(state, context, request, responder)
 
 

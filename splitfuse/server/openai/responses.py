@@ -279,8 +279,9 @@ class OpenAIResponder(Responder):
         answer_id: str,
         state: AppState,
         counts: Callable[[], TokenCounts],
+        adapter: str,
     ) -> None:
-        self._head = answer_id, int(time.time()), request.model or state.model, state.fingerprint
+        self._head = answer_id, int(time.time()), request.model or state.model, state.fingerprint(adapter)
         self._counts = counts
         self._tokenizer = state.service.tokenizer
         self._piece = state.pieces.of
@@ -345,9 +346,10 @@ class CompletionResponder(OpenAIResponder):
         answer_id: str,
         state: AppState,
         counts: Callable[[], TokenCounts],
+        adapter: str,
         prompts: Sequence[str | Sequence[int]],
     ) -> None:
-        super().__init__(request, answer_id, state, counts)
+        super().__init__(request, answer_id, state, counts, adapter)
         self._is_truncated = request.truncate_prompt_tokens is not None
         self._echo = bool(request.echo)
         self._logprobs = request.logprobs
@@ -430,10 +432,11 @@ class ChatResponder(OpenAIResponder, MessageResponder):
         answer_id: str,
         state: AppState,
         counts: Callable[[], TokenCounts],
+        adapter: str,
         keep: Callable[[ChatCompletion], None] | None = None,
     ) -> None:
         """Write answers to a request. `keep` is called with one that has ended, before it is sent."""
-        super().__init__(request, answer_id, state, counts)
+        super().__init__(request, answer_id, state, counts, adapter)
         self._keep = keep
         self._metadata = UNSET if keep is None else request.metadata or {}
         self._logprobs = bool(request.logprobs)
