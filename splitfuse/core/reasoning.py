@@ -21,8 +21,9 @@ class Reasoning:
     """Says by which tokens a model opens and ends a thought, and how many tokens that may have.
 
     Nothing changes which tokens are chosen unless there is a budget, `max_tokens`, or the answer must have a form
-    (`structured_outputs`). With either of them every thought is followed by an answer: one that has used up its budget
-    is closed, and so is one within which the model would end the request.
+    (`structured_outputs`). With either of them every thought ends before the request does: one that has used up its
+    budget is closed, and so is one within which the model would end the request. An answer without a form may be empty,
+    and tokens of `stop_token_ids` end the request anywhere.
 
     >>> Reasoning(start_token_ids=(5,), end_token_ids=(6,), max_tokens=100)
     """

@@ -104,6 +104,8 @@ def load_model(
     source = source or open_source(config)
     spec = load_spec(source)
     pooling = _pooling(source)
+    if pooling is not None and pooling.max_length is not None and config.model.max_model_len is None:
+        spec = replace(spec, max_position=min(pooling.max_length + 1, spec.max_position))  # one is left to generate
     device = parse_device(config.model.device)
     use_cores(device)
     dtype = resolve_dtype(config.model.dtype, spec)

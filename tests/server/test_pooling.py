@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import splitfuse
 from splitfuse.config import ServerConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
-from splitfuse.errors import InvalidRequestError, ModelError
+from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.pooling import decisions
 from splitfuse.text.pooling.embeddings import embedding
@@ -265,11 +265,18 @@ def test_a_folder_that_says_how_it_embeds_is_compared_by_cosine(judge: tuple[Pat
             near = torch.cosine_similarity(last[:1], last[1:])
             for each in answer["results"]:
                 assert each["relevance_score"] == pytest.approx(float(near[each["index"]]), abs=1e-4)
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+        pipe = splitfuse.pipeline(folder)
+        assert len(pipe.embed([[5] * 12])) == 1
+        with pytest.raises(PromptTooLongError, match="the model takes at most 12"):
+            pipe.embed([[5] * 13])
+        assert splitfuse.pipeline(folder, max_model_len=20).engine.max_model_len == 20
         tiny_encoders.write_pooling(folder, "mean_tokens")
         with pytest.raises(ModelError, match="has the pooling mean: of models that generate, the last token"):
             splitfuse.pipeline(folder)
     finally:
         (folder / "modules.json").unlink()
+        (folder / "sentence_bert_config.json").unlink(missing_ok=True)
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------
