@@ -1,4 +1,4 @@
-"""Engine processes on this machine as one client: the cores are divided, the weights are in memory once."""
+"""Engine processes on this machine as one client: the cores are divided, a decoder's weights are in memory once."""
 
 from __future__ import annotations
 
