@@ -498,7 +498,9 @@ def test_messages_survive_the_wire() -> None:
     ):
         assert decode_command(encode(command)) == command
     for report in (
-        StepReport((RequestOutput("x", (1,), LOGPROBS, LOGPROBS, FinishReason.LENGTH),), EngineStats(num_steps=3)),
+        StepReport(
+            (RequestOutput("x", (1,), LOGPROBS, LOGPROBS, (0.5,), FinishReason.LENGTH),), EngineStats(num_steps=3)
+        ),
         Failed("why"),
     ):
         assert decode_report(encode(report)) == report

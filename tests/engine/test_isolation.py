@@ -284,6 +284,7 @@ class FaultyExecutor(FakeExecutor):
     def __init__(self, block_size: int, rng: Random) -> None:
         super().__init__(block_size)
         self.rng = rng
+        self.adapters: dict[str, object] = {}
 
     def submit(self, plan: StepPlan) -> int:
         share = 0.2 if len(plan.chunks) > 1 else 0.02

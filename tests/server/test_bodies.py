@@ -212,5 +212,5 @@ def test_a_body_that_does_not_come_is_a_408() -> None:
 def test_every_route_with_a_body_documents_its_errors(server: RunningServer) -> None:
     with server.http() as http:
         paths: Any = http.get("/openapi.json").json()["paths"]
-    posts = [methods["post"]["responses"] for methods in paths.values() if "post" in methods]
+    posts = [methods["post"]["responses"] for methods in paths.values() if "requestBody" in methods.get("post", {})]
     assert posts and all({"408", "413", "429"} <= set(responses) for responses in posts)
