@@ -256,8 +256,8 @@ def test_too_long_texts_are_refused_before_they_are_read(monkeypatch: pytest.Mon
         with pytest.raises(PromptTooLongError, match="more than"):
             await service.encode_chat([{"role": "user", "content": text[:2_000_000]}], max_model_len=limit)
         assert sum(pieces) < 100_000
-        with pytest.raises(PromptTooLongError, match="the prompt has 2048 tokens"):
-            await service.encode([7] * 2048, max_model_len=2048)
+        with pytest.raises(PromptTooLongError, match="the prompt has 2049 tokens"):
+            await service.encode([7] * 2049, max_model_len=2048)
 
     with_service(work)
 
