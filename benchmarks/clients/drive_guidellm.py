@@ -18,10 +18,16 @@ def load() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.json"
         program = str(Path(sys.executable).with_name("guidellm"))
-        options = {"target": URL, "model": MODEL, "processor": TOKENIZER, "profile": "concurrent", "rate": 4}
-        options |= {"max-requests": 24, "data": "prompt_tokens=64,output_tokens=16", "output-path": output}
-        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        subprocess.run([program, "benchmark", "run", *flags, "--disable-console"], check=True, timeout=300)
+        options = {
+            "backend": f"kind=openai_http,target={URL},model={MODEL}",
+            "profile": "kind=concurrent,streams=4",
+            "constraint": "kind=max_requests,count=24",
+            "data": "kind=synthetic_text,prompt_tokens=64,output_tokens=16",
+            "tokenizer": f"kind=huggingface_auto,model={TOKENIZER}",
+            "output": f"kind=json,path={output}",
+        }
+        flags = [text for name, value in options.items() for text in (f"--{name}", value)]
+        subprocess.run([program, "run", *flags], check=True, timeout=300)
         (found,) = json.loads(output.read_text(encoding="utf-8"))["benchmarks"]
         totals = found["metrics"]["request_totals"]
         check(totals["successful"] == 24 and not totals["errored"], totals)

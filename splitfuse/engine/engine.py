@@ -25,6 +25,7 @@ from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_calibrate
 from splitfuse.engine.guard import Guard, check_process, guarded
+from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
 from splitfuse.kernels.lora import PackedAdapter
@@ -118,6 +119,7 @@ class Engine:
         model = load_model(
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
+        give_back_memory()  # what weights took while they were unpacked
         if not config.scheduler.slo_enabled:
             return cls(config, model, policy=policy)
         on_stage("calibrating")

@@ -24,6 +24,7 @@ from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage
 from splitfuse.engine.client import EngineClient, LocalClient
 from splitfuse.engine.line_writer import LineWriter
+from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
@@ -33,7 +34,6 @@ from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
-from splitfuse.text.memory import return_large_blocks
 
 if TYPE_CHECKING:
     from splitfuse.server.admission import Admission

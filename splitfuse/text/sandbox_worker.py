@@ -19,10 +19,10 @@ import msgspec
 import tokenizers
 
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
+from splitfuse.engine.memory import give_back_memory, return_large_blocks
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.text.chat_template import ChatTemplate
-from splitfuse.text.memory import give_back_memory, return_large_blocks
 from splitfuse.text.tokenizer import Tokenizer, check_unicode
 
 MEMORY_BYTES = 2**30

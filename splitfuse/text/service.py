@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient
+from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
 from splitfuse.text.aiter import merged
 from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
-from splitfuse.text.memory import give_back_memory
 from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
 from splitfuse.text.sandbox import Sandbox, StoppedError
 from splitfuse.text.tokenizer import Tokenizer

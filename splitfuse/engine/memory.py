@@ -1,4 +1,4 @@
-"""Returns memory to the system after large texts, of which the GNU C library keeps much."""
+"""Returns freed memory to the system, of which the GNU C library keeps much: of large texts, of weights unpacked."""
 
 from __future__ import annotations
 
