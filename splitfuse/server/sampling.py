@@ -13,6 +13,7 @@ from msgspec import Meta
 from splitfuse.core.sampling_params import MAX_INT, MAX_SEED, MAX_STOP_STRINGS, PARAMETERS, Parameter, SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.slo_params import SloParams
+from splitfuse.server.validation import SchemaBounds
 
 MAX_STOP_CHARACTERS = 8192
 """Number of characters that all stop strings of a request may have together."""
@@ -33,6 +34,10 @@ ids have no bounds here: an error names those of the model."""
 
 FIELDS = tuple(name for name in PARAMETERS if name not in ("max_tokens", "logprobs", "structured_outputs"))
 """Names of the parameters that all routes for generating text share."""
+
+
+LENGTHS = {"max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"}
+"""Names of fields that are numbers of tokens to generate."""
 
 
 def _json_type(parameter: Parameter) -> Any:
@@ -67,6 +72,16 @@ else:
         frozen=True,
     )
     """Base of the bodies that generate text, with a field for each of FIELDS; null is a parameter left out."""
+
+
+def refine_sampling(schema: dict[str, Any], bounds: SchemaBounds) -> None:
+    """Add to the schema of a body with SamplingFields: lengths within the model's, token ids within its vocabulary."""
+    properties = schema["properties"]
+    properties["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^(0|[1-9][0-9]*)$"}
+    properties["stop_token_ids"]["anyOf"][0]["items"] = bounds.token
+    if bounds.max_model_len is not None:
+        for name in LENGTHS & properties.keys():
+            properties[name]["anyOf"][0]["maximum"] = bounds.max_model_len - 1
 
 
 def sampling_params(body: SamplingFields, **others: Any) -> SamplingParams:

@@ -19,7 +19,7 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
 from splitfuse.server.openai.structured import StructuredFields
 from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tools, tool_options
-from splitfuse.server.sampling import sampling_params
+from splitfuse.server.sampling import refine_sampling, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_options import ChatOptions
 from splitfuse.text.tools import MAX_TOOLS, name_results, place_in_messages
@@ -106,13 +106,7 @@ class GenerateBody(StructuredFields, kw_only=True, frozen=True):
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
         """See Body: lengths within the model's, token ids within its vocabulary."""
-        properties = super().refine_schema(schema, bounds)["properties"]
-        properties["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^(0|[1-9][0-9]*)$"}
-        properties["stop_token_ids"]["anyOf"][0]["items"] = bounds.token
-        if bounds.max_model_len is not None:
-            for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-                if name in properties:
-                    properties[name]["anyOf"][0]["maximum"] = bounds.max_model_len - 1
+        refine_sampling(super().refine_schema(schema, bounds), bounds)
         return schema
 
 

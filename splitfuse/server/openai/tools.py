@@ -13,7 +13,8 @@ from splitfuse.server.validation import Body, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
 from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, chosen_tools, template_call
 
-_NAME = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
+FunctionNameField = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
+"""Type of the name of a function."""
 _FUNCTION = Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
 _EPHEMERAL = [{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}]
 CUSTOM: Mapping[str, str] = {"custom": "only functions are called, whose arguments are JSON: use the type function"}
@@ -23,12 +24,18 @@ CUSTOM: Mapping[str, str] = {"custom": "only functions are called, whose argumen
 class FunctionDefinition(Body, kw_only=True, frozen=True):
     """Describes a function that the model may call. `parameters` is a JSON schema of an object."""
 
-    name: _NAME
+    name: FunctionNameField
     description: str | None = None
     parameters: Annotated[dict[str, Any], Meta(extra_json_schema={"properties": {"type": {"const": "object"}}})] | (
         None
     ) = None
     strict: Annotated[bool, Meta(description="Makes the arguments valid by the schema")] | None = None
+
+    def tool_at(self, where: str) -> Tool:
+        """Return the tool. Raises InvalidRequestError, naming the place."""
+        tool = Tool(name=self.name, description=self.description, parameters=self.parameters, strict=bool(self.strict))
+        check_tool(tool, where)
+        return tool
 
 
 @accepts_neutral(cache_control=_EPHEMERAL)
@@ -47,15 +54,7 @@ class FunctionTool(Body, kw_only=True, frozen=True):
         """Return the tool. Raises InvalidRequestError or RefusedError, naming the place."""
         _check_type(self.type, where)
         self.check_neutral(where + ".")
-        given = self.function
-        tool = Tool(
-            name=given.name,
-            description=given.description,
-            parameters=given.parameters,
-            strict=bool(given.strict),
-        )
-        check_tool(tool, f"{where}.function")
-        return tool
+        return self.function.tool_at(f"{where}.function")
 
 
 Tools = Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)]
@@ -65,7 +64,7 @@ Tools = Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)]
 class FunctionName(Body, kw_only=True, frozen=True):
     """Names a function."""
 
-    name: _NAME
+    name: FunctionNameField
 
 
 class FunctionChoice(Body, kw_only=True, frozen=True):
@@ -151,7 +150,7 @@ def _check_type(kind: str, where: str) -> None:
 class CalledFunction(Body, kw_only=True, frozen=True):
     """Holds the function of a call, with its arguments as text in JSON."""
 
-    name: _NAME
+    name: FunctionNameField
     arguments: Annotated[str, Meta(description="An object in JSON")]
 
 

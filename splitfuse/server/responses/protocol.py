@@ -16,12 +16,13 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest, form_named
 from splitfuse.server.openai.protocol import EffortField, VerbosityField
 from splitfuse.server.openai.structured import StructuredOutputsBody
+from splitfuse.server.openai.tools import FunctionDefinition, FunctionNameField
 from splitfuse.server.responses.items import ASYNC, MAX_ITEMS, Item, messages_of
-from splitfuse.server.sampling import SamplingFields, sampling_params
+from splitfuse.server.sampling import SamplingFields, refine_sampling, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
 from splitfuse.text.chat_options import ChatOptions
-from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, chosen_tools
+from splitfuse.text.tools import MAX_TOOLS, check_choice, chosen_tools
 
 PATH = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
@@ -30,7 +31,6 @@ MAX_TOP_LOGPROBS = 20
 Includable = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 """Values of include. Thoughts are not encrypted: they come in plain, and go on from there."""
 
-_NAME = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
 _LABEL = Annotated[str, Meta(max_length=1024, description="Changes nothing")]
 
 
@@ -102,26 +102,18 @@ class ReasoningBody(Body, kw_only=True, frozen=True):
     output_schema=[],
     **ASYNC,
 )
-class ResponseTool(Body, kw_only=True, frozen=True):
+class ResponseTool(FunctionDefinition, kw_only=True, frozen=True):
     """Describes a function that the model may call. `parameters` is a JSON schema of an object."""
 
     TYPES: ClassVar[tuple[str, ...]] = ("function",)
 
     type: str
-    name: _NAME
-    description: str | None = None
-    parameters: Annotated[dict[str, Any], Meta(extra_json_schema={"properties": {"type": {"const": "object"}}})] | (
-        None
-    ) = None
-    strict: Annotated[bool, Meta(description="Makes the arguments valid by the schema")] | None = None
 
     def tool(self, where: str) -> Tool:
         """Return the tool. Raises InvalidRequestError or RefusedError, naming the place."""
         self.check_type(self.type, where)
         self.check_neutral(where + ".")
-        tool = Tool(name=self.name, description=self.description, parameters=self.parameters, strict=bool(self.strict))
-        check_tool(tool, where)
-        return tool
+        return self.tool_at(where)
 
 
 class NamedTool(Body, kw_only=True, frozen=True):
@@ -130,7 +122,7 @@ class NamedTool(Body, kw_only=True, frozen=True):
     TYPES: ClassVar[tuple[str, ...]] = ("function",)
 
     type: str
-    name: _NAME
+    name: FunctionNameField
 
 
 class ResponseToolChoice(Body, kw_only=True, frozen=True):
@@ -139,7 +131,7 @@ class ResponseToolChoice(Body, kw_only=True, frozen=True):
     TYPES: ClassVar[tuple[str, ...]] = ("function", "allowed_tools")
 
     type: str
-    name: _NAME | None = None
+    name: FunctionNameField | None = None
     mode: Literal["auto", "required"] | None = None
     tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
 
@@ -244,12 +236,7 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
         """See Body: lengths within the model's, token ids within its vocabulary."""
-        properties = super().refine_schema(schema, bounds)["properties"]
-        properties["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^(0|[1-9][0-9]*)$"}
-        properties["stop_token_ids"]["anyOf"][0]["items"] = bounds.token
-        if bounds.max_model_len is not None:
-            for name in ("max_output_tokens", "min_tokens"):
-                properties[name]["anyOf"][0]["maximum"] = bounds.max_model_len - 1
+        refine_sampling(super().refine_schema(schema, bounds), bounds)
         return schema
 
     @property
