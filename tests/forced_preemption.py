@@ -1,9 +1,13 @@
-"""An engine whose newest request loses its blocks again and again: nothing that it generates may change by it."""
+"""Engines that lose the blocks of requests, or the tokens of steps: nothing that they generate may change by it."""
 
 import time
+from typing import Any
+
+import pytest
 
 from splitfuse.core.request import RequestOutput
 from splitfuse.engine.engine import Engine
+from splitfuse.runtime.executor import Executor
 
 EVERY = 3  # steps
 
@@ -24,3 +28,19 @@ def force_preemptions(engine: Engine) -> None:
         return step()
 
     engine.step = step_and_preempt  # type: ignore[method-assign]
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every third step of several requests fail after its tokens were chosen, and engines isolate that."""
+    sample, step, calls = Executor._sample, Engine.step, 0
+
+    def failing(self: Executor, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        results = sample(self, *arguments)
+        if len(results) > 1 and calls % EVERY == 0:
+            raise RuntimeError("broken after its tokens were chosen")
+        return results
+
+    monkeypatch.setattr(Executor, "_sample", failing)
+    monkeypatch.setattr(Engine, "step", lambda self: step(self, isolate=True))

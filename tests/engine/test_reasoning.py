@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 import tiny_models
-from forced_preemption import force_preemptions
+from forced_preemption import break_steps, force_preemptions
 
 import splitfuse
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.engine import Engine
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
-from splitfuse.runtime.executor import Executor
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
@@ -119,18 +117,7 @@ def test_thoughts_are_equal_alone_preempted_and_in_broken_steps(monkeypatch: pyt
     force_preemptions(pipe.engine)
     assert [outcome(response) for response in run(pipe, requests)] == alone
 
-    sample, step, calls = Executor._sample, Engine.step, 0
-
-    def failing(self: Executor, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        results = sample(self, *arguments)
-        if len(results) > 1 and calls % 3 == 0:
-            raise RuntimeError("broken after its tokens were chosen")
-        return results
-
-    monkeypatch.setattr(Executor, "_sample", failing)
-    monkeypatch.setattr(Engine, "step", lambda self: step(self, isolate=True))
+    break_steps(monkeypatch)
     del pipe.engine.step  # type: ignore[method-assign]
     assert [outcome(response) for response in run(pipe, requests)] == alone
 

@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from forced_preemption import force_preemptions
+from forced_preemption import break_steps, force_preemptions
 
 import splitfuse
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.engine.engine import Engine
-from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.sampling.grammar import MAX_KEPT, Grammars
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
@@ -69,18 +67,7 @@ def test_tokens_are_equal_alone_and_preempted(pipe: splitfuse.Pipeline) -> None:
 def test_a_step_that_fails_advances_no_grammar(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = prepare(pipe)
     wanted = answers(pipe, requests)
-    sample, step, calls = Executor._sample, Engine.step, 0
-
-    def failing(self: Executor, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        results = sample(self, *arguments)
-        if len(results) > 1 and calls % 3 == 0:
-            raise RuntimeError("broken after its tokens were chosen")
-        return results
-
-    monkeypatch.setattr(Executor, "_sample", failing)
-    monkeypatch.setattr(Engine, "step", lambda self: step(self, isolate=True))
+    break_steps(monkeypatch)
     assert answers(pipe, requests) == wanted
 
 

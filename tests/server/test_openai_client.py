@@ -2,12 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pydantic
 import pytest
+from openai_clients import connect
 from running_server import RunningServer, running_server
 
 import splitfuse
@@ -18,16 +18,6 @@ PROMPT = "Once upon a time"
 MESSAGES: Any = [{"role": "user", "content": "Tell me of Anna."}]
 SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7, "max_tokens": 40}
 LONG: dict[str, Any] = {"max_tokens": 1200, "extra_body": {"ignore_eos": True}}
-
-
-def connect(server: RunningServer, **settings: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})
-
-
-@pytest.fixture
-def ai(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with connect(server) as client:
-        yield client
 
 
 def expected(pipe: splitfuse.Pipeline, prompt: Any, **keywords: Any) -> list[splitfuse.Response]:

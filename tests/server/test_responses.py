@@ -2,7 +2,7 @@
 
 import json
 import unittest.mock
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -10,6 +10,7 @@ import msgspec
 import openai
 import pydantic
 import pytest
+from openai_clients import connect
 from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
@@ -42,16 +43,6 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     "strict": False,
 }
-
-
-def connect(server: RunningServer, **settings: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})
-
-
-@pytest.fixture
-def ai(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with connect(server) as client:
-        yield client
 
 
 def post(server: RunningServer, **body: Any) -> httpx.Response:
