@@ -121,12 +121,12 @@ class Generation:
         self._num_taken = len(self.text)
         return new
 
-    def read(self, text: str) -> list[MessageEvent]:
-        """Return what `text`, which `take` has returned, adds to the parts of the answer, and its end, if it has ended.
-        Call it with each text once.
+    def read(self, text: str, *, is_last: bool = True) -> list[MessageEvent]:
+        """Return what `text`, which `take` has returned, adds to the parts of the answer, and its end, if it has ended
+        and this `is_last` of its texts. Call it with each text once.
         """
         events = self._parser.feed(text)
-        if self.finish_reason is not None:
+        if is_last and self.finish_reason is not None:
             rest = self._parser.finish()
             if self._source.calls_only and self.finish_reason is not FinishReason.STOP:
                 rest = [event for event in rest if not isinstance(event, ContentDelta)]

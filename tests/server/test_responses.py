@@ -283,6 +283,13 @@ def test_calls_are_read_from_what_the_model_writes(ai: openai.OpenAI) -> None:
     assert without_ids(final["output"]) == without_ids(whole.to_dict()["output"])
 
 
+def test_logprobs_show_no_further_calls_than_the_answer(ai: openai.OpenAI) -> None:
+    request = {**forced(f"Let me see.\n{CALL}\n{CALL}"), "parallel_tool_calls": False}
+    plain = ai.responses.create(input=QUESTION, **request)
+    scored = ai.responses.create(input=QUESTION, include=LOGPROBS, **request)
+    assert [item.type for item in plain.output] == [item.type for item in scored.output] == ["message", "function_call"]
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
 def test_required_calls_are_made_and_cut_off_ones_are_incomplete(ai: openai.OpenAI, choice: Any) -> None:
     properties = {"city": {"enum": ["Paris", "Rome"]}}

@@ -27,7 +27,6 @@ from splitfuse.text.chat_formats.message import (
     ToolCall,
     ToolCallStart,
 )
-from splitfuse.text.chat_formats.parser import MessageSource
 from splitfuse.text.generation import Generation
 
 
@@ -327,14 +326,12 @@ class ResponsesResponder(MessageResponder):
     def _read_whole(self, generation: Generation) -> Iterator[ResponseEvent]:
         """Read an answer that has ended as its stream would have been: with log-probabilities, token by token."""
         if self._has_logprobs:
-            parser, text = (generation.request.message or MessageSource()).parser(), generation.text
+            text = generation.text
             ends = [*generation.offsets(1, len(generation.token_ids)), len(text)]
             start = 0
             for number, end in enumerate(ends, 1):
-                news = parser.feed(text[start:end])
+                news = generation.read(text[start:end], is_last=number == len(ends))
                 start = max(start, end)
-                if number == len(ends):
-                    news += parser.finish()
                 yield from self._read(generation, news, number)
         else:
             yield from self._read(generation, generation.read(generation.text), 0)
