@@ -20,6 +20,7 @@ from splitfuse.server.admission import Admission
 from splitfuse.server.app import make_app
 from splitfuse.server.listen import HttpServer, listening_socket
 from splitfuse.server.metrics import Metrics
+from splitfuse.server.traces import TraceHub
 from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class RunningServer:
         self.service = TextService(self.client, Tokenizer.from_source(open_model(settings.get("model"))))
         self.admission = Admission(config)
         self.metrics = Metrics(self.client)
+        self.traces = TraceHub(self.client.engines)
         self.log = io.StringIO()
         self.app = make_app(
             self.service,
@@ -43,6 +45,7 @@ class RunningServer:
             admission=self.admission,
             metrics=self.metrics,
             log=RequestLog(self.log.write, log_prompts=config.log_prompts),
+            traces=self.traces,
         )
         self.server = HttpServer(config, max_connections=MAX_CONNECTIONS)
         self.server.app = self.app

@@ -13,10 +13,11 @@ and queues change with the next step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StepPlan, StepResult
 from splitfuse.core.request import Request
 from splitfuse.core.step_builder import StepBuilder
@@ -87,7 +88,23 @@ class RequestFinished(NamedTuple):
     """Time at which its caller gave it up, if that was before `time`; None: just now, or it ended by itself."""
 
 
-Event = TypeVar("Event", StepRecord, StepScheduled, RequestAdded, RequestStarted, RequestPreempted, RequestFinished)
+class PhasesEntered(NamedTuple):
+    """Tells that requests, by id, have entered another phase of their latency each: see core/latency."""
+
+    phases: Sequence[tuple[str, LatencyPhase]]
+    time: float
+
+
+Event = TypeVar(
+    "Event",
+    StepRecord,
+    StepScheduled,
+    RequestAdded,
+    RequestStarted,
+    RequestPreempted,
+    RequestFinished,
+    PhasesEntered,
+)
 
 
 class EngineEvents:

@@ -32,9 +32,12 @@ from splitfuse.engine.messages import (
     LoadAdapter,
     Loading,
     Report,
+    SetTracing,
     StepReport,
+    Traced,
     UnloadAdapter,
 )
+from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
 
 _logger = logging.getLogger(__name__)
@@ -166,6 +169,11 @@ class EngineClient(ABC):
         """Return the counters of each engine behind this client, after its last step."""
 
     @property
+    def engines(self) -> list[LocalClient]:
+        """Return the engines behind this client."""
+        return []
+
+    @property
     @abstractmethod
     def outstanding_tokens(self) -> int:
         """Return the most tokens that are still to be computed for the open requests."""
@@ -240,7 +248,7 @@ class LocalClient(EngineClient):
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._death = ""  # reason why it is dead
+        self._death = ""
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
@@ -254,12 +262,26 @@ class LocalClient(EngineClient):
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
         """Listener that is called with the memory plan, before anything is loaded."""
+        self.on_trace: Callable[[tuple[TraceRecord, ...]], None] = lambda _: None
+        """Listener that is called with what the engine traces: see `set_tracing`."""
+        self.on_state: Callable[[], None] = lambda: None
+        """Listener that is called when `state` has changed."""
+        self._trace_level = TraceLevel.OFF
 
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
             raise EngineUnavailableError("the engine is not ready yet")
         return self._info
+
+    @property
+    def engines(self) -> list[LocalClient]:
+        return [self]
+
+    @property
+    def death(self) -> str:
+        """Return why the engine died last; empty if it never did."""
+        return self._death
 
     @property
     def stats(self) -> list[EngineStats]:
@@ -282,6 +304,13 @@ class LocalClient(EngineClient):
     @property
     def loading_adapters(self) -> Collection[str]:
         return self._loading.keys()
+
+    def set_tracing(self, level: TraceLevel) -> None:
+        """Set how much the engine traces, now and after a restart."""
+        if level is not self._trace_level:
+            self._trace_level = level
+            if self.state is EngineState.READY:
+                self._send(SetTracing(level))
 
     async def load_adapter(self, name: str, path: str) -> None:
         if self.state is not EngineState.READY:
@@ -349,6 +378,15 @@ class LocalClient(EngineClient):
             self._ending[command.request_id] = stream
             self._send(command)
 
+    def _enter(self, state: EngineState) -> None:
+        """Change the state, and tell of it."""
+        if state is not self.state:
+            self.state = state
+            try:
+                self.on_state()
+            except Exception:
+                _logger.exception("a listener failed on a state")
+
     def _take(self, report: Report) -> None:
         """Process a report of the engine, in the event loop."""
         match report:
@@ -365,12 +403,20 @@ class LocalClient(EngineClient):
                         stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
                             del streams[output.request_id]
+            case Traced():
+                try:
+                    self.on_trace(report.records)
+                except Exception:
+                    _logger.exception("a listener failed on a trace")
             case Loading():
                 self.stage = report
                 if report.memory_plan:
                     self.on_planned(report.memory_plan)
             case EngineInfo():
-                self._info, self.state, self.stage = report, EngineState.READY, Loading("ready", 1.0)
+                self._info, self.stage = report, Loading("ready", 1.0)
+                self._enter(EngineState.READY)
+                if self._trace_level is not TraceLevel.OFF:  # before any request
+                    self._send(SetTracing(self._trace_level))
                 self._adapters = dict(report.adapters)
                 self._present = set(self._adapters.values())
                 for name, path in self._changed_adapters.items():  # after a restart
@@ -400,7 +446,8 @@ class LocalClient(EngineClient):
         loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
-        self.state, self._death = EngineState.DEAD, why
+        self._death = why
+        self._enter(EngineState.DEAD)
         streams, ending = self._streams, self._ending
         self._streams, self._ending = {}, {}
         self._stats = EngineStats()

@@ -22,10 +22,13 @@ from splitfuse.engine.messages import (
     Finish,
     LoadAdapter,
     Report,
+    SetTracing,
     StepReport,
     Stop,
+    Traced,
     UnloadAdapter,
 )
+from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
 
@@ -54,6 +57,7 @@ class EngineLoop:
         self._step_began = 0.0  # 0: none runs
         self._step_seconds = 0.0
         self._stats = EngineStats()
+        self._tracer = EngineTracer(engine)
         engine.events.subscribe(StepRecord, self._count)
 
     @property
@@ -82,6 +86,8 @@ class EngineLoop:
                 self._step_began = time.monotonic()
                 outputs += self._engine.step(isolate=True)
                 self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
+            if records := self._tracer.take():
+                self._report(Traced(records))
             if outputs:
                 self._report(StepReport(tuple(outputs), self._stats_now()))
 
@@ -97,7 +103,9 @@ class EngineLoop:
         outputs: list[RequestOutput] = []
         while not self._stopped:
             try:
-                command = self.commands.get(block=not self._engine.has_unfinished and not outputs)
+                command = self.commands.get(
+                    block=not (self._engine.has_unfinished or outputs or self._tracer.has_records)
+                )
             except queue.Empty:
                 break
             match command:
@@ -122,6 +130,8 @@ class EngineLoop:
                     self._report(AdapterLoaded(command.name, command.digest))
                 case UnloadAdapter():
                     self._engine.release_adapter(command.digest)
+                case SetTracing():
+                    self._tracer.level = command.level
                 case Stop():
                     self._stopped = True
         return outputs

@@ -15,6 +15,7 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.trace import TraceLevel, TraceRecord
 
 # To the engine -------------------------------------------------------------------------------------------------------
 
@@ -64,11 +65,17 @@ class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class SetTracing(msgspec.Struct, frozen=True, tag=True):
+    """Sets how much the engine traces, in Traced."""
+
+    level: TraceLevel
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine, whatever is unfinished."""
 
 
-Command = Add | Finish | LoadAdapter | UnloadAdapter | Stop
+Command = Add | Finish | LoadAdapter | UnloadAdapter | SetTracing | Stop
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -126,6 +133,12 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class Traced(msgspec.Struct, frozen=True, tag=True):
+    """Reports what was traced in a step, or between two, if SetTracing asks for it."""
+
+    records: tuple[TraceRecord, ...]
+
+
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
     """Reports that an adapter is loaded under a name, by its digest, or why it is not."""
 
@@ -150,7 +163,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Name of its class, if it is one of errors.py."""
 
 
-Report = Loading | EngineInfo | StepReport | AdapterLoaded | Alive | Failed
+Report = Loading | EngineInfo | StepReport | Traced | AdapterLoaded | Alive | Failed
 
 encode: Callable[[Command | Report], bytes] = msgspec.msgpack.Encoder().encode
 """Function that returns a message as MessagePack."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
-from splitfuse.engine.client import EngineClient, EngineState, Stream
+from splitfuse.engine.client import EngineClient, EngineState, LocalClient, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.errors import EngineUnavailableError
 
@@ -48,6 +48,10 @@ class Router(EngineClient):
     @property
     def stats(self) -> list[EngineStats]:
         return [stats for replica in self.replicas for stats in replica.stats]
+
+    @property
+    def engines(self) -> list[LocalClient]:
+        return [engine for replica in self.replicas for engine in replica.engines]
 
     @property
     def outstanding_tokens(self) -> int:

@@ -43,6 +43,7 @@ from splitfuse.server.pooling import endpoints as pooling
 from splitfuse.server.responses import endpoints as responses
 from splitfuse.server.state import AppState
 from splitfuse.server.store import AnswerStore
+from splitfuse.server.traces import RequestEnd, TraceHub
 from splitfuse.server.validation import SchemaBounds
 from splitfuse.text.service import TextService
 from splitfuse.version import __version__
@@ -55,13 +56,19 @@ _logger = logging.getLogger(__name__)
 
 
 def make_app(
-    service: TextService, config: ServerConfig, *, admission: Admission, metrics: Metrics, log: RequestLog
+    service: TextService,
+    config: ServerConfig,
+    *,
+    admission: Admission,
+    metrics: Metrics,
+    log: RequestLog,
+    traces: TraceHub,
 ) -> App:
     """Return the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
-    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config))
+    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config), traces)
     metrics.num_text_restarts = lambda: service.num_ended_processes
     keys = ApiKeys(config)
     routes: dict[str, list[Route]] = {}
@@ -242,11 +249,14 @@ class _Endpoint:
         def explain(engine: asyncio.Future[LatencyBreakdown]) -> None:
             breakdown = breakdown_of(context, engine.result(), ended=ended)
             state.explanations.end(context.unique_id, (record, breakdown))
+            state.traces.publish(RequestEnd(context.unique_id, record, breakdown, ended))
             if record.slo_met is False:
                 write(dataclasses.replace(record, slo_violation=describe_breakdown(breakdown)))
 
         if (last := context.last) is None:
             state.explanations.end(context.unique_id, None)
+            if route.is_logged:
+                state.traces.publish(RequestEnd(context.unique_id, record, None, ended))
         else:  # the engine tells where the time went within a step or two
             last.breakdown.add_done_callback(explain)
         if last is None or record.slo_met is not False:

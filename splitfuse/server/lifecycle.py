@@ -27,7 +27,6 @@ from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.replicas import make_replicas
-from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, RegistryError, ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
@@ -213,6 +212,7 @@ def _make_app(
     from splitfuse.server.admission import Admission
     from splitfuse.server.app import make_app
     from splitfuse.server.metrics import Metrics
+    from splitfuse.server.traces import TraceHub
     from splitfuse.text.service import TextService
     from splitfuse.text.tokenizer import Tokenizer
 
@@ -232,13 +232,14 @@ def _make_app(
             plans.append(plan)
             _logger.info("%s", plan)
 
-    for each in client.replicas if isinstance(client, Router) else [client]:
-        if isinstance(each, LocalClient):
-            each.on_step = functools.partial(_note_step, each, admission, metrics)
-            each.on_planned = log_plan
+    for each in client.engines:
+        each.on_step = functools.partial(_note_step, each, admission, metrics)
+        each.on_planned = log_plan
     log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
-    return make_app(service, config, admission=admission, metrics=metrics, log=log), admission, service
+    traces = TraceHub(client.engines)
+    app = make_app(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
+    return app, admission, service
 
 
 def _note_step(engine: LocalClient, admission: Admission, metrics: Metrics, stats: EngineStats) -> None:

@@ -17,6 +17,7 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.store import AnswerStore
+from splitfuse.server.traces import TraceHub
 from splitfuse.server.validation import Body, SchemaBounds, decode
 from splitfuse.text.service import TextService
 from splitfuse.text.token_text import TokenPieces
@@ -39,6 +40,7 @@ class AppState:
     started: int
     """Unix time."""
     store: AnswerStore
+    traces: TraceHub
     explanations: Explanations = field(default_factory=Explanations)
 
     def release(self, context: RequestContext) -> None:

@@ -58,6 +58,11 @@ class BlockAllocator:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Return how many blocks no request holds, with content that is known."""
+        return len(self._cached)
+
+    @property
     def num_held(self) -> int:
         """Return how many blocks are held."""
         return self.num_blocks - self.num_available
@@ -137,6 +142,19 @@ class BlockAllocator:
             self._contents[blocks[index]] = names[index], self._tokens(token_ids, index)
             self._index[names[index]] = blocks[index]
         return max(first, num_full)
+
+    def states_of_blocks(self, stride: int = 1) -> bytes:
+        """Return the state of every `stride`-th block, to be shown: 0 free, 1 cached, 2 held by one request, 3 shared.
+
+        >>> allocator = BlockAllocator(4, 16)
+        >>> allocator.allocate(1), allocator.states_of_blocks()
+        ([0], b'\\x02\\x00\\x00\\x00')
+        """
+        references, cached = self._references, self._cached
+        return bytes(
+            min(references[block], 2) + 1 if references[block] else block in cached
+            for block in range(0, self.num_blocks, stride)
+        )
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that every block is in exactly one state, and that `holders`, one list of blocks each, hold exactly

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from splitfuse.core.events import (
     EngineEvents,
+    PhasesEntered,
     RequestAdded,
     RequestFinished,
     RequestPreempted,
@@ -83,6 +84,7 @@ class LatencyLedger:
     """
 
     def __init__(self, events: EngineEvents, *, cost: CostModel | None = None) -> None:
+        self._events = events
         self._cost = cost
         self._latencies: dict[str, RequestLatency] = {}  # of unfinished requests
         self._breakdowns: dict[str, LatencyBreakdown] = {}  # of finished ones, until `pop`
@@ -189,9 +191,12 @@ class LatencyLedger:
 
     def _enter(self, transitions: Sequence[Transition]) -> None:
         self._started = self._now
+        entered = [(each.latency.request_id, each.phase) for each in transitions if each.latency.phase != each.phase]
         for latency, phase, weight, _ in transitions:
             self._settle(latency)
             latency.phase, latency.weight = phase, weight
+        if entered:
+            self._events.emit(PhasesEntered(entered, self._now))
         for latency, _, _, count in transitions:
             if count:
                 start = self._prompt_tokens

@@ -173,7 +173,8 @@ class SubprocessEngine(LocalClient):
     async def _live(self) -> str:
         """Run the process once; return why it ended."""
         self._failure, self._seconds_in_step, self._ready_at = None, 0.0, None
-        self.state, self.stage = EngineState.STARTING, Loading("starting")
+        self.stage = Loading("starting")
+        self._enter(EngineState.STARTING)
         if self._in_flight is None:
             self._in_flight = InFlightRecord()
         self._in_flight.write([])

@@ -1,0 +1,111 @@
+"""Hands what engines trace, and what the server knows of requests, to those who want to see it.
+
+Decides how much is traced: what the most demanding subscriber asks for, and nothing without one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.trace import TraceLevel, TraceRecord
+from splitfuse.server.access_log import RequestRecord
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineRecords(NamedTuple):
+    """Holds what an engine, by its index, has traced in a step or between two."""
+
+    engine: int
+    records: tuple[TraceRecord, ...]
+
+
+class EngineChange(NamedTuple):
+    """Tells that an engine has changed its state, with the reason if it is DEAD. What it traced before is over: no
+    request of it goes on, and numbers begin again.
+    """
+
+    engine: int
+    state: EngineState
+    reason: str
+    time: float
+
+
+class RequestEnd(NamedTuple):
+    """Tells that an HTTP request has been answered, refused or given up.
+
+    Its requests at the engine, one a choice, have ids that begin with `unique_id`.
+    """
+
+    unique_id: str
+    record: RequestRecord
+    breakdown: LatencyBreakdown | None
+    """Where its time went; None if no engine had it."""
+    ended: float
+    """Time on the monotonic clock."""
+
+
+TraceEvent: TypeAlias = EngineRecords | EngineChange | RequestEnd
+
+
+class TraceHub:
+    """Passes trace events to subscribers. Belongs to the event loop's thread.
+
+        hub = TraceHub(client.engines)
+        unsubscribe = hub.subscribe(print, TraceLevel.STEPS)
+
+    A subscriber is called in the event loop and must not block it; one that raises is logged, and harms nothing else.
+    """
+
+    def __init__(self, engines: Sequence[LocalClient]) -> None:
+        self.engines = engines
+        self._subscribers: dict[Callable[[TraceEvent], object], TraceLevel] = {}
+        for index, engine in enumerate(engines):
+            engine.on_trace = partial(self._take, index)
+            engine.on_state = partial(self._change, index)
+
+    @property
+    def is_watched(self) -> bool:
+        """Return whether anything subscribes."""
+        return bool(self._subscribers)
+
+    def subscribe(self, subscriber: Callable[[TraceEvent], object], level: TraceLevel) -> Callable[[], None]:
+        """Call `subscriber` with each event from now on. Returns a function that ends the subscription.
+
+        Unfinished requests are told again, to all subscribers, when the level rises.
+        """
+        self._subscribers[subscriber] = level
+        self._set_level()
+
+        def unsubscribe() -> None:
+            self._subscribers.pop(subscriber, None)
+            self._set_level()
+
+        return unsubscribe
+
+    def publish(self, event: TraceEvent) -> None:
+        """Call all subscribers."""
+        for subscriber in list(self._subscribers):
+            try:
+                subscriber(event)
+            except Exception:
+                _logger.exception("a subscriber failed on a trace: %r", subscriber)
+
+    def _take(self, engine: int, records: tuple[TraceRecord, ...]) -> None:
+        self.publish(EngineRecords(engine, records))
+
+    def _change(self, index: int) -> None:
+        engine = self.engines[index]
+        reason = engine.death if engine.state is EngineState.DEAD else ""
+        self.publish(EngineChange(index, engine.state, reason, time.monotonic()))
+
+    def _set_level(self) -> None:
+        level = max(self._subscribers.values(), default=TraceLevel.OFF)
+        for engine in self.engines:
+            engine.set_tracing(level)
