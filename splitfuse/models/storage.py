@@ -12,7 +12,7 @@ from splitfuse.kernels.interface import Backend, Role
 from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import Part, kept_formats, parameter_bytes, stored_parameters
+from splitfuse.models.weights import Part, kept_parameters, parameter_bytes
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Dtypes as files call them."""
@@ -33,8 +33,7 @@ def tensor_groups(weights: WeightSource, spec: ModelSpec, backend: Backend, dtyp
     """Return what becomes of the tensors of a checkpoint, the largest group first."""
     names: dict[tuple[str, str, bool], set[str]] = {}
     sizes: Counter[tuple[str, str, bool]] = Counter()
-    plan = stored_parameters(weights, spec)
-    for parameter, formats in zip(plan, kept_formats(weights, plan, backend), strict=True):
+    for parameter, formats in kept_parameters(weights, spec, backend):
         size, num_rows = parameter_bytes(parameter, formats, dtype, backend), parameter.shape[0]
         for part, kept in zip(parameter.parts, formats, strict=True):
             kind = (weights.stored_as(part.piece.name), "kept as stored", True)
@@ -74,9 +73,10 @@ def _formats(weights: WeightSource) -> Iterator[QuantizedFormat]:
 
 def describe_kept(weights: WeightSource, spec: ModelSpec, backend: Backend, dtype: torch.dtype) -> list[str]:
     """Return a line on what becomes of the tensors that are quantized, if any is, and what else is not as they say."""
+    if next(_formats(weights), None) is None:  # dense, as most are: without a plan of all weights
+        return []
     kinds: Counter[tuple[str, bool]] = Counter()
-    plan = stored_parameters(weights, spec)
-    for parameter, formats in zip(plan, kept_formats(weights, plan, backend), strict=True):
+    for parameter, formats in kept_parameters(weights, spec, backend):
         for part, kept in zip(parameter.parts, formats, strict=True):
             if part.piece.name in weights and (stored := weights.quantization(part.piece.name)) is not None:
                 kinds[stored.name, kept is not None] += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -280,9 +280,8 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights:
     """Return the bytes of all weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
     if weights is None:
         return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
-    plan = stored_parameters(weights, spec)
-    formats = kept_formats(weights, plan, backend)
-    return sum(parameter_bytes(each, kept, dtype, backend) for each, kept in zip(plan, formats, strict=True))
+    plan = kept_parameters(weights, spec, backend)
+    return sum(parameter_bytes(parameter, formats, dtype, backend) for parameter, formats in plan)
 
 
 def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dtype, backend: Backend) -> int:
@@ -293,19 +292,19 @@ def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dty
     return backend.quantized_weight_bytes(pieces, columns=parameter.shape[1], role=parameter.role, dtype=dtype)
 
 
-def kept_formats(weights: WeightSource, plan: Sequence[Parameter], backend: Backend) -> list[KeptFormats]:
-    """Return for each weight the formats that its parts are kept in.
+def kept_parameters(weights: WeightSource, spec: ModelSpec, backend: Backend) -> list[tuple[Parameter, KeptFormats]]:
+    """Return `stored_parameters`, each with the formats that its parts are kept in.
 
     The parts of a weight read the same x, and the experts of a layer are packed alike: where a checkpoint stores only
     some of them quantized, or with their columns in different orders, or experts in different formats, all are dense.
     """
-    formats = [_kept_formats(weights, parameter, backend) for parameter in plan]
+    plan = [(each, _kept_formats(weights, each, backend)) for each in stored_parameters(weights, spec)]
     of_experts: dict[tuple[int | None, str], set[KeptFormats]] = {}
-    for parameter, kept in zip(plan, formats, strict=True):
-        of_experts.setdefault((parameter.layer, parameter.name), set()).add(kept)
+    for parameter, formats in plan:
+        of_experts.setdefault((parameter.layer, parameter.name), set()).add(formats)
     return [
-        kept if len(of_experts[parameter.layer, parameter.name]) == 1 else (None,) * len(kept)
-        for parameter, kept in zip(plan, formats, strict=True)
+        (parameter, formats if len(of_experts[parameter.layer, parameter.name]) == 1 else (None,) * len(formats))
+        for parameter, formats in plan
     ]
 
 
@@ -446,16 +445,15 @@ def load_decoder(
     """Load a network that `check_weights` has returned, with a progress bar on stderr if asked; `on_progress` is called
     with the fraction that is loaded.
     """
-    plan = stored_parameters(weights, spec)
+    plan = kept_parameters(weights, spec, backend)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in spec.layers]
-    formats = kept_formats(weights, plan, backend)
-    for parameter, kept in zip(_with_progress(plan, dtype, progress, on_progress), formats, strict=True):
+    for parameter, formats in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
             parts = [
                 _read_part(weights, part, dtype, stack, quantized=stored is not None)
-                for part, stored in zip(parameter.parts, kept, strict=True)
+                for part, stored in zip(parameter.parts, formats, strict=True)
             ]
             tensors = [part.to(device) for part in parts if isinstance(part, Tensor)]
             if len(tensors) == len(parts):
@@ -495,14 +493,14 @@ def _layer_weights(weights: dict[str, Weight]) -> LayerWeights:
 
 
 def _with_progress(
-    plan: list[Parameter], dtype: torch.dtype, shown: bool, on_progress: Callable[[float], None]
-) -> Iterator[Parameter]:
+    plan: list[tuple[Parameter, KeptFormats]], dtype: torch.dtype, shown: bool, on_progress: Callable[[float], None]
+) -> Iterator[tuple[Parameter, KeptFormats]]:
     """Yield the plan, counting on the bar what has been loaded."""
-    sizes = [math.prod(parameter.shape) * dtype.itemsize for parameter in plan]
+    sizes = [math.prod(parameter.shape) * dtype.itemsize for parameter, _ in plan]
     loaded = 0
     with tqdm(total=sum(sizes), desc="Loading weights", unit="B", unit_scale=True, disable=not shown) as bar:
-        for parameter, size in zip(plan, sizes, strict=True):
-            yield parameter
+        for each, size in zip(plan, sizes, strict=True):
+            yield each
             loaded += size
             bar.update(size)
             on_progress(loaded / sum(sizes))
