@@ -7,6 +7,7 @@ PyTorch's, in fp32 and text by text, so that a text's numbers do not depend on t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -91,16 +92,14 @@ class Encoder:
         pieces = [piece for parameter in wanted for piece in parameter.pieces]
         aside = [name for name in source.names() if name in OPTIONAL]
         source.check(pieces, architecture=spec.architecture, aside=aside)
+        if quantized := [piece.name for piece in pieces if source.quantization(piece.name) is not None]:
+            stored = source.stored_as(quantized[0])
+            raise UnsupportedModelError(f"{quantized[0]} is quantized ({stored}), which encoders must not be")
         weights: dict[str, Weight] = {}
         for parameter in wanted:
-            tensors = []
-            for piece in parameter.pieces:
-                if source.quantization(piece.name) is not None:
-                    stored = source.stored_as(piece.name)
-                    raise UnsupportedModelError(f"{piece.name} is quantized ({stored}), which encoders must not be")
-                with source.read(piece) as tensor:
-                    tensors.append(tensor.to(torch.float32 if parameter.role is Role.NORM else dtype, copy=True))
-            weights[parameter.name] = backend.pack(tensors, role=parameter.role, dtype=dtype)
+            with ExitStack() as stack:
+                tensors = [stack.enter_context(source.read(piece)) for piece in parameter.pieces]
+                weights[parameter.name] = backend.pack(tensors, role=parameter.role, dtype=dtype)
         return cls(spec, weights, backend, dtype=dtype)
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
