@@ -25,6 +25,7 @@ class Layer:
 
     scheme: Scheme
     parts: Mapping[str, str]
+    format: QuantizedFormat
     expert: int | None = None
 
 
@@ -68,19 +69,18 @@ class QuantizedWeights(WeightSource):
 
     def quantization(self, name: str) -> QuantizedFormat | None:
         layer = self._layers.get(name)
-        return None if layer is None else layer.scheme.format(self._headers(layer))
+        return None if layer is None else layer.format
 
     @contextmanager
     def read_quantized(self, piece: Piece) -> Iterator[QuantizedWeight]:
-        layer, stored = self._layers[piece.name], self.quantization(piece.name)
+        layer = self._layers[piece.name]
         rows, columns = piece.shape
-        assert stored is not None
         with ExitStack() as stack:
             tensors = {part: stack.enter_context(self._stored.tensor(name)) for part, name in layer.parts.items()}
             if layer.expert is not None:
                 tensors = {part: tensor[layer.expert] for part, tensor in tensors.items()}
             try:
-                weight = layer.scheme.read(stored, tensors, (rows, columns))
+                weight = layer.scheme.read(layer.format, tensors, (rows, columns))
             except WeightsError as error:
                 raise WeightsError(f"{piece.name} is stored with {error}") from error
             yield weight
@@ -113,23 +113,25 @@ class QuantizedWeights(WeightSource):
         parts = {part: name for part, name in names.items() if name in self._stored}
         if absent := [names[part] for part in names.keys() - parts.keys() - scheme.optional]:
             raise WeightsError(f"tensors of quantized weights are missing ({len(absent)}): {listing(absent)}")
+        headers = self._headers(parts)
+        stored = scheme.format(headers)
         if isinstance(scheme, ExpertsMxfp4):
             outer, _, name = module.rpartition(".")
-            numbers = [header.size(0) for header in self._headers(Layer(scheme, parts)).values()]
+            numbers = [header.size(0) for header in headers.values()]
             if len(set(numbers)) > 1 or numbers[0] > MOST_EXPERTS:
                 raise WeightsError(
                     f"tensors of {module:.200} have {' and '.join(map(str, numbers))} experts: all must have as many, "
                     f"and at most {MOST_EXPERTS}"
                 )
             for expert in range(numbers[0]):
-                self._layers[f"{outer}.{expert}.{name}{scheme.weight}"] = Layer(scheme, parts, expert)
+                self._layers[f"{outer}.{expert}.{name}{scheme.weight}"] = Layer(scheme, parts, stored, expert)
         else:
-            self._layers[module + scheme.weight] = Layer(scheme, parts)
+            self._layers[module + scheme.weight] = Layer(scheme, parts, stored)
             self._biases.add(module + BIAS)
         return set(parts.values())
 
-    def _headers(self, layer: Layer) -> dict[str, Header]:
-        return {part: Header(*self._stored.header(name)) for part, name in layer.parts.items()}
+    def _headers(self, parts: Mapping[str, str]) -> dict[str, Header]:
+        return {part: Header(*self._stored.header(name)) for part, name in parts.items()}
 
     def _check_layer(self, piece: Piece) -> None:
         layer = self._layers[piece.name]
@@ -141,7 +143,7 @@ class QuantizedWeights(WeightSource):
                 f"weight {piece.name} has shape {list(piece.shape)}, but in {layer.scheme.label} rows must be a "
                 f"multiple of {multiples[0]}, and columns of {multiples[1]}"
             )
-        headers = self._headers(layer)
+        headers = self._headers(layer.parts)
         for part, (shapes, dtypes) in layer.scheme.wanted(*piece.shape).items():
             if part not in headers:
                 continue
