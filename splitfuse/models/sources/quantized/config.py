@@ -237,16 +237,12 @@ def _auto_round(config: ConfigJson) -> Quantization:
                 f"quantization_config: extra_config of {brief(name)}, which quantizes it otherwise, is not read: only "
                 "layers of 16 bits are"
             )
-    own = {name: config.raw(name) for name in ("bits", "group_size", "sym") if name in config}
-    if config.text("packing_format", "auto_round:auto_gptq").endswith("gptq"):
-        found = _gptq(ConfigJson(own, "quantization_config."))
-    else:
-        found = _awq(ConfigJson({**own, "sym": None}, "quantization_config."))
-    scheme = found.groups[0].scheme
+    own = ConfigJson({name: config.raw(name) for name in ("bits", "group_size", "sym")}, "quantization_config.")
+    read = _gptq if config.text("packing_format", "auto_round:auto_gptq").endswith("gptq") else _awq
+    scheme = read(own).groups[0].scheme
     assert isinstance(scheme, Gptq | Awq)
-    named = replace(scheme, label=f"AutoRound int{scheme.bits}")
     _refuse_unread(config, CALIBRATION)
-    return Quantization((Group(named),))
+    return Quantization((Group(replace(scheme, label=f"AutoRound int{scheme.bits}")),))
 
 
 def _fp8(config: ConfigJson) -> Quantization:
@@ -255,13 +251,13 @@ def _fp8(config: ConfigJson) -> Quantization:
     block: tuple[int, int] | None = None
     if "weight_block_size" in config:
         sizes = config.integers("weight_block_size", [])
-        if len(sizes) != 2 or 0 in sizes or sizes[1] % FP8_GROUP:
+        if not _is_block(sizes):
             raise UnsupportedModelError(
                 f"quantization_config: weight_block_size {brief(sizes)} is not read: two numbers are, the second a "
                 f"multiple of {FP8_GROUP}"
             )
         block = sizes[0], sizes[1]
-    label = "FP8" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
+    label = _fp8_label(block)
     config.raw("modules_to_convert")  # the tensors tell
     found = Quantization(
         (Group(InverseFp8(label=label, block=block)), Group(Fp8(label=label, block=block))),
@@ -273,11 +269,20 @@ def _fp8(config: ConfigJson) -> Quantization:
     return found
 
 
+def _is_block(sizes: list[int]) -> bool:
+    """Return whether these are rows and columns of blocks of FP8 that are read."""
+    return len(sizes) == 2 and 0 not in sizes and sizes[1] % FP8_GROUP == 0
+
+
+def _fp8_label(block: tuple[int, int] | None) -> str:
+    return "FP8" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
+
+
 def _fbgemm_fp8(config: ConfigJson) -> Quantization:
     ignored = _ignored(config, "modules_to_not_convert")
     _refuse_unread(config, {"quant_method", "activation_scale_ub"})  # a bound of FP8 inputs
     return Quantization(
-        (Group(Fp8(label="FP8", block=None)),),
+        (Group(Fp8(label=_fp8_label(None), block=None)),),
         ignored,
         aside=(".input_scale_ub",),
         remarks=(_unquantized_inputs("dynamic FP8"),),
@@ -368,23 +373,21 @@ def _compressed_scheme(group: ConfigJson, stored: str, place: str) -> Scheme:
     block = weights.integers("block_structure", []) if "block_structure" in weights else []
     _refuse_unread(weights, OBSERVED, place)
     said = f"{stored} of {kind}{bits}, by {strategy}"
-    integers = kind == "int" and strategy in ("tensor", "channel", "group")
-    label = f"compressed-tensors {kind}{bits}"
-    group_size = size if strategy == "group" and size > 0 else None
-    if integers and not (strategy == "group" and size <= 0):
-        if stored == "pack-quantized" and bits in (2, 4, 8) and (symmetric or strategy != "tensor"):
-            return PackedIntegers(
-                label=label, bits=bits, group_size=group_size, zeros=not symmetric, one_scale=strategy == "tensor"
-            )
-        if stored in ("int-quantized", "naive-quantized") and bits == 8:
-            return PlainIntegers(
-                label=label, bits=bits, group_size=group_size, zeros=not symmetric, one_scale=strategy == "tensor"
+    if kind == "int" and (strategy in ("tensor", "channel") or (strategy == "group" and size > 0)):
+        packed = stored == "pack-quantized" and bits in (2, 4, 8) and (symmetric or strategy != "tensor")
+        if packed or (stored in ("int-quantized", "naive-quantized") and bits == 8):
+            return (PackedIntegers if packed else PlainIntegers)(
+                label=f"compressed-tensors int{bits}",
+                bits=bits,
+                group_size=size if strategy == "group" else None,
+                zeros=not symmetric,
+                one_scale=strategy == "tensor",
             )
     if stored in ("float-quantized", "naive-quantized") and (kind, bits, symmetric) == ("float", 8, True):
         if strategy in ("tensor", "channel"):
-            return Fp8(label="FP8", block=None)
-        if strategy == "block" and len(block) == 2 and 0 not in block and block[1] % FP8_GROUP == 0:
-            return Fp8(label=f"FP8 in blocks of {block[0]} x {block[1]}", block=(block[0], block[1]))
+            return Fp8(label=_fp8_label(None), block=None)
+        if strategy == "block" and _is_block(block):
+            return Fp8(label=_fp8_label((block[0], block[1])), block=(block[0], block[1]))
     if stored == "mxfp4-pack-quantized" and (kind, bits, size) == ("float", 4, 32):
         return Mxfp4(label="MXFP4")
     raise UnsupportedModelError(
