@@ -23,6 +23,7 @@ from torch import Tensor
 from splitfuse.errors import AdapterError, brief
 from splitfuse.kernels.interface import AttentionSpec
 from splitfuse.kernels.lora import Adapter, LoraUpdate
+from splitfuse.models.families.config_json import is_number, is_whole
 from splitfuse.models.families.wrappers import PREFIXES
 from splitfuse.models.sources.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_json, read_file
 from splitfuse.models.sources.source import listing
@@ -158,7 +159,7 @@ def _checked_config(path: Path, content: bytes) -> dict[str, Any]:
         raise wrong("peft_type", "LORA")
     if not _is_rank(config.get("r")):
         raise wrong("r", f"a rank from 1 to {MAX_RANK}")
-    if not _is_number(config.get("lora_alpha")):
+    if not _is_alpha(config.get("lora_alpha")):
         raise wrong("lora_alpha", f"a number from {-MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}")
     if not isinstance(config.setdefault("use_rslora", False), bool):
         raise wrong("use_rslora", "true or false")
@@ -175,7 +176,7 @@ def _checked_config(path: Path, content: bytes) -> dict[str, Any]:
         )
     for field, is_valid, what in (
         ("rank_pattern", _is_rank, "ranks"),
-        ("alpha_pattern", _is_number, f"numbers from {-MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}"),
+        ("alpha_pattern", _is_alpha, f"numbers from {-MAX_ALPHA:.0f} to {MAX_ALPHA:.0f}"),
     ):
         pattern = config[field] = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(map(is_valid, pattern.values())):
@@ -190,12 +191,12 @@ def _checked_config(path: Path, content: bytes) -> dict[str, Any]:
     return config
 
 
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+def _is_rank(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= MAX_RANK
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA
+def _is_alpha(value: Any) -> bool:
+    return is_number(value) and abs(value) <= MAX_ALPHA
 
 
 def _by_module(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

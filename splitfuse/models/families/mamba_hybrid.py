@@ -29,7 +29,7 @@ from splitfuse.models.families.common import (
     sigmoid_router,
     with_biases,
 )
-from splitfuse.models.families.config_json import ConfigJson
+from splitfuse.models.families.config_json import ConfigJson, is_number
 from splitfuse.models.families.layouts import Layout, Place, Stored, conv1d, of_expert
 from splitfuse.models.families.llama import (
     GRANITE_MOE_IN_MEMORY,
@@ -153,8 +153,9 @@ def granite_moe_hybrid(config: ConfigJson) -> ModelSpec:
     accept_only(config, position_embedding_type="rope" if rope == "rope" else "nope")
     if rope == "nope":
         attention = replace(attention, rope=None)
-    kinds = layer_types(config) if "layer_types" in config else ["mamba"] * num_layers(config)
-    mixers: list[Mixer] = [mamba if kind in ("mamba", "linear_attention") else attention for kind in kinds]
+    kinds = layer_types(config) if "layer_types" in config else ["linear_attention"] * num_layers(config)
+    kinds = [LEGACY_LAYER_TYPES.get(kind, kind) for kind in kinds]
+    mixers: list[Mixer] = [mamba if kind == "linear_attention" else attention for kind in kinds]
     dense = mlp(config, config.integer("shared_intermediate_size", 1024))
     inner: MlpSpec | ExpertsSpec = dense
     if count := config.integer("num_local_experts", 8, least=0):
@@ -246,8 +247,7 @@ def _mamba(config: ConfigJson, **fields: Any) -> MambaSpec:
         return MambaSpec(**fields)
     stored = config.raw("time_step_limit")
     limits = [math.inf if each in INFINITY else each for each in stored] if isinstance(stored, list | tuple) else []
-    are_numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in limits)
-    if len(limits) != 2 or not are_numbers or not 0 <= limits[0] <= limits[1]:
+    if len(limits) != 2 or not all(map(is_number, limits)) or not 0 <= limits[0] <= limits[1]:
         raise ModelError(
             "config.json: time_step_limit must be the least and the largest time step, such as [0.0, Infinity], not "
             f"{brief(stored)}"

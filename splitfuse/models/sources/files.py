@@ -9,11 +9,14 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from splitfuse.errors import WeightsError, brief
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OLD_GPTQ_FILE = "quantize_config.json"
+"""Name of the file in which old checkpoints of GPTQ have their quantization_config."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MIB = 2**20
 MAX_FILE_BYTES = 16 * MIB
@@ -39,10 +42,15 @@ def read_file(path: Path, most: int = MAX_FILE_BYTES) -> bytes | None:
 
 def read_beginning(path: Path, size: int) -> bytes:
     """Return the first `size` bytes of a regular file, or all that it has at once. Raises OSError."""
+    with open_regular(path) as file:
+        return file.read(size) or b""  # None where reading would wait
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read it. Raises OSError for anything else."""
     if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: that alone can change a device
         raise OSError("it is not a regular file")
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        return file.read(size) or b""  # None where reading would wait
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
 def check_json(content: bytes) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from splitfuse.models.sources.files import MAX_FILE_BYTES, read_file
+from splitfuse.models.sources.files import MAX_FILE_BYTES, OLD_GPTQ_FILE, read_file
 from splitfuse.models.sources.source import ModelSource, WeightSource
-
-OLD_GPTQ_FILE = "quantize_config.json"
-"""Name of the file in which old checkpoints of GPTQ have their quantization_config."""
 
 
 class ModelFolder(ModelSource):

@@ -52,7 +52,7 @@ def open_model(
         pass  # too long for a path, or the home of a user who does not exist
     if model in PACKAGES:
         return GgufModel(packaged_file(model), model)
-    if model.startswith((".", "/", "~")) or model.endswith("/") or "\\" in model or model.count("/") > 1:
+    if _is_path(model):
         raise ModelNotFoundError(f"there is no folder {model}")
     if gguf_file is not None:
         return _open_hub_file(model, revision, gguf_file)
@@ -78,9 +78,14 @@ def adapter_folder(adapter: str) -> Path:
             return path
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a home that is unknown, a null byte
         raise ModelNotFoundError(f"{adapter!r:.200} is no folder of an adapter: {error!s:.200}") from error
-    if adapter.startswith((".", "/", "~")) or adapter.endswith("/") or "\\" in adapter or adapter.count("/") != 1:
+    if _is_path(adapter) or "/" not in adapter:
         raise ModelNotFoundError(f"there is no folder {adapter:.200} with an adapter")
     return _fetch(adapter, None, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name is that of a folder or file, and not one of the Hub."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
 
 
 def _open_file(path: Path) -> ModelSource:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
+from splitfuse.models.families.config_json import is_whole
 from splitfuse.models.sources.files import check_json
 from splitfuse.models.sources.source import ModelSource
 
@@ -36,7 +37,7 @@ def read_pooling(source: ModelSource) -> Pooling | None:
     """Return what the folder says; None if it says nothing. Raises UnsupportedModelError for a way to make embeddings
     that is not supported, ModelError for files that make no sense.
     """
-    modules = _read(source, "modules.json")
+    modules = _read_modules(source)
     if modules is None:
         return None
     if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
@@ -61,9 +62,9 @@ def read_pooling(source: ModelSource) -> Pooling | None:
     path = modules[kinds.index("Pooling")].get("path")
     if path != "1_Pooling":
         raise UnsupportedModelError(f"{source.location}/modules.json: Pooling must lie in 1_Pooling, not {brief(path)}")
-    config = _read(source, "1_Pooling/config.json")
-    if not isinstance(config, dict):
-        raise ModelError(f"{source.location}/1_Pooling/config.json must be an object")
+    config = source.read_json("1_Pooling/config.json")
+    if config is None:
+        raise ModelError(f"{source.location}/1_Pooling/config.json is missing, which modules.json names")
     wanted = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
     modes = [MODES.get(name) for name in wanted] or [NAMES.get(str(config.get("pooling_mode")))]
     (mode,) = modes if len(modes) == 1 else (None,)
@@ -72,17 +73,14 @@ def read_pooling(source: ModelSource) -> Pooling | None:
         raise UnsupportedModelError(
             f"{source.location}/1_Pooling/config.json has {found}: one of {', '.join(MODES)} is supported"
         )
-    sizes = _read(source, "sentence_bert_config.json")
-    sizes = {} if sizes is None else sizes
-    if not isinstance(sizes, dict):
-        raise ModelError(f"{source.location}/sentence_bert_config.json must be an object")
+    sizes = source.read_json("sentence_bert_config.json") or {}
     if (lower := sizes.get("do_lower_case")) not in (None, False):
         raise UnsupportedModelError(
             f"{source.location}/sentence_bert_config.json: do_lower_case must be false, not {brief(lower)}: texts are "
             "given to the tokenizer as they are"
         )
     length = sizes.get("max_seq_length")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+    if length is not None and not (is_whole(length) and length >= 1):
         raise ModelError(
             f"{source.location}/sentence_bert_config.json: max_seq_length must be a whole number above 0, not "
             f"{brief(length)}"
@@ -90,12 +88,13 @@ def read_pooling(source: ModelSource) -> Pooling | None:
     return Pooling(mode, length)
 
 
-def _read(source: ModelSource, file: str) -> Any:
+def _read_modules(source: ModelSource) -> Any:
+    """Return what modules.json holds, which is to be a list; None if there is no such file."""
     try:
-        content = source.read(file)
+        content = source.read("modules.json")
         if content is None:
             return None
         check_json(content)
         return json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{source.location}/{file} cannot be read: {error}") from error
+        raise ModelError(f"{source.location}/modules.json cannot be read as JSON: {error!s:.200}") from error

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import msgspec
 
 from splitfuse.errors import ModelError, ModelNotFoundError, WeightsError, brief
-from splitfuse.models.sources.files import MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, check_json
+from splitfuse.models.sources.files import (
+    ADAPTER_CONFIG,
+    MAX_FILE_BYTES,
+    MAX_TOKENIZER_BYTES,
+    OLD_GPTQ_FILE,
+    check_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +37,7 @@ SAMPLE_BYTES = 4096
 """Number and size of the samples of a file of weights."""
 SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.jinja", "quantize_config.json"),
+    *("added_tokens.json", "chat_template.jinja", OLD_GPTQ_FILE),
     *("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"),
 )
 """Files that say what a model is, but for the weights."""
@@ -185,7 +191,7 @@ class ModelSource(ABC):
 
     def adapter(self) -> str | None:
         """Return the name of the model that an adapter in the folder belongs to, or None if there is no adapter."""
-        values = self.read_json("adapter_config.json")
+        values = self.read_json(ADAPTER_CONFIG)
         return None if values is None else brief(values.get("base_model_name_or_path", "a model without a name"))
 
     def tokenizer_config(self, error: type[ModelError] = ModelError) -> dict[str, Any]:

@@ -151,8 +151,7 @@ def _gemma_scalar(config: Config, layers_of_27b: int) -> float:
 
 
 def _phi3(metadata: Metadata, _config: Config) -> Config:
-    window = metadata.optional_integer("attention.sliding_window")
-    return {"sliding_window": window or None}
+    return {"sliding_window": metadata.integer("attention.sliding_window", 0) or None}
 
 
 def _smollm3(_metadata: Metadata, _config: Config) -> Config:
@@ -160,11 +159,10 @@ def _smollm3(_metadata: Metadata, _config: Config) -> Config:
 
 
 def _starcoder2(metadata: Metadata, config: Config) -> Config:
-    window = metadata.optional_integer("attention.sliding_window")
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "use_bias": config.pop("mlp_bias") and config.pop("attention_bias"),
-        "sliding_window": window or None,
+        "sliding_window": metadata.integer("attention.sliding_window", 0) or None,
     }
 
 

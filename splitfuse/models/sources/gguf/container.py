@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 import re
-import stat
 import struct
 import sys
 from array import array
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from splitfuse.errors import ModelError, UnsupportedModelError, WeightsError, brief
-from splitfuse.models.sources.files import MIB
+from splitfuse.models.sources.files import MIB, open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -180,9 +179,7 @@ def open_parts(path: Path) -> list[GgufFile]:
 
 def _map(path: Path) -> mmap.mmap:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: that alone can change a device
-            raise ModelError(f"{path} is not a regular file")
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open_regular(path) as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ModelError(f"{path} is empty: it is not a GGUF file")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -44,10 +44,6 @@ class Metadata:
             lambda value: is_whole(value) and least <= value <= most,
         )
 
-    def optional_integer(self, key: str) -> int | None:
-        """Return a whole number, or None if there is none."""
-        return self.integer(key) if key in self else None
-
     def optional_token(self, key: str, count: int) -> int | None:
         """Return the id of a token of `count`, or None if there is none."""
         if self._values.get(key) == NO_TOKEN:
