@@ -371,8 +371,8 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 }
 #endif
 
-// Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `body(data, at,
-// words, tile)` returns the bytes of the run that begins at word `at` of x, after it called multiply(block's rows, ...).
+// Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `widen(data, at)`
+// returns the bytes of the run that begins at word `at` of x; `multiply_run` adds its products with a block to a tile.
 template <class Widen, class Multiply>
 SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                              const Output& out, Widen widen, Multiply multiply_run) {

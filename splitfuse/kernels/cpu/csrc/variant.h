@@ -51,20 +51,25 @@ SF_EXPORT(void, pack_stored)(Workspace* work, const Weight* w, const Stored* sto
     parallel(work->num_threads, [&](Team& team) { pack_stored(team, *w, *stored, first, count); });
 }
 
-SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual,
-                       const Lora* lora, i64 place, float* y) {
+inline i32 run_linear(Workspace* work, const Weight& w, const u16* x, i64 rows, const Lora* lora, i64 place, const Output& out) {
     return guarded([&] {
-        work->reserve_operand(*w, rows);
+        work->reserve_operand(w, rows);
         work->reserve_lora(lora, rows);
         parallel(work->num_threads, [&](Team& team) {
-            Output out;
-            out.y = y;
-            out.bias = bias;
-            out.residual = residual;
-            out.adapted = work->adapted(team.rank, lora, rows, place);
-            linear(team, x, rows, *w, work->memory(team.rank), out);
+            Output own = out;
+            own.adapted = work->adapted(team.rank, lora, rows, place);
+            linear(team, x, rows, w, work->memory(team.rank), own);
         });
     });
+}
+
+SF_EXPORT(i32, linear)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, const float* residual,
+                       const Lora* lora, i64 place, float* y) {
+    Output out;
+    out.y = y;
+    out.bias = bias;
+    out.residual = residual;
+    return run_linear(work, *w, x, rows, lora, place, out);
 }
 
 SF_EXPORT(i32, linear_heads)(Workspace* work, const Weight* w, i64 heads, const u16* x, i64 rows, u16* y) {
@@ -79,18 +84,11 @@ SF_EXPORT(i32, linear_heads)(Workspace* work, const Weight* w, i64 heads, const 
 
 SF_EXPORT(i32, activated)(Workspace* work, const Weight* w, const u16* x, i64 rows, const u16* bias, i32 activation,
                           const Lora* lora, i64 place, u16* y) {
-    return guarded([&] {
-        work->reserve_operand(*w, rows);
-        work->reserve_lora(lora, rows);
-        parallel(work->num_threads, [&](Team& team) {
-            Output out;
-            out.activated = y;
-            out.bias = bias;
-            out.activation = activation;
-            out.adapted = work->adapted(team.rank, lora, rows, place);
-            linear(team, x, rows, *w, work->memory(team.rank), out);
-        });
-    });
+    Output out;
+    out.activated = y;
+    out.bias = bias;
+    out.activation = activation;
+    return run_linear(work, *w, x, rows, lora, place, out);
 }
 
 SF_EXPORT(void, norm)(Workspace* work, const float* x, i64 rows, i64 columns, const Norm* norm, u16* out) {
