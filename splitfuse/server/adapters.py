@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from splitfuse.config import ADAPTER_NAME
 from splitfuse.errors import InvalidRequestError
+from splitfuse.server.auth import check_admin
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
 from splitfuse.server.errors import RefusedError
@@ -43,7 +44,7 @@ class UnloadedModel(msgspec.Struct, frozen=True):
 
 async def load(state: AppState, context: RequestContext, body: LoadLoraRequest) -> None:
     """Answer POST /v1/load_lora_adapter."""
-    _check_admin(context)
+    check_admin(context.owner, "adapters are loaded and unloaded")
     name, client = body.lora_name, state.service.client
     if not ADAPTER_NAME.fullmatch(name):
         message = f"lora_name must be made of letters, digits and . _ : / @ + -, not {name!r:.200}"
@@ -59,23 +60,13 @@ async def load(state: AppState, context: RequestContext, body: LoadLoraRequest) 
 
 async def unload(state: AppState, context: RequestContext, body: UnloadLoraRequest) -> None:
     """Answer POST /v1/unload_lora_adapter."""
-    _check_admin(context)
+    check_admin(context.owner, "adapters are loaded and unloaded")
     state.service.client.check_not_loading(body.lora_name)
     if body.lora_name not in state.service.client.adapters:
         message = f"there is no adapter {body.lora_name!r:.200} here; GET /v1/models lists all"
         raise RefusedError(404, message, code="model_not_found", parameter="lora_name")
     state.service.client.unload_adapter(body.lora_name)
     await context.answer(UnloadedModel(body.lora_name))
-
-
-def _check_admin(context: RequestContext) -> None:
-    """Raise RefusedError (403) unless the request has an administrator's key."""
-    if not context.owner.is_admin:
-        message = (
-            "adapters are loaded and unloaded with an administrator's key: start the server with --api-key-file, and "
-            "write admin=yes after a key in it"
-        )
-        raise RefusedError(403, message, code="no_administrator")
 
 
 _route = functools.partial(Route, dialect=OPENAI)

@@ -12,12 +12,15 @@ import math
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from splitfuse.config import SchedulerConfig, ServerConfig
 from splitfuse.core.request import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
+from splitfuse.deploy.registry import is_loopback
 from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
@@ -37,7 +40,7 @@ class Owner:
     """SLO of its requests; None: the server's."""
     cache_salt: str = ""
     is_admin: bool = False
-    """Flag of a key that may change which adapters the server has."""
+    """Flag of a key that may change which adapters the server has, and see the requests of all keys."""
 
 
 ANONYMOUS = Owner()
@@ -81,6 +84,44 @@ class ApiKeys:
     def _digest(self, key: bytes) -> bytes:
         """Return a digest under a secret of this process, which is of no use outside of it."""
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
+
+
+def check_admin(owner: Owner, what: str) -> None:
+    """Raise RefusedError (403) unless a request has an administrator's key, with which only `what` is done."""
+    if not owner.is_admin:
+        message = (
+            f"{what} with an administrator's key: start the server with --api-key-file, and write admin=yes after a "
+            "key in it"
+        )
+        raise RefusedError(403, message, code="no_administrator")
+
+
+def check_observer(owner: Owner, scope: Mapping[str, Any], what: str) -> None:
+    """Raise RefusedError (403) unless a request may see those of all keys, as `what` shows them: it has an
+    administrator's key or, where no key is required, comes from this machine. `scope` is its ASGI scope.
+
+    One that names another host, or that a proxy has passed on, does not come from here: a page whose name was made to
+    lead to this machine could read what it answers.
+    """
+    if owner is not ANONYMOUS:
+        check_admin(owner, f"{what} are shown")
+        return
+    client = scope.get("client")
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"").decode("latin-1")
+    is_passed_on = not headers.keys().isdisjoint((b"forwarded", b"x-forwarded-for", b"x-real-ip"))
+    if client is None or is_passed_on or not (is_loopback(client[0]) and is_loopback(_without_port(host))):
+        message = (
+            f"{what} are shown to clients on this machine only, at http://127.0.0.1:PORT, as this server requires no "
+            "key: call it from there (through ssh -L from elsewhere), or start it with --api-key-file and a key with "
+            "admin=yes"
+        )
+        raise RefusedError(403, message, code="no_administrator")
+
+
+def _without_port(host: str) -> str:
+    """Return the name or address in a Host header."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 def check_private(setting: str, path: str) -> None:
