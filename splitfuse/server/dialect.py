@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from splitfuse.server.errors import RefusedError
+from splitfuse.server.slo_params import SloParams
 from splitfuse.server.validation import Body
 
 PIECE_BYTES = 2**16
@@ -157,7 +158,11 @@ class Route:
             *((401,) if self.needs_key else ()),
             *((422,) if self.event is not None else ()),
         }
-        return sorted(errors if self.body is None else {*errors, 400, 404, 408, 413, 415, 429, 500, 503})
+        if self.body is not None:
+            errors |= {400, 404, 408, 413, 415, 429, 500, 503}
+            if issubclass(self.body, SloParams):
+                errors.add(403)  # for a priority above the key's
+        return sorted(errors)
 
     @property
     def template(self) -> str:
