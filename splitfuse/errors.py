@@ -33,9 +33,12 @@ Standard library only.
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import re
 import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SplitfuseError(Exception):
@@ -191,6 +194,44 @@ def brief(value: object) -> str:
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
+class _JsonRepr(reprlib.Repr):
+    """Shows true, null and "text" as JSON writes them."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, str):
+            x = x[: self.maxstring]
+            return json.dumps(x, ensure_ascii=not x.isprintable())
+        return json.dumps(x) if x is None or isinstance(x, bool) else super().repr1(x, level)
+
+
+_JSON_REPR = _JsonRepr()
+_JSON_REPR.maxother = _JSON_REPR.maxlong = _JSON_REPR.maxstring = 80
+
+
+def brief_json(value: object) -> str:
+    """Return how an error shows a value that came as JSON, as `brief` does.
+
+    >>> brief_json([None, "a", True])
+    '[null, "a", true]'
+    """
+    try:
+        return f"{_JSON_REPR.repr(value):.80}"
+    except ValueError:
+        return brief(value)
+
+
+def entry(place: str, key: str) -> str:
+    """Return how an error names the value of a key: `metadata[a]`, or `metadata["a]b"]` for a key that is no word."""
+    shown = f"{key:.80}"
+    return f"{place}[{shown}]" if re.fullmatch(r"[\w.-]+", shown) else f"{place}[{json.dumps(shown)}]"
+
+
+def any_of(words: Iterable[str]) -> str:
+    """Return how an error lists alternatives: `a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

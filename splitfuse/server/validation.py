@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from msgspec import inspect
 
-from splitfuse.errors import brief, nearest
+from splitfuse.errors import any_of, brief, entry, nearest
 from splitfuse.server.errors import RefusedError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -63,9 +63,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
         """Raise RefusedError (400) for a type that is not among TYPES."""
         if kind not in cls.TYPES:
             place = f"{where}.type"
-            *others, last = cls.TYPES
-            known = f"{', '.join(others)} or {last}" if others else last
-            message = f"{place} {kind!r:.80} is not supported: use {known}"
+            message = f"{place} {kind!r:.80} is not supported: use {any_of(cls.TYPES)}"
             raise RefusedError(400, message, code="unsupported_parameter", parameter=place)
 
     def neutral(self) -> Mapping[str, tuple[Any, ...]]:
@@ -218,13 +216,11 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
             _check_length(value, place, "entries", minimum, maximum)
             for key, each in value.items():
                 _check_key(key_type, key, place)
-                _check(value_type, each, f"{place}[{key:.80}]")
+                _check(value_type, each, entry(place, key))
         case inspect.StrType(min_length=minimum, max_length=maximum):
             _check_length(value, place, "characters", minimum, maximum)
         case inspect.LiteralType(values=values) if value not in values:
-            *others, last = map(str, values)
-            wanted = f"{', '.join(others)} or {last}" if others else last
-            raise _wrong(place, f"must be {wanted}, not {value!r:.80}")
+            raise _wrong(place, f"must be {any_of(map(str, values))}, not {value!r:.80}")
         case inspect.IntType() | inspect.FloatType() as number:
             _check_bounds(number, value, place)
         case inspect.AnyType():
@@ -289,7 +285,7 @@ def _check_finite(value: Any, place: str) -> None:
     """Refuse numbers that only JSON can write, such as 1e999, wherever they are."""
     if isinstance(value, dict):
         for key, each in value.items():
-            _check_finite(each, f"{place}[{key:.80}]")
+            _check_finite(each, entry(place, key))
     elif isinstance(value, list):
         for index, each in enumerate(value):
             _check_finite(each, f"{place}[{index}]")

@@ -21,7 +21,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
-from splitfuse.errors import InvalidRequestError, brief
+from splitfuse.errors import InvalidRequestError, brief_json
 from splitfuse.text.chat_formats.grammar import form_of, lark_of, parameters_of
 
 MAX_DEPTH = 64
@@ -157,7 +157,7 @@ def _check_schema(schema: Any) -> None:
         if isinstance(each, bool):
             continue
         if not isinstance(each, dict):
-            raise refused(f"has at {place:.200} {brief(each)}, which is no schema", "json")
+            raise refused(f"has at {place:.200} {brief_json(each)}, which is no schema", "json")
         if depth > MAX_DEPTH:
             raise refused(f"has more than {MAX_DEPTH} schemas within each other", "json")
         for key in each:
@@ -170,8 +170,8 @@ def _check_schema(schema: Any) -> None:
     for place, reference in references.items():
         if unquote(str(reference)).replace("~1", "/").replace("~0", "~") not in places:
             raise refused(
-                f"has at {place:.200} the $ref {brief(reference)}: only schemas within it can be referred to, such as "
-                "#/$defs/name",
+                f"has at {place:.200} the $ref {brief_json(reference)}: only schemas within it can be referred "
+                "to, such as #/$defs/name",
                 "json",
             )
 
@@ -226,7 +226,7 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
         elif key in _LISTS | _MAPPINGS:
             kind = "a list" if key in _LISTS else "an object"
-            raise refused(f"has a key {key!r} whose value must be {kind}, not {brief(value)}", "json")
+            raise refused(f"has a key {key!r} whose value must be {kind}, not {brief_json(value)}", "json")
 
 
 @functools.cache

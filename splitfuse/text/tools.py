@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from splitfuse.errors import InvalidRequestError, brief, did_you_mean, nearest
+from splitfuse.errors import InvalidRequestError, brief, brief_json, did_you_mean, nearest
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
 
 NAME = "^[a-zA-Z0-9_-]{1,128}$"
@@ -30,10 +30,10 @@ def check_tool(tool: Tool, where: str, *, parameters: str = "parameters") -> Non
         return
     kind, properties = tool.parameters.get("type", "object"), tool.parameters.get("properties", {})
     if kind != "object":
-        message = f'must be a schema of an object, with "type": "object", not {brief(kind)}'
+        message = f'must be a schema of an object, with "type": "object", not {brief_json(kind)}'
         _refuse(f"{where}.{parameters}", message)
     if not isinstance(properties, Mapping):
-        _refuse(f"{where}.{parameters}", f"must have properties that are an object, not {brief(properties)}")
+        _refuse(f"{where}.{parameters}", f"must have properties that are an object, not {brief_json(properties)}")
 
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice = AUTO, *, name: str = "tool_choice") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
-from splitfuse.errors import InvalidRequestError, nearest
+from splitfuse.errors import InvalidRequestError, any_of, nearest
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """Values of reasoning_effort."""
@@ -90,8 +90,7 @@ def _refuse_effort(effort: str, thinks: bool, switch: str | None) -> NoReturn:
 
 def _check(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        *others, last = valid
-        _refuse(name, f"must be {', '.join(others)} or {last}, not {value!r:.80}")
+        _refuse(name, f"must be {any_of(valid)}, not {value!r:.80}")
 
 
 def _refuse(name: str, problem: str) -> NoReturn:

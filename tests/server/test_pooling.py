@@ -335,7 +335,11 @@ def test_questions_share_the_state_in_the_prefix_cache(http: httpx.Client) -> No
         ({"questions": {}}, "questions", "must not be empty"),
         ({"questions": {str(n): {"type": "noul"} for n in range(65)}}, "questions", "at most 64 entries, not 65"),
         ({"questions": {"q": {"type": "rank"}}}, "questions[q].type", "choice, noul or score"),
-        ({"questions": {"q": {"type": "choice"}}}, "questions[q].criteria", "an object"),
+        ({"questions": {"q": {"type": "choice"}}}, "questions[q].criteria", "for each option, not null"),
+        (
+            {"questions": {"a]b": {"type": "choice", "criteria": ["a", True]}}},
+            *('questions["a]b"].criteria', 'for each option, not ["a", true]'),
+        ),
         ({"questions": {"q": {"type": "score", "criteria": {"a": 1}}}}, "questions[q].criteria", "an array"),
         (
             {"questions": {"q": {"type": "noul", "criteria": {"maybe": 1}}}},

@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "reference to what is no schema": (
         schema(**{"$ref": "#/examples/0", "examples": [{"foo": 1}]}),
         "structured_outputs.json",
-        "'#/examples/0'",
+        '"#/examples/0"',
     ),
     "unsatisfiable": (schema(type="string", minLength=5, maxLength=2), "structured_outputs.json", "minLength"),
     "constant that would be rounded": (schema(const=[{"a": 2**53 + 1}]), "structured_outputs.json", "9007199254740993"),

@@ -87,9 +87,9 @@ def turns(*messages: dict[str, Any]) -> dict[str, Any]:
         (function(name="get weather"), "tools[0].function.name", "must match"),
         (function(name="x" * 129), "tools[0].function.name", "must match"),
         (
-            function(parameters={"type": "array"}),
+            function(parameters={"type": ["object", None]}),
             "tools[0].function.parameters",
-            "of an object, with ",
+            'of an object, with "type": "object", not ["object", null]',
         ),
         (function(parameters={"properties": []}), "tools[0].function.parameters", "properties that are an object"),
         (function(parameters="{}"), "tools[0].function.parameters", "must be an object or null, not a string"),

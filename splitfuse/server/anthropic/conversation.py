@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, any_of
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import Tool
@@ -78,10 +78,8 @@ class TypedBlock(Body, kw_only=True, frozen=True):
         fields that do not go with it.
         """
         if self.type not in known:
-            *others, last = known
-            wanted = f"{', '.join(others)} or {last}" if others else last
             advice = f": {_TEXT_ONLY}" if self.type in ("image", "document", "search_result") else ""
-            message = f"{where}.type must be {wanted}, not {self.type!r:.80}{advice}"
+            message = f"{where}.type must be {any_of(known)}, not {self.type!r:.80}{advice}"
             raise InvalidRequestError(message, parameter=f"{where}.type")
         self.check_neutral(where + ".")
         needed, foreign = _fields(type(self), self.type)

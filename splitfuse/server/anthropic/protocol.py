@@ -12,7 +12,7 @@ from msgspec import Meta, field
 
 from splitfuse.core.sampling_params import MAX_INT, MAX_STOP_STRINGS, SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.errors import InvalidRequestError, nearest
+from splitfuse.errors import InvalidRequestError, any_of, nearest
 from splitfuse.server.anthropic.conversation import (
     EPHEMERAL,
     ContextManagement,
@@ -204,8 +204,7 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
         """Return the fields of ChatOptions which say how long the model thinks. Raises as `conversation`."""
         effort = None if self.output_config is None else self.output_config.effort
         if effort not in (None, *EFFORTS):
-            *others, last = EFFORTS
-            message = f"output_config.effort must be {', '.join(others)} or {last}, not {effort!r:.80}"
+            message = f"output_config.effort must be {any_of(EFFORTS)}, not {effort!r:.80}"
             raise InvalidRequestError(message, parameter="output_config.effort")
         if self.thinking is not None:
             self.thinking.check_neutral("thinking.")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, any_of
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest
@@ -251,8 +251,7 @@ class ChatMessage(Body, kw_only=True, frozen=True):
         """
         where = f"messages[{index}]"
         if self.role not in ROLES:
-            *others, last = ROLES
-            message = f"{where}.role must be {', '.join(others)} or {last}, not {self.role!r:.80}"
+            message = f"{where}.role must be {any_of(ROLES)}, not {self.role!r:.80}"
             raise InvalidRequestError(message, parameter=f"{where}.role")
         self.check_neutral(where + ".")
         for name, role in _ONE_ROLE.items():

@@ -12,7 +12,7 @@ from itertools import chain
 
 from splitfuse.core.limits import ENCODER
 from splitfuse.core.pooling_params import PoolingParams
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, entry
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route, lazy_list
 from splitfuse.server.openai.dialect import OPENAI
@@ -107,7 +107,7 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
         raise InvalidRequestError("the model has no chat template, in which questions are asked: use another model")
     has_yes_no = has_labels(tokenizer, YES_NO)
     questions = {
-        name: Question.parse(asked.type, asked.instructions, asked.criteria, f"questions[{name:.80}]")
+        name: Question.parse(asked.type, asked.instructions, asked.criteria, entry("questions", name))
         for name, asked in body.questions.items()
     }
     context.prompt = body.state
@@ -122,7 +122,7 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
 
     def place(name: str, question: Question) -> str:
         size = len(question.prompt("", question.labels(has_yes_no=has_yes_no)))
-        return "state" if len(said) >= size else f"questions[{name:.80}]"
+        return "state" if len(said) >= size else entry("questions", name)
 
     sources = [(place(name, question), partial(encode, question)) for name, question in questions.items()]
     values = await pooled(state, context, body, sources, shares_prefix=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, any_of
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import ToolCall
@@ -140,7 +140,7 @@ class Item(Body, kw_only=True, frozen=True):
             if name in needs and not given:
                 raise RefusedError(400, f"{place} is missing", code="missing_parameter", parameter=place)
         if self.role is not None and self.role not in _ROLES:
-            message = f"{where}.role must be {', '.join(_ROLES[:-1])} or {_ROLES[-1]}, not {self.role!r:.80}"
+            message = f"{where}.role must be {any_of(_ROLES)}, not {self.role!r:.80}"
             raise InvalidRequestError(message, parameter=f"{where}.role")
 
     def text(self, where: str) -> str | list[dict[str, str]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.errors import InvalidRequestError
+from splitfuse.errors import InvalidRequestError, brief_json
 from splitfuse.text.chat_formats.formats import (
     CHAT_FORMATS,
     CallFormat,
@@ -227,7 +227,7 @@ class _Writer:
         """Return an expression for a call of a tool."""
         calls = self.calls
         if schema["type"] != "object":
-            raise _refused(place, f"must be a schema of an object, not of {schema['type']!r:.80}")
+            raise _refused(place, f"must be a schema of an object, not of {brief_json(schema['type'])}")
         match calls:
             case JsonCalls():
                 before = f'{{"name": {_quoted(name)}, "{calls.arguments}": '

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from splitfuse.errors import InvalidRequestError, brief
+from splitfuse.errors import InvalidRequestError, any_of, brief_json
 
 LETTERS = tuple(string.ascii_uppercase)
 """Labels of options, in their order."""
@@ -76,9 +76,7 @@ class Question:
                     lines.append(f"{label}. {said}")
                 case "noul" if said or labels[0] in LETTERS:
                     lines.append(f"{label}. {said or {'true': 'Yes', 'false': 'No'}[option]}")
-        *others, last = labels
-        wanted = f"{', '.join(others)} or {last}" if others else last
-        lines.append(f"Reply with {wanted}, and nothing else.")
+        lines.append(f"Reply with {any_of(labels)}, and nothing else.")
         return "\n".join(lines)
 
     def answer(self, probabilities: Sequence[float]) -> dict[str, Any]:
@@ -116,4 +114,4 @@ def _above(share: float, uniform: float) -> float:
 
 def _refused(where: str, valid: str, criteria: Any) -> InvalidRequestError:
     name = f"{where}.criteria"
-    return InvalidRequestError(f"{name} must be {valid}, not {brief(criteria)}", parameter=name)
+    return InvalidRequestError(f"{name} must be {valid}, not {brief_json(criteria)}", parameter=name)
