@@ -15,7 +15,6 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.slo_params import SloParams
 from splitfuse.server.validation import Body
 
 PIECE_BYTES = 2**16
@@ -160,8 +159,8 @@ class Route:
         }
         if self.body is not None:
             errors |= {400, 404, 408, 413, 415, 429, 500, 503}
-            if issubclass(self.body, SloParams):
-                errors.add(403)  # for a priority above the key's
+            if "splitfuse_priority" in self.body.__struct_fields__:
+                errors.add(403)  # for one above the key's
         return sorted(errors)
 
     @property

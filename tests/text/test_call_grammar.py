@@ -207,7 +207,7 @@ def test_auto_has_no_grammar_and_unknown_formats_are_refused() -> None:
             {"properties": {"x": {"oneOf": [{}, {}]}}},
             "has the key 'oneOf' with alternatives that may overlap",
         ),
-        ("hermes", {"type": "array"}, "must be a schema of an object, not of 'array'"),
+        ("hermes", {"type": "array"}, 'must be a schema of an object, not of "array"'),
         ("hermes", {"properties": {"x": False}, "required": ["x"]}, "required property 'x' is unsatisfiable"),
         ("qwen_xml", {"properties": {"x": {"type": "array", "uniqueItems": True}}}, "has the key 'uniqueItems' at #"),
         ("qwen_xml", {"properties": {"x": {"type": "string", "format": "idn-email"}}}, "has the format 'idn-email'"),
