@@ -37,7 +37,9 @@ def format_breakdown(explanation: dict[str, Any]) -> str:
 
     total, phases = explanation["seconds"], explanation["phases"]
     slo = {True: "SLO met", False: "SLO missed", None: "no SLO"}[explanation["slo_met"]]
-    ended = ", ".join(explanation["finish_reasons"]) or "nothing generated"
+    counts = explanation["finish_reasons"]
+    ended = ", ".join(f"{count} {reason}" if count > 1 else reason for reason, count in counts.items())
+    ended = ended or "nothing generated"
     lines = [
         f"{explanation['request_id']}  {explanation['route']}  status {explanation['status']}  {ended}  {slo}",
         f"{explanation['prompt_tokens']} prompt tokens, {explanation['cached_tokens']} of them from the prefix cache; "

@@ -9,8 +9,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,11 +29,12 @@ class RequestRecord:
     key: str | None = None
     """Name of the key that it brought, never the key."""
     prompt_tokens: int = 0
+    """Tokens of the prompts that an engine began."""
     generated_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
-    finish_reasons: tuple[str, ...] = ()
-    """Finish reason of each choice that an engine began, in order."""
+    finish_reasons: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of the choices that an engine began, by their finish reasons: there may be thousands of choices."""
     error: str | None = None
     """Kind of error: the name of a class of errors.py or of another exception, without its message."""
     queue_seconds: float | None = None

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -267,17 +268,17 @@ def record_of(
     context: RequestContext, *, route: str, status: int, error: Exception | None, ended: float
 ) -> RequestRecord:
     """Return the record of a request that ended at `ended`."""
-    counts, timing = context.num_tokens, timing_of(context)
+    counts, timing, begun = context.num_tokens, timing_of(context), context.begun
     return RequestRecord(
         request_id=context.request_id,
         route=route,
         status=status,
         total_seconds=ended - context.arrival,
         key=context.owner.name,
-        prompt_tokens=counts.prompt,
+        prompt_tokens=sum({g.index: len(g.request.token_ids) for g in begun}.values()),
         generated_tokens=counts.generated,
         cached_tokens=counts.cached,
-        finish_reasons=tuple((g.finish_reason or FinishReason.ABORT).value for g in context.begun),
+        finish_reasons=Counter((g.finish_reason or FinishReason.ABORT).value for g in begun),
         error=error.code if isinstance(error, RefusedError) else None if error is None else type(error).__name__,
         queue_seconds=timing.queued,
         time_to_first_token_seconds=timing.first_token,

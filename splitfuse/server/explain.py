@@ -115,7 +115,7 @@ class Explanation(msgspec.Struct, frozen=True):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    finish_reasons: list[str]
+    finish_reasons: dict[str, int]
     slo_met: bool | None
     slo_violation: SloViolation | None
 
@@ -185,7 +185,7 @@ class Explanations:
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             generated_tokens=record.generated_tokens,
-            finish_reasons=list(record.finish_reasons),
+            finish_reasons=dict(record.finish_reasons),
             slo_met=record.slo_met,
             slo_violation=breakdown.slo_violation,
         )

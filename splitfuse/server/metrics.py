@@ -176,8 +176,8 @@ class Metrics(Collector):
         self._count("requests", record.route, str(record.status))
         if record.error is not None:
             self._count("errors", record.error)
-        for reason in record.finish_reasons:
-            self._count("choices", reason)
+        for reason, count in record.finish_reasons.items():
+            self._count("choices", reason, by=count)
         if record.slo_met is not None:
             self._count("slo", str(record.slo_met).lower())
         if not record.finish_reasons:
@@ -234,8 +234,8 @@ class Metrics(Collector):
                     metric.add_metric((model_name, *values), number)
                 yield metric
 
-    def _count(self, source: str, *values: str) -> None:
-        self._counts[source][values] += 1
+    def _count(self, source: str, *values: str, by: int = 1) -> None:
+        self._counts[source][values] += by
 
     def _observe(self, source: str, value: float | None) -> None:
         if value is not None:

@@ -204,7 +204,7 @@ def test_phases_of_a_request_whose_client_disconnects(server: RunningServer) -> 
             next(response.iter_lines())
         record = server.wait_for_record(request_id="gone")
         found = explain(http, "gone")
-    assert record["status"] == found["status"] == 499 and found["finish_reasons"] == ["abort"]
+    assert record["status"] == found["status"] == 499 and found["finish_reasons"] == {"abort": 1}
 
 
 def test_phases_of_a_request_past_its_deadline(server: RunningServer) -> None:
@@ -298,7 +298,7 @@ def test_every_phase_has_a_description() -> None:
             "request_id": "r",
             "route": "/x",
             "status": 200,
-            "finish_reasons": [],
+            "finish_reasons": {},
             "slo_met": False,
             "prompt_tokens": 5,
             "cached_tokens": 0,

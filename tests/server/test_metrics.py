@@ -51,7 +51,7 @@ RECORD = RequestRecord(
     total_seconds=2.0,
     prompt_tokens=30,
     generated_tokens=7,
-    finish_reasons=("stop", "length"),
+    finish_reasons={"stop": 1, "length": 1},
     queue_seconds=0.02,
     time_to_first_token_seconds=0.5,
     inter_token_latency_seconds=(0.25, 0.25, 1.0),
@@ -350,7 +350,7 @@ def test_a_removed_engine_still_counts() -> None:
 def test_metrics_of_a_finished_request() -> None:
     metrics = Metrics(Stated(1))
     metrics.request_ended(RECORD)
-    metrics.request_ended(replace(RECORD, finish_reasons=("abort",), error="EngineUnavailableError", status=503))
+    metrics.request_ended(replace(RECORD, finish_reasons={"abort": 1}, error="EngineUnavailableError", status=503))
     metrics.request_ended(RequestRecord(request_id="x", route="/v1/completions", status=400, total_seconds=0.1))
     metrics.request_refused("overloaded")
     metrics.request_refused("overloaded")

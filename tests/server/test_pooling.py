@@ -112,6 +112,18 @@ def test_many_texts_run_within_the_bounds_of_the_server() -> None:
     with running_server(ServerConfig(max_prompts=4, max_queued_requests=5)) as server, server.http() as http:
         answer = http.post("/v1/embeddings", json={"input": [f"number {n}" for n in range(30)]})
         assert [each["index"] for each in answer.json()["data"]] == list(range(30))
+        record = server.wait_for_record(status=200)
+    assert (
+        record["finish_reasons"] == {"stop": 30} and record["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    )
+
+
+def test_the_log_counts_the_tokens_of_texts_that_ran() -> None:
+    with running_server(ServerConfig(max_prompts=1)) as server, server.http() as http:
+        body = {"input": [f"number {n}" for n in range(2000)], "splitfuse_deadline": 0.5}
+        assert http.post("/v1/embeddings", json=body).status_code == 408
+        record = server.wait_for_record(status=408)
+    assert record["prompt_tokens"] <= sum(record["finish_reasons"].values()) * 10
 
 
 def test_a_client_and_a_pipeline_embed_alike(server: RunningServer, pipe: splitfuse.Pipeline) -> None:

@@ -23,7 +23,7 @@ RECORDS = st.builds(
     prompt_tokens=st.integers(0),
     generated_tokens=st.integers(0),
     cached_tokens=st.integers(0),
-    finish_reasons=st.lists(ANY_TEXT, max_size=3).map(tuple),
+    finish_reasons=st.dictionaries(ANY_TEXT, st.integers(1), max_size=3),
     error=st.none() | ANY_TEXT,
     queue_seconds=ANY_SECONDS,
     time_to_first_token_seconds=ANY_SECONDS,
@@ -41,7 +41,7 @@ RECORD = RequestRecord(
     prompt_tokens=12,
     generated_tokens=5,
     cached_tokens=8,
-    finish_reasons=("stop", "length"),
+    finish_reasons={"stop": 2, "length": 1},
     queue_seconds=0.25,
     time_to_first_token_seconds=0.5,
     inter_token_latency_seconds=(0.1, 0.2, 0.6),
@@ -81,7 +81,7 @@ def test_any_record_is_one_line_of_json(record: RequestRecord, prompt: str, text
     assert fields["text"] == texts
     for name in ("request_id", "route", "status", "key", "prompt_tokens", "generated_tokens", "error", "steps"):
         assert fields[name] == getattr(record, name)
-    assert fields["finish_reasons"] == list(record.finish_reasons)
+    assert fields["finish_reasons"] == record.finish_reasons
 
 
 def test_the_fields_of_a_line() -> None:
@@ -94,7 +94,7 @@ def test_the_fields_of_a_line() -> None:
         "prompt_tokens": 12,
         "generated_tokens": 5,
         "cached_tokens": 8,
-        "finish_reasons": ["stop", "length"],
+        "finish_reasons": {"stop": 2, "length": 1},
         "error": None,
         "queue_seconds": 0.25,
         "time_to_first_token_seconds": 0.5,
@@ -111,7 +111,7 @@ def test_every_field_of_a_record_reaches_the_line() -> None:
     plain = written(RECORD)
     for field in dataclasses.fields(RequestRecord):
         value = getattr(RECORD, field.name)
-        other = {str: "other", bool: None, int: 17, float: 0.125, tuple: (), type(None): "other"}[type(value)]
+        other = {str: "other", bool: None, int: 17, float: 0.125, tuple: (), dict: {}, type(None): "other"}[type(value)]
         changed = dataclasses.replace(RECORD, **{field.name: other})
         assert written(changed) != plain, field.name
 
@@ -120,7 +120,7 @@ def test_a_request_without_tokens_has_no_token_times() -> None:
     fields = parse(written(RequestRecord(request_id="r", route="/v1/models", status=401, total_seconds=0.001)))
     assert fields["inter_token_latency_median_seconds"] is fields["inter_token_latency_max_seconds"] is None
     assert fields["time_to_first_token_seconds"] is fields["queue_seconds"] is None
-    assert fields["finish_reasons"] == []
+    assert fields["finish_reasons"] == {}
 
 
 @given(ANY_TEXT, ANY_TEXT)
