@@ -46,7 +46,7 @@ from splitfuse.server.state import AppState
 from splitfuse.server.store import AnswerStore
 from splitfuse.server.traces import RequestEnd, TraceHub
 from splitfuse.server.validation import SchemaBounds
-from splitfuse.text.service import TextService
+from splitfuse.text.service import CLIENT, TextService
 from splitfuse.version import __version__
 
 CLIENT_GONE = 499
@@ -210,6 +210,7 @@ class _Endpoint:
         try:
             if route.needs_key and self.keys.are_required:
                 context.owner = self.keys.identify(route.dialect.key(context.headers))
+            CLIENT.set(context.client)
             check_method(self.routes, scope["method"])
             body = () if route.body is None else (await self.state.read(context, route.body),)
             await route.handler(self.state, context, *body)

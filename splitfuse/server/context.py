@@ -90,6 +90,12 @@ class RequestContext:
         return joined
 
     @property
+    def client(self) -> str:
+        """Return the name of the key that it brought, or the address that it came from: clients take turns."""
+        host, _ = self.scope.get("client") or ("", 0)  # none on a Unix socket
+        return self.owner.name or host
+
+    @property
     def text(self) -> list[str]:
         """Return the text of each choice so far, for the log."""
         return [generation.text for generation in self.generations if self.shows_output]

@@ -43,7 +43,7 @@ GRAMMAR_SECONDS = 0.5
 """Computing time that the form of an answer may take to be compiled. The engine's own copy takes about as long."""
 START_SECONDS = 60.0
 """Time that a process has to start, with a large vocabulary on a busy machine."""
-WALL_SECONDS = 3.0
+WALL_SECONDS = 2.0
 """Seconds by the clock for each second of computing time that a request may take: other processes compute too."""
 CHARACTERS_PER_SECOND = 100_000
 """Characters that a tokenizer has to encode in a second, after a fixed time."""
@@ -161,7 +161,7 @@ class Sandbox:
                     raise EngineUnavailableError("the server is shutting down")
                 if code == -signal.SIGKILL:  # not for its limits, but such as for want of memory
                     raise EngineUnavailableError("the process for texts was killed; try again")
-                raise StoppedError(_too_slow(seconds) if code == -signal.SIGXCPU else _TOO_LARGE)
+                raise StoppedError(_too_slow(seconds) if code == -signal.SIGPROF else _TOO_LARGE)
         reply: Reply = _decode(answer)
         if not isinstance(reply, Refused):
             return reply
@@ -201,7 +201,7 @@ class Sandbox:
         ours.sendall(frame(_encode(self._setup())))
         answer = receive(ours)
         if answer is None:
-            if self._stop() == -signal.SIGXCPU:
+            if self._stop() == -signal.SIGPROF:
                 raise TokenizerError(f"the chat template cannot be compiled: {_too_slow(self._compile_seconds)}")
             raise OSError("it ended at once")
         if answer:

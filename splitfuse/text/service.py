@@ -1,6 +1,6 @@
 """Turns text into text with any EngineClient, for many callers in one event loop: what TextGenerator is for a thread.
 
-Two processes render templates and tokenize all texts, one for short and one for long texts, and a third compiles
+Two processes render templates and tokenize all texts, one for short and one for long texts, and two more compile
 grammars (sandbox.py); threads handle large bodies and answers. The event loop turns an engine's outputs into text as
 they come. What a caller reads equals what `pipeline` gives, token for token.
 """
@@ -11,8 +11,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -24,13 +27,17 @@ from splitfuse.text.aiter import merged
 from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
-from splitfuse.text.sandbox import Sandbox, StoppedError
+from splitfuse.text.sandbox import SECONDS, Sandbox, StoppedError
 from splitfuse.text.tokenizer import Tokenizer
 
 _NUM_THREADS = 2  # for large bodies and answers: the cores belong to the engines
+_NUM_COMPILERS = 2  # processes for forms: one more than a hostile client can take
 _PAUSE = 1.0  # seconds between two times that memory is given back
 _SHORT = 16384  # characters of a text that takes a few milliseconds
 _SHORT_SECONDS = 0.5  # of computing time: what takes longer is done again where the long texts are
+
+CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
+"""Client whose texts the running task handles: clients take turns."""
 
 _Result = TypeVar("_Result")
 
@@ -44,9 +51,9 @@ class TextService:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
         self.is_starting = False
         self._gives_back = False
-        self._short = _Lane(Sandbox(tokenizer, seconds=_SHORT_SECONDS), tokenizer)
-        self._long = _Lane(Sandbox(tokenizer), tokenizer)
-        self._grammars = _Lane(Sandbox(tokenizer), tokenizer)  # where a hostile one holds up no text
+        self._short = _Lane(tokenizer, seconds=_SHORT_SECONDS)
+        self._long = _Lane(tokenizer)
+        self._grammars = _Lane(tokenizer, num_processes=_NUM_COMPILERS)  # where a hostile one holds up no text
         self._lanes = (self._short, self._long, self._grammars)
 
     async def start(self) -> None:
@@ -55,18 +62,19 @@ class TextService:
         Raises the error of the first part that fails, such as TokenizerError for a chat template that does not compile.
         """
         self.is_starting = True
-        await asyncio.gather(self._short.run(self._short.sandbox.start), self.client.start())
+        await asyncio.gather(self._short.run(lambda _: self._short.sandboxes[0].start()), self.client.start())
         self.is_starting = False
 
     @property
     def num_ended_processes(self) -> int:
         """Return how many processes for texts were ended at a limit, or killed by others."""
-        return sum(lane.sandbox.num_ended for lane in self._lanes)
+        return sum(sandbox.num_ended for lane in self._lanes for sandbox in lane.sandboxes)
 
     def close(self) -> None:
         """End the processes for texts."""
         for lane in self._lanes:
-            lane.sandbox.close()
+            for sandbox in lane.sandboxes:
+                sandbox.close()
 
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
         """Return the result of `work`, which runs on one of a few threads while the event loop continues."""
@@ -98,7 +106,7 @@ class TextService:
             return encoder.encode(prompt, params, add_special_tokens=add_special_tokens, max_model_len=max_model_len)
 
         if not isinstance(prompt, str):
-            return encoded(self._short.encoder)  # token ids, which no process reads
+            return encoded(self._short.encoders[0])  # token ids, which no process reads
         return await self._run(self._lane(prompt), encoded)
 
     async def encode_chat(
@@ -133,19 +141,18 @@ class TextService:
         needs_calls = options.tool_choice.mode == "required" or any(tool.strict for tool in options.tools)
         if params.structured_outputs is None and not needs_calls:
             return params
-        lane = self._grammars
-        return await lane.run(lambda: lane.encoder.compile(params, options))
+        return await self._grammars.run(lambda encoder: encoder.compile(params, options))
 
     async def _run(self, lane: _Lane, work: Callable[[PromptEncoder], _Result]) -> _Result:
         """Return the result of `work` in a lane. What takes long among the short texts is done again in the other lane:
         none of them waits for it.
         """
         try:
-            return await lane.run(lambda: work(lane.encoder))
+            return await lane.run(work)
         except SplitfuseError as error:
             if lane is self._long or not isinstance(error.__cause__, StoppedError):
                 raise
-        return await self._long.run(lambda: work(self._long.encoder))
+        return await self._long.run(work)
 
     def _lane(self, *content: Any) -> _Lane:
         """Return the lane for texts of this length, so that short ones never wait for long ones."""
@@ -206,26 +213,38 @@ class TextService:
 
 
 class _Lane:
-    """Encodes one text after another in a process of its own."""
+    """Encodes texts, or compiles forms, in processes of its own: one at a time for each client, so that what a client
+    sends holds up no other's for long.
+    """
 
-    def __init__(self, sandbox: Sandbox, tokenizer: Tokenizer) -> None:
-        self.sandbox = sandbox
-        self.encoder = PromptEncoder(tokenizer, sandbox)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._turn = asyncio.Lock()
+    def __init__(self, tokenizer: Tokenizer, *, seconds: float = SECONDS, num_processes: int = 1) -> None:
+        self.sandboxes = [Sandbox(tokenizer, seconds=seconds) for _ in range(num_processes)]
+        self.encoders = [PromptEncoder(tokenizer, sandbox) for sandbox in self.sandboxes]
+        self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="encode")
+        self._free: asyncio.Queue[PromptEncoder] = asyncio.LifoQueue()  # the last one used is ready
+        for encoder in self.encoders:
+            self._free.put_nowait(encoder)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def run(self, work: Callable[[], _Result]) -> _Result:
+    async def run(self, work: Callable[[PromptEncoder], _Result]) -> _Result:
         """Return the result of `work`. A caller that gives up leaves nothing behind while it waits for its turn."""
-        await self._turn.acquire()
-        done = asyncio.get_running_loop().run_in_executor(self._thread, work)
-        done.add_done_callback(self._end)  # not earlier, even if the caller has given up
+        turn = self._turns.setdefault(CLIENT.get(), asyncio.Lock())
+        await turn.acquire()
+        try:
+            encoder = await self._free.get()
+        except asyncio.CancelledError:
+            turn.release()
+            raise
+        done = asyncio.get_running_loop().run_in_executor(self._threads, work, encoder)
+        done.add_done_callback(partial(self._end, encoder, turn))  # not earlier, even if the caller has given up
         try:
             return await asyncio.shield(done)
         finally:
             del done  # it holds an error, whose traceback holds this frame, and the text
 
-    def _end(self, done: asyncio.Future[Any]) -> None:
-        self._turn.release()
+    def _end(self, encoder: PromptEncoder, turn: asyncio.Lock, done: asyncio.Future[Any]) -> None:
+        self._free.put_nowait(encoder)
+        turn.release()
         if not done.cancelled():
             done.exception()  # asyncio logs errors that nothing has looked at, such as those of callers that have left
 

@@ -155,7 +155,7 @@ def test_unfinished_bodies_are_bounded_together_and_the_old_ones_go_on(server: R
 
 
 def test_a_body_holds_memory_until_its_request_ends(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, encoder = threading.Event(), server.service._short.encoder
+    go_on, encoder = threading.Event(), server.service._short.encoders[0]
     encode = encoder._tokenize
 
     def slow(text: str, **keywords: Any) -> tuple[int, ...]:

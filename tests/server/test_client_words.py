@@ -379,7 +379,7 @@ def test_an_answer_continues_the_final_message(http: httpx.Client) -> None:
 def test_a_text_far_beyond_the_model_is_not_read(
     server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, more: Any
 ) -> None:
-    encoder, read = server.service._long.encoder, list[int]()
+    encoder, read = server.service._long.encoders[0], list[int]()
     tokenize = encoder._tokenize
 
     def counted(text: str, **keywords: Any) -> tuple[int, ...]:

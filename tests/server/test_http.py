@@ -363,7 +363,7 @@ def test_a_disconnected_client_leaves_nothing_behind(server: RunningServer, path
 
 def test_a_disconnect_during_tokenization_is_noticed(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, go_on = threading.Event(), threading.Event()
-    encoder = server.service._short.encoder
+    encoder = server.service._short.encoders[0]
     encode = encoder._tokenize
 
     def slow(text: str, **keywords: Any) -> tuple[int, ...]:
@@ -569,11 +569,11 @@ def test_a_template_that_holds_the_interpreter_fails_one_chat() -> None:
         server.service.tokenizer.chat_template = (
             f"{{% if messages[0].content == 'hold' %}}{holds}{{% endif %}}{{{{ messages[0].content }}}}"
         )
-        server.service._short.sandbox._seconds = server.service._long.sandbox._seconds = 0.1
+        server.service._short.sandboxes[0]._seconds = server.service._long.sandboxes[0]._seconds = 0.1
         chat = {"messages": [{"role": "user", "content": "hold"}], "max_tokens": 1}
         with ThreadPoolExecutor(1) as pool:
             held = pool.submit(http.post, CHAT, json=chat)
-            server.wait_until(lambda: server.service._short.sandbox.pid is not None)
+            server.wait_until(lambda: server.service._short.sandboxes[0].pid is not None)
             with server.http() as other:
                 assert other.get("/health").status_code == 200
             answer = held.result()
@@ -581,7 +581,7 @@ def test_a_template_that_holds_the_interpreter_fails_one_chat() -> None:
         assert (
             "template failed: the chat template was stopped: it ran for more than 0.1 s" in error_of(answer)["message"]
         )
-        server.service._short.sandbox._seconds = 20.0
+        server.service._short.sandboxes[0]._seconds = 20.0
         chat["messages"] = [{"role": "user", "content": "go on"}]
         assert http.post(CHAT, json=chat).status_code == 200
         server.assert_idle()

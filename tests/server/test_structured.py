@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from patience import PATIENCE
-from running_server import RunningServer
+from running_server import RunningServer, running_server
 
 import splitfuse
+from splitfuse.config import ServerConfig
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.text.chat_options import ChatOptions
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -332,3 +336,27 @@ def test_a_grammar_that_is_made_holds_up_no_other_request(server: RunningServer)
         slowly = pool.submit(http.post, COMPLETIONS, json=body(COMPLETIONS, form, max_tokens=4))
         others = [pool.submit(http.post, COMPLETIONS, json=body(COMPLETIONS, {}, max_tokens=4)) for _ in range(4)]
         assert all(each.result(PATIENCE).status_code == 200 for each in (slowly, *others))
+
+
+def test_forms_of_a_key_hold_up_no_form_of_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def ask(key: str) -> int:
+        with server.http(headers={"authorization": f"Bearer {key}"}) as http:
+            return http.post(COMPLETIONS, json=body(COMPLETIONS, {"guided_choice": [key]}, max_tokens=4)).status_code
+
+    with running_server(ServerConfig(api_key=["one", "two"])) as server, ThreadPoolExecutor(3) as pool:
+        for encoder in server.service._grammars.encoders:
+            compile_now = encoder.compile
+
+            def compiled(params: SamplingParams, options: ChatOptions, compile_now: Any = compile_now) -> Any:
+                form = params.structured_outputs
+                assert form is not None and (form.source != '["one"]' or go_on.wait(PATIENCE))
+                return compile_now(params, options)
+
+            monkeypatch.setattr(encoder, "compile", compiled)
+        slow = [pool.submit(ask, "one") for _ in range(3)]
+        server.wait_until(lambda: server.admission.num_requests == 3)
+        assert ask("two") == 200 and not any(each.done() for each in slow)
+        go_on.set()
+        assert [each.result(PATIENCE) for each in slow] == [200] * 3

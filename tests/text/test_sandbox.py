@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,3 +210,17 @@ def test_a_process_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPa
             sandbox.encode("Hello")
     assert sandbox.encode("Hello")
     sandbox.close()
+
+
+def test_a_process_ends_at_its_limit_of_computing_time() -> None:
+    script = (
+        "import time; from splitfuse.text.sandbox_worker import limit_time; limit_time(0.05);"
+        "print(time.process_time(), flush=True)\nwhile True: pass"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        began = float(process.stdout.readline())
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == -signal.SIGPROF
+    assert used.ru_utime + used.ru_stime - began < 0.5  # the system counts whole seconds for other limits

@@ -21,7 +21,7 @@ from splitfuse.errors import EngineUnavailableError, InvalidRequestError, Prompt
 from splitfuse.models.sources.hub import open_model
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
-from splitfuse.text.service import TextService, merged
+from splitfuse.text.service import CLIENT, TextService, merged
 from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -200,7 +200,7 @@ def test_texts_and_chats_have_the_tokens_of_the_tokenizer(monkeypatch: pytest.Mo
 def test_a_short_chat_does_not_wait_for_a_long_text() -> None:
     async def work(service: TextService) -> None:
         held = threading.Event()
-        waiting = asyncio.create_task(service._long.run(held.wait))  # the long texts' thread is taken
+        waiting = asyncio.create_task(service._long.run(lambda _: held.wait()))  # the long texts' thread is taken
         long = asyncio.create_task(service.encode("word " * 10_000))
         short = await service.encode_chat([{"role": "user", "content": "Hi"}])
         assert short.token_ids and not long.done()
@@ -216,23 +216,46 @@ def test_a_caller_that_gives_up_while_it_waits_leaves_nothing_behind() -> None:
         reported: list[Any] = []  # errors that nothing has taken note of
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
 
-        def fail() -> None:
+        def fail(_: object) -> None:
             held.wait()
             raise InvalidRequestError("too late")
 
         waiting = asyncio.create_task(service._long.run(fail))
         await asyncio.sleep(0)
-        others = [asyncio.create_task(service._long.run(lambda: ran.append(1))) for _ in range(3)]
+        others = [asyncio.create_task(service._long.run(lambda _: ran.append(1))) for _ in range(3)]
         await asyncio.sleep(0)
         waiting.cancel()  # its work goes on, and keeps the others waiting
         others[0].cancel()
         others[1].cancel()
         await asyncio.gather(waiting, *others[:2], return_exceptions=True)
-        assert service._long._thread._work_queue.empty() and service._long._turn.locked() and not ran
+        assert service._long._threads._work_queue.empty() and not service._long._free.qsize() and not ran
         held.set()
         await others[2]
         gc.collect()
-        assert ran == [1] and not service._long._turn.locked() and reported == []
+        assert ran == [1] and service._long._free.qsize() == 1 and reported == []
+
+    with_service(work)
+
+
+def test_what_a_client_sends_holds_up_no_other_client() -> None:
+    async def work(service: TextService) -> None:
+        held = threading.Event()
+
+        async def compiling(client: str, work: Callable[[object], Any]) -> None:
+            CLIENT.set(client)
+            await service._grammars.run(work)
+
+        slow = [asyncio.create_task(compiling("one", lambda _: held.wait())) for _ in range(3)]
+        await asyncio.sleep(0)
+        await asyncio.create_task(compiling("two", lambda _: None))
+        assert not any(each.done() for each in slow)
+        slow[0].cancel()  # what it began goes on, and is still that client's turn
+        slow[2].cancel()
+        await asyncio.gather(slow[0], slow[2], return_exceptions=True)
+        await asyncio.create_task(compiling("two", lambda _: None))
+        assert not slow[1].done()
+        held.set()
+        await slow[1]
 
     with_service(work)
 
@@ -240,13 +263,13 @@ def test_a_caller_that_gives_up_while_it_waits_leaves_nothing_behind() -> None:
 def test_too_long_texts_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(service: TextService) -> None:
         pieces: list[int] = []
-        encode = service._long.encoder._tokenize
+        encode = service._long.encoders[0]._tokenize
 
         def counted(text: str, **keywords: Any) -> tuple[int, ...]:
             pieces.append(len(text))
             return encode(text, **keywords)
 
-        monkeypatch.setattr(service._long.encoder, "_tokenize", counted)
+        monkeypatch.setattr(service._long.encoders[0], "_tokenize", counted)
         limit = service.client.info.limits.max_model_len
         text = "word " * 3_200_000
         with pytest.raises(
@@ -341,11 +364,11 @@ def test_a_template_that_holds_does_not_hold_up_others() -> None:
 
     async def run() -> None:
         with closing(TextService(cast(AsyncEngine, NoEngines()), tokenizer)) as service:
-            service._short.sandbox._seconds, service._long.sandbox._seconds = 0.05, PATIENCE
+            service._short.sandboxes[0]._seconds, service._long.sandboxes[0]._seconds = 0.05, PATIENCE
             held = chat(service, "hold")
             while not service.num_ended_processes:
                 await asyncio.sleep(0.01)
-            service._short.sandbox._seconds = PATIENCE
+            service._short.sandboxes[0]._seconds = PATIENCE
             assert (await chat(service, "Hi")).token_ids == tokenizer.encode("fine", add_special_tokens=False)
             assert not held.done()
             service.close()
