@@ -247,6 +247,12 @@ class ServerConfig:
         120.0, "Seconds after which an idle connection is closed; load balancers close theirs after 60 to 90."
     )
     log_prompts: bool = setting(False, "Include prompts and answers in the log.")
+    record: str | None = setting(
+        None, "File to record requests and steps to, for splitfuse replay; token ids of prompts and answers are in it."
+    )
+    record_max_mib: float = setting(
+        1024.0, "Maximum size of a recording in MiB: FILE and those before it, FILE.1 to FILE.3."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -258,6 +264,9 @@ class ServerConfig:
         _at_least("max_stored_responses", self.max_stored_responses, 0)
         _size("max_body_mib", self.max_body_mib)
         _size("max_stored_mib", self.max_stored_mib)
+        _size("record_max_mib", self.record_max_mib)
+        if self.record is not None and not self.record.strip():
+            raise ConfigError(f"record {self.record!r} must be the path of a file, such as server.rec")
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
             if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
                 raise ConfigError(

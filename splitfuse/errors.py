@@ -22,6 +22,7 @@ for ten minutes.
     ├── RequestFailedError          a request failed while it ran (NaN logits, for example); others continue
     ├── OverloadedError             the server is at capacity; `retry_after` says when to try again
     │   └── SloUnattainableError    it has on_time_only, and cannot meet its SLO now
+    ├── RecordingError              a recording cannot be read, or cannot be replayed here
     ├── EngineUnavailableError      no engine is there to compute the request, or it died
     ├── DrainingError               the server is shutting down and accepts no new requests
     └── ServerError                 a server cannot be started, found or stopped
@@ -146,6 +147,10 @@ class SloUnattainableError(OverloadedError):
     """Raised when a request with `on_time_only` cannot meet its SLO now. It may after `retry_after` seconds; infinity
     means never.
     """
+
+
+class RecordingError(SplitfuseError):
+    """Raised when a recording cannot be read, or cannot be replayed with this model on this machine."""
 
 
 class EngineUnavailableError(SplitfuseError):

@@ -74,6 +74,7 @@ class EngineLoop:
             slo_enabled=engine.slo_enabled,
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
+            identity=dict(engine.model.identity),
         )
 
     def run(self) -> None:

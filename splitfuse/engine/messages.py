@@ -106,6 +106,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Digests of the LoRA adapters that are loaded from the start, by name."""
     fingerprint: str = ""
     """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
+    identity: dict[str, str] = {}
+    """Texts that the fingerprint stands for."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class ChunkDetail(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprob, ...]
     values: tuple[float, ...]
     is_complete: bool
+    state_lost: bool = False
 
 
 class ChunkTrace(msgspec.Struct, frozen=True, array_like=True):

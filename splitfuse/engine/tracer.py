@@ -135,7 +135,7 @@ class EngineTracer:
             self._tables[chunk.request_id] = len(table), table[-1]
             detail = ChunkDetail(
                 *(chunk.num_logits, chunk.samples, count, table[count:], chunk.state),
-                *(result.logprobs, result.prompt_logprobs, result.values, result.is_complete),
+                *(result.logprobs, result.prompt_logprobs, result.values, result.is_complete, result.state_lost),
             )
         number = self._numbers.get(chunk.request_id, -1)
         return ChunkTrace(number, chunk.start, len(chunk.token_ids), result.token_ids, result.error, detail)

@@ -6,7 +6,7 @@ to all. Texts that end in one step are computed in runs of at most the budget an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,7 +25,7 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.weights import resolve_dtype
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import StepHandle
-from splitfuse.runtime.fingerprint import fingerprint
+from splitfuse.runtime.fingerprint import fingerprint, identify
 from splitfuse.runtime.loading import open_source, parse_device, tokenizer_json, use_cores
 from splitfuse.runtime.machine import available_memory
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -88,12 +88,18 @@ class LoadedEncoder:
     spec: EncoderSpec
     plan: MemoryPlan
     encoder: Encoder
-    fingerprint: str
+    identity: Mapping[str, str]
+    """Texts that name what decides the tokens of a request besides the request."""
     grammars: Grammars
     pooling: Pooling
     most_tokens: int
     """Tokens that are computed at a time: see `EncoderExecutor`."""
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of its identity."""
+        return fingerprint(self.identity)
 
     def make_executor(self) -> EncoderExecutor:
         """Return an executor: each engine makes one."""
@@ -145,9 +151,9 @@ def load_encoder(
     announce(plan)
     encoder = Encoder.load(spec, weights, backend, dtype=dtype)
     backend.finish_loading()
-    name = fingerprint(source, config, backend=backend, plan=plan, device=device)
+    identity = identify(source, config, backend=backend, plan=plan, device=device)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ())
-    return LoadedEncoder(source, spec, plan, encoder, name, grammars, Pooling(spec.pooling), most_tokens)
+    return LoadedEncoder(source, spec, plan, encoder, identity, grammars, Pooling(spec.pooling), most_tokens)
 
 
 def without_prefix_cache(config: EngineConfig) -> EngineConfig:

@@ -93,6 +93,7 @@ class Executor:
             self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
             if (form := new.params.structured_outputs) is not None:
                 self._matchers[new.request_id] = self._grammars.matcher(form)
+            self._take_tokens(new.request_id, new.output_token_ids)  # those of a replay that begins in its midst
         chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
         masks = self._grammars.begin_masks(self._matchers_of(chunks) if self._matchers else {})
         try:
@@ -100,15 +101,20 @@ class Executor:
         finally:
             masks.wait()
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
-            state, answer = self._states[request_id], result.token_ids
-            state.output_token_ids.extend(answer)
-            if (thought := state.thought) is not None:
-                answer = tuple(token for token in answer if thought.push(token))
-            if answer and (matcher := self._matchers.get(request_id)) is not None:
-                matcher.consume_tokens(list(answer))
-                if matcher.is_stopped() and not matcher.is_error():
-                    results[request_id] = replace(result, is_complete=True)
+            if self._take_tokens(request_id, result.token_ids):
+                results[request_id] = replace(result, is_complete=True)
         return results
+
+    def _take_tokens(self, request_id: str, token_ids: Sequence[int]) -> bool:
+        """Note tokens that a request was given. Returns whether its answer has the form that was asked for."""
+        state, answer = self._states[request_id], list(token_ids)
+        state.output_token_ids.extend(answer)
+        if (thought := state.thought) is not None:
+            answer = [token for token in answer if thought.push(token)]
+        if not answer or (matcher := self._matchers.get(request_id)) is None:
+            return False
+        matcher.consume_tokens(answer)
+        return matcher.is_stopped() and not matcher.is_error()
 
     def _matchers_of(self, chunks: Sequence[Chunk]) -> dict[str, LLMatcher]:
         """Return the matchers of the requests whose next token is chosen by the form of its answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 
 import llguidance
 import msgspec
@@ -17,21 +18,31 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.version import __version__
 
 
-def fingerprint(
+def identify(
     source: ModelSource, config: EngineConfig, *, backend: Backend, plan: MemoryPlan, device: torch.device
-) -> str:
-    """Return 12 hexadecimal digits that are equal where requests with a seed have equal answers, and differ where they
-    may not: not for other budgets, blocks or numbers of threads, which change no token.
+) -> dict[str, str]:
+    """Return texts that are all equal where requests with a seed have equal answers; where they may not have, one
+    differs. Budgets, blocks and numbers of threads change no token.
     """
     model, is_dummy = config.model, config.model.load_format == "dummy"
     parts = {
-        "versions": (__version__, str(torch.__version__), llguidance.__version__),
+        "version": __version__,
+        "torch": torch.__version__,
+        "llguidance": llguidance.__version__,
         "model": source.digest(weights=not is_dummy),
         "tokenizer": model.tokenizer,
-        "formats": (model.load_format, model.dtype, model.quantization, model.quantization_group_size),
+        "load_format": model.load_format,
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "quantization_group_size": model.quantization_group_size,
         "kv_cache_dtype": config.cache.kv_cache_dtype,
         "kernels": re.sub(r", \d+ threads?", "", backend.describe()),
-        "device": (device.type, gpu(device)),
+        "device": gpu(device) or device.type,
         "max_model_len": plan.max_model_len,
     }
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:12]
+    return {name: str(part) for name, part in parts.items()}
+
+
+def fingerprint(identity: Mapping[str, str]) -> str:
+    """Return 12 hexadecimal digits that stand for an identity."""
+    return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]

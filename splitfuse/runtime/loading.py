@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,7 +35,7 @@ from splitfuse.models.weights import (
 )
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.fingerprint import fingerprint
+from splitfuse.runtime.fingerprint import fingerprint, identify
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 from splitfuse.runtime.sampling.grammar import Grammars
@@ -52,11 +52,17 @@ class LoadedModel:
     plan: MemoryPlan
     eos_token_ids: tuple[int, ...]
     decoder: Decoder
-    fingerprint: str
+    identity: Mapping[str, str]
+    """Texts that name what decides the tokens of a request besides the request."""
     grammars: Grammars
     weights: Callable[[], WeightSource]
     pooling: Pooling | None = None
     """Way to make embeddings, if the model is for that."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of its identity."""
+        return fingerprint(self.identity)
 
     def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
         """Return the digest of the LoRA adapter in a folder or on the Hub, and the adapter as the backend keeps it.
@@ -130,11 +136,11 @@ def load_model(
         on_progress=on_progress,
     )
     backend.finish_loading()
-    name = fingerprint(source, config, backend=backend, plan=plan, device=device)
+    identity = identify(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
-    return LoadedModel(source, spec, plan, ends, decoder, name, grammars, open_weights, pooling)
+    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling)
 
 
 def open_source(config: EngineConfig) -> ModelSource:

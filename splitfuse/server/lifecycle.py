@@ -35,6 +35,7 @@ from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
 
 if TYPE_CHECKING:
+    from splitfuse.recording.recorder import Recorder
     from splitfuse.server.admission import Admission
     from splitfuse.server.metrics import Metrics
     from splitfuse.text.service import TextService
@@ -73,6 +74,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
         signals.handled(),
         LineWriter(sys.stdout, note=note_dropped) as log,
         listening_socket(config.host, config.port, config.client_timeout) as listener,
+        _recorder(engine, config) as recorder,
     ):
         max_connections = connection_limit(config)
         server = HttpServer(config, max_connections=max_connections)
@@ -96,7 +98,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             serving = asyncio.create_task(server.serve([listener]))
             try:
                 starting = asyncio.create_task(
-                    _start(engine, config, client, server, log.write, show_stage or log_stages())
+                    _start(engine, config, client, server, log.write, recorder, show_stage or log_stages())
                 )
                 if (started := await _started(starting, serving, signals)) is not None:
                     admission, service = started
@@ -124,6 +126,19 @@ def model_name(model: str | None) -> str:
         return BUNDLED_MODEL.name
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+@contextmanager
+def _recorder(engine: EngineConfig, config: ServerConfig) -> Iterator[Recorder | None]:
+    """Give what records the engines, if the settings ask for it. Raises ConfigError if its file cannot be written."""
+    if config.record is None:
+        yield None
+        return
+    from splitfuse.recording.recorder import Recorder
+
+    recorder = Recorder(Path(config.record), engine, max_mib=config.record_max_mib, keep_texts=config.log_prompts)
+    with closing(recorder):
+        yield recorder
 
 
 def _register(deployment: Deployment) -> bool:
@@ -156,13 +171,14 @@ async def _start(
     client: EngineClient,
     server: HttpServer,
     write_log: Callable[[str], None],
+    recorder: Recorder | None,
     show_stage: ShowStage,
 ) -> tuple[Admission, TextService]:
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
         server.app, admission, service = await run_in_daemon_thread(
-            lambda: _make_app(engine, config, client, write_log)
+            lambda: _make_app(engine, config, client, write_log, recorder)
         )
         with ExitStack() as undo:
             undo.callback(service.close)
@@ -205,14 +221,18 @@ async def _serve(admission: Admission, config: ServerConfig, serving: asyncio.Ta
 
 
 def _make_app(
-    engine: EngineConfig, config: ServerConfig, client: EngineClient, write_log: Callable[[str], None]
+    engine: EngineConfig,
+    config: ServerConfig,
+    client: EngineClient,
+    write_log: Callable[[str], None],
+    recorder: Recorder | None,
 ) -> tuple[App, Admission, TextService]:
     """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
     from splitfuse.server.app import make_app
     from splitfuse.server.metrics import Metrics
-    from splitfuse.server.traces import TraceHub
+    from splitfuse.server.traces import TraceHub, record
     from splitfuse.text.service import TextService
     from splitfuse.text.tokenizer import Tokenizer
 
@@ -238,6 +258,9 @@ def _make_app(
     log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
     traces = TraceHub(client.engines)
+    if recorder is not None:
+        record(traces, recorder)
+        metrics.recorder = recorder
     app = make_app(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
     return app, admission, service
 

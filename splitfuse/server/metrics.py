@@ -25,6 +25,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.messages import EngineStats
 from splitfuse.errors import EngineUnavailableError
+from splitfuse.recording.recorder import Recorder
 from splitfuse.server.access_log import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -91,6 +92,12 @@ FAMILIES = (
     Family("splitfuse:refused", "counter", "refused", "Requests refused before any work, by the reason.", ("kind",)),
     Family(
         "splitfuse:text_process_restarts", "counter", "text_restarts", "Processes for texts ended at a limit or killed."
+    ),
+    Family("splitfuse:recording", "gauge", "recording", "1 while a recording is written (--record), else 0."),
+    Family("splitfuse:recorded_bytes", "counter", "recorded_bytes", "Bytes of the recording that were written."),
+    Family(
+        *("splitfuse:recording_dropped_events", "counter", "unrecorded"),
+        "Events that are missing in the recording, since it could not be written.",
     ),
     Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
@@ -160,6 +167,8 @@ class Metrics(Collector):
         self._rendered_at = -math.inf
         self.num_text_restarts: Callable[[], int] = lambda: 0
         """Function that returns how many processes for texts were ended."""
+        self.recorder: Recorder | None = None
+        """Recorder of the engines, if there is one."""
 
     def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
         """Count a step of an engine, whose counters `client.stats` has already."""
@@ -219,6 +228,10 @@ class Metrics(Collector):
         self._totals.update(self._client.stats)
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
         single["text_restarts"] = self.num_text_restarts()
+        recorder = self.recorder
+        single["recording"] = float(recorder is not None and not recorder.ended)
+        single["recorded_bytes"] = 0 if recorder is None else recorder.num_bytes
+        single["unrecorded"] = 0 if recorder is None else recorder.num_dropped
         for family in FAMILIES:
             labels = ("model_name", *family.labels)
             if family.kind == "histogram":

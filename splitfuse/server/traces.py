@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.trace import TraceLevel, TraceRecord
+from splitfuse.recording.recorder import Recorder
 from splitfuse.server.access_log import RequestRecord
 
 _logger = logging.getLogger(__name__)
@@ -109,3 +110,20 @@ class TraceHub:
         level = max(self._subscribers.values(), default=TraceLevel.OFF)
         for engine in self.engines:
             engine.set_tracing(level)
+
+
+def record(hub: TraceHub, recorder: Recorder) -> None:
+    """Record all engines of a hub until the recorder ends. Call it before they start: then a recording is complete."""
+
+    def take(event: TraceEvent) -> None:
+        match event:
+            case EngineRecords():
+                recorder.take(event.engine, event.records)
+            case EngineChange(state=EngineState.READY):
+                recorder.start_engine(event.engine, hub.engines[event.engine].info)
+            case EngineChange(state=EngineState.DEAD):
+                recorder.end_engine(event.engine, event.reason)
+        if recorder.ended:
+            unsubscribe()
+
+    unsubscribe = hub.subscribe(take, TraceLevel.PLANS)

@@ -1,0 +1,1 @@
+"""Records what a server's engines do, and runs it again."""

@@ -1,0 +1,222 @@
+"""What a recording's file has in it, and what becomes of one that is torn, foreign, hostile, or has no room."""
+
+import resource
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from struct import Struct
+from typing import Any
+
+import msgspec
+import pytest
+import tiny_models
+from patience import PATIENCE
+from recorded_engine import RecordedEngine, config_of, recorded
+
+from splitfuse.core.request import SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
+from splitfuse.errors import ConfigError, RecordingError
+from splitfuse.recording import recorder as recorder_module
+from splitfuse.recording.format import (
+    FORMAT,
+    MAGIC,
+    Close,
+    EngineStart,
+    Frame,
+    Recording,
+    Records,
+    Tables,
+    encode_frame,
+)
+from splitfuse.recording.recorder import Recorder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_models.save("llama-gqa", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of two requests, one of which is preempted."""
+    path = tmp_path_factory.mktemp("recording") / "engine.rec"
+    with recorded(path, config_of(folder, num_blocks=8)) as engine:
+        salt = SchedulingOptions(cache_salt="digest of a key")
+        for name in "ab":
+            params = SamplingParams(max_tokens=10, logprobs=1, stop=("a secret",))
+            engine.engine.add_request(name, range(3, 12), params, scheduling=salt)
+        engine.run()
+    return path
+
+
+def records(frames: list[Frame], kind: type[Any]) -> list[Any]:
+    return [each for frame in frames if isinstance(frame, Records) for each in frame.records if isinstance(each, kind)]
+
+
+def test_file_has_settings_requests_steps_and_its_end(path: Path, folder: Path) -> None:
+    recording = Recording.open(path)
+    frames = list(recording.frames())
+    assert recording.fault == "" and recording.header.config.model.model == str(folder)
+    assert isinstance(frames[0], EngineStart) and frames[0].identity["version"] and frames[0].limits.num_blocks == 8
+    assert frames[-1] == Close(frames[-1].time, "the test ended", 0)  # type: ignore[union-attr]
+    assert [request.request_id for request in records(frames, RequestTrace)] == ["a", "b"]
+    assert [end.num_output_tokens for end in records(frames, FinishTrace)] == [10, 10]
+    assert sum(len(chunk.token_ids) for step in records(frames, StepTrace) for chunk in step.chunks) == 20
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_neither_texts_nor_digests_of_keys_are_in_a_file(path: Path, folder: Path, tmp_path: Path) -> None:
+    content = path.read_bytes()
+    assert b"a secret" not in content and b"digest of a key" not in content
+    with recorded(tmp_path / "texts.rec", config_of(folder), keep_texts=True) as engine:
+        engine.engine.add_request("a", (3, 4), SamplingParams(max_tokens=1, stop=("a secret",)))
+        engine.run()
+    assert b"a secret" in (tmp_path / "texts.rec").read_bytes()
+
+
+def test_torn_file_is_read_up_to_where_it_is_torn(path: Path, tmp_path: Path) -> None:
+    content, whole = path.read_bytes(), list(Recording.open(path).frames())
+    torn = tmp_path / "torn.rec"
+    first = len(MAGIC) + 8 + Struct("<I").unpack_from(content, len(MAGIC))[0]
+    for size in (*range(first, len(content), 97), len(content) - 1):
+        torn.write_bytes(content[:size])
+        recording = Recording.open(torn)
+        frames = list(recording.frames())
+        assert frames == whole[: len(frames)] and len(frames) < len(whole)
+        assert ("torn" in recording.fault) is (b"".join(map(encode_frame, frames)) != content[first:size])
+    for size in (len(MAGIC), first - 1):
+        torn.write_bytes(content[:size])
+        with pytest.raises(RecordingError, match="first frame"):
+            Recording.open(torn)
+    flipped = bytearray(content)
+    flipped[first + 100] ^= 1
+    torn.write_bytes(flipped)
+    recording = Recording.open(torn)
+    assert list(recording.frames()) == [] and "checksum" in recording.fault
+
+
+def test_other_files_and_formats_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for content, match in (
+        (b"", "is no recording"),
+        (b"PK\x03\x04", "is no recording"),
+        (MAGIC + framed({"format": FORMAT + 1, "new": []}), f"format {FORMAT + 1}, which this version"),
+        (MAGIC + framed({"format": FORMAT}), "no valid header"),
+        (MAGIC + framed([1, 2]), "no valid header"),
+    ):
+        other.write_bytes(content)
+        with pytest.raises(RecordingError, match=match):
+            Recording.open(other)
+    with pytest.raises(RecordingError, match=r"absent\.rec cannot be read: No such file"):
+        Recording.open(tmp_path / "absent.rec")
+
+
+def framed(content: Any) -> bytes:
+    data = msgspec.msgpack.encode(content)
+    return Struct("<II").pack(len(data), zlib.crc32(data)) + data
+
+
+def test_hostile_frames_are_errors_of_the_file(path: Path, tmp_path: Path) -> None:
+    head = path.read_bytes()[: len(MAGIC) + 8 + Struct("<I").unpack_from(path.read_bytes(), len(MAGIC))[0]]
+    rng, hostile = Random(1), tmp_path / "hostile.rec"
+    frames = [msgspec.msgpack.decode(msgspec.msgpack.encode(frame)) for frame in Recording.open(path).frames()]
+    num_refused = 0
+    for _ in range(300):
+        frame = rng.choice(frames)
+        data = bytearray(msgspec.msgpack.encode(frame))
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        hostile.write_bytes(head + Struct("<II").pack(len(data), zlib.crc32(data)) + data)
+        try:
+            list(Recording.open(hostile).frames())
+        except RecordingError as error:
+            num_refused += "is invalid" in str(error)
+    assert num_refused > 100
+
+
+def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "engine.rec"
+    prompt = tuple(range(3, 33))
+    with recorded(path, config_of(folder), max_mib=4 * 3000 / 2**20) as engine:
+        for name in "ab":
+            engine.engine.add_request(name, prompt, SamplingParams(max_tokens=60, ignore_eos=True))
+        engine.run()
+    files = [path.with_name(f"engine.rec.{number}") for number in (3, 2, 1)] + [path]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    assert all(file.stat().st_size < 3600 for file in files)
+    steps: list[StepTrace] = []
+    for file in files:
+        frames = list(Recording.open(file).frames())
+        start, begun, tables = frames[:3]
+        assert isinstance(start, EngineStart) and isinstance(begun, Records) and isinstance(tables, Tables)
+        for request in begun.records:
+            assert isinstance(request, RequestTrace) and request.detail is not None
+            num_tokens = len(prompt) + len(request.detail.output_token_ids)
+            (chunk,) = [c for c in records(frames, StepTrace)[0].chunks if c.number == request.number]
+            assert chunk.start == num_tokens - 1 and chunk.detail is not None
+            assert chunk.detail.first_block == len(tables.tables[request.number]) == -(-(num_tokens - 1) // 4)
+        steps += records(frames, StepTrace)
+        assert isinstance(frames[-1], Close)
+    numbers = [step.step for step in steps]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+
+
+def test_file_that_is_there_is_kept_as_an_older_one(path: Path, folder: Path, tmp_path: Path) -> None:
+    new = tmp_path / "engine.rec"
+    new.write_bytes(path.read_bytes())
+    Recorder(new, config_of(folder), max_mib=1).close()
+    assert (tmp_path / "engine.rec.1").read_bytes() == path.read_bytes()
+    with pytest.raises(ConfigError, match=r"absent/engine\.rec cannot be written: No such file"):
+        Recorder(tmp_path / "absent" / "engine.rec", config_of(folder), max_mib=1)
+    with pytest.raises(ConfigError, match="cannot be written: File exists"):
+        Recorder(Path("/dev/full"), config_of(folder), max_mib=1)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing beyond fails, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_ends_the_recording_alone(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "engine.rec"
+    with recorded(path, config_of(folder)) as engine:
+        with largest_file(20_000):
+            add(engine, 50)
+            assert len(engine.run()["a"]) == 50
+            engine.recorder._thread.join(PATIENCE)
+        assert "file cannot be written: File too large" in engine.recorder.ended
+        add(engine, 3)
+        assert len(engine.run()["a"]) == 3 and engine.recorder.num_dropped >= 3
+    warnings = [each.getMessage() for each in caplog.records if each.name == recorder_module.__name__]
+    assert len(warnings) == 1 and "ends, and the server goes on" in warnings[0]
+    recording = Recording.open(path)
+    assert records(list(recording.frames()), StepTrace) and "torn" in recording.fault
+
+
+def test_too_slow_a_disk_ends_the_recording_and_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_QUEUED", 0)
+    with recorded(tmp_path / "engine.rec", config_of(folder)) as engine:
+        add(engine, 5)
+        assert len(engine.run()["a"]) == 5
+    *_, close = Recording.open(tmp_path / "engine.rec").frames()
+    assert isinstance(close, Close) and "the disk is too slow" in close.reason
+    assert close.num_dropped >= 1
+
+
+def add(engine: RecordedEngine, num_tokens: int) -> None:
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, logprobs=40)
+    engine.engine.add_request("a", (3, 4, 5), params)
