@@ -21,6 +21,7 @@ from splitfuse.cli.ps import ps
 from splitfuse.cli.serve import serve
 from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
+from splitfuse.cli.trace import trace
 from splitfuse.cli.tune import tune
 from splitfuse.version import __version__
 
@@ -36,6 +37,7 @@ app.command()(serve)
 app.command()(ps)
 app.command()(stop)
 app.command()(explain)
+app.command()(trace)
 app.command()(models)
 app.command("plan-memory")(plan_memory)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")

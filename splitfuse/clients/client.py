@@ -110,6 +110,23 @@ class AsyncClient:
         explanation: dict[str, Any] = response.json()
         return explanation
 
+    async def trace(self, seconds: float | None = None) -> AsyncGenerator[bytes, None]:
+        """Yield what the server does, as it happens, for so many seconds or until closed: lines of JSON, some at once.
+
+        See docs/tracing.md for what is in them. Raises InvalidRequestError unless the key is an administrator's.
+        """
+        self._check_home()
+        path = "/v1/splitfuse/trace" + ("" if seconds is None else f"?seconds={seconds:g}")
+        with _network_errors(self.url):
+            async with self._http.stream("GET", path) as response:
+                if response.status_code != 200:
+                    raise error_of(response.status_code, await response.aread(), response.headers)
+                rest = b""
+                async for received in response.aiter_bytes():
+                    whole, newline, rest = (rest + received).rpartition(b"\n")
+                    if newline:
+                        yield whole + newline
+
     async def embed(
         self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None
     ) -> list[list[float]]:

@@ -133,6 +133,11 @@ class Client:
     explain = _blocking(AsyncClient.explain)
     embed = _blocking(AsyncClient.embed)
 
+    def trace(self, seconds: float | None = None) -> Generator[bytes, None, None]:
+        """See AsyncClient."""
+        self._async.check_process()
+        return self._thread.iterate(self._async.trace(seconds))
+
     def terminate_server(self, *, now: bool = False) -> None:
         """See AsyncClient. An interruption ends the waiting."""
         self._async.check_process()

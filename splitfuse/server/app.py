@@ -25,7 +25,7 @@ from starlette.websockets import WebSocketClose
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import FinishReason
-from splitfuse.server import adapters
+from splitfuse.server import adapters, trace_stream
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
@@ -165,6 +165,7 @@ ROUTES: tuple[Route, ...] = (
     *pooling.ROUTES,
     *anthropic.ROUTES,
     *responses.ROUTES,
+    *trace_stream.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(

@@ -1,0 +1,237 @@
+"""`GET /v1/splitfuse/trace`, and what `splitfuse trace` writes of it, by the rules of the Chrome trace format."""
+
+import collections
+import itertools
+import json
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from patience import PATIENCE
+from running_server import RunningServer, running_server
+
+from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
+from splitfuse.clients.sync import client
+from splitfuse.config import ServerConfig
+from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.engine.client import EngineState
+from splitfuse.engine.trace import PhaseTrace, RequestTrace, StepTrace, TraceLevel
+from splitfuse.server.trace_stream import (
+    TraceBegin,
+    TracedChange,
+    TracedRecords,
+    TracedRequest,
+    TraceEnd,
+    TraceLine,
+    TraceQueue,
+    TraceStatus,
+    decode_line,
+)
+from splitfuse.server.traces import EngineChange
+
+BODY = {"prompt": "One day a fox", "max_tokens": 6, "ignore_eos": True}
+
+
+def traced(server: RunningServer, *bodies: dict[str, Any], seconds: float = 600) -> list[TraceLine]:
+    """The lines of a trace of these requests; it ends when all of them have."""
+    lines: list[TraceLine] = []
+    began = threading.Event()
+
+    def read() -> None:
+        with client(server.url) as connected, closing(connected.trace(seconds)) as stream:
+            for received in stream:
+                lines.extend(map(decode_line, received.splitlines()))
+                began.set()
+                if sum(isinstance(line, TracedRequest) for line in lines) == len(bodies):
+                    return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert began.wait(PATIENCE)
+    with server.http() as http:
+        for body in bodies:
+            http.post("/v1/completions", json=body)
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+    server.wait_until(lambda: not server.traces.is_watched)
+    return lines
+
+
+def events_of(lines: list[TraceLine]) -> list[dict[str, Any]]:
+    trace = ChromeTrace()
+    events = [event for line in lines for event in trace.take(line)]
+    return [*events, *trace.end()]
+
+
+def check_format(events: list[dict[str, Any]]) -> None:
+    """Assert the rules that Perfetto's reader has for these events."""
+    slices: dict[int, list[tuple[float, float]]] = collections.defaultdict(list)
+    arrows: dict[int, list[str]] = collections.defaultdict(list)
+    processes: dict[int, int] = {}
+    for event in events:
+        assert event["ph"] in "XiCMsf" and event["name"] and isinstance(event["pid"], int)
+        if event["ph"] == "M":
+            assert event["name"] in {
+                f"{what}_{fact}" for what in ("process", "thread") for fact in ("name", "sort_index")
+            }
+            continue
+        assert event["ts"] >= 0 and round(event["ts"], 3) == event["ts"]
+        if "tid" in event:
+            assert processes.setdefault(event["tid"], event["pid"]) == event["pid"], "a track is in one process"
+        if event["ph"] == "X":
+            assert event["dur"] > 0
+            slices[event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+        elif event["ph"] == "i":
+            assert event["s"] in "tp"
+        elif event["ph"] == "C":
+            assert all(isinstance(value, int) for value in event["args"].values())
+        else:
+            assert isinstance(event["id"], int) and event["cat"]
+            arrows[event["id"]].append(event["ph"])
+    for each in slices.values():
+        each.sort()
+        assert all(end <= start + 1e-4 for (_, end), (start, _) in itertools.pairwise(each)), "no overlap"
+    assert all(ways == ["s", "f"] for ways in arrows.values())
+    for event in events:  # an arrow begins and ends in a slice
+        if event["ph"] in "sf":
+            assert any(start <= event["ts"] < end for start, end in slices[event["tid"]])
+
+
+def test_stream_tells_of_steps_and_of_the_request(server: RunningServer) -> None:
+    lines = traced(server, BODY)
+    assert isinstance(lines[0], TraceBegin) and lines[0].num_blocks > 0 and lines[0].engines == (EngineState.READY,)
+    (request,) = (line for line in lines if isinstance(line, TracedRequest))
+    assert (request.route, request.status, request.generated_tokens) == ("/v1/completions", 200, 6)
+    assert sum(request.phases.values()) == pytest.approx(request.ended - request.arrival)
+    records = [record for line in lines if isinstance(line, TracedRecords) for record in line.records]
+    assert sum(isinstance(record, StepTrace) for record in records) >= 6
+    (begun,) = (record for record in records if isinstance(record, RequestTrace))
+    assert begun.request_id.startswith(request.id)
+    assert begun.sent_time == pytest.approx(request.engine_opened, abs=0.1)
+
+
+def test_events_of_a_trace_are_those_of_the_chrome_format(server: RunningServer) -> None:
+    events = events_of(traced(server, {**BODY, "n": 2}, {**BODY, "prompt": "x " * 300}, {"prompt": "x", "n": -1}))
+    check_format(events)
+    names = collections.Counter((event["ph"], event["name"]) for event in events)
+    assert names["i", "accepted"] == names["i", "first token"] == names["i", "finish: length"] == 3
+    assert sum(name.startswith("refused: ") for _, name in names) == 1
+    assert names["X", LatencyPhase.READING.meaning] == names["X", "in the engine"] == 2
+    assert names["C", "KV blocks"] == names["C", "requests"] >= 6
+    steps = [event for event in events if event.get("cat") == "step"]
+    assert all(step["args"]["tokens"] <= step["args"]["token_budget"] for step in steps)
+    assert {step["name"] for step in steps} <= {"prefill", "decode", "prefill + decode"}
+    assert any("prefill of requests" in step["args"] for step in steps)
+    processes = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert processes == ["front", "engine 0"]
+
+
+def test_trace_ends_after_its_seconds(server: RunningServer) -> None:
+    with server.http() as http:
+        lines = [decode_line(line) for line in http.get("/v1/splitfuse/trace?seconds=0.01").text.splitlines()]
+    assert isinstance(lines[0], TraceBegin) and isinstance(lines[-1], TraceEnd)
+    assert any(isinstance(line, TraceStatus) for line in lines)
+    assert not server.traces.is_watched
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "86401", ""])
+def test_seconds_out_of_range_are_refused(server: RunningServer, seconds: str) -> None:
+    with server.http() as http:
+        answer = http.get(f"/v1/splitfuse/trace?seconds={seconds}")
+    assert answer.status_code == 400 and "such as 30" in answer.json()["error"]["message"]
+
+
+def test_only_an_administrators_key_gets_a_trace(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("user-key name=user\nroot-key name=root admin=yes\n")
+    keys.chmod(0o600)
+    with running_server(ServerConfig(api_key_file=str(keys))) as server, server.http() as http:
+
+        def get(**headers: str) -> httpx.Response:
+            return http.get("/v1/splitfuse/trace?seconds=0.01", headers=headers)
+
+        assert get().status_code == 401
+        assert get(authorization="Bearer user-key").json()["error"]["code"] == "no_administrator"
+        assert get(authorization="Bearer root-key").status_code == 200
+
+
+def test_client_that_leaves_ends_the_tracing(server: RunningServer) -> None:
+    with client(server.url) as connected:
+        received = connected.trace()
+        assert isinstance(decode_line(next(received).splitlines()[0]), TraceBegin)
+        assert server.traces.is_watched
+        received.close()
+    server.wait_until(lambda: not server.traces.is_watched)
+
+
+def test_queue_drops_what_has_no_room_and_counts_it() -> None:
+    queue = TraceQueue(max_bytes=200)
+    for _ in range(5):
+        queue.put(EngineChange(0, EngineState.READY, "", 1.0))
+    kept = len(queue.take().splitlines())
+    assert 0 < kept < 5 and queue.dropped == 5 - kept
+    queue.put(EngineChange(0, EngineState.READY, "", 1.0))
+    assert queue.take() and queue.dropped == 5 - kept
+
+
+def test_file_is_valid_after_each_writing(tmp_path: Path, server: RunningServer) -> None:
+    trace, path = ChromeTrace(), tmp_path / "trace.json"
+    with TraceFile(path) as file:
+        assert json.loads(path.read_text())["traceEvents"] == []
+        for line in traced(server, BODY)[:-1]:
+            file.write(trace.take(line))
+            json.loads(path.read_text())
+        file.write(trace.end())
+    check_format(json.loads(path.read_text())["traceEvents"])
+
+
+def begin(time: float) -> TraceBegin:
+    return TraceBegin("1", "model", time, 0.0, 10, False, (EngineState.READY,))
+
+
+def added(number: int, time: float) -> RequestTrace:
+    return RequestTrace(number, f"id{number}-0.0", time - 0.5, time, 4, 8, 0, 0, None)
+
+
+def test_dead_engine_ends_the_phases_of_its_requests() -> None:
+    events = events_of(
+        [
+            begin(10.0),
+            TracedRecords(0, (added(1, 11.0), PhaseTrace(12.0, ((1, LatencyPhase.PREFILL),)))),
+            TracedChange(0, EngineState.DEAD, "killed", 15.0),
+            TracedRecords(0, (added(1, 20.0),)),
+        ]
+    )
+    check_format(events)
+    (prefill,) = (event for event in events if event["name"] == "prefill")
+    assert (prefill["ts"], prefill["dur"]) == (2e6, 3e6)
+    (death,) = (event for event in events if event["name"] == "engine dead")
+    assert death["args"] == {"reason": "killed"}
+    tracks = [event["tid"] for event in events if event["name"] == "thread_name" and "request" in event["args"]["name"]]
+    assert len(set(tracks)) == 2, "numbers begin again, tracks do not"
+
+
+def test_request_from_before_the_trace_has_its_phase_from_a_step_on() -> None:
+    before = RequestTrace(7, "id7-0.0", 3.0, 3.0, 4, 8, 0, 0, None)
+    step = StepTrace(1, 64, 10.0, 11.0, 0.0, 1, 0, 9, 0, ())
+    with_chunk = json.loads(json.dumps([7, 5, 1, [42]]))
+    line = json.dumps(
+        {"event": "records", "engine": 0, "records": [["step", 1, 64, 10.5, 11.0, 0.0, 1, 0, 9, 0, [with_chunk]]]}
+    )
+    events = events_of([begin(10.0), TracedRecords(0, (before, step)), decode_line(line)])
+    check_format(events)
+    decode = [event for event in events if event["name"] == "decode" and event["cat"] == "request"]
+    assert [(event["ts"], event["dur"]) for event in decode] == [(5e5, 5e5)]
+    assert not [event for event in events if event["name"] in ("accepted", "first token")]
+
+
+def test_tracing_level_is_that_of_steps(server: RunningServer) -> None:
+    with client(server.url) as connected:
+        received = connected.trace()
+        next(received)
+        assert server.traces.engines[0]._trace_level is TraceLevel.STEPS
+        received.close()
+    server.wait_until(lambda: not server.traces.is_watched)
