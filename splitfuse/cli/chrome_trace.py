@@ -283,7 +283,7 @@ class ChromeTrace:
             "prompt_tokens": line.prompt_tokens,
             "cached_tokens": line.cached_tokens,
             "generated_tokens": line.generated_tokens,
-            "finish_reasons": " ".join(line.finish_reasons) or None,
+            "finish_reasons": " ".join(f"{reason} {count}" for reason, count in line.finish_reasons.items()) or None,
             "error": line.error,
             "ttft_ms": None if line.ttft is None else round(1e3 * line.ttft, 3),
             "preemptions": line.preemptions,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import msgspec
@@ -96,7 +97,8 @@ class TracedRequest(_Line, frozen=True, tag="request"):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    finish_reasons: tuple[str, ...]
+    finish_reasons: Mapping[str, int]
+    """Numbers of choices, by finish reason."""
     error: str | None
     ttft: float | None
     preemptions: int

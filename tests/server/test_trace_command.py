@@ -18,7 +18,7 @@ from splitfuse.clients.sync import client
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.engine.client import EngineState
-from splitfuse.engine.trace import PhaseTrace, RequestTrace, StepTrace, TraceLevel
+from splitfuse.engine.trace import ChunkTrace, PhaseTrace, RequestTrace, StepTrace, TraceLevel
 from splitfuse.server.trace_stream import (
     TraceBegin,
     TracedChange,
@@ -216,12 +216,9 @@ def test_dead_engine_ends_the_phases_of_its_requests() -> None:
 
 def test_request_from_before_the_trace_has_its_phase_from_a_step_on() -> None:
     before = RequestTrace(7, "id7-0.0", 3.0, 3.0, 4, 8, 0, 0, None)
-    step = StepTrace(1, 64, 10.0, 11.0, 0.0, 1, 0, 9, 0, ())
-    with_chunk = json.loads(json.dumps([7, 5, 1, [42]]))
-    line = json.dumps(
-        {"event": "records", "engine": 0, "records": [["step", 1, 64, 10.5, 11.0, 0.0, 1, 0, 9, 0, [with_chunk]]]}
-    )
-    events = events_of([begin(10.0), TracedRecords(0, (before, step)), decode_line(line)])
+    chunk = ChunkTrace(7, start=5, num_tokens=1, token_ids=(42,))
+    step = StepTrace(1, 64, 10.5, 11.0, 0.0, 1, 0, 9, 0, (chunk,))
+    events = events_of([begin(10.0), TracedRecords(0, (before, step))])
     check_format(events)
     decode = [event for event in events if event["name"] == "decode" and event["cat"] == "request"]
     assert [(event["ts"], event["dur"]) for event in decode] == [(5e5, 5e5)]
