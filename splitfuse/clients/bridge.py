@@ -70,6 +70,9 @@ class LoopThread:
 def _end(loop: asyncio.AbstractEventLoop, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def end() -> None:
         await close()
+        # Streams that were left close their own generators in tasks.
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=CANCEL_SECONDS)
         loop.stop()
 
     if loop.is_running():

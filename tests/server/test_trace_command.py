@@ -134,7 +134,7 @@ def test_trace_ends_after_its_seconds(server: RunningServer) -> None:
         lines = [decode_line(line) for line in http.get("/v1/splitfuse/trace?seconds=0.01").text.splitlines()]
     assert isinstance(lines[0], TraceBegin) and isinstance(lines[-1], TraceEnd)
     assert any(isinstance(line, TraceStatus) for line in lines)
-    assert not server.traces.is_watched
+    server.wait_until(lambda: not server.traces.is_watched)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "86401", ""])
