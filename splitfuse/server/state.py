@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -23,9 +24,10 @@ from splitfuse.text.service import TextService
 from splitfuse.text.token_text import TokenPieces
 
 LARGE_BODY = 65536
-"""Bytes from which on a body is decoded off the event loop, which it would hold up."""
+"""Bytes from which on a body is decoded and converted off the event loop, which it would hold up."""
 
 _Body = TypeVar("_Body", bound=Body)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ class AppState:
             if context.adapter:
                 self.service.client.hold_adapter(context.adapter)
         return request
+
+    async def convert(self, context: RequestContext, work: Callable[[], _Result]) -> _Result:
+        """Return the result of work on the body of a request, off the event loop if the body is a large one."""
+        return await self.service.off_loop(work) if context.held else work()  # it holds what is above FREE_BYTES
 
 
 def _check_content_type(context: RequestContext) -> None:

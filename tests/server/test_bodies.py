@@ -15,10 +15,12 @@ from running_server import PATIENCE, RunningServer, running_server
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import OverloadedError
+from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from splitfuse.server.bodies import BYTES_PER_VALUE, FREE_BYTES, MAX_VALUES, BodyBudget, _num_values, decoded_size
 from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.openai.dialect import OPENAI
+from splitfuse.server.openai.protocol import ChatRequest
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT = {"prompt": "Once", "max_tokens": 1}
@@ -214,3 +216,29 @@ def test_every_route_with_a_body_documents_its_errors(server: RunningServer) -> 
         paths: Any = http.get("/openapi.json").json()["paths"]
     posts = [methods["post"]["responses"] for methods in paths.values() if "requestBody" in methods.get("post", {})]
     assert posts and all({"408", "413", "429"} <= set(responses) for responses in posts)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "name", "more"),
+    [
+        (CHAT, ChatRequest, "to_generation", {"max_tokens": 1}),
+        ("/v1/messages", MessagesRequest, "to_generation", {"max_tokens": 1}),
+        ("/v1/messages/count_tokens", CountTokensRequest, "conversation", {}),
+    ],
+)
+def test_a_long_conversation_is_converted_off_the_event_loop(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, kind: Any, name: str, more: dict[str, Any]
+) -> None:
+    convert, threads = getattr(kind, name), []
+
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return convert(*arguments, **keywords)
+
+    monkeypatch.setattr(kind, name, noted)
+    with server.http() as http:
+        model = http.get("/v1/models").json()["data"][0]["id"]
+        for count in (1, 4000):
+            http.post(path, json={"model": model, "messages": [{"role": "user", "content": "Hi"}] * count, **more})
+    short, long = threads
+    assert long.startswith("text") and short == server._thread.name

@@ -11,7 +11,7 @@ from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequ
 from splitfuse.server.anthropic.responses import MessagesAnswer, MessagesEvent, MessagesResponder
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
-from splitfuse.server.generate import MAX_LENGTHS, generate, reading_at_most
+from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, generate, reading_at_most
 from splitfuse.server.state import AppState
 
 PATH = "/v1/messages"
@@ -33,7 +33,11 @@ class Hello(msgspec.Struct, frozen=True):
 async def messages(state: AppState, context: RequestContext, body: MessagesRequest) -> None:
     """Answer POST /v1/messages."""
     slo_enabled = state.service.client.info.slo_enabled
-    request = body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
+
+    def read() -> GenerationRequest:
+        return body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
+
+    request = await state.convert(context, read)
     context.prompt = request.messages
     responder = MessagesResponder(body, f"msg_{context.unique_id}", lambda: context.num_tokens)
     await generate(state, context, request, responder)
@@ -43,7 +47,7 @@ async def count_tokens(state: AppState, context: RequestContext, body: CountToke
     """Answer POST /v1/messages/count_tokens. Its text takes its turn among those of the queued requests, so it counts
     as one.
     """
-    conversation, options = body.conversation()
+    conversation, options = await state.convert(context, body.conversation)
     body.form()
     most = MAX_LENGTHS * state.service.client.info.limits.max_model_len
     with state.admission.admit(0), reading_at_most(most):

@@ -12,7 +12,7 @@ from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.dialect import Route, encode_json, lazy_list
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import MAX_LENGTHS, generate, reading_at_most
+from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, generate, reading_at_most
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import (
     ChatRequest,
@@ -94,7 +94,11 @@ class Detokenized(msgspec.Struct, frozen=True):
 async def completions(state: AppState, context: RequestContext, body: CompletionRequest | ChatRequest) -> None:
     """Answer POST /v1/completions and /v1/chat/completions."""
     slo_enabled = state.service.client.info.slo_enabled
-    request = body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
+
+    def read() -> GenerationRequest:
+        return body.to_generation(context.owner, arrival_time=context.arrival, slo_enabled=slo_enabled)
+
+    request = await state.convert(context, read)
     responder: OpenAIResponder
 
     def counts() -> TokenCounts:
@@ -181,10 +185,10 @@ async def tokenize(state: AppState, context: RequestContext, body: TokenizeReque
     service, limit = state.service, state.service.client.info.limits.max_model_len
     most = MAX_LENGTHS * limit
     with state.admission.admit(0), reading_at_most(most):
-        if body.messages is not None:
-            adds = bool(body.add_special_tokens)
+        if (sent := body.messages) is not None:
+            adds, messages = bool(body.add_special_tokens), await state.convert(context, lambda: plain_messages(sent))
             work = service.encode_chat(
-                plain_messages(body.messages), options=chat_options(body), add_special_tokens=adds, max_model_len=most
+                messages, options=chat_options(body), add_special_tokens=adds, max_model_len=most
             )
         elif not body.prompt:
             await context.answer(Tokenized(0, limit, [], [] if body.return_token_strs else UNSET))
