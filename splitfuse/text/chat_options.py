@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from splitfuse.errors import InvalidRequestError, brief
-from splitfuse.text.chat_formats.grammar import PLACE
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
 from splitfuse.text.kwargs import check_flags
 from splitfuse.text.tools import choice_of, chosen_tools, tools_of
@@ -28,8 +27,6 @@ class ChatOptions:
     """Template's own switches, such as `{"enable_thinking": False}`."""
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = AUTO
-    schema_place: str = PLACE
-    """Name of a tool's schema in the request, by the tool's number, for errors."""
     parallel_tool_calls: bool = True
     """Flag of an answer that may have several calls."""
     reads_parts: bool = False

@@ -183,7 +183,6 @@ class PromptEncoder:
                 options.tool_choice,
                 parallel=options.parallel_tool_calls,
                 special_tokens=self._marker_ids,
-                place=options.schema_place,
                 form=form,
             )
             form = calls or form

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from splitfuse.errors import InvalidRequestError, brief, brief_json, did_you_mean, nearest
@@ -20,20 +21,21 @@ MAX_TOOLS = 1024
 """Number of tools that a request may have."""
 
 
-def check_tool(tool: Tool, where: str, *, parameters: str = "parameters") -> None:
-    """Raise InvalidRequestError for a name or a schema that no tool can have. `parameters` is what the request calls
-    the schema.
+def placed_tool(tool: Tool, where: str, *, parameters: str = "parameters") -> Tool:
+    """Return a tool with its place. Raises InvalidRequestError for a name or a schema that no tool can have.
+    `parameters` is what the request calls the schema.
     """
+    place = f"{where}.{parameters}"
     if not re.fullmatch(NAME, tool.name):
         _refuse(f"{where}.name", f"must match {NAME}, as get_weather does, not {tool.name!r:.200}")
-    if tool.parameters is None:
-        return
-    kind, properties = tool.parameters.get("type", "object"), tool.parameters.get("properties", {})
+    schema = tool.parameters or {}
+    kind, properties = schema.get("type", "object"), schema.get("properties", {})
     if kind != "object":
         message = f'must be a schema of an object, with "type": "object", not {brief_json(kind)}'
-        _refuse(f"{where}.{parameters}", message)
+        _refuse(place, message)
     if not isinstance(properties, Mapping):
-        _refuse(f"{where}.{parameters}", f"must have properties that are an object, not {brief_json(properties)}")
+        _refuse(place, f"must have properties that are an object, not {brief_json(properties)}")
+    return replace(tool, place=place)
 
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice = AUTO, *, name: str = "tool_choice") -> None:
@@ -192,8 +194,7 @@ def _tool(value: object, where: str) -> Tool:
         if "name" not in given:
             _refuse(f"{where}.name", "is missing")
         tool = Tool(**given)
-    check_tool(tool, where)
-    return tool
+    return placed_tool(tool, where)
 
 
 def _refuse(place: str, problem: str) -> NoReturn:

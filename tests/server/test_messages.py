@@ -439,6 +439,15 @@ def tool(**fields: Any) -> dict[str, Any]:
             {**tool(input_schema={"type": "object", "not": {}}), "tool_choice": {"type": "any"}},
             "tools[0].input_schema has the key 'not'",
         ),
+        (
+            {
+                "tools": [
+                    *tool(defer_loading=True)["tools"],
+                    {"name": "f", "input_schema": {"type": "object", "not": {}}, "strict": True},
+                ]
+            },
+            "tools[1].input_schema has the key 'not'",
+        ),
         (tool(name="a b"), "tools[0].name must match"),
         (tool(input_examples=[{}]), "tools[0].input_examples is not supported"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),

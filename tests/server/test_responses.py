@@ -540,6 +540,18 @@ def test_truncation_drops_the_oldest_turns(ai: openai.OpenAI) -> None:
             "tools[0].parameters",
             "has the key 'not'",
         ),
+        (
+            {
+                "tools": [WEATHER, {"type": "function", "name": "f", "parameters": {"type": "object", "not": {}}}],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "required",
+                    "tools": [{"type": "function", "name": "f"}],
+                },
+            },
+            "tools[1].parameters",
+            "has the key 'not'",
+        ),
         ({"tool_choice": "any"}, "tool_choice", "must be none, auto, required or an object"),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice.name", "is missing"),

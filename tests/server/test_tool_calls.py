@@ -246,6 +246,17 @@ def with_schema(**schema: Any) -> dict[str, Any]:
         (with_schema(uniqueItems=True), "tools[0].function.parameters", "has the key 'uniqueItems' at #"),
         (with_schema(properties={"a": {"pattern": "("}}), "tools[0].function.parameters", "cannot be enforced"),
         (with_schema(description="x" * 200_000), "tools", "tools has 200"),
+        (
+            {
+                "tools": [*TOOLS, *with_schema(uniqueItems=True)["tools"]],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}]},
+                },
+            },
+            f"tools[{len(TOOLS)}].function.parameters",
+            "has the key 'uniqueItems' at #",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_required_says_why(

@@ -220,12 +220,12 @@ def test_auto_has_no_grammar_and_unknown_formats_are_refused() -> None:
     ],
 )
 def test_schema_that_cannot_be_enforced_is_named(name: str, schema: dict[str, object], problem: str) -> None:
-    tools = [Tool(name="clock"), Tool(name="f", parameters=schema)]
+    tools = [Tool(name="clock"), Tool(name="f", parameters=schema, place="tools[1].input_schema")]
     with pytest.raises(InvalidRequestError) as error:
         compile_structured_outputs(call_grammar(CHAT_FORMATS[name], tools, REQUIRED) or StructuredOutputs("", ""))
-    assert str(error.value).startswith("tools[1].function.parameters ")
+    assert str(error.value).startswith("tools[1].input_schema ")
     assert problem in str(error.value)
-    assert error.value.parameter == "tools[1].function.parameters"
+    assert error.value.parameter == "tools[1].input_schema"
 
 
 def tokenizer_with(special: list[str], added: list[str]) -> Tokenizer:

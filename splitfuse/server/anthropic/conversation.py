@@ -18,7 +18,7 @@ from splitfuse.errors import InvalidRequestError, any_of
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import Tool
-from splitfuse.text.tools import NAME, check_tool, name_results
+from splitfuse.text.tools import NAME, name_results, placed_tool
 
 EPHEMERAL = [{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}, {"type": "ephemeral", "ttl": "1h"}]
 """Values of cache_control that change nothing: prompts stay in the prefix cache as long as there is room."""
@@ -231,8 +231,7 @@ class MessagesTool(Body, kw_only=True, frozen=True):
         tool = Tool(
             name=self.name, description=self.description, parameters=self.input_schema, strict=bool(self.strict)
         )
-        check_tool(tool, where, parameters="input_schema")
-        return tool
+        return placed_tool(tool, where, parameters="input_schema")
 
 
 class TurnReader:

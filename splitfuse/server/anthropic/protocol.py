@@ -177,7 +177,6 @@ class CountTokensRequest(Body, kw_only=True, frozen=True):
             continue_final_message=reader.continues,
             tools=self._shown_tools(choice, reader.found_tools),
             tool_choice=choice,
-            schema_place="tools[{}].input_schema",
             parallel_tool_calls=self.tool_choice is None or not self.tool_choice.disable_parallel_tool_use,
             reads_parts=True,
             **self._thinking(max_tokens),

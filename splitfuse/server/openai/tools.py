@@ -11,7 +11,7 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
-from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, check_tool, chosen_tools, template_call
+from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, chosen_tools, placed_tool, template_call
 
 FunctionNameField = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
 """Type of the name of a function."""
@@ -34,8 +34,7 @@ class FunctionDefinition(Body, kw_only=True, frozen=True):
     def tool_at(self, where: str) -> Tool:
         """Return the tool. Raises InvalidRequestError, naming the place."""
         tool = Tool(name=self.name, description=self.description, parameters=self.parameters, strict=bool(self.strict))
-        check_tool(tool, where)
-        return tool
+        return placed_tool(tool, where)
 
 
 @accepts_neutral(cache_control=_EPHEMERAL)

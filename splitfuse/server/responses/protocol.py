@@ -305,7 +305,6 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
             variables=self.chat_template_kwargs,
             tools=chosen_tools(tools, choice),
             tool_choice=choice,
-            schema_place="tools[{}].parameters",
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reads_parts=True,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,

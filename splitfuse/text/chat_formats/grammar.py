@@ -30,8 +30,6 @@ from splitfuse.text.chat_formats.formats import (
 from splitfuse.text.chat_formats.message import Tool, ToolChoice
 from splitfuse.text.chat_formats.values import referred_to, types_of_schema
 
-PLACE = "tools[{}].function.parameters"
-"""Name of a tool's schema in requests of OpenAI's API."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Schema of the arguments of a tool without parameters."""
 MAX_DEPTH = 16
@@ -53,15 +51,14 @@ def call_grammar(
     *,
     parallel: bool = True,
     special_tokens: Mapping[str, int] | None = None,
-    place: str = PLACE,
     form: StructuredOutputs | None = None,
 ) -> StructuredOutputs | None:
     """Return the form of answers that call tools as `choice` says; None if it leaves that to the model. Then arguments
     of a strict tool are valid by its schema all the same, and an answer without calls is JSON of the `form` that is
     given; other forms are those of the whole answer.
 
-    `special_tokens` are the markers of the format that are special tokens, with their ids; `place` names the schema of
-    a tool, by its number, in errors. Raises InvalidRequestError for a model whose way of calling tools is not known.
+    `special_tokens` are the markers of the format that are special tokens, with their ids. Raises InvalidRequestError
+    for a model whose way of calling tools is not known.
     """
     calls = chat_format.calls
     is_free = choice.mode == "auto" and any(tool.strict or form for tool in tools)
@@ -76,13 +73,13 @@ def call_grammar(
     is_json = isinstance(calls, JsonCalls | NamedCalls | Channels)
     chosen = [
         [
-            place.format(number),
+            tool.place,
             tool.name,
             _schema_of(tool)
             if tool.strict or not (is_free and is_json)  # raw texts need the names of arguments
             else {"type": "object"},
         ]
-        for number, tool in enumerate(tools)
+        for tool in tools
         if choice.name in (None, tool.name)
     ]
     source = {

@@ -6,7 +6,7 @@ An answer comes as events; `AssistantMessage.of` joins them. Plain data, which e
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -27,6 +27,8 @@ class Tool:
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
     """Flag of a tool whose arguments must be valid by the schema, also where the model is free to call it or not."""
+    place: str = field(default="parameters", repr=False, compare=False)
+    """Name of the schema in the request, for errors."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the tool as chat templates read it."""
