@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -63,8 +63,8 @@ class GenerationRequest:
     """Number of tokens to generate if params leave it open. None: all that model and cache have room for."""
     deadline: float | None = None
     """Seconds after its arrival at which the request is given up."""
-    form_name: str = ""
-    """Name by which the request gives params.structured_outputs, for errors."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names of parameters in the request, for errors: see `errors_named`."""
     stream: bool = False
     each_token: bool = False
     """Flag that gives the responder each token of a stream, even one whose text is held back."""
@@ -80,18 +80,16 @@ class GenerationRequest:
     async def encode(self, service: TextService, limits: EngineLimits) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
         max_model_len = limits.max_model_len
-        with form_named(self.form_name or TOOLS):
-            params = await service.compile(self.params, self.chat)
+        params = await service.compile(self.params, self.chat)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
             if self.messages is None:
                 encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
             else:
-                with form_named(self.form_name or TOOLS):
-                    if self.drops_messages:
-                        encoded = [await self._encode_latest(service, params, self.messages, limits)]
-                    else:
-                        encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
+                if self.drops_messages:
+                    encoded = [await self._encode_latest(service, params, self.messages, limits)]
+                else:
+                    encoded = [await service.encode_chat(self.messages, params, self.chat, max_model_len=limit)]
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:
@@ -139,32 +137,29 @@ def reading_at_most(limit: int) -> Iterator[None]:
 
 
 @contextmanager
-def form_named(name: str) -> Iterator[None]:
-    """Make errors about structured_outputs that are raised inside name it as the request does."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        place = error.parameter or ""
-        name = TOOLS if place == f"{FORM}.{TOOLS}" else name
-        if place.partition(".")[0] == FORM and name != FORM:
-            error.args = (str(error).replace(place, name, 1),)
-            error.parameter = name
-        raise
-
-
-@contextmanager
-def parameters_named(names: Mapping[str, str]) -> Iterator[None]:
-    """Make errors about parameters that are raised inside name them as the request does. What is written as a name
-    (`max_tokens`, `reasoning_effort`) is replaced in their messages too.
+def errors_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Make errors about parameters that are raised inside name them as the request does: `names` has its names of
+    parameters, and of words with which messages begin, by those of SamplingParams and ChatOptions.
     """
     try:
         yield
     except InvalidRequestError as error:
-        if (name := error.parameter) in names and name is not None:
-            error.parameter = names[name]
-            if "_" in name or str(error).startswith(f"{name} "):
-                error.args = (str(error).replace(name, names[name]),)
+        place, message = error.parameter or "", str(error)
+        for words, ours in names.items():
+            parameter = words.partition(" ")[0]
+            if place == parameter or place.startswith(f"{parameter}."):
+                words = words if place == parameter else place
+                error.parameter = ours.partition(" ")[0]
+                if "_" in words or message.startswith(f"{words} "):
+                    error.args = (message.replace(words, ours),)
+                break
         raise
+
+
+def form_names(name: str) -> dict[str, str]:
+    """Return the names for `errors_named` of a form that the request gives by a name, if it has one, and of tools."""
+    names = {f"{FORM}.{TOOLS}": TOOLS}
+    return names if name == FORM else {**names, FORM: name or TOOLS}
 
 
 class Responder(ABC):
@@ -203,7 +198,8 @@ async def generate(state: AppState, context: RequestContext, request: Generation
     if not state.service.client.info.limits.generates:
         raise InvalidRequestError(f"{ENCODER}: use /v1/embeddings, /v1/rerank or /v1/score")
     context.shows_output = request.include_output
-    await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
+    with errors_named(request.names):
+        await context.unless_gone(_run(state, context, request, responder), deadline=request.deadline)
 
 
 async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
@@ -231,8 +227,7 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         async with aclosing(pieces):
             async for generation, text in pieces:
                 if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    with form_named(request.form_name or TOOLS):
-                        raise failure(generation)
+                    raise failure(generation)
                 if request.stream:
                     events = partial(responder.events, generation, text)
                     await context.send_events(await compute(partial(_written, context, events)))

@@ -108,7 +108,7 @@ def reasoning_params(
 
 def _refused(max_tokens: int | None, problem: str) -> InvalidRequestError:
     if max_tokens is not None:
-        message, parameter = f"a budget of {max_tokens} tokens for thoughts cannot be kept", "reasoning_max_tokens"
+        message, parameter = f"reasoning_max_tokens {max_tokens} cannot be kept", "reasoning_max_tokens"
     else:
         message, parameter = "an answer after a thought cannot have a form", "structured_outputs"
     return InvalidRequestError(f"{message} with this model: {problem}", parameter=parameter)

@@ -390,7 +390,7 @@ def test_a_text_far_beyond_the_model_is_not_read(
     text = "a cat " * 300_000
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     error = http.post(path, json=prompt | more).json()["error"]
-    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+    assert error["code"] == "context_length_exceeded" and error["param"] == ("messages" if path == CHAT else "prompt")
     assert error["message"] == "the text has more than 32768 tokens, 16 times the model's length: send less of it"
     assert sum(read) < len(text) / 4
 

@@ -463,7 +463,7 @@ def tool(**fields: Any) -> dict[str, Any]:
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "must be below max_tokens (30), not 2000"),
         (
             {"max_tokens": 1100, "thinking": {"type": "enabled", "budget_tokens": 1024}},
-            "thinking.budget_tokens: a budget of 1024 tokens for thoughts cannot be kept",
+            "thinking.budget_tokens 1024 cannot be kept",
         ),
         ({"thinking": {"type": "adaptive", "budget_tokens": 2000}}, "budget_tokens needs the type enabled"),
         ({"thinking": {"type": "adaptive", "display": "full"}}, "thinking.display must be"),

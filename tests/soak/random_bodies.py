@@ -3,9 +3,9 @@
     python -m tests.soak.random_bodies [--count N] [--generated N] [--seed N] [ROUTE ...]
 
 Half of the bodies are generated from the OpenAPI document, valid and malformed in turn; the others, which cost a tenth
-of the time, are good bodies in which one to four values are replaced, left out, wrapped, doubled or moved. The model is the bundled one with tokens for
-thoughts. A status from 500 up, an answer that the document does not know, and anything that the server writes to its
-log is a failure, also within a stream; it is printed with the body that caused it.
+of the time, are good bodies in which one to four values are replaced, left out, wrapped, doubled or moved. The model is
+the bundled one with tokens for thoughts. A status from 500 up, an answer that the document does not know, and anything
+that the server writes to its log is a failure, also within a stream; it is printed with the body that caused it.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_a_marker_of_ordinary_tokens_is_refused_where_it_matters() -> None:
             return reasoning_params(tokenizer, **texts, **settings)  # type: ignore[arg-type]  # noqa: B023
 
         assert params() is None
-        with pytest.raises(InvalidRequestError, match=f"a budget of 7 tokens .*{named}") as refused:
+        with pytest.raises(InvalidRequestError, match=f"reasoning_max_tokens 7 cannot be kept .*{named}") as refused:
             params(max_tokens=7)
         assert refused.value.parameter == "reasoning_max_tokens"
         if is_open:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import msgspec
@@ -20,12 +19,6 @@ _TYPES = {
     503: "overloaded_error",
 }
 """Types of errors by status; others are an invalid_request_error below 500, and an api_error above."""
-
-_NAMES = (
-    (r"^reasoning_effort 'none'", "thinking.type 'disabled'"),
-    (r"^a budget of", "thinking.budget_tokens: a budget of"),
-)
-"""Words at the beginning of errors about what has another name here."""
 
 
 class MessagesErrorDetail(msgspec.Struct, frozen=True):
@@ -46,10 +39,7 @@ class MessagesError(msgspec.Struct, frozen=True):
 def error_body(answer: RefusedError) -> MessagesError:
     """Return the body of an error."""
     kind = _TYPES.get(answer.status, "invalid_request_error" if answer.status < 500 else "api_error")
-    message = answer.message
-    for words, ours in _NAMES:
-        message = re.sub(words, ours, message)
-    return MessagesError(MessagesErrorDetail(kind, message), answer.request_id)
+    return MessagesError(MessagesErrorDetail(kind, answer.message), answer.request_id)
 
 
 def named_event(content: Any) -> bytes:

@@ -7,11 +7,11 @@ import functools
 import msgspec
 
 from splitfuse.server.anthropic.dialect import ANTHROPIC
-from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequest
+from splitfuse.server.anthropic.protocol import NAMES, CountTokensRequest, MessagesRequest
 from splitfuse.server.anthropic.responses import MessagesAnswer, MessagesEvent, MessagesResponder
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
-from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, generate, reading_at_most
+from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, errors_named, generate, reading_at_most
 from splitfuse.server.state import AppState
 
 PATH = "/v1/messages"
@@ -50,7 +50,7 @@ async def count_tokens(state: AppState, context: RequestContext, body: CountToke
     conversation, options = await state.convert(context, body.conversation)
     body.form()
     most = MAX_LENGTHS * state.service.client.info.limits.max_model_len
-    with state.admission.admit(0), reading_at_most(most):
+    with state.admission.admit(0), reading_at_most(most), errors_named(NAMES):
         work = state.service.encode_chat(conversation, options=options, max_model_len=most)
         prompt = await context.unless_gone(work, deadline=None)
     await context.answer(TokenCount(len(prompt.token_ids)))

@@ -23,7 +23,7 @@ from splitfuse.server.anthropic.conversation import (
 )
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import GenerationRequest, form_named
+from splitfuse.server.generate import FORM, GenerationRequest, errors_named, form_names
 from splitfuse.server.sampling import MAX_STOP_CHARACTERS
 from splitfuse.server.slo_params import Deadline, OnTimeOnly, PriorityName, SloParams, TargetSeconds
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
@@ -38,6 +38,8 @@ DISPLAYS = ("summarized", "updates", "omitted")
 """Values of thinking.display. There is no summary: thoughts are shown whole, as they come, or not at all."""
 MIN_BUDGET = 1024
 """Number of tokens that the budget of a thought has at least, as Anthropic's."""
+NAMES = {"reasoning_effort 'none'": "thinking.type 'disabled'", "reasoning_max_tokens": "thinking.budget_tokens"}
+"""Names in this API of what is called otherwise elsewhere, for errors: see `errors_named`."""
 _FORM = "json_schema"
 
 
@@ -110,7 +112,7 @@ class OutputFormat(Body, kw_only=True, frozen=True):
         if self.type != _FORM:
             message = f"{where}.type must be {_FORM}, not {self.type!r:.80}"
             raise InvalidRequestError(message, parameter=f"{where}.type")
-        with form_named(f"{where}.schema"):
+        with errors_named({FORM: f"{where}.schema"}):
             return StructuredOutputs.of({"json": self.schema_})
 
 
@@ -285,7 +287,7 @@ class MessagesRequest(CountTokensRequest, kw_only=True, frozen=True):
             ),
             default_max_tokens=max(self.max_tokens, 1),
             include_output=self.max_tokens > 0,
-            form_name=name,
+            names={**NAMES, **form_names(name)},
             scheduling=slo.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
             stream=bool(self.stream),

@@ -12,7 +12,7 @@ from splitfuse.core.limits import check_token_ids
 from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.dialect import Route, encode_json, lazy_list
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, generate, reading_at_most
+from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, errors_named, generate, reading_at_most
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import (
     ChatRequest,
@@ -197,7 +197,8 @@ async def tokenize(state: AppState, context: RequestContext, body: TokenizeReque
             work = service.encode(
                 body.prompt, add_special_tokens=body.add_special_tokens is not False, max_model_len=most
             )
-        prompt = await context.unless_gone(work, deadline=None)
+        with errors_named({"prompt": "messages"} if sent else {}):
+            prompt = await context.unless_gone(work, deadline=None)
     ids = prompt.token_ids
     strings: list[str] | UnsetType = UNSET
     if body.return_token_strs:

@@ -16,7 +16,7 @@ from splitfuse.core.sampling_params import MAX_INT, MAX_LOGPROBS, SamplingParams
 from splitfuse.errors import InvalidRequestError, any_of
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import GenerationRequest
+from splitfuse.server.generate import GenerationRequest, errors_named, form_names
 from splitfuse.server.openai.structured import StructuredFields
 from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tools, tool_options
 from splitfuse.server.sampling import refine_sampling, sampling_params
@@ -62,6 +62,11 @@ class GenerateBody(StructuredFields, kw_only=True, frozen=True):
     ) = None
     splitfuse_timing: Annotated[bool, Meta(description="Adds times and steps to the answer")] | None = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Return names of parameters in this request that are not those of SamplingParams: see `errors_named`."""
+        return {}
+
     def params(self) -> SamplingParams:
         """Return the parameters of sampling; max_tokens stays open if it is left out. Raises InvalidRequestError."""
         raise NotImplementedError
@@ -84,10 +89,12 @@ class GenerateBody(StructuredFields, kw_only=True, frozen=True):
                 parameter="truncate_prompt_tokens",
             )
         name, form = self.form() or ("", None)
+        with errors_named(self.names):
+            params = self.params()
         return GenerationRequest(
             **self.content(),
-            params=replace(self.params(), structured_outputs=form),
-            form_name=name,
+            params=replace(params, structured_outputs=form),
+            names={**self.names, **form_names(name)},
             scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
             keep_tokens=self.truncate_prompt_tokens,
@@ -342,6 +349,13 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
         if self.function_call == "none" and isinstance(self.functions, list):
             return {**self.NEUTRAL, "functions": (None, self.functions)}
         return self.NEUTRAL
+
+    @property
+    def names(self) -> dict[str, str]:
+        """See GenerateBody."""
+        given = {"max_tokens": "max_completion_tokens", "reasoning_max_tokens": "thinking_token_budget"}
+        others = {name: other for name, other in given.items() if getattr(self, name) is None}
+        return {"prompt": "messages", **others}
 
     def content(self) -> dict[str, Any]:
         """See GenerateBody."""

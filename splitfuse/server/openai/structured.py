@@ -12,7 +12,7 @@ from msgspec import Meta, field
 from splitfuse.core.structured_outputs import KINDS, MAX_CHARACTERS, OPTIONS, StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import form_named
+from splitfuse.server.generate import FORM, errors_named
 from splitfuse.server.sampling import SamplingFields
 from splitfuse.server.validation import Body, accepts_neutral
 
@@ -105,5 +105,5 @@ class StructuredFields(SamplingFields, kw_only=True, frozen=True):
             first, second = name.partition(".")[0], others[0][0]
             message = f"{first} and {second} both say which form the answer must have: give one"
             raise InvalidRequestError(message, parameter=second)
-        with form_named(name):
+        with errors_named({FORM: name} if name != FORM else {}):
             return name, StructuredOutputs.of(asked)

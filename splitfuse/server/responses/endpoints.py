@@ -12,7 +12,7 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Dialect, Route, bearer_or_header_key, encode_json
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import GenerationRequest, generate, parameters_named
+from splitfuse.server.generate import GenerationRequest, errors_named, generate
 from splitfuse.server.openai.dialect import ErrorBody, error_body
 from splitfuse.server.paging import PAGE, ItemList, page_of, query_of
 from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent, ResponsesResponder
@@ -68,14 +68,13 @@ async def respond(state: AppState, context: RequestContext, body: ResponseReques
 
     responder = ResponsesResponder(body, context.unique_id, state, lambda: context.num_tokens, keep if stores else None)
     context.stream_error = responder.failed_events
-    with parameters_named(NAMES):
-        await generate(state, context, request, responder)
+    await generate(state, context, request, responder)
 
 
 async def count_input(state: AppState, context: RequestContext, body: ResponseRequest) -> None:
     """Answer POST /v1/responses/input_tokens."""
     _, request = await state.service.off_loop(lambda: _read(state, context, body, stores=False))
-    with state.admission.admit(0), parameters_named(NAMES):
+    with state.admission.admit(0), errors_named(request.names):
         work = request.encode(state.service, state.service.client.info.limits)
         (prompt,) = await context.unless_gone(work, deadline=None)
     await context.answer(InputTokens(len(prompt.token_ids)))
@@ -98,13 +97,14 @@ def _read(
                 )
                 raise InvalidRequestError(message, parameter="previous_response_id")
     items = _dereferenced(state, context, body.items)
-    request = body.to_generation(
-        context.owner,
-        [*before, *items],
-        num_before=len(before),
-        arrival_time=context.arrival,
-        slo_enabled=state.service.client.info.slo_enabled,
-    )
+    with errors_named(NAMES):
+        request = body.to_generation(
+            context.owner,
+            [*before, *items],
+            num_before=len(before),
+            arrival_time=context.arrival,
+            slo_enabled=state.service.client.info.slo_enabled,
+        )
     asked = encode_json([_sent(item) for item in with_ids(items, context.unique_id)]) if stores else b""
     return asked, request
 

@@ -13,7 +13,7 @@ from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.generate import GenerationRequest, form_named
+from splitfuse.server.generate import FORM, GenerationRequest, errors_named, form_names
 from splitfuse.server.openai.protocol import EffortField, VerbosityField
 from splitfuse.server.openai.structured import StructuredOutputsBody
 from splitfuse.server.openai.tools import FunctionDefinition, FunctionNameField
@@ -56,7 +56,7 @@ class TextFormat(Body, kw_only=True, frozen=True):
                 raise InvalidRequestError(f"{place} needs the type json_schema, not {self.type}", parameter=place)
         if self.type == "text":
             return None
-        with form_named(FORM_NAMES[self.type]):
+        with errors_named({FORM: FORM_NAMES[self.type]}):
             return StructuredOutputs.of({"json_object": True} if self.schema_ is None else {"json": self.schema_})
 
 
@@ -276,7 +276,7 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
             messages=messages,
             chat=self._chat_options(),
             params=replace(params, structured_outputs=form),
-            form_name=form_name,
+            names={**NAMES, **form_names(form_name)},
             scheduling=self.scheduling(owner, arrival_time=arrival_time, slo_enabled=slo_enabled),
             deadline=self.splitfuse_deadline,
             drops_messages=self.truncation == "auto",
