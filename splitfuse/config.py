@@ -253,6 +253,7 @@ class ServerConfig:
     record_max_mib: float = setting(
         1024.0, "Maximum size of a recording in MiB: FILE and those before it, FILE.1 to FILE.3."
     )
+    console: bool = setting(False, "Serve a live view of the engines at /console.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -31,6 +31,8 @@ from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
 from splitfuse.server.anthropic.dialect import ANTHROPIC
 from splitfuse.server.auth import ApiKeys
+from splitfuse.server.console import endpoints as console
+from splitfuse.server.console.store import ConsoleStore
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route, check_method, encode_json
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
@@ -69,8 +71,11 @@ def make_app(
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
-    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config), traces)
+    frames = ConsoleStore(traces, lambda: console.describe_model(state)) if config.console else None
+    state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config), traces, frames)
     metrics.num_text_restarts = lambda: service.num_ended_processes
+    if frames is not None:
+        metrics.consoles = lambda: (frames.num_viewers, frames.num_dropped)
     keys = ApiKeys(config)
     routes: dict[str, list[Route]] = {}
     for route in ROUTES:
@@ -166,6 +171,7 @@ ROUTES: tuple[Route, ...] = (
     *anthropic.ROUTES,
     *responses.ROUTES,
     *trace_stream.ROUTES,
+    *console.ROUTES,
     _route("GET", _EXPLAIN, _explain, "Where the time of a finished request went", Explanation, errors=(404,)),
     _route("GET", "/health", _health, "Whether the process lives", Health, needs_key=False, is_logged=False),
     _route(

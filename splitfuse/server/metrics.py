@@ -99,6 +99,11 @@ FAMILIES = (
         *("splitfuse:recording_dropped_events", "counter", "unrecorded"),
         "Events that are missing in the recording, since it could not be written.",
     ),
+    Family("splitfuse:consoles", "gauge", "consoles", "Open consoles (--console)."),
+    Family(
+        *("splitfuse:console_dropped_frames", "counter", "dropped_frames"),
+        "Frames that consoles did not read in time, and did not get.",
+    ),
     Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
     Family("splitfuse:step_seconds", "histogram", "step_seconds", "Duration of a step."),
@@ -169,6 +174,8 @@ class Metrics(Collector):
         """Function that returns how many processes for texts were ended."""
         self.recorder: Recorder | None = None
         """Recorder of the engines, if there is one."""
+        self.consoles: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """Function that returns the number of open consoles, and of frames that were dropped for them."""
 
     def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
         """Count a step of an engine, whose counters `client.stats` has already."""
@@ -232,6 +239,7 @@ class Metrics(Collector):
         single["recording"] = float(recorder is not None and not recorder.ended)
         single["recorded_bytes"] = 0 if recorder is None else recorder.num_bytes
         single["unrecorded"] = 0 if recorder is None else recorder.num_dropped
+        single["consoles"], single["dropped_frames"] = self.consoles()
         for family in FAMILIES:
             labels = ("model_name", *family.labels)
             if family.kind == "histogram":

@@ -13,6 +13,7 @@ from splitfuse.errors import EngineUnavailableError, brief
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.bodies import FREE_BYTES, decoded_size
+from splitfuse.server.console.store import ConsoleStore
 from splitfuse.server.context import RequestContext
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations
@@ -43,6 +44,8 @@ class AppState:
     """Unix time."""
     store: AnswerStore
     traces: TraceHub
+    console: ConsoleStore | None = None
+    """Frames for consoles; None: the server has no console."""
     explanations: Explanations = field(default_factory=Explanations)
 
     def release(self, context: RequestContext) -> None:
