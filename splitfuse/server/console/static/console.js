@@ -338,7 +338,7 @@ function budgetDuring(r, from, to) {
   for (let i = firstStep(from); i < known.steps.length; i += 1) {
     const s = known.steps[i];
     if (s.t > to) break;
-    if (s.e !== r.engine || s.t + s.d < from) continue;
+    if (s.e !== r.engine || s.t + s.d / 2 < from || s.t + s.d / 2 > to) continue;
     sum.steps += 1; sum.budget += s.budget; sum.full += s.tokens >= 0.98 * s.budget; sum.waiting = Math.max(sum.waiting, s.waiting);
     for (const n of s.dec) { if (n === r.n) sum.decode += 1; else sum.decodes += 1; }
     for (let k = 0; k < s.chunks.length; k += 4) {
@@ -359,10 +359,10 @@ function budgetView(r, from, to, title) {
   piece(part(sum.chunk), r.colour); piece(part(sum.decode), r.colour);
   piece(part(sum.chunks), colours.cached); piece(part(sum.decodes), colours.held);
   const words = [
-    sum.chunk ? `${percent(part(sum.chunk))} its own prompt` : "none of it for this prompt",
-    `${percent(part(sum.chunks))} other prompts`, `${percent(part(sum.decodes))} others' decodes`,
+    sum.chunk ? `${percent(part(sum.chunk))} its own prompt` : "",
+    sum.chunks ? `${percent(part(sum.chunks))} other prompts` : "", sum.decodes ? `${percent(part(sum.decodes))} others' decodes` : "",
     sum.decode ? `${percent(part(sum.decode))} its decodes` : "", `${percent(part(unused))} unused`].filter(Boolean);
-  const line = el("p", {}, `${plural(sum.steps, "step")} in ${seconds(to - from)}, ${sum.full} of them full, up to ${plural(sum.waiting, "request")} waiting: ${words.join(", ")}.`);
+  const line = el("p", {}, `${plural(sum.steps, "step")} in ${seconds(to - from)}, ${sum.full} of them full${sum.waiting ? `, up to ${plural(sum.waiting, "request")} waiting` : ""}: ${words.join(", ")}.`);
   if (others.length) line.append(" Most by ", ...others.flatMap(([o, tokens], i) => [i ? ", " : "", followButton(o), ` ${tokens} tokens`]), ".");
   return el("div", {}, el("h4", {}, title), split, line);
 }
@@ -371,7 +371,7 @@ const followButton = (r) => el("button", { className: "link", title: "Follow thi
 
 function bars(phases, total) { // [index, seconds] as explain prints them
   const longest = Math.max(...phases.map(([, s]) => s));
-  return el("table", { className: "bars" }, el("tbody", {}, ...phases.map(([index, s]) => {
+  return el("table", { className: "bars" }, el("caption", {}, "Blue: computing it. Orange: everything else."), el("tbody", {}, ...phases.map(([index, s]) => {
     const { name, meaning } = known.phases[index];
     const bar = el("div", { className: WORKING.has(name) ? "bar" : "bar wait", style: { width: `${(100 * s) / longest}%` } });
     return el("tr", {}, el("td", {}, seconds(1000 * s)), el("td", {}, percent(s / total)), el("td", {}, meaning, bar));
@@ -684,7 +684,7 @@ function drawTimes() {
   let px = -1, least = Infinity;
   for (const s of shown) {
     const left = x(s.t), right = Math.max(x(s.t + s.d), left + 1), gap = right - left > 4 ? 0.8 : 0;
-    context.fillStyle = s.d > high ? colours.orange : colours.bar;
+    context.fillStyle = colours.bar;
     if (Math.floor(left) !== px) { px = Math.floor(left); least = Infinity; }
     if (y(s.d) < least) { least = y(s.d); context.fillRect(left, least, right - left - gap, h - 1 - least); }
   }
@@ -698,6 +698,13 @@ function drawTimes() {
   }
   context.stroke();
   context.restore();
+  let free = 0;
+  for (const s of shown) {
+    const mid = Math.max(x(s.t + s.d / 2), GUTTER + 20);
+    if (s.d <= 1.05 * high || mid < free || mid > w - 20) continue;
+    context.textAlign = "center"; label(context, `↑ ${seconds(s.d)}`, mid, top + 8, colours.ink); context.textAlign = "left";
+    free = mid + 60;
+  }
   context.fillStyle = colours.line; context.fillRect(GUTTER, h - 1, w - GUTTER - 4, 1);
   const predicts = shown.some((s) => s.p);
   label(context, predicts ? "step time: bars measured, line predicted" : "step time", GUTTER + 2, 6, colours.quiet);
@@ -710,7 +717,7 @@ const rowsAt = { size: 0, gap: 0, lanes: new Map() };
 
 function drawRows() {
   const shown = shownRows(), used = [...new Set(shown.map((r) => r.lane))].sort((a, b) => a - b);
-  const size = Math.max(6, Math.min(18, Math.floor(330 / Math.max(used.length, 1))));
+  const size = Math.max(6, Math.min(18, Math.floor(436 / Math.max(used.length, 1))));
   const height = Math.max(used.length * size + 4, 90), canvas = $("rows");
   if (canvas.style.height !== `${height}px`) canvas.style.height = `${height}px`;
   Object.assign(rowsAt, { size, lanes: new Map(used.map((lane, i) => [lane, i])) });
@@ -738,19 +745,20 @@ function drawRows() {
       context.beginPath(); context.moveTo(fx - s, top - 1); context.lineTo(fx + s, top - 1); context.lineTo(fx, top - 1 + 1.7 * s); context.closePath(); context.stroke(); context.fill();
     }
     context.restore();
-    if (size >= 10) {
+    if (size >= 10 || view.followed === r.n || (r.met === false && size >= 8)) {
       const sx = x(r.sent);
-      context.textAlign = sx < GUTTER + 4 ? "right" : "right";
+      context.textAlign = "right";
       const missed = r.met === false;
       context.font = `${missed || view.followed === r.n ? 700 : 400} 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif`;
       label(context, nameOf(r), Math.max(sx - 4, GUTTER - 6), top + high / 2 + 0.5, missed ? colours.red : colours.ink);
       context.textAlign = "left";
       if (r.end !== null && r.end <= end) {
         const mark = r.reason === "error" ? "!" : r.met === null ? "" : r.met ? "✓" : "✕";
-        if (mark) label(context, mark, x(r.end) + 3, top + high / 2 + 0.5, r.met ? colours.green : colours.red);
+        if (mark && size >= 10) label(context, mark, x(r.end) + 3, top + high / 2 + 0.5, r.met ? colours.green : colours.red);
       }
       context.font = '11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif';
-    } else if (r.met === false && r.end <= end) { context.fillStyle = colours.red; context.fillRect(x(r.end), top, 3, high); }
+    }
+    if (size < 10 && r.met === false && r.end <= end) { context.fillStyle = colours.red; context.fillRect(x(r.end), top, 3, high); }
     context.globalAlpha = 1;
   }
   drawMarks(area, scale);
@@ -780,6 +788,7 @@ function lines(id, series, { unit, target = null, empty }) {
   const { context, w, h, canvas } = prepare(id), left = 44, right = 54, bottom = h - 16, top = 8;
   const newest = Math.floor(known.now / BUCKET) - 1, count = Math.floor(known.keep / BUCKET), x = (key) => left + ((key - newest + count) / count) * (w - left - right);
   const values = series.flatMap(({ points }) => points.map(([, v]) => v)).filter((v) => v !== null);
+  if (!values.length) { context.textAlign = "center"; context.fillStyle = colours.quiet; context.fillText(empty, w / 2, h / 2); context.textAlign = "left"; return; }
   const high = nice(Math.max(...values, target !== null ? 1.15 * target : 0, 1e-3)), y = (v) => bottom - (v / high) * (bottom - top);
   context.textAlign = "right";
   for (const part of [0, 0.5, 1]) {
@@ -787,14 +796,14 @@ function lines(id, series, { unit, target = null, empty }) {
     context.fillStyle = colours.quiet; context.fillText(unit(part * high), left - 5, y(part * high));
   }
   context.textAlign = "center"; context.fillStyle = colours.quiet;
-  for (let m = Math.round(known.keep / 60000); m >= 0; m -= m > 3 ? 2 : 1) context.fillText(m ? `−${m} min` : "now", Math.min(x(newest - (m * 60000) / BUCKET), w - right), h - 6);
+  context.fillText("now", w - right, h - 6);
   context.textAlign = "left";
+  context.fillText(`${Math.round(known.keep / 60000)} min ago`, left, h - 6);
   if (target !== null) {
     context.strokeStyle = colours.ink; context.setLineDash([4, 3]); context.lineWidth = 0.8;
     context.beginPath(); context.moveTo(left, y(target)); context.lineTo(w - right, y(target)); context.stroke(); context.setLineDash([]);
     label(context, `SLO ${seconds(target)}`, left + 3, Math.max(y(target) - 7, 6), colours.quiet);
   }
-  if (!values.length) { context.textAlign = "center"; context.fillStyle = colours.quiet; context.fillText(empty, left + (w - left - right) / 2, (top + bottom) / 2); context.textAlign = "left"; return; }
   const names = [];
   for (const { name, colour, points, dash } of series) {
     context.strokeStyle = context.fillStyle = colour; context.lineWidth = 1.8; context.setLineDash(dash ?? []); context.beginPath();
@@ -903,9 +912,9 @@ function showFigures() {
   const tiles = [
     ["running", String(open.length - waiting), `${waiting} waiting`],
     ["token budget used", steps ? percent(sum("computed") / sum("budget")) : "–", steps ? `${plural(Math.round(steps / length), "step")}/s` : "no step"],
-    ["output", `${rate(sum("generated") / length)}`, `tokens/s, of ${rate(sum("computed") / length)} computed`],
-    withSlo ? ["goodput", rate(met / length), `of ${rate(sum("answered") / length)} requests/s: ${percent(met / withSlo)} met their SLO`, met < withSlo]
-      : ["requests", rate(sum("answered") / length), "per second" + (sum("refused") ? `, ${sum("refused")} refused` : "")],
+    ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} tokens/s computed`],
+    withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(sum("answered") / length)}/s met their SLO`, met < withSlo]
+      : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : "none has an SLO"],
     ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${seconds(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
     ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${seconds(itl)}` : ""), itl && p("itl", 0.99) > itl],
     ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${plural(cached, "block")} cached of ${blocks}` : ""],
