@@ -100,8 +100,8 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str) -> None:
     """Raise RefusedError (403) unless a request may see those of all keys, as `what` shows them: it has an
     administrator's key or, where no key is required, comes from this machine. `scope` is its ASGI scope.
 
-    One that names another host, or that a proxy has passed on, does not come from here: a page whose name was made to
-    lead to this machine could read what it answers.
+    One that names another host, that a page of another origin sends, or that a proxy has passed on, does not come from
+    here: a page whose name was made to lead to this machine could read what it answers, or one that CORS allows.
     """
     if owner is not ANONYMOUS:
         check_admin(owner, f"{what} are shown")
@@ -110,6 +110,8 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str) -> None:
     headers = dict(scope["headers"])
     host = headers.get(b"host", b"").decode("latin-1")
     is_passed_on = not headers.keys().isdisjoint((b"forwarded", b"x-forwarded-for", b"x-real-ip"))
+    origin = headers.get(b"origin")
+    is_passed_on |= origin is not None and origin.decode("latin-1").partition("://")[2] != host
     if client is None or is_passed_on or not (is_loopback(client[0]) and is_loopback(_without_port(host))):
         message = (
             f"{what} are shown to clients on this machine only, at http://127.0.0.1:PORT, as this server requires no "

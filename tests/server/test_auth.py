@@ -35,6 +35,12 @@ def test_page_whose_name_leads_here_sees_none() -> None:
     assert not sees(ANONYMOUS, LOCAL, host="attacker.example:8000")
 
 
+@pytest.mark.parametrize("origin", ["http://elsewhere.example", "null", "http://localhost:9000"])
+def test_page_of_another_origin_sees_none(origin: str) -> None:
+    assert not sees(ANONYMOUS, LOCAL, host="localhost:8000", origin=origin)
+    assert sees(ANONYMOUS, LOCAL, host="localhost:8000", origin="http://localhost:8000")
+
+
 @pytest.mark.parametrize("header", ["forwarded", "x_forwarded_for", "x_real_ip"])
 def test_client_of_a_proxy_is_not_on_this_machine(header: str) -> None:
     assert not sees(ANONYMOUS, LOCAL, host="localhost", **{header: "192.0.2.1"})

@@ -87,7 +87,7 @@ class Stated(EngineClient):
     """Engines that stand as the test says."""
 
     def __init__(self, num_engines: int, *, num_blocks: int = 100) -> None:
-        self.engines = [EngineStats()] * num_engines
+        self.counted = [EngineStats()] * num_engines
         self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, "")
         self.is_ready = True
 
@@ -107,7 +107,7 @@ class Stated(EngineClient):
 
     @property
     def stats(self) -> list[EngineStats]:
-        return list(self.engines)
+        return list(self.counted)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -125,7 +125,7 @@ class Stated(EngineClient):
 
 def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
     """Report as a client does: first its stats, then the listener."""
-    client.engines[place] = stats
+    client.counted[place] = stats
     metrics.step_ended(stats, BUDGET)
 
 
@@ -297,11 +297,11 @@ def test_counters_never_go_down_and_lose_nothing_reported(
     num_steps = 0
     last = Figures(metrics, collected=True)
     for place, what, more, look in events:
-        now = client.engines[place]
+        now = client.counted[place]
         if what == "death":
-            client.engines[place] = EngineStats()
+            client.counted[place] = EngineStats()
         elif what == "command":
-            client.engines[place] = replace(now, num_available_blocks=more[0])
+            client.counted[place] = replace(now, num_available_blocks=more[0])
         else:
             # One that is back before its death was reported has made fewer steps than it had, or it is another
             # engine with the same past, which looks the same.
@@ -310,7 +310,7 @@ def test_counters_never_go_down_and_lose_nothing_reported(
             steps = dict(zip(COUNTERS, (1, *more), strict=True))
             new = replace(base, **{counter: getattr(base, counter) + steps[counter] for counter in COUNTERS})
             if what == "unseen pass":  # the client has it, but no listener was called
-                client.engines[place] = new
+                client.counted[place] = new
             else:
                 step_of(client, metrics, place, new)
                 num_steps += 1
@@ -338,9 +338,9 @@ def test_a_removed_engine_still_counts() -> None:
     metrics = Metrics(client)
     step_of(client, metrics, 0, EngineStats(num_steps=3, num_computed_tokens=30))
     step_of(client, metrics, 1, EngineStats(num_steps=4, num_computed_tokens=40))
-    del client.engines[1]
+    del client.counted[1]
     assert Figures(metrics).get("splitfuse:computed_tokens_total") == 70
-    client.engines.append(EngineStats(num_steps=1, num_computed_tokens=5))
+    client.counted.append(EngineStats(num_steps=1, num_computed_tokens=5))
     assert Figures(metrics).get("splitfuse:computed_tokens_total") == 75
 
 

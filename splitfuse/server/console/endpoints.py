@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
-from splitfuse.deploy.registry import is_loopback
 from splitfuse.errors import EngineUnavailableError
+from splitfuse.server.auth import check_observer
 from splitfuse.server.console.store import ConsoleStore
 from splitfuse.server.console.stream import stream_frames
 from splitfuse.server.context import RequestContext
@@ -52,15 +51,7 @@ async def file(state: AppState, context: RequestContext) -> None:
 async def events(state: AppState, context: RequestContext) -> None:
     """Answer GET /console/events: a stream of server-sent events, a Start and then Frames."""
     store = _store_of(state)
-    if _has_keys(state):
-        if not context.owner.is_admin:
-            message = (
-                "the console shows all requests: it needs an administrator's key. Start the server with "
-                "--api-key-file, and write admin=yes after a key in it"
-            )
-            raise RefusedError(403, message, code="no_administrator")
-    else:
-        _check_local(context)
+    check_observer(context.owner, context.scope, "the requests of the console")
     if context.scope["method"] == "HEAD":
         await context.answer(b"", content_type=context.dialect.stream_type)
         return
@@ -72,8 +63,8 @@ async def events(state: AppState, context: RequestContext) -> None:
 
 async def _answer_file(state: AppState, context: RequestContext, name: str) -> None:
     _store_of(state)
-    if not _has_keys(state):
-        _check_local(context)
+    if not (state.config.api_key or state.config.api_key_file):  # else the page asks for a key
+        check_observer(context.owner, context.scope, "the requests of the console")
     if name not in FILES:
         raise RefusedError(404, f"there is no file {name!r:.200} of the console", code="no_such_route")
     await context.answer(read_file(name), content_type=FILES[name], headers=HEADERS)
@@ -99,31 +90,6 @@ def _store_of(state: AppState) -> ConsoleStore:
         message = "this server has no console: start it with splitfuse serve --console"
         raise RefusedError(404, message, code="no_such_route")
     return state.console
-
-
-def _has_keys(state: AppState) -> bool:
-    return bool(state.config.api_key or state.config.api_key_file)
-
-
-def _check_local(context: RequestContext) -> None:
-    """Raise RefusedError (403) unless a client on this machine asks, through its own address.
-
-    The connection's address is not enough: a page of any site can make a browser here ask for it, by its own name for
-    this address (DNS rebinding), or from its own origin; and a proxy on this machine passes on what others ask.
-    """
-    peer = context.scope["client"]
-    host = context.headers.get(b"host", b"").decode("latin-1")
-    origin = context.headers.get(b"origin", b"").decode("latin-1")
-    is_direct = b"forwarded" not in context.headers and b"x-forwarded-for" not in context.headers
-    name = re.sub(r":\d*$", "", host).strip("[]")
-    is_own_page = not origin or origin.partition("://")[2] == host
-    if not (peer is not None and is_loopback(peer[0]) and is_loopback(name) and is_direct and is_own_page):
-        message = (
-            "without API keys the console is for clients on this machine only, at localhost or 127.0.0.1: open it "
-            "there, through an SSH tunnel for example, or start the server with --api-key-file and an administrator's "
-            "key in it (admin=yes)"
-        )
-        raise RefusedError(403, message, code="not_local")
 
 
 _route = functools.partial(Route, dialect=OPENAI, errors=(403, 404), is_logged=False)

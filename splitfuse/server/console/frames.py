@@ -141,7 +141,7 @@ class ShownAnswer(msgspec.Struct, array_like=True, frozen=True):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    finish_reasons: tuple[str, ...]
+    finish_reasons: dict[str, int]
     ttft: float | None
     itl_median: float | None
     itl_longest: float | None
@@ -298,7 +298,7 @@ class FrameBuilder:
             prompt_tokens=record.prompt_tokens,
             cached_tokens=record.cached_tokens,
             generated_tokens=record.generated_tokens,
-            finish_reasons=record.finish_reasons,
+            finish_reasons=dict(record.finish_reasons),
             ttft=record.time_to_first_token_seconds,
             itl_median=median,
             itl_longest=longest,

@@ -190,7 +190,7 @@ function addAnswer(a) {
   const bucket = bucketAt(answer.time), requests = known.byId.get(answer.unique) ?? [];
   for (const r of requests) r.answer = answer;
   if (answer.status === 429) bucket.refused += 1;
-  if (!requests.length && !answer.reasons.length) return;
+  if (!requests.length && !Object.keys(answer.reasons).length) return;
   bucket.answered += 1;
   bucket.withSlo += answer.met !== null;
   bucket.met += answer.met === true;
