@@ -18,14 +18,14 @@ K = 96
 OF_ROW = [1, -1, 0, 1, 2, -1, 1]  # the third adapter leaves the weight as it is
 
 
-def updates(sizes: list[tuple[int, int, int]]) -> list[LoraUpdate]:
+def updates(sizes: list[tuple[int, int, int]], columns: int = K) -> list[LoraUpdate]:
     """Updates of (first row, rows, rank), in numbers that bf16 holds."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape).bfloat16().float() / 8
 
     return [
-        LoraUpdate(first_row=first, a=random(rank, K), b=random(rows, rank), scale=0.5 + rank)
+        LoraUpdate(first_row=first, a=random(rank, columns), b=random(rows, rank), scale=0.5 + rank)
         for first, rows, rank in sizes
     ]
 
@@ -83,6 +83,31 @@ def test_products_with_adapters(name: str) -> None:
         alone = replace(step, of_row=step.of_row[row : row + 1])
         if isinstance(case.backend, CpuBackend):
             assert torch.equal(case.backend.linear(x[row : row + 1], packed, None, alone.at(1, "o"))[0], ours[row])
+
+
+@pytest.mark.parametrize(("variant", "quantization"), [*variants("int8"), *variants("int4")])
+@pytest.mark.parametrize("columns", [100, 2100])
+@torch.no_grad()
+def test_adapters_of_quantized_weights(variant: str, quantization: str, columns: int) -> None:
+    torch.manual_seed(3)
+    backend = CpuBackend(variant=variant, num_threads=2, quantization=quantization)
+    x, weight = torch.randn(len(OF_ROW), columns).bfloat16(), torch.randn(ROWS, columns).bfloat16()
+    packed, adapters = backend.pack([weight], role=Role.O), [updates(each, columns) for each in ADAPTERS]
+    first, second = adapters[0]
+    broken = [first, replace(second, a=torch.full_like(second.a, torch.inf))]
+    kept = [
+        backend.pack_adapter([{}, {"o": each} if each else {}], network(o=packed), x.dtype)
+        for each in (adapters[0], broken, adapters[1], [])
+    ]
+    plain, step = backend.linear(x, packed), StepAdapters(tuple(kept), torch.tensor([0, -1, 1, 2, 2, 0, 3]).int())
+    ours = backend.linear(x, packed, None, step.at(1, "o"))
+    assert ours[2, 33:38].isnan().all()
+    for row, each in {0: adapters[0], 1: [], 3: adapters[1], 4: adapters[1], 5: adapters[0], 6: []}.items():
+        added = delta(x[row : row + 1], each, ROWS)[0]
+        # x, a and b are rounded to 8 bits: to about 0.7 % of their size each, independently
+        assert (ours[row].double() - plain[row] - added).norm() <= 0.025 * added.norm()
+        alone = replace(step, of_row=step.of_row[row : row + 1])
+        assert torch.equal(backend.linear(x[row : row + 1], packed, None, alone.at(1, "o"))[0], ours[row])
 
 
 @pytest.mark.parametrize("variant", variants())

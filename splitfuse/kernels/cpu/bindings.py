@@ -191,7 +191,7 @@ class Lora(Struct):
     """Describes the adapters of a step, and keeps alive what it points to."""
 
     kept: tuple[Any, ...]
-    _fields_ = [*_fields(c_void_p, "of_row", "tables"), *_fields(c_int64, "num_adapters", "most_ranks")]
+    _fields_ = [*_fields(c_void_p, "of_row", "order", "tables"), *_fields(c_int64, "num_adapters", "most_ranks")]
 
 
 class Step(Struct):

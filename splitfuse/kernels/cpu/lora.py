@@ -9,13 +9,13 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu.bindings import Lora, LoraWeight, Weight, int32
+from splitfuse.kernels.cpu.bindings import INT4, INT8, Lora, LoraWeight, Weight, int32
 from splitfuse.kernels.cpu.memory import CACHE_LINE, allocate
 from splitfuse.kernels.interface import LayerWeights, NetworkWeights
 from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
 
 LANES = 16  # columns of a vector; a panel has two
-RANKS, COLUMNS = 8, 32  # of a that lie side by side
+RANKS, COLUMNS, QUANTIZED_COLUMNS = 8, 32, 8  # of a that lie side by side
 
 
 class PackedLora:
@@ -54,12 +54,33 @@ def _packed(updates: Sequence[LoraUpdate], weight: Weight) -> tuple[Tensor, ...]
     for update in updates:
         assert update.a.shape == (update.b.shape[1], weight.columns)
         assert update.first_row + len(update.b) <= weight.rows
-    a = _interleaved(torch.cat([update.a for update in updates]))
+    stacked = torch.cat([update.a for update in updates]).float()
+    columns = [update.b.float() for update in updates]
+    ranks = torch.cat([torch.full((len(each.a),), each.scale) for each in updates])
+    quantized = weight.format in (INT8, INT4)  # as x is: 8 bits read half as fast
+    if quantized:
+        stacked, scale = _quantized(stacked, dim=1)
+        pairs = [_quantized(b, dim=0) for b in columns]
+        columns = [b for b, _ in pairs]
+        ranks = ranks * scale * torch.cat([scale for _, scale in pairs])
+        a = _interleaved(stacked.add(128).to(torch.uint8), QUANTIZED_COLUMNS)
+    else:
+        a = _interleaved(stacked.bfloat16(), COLUMNS)
     scales = torch.zeros(len(a) * RANKS)
-    scales[: _num_ranks(updates)] = torch.cat([torch.full((len(each.a),), each.scale) for each in updates])
-    vectors, b = _in_vectors(updates, _panel_rows(weight))
-    assert (vectors.dtype, scales.dtype, a.dtype, b.dtype) == (torch.int64, torch.float32, *[torch.bfloat16] * 2)
+    scales[: len(ranks)] = ranks
+    vectors, b = _in_vectors(updates, columns, _panel_rows(weight), torch.int8 if quantized else torch.bfloat16)
+    assert (vectors.dtype, scales.dtype) == (torch.int32, torch.float32)
     return vectors, scales, a, b
+
+
+def _quantized(matrix: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+    """Return whole numbers from -127 to 127, and the scales of the ranks, whose values lie along `dim`; a scale is NaN
+    where a value is no number or infinite.
+    """
+    most = matrix.abs().amax(dim)
+    most = torch.where(most.isfinite(), most, torch.nan)
+    inverse = torch.where(most > 0, 127 / most, 0.0)
+    return (matrix * inverse.unsqueeze(dim)).nan_to_num().round(), most / 127
 
 
 def _weight(layer: LayerWeights, target: str) -> Weight:
@@ -95,18 +116,22 @@ def _filled(first: int, count: int, multiple: int) -> Tensor:
     return rows
 
 
-def _in_vectors(updates: Sequence[LoraUpdate], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each vector of 16 columns its first rank, how many it has and where they begin in b; and b."""
+def _in_vectors(
+    updates: Sequence[LoraUpdate], columns: Sequence[Tensor], rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return for each vector of 16 columns its first rank, how many it has and where they begin in b; and b, made of
+    the `columns` of each update.
+    """
     num_ranks, num_vectors = -(-_num_ranks(updates) // 2) * 2, len(rows) // LANES
-    whole = torch.zeros(num_ranks, len(rows), dtype=torch.bfloat16)
+    whole = torch.zeros(num_ranks, len(rows), dtype=dtype)
     firsts, ends = torch.full((num_vectors,), num_ranks), torch.zeros(num_vectors, dtype=torch.int64)
     rank = 0
-    for update in updates:
-        last, end = update.first_row + len(update.b), rank + len(update.a)
-        columns = ((rows >= update.first_row) & (rows < last)).nonzero().squeeze(1)
-        whole[rank:end, columns] = update.b[rows[columns] - update.first_row].T.to(torch.bfloat16)
+    for update, b in zip(updates, columns, strict=True):
+        last, end = update.first_row + len(b), rank + len(update.a)
+        changed = ((rows >= update.first_row) & (rows < last)).nonzero().squeeze(1)
+        whole[rank:end, changed] = b[rows[changed] - update.first_row].T.to(dtype)
         touched = torch.zeros(num_vectors, dtype=torch.bool)
-        touched[columns // LANES] = True
+        touched[changed // LANES] = True
         firsts[touched] = firsts[touched].clamp(max=rank)
         ends[touched] = ends[touched].clamp(min=end)
         rank = end
@@ -115,30 +140,31 @@ def _in_vectors(updates: Sequence[LoraUpdate], rows: Tensor) -> tuple[Tensor, Te
     kept = (pairs >= firsts.unsqueeze(1)) & (pairs < ends.unsqueeze(1))  # [vectors, pairs]
     counts = kept.sum(1)
     begins = counts.cumsum(0) - counts
-    b = whole.view(num_ranks // 2, 2, num_vectors, LANES).permute(2, 0, 3, 1)[kept].contiguous()
-    return torch.stack((firsts, 2 * counts, begins), dim=1).contiguous(), b
+    kept_b = whole.view(num_ranks // 2, 2, num_vectors, LANES).permute(2, 0, 3, 1)[kept].contiguous()
+    return torch.stack((firsts, 2 * counts, begins), dim=1).int().contiguous(), kept_b
 
 
 def _num_ranks(updates: Sequence[LoraUpdate]) -> int:
     return sum(len(update.a) for update in updates)
 
 
-def _interleaved(a: Tensor) -> Tensor:
-    """Return a [R, K] as [R / RANKS, K / COLUMNS, RANKS, COLUMNS] in bf16, filled up with zeros."""
-    ranks, columns = -(-len(a) // RANKS), -(-a.shape[1] // COLUMNS)
-    whole = torch.zeros(ranks * RANKS, columns * COLUMNS, dtype=torch.bfloat16)
+def _interleaved(a: Tensor, columns: int) -> Tensor:
+    """Return a [R, K] as [R / RANKS, K / columns, RANKS, columns], filled up with zeros."""
+    num_ranks, num_columns = -(-len(a) // RANKS), -(-a.shape[1] // columns)
+    whole = torch.zeros(num_ranks * RANKS, num_columns * columns, dtype=a.dtype)
     whole[: len(a), : a.shape[1]] = a
-    return whole.view(ranks, RANKS, columns, COLUMNS).transpose(1, 2).contiguous()
+    return whole.view(num_ranks, RANKS, num_columns, columns).transpose(1, 2).contiguous()
 
 
 def step_lora(step: StepAdapters, num_tokens: int) -> Lora:
     """Return the adapters of a step of `num_tokens` rows."""
     of_row = int32(step.of_row)
+    order = step.of_row.argsort(stable=True).int()
     assert of_row.shape == (num_tokens,) and all(isinstance(each, PackedLora) for each in step.adapters)
     tables = (c_void_p * len(step.adapters))(*(ctypes.addressof(each.table) for each in step.adapters))
     most_ranks = max(each.most_ranks for each in step.adapters)
-    lora = Lora(of_row.data_ptr(), ctypes.addressof(tables), len(step.adapters), most_ranks)
-    lora.kept = (of_row, tables, step)
+    lora = Lora(of_row.data_ptr(), order.data_ptr(), ctypes.addressof(tables), len(step.adapters), most_ranks)
+    lora.kept = (of_row, order, tables, step)
     return lora
 
 

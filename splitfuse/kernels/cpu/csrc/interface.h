@@ -51,19 +51,21 @@ struct States {
 };
 
 // What an adapter adds to a weight [N, K] of rank R, a multiple of 8: scales * (x a), times b. Eight ranks of a lie side by side,
-// 32 columns of each at a time. In the order of the weight's panels, b lies in vectors of 16 columns, each of which has only the
-// ranks that change it, in pairs: an even number from an even one on.
+// 32 columns of each at a time, or 8 if it is quantized. In the order of the weight's panels, b lies in vectors of 16 columns,
+// each of which has only the ranks that change it, in pairs: an even number from an even one on. Both are int8, of a + 128,
+// where x is, for weights in INT8 and INT4, and `scales` has the scales of their ranks; for other weights they are bf16.
 struct LoraWeight {
-    const std::uint16_t* a;        // [R / 8][K / 32][8][32]
+    const void* a;                 // [R / 8][K / 32][8][32] or, quantized, [R / 8][K / 8][8][8]
     const float* scales;           // [R]
-    const std::int64_t* vectors;   // [vectors][3]: the first rank, how many, and the pair in b where they begin
-    const std::uint16_t* b;        // [pairs][16][2]
+    const std::int32_t* vectors;   // [vectors][3]: the first rank, how many, and the pair in b where they begin
+    const void* b;                 // [pairs][16][2]
     std::int64_t rank;             // R; 0: the weight stays as it is
 };
 
 // The adapters of a step. A table has all weights of an adapter, LORA_TARGETS of each layer.
 struct Lora {
     const std::int32_t* of_row;           // [T], -1: none
+    const std::int32_t* order;            // [T], of rows: those of an adapter follow each other
     const LoraWeight* const* tables;      // [num_adapters]
     std::int64_t num_adapters;
     std::int64_t most_ranks;              // of all weights

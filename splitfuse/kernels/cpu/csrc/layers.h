@@ -16,10 +16,8 @@ SF_INLINE Operand pack_read(Team& team, Workspace& work, const Weight& w, const 
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
     return pack_activations(team, w, rows, work.memory(team.rank), [&](i64 row) {
         read_row(x + row * w.columns, w.columns, norm, row_buffer);
-        if (adapted.lora) shrink_row(adapted, row, row_buffer, w.columns);
-        if (other.lora) shrink_row(other, row, row_buffer, w.columns);
         return row_buffer;
-    });
+    }, adapted, other);
 }
 
 // Says where what a block gives goes: onto x, or, if a norm comes first, to a buffer of its own.
@@ -130,13 +128,14 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     qkv.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_QKV);
     if (layer.attn_gate) gate.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_GATE, 1);
     out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_O);
-    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, gate.adapted);
+    const bool packed_once = !layer.attn_gate || read_alike(*layer.attn_gate, *layer.qkv);
+    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, packed_once ? gate.adapted : Adapted{});
     if (layer.latent.k_b) {
         place_latent(team, work, step, layer, operand, queries);
     } else {
         multiply(team, operand, *layer.qkv, qkv);
         if (layer.attn_gate) {
-            if (!read_alike(*layer.attn_gate, *layer.qkv)) operand = pack_read(team, work, *layer.attn_gate, x, tokens, layer.attn_norm);
+            if (!packed_once) operand = pack_read(team, work, *layer.attn_gate, x, tokens, layer.attn_norm, gate.adapted);
             gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
             gate.activation = SIGMOID;
             multiply(team, operand, *layer.attn_gate, gate);
@@ -151,9 +150,8 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
         u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
         operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
             multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
-            if (out.adapted.lora) shrink_row(out.adapted, row, row_buffer, width);
             return row_buffer;
-        });
+        }, out.adapted);
         return multiply(team, operand, *layer.o, out);
     }
     const u16* heads = attn_out;
@@ -366,10 +364,7 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
     } else if (layer.mlp.up) {
         const Adapted adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_UP);
         Operand operand = layer.parallel
-            ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) {
-                if (adapted.lora) shrink_row(adapted, row, normed + row * hidden, hidden);
-                return normed + row * hidden;
-            })
+            ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) { return normed + row * hidden; }, adapted)
             : pack_read(team, work, *layer.mlp.up, x, tokens, layer.mlp_norm, adapted);
         Output out = block_output(work, layer, layer.post_mlp_norm, x);
         out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_DOWN);

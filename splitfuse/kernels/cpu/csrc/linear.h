@@ -27,6 +27,7 @@ struct Operand {
     i64 block_begin(i64 block) const { return rows * block / blocks; }
     i64 block_of(i64 row) const { return ceil_div((row + 1) * blocks, rows) - 1; }
     u32* block_words(i64 block) const { return words + block_begin(block) * slabs * SLAB_STRIDE; }
+    bool scales_rows() const { return quantized && !groups; }  // as whole rows of int8
 };
 
 constexpr i64 WIDENED_BLOCKS = 4;  // from this number on it pays to widen a quantized panel, if tiles are small
@@ -189,6 +190,18 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     }
 }
 
+// Computes what the ranks of a packed row of x give, whose values are `values`.
+SF_INLINE void shrink_row(const Adapted& adapted, const Operand& x, i64 row, const u16* values) {
+    const LoraWeight* w = adapted.of(row);
+    if (!w) return;
+    if (!x.scales_rows()) return shrink_bf16(*w, values, x.columns, adapted.row(row));
+    const i64 block = x.block_of(row), begin = x.block_begin(block), slab_words = (x.block_begin(block + 1) - begin) * SLAB_STRIDE;
+    const u32* words = x.block_words(block) + (row - begin) * SLAB_STRIDE;
+    i32 sum = 0;
+    for (i64 span = 0; span < x.num_spans; ++span) sum += x.sums[row * x.num_spans + span];
+    shrink_qvalues(*w, words, slab_words, x.x_steps, sum, x.scales[row], adapted.row(row));
+}
+
 SF_INLINE Floats activate(Floats gate, i32 kind) {
     if (kind == IDENTITY) return gate;
     if (kind == SILU) return gate * sigmoid(gate);
@@ -281,19 +294,22 @@ SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes
 SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block, const float* tile, const Output& out) {
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+    alignas(64) float added[MAX_ROWS * PANEL];
+    if (out.adapted.lora) {
+        const i64 whole = out.first_panel + panel;
+        if (x.scales_rows()) expand_rows<true>(out.adapted, begin, rows, whole, added);
+        else expand_rows<false>(out.adapted, begin, rows, whole, added);
+    }
     for (int r = 0; r < rows; ++r) {
         Floats left = load(tile + r * PANEL), right = load(tile + r * PANEL + LANES);
-        if (x.quantized && !x.groups) {
+        if (x.scales_rows()) {
             Floats scale = broadcast(x.scales[begin + r]);
             left = left * scale;
             right = right * scale;
         }
         if (out.adapted.lora) {
-            if (const LoraWeight* added = out.adapted.of(begin + r)) {
-                const float* shrunk = out.adapted.row(begin + r);
-                left = left + expand(*added, shrunk, 2 * (out.first_panel + panel));
-                right = right + expand(*added, shrunk, 2 * (out.first_panel + panel) + 1);
-            }
+            left = left + load(added + r * PANEL);
+            right = right + load(added + r * PANEL + LANES);
         }
         i64 row = out.rows ? out.rows[begin + r] : begin + r;
         if (w.gated) {
@@ -498,26 +514,34 @@ struct Memory {
 };
 
 // Packs all rows of x [rows, columns] in bf16, row i from the address that `source(i)` returns. Returns when all threads
-// are done.
+// are done. With adapters at the one or two weights that read x, their ranks are computed meanwhile, for all rows of an adapter
+// by one thread where possible: each reads its adapter from memory once.
 template <class Source>
-SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source) {
+SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source,
+                                   const Adapted& adapted = {}, const Adapted& other = {}) {
     Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared, memory.sums);
+    auto put = [&](i64 row) {
+        const u16* values = source(row);
+        put_row(x, row, values);
+        if (adapted.lora) shrink_row(adapted, x, row, values);
+        if (other.lora) shrink_row(other, x, row, values);
+    };
     if (rows == 1) {
-        put_row(x, 0, source(i64{0}));
-        return x;
+        put(0);
+    } else if (adapted.lora) {
+        team.share(rows, [&](i64 begin, i64 end, i64) {
+            for (i64 i = begin; i < end; ++i) put(adapted.lora->order[i]);
+        });
+    } else {
+        team.split(rows, [&](i64 begin, i64 end) {
+            for (i64 row = begin; row < end; ++row) put(row);
+        });
     }
-    team.split(rows, [&](i64 begin, i64 end) {
-        for (i64 row = begin; row < end; ++row) put_row(x, row, source(row));
-    });
     return x;
 }
 
 inline void linear(Team& team, const u16* x, i64 rows, const Weight& w, const Memory& memory, const Output& out) {
-    Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) {
-        const u16* values = x + row * w.columns;
-        if (out.adapted.lora) shrink_row(out.adapted, row, values, w.columns);
-        return values;
-    });
+    Operand operand = pack_activations(team, w, rows, memory, [&](i64 row) { return x + row * w.columns; }, out.adapted);
     multiply(team, operand, w, out);
 }
 

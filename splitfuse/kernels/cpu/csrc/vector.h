@@ -16,6 +16,7 @@ namespace SF_VARIANT {
 
 using u8 = std::uint8_t;
 using i8 = std::int8_t;
+using i16 = std::int16_t;
 using u16 = std::uint16_t;
 using i32 = std::int32_t;
 using u32 = std::uint32_t;
@@ -104,6 +105,7 @@ SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
 
 SF_INLINE Ints broadcast(i32 a) { return {_mm512_set1_epi32(a)}; }
 SF_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 
 SF_INLINE Packed load_packed(const void* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Packed broadcast_packed(u32 a) { return {_mm512_set1_epi32(static_cast<i32>(a))}; }
@@ -186,6 +188,18 @@ SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
 // Not by the intrinsic: around it GCC 12 keeps every accumulator twice, as two vector types, and spills them.
 SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(qvalues.v), "v"(x.v));
+    return a;
+}
+// Returns two words of x in turn.
+SF_INLINE Packed broadcast_two(const u32* x) {
+    i64 both;
+    std::memcpy(&both, x, sizeof both);
+    return {_mm512_set1_epi64(both)};
+}
+// Returns a + the products of each lane's two int8 with the two int16 of x.
+SF_INLINE Ints add_pairs_i8(Ints a, const i8* pairs, u32 x) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)pairs));
+    asm("vpdpwssd %2, %1, %0" : "+v"(a.v) : "v"(wide), "v"(_mm512_set1_epi32(static_cast<i32>(x))));
     return a;
 }
 
@@ -301,6 +315,7 @@ SF_INLINE void store_i8(i8* p, Floats a) {
 
 SF_INLINE Ints broadcast(i32 a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 SF_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 
 SF_INLINE Packed load_packed(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
@@ -423,6 +438,16 @@ SF_INLINE __m256i dot_qvalues_8(__m256i a, __m256i qvalues, __m256i x) {
 }
 SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
     return {dot_qvalues_8(a.lo, qvalues.lo, x.lo), dot_qvalues_8(a.hi, qvalues.hi, x.hi)};
+}
+SF_INLINE Packed broadcast_two(const u32* x) {
+    i64 both;
+    std::memcpy(&both, x, sizeof both);
+    return {_mm256_set1_epi64x(both), _mm256_set1_epi64x(both)};
+}
+SF_INLINE Ints add_pairs_i8(Ints a, const i8* pairs, u32 x) {
+    const Packed each = broadcast_packed(x);
+    const Packed wide = {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)pairs)), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)pairs + 1))};
+    return dot_qvalues(a, wide, each);
 }
 
 #endif
