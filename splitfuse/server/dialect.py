@@ -116,7 +116,7 @@ class Dialect:
     end: bytes = b""
     """Bytes after the last event."""
     end_description: str = ""
-    """Words about `end` for the OpenAPI document, such as `, and [DONE] at the end`."""
+    """Words about other events for the OpenAPI document, such as `, then [DONE]`."""
     stream_type: str = "text/event-stream; charset=utf-8"
     """Content type of a stream."""
 
@@ -144,6 +144,8 @@ class Route:
     _: KW_ONLY
     dialect: Dialect
     needs_key: bool = True
+    is_supported: bool = True
+    """Flag of a route that may answer with 200; another one says why it never does."""
     is_logged: bool = True
     """Flag of a route whose requests are logged; one that is called every few seconds is logged only if it fails."""
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)

@@ -51,7 +51,9 @@ def document(routes: Sequence[Route], bounds: SchemaBounds) -> dict[str, Any]:
 
 
 def _operation(route: Route) -> dict[str, Any]:
-    answers: list[tuple[int, type[msgspec.Struct] | None, str]] = [(200, route.answer, route.media_type)]
+    answers: list[tuple[int, type[msgspec.Struct] | None, str]] = []
+    if route.is_supported:
+        answers.append((200, route.answer, route.media_type))
     error = route.error or route.dialect.error_type
     answers += [(status, error, "application/json") for status in route.all_errors]
     operation: dict[str, Any] = {

@@ -96,7 +96,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=True
         """Return the JSON schema of this type with what the type alone does not say."""
         properties = schema["properties"]
         for name, values in cls.NEUTRAL.items():
-            properties[name] = {"enum": list(values), "description": "Not supported"}
+            properties[name] = {"enum": list(values), "description": "Changes nothing; other values are not supported"}
         if cls.TYPES:
             properties["type"]["enum"] = list(cls.TYPES)
         if bounds.model is not None and "model" in properties:

@@ -16,7 +16,7 @@ from running_server import RunningServer, running_server
 from splitfuse.config import ServerConfig
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.responses import endpoints
-from splitfuse.server.responses.answers import ResponseAnswer, ResponseEvent
+from splitfuse.server.responses.answers import EVENTS, ResponseAnswer, ResponseEvent
 from splitfuse.server.responses.items import messages_of
 from splitfuse.server.responses.protocol import ResponseRequest
 from splitfuse.server.validation import decode
@@ -667,3 +667,4 @@ def test_answers_match_the_types_in_the_document(server: RunningServer) -> None:
         text = data_line.removeprefix("data: ").encode()
         decoded = msgspec.json.decode(text, type=ResponseEvent)
         assert msgspec.to_builtins(decoded) == json.loads(text) and name == f"event: {decoded.type}"
+        assert decoded.type in EVENTS

@@ -53,5 +53,6 @@ ANTHROPIC = Dialect(
     key=bearer_or_header_key,
     id_headers=(b"x-request-id", b"request-id"),
     event=named_event,
+    end_description=", but for a ping while it is silent, and a MessagesError if it breaks off",
     comment=b'event: ping\ndata: {"type":"ping"}\n\n',
 )

@@ -56,7 +56,7 @@ class AnswerToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
 AnswerBlock = AnswerText | AnswerThinking | AnswerToolUse
 
 
-class OutputTokensDetails(msgspec.Struct, frozen=True):
+class ThoughtTokens(msgspec.Struct, frozen=True):
     """Counts the tokens of thoughts."""
 
     thinking_tokens: int
@@ -70,12 +70,12 @@ class MessagesUsage(msgspec.Struct, frozen=True):
     cache_read_input_tokens: int
     cache_creation_input_tokens: int = 0
     service_tier: Literal["standard"] = "standard"
-    output_tokens_details: OutputTokensDetails | UnsetType = UNSET
+    output_tokens_details: ThoughtTokens | UnsetType = UNSET
 
     @classmethod
     def of(cls, counts: TokenCounts) -> MessagesUsage:
         """Return the numbers of tokens in Anthropic's shape."""
-        details = UNSET if counts.reasoning is None else OutputTokensDetails(counts.reasoning)
+        details = UNSET if counts.reasoning is None else ThoughtTokens(counts.reasoning)
         new = counts.prompt - counts.cached
         return cls(new, counts.generated, counts.cached, output_tokens_details=details)
 

@@ -33,5 +33,5 @@ OPENAI = Dialect(
     error_type=ErrorBody,
     key=bearer_or_header_key,
     end=b"data: [DONE]\n\n",
-    end_description=", and [DONE] at the end",
+    end_description=", then [DONE], or an ErrorBody if it breaks off",
 )

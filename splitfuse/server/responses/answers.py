@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from splitfuse.core.request import FinishReason
 from splitfuse.server.context import TokenCounts
@@ -143,10 +143,22 @@ class ResponseAnswer(msgspec.Struct, frozen=True):
     splitfuse_timing: Timing | UnsetType = UNSET
 
 
+EVENTS = [
+    f"response.{kind}"
+    for kind in (
+        *("created", "in_progress", "completed", "incomplete", "failed"),
+        *("output_item.added", "output_item.done", "content_part.added", "content_part.done"),
+        *("output_text.delta", "output_text.done", "reasoning_text.delta", "reasoning_text.done"),
+        *("function_call_arguments.delta", "function_call_arguments.done"),
+    )
+]
+"""Types of the events of a stream."""
+
+
 class ResponseEvent(msgspec.Struct, frozen=True):
     """Holds an event of a stream, with the fields that its type has."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": EVENTS})]
     sequence_number: int
     response: ResponseAnswer | UnsetType = UNSET
     output_index: int | UnsetType = UNSET

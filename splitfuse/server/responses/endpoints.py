@@ -192,7 +192,11 @@ _ONE = PATH + "/{response_id}"
 ROUTES = (
     _route("POST", PATH, respond, "Answer a conversation of items", ResponseAnswer, ResponseRequest, ResponseEvent),
     _route("POST", PATH + "/input_tokens", count_input, "Tokens of an input", InputTokens, ResponseRequest),
-    _route("POST", PATH + "/compact", compact, "Not supported: truncation drops turns", None, errors=(400,)),
+    _route(
+        *("POST", PATH + "/compact", compact, "Not supported: truncation drops turns", None),
+        errors=(400,),
+        is_supported=False,
+    ),
     _route(
         *("GET", _ONE, stored_response, "A stored response", ResponseAnswer),
         errors=(400, 404),
@@ -201,7 +205,9 @@ ROUTES = (
     _route("DELETE", _ONE, delete_response, "Forget a stored response", Deleted, errors=(400, 404)),
     _route("GET", _ONE + "/input_items", input_items, "Input of a stored one", ItemList, errors=(400, 404), query=PAGE),
     _route(
-        "POST", _ONE + "/cancel", cancel_response, "Not supported: none runs in the background", None, errors=(400, 404)
+        *("POST", _ONE + "/cancel", cancel_response, "Not supported: none runs in the background", None),
+        errors=(400, 404),
+        is_supported=False,
     ),
 )
 """Route table of this dialect."""
