@@ -218,6 +218,13 @@ def test_a_refused_value_of_any_size_is_a_400(http: httpx.Client) -> None:
         assert answer.status_code == 400 and len(answer.content) < 500, answer.text
 
 
+@pytest.mark.parametrize("value", [{"seed": 10**400}, {"stop_token_ids": [10**400]}, {"logit_bias": {"1" * 400: 1}}])
+def test_a_whole_number_that_is_no_float_is_a_400(http: httpx.Client, value: dict[str, Any]) -> None:
+    assert refusal_of(http.post(COMPLETIONS, json={"prompt": PROMPT, **value}))[0] == next(iter(value))
+    # A mistake behind it makes the body be walked, to find the first one.
+    assert refusal_of(http.post(COMPLETIONS, json={"prompt": PROMPT, **value, "stream": "x"}))[0] == "stream"
+
+
 def test_seed_minus_1_is_a_new_one_each_time(http: httpx.Client) -> None:
     body = {"prompt": PROMPT, "max_tokens": 20, "ignore_eos": True, "temperature": 2}
     texts = {http.post(COMPLETIONS, json={**body, "seed": -1}).json()["choices"][0]["text"] for _ in range(4)}
