@@ -13,8 +13,9 @@ from functools import cached_property
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.client import Stream
-from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, MessageEvent
-from splitfuse.text.chat_formats.parser import MessageSource
+from splitfuse.text.chat_formats.formats import Channels
+from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, MessageEvent, ToolCallStart
+from splitfuse.text.chat_formats.parser import BODY_MARKERS, HEADER_BEGINS, MessageSource
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Timings
 from splitfuse.text.stop_strings import StopStrings
@@ -70,7 +71,10 @@ class Generation:
         self._num_taken = 0  # characters of `text` that `take` has returned
         self._num_ids_taken = 0  # tokens that `take_ids` has returned
         self._thought = request.params.thought()
-        self._unwatched = 0  # characters of thoughts and the first min_tokens tokens: stop strings do not count there
+        self._unwatched = 0  # characters of thoughts, headers and the first min_tokens tokens: no stop strings there
+        self._has_headers = isinstance(self._source.chat_format.calls, Channels)
+        self._in_header = False
+        self._second_call = None if self._source.parallel else self._source.parser()
 
     @property
     def first_step(self) -> float | None:
@@ -82,7 +86,7 @@ class Generation:
 
         If the output completes a stop string, which the engine cannot see, `finish_reason` becomes STOP; `token_ids`,
         `logprobs` and `timings` end with the token that completed the text before it, and `stop` is called with their
-        number.
+        number; likewise if it begins a call after the only one that the answer may have.
         """
         now, length = time.monotonic(), len(self.text)
         self.num_steps += 1
@@ -95,7 +99,10 @@ class Generation:
         self.values = output.values
         self.num_cached_tokens = output.num_cached_tokens
         self.timings.tokens += [now] * len(output.token_ids)
-        self.text += "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
+        new = "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
+        self.text += new
+        if self.finish_reason is None and self._calls_another(new):
+            self.finish_reason = FinishReason.STOP
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish_reason, self.error = output.finish_reason, output.error
             self.retry_after = output.retry_after
@@ -175,6 +182,7 @@ class Generation:
         self.num_computed_tokens += 1
         text = self._detokenizer.push([token_id])
         is_answer = self._thought is None or self._thought.push(token_id)
+        is_answer = not self._is_header(text) and is_answer
         if not is_answer or len(self._detokenizer.lengths) <= self.request.params.min_tokens:
             held = self._stop_strings.finish()
             self._unwatched += len(text)
@@ -183,6 +191,20 @@ class Generation:
         if self.stop_string is not None:
             self._stop()
         return released
+
+    def _is_header(self, text: str) -> bool:
+        """Return whether `text`, the next token's, belongs to the header or the end of a message of a channel, which no
+        client sees.
+        """
+        if self._has_headers and text.endswith((*HEADER_BEGINS, *BODY_MARKERS)):
+            self._in_header = text.endswith(HEADER_BEGINS)
+            return True
+        return self._in_header
+
+    def _calls_another(self, text: str) -> bool:
+        """Return whether the answer, of which `text` is new, has begun a further call that it may not have."""
+        events = [] if self._second_call is None else self._second_call.feed(text)
+        return any(isinstance(event, ToolCallStart) and event.index > 0 for event in events)
 
     def _rest(self) -> str:
         rest = self._detokenizer.finish()

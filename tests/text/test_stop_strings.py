@@ -1,12 +1,22 @@
-"""Stop strings against searching the whole text at once."""
+"""Stop strings against searching the whole text at once, and other texts at which an answer ends."""
 
 from __future__ import annotations
 
 import pytest
+import tiny_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
+from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.text.chat_formats.formats import CHAT_FORMATS
+from splitfuse.text.chat_formats.message import Tool
+from splitfuse.text.chat_formats.parser import MessageSource
+from splitfuse.text.generation import Generation
+from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.stop_strings import StopStrings
+from splitfuse.text.tokenizer import Tokenizer
 
 
 def expected(text: str, stop: list[str]) -> tuple[str, str | None]:
@@ -79,3 +89,51 @@ def test_without_stop_strings_all_text_is_released() -> None:
     piece = "any text at all"
     assert stops.push(piece)[0] is piece
     assert (stops.length, stops.finish()) == (len(piece), "")
+
+
+# Answers in parts ----------------------------------------------------------------------------------------------------
+
+
+def generated(text: str, source: MessageSource, *stop: str) -> tuple[Generation, list[int]]:
+    """An answer of these tokens, one a step, until it ends; and how many tokens it was told to keep."""
+    backend = tiny_tokenizers.byte_level()
+    markers = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<tool_call>", "</tool_call>")
+    backend.add_tokens([AddedToken(marker, normalized=False) for marker in markers])
+    tokenizer = Tokenizer(backend)
+    request = PreparedRequest((1,), SamplingParams(stop=stop), continues=False, message=source)
+    generation, kept = Generation("g", request, tokenizer), list[int]()
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        generation.push(RequestOutput("g", (token_id,)), kept.append)
+        if generation.finish_reason is not None:
+            break
+    return generation, kept
+
+
+@pytest.mark.parametrize(
+    ("stop", "content"),
+    [
+        ("final", "The end"),
+        ("analysis", "The end"),
+        ("assistant", "The end"),
+        ("end", "The"),
+        ("<|channel|>", "The end"),
+    ],
+)
+def test_a_stop_string_is_not_found_in_the_header_of_a_message(stop: str, content: str) -> None:
+    text = "<|channel|>commentary<|message|>The<|end|><|start|>assistant<|channel|>final<|message|> end"
+    generation, _ = generated(text, MessageSource(CHAT_FORMATS["harmony"]), stop)
+    generation.end(FinishReason.STOP)
+    assert (generation.message.content or "").split() == content.split()
+
+
+def test_an_answer_of_one_call_ends_where_another_begins() -> None:
+    calls = [f'<tool_call>\n{{"name": "now", "arguments": {{"n": {n}}}}}\n</tool_call>\n' for n in range(3)]
+    tools = (Tool(name="now"),)
+    for parallel in True, False:
+        source = MessageSource(CHAT_FORMATS["hermes"], tools, parallel=parallel)
+        generation, kept = generated("Well. " + "".join(calls), source)
+        assert bool(kept) is not parallel and generation.text.count("<tool_call>") == (3 if parallel else 2)
+        generation.finish_reason = generation.finish_reason or FinishReason.STOP
+        message = generation.message
+        assert message.content == "Well." and message.has_complete_calls
+        assert [call.arguments for call in message.tool_calls] == [f'{{"n": {n}}}' for n in range(3 if parallel else 1)]

@@ -46,8 +46,12 @@ _NUMBERED = re.compile(r"(.+):([0-9]+)")
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"to=([\w.-]+)")
-_HEADS = Markers(("<|start|>", "<|channel|>", "<|message|>"))
-_BODY_ENDS = Markers((*_HEADS.texts, "<|end|>", "<|call|>", "<|return|>"))
+HEADER_BEGINS = ("<|start|>", "<|channel|>")
+"""Markers with which headers of messages of channels begin; `<|message|>` ends one."""
+BODY_MARKERS = ("<|message|>", "<|end|>", "<|call|>", "<|return|>")
+"""Other markers around the bodies of these messages."""
+_HEADS = Markers((*HEADER_BEGINS, "<|message|>"))
+_BODY_ENDS = Markers((*HEADER_BEGINS, *BODY_MARKERS))
 _LAST_HEADER = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>\Z")
 _ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 
