@@ -17,7 +17,7 @@ def force_preemptions(engine: Engine) -> None:
     step, scheduler = engine.step, engine.scheduler
     steps = 0
 
-    def step_and_preempt() -> list[RequestOutput]:
+    def step_and_preempt(**how: Any) -> list[RequestOutput]:
         nonlocal steps
         steps += 1
         if steps % EVERY == 0 and len(scheduler.queue.running) > 1:
@@ -25,7 +25,7 @@ def force_preemptions(engine: Engine) -> None:
             victim = scheduler.policy.preemption_victim(queue.running, claimant=queue.running[0])
             assert victim is not None and not victim.num_plans_in_flight
             queue.preempt(victim, time.monotonic())
-        return step()
+        return step(**how)
 
     engine.step = step_and_preempt  # type: ignore[method-assign]
 
@@ -43,4 +43,4 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         return results
 
     monkeypatch.setattr(Executor, "_sample", failing)
-    monkeypatch.setattr(Engine, "step", lambda self: step(self, isolate=True))
+    monkeypatch.setattr(Engine, "step", lambda self, **_: step(self, isolate=True))

@@ -37,9 +37,13 @@ class RecordedEngine:
         return tokens
 
 
+SMALL = {"block_size": 4, "num_blocks": 64}
+"""Settings of a small cache, for kernels that can have one."""
+
+
 def config_of(folder: Path | None, **settings: Any) -> EngineConfig:
     model = {} if folder is None else {"model": str(folder)}
-    return EngineConfig.from_settings({**model, "block_size": 4, "num_blocks": 64, **settings})
+    return EngineConfig.from_settings({**model, **settings})
 
 
 @contextmanager

@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "models": ("kernels", "errors"),
     "runtime": ("models", "kernels", "core", "config", "errors", "version"),
     "engine": ("runtime", "models", "kernels", "core", "config", "errors"),
-    "recording": ("engine", "runtime", "core", "config", "errors"),
+    "recording": ("engine", "runtime", "models", "core", "config", "errors"),
     "text": ("engine", "models", "core", "errors"),
     "deploy": ("config", "errors"),
     "server": ("deploy", "text", "recording", "engine", "models", "core", "config", "errors", "version"),
@@ -32,8 +32,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "bench": ("clients", "engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),
     "cli": (
-        *("simulator", "bench", "api", "clients", "server", "deploy", "text", "engine", "runtime", "models", "core"),
-        *("config", "errors", "version"),
+        *("simulator", "bench", "api", "clients", "server", "deploy", "text", "recording", "engine", "runtime"),
+        *("models", "core", "config", "errors", "version"),
     ),
 }
 STANDARD_LIBRARY_ONLY = ("version", "errors", "config", "core")

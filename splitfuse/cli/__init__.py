@@ -18,6 +18,7 @@ from splitfuse.cli.generate import generate
 from splitfuse.cli.models import models
 from splitfuse.cli.plan_memory import plan_memory
 from splitfuse.cli.ps import ps
+from splitfuse.cli.replay import replay
 from splitfuse.cli.serve import serve
 from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
@@ -38,6 +39,7 @@ app.command()(ps)
 app.command()(stop)
 app.command()(explain)
 app.command()(trace)
+app.command()(replay)
 app.command()(models)
 app.command("plan-memory")(plan_memory)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server or an engine, and report.")

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import tiny_models
 from patience import PATIENCE
-from recorded_engine import RecordedEngine, config_of, recorded
+from recorded_engine import SMALL, RecordedEngine, config_of, recorded
 
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording of two requests, one of which is preempted."""
     path = tmp_path_factory.mktemp("recording") / "engine.rec"
-    with recorded(path, config_of(folder, num_blocks=8)) as engine:
+    with recorded(path, config_of(folder, block_size=4, num_blocks=8)) as engine:
         salt = SchedulingOptions(cache_salt="digest of a key")
         for name in "ab":
             params = SamplingParams(max_tokens=10, logprobs=1, stop=("a secret",))
@@ -74,7 +74,7 @@ def test_file_has_settings_requests_steps_and_its_end(path: Path, folder: Path) 
 def test_neither_texts_nor_digests_of_keys_are_in_a_file(path: Path, folder: Path, tmp_path: Path) -> None:
     content = path.read_bytes()
     assert b"a secret" not in content and b"digest of a key" not in content
-    with recorded(tmp_path / "texts.rec", config_of(folder), keep_texts=True) as engine:
+    with recorded(tmp_path / "texts.rec", config_of(folder, **SMALL), keep_texts=True) as engine:
         engine.engine.add_request("a", (3, 4), SamplingParams(max_tokens=1, stop=("a secret",)))
         engine.run()
     assert b"a secret" in (tmp_path / "texts.rec").read_bytes()
@@ -143,7 +143,7 @@ def test_hostile_frames_are_errors_of_the_file(path: Path, tmp_path: Path) -> No
 def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "engine.rec"
     prompt = tuple(range(3, 33))
-    with recorded(path, config_of(folder), max_mib=4 * 3000 / 2**20) as engine:
+    with recorded(path, config_of(folder, **SMALL), max_mib=4 * 3000 / 2**20) as engine:
         for name in "ab":
             engine.engine.add_request(name, prompt, SamplingParams(max_tokens=60, ignore_eos=True))
         engine.run()
@@ -170,12 +170,12 @@ def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Pat
 def test_file_that_is_there_is_kept_as_an_older_one(path: Path, folder: Path, tmp_path: Path) -> None:
     new = tmp_path / "engine.rec"
     new.write_bytes(path.read_bytes())
-    Recorder(new, config_of(folder), max_mib=1).close()
+    Recorder(new, config_of(folder, **SMALL), max_mib=1).close()
     assert (tmp_path / "engine.rec.1").read_bytes() == path.read_bytes()
     with pytest.raises(ConfigError, match=r"absent/engine\.rec cannot be written: No such file"):
-        Recorder(tmp_path / "absent" / "engine.rec", config_of(folder), max_mib=1)
+        Recorder(tmp_path / "absent" / "engine.rec", config_of(folder, **SMALL), max_mib=1)
     with pytest.raises(ConfigError, match="cannot be written: File exists"):
-        Recorder(Path("/dev/full"), config_of(folder), max_mib=1)
+        Recorder(Path("/dev/full"), config_of(folder, **SMALL), max_mib=1)
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 def test_full_disk_ends_the_recording_alone(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "engine.rec"
-    with recorded(path, config_of(folder)) as engine:
+    with recorded(path, config_of(folder, **SMALL)) as engine:
         with largest_file(20_000):
             add(engine, 50)
             assert len(engine.run()["a"]) == 50
@@ -209,7 +209,7 @@ def test_too_slow_a_disk_ends_the_recording_and_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorder_module, "MAX_QUEUED", 0)
-    with recorded(tmp_path / "engine.rec", config_of(folder)) as engine:
+    with recorded(tmp_path / "engine.rec", config_of(folder, **SMALL)) as engine:
         add(engine, 5)
         assert len(engine.run()["a"]) == 5
     *_, close = Recording.open(tmp_path / "engine.rec").frames()

@@ -1,0 +1,106 @@
+"""`serve --record` and what reads its file: a real server's load, replayed by the command line."""
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from patience import PATIENCE
+from server_process import server_process
+
+from splitfuse import cli
+from splitfuse.core.request import FinishReason
+from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
+from splitfuse.recording.format import Recording, Records, encode_frame
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line here: its status, and what it prints."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["splitfuse", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of a server with a load of many kinds."""
+    folder = tmp_path_factory.mktemp("server")
+    path = folder / "server.rec"
+    flags = ("--record", str(path), "--num-threads", "1", "--max-num-batched-tokens", "64")
+    with server_process(folder, "recorded", *flags) as server:
+        url = server.client().url
+        with httpx.Client(base_url=f"{url}/v1", timeout=PATIENCE, trust_env=False) as http:
+            bodies: list[dict[str, Any]] = [
+                {"prompt": f"Anna keeps a goose. Number {number}", "max_tokens": 12 + number, "n": 1 + number % 2}
+                for number in range(8)
+            ]
+            bodies[1]["structured_outputs"] = {"regex": "(secret[a-d]){1,2}"}
+            bodies[2] |= {"logprobs": 2, "temperature": 0}
+            bodies[3]["stop"] = ["e", "a"]
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(lambda body: http.post("/completions", json=body), bodies))
+            assert [answer.status_code for answer in answers] == [200] * 8
+            long = {"prompt": "Once", "max_tokens": 800, "ignore_eos": True, "stream": True}
+            with http.stream("POST", "/completions", json=long) as stream:
+                next(stream.iter_lines())
+            metrics = httpx.get(f"{url}/metrics").text
+            assert "splitfuse:recording{" in metrics and "splitfuse:recording_dropped_events_total{" in metrics
+        server.terminate()
+        assert server.process.wait(PATIENCE) == 0
+    return path
+
+
+def test_a_server_is_replayed_to_the_last_bit(run: Run, path: Path) -> None:
+    status, out, err = run("replay", path, "--quiet")
+    assert (status, err) == (0, "")
+    first, last, seconds = out.splitlines()
+    assert first.startswith(f"{path}: ") and "13 requests" in first and "1 engine(s)" in first
+    assert last.startswith("equal to the last bit: ") and seconds.startswith("replayed in ")
+
+
+def test_a_server_writes_aborts_and_no_texts(path: Path) -> None:
+    frames = Recording.open(path).frames()
+    records = [record for frame in frames if isinstance(frame, Records) for record in frame.records]
+    assert FinishReason.ABORT in {record.reason for record in records if isinstance(record, FinishTrace)}
+    params = [each.detail.params for each in records if isinstance(each, RequestTrace) and each.detail is not None]
+    assert all(not each.stop for each in params)
+    assert {each.structured_outputs.source for each in params if each.structured_outputs is not None} == {""}
+
+
+def test_a_replay_that_differs_ends_with_status_one(run: Run, path: Path, tmp_path: Path) -> None:
+    frames, changed = list(Recording.open(path).frames()), tmp_path / "changed.rec"
+    head = path.read_bytes()[: -sum(len(encode_frame(frame)) for frame in frames)]
+    index, step = next(
+        (index, record)
+        for index, frame in enumerate(frames)
+        if isinstance(frame, Records)
+        for record in frame.records
+        if isinstance(record, StepTrace) and record.chunks[0].token_ids
+    )
+    chunk = msgspec.structs.replace(step.chunks[0], token_ids=(7,))
+    step = msgspec.structs.replace(step, chunks=(chunk, *step.chunks[1:]))
+    frame = frames[index]
+    assert isinstance(frame, Records)
+    frames[index] = Records(0, tuple(step if isinstance(each, StepTrace) else each for each in frame.records))
+    changed.write_bytes(head + b"".join(map(encode_frame, frames)))
+    status, out, err = run("replay", changed, "--json")
+    difference = json.loads(out)["difference"]
+    assert (status, err) == (1, "") and (difference["step"], difference["expected"]) == (step.step, 7)
+    assert difference["what"] == "token" and difference["position"] == chunk.start + chunk.num_tokens
+    status, out, err = run("replay", path, "--dtype", "float32", "--num-blocks", 100, "--kernels", "reference")
+    assert status == 1 and "was recorded with another dtype: recorded 'auto', here 'float32'; --force replays" in err
+    status, out, err = run("replay", path.with_name("absent"))
+    assert (status, out) == (1, "") and "absent cannot be read: No such file or directory" in err
