@@ -39,7 +39,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording of a server with a load of many kinds."""
     folder = tmp_path_factory.mktemp("server")
     path = folder / "server.rec"
-    flags = ("--record", str(path), "--num-threads", "1", "--max-num-batched-tokens", "64")
+    flags = ("--record", str(path), "--max-num-batched-tokens", "64")
     with server_process(folder, "recorded", *flags) as server:
         url = server.client().url
         with httpx.Client(base_url=f"{url}/v1", timeout=PATIENCE, trust_env=False) as http:
