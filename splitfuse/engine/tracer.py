@@ -10,6 +10,7 @@ Without a level nothing is listened to, and nothing costs anything.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ from splitfuse.engine.trace import (
 
 BLOCK_MAP_SECONDS = 1.0
 """Least time between two maps of the KV blocks, which take some tenths of a millisecond."""
+IDLE_MAP_SECONDS = 0.1
+"""Least time before the map of an engine that has gone idle, which is what is known until it works again."""
 MAX_MAPPED_BLOCKS = 4096
 """Number of blocks up to which a map has them all; of more, it has every second, third or n-th."""
 
@@ -83,7 +86,11 @@ class EngineTracer:
         return bool(self._records)
 
     def take(self) -> tuple[TraceRecord, ...]:
-        """Return the records since the last call."""
+        """Return the records since the last call; of an engine that has just gone idle, with a map of its blocks."""
+        if self._records and not self._engine.has_unfinished:
+            now = time.monotonic()
+            if now >= self._next_map - BLOCK_MAP_SECONDS + IDLE_MAP_SECONDS:
+                self._trace_blocks(now)
         records, self._records = tuple(self._records), []
         return records
 
@@ -121,9 +128,13 @@ class EngineTracer:
             )
         )
         if event.end_time >= self._next_map:
-            self._next_map = event.end_time + BLOCK_MAP_SECONDS
-            stride = -(-allocator.num_blocks // MAX_MAPPED_BLOCKS)
-            self._records.append(BlockMap(event.end_time, stride, allocator.states_of_blocks(stride)))
+            self._trace_blocks(event.end_time)
+
+    def _trace_blocks(self, now: float) -> None:
+        allocator = self._engine.allocator
+        self._next_map = now + BLOCK_MAP_SECONDS
+        stride = -(-allocator.num_blocks // MAX_MAPPED_BLOCKS)
+        self._records.append(BlockMap(now, stride, allocator.states_of_blocks(stride)))
 
     def _trace_chunk(self, chunk: Chunk, result: ChunkResult) -> ChunkTrace:
         detail = None

@@ -15,6 +15,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine import tracer as tracing
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Traced, decode_report, encode
@@ -89,7 +90,8 @@ def test_records_say_all_of_every_plan(folder: Path, *, preempted: bool) -> None
     assert all(len(tokens[number]) == 19 for number in requests)
 
 
-def test_phases_are_those_that_requests_enter(folder: Path) -> None:
+def test_phases_are_those_that_requests_enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "IDLE_MAP_SECONDS", 0.0)
     engine = load(folder, num_blocks=64, max_num_batched_tokens=8, max_num_seqs=1)
     tracer = EngineTracer(engine)
     tracer.level = TraceLevel.STEPS
@@ -105,7 +107,8 @@ def test_phases_are_those_that_requests_enter(folder: Path) -> None:
     assert phases[1] == [LatencyPhase.NO_SLOT, LatencyPhase.PREFILL, LatencyPhase.DECODE]
     assert all(record.detail is None for record in records if isinstance(record, RequestTrace))
     maps = [record for record in records if isinstance(record, BlockMap)]
-    assert len(maps) == 1 and maps[0].stride == 1 and len(maps[0].states) == 64 and 2 in maps[0].states
+    assert maps[0].stride == 1 and len(maps[0].states) == 64 and 2 in maps[0].states
+    assert not {2, 3} & set(maps[-1].states), "the last one, of an idle engine, shows what is held still"
 
 
 def test_unfinished_requests_are_told_when_tracing_begins(folder: Path) -> None:

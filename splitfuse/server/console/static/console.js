@@ -79,7 +79,7 @@ function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, i
 
 function finish(r, time, reason, out, met) {
   Object.assign(r, { end: time, reason, out, met });
-  known.lanes[r.lane] = time + 0.02 * view.span;
+  known.lanes[r.lane] = time + 0.06 * span();
 }
 
 function bucketAt(time) {
@@ -293,6 +293,7 @@ function notice(text) {
 const seconds = (ms) => ms === null || ms === undefined ? "–" : ms >= 9995 ? `${(ms / 1000).toFixed(1)} s` : ms >= 1000
   ? `${(ms / 1000).toFixed(2)} s` : ms >= 100 ? `${ms.toFixed(0)} ms` : `${ms.toPrecision(2)} ms`.replace(/^0\.0+ /, "0 ");
 const percent = (x) => `${x > 0 && x < 0.01 ? "<1" : Math.round(100 * x)} %`;
+const brief = (ms) => ms >= 1000 ? `${Number((ms / 1000).toPrecision(3))} s` : `${Number(ms.toPrecision(3))} ms`; // on axes
 const rate = (x) => x >= 99.5 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x.toFixed(x ? 2 : 0);
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const at = (time) => new Date(1000 * known.about.unix_origin + time);
@@ -396,7 +397,7 @@ function requestView(r, { title = true } = {}) {
   if (title) {
     parts.push(el("h3", {}, nameTag(r), " ", r.end === null ? el("span", {}, stateOf(r)) : sloWord(met), el("button", { onclick: () => follow(null) }, "Close")));
   }
-  if (a?.why) parts.push(el("p", { className: "why" }, a.why));
+  if (a?.why) parts.push(el("p", { className: "why" }, ...a.why.split(/([0-9a-f]{32})/).map((text) => known.byId.has(text) ? followButton(known.byId.get(text)[0]) : text)));
   parts.push(facts([
     ["first token", r.first === null ? (r.end === null ? `not yet, after ${seconds(wait - r.sent)}` : "none") : seconds(r.first - r.sent)
       + (r.ttft ? ` (SLO ${seconds(1000 * r.ttft)})` : "")],
@@ -443,8 +444,8 @@ function chooseSpan() { // about 200 steps, but no faster than a person can foll
 }
 
 function zoom(step) {
-  const i = SPANS.findIndex((s) => s >= span());
-  view.span = SPANS[Math.min(Math.max(i + step, 0), SPANS.length - 1)];
+  const wanted = step > 0 ? SPANS.find((s) => s > 1.01 * span()) : SPANS.findLast((s) => s < 0.99 * span());
+  view.span = wanted ?? span();
   view.autoSpan = false;
   changed();
 }
@@ -468,7 +469,7 @@ function follow(n, show = false) {
   if (r && show) {
     const until = r.end ?? clock(), length = 1.25 * (until - r.sent), from = viewEnd() - span();
     if (r.end !== null && (r.sent < from || until > viewEnd() || length < span() / 8)) {
-      view.span = SPANS.find((s) => s >= length) ?? SPANS.at(-1);
+      view.span = Math.min(Math.max(length, SPANS[0]), SPANS.at(-1));
       view.autoSpan = false;
       pause(true, Math.min(until + (span() - (until - r.sent)) / 2, clock()));
     }
@@ -619,7 +620,7 @@ function drawSteps() {
 }
 
 function drawColumns(context, e, { from, end, x, y, unit, w }) {
-  const { followed } = view, best = new Map();
+  const { followed } = view, best = new Map(), parts = [];
   let bin = null;
   const flush = () => {
     if (!bin) return;
@@ -655,8 +656,13 @@ function drawColumns(context, e, { from, end, x, y, unit, w }) {
     bin.steps += 1;
     for (const n of s.dec) add(bin.decodes, n, 1);
     for (let k = 0; k < s.chunks.length; k += 4) add(bin.chunks, s.chunks[k], s.chunks[k + 2]);
+    if (followed !== null && hasPart(s, followed)) parts.push([left, right]);
   }
   flush();
+  if (followed !== null && known.requests.has(followed)) { // where it had a part, however small
+    context.fillStyle = known.requests.get(followed).colour;
+    for (const [left, right] of parts) context.fillRect(left, y(0) - 3, Math.max(right - left - 0.5, 1.5), 4);
+  }
   context.textAlign = "center";
   context.font = '600 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif';
   const placed = [];
@@ -670,6 +676,11 @@ function drawColumns(context, e, { from, end, x, y, unit, w }) {
   }
   context.textAlign = "left";
   context.font = '11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif';
+}
+
+function hasPart(s, n) {
+  for (let k = 0; k < s.chunks.length; k += 4) if (s.chunks[k] === n) return true;
+  return s.dec.includes(n);
 }
 
 function drawTimes() {
@@ -713,18 +724,33 @@ function drawTimes() {
 
 const nice = (value) => { const power = 10 ** Math.floor(Math.log10(value)); return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((m) => m * power >= value) * power; };
 
-const rowsAt = { size: 0, gap: 0, lanes: new Map() };
+const rowsAt = { size: 0, lanes: new Map(), followed: null };
+const ROW = 9, ROWS_HEIGHT = 436;
 
 function drawRows() {
-  const shown = shownRows(), used = [...new Set(shown.map((r) => r.lane))].sort((a, b) => a - b);
-  const size = Math.max(6, Math.min(18, Math.floor(436 / Math.max(used.length, 1))));
-  const height = Math.max(used.length * size + 4, 90), canvas = $("rows");
+  const all = shownRows(), began = viewEnd() - span(), active = new Set(), queued = new Set();
+  for (const r of all) {
+    const waits = r.n !== view.followed && r.end === null && r.phases.every(([, phase], i) => phase < 0 || known.groups[phase] === "queued" || (r.phases[i + 1]?.[0] ?? Infinity) < began);
+    (waits ? queued : active).add(r.lane);
+  }
+  for (const lane of active) queued.delete(lane);
+  const room = Math.max(Math.floor(ROWS_HEIGHT / ROW) - active.size - 1, 3), hidden = queued.size > room ? queued.size - room : 0;
+  const order = (lanes) => [...lanes].sort((a, b) => a - b);
+  const used = [...order(active), ...order(queued).slice(0, queued.size - hidden)], shown = all.filter((r) => used.includes(r.lane));
+  const size = Math.max(ROW, Math.min(18, Math.floor(ROWS_HEIGHT / Math.max(used.length, 1))));
+  const height = Math.max(used.length * size + (hidden ? 18 : 4), 90), canvas = $("rows");
   if (canvas.style.height !== `${height}px`) canvas.style.height = `${height}px`;
   Object.assign(rowsAt, { size, lanes: new Map(used.map((lane, i) => [lane, i])) });
   const area = prepare(canvas, height), { context, w, h } = area, scale = timeScale(w), { from, end, x } = scale;
   drawTimeGrid(area, scale);
   if (!shown.length) { context.fillStyle = colours.quiet; context.textAlign = "center"; context.fillText("no request in this time", GUTTER + (w - GUTTER) / 2, 40); context.textAlign = "left"; }
   const now = clock();
+  if (hidden) { context.fillStyle = colours.quiet; context.fillText(`and ${hidden} more in the queue`, GUTTER + 4, used.length * size + 9); }
+  if (view.followed !== rowsAt.followed) {
+    rowsAt.followed = view.followed;
+    const row = rowsAt.lanes.get(known.requests.get(view.followed)?.lane), box = $("rows-box");
+    if (row !== undefined && (row * size < box.scrollTop || (row + 1) * size > box.scrollTop + box.clientHeight)) box.scrollTop = row * size - box.clientHeight / 2;
+  }
   for (const r of shown) {
     const top = rowsAt.lanes.get(r.lane) * size + 3, high = size - (size > 9 ? 4 : 1), until = Math.min(r.end ?? now, end);
     const faded = view.followed !== null && view.followed !== r.n;
@@ -745,20 +771,17 @@ function drawRows() {
       context.beginPath(); context.moveTo(fx - s, top - 1); context.lineTo(fx + s, top - 1); context.lineTo(fx, top - 1 + 1.7 * s); context.closePath(); context.stroke(); context.fill();
     }
     context.restore();
-    if (size >= 10 || view.followed === r.n || (r.met === false && size >= 8)) {
-      const sx = x(r.sent);
-      context.textAlign = "right";
-      const missed = r.met === false;
-      context.font = `${missed || view.followed === r.n ? 700 : 400} 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif`;
-      label(context, nameOf(r), Math.max(sx - 4, GUTTER - 6), top + high / 2 + 0.5, missed ? colours.red : colours.ink);
-      context.textAlign = "left";
-      if (r.end !== null && r.end <= end) {
-        const mark = r.reason === "error" ? "!" : r.met === null ? "" : r.met ? "✓" : "✕";
-        if (mark && size >= 10) label(context, mark, x(r.end) + 3, top + high / 2 + 0.5, r.met ? colours.green : colours.red);
-      }
-      context.font = '11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif';
+    const sx = x(r.sent);
+    context.textAlign = "right";
+    const missed = r.met === false;
+    context.font = `${missed || view.followed === r.n ? 700 : 400} ${size < 12 ? 9.5 : 11}px system-ui, "Segoe UI", Helvetica, Arial, sans-serif`;
+    label(context, nameOf(r), Math.max(sx - 4, GUTTER - 6), top + high / 2 + 0.5, missed ? colours.red : colours.ink);
+    context.textAlign = "left";
+    if (r.end !== null && r.end <= end) {
+      const mark = r.reason === "error" ? "!" : r.met === null ? "" : r.met ? "✓" : "✕";
+      if (mark) label(context, mark, x(r.end) + 3, top + high / 2 + 0.5, r.met ? colours.green : colours.red);
     }
-    if (size < 10 && r.met === false && r.end <= end) { context.fillStyle = colours.red; context.fillRect(x(r.end), top, 3, high); }
+    context.font = '11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif';
     context.globalAlpha = 1;
   }
   drawMarks(area, scale);
@@ -802,7 +825,7 @@ function lines(id, series, { unit, target = null, empty }) {
   if (target !== null) {
     context.strokeStyle = colours.ink; context.setLineDash([4, 3]); context.lineWidth = 0.8;
     context.beginPath(); context.moveTo(left, y(target)); context.lineTo(w - right, y(target)); context.stroke(); context.setLineDash([]);
-    label(context, `SLO ${seconds(target)}`, left + 3, Math.max(y(target) - 7, 6), colours.quiet);
+    label(context, `SLO ${brief(target)}`, left + 3, Math.max(y(target) - 7, 6), colours.quiet);
   }
   const names = [];
   for (const { name, colour, points, dash } of series) {
@@ -817,7 +840,8 @@ function lines(id, series, { unit, target = null, empty }) {
     if (last !== null) names.push({ name, colour, y: y(last) });
   }
   names.sort((a, b) => a.y - b.y).forEach((each, i) => { if (i) each.y = Math.max(each.y, names[i - 1].y + 12); });
-  for (const each of names) label(context, each.name, w - right + 5, Math.min(each.y, h - 20), each.colour);
+  for (let i = names.length - 1; i >= 0; i -= 1) names[i].y = Math.min(names[i].y, (names[i + 1]?.y ?? h - 8) - 12);
+  for (const each of names) label(context, each.name, w - right + 5, each.y, each.colour);
   canvas.setAttribute("aria-label", series.map(({ name, points }) => `${name} ${points.length && points.at(-1)[1] !== null ? unit(points.at(-1)[1]) : "no value"}`).join(", "));
 }
 
@@ -831,13 +855,12 @@ function drawCharts() {
   const series = requests ? [{ name: "all", colour: colours.pale, points: get((b) => b.answered * per, 0) }] : [];
   if (any.some((b) => b.withSlo)) series.push({ name: "goodput", colour: colours.blue, points: get((b) => b.met * per, 0) });
   if (any.some((b) => b.refused)) series.push({ name: "refused", colour: colours.red, dash: [2, 2], points: get((b) => b.refused * per, 0) });
-  lines("rate", series, { unit: rate, empty: "no request yet" });
-  const time = (ms) => ms === 0 ? "0" : seconds(ms);
+  lines("rate", series, { unit: (x) => String(Number(x.toPrecision(3))), empty: "no request yet" });
   for (const [id, tail] of [["ttft", 0.95], ["itl", 0.99]]) {
     const target = any.map((b) => b[`${id}Target`]).filter((t) => t !== null).at(-1) ?? null;
     const percentile = (p) => get((b) => Histogram.percentile([b[id]], p), null);
     lines(id, [{ name: "P50", colour: colours.blue, points: percentile(0.5) }, { name: `P${100 * tail}`, colour: colours.orange, points: percentile(tail) }],
-      { unit: time, target, empty: "no token yet" });
+      { unit: (ms) => ms ? brief(ms) : "0", target, empty: "no token yet" });
   }
 }
 
@@ -913,7 +936,7 @@ function showFigures() {
     ["running", String(open.length - waiting), `${waiting} waiting`],
     ["token budget used", steps ? percent(sum("computed") / sum("budget")) : "–", steps ? `${plural(Math.round(steps / length), "step")}/s` : "no step"],
     ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} tokens/s computed`],
-    withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(sum("answered") / length)}/s met their SLO`, met < withSlo]
+    withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(withSlo / length)}/s met SLO`, met < withSlo]
       : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : "none has an SLO"],
     ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${seconds(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
     ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${seconds(itl)}` : ""), itl && p("itl", 0.99) > itl],
@@ -1154,9 +1177,8 @@ const chat = {
     let chunks = 0, steps = 0;
     for (let i = firstStep(r.sent); i < known.steps.length; i += 1) {
       const s = known.steps[i];
-      let part = s.dec.includes(r.n);
-      for (let k = 0; k < s.chunks.length; k += 4) if (s.chunks[k] === r.n) { part = true; chunks += 1; }
-      steps += part;
+      steps += hasPart(s, r.n);
+      for (let k = 0; k < s.chunks.length; k += 4) chunks += s.chunks[k] === r.n;
     }
     const heading = el("p", {}, followButton(r), ` ${plural(r.prompt, "prompt token")} in ${plural(chunks, "chunk")}, then ${plural(r.out, "token")}: ${plural(steps, "step")} had a part of it. `, r.end === null ? stateOf(r) : sloWord(r.met));
     box.replaceChildren(heading, ...requestView(r, { title: false }));
