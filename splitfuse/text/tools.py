@@ -155,10 +155,15 @@ def tools_of(value: object) -> tuple[Tool, ...]:
     return tools
 
 
-def chosen_tools(tools: Sequence[Tool], choice: ToolChoice) -> tuple[Tool, ...]:
-    """Return the tools that an answer may call. Raises InvalidRequestError as `check_choice`."""
-    check_choice(tools, choice)
-    return () if choice.mode == "none" else tuple(tools)
+def chosen_tools(tools: Sequence[Tool], choice: ToolChoice, *, allowed: Sequence[str] = ()) -> tuple[Tool, ...]:
+    """Return the tools that an answer may call: those of the `allowed` names, if there are any. Raises
+    InvalidRequestError as `check_choice`.
+    """
+    for name in allowed:
+        check_choice(tools, ToolChoice("auto", name))
+    chosen = tuple(tool for tool in tools if not allowed or tool.name in allowed)
+    check_choice(chosen, choice)
+    return () if choice.mode == "none" else chosen
 
 
 def choice_of(value: object) -> ToolChoice:

@@ -18,8 +18,9 @@ from splitfuse.server.auth import Owner
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import GenerationRequest, errors_named, form_names
 from splitfuse.server.openai.structured import StructuredFields
-from splitfuse.server.openai.tools import MessageToolCall, ToolChoiceField, Tools, tool_options
+from splitfuse.server.openai.tools import CACHED, EPHEMERAL, MessageToolCall, ToolChoiceField, Tools, tool_options
 from splitfuse.server.sampling import refine_sampling, sampling_params
+from splitfuse.server.texts import Texts, texts_of, texts_schema
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_options import ChatOptions
 from splitfuse.text.tools import MAX_TOOLS, name_results, place_in_messages
@@ -123,7 +124,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
 
     PATH: ClassVar[str] = "/v1/completions"
 
-    prompt: str | list[str | int | list[int]]
+    prompt: Texts
     max_tokens: Annotated[int, Meta(ge=0, le=MAX_INT, description="Left out: 16, or what the model has room for")] | (
         None
     ) = None
@@ -138,39 +139,17 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
         """See Body: a list of prompts has one kind of them."""
-        text, tokens = {"type": "string", "minLength": 1}, {"type": "array", "items": bounds.token, "minItems": 1}
-        several = {"type": "array", "minItems": 1, "maxItems": bounds.max_prompts}
-        super().refine_schema(schema, bounds)["properties"]["prompt"] = {
-            "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}]
-        }
+        super().refine_schema(schema, bounds)["properties"]["prompt"] = texts_schema(bounds, bounds.max_prompts)
         return schema
 
     def content(self) -> dict[str, Any]:
         """See GenerateBody."""
         return {
-            "prompts": self.prompts(),
+            "prompts": texts_of(self.prompt, "prompt"),
             "default_max_tokens": DEFAULT_MAX_TOKENS,
             "include_output": self.max_tokens != 0,
             "each_token": bool(self.return_token_ids),
         }
-
-    def prompts(self) -> list[str | list[int]]:
-        """Return one prompt or more. Raises InvalidRequestError for a list of mixed kinds."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty: the list has nothing in it", parameter="prompt")
-        kinds = set(map(type, prompt))
-        if kinds == {int}:
-            return [prompt]  # type: ignore[list-item]
-        if len(kinds) > 1 or kinds == {bool}:
-            raise InvalidRequestError(
-                "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids, not a "
-                "mixture",
-                parameter="prompt",
-            )
-        return prompt  # type: ignore[return-value]
 
     def params(self) -> SamplingParams:
         """Return the parameters of sampling. max_tokens 0 becomes 1, whose token is not shown; left out, open."""
@@ -187,7 +166,7 @@ class CompletionRequest(GenerateBody, kw_only=True, frozen=True):
         )
 
 
-@accepts_neutral(cache_control=[{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}])
+@accepts_neutral(cache_control=EPHEMERAL)
 class ContentPart(Body, kw_only=True, frozen=True):
     """Holds a text that is a part of a message, or an assistant's refusal in place of one."""
 
@@ -196,7 +175,7 @@ class ContentPart(Body, kw_only=True, frozen=True):
             ("image_url", "input_audio", "file"),
             "messages are text, also to vision-language models: use parts of the type text",
         ),
-        "cache_control": "prompts stay in the prefix cache as long as there is room",
+        "cache_control": CACHED,
     }
 
     type: Annotated[str, Meta(extra_json_schema={"enum": ["text", "refusal"]})]
@@ -229,7 +208,7 @@ _ONE_ROLE = {
 @accepts_neutral(
     annotations=[[]],
     audio=[],
-    cache_control=[{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}],
+    cache_control=EPHEMERAL,
     function_call=[],
 )
 class ChatMessage(Body, kw_only=True, frozen=True):
@@ -238,7 +217,7 @@ class ChatMessage(Body, kw_only=True, frozen=True):
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        "cache_control": ContentPart.REFUSED["cache_control"],
+        "cache_control": CACHED,
         "function_call": "functions are called by tool_calls",
     }
 
@@ -313,7 +292,7 @@ class ChatRequest(GenerateBody, kw_only=True, frozen=True):
     REFUSED: ClassVar[Mapping[str, str]] = {
         "function_call": "functions are called by tools, with a tool_choice",
         "functions": "they are called by tools of the type function",
-        "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
+        "prompt_cache_retention": CACHED,
         "service_tier": "there is one tier, in which splitfuse_priority orders requests",
     }
 

@@ -11,12 +11,15 @@ from splitfuse.errors import InvalidRequestError
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.validation import Body, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolCall, ToolChoice
-from splitfuse.text.tools import MAX_TOOLS, NAME, check_choice, chosen_tools, placed_tool, template_call
+from splitfuse.text.tools import MAX_TOOLS, NAME, chosen_tools, placed_tool, template_call
 
 FunctionNameField = Annotated[str, Meta(extra_json_schema={"pattern": NAME})]
 """Type of the name of a function."""
 _FUNCTION = Annotated[str, Meta(extra_json_schema={"enum": ["function"]})]
-_EPHEMERAL = [{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}]
+EPHEMERAL = [{"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"}]
+"""Values of cache_control that change nothing."""
+CACHED = "prompts stay in the prefix cache as long as there is room"
+"""Reason why a request cannot say how long its prompt is kept."""
 CUSTOM: Mapping[str, str] = {"custom": "only functions are called, whose arguments are JSON: use the type function"}
 """Reason why other tools than functions are refused."""
 
@@ -37,13 +40,13 @@ class FunctionDefinition(Body, kw_only=True, frozen=True):
         return placed_tool(tool, where)
 
 
-@accepts_neutral(cache_control=_EPHEMERAL)
+@accepts_neutral(cache_control=EPHEMERAL)
 class FunctionTool(Body, kw_only=True, frozen=True):
     """Holds a tool, which is a function."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         **CUSTOM,
-        "cache_control": "prompts stay in the prefix cache as long as there is room",
+        "cache_control": CACHED,
     }
 
     type: _FUNCTION
@@ -99,13 +102,10 @@ ToolChoiceField = Annotated[str, Meta(extra_json_schema={"enum": ["none", "auto"
 def tool_options(tools: Sequence[FunctionTool] | None, choice: str | ToolChoiceBody | None) -> dict[str, Any]:
     """Return the fields of ChatOptions which tell of tools. Raises InvalidRequestError, naming the place."""
     given = tuple(each.tool(f"tools[{index}]") for index, each in enumerate(tools or ()))
-    chosen = _choice(choice)
+    chosen, allowed = _choice(choice), list[str]()
     if isinstance(choice, ToolChoiceBody) and choice.allowed_tools is not None:
         allowed = [_named(each, index) for index, each in enumerate(choice.allowed_tools.tools)]
-        for name in allowed:
-            check_choice(given, ToolChoice("auto", name))
-        given = tuple(tool for tool in given if tool.name in allowed)
-    return {"tools": chosen_tools(given, chosen), "tool_choice": chosen}
+    return {"tools": chosen_tools(given, chosen, allowed=allowed), "tool_choice": chosen}
 
 
 def _choice(choice: str | ToolChoiceBody | None) -> ToolChoice:

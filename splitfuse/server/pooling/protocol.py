@@ -10,8 +10,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 from splitfuse.core.sampling_params import MAX_INT
 from splitfuse.errors import InvalidRequestError
-from splitfuse.server.pooling.run import one_kind
 from splitfuse.server.slo_params import SloParams
+from splitfuse.server.texts import Texts, texts_of, texts_schema
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 
 MAX_TEXTS = 2048
@@ -45,7 +45,7 @@ class EmbeddingRequest(SloParams, kw_only=True, frozen=True):
         "messages": "send texts, as input",
     }
 
-    input: str | list[str | int | list[int]]
+    input: Texts
     model: _Model = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1, le=MAX_INT, description="Keeps the first ones; left out: all")] | None = None
@@ -54,29 +54,14 @@ class EmbeddingRequest(SloParams, kw_only=True, frozen=True):
     @classmethod
     def refine_schema(cls, schema: dict[str, Any], bounds: SchemaBounds) -> dict[str, Any]:
         """See Body: a list has one kind of texts."""
-        text, tokens = {"type": "string", "minLength": 1}, {"type": "array", "items": bounds.token, "minItems": 1}
-        several = {"type": "array", "minItems": 1, "maxItems": MAX_TEXTS}
-        super().refine_schema(schema, bounds)["properties"]["input"] = {
-            "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}]
-        }
+        super().refine_schema(schema, bounds)["properties"]["input"] = texts_schema(bounds, MAX_TEXTS)
         return schema
 
     def texts(self) -> list[str | list[int]]:
         """Return one text or more, or their token ids. Raises InvalidRequestError for a list of mixed kinds."""
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        if not given:
-            raise InvalidRequestError("input is empty: the list has nothing in it", parameter="input")
-        if not one_kind(given):
-            raise InvalidRequestError(
-                "input must be a text, a list of texts, a list of token ids, or a list of lists of token ids, not a "
-                "mixture",
-                parameter="input",
-            )
-        texts: Any = [given] if isinstance(given[0], int) else given
+        texts = texts_of(self.input, "input")
         check_count(texts, "input")
-        return texts  # type: ignore[no-any-return]
+        return texts
 
     @property
     def places(self) -> list[str]:

@@ -81,9 +81,3 @@ def _blamed(place: str) -> Iterator[None]:
             error.parameter = place
             error.args = (f"{place}: {str(error).removesuffix(ONE_LEFT)}",)
         raise
-
-
-def one_kind(prompt: Sequence[object]) -> bool:
-    """Return whether all items of a list have one type, none being true or false."""
-    kinds = set(map(type, prompt))
-    return len(kinds) == 1 and kinds != {bool}

@@ -20,7 +20,7 @@ from splitfuse.text.tools import name_results, template_call
 
 MAX_ITEMS = 4096
 """Number of items that a request may have, with those of the responses that it goes on from."""
-_EPHEMERAL_ID = re.compile(r"[a-z]+_([0-9a-f]{32})")
+_OWN_ID = re.compile(r"[a-z]+_([0-9a-f]{32})")
 _ID = Annotated[str, Meta(max_length=512)]
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -165,7 +165,7 @@ def _texts(value: str | Sequence[ItemPart], where: str, role: str) -> list[str]:
 
 def answer_id_of(item_id: str) -> str | None:
     """Return the id of the answer of which an item of that id is a part; None for an id that is none of ours."""
-    found = _EPHEMERAL_ID.match(item_id)
+    found = _OWN_ID.match(item_id)
     return f"resp_{found[1]}" if found else None
 
 

@@ -16,13 +16,13 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import FORM, GenerationRequest, errors_named, form_names
 from splitfuse.server.openai.protocol import EffortField, VerbosityField
 from splitfuse.server.openai.structured import StructuredOutputsBody
-from splitfuse.server.openai.tools import FunctionDefinition, FunctionNameField
+from splitfuse.server.openai.tools import CACHED, FunctionDefinition, FunctionNameField
 from splitfuse.server.responses.items import ASYNC, MAX_ITEMS, Item, messages_of
 from splitfuse.server.sampling import SamplingFields, refine_sampling, sampling_params
 from splitfuse.server.validation import Body, SchemaBounds, accepts_neutral
 from splitfuse.text.chat_formats.message import AUTO, Tool, ToolChoice
 from splitfuse.text.chat_options import ChatOptions
-from splitfuse.text.tools import MAX_TOOLS, check_choice, chosen_tools
+from splitfuse.text.tools import MAX_TOOLS, chosen_tools
 
 PATH = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
@@ -180,8 +180,8 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
         "messages": "they are the input of this route",
         "n": "a response is one answer",
         "prompt": "this server keeps no prompts: send instructions and input",
-        "prompt_cache_options": "prompts stay in the prefix cache as long as there is room",
-        "prompt_cache_retention": "prompts stay in the prefix cache as long as there is room",
+        "prompt_cache_options": CACHED,
+        "prompt_cache_retention": CACHED,
         "prompt_logprobs": "it is one of /v1/chat/completions",
         "reasoning_effort": "it is reasoning.effort of this route",
         "response_format": "it is text.format of this route",
@@ -297,13 +297,9 @@ class ResponseRequest(SamplingFields, kw_only=True, frozen=True):
     def _chat_options(self) -> ChatOptions:
         tools = tuple(each.tool(f"tools[{index}]") for index, each in enumerate(self.tools or ()))
         choice, allowed = self._tool_choice()
-        for name in allowed:
-            check_choice(tools, ToolChoice("auto", name))
-        if allowed:
-            tools = tuple(tool for tool in tools if tool.name in allowed)
         return ChatOptions(
             variables=self.chat_template_kwargs,
-            tools=chosen_tools(tools, choice),
+            tools=chosen_tools(tools, choice, allowed=allowed),
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reads_parts=True,
