@@ -14,9 +14,9 @@ from splitfuse.config import ServerConfig
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.models.sources.hub import open_model
+from splitfuse.server.anthropic.answers import MessagesAnswer, MessagesResponder
 from splitfuse.server.anthropic.dialect import named_event
 from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequest
-from splitfuse.server.anthropic.responses import MessagesAnswer, MessagesResponder
 from splitfuse.server.context import TokenCounts
 from splitfuse.server.validation import decode
 from splitfuse.text.chat_formats.formats import format_of

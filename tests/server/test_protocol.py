@@ -22,8 +22,8 @@ from splitfuse.errors import (
 )
 from splitfuse.server.app import ROUTES
 from splitfuse.server.errors import RefusedError, answer_to, without_secrets
+from splitfuse.server.openai.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.openai.protocol import ChatRequest, CompletionRequest, plain_messages
-from splitfuse.server.openai.responses import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.validation import Body, decode
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -6,9 +6,9 @@ import functools
 
 import msgspec
 
+from splitfuse.server.anthropic.answers import MessagesAnswer, MessagesEvent, MessagesResponder
 from splitfuse.server.anthropic.dialect import ANTHROPIC
 from splitfuse.server.anthropic.protocol import NAMES, CountTokensRequest, MessagesRequest
-from splitfuse.server.anthropic.responses import MessagesAnswer, MessagesEvent, MessagesResponder
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
 from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, errors_named, generate, reading_at_most

@@ -14,7 +14,7 @@ from splitfuse.server.context import TokenCounts
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Timing
 from splitfuse.server.generate import MessageResponder
-from splitfuse.server.openai.responses import ChatLogprob
+from splitfuse.server.openai.answers import ChatLogprob
 from splitfuse.server.responses.items import Status
 from splitfuse.server.responses.protocol import LOGPROBS, ResponseRequest
 from splitfuse.server.state import AppState
