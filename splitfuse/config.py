@@ -247,6 +247,11 @@ class ServerConfig:
         120.0, "Seconds after which an idle connection is closed; load balancers close theirs after 60 to 90."
     )
     log_prompts: bool = setting(False, "Include prompts and answers in the log.")
+    otel: bool = setting(
+        False,
+        "Send a span of each request to an OpenTelemetry collector, which OTEL_EXPORTER_OTLP_ENDPOINT names; needs "
+        "splitfuse[otel].",
+    )
     record: str | None = setting(
         None, "File to record requests and steps to, for splitfuse replay; token ids of prompts and answers are in it."
     )

@@ -24,9 +24,11 @@ class TraceLevel(enum.IntEnum):
     """Says how much is traced."""
 
     OFF = 0
-    STEPS = 1
+    REQUESTS = 1
+    """When requests come, are preempted and end: RequestTrace, PreemptTrace, FinishTrace."""
+    STEPS = 2
     """What steps were made of, how long they took, and the phases of requests. No token ids but those generated."""
-    PLANS = 2
+    PLANS = 3
     """All that is needed to run the steps again: prompts, parameters, blocks, log-probabilities."""
 
 

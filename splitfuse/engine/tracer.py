@@ -73,11 +73,11 @@ class EngineTracer:
             self._trace_request(request, arrival, arrival)
         listeners: dict[type[Any], Callable[[Any], None]] = {
             RequestAdded: lambda event: self._trace_request(event.request, event.sent_time, event.time),
-            PhasesEntered: self._trace_phases,
-            StepRecord: self._trace_step,
             RequestPreempted: self._trace_preemption,
             RequestFinished: self._trace_finish,
         }
+        if level >= TraceLevel.STEPS:
+            listeners |= {PhasesEntered: self._trace_phases, StepRecord: self._trace_step}
         self._unsubscribe = [self._engine.events.subscribe(event, listener) for event, listener in listeners.items()]
 
     @property

@@ -258,14 +258,14 @@ class _Endpoint:
         def explain(engine: asyncio.Future[LatencyBreakdown]) -> None:
             breakdown = breakdown_of(context, engine.result(), ended=ended)
             state.explanations.end(context.unique_id, (record, breakdown))
-            state.traces.publish(RequestEnd(context.unique_id, record, breakdown, ended))
+            state.traces.publish(RequestEnd(context.unique_id, record, breakdown, ended, context))
             if record.slo_met is False:
                 write(dataclasses.replace(record, slo_violation=describe_breakdown(breakdown)))
 
         if (last := context.last) is None:
             state.explanations.end(context.unique_id, None)
             if route.is_logged:
-                state.traces.publish(RequestEnd(context.unique_id, record, None, ended))
+                state.traces.publish(RequestEnd(context.unique_id, record, None, ended, context))
         else:  # the engine tells where the time went within a step or two
             last.breakdown.add_done_callback(explain)
         if last is None or record.slo_met is not False:

@@ -74,7 +74,8 @@ class RequestContext:
         """Digest of the LoRA adapter that its model stands for; empty: none."""
         self._receive = receive
         self._send = send
-        self._is_stream = False
+        self.is_stream = False
+        """Flag of an answer that has begun as a stream of events."""
         self._last: Stream | None = None
         self._writing = asyncio.Lock()
         self._written_at = self.arrival
@@ -256,7 +257,7 @@ class RequestContext:
         """Send an error: as the answer, or as the last event of a stream that has begun."""
         if self.status is None:
             await self.answer(self.dialect.error(answer), status=answer.status, headers=answer.headers)
-        elif self._is_stream:
+        elif self.is_stream:
             events = b"".join(map(self.dialect.event, self.stream_error(answer)))
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._write(events, more=False)
@@ -265,7 +266,7 @@ class RequestContext:
         async with self._writing:
             self._written_at = time.monotonic()
             if self.status is None:
-                self._is_stream = True
+                self.is_stream = True
                 headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
                 await self._begin(200, self.dialect.stream_type, headers)
             await self.send({"type": "http.response.body", "body": data, "more_body": more})

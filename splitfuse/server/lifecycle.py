@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from splitfuse.recording.recorder import Recorder
     from splitfuse.server.admission import Admission
     from splitfuse.server.metrics import Metrics
+    from splitfuse.server.otel import RequestSpans
     from splitfuse.text.service import TextService
 
 ShowStage = Callable[[Loading], None]
@@ -75,6 +76,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
         LineWriter(sys.stdout, note=note_dropped) as log,
         listening_socket(config.host, config.port, config.client_timeout) as listener,
         _recorder(engine, config) as recorder,
+        _request_spans(config) as spans,
     ):
         max_connections = connection_limit(config)
         server = HttpServer(config, max_connections=max_connections)
@@ -98,7 +100,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             serving = asyncio.create_task(server.serve([listener]))
             try:
                 starting = asyncio.create_task(
-                    _start(engine, config, client, server, log.write, recorder, show_stage or log_stages())
+                    _start(engine, config, client, server, log.write, recorder, spans, show_stage or log_stages())
                 )
                 if (started := await _started(starting, serving, signals)) is not None:
                     admission, service = started
@@ -141,6 +143,18 @@ def _recorder(engine: EngineConfig, config: ServerConfig) -> Iterator[Recorder |
         yield recorder
 
 
+@contextmanager
+def _request_spans(config: ServerConfig) -> Iterator[RequestSpans | None]:
+    """Give what sends spans of requests, if the settings ask for it. Raises ConfigError if it cannot."""
+    if not config.otel:
+        yield None
+        return
+    from splitfuse.server.otel import RequestSpans
+
+    with closing(RequestSpans(config.served_model_name or "", instance=config.name)) as spans:
+        yield spans
+
+
 def _register(deployment: Deployment) -> bool:
     """List a deployment, and return whether it is listed: a server also runs where no folder can be written."""
     try:
@@ -172,13 +186,14 @@ async def _start(
     server: HttpServer,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
+    spans: RequestSpans | None,
     show_stage: ShowStage,
 ) -> tuple[Admission, TextService]:
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
         server.app, admission, service = await run_in_daemon_thread(
-            lambda: _make_app(engine, config, client, write_log, recorder)
+            lambda: _make_app(engine, config, client, write_log, recorder, spans)
         )
         with ExitStack() as undo:
             undo.callback(service.close)
@@ -226,6 +241,7 @@ def _make_app(
     client: EngineClient,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
+    spans: RequestSpans | None,
 ) -> tuple[App, Admission, TextService]:
     """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
     from splitfuse.server.access_log import RequestLog
@@ -261,6 +277,9 @@ def _make_app(
     if recorder is not None:
         record(traces, recorder)
         metrics.recorder = recorder
+    if spans is not None:
+        spans.follow(traces)
+        metrics.num_dropped_spans = lambda: spans.num_dropped
     app = make_app(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
     return app, admission, service
 

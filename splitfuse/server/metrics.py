@@ -104,6 +104,7 @@ FAMILIES = (
         *("splitfuse:console_dropped_frames", "counter", "dropped_frames"),
         "Frames that consoles did not read in time, and did not get.",
     ),
+    Family("splitfuse:otel_dropped_spans", "counter", "dropped_spans", "Spans that no OpenTelemetry collector took."),
     Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
     Family("splitfuse:step_seconds", "histogram", "step_seconds", "Duration of a step."),
@@ -172,6 +173,8 @@ class Metrics(Collector):
         self._rendered_at = -math.inf
         self.num_text_restarts: Callable[[], int] = lambda: 0
         """Function that returns how many processes for texts were ended."""
+        self.num_dropped_spans: Callable[[], int] = lambda: 0
+        """Function that returns how many spans for OpenTelemetry were dropped."""
         self.recorder: Recorder | None = None
         """Recorder of the engines, if there is one."""
         self.consoles: Callable[[], tuple[int, int]] = lambda: (0, 0)
@@ -235,6 +238,7 @@ class Metrics(Collector):
         self._totals.update(self._client.stats)
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
         single["text_restarts"] = self.num_text_restarts()
+        single["dropped_spans"] = self.num_dropped_spans()
         recorder = self.recorder
         single["recording"] = float(recorder is not None and not recorder.ended)
         single["recorded_bytes"] = 0 if recorder is None else recorder.num_bytes

@@ -16,6 +16,7 @@ from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.recording.recorder import Recorder
 from splitfuse.server.access_log import RequestRecord
+from splitfuse.server.context import RequestContext
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class RequestEnd(NamedTuple):
     """Where its time went; None if no engine had it."""
     ended: float
     """Time on the monotonic clock."""
+    context: RequestContext | None = None
+    """Headers and parameters, for a subscriber that keeps none of it."""
 
 
 TraceEvent: TypeAlias = EngineRecords | EngineChange | RequestEnd

@@ -462,6 +462,7 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics.request_ended(replace(RECORD, error="ServerError"))
     metrics.num_text_restarts = lambda: 3
     metrics.consoles = lambda: (2, 5)
+    metrics.num_dropped_spans = lambda: 3
     metrics.recorder = SimpleNamespace(ended=False, num_bytes=7, num_dropped=1)  # type: ignore[assignment]
     metrics.request_refused("overloaded")
     step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9))
