@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "server": ("deploy", "text", "recording", "engine", "models", "core", "config", "errors", "version"),
     "clients": ("deploy", "text", "core", "errors"),
     "api": ("text", "engine", "runtime", "models", "core", "config", "errors"),
-    "bench": ("clients", "engine", "runtime", "core", "config", "errors"),
+    "bench": ("clients", "recording", "engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),
     "cli": (
         *("simulator", "bench", "api", "clients", "server", "deploy", "text", "recording", "engine", "runtime"),

@@ -19,6 +19,8 @@ import msgspec
 from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
 from splitfuse.config import setting
 from splitfuse.errors import ConfigError, unreadable
+from splitfuse.recording.format import Recording, is_recording
+from splitfuse.recording.requests import read_requests
 
 Prompt: TypeAlias = tuple[int, ...] | str
 DEVIATION = 0.3
@@ -236,7 +238,11 @@ class Trace(Workload):
 
     @classmethod
     def read(cls, path: Path, vocabulary: Vocabulary, *, seed: int = 0, room: int = UNLIMITED) -> Trace:
-        """Read a trace. Raises ConfigError, naming the line, for an invalid one."""
+        """Read a trace, or the requests of a recording. Raises ConfigError, naming the line, for an invalid one, and
+        RecordingError.
+        """
+        if is_recording(path):
+            return cls(_recorded_lines(path, room), vocabulary, path.name, seed, room)
         try:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -278,6 +284,27 @@ class Trace(Workload):
         if prompt is None:
             prompt = self.vocabulary.draw(Random(f"{self.seed} {stream} {number}"), line.prompt_tokens or 1)
         return LoadRequest(stream, number, 0, prompt, line.generate)
+
+
+def _recorded_lines(path: Path, room: int) -> tuple[TraceLine, ...]:
+    """Return the requests of a recording at the times at which they were sent, to generate as much as they did. Those
+    which ran when the file began go on from its beginning.
+    """
+    recording = Recording.open(path)
+    lines = [
+        TraceLine(
+            generate=max(each.num_output_tokens, 1),
+            prompt=each.detail.prompt_token_ids + each.detail.output_token_ids,
+            at=max(each.request.sent_time - recording.header.monotonic, 0.0),
+        )
+        for each in read_requests(recording.frames())
+    ]
+    if not lines:
+        raise ConfigError(f"{path} is a recording without requests: record a server while it has some")
+    for number, line in enumerate(lines):
+        if fault := _fault(line, room):
+            raise ConfigError(f"{path}, request {number}: {fault}")
+    return tuple(sorted(lines, key=lambda line: line.at or 0.0))
 
 
 def _fault(line: TraceLine, room: int) -> str | None:

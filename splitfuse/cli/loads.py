@@ -32,7 +32,7 @@ class WorkloadFlags:
     prefix: int | None = setting(None, "Length in tokens of a shared prefix; --prompt follows it.")
     prefixes: int | None = setting(None, "Number of different prefixes (default: 1).")
     trace: Path | None = setting(  # noqa: RUF009 - a field, like the others
-        None, "A .jsonl file of requests to replay; at its recorded times (at), if it has any."
+        None, "A .jsonl file of requests, or a recording, to replay; at its recorded times (at), if it has any."
     )
     seed: int = setting(0, "Seed of prompts, lengths and arrivals.")
 

@@ -1,7 +1,8 @@
-"""`splitfuse replay`: run a recording again, and say where it differs."""
+"""`splitfuse replay`: run a recording again, step by step, or as a load of today's engines."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,8 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, with_flags
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, RecordingError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from splitfuse.bench.live import Figures
     from splitfuse.recording.format import Recording
     from splitfuse.recording.replay import Contents, ReplayReport
 
@@ -20,6 +26,10 @@ if TYPE_CHECKING:
 @with_flags()
 def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File of splitfuse serve --record.")],
+    live: Annotated[
+        bool, typer.Option("--live", help="Send its requests again, as they came, with the settings of the flags.")
+    ] = False,
+    replicas: Annotated[int | None, typer.Option(help="With --live: number of engines (default: as recorded).")] = None,
     force: Annotated[bool, typer.Option(help="Replay with another model, version or format, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -28,20 +38,34 @@ def replay(
     """Run the steps of a recording again, and compare tokens and log-probabilities bit for bit.
 
     Settings are those of the recording; flags change them. LoRA adapters are found by their digests: give them with
-    --lora. The exit status is 0 if all is equal, and 1 if a step differs, which is named.
+    --lora. The exit status is 0 if all is equal, and 1 if a step differs, which is named. With --live steps are
+    composed anew, and a table says what has changed.
     """
-    import msgspec
-    from tqdm import tqdm
-
     from splitfuse.recording.format import Recording
-    from splitfuse.recording.replay import Contents, compare_identity, config_of, load
-    from splitfuse.recording.replay import replay as run
+    from splitfuse.recording.replay import Contents
 
+    if replicas is not None and not live:
+        raise ConfigError("--replicas needs --live: otherwise each engine of the recording is replayed")
     recording = Recording.open(file)
     contents = Contents.of(recording)
     if not json:
         print(describe(recording, contents))
-    loaded = load(recording, config_of(recording, changed(flags)))
+    if live:
+        _replay_live(recording, contents, changed(flags), replicas=replicas, json=json, quiet=quiet)
+    else:
+        _replay_steps(recording, contents, changed(flags), force=force, json=json, quiet=quiet)
+
+
+def _replay_steps(
+    recording: Recording, contents: Contents, changes: dict[str, Any], *, force: bool, json: bool, quiet: bool
+) -> None:
+    import msgspec
+    from tqdm import tqdm
+
+    from splitfuse.recording.replay import compare_identity, config_of, load
+    from splitfuse.recording.replay import replay as run
+
+    loaded = load(recording, config_of(recording, changes))
     others = compare_identity(recording, loaded.model, force=force)
     for other in others:
         print(f"splitfuse: {other}", file=sys.stderr)
@@ -53,6 +77,66 @@ def replay(
         print(describe_report(report))
     if report.difference is not None:
         raise typer.Exit(1)
+
+
+def _replay_live(
+    recording: Recording,
+    contents: Contents,
+    changes: dict[str, Any],
+    *,
+    replicas: int | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    import msgspec
+    from tqdm import tqdm
+
+    from splitfuse.bench.live import Figures, num_equal, send_again
+    from splitfuse.cli.tables import console
+    from splitfuse.recording.requests import read_requests
+
+    requests = [each for each in read_requests(recording.frames()) if not each.was_running]
+    if not requests:
+        raise RecordingError(f"{recording.path} has no request that came while it was written")
+    config = EngineConfig.from_settings({**recording.header.settings, **changes})
+    with tqdm(total=len(requests), unit="request", disable=quiet or not sys.stderr.isatty()) as bar:
+        engines = replicas or len(contents.engines)
+        again = asyncio.run(send_again(recording, requests, config, replicas=engines, on_end=bar.update))
+    before, now = Figures.of(requests), Figures.of([each for each in again if each is not None])
+    equal, both = num_equal(requests, again)
+    if json:
+        report = {"recorded": before, "now": now, "equal_tokens": equal, "compared": both}
+        print(msgspec.json.encode(report).decode())
+    else:
+        console().print(live_table(before, now))
+        print(f"equal tokens, as far as both have them: {equal} of {both} requests")
+
+
+def live_table(before: Figures, now: Figures) -> Table:
+    """Return what was recorded next to what is now, and the change."""
+    from splitfuse.cli.tables import make_table
+
+    rows = [
+        _row("requests", before.requests, now.requests),
+        *(
+            _row(f"ended: {reason}", before.ended.get(reason, 0), now.ended.get(reason, 0))
+            for reason in sorted({*before.ended, *now.ended})
+        ),
+        _row("tokens", before.tokens, now.tokens),
+        _row("seconds", before.seconds, now.seconds),
+        _row("goodput, requests/s that met their SLO", before.goodput, now.goodput),
+        *(_row(f"TTFT P{percent}, ms", 1e3 * before.ttft[percent], 1e3 * now.ttft[percent]) for percent in before.ttft),
+        *(_row(f"ITL P{percent}, ms", 1e3 * before.itl[percent], 1e3 * now.itl[percent]) for percent in before.itl),
+        _row("preemptions", before.preemptions, now.preemptions),
+        _row("prompt tokens from the prefix cache", before.cached_tokens, now.cached_tokens),
+    ]
+    return make_table(None, ("", "recorded", "now", "change"), rows, left=("",))
+
+
+def _row(name: str, before: float, now: float) -> tuple[str, str, str, str]:
+    change = f"{now / before - 1:+.1%}" if before and before != now else ""
+    shown = [str(each) if isinstance(each, int) else f"{each:.4g}" for each in (before, now)]
+    return name, shown[0], shown[1], change
 
 
 def describe(recording: Recording, contents: Contents) -> str:

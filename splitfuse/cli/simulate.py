@@ -17,6 +17,7 @@ from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import Results
+    from splitfuse.recording.format import Recording
     from splitfuse.runtime.calibration import Calibration
     from splitfuse.simulator.simulate import SimulationConfig
 
@@ -51,8 +52,10 @@ def simulate(
 
     Table and results have the format of `bench run`. docs/simulator.md describes what is simulated and what is not.
     """
+    from splitfuse.bench.recorded import recorded_results
     from splitfuse.bench.results import load as load_results
     from splitfuse.bench.results import save
+    from splitfuse.recording.format import Recording, is_recording
     from splitfuse.runtime.environment import environment_info
     from splitfuse.simulator.simulate import SimulationConfig
     from splitfuse.simulator.simulate import simulate as run
@@ -65,6 +68,10 @@ def simulate(
     check_writable(out)
     measured = None if against is None else load_results(against)
     settings = given(flags)
+    recording = None if workload.trace is None or not is_recording(workload.trace) else Recording.open(workload.trace)
+    if recording is not None:
+        replayed, num_engines = _recorded_settings(recording)
+        settings, replicas = {**replayed, **changed(settings)}, replicas or num_engines
     if measured is not None:
         settings = {**_measured_settings(measured), **changed(settings)}
         policy = policy or str(measured.about.get("policy", "splitfuse"))
@@ -83,6 +90,8 @@ def simulate(
         shown = not quiet and sys.stderr.isatty()
         system = label or _label(simulation)
         results = run(simulation, workload.maker(), loads, system=system, about=about, progress=shown)
+        if recording is not None:
+            print_results(recorded_results(recording, prompt_speed=loads.prompt_speed), speeds)
     else:
         results = predict(simulation, measured, about=about)
     print_results(results, speeds)
@@ -127,6 +136,18 @@ def _measured_settings(measured: Results) -> dict[str, Any]:
     settings = measured.about.get("engine", {})
     known = EngineConfig.setting_fields()
     return {name: value for name, value in settings.items() if name in known}
+
+
+def _recorded_settings(recording: Recording) -> tuple[dict[str, Any], int]:
+    """Return the settings of the engines of a recording with the size of their cache, and how many there were."""
+    from splitfuse.recording.replay import Contents
+
+    engines = Contents.of(recording).engines
+    limits = next(iter(engines.values())).limits
+    resolved = {"num_blocks": limits.num_blocks, "max_model_len": limits.max_model_len}
+    settings = {**recording.header.settings, **resolved}
+    settings.pop("kv_cache_memory_gib", None)  # resolved, too
+    return settings, len(engines)
 
 
 def _label(simulation: SimulationConfig) -> str:

@@ -156,6 +156,15 @@ class Recording:
                     raise RecordingError(f"{where} is invalid: {error}") from error
 
 
+def is_recording(path: Path) -> bool:
+    """Return whether a file begins as a recording does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 class _Version(msgspec.Struct):
     format: int
 

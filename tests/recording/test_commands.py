@@ -14,6 +14,8 @@ from patience import PATIENCE
 from server_process import server_process
 
 from splitfuse import cli
+from splitfuse.bench.live import Figures
+from splitfuse.cli.replay import live_table
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
 from splitfuse.recording.format import Recording, Records, encode_frame
@@ -104,3 +106,37 @@ def test_a_replay_that_differs_ends_with_status_one(run: Run, path: Path, tmp_pa
     assert status == 1 and "was recorded with another dtype: recorded 'auto', here 'float32'; --force replays" in err
     status, out, err = run("replay", path.with_name("absent"))
     assert (status, out) == (1, "") and "absent cannot be read: No such file or directory" in err
+
+
+@pytest.mark.slow
+def test_live_replay_gives_the_same_tokens_with_other_settings(run: Run, path: Path) -> None:
+    status, out, err = run("replay", path, "--live", "--max-num-batched-tokens", 32, "--json")
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    recorded, now = report["recorded"], report["now"]
+    assert recorded["requests"] == now["requests"] == 13 and report["equal_tokens"] == report["compared"] >= 12
+    assert recorded["ended"]["length"] == now["ended"]["length"] and now["tokens"] > 150
+    assert recorded["ttft"].keys() == now["ttft"].keys() == {"50", "95"}
+
+
+def test_a_recording_is_a_load_of_simulations(run: Run, path: Path) -> None:
+    flags = ("--machine", "a100-70b", "--quiet", "--max-num-batched-tokens", 32, "--replicas", 2)
+    status, out, err = run("simulate", "--trace", path, *flags)
+    assert (status, err) == (0, "")
+    assert "budget 32, 2 replicas" in out and f"{path.name}, recorded" in out
+    assert out.count("as recorded") == 2
+    status, out, err = run("replay", path, "--replicas", 2)
+    assert (status, out) == (1, "") and "--replicas needs --live" in err
+
+
+def test_figures_are_those_of_the_requests() -> None:
+    table = live_table(figures(ttft={50: 0.1}, itl={50: 0.02}, met_slo=4), figures(ttft={50: 0.2}, itl={50: 0.01}))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert ("TTFT P50, ms", "100", "200", "+100.0%") in rows and ("ITL P50, ms", "20", "10", "-50.0%") in rows
+    assert ("goodput, requests/s that met their SLO", "2", "0", "-100.0%") in rows
+    assert ("requests", "5", "5", "") in rows
+
+
+def figures(**changes: Any) -> Figures:
+    values: dict[str, Any] = {"requests": 5, "ended": {}, "tokens": 9, "seconds": 2.0, "with_slo": 4, "met_slo": 0}
+    return Figures(**{**values, "preemptions": 0, "cached_tokens": 0, **changes})

@@ -1,0 +1,84 @@
+"""Reads what became of each request from the frames of a recording, or of an engine that is traced now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from splitfuse.core.request import FinishReason
+from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestDetail, RequestTrace, StepTrace
+from splitfuse.errors import RecordingError
+from splitfuse.recording.format import EngineEnd, EngineStart, Frame, Records
+
+
+@dataclass
+class RecordedRequest:
+    """Describes one request, and what it was given while it was recorded. Times are on the monotonic clock."""
+
+    engine: int
+    request: RequestTrace
+    detail: RequestDetail
+    token_ids: list[int] = field(default_factory=list)
+    """Tokens that it was given, without those that it had when the file began."""
+    token_times: list[float] = field(default_factory=list)
+    num_cached: int = 0
+    """Tokens of its prompt that it found in the prefix cache."""
+    num_preemptions: int = 0
+    end: FinishTrace | None = None
+    """Its end; None: it was unfinished at the end of the file, or when its engine died."""
+    is_begun: bool = False
+
+    @property
+    def was_running(self) -> bool:
+        """Return whether it had tokens when the file began."""
+        return bool(self.detail.output_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Return how many tokens its caller kept of those that it was given while it was recorded."""
+        if self.end is None:
+            return len(self.token_ids)
+        return max(self.end.num_output_tokens - len(self.detail.output_token_ids), 0)
+
+    @property
+    def given_up_time(self) -> float | None:
+        """Return when its caller gave it up; None if that did not happen."""
+        if self.end is None or self.end.reason is not FinishReason.ABORT:
+            return None
+        return self.end.time if self.end.wanted_until is None else self.end.wanted_until
+
+
+def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
+    """Return all requests in the order in which they were told. Raises RecordingError for frames without plans."""
+    found: list[RecordedRequest] = []
+    unfinished: dict[tuple[int, int], RecordedRequest] = {}
+    for frame in frames:
+        if isinstance(frame, EngineStart | EngineEnd):
+            for key in [key for key in unfinished if key[0] == frame.engine]:
+                del unfinished[key]
+        elif isinstance(frame, Records):
+            for record in frame.records:
+                match record:
+                    case RequestTrace():
+                        if record.detail is None:
+                            raise RecordingError(f"the request {record.request_id!r:.80} has no prompt and parameters")
+                        found.append(RecordedRequest(frame.engine, record, record.detail))
+                        unfinished[frame.engine, record.number] = found[-1]
+                    case StepTrace():
+                        _take_step(record, frame.engine, unfinished)
+                    case PreemptTrace():
+                        if (request := unfinished.get((frame.engine, record.number))) is not None:
+                            request.num_preemptions += 1
+                    case FinishTrace():
+                        if (request := unfinished.pop((frame.engine, record.number), None)) is not None:
+                            request.end = record
+    return found
+
+
+def _take_step(step: StepTrace, engine: int, unfinished: dict[tuple[int, int], RecordedRequest]) -> None:
+    for chunk in step.chunks:
+        if (request := unfinished.get((engine, chunk.number))) is not None:
+            if not request.is_begun:
+                request.is_begun, request.num_cached = True, 0 if request.was_running else chunk.start
+            request.token_ids += chunk.token_ids
+            request.token_times += [step.end_time] * len(chunk.token_ids)
