@@ -28,6 +28,7 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_formats.formats import ChatFormat, format_of
 from splitfuse.text.chat_formats.response_template import with_response_template
 from splitfuse.text.chat_template import check_syntax, variables_of
+from splitfuse.text.pooling.decisions import USUAL, DecisionSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -65,12 +66,14 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         response_template: Any = None,
+        decisions: DecisionSettings = USUAL,
     ) -> None:
         """Make `special_tokens`, by role as in `{"bos_token": "<s>"}`, special, and add those that are missing."""
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
+        self.decisions = decisions
         self._response_template = response_template
         known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
         backend.add_special_tokens([known.get(token, token) for token in self.special_tokens.values()])
@@ -112,7 +115,13 @@ class Tokenizer:
                 check_decoder(json.loads(backend.decoder.__getstate__()))
             backend.add_tokens(added_tokens)
             answers = config.get("response_template")
-            tokenizer = cls(backend, special_tokens=special, chat_template=template, response_template=answers)
+            tokenizer = cls(
+                backend,
+                special_tokens=special,
+                chat_template=template,
+                response_template=answers,
+                decisions=_decisions(source),
+            )
             backend.add_special_tokens(extra)
             return tokenizer
 
@@ -409,6 +418,13 @@ except BaseException as error:
     sys.stdout.buffer.write(str(error).encode(errors="replace")[:500])
     sys.exit(1)
 """
+
+
+def _decisions(source: ModelSource) -> DecisionSettings:
+    """Return what the model's decision.json says, if it has one."""
+    values = source.read_json("decision.json", TokenizerError)
+    has_template = source.read("decision_template.jinja") is not None
+    return DecisionSettings.of(values or {}, has_template=has_template)
 
 
 def _chat_template(source: ModelSource, config: Mapping[str, Any]) -> str | None:

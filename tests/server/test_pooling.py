@@ -375,6 +375,43 @@ def test_what_decisions_refuse(http: httpx.Client, change: dict[str, Any], param
     assert param == parameter and message in said
 
 
+def test_a_decision_model_has_labels_and_temperatures(http: httpx.Client, tmp_path: Path) -> None:
+    for file in Path(BUNDLED_MODEL).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = {"labels": {"score": ["X", "Y", "Z"]}, "temperature": {"noul": 2, "score": 0.5}, "noul_options": None}
+    (tmp_path / "decision.json").write_text(json.dumps(settings))
+    body = {"state": STATE, "questions": QUESTIONS}
+    usual = http.post("/v1/systemone", json=body).json()["answers"]
+    with running_server(model=str(tmp_path)) as server, server.http() as other:
+        answers = other.post("/v1/systemone", json=body).json()["answers"]
+        assert refused(other, "/v1/systemone", {"state": "s", "questions": {"q": FOUR_LEVELS}})[1].endswith(
+            "4 options; at most 3 are distinguished"
+        )
+    assert answers["who"] == usual["who"] and answers["sad"] != usual["sad"]
+    odds = usual["lost"]["noul"] / (1 - usual["lost"]["noul"])
+    assert answers["lost"]["noul"] / (1 - answers["lost"]["noul"]) == pytest.approx(math.sqrt(odds))
+
+
+FOUR_LEVELS = {"type": "score", "criteria": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_template", "problem"),
+    [
+        ({}, True, "a template of its own for questions"),
+        ({"noul_options": ["false", "true"]}, False, 'noul_options ["false", "true"], which is not supported'),
+        ({"sanitize_control_tokens": False}, False, "sanitize_control_tokens false"),
+        ({"sort_choices": 1}, False, "sort_choices 1"),
+        ({"labels": {"noul": ["A"]}}, False, "must be a list of texts"),
+        ({"labels": {"rank": ["A", "B"]}}, False, "for types of questions"),
+        ({"temperature": {"noul": 0}}, False, "numbers above 0"),
+    ],
+)
+def test_a_decision_model_of_more_decides_nothing(settings: dict[str, Any], has_template: bool, problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(problem)):
+        decisions.DecisionSettings.of(settings, has_template=has_template).check()
+
+
 def test_the_example_of_the_page_runs(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text(encoding="utf-8")
     for example in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):

@@ -105,9 +105,11 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
         raise InvalidRequestError(ENCODER)
     if tokenizer.chat_template is None:
         raise InvalidRequestError("the model has no chat template, in which questions are asked: use another model")
+    settings = tokenizer.decisions
+    settings.check()
     has_yes_no = has_labels(tokenizer, YES_NO)
     questions = {
-        name: Question.parse(asked.type, asked.instructions, asked.criteria, entry("questions", name))
+        name: Question.parse(asked.type, asked.instructions, asked.criteria, entry("questions", name), settings)
         for name, asked in body.questions.items()
     }
     context.prompt = body.state
@@ -115,19 +117,19 @@ async def decisions(state: AppState, context: RequestContext, body: DecisionRequ
     said = as_text(body.state)
 
     async def encode(question: Question) -> PreparedRequest:
-        labels = question.labels(has_yes_no=has_yes_no)
+        labels = question.labels(settings, has_yes_no=has_yes_no)
         wanted = PoolingParams(label_ids(tokenizer, labels))
         content = without_controls(question.prompt(said, labels), tokenizer)
         return await _chat(service, [{"role": "user", "content": content}], wanted)
 
     def place(name: str, question: Question) -> str:
-        size = len(question.prompt("", question.labels(has_yes_no=has_yes_no)))
+        size = len(question.prompt("", question.labels(settings, has_yes_no=has_yes_no)))
         return "state" if len(said) >= size else entry("questions", name)
 
     sources = [(place(name, question), partial(encode, question)) for name, question in questions.items()]
     values = await pooled(state, context, body, sources, shares_prefix=True)
     answers = {
-        name: question.answer(probabilities(logprobs))
+        name: question.answer(probabilities(logprobs, settings.temperature.get(question.kind, 1.0)))
         for (name, question), logprobs in zip(questions.items(), values, strict=True)
     }
     counts = context.num_tokens

@@ -7,9 +7,10 @@ labels as its first token are those of the options. Nothing is generated.
 from __future__ import annotations
 
 import json
+import math
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from splitfuse.errors import InvalidRequestError, any_of, brief_json
@@ -18,6 +19,59 @@ LETTERS = tuple(string.ascii_uppercase)
 """Labels of options, in their order."""
 YES_NO = ("Yes", "No")
 """Labels of the two options of a noul question, in a vocabulary that has them."""
+
+
+KINDS = ("choice", "score", "noul")
+"""Types of questions."""
+
+
+@dataclass(frozen=True)
+class DecisionSettings:
+    """Holds what the decision.json of a decision model says, by the types of questions."""
+
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    temperature: Mapping[str, float] = field(default_factory=dict)
+    """Number by which the log-probabilities of labels are divided; left out: 1."""
+    problem: str = ""
+    """What is wrong with the file, or not supported of it: then the model decides nothing."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], *, has_template: bool) -> DecisionSettings:
+        """Return the settings in the object of a decision.json, and whether a decision_template.jinja is next to it."""
+        neutral = {"noul_options": ["true", "false"], "sanitize_control_tokens": True}
+        labels, temperature = values.get("labels") or {}, values.get("temperature") or {}
+        if has_template or values.get("chat_template"):
+            return cls(problem="a template of its own for questions, which is not supported")
+        for name, value in values.items():
+            if name not in ("labels", "temperature") and value not in (None, neutral.get(name)):
+                return cls(problem=f"{name} {brief_json(value)}, which is not supported")
+        if not _maps_kinds(labels, _are_labels):
+            return cls(problem=f"labels {brief_json(labels)}, which must be a list of texts for types of questions")
+        if not _maps_kinds(temperature, _is_temperature):
+            return cls(problem=f"temperature {brief_json(temperature)}, which must be numbers above 0 for these types")
+        return cls({kind: tuple(each) for kind, each in labels.items()}, temperature)
+
+    def check(self) -> None:
+        """Raise InvalidRequestError if the model decides nothing."""
+        if self.problem:
+            message = f"the model's decision.json has {self.problem}: remove the file, or use another model"
+            raise InvalidRequestError(message)
+
+
+USUAL = DecisionSettings()
+"""Settings of a model without a decision.json."""
+
+
+def _maps_kinds(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and set(value) <= set(KINDS) and all(map(is_valid, value.values()))
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(label, str) and label for label in value)
+
+
+def _is_temperature(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -34,9 +88,16 @@ class Question:
     descriptions: tuple[Any, ...]
 
     @classmethod
-    def parse(cls, kind: Literal["choice", "score", "noul"], instructions: Any, criteria: Any, where: str) -> Question:
+    def parse(
+        cls,
+        kind: Literal["choice", "score", "noul"],
+        instructions: Any,
+        criteria: Any,
+        where: str,
+        settings: DecisionSettings = USUAL,
+    ) -> Question:
         """Return the question of a request. Raises InvalidRequestError, naming the place, for criteria that do not go
-        with its type.
+        with its type, and for more options than a type has labels.
         """
         if kind == "noul":
             named = {} if criteria is None else criteria
@@ -51,16 +112,17 @@ class Question:
             if not isinstance(criteria, list) or not criteria:
                 raise _refused(where, "an array with a description of each level, the lowest first", criteria)
             options = {str(level): description for level, description in enumerate(criteria)}
-        if len(options) > len(LETTERS):
+        if len(options) > (most := len(settings.labels.get(kind, LETTERS))):
             raise InvalidRequestError(
-                f"{where}.criteria has {len(options)} options; at most {len(LETTERS)} are distinguished",
+                f"{where}.criteria has {len(options)} options; at most {most} are distinguished",
                 parameter=f"{where}.criteria",
             )
         return cls(kind, as_text(instructions), tuple(options), tuple(options.values()))
 
-    def labels(self, *, has_yes_no: bool) -> tuple[str, ...]:
+    def labels(self, settings: DecisionSettings = USUAL, *, has_yes_no: bool) -> tuple[str, ...]:
         """Return a label for each option."""
-        return YES_NO if self.kind == "noul" and has_yes_no else LETTERS[: len(self.options)]
+        usual = YES_NO if self.kind == "noul" and has_yes_no else LETTERS
+        return settings.labels.get(self.kind, usual)[: len(self.options)]
 
     def prompt(self, state: str, labels: Sequence[str]) -> str:
         """Return the user's turn that asks the question. It begins with the state, which questions share."""
@@ -74,7 +136,7 @@ class Question:
                     lines.append(f"{label}. {option}: {said}" if said else f"{label}. {option}")
                 case "score":
                     lines.append(f"{label}. {said}")
-                case "noul" if said or labels[0] in LETTERS:
+                case "noul" if said or tuple(labels) != YES_NO:
                     lines.append(f"{label}. {said or {'true': 'Yes', 'false': 'No'}[option]}")
         lines.append(f"Reply with {any_of(labels)}, and nothing else.")
         return "\n".join(lines)

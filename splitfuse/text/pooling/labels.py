@@ -41,8 +41,9 @@ def without_controls(text: str, tokenizer: Tokenizer) -> str:
     return text
 
 
-def probabilities(logprobs: Sequence[float]) -> list[float]:
-    """Return the softmax of log-probabilities, or of logits: the probabilities of answers if there are no others.
+def probabilities(logprobs: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Return the softmax of log-probabilities, or of logits, at a temperature: the probabilities of answers if there
+    are no others.
 
     >>> probabilities([-2.0, -2.0])
     [0.5, 0.5]
@@ -50,6 +51,6 @@ def probabilities(logprobs: Sequence[float]) -> list[float]:
     peak = max(logprobs)
     if peak == -math.inf:  # none of them can follow: then none is likelier than another
         return [1.0 / len(logprobs)] * len(logprobs)
-    weights = [math.exp(each - peak) for each in logprobs]
+    weights = [math.exp((each - peak) / temperature) for each in logprobs]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
