@@ -36,8 +36,8 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 KEY = "an-administrators-key"
-TIMEOUT = 120.0
-FLAGS = ("--max-body-mib", "0.1", "--max-prompts", "8", "--max-queued-tokens", "100000", "--log-prompts")
+TIMEOUT = 600.0  # a machine may be busy
+FLAGS = ("--max-body-mib", "0.1", "--max-prompts", "8", "--max-queued-tokens", "100000", "--step-timeout", "600")
 CONFORM = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 UNLOAD = "/v1/unload_lora_adapter"
 BATCH = 250  # generated cases of a seed
