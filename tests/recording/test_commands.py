@@ -108,6 +108,15 @@ def test_a_replay_that_differs_ends_with_status_one(run: Run, path: Path, tmp_pa
     assert (status, out) == (1, "") and "absent cannot be read: No such file or directory" in err
 
 
+def test_the_example_of_the_documentation_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recording.md").read_text(encoding="utf-8")
+    _, found, after = page.partition("```python\n")
+    example = after.partition("```")[0].replace("server.rec", str(path))
+    assert found and str(path) in example
+    exec(compile(example, "example", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 13
+
+
 @pytest.mark.slow
 def test_live_replay_gives_the_same_tokens_with_other_settings(run: Run, path: Path) -> None:
     status, out, err = run("replay", path, "--live", "--max-num-batched-tokens", 32, "--json")
