@@ -1,11 +1,12 @@
-"""Texts a second of CPU time of embeddings, in turns with transformers on the same texts, and how near the two are.
+"""Embeddings of texts a second, in turns with transformers and sentence-transformers, and how near to fp32 they are.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.embeddings FOLDER [--texts N] [--words N] [--turns N] [FLAGS]
+    python -m benchmarks.embeddings FOLDER [--texts N] [--words N] [--turns N] [FLAGS]
 
-FOLDER holds an encoder or a decoder. transformers gets the texts sorted by length and padded, 32 at a time, as
-sentence-transformers does it, in the dtype of the folder. Texts are made of words of docs/architecture.md, N on
-average. Time is that of the CPU, to which other work on the machine does not count: with one thread, that of one core.
-The cosine is that with transformers in fp32, text by text. Engine FLAGS as --name=value.
+FOLDER holds an encoder or a decoder. The others compute in the dtype that FLAGS name, or in that of the folder.
+transformers gets token ids sorted by length and padded, 32 texts at a time, as sentence-transformers does it; the
+latter, measured for encoders where it is installed, gets texts, as we do. Texts are made of words of
+docs/architecture.md, N on average. The cosine is that with transformers in fp32, text by text. Engine FLAGS as
+--name=value. Wants a quiet machine: time is that of the clock.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -34,22 +37,32 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--turns", type=int, default=5)
     arguments, flags = parser.parse_known_args()
-    settings = dict(flag.removeprefix("--").replace("-", "_").split("=", 1) for flag in flags)
+    named = dict(flag.removeprefix("--").replace("-", "_").split("=", 1) for flag in flags)
+    settings = {name: int(value) if value.isdigit() else value for name, value in named.items()}
+    dtype = named.get("dtype", "auto")
     pipe = splitfuse.pipeline(arguments.folder, **settings)
     print(str(pipe.engine.model.plan).splitlines()[0])
     texts = make_texts(arguments.texts, arguments.words)
     ids = [pipe.tokenizer.encode(text) for text in texts]
     spec = pipe.engine.model.spec
     pooling = spec.pooling if isinstance(spec, EncoderSpec) else "last"
-    peer = transformers(arguments.folder, ids, pooling)
+    peer = transformers(arguments.folder, ids, pooling, dtype=dtype)
     exact = transformers(arguments.folder, ids, pooling, batch=1, dtype=torch.float32)()
-    near = [float(torch.cosine_similarity(each, exact).min()) for each in (torch.tensor(pipe.embed(ids)), peer())]
-    print(f"{len(ids)} texts, {sum(map(len, ids))} tokens")
-    print(f"cosine with fp32 at least {near[0]:.7f}, of transformers in the folder's dtype {near[1]:.7f}")
-    rates = [(rate(lambda: pipe.embed(ids), len(ids)), rate(peer, len(ids))) for _ in range(arguments.turns)]
-    print("\n| texts/s | transformers | ratio |\n|---|---|---|")
-    ratio = median(ours / theirs for ours, theirs in rates)
-    print(f"| {max(r[0] for r in rates):.0f} | {max(r[1] for r in rates):.0f} | {ratio:.2f} |")
+    print(f"{len(ids)} texts, {sum(map(len, ids))} tokens; cosine with fp32:")
+    for whose, found in (("ours", torch.tensor(pipe.embed(ids))), ("transformers", peer())):
+        cosines = torch.cosine_similarity(found, exact)
+        print(f"{whose}: at least {cosines.min():.7f}, median {cosines.median():.7f}")
+    works: dict[str, Callable[[], object]] = {"splitfuse": lambda: pipe.embed(texts), "transformers": peer}
+    if isinstance(spec, EncoderSpec) and find_spec("sentence_transformers"):
+        works["sentence-transformers"] = sentence_transformers(arguments.folder, texts, dtype)
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(arguments.turns + 1):  # the first turn warms up
+        for name, work in works.items():
+            rates[name].append(rate(work, len(ids)))
+    print("\n| | texts/s | ratio |\n|---|---|---|")
+    for name, each in rates.items():
+        ratio = median(ours / theirs for ours, theirs in zip(rates["splitfuse"][1:], each[1:], strict=True))
+        print(f"| {name} | {median(each[1:]):.0f} | {ratio:.2f} |")
 
 
 def make_texts(count: int, words: int) -> list[str]:
@@ -94,11 +107,19 @@ def transformers(
     return embed
 
 
+def sentence_transformers(folder: Path, texts: Sequence[str], dtype: str) -> Callable[[], object]:
+    """Return a function that gives the embeddings of the texts by sentence-transformers."""
+    model = import_module("sentence_transformers").SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"dtype": dtype}
+    )
+    return lambda: model.encode(texts, batch_size=BATCH)
+
+
 def rate(work: Callable[[], object], count: int) -> float:
-    """Return how many texts `work` computes in a second of CPU time."""
-    began = time.process_time()
+    """Return how many texts `work` computes in a second."""
+    began = time.perf_counter()
     work()
-    return count / (time.process_time() - began)
+    return count / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,10 @@ class Pipeline:
         for request in prepared:
             request.check(self.engine.limits)
         with self._guard:
-            generations = [self.generator.add(request)[0] for request in prepared]
+            # An encoder attends to texts of one length together: those of a step have similar lengths.
+            order = sorted(range(len(prepared)), key=lambda index: len(prepared[index].token_ids))
+            added = {index: self.generator.add(prepared[index])[0] for index in order}
+            generations = [added[index] for index in range(len(prepared))]
             for generation, _ in self.generator.stream(generations):
                 if generation.error is not None:
                     raise RequestFailedError(generation.error)

@@ -16,6 +16,9 @@ from splitfuse.kernels.interface import Capabilities, Role, Weight
 from splitfuse.kernels.lora import LoraRows
 from splitfuse.kernels.reference import ReferenceBackend, add_lora
 
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+"""Approximations of the activations that oneDNN computes as it stores a product, by their names."""
+
 
 class OneDnnBackend(ReferenceBackend):
     """Computes PyTorch operations with oneDNN's prepacked linear layers, on the CPU alone, in the dtypes that its
@@ -41,6 +44,14 @@ class OneDnnBackend(ReferenceBackend):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.blocked, bias, "none", [], "")
         return add_lora(y, x, lora)
+
+    def activated(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str, lora: LoraRows | None = None
+    ) -> Tensor:
+        if lora is not None or activation not in GELU:
+            return super().activated(x, weight, bias, activation, lora)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.blocked, bias, "gelu", [], GELU[activation])
+        return y
 
 
 class _Prepacked:

@@ -33,7 +33,7 @@ def embedded(pipe: splitfuse.Pipeline, texts: list[str]) -> list[list[float]]:
 )
 def test_embeddings_are_those_of_transformers(tmp_path: Path, kind: str, mode: str) -> None:
     model = tiny_encoders.save(tmp_path, kind, pooling=mode)
-    for settings in ({}, {"max_num_batched_tokens": 16}):
+    for settings in ({}, {"max_num_batched_tokens": 16}, {"kernels": "torch"}):
         pipe = splitfuse.pipeline(tmp_path, **settings)
         for text, vector in zip(TEXTS, embedded(pipe, TEXTS), strict=True):
             wanted = tiny_encoders.expected(model, pipe.tokenizer.encode(text), mode)

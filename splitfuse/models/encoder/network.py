@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -104,18 +105,22 @@ class Encoder:
 
     def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Return the pooled hidden states of texts, given as token ids: [texts, hidden] in fp32."""
-        lengths = [len(text) for text in texts]
-        hidden = torch.split(self._hidden([token for text in texts for token in text], lengths), lengths)
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # those of one length lie side by side
+        lengths = [len(texts[index]) for index in order]
+        hidden = torch.split(self._hidden([token for index in order for token in texts[index]], lengths), lengths)
         match self.spec.pooling:
             case "cls":
-                return torch.stack([text[0] for text in hidden])
+                pooled = [text[0] for text in hidden]
             case "last":
-                return torch.stack([text[-1] for text in hidden])
+                pooled = [text[-1] for text in hidden]
             case "mean":
-                return torch.stack([text.mean(0) for text in hidden])
+                pooled = [text.mean(0) for text in hidden]
+        found = torch.empty(len(texts), self.spec.hidden_size)
+        found[torch.tensor(order)] = torch.stack(pooled)
+        return found
 
     def _hidden(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Return the last hidden states [T, C] of texts that lie one behind the other."""
+        """Return the last hidden states [T, C] of texts that lie one behind the other, ordered by length."""
         weights, backend = self._weights, self.backend
         tokens, before = torch.tensor(token_ids), self.spec.position_offset - 1
         counted = (
@@ -135,25 +140,18 @@ class Encoder:
         return x
 
     def _attention(self, qkv: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the attention of each text's tokens to all of them: [T, 3 C] -> [T, C]. Texts of one length are
-        computed together.
+        """Return the attention of each text's tokens to all of them: [T, 3 C] -> [T, C]. Texts of one length, which lie
+        side by side, are computed together.
         """
-        out = torch.empty(len(qkv), self.spec.hidden_size, dtype=qkv.dtype)
-        starts: dict[int, list[int]] = {}
-        start = 0
-        for length in lengths:
-            starts.setdefault(length, []).append(start)
-            start += length
-        for length, firsts in starts.items():
-            rows = (torch.tensor(firsts).unsqueeze(1) + torch.arange(length)).flatten()
-            alike = qkv if len(rows) == len(qkv) else qkv[rows]
-            heads = alike.view(len(firsts), length, 3, self.spec.num_heads, self.spec.head_dim)
-            q, k, v = heads.permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-            if alike is qkv:
-                return attended
-            out[rows] = attended
-        return out
+        attended: list[Tensor] = []
+        first = 0
+        for length, alike in groupby(lengths):
+            texts = len(list(alike))
+            rows = qkv[first : first + texts * length]
+            q, k, v = rows.view(texts, length, 3, self.spec.num_heads, self.spec.head_dim).permute(2, 0, 3, 1, 4)
+            attended.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(rows), -1))
+            first += len(rows)
+        return torch.cat(attended)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
