@@ -436,7 +436,7 @@ function firstStep(time) { // index of the first step that may end after a time
 
 function chooseSpan() { // about 200 steps, but no faster than a person can follow
   const recent = known.steps.slice(-100);
-  if (!view.autoSpan || recent.length < 5) { view.span ||= 10000; return; }
+  if (view.paused || !view.autoSpan || recent.length < 5) { view.span ||= 10000; return; }
   const typical = recent.map((s) => s.d).sort((a, b) => a - b)[recent.length >> 1];
   const wanted = Math.min(Math.max(200 * typical, 5000), 60000);
   const now = SPANS.indexOf(view.span), next = SPANS.findIndex((s) => s >= 0.8 * wanted);
