@@ -935,12 +935,12 @@ function showFigures() {
   const tiles = [
     ["running", String(open.length - waiting), `${waiting} waiting`],
     ["token budget used", steps ? percent(sum("computed") / sum("budget")) : "–", steps ? `${plural(Math.round(steps / length), "step")}/s` : "no step"],
-    ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} tokens/s computed`],
-    withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(withSlo / length)}/s met SLO`, met < withSlo]
+    ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} computed`],
+    withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(withSlo / length)}/s`, met < withSlo]
       : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : "none has an SLO"],
-    ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${seconds(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
-    ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${seconds(itl)}` : ""), itl && p("itl", 0.99) > itl],
-    ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${plural(cached, "block")} cached of ${blocks}` : ""],
+    ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${brief(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
+    ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${brief(itl)}` : ""), itl && p("itl", 0.99) > itl],
+    ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${cached} cached, of ${blocks}` : ""],
   ];
   const box = $("figures");
   if (box.childElementCount !== tiles.length) box.replaceChildren(...tiles.map(() => el("div", {}, el("dt"), el("dd"), el("dd", { className: "note" }))));
