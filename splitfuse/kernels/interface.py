@@ -657,9 +657,10 @@ class Backend(ABC):
         """Return the rows of `table` [vocabulary, C], a tensor or a packed head, for `ids` [T]: [T, C]."""
 
     @abstractmethod
-    def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
-        """Return for each row of `scores` [R, V] the lowest index of its largest element, and that element; NaN if the
-        row has one, whatever the index.
+    def topk(self, scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Return for each row of `scores` [R, V] the indices of its k largest elements, largest first and equal ones by
+        index, and these elements: all of V if k is more. The first one is NaN if the row has one, whatever the others
+        and the indices.
         """
 
     # Operations of a layer
@@ -793,9 +794,22 @@ class Backend(ABC):
         return None
 
 
-def exact_argmax(scores: Tensor) -> tuple[list[int], list[float]]:
-    """Return what `Backend.argmax` must give, by PyTorch."""
-    peaks = scores.amax(-1)
-    ids = torch.arange(scores.shape[1], device=scores.device)
-    best = torch.where(scores == peaks.unsqueeze(1), ids, scores.shape[1] - 1).amin(-1)
-    return best.tolist(), peaks.tolist()
+def exact_topk(scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Return what `Backend.topk` must give, by PyTorch."""
+    k = min(k, scores.shape[1])
+    if k == 1:
+        peaks = scores.amax(-1, keepdim=True)
+        indices = torch.arange(scores.shape[1], device=scores.device)
+        best = torch.where(scores == peaks, indices, scores.shape[1] - 1).amin(-1, keepdim=True)
+        return best.tolist(), peaks.tolist()
+    values = scores.topk(k).values
+    candidates = scores >= values[:, -1:]  # topk alone may take any of those equal to the last
+    found: list[list[tuple[float, int]]] = [[] for _ in values]
+    for (row, index), value in zip(candidates.nonzero().tolist(), scores[candidates].tolist(), strict=True):
+        found[row].append((-value, index))
+    poisoned = values[:, 0].isnan().tolist()
+    largest = [
+        [*range(k)] if has_nan else [index for _, index in sorted(row)[:k]]
+        for row, has_nan in zip(found, poisoned, strict=True)
+    ]
+    return largest, values.tolist()

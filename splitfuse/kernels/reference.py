@@ -32,7 +32,7 @@ from splitfuse.kernels.interface import (
     RouterSpec,
     Store,
     Weight,
-    exact_argmax,
+    exact_topk,
 )
 from splitfuse.kernels.lora import Adapter, LoraRows, LoraUpdate, PackedAdapter
 
@@ -116,8 +116,8 @@ class ReferenceBackend(Backend):
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return F.embedding(ids, table)
 
-    def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
-        return exact_argmax(scores)
+    def topk(self, scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+        return exact_topk(scores, k)
 
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _norm(x, spec, weight, bias)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
@@ -19,7 +18,7 @@ from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import build_batch
-from splitfuse.runtime.sampling.grammar import Grammars, Masks
+from splitfuse.runtime.sampling.grammar import Grammars, Matcher
 from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
@@ -53,7 +52,7 @@ class Executor:
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters by digest; requests may have those that are here as long as they run."""
         self._grammars = grammars
-        self._matchers: dict[str, LLMatcher] = {}  # of the requests with structured_outputs
+        self._matchers: dict[str, Matcher] = {}  # of the requests with structured_outputs
         self._states: dict[str, SamplingState] = {}
         self._num_submitted = 0
         self._last_collected = 0
@@ -90,16 +89,11 @@ class Executor:
             self._matchers.pop(request_id, None)
         for new in plan.new_requests:
             # A plan stays as it was made.
-            self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
+            state = self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
             if (form := new.params.structured_outputs) is not None:
-                self._matchers[new.request_id] = self._grammars.matcher(form)
+                self._matchers[new.request_id] = self._grammars.matcher(form, state)
             self._take_tokens(new.request_id, new.output_token_ids)  # those of a replay that begins in its midst
-        chunks = [self._with_known_tokens(chunk) for chunk in plan.chunks]
-        masks = self._grammars.begin_masks(self._matchers_of(chunks) if self._matchers else {})
-        try:
-            results = self._compute(chunks, masks)
-        finally:
-            masks.wait()
+        results = self._compute([self._with_known_tokens(chunk) for chunk in plan.chunks])
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
             if self._take_tokens(request_id, result.token_ids):
                 results[request_id] = replace(result, is_complete=True)
@@ -111,28 +105,20 @@ class Executor:
         state.output_token_ids.extend(answer)
         if (thought := state.thought) is not None:
             answer = [token for token in answer if thought.push(token)]
-        if not answer or (matcher := self._matchers.get(request_id)) is None:
-            return False
-        matcher.consume_tokens(answer)
-        return matcher.is_stopped() and not matcher.is_error()
+        matcher = self._matchers.get(request_id)
+        return bool(answer) and matcher is not None and matcher.settle(answer)
 
-    def _matchers_of(self, chunks: Sequence[Chunk]) -> dict[str, LLMatcher]:
-        """Return the matchers of the requests whose next token is chosen by the form of its answer."""
-        found = {}
-        for chunk in chunks:
-            thought = self._states[chunk.request_id].thought
-            matcher = self._matchers.get(chunk.request_id) if chunk.samples else None
-            if matcher is not None and (thought is None or thought.heeds_form):
-                found[chunk.request_id] = matcher
-        return found
+    def _matcher(self, state: SamplingState) -> Matcher | None:
+        """Return the matcher of a request if its next token is chosen by the form of its answer."""
+        return self._matchers.get(state.request_id) if state.thought is None or state.thought.heeds_form else None
 
-    def _compute(self, chunks: Sequence[Chunk], masks: Masks) -> dict[str, ChunkResult]:
+    def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
             row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
             last_rows = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
             sampling = [(c, row) for c, row in last_rows if self._states[c.request_id].pooling is None]
-            results = self._sample(hidden, sampling, masks)
+            results = self._sample(hidden, sampling)
             if len(sampling) < len(last_rows):
                 results |= self._pool(hidden, [(c, row) for c, row in last_rows if c.request_id not in results])
             for chunk, end in zip(chunks, row_ends, strict=True):
@@ -151,7 +137,7 @@ class Executor:
         newest = chosen[-1] if chosen else 0
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))
 
-    def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]], masks: Masks) -> dict[str, ChunkResult]:
+    def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
         """Choose a token for each chunk, from its row of `hidden`."""
         results: dict[str, ChunkResult] = {}
         for start in range(0, len(sampling), HEAD_ROWS):
@@ -159,13 +145,9 @@ class Executor:
             rows = [row for _, row in part]
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
-            masks.wait()
-            allowed = [masks.of(state) for state in states]
-            chosen = sample(logits, states, argmax=self.decoder.backend.argmax, masks=allowed)
+            matchers = [self._matcher(state) for state in states] if self._matchers else []
+            chosen = sample(logits, states, topk=self.decoder.backend.topk, matchers=matchers)
             results |= {chunk.request_id: result for (chunk, _), result in zip(part, chosen, strict=True)}
-        for request_id in results:
-            if (error := masks.error(request_id)) is not None:
-                results[request_id] = ChunkResult(error=error)
         return results
 
     def _pool(self, hidden: Tensor, pooling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:

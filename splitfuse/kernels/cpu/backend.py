@@ -332,12 +332,13 @@ class CpuBackend(Backend):
         self.library.embed(ids.data_ptr(), len(ids), plain, packed, columns, out.data_ptr())
         return out
 
-    def argmax(self, scores: Tensor) -> tuple[list[int], list[float]]:
+    def topk(self, scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
         check(scores, torch.float32)
         rows, columns = scores.shape
-        ids, peaks = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
-        self.library.argmax(scores.data_ptr(), rows, columns, ids.data_ptr(), peaks.data_ptr())
-        return ids.tolist(), peaks.tolist()
+        k = min(k, columns)
+        ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k)
+        self.library.topk(scores.data_ptr(), rows, columns, k, ids.data_ptr(), values.data_ptr())
+        return ids.tolist(), values.tolist()
 
     # Layers, one operation at a time
 

@@ -651,7 +651,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),
-    "argmax": ([c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p], None),
+    "topk": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfuse.core.plan import SamplingState
@@ -19,15 +21,61 @@ def is_filtered(params: SamplingParams) -> bool:
     return bool(params.top_k or params.top_p < 1.0 or params.min_p)
 
 
-def draw(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
-    """Draw a token for each row of scores [rows, vocab]: inverse of the cumulative distribution, tokens by id."""
-    cumulative = _weights(scores, rows).cumsum(-1)
-    drawn: list[int] = _invert(cumulative, cumulative[:, -1:], rows).flatten().tolist()
-    return drawn
+class Draws:
+    """Draws tokens for rows of scores [rows, vocab], from those that their filters keep if `filtering`."""
+
+    def __init__(self, scores: Tensor, rows: Sequence[SamplingState], *, filtering: bool) -> None:
+        self._scores, self._rows, self._filtering = scores, rows, filtering
+        if filtering:
+            self._token_ids, self._cumulative, self._num_kept = _filtered(scores, rows)
+            self._total = self._cumulative.gather(1, self._num_kept - 1)
+        else:
+            self._cumulative = _weights(scores, rows).cumsum(-1)
+            self._total = self._cumulative[:, -1:]
+
+    def first(self) -> list[int]:
+        """Return a token for each row: inverse of the cumulative distribution, by id or, filtered, by weight."""
+        return [token for (token,) in self._draw(slice(None), [[_number(row, 0)] for row in self._rows])]
+
+    def further(self, index: int, count: int) -> list[int]:
+        """Return tokens for a row, each drawn as the first one, with another number."""
+        (tokens,) = self._draw(
+            slice(index, index + 1), [[_number(self._rows[index], attempt) for attempt in range(1, count + 1)]]
+        )
+        return tokens
+
+    def among(self, index: int, allowed: NDArray[np.int64], attempt: int) -> int | None:
+        """Return a token for a row out of some that are allowed: of those that are kept too, or if there are none, of
+        those that the filters keep of them. None if all have the score -inf.
+        """
+        choices = [(allowed, self._filtering)]
+        if self._filtering:
+            kept = self._token_ids[index, : int(self._num_kept[index])].cpu().numpy()
+            choices.insert(0, (np.intersect1d(kept, allowed), False))
+        for tokens, filtering in choices:
+            scores = self._scores[index, torch.from_numpy(tokens).to(self._scores.device)]
+            if len(tokens) and float(scores.amax()) > -math.inf:
+                row = self._rows[index]
+                draws = Draws(scores.unsqueeze(0), [row], filtering=filtering)
+                ((place,),) = draws._draw(slice(None), [[_number(row, attempt)]])
+                return int(tokens[place])
+        return None
+
+    def _draw(self, part: slice, numbers: list[list[float]]) -> list[list[int]]:
+        cumulative, total = self._cumulative[part], self._total[part]
+        # The first entry above number * total, which has a weight above 0: number < 1.
+        drawn = torch.searchsorted(
+            cumulative, torch.tensor(numbers, dtype=torch.float64, device=total.device) * total, right=True
+        )
+        if self._filtering:
+            drawn = self._token_ids[part].gather(1, drawn)
+        tokens: list[list[int]] = drawn.tolist()
+        return tokens
 
 
-def draw_filtered(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
-    """Draw from the tokens that top_k, top_p and min_p keep, in falling order of weight, equal ones by id.
+def _filtered(scores: Tensor, rows: Sequence[SamplingState]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each row tokens in falling order of weight, equal ones by id, their cumulative weights, and how many
+    [rows, 1] are kept by top_k, top_p and min_p.
 
     In that order every filter keeps a beginning: top_k the tokens that weigh no less than the k-th, top_p those before
     the threshold is crossed and the one that crosses it, min_p those of at least min_p times the first one's weight.
@@ -58,19 +106,17 @@ def draw_filtered(scores: Tensor, rows: Sequence[SamplingState]) -> list[int]:
     total = torch.where(limited, cumulative.gather(1, kept - 1), total)
     kept = kept.minimum(torch.searchsorted(cumulative, top_p * total) + 1)
     kept = kept.minimum((weights >= min_p).count_nonzero(-1).unsqueeze(1))
-    drawn = _invert(cumulative, cumulative.gather(1, kept - 1), rows)
-    token_ids: list[int] = ids.gather(1, order.gather(1, drawn)).flatten().tolist()
-    return token_ids
+    return ids.gather(1, order), cumulative, kept
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """Return a number in [0, 1) that is a pure function of its three keys.
+def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
+    """Return a number in [0, 1) that is a pure function of its keys.
 
     Counter-based: each key is a jump ahead in the SplitMix64 sequence that starts where the one before led (Steele,
     Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.
     """
     state = 0
-    for key in (seed, choice, position):
+    for key in (seed, choice, position, attempt) if attempt else (seed, choice, position):
         state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -85,10 +131,8 @@ def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     return ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
 
 
-def _invert(cumulative: Tensor, total: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Return the index [rows, 1] of the first entry above uniform * total, which has a weight above 0: uniform < 1."""
-    numbers = [uniform(row.seed, row.choice, len(row.prompt_token_ids) + len(row.output_token_ids)) for row in rows]
-    return torch.searchsorted(cumulative, _column(numbers, total) * total, right=True)
+def _number(row: SamplingState, attempt: int) -> float:
+    return uniform(row.seed, row.choice, len(row.prompt_token_ids) + len(row.output_token_ids), attempt)
 
 
 def _column(values: Iterable[float], like: Tensor) -> Tensor:

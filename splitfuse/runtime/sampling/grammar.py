@@ -1,8 +1,9 @@
 """Allow only tokens with which an answer can have the form that its request asks for.
 
-Each such request has a matcher, which knows the tokens chosen so far and gives a mask: a bit for each token of the
-vocabulary. A matcher depends on nothing but its grammar and these tokens, so that a request has the same tokens in any
-company, and preempted or not. The masks of a step are computed on threads while the network runs.
+Each such request has a matcher, which knows the tokens chosen so far. It says in microseconds whether a token may come
+next; a mask of all that may costs up to milliseconds, and most where nearly every token may. So tokens are chosen first
+and asked for afterwards, and a mask is made only where those fail. A matcher depends on nothing but its grammar and
+these tokens, so that a request has the same tokens in any company, and preempted or not.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -22,26 +23,29 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
-from torch import Tensor
 
 from splitfuse.core.plan import SamplingState
+from splitfuse.core.reasoning import Thought
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
 
 MAX_KEPT = 64
 """Number of grammars whose compiled form is kept for further requests."""
 
-FEW_WORDS = 256
-"""Number of a mask's 32-bit words with an allowed token up to which its tokens are looked at one by one."""
+TRIES = 16
+"""Number of tokens of a row that a matcher is asked about, one by one, before all that it allows are looked for."""
 
 _CONTROL = re.compile(r"<(?!0x)[^<>]*>")
 """Texts of added tokens that the library holds for control tokens, whatever the tokenizer says."""
 
-Mask: TypeAlias = NDArray[np.int32]
-"""Type of a mask: a bit for each token, the first in the lowest bit of the first number."""
+FEW_WORDS = 256
+"""Number of a mask's words with a token up to which only these are unpacked: mostly, and in a third of the time."""
+
+TokenIds: TypeAlias = NDArray[np.int64]
+"""Type of a set of tokens, in ascending order."""
 
 
 class Grammars:
-    """Makes matchers for one model, and their masks. Safe to share between threads.
+    """Makes matchers for one model. Safe to share between threads.
 
     `tokenizer` returns the model's tokenizer.json; it is read for the first request that asks for a form.
     """
@@ -49,7 +53,7 @@ class Grammars:
     def __init__(self, tokenizer: Callable[[], str], vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._read_tokenizer = tokenizer
         self._vocab_size = vocab_size
-        # The library wants an end token: of a model without one, its last token, which `Masks` never allows.
+        # The library wants an end token: of a model without one, its last token, which ends no request.
         self._end_tokens = list(end_tokens) or [vocab_size - 1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._made: WeakValueDictionary[str, Future[LLMatcher]] = WeakValueDictionary()  # kept here, or by a request
@@ -70,18 +74,12 @@ class Grammars:
                 del self._kept[next(iter(self._kept))]
             return made
 
-    def matcher(self, form: StructuredOutputs) -> LLMatcher:
-        """Return a matcher at the beginning of an answer. Raises as the result of `prepare`, for which it waits."""
-        return self.prepare(form).result().deep_copy()
-
-    def begin_masks(self, matchers: Mapping[str, LLMatcher]) -> Masks:
-        """Begin to fill the masks of the next tokens, by request id."""
-        mask = np.empty((len(matchers), (self._vocab_size + 31) // 32), dtype=np.int32)
-        filled = None
-        if matchers:
-            rows = [(matcher, row) for row, matcher in enumerate(matchers.values())]
-            filled = self._filler.submit(fill_next_token_bitmask_par, self._executor, rows, mask)
-        return Masks(matchers, mask, filled, self._end_tokens)
+    def matcher(self, form: StructuredOutputs, state: SamplingState) -> Matcher:
+        """Return a matcher at the beginning of a request's answer. Raises as the result of `prepare`, for which it
+        waits.
+        """
+        ends = frozenset(self._end_tokens).difference(state.eos_token_ids)
+        return Matcher(self.prepare(form).result().deep_copy(), self._vocab_size, ends, state.thought)
 
     def _make(self, compiled: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, compiled, log_level=0)
@@ -99,64 +97,100 @@ class Grammars:
         except BaseException as error:  # a panic of the library is no Exception
             raise refused(f"cannot be enforced with this model's tokenizer: {error!s:.200}") from error
 
-    @cached_property
-    def _executor(self) -> LLExecutor:
-        return LLExecutor(torch.get_num_threads())
 
-    @cached_property
-    def _filler(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix="masks")
+class Matcher:
+    """Follows the form of one answer: says which tokens may come next, and is advanced by the one that is chosen.
 
-
-class Masks:
-    """Holds the masks of one step."""
+    A token of the model's that ends answers, but not this request (`others_ends`), is allowed only if nothing else is.
+    One that opens a thought is allowed where a thought may open.
+    """
 
     def __init__(
         self,
-        matchers: Mapping[str, LLMatcher],
-        mask: NDArray[np.int32],
-        filled: Future[None] | None,
-        end_tokens: Sequence[int],
+        matcher: LLMatcher,
+        vocab_size: int,
+        others_ends: frozenset[int] = frozenset(),
+        thought: Thought | None = None,
     ) -> None:
-        self._matchers = matchers
-        self._rows = {request_id: row for row, request_id in enumerate(matchers)}
-        self._mask = mask
-        self._filled = filled
-        self._end_tokens = end_tokens
+        self.is_loose = True
+        """Whether one of TRIES tokens is likely to be allowed, as far as is known: it changes no choice."""
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._others_ends = others_ends
+        self._thought = thought
+        self._is_ahead = False  # by a token that was taken and is not settled
 
-    def wait(self) -> None:
-        """Wait until the masks are filled."""
-        if self._filled is not None:
-            self._filled.result()
+    def take(self, token: int) -> bool:
+        """Advance by a token if it may come next. Until `settle`, other tokens are for the same place."""
+        return token not in self._others_ends and self.take_any(token)
 
-    def error(self, request_id: str) -> str | None:
-        """Return why the grammar of a request has no mask, if it has none: it leads to more than the parser holds."""
-        matcher = self._matchers.get(request_id)
-        if matcher is None or not matcher.is_error():
+    def take_any(self, token: int) -> bool:
+        """Advance by a token if it may come next, or ends answers where nothing else may."""
+        self._go_back()
+        if self._thought is not None and token == self._thought.opening:
+            return True
+        self._is_ahead = self._matcher.try_consume_tokens([token]) == 1
+        return self._is_ahead
+
+    def settle(self) -> bool:
+        """Keep the token that was taken. Returns whether nothing can follow."""
+        self._is_ahead = False
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Return why the grammar cannot be enforced any further, if so: it leads to more than the parser holds."""
+        if not self._matcher.is_error():
             return None
-        reason = matcher.get_error().split("<state>")[0].strip()
+        reason = self._matcher.get_error().split("<state>")[0].strip()
         if "NoExtension" in reason:
             reason = "nothing may follow what was generated, which is no whole answer"
         return f"structured_outputs cannot be enforced any further: {reason:.300}"
 
-    def of(self, state: SamplingState) -> Mask | None:
-        """Return the mask of a request; None if it may have any token. It allows tokens that end the answer only if
-        they end it for the request, or if it has no other; and one that opens a thought, where one may open.
-        """
-        row = self._rows.get(state.request_id)
-        if row is None:
-            return None
-        mask: Mask = self._mask[row]
-        ends = [token for token in self._end_tokens if token not in state.eos_token_ids]
-        if ends:
-            others = mask.copy()
-            for token in ends:
-                others[token >> 5] &= ~_bit(token)
-            mask = others if others.any() else mask
-        if state.thought is not None and (opening := state.thought.opening) is not None:
-            mask = mask.copy()
-            mask[opening >> 5] |= _bit(opening)
-        return mask
+    def _go_back(self) -> None:
+        """Undo a step that failed after its tokens were chosen."""
+        if self._is_ahead:
+            self._matcher.rollback(1)
+            self._is_ahead = False
+
+    def _allowed(self, mask: NDArray[np.int32]) -> TokenIds:
+        if self._matcher.is_error():
+            return np.empty(0, dtype=np.int64)
+        tokens = _tokens(mask, self._vocab_size)
+        self.is_loose = len(tokens) * TRIES > self._vocab_size
+        if self._others_ends:
+            others = tokens[~np.isin(tokens, [*self._others_ends])]
+            tokens = others if len(others) else tokens
+        if self._thought is not None and (opening := self._thought.opening) is not None:
+            tokens = np.union1d(tokens, [opening])
+        return tokens
+
+    @staticmethod
+    def allowed(matchers: Sequence[Matcher]) -> list[TokenIds]:
+        """Return all tokens that may come next, for each matcher: none if it has an error. Computed in parallel."""
+        if not matchers:
+            return []
+        masks = np.empty((len(matchers), (matchers[0]._vocab_size + 31) // 32), dtype=np.int32)
+        for matcher in matchers:
+            matcher._go_back()
+        rows = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
+        fill_next_token_bitmask_par(_executor(torch.get_num_threads()), rows, masks)
+        return [matcher._allowed(mask) for matcher, mask in zip(matchers, masks, strict=True)]
+
+
+@cache
+def _executor(num_threads: int) -> LLExecutor:
+    return LLExecutor(num_threads)
+
+
+def _tokens(mask: NDArray[np.int32], vocab_size: int) -> TokenIds:
+    """Return the tokens of a mask: a bit for each token, the first in the lowest bit of the first number."""
+    words = np.flatnonzero(mask)
+    if len(words) > FEW_WORDS:
+        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(bool))
+    bits = np.unpackbits(mask[words].view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
+    tokens: TokenIds = (words[:, None] * 32 + np.arange(32))[bits.view(bool)]
+    return tokens
 
 
 def without_control_texts(tokenizer: str) -> str:
@@ -180,46 +214,3 @@ def without_control_texts(tokenizer: str) -> str:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     return json.dumps(content, ensure_ascii=False)
-
-
-def _bit(token: int) -> np.int32:
-    """Return the bit of a token in its number of a mask."""
-    return np.uint32(1 << (token & 31)).view(np.int32)
-
-
-def permits(mask: Mask, token: int) -> bool:
-    """Return whether a mask allows a token."""
-    return bool(mask[token >> 5] >> (token & 31) & 1)
-
-
-def penalties(mask: Mask, vocab_size: int) -> NDArray[np.float32]:
-    """Return what to add to the scores of all tokens: 0 to those that a mask allows, -inf to others."""
-    return _OF_BYTE.take(mask.view(np.uint8), axis=0).reshape(-1)[:vocab_size]
-
-
-_OF_BYTE = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
-_OF_BYTE = _OF_BYTE.astype(np.float32)
-"""Penalties of eight tokens, for each value of a byte: several times as fast as a choice by single bits."""
-
-
-def best_permitted(logits: Tensor, mask: Mask) -> tuple[int, float]:
-    """Return the token with the largest of `logits` [vocabulary] that a mask allows, the first of equal ones, and the
-    logit: -inf if it allows none.
-    """
-    numbers = logits.float().cpu().numpy()
-    words = np.flatnonzero(mask)
-    if 0 < len(words) <= FEW_WORDS:  # mostly, but for within strings: a tenth of the time
-        bits = np.unpackbits(mask[words].view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")
-        tokens = (words[:, None] * 32 + np.arange(32))[bits.view(bool)]
-        best = int(tokens[numbers[tokens].argmax()])
-        return best, float(numbers[best])
-    numbers = numbers + penalties(mask, len(numbers))
-    best = int(numbers.argmax())
-    return best, float(numbers[best])
-
-
-def forbid(scores: Tensor, masks: Sequence[Mask | None]) -> None:
-    """Set the scores [rows, vocabulary] of tokens that their rows' masks do not allow to -inf."""
-    for row, mask in zip(scores, masks, strict=True):
-        if mask is not None:
-            row.add_(torch.from_numpy(penalties(mask, len(row))).to(row.device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.core.plan import TokenLogprob
+from splitfuse.kernels.interface import exact_topk
 
 ROWS = 32
 """Number of rows that are computed at once: float64 copies of the logits stay small next to the logits."""
@@ -35,15 +36,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
     """Return the `counts[i]` most probable (token, logprob) of row i, best first, equal ones by id."""
-    found: list[list[tuple[float, int]]] = [[] for _ in counts]
-    if any(counts):
-        vocab = logprobs.shape[1]
-        largest = logprobs.topk(min(max(counts), vocab)).values
-        last = largest.gather(1, torch.tensor([[min(max(n, 1), vocab) - 1] for n in counts], device=logprobs.device))
-        candidates = logprobs >= last  # topk alone may take any of those equal to the last
-        for (row, token), value in zip(candidates.nonzero().tolist(), logprobs[candidates].tolist(), strict=True):
-            found[row].append((-value, token))
-    return [
-        tuple((token, -negated) for negated, token in sorted(row)[:count])
-        for row, count in zip(found, counts, strict=True)
-    ]
+    if not any(counts):
+        return [()] * len(counts)
+    ids, values = exact_topk(logprobs, max(counts))
+    return [tuple(zip(ids[row][:count], values[row][:count], strict=True)) for row, count in enumerate(counts)]

@@ -6,10 +6,10 @@ may change with the shape of the batch. Rows are grouped by what they need, so t
 
 The order of processing, and the rules of what is kept, are those of Hugging Face transformers (`generation/utils.py`,
 `logits_process.py`): logit_bias, repetition penalty, presence and frequency penalty, min_tokens (adjust.py), then
-temperature, top_k, top_p, min_p (draw.py). Tokens that a grammar forbids (grammar.py) have no score. Where a thought
-must be closed (core/reasoning.py) there is no choice, whatever the settings say. This package knows nothing of models,
-the cache or scheduling. Token ids in the settings are checked where a request enters, and those of a model where it is
-loaded; one outside the vocabulary changes nothing here.
+temperature, top_k, top_p, min_p (draw.py). Among what these keep, the form of the answer restricts the choice
+(choose.py). Where a thought must be closed (core/reasoning.py) there is no choice, whatever the settings say. This
+package knows nothing of models, the cache or scheduling. Token ids in the settings are checked where a request enters,
+and those of a model where it is loaded; one outside the vocabulary changes nothing here.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from torch import Tensor
 
 from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
 from splitfuse.errors import RequestFailedError
-from splitfuse.kernels.interface import exact_argmax
+from splitfuse.kernels.interface import exact_topk
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
-from splitfuse.runtime.sampling.draw import draw, draw_filtered, is_filtered
-from splitfuse.runtime.sampling.grammar import Mask, best_permitted, forbid, permits
+from splitfuse.runtime.sampling.choose import Choice, Drawn, Greedy, choose
+from splitfuse.runtime.sampling.draw import Draws, is_filtered
+from splitfuse.runtime.sampling.grammar import TRIES, Matcher
 from splitfuse.runtime.sampling.logprobs import report_logprobs
 
-Argmax = Callable[[Tensor], tuple[list[int], list[float]]]
-"""Type of `Backend.argmax`, which gives the lowest index of each row's largest element, and that element."""
+TopK = Callable[[Tensor, int], tuple[list[list[int]], list[list[float]]]]
+"""Type of `Backend.topk`, which gives the indices of each row's largest elements, and these elements."""
 
 
 def sample(
     logits: Tensor,
     rows: Sequence[SamplingState],
     *,
-    argmax: Argmax = exact_argmax,
-    masks: Sequence[Mask | None] = (),
+    topk: TopK = exact_topk,
+    matchers: Sequence[Matcher | None] = (),
 ) -> list[ChunkResult]:
-    """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`, among those that its mask
-    allows if there are `masks`.
+    """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`, among those that its
+    matcher allows if it has one. The matcher has taken the token then, and is to be settled.
 
     A row without a finite maximum, before or after its own adjustments, gives a ChunkResult with `error`, and does not
     affect the others.
@@ -47,55 +48,61 @@ def sample(
     assert logits.dim() == 2 and len(logits) == len(rows)
     if not rows:
         return []
-    best, peaks = argmax(logits)
-    faults = _faults(peaks)
-    adjusts = [is_adjusted(row) for row in rows]
-    forced = _forced(rows, faults)
-    for i, token in forced.items():
-        best[i], peaks[i], adjusts[i] = token, 0.0, False
-    for i, mask in enumerate(masks):
-        if mask is None or i in faults or i in forced:
-            continue
-        if rows[i].params.temperature:
-            adjusts[i] = True
-        elif not adjusts[i] and not permits(mask, best[i]):  # mostly the best token is allowed, and there is no more
-            best[i], peaks[i] = best_permitted(logits[i], mask)
-    unchosen = _faults(peaks)
-    if not unchosen and not any(adjusts) and all(_is_plain(row) for row in rows):
-        return [ChunkResult((token,)) for token in best]
-    errors = {i: f"structured_outputs leave nothing to choose: {fault}" for i, fault in unchosen.items()}
-    errors |= {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
-    tokens: dict[int, int] = {}
+    followed = {i: matcher for i, matcher in enumerate(matchers) if matcher is not None}
+    count = TRIES if any(matcher.is_loose for matcher in followed.values()) else 1
+    best, peaks = topk(logits, count)
+    faults = _faults([peak for peak, *_ in peaks])
+    errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
+    tokens = _forced(rows, faults)
     for adjusting in (False, True):
-        members = [i for i in range(len(rows)) if i not in errors and adjusts[i] is adjusting]
+        free = (i for i in range(len(rows)) if i not in errors and i not in tokens)
+        members = [i for i in free if is_adjusted(rows[i]) is adjusting]
         if not members:
             continue
-        scores = _take(logits, members)
+        scores, places = logits, {i: i for i in members}
         if adjusting:
-            scores = adjusted(scores, [rows[i] for i in members])
-            if masks:
-                forbid(scores, [masks[i] for i in members])
-            adjusted_best, adjusted_peaks = exact_argmax(scores)
-            for index, token in zip(members, adjusted_best, strict=True):
-                best[index] = token
-            for index, fault in _faults(adjusted_peaks).items():
-                errors[members[index]] = f"{_causes(masks, members[index])} leave nothing to choose: {fault}"
-        chosen = [i for i in members if i not in errors and (rows[i].params.temperature == 0.0 or i in forced)]
-        tokens.update((i, best[i]) for i in chosen)
-        drawing = [n for n, i in enumerate(members) if i not in errors and i not in tokens]
+            scores, places = (
+                adjusted(_take(logits, members), [rows[i] for i in members]),
+                {i: n for n, i in enumerate(members)},
+            )
+            best, peaks = exact_topk(scores, count)
+            faults = _faults([peak for peak, *_ in peaks])
+            errors |= {i: _nothing(rows[i], i in followed, faults[n]) for i, n in places.items() if n in faults}
+            members = [i for i in members if i not in errors]
+        choices: dict[int, Choice] = {}
+        for i in members:
+            if rows[i].params.temperature == 0.0:
+                n = places[i]
+                if i in followed:
+                    choices[i] = Greedy(
+                        scores[n], [t for t, peak in zip(best[n], peaks[n], strict=True) if peak > -math.inf]
+                    )
+                else:
+                    tokens[i] = best[n][0]
+        drawing = [i for i in members if rows[i].params.temperature]
         for filtering in (False, True):
-            part = [n for n in drawing if is_filtered(rows[members[n]].params) is filtering]
-            if part:
-                owners = [members[n] for n in part]
-                choose = draw_filtered if filtering else draw
-                tokens.update(zip(owners, choose(_take(scores, part), [rows[i] for i in owners]), strict=True))
+            owners = [i for i in drawing if is_filtered(rows[i].params) is filtering]
+            if owners:
+                draws = Draws(
+                    _take(scores, [places[i] for i in owners]), [rows[i] for i in owners], filtering=filtering
+                )
+                for n, (i, token) in enumerate(zip(owners, draws.first(), strict=True)):
+                    if i in followed:
+                        choices[i] = Drawn(draws, n, token)
+                    else:
+                        tokens[i] = token
+        tokens |= choose(choices, followed)
+        for i in choices:
+            if i not in tokens:
+                errors[i] = followed[i].error or _nothing(rows[i], True, _fault(-math.inf))
 
     tokens |= _closing(rows, tokens)
     reported = [i for i in sorted(tokens) if rows[i].params.logprobs is not None]
-    counts = [rows[i].params.logprobs or 0 for i in reported]
-    logprobs = dict(
-        zip(reported, report_logprobs(_take(logits, reported), [tokens[i] for i in reported], counts), strict=True)
-    )
+    logprobs: dict[int, TokenLogprob] = {}
+    if reported:
+        counts = [rows[i].params.logprobs or 0 for i in reported]
+        entries = report_logprobs(_take(logits, reported), [tokens[i] for i in reported], counts)
+        logprobs = dict(zip(reported, entries, strict=True))
     return [
         ChunkResult(error=errors[i])
         if i in errors
@@ -117,12 +124,6 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
     return tuple(report_logprobs(logits, target_ids, [count] * len(target_ids)))
 
 
-def _is_plain(row: SamplingState) -> bool:
-    """Return whether a row that is not adjusted is greedy and nothing else, as most are."""
-    closes = row.thought is not None and row.thought.closing is not None
-    return row.params.temperature == 0.0 and row.params.logprobs is None and not closes
-
-
 def _forced(rows: Sequence[SamplingState], faults: Mapping[int, str]) -> dict[int, int]:
     """Return the tokens of the rows that have no choice."""
     thoughts = ((i, row.thought) for i, row in enumerate(rows) if row.thought is not None and i not in faults)
@@ -137,9 +138,10 @@ def _closing(rows: Sequence[SamplingState], tokens: Mapping[int, int]) -> dict[i
     return {i: thought.closing for i, thought in ending if thought is not None and thought.closing is not None}
 
 
-def _causes(masks: Sequence[Mask | None], row: int) -> str:
-    causes = "logit_bias, penalties and min_tokens"
-    return f"structured_outputs with {causes}" if masks and masks[row] is not None else causes
+def _nothing(row: SamplingState, has_form: bool, fault: str) -> str:
+    """Return the error of a row whose settings leave it no token."""
+    causes = ["structured_outputs"] * has_form + ["logit_bias, penalties and min_tokens"] * is_adjusted(row)
+    return f"{' with '.join(causes)} leave nothing to choose: {fault}"
 
 
 def _faults(peaks: Sequence[float]) -> dict[int, str]:

@@ -157,8 +157,8 @@ SF_EXPORT(float, dots_only)(Workspace* work, i32 qvalues, i64 rounds) {
     return totals[0];
 }
 
-SF_EXPORT(void, argmax)(Workspace* work, const float* scores, i64 rows, i64 columns, i32* ids, float* peaks) {
-    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { argmax(team, scores, rows, columns, ids, peaks); });
+SF_EXPORT(void, topk)(Workspace* work, const float* scores, i64 rows, i64 columns, i64 count, i32* ids, float* values) {
+    parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { topk(team, scores, rows, columns, count, ids, values); });
 }
 
 }  // namespace SF_VARIANT
