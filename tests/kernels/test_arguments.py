@@ -249,8 +249,8 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "norm-with-bf16-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(16).bfloat16()),
     "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(15)),
     "embed-of-fp32": lambda k: k.embed(torch.tensor([0]), torch.randn(3, 16)),
-    "argmax-of-bf16": lambda k: k.argmax(torch.randn(2, 16).bfloat16()),
-    "argmax-of-columns": lambda k: k.argmax(torch.randn(16, 2).T),
+    "topk-of-bf16": lambda k: k.topk(torch.randn(2, 16).bfloat16(), 1),
+    "topk-of-columns": lambda k: k.topk(torch.randn(16, 2).T, 1),
     "experts-of-fp32": lambda k: backends.experts(
         k,
         torch.randn(1, 16),

@@ -337,14 +337,15 @@ def test_route_of_nan(case: BackendCase) -> None:
         scores[1] = 0.0
 
 
-def best(row: list[float]) -> int:
-    """The lowest index of the largest; any is right where one is NaN."""
-    return max(range(len(row)), key=lambda i: (row[i], -i))
+def largest(row: list[float], k: int) -> list[int]:
+    """The indices of the k largest in falling order, equal ones by index; any are right where one is NaN."""
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
 
 
+@pytest.mark.parametrize("k", [1, 2, 16])
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 33, 97, 512, 3071])
-def test_argmax(case: BackendCase, width: int) -> None:
-    scores = torch.randn(9, width)
+def test_topk(case: BackendCase, width: int, k: int) -> None:
+    scores = torch.randn(11, width)
     scores[1] = 0.5  # all equal
     scores[2] = -torch.inf
     scores[3, width // 2 :] = scores[3].max() + 1  # many equal
@@ -353,25 +354,29 @@ def test_argmax(case: BackendCase, width: int) -> None:
     scores[5, width - 1] = -4.0
     scores[6, width // 2] = -torch.inf
     scores[7] = -3e38
-    ids, peaks = case.backend.topk(scores, 1)
-    assert ids == [best(row) for row in scores.tolist()]
-    assert peaks == [max(row) for row in scores.tolist()]
+    scores[8] = torch.arange(width)
+    scores[9] = -torch.arange(width)
+    scores[10] = (scores[10] * 2).round()  # some equal
+    ids, values = case.backend.topk(scores, k)
+    assert ids == [largest(row, k) for row in scores.tolist()]
+    assert values == [sorted(row, reverse=True)[:k] for row in scores.tolist()]
 
 
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 97, 512])
-def test_argmax_of_nan_is_nan(case: BackendCase, width: int) -> None:
+def test_topk_of_nan_is_nan(case: BackendCase, width: int, k: int) -> None:
     for place in {0, width // 2, width - 1}:
         scores = torch.randn(3, width)
         scores[1, place] = torch.nan
         scores[1, (place + 1) % width] = torch.inf if width > 1 else torch.nan
-        ids, peaks = case.backend.topk(scores, 1)
-        assert [math.isnan(peak) for peak in peaks] == [False, True, False]
-        assert 0 <= ids[1] < width
-        assert [ids[0], ids[2]] == [best(row) for row in scores[[0, 2]].tolist()]
+        ids, values = case.backend.topk(scores, k)
+        assert [math.isnan(row[0]) for row in values] == [False, True, False]
+        assert all(0 <= index < width for index in ids[1]) and len(ids[1]) == min(k, width)
+        assert [ids[0], ids[2]] == [largest(row, k) for row in scores[[0, 2]].tolist()]
 
 
-def test_argmax_of_no_rows(case: BackendCase) -> None:
-    assert case.backend.argmax(torch.empty(0, 7)) == ([], [])
+def test_topk_of_no_rows(case: BackendCase) -> None:
+    assert case.backend.topk(torch.empty(0, 7), 1) == ([], [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -53,10 +53,11 @@ class Greedy:
         return self._best if matcher.is_loose else self._best[:1]
 
     def among(self, allowed: TokenIds) -> int | None:
-        scores = self._scores[torch.from_numpy(allowed).to(self._scores.device)].double().cpu().numpy()
-        if not len(scores) or scores.max() == -math.inf:
+        if not len(allowed):
             return None
-        return int(allowed[scores.argmax()])
+        scores = self._scores[torch.from_numpy(allowed).to(self._scores.device)].double().cpu().numpy()
+        best = scores.argmax()
+        return int(allowed[best]) if scores[best] > -math.inf else None
 
 
 class Drawn:

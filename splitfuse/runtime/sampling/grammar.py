@@ -158,9 +158,10 @@ class Matcher:
             return np.empty(0, dtype=np.int64)
         tokens = _tokens(mask, self._vocab_size)
         self.is_loose = len(tokens) * TRIES > self._vocab_size
-        if self._others_ends:
-            others = tokens[~np.isin(tokens, [*self._others_ends])]
-            tokens = others if len(others) else tokens
+        others = tokens
+        for end in self._others_ends:
+            others = others[others != end]
+        tokens = others if len(others) else tokens
         if self._thought is not None and (opening := self._thought.opening) is not None:
             tokens = np.union1d(tokens, [opening])
         return tokens
