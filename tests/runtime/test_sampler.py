@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,32 +171,6 @@ def test_a_row_gives_the_same_bits_alone_and_batched(count: int, vocab: int) -> 
         assert sample(logits[batch], [rows[i] for i in batch]) == [alone[i] for i in batch]
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.05, 0.9])
-def test_a_mask_is_as_if_other_tokens_had_no_logit(share: float) -> None:
-    rng, count, vocab = random.Random(3), 30, 20_001
-    logits = random_logits(count, vocab, 2)
-    allowed = torch.rand(count, vocab, generator=torch.Generator().manual_seed(4)) < share
-    allowed[:, EOS + 5] = True
-    padded = torch.zeros(count, (vocab + 31) // 32 * 32, dtype=torch.bool)
-    padded[:, :vocab] = allowed
-    masks: list[Any] = list(np.packbits(padded.numpy(), axis=1, bitorder="little").view(np.int32))
-    rows = [row(random_params(rng, vocab), seed=rng.randrange(2**64), output=(7,) * (n % 3)) for n in range(count)]
-    wanted = sample(torch.where(allowed, logits, -torch.inf), rows)
-    alone = [sample(logits[i : i + 1], [rows[i]], masks=[masks[i]])[0] for i in range(count)]
-    assert [each.token_ids for each in alone] == [each.token_ids for each in wanted]
-    masks[3] = None
-    alone[3] = sample(logits[3:4], [rows[3]])[0]
-    assert sample(logits, rows, masks=masks) == alone
-
-
-def test_a_mask_of_no_token_fails_its_row_alone() -> None:
-    rows = [row(SamplingParams(temperature=temperature)) for temperature in (0.0, 0.0, 1.0)]
-    masks: list[Any] = [None, np.zeros(4, dtype=np.int32), np.zeros(4, dtype=np.int32)]
-    free, *others = sample(random_logits(3, 101, 0), rows, masks=masks)
-    assert free.error is None
-    assert all("leave nothing to choose" in (each.error or "") for each in others)
-
-
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = torch.zeros(5000)
     logits[[17, 1234, 4999]] = 2.5
@@ -288,17 +261,17 @@ def test_frequencies_follow_the_distribution(params: SamplingParams, model: Llam
 
 
 def test_uniform_is_pure_and_in_range() -> None:
-    keys = [(s, c, p) for s in (0, 1, 2**64 - 1) for c in (0, 127) for p in (0, 1, 2**31)]
+    keys = [(s, c, p, a) for s in (0, 1, 2**64 - 1) for c in (0, 127) for p in (0, 1, 2**31) for a in (0, 1, 16)]
     numbers = [uniform(*key) for key in keys]
     assert numbers == [uniform(*key) for key in keys]
     assert all(0.0 <= number < 1.0 for number in numbers)
     assert len(set(numbers)) == len(keys)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2], ids=["seed", "choice", "position"])
+@pytest.mark.parametrize("axis", [0, 1, 2, 3], ids=["seed", "choice", "position", "attempt"])
 def test_uniform_is_even_and_its_neighbours_independent(axis: int) -> None:
     """Pairs of neighbours along each key fill an 8 x 8 grid evenly: chi-square, 99.9 % quantile of 63 degrees."""
-    numbers = [uniform(*(n if i == axis else 5 for i in range(3))) for n in range(8001)]
+    numbers = [uniform(*(n if i == axis else 5 for i in range(4))) for n in range(8001)]
     cells = Counter((int(a * 8), int(b * 8)) for a, b in itertools.pairwise(numbers))
     assert sum((cells[a, b] - 125) ** 2 / 125 for a in range(8) for b in range(8)) < 103.5
 

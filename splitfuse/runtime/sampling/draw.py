@@ -116,7 +116,8 @@ def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
     Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.
     """
     state = 0
-    for key in (seed, choice, position, attempt) if attempt else (seed, choice, position):
+    # An attempt counts down, so that it is no position of another seed whose jump is none.
+    for key in (seed, choice, position, -1 - attempt) if attempt else (seed, choice, position):
         state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
